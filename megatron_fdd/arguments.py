@@ -1,0 +1,214 @@
+"""Megatron's arguments as this package needs them: the student's architecture, forced values, refusals.
+
+Everything here runs before the first collective, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_fdd.checkpoint import find_checkpoint, has_checkpoint, read_checkpoint_args
+from megatron_fdd.config import FddConfig
+
+# What shapes a GPT's function beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half of it.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "group_query_attention", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent",
+    "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
+    "no_rope_freq", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
+    "untie_embeddings_and_output_weights", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma",
+    "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm",
+    "softmax_type", "window_size", "window_attn_skip_freq", "multi_latent_attention", "attention_output_gate",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
+)  # fmt: skip
+
+Refusal = tuple[Callable[[argparse.Namespace], bool], str]
+
+# (when, why and what to do instead); design.md, section 2.
+REFUSALS: tuple[Refusal, ...] = (
+    (
+        lambda a: bool(a.mtp_num_layers),
+        "--mtp-num-layers: multi-token prediction does not pass taps on (Megatron fails inside it); "
+        "train the student without it",
+    ),
+    (
+        lambda a: bool(a.overlap_moe_expert_parallel_comm),
+        "--overlap-moe-expert-parallel-comm: its schedule never asks the layers for taps; leave it out",
+    ),
+    (
+        lambda a: a.cuda_graph_impl == "full_iteration",
+        "--cuda-graph-impl full_iteration: would capture the teacher inside the student's graph; "
+        "use local, transformer_engine or none",
+    ),
+    (
+        lambda a: a.moe_expert_rank_capacity_factor is not None,
+        "--moe-expert-rank-capacity-factor: re-runs the step, teacher and losses included; leave it out",
+    ),
+    (
+        lambda a: bool(a.use_megatron_fsdp or a.use_torch_fsdp2),
+        "--use-megatron-fsdp, --use-torch-fsdp2: the head that the losses read is sharded away; "
+        "use --use-distributed-optimizer",
+    ),
+    (
+        lambda a: bool(a.defer_embedding_wgrad_compute),
+        "--defer-embedding-wgrad-compute: expects the output layer's own backward pass; leave it out",
+    ),
+    (
+        lambda a: bool(a.hybrid_context_parallel),
+        "--hybrid-context-parallel: moves tokens between ranks behind the teacher's back; leave it out",
+    ),
+    (
+        lambda a: a.logits_load_dir is not None or a.logits_save_dir is not None,
+        "--logits-load-dir, --logits-save-dir: Megatron's own offline distillation; "
+        "use it without --teacher-load, through Megatron's pretrain script",
+    ),
+    (
+        lambda a: bool(a.use_mup),
+        "--use-mup: scales logits outside the head that the lens reads; train without it",
+    ),
+    (
+        lambda a: bool(a.fp8) and a.fp8_recipe == "delayed",
+        "--fp8-recipe delayed: a frozen teacher never updates its scales; "
+        "use --fp8-recipe tensorwise, blockwise or mxfp8",
+    ),
+    (
+        lambda a: getattr(a, "final_logit_softcapping", None) is not None,
+        "a soft-capped head (final_logit_softcapping) is not linear, which Gram matrices and fused losses "
+        "rely on; models of such a family cannot be distilled yet",
+    ),
+    (
+        lambda a: a.hybrid_layer_pattern is not None,
+        "--hybrid-layer-pattern: only GPTModel offers taps; use a GPT-style student",
+    ),
+    (
+        lambda a: a.pipeline_model_parallel_size > 1,
+        "--pipeline-model-parallel-size above 1 is not supported yet; use tensor and data parallelism",
+    ),
+    (
+        lambda a: a.context_parallel_size > 1,
+        "--context-parallel-size above 1 is not supported yet; use tensor and sequence parallelism",
+    ),
+    (
+        lambda a: a.num_experts is not None or a.expert_model_parallel_size > 1,
+        "mixture-of-experts students (--num-experts, --expert-model-parallel-size) are not supported yet",
+    ),
+)
+
+
+def refuse(args: argparse.Namespace, whose: str = "") -> None:
+    """Refuse what would silently distil nothing, or something else.
+
+    Args:
+        args: parsed, not necessarily validated.
+        whose: put before the message, when the arguments are not the command line's.
+
+    Raises:
+        ValueError: the first refusal that applies.
+    """
+    for applies, message in REFUSALS:
+        if applies(args):
+            raise ValueError(whose + message)
+
+
+def complete_student_args(
+    args: argparse.Namespace, defaults: Mapping[str, object]
+) -> argparse.Namespace | None:
+    """Take what `--use-checkpoint-args` forgets of the student's architecture from its checkpoint.
+
+    Args:
+        args: parsed, not yet validated; changed in place.
+        defaults: the parser's default of every flag.
+
+    Returns:
+        The arguments in the checkpoint that the student starts from; None when it starts from scratch.
+
+    Raises:
+        ValueError: no checkpoint where one is named, one that is not whole, or a flag that contradicts it.
+    """
+    directory, flag = student_checkpoint(args)
+    if directory is None:
+        return None
+    stored = read_checkpoint_args(find_checkpoint(directory, flag), flag)
+    given = [name for name in ARCHITECTURE if getattr(args, name, None) != defaults.get(name)]
+    check_same_model(args, stored, given)
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
+        for name in ARCHITECTURE:
+            if name not in given and hasattr(stored, name):
+                setattr(args, name, getattr(stored, name))
+    _set_vocabulary(args, stored)
+    return stored
+
+
+def check_same_model(
+    args: argparse.Namespace, stored: argparse.Namespace, names: Sequence[str] = ARCHITECTURE
+) -> None:
+    """Compare the student that the flags describe with the one in its checkpoint.
+
+    Raises:
+        ValueError: any of the fields `names` differs; a checkpoint that lacks a field cannot contradict it.
+    """
+    differences = [
+        f"{name} is {getattr(args, name)} here and {getattr(stored, name)} there"
+        for name in names
+        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
+    ]
+    if differences:
+        directory, flag = student_checkpoint(args)
+        raise ValueError(
+            f"{flag} {directory}: the flags and the checkpoint describe different models: "
+            f"{'; '.join(differences)}. Leave those flags out and give --use-checkpoint-args"
+        )
+
+
+def force_values(args: argparse.Namespace) -> None:
+    """What distillation relies on, whatever the flags say. Plain values: they go into the checkpoint."""
+    # One divisor for every stage and rank, and no factor of data or context parallelism in any gradient.
+    args.calculate_per_token_loss = True
+    # So that a run can go on at another layout.
+    args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer
+    # Megatron's check would stop one rank inside a collective; ours stops all, before the optimizer.
+    args.check_for_nan_in_loss_and_grad = False
+
+
+def check_lengths(args: argparse.Namespace, config: FddConfig, teacher: argparse.Namespace | None) -> None:
+    """Refuse sequences longer than either model takes.
+
+    Raises:
+        ValueError: names the length, the bound and whose it is.
+    """
+    bounds = {"the student": args.max_position_embeddings}
+    if teacher is not None:
+        bounds[f"the teacher ({config.teacher_load})"] = teacher.max_position_embeddings
+    for whose, bound in bounds.items():
+        if bound is not None and args.seq_length > bound:
+            raise ValueError(
+                f"--seq-length {args.seq_length} is longer than {whose} takes ({bound} positions); lower it"
+            )
+
+
+def student_checkpoint(args: argparse.Namespace) -> tuple[str | None, str]:
+    """The folder to start from, and the flag that names it."""
+    if args.load is not None and has_checkpoint(args.load):
+        return args.load, "--load"
+    if args.pretrained_checkpoint is not None:
+        return args.pretrained_checkpoint, "--pretrained-checkpoint"
+    # `--load X --save X` is how Megatron's scripts start afresh and resume with one command.
+    starts_afresh = args.load is None or args.load == args.save
+    return (None if starts_afresh else args.load), "--load"
+
+
+def _set_vocabulary(args: argparse.Namespace, stored: argparse.Namespace) -> None:
+    """Keep the model's own vocabulary size; pad it for this run's tensor-parallel size."""
+    vocab_size = getattr(stored, "vocab_size", None)
+    if vocab_size is None:
+        return
+    args.vocab_size = vocab_size
+    args.padded_vocab_size = calculate_padded_vocab_size(
+        vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+    )

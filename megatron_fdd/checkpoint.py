@@ -1,0 +1,82 @@
+"""Reading Megatron checkpoint folders before any collective: is it there, is it whole, what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def has_checkpoint(directory: str) -> bool:
+    """Whether `directory` claims to hold a checkpoint (its tracker file exists)."""
+    return (Path(directory) / _TRACKER).is_file()
+
+
+def find_checkpoint(directory: str, flag: str) -> Path:
+    """The newest checkpoint under `directory`, every file present in full length.
+
+    Args:
+        directory: what the user gave as `flag`.
+
+    Raises:
+        ValueError: nothing there, an unreadable tracker, or a truncated or missing file.
+    """
+    root = Path(directory)
+    if not has_checkpoint(directory):
+        what = "holds no Megatron checkpoint" if root.is_dir() else "does not exist"
+        raise ValueError(
+            f"{flag} {directory}: the folder {what} (no {_TRACKER}); "
+            "make one with tools/hf_to_mcore.py or name the folder that a run gave to --save"
+        )
+    label = (root / _TRACKER).read_text().strip()
+    if label != "release" and not label.isdigit():
+        raise ValueError(f"{flag} {directory}: {_TRACKER} says {label!r}, not an iteration or 'release'")
+    path = root / (label if label == "release" else f"iter_{int(label):07d}")
+    _check_files(path, flag)
+    return path
+
+
+def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
+    """Megatron's own arguments, as stored in the checkpoint at `path`.
+
+    Raises:
+        ValueError: the checkpoint stores none, or they cannot be read.
+    """
+    try:
+        state = dist_checkpointing.load_common_state_dict(str(path))
+    except Exception as error:
+        raise ValueError(
+            f"{flag} {path}: its common state cannot be read ({error}); the copy is damaged"
+        ) from error
+    if "args" not in state:
+        raise ValueError(
+            f"{flag} {path}: stores no arguments, so its architecture is unknown; save it with Megatron"
+        )
+    return state["args"]
+
+
+def _check_files(path: Path, flag: str) -> None:
+    """Every byte that the checkpoint's index points to must be on disk."""
+    index_path = path / ".metadata"
+    if not index_path.is_file():
+        raise ValueError(f"{flag} {path}: .metadata is missing; the save or the copy was interrupted")
+    try:
+        with index_path.open("rb") as file:
+            index = pickle.load(file)
+    except Exception as error:
+        raise ValueError(f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged") from error
+    needed: dict[str, int] = {}
+    for item in index.storage_data.values():
+        needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
+    for name, length in sorted(needed.items()):
+        file_path = path / name
+        size = file_path.stat().st_size if file_path.is_file() else 0
+        if size < length:
+            raise ValueError(
+                f"{flag} {path}: {name} has {size} bytes and needs {length}; "
+                "the checkpoint is truncated, copy or save it again"
+            )

@@ -1,0 +1,209 @@
+"""Every `--fdd-*` value: one frozen dataclass, its flags, and the checks that need no ranks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+DivergenceName = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
+_DIVERGENCES = get_args(DivergenceName)
+
+
+@dataclass(frozen=True, slots=True)
+class FddConfig:
+    """What to distil and how. Field names are the `argparse` names without `fdd_`.
+
+    Layer numbers are the paper's: "output of block l", 1-based.
+    """
+
+    teacher_load: str | None = None
+    layers: int = 4
+    layer_rule: Literal["paper", "linspace"] = "paper"
+    layer_pairs: tuple[tuple[int, int], ...] | None = None
+    alpha: float = 1.0
+    beta: float = 1.0
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    kd_divergence: DivergenceName = "fkl"
+    trajectory_divergence: DivergenceName = "fkl"
+    divergence_mix: float | None = None
+    temperature: float = 1.0
+    lens_norm: Literal["final", "none"] = "final"
+    lens_head: Literal["detached", "live"] = "detached"
+    delta: Literal["logprob", "centred"] = "logprob"
+    delta_detach_previous: bool = False
+    tokens: Literal["labels", "all"] = "labels"
+    warmup_iters: int = 0
+    decay_iters: int = 0
+    metrics_file: str | None = None
+    dry_run: bool = False
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> FddConfig:
+        """The values of a parsed command line (Megatron's namespace with `add_fdd_args`).
+
+        Raises:
+            ValueError: a value out of its bounds, or layer pairs that cannot be read.
+        """
+        values = {
+            field.name: getattr(args, _dest(field.name))
+            for field in dataclasses.fields(cls)
+            if field.name != "layer_pairs"
+        }
+        config = cls(layer_pairs=parse_layer_pairs(args.fdd_layer_pairs), **values)
+        config.check()
+        return config
+
+    @property
+    def uses_taps(self) -> bool:
+        """Whether any term looks at an inner layer."""
+        return self.alpha > 0 or self.beta > 0
+
+    @property
+    def uses_final_head(self) -> bool:
+        """Whether the final logits are needed at all."""
+        return self.kd_weight > 0 or self.ce_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.uses_taps or self.kd_weight > 0
+
+    def weight_scale(self, iteration: int) -> float:
+        """Factor of alpha and beta in step `iteration` (0-based): linear warm-up, then linear decay to 0."""
+        scale = 1.0
+        if self.warmup_iters:
+            scale = min(1.0, (iteration + 1) / self.warmup_iters)
+        if self.decay_iters:
+            scale *= max(0.0, 1.0 - iteration / self.decay_iters)
+        return scale
+
+    def check(self) -> None:
+        """Raise ValueError for any value that is wrong on its own."""
+        for name in ("alpha", "beta", "kd_weight", "ce_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("warmup_iters", "decay_iters"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        if self.divergence_mix is not None:
+            _require(0 < self.divergence_mix < 1, "divergence_mix", self.divergence_mix, "between 0 and 1")
+        _require(self.layers >= 1, "layers", self.layers, "at least 1")
+        num_pairs = len(self.layer_pairs) if self.layer_pairs is not None else self.layers
+        if self.beta > 0 and num_pairs < 2:
+            raise ValueError(
+                f"the delta term compares adjacent sampled layers and needs at least 2, there is {num_pairs}: "
+                "raise --fdd-layers, give more --fdd-layer-pairs, or switch the delta off with --fdd-beta 0"
+            )
+        if self.needs_teacher and self.teacher_load is None:
+            raise ValueError(
+                "no teacher: give its Megatron checkpoint with --teacher-load DIR "
+                "(tools/hf_to_mcore.py makes one from a Hugging Face model)"
+            )
+
+
+def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
+    """`"2:4,4:9"` -> `((2, 4), (4, 9))`; None stays None.
+
+    Raises:
+        ValueError: anything but comma-separated STUDENT:TEACHER block numbers.
+    """
+    if text is None:
+        return None
+    pairs = []
+    for item in text.split(","):
+        student, colon, teacher = item.partition(":")
+        if not (colon and student.strip().isdigit() and teacher.strip().isdigit()):
+            raise ValueError(
+                f"--fdd-layer-pairs {text!r}: {item!r} is not STUDENT:TEACHER, "
+                "two 1-based block numbers such as 2:4,4:9"
+            )
+        pairs.append((int(student), int(teacher)))
+    return tuple(pairs)
+
+
+def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the distillation flags to Megatron's parser (its `extra_args_provider`)."""
+    parser.usage = (
+        "torchrun --nproc-per-node N -m megatron_fdd.distill "
+        "--load STUDENT --teacher-load TEACHER [--fdd-...] [any Megatron flag]"
+    )
+    group = parser.add_argument_group("feature dynamics distillation")
+    group.add_argument("--teacher-load", metavar="DIR", help="Megatron checkpoint of the teacher, any layout")
+    _add_layer_args(group)
+    _add_loss_args(group)
+    group.add_argument("--fdd-metrics-file", metavar="PATH", help="append one JSON object per iteration here")
+    group.add_argument(
+        "--fdd-dry-run",
+        action="store_true",
+        help="print the plan and memory estimates, load no weights, exit 0",
+    )
+    return parser
+
+
+def _add_layer_args(group: argparse._ArgumentGroup) -> None:
+    default = FddConfig()
+    group.add_argument(
+        "--fdd-layers",
+        type=int,
+        default=default.layers,
+        metavar="K",
+        help="sampled layers per model (%(default)s)",
+    )
+    group.add_argument(
+        "--fdd-layer-rule",
+        choices=("paper", "linspace"),
+        default=default.layer_rule,
+        help="paper: k*floor(L/(K+1)); linspace: floor(k*L/(K+1)) (%(default)s)",
+    )
+    group.add_argument(
+        "--fdd-layer-pairs",
+        metavar="S:T,S:T,...",
+        help="explicit pairs of block numbers, 1-based, student:teacher, both increasing; replaces the rule",
+    )
+
+
+def _add_loss_args(group: argparse._ArgumentGroup) -> None:
+    default = FddConfig()
+
+    def value(name: str, text: str, kind: type = float) -> None:
+        default_value = getattr(default, name.replace("-", "_"))
+        group.add_argument(f"--fdd-{name}", type=kind, default=default_value, help=f"{text} (%(default)s)")
+
+    def choice(name: str, choices: tuple[str, ...], text: str) -> None:
+        default_value = getattr(default, name.replace("-", "_"))
+        group.add_argument(
+            f"--fdd-{name}", choices=choices, default=default_value, help=f"{text} (%(default)s)"
+        )
+
+    value("alpha", "weight of the trajectory term; 0 switches it off")
+    value("beta", "weight of the delta (first derivative) term; 0 switches it off")
+    value("kd-weight", "weight of the final-logit distillation; 0 switches it off")
+    value("ce-weight", "weight of the cross-entropy with the labels")
+    choice("kd-divergence", _DIVERGENCES, "divergence of the final logits")
+    choice("trajectory-divergence", _DIVERGENCES, "divergence of the trajectory")
+    group.add_argument(
+        "--fdd-divergence-mix",
+        type=float,
+        default=None,
+        help="beta of jsd (0.5), lambda of sfkl and srkl (0.1), for both terms",
+    )
+    value("temperature", "heats final-logit and trajectory divergences, with the T^2 factor")
+    choice("lens-norm", ("final", "none"), "norm in front of the head when a layer is read through it")
+    choice("lens-head", ("detached", "live"), "whether head and final norm learn from the inner layers")
+    choice("delta", ("logprob", "centred"), "space of the delta: log-probabilities (paper) or centred logits")
+    group.add_argument(
+        "--fdd-delta-detach-previous", action="store_true", help="no gradient to the earlier layer of a delta"
+    )
+    choice("tokens", ("labels", "all"), "which positions count: those with a label, or all but padding")
+    value("warmup-iters", "alpha and beta rise linearly over this many steps", int)
+    value("decay-iters", "alpha and beta fall linearly to 0 by this step; 0 = constant", int)
+
+
+def _dest(field_name: str) -> str:
+    return field_name if field_name == "teacher_load" else f"fdd_{field_name}"
+
+
+def _require(condition: bool, name: str, value: object, bound: str) -> None:
+    if not condition:
+        raise ValueError(f"--fdd-{name.replace('_', '-')} {value}: must be {bound}")

@@ -1,0 +1,36 @@
+"""What the conversion tools share: one closing line, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+DTYPE_CHOICES = ("checkpoint", "float32", "bfloat16", "float16")
+
+
+def teaching_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help keeps the line breaks of its description and examples."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run_tool(action: Callable[[], str]) -> int:
+    """Run it and print the line it returns (on rank 0). An expected error is one line on stderr and exit 1."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    try:
+        closing_line = action()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    if os.environ.get("RANK", "0") == "0":
+        print(closing_line, flush=True)
+    return 0

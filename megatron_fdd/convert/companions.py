@@ -1,0 +1,82 @@
+"""The Hugging Face files that travel beside a Megatron checkpoint: `hf/` and `tokenizer/` in its folder."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
+from megatron_fdd.convert.tokenizer import copy_tokenizer, has_tokenizer
+
+HF_FOLDER = "hf"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def write_companions(hf_model: Path, folder: Path) -> None:
+    """Copy a model's configs and tokenizer beside the checkpoint in `folder`."""
+    copy_files(CONFIG_FILES, hf_model, folder / HF_FOLDER)
+    if has_tokenizer(hf_model):
+        copy_tokenizer(hf_model, folder / TOKENIZER_FOLDER)
+
+
+def carry_companions(load: Path, save: Path) -> None:
+    """Copy them from the checkpoint a training run starts from to where it saves, unless they are there.
+
+    With them `mcore_to_hf` needs no flags for the trained checkpoint. For one rank to call.
+    """
+    for name in (HF_FOLDER, TOKENIZER_FOLDER):
+        if (load / name).is_dir() and not (save / name).exists():
+            shutil.copytree(load / name, save / name)
+
+
+def _started_from(args: Namespace) -> list[Path]:
+    """The checkpoints that the training run behind `args` was given."""
+    given = [getattr(args, name, None) for name in ("load", "pretrained_checkpoint")]
+    return [Path(path) for path in given if path]
+
+
+def find_hf_config(load: Path, args: Namespace, given: Path | None) -> Path:
+    """The config.json to start an export from.
+
+    Looked for, in this order: `given` (a file, or a folder with one), beside the checkpoint, beside the one
+    that the training run started from.
+
+    Raises:
+        ValueError: it is at none of them.
+    """
+    if given is not None:
+        path = Path(given) / CONFIG_FILES[0] if Path(given).is_dir() else Path(given)
+        if not path.is_file():
+            raise ValueError(f"--hf-config {given}: no such file, nor a folder with {CONFIG_FILES[0]}")
+        return path
+    candidates = [folder / HF_FOLDER / CONFIG_FILES[0] for folder in (load, *_started_from(args))]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"no Hugging Face config for {load} ({', '.join(str(path) for path in candidates)}); pass --hf-config "
+        "with the config.json of a model of the same family"
+    )
+
+
+def find_tokenizer(load: Path, args: Namespace, given: Path | None) -> Path:
+    """The folder of the tokenizer to put into an export; as `find_hf_config`, and then `--tokenizer-model`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if given is not None:
+        if not has_tokenizer(Path(given)):
+            raise ValueError(f"--tokenizer {given}: not a folder with a tokenizer")
+        return Path(given)
+    candidates = [folder / TOKENIZER_FOLDER for folder in (load, *_started_from(args))]
+    if getattr(args, "tokenizer_model", None):
+        candidates.append(Path(args.tokenizer_model))
+    for folder in candidates:
+        if has_tokenizer(folder):
+            return folder
+    raise ValueError(
+        f"no tokenizer for {load} ({', '.join(str(path) for path in candidates)}); pass --tokenizer with a "
+        "folder that holds one"
+    )

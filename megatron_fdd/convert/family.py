@@ -1,0 +1,90 @@
+"""What a family of Hugging Face models has to say about itself to be converted, and nothing else.
+
+A family is a table. Each row names one Megatron parameter, the Hugging Face tensors in it and the transform
+between the two; the configuration has a mapping in each direction. Import and export read the same table.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_fdd.convert.transforms import Same, Transform
+
+HfConfig = dict[str, Any]
+"""A config.json as read, before any library has completed or renamed its fields."""
+MegatronArgs = dict[str, Any]
+"""Megatron's argparse destinations and their values; plain values only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One Hugging Face tensor of a row.
+
+    Attributes:
+        name: its name, `{layer}` standing for the global layer index.
+        split_dim: the dim that tensor parallelism cuts, None where every rank holds all of it.
+    """
+
+    name: str
+    split_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One Megatron parameter and where it comes from.
+
+    Attributes:
+        mcore: name in a stock GPTModel built of Megatron's own ("local") modules.
+        sources: in the transform's order. Empty: Megatron has a parameter that the model lacks; it is 0.
+        vocabulary: dim 0 is the vocabulary, which Megatron pads; padded rows are 0 and never exported.
+    """
+
+    mcore: str
+    sources: tuple[Source, ...]
+    transform: Transform = Same()
+    vocabulary: bool = False
+
+    def at(self, layer: int) -> Row:
+        """This row with its layer filled in."""
+        named = tuple(replace(source, name=source.name.format(layer=layer)) for source in self.sources)
+        return replace(self, mcore=self.mcore.format(layer=layer), sources=named)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one family of models is converted.
+
+    Attributes:
+        model_type: the config.json field that selects the family.
+        megatron_args: config -> what shapes this model, beside `fixed`. Raises ValueError, naming the field,
+            for anything that it does not understand or that Megatron's GPTModel cannot express.
+        fixed: Megatron args that are the same for all models of the family.
+        hf_config: (config to start from, Megatron args) -> config; fields that already agree stay untouched.
+        rows: config -> the table, one entry per kind of parameter.
+        layer_prefix: what the names of one layer's tensors begin with, `{layer}` inside.
+        ignored: names with one of these endings are buffers that may be present and carry nothing.
+        tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head.
+    """
+
+    model_type: str
+    megatron_args: Callable[[HfConfig], MegatronArgs]
+    fixed: Mapping[str, Any]
+    hf_config: Callable[[HfConfig, Namespace], HfConfig]
+    rows: Callable[[HfConfig], list[Row]]
+    layer_prefix: str
+    ignored: tuple[str, ...]
+    tied: tuple[str, str]
+
+    def table(self, config: HfConfig) -> Iterator[Row]:
+        """Every parameter of the model in the order of an export: rows of one layer stay together."""
+        layers = self.megatron_args(config)["num_layers"]
+        rows = self.rows(config)
+        inside = [index for index, row in enumerate(rows) if "{layer}" in row.mcore]
+        first, last = inside[0], inside[-1]
+        yield from rows[:first]
+        for layer in range(layers):
+            yield from (row.at(layer) for row in rows[first : last + 1])
+        yield from rows[last + 1 :]

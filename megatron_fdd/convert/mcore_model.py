@@ -1,0 +1,131 @@
+"""The Megatron side of a conversion: ranks, complete args, and a stock GPTModel without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fdd import rehearsal
+
+# A conversion computes nothing: plain modules in host memory, whatever the machine has.
+_BUILD_FLAGS = [
+    "--transformer-impl=local",
+    "--use-cpu-initialization",
+    "--distributed-backend=gloo",
+    "--no-persist-layer-norm",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-rope-fusion",
+    "--micro-batch-size=1",
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The flag under which Megatron holds parameters in a dtype.
+_DTYPE_FLAG = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@contextlib.contextmanager
+def conversion_ranks() -> Iterator[Any]:
+    """Process groups in which tensor parallelism spans all ranks; yields a ProcessGroupCollection.
+
+    Under torchrun those of its ranks, else one rank, over gloo. Groups that exist already are used and left
+    alone; those made here are ended. Without a GPU the CPU rehearsal is switched on.
+
+    Raises:
+        ValueError: Megatron's parallel state exists and has other axes than tensor parallelism.
+    """
+    if rehearsal.is_wanted():
+        rehearsal.start()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    own_world = not dist.is_initialized()
+    if own_world and "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    elif own_world:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    own_groups = not parallel_state.model_parallel_is_initialized()
+    try:
+        if own_groups:
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        if groups.tp.size() != dist.get_world_size():
+            raise ValueError(
+                f"a conversion splits tensors over all ranks: tensor parallel {groups.tp.size()} must equal "
+                f"the {dist.get_world_size()} ranks"
+            )
+        yield groups
+    finally:
+        if own_groups:
+            parallel_state.destroy_model_parallel()
+        if own_world:
+            dist.destroy_process_group()
+
+
+def complete_args(
+    architecture: Mapping[str, Any], *, dtype: torch.dtype, vocabulary_divisor: int, tensor_size: int
+) -> Namespace:
+    """Megatron's validated args namespace of a model, with everything that is not architecture at its default.
+
+    Args:
+        architecture: argparse destinations and values, `vocab_size` (unpadded) among them.
+        vocabulary_divisor: the vocabulary is padded to a multiple of this times `tensor_size`.
+
+    Raises:
+        ValueError: Megatron refuses the combination.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    values = {**architecture, "make_vocab_size_divisible_by": vocabulary_divisor}
+    values["tensor_model_parallel_size"] = tensor_size
+    # Every rank saves the same args; Megatron checks that they agree.
+    values |= {"rank": 0, "local_rank": 0, "world_size": tensor_size}
+    if _DTYPE_FLAG[dtype]:
+        values[_DTYPE_FLAG[dtype]] = True
+    with _argv(_BUILD_FLAGS), contextlib.redirect_stdout(io.StringIO()):
+        args = parse_args()
+        unknown = sorted(set(values) - set(vars(args)))
+        assert not unknown, f"this Megatron has no arguments {unknown}"
+        vars(args).update(values)
+        try:
+            validate_args(args)
+        except AssertionError as error:
+            raise ValueError(f"Megatron refuses this model: {error}") from None
+    args.padded_vocab_size = calculate_padded_vocab_size(
+        args.vocab_size, vocabulary_divisor, tensor_size, logging_enabled=False
+    )
+    return args
+
+
+@contextlib.contextmanager
+def _argv(flags: list[str]) -> Iterator[None]:
+    """Megatron's parser reads sys.argv and nothing else."""
+    before = sys.argv
+    sys.argv = [before[0], *flags]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def build_model(args: Namespace, groups: Any) -> torch.nn.Module:
+    """A stock GPTModel in host memory whose parameters are allocated and not initialised."""
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    config = gpt_config_from_args(args)
+    # gpt_config_from_args (0.19.2) passes the switch on and forgets the factor.
+    config.rope_scaling_factor = args.rope_scaling_factor
+    config.transformer.perform_initialization = False
+    with contextlib.redirect_stdout(io.StringIO()):
+        return GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)

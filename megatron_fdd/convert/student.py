@@ -1,0 +1,120 @@
+"""A student to start from: a teacher with some of its layers left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.family import HfConfig
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
+from megatron_fdd.convert.hf_writer import ShardWriter, new_folder, parse_size
+from megatron_fdd.convert.to_mcore import check_names
+from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
+
+# A model suffers most when its first or last layers go.
+_KEPT_AT_EACH_END = 4
+
+
+def parse_layers(text: str) -> list[int]:
+    """ "0-3,6,9" -> [0, 1, 2, 3, 6, 9].
+
+    Raises:
+        ValueError: not a list of 0-based layers and ranges, or not increasing.
+    """
+    layers: list[int] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        if not match:
+            raise ValueError(f"--layers {text}: {item!r} is neither a layer number nor a range such as 0-3")
+        first, last = int(match[1]), int(match[2] or match[1])
+        layers.extend(range(first, last + 1) or [last])
+    if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"--layers {text}: layers must increase")
+    return layers
+
+
+def choose_layers(num_layers: int, teacher_layers: int) -> list[int]:
+    """Which teacher layers a student of `num_layers` starts from.
+
+    With 8 or more: the first four, the last four, the others spread evenly between them. With fewer: spread
+    evenly from the first to the last.
+
+    Raises:
+        ValueError: fewer than 1, or more than the teacher has.
+    """
+    if not 1 <= num_layers <= teacher_layers:
+        raise ValueError(f"--num-layers {num_layers} must lie between 1 and the teacher's {teacher_layers}")
+    ends = _KEPT_AT_EACH_END if num_layers >= 2 * _KEPT_AT_EACH_END else 1
+    if num_layers == 1:
+        return [0]
+    first, last = ends - 1, teacher_layers - ends
+    steps = num_layers - 2 * ends + 1
+    between = [first + (2 * step * (last - first) + steps) // (2 * steps) for step in range(steps + 1)]
+    return [*range(first), *between, *range(last + 1, teacher_layers)]
+
+
+def count_layers(hf_model: Path) -> int:
+    """Number of layers of a model folder. ValueError as `init_student`."""
+    config = HfFolder(Path(hf_model)).config
+    return family_of(config).megatron_args(config)["num_layers"]
+
+
+def init_student(
+    hf_model: Path,
+    layers: Sequence[int],
+    hf_out: Path,
+    *,
+    max_shard_size: str = "5GB",
+    progress: bool = False,
+) -> int:
+    """Write a model folder of the chosen layers (0-based) of another; returns its number of parameters.
+
+    Embeddings, final norm, head, generation config and tokenizer are carried over.
+
+    Raises:
+        ValueError: a layer that the teacher lacks, or weights that do not match its config.
+    """
+    folder = HfFolder(Path(hf_model))
+    family = family_of(folder.config)
+    teacher_layers = family.megatron_args(folder.config)["num_layers"]
+    outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
+    if outside or not layers:
+        raise ValueError(f"layers {outside or 'none'}: {hf_model} has the layers 0 to {teacher_layers - 1}")
+    check_names(family, folder)
+    renamed = _student_names(folder, family.layer_prefix, layers)
+    with new_folder(Path(hf_out)) as unfinished:
+        writer = ShardWriter(unfinished, parse_size(max_shard_size))
+        num_parameters = 0
+        for student_name, name in tqdm(renamed.items(), unit="tensor", disable=not progress):
+            tensor = folder.read(name)
+            num_parameters += tensor.numel()
+            writer.add(student_name, tensor)
+        write_json(unfinished / CONFIG_FILES[0], _student_config(folder.config, layers))
+        copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
+        writer.close()
+    return num_parameters
+
+
+def _student_names(folder: HfFolder, layer_prefix: str, layers: Sequence[int]) -> dict[str, str]:
+    """Student's tensor name -> teacher's, what is outside the layers included."""
+    pattern = re.compile(re.escape(layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
+    renamed = {}
+    for name in folder.file_of:
+        match = pattern.fullmatch(name)
+        if match is None:
+            renamed[name] = name
+        elif int(match[1]) in layers:
+            student_layer = layers.index(int(match[1]))
+            renamed[f"{layer_prefix.format(layer=student_layer)}{match[2]}"] = name
+    return renamed
+
+
+def _student_config(config: HfConfig, layers: Sequence[int]) -> HfConfig:
+    student = {**config, "num_hidden_layers": len(layers)}
+    if isinstance(config.get("layer_types"), list):
+        student["layer_types"] = [config["layer_types"][layer] for layer in layers]
+    return student

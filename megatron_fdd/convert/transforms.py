@@ -1,0 +1,72 @@
+"""Invertible layouts: how several Hugging Face tensors lie in one Megatron parameter.
+
+Every transform works on the slice of one tensor-parallel rank: cutting comes first, joining second, so no
+rank ever needs a whole tensor. `split(join(parts))` gives the parts back bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transform(Protocol):
+    """Hugging Face parts -> one Megatron tensor, and back."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+    def split(self, whole: Tensor) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Same:
+    """One tensor, stored alike on both sides."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (only,) = parts
+        return only
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return [whole]
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """`count` tensors of one shape, one after the other in dim 0 (gate, up)."""
+
+    count: int
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return list(whole.chunk(self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQkv:
+    """Query, key and value rows, interleaved per query group: [q ... q k v], [q ... q k v], ...
+
+    Works on weights [rows, hidden] and biases [rows]. The number of groups follows from the shapes.
+    """
+
+    queries_per_group: int
+    head_dim: int
+
+    @property
+    def _rows(self) -> list[int]:
+        return [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        groups = parts[1].shape[0] // self.head_dim
+        rest = parts[0].shape[1:]
+        grouped = [part.reshape(groups, rows, *rest) for part, rows in zip(parts, self._rows, strict=True)]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        grouped = whole.unflatten(0, (-1, sum(self._rows)))
+        return [part.flatten(0, 1) for part in grouped.split(self._rows, dim=1)]

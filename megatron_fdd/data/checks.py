@@ -1,0 +1,206 @@
+"""Everything about the data of a run that can be refused before the first collective."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.tokenizers import MegatronTokenizerBase
+from megatron.training import get_tokenizer
+
+from megatron_fdd.data.datasets import TextDataset
+from megatron_fdd.data.prepared import PreparedSet, open_set
+from megatron_fdd.data.sources import blends, data_prefixes, evaluates
+from megatron_fdd.data.tokenizer import identify
+
+_PART_NAMES = ("training", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The documents [first, last) of one set that one of training, validation, test reads."""
+
+    name: str
+    prefix: str
+    first: int
+    last: int
+
+
+def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase | None = None) -> None:
+    """Look at flags and files on every rank; `tokenizer` is Megatron's global one unless given.
+
+    Collectives: none. Sets in object storage are only looked at when they are read.
+
+    Raises:
+        ValueError: names the value, the bound and the remedy.
+    """
+    _check_flags(args)
+    if args.mock_data:
+        return
+    tokenizer = get_tokenizer() if tokenizer is None else tokenizer
+    _check_cache_folders(args)
+    sets = {prefix: open_set(prefix) for prefix in data_prefixes(args) if not is_object_storage_path(prefix)}
+    _check_kinds(args, sets)
+    for prepared in sets.values():
+        _check_sequence_length(args, prepared)
+        _check_tokenizer(args, prepared, tokenizer)
+    for part in _parts(args, sets):
+        _check_part(args, part, sets[part.prefix])
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    has_data = bool(data_prefixes(args))
+    refused = (
+        (
+            args.sft,
+            "--sft is Megatron's own instruction dataset; prepare the JSONL with tools/prepare_data.py and "
+            "give it as --data-path: it is recognised",
+        ),
+        (args.fim_data, "--fim-data is not supported; leave it out"),
+        (
+            args.dataloader_inter_document_masking,
+            "--dataloader-inter-document-masking packs sequences, which is not supported; leave it out",
+        ),
+        (has_data and args.mock_data, "--mock-data and a data path exclude each other; leave one out"),
+        (
+            not has_data and not args.mock_data,
+            "no data: give --data-path or --train-data-path, or --mock-data",
+        ),
+        (
+            args.eval_interval is None and not args.skip_train,
+            "--eval-interval is not set and Megatron has no default for it; give one, even at --eval-iters 0",
+        ),
+    )
+    for condition, message in refused:
+        if condition:
+            raise ValueError(message)
+    if args.reset_attention_mask and args.transformer_impl != "local":
+        _warn(
+            args,
+            f"--reset-attention-mask has no effect with --transformer-impl {args.transformer_impl}: its "
+            "attention is causal whatever the mask says",
+        )
+
+
+def _check_cache_folders(args: argparse.Namespace) -> None:
+    """Rank 0 writes Megatron's index cache; failing there leaves the others waiting at a barrier."""
+    if args.dataloader_fast_cache_load:
+        return
+    for prefix in data_prefixes(args):
+        # The second is Megatron's default for text: a folder named as the prefix.
+        folder = args.data_cache_path or os.path.join(prefix, "cache", f"{TextDataset.__name__}_indices")
+        existing = os.path.abspath(folder)
+        while not os.path.exists(existing):
+            existing = os.path.dirname(existing)
+        if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"cannot create the index cache {folder}: {existing} is not a writable folder; give a "
+                "writable one with --data-cache-path"
+            )
+
+
+def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None:
+    kinds = {"text" if s.info is None else s.info.kind: s.prefix for s in sets.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{kinds['text']} is plain text and {kinds['instruction']} is instructions; one run reads one "
+            "kind, so give the sets to two runs"
+        )
+    ignored = [
+        name
+        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+        if getattr(args, name)
+    ]
+    if "instruction" in kinds and ignored:
+        flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
+        _warn(args, f"{flags}: no effect on instructions, whose samples are single documents")
+
+
+def _check_sequence_length(args: argparse.Namespace, prepared: PreparedSet) -> None:
+    info = prepared.info
+    if info is None or info.kind != "instruction" or info.longest_document <= args.seq_length + 1:
+        return
+    raise ValueError(
+        f"{prepared.prefix} has an instruction of {info.longest_document} tokens and --seq-length "
+        f"{args.seq_length} holds {args.seq_length + 1}; raise --seq-length to {info.longest_document - 1} "
+        f"or prepare the set again with --seq-length {args.seq_length}, which cuts it"
+    )
+
+
+def _check_tokenizer(
+    args: argparse.Namespace, prepared: PreparedSet, tokenizer: MegatronTokenizerBase
+) -> None:
+    if prepared.largest_token_id >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{prepared.prefix} has the token id {prepared.largest_token_id} and the tokenizer of this run "
+            f"{tokenizer.vocab_size} ids; train with the tokenizer that the data was prepared with"
+        )
+    if prepared.info is None:
+        return
+    theirs = prepared.info.tokenizer
+    # Tokens added since the data was prepared do no harm: only the ids that it may use are compared.
+    ours = identify(tokenizer, first_ids=theirs.vocab_size)
+    if None in (ours.vocabulary_sha256, theirs.vocabulary_sha256):
+        _warn(
+            args,
+            f"{prepared.prefix}: the tokenizer of this run has no vocabulary to compare; with another one "
+            "than the data was prepared with, the run learns noise",
+        )
+    elif ours.vocabulary_sha256 != theirs.vocabulary_sha256:
+        raise ValueError(
+            f"{prepared.prefix} was prepared with another tokenizer ({theirs.vocab_size} ids, vocabulary "
+            f"{str(theirs.vocabulary_sha256)[:12]}) than this run uses ({ours.vocab_size} ids, "
+            f"{str(ours.vocabulary_sha256)[:12]}); use the same --tokenizer-model, or prepare the data again"
+        )
+
+
+def _parts(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> Iterator[_Part]:
+    """What each of training, validation and test reads of each local set."""
+    blend, per_part = blends(args)
+    ranges: list[tuple[float, float] | None] = [(0.0, 1.0)] * len(_PART_NAMES)
+    if blend is not None:
+        ranges = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+        if not evaluates(args):
+            ranges[1:] = [None, None]
+    for index, (name, share) in enumerate(zip(_PART_NAMES, ranges, strict=True)):
+        source = blend if per_part is None else per_part[index]
+        if source is None or share is None:
+            if index == 0 or (index == 1 and evaluates(args)):
+                raise ValueError(_no_data(name, blend is not None, args.split))
+            continue
+        for prefix in source[0]:
+            if prefix in sets:
+                count = len(sets[prefix].document_lengths)
+                # Rounded as in BlendedMegatronDatasetBuilder.
+                yield _Part(name, prefix, int(round(share[0] * count)), int(round(share[1] * count)))
+
+
+def _no_data(name: str, is_split: bool, split: str) -> str:
+    cause = f"--split {split} has no share for it" if is_split else "it has no data path of its own"
+    remedy = "" if name == "training" else ", or switch evaluation off with --eval-iters 0"
+    return f"there is no {name} data: {cause}; give it one{remedy}"
+
+
+def _check_part(args: argparse.Namespace, part: _Part, prepared: PreparedSet) -> None:
+    """A part without a token would make Megatron's dataset count epochs for ever."""
+    if np.any(prepared.document_lengths[part.first : part.last]):
+        return
+    raise ValueError(
+        f"the {part.name} part of {part.prefix} has {part.last - part.first} documents and no token (the set "
+        f"has {len(prepared.document_lengths)} documents, --split is {args.split}); give it a larger share "
+        "in --split, a share of 0, or a set of its own (--valid-data-path)"
+    )
+
+
+def _warn(args: argparse.Namespace, message: str) -> None:
+    if args.rank == 0:
+        warnings.warn(message, stacklevel=3)

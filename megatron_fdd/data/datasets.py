@@ -1,0 +1,169 @@
+"""Megatron datasets whose samples carry a second mask: which positions hold a token at all.
+
+Every sample has `tokens`, `labels`, `position_ids` (int64 [S]), `loss_mask` and `token_mask` (float32 [S]).
+`loss_mask` is 1 where the label counts, `token_mask` where the input is no padding: prompts and, with
+`--eod-mask-loss`, ends of documents have a token but no loss, and `--fdd-tokens all` needs to tell them from
+padding.
+
+Why not Megatron's own `--sft` dataset: it tokenises while training, knows two prompt formats by name instead
+of the tokenizer's chat template, needs one more package, finds padding by its token id (which is often that
+of the end of a turn, so closing tokens lose their loss), and delivers packed sequences that the local
+attention refuses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import Split
+
+from megatron_fdd.data.prepared import SetKind, content_identity, mask_prefix
+
+Sample = dict[str, torch.Tensor]
+# Stands at padded positions. Any id that the embedding has would do: masks say that it does not count, and
+# with causal attention no real position sees what lies to its right.
+PADDING_ID = 0
+
+
+def cache_name(prefix: str) -> str:
+    """The dataset's name in Megatron's index cache: its place and its content.
+
+    Megatron's cache key holds the path only, so a set that was prepared again at the same place would be
+    read with the old set's index.
+    """
+    return prefix if is_object_storage_path(prefix) else f"{prefix} {content_identity(prefix)}"
+
+
+def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int | None) -> Sample:
+    """Add `token_mask` to a sample of a GPTDataset, by Megatron's own notion of padding.
+
+    Megatron has replaced padding by token 0 in the sample; the text still has it. Reading it twice is a
+    second look at a page that is in memory.
+    """
+    text, _, _ = dataset._query_document_sample_shuffle_indices(0 if idx is None else idx)
+    inputs = torch.from_numpy(text)[: sample["tokens"].numel()]
+    mask = (inputs != dataset._pad_token_id).to(torch.float32)
+    return {**sample, "token_mask": torch.zeros_like(mask) if idx is None else mask}
+
+
+class TextDataset(GPTDataset):
+    """Plain text: Megatron's GPTDataset with `token_mask`, cached under its content."""
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(
+            indexed_dataset, cache_name(dataset_path), indexed_indices, num_samples, index_split, config
+        )
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        """The sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
+        return _with_token_mask(self, super().__getitem__(idx), idx)
+
+
+class MockTextDataset(MockGPTDataset):
+    """`--mock-data`: Megatron's made-up text with `token_mask`."""
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        """As `TextDataset`."""
+        return _with_token_mask(self, super().__getitem__(idx), idx)
+
+
+class InstructionSet:
+    """Ids and loss masks of a prepared instruction set, document by document."""
+
+    def __init__(self, prefix: str, mmap: bool) -> None:
+        self.ids = IndexedDataset(prefix, mmap=mmap)
+        self.masks = IndexedDataset(mask_prefix(prefix), mmap=mmap)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.ids[index], self.masks[index]
+
+
+class InstructionDataset(MegatronDataset):
+    """One instruction a sample, padded on the right to the sequence length.
+
+    Padding on the right and causal attention need no attention mask. All epochs are shuffled by the seed
+    alone, so every rank has the same order without a file or a collective.
+    """
+
+    def __init__(
+        self,
+        dataset: InstructionSet,
+        dataset_path: str,
+        indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, cache_name(dataset_path), indices, num_samples, index_split, config)
+        epochs = 1 if num_samples is None else max(1, -(-num_samples // len(indices)))
+        self._order = np.concatenate(
+            [
+                np.random.default_rng((config.random_seed, index_split.value, epoch)).permutation(indices)
+                for epoch in range(epochs)
+            ]
+        )
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: InstructionSet) -> int:
+        """The number of instructions (Megatron's hook)."""
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> InstructionSet:
+        """Open the two indexed datasets (Megatron's hook)."""
+        return InstructionSet(dataset_path, config.mmap_bin_files)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        """The sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
+        if idx is None:
+            return instruction_sample(
+                np.zeros(0, np.int64), np.zeros(0, np.uint8), self.config.sequence_length
+            )
+        ids, mask = self.dataset[int(self._order[idx])]
+        return instruction_sample(ids, mask, self.config.sequence_length)
+
+
+def instruction_sample(ids: np.ndarray, mask: np.ndarray, sequence_length: int) -> Sample:
+    """Shift and pad one instruction: L ids give L - 1 pairs of input and label."""
+    count = max(0, len(ids) - 1)
+    assert count <= sequence_length, f"{len(ids)} tokens in a sample of {sequence_length}"
+    tokens = torch.full((sequence_length,), PADDING_ID, dtype=torch.int64)
+    labels = tokens.clone()
+    loss_mask = torch.zeros(sequence_length, dtype=torch.float32)
+    token_mask = torch.zeros(sequence_length, dtype=torch.float32)
+    # Copies: what the indexed dataset returns is read-only memory of the file.
+    tokens[:count] = torch.from_numpy(ids[:-1].astype(np.int64))
+    labels[:count] = torch.from_numpy(ids[1:].astype(np.int64))
+    loss_mask[:count] = torch.from_numpy(mask[1:].astype(np.float32))
+    token_mask[:count] = 1.0
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": loss_mask,
+        "token_mask": token_mask,
+        "position_ids": torch.arange(sequence_length, dtype=torch.int64),
+    }
+
+
+DATASET_CLASSES: dict[SetKind, type[MegatronDataset]] = {
+    "text": TextDataset,
+    "instruction": InstructionDataset,
+}

@@ -1,0 +1,248 @@
+"""Raw files to prepared sets: several workers, a progress bar, all or nothing on disk."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from megatron_fdd.data.documents import RawDocument, input_bytes, read_documents
+from megatron_fdd.data.encode import Encoded, Encoder, EncodeSettings
+from megatron_fdd.data.prepared import SetKind, SetWriter, commit
+from megatron_fdd.data.tokenizer import identify
+
+logger = logging.getLogger(__name__)
+
+SPLIT_NAMES = ("train", "valid", "test")
+# Large enough that handing a batch over costs nothing beside encoding it.
+_BATCH_BYTES = 256 * 1024
+_BATCH_DOCUMENTS = 512
+# Batches in flight per worker: reading stays ahead of encoding without reading the corpus into memory.
+_AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    """What to prepare, and where to.
+
+    Attributes:
+        split: shares of train, valid and (optionally) test documents; empty for one set.
+        separator: where a document of a text file ends (`documents.read_documents`).
+    """
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    encode: EncodeSettings
+    separator: str = "file"
+    split: tuple[float, ...] = ()
+    workers: int = 1
+
+    def check(self) -> None:
+        """Refuse what cannot work, before a file is written.
+
+        Raises:
+            ValueError: names the value, the bound and the remedy.
+        """
+        if self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: at least 1")
+        if self.split and not (2 <= len(self.split) <= 3 and min(self.split) > 0):
+            raise ValueError(
+                f"--split {','.join(map(str, self.split))}: give 2 or 3 positive shares (train, valid, "
+                "test), for example 95,5; without --split there is one set"
+            )
+        if self.encode.seq_length is not None and self.encode.seq_length < 1:
+            raise ValueError(f"--seq-length {self.encode.seq_length}: at least 1")
+        if self.encode.seq_length is not None and self.encode.format != "instruction":
+            raise ValueError(
+                "--seq-length truncates instructions; plain text is cut into samples during training"
+            )
+        if not os.path.basename(self.output_prefix):
+            raise ValueError(f"--output-prefix {self.output_prefix} is a folder; add a name for the files")
+
+    def prefixes(self) -> list[str]:
+        """The set or sets to write."""
+        if not self.split:
+            return [self.output_prefix]
+        return [f"{self.output_prefix}_{name}" for name in SPLIT_NAMES[: len(self.split)]]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What was written. `skipped`: empty documents, and instructions in which nothing is learned."""
+
+    prefixes: tuple[str, ...]
+    documents: int
+    tokens: int
+    skipped: int
+    truncated: int
+    seconds: float
+
+
+class _Shares:
+    """Deals documents to the sets so that after each of them the counts are as near the shares as can be.
+
+    Depends on nothing but the order, so any number of workers gives the same sets, and every stretch of the
+    corpus is in all of them.
+    """
+
+    def __init__(self, shares: tuple[float, ...]) -> None:
+        total = sum(shares) or 1.0
+        self._shares = [share / total for share in shares] or [1.0]
+        self._dealt = [0] * len(self._shares)
+
+    def next(self) -> int:
+        number = sum(self._dealt) + 1
+        debts = [share * number - dealt for share, dealt in zip(self._shares, self._dealt, strict=True)]
+        part = debts.index(max(debts))
+        self._dealt[part] += 1
+        return part
+
+
+def prepare(settings: PrepareSettings) -> Summary:
+    """Encode all inputs and write the set or sets; on any error nothing is left that looks whole.
+
+    Raises:
+        ValueError: malformed input (file and line), missing files or tokenizer, a set without a document.
+    """
+    started = time.monotonic()
+    settings.check()
+    total_bytes = input_bytes(settings.inputs)
+    folder = os.path.dirname(os.path.abspath(settings.output_prefix))
+    os.makedirs(folder, exist_ok=True)
+    encoder = Encoder(settings.encode)
+    scratch_name = f".{os.path.basename(settings.output_prefix)}.partial-"
+    for leftover in glob.glob(os.path.join(glob.escape(folder), glob.escape(scratch_name) + "*")):
+        logger.warning("%s is left from a run that was interrupted (or still runs); delete it", leftover)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=scratch_name, dir=folder))
+        bar = stack.enter_context(
+            tqdm(total=total_bytes, unit="B", unit_scale=True, desc="preparing", disable=None)
+        )
+        kind: SetKind = "instruction" if settings.encode.format == "instruction" else "text"
+        identity = identify(encoder.tokenizer)
+        writers = [SetWriter(prefix, scratch, kind, identity) for prefix in settings.prefixes()]
+        skipped = _write_all(settings, encoder, writers, bar)
+        _check_documents(writers, skipped)
+        commit(writers)
+    return Summary(
+        prefixes=tuple(writer.prefix for writer in writers),
+        documents=sum(writer.documents for writer in writers),
+        tokens=sum(writer.tokens for writer in writers),
+        skipped=skipped,
+        truncated=sum(writer.truncated for writer in writers),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _write_all(settings: PrepareSettings, encoder: Encoder, writers: list[SetWriter], bar: tqdm) -> int:
+    """Feed the writers; returns how many documents were skipped."""
+    documents = read_documents(settings.inputs, settings.encode.format, settings.separator)
+    shares = _Shares(settings.split)
+    skipped = 0
+    for num_bytes, encoded_documents in _encode_in_order(_batches(documents), encoder, settings.workers):
+        for encoded in encoded_documents:
+            if encoded is None:
+                skipped += 1
+            else:
+                writers[shares.next()].add(encoded)
+        bar.update(num_bytes)
+    return skipped
+
+
+def _check_documents(writers: list[SetWriter], skipped: int) -> None:
+    for writer in writers:
+        if writer.documents == 0:
+            others = sum(other.documents for other in writers)
+            raise ValueError(
+                f"no document for {writer.prefix} ({others} for the other sets, {skipped} skipped as empty "
+                "or without anything to learn): give more documents, a larger share in --split, or "
+                "another --document-separator"
+            )
+
+
+def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    batch: list[RawDocument] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+EncodedBatch = tuple[int, list[Encoded | None]]
+
+
+def _encode_in_order(
+    batches: Iterator[list[RawDocument]], encoder: Encoder, workers: int
+) -> Iterator[EncodedBatch]:
+    """Bytes consumed and encoded documents of each batch, in the order of the batches."""
+    if workers == 1:
+        for batch in batches:
+            yield _encode_batch(encoder, batch)
+        return
+    # Not multiprocessing.Pool: it reads the whole corpus ahead, and hangs when a worker dies.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (encoder.settings,)
+    )
+    pending: deque[Future[EncodedBatch]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_encode_in_worker, batch))
+            if len(pending) >= workers * _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process died, most likely for want of memory; try fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode_batch(encoder: Encoder, batch: list[RawDocument]) -> EncodedBatch:
+    return sum(document.num_bytes for document in batch), [encoder(document) for document in batch]
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(settings: EncodeSettings) -> None:
+    """Runs once in each worker process."""
+    global _worker_encoder
+    # Ctrl-C reaches the whole process group: the parent reports it, the workers just end with the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # One process per worker already; the tokenizers' own threads would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = Encoder(settings)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: list[RawDocument]) -> EncodedBatch:
+    assert _worker_encoder is not None
+    return _encode_batch(_worker_encoder, batch)

@@ -1,0 +1,232 @@
+"""A prepared set on disk: Megatron's indexed format, a loss mask beside it, and what made it.
+
+    P.bin, P.idx                      token ids; `P` is what `--data-path` takes
+    P_loss_mask.bin, P_loss_mask.idx  instructions only: uint8, 1 for each token that is learned
+    P.prepared.json                   `SetInfo`: kind, counts, tokenizer, hash of the content
+
+A set is whole exactly when `P.idx` exists: everything is written in a hidden folder beside it and renamed
+at the end, `P.idx` last, after the old set's has been removed. Sets without `P.prepared.json` are plain text
+made by Megatron's own tools.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_fdd.data.encode import Encoded
+from megatron_fdd.data.tokenizer import TokenizerIdentity
+
+FORMAT_NAME = "megatron_fdd.data"
+FORMAT_VERSION = 1
+_MASK_SUFFIX = "_loss_mask"
+# Not plain `.json`: that may well be the name of the raw file.
+_INFO_SUFFIX = ".prepared.json"
+_PREPARE_AGAIN = "prepare the set again with tools/prepare_data.py"
+# How far a set of unknown origin is searched for ids that the tokenizer does not have.
+_SAMPLED_IDS = 1_000_000
+SetKind = Literal["text", "instruction"]
+
+
+@dataclass(frozen=True, slots=True)
+class SetInfo:
+    """What `P.prepared.json` says.
+
+    Attributes:
+        learned_tokens: tokens whose loss mask is 1 (for text: all).
+        longest_document: in tokens.
+        truncated: documents that were cut to the sequence length.
+        content_sha256: of all ids and masks; tells two sets at the same place apart.
+    """
+
+    kind: SetKind
+    documents: int
+    tokens: int
+    learned_tokens: int
+    longest_document: int
+    largest_token_id: int
+    truncated: int
+    content_sha256: str
+    tokenizer: TokenizerIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSet:
+    """A set that was found whole.
+
+    Attributes:
+        document_lengths: int32 [documents], in tokens.
+        largest_token_id: of the whole set; without `info`, of its first million tokens.
+        info: None for a set that was not made by this project.
+    """
+
+    prefix: str
+    document_lengths: np.ndarray
+    largest_token_id: int
+    info: SetInfo | None
+
+
+def mask_prefix(prefix: str) -> str:
+    """Where the loss mask of a set lies."""
+    return prefix + _MASK_SUFFIX
+
+
+class SetWriter:
+    """Writes one set into `folder` (an existing scratch folder beside its final place)."""
+
+    def __init__(self, prefix: str, folder: str, kind: SetKind, tokenizer: TokenizerIdentity) -> None:
+        self.prefix = prefix
+        self._scratch = os.path.join(folder, os.path.basename(prefix))
+        self._kind = kind
+        self._tokenizer = tokenizer
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self._ids = IndexedDatasetBuilder(self._scratch + ".bin", dtype=self._dtype)
+        self._masks = None
+        if kind == "instruction":
+            self._masks = IndexedDatasetBuilder(mask_prefix(self._scratch) + ".bin", dtype=np.uint8)
+        self._digest = hashlib.sha256()
+        self.documents = self.tokens = self._learned = self._longest = self._largest = self._truncated = 0
+
+    def add(self, encoded: Encoded) -> None:
+        """Append one document."""
+        count = len(encoded.ids)
+        self._largest = max(self._largest, int(encoded.ids.max()))
+        assert self._largest <= np.iinfo(self._dtype).max, f"id {self._largest} in a {self._dtype} set"
+        self._ids.add_document(encoded.ids, [count])
+        self._digest.update(struct.pack("<q", count) + encoded.ids.tobytes())
+        learned = count
+        if self._masks is not None:
+            assert encoded.loss_mask is not None
+            self._masks.add_document(encoded.loss_mask, [count])
+            self._digest.update(encoded.loss_mask.tobytes())
+            learned = int(encoded.loss_mask.sum())
+        self.documents += 1
+        self.tokens += count
+        self._learned += learned
+        self._longest = max(self._longest, count)
+        self._truncated += encoded.truncated
+
+    @property
+    def truncated(self) -> int:
+        return self._truncated
+
+    def finish(self) -> list[tuple[str, str]]:
+        """Close the files; returns (scratch path, final path) in the order in which to rename them."""
+        suffixes = [".bin"]
+        if self._masks is not None:
+            self._masks.finalize(mask_prefix(self._scratch) + ".idx")
+            suffixes += [_MASK_SUFFIX + ".bin", _MASK_SUFFIX + ".idx"]
+        self._ids.finalize(self._scratch + ".idx")
+        info = SetInfo(
+            kind=self._kind,
+            documents=self.documents,
+            tokens=self.tokens,
+            learned_tokens=self._learned,
+            longest_document=self._longest,
+            largest_token_id=self._largest,
+            truncated=self._truncated,
+            content_sha256=self._digest.hexdigest(),
+            tokenizer=self._tokenizer,
+        )
+        with open(self._scratch + _INFO_SUFFIX, "w", encoding="utf-8") as file:
+            json.dump(
+                {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(info)}, file, indent=1
+            )
+        return [(self._scratch + end, self.prefix + end) for end in (*suffixes, _INFO_SUFFIX, ".idx")]
+
+
+def commit(writers: Sequence[SetWriter]) -> None:
+    """Put finished sets in their places. Killed in between, no half-replaced set looks whole."""
+    moves = [move for writer in writers for move in writer.finish()]
+    for writer in writers:
+        for end in (".idx", _INFO_SUFFIX, _MASK_SUFFIX + ".idx", _MASK_SUFFIX + ".bin"):
+            if os.path.exists(writer.prefix + end):
+                os.remove(writer.prefix + end)
+    for scratch, final in moves:
+        os.replace(scratch, final)
+
+
+def set_kind(prefix: str) -> SetKind:
+    """What kind of set lies there. Raises ValueError as `open_set` does."""
+    info = _read_info(prefix)
+    return "text" if info is None else info.kind
+
+
+def content_identity(prefix: str) -> str:
+    """Names the content of a set; the same on every rank and machine."""
+    info = _read_info(prefix)
+    if info is not None:
+        return info.content_sha256
+    return "-".join(str(os.path.getsize(prefix + end)) for end in (".bin", ".idx"))
+
+
+def open_set(prefix: str) -> PreparedSet:
+    """Look at a prepared set and make sure that it is whole.
+
+    Raises:
+        ValueError: files that are missing, truncated or do not belong together; names them and the remedy.
+    """
+    info = _read_info(prefix)
+    lengths, dtype = _read_index(prefix)
+    if info is None:
+        if os.path.exists(mask_prefix(prefix) + ".idx"):
+            raise ValueError(f"{prefix}{_INFO_SUFFIX} is missing beside a loss mask; {_PREPARE_AGAIN}")
+        first_ids = np.fromfile(prefix + ".bin", dtype=dtype, count=_SAMPLED_IDS)
+        return PreparedSet(prefix, lengths, int(first_ids.max(initial=0)), None)
+    tokens = int(lengths.sum(dtype=np.int64))
+    if (len(lengths), tokens) != (info.documents, info.tokens):
+        raise ValueError(
+            f"{prefix}{_INFO_SUFFIX} speaks of {info.documents} documents and {info.tokens} tokens, "
+            f"{prefix}.idx of {len(lengths)} and {tokens}; {_PREPARE_AGAIN}"
+        )
+    if info.kind == "instruction" and not np.array_equal(_read_index(mask_prefix(prefix))[0], lengths):
+        raise ValueError(f"{mask_prefix(prefix)}.idx does not belong to {prefix}.idx; {_PREPARE_AGAIN}")
+    return PreparedSet(prefix, lengths, info.largest_token_id, info)
+
+
+def _read_index(prefix: str) -> tuple[np.ndarray, type[np.number]]:
+    """Document lengths and dtype of one indexed dataset whose two files agree."""
+    for end in (".bin", ".idx"):
+        if not os.path.exists(prefix + end):
+            raise ValueError(
+                f"data file {prefix + end} does not exist; --data-path takes the prefix that "
+                "tools/prepare_data.py got as --output-prefix (with _train or _valid after --split)"
+            )
+    try:
+        dataset = IndexedDataset(prefix, mmap=False)
+    except (AssertionError, ValueError, OSError, struct.error) as error:
+        raise ValueError(f"{prefix}.idx cannot be read ({error}); {_PREPARE_AGAIN}") from error
+    # A copy: the index unmaps its file when the dataset goes.
+    lengths, dtype = np.array(dataset.sequence_lengths), dataset.index.dtype
+    expected = int(lengths.sum(dtype=np.int64)) * DType.size(dtype)
+    actual = os.path.getsize(prefix + ".bin")
+    if actual != expected:
+        raise ValueError(
+            f"{prefix}.bin has {actual} bytes, its index speaks of {expected}: truncated or not its own; "
+            f"{_PREPARE_AGAIN}"
+        )
+    return lengths, dtype
+
+
+def _read_info(prefix: str) -> SetInfo | None:
+    path = prefix + _INFO_SUFFIX
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if values.pop("format") != FORMAT_NAME or values["version"] != FORMAT_VERSION:
+            raise ValueError(f"not {FORMAT_NAME} version {FORMAT_VERSION}")
+        del values["version"]
+        return SetInfo(**{**values, "tokenizer": TokenizerIdentity(**values["tokenizer"])})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe a prepared set ({error}); {_PREPARE_AGAIN}") from error

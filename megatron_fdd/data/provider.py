@@ -1,0 +1,98 @@
+"""The datasets of a training run: what `pretrain` calls to build them.
+
+Every rank builds and reads its own data (`is_distributed`): each stage with a tap needs the masks, which
+Megatron's broadcast gives to the last stage only. Megatron builds the index of a text set on rank 0, has the
+others wait at a barrier and then read the files that rank 0 wrote; an error on rank 0 would leave them
+waiting, so `checks` looks for everything that can go wrong first, on every rank, without a collective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.tokenizers import MegatronTokenizerBase
+from megatron.training import get_args, get_tokenizer
+
+from megatron_fdd.data.batch import Batch, get_batch
+from megatron_fdd.data.checks import check_data_args
+from megatron_fdd.data.datasets import DATASET_CLASSES, MockTextDataset
+from megatron_fdd.data.prepared import set_kind
+from megatron_fdd.data.sources import blends, data_prefixes, evaluates
+
+__all__ = ["Batch", "build_datasets", "check_data_args", "get_batch", "train_valid_test_provider"]
+
+
+def train_valid_test_provider(
+    num_samples: Sequence[int | None], vp_stage: int | None = None
+) -> list[MegatronDataset | list[MegatronDataset] | None]:
+    """Train, validation and test dataset, or None for those that the run does not read.
+
+    `vp_stage` is part of Megatron's interface; every chunk reads the same data.
+    Collectives over the world: one barrier for each text dataset.
+    """
+    return build_datasets(get_args(), num_samples, get_tokenizer())
+
+
+# Read by Megatron: build the loaders on every rank, not on tensor-parallel rank 0 only.
+train_valid_test_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def build_datasets(
+    args: argparse.Namespace, num_samples: Sequence[int | None], tokenizer: MegatronTokenizerBase
+) -> list[MegatronDataset | list[MegatronDataset] | None]:
+    """As `train_valid_test_provider`, from explicit arguments."""
+    prefixes = data_prefixes(args)
+    config = _dataset_config(args, tokenizer)
+    if config.mock:
+        dataset_class = MockTextDataset
+    else:
+        # All of one kind: checks.check_data_args.
+        remote = is_object_storage_path(prefixes[0])
+        dataset_class = DATASET_CLASSES["text" if remote else set_kind(prefixes[0])]
+    builder = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config)
+    return builder.build()
+
+
+def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
+    """Megatron's flags as Megatron's dataset configuration."""
+    blend, per_part = blends(args)
+    sequences = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path, encoding="utf-8") as file:
+            sequences = json.load(file)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=per_part,
+        # Megatron puts its default there although a part of its own for each needs none.
+        split=args.split if blend is not None else None,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # Causal attention needs none, and at [S, S] a sample it is by far the largest thing in a batch.
+        create_attention_mask=args.reset_attention_mask,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=sequences,
+        context_parallel_size=args.context_parallel_size,
+    )
+    if blend is not None and not evaluates(args):
+        # Built all the same otherwise, and then refused by the loader: "no sample to consume".
+        config.split_matrix[1:] = [None, None]
+    return config

@@ -1,0 +1,132 @@
+"""Cross-entropy of Hugging Face models on a text, and their distance to a teacher on the same tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# One batch's logits hold at most this many numbers (64 MiB in float32), unless one window has more.
+_MAX_LOGITS = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Means per predicted token, in nats; `kl_to_teacher` is KL(teacher || model)."""
+
+    cross_entropy: float
+    kl_to_teacher: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.cross_entropy)
+
+
+def read_documents(path: Path) -> list[str]:
+    """The `text` of every line of a JSONL file.
+
+    Raises:
+        ValueError: a line that is not an object with a `text`; names file and line.
+    """
+    documents = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(json.loads(line)["text"])
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path}, line {number}: each line must hold one JSON object with a "text"'
+            ) from error
+    return documents
+
+
+def cut_windows(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
+) -> Tensor:
+    """Documents one after the other, each closed by the end-of-sequence token, cut as in training.
+
+    Returns:
+        int64 [windows, length + 1], neighbours sharing one token, so that every token but the first is
+        predicted once; with `max_tokens`, that many predictions at most, from windows spread over the text.
+
+    Raises:
+        ValueError: the text is shorter than one window.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = torch.tensor([token for document in encoded for token in document + end])
+    if len(tokens) <= length:
+        raise ValueError(f"the text has {len(tokens)} tokens, one window needs {length + 1}: give more text")
+    windows = tokens.unfold(0, length + 1, length)
+    if max_tokens is not None and max_tokens < len(windows) * length:
+        windows = windows[torch.linspace(0, len(windows) - 1, max(1, max_tokens // length)).long()]
+    return windows
+
+
+@torch.inference_mode()
+def score_models(
+    teacher: PreTrainedModel, models: Mapping[str, PreTrainedModel], windows: Tensor
+) -> dict[str, Score]:
+    """Score several models on the same windows; the teacher runs once for all of them.
+
+    Logits are compared in float32 whatever the models' dtype, a few windows at a time.
+
+    Args:
+        windows: int64 [windows, length + 1].
+
+    Raises:
+        ValueError: a model whose vocabulary is not the teacher's.
+    """
+    vocab_size = teacher.config.vocab_size
+    for name, model in models.items():
+        if model.config.vocab_size != vocab_size:
+            raise ValueError(
+                f"{name} has {model.config.vocab_size} words and the teacher {vocab_size}: "
+                "they are compared word by word and need the same vocabulary"
+            )
+    length = windows.shape[1] - 1
+    sums = {name: [0.0, 0.0] for name in models}
+    for batch in windows.split(max(1, _MAX_LOGITS // (length * vocab_size))):
+        teacher_log_probs = _log_probs(teacher, batch)
+        teacher_probs = teacher_log_probs.exp()
+        for name, model in models.items():
+            log_probs = teacher_log_probs if model is teacher else _log_probs(model, batch)
+            sums[name][0] += nll_loss(log_probs, batch[:, 1:].flatten(), reduction="sum").item()
+            sums[name][1] += (teacher_probs * (teacher_log_probs - log_probs)).sum().item()
+    count = len(windows) * length
+    return {name: Score(ce / count, kl / count) for name, (ce, kl) in sums.items()}
+
+
+def _log_probs(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """float32 [windows * length, vocabulary]."""
+    return model(batch[:, :-1], use_cache=False).logits.float().flatten(0, 1).log_softmax(-1)
+
+
+def unigram_cross_entropy(
+    training_windows: Tensor, windows: Tensor, vocab_size: int, smoothing: float = 1.0
+) -> float:
+    """Nats per token of the word frequencies of the training text, `smoothing` added to every count.
+
+    The least that a language model must beat: it knows which words are frequent and nothing else.
+    """
+    counts = torch.bincount(training_windows[:, 1:].flatten(), minlength=vocab_size).double() + smoothing
+    return -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
+
+
+@torch.inference_mode()
+def continue_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int
+) -> str:
+    """What the model writes after `prompt`, greedily, `num_tokens` tokens at most."""
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # annotated as a Tensor
+    tokens = generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

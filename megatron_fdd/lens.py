@@ -1,0 +1,92 @@
+"""The logit lens: a model's own final norm and language-model head, applied to any hidden state.
+
+Shape letters: S sequence (this rank's part), B micro-batch, N = S*B token rows, H hidden,
+W this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FinalNorm:
+    """A functional copy of a model's final norm. Statistics and result are float32.
+
+    Attributes:
+        weight_H: scale, already shifted by 1 where the model stores it zero-centred.
+        bias_H: None for RMSNorm, which also means that the mean is kept.
+    """
+
+    weight_H: Tensor
+    bias_H: Tensor | None
+    epsilon: float
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        hidden_NH = hidden_NH.float()
+        width = hidden_NH.shape[-1:]
+        if self.bias_H is None:
+            return torch.nn.functional.rms_norm(hidden_NH, width, self.weight_H.float(), self.epsilon)
+        weight_H, bias_H = self.weight_H.float(), self.bias_H.float()
+        return torch.nn.functional.layer_norm(hidden_NH, width, weight_H, bias_H, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """From a hidden state to the vocabulary: z = head_WH N(h), or z = head_WH h without a norm.
+
+    The head stays sharded over the vocabulary; no logits are formed here (ops/linear_kl.py does it in tiles).
+    """
+
+    head_WH: Tensor
+    norm: FinalNorm | None
+
+    def features(self, hidden_SBH: Tensor) -> Tensor:
+        """Normed features of every token row, float32 [N, H]: what the delta subtracts."""
+        hidden_NH = hidden_SBH.flatten(0, 1)
+        return hidden_NH.float() if self.norm is None else self.norm(hidden_NH)
+
+
+def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
+    """The lens of a model that owns its head (the last pipeline stage), as the weights are now.
+
+    Args:
+        model: an unwrapped GPTModel.
+        detached: head and norm are constants of the step; else both receive the lens gradient.
+
+    Collectives: none of its own. Under `--overlap-param-gather` it waits for the parameters that the
+    output layer's bucket is still gathering, as a call of the layer would.
+    """
+    head_WH = read_head(model)
+    norm = read_final_norm(model) if with_norm else None
+    if not detached:
+        return Lens(head_WH, norm)
+    if norm is not None:
+        bias_H = None if norm.bias_H is None else norm.bias_H.detach()
+        norm = FinalNorm(norm.weight_H.detach(), bias_H, norm.epsilon)
+    return Lens(head_WH.detach(), norm)
+
+
+def read_head(model: GPTModel) -> Tensor:
+    """The output weight [W, H] of this rank, tied or not, once its new value has arrived.
+
+    DDP waits for gathered parameters in forward pre-hooks of the module that owns them
+    (distributed_data_parallel.py), and the fused losses never call that module.
+    """
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    for hook in model.output_layer._forward_pre_hooks.values():
+        hook(model.output_layer, ())
+    return model.output_layer.weight
+
+
+def read_final_norm(model: GPTModel) -> FinalNorm:
+    """The final norm's parameters. The decoder itself has called the norm, so they have arrived."""
+    config, norm = model.config, model.decoder.final_layernorm
+    weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
+    bias_H = norm.bias if config.normalization == "LayerNorm" else None
+    return FinalNorm(weight_H, bias_H, config.layernorm_epsilon)

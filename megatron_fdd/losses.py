@@ -1,0 +1,167 @@
+"""The terms of the distillation loss, from features and heads. Usable without Megatron.
+
+Shape letters: N this rank's token rows, T and S hidden width of teacher and student,
+W this rank's slice of the vocabulary, K sampled layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.ops.delta import HeadGrams, delta_cosine
+from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One term of the loss, summed over this rank's token rows.
+
+    Attributes:
+        total: float32 scalar; carries gradient.
+        counts_labels: its mean is over tokens with a label (else over the tokens that `--fdd-tokens` chose).
+    """
+
+    name: str
+    total: Tensor
+    counts_labels: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """1 for a row that counts, else 0; float32 [N]. `term_N` is for kd, trajectory and delta."""
+
+    label_N: Tensor
+    term_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPair:
+    """Both models' heads at this rank: rows of the same vocabulary slice."""
+
+    teacher_WT: Tensor | None
+    student_WS: Tensor
+    shard: VocabShard
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Features of a sampled layer pair, after each model's final norm (float32)."""
+
+    name: str
+    teacher_NT: Tensor
+    student_NS: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TapStatistics:
+    """What the delta needs of a tap beside its features: log-sum-exp of both models, float32 [N]."""
+
+    teacher_lse_N: Tensor
+    student_lse_N: Tensor
+
+
+def final_terms(
+    teacher_NT: Tensor | None,
+    student_NS: Tensor,
+    labels_N: Tensor,
+    heads: HeadPair,
+    divergence: Divergence | None,
+    weights: TokenWeights,
+) -> list[LossTerm]:
+    """Final-logit distillation (unless `divergence` is None) and cross-entropy, in one pass over the head.
+
+    Args:
+        teacher_NT, student_NS: final hidden states, normed, in the heads' dtypes.
+        labels_N: vocabulary ids; negative where there is no label.
+
+    Collectives: those of `linear_kl`, once.
+    """
+    result = linear_kl(
+        None if divergence is None else teacher_NT,
+        None if divergence is None else heads.teacher_WT,
+        student_NS,
+        heads.student_WS,
+        shard=heads.shard,
+        divergence=divergence,
+        labels_N=labels_N,
+        needs_lse=False,
+    )
+    terms = [LossTerm("ce", masked_sum(result.cross_entropy_N, weights.label_N), counts_labels=True)]
+    if divergence is not None:
+        terms.append(LossTerm("kd", masked_sum(result.divergence_N, weights.term_N)))
+    return terms
+
+
+def trajectory_term(
+    tap: Tap, heads: HeadPair, divergence: Divergence | None, weights: TokenWeights, *, with_lse: bool
+) -> tuple[LossTerm | None, TapStatistics | None]:
+    """One sampled layer's divergence through the lens, and what its deltas need.
+
+    Args:
+        divergence: None when only the log-sum-exps are wanted (alpha 0).
+        with_lse: a log-probability delta follows, so the log-sum-exp must carry gradient.
+
+    Collectives: those of `linear_kl`, once.
+    """
+    if divergence is None and not with_lse:
+        return None, None
+    result = linear_kl(
+        tap.teacher_NT.to(heads.teacher_WT.dtype),
+        heads.teacher_WT,
+        tap.student_NS.to(heads.student_WS.dtype),
+        heads.student_WS,
+        shard=heads.shard,
+        divergence=divergence,
+        needs_lse=with_lse,
+    )
+    statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N) if with_lse else None
+    if divergence is None:
+        return None, statistics
+    return LossTerm(f"trajectory {tap.name}", masked_sum(result.divergence_N, weights.term_N)), statistics
+
+
+def delta_terms(
+    taps: Sequence[Tap],
+    statistics: Sequence[TapStatistics | None],
+    grams: HeadGrams,
+    weights: TokenWeights,
+    *,
+    detach_previous: bool,
+) -> list[LossTerm]:
+    """1 - cos of both models' change of prediction between adjacent sampled layers; named by the later one.
+
+    Args:
+        statistics: one per tap for the log-probability delta; None for the centred one.
+
+    Collectives: none.
+    """
+    terms = []
+    for index in range(1, len(taps)):
+        previous, current = taps[index - 1], taps[index]
+        student_previous_NS = previous.student_NS
+        if detach_previous:
+            student_previous_NS = student_previous_NS.detach()
+        teacher_lse_delta_N = student_lse_delta_N = None
+        before, after = statistics[index - 1], statistics[index]
+        if before is not None and after is not None:
+            student_lse_before_N = before.student_lse_N.detach() if detach_previous else before.student_lse_N
+            teacher_lse_delta_N = after.teacher_lse_N - before.teacher_lse_N
+            student_lse_delta_N = after.student_lse_N - student_lse_before_N
+        cosine_N = delta_cosine(
+            current.teacher_NT - previous.teacher_NT,
+            current.student_NS - student_previous_NS,
+            teacher_lse_delta_N,
+            student_lse_delta_N,
+            grams,
+        )
+        terms.append(LossTerm(f"delta {current.name}", masked_sum(1 - cosine_N, weights.term_N)))
+    return terms
+
+
+def masked_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Sum over rows that count. A masked row contributes exactly 0, whatever it holds."""
+    return torch.where(weight_N > 0, value_N * weight_N, 0.0).sum()

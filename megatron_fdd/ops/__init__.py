@@ -1,0 +1,1 @@
+"""Fused numeric operations on vocabulary-parallel heads: plain torch and torch.distributed, no Megatron."""

@@ -1,0 +1,62 @@
+"""What one call of linear_kl has to compute: the choices that every sweep shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.vocab_shard import VocabShard
+from megatron_fdd.ops.vocab_tiles import LogitTiles
+
+Model = tuple[Tensor, Tensor]
+"""Hidden states [tokens, width] and head [rows, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The call's options, and what follows from them."""
+
+    shard: VocabShard
+    divergence: Divergence | None
+    needs_lse: bool
+    has_labels: bool
+    tile_size: int
+    body_gradient: bool  # the head is constant: the hidden states' gradient comes from sums of forward sweeps
+    head_gradient: bool  # the head is trained: the backward pass sweeps again, for both gradients
+
+    @property
+    def temperature(self) -> float:
+        """Of the divergence; without one 1."""
+        return self.divergence.temperature if self.divergence else 1.0
+
+    @property
+    def unit(self) -> bool:
+        """Whether anything at temperature 1 (log-sum-exp, cross-entropy) is an output."""
+        return self.needs_lse or self.has_labels
+
+    @property
+    def heated(self) -> bool:
+        """Whether temperature 1 needs normalisers of its own."""
+        return self.unit and self.temperature != 1.0
+
+    @property
+    def crossing(self) -> Divergence | None:
+        """The divergence, where the first sweep gives it."""
+        return self.divergence if self.divergence is not None and self.divergence.one_sweep else None
+
+    @property
+    def mixture(self) -> Divergence | None:
+        """The divergence, where it needs a second sweep, after the normalisers."""
+        return self.divergence if self.divergence is not None and not self.divergence.one_sweep else None
+
+    def tiles(self, teacher: Model | None, student: Model) -> LogitTiles:
+        """The logits to sweep over."""
+        return LogitTiles(
+            teacher,
+            student,
+            num_valid=self.shard.num_valid,
+            tile_size=self.tile_size,
+            temperature=self.temperature,
+        )

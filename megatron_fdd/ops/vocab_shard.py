@@ -1,0 +1,101 @@
+"""How a head's rows are spread over tensor-parallel ranks, and the few collectives that this needs.
+
+Shapes: N this rank's tokens, R tokens after the gather (N, or N * ranks under sequence parallelism),
+S hidden width, W rows of the head shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fdd.ops.vocab_tiles import statistics_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """How this rank's rows of the heads lie in the vocabulary.
+
+    first: vocabulary id of row 0 of the head shard.
+    num_valid: rows of the shard that are vocabulary; the rest are padding and left out everywhere (may be 0).
+    group: the tensor-parallel group (None or one rank: no collectives).
+    sequence_parallel: rows of hidden states are this rank's token shard: gathered forward, reduce-scattered
+        backward. Every rank must then pass equally many. Otherwise all ranks pass the same rows.
+    """
+
+    first: int
+    num_valid: int
+    group: ProcessGroup | None
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.first >= 0, f"first vocabulary id {self.first}"
+        assert self.num_valid >= 0, f"{self.num_valid} valid rows"
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the vocabulary."""
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether other ranks hold other tokens."""
+        return self.sequence_parallel and self.num_ranks > 1
+
+    def gather_tokens(self, tensor: Tensor) -> Tensor:
+        """All ranks' tokens, [N, ...] -> [R, ...]. Collectives: one all-gather under sequence parallelism."""
+        return self.stack(tensor).flatten(0, 1) if self.splits_tokens else tensor
+
+    def own_tokens(self, tensor: Tensor) -> Tensor:
+        """This rank's part of dim 0, [R, ...] -> [N, ...]. No collective."""
+        return tensor.chunk(self.num_ranks)[self.rank] if self.splits_tokens and len(tensor) else tensor
+
+    def reduce_tokens(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks of [R, ...], of which each rank keeps its own tokens; may overwrite `tensor`.
+
+        Collectives: one all-reduce, or under sequence parallelism one reduce-scatter.
+        """
+        if self.num_ranks == 1 or tensor.numel() == 0:
+            return tensor
+        if not self.splits_tokens:
+            return self.all_reduce(tensor)
+        own = tensor.new_empty((len(tensor) // self.num_ranks, *tensor.shape[1:]))
+        dist.reduce_scatter_tensor(own, tensor.contiguous(), group=self.group)
+        return own
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place when contiguous. Collectives: one all-reduce."""
+        if self.num_ranks > 1 and tensor.numel() > 0:
+            tensor = tensor.contiguous()
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, [ranks, ...]. Collectives: one all-gather."""
+        if self.num_ranks == 1 or tensor.numel() == 0:
+            return tensor.expand(self.num_ranks, *tensor.shape)
+        stacked = tensor.new_empty((self.num_ranks, *tensor.shape))
+        # Flat, because gloo and nccl agree on that form.
+        dist.all_gather_into_tensor(stacked.view(-1), tensor.contiguous().view(-1), group=self.group)
+        return stacked
+
+
+def label_rows(head_WS: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
+    """The head's row of each label in float32 (or float64), [R, S]; zeros where this rank does not have it."""
+    local_R = labels_R - shard.first
+    elsewhere_R = (labels_R < 0) | (local_R < 0) | (local_R >= shard.num_valid)
+    rows_RS = head_WS[local_R.masked_fill(elsewhere_R, 0)].to(statistics_dtype(head_WS))
+    return rows_RS.masked_fill_(elsewhere_R[:, None], 0.0)
+
+
+def label_logits(hidden_RS: Tensor, head_WS: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
+    """This rank's part of each label's logit, [R]: its sum over ranks is the logit (0 without a label)."""
+    return label_rows(head_WS, labels_R, shard).mul_(hidden_RS).sum(1)

@@ -1,0 +1,124 @@
+"""Logits of teacher and student, tile by tile of the vocabulary: they appear and are gone again.
+
+Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile,
+T / S hidden width of teacher / student, W rows of the head shard.
+
+Products run in the weights' dtype with float32 results; everything else is float32 (float64 stays float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elementwise formulas with temporaries run on this fraction of a tile's rows: small memory, and in cache.
+ROW_BLOCKS = 8
+
+
+def statistics_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of logits, exponentials and sums."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products read their operands.
+
+    Only CUDA multiplies half-precision numbers into float32; elsewhere the operands are widened, tile by
+    tile, because a logit rounded to bf16 is off by up to 0.2 percent of itself.
+    """
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.dtype if half and tensor.is_cuda else statistics_dtype(tensor)
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right, for operands in `product_dtype`."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right as `dtype`, the statistics' one, multiplied in that of `right`, a `product_dtype`."""
+    if right.dtype == dtype:
+        return left @ right
+    return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += product(left, right)."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(product(left, right, total.dtype))
+
+
+def row_blocks(num_rows: int) -> Iterator[slice]:
+    """The rows 0..num_rows in at most ROW_BLOCKS pieces."""
+    size = max(1, -(-num_rows // ROW_BLOCKS))
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+class Tile(NamedTuple):
+    """Some columns of the vocabulary. The tensors are reused for the next tile and free to be overwritten."""
+
+    columns: slice
+    teacher_RC: Tensor | None  # logits / temperature
+    student_RC: Tensor
+    logits_MC: Tensor  # both of them, one buffer
+    scratch_RC: Tensor
+    head_CS: Tensor  # the student's rows, in `product_dtype`
+
+
+class LogitTiles:
+    """Iterates over the tiles of this rank's vocabulary, as often as asked. Holds three [R, tile] buffers."""
+
+    def __init__(
+        self,
+        teacher: tuple[Tensor, Tensor] | None,
+        student: tuple[Tensor, Tensor],
+        *,
+        num_valid: int,
+        tile_size: int,
+        temperature: float,
+    ) -> None:
+        """`teacher` and `student`: hidden states [R, width] and head [W, width]."""
+        self.models = [student] if teacher is None else [teacher, student]
+        self.hiddens = [hidden.to(product_dtype(head)) for hidden, head in self.models]
+        self.num_valid, self.temperature = num_valid, temperature
+        self.tile_size = max(1, min(tile_size, num_valid))
+        hidden = student[0]
+        self.num_tokens = len(hidden)
+        self.dtype = statistics_dtype(hidden)
+        size = self.num_tokens * self.tile_size
+        self.logits = torch.empty(len(self.models) * size, dtype=self.dtype, device=hidden.device)
+        self.scratch = torch.empty(size, dtype=self.dtype, device=hidden.device)
+
+    def __iter__(self) -> Iterator[Tile]:
+        rows = self.num_tokens
+        for start in range(0, self.num_valid, self.tile_size):
+            columns = slice(start, min(start + self.tile_size, self.num_valid))
+            width = columns.stop - start
+            logits_MC = self.logits[: len(self.models) * rows * width].view(-1, width)
+            heads = [head[columns].to(product_dtype(head)) for _, head in self.models]
+            parts = [logits_MC[i * rows : (i + 1) * rows] for i in range(len(heads))]
+            for hidden, head, part in zip(self.hiddens, heads, parts, strict=True):
+                multiply(hidden, head.T, part)
+            if self.temperature != 1.0:
+                logits_MC.mul_(1 / self.temperature)
+            teacher_RC = parts[0] if len(parts) == 2 else None
+            scratch_RC = self.scratch[: rows * width].view(rows, width)
+            yield Tile(columns, teacher_RC, parts[-1], logits_MC, scratch_RC, heads[-1])
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the statistics' dtype, on the right device."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.logits.device)
+
+    @property
+    def student_width(self) -> int:
+        """Columns of the student's head."""
+        return self.models[-1][0].shape[-1]

@@ -1,0 +1,77 @@
+"""Norms for the `local` transformer: torch's own refuse sequence parallelism and zero-centred weights.
+
+Shapes: ... any leading dims, H hidden (or head) size. Statistics in float32, output in the input's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig, transformer_block
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from torch import Tensor, nn
+
+
+class _Norm(nn.Module):
+    """What both norms share: their weight, and the mark by which Megatron sums its gradient over ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.hidden_size = hidden_size
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = self._parameter(config, 0.0 if self.zero_centered else 1.0)
+
+    def _parameter(self, config: TransformerConfig, value: float) -> nn.Parameter:
+        parameter = nn.Parameter(torch.full((self.hidden_size,), value, dtype=config.params_dtype))
+        # With sequence parallelism every rank sees its own tokens only.
+        parameter.sequence_parallel = config.sequence_parallel
+        return parameter
+
+    @property
+    def gain(self) -> Tensor:
+        return self.weight + 1 if self.zero_centered else self.weight
+
+
+class RMSNorm(_Norm):
+    """x / sqrt(mean(x^2) + eps) * gain, rounded to the input's dtype before the gain, as in Llama."""
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        x32_H = x_H.float()
+        inverse_rms = torch.rsqrt(x32_H.square().mean(-1, keepdim=True) + self.eps)
+        return ((x32_H * inverse_rms).to(x_H.dtype) * self.gain).to(x_H.dtype)
+
+
+class LayerNorm(_Norm):
+    """(x - mean) / sqrt(variance + eps) * gain + bias."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.bias = self._parameter(config, 0.0)
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        shape = (self.hidden_size,)
+        out_H = nn.functional.layer_norm(x_H.float(), shape, self.gain.float(), self.bias.float(), self.eps)
+        return out_H.to(x_H.dtype)
+
+
+def build_norm(
+    _cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object
+) -> RMSNorm | LayerNorm:
+    """The norm that `config.normalization` names; stands in for `WrappedTorchNorm.__new__`.
+
+    Raises:
+        ValueError: a normalization other than RMSNorm and LayerNorm.
+    """
+    norms = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+    if config.normalization not in norms:
+        raise ValueError(f"--normalization {config.normalization}: a rehearsal knows {', '.join(norms)}")
+    return norms[config.normalization](config, hidden_size, eps)
+
+
+def install_norms() -> None:
+    """Every local norm of Megatron (layers', query-key, final) is made by `build_norm` from now on.
+
+    The constructor is the one place that all of Megatron's specs share; each imports the class by name.
+    """
+    WrappedTorchNorm.__new__ = build_norm
+    transformer_block.LayerNormImpl = WrappedTorchNorm  # not so where TransformerEngine is installed

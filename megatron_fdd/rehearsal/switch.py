@@ -1,0 +1,79 @@
+"""Whether this process rehearses, and turning the rehearsal on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+
+import torch
+
+from megatron_fdd.rehearsal import device
+
+VARIABLE = "FDD_REHEARSE"
+
+# What Megatron says at import about accelerators that a rehearsal does without on purpose.
+_EXPECTED_WARNINGS = (
+    ".*Apex is not installed.*",
+    ".*Transformer Engine and Apex are not installed.*",
+)
+
+
+def is_wanted() -> bool:
+    """True when torch sees no CUDA device; the environment's FDD_REHEARSE=1 or 0 decides over that.
+
+    Raises:
+        ValueError: FDD_REHEARSE is neither 1 nor 0.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE}={asked!r}: set 1 to rehearse on CPUs, 0 never to, or unset it")
+    if asked:
+        return asked == "1"
+    # Once started, torch.cuda claims a device.
+    return device.is_installed() or not torch.cuda.is_available()
+
+
+def start() -> None:
+    """Make Megatron's `cuda` mean `cpu` in this process, for good; later calls do nothing.
+
+    Best called before Megatron is imported; afterwards works too. The devices are those of the calling
+    thread and of what it runs. Rank 0 says once that this is a rehearsal.
+    """
+    if device.is_installed():
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _turn_compiler_off()
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    device.install()
+    _stand_in_for_modules()
+    if os.environ.get("RANK", "0") == "0":
+        print("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.", flush=True)
+
+
+def _turn_compiler_off() -> None:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:  # it has read the variable already
+        torch.compiler.set_stance("force_eager")
+
+
+def _stand_in_for_modules() -> None:
+    """Replace what Megatron 0.19.2 has no CPU form of."""
+    from megatron_fdd.rehearsal.norms import install_norms
+    from megatron_fdd.rehearsal.optimizer import install_adam
+
+    datasets = importlib.import_module("megatron.core.datasets.utils")
+    datasets.compile_helpers = lambda: None  # the wheel holds the built helper, and no Makefile
+    rng = importlib.import_module("megatron.core.tensor_parallel.random")
+    rng._get_cuda_rng_state = device.rng_state
+    rng._set_cuda_rng_state = device.set_rng_state
+    # There is one generator here, so Megatron's check that the host's stood still must fail.
+    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+    # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
+    importlib.import_module("megatron.training.initialize")._warmup_jit_function = lambda **_options: None
+    install_norms()
+    install_adam()

@@ -1,0 +1,154 @@
+"""Everything that is decided about a run before any process group exists."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron.training import get_tokenizer
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.global_vars import set_global_variables
+
+from megatron_fdd.arguments import (
+    check_lengths,
+    check_same_model,
+    complete_student_args,
+    force_values,
+    refuse,
+)
+from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.config import FddConfig, add_fdd_args
+from megatron_fdd.data.checks import check_data_args
+from megatron_fdd.layer_plan import LayerPair, check_recompute_keeps_taps, plan_pairs
+from megatron_fdd.teacher.arguments import teacher_args
+from megatron_fdd.teacher.check import check_tokenizers
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A checked command line.
+
+    Attributes:
+        args: the student's and the run's, validated by Megatron and set as its globals.
+        teacher: arguments to build the teacher with; None when every weight that needs one is 0.
+        vocab_size: tokens that count in every softmax: what tokenizer and both models share, no padding.
+        stop_at_nan: Megatron's `--no-check-for-nan-in-loss-and-grad` was not given.
+    """
+
+    config: FddConfig
+    args: argparse.Namespace
+    pairs: tuple[LayerPair, ...]
+    teacher: argparse.Namespace | None
+    teacher_checkpoint: Path | None
+    vocab_size: int
+    stop_at_nan: bool
+
+
+def prepare_run() -> Run:
+    """Read `sys.argv` and check all that can be wrong without talking to other ranks.
+
+    Raises:
+        ValueError: names the value and the remedy.
+    """
+    args, defaults = _parse()
+    config = FddConfig.from_args(args)
+    refuse(args)
+    student = complete_student_args(args, defaults)
+    stop_at_nan = args.check_for_nan_in_loss_and_grad
+    force_values(args)
+    try:
+        validate_args(args, {})
+        set_global_variables(args)
+    except (AssertionError, OSError) as error:  # how Megatron says that a flag or a file is wrong
+        raise ValueError(f"Megatron refuses these flags: {error or 'see the assertion above'}") from error
+    if student is not None:
+        check_same_model(args, student)
+    check_data_args(args)
+    stored, checkpoint = None, None
+    if config.needs_teacher and config.teacher_load is not None:
+        checkpoint = find_checkpoint(config.teacher_load, "--teacher-load")
+        stored = read_checkpoint_args(checkpoint, "--teacher-load")
+        refuse_teacher(stored)
+        check_tokenizers(config.teacher_load, args)
+    vocab_size = _common_vocabulary(args, stored)
+    teacher = None if stored is None else teacher_args(stored, args)
+    check_lengths(args, config, teacher)
+    pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
+    recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
+    check_recompute_keeps_taps([pair.student_layer for pair in pairs], args.num_layers, recompute)
+    return Run(config, args, pairs, teacher, checkpoint, vocab_size, stop_at_nan)
+
+
+def refuse_teacher(stored: argparse.Namespace) -> None:
+    """Refuse a teacher that this version cannot run.
+
+    Raises:
+        ValueError: a mixture of experts, or a model that is not a GPTModel with a linear head.
+    """
+    if getattr(stored, "num_experts", None) is not None:
+        raise ValueError("--teacher-load: mixture-of-experts teachers are not supported yet")
+    if getattr(stored, "hybrid_layer_pattern", None) is not None:
+        raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
+    if getattr(stored, "final_logit_softcapping", None) is not None:
+        raise ValueError(
+            "--teacher-load: a soft-capped head is not linear, which Gram matrices and fused losses rely on; "
+            "models of such a family cannot be distilled yet"
+        )
+
+
+def _parse() -> tuple[argparse.Namespace, dict[str, object]]:
+    """Megatron's parser with ours; and the default of every flag."""
+    defaults: dict[str, object] = {}
+
+    def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_fdd_args(parser)
+        defaults.update({action.dest: action.default for action in parser._actions})
+        # argparse would print its usage and exit on every rank; one error, by the same way as all others.
+        parser.error = _argument_error  # type: ignore[method-assign]
+        return parser
+
+    return parse_args(add_args), defaults
+
+
+def _argument_error(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see --help)")
+
+
+def _common_vocabulary(args: argparse.Namespace, stored: argparse.Namespace | None) -> int:
+    """Size of the vocabulary that tokenizer, student and teacher share.
+
+    Raises:
+        ValueError: the tokenizer has ids that the student has no embedding for, or the teacher has
+            less than half of the student's vocabulary, which no added token explains.
+    """
+    tokenizer_size = get_tokenizer().vocab_size
+    args.vocab_size = args.vocab_size or tokenizer_size
+    if tokenizer_size > args.padded_vocab_size:
+        raise ValueError(
+            f"vocabulary mismatch: the tokenizer ({args.tokenizer_model or args.tokenizer_type}) has "
+            f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "
+            "use the tokenizer that the student was made with"
+        )
+    shared = min(tokenizer_size, args.vocab_size)
+    if stored is None:
+        return shared
+    teacher_size = getattr(stored, "vocab_size", None) or stored.padded_vocab_size
+    if teacher_size < tokenizer_size - _MAX_ADDED_TOKENS:
+        raise ValueError(
+            f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
+            f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "
+            "teacher and student must share a vocabulary"
+        )
+    return min(shared, teacher_size)
+
+
+# More than this is no longer "tokens that were added to the same vocabulary".
+_MAX_ADDED_TOKENS = 1024
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of the launch (torchrun's environment)."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,20 @@
+"""The teacher: something that gives, for each micro-batch, its features at the sampled layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherFeatures:
+    """Hidden states of one micro-batch, without gradient. Under sequence parallelism this rank's token shard.
+
+    Attributes:
+        final_SBT: after the final norm.
+        taps_SBT: outputs of the sampled layers, in depth order, before the norm.
+    """
+
+    final_SBT: Tensor
+    taps_SBT: tuple[Tensor, ...]

@@ -1,0 +1,63 @@
+"""The teacher's Megatron arguments: its checkpoint's own, with this run's layout and precision."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+# Where and how the teacher runs is this run's business; what it computes is its checkpoint's.
+_FROM_RUN = (
+    "rank", "world_size", "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
+    "gtp_weight_remat_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "transformer_impl",
+    "attention_backend", "use_cpu_initialization", "persist_layer_norm", "masked_softmax_fusion",
+    "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "apply_rope_fusion",
+    "gradient_accumulation_fusion", "deterministic_mode", "distributed_backend", "no_persist_layer_norm",
+    "micro_batch_size", "global_batch_size", "seq_length", "decoder_seq_length", "cp_comm_type", "seed",
+    "calculate_per_token_loss", "moe_token_dispatcher_type", "make_vocab_size_divisible_by",
+)  # fmt: skip
+
+# A frozen model in evaluation mode: no noise, no recompute, no graphs, no buffers of another width.
+_FORCED = {
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "moe_input_jitter_eps": None,
+    "mtp_num_layers": None,
+    "perform_initialization": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "distribute_saved_activations": False,
+    "cpu_offloading_num_layers": 0,
+    "tp_comm_overlap": False,
+    "cuda_graph_impl": "none",
+    "fp8": None,
+    "fp4": None,
+    "fp8_param_gather": False,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "overlap_p2p_comm": False,
+    "yaml_cfg": None,
+}
+
+
+def teacher_args(checkpoint_args: argparse.Namespace, run_args: argparse.Namespace) -> argparse.Namespace:
+    """Arguments to build the teacher with in this run.
+
+    The vocabulary is padded as the student's, so that both heads are cut at the same boundaries.
+
+    Args:
+        checkpoint_args: as stored in the teacher's checkpoint.
+        run_args: this run's validated arguments (the student's).
+    """
+    args = argparse.Namespace(**{**vars(run_args), **copy.deepcopy(vars(checkpoint_args))})
+    for name in _FROM_RUN:
+        if hasattr(run_args, name):
+            setattr(args, name, getattr(run_args, name))
+    for name, value in _FORCED.items():
+        setattr(args, name, value)
+    args.padded_vocab_size = run_args.padded_vocab_size
+    return args

@@ -1,0 +1,69 @@
+"""The Megatron side of the conversion tests: models built in two ways, and their logits. For live ranks."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_fdd import convert, rehearsal
+from megatron_fdd.convert.mcore_checkpoint import checkpoint_folder, load_args, load_model
+from megatron_fdd.convert.mcore_model import build_model
+from tests.convert import toys
+
+
+def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """[batch, sequence, padded vocabulary] in float32, gathered over the tensor-parallel ranks."""
+    length = tokens.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    positions = torch.arange(length)[None].expand_as(tokens)
+    with torch.no_grad():
+        return model.eval()(tokens, positions, mask, runtime_gather_output=True)
+
+
+def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespace]:
+    """A model built from nothing but the checkpoint's args, as a teacher is, at the layout of the ranks."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    checkpoint = checkpoint_folder(load)
+    args = load_args(checkpoint)
+    vars(args).update(tensor_model_parallel_size=groups.tp.size(), **changes)
+    model = build_model(args, groups)
+    load_model(checkpoint, model, groups)
+    return model, args
+
+
+def from_stock_megatron(load: Path, flags: list[str]) -> tuple[torch.nn.Module, Namespace, int]:
+    """A model that megatron.training builds and loads by itself; also its args and iteration."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    # --use-checkpoint-args of 0.19.2 forgets the epsilon.
+    flags = [*flags, "--use-checkpoint-args", "--norm-epsilon", str(toys.SHAPE["rms_norm_eps"])]
+    flags += ["--load", str(load), "--micro-batch-size", "1", "--lr", "1e-3"]
+    flags += ["--tensor-model-parallel-size", str(dist.get_world_size())]
+    before, sys.argv = sys.argv, ["test", *rehearsal.add_flags(flags)]
+    try:
+        args = parse_and_validate_args()
+    finally:
+        sys.argv = before
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = GPTModelBuilder(gpt_config_from_args(args)).build_model(groups)
+    iteration, _ = load_checkpoint([model], None, None)
+    return model, args, iteration
+
+
+def make_checkpoint(folder: Path, variant: str) -> None:
+    """`folder/source` (Hugging Face) and `folder/mcore` on the ranks there are."""
+    if dist.get_rank() == 0:
+        toys.make_llama(folder / "source", variant)
+    dist.barrier()
+    convert.hf_to_mcore(folder / "source", folder / "mcore")

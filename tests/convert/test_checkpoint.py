@@ -1,0 +1,148 @@
+"""The checkpoint is Megatron's own: its training code loads it at any layout, and what it saves goes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fdd import convert
+from megatron_fdd.convert.mcore_checkpoint import checkpoint_folder, load_args
+from tests.convert import mcore, toys
+from tests.ranks import Layout, distributed, run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of odd sizes, imported on one rank: 99 tokens padded to 128."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": folder, "variant": "plain"})
+    return folder
+
+
+def _stock_load(saved: Path, flags: list[str]) -> None:
+    model, args, iteration = mcore.from_stock_megatron(saved / "mcore", flags)
+    assert iteration == 0
+    assert args.consumed_train_samples == 0
+    assert args.tokenizer_model == str(saved / "mcore" / "tokenizer")
+    expected = toys.hf_logits(saved / "source", toys.TOKENS)
+    got = mcore.logits(model, toys.TOKENS)
+    assert (got[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, []),
+        (1, ["--finetune"]),
+        (2, ["--no-load-optim", "--no-load-rng"]),
+        (3, ["--finetune", "--padded-vocab-size", "384"]),
+    ],
+)
+def test_megatron_training_loads_it(saved: Path, ranks: int, flags: list[str]) -> None:
+    run_on_ranks(_stock_load, Layout(tp=ranks), {"saved": saved, "flags": flags})
+
+
+def _own_args_load(saved: Path, padded_vocab_size: int) -> None:
+    model, _ = mcore.from_own_args(saved / "mcore", padded_vocab_size=padded_vocab_size)
+    expected = toys.hf_logits(saved / "source", toys.TOKENS)
+    got = mcore.logits(model, toys.TOKENS)
+    assert (got[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize(("ranks", "padded_vocab_size"), [(2, 256), (3, 384), (2, 100)])
+def test_its_args_build_it_at_other_padding(saved: Path, ranks: int, padded_vocab_size: int) -> None:
+    arguments = {"saved": saved, "padded_vocab_size": padded_vocab_size}
+    run_on_ranks(_own_args_load, Layout(tp=ranks), arguments)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_export_at_another_layout(saved: Path, tmp_path: Path, ranks: int) -> None:
+    arguments = {"load": saved / "mcore", "hf_out": tmp_path / "back", "max_shard_size": "40KB"}
+    run_on_ranks(convert.mcore_to_hf, Layout(tp=ranks), arguments)
+    assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 2
+    assert toys.tensor_hashes(tmp_path / "back") == toys.tensor_hashes(saved / "source")
+
+
+def _world_alone(saved: Path, back: Path) -> None:
+    """Without Megatron's parallel state, which the conversion then makes and takes down."""
+    from megatron.core import parallel_state
+
+    convert.mcore_to_hf(saved / "mcore", back, dtype="bfloat16")
+    assert not parallel_state.model_parallel_is_initialized()
+    assert torch.distributed.is_initialized()
+
+
+def test_export_in_another_dtype(saved: Path, tmp_path: Path) -> None:
+    run_on_ranks(_world_alone, Layout(ranks=2), {"saved": saved, "back": tmp_path / "back"})
+    assert {text.split()[0] for text in toys.tensor_hashes(tmp_path / "back").values()} == {"torch.bfloat16"}
+    assert toys.read_json(tmp_path / "back" / "config.json")["torch_dtype"] == "bfloat16"
+
+
+@distributed(tp=1)
+def test_args_are_complete_and_plain(tmp_path: Path) -> None:
+    mcore.make_checkpoint(tmp_path, "llama3")
+    args = vars(load_args(checkpoint_folder(tmp_path / "mcore")))
+    expected = {
+        "num_query_groups": 6,
+        "group_query_attention": True,
+        "kv_channels": 10,
+        "layernorm_epsilon": 3e-4,
+        "use_rope_scaling": True,
+        "rope_scaling_factor": 32.0,
+        "rotary_base": 500000,
+        "qk_layernorm": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "vocab_size": 99,
+        "padded_vocab_size": 128,
+        "params_dtype": torch.float32,
+    }
+    assert {name: args[name] for name in expected} == expected
+    owners = {type(value).__module__.split(".")[0] for value in args.values()}
+    assert owners <= {"builtins", "torch", "megatron", "signal"}
+
+
+def _train_a_step(saved: Path, out: Path) -> torch.Tensor:
+    """One optimizer step, saved by Megatron's own function; returns the trained model's logits."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.training.checkpointing import save_checkpoint
+
+    model, args, _ = mcore.from_stock_megatron(saved / "mcore", ["--save", str(out)])
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.01), [wrapped])
+    length = toys.TOKENS.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    wrapped(toys.TOKENS, torch.arange(length)[None], mask, labels=toys.TOKENS).mean().backward()
+    wrapped.finish_grad_sync()
+    optimizer.step()
+    args.vocab_size = None  # as a run has it that takes the padded size from the checkpoint
+    save_checkpoint(1, [wrapped], optimizer, None, 0)
+    return mcore.logits(model, toys.TOKENS)[..., :99]
+
+
+def test_a_trained_checkpoint_goes_back(saved: Path, tmp_path: Path) -> None:
+    arguments = {"saved": saved, "out": tmp_path / "trained"}
+    trained = run_on_ranks(_train_a_step, Layout(tp=2), arguments)[0]
+    # hf/ and tokenizer/ are found beside the checkpoint that the run started from.
+    export = {"load": tmp_path / "trained", "hf_out": tmp_path / "back"}
+    run_on_ranks(convert.mcore_to_hf, Layout(tp=1), export)
+    exported = toys.hf_logits(tmp_path / "back", toys.TOKENS)
+    assert (exported - trained).abs().max() < toys.LOGIT_TOLERANCE
+    assert (exported - toys.hf_logits(saved / "source", toys.TOKENS)).abs().max() > 0.1
+
+
+def test_exported_folder_loads_by_the_auto_classes(saved: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = {"load": saved / "mcore", "hf_out": tmp_path / "back"}
+    run_on_ranks(convert.mcore_to_hf, Layout(tp=1), arguments)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    ids = tokenizer("the student", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]).strip() == "the student"
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
+    assert tokenizer.chat_template is not None
+    assert model.generation_config.temperature == 0.6

@@ -1,0 +1,134 @@
+"""Tiny models and tokenizers made on the spot, and what the conversion tests compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+# Six divides everything, so that 1, 2 and 3 ranks can share it; nothing is hidden / heads, vocab is odd.
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 99,
+    "hidden_size": 48,
+    "intermediate_size": 66,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 3e-4,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+TOKENS = torch.randint(0, SHAPE["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+# float32 rounding of logits of size 1 through three layers; a wrong rope factor is off by 100 times as much.
+LOGIT_TOLERANCE = 1e-5
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "llama3": {"rope_scaling": LLAMA3_SCALING},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "ungrouped": {"num_key_value_heads": 12, "head_dim": 4},
+    "bfloat16": {"torch_dtype": "bfloat16"},
+    "mistral": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    },
+}
+
+
+def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
+    """The config.json of a variant."""
+    return {**SHAPE, **VARIANTS[variant], **changes}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON file."""
+    path.write_text(json.dumps(value, indent=2))
+
+
+def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, **changes: Any) -> Path:
+    """A model folder with every weight random (norms and biases too), written by transformers' own module."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    config = llama_config(variant, **changes)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    tensors = {
+        name: (torch.randn(value.shape) * 0.15 + 1.0 * ("norm" in name)).to(getattr(torch, config["torch_dtype"]))
+        for name, value in model.state_dict().items()
+    }
+    if config["tie_word_embeddings"]:
+        tensors.pop("lm_head.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer:
+        make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path, added: tuple[str, ...] = ("<|chat|>",), vocab_size: int = 90) -> None:
+    """A byte-pair tokenizer trained on a few lines, in the files that transformers reads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    lines = ["the quick brown fox jumps over the lazy dog", "a student follows its teacher", "gradient descent"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(lines * 4, trainer)
+    tokenizer.add_special_tokens(list(added))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(folder / "tokenizer_config.json", {**settings, "unk_token": "<unk>"})
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """Dtype, shape and SHA-256 of the bytes of every tensor in a folder's safetensors files."""
+    hashes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                value = file.get_tensor(name)
+                raw = value.contiguous().view(torch.uint8).numpy().tobytes()
+                assert name not in hashes
+                hashes[name] = f"{value.dtype} {list(value.shape)} {hashlib.sha256(raw).hexdigest()}"
+    return hashes
+
+
+def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """transformers' logits in float32, eager attention."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def read_json(path: Path) -> Any:
+    """One JSON file."""
+    return json.loads(path.read_text())

@@ -1,0 +1,296 @@
+"""Samples and batches of a training run, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.training import global_vars
+from megatron.training.arguments import parse_args
+from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+
+from megatron_fdd.data.datasets import InstructionDataset, TextDataset, instruction_sample
+from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.prepare import PrepareSettings, prepare
+from megatron_fdd.data.provider import (
+    build_datasets,
+    check_data_args,
+    get_batch,
+    train_valid_test_provider,
+)
+from megatron_fdd.data.tokenizer import TokenizerSettings, load_tokenizer
+from tests.data.conftest import sentences, write_jsonl
+from tests.ranks import distributed
+
+KEYS = {"tokens", "labels", "loss_mask", "token_mask", "position_ids"}
+
+
+def megatron_args(*flags: str) -> argparse.Namespace:
+    """Megatron's own namespace for these flags, with what its validation fills in."""
+    common = ["--seq-length", "24", "--micro-batch-size", "2", "--eval-interval", "10", "--eval-iters", "1"]
+    with mock.patch("sys.argv", ["x", *common, "--transformer-impl", "local", "--num-workers", "0", *flags]):
+        args = parse_args()
+    if args.data_path is not None and args.split is None:
+        args.split = "969, 30, 1"
+    args.dataloader_type, args.global_batch_size = "single", 4
+    return args
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory, hf: TokenizerSettings) -> Path:
+    """`text` and `instruction`: 60 and 40 documents."""
+    folder = tmp_path_factory.mktemp("sets")
+    text = write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences(60)])
+    prepare(PrepareSettings((text,), str(folder / "text"), EncodeSettings(hf, "jsonl", append_eod=True)))
+    rows = [{"prompt": a, "response": b} for a, b in zip(sentences(40, 1), sentences(40, 2), strict=True)]
+    path = write_jsonl(folder / "instruction.jsonl", rows)
+    encode = EncodeSettings(hf, "instruction", seq_length=24)
+    prepare(PrepareSettings((path,), str(folder / "instruction"), encode))
+    return folder
+
+
+def as_megatron_makes_it(prefix: Path, documents: list[list[int]]) -> str:
+    """A set as Megatron's own tools write it."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for ids in documents:
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_instruction_sample_shifts_and_pads() -> None:
+    sample = instruction_sample(np.array([5, 6, 7, 8], np.uint16), np.array([0, 0, 1, 1], np.uint8), 6)
+    assert sample["tokens"].tolist() == [5, 6, 7, 0, 0, 0]
+    assert sample["labels"].tolist() == [6, 7, 8, 0, 0, 0]
+    assert sample["loss_mask"].tolist() == [0, 1, 1, 0, 0, 0]
+    assert sample["token_mask"].tolist() == [1, 1, 1, 0, 0, 0]
+    assert sample["position_ids"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert sample["loss_mask"].dtype == sample["token_mask"].dtype == torch.float32
+
+
+def test_instruction_epochs_visit_every_document_once_and_differ(sets: Path, hf: TokenizerSettings) -> None:
+    args = megatron_args("--data-path", str(sets / "instruction"), "--split", "80,20,0")
+    train, valid, test = build_datasets(args, [70, 8, 8], load_tokenizer(hf))
+    assert isinstance(train, InstructionDataset)
+    assert test is None
+    assert (len(train), len(valid)) == (96, 8)
+    epochs = train._order.reshape(3, 32)
+    assert all(sorted(epoch) == list(range(32)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
+    again, _, _ = build_datasets(args, [70, 8, 8], load_tokenizer(hf))
+    assert all(torch.equal(train[i][key], again[i][key]) for i in range(96) for key in KEYS)
+    for index in range(len(train)):
+        sample = train[index]
+        assert set(sample) == KEYS
+        assert 0 < sample["loss_mask"].sum() < sample["token_mask"].sum()
+        assert (sample["loss_mask"] <= sample["token_mask"]).all()
+    filler = train[None]
+    assert filler["loss_mask"].sum() == filler["token_mask"].sum() == 0
+
+
+def test_text_samples_have_megatrons_masks_and_ours(
+    sets: Path, hf: TokenizerSettings, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(hf)
+    args = megatron_args(
+        *("--data-path", str(sets / "text"), "--split", "80,20,0", "--eod-mask-loss"),
+        *("--data-cache-path", str(tmp_path)),
+    )
+    train, valid, _ = build_datasets(args, [10, 2, 2], tokenizer)
+    assert isinstance(train, TextDataset)
+    assert isinstance(valid, TextDataset)
+    ends = 0
+    for index in range(10):
+        sample = train[index]
+        assert set(sample) == KEYS
+        assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+        is_end = sample["tokens"] == tokenizer.eod
+        assert torch.equal(sample["loss_mask"], 1.0 - is_end.float())
+        assert sample["token_mask"].all()
+        ends += int(is_end.sum())
+    assert ends > 0
+    assert not train[None]["token_mask"].any()
+
+
+def test_padding_inside_text_is_no_token(hf: TokenizerSettings, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hf)
+    prefix = as_megatron_makes_it(tmp_path / "own", [[10, 11, tokenizer.pad, 12] * 20] * 4)
+    args = megatron_args("--data-path", prefix, "--split", "1,0,0", "--eval-iters", "0")
+    args.data_cache_path = str(tmp_path / "cache")
+    check_data_args(args, tokenizer)
+    train, _, _ = build_datasets(args, [6, 0, 0], tokenizer)
+    for index in range(6):
+        sample = train[index]
+        padded = sample["token_mask"] == 0
+        assert padded.sum() == 6
+        assert (sample["tokens"][padded] == 0).all()
+        assert (sample["tokens"][~padded] >= 10).all()
+
+
+def test_prepared_again_is_not_read_with_the_old_index(hf: TokenizerSettings, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hf)
+    args = megatron_args("--data-path", str(tmp_path / "set"), "--split", "1,0,0", "--eval-iters", "0")
+    for count in (50, 20):
+        path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(count)])
+        prepare(PrepareSettings((path,), str(tmp_path / "set"), EncodeSettings(hf, "jsonl")))
+        train, _, _ = build_datasets(args, [5, 0, 0], tokenizer)
+        assert sorted(train.document_index.tolist()) == list(range(count))
+
+
+def test_no_evaluation_builds_no_evaluation_data(sets: Path, hf: TokenizerSettings) -> None:
+    """Megatron's default split leaves 60 documents no test part: with it the dataset would not return."""
+    tokenizer = load_tokenizer(hf)
+    args = megatron_args("--data-path", str(sets / "text"), "--eval-iters", "0")
+    check_data_args(args, tokenizer)
+    train, valid, test = build_datasets(args, [10, 0, 0], tokenizer)
+    assert len(train) >= 10
+    assert (valid, test) == (None, None)
+
+
+def test_mock_data(hf: TokenizerSettings) -> None:
+    args = megatron_args("--mock-data")
+    check_data_args(args, load_tokenizer(hf))
+    train, valid, test = build_datasets(args, [4, 2, 2], load_tokenizer(hf))
+    assert [set(dataset[0]) for dataset in (train, valid, test)] == [KEYS] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "{sets}/nowhere"], "nowhere.bin does not exist"),
+        (
+            ["--data-path", "{sets}/text"],
+            r"the test part of .*text has 0 documents .*60 documents, --split is 969",
+        ),
+        (["--data-path", "{sets}/text", "--split", "100,0,0"], "no validation data: --split 100,0,0"),
+        (["--train-data-path", "{sets}/text"], "no validation data: it has no data path of its own"),
+        (["--data-path", "1", "{sets}/text", "1", "{sets}/instruction"], "one run reads one kind"),
+        (
+            ["--data-path", "{sets}/instruction", "--seq-length", "16"],
+            "of 25 tokens and --seq-length 16 holds 17",
+        ),
+        (["--data-path", "{sets}/text", "--mock-data"], "exclude each other"),
+        ([], "no data: give --data-path"),
+        (["--data-path", "{sets}/text", "--sft"], "--sft is Megatron's own"),
+        (["--data-path", "{sets}/text", "--fim-data"], "--fim-data is not supported"),
+        (["--data-path", "{sets}/text", "--dataloader-inter-document-masking"], "packs sequences"),
+        (["--data-path", "{sets}/text", "--data-cache-path", "{sets}/text.jsonl/x"], "not a writable folder"),
+    ],
+)
+def test_refused(sets: Path, hf: TokenizerSettings, flags: list[str], message: str) -> None:
+    args = megatron_args(*(flag.format(sets=sets) for flag in flags))
+    with pytest.raises(ValueError, match=message):
+        check_data_args(args, load_tokenizer(hf))
+
+
+def test_evaluation_interval_is_needed(sets: Path, hf: TokenizerSettings) -> None:
+    args = megatron_args("--data-path", str(sets / "text"))
+    args.eval_interval = None
+    with pytest.raises(ValueError, match="--eval-interval is not set"):
+        check_data_args(args, load_tokenizer(hf))
+
+
+def test_read_only_folder_is_refused_unless_the_cache_is_elsewhere(
+    sets: Path, hf: TokenizerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(sets)))
+    args = megatron_args("--data-path", str(sets / "text"), "--split", "90,10,0")
+    with pytest.raises(ValueError, match="--data-cache-path"):
+        check_data_args(args, load_tokenizer(hf))
+    args.data_cache_path = str(tmp_path / "not" / "yet")
+    check_data_args(args, load_tokenizer(hf))
+
+
+def test_another_tokenizer_is_refused(
+    sets: Path, hf: TokenizerSettings, sp: TokenizerSettings, tmp_path: Path
+) -> None:
+    args = megatron_args("--data-path", str(sets / "text"), "--split", "90,10,0")
+    with pytest.raises(ValueError, match=r"has the token id \d+ and the tokenizer of this run 120 ids"):
+        check_data_args(args, load_tokenizer(sp))
+    larger = load_tokenizer(hf)
+    larger.add_special_tokens({"extra_special_tokens": ["<new>"]})
+    check_data_args(args, larger)
+    other = load_tokenizer(hf)
+    words = dict(other.inv_vocab)
+    words[300], words[301] = words[301], words[300]
+    other._tokenizer._inv_vocab_dict = words
+    with pytest.raises(ValueError, match="prepared with another tokenizer"):
+        check_data_args(args, other)
+    # A set of unknown origin has nothing but its ids to look at.
+    args.data_path = [as_megatron_makes_it(tmp_path / "own", [[1, 500]] * 30)]
+    with pytest.raises(ValueError, match="has the token id 500"):
+        check_data_args(args, load_tokenizer(hf))
+
+
+def test_flags_without_effect_are_named(sets: Path, hf: TokenizerSettings) -> None:
+    args = megatron_args("--data-path", str(sets / "instruction"), "--split", "90,10,0", "--eod-mask-loss")
+    with pytest.warns(UserWarning, match="--eod-mask-loss: no effect on instructions"):
+        check_data_args(args, load_tokenizer(hf))
+    args.rank = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check_data_args(args, load_tokenizer(hf))
+
+
+def test_batch_leaves_the_dict_alone_and_has_a_mask_only_when_asked() -> None:
+    sample = {key: torch.ones(2, 3) for key in KEYS}
+    before = dict(sample)
+    batch = get_batch(iter([sample]), "cpu")
+    assert sample == before
+    assert batch.attention_mask is None
+    with_mask = get_batch(
+        iter([{**sample, "attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)}]), "cpu"
+    )
+    assert with_mask.attention_mask.shape == (2, 1, 3, 3)
+
+
+def test_reset_attention_mask_reaches_the_batch(sets: Path, hf: TokenizerSettings, tmp_path: Path) -> None:
+    args = megatron_args("--data-path", str(sets / "text"), "--split", "90,10,0", "--reset-attention-mask")
+    args.data_cache_path = str(tmp_path)
+    train, _, _ = build_datasets(args, [4, 2, 2], load_tokenizer(hf))
+    sample = train[0]
+    end = int((sample["tokens"] == load_tokenizer(hf).eod).nonzero()[0])
+    assert end + 1 < 24
+    assert sample["attention_mask"][0, end + 1, end]
+    assert not sample["attention_mask"][0, end + 1, end + 1]
+
+
+@distributed(dp=2)
+def test_provider_on_two_ranks_reads_disjoint_samples(
+    sets: Path, hf: TokenizerSettings, tmp_path: Path
+) -> None:
+    """Through Megatron's loader; rank 0 builds the index, rank 1 reads it."""
+    rank = torch.distributed.get_rank()
+    for name in ("text", "instruction"):
+        args = megatron_args("--data-path", str(sets / name), "--split", "80,20,0")
+        args.data_cache_path, args.rank = str(tmp_path), rank
+        tokenizer = load_tokenizer(hf)
+        check_data_args(args, tokenizer)
+        saved = global_vars._GLOBAL_ARGS, global_vars._GLOBAL_TOKENIZER
+        global_vars._GLOBAL_ARGS, global_vars._GLOBAL_TOKENIZER = args, tokenizer
+        try:
+            train, valid, test = train_valid_test_provider([16, 4, 4], vp_stage=0)
+            loader: Iterator = iter(build_pretraining_data_loader(train, 0))
+        finally:
+            global_vars._GLOBAL_ARGS, global_vars._GLOBAL_TOKENIZER = saved
+        assert test is None
+        assert len(valid) >= 4
+        batches = [get_batch(loader, "cpu") for _ in range(4)]
+        for step, batch in enumerate(batches):
+            assert batch.tokens_BS.shape == batch.labels_BS.shape == batch.position_ids_BS.shape == (2, 24)
+            assert batch.loss_mask_BS.shape == batch.token_mask_BS.shape == (2, 24)
+            first = step * 4 + rank * 2
+            assert torch.equal(batch.tokens_BS[0], train[first]["tokens"])
+            assert torch.equal(batch.token_mask_BS[1], train[first + 1]["token_mask"])
+
+
+def test_provider_asks_for_every_rank() -> None:
+    assert train_valid_test_provider.is_distributed is True

@@ -1,0 +1,266 @@
+"""From raw files to sets on disk: content, workers, errors, interruptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from transformers import AutoTokenizer
+
+from megatron_fdd.data import prepare as prepare_module
+from megatron_fdd.data import prepared as prepared_module
+from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.prepare import PrepareSettings, Summary, prepare
+from megatron_fdd.data.prepared import mask_prefix, open_set
+from megatron_fdd.data.tokenizer import TokenizerSettings
+from tests.data.conftest import sentences, write_jsonl
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+
+
+def run(inputs: list[str], prefix: Path, encode: EncodeSettings, **more: object) -> Summary:
+    return prepare(PrepareSettings(tuple(inputs), str(prefix), encode, **more))
+
+
+def documents_of(prefix: Path | str) -> list[list[int]]:
+    dataset = IndexedDataset(str(prefix))
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_text_round_trip(hf: TokenizerSettings, tmp_path: Path) -> None:
+    texts = ["\n".join(sentences(3, seed)) for seed in range(4)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    encode = EncodeSettings(hf, "text", append_eod=True)
+    summary = run([str(tmp_path / "a.txt")], tmp_path / "out", encode, separator="blank-line")
+    reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
+    expected = [[*reference(text).input_ids, reference.eos_token_id] for text in texts]
+    assert documents_of(tmp_path / "out") == expected
+    assert (summary.documents, summary.tokens) == (4, sum(map(len, expected)))
+    found = open_set(str(tmp_path / "out"))
+    assert found.info.largest_token_id == found.largest_token_id == max(map(max, expected))
+    assert found.info.longest_document == max(map(len, expected))
+
+
+def test_jsonl_round_trip_with_sentencepiece(sp: TokenizerSettings, tmp_path: Path) -> None:
+    texts = sentences(5)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in [*texts, "  "]])
+    summary = run([path], tmp_path / "out", EncodeSettings(sp, "jsonl"))
+    model = sentencepiece.SentencePieceProcessor(model_file=sp.tokenizer_model)
+    assert documents_of(tmp_path / "out") == model.encode(texts)
+    assert summary.skipped == 1
+
+
+def instruction_rows(count: int) -> list[dict[str, object]]:
+    return [
+        {"prompt": a + " ", "response": b}
+        for a, b in zip(sentences(count, 1), sentences(count, 2), strict=True)
+    ]
+
+
+def test_instructions_have_a_mask_beside_the_ids(hf: TokenizerSettings, tmp_path: Path) -> None:
+    rows = instruction_rows(6)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    summary = run([path], tmp_path / "out", EncodeSettings(hf, "instruction", seq_length=20))
+    reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
+    expected_ids, expected_masks = [], []
+    for row in rows:
+        prompt = reference(row["prompt"]).input_ids
+        ids = [*reference(row["prompt"] + row["response"]).input_ids, reference.eos_token_id]
+        if len(prompt) < 21:
+            expected_ids.append(ids[:21])
+            expected_masks.append(([0] * len(prompt) + [1] * (len(ids) - len(prompt)))[:21])
+    assert documents_of(tmp_path / "out") == expected_ids
+    assert documents_of(mask_prefix(str(tmp_path / "out"))) == expected_masks
+    assert summary.truncated == sum(len(ids) == 21 for ids in expected_ids) > 0
+    info = open_set(str(tmp_path / "out")).info
+    assert (info.kind, info.learned_tokens) == ("instruction", sum(map(sum, expected_masks)))
+
+
+def test_several_workers_give_the_same_bytes(
+    hf: TokenizerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 3)
+    path = write_jsonl(tmp_path / "a.jsonl", instruction_rows(50))
+    encode = EncodeSettings(hf, "instruction")
+    for workers in (1, 2):
+        prefix = tmp_path / str(workers) / "out"
+        run([path], prefix, encode, split=(90.0, 10.0), workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_error_in_a_worker_is_the_first_in_the_file(hf: TokenizerSettings, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the river"}] * 3 + [{"other": "x"}, {"text": 3}])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 4: the field 'text' is missing"):
+        run([path], tmp_path / "sets" / "out", EncodeSettings(hf, "jsonl"), workers=2)
+    assert contents(tmp_path / "sets") == {}
+
+
+def test_split_deals_documents_by_their_shares(hf: TokenizerSettings, tmp_path: Path) -> None:
+    texts = [f"{n} {text}" for n, text in enumerate(sentences(40))]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    summary = run([path], tmp_path / "out", EncodeSettings(hf, "jsonl"), split=(8.0, 1.0, 1.0))
+    parts = [documents_of(prefix) for prefix in summary.prefixes]
+    assert [os.path.basename(prefix) for prefix in summary.prefixes] == ["out_train", "out_valid", "out_test"]
+    assert [len(part) for part in parts] == [32, 4, 4]
+    reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
+    dealt = sorted(tuple(ids) for part in parts for ids in part)
+    assert dealt == sorted(tuple(reference(text).input_ids) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": ("nowhere.txt",)}, "input file nowhere.txt does not exist"),
+        ({"inputs": (".",)}, "is a folder"),
+        ({"workers": 0}, "--workers 0: at least 1"),
+        ({"split": (1.0,)}, "--split 1.0: give 2 or 3"),
+        ({"split": (1.0, 0.0)}, "--split 1.0,0.0: give 2 or 3"),
+        ({"split": (99.0, 1.0)}, "no document for .*out_valid .1 for the other"),
+        ({"output_prefix": "sets/"}, "--output-prefix sets/ is a folder"),
+    ],
+)
+def test_refused(hf: TokenizerSettings, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    (tmp_path / "a.txt").write_text("the river")
+    good = PrepareSettings(
+        (str(tmp_path / "a.txt"),), str(tmp_path / "sets" / "out"), EncodeSettings(hf, "text")
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(dataclasses.replace(good, **change))
+    assert not (tmp_path / "sets").exists() or contents(tmp_path / "sets") == {}
+
+
+def test_failing_keeps_the_old_set(hf: TokenizerSettings, tmp_path: Path) -> None:
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": "the river"}])
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n\n{"text": \n')
+    run([good], tmp_path / "sets" / "out", EncodeSettings(hf, "jsonl"))
+    before = contents(tmp_path / "sets")
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 3: malformed JSON"):
+        run([str(tmp_path / "bad.jsonl")], tmp_path / "sets" / "out", EncodeSettings(hf, "jsonl"))
+    assert contents(tmp_path / "sets") == before
+
+
+def test_stopped_while_replacing_never_looks_whole(
+    hf: TokenizerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instruction set replaces a text set; it is stopped before each of its renames in turn."""
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "the river"}])
+    path = write_jsonl(tmp_path / "a.jsonl", instruction_rows(3))
+    prefix = tmp_path / "sets" / "out"
+
+    def stop_at(number: int) -> None:
+        calls = iter(range(number))
+
+        def replace(source: str, target: str) -> None:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            os.rename(source, target)
+
+        monkeypatch.setattr(prepared_module.os, "replace", replace)
+
+    for renames in range(5):
+        monkeypatch.undo()
+        run([text], prefix, EncodeSettings(hf, "jsonl"))
+        stop_at(renames)
+        with pytest.raises(KeyboardInterrupt):
+            run([path], prefix, EncodeSettings(hf, "instruction"))
+        with pytest.raises(ValueError, match=r"out.(idx|bin) does not exist"):
+            open_set(str(prefix))
+        assert not IndexedDataset.exists(str(prefix))
+    monkeypatch.undo()
+    run([path], prefix, EncodeSettings(hf, "instruction"))
+    assert open_set(str(prefix)).info.documents == 3
+    run([text], prefix, EncodeSettings(hf, "jsonl"))
+    assert open_set(str(prefix)).info.kind == "text"
+
+
+def test_damaged_sets_are_found(hf: TokenizerSettings, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", instruction_rows(3))
+
+    def damaged(name: str, end: str) -> str:
+        prefix = tmp_path / name
+        run([path], prefix, EncodeSettings(hf, "instruction"))
+        victim = Path(str(prefix) + end)
+        victim.write_bytes(victim.read_bytes()[:-3])
+        return str(prefix)
+
+    for end, message in [
+        (".bin", r"bytes, its index speaks of"),
+        (".idx", r"idx cannot be read"),
+        ("_loss_mask.bin", r"_loss_mask.bin has .* bytes"),
+        (".prepared.json", r"does not describe a prepared set"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_set(damaged(end.replace(".", "-"), end))
+    prefix = damaged("swapped", ".prepared.json")
+    os.remove(prefix + ".prepared.json")
+    with pytest.raises(ValueError, match=r"swapped.prepared.json is missing beside a loss mask"):
+        open_set(prefix)
+
+
+def command(hf: TokenizerSettings, source: Path, prefix: Path, *more: str) -> list[str]:
+    tokenizer = ["--tokenizer-type", hf.tokenizer_type, "--tokenizer-model", hf.tokenizer_model]
+    return [
+        sys.executable,
+        str(TOOL),
+        "--input",
+        str(source),
+        "--output-prefix",
+        str(prefix),
+        *tokenizer,
+        *more,
+    ]
+
+
+def test_the_tool(hf: TokenizerSettings, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the river\n<|endoftext|>\nthe night\n<|endoftext|>\n")
+    separator = ["--document-separator", "<|endoftext|>"]
+    done = subprocess.run(
+        command(hf, tmp_path / "a.txt", tmp_path / "out", *separator, "--split", "1,1"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "out_valid: 2 documents" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert len(documents_of(tmp_path / "out_valid")) == 1
+
+
+def test_killed_in_the_middle_leaves_nothing_whole(hf: TokenizerSettings, tmp_path: Path) -> None:
+    """The input is a pipe that never ends, so the tool is still writing when it is killed."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    sets = tmp_path / "sets"
+    tool = subprocess.Popen(
+        command(hf, tmp_path / "a.jsonl", sets / "out", "--format", "jsonl"), stderr=subprocess.PIPE
+    )
+    try:
+        with open(tmp_path / "a.jsonl", "wb") as pipe:
+            pipe.write(b'{"text": "the river"}\n' * 4000)
+            pipe.flush()
+            deadline = time.monotonic() + 60
+            while not any(path.stat().st_size for path in sets.glob(".out.partial-*/out.bin")):
+                assert time.monotonic() < deadline
+                assert tool.poll() is None
+                time.sleep(0.02)
+            tool.send_signal(signal.SIGKILL)
+            tool.wait()
+    finally:
+        tool.kill()
+        tool.communicate()
+    assert [path for path in sets.iterdir() if not path.name.startswith(".")] == []
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": "the river"}])
+    run([good], sets / "out", EncodeSettings(hf, "jsonl"))
+    assert np.array_equal(open_set(str(sets / "out")).document_lengths, [len(documents_of(sets / "out")[0])])

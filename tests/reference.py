@@ -1,0 +1,227 @@
+"""What every layout must reproduce: the models and the losses of method.md in plain float64, on one process.
+
+Nothing here is shared with the package: no tiles, no Gram matrices, no Megatron. Weights are dicts of full
+tensors under the names of a stock GPTModel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A small Llama-like model."""
+
+    num_layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_width: int
+    ffn: int
+    vocab: int = 50
+    tied: bool = False
+    epsilon: float = 1e-5
+
+
+STUDENT = Shape(num_layers=6, hidden=48, heads=24, groups=12, head_width=4, ffn=96)
+TEACHER = Shape(num_layers=10, hidden=72, heads=12, groups=12, head_width=8, ffn=120)
+
+
+def random_weights(shape: Shape, seed: int) -> Weights:
+    """Full tensors, float32 values large enough that no gradient is negligible."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * scale / columns**0.5
+
+    def norm() -> Tensor:
+        return 1 + 0.2 * torch.randn(shape.hidden, generator=generator)
+
+    query, key = shape.heads * shape.head_width, shape.groups * shape.head_width
+    weights = {"embedding.word_embeddings.weight": matrix(shape.vocab, shape.hidden, shape.hidden**0.5)}
+    for layer in range(shape.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        weights[prefix + "input_layernorm.weight"] = norm()
+        weights[prefix + "self_attention.linear_qkv.weight"] = matrix(query + 2 * key, shape.hidden)
+        weights[prefix + "self_attention.linear_proj.weight"] = matrix(shape.hidden, query)
+        weights[prefix + "pre_mlp_layernorm.weight"] = norm()
+        weights[prefix + "mlp.linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
+        weights[prefix + "mlp.linear_fc2.weight"] = matrix(shape.hidden, shape.ffn)
+    weights["decoder.final_layernorm.weight"] = norm()
+    if not shape.tied:
+        weights["output_layer.weight"] = matrix(shape.vocab, shape.hidden, 3.0)
+    return weights
+
+
+def double(weights: Weights, *, requires_grad: bool) -> Weights:
+    """A float64 copy to differentiate."""
+    return {name: value.double().requires_grad_(requires_grad) for name, value in weights.items()}
+
+
+def forward(shape: Shape, weights: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Final normed hidden states [B, S, H], and the output of every block."""
+    x = weights["embedding.word_embeddings.weight"][tokens_BS]
+    blocks = []
+    for layer in range(shape.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        h = rms_norm(x, weights[prefix + "input_layernorm.weight"], shape.epsilon)
+        qkv = F.linear(h, weights[prefix + "self_attention.linear_qkv.weight"])
+        x = x + F.linear(attention(shape, qkv), weights[prefix + "self_attention.linear_proj.weight"])
+        h = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], shape.epsilon)
+        gate, up = F.linear(h, weights[prefix + "mlp.linear_fc1.weight"]).chunk(2, -1)
+        x = x + F.linear(F.silu(gate) * up, weights[prefix + "mlp.linear_fc2.weight"])
+        blocks.append(x)
+    return rms_norm(x, weights["decoder.final_layernorm.weight"], shape.epsilon), blocks
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+
+
+def attention(shape: Shape, qkv: Tensor) -> Tensor:
+    """Causal attention; Megatron keeps the queries of a group beside its key and value."""
+    batch, length, _ = qkv.shape
+    per_group = shape.heads // shape.groups
+    grouped = qkv.view(batch, length, shape.groups, per_group + 2, shape.head_width)
+    query = rotate(grouped[..., :per_group, :].flatten(2, 3))
+    key = rotate(grouped[..., per_group, :]).repeat_interleave(per_group, 2)
+    value = grouped[..., per_group + 1, :].repeat_interleave(per_group, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / shape.head_width**0.5
+    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
+
+
+def rotate(x: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding of [B, S, heads, width], halves rotated."""
+    width = x.shape[-1]
+    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
+    angle = torch.cat([angle, angle], -1)[:, None].to(x.dtype)
+    left, right = x.chunk(2, -1)
+    return x * angle.cos() + torch.cat([-right, left], -1) * angle.sin()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How to put the loss together; defaults as in FddConfig."""
+
+    pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 6), (4, 8))
+    alpha: float = 1.0
+    beta: float = 1.0
+    kd: float = 1.0
+    ce: float = 0.0
+    kd_kind: str = "fkl"
+    trajectory_kind: str = "fkl"
+    mix: float | None = None
+    temperature: float = 1.0
+    lens_norm: bool = True
+    live: bool = False
+    centred: bool = False
+    detach_previous: bool = False
+    all_tokens: bool = False
+
+
+def distillation_loss(
+    terms: Terms, shapes: tuple[Shape, Shape], weights: tuple[Weights, Weights], batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Total (a mean over tokens) and the token mean of every term, for (student, teacher).
+
+    Source: method.md, sections 2, 3 and 6.
+    """
+    (student_shape, teacher_shape), (student, teacher) = shapes, weights
+    student_final, student_blocks = forward(student_shape, student, batch["tokens"])
+    with torch.no_grad():
+        teacher_final, teacher_blocks = forward(teacher_shape, teacher, batch["tokens"])
+    label = batch["loss_mask"].double()
+    term = batch["token_mask"].double() if terms.all_tokens else label
+    vocab = min(student_shape.vocab, teacher_shape.vocab)
+    z_student = F.linear(student_final, head(student)[:vocab])
+    z_teacher = F.linear(teacher_final, head(teacher)[:vocab])
+
+    def mean(value: Tensor, mask: Tensor) -> Tensor:
+        return value[mask > 0].sum() / mask.sum()
+
+    ce = -z_student.log_softmax(-1).gather(-1, batch["labels"][..., None])[..., 0]
+    parts = {"ce": mean(ce, label), "kd": mean(divergence(terms, terms.kd_kind, z_teacher, z_student), term)}
+    total = terms.ce * parts["ce"] + terms.kd * parts["kd"]
+    y_student, y_teacher = [], []
+    for s, t in terms.pairs:
+        lens_s = lens(terms, student_shape, student, student_blocks[s - 1], detached=not terms.live)[
+            ..., :vocab
+        ]
+        lens_t = lens(terms, teacher_shape, teacher, teacher_blocks[t - 1], detached=True)[..., :vocab]
+        value = mean(divergence(terms, terms.trajectory_kind, lens_t, lens_s), term)
+        parts[f"trajectory s{s}:t{t}"] = value
+        total = total + terms.alpha * value / len(terms.pairs)
+        y_student.append(delta_space(terms, lens_s))
+        y_teacher.append(delta_space(terms, lens_t))
+    for j in range(1, len(terms.pairs)):
+        before = y_student[j - 1].detach() if terms.detach_previous else y_student[j - 1]
+        cosine = F.cosine_similarity(y_teacher[j] - y_teacher[j - 1], y_student[j] - before, dim=-1)
+        s, t = terms.pairs[j]
+        parts[f"delta s{s}:t{t}"] = mean(1 - cosine, term)
+        total = total + terms.beta * parts[f"delta s{s}:t{t}"] / (len(terms.pairs) - 1)
+    return total, {name: value.item() for name, value in parts.items()} | {"total": total.item()}
+
+
+def head(weights: Weights) -> Tensor:
+    return weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+
+
+def lens(terms: Terms, shape: Shape, weights: Weights, x: Tensor, *, detached: bool) -> Tensor:
+    norm, matrix = weights["decoder.final_layernorm.weight"], head(weights)
+    if detached:
+        norm, matrix = norm.detach(), matrix.detach()
+    return F.linear(rms_norm(x, norm, shape.epsilon) if terms.lens_norm else x, matrix)
+
+
+def delta_space(terms: Terms, z: Tensor) -> Tensor:
+    return z - z.mean(-1, keepdim=True) if terms.centred else z.log_softmax(-1)
+
+
+def divergence(terms: Terms, kind: str, z_teacher: Tensor, z_student: Tensor) -> Tensor:
+    tau = terms.temperature
+    log_t, log_s = (z_teacher / tau).log_softmax(-1), (z_student / tau).log_softmax(-1)
+    mix = terms.mix if terms.mix is not None else (0.5 if kind == "jsd" else 0.1)
+    t, s = log_t.exp(), log_s.exp()
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p * (p.log() - q.log())).sum(-1)
+
+    m = mix * t + (1 - mix) * s
+    value = {
+        "fkl": lambda: (t * (log_t - log_s)).sum(-1),
+        "rkl": lambda: (s * (log_s - log_t)).sum(-1),
+        "jsd": lambda: mix * kl(t, m) + (1 - mix) * kl(s, m),
+        "sfkl": lambda: kl(t, m),
+        "srkl": lambda: kl(s, mix * s + (1 - mix) * t),
+    }[kind]()
+    return tau**2 * value
+
+
+def random_batches(num: int, batch: int, length: int, vocab: int, seed: int = 11) -> list[dict[str, Tensor]]:
+    """Micro-batches with random masks; padding (token_mask 0) never has a label."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(num):
+        tokens = torch.randint(0, vocab, (batch, length + 1), generator=generator)
+        token_mask = (torch.rand(batch, length, generator=generator) > 0.2).float()
+        loss_mask = token_mask * (torch.rand(batch, length, generator=generator) > 0.4)
+        positions = torch.arange(length).expand(batch, -1)
+        batches.append(
+            {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(),
+             "loss_mask": loss_mask, "token_mask": token_mask, "position_ids": positions}
+        )  # fmt: skip
+    return batches
+
+
+def stacked(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All micro-batches as one: token means do not care where a micro-batch ends."""
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

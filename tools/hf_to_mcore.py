@@ -1,0 +1,58 @@
+"""Hugging Face model folder -> Megatron checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_fdd.convert.command_line import DTYPE_CHOICES, run_tool, teaching_parser
+
+DESCRIPTION = """\
+Write a Hugging Face model (Llama 2/3.x, Mistral without sliding window) as an ordinary Megatron torch_dist
+checkpoint. The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data
+parallel layout. Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer
+are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student."""
+EXAMPLES = """\
+  python tools/hf_to_mcore.py --hf-model Llama-3.2-1B --save checkpoints/teacher
+  torchrun --nproc-per-node 4 tools/hf_to_mcore.py --hf-model Llama-3.1-70B --save checkpoints/teacher
+      (each of the 4 processes holds a quarter of the weights)"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, convert, print one line; returns the exit status."""
+    parser = teaching_parser(DESCRIPTION, EXAMPLES)
+    parser.add_argument("--hf-model", type=Path, required=True, help="folder with config.json and safetensors")
+    parser.add_argument("--save", type=Path, required=True, help="new folder for the Megatron checkpoint")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, default="checkpoint", help="of the weights; default: as they are stored"
+    )
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary to a multiple of N times the number of processes (default 128). Training with "
+        "--use-checkpoint-args keeps the padded size, so its tensor parallel size must divide it: for 3 or 6, "
+        "give 384",
+    )
+    args = parser.parse_args(argv)
+    if args.make_vocab_size_divisible_by < 1:
+        parser.error("--make-vocab-size-divisible-by must be at least 1")
+
+    def action() -> str:
+        from megatron_fdd.convert import hf_to_mcore
+
+        parameters = hf_to_mcore(
+            args.hf_model,
+            args.save,
+            dtype=args.dtype,
+            vocabulary_divisor=args.make_vocab_size_divisible_by,
+            progress=True,
+        )
+        return f"{args.save}: {parameters:,} parameters of {args.hf_model}, ready for --load {args.save}"
+
+    return run_tool(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
