@@ -21,10 +21,15 @@ EXAMPLES = """\
 def main(argv: list[str] | None = None) -> int:
     """Parse, convert, print one line; returns the exit status."""
     parser = teaching_parser(DESCRIPTION, EXAMPLES)
-    parser.add_argument("--hf-model", type=Path, required=True, help="folder with config.json and safetensors")
+    parser.add_argument(
+        "--hf-model", type=Path, required=True, help="folder with config.json and safetensors"
+    )
     parser.add_argument("--save", type=Path, required=True, help="new folder for the Megatron checkpoint")
     parser.add_argument(
-        "--dtype", choices=DTYPE_CHOICES, default="checkpoint", help="of the weights; default: as they are stored"
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="checkpoint",
+        help="of the weights; default: as they are stored",
     )
     parser.add_argument(
         "--make-vocab-size-divisible-by",

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--layers", metavar="LIST", help="0-based layers and ranges, increasing: 0-3,8,26-29")
     which.add_argument("--num-layers", type=int, metavar="N", help="how many; the rule above chooses which")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB (default 5GB)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB (default 5GB)"
+    )
     args = parser.parse_args(argv)
 
     def action() -> str:

@@ -32,9 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tokenizer", type=Path, help="folder with the tokenizer's files")
     parser.add_argument(
-        "--dtype", choices=DTYPE_CHOICES, default="checkpoint", help="of the weights; default: as they are stored"
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="checkpoint",
+        help="of the weights; default: as they are stored",
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB (default 5GB)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB or 500MB (default 5GB)"
+    )
     args = parser.parse_args(argv)
 
     def action() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_fdd.convert.transforms import Same, Transform
 
@@ -17,6 +17,11 @@ HfConfig = dict[str, Any]
 """A config.json as read, before any library has completed or renamed its fields."""
 MegatronArgs = dict[str, Any]
 """Megatron's argparse destinations and their values; plain values only."""
+
+
+def refuse(field: str, value: Any, why: str) -> NoReturn:
+    """ValueError about one field of a config.json."""
+    raise ValueError(f'config.json has "{field}": {value!r}, {why}')
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
     size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
     if size < 1:
-        raise ValueError(f"shard size {text!r} is not understood; write it as 5GB, 500MB or a number of bytes")
+        raise ValueError(
+            f"shard size {text!r} is not understood; write it as 5GB, 500MB or a number of bytes"
+        )
     return size
 
 

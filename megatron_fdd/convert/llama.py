@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_fdd.convert.family import Family, HfConfig, MegatronArgs, Row, Source
+from megatron_fdd.convert.family import Family, HfConfig, MegatronArgs, Row, Source, refuse
+from megatron_fdd.convert.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 from megatron_fdd.convert.transforms import GroupedQkv, Same, Stacked
 
-# Megatron's RotaryEmbedding has these built in; only the factor can be chosen.
-_LLAMA3_CONSTANTS = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 # Fields that leave the model's function alone.
 _HARMLESS = {
     "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
@@ -100,61 +94,32 @@ class _Shape:
     tie_word_embeddings: bool
     attention_dropout: float
     initializer_range: float
-    rope_theta: int
-    rope_factor: float | None  # of Llama-3 scaling; None: unscaled
+    rope: Rope
 
 
-_PLAIN_FIELDS = [f.name for f in dataclasses.fields(_Shape) if not f.name.startswith("rope_")]
-
-
-def _refuse(field: str, value: Any, why: str) -> None:
-    raise ValueError(f'config.json has "{field}": {value!r}, {why}')
+_PLAIN_FIELDS = [f.name for f in dataclasses.fields(_Shape) if f.name != "rope"]
 
 
 def _check_fields(dialect: _Dialect, config: Mapping[str, Any]) -> None:
     """Every field is mapped, harmless, or at a value that changes nothing."""
     for field, values in {**_NEUTRAL, **dialect.neutral}.items():
         if field in config and config[field] not in values:
-            _refuse(field, config[field], f"which Megatron's GPTModel cannot express; only {values[0]!r} converts")
+            refuse(
+                field, config[field], f"which Megatron's GPTModel cannot express; only {values[0]!r} converts"
+            )
     layer_types = config.get("layer_types")
     if layer_types is not None and set(layer_types) != {"full_attention"}:
-        _refuse("layer_types", layer_types, 'only "full_attention" layers convert')
+        refuse("layer_types", layer_types, 'only "full_attention" layers convert')
     architectures = config.get("architectures") or [dialect.architecture]
     if architectures != [dialect.architecture]:
-        _refuse("architectures", architectures, f"only {dialect.architecture} converts")
-    known = {*_PLAIN_FIELDS, *_ROPE_FIELDS, *_HARMLESS, *_NEUTRAL, *dialect.neutral, "layer_types"}
+        refuse("architectures", architectures, f"only {dialect.architecture} converts")
+    known = {*_PLAIN_FIELDS, *ROPE_FIELDS, *_HARMLESS, *_NEUTRAL, *dialect.neutral, "layer_types"}
     unknown = sorted(set(config) - known)
     if unknown:
         raise ValueError(
             f"config.json has fields that the {dialect.model_type} conversion does not understand: "
             f"{', '.join(unknown)}. Remove one only if it does not change what the model computes"
         )
-
-
-def _read_rope(config: Mapping[str, Any]) -> tuple[int, float | None]:
-    """Theta and Llama-3 factor, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
-    if config.get("rope_parameters") and config.get("rope_scaling"):
-        _refuse("rope_scaling", config["rope_scaling"], "and rope_parameters too: remove one of them")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-    if theta != int(theta):
-        _refuse("rope_theta", theta, "Megatron's rotary base is a whole number")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        _refuse("partial_rotary_factor", config.get("rope_parameters"), "only 1.0 converts")
-    if kind not in ("default", "llama3"):
-        _refuse("rope_type", kind, "only 'default' and 'llama3' convert")
-    factor = float(rope.pop("factor", 1.0)) if kind == "llama3" else None
-    expected = _LLAMA3_CONSTANTS if kind == "llama3" else {}
-    for field, value in rope.items():
-        if field not in expected:
-            _refuse(field, value, f"which rope type {kind!r} has no use for")
-        if value != expected[field]:
-            _refuse(field, value, f"Megatron's Llama-3 rope scaling has {expected[field]} built in")
-    if set(expected) - set(rope):
-        _refuse("rope_type", kind, f"but no {', '.join(sorted(set(expected) - set(rope)))}")
-    return int(theta), factor
 
 
 def _read(dialect: _Dialect, raw: HfConfig) -> _Shape:
@@ -171,10 +136,9 @@ def _read(dialect: _Dialect, raw: HfConfig) -> _Shape:
         if value is None and field not in derived:
             raise ValueError(f'config.json lacks "{field}"')
         plain[field] = derived[field]() if value is None else value
-    theta, factor = _read_rope(config)
-    shape = _Shape(**plain, rope_theta=theta, rope_factor=factor)
+    shape = _Shape(**plain, rope=read_rope(config))
     if shape.num_attention_heads % shape.num_key_value_heads:
-        _refuse("num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads")
+        refuse("num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads")
     return shape
 
 
@@ -198,9 +162,7 @@ def _megatron_args(dialect: _Dialect, config: HfConfig) -> MegatronArgs:
         "attention_dropout": float(shape.attention_dropout),
         "hidden_dropout": 0.0,
         "init_method_std": shape.initializer_range,
-        "rotary_base": shape.rope_theta,
-        "use_rope_scaling": shape.rope_factor is not None,
-        "rope_scaling_factor": 8.0 if shape.rope_factor is None else shape.rope_factor,
+        **shape.rope.megatron_args(),
     }
 
 
@@ -225,8 +187,7 @@ def _shape_of_args(args: Namespace, seed: _Shape) -> _Shape:
         attention_bias=biased and which[0],
         mlp_bias=biased and which[1],
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
-        rope_theta=args.rotary_base,
-        rope_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+        rope=Rope(args.rotary_base, args.rope_scaling_factor if args.use_rope_scaling else None),
     )
 
 
@@ -239,28 +200,16 @@ def _hf_config(dialect: _Dialect, seed: HfConfig, args: Namespace) -> HfConfig:
             config[field] = getattr(after, field)
     if "layer_types" in config:
         config["layer_types"] = ["full_attention"] * after.num_hidden_layers
-    if (before.rope_theta, before.rope_factor) != (after.rope_theta, after.rope_factor):
-        _write_rope(config, after)
+    if before.rope != after.rope:
+        write_rope(config, after.rope)
     return config
-
-
-def _write_rope(config: HfConfig, shape: _Shape) -> None:
-    """Rope fields in the spelling that `config` already uses."""
-    scaling: dict[str, Any] = {"rope_type": "default"}
-    if shape.rope_factor is not None:
-        scaling = {"rope_type": "llama3", "factor": shape.rope_factor, **_LLAMA3_CONSTANTS}
-    if "rope_theta" in config:
-        config["rope_theta"] = float(shape.rope_theta)
-        config["rope_scaling"] = scaling if shape.rope_factor is not None else None
-        config.pop("rope_parameters", None)
-    else:
-        config["rope_parameters"] = {"rope_theta": float(shape.rope_theta), **scaling}
-        config.pop("rope_scaling", None)
 
 
 def _rows(dialect: _Dialect, config: HfConfig) -> list[Row]:
     shape = _read(dialect, config)
-    rows = [Row("embedding.word_embeddings.weight", (Source("model.embed_tokens.weight", 0),), vocabulary=True)]
+    rows = [
+        Row("embedding.word_embeddings.weight", (Source("model.embed_tokens.weight", 0),), vocabulary=True)
+    ]
     rows += _attention_rows(shape) + _mlp_rows(shape)
     rows.append(Row("decoder.final_layernorm.weight", (Source("model.norm.weight"),)))
     if not shape.tie_word_embeddings:
@@ -278,7 +227,9 @@ def _attention_rows(shape: _Shape) -> list[Row]:
         # A row-parallel layer adds its bias after the reduction: every rank holds all of it.
         output = tuple(Source(name, 1 if kind == "weight" else None) for name in names[3:])
         rows += [
-            Row(f"{mcore}self_attention.linear_qkv.{kind}", tuple(Source(name, 0) for name in names[:3]), qkv),
+            Row(
+                f"{mcore}self_attention.linear_qkv.{kind}", tuple(Source(name, 0) for name in names[:3]), qkv
+            ),
             Row(f"{mcore}self_attention.linear_proj.{kind}", output),
         ]
     return rows

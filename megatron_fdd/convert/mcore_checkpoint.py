@@ -5,17 +5,23 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
+
+if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
+    from megatron.core.transformer.module import MegatronModule
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 # Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
 RELEASE = "release"
+# Pickle and torch raise whatever the damage of a file leads to, and torch's own is no Exception.
+_DAMAGE = (Exception, CheckpointException)
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
-def save_model(folder: Path, model: torch.nn.Module, args: Namespace, groups: Any) -> None:
+def save_model(folder: Path, model: MegatronModule, args: Namespace, groups: Any) -> None:
     """Write the folder `release` and the tracker file that make `folder` loadable with `--load`.
 
     Collectives: those of `dist_checkpointing.save` over all ranks.
@@ -40,37 +46,11 @@ def save_model(folder: Path, model: torch.nn.Module, args: Namespace, groups: An
         (folder / TRACKER_FILE).write_text(RELEASE)
 
 
-def checkpoint_folder(load: Path) -> Path:
-    """The folder that a `--load` argument stands for: its latest iteration, or `release`.
-
-    Raises:
-        ValueError: no tracker file, an unreadable one, or no distributed checkpoint where it points.
-    """
-    from megatron.core import dist_checkpointing
-
-    tracker = load / TRACKER_FILE
-    if not tracker.is_file():
-        raise ValueError(f"{load} is not a Megatron checkpoint: it has no {TRACKER_FILE}")
-    latest = tracker.read_text().strip()
-    if latest != RELEASE and not latest.isdecimal():
-        raise ValueError(f"{tracker} holds {latest!r}, neither an iteration nor {RELEASE!r}")
-    folder = load / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
-    if not folder.is_dir() or not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise ValueError(f"{folder}, which {tracker} points at, is not a complete torch_dist checkpoint")
-    return folder
-
-
-def load_args(folder: Path) -> Namespace:
-    """The args namespace stored in a checkpoint. ValueError: there is none, or it cannot be read."""
-    from megatron.core import dist_checkpointing
-
-    try:
-        args = dist_checkpointing.load_common_state_dict(str(folder)).get("args")
-    except Exception as error:  # pickle and torch raise whatever the damage leads to
-        raise ValueError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    if args is None:
-        raise ValueError(f"{folder} stores no args; it was not written by Megatron's training loop")
-    return args
+def _cause(error: BaseException) -> str:
+    """One line: what went wrong on the first rank that failed, without the tracebacks torch puts into it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
@@ -96,7 +76,7 @@ def stored_layout(folder: Path) -> tuple[torch.dtype, int]:
     return stored.dtype, stored.global_shape[0]
 
 
-def load_model(folder: Path, model: torch.nn.Module, groups: Any) -> None:
+def load_model(folder: Path, model: MegatronModule, groups: Any) -> None:
     """Fill the model from a checkpoint saved at any layout; optimizer and random state are not read.
 
     Collectives: those of `dist_checkpointing.load` over all ranks.
@@ -112,8 +92,8 @@ def load_model(folder: Path, model: torch.nn.Module, groups: Any) -> None:
         state, missing, unexpected = dist_checkpointing.load(
             {"model": sharded}, str(folder), strict="return_all"
         )
-    except Exception as error:  # whatever the damage leads to
-        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    except _DAMAGE as error:
+        raise ValueError(f"{folder} cannot be loaded: {_cause(error)}") from error
     unused = sorted(key for key in missing if key.startswith(_MODEL_KEYS) and "_extra_state" not in key)
     if unused or unexpected:
         raise ValueError(

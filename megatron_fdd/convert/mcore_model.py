@@ -29,8 +29,8 @@ _BUILD_FLAGS = [
     "--micro-batch-size=1",
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The flag under which Megatron holds parameters in a dtype.
-_DTYPE_FLAG = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: "fp16"}
+# The argument under which Megatron holds parameters in a dtype that is not its default.
+_DTYPE_FLAG = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def complete_args(
     values["tensor_model_parallel_size"] = tensor_size
     # Every rank saves the same args; Megatron checks that they agree.
     values |= {"rank": 0, "local_rank": 0, "world_size": tensor_size}
-    if _DTYPE_FLAG[dtype]:
+    if dtype in _DTYPE_FLAG:
         values[_DTYPE_FLAG[dtype]] = True
     with _argv(_BUILD_FLAGS), contextlib.redirect_stdout(io.StringIO()):
         args = parse_args()

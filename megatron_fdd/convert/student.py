@@ -28,10 +28,10 @@ def parse_layers(text: str) -> list[int]:
     layers: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
-        if not match:
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span:
             raise ValueError(f"--layers {text}: {item!r} is neither a layer number nor a range such as 0-3")
-        first, last = int(match[1]), int(match[2] or match[1])
-        layers.extend(range(first, last + 1) or [last])
+        layers.extend(span)
     if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"--layers {text}: layers must increase")
     return layers

@@ -21,8 +21,6 @@ from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files, read_json, 
 from megatron_fdd.convert.hf_writer import ShardWriter, check_new_folder, new_folder, parse_size
 from megatron_fdd.convert.mcore_checkpoint import (
     check_architecture,
-    checkpoint_folder,
-    load_args,
     load_model,
     stored_layout,
 )
@@ -62,8 +60,10 @@ def mcore_to_hf(
     check_new_folder(hf_out)
     max_shard_bytes = parse_size(max_shard_size)
     with conversion_ranks() as groups:
-        checkpoint = checkpoint_folder(load)
-        args = load_args(checkpoint)
+        from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
+
+        checkpoint = find_checkpoint(str(load), "--load")
+        args = read_checkpoint_args(checkpoint, "--load")
         config_path = find_hf_config(load, args, hf_config)
         tokenizer_path = find_tokenizer(load, args, tokenizer)
         export = _prepare(checkpoint, args, read_json(config_path), groups)
@@ -152,7 +152,9 @@ def _gather(part: Tensor, dim: int, group: Any) -> Tensor:
 
 def _write_config(folder: Path, seed_path: Path, config: HfConfig, dtype: torch.dtype) -> None:
     """The config with its dtype fields true to the weights; byte for byte the seed where nothing changed."""
-    named = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config}
+    named: HfConfig = {
+        key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config
+    }
     config = {**config, **named}
     if config == read_json(seed_path):
         shutil.copyfile(seed_path, folder / CONFIG_FILE)

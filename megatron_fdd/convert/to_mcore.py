@@ -21,6 +21,7 @@ from megatron_fdd.convert.mcore_checkpoint import save_model
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, conversion_ranks
 from megatron_fdd.convert.tokenizer import has_tokenizer
 
+
 def hf_to_mcore(
     hf_model: Path,
     save: Path,

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("train", "valid", "test")
 # Large enough that handing a batch over costs nothing beside encoding it.
-_BATCH_BYTES = 256 * 1024
+_BATCH_BYTES = 64 * 1024
 _BATCH_DOCUMENTS = 512
 # Batches in flight per worker: reading stays ahead of encoding without reading the corpus into memory.
 _AHEAD = 4

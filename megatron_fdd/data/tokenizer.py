@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
@@ -55,9 +56,14 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
         return
     if not tokenizer_model:
         raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
-    # A Hugging Face name has the form `owner/name`; everything else is meant as a path.
-    may_be_a_name = tokenizer_type == "HuggingFaceTokenizer" and (
-        tokenizer_model.count("/") <= 1 and not tokenizer_model.startswith((".", "/", "~"))
+    # A Hugging Face name has the form `owner/name`. What begins with a folder that is here is meant as a
+    # path: asking the hub for a mistyped one would cost a minute of retries on every rank.
+    first, *rest = tokenizer_model.split("/")
+    may_be_a_name = (
+        tokenizer_type == "HuggingFaceTokenizer"
+        and len(rest) <= 1
+        and first not in ("", ".", "..", "~")
+        and not os.path.exists(first)
     )
     if not may_be_a_name and not os.path.exists(tokenizer_model):
         raise ValueError(
@@ -80,12 +86,16 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
         pad_vocab_size=False,
     )
     try:
-        return build_tokenizer(config)
+        tokenizer = build_tokenizer(config)
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(
             f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: "
             f"{error}"
         ) from error
+    if tokenizer.library == "huggingface":
+        # Documents are cut later; the warning about a model's longest input would only mislead.
+        tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
+    return tokenizer
 
 
 def identify(tokenizer: MegatronTokenizerText, first_ids: int | None = None) -> TokenizerIdentity:

@@ -113,6 +113,16 @@ def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
 
+def _keep_mode_on(run: Callable[..., Any]) -> Callable[..., Any]:
+    """torch turns a mode off inside the function that it intercepts, here all of a backward pass."""
+
+    def run_with_mode(*args: Any, **kwargs: Any) -> Any:
+        with _INSTALLED:
+            return run(*args, **kwargs)
+
+    return run_with_mode
+
+
 def _same(tensor: torch.Tensor, *_args: Any, **_options: Any) -> torch.Tensor:
     return tensor
 
@@ -174,7 +184,7 @@ def _cuda_state() -> dict[str, Any]:
         "is_bf16_supported": _always(True),
         "is_current_stream_capturing": _always(False),
         "device_count": _always(count),
-        "current_device": _always(0),
+        "current_device": _always(_CPU),
         "get_device_name": _always("cpu"),
         "get_device_capability": _always(_CAPABILITY),
         "get_device_properties": _properties,
@@ -219,4 +229,5 @@ def install() -> None:
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _always(None))
     torch.accelerator.is_available = _always(False)  # or the data loader would pin memory
+    torch.autograd._engine_run_backward = _keep_mode_on(torch.autograd._engine_run_backward)
     _INSTALLED.__enter__()

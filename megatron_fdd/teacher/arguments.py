@@ -6,10 +6,9 @@ import argparse
 import copy
 
 # Where and how the teacher runs is this run's business; what it computes is its checkpoint's.
+# Every field with "parallel" in its name is of this kind too.
 _FROM_RUN = (
-    "rank", "world_size", "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-    "context_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size",
-    "gtp_weight_remat_size", "sequence_parallel", "params_dtype", "bf16", "fp16", "transformer_impl",
+    "rank", "world_size", "gtp_weight_remat_size", "params_dtype", "bf16", "fp16", "transformer_impl",
     "attention_backend", "use_cpu_initialization", "persist_layer_norm", "masked_softmax_fusion",
     "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "apply_rope_fusion",
     "gradient_accumulation_fusion", "deterministic_mode", "distributed_backend", "no_persist_layer_norm",
@@ -54,9 +53,9 @@ def teacher_args(checkpoint_args: argparse.Namespace, run_args: argparse.Namespa
         run_args: this run's validated arguments (the student's).
     """
     args = argparse.Namespace(**{**vars(run_args), **copy.deepcopy(vars(checkpoint_args))})
-    for name in _FROM_RUN:
-        if hasattr(run_args, name):
-            setattr(args, name, getattr(run_args, name))
+    for name, value in vars(run_args).items():
+        if name in _FROM_RUN or "parallel" in name:
+            setattr(args, name, value)
     for name, value in _FORCED.items():
         setattr(args, name, value)
     args.padded_vocab_size = run_args.padded_vocab_size

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fdd import convert, rehearsal
-from megatron_fdd.convert.mcore_checkpoint import checkpoint_folder, load_args, load_model
+from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.convert.mcore_checkpoint import load_model
 from megatron_fdd.convert.mcore_model import build_model
 from tests.convert import toys
 
@@ -30,9 +31,11 @@ def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespac
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    checkpoint = checkpoint_folder(load)
-    args = load_args(checkpoint)
-    vars(args).update(tensor_model_parallel_size=groups.tp.size(), **changes)
+    checkpoint = find_checkpoint(str(load), "--load")
+    args = read_checkpoint_args(checkpoint, "--load")
+    size = groups.tp.size()
+    sizes = {"tensor_model_parallel_size": size, "tensor_parallel_num_weight_shards": size}
+    vars(args).update(**sizes, **changes)
     model = build_model(args, groups)
     load_model(checkpoint, model, groups)
     return model, args

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_fdd import convert
-from megatron_fdd.convert.mcore_checkpoint import checkpoint_folder, load_args
+from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from tests.convert import mcore, toys
 from tests.ranks import Layout, distributed, run_on_ranks
 
@@ -83,7 +83,8 @@ def test_export_in_another_dtype(saved: Path, tmp_path: Path) -> None:
 @distributed(tp=1)
 def test_args_are_complete_and_plain(tmp_path: Path) -> None:
     mcore.make_checkpoint(tmp_path, "llama3")
-    args = vars(load_args(checkpoint_folder(tmp_path / "mcore")))
+    checkpoint = find_checkpoint(str(tmp_path / "mcore"), "--load")
+    args = vars(read_checkpoint_args(checkpoint, "--load"))
     expected = {
         "num_query_groups": 6,
         "group_query_attention": True,
@@ -110,7 +111,7 @@ def _train_a_step(saved: Path, out: Path) -> torch.Tensor:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.training.checkpointing import save_checkpoint
 
-    model, args, _ = mcore.from_stock_megatron(saved / "mcore", ["--save", str(out)])
+    model, args, _ = mcore.from_stock_megatron(saved / "mcore", ["--save", str(out), "--save-interval", "1"])
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.01), [wrapped])
     length = toys.TOKENS.shape[1]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from megatron_fdd import convert
 from tests.convert import mcore, toys
 from tests.ranks import distributed
+
 
 def _check(tmp_path: Path, variant: str) -> None:
     source, saved, back = tmp_path / "source", tmp_path / "mcore", tmp_path / "back"

@@ -78,7 +78,9 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     tensors = {
-        name: (torch.randn(value.shape) * 0.15 + 1.0 * ("norm" in name)).to(getattr(torch, config["torch_dtype"]))
+        name: (torch.randn(value.shape) * 0.15 + 1.0 * ("norm" in name)).to(
+            getattr(torch, config["torch_dtype"])
+        )
         for name, value in model.state_dict().items()
     }
     if config["tie_word_embeddings"]:
@@ -93,7 +95,11 @@ def make_tokenizer(folder: Path, added: tuple[str, ...] = ("<|chat|>",), vocab_s
     """A byte-pair tokenizer trained on a few lines, in the files that transformers reads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    lines = ["the quick brown fox jumps over the lazy dog", "a student follows its teacher", "gradient descent"]
+    lines = [
+        "the quick brown fox jumps over the lazy dog",
+        "a student follows its teacher",
+        "gradient descent",
+    ]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_fdd.data.tokenizer import TokenizerSettings
 
-WORDS = "the a small house stands near river where many children play and sing until night comes".split()
+TEXT = "the a small house stands near river where many children play and sing until night comes"
 # The shape of ChatML: a closing token, then a line break that no model has to produce.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -24,7 +24,9 @@ CHATML = (
 def sentences(count: int, seed: int = 0) -> list[str]:
     """Made-up sentences of 3 to 12 words, always the same."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))).capitalize() + "." for _ in range(count)]
+    return [
+        " ".join(rng.choices(TEXT.split(), k=rng.randint(3, 12))).capitalize() + "." for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="session")

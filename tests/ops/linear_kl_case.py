@@ -1,0 +1,129 @@
+"""One case of linear_kl with its float64 reference, whole or as the shards of tensor-parallel ranks.
+
+Shapes: N tokens, V vocabulary, T / S hidden width of teacher / student, P rows of the padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from megatron_fdd.ops.linear_kl import Divergence, LinearKL, VocabShard, linear_kl
+
+KINDS = ("fkl", "rkl", "jsd", "sfkl", "srkl")
+
+
+def reference_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
+    """Straight from method.md, section 6."""
+    heat, mix, kind = divergence.temperature, divergence.mixture, divergence.kind
+    log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
+    t, s = log_t.exp(), log_s.exp()
+    first, second = (s, t) if kind == "srkl" else (t, s)
+    log_m = {"fkl": log_s, "rkl": log_t}.get(kind, (mix * first + (1 - mix) * second).log())
+    kl_t, kl_s = (t * (log_t - log_m)).sum(-1), (s * (log_s - log_m)).sum(-1)
+    value = {"jsd": mix * kl_t + (1 - mix) * kl_s}.get(kind, kl_s if kind in ("rkl", "srkl") else kl_t)
+    return heat**2 * value
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs over the whole vocabulary, padded rows filled with garbage, and upstream gradients."""
+
+    teacher: Tensor
+    teacher_head: Tensor
+    student: Tensor
+    student_head: Tensor
+    labels: Tensor
+    upstream: Tensor  # [3, N]: for divergence, student lse, cross-entropy
+    vocab_size: int
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers, rounded."""
+        names = ("teacher", "teacher_head", "student", "student_head")
+        return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+    def reference(self, divergence: Divergence | None) -> LinearKL:
+        """All outputs in float64, without shards, tiles or padding."""
+        student_NV = self.student.double() @ self.student_head[: self.vocab_size].double().T
+        teacher_NV = self.teacher.double() @ self.teacher_head[: self.vocab_size].double().T
+        value = reference_divergence(teacher_NV, student_NV, divergence) if divergence else None
+        entropy = cross_entropy(student_NV, self.labels, ignore_index=-100, reduction="none")
+        return LinearKL(value, teacher_NV.logsumexp(-1), student_NV.logsumexp(-1), entropy)
+
+
+def make_case(num_tokens: int, vocab_size: int, *, padded: int | None = None, seed: int = 0) -> Case:
+    """Random float64 case of teacher width 12 and student width 7; every third label is missing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    heads = [normal(padded or vocab_size, width) * 2 / math.sqrt(width) for width in (12, 7)]
+    for head in heads:
+        head[vocab_size:] *= 50
+    labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    labels[1::3] = -100
+    upstream = 1 + normal(3, num_tokens).abs()
+    teacher, student = normal(num_tokens, 12) * 1.5, normal(num_tokens, 7)
+    return Case(teacher, heads[0], student, heads[1], labels, upstream, vocab_size)
+
+
+def loss(outputs: LinearKL, upstream: Tensor) -> Tensor:
+    """A sum of all outputs that carry gradient, each token and output with its own weight."""
+    terms = (outputs.divergence_N, outputs.student_lse_N, outputs.cross_entropy_N)
+    return sum((w * term).sum() for w, term in zip(upstream, terms, strict=True) if term is not None)
+
+
+def gradients(total: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Of `total`; fails where an input is not reached."""
+    return torch.autograd.grad(total, inputs)
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """Relative to the reference's norm."""
+    return ((ours.double() - reference).norm() / reference.norm()).item()
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """What one tensor-parallel rank of the world group holds of a case."""
+
+    case: Case
+    shard: VocabShard
+    rows: slice  # of the padded heads
+    tokens: slice
+
+    @staticmethod
+    def of(case: Case, *, sequence_parallel: bool) -> RankPart:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        per_rank = len(case.student_head) // size
+        rows = slice(rank * per_rank, (rank + 1) * per_rank)
+        num_valid = min(max(case.vocab_size - rows.start, 0), per_rank)
+        shard = VocabShard(rows.start, num_valid, dist.group.WORLD, sequence_parallel)
+        count = len(case.student) // size if sequence_parallel else len(case.student)
+        first = rank * count if sequence_parallel else 0
+        return RankPart(case, shard, rows, slice(first, first + count))
+
+    def inputs(self, *, live: bool) -> tuple[Tensor, Tensor]:
+        """Student states and head of this rank, as leaves."""
+        hidden = self.case.student[self.tokens].clone().requires_grad_()
+        return hidden, self.case.student_head[self.rows].clone().requires_grad_(live)
+
+    def run(self, hidden: Tensor, head: Tensor, divergence: Divergence | None, **options) -> LinearKL:
+        """The operation on this rank's part."""
+        case = self.case
+        return linear_kl(
+            case.teacher[self.tokens],
+            case.teacher_head[self.rows],
+            hidden,
+            head,
+            shard=self.shard,
+            divergence=divergence,
+            labels_N=case.labels[self.tokens],
+            **options,
+        )

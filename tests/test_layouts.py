@@ -1,0 +1,232 @@
+"""The central promise: every loss term and every gradient is the same at every layout, and right.
+
+Each case runs the package's own forward step through Megatron's schedule and DDP, and compares with the plain
+float64 reference of tests/reference.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.distill import vocab_shard
+from megatron_fdd.layer_plan import LayerPair
+from megatron_fdd.lens import read_lens
+from megatron_fdd.metrics import step_means
+from megatron_fdd.objective import Objective, StepScale
+from megatron_fdd.student import PACKED_KEY, StudentStep
+from megatron_fdd.teacher.live import LiveTeacher
+from megatron_fdd.topology import Topology
+from tests import reference
+from tests.models import build_frozen, build_student, full_gradients, padded_vocab
+from tests.ranks import Layout, run_on_ranks
+from tests.reference import STUDENT, TEACHER, Shape, Terms, Weights
+
+MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 12
+# design.md, section 5.
+TERM_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same thing."""
+
+    tp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    terms: Terms = Terms()
+    student: Shape = STUDENT
+    teacher: Shape = TEACHER
+    recompute: tuple[tuple[str, Any], ...] = ()
+    bf16: bool = False
+    loss_scale: float = 1.0
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(tp=self.tp, dp=self.dp)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one step gave: token means and full gradients, in float64."""
+
+    means: dict[str, float]
+    gradients: Weights
+
+
+def fdd_config(terms: Terms) -> FddConfig:
+    return FddConfig(
+        teacher_load="given",
+        layer_pairs=terms.pairs,
+        alpha=terms.alpha,
+        beta=terms.beta,
+        kd_weight=terms.kd,
+        ce_weight=terms.ce,
+        kd_divergence=terms.kd_kind,
+        trajectory_divergence=terms.trajectory_kind,
+        divergence_mix=terms.mix,
+        temperature=terms.temperature,
+        lens_norm="final" if terms.lens_norm else "none",
+        lens_head="live" if terms.live else "detached",
+        delta="centred" if terms.centred else "logprob",
+        delta_detach_previous=terms.detach_previous,
+        tokens="all" if terms.all_tokens else "labels",
+    )
+
+
+def run_step(case: Case) -> Result:
+    """Body on every rank: one training step's forward and backward passes."""
+    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    config = fdd_config(case.terms)
+    options = dict(case.recompute)
+    if case.loss_scale != 1.0:
+        options["grad_scale_func"] = lambda loss: loss * case.loss_scale
+    model = build_student(case.student, reference.random_weights(case.student, 1), topology, dtype, **options)
+    teacher_weights = reference.random_weights(case.teacher, 2)
+    teacher_model = build_frozen(case.teacher, teacher_weights, topology, dtype, padded_like=case.student)
+    pairs = [LayerPair(*pair) for pair in case.terms.pairs] if config.uses_taps else []
+    shard = vocab_shard(
+        padded_vocab(case.student, topology), min(case.student.vocab, case.teacher.vocab), topology
+    )
+    lens = read_lens(teacher_model, with_norm=case.terms.lens_norm, detached=True)
+    objective = Objective(config, pairs, shard, lens)
+    teacher = LiveTeacher(teacher_model, [pair.teacher_layer for pair in pairs])
+    step = StudentStep(objective, teacher, topology)
+
+    batches = reference.random_batches(MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
+    counts = {name: sum(batch[name].sum() for batch in batches) for name in ("loss_mask", "token_mask")}
+    ratio = float(counts["loss_mask"] / counts["token_mask"]) if case.terms.all_tokens else 1.0
+    objective.begin_step(StepScale(label_per_term_token=ratio))
+    mine = batches[rank_of_data(topology) :: case.dp]
+    model.zero_grad_buffer()
+    dicts = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(mine),
+        model=model,
+        num_microbatches=len(mine),
+        seq_length=LENGTH,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=False,
+    )
+    sums = torch.stack([entry[PACKED_KEY] for entry in dicts]).sum(0)
+    _, means = step_means(objective, sums, topology.rows_group)
+    gradients = full_gradients(model, topology, case.student.vocab)
+    assert not any(parameter.grad is not None for parameter in teacher_model.parameters())
+    return Result(
+        {name: value.item() for name, value in means.items()},
+        {name: value / case.loss_scale for name, value in gradients.items()},
+    )
+
+
+def shard_vocab(case: Case) -> int:
+    return min(case.student.vocab, case.teacher.vocab)
+
+
+def rank_of_data(topology: Topology) -> int:
+    return topology.collection.dp.rank()
+
+
+def expected(case: Case) -> Result:
+    """The float64 reference on all tokens at once."""
+    student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
+    teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
+    batches = reference.random_batches(MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
+    total, means = reference.distillation_loss(
+        case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
+    )
+    total.backward()
+    zero = {name: torch.zeros_like(value) for name, value in student.items()}
+    return Result(means, {name: zero[name] if w.grad is None else w.grad for name, w in student.items()})
+
+
+def relative(difference: Tensor, value: Tensor) -> float:
+    return float(difference.norm() / value.norm().clamp(min=1e-12))
+
+
+def assert_equal(result: Result, wanted: Result) -> None:
+    for name, value in result.means.items():
+        if name in wanted.means:
+            assert value == pytest.approx(wanted.means[name], rel=TERM_TOLERANCE, abs=TERM_TOLERANCE), name
+    assert set(result.gradients) == set(wanted.gradients)
+    for name, gradient in result.gradients.items():
+        error = relative(gradient - wanted.gradients[name], wanted.gradients[name])
+        assert error <= GRADIENT_TOLERANCE, f"{name}: gradient off by {error:.1e} of its norm"
+
+
+FULL_BLOCK = (("recompute_granularity", "full"), ("recompute_method", "block"), ("recompute_num_layers", 3))
+FULL_UNIFORM = (
+    ("recompute_granularity", "full"),
+    ("recompute_method", "uniform"),
+    ("recompute_num_layers", 1),
+)
+SELECTIVE = (("recompute_granularity", "selective"),)
+TIED = replace(STUDENT, tied=True)
+OTHER_VOCABULARY = replace(TEACHER, vocab=47)
+EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
+
+LAYOUTS = {
+    "1x1": Case(),
+    "tp2": Case(tp=2),
+    "tp3": Case(tp=3),
+    "tp4": Case(tp=4),
+    "tp2-sp": Case(tp=2, sequence_parallel=True),
+    "tp3-sp": Case(tp=3, sequence_parallel=True),
+    "tp4-sp": Case(tp=4, sequence_parallel=True),
+    "dp2": Case(dp=2),
+    "tp2-dp2": Case(tp=2, dp=2),
+    "tp2-dp2-sp": Case(tp=2, dp=2, sequence_parallel=True),
+    "full-block": Case(recompute=FULL_BLOCK),
+    "full-uniform": Case(recompute=FULL_UNIFORM),
+    "selective-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=SELECTIVE),
+    "full-uniform-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=FULL_UNIFORM),
+    "loss-scale": Case(tp=2, loss_scale=128.0),
+    "tied": Case(tp=2, student=TIED),
+    "tied-both": Case(tp=2, sequence_parallel=True, student=TIED, teacher=replace(TEACHER, tied=True)),
+    # 50 tokens in 4 slices of 52 rows would leave 2 in the last; 9 tokens leave whole slices empty.
+    "empty-slices": Case(tp=4, student=replace(STUDENT, vocab=9), teacher=replace(TEACHER, vocab=9)),
+    "teacher-lacks-added-tokens": Case(tp=2, teacher=OTHER_VOCABULARY),
+}
+
+OPTIONS = {
+    "everything": EVERYTHING,
+    "rkl-jsd": Terms(kd_kind="rkl", trajectory_kind="jsd"),
+    "sfkl-srkl-hot": Terms(kd_kind="sfkl", trajectory_kind="srkl", temperature=2.0, mix=0.3),
+    "hot-fkl": Terms(temperature=2.0, ce=0.5),
+    "no-norm": Terms(lens_norm=False),
+    "live": Terms(live=True),
+    "live-centred": Terms(live=True, centred=True),
+    "centred": Terms(centred=True),
+    "detach-previous": Terms(detach_previous=True),
+    "detach-previous-centred": Terms(detach_previous=True, centred=True),
+    "all-tokens": Terms(all_tokens=True, ce=0.5),
+    "only-delta": Terms(alpha=0.0, kd=0.0),
+    "only-trajectory": Terms(beta=0.0, kd=0.0),
+    "only-kd": Terms(alpha=0.0, beta=0.0),
+    "only-ce": Terms(alpha=0.0, beta=0.0, kd=0.0, ce=1.0),
+    "first-and-last": Terms(pairs=((1, 1), (6, 10))),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
+    case = LAYOUTS[name]
+    wanted = expected(case)
+    for result in run_on_ranks(run_step, case.layout, {"case": case}):
+        assert_equal(result, wanted)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_equals_the_reference(name: str, sequence_parallel: bool) -> None:
+    case = Case(tp=2, sequence_parallel=sequence_parallel, terms=OPTIONS[name])
+    wanted = expected(case)
+    for result in run_on_ranks(run_step, case.layout, {"case": case}):
+        assert_equal(result, wanted)
