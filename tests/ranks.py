@@ -6,6 +6,7 @@ Starting a pool costs about a second, a test on a live one some 20 milliseconds.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import faulthandler
@@ -261,8 +262,9 @@ class Pool:
 
     def _kill(self) -> None:
         for process in self._processes:
-            process.kill()
-        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # its group exists only once it runs
             process.join()
         self._directory.cleanup()
 
@@ -272,6 +274,7 @@ def _serve(rank: int, size: int, rendezvous: Path, stack_file: Path, pipe: Conne
     stack = stack_file.open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the tests
+    os.setsid()  # a rank ends with its data loaders and whatever else it started
     try:
         _join(rank, size, rendezvous)
     except BaseException as error:

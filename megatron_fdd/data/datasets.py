@@ -13,6 +13,8 @@ attention refuses.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
@@ -27,6 +29,8 @@ Sample = dict[str, torch.Tensor]
 # Stands at padded positions. Any id that the embedding has would do: masks say that it does not count, and
 # with causal attention no real position sees what lies to its right.
 PADDING_ID = 0
+# Megatron's own value for padding that no document can hold.
+_NO_TOKEN_ID = -1
 
 
 def cache_name(prefix: str) -> str:
@@ -50,7 +54,16 @@ def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int | None) -> Sa
     return {**sample, "token_mask": torch.zeros_like(mask) if idx is None else mask}
 
 
-class TextDataset(GPTDataset):
+class _PaddedDataset(GPTDataset):
+    """A GPTDataset also for tokenizers without a padding token, where Megatron's would pad with None."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self._pad_token_id is None:
+            self._pad_token_id = _NO_TOKEN_ID
+
+
+class TextDataset(_PaddedDataset):
     """Plain text: Megatron's GPTDataset with `token_mask`, cached under its content."""
 
     def __init__(
@@ -71,7 +84,7 @@ class TextDataset(GPTDataset):
         return _with_token_mask(self, super().__getitem__(idx), idx)
 
 
-class MockTextDataset(MockGPTDataset):
+class MockTextDataset(_PaddedDataset, MockGPTDataset):
     """`--mock-data`: Megatron's made-up text with `token_mask`."""
 
     def __getitem__(self, idx: int | None) -> Sample:

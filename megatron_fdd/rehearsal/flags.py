@@ -23,8 +23,9 @@ _SWITCHES = (
 )
 # A worker process per loader costs a rehearsal more than its reading does.
 _PREFERRED: dict[str, str] = {"--num-workers": "0"}
-# Faster kernels for the same numbers, which only a GPU has.
+# Faster ways to the same numbers that need a GPU, or processes a rehearsal does without.
 _DROPPED = (
+    "--async-save",
     "--tp-comm-overlap",
     "--cross-entropy-loss-fusion",
     "--moe-permute-fusion",

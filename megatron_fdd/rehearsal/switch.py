@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import queue
 import sys
 import warnings
 
@@ -14,10 +15,12 @@ from megatron_fdd.rehearsal import device
 
 VARIABLE = "FDD_REHEARSE"
 
-# What Megatron says at import about accelerators that a rehearsal does without on purpose.
+# About accelerators that a rehearsal does without on purpose.
 _EXPECTED_WARNINGS = (
-    ".*Apex is not installed.*",
-    ".*Transformer Engine and Apex are not installed.*",
+    ".*Apex is not installed",
+    ".*Transformer Engine and Apex are not installed",
+    "Only transformer-engine>=.* supports",
+    "'pin_memory' argument is set as true but no accelerator is found",
 )
 
 
@@ -75,5 +78,9 @@ def _stand_in_for_modules() -> None:
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
     # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
     importlib.import_module("megatron.training.initialize")._warmup_jit_function = lambda **_options: None
+    # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
+    importlib.import_module(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    )._results_queue = queue.Queue()
     install_norms()
     install_adam()

@@ -24,7 +24,7 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options):
 
 def reference_gradients(case: Case, divergence: Divergence | None, keep: tuple[bool, ...] = (True,) * 4):
     """The reference's kept outputs and the gradients of their weighted sum, of hidden states and head."""
-    leaves = [case.student.double().requires_grad_(), case.student_head.double().requires_grad_()]
+    leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
     double = case.to(torch.float64)
     double = Case(double.teacher, double.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
     outputs = double.reference(divergence)
@@ -79,11 +79,6 @@ def test_without_divergence_and_without_teacher(live: bool) -> None:
 @pytest.mark.parametrize("tile_size", [1, 16, 1000])
 def test_odd_shapes(num_tokens: int, vocab_size: int, tile_size: int) -> None:
     case = make_case(num_tokens, vocab_size, padded=vocab_size + 3)
-    if vocab_size == 1:  # everything is zero, the relative error has no meaning
-        outputs, hidden, _ = run(case, Divergence(), live=False, tile_size=tile_size)
-        assert outputs.divergence_N.abs().max() == 0
-        assert gradients(outputs.divergence_N.sum(), hidden)[0].abs().max() == 0
-        return
     for kind in ("fkl", "jsd"):
         assert_matches(case, Divergence(kind), live=False, tile_size=tile_size)
         assert_matches(case, Divergence(kind), live=True, tile_size=tile_size)
@@ -244,7 +239,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> 
 
 def peak_bytes(case: Case, divergence: Divergence, tile_size: int) -> int:
     """Most memory allocated at a time, above the start, of a forward and backward pass with constant head."""
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         outputs, *_ = run(case, divergence, live=False, tile_size=tile_size, labels_N=None)
         loss(outputs, case.upstream).backward()
     now = peak = 0

@@ -1,0 +1,103 @@
+"""The real entry point inside live ranks: `megatron_fdd.distill.main()` with a command line, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import Layout, clean_megatron, run_on_ranks
+
+# Batch, schedule and optimizer of every toy run; a later flag overrules an earlier one.
+COMMON = (
+    "--use-checkpoint-args --seq-length 16 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --lr-decay-iters 8 "
+    "--lr-warmup-iters 2 --train-iters 3 --eval-interval 100 --eval-iters 0 --log-interval 1 --fdd-layers 2 "
+    "--hidden-dropout 0 --attention-dropout 0 --seed 7"
+).split()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What one run of the entry point left: exit status, and both streams of this rank."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Patch:
+    """`attribute` of a module becomes `replacement` (both by name, so that they cross to the ranks)."""
+
+    module: str
+    attribute: str
+    replacement: Any
+
+
+def run_commands(commands: Sequence[Sequence[str]], patches: Sequence[Patch] = ()) -> list[Ending]:
+    """Body on every rank: the entry point, once per command line."""
+    endings = []
+    for index, command in enumerate(commands):
+        if index:
+            dist.barrier()
+            clean_megatron()
+        torch.manual_seed(0)
+        with contextlib.ExitStack() as stack:
+            for each in patches:
+                stack.enter_context(patch(f"{each.module}.{each.attribute}", each.replacement))
+            endings.append(call_main(command))
+    return endings
+
+
+def call_main(command: Sequence[str]) -> Ending:
+    """`python -m megatron_fdd.distill COMMAND` without the new process."""
+    from megatron_fdd import distill
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["distill", *command]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        try:
+            status = distill.main()
+        except SystemExit as end:  # --help, --exit-interval
+            status = int(end.code or 0)
+    return Ending(status, out.getvalue(), err.getvalue())
+
+
+def run(*commands: Sequence[str], ranks: int = 2, patches: Sequence[Patch] = ()) -> list[list[Ending]]:
+    """Run command lines one after the other on live ranks; for each of them the endings of all ranks."""
+    arguments = {"commands": [list(command) for command in commands], "patches": list(patches)}
+    by_rank = run_on_ranks(run_commands, Layout(ranks=ranks), arguments)
+    return [list(endings) for endings in zip(*by_rank, strict=True)]
+
+
+def trained(*commands: Sequence[str], ranks: int = 2, patches: Sequence[Patch] = ()) -> list[list[Ending]]:
+    """As `run`; every command must have ended well on every rank."""
+    results = run(*commands, ranks=ranks, patches=patches)
+    for endings in results:
+        for ending in endings:
+            assert ending.status == 0, ending.err
+    return results
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every record of a metrics file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What must not depend on when and how often a run was interrupted."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]

@@ -1,0 +1,74 @@
+"""Checkpoints and tokenizers that something is wrong with, made from the toys."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fdd import convert
+from tests.convert import toys
+from tests.ranks import Layout, run_on_ranks
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint folder, to damage."""
+    return Path(shutil.copytree(source, target))
+
+
+def with_args(source: Path, target: Path, **changes: Any) -> Path:
+    """A copy whose stored arguments say something else than its weights."""
+    copied(source, target)
+    path = target / "release" / "common.pt"
+    state = torch.load(path, weights_only=False)
+    vars(state["args"]).update(changes)
+    torch.save(state, path)
+    return target
+
+
+def cut(source: Path, target: Path) -> Path:
+    """A copy that lost the end of its largest file."""
+    copied(source, target)
+    largest = max(target.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    return target
+
+
+def without_index(source: Path, target: Path) -> Path:
+    """A copy without `.metadata`."""
+    (copied(source, target) / "release" / ".metadata").unlink()
+    return target
+
+
+def with_tensor(source_hf: Path, target: Path, name: str, value: float) -> Path:
+    """A conversion of a model of which one tensor is filled with `value`."""
+    run_on_ranks(_convert_filled, Layout(ranks=1), {"hf": source_hf, "to": target, "name": name, "value": value})
+    return target
+
+
+def _convert_filled(hf: Path, to: Path, name: str, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(hf, to.with_name(to.name + "-hf"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].fill_(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    convert.hf_to_mcore(folder, to)
+
+
+def other_tokenizer(folder: Path, *, added: int = 1) -> Path:
+    """A tokenizer with `added` tokens beyond the toys' own base vocabulary."""
+    toys.make_tokenizer(folder, added=tuple(f"<|{index}|>" for index in range(added)))
+    return folder
+
+
+def without_args(source: Path, target: Path) -> Path:
+    """A copy that stores no arguments."""
+    copied(source, target)
+    path = target / "release" / "common.pt"
+    state = torch.load(path, weights_only=False)
+    del state["args"]
+    torch.save(state, path)
+    return target

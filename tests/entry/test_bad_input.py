@@ -1,0 +1,179 @@
+"""Every mistake ends in one clear error on rank 0, exit status 1 on every rank, and no training step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from tests.convert import toys
+from tests.entry import damage
+from tests.entry.command import Ending, run
+from tests.entry.conftest import Toys
+
+# Flags that are wrong by themselves, and what the error must say: the value, the bound, the remedy.
+WRONG_FLAGS = {
+    "teacher folder missing": ("--teacher-load /nowhere", r"--teacher-load /nowhere.*does not exist.*hf_to_mcore"),
+    "student folder missing": ("--load /nowhere", r"--load /nowhere.*does not exist.*hf_to_mcore"),
+    "tokenizer missing": ("--tokenizer-model /nowhere", r"/nowhere"),
+    "data missing": ("--data-path /nowhere/text", r"/nowhere/text"),
+    "K too large": ("--fdd-layers 4", r"--fdd-layers 4 needs a student of at least 5 layers, it has 4.*at most 3"),
+    "K too small": ("--fdd-layers 1", r"at least 2, there is 1.*--fdd-beta 0"),
+    "one pair": ("--fdd-layer-pairs 2:3", r"at least 2, there is 1"),
+    "student pair too deep": ("--fdd-layer-pairs 1:2,5:6", r"student block 5 is not in 1\.\.4"),
+    "teacher pair too deep": ("--fdd-layer-pairs 1:2,4:7", r"teacher block 7 is not in 1\.\.6"),
+    "pair from zero": ("--fdd-layer-pairs 0:2,4:6", r"student block 0 is not in 1\.\.4"),
+    "pairs do not increase": ("--fdd-layer-pairs 2:4,3:4", r"teacher blocks \[4, 4\] must increase"),
+    "pairs unreadable": ("--fdd-layer-pairs 2-4,3:4", r"'2-4' is not STUDENT:TEACHER"),
+    "sequence too long": ("--seq-length 65", r"--seq-length 65 is longer than the student takes \(64"),
+    "unknown flag": ("--fdd-alhpa 1", r"--fdd-alhpa.*--help"),
+    "unknown choice": ("--fdd-kd-divergence tv", r"--fdd-kd-divergence.*'tv'.*fkl.*--help"),
+    "not a number": ("--fdd-alpha much", r"--fdd-alpha.*'much'"),
+    "negative weight": ("--fdd-alpha -1", r"--fdd-alpha -1\.0: must be at least 0"),
+    "weight is not a number": ("--fdd-beta nan", r"--fdd-beta nan: must be at least 0"),
+    "weight is infinite": ("--fdd-kd-weight inf", r"--fdd-kd-weight inf: must be"),
+    "temperature 0": ("--fdd-temperature 0", r"--fdd-temperature 0\.0: must be above 0"),
+    "mix out of range": ("--fdd-divergence-mix 1", r"--fdd-divergence-mix 1\.0: must be between 0 and 1"),
+    "negative warm-up": ("--fdd-warmup-iters -2", r"--fdd-warmup-iters -2: must be at least 0"),
+    "batch does not divide": ("--global-batch-size 6", r"global batch size"),
+    "heads do not divide": ("--tensor-model-parallel-size 2 --num-attention-heads 3", r"num_attention_heads"),
+    "metrics file is a folder": ("--fdd-metrics-file /tmp", r"--fdd-metrics-file /tmp.*folder"),
+    "other epsilon": ("--norm-epsilon 1e-6", r"layernorm_epsilon is 1e-06 here and 0\.0003 there"),
+    "other rope base": ("--rotary-base 77", r"rotary_base is 77 here and 500000"),
+    "other depth": ("--num-layers 3", r"num_layers is 3 here and 4 there"),
+    "other vocabulary": ("--vocab-size 500", r"vocab_size is 500 here and 99 there"),
+}
+
+
+def assert_refused(endings: Iterable[Ending], pattern: str) -> None:
+    for rank, ending in enumerate(endings):
+        assert ending.status == 1, ending.err
+        errors = [line for line in ending.err.splitlines() if line.startswith("megatron_fdd: error: ")]
+        assert len(errors) == (rank == 0), ending.err
+        assert "Traceback" not in ending.err
+        assert not re.search(r"iteration +\d+/", ending.out), "a training step was made"
+        if errors:
+            assert re.search(pattern, errors[0]), errors[0]
+            assert len(errors[0]) < 700
+
+
+@pytest.mark.parametrize("name", WRONG_FLAGS)
+def test_wrong_flags(name: str, toy: Toys) -> None:
+    flags, pattern = WRONG_FLAGS[name]
+    [endings] = run(toy.command(*flags.split()))
+    assert_refused(endings, pattern)
+
+
+# Folder -> flags that name something damaged, made in the folder; and what the error must say.
+DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
+    "teacher cut short": (
+        lambda toy, folder: ["--teacher-load", damage.cut(toy.teacher, folder / "t")],
+        r"--teacher-load .*\.distcp has \d+ bytes and needs \d+; the checkpoint is truncated",
+    ),
+    "student cut short": (
+        lambda toy, folder: ["--load", damage.cut(toy.student, folder / "s")],
+        r"--load .*\.distcp has \d+ bytes and needs \d+; the checkpoint is truncated",
+    ),
+    "teacher without index": (
+        lambda toy, folder: ["--teacher-load", damage.without_index(toy.teacher, folder / "t")],
+        r"--teacher-load .*\.metadata is missing",
+    ),
+    "student without index": (
+        lambda toy, folder: ["--load", damage.without_index(toy.student, folder / "s")],
+        r"--load .*\.metadata is missing",
+    ),
+    "empty student folder": (lambda toy, folder: ["--load", folder], r"--load .* holds no Megatron checkpoint"),
+    "larger tokenizer": (
+        lambda toy, folder: ["--tokenizer-model", damage.other_tokenizer(folder / "t", added=40)],
+        r"vocabulary mismatch: the tokenizer .*t\) has \d+ tokens, the student only 99 embeddings",
+    ),
+    "tokenizer beyond the padding": (
+        lambda toy, folder: ["--tokenizer-model", damage.other_tokenizer(folder / "t", added=100)],
+        r"vocabulary mismatch: the tokenizer .*t\) has \d+ tokens, the student only 99 embeddings",
+    ),
+    "all-zero weight": (
+        lambda toy, folder: ["--teacher-load", damage.with_tensor(*zeroed(toy, folder), 0.0)],
+        r"cannot teach. Weights that are all zero: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Not finite: none",
+    ),
+    "weight is not a number": (
+        lambda toy, folder: ["--teacher-load", damage.with_tensor(*zeroed(toy, folder), float("nan"))],
+        r"all zero: none\. Not finite: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Convert it again",
+    ),
+    "weights without a place": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, untie_embeddings_and_output_weights=False)],
+        r"In the checkpoint but not used: output_layer\.weight\. In the model but not filled: none",
+    ),
+    "places without a weight": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, qk_layernorm=True)],
+        r"not used: none\. In the model but not filled: .*q_layernorm\.weight",
+    ),
+    "teacher of another width": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, ffn_hidden_size=68)],
+        r"--teacher-load .*linear_fc",
+    ),
+    "teacher of another depth": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, num_layers=7)],
+        r"--teacher-load .*",
+    ),
+    "mixture of experts": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, num_experts=4)],
+        r"--teacher-load: mixture-of-experts teachers",
+    ),
+    "hybrid teacher": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, hybrid_layer_pattern="M*")],
+        r"--teacher-load: only GPTModel offers taps",
+    ),
+    "soft-capped teacher": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, final_logit_softcapping=30.0)],
+        r"--teacher-load: a soft-capped head is not linear",
+    ),
+    "short teacher": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, max_position_embeddings=8)],
+        r"--seq-length 16 is longer than the teacher \(.*\) takes \(8 positions\)",
+    ),
+    "small teacher vocabulary": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, vocab_size=9)],
+        r"vocabulary mismatch: the teacher has 9 tokens",
+    ),
+    "checkpoint without args": (
+        lambda toy, folder: ["--teacher-load", damage.without_args(toy.teacher, folder / "t")],
+        r"--teacher-load .* stores no arguments",
+    ),
+}
+
+
+def zeroed(toy: Toys, folder: Path) -> tuple[Path, Path, str]:
+    return toy.root / "teacher-hf", folder / "t", "model.layers.2.mlp.down_proj.weight"
+
+
+def changed(toy: Toys, folder: Path, **changes: object) -> Path:
+    return damage.with_args(toy.teacher, folder / "t", **changes)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files(name: str, toy: Toys, tmp_path: Path) -> None:
+    make_flags, pattern = DAMAGED[name]
+    [endings] = run(toy.command(*make_flags(toy, tmp_path)))
+    assert_refused(endings, pattern)
+
+
+def test_teacher_with_another_tokenizer(toy: Toys, tmp_path: Path) -> None:
+    teacher = damage.copied(toy.teacher, tmp_path / "t")
+    path = teacher / "tokenizer" / "tokenizer.json"
+    content = toys.read_json(path)
+    vocabulary = content["model"]["vocab"]
+    first, second = [token for token, index in vocabulary.items() if index in (40, 41)]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    toys.write_json(path, content)
+    [endings] = run(toy.command("--teacher-load", teacher))
+    assert_refused(endings, r"teacher's tokenizer .* is not the data's .*2 ids mean different tokens, first 40: ")
+
+
+def test_flags_without_use_checkpoint_args_must_describe_the_checkpoint(toy: Toys) -> None:
+    command = [word for word in toy.command() if word != "--use-checkpoint-args"]
+    shape = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 44 --num-attention-heads 4 --kv-channels 8".split()
+    shape += "--max-position-embeddings 64".split()
+    [endings] = run([*command, *shape])
+    assert_refused(endings, r"swiglu is False here and True there.*--use-checkpoint-args")

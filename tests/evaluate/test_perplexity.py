@@ -1,0 +1,105 @@
+"""Scores of Hugging Face models against the plain definition, on tiny random models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from megatron_fdd.evaluate import perplexity
+from megatron_fdd.evaluate.comparison import Text, compare
+
+WORDS = ["<end>", "<unk>", "a", "b", "c", "d", "e"]
+
+
+def tiny_model(seed: int, vocab_size: int = len(WORDS)) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {word: index for index, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>")
+
+
+def test_scores_equal_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = tiny_model(0), tiny_model(1)
+    windows = torch.randint(len(WORDS), (5, 9), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(perplexity, "_MAX_LOGITS", 2 * 8 * len(WORDS))  # 3 batches, the last one smaller
+
+    scores = perplexity.score_models(teacher, {"student": student, "teacher": teacher}, windows)
+
+    with torch.no_grad():
+        log_p, log_q = (m(windows[:, :-1]).logits.double().log_softmax(-1) for m in (teacher, student))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    ce = -log_q.gather(-1, windows[:, 1:, None]).mean().item()
+    assert scores["student"].kl_to_teacher == pytest.approx(kl, rel=1e-5)
+    assert scores["student"].cross_entropy == pytest.approx(ce, rel=1e-5)
+    assert scores["teacher"].kl_to_teacher == 0
+    assert kl > 0.1
+
+
+def test_models_of_another_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"big has 11 words and the teacher 7"):
+        perplexity.score_models(
+            tiny_model(0), {"big": tiny_model(1, 11)}, torch.zeros(1, 3, dtype=torch.int64)
+        )
+
+
+def test_windows_predict_every_token_once_and_close_documents() -> None:
+    windows = perplexity.cut_windows(["a b c", "d e a b"], tiny_tokenizer(), length=4)
+    assert windows.tolist() == [[2, 3, 4, 0, 5], [5, 6, 2, 3, 0]]
+    assert len(perplexity.cut_windows(["a b c d e"] * 20, tiny_tokenizer(), 4, max_tokens=12)) == 3
+    with pytest.raises(ValueError, match="4 tokens, one window needs 9"):
+        perplexity.cut_windows(["a b c"], tiny_tokenizer(), length=8)
+
+
+def test_unigram_is_the_smoothed_frequency() -> None:
+    training = torch.tensor([[0, 2, 2, 3]])  # the first token of a window is not predicted
+    cross_entropy = perplexity.unigram_cross_entropy(training, torch.tensor([[0, 2]]), vocab_size=4)
+    assert cross_entropy == pytest.approx(-torch.tensor(3 / 7).log().item())
+
+
+def test_malformed_text_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "a"}\n\n{"txt": "b"}\n')
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 3"):
+        perplexity.read_documents(file)
+
+
+def test_comparison_loads_folders_and_prints_a_table(tmp_path: Path) -> None:
+    for name, seed in [("teacher", 0), ("student", 1)]:
+        tiny_model(seed).save_pretrained(tmp_path / name)
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "a b c d e " * 20}) + "\n")
+
+    comparison = compare(
+        tmp_path / "teacher",
+        {"student": tmp_path / "student"},
+        Text(text, text, length=8, prompt="a b", num_sample_tokens=3),
+    )
+
+    assert list(comparison.scores) == ["student", "teacher"]
+    assert comparison.scores["student"].kl_to_teacher > 0.1
+    assert comparison.num_tokens == 96
+    assert all(len(sample.split()) <= 3 for sample in comparison.samples.values())
+    assert "unigram model" in comparison.table()
+    assert json.loads(json.dumps(comparison.as_json()))["scores"]["teacher"]["kl_to_teacher"] == 0

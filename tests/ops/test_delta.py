@@ -1,0 +1,257 @@
+"""The Gram form of the delta against its definition over the vocabulary, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, log_softmax
+
+from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
+from megatron_fdd.ops.linear_kl import VocabShard
+from tests.ops.linear_kl_case import Case, RankPart, error, gradients, make_case
+from tests.ops.test_linear_kl_ranks import expect
+from tests.ranks import distributed
+
+
+def reference_cosine(teachers: list[Tensor], students: list[Tensor], *, centred: bool) -> Tensor:
+    """Cosine over the vocabulary of log-probability differences, from two layers' logits [N, V] per model."""
+    deltas = [log_softmax(later, -1) - log_softmax(earlier, -1) for earlier, later in (teachers, students)]
+    if centred:
+        deltas = [delta - delta.mean(-1, keepdim=True) for delta in deltas]
+    return cosine_similarity(*deltas, dim=-1, eps=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Normed hidden states of two layers per model and the heads they share; N tokens of this rank."""
+
+    earlier: Case
+    later: Case
+
+    def logits(self, model: str, layer: Case) -> Tensor:
+        head = getattr(self.earlier, f"{model}_head")[: self.earlier.vocab_size].double()
+        return getattr(layer, model).double() @ head.T
+
+    def reference(self, *, centred: bool) -> Tensor:
+        models = ("teacher", "student")
+        logits = [[self.logits(model, layer) for layer in (self.earlier, self.later)] for model in models]
+        return reference_cosine(*logits, centred=centred)
+
+    def cosine(self, grams: HeadGrams, tokens: slice = slice(None)) -> Tensor:
+        """The operation, its log-sum-exps taken from whole logits."""
+        deltas, lse_deltas = [], []
+        for model in ("teacher", "student"):
+            earlier, later = (self.logits(model, layer) for layer in (self.earlier, self.later))
+            delta = getattr(self.later, model) - getattr(self.earlier, model)
+            deltas.append(delta[tokens])
+            lse_deltas.append((later.logsumexp(-1) - earlier.logsumexp(-1)).to(delta.dtype)[tokens])
+        lse = [None, None] if grams.centred else lse_deltas
+        return delta_cosine(*deltas, *lse, grams)
+
+
+def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:
+    """Students' states and head require gradients."""
+    earlier = make_case(num_tokens, vocab_size, padded=padded).to(dtype)
+    later = make_case(num_tokens, vocab_size, padded=padded, seed=1).to(dtype)
+    for leaf in (earlier.student, later.student, earlier.student_head):
+        leaf.requires_grad_()
+    return Layers(earlier, later)
+
+
+def leaves(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
+    return layers.earlier.student, layers.later.student, layers.earlier.student_head
+
+
+def whole_grams(layers: Layers, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
+    case = layers.earlier
+    shard = VocabShard(0, case.vocab_size, None)
+    return head_grams(case.teacher_head, case.student_head, shard=shard, centred=centred, previous=previous)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_cosine_and_gradients(dtype: torch.dtype, centred: bool) -> None:
+    layers = make_layers(11, 53, padded=57, dtype=dtype)
+    # The lse of this test are taken in float64, so that only the Gram form is judged.
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    ours, reference = layers.cosine(whole_grams(layers, centred=centred)), layers.reference(centred=centred)
+    assert ours.dtype == dtype
+    assert (ours - reference).abs().max() < tolerance / 2
+    weights = torch.linspace(1, 2, 11)
+    expected = gradients((weights * reference).sum(), *leaves(layers))
+    for gradient, reference_gradient in zip(
+        gradients((weights * ours).sum(), *leaves(layers)), expected, strict=True
+    ):
+        assert error(gradient, reference_gradient) < tolerance
+    assert not gradient[53:].any()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradcheck(centred: bool) -> None:
+    case = make_case(3, 9, padded=10)
+    lse = [torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) for _ in range(2)]
+    shard = VocabShard(0, 9, None)
+
+    def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
+        grams = head_grams(case.teacher_head, head, shard=shard, centred=centred)
+        lse_deltas = (None, None) if centred else (lse[0], student_lse)
+        return delta_cosine(case.teacher, student, *lse_deltas, grams)
+
+    inputs = [tensor.requires_grad_() for tensor in (case.student, lse[1], case.student_head)]
+    assert torch.autograd.gradcheck(cosine, inputs)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_bf16_heads_are_multiplied_in_float32(centred: bool) -> None:
+    layers = make_layers(40, 300, padded=310, dtype=torch.bfloat16)
+    grams = whole_grams(layers, centred=centred)
+    assert grams.teacher_student_TS.dtype == torch.float32
+    exact = [layer.to(torch.float32) for layer in (layers.earlier, layers.later)]
+    assert (Layers(*exact).cosine(grams) - layers.reference(centred=centred)).abs().max() < 1e-5
+    (gradient,) = gradients(Layers(*exact).cosine(grams).sum(), layers.earlier.student_head)
+    assert gradient.dtype == torch.bfloat16
+
+
+def test_centred_grams_do_not_cancel() -> None:
+    """Column means of 1000 would cost a subtracted form (G - u u'/V) all its digits in float32."""
+    layers = make_layers(5, 64, padded=64, dtype=torch.float32)
+    expected = whole_grams(layers, centred=True)
+    with torch.no_grad():
+        layers.earlier.student_head.add_(1000)
+        layers.earlier.teacher_head.add_(1000)
+    shifted = whole_grams(layers, centred=True)
+    for name in ("teacher_teacher_TT", "teacher_student_TS", "student_student_SS"):
+        assert error(getattr(shifted, name), getattr(expected, name).double()) < 1e-3
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_equal_models_have_cosine_one(centred: bool) -> None:
+    layers = make_layers(50, 200, padded=208, dtype=torch.float32)
+    twins = [
+        Case(case.student, layers.earlier.student_head, case.student, layers.earlier.student_head, *rest)
+        for case, rest in (
+            (layer, (layer.labels, layer.upstream, layer.vocab_size))
+            for layer in (layers.earlier, layers.later)
+        )
+    ]
+    cosine = Layers(*twins).cosine(whole_grams(Layers(*twins), centred=centred))
+    assert (1 - cosine).abs().max() <= 1e-6
+    inputs = leaves(layers)[:2]
+    unequal = gradients(layers.cosine(whole_grams(layers, centred=centred)).sum(), *inputs)
+    for gradient, other in zip(gradients(cosine.sum(), *inputs), unequal, strict=True):
+        assert gradient.norm() <= 1e-5 * other.norm()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("zero", ["teacher", "student", "both"])
+def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred: bool) -> None:
+    layers = make_layers(4, 30, padded=32, dtype=torch.float32)
+    grams = whole_grams(layers, centred=centred)
+    case = layers.later
+    teacher, student = case.teacher.clone(), case.student.detach().clone()
+    teacher_lse, student_lse = torch.ones(4), torch.ones(4)
+    for name, delta, lse in (("teacher", teacher, teacher_lse), ("student", student, student_lse)):
+        if zero in (name, "both"):
+            delta[1], lse[1] = 0, 0
+    student.requires_grad_()
+    student_lse.requires_grad_(not centred)
+    lse_deltas = (None, None) if centred else (teacher_lse, student_lse)
+    cosine = delta_cosine(teacher, student, *lse_deltas, grams)
+    assert cosine[1] == 1
+    assert (cosine[[0, 2, 3]] < 0.99).all()
+    reached = gradients(cosine.sum(), student, *([] if centred else [student_lse]))
+    for gradient in reached:
+        assert gradient.isfinite().all()
+        assert not gradient[1].any()
+        assert gradient[0].any()
+
+
+def test_constant_shift_is_no_difference_in_log_probabilities() -> None:
+    """Logits that all rise by the same number: |D|^2 is rounding noise around zero, of either sign."""
+    layers = make_layers(8, 40, padded=40, dtype=torch.float32)
+    case = layers.later
+    with torch.no_grad():
+        layers.earlier.student_head[:, 0] = 1.0  # so that moving state 0 shifts every logit
+    grams = whole_grams(layers, centred=False)
+    shift = torch.arange(1.0, 9.0) * 0.37
+    student = torch.zeros(8, 7).index_copy_(1, torch.tensor([0]), shift[:, None]).requires_grad_()
+    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams)
+    assert (cosine == 1).all()
+    assert not gradients(cosine.sum(), student)[0].any()
+
+
+def test_no_tokens() -> None:
+    layers = make_layers(0, 30, padded=32, dtype=torch.float32)
+    cosine = layers.cosine(whole_grams(layers, centred=False))
+    assert cosine.shape == (0,)
+    assert not gradients(cosine.sum(), layers.earlier.student_head)[0].any()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_teacher_part_is_taken_over(centred: bool) -> None:
+    layers = make_layers(4, 30, padded=32, dtype=torch.float32)
+    first = whole_grams(layers, centred=centred)
+    with torch.no_grad():
+        layers.earlier.student_head.mul_(2)
+    second, fresh = (whole_grams(layers, centred=centred, previous=p) for p in (first, None))
+    assert second.teacher_teacher_TT is first.teacher_teacher_TT
+    assert torch.equal(layers.cosine(second), layers.cosine(fresh))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("vocab_size", "padded"), [(23, 24), (5, 8)])
+@distributed(ranks=4)
+def test_ranks_agree_with_the_definition(
+    vocab_size: int, padded: int, sequence_parallel: bool, centred: bool
+) -> None:
+    """(5, 8): rows of 2, 2, 1, 0 valid."""
+    layers = make_layers(8, vocab_size, padded=padded, dtype=torch.float64)
+    case = layers.earlier
+    part = RankPart.of(case, sequence_parallel=sequence_parallel)
+    head = case.student_head.detach()[part.rows].clone().requires_grad_()
+    grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+    assert grams.vocab_size == vocab_size
+    reference = layers.reference(centred=centred)
+    weights = torch.linspace(1, 2, 8, dtype=torch.float64)
+    expected = gradients((weights * reference).sum(), *leaves(layers))
+    # The log-sum-exps depend on the head too; here their share is part of the whole head's gradient.
+    whole_head = case.student_head
+    cosine = layers.cosine(grams, part.tokens)
+    assert error(cosine, reference[part.tokens]) < 1e-12
+    earlier, later, through_lse, through_grams = torch.autograd.grad(
+        (weights[part.tokens] * cosine).sum(),
+        (case.student, layers.later.student, whole_head, head),
+        allow_unused=True,
+    )
+    assert error(earlier[part.tokens], expected[0][part.tokens]) < 1e-12
+    assert error(later[part.tokens], expected[1][part.tokens]) < 1e-12
+    through_lse = torch.zeros_like(whole_head) if through_lse is None else through_lse
+    if sequence_parallel:
+        dist.all_reduce(through_lse)
+    assert error(through_grams + through_lse[part.rows], expected[2][part.rows]) < 1e-11
+
+
+@distributed(ranks=2)
+def test_collectives() -> None:
+    """T = 12, S = 7, float32."""
+    layers = make_layers(4, 30, padded=32, dtype=torch.float32)
+    case = layers.earlier
+    student = 12 * 7 + 7 * 7
+    for sequence_parallel in (False, True):
+        part = RankPart.of(case, sequence_parallel=sequence_parallel)
+        heads = case.teacher_head[part.rows], case.student_head.detach()[part.rows].requires_grad_()
+        with expect([("allreduce", 4 * (student + 7 + 12 * 12 + 12 + 1))]):
+            grams = head_grams(*heads, shard=part.shard, centred=False)
+        with expect([("allreduce", 4 * (student + 7))]):
+            head_grams(*heads, shard=part.shard, centred=False, previous=grams)
+        with expect([("allreduce", 4 * (7 + 12 + 1)), ("allreduce", 4 * (student + 12 * 12))]):
+            head_grams(*heads, shard=part.shard, centred=True)
+        with expect([]):
+            cosine = layers.cosine(grams, part.tokens)
+        with expect([("allreduce", 4 * (student + 7))] if sequence_parallel else []):
+            cosine.sum().backward()

@@ -1,0 +1,181 @@
+"""linear_kl over tensor-parallel ranks: equal to the reference at any size, with the documented collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_fdd.ops.linear_kl import Divergence
+from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case
+from tests.ranks import distributed
+
+
+def assert_matches_reference(
+    num_tokens: int, vocab_size: int, padded: int, *, sequence_parallel: bool
+) -> None:
+    """Every divergence, constant and trained head, in float64: outputs and gradients of this rank's part."""
+    case = make_case(num_tokens, vocab_size, padded=padded)
+    part = RankPart.of(case, sequence_parallel=sequence_parallel)
+    full = make_case(num_tokens, vocab_size, padded=padded)
+    leaves = full.student.requires_grad_(), full.student_head.requires_grad_()
+    for kind in KINDS:
+        for temperature in (1.0, 2.0):
+            divergence = Divergence(kind, temperature=temperature)
+            expected = full.reference(divergence)
+            expected_gradients = gradients(loss(expected, full.upstream), *leaves)
+            own_gradients = expected_gradients[0][part.tokens], expected_gradients[1][part.rows]
+            for live in (False, True):
+                inputs = part.inputs(live=live)
+                outputs = part.run(*inputs, divergence, tile_size=5)
+                for value, reference in zip(outputs, expected, strict=True):
+                    assert error(value, reference[part.tokens]) < 1e-12, (kind, temperature, live)
+                total = loss(outputs, case.upstream[:, part.tokens])
+                ours = gradients(total, *inputs[: 1 + live])
+                for gradient, reference in zip(ours, own_gradients[: 1 + live], strict=True):
+                    assert error(gradient, reference) < 1e-12, (kind, temperature, live)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=2)
+def test_two_ranks(sequence_parallel: bool) -> None:
+    assert_matches_reference(6, 31, 32, sequence_parallel=sequence_parallel)
+    assert_matches_reference(2, 3, 4, sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=3)
+def test_three_ranks_with_uneven_vocabulary(sequence_parallel: bool) -> None:
+    assert_matches_reference(6, 23, 30, sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=4)
+def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
+    assert_matches_reference(4, 10, 16, sequence_parallel=sequence_parallel)
+    assert (
+        RankPart.of(make_case(4, 10, padded=16), sequence_parallel=False).shard.num_valid
+        == ([4, 4, 2, 0][dist.get_rank()])
+    )
+
+
+@distributed(ranks=2)
+def test_no_tokens_without_sequence_parallelism() -> None:
+    part = RankPart.of(make_case(0, 10, padded=12), sequence_parallel=False)
+    for kind in ("fkl", "jsd"):
+        hidden, head = part.inputs(live=True)
+        outputs = part.run(hidden, head, Divergence(kind))
+        assert all(output.shape == (0,) for output in outputs)
+        assert not gradients(loss(outputs, part.case.upstream), hidden, head)[1].any()
+
+
+class _Copied(torch.autograd.Function):
+    """A parameter that all ranks hold whole, each using a part: the parts' gradients are summed."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class _Gathered(torch.autograd.Function):
+    """All ranks' tokens; every rank's loss is the whole one, so each takes its own part back."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("kind", ["fkl", "rkl", "jsd"])
+@distributed(ranks=2)
+def test_gradcheck(kind: str, sequence_parallel: bool) -> None:
+    case = make_case(2, 5, padded=6)
+    part = RankPart.of(case, sequence_parallel=sequence_parallel)
+
+    def outputs(student: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
+        head = _Copied.apply(trained[0]) if trained else case.student_head
+        student = _Copied.apply(student) if sequence_parallel else student
+        result = part.run(student[part.tokens], head[part.rows], Divergence(kind), tile_size=2)
+        fields = (result.divergence_N, result.student_lse_N, result.cross_entropy_N)
+        return tuple(_Gathered.apply(field) if sequence_parallel else field for field in fields)
+
+    student, head = case.student.requires_grad_(), case.student_head.clone().requires_grad_()
+    assert torch.autograd.gradcheck(outputs, (student,))
+    assert torch.autograd.gradcheck(outputs, (student, head))
+
+
+class Collectives(TorchDispatchMode):
+    """Every collective with the bytes that this rank gives into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            # (output, input, ...) for gather and scatter, (tensors, ...) for all-reduce
+            given = args[1] if isinstance(args[1], Tensor) else args[0]
+            size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
+            self.seen.append((func.overloadpacket.__name__.strip("_"), size))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def expect(collectives: list[tuple[str, int]]) -> Iterator[None]:
+    """Exactly these collectives, in this order."""
+    with Collectives() as mode:
+        yield
+    assert mode.seen == collectives
+
+
+@pytest.mark.parametrize("live", [False, True])
+@distributed(ranks=2)
+def test_collectives(live: bool) -> None:
+    """4 tokens, student width 7, float32."""
+    case = make_case(4, 30, padded=32).to(torch.float32)
+    part = RankPart.of(case, sequence_parallel=False)
+    plain = {"needs_lse": False}
+    for divergence, options, columns, extra in (
+        (Divergence("fkl"), plain, 6, []),  # 5 and the labels
+        (Divergence("rkl", temperature=2.0), plain, 8, []),
+        (Divergence("jsd"), plain, 5, [("allreduce", 4 * 2 * 4)]),
+        (None, {}, 5, []),
+    ):
+        hidden, head = part.inputs(live=live)
+        with expect([("allgather_base", 4 * columns * 4), *extra]):
+            outputs = part.run(hidden, head, divergence, **options)
+        with expect([("allreduce", 4 * 4 * 7)]):
+            loss(outputs, case.upstream).backward()
+
+
+@pytest.mark.parametrize("live", [False, True])
+@distributed(ranks=2)
+def test_collectives_with_sequence_parallelism(live: bool) -> None:
+    """2 tokens of 4, teacher width 12, student width 7, bf16; labels are 8 bytes wide."""
+    case = make_case(4, 30, padded=32).to(torch.bfloat16)
+    part = RankPart.of(case, sequence_parallel=True)
+    hidden, head = part.inputs(live=live)
+    gathers = [2 * 2 * 7, 2 * 2 * 12, 2 * 8, 4 * 6 * 4]  # student, teacher, labels, statistics
+    with expect([("allgather_base", size) for size in gathers]):
+        outputs = part.run(hidden, head, Divergence())
+    total = loss(outputs, case.upstream[:, part.tokens])
+    with expect([("allgather_base", 2 * 3 * 4), ("reduce_scatter_base", 4 * 7 * 2)]):
+        total.backward()

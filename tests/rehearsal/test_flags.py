@@ -1,0 +1,48 @@
+"""The flags that a rehearsal adds to a recipe's own."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from megatron.training.arguments import parse_args
+
+from megatron_fdd.rehearsal import add_flags
+
+
+def _parsed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(sys, "argv", ["train", *add_flags(flags)])
+    return parse_args()
+
+
+def _check(args: object, **expected: object) -> None:
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_megatron_understands_every_added_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = _parsed(["--num-layers", "3"], monkeypatch)
+    _check(args, num_layers=3, transformer_impl="local", distributed_backend="gloo", num_workers=0)
+    _check(args, use_cpu_initialization=True, gradient_accumulation_fusion=False, apply_rope_fusion=False)
+    _check(args, masked_softmax_fusion=False, bias_swiglu_fusion=False, bias_dropout_fusion=False)
+    assert args.attention_backend.name == "unfused"
+
+
+def test_what_needs_a_gpu_is_overruled_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ["--transformer-impl", "transformer_engine", "--distributed-backend=nccl", "--tp-comm-overlap"]
+    with pytest.warns(UserWarning, match="transformer_engine, --distributed-backend nccl, --tp-comm-overlap"):
+        args = _parsed(recipe, monkeypatch)
+    _check(args, transformer_impl="local", distributed_backend="gloo", tp_comm_overlap=False)
+
+
+def test_what_runs_anywhere_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    _check(
+        _parsed(["--num-workers=2", "--hidden-dropout", "0.3"], monkeypatch),
+        num_workers=2,
+        hidden_dropout=0.3,
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_adding_twice_adds_once() -> None:
+    once = add_flags(["--lr", "-1e-3", "--bf16"])
+    assert add_flags(once) == once

@@ -1,0 +1,123 @@
+"""When a rehearsal is wanted, and that starting it is idempotent and makes `cuda` mean `cpu`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_fdd import rehearsal
+from megatron_fdd.rehearsal import device
+
+
+@pytest.mark.parametrize(
+    ("gpu", "asked", "wanted"),
+    [
+        (False, None, True),
+        (False, "0", False),
+        (False, "1", True),
+        (True, None, False),
+        (True, "0", False),
+        (True, "1", True),
+    ],
+)
+def test_never_wanted_beside_a_gpu_unless_asked(
+    gpu: bool, asked: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_installed", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.delenv("FDD_REHEARSE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("FDD_REHEARSE", asked)
+    assert rehearsal.is_wanted() is wanted
+
+
+def test_a_started_rehearsal_stays_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FDD_REHEARSE", raising=False)
+    rehearsal.start()
+    assert torch.cuda.is_available()
+    assert rehearsal.is_wanted()
+
+
+def test_an_unclear_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDD_REHEARSE", "yes")
+    with pytest.raises(ValueError, match="FDD_REHEARSE='yes': set 1"):
+        rehearsal.is_wanted()
+
+
+def test_starting_twice_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    rehearsal.start()
+    before = (
+        torch.cuda.current_stream,
+        torch.cuda.is_available,
+        torch.overrides._get_current_function_mode_stack(),
+    )
+    capsys.readouterr()
+    rehearsal.start()
+    after = (
+        torch.cuda.current_stream,
+        torch.cuda.is_available,
+        torch.overrides._get_current_function_mode_stack(),
+    )
+    assert before == after
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("cuda", ["cuda", "cuda:3", torch.device("cuda"), torch.device("cuda", 1), 0])
+def test_tensors_asked_for_on_cuda_are_on_the_cpu(cuda: str | torch.device | int) -> None:
+    rehearsal.start()
+    host = torch.ones(2)
+    tensors = [torch.zeros(2, device=cuda), host.to(cuda), host.to(device=cuda, dtype=torch.bfloat16)]
+    tensors += [
+        host.cuda(),
+        host.pin_memory(),
+        torch.empty(2, pin_memory=True),
+        host.new_zeros(2, device=cuda),
+    ]
+    tensors += [next(torch.nn.Linear(2, 2).cuda().parameters()), torch.zeros_like(host, device=cuda)]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+    assert host.to(cuda) is host
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "Float"), (torch.bfloat16, "BFloat16")])
+def test_tensors_bear_the_names_that_megatrons_optimizers_look_for(dtype: torch.dtype, name: str) -> None:
+    rehearsal.start()
+    assert torch.zeros(2, dtype=dtype).type() == f"torch.cuda.{name}Tensor"
+    assert torch.zeros(2).type(dtype).dtype == dtype
+
+
+def test_one_generator_serves_cuda_and_cpu() -> None:
+    rehearsal.start()
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3, device="cuda")
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.cuda.manual_seed(5)
+    assert torch.initial_seed() == 5
+
+
+def test_it_may_start_after_megatron_was_imported_and_says_so_in_one_line() -> None:
+    script = (
+        "import os, megatron.core.fusions.fused_bias_swiglu as late\n"
+        "from megatron_fdd import rehearsal\n"
+        "import torch\n"
+        "rehearsal.start()\n"
+        "rehearsal.start()\n"
+        "assert late.swiglu(torch.ones(2, 4)).shape == (2, 2)\n"
+        "assert os.environ['OMP_NUM_THREADS'] == os.environ['CUDA_DEVICE_MAX_CONNECTIONS'] == '1'\n"
+    )
+    unset = ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCHDYNAMO_DISABLE", "RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 1
+    assert run.stdout.startswith("Rehearsal: ")

@@ -1,0 +1,137 @@
+"""Properties of the terms that hold whatever the numbers are, and tests that the central test can fail."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import tests.test_layouts as layouts
+from megatron_fdd.layer_plan import LayerPair
+from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.student import StudentStep
+from tests import reference
+from tests.ranks import run_on_ranks
+from tests.reference import STUDENT, Terms
+from tests.test_layouts import Case, Result, assert_equal, expected, relative, run_step
+
+# Only the term in question, on one inner layer (two for the delta): block 4 is the deepest tap.
+ONE_TERM = {
+    "trajectory": Terms(pairs=((2, 3), (4, 7)), beta=0.0, kd=0.0),
+    "delta": Terms(pairs=((2, 3), (4, 7)), alpha=0.0, kd=0.0),
+    "centred delta": Terms(pairs=((2, 3), (4, 7)), alpha=0.0, kd=0.0, centred=True),
+}
+
+
+@pytest.mark.parametrize("name", ONE_TERM)
+def test_gradient_is_non_zero_below_the_tap_and_zero_above(name: str) -> None:
+    case = Case(tp=2, terms=ONE_TERM[name])
+    for result in run_on_ranks(run_step, case.layout, {"case": case}):
+        for parameter, gradient in result.gradients.items():
+            layer = int(parameter.split(".")[2]) if parameter.startswith("decoder.layers.") else None
+            below = layer < 4 if layer is not None else parameter.startswith("embedding.")
+            assert bool(gradient.any()) == below, f"{name}: {parameter}"
+
+
+@pytest.mark.parametrize("terms", [Terms(), Terms(centred=True), Terms(kd_kind="jsd", trajectory_kind="rkl")])
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, True)])
+def test_a_student_that_is_the_teacher_has_no_loss(terms: Terms, tp: int, sequence_parallel: bool) -> None:
+    terms = replace(terms, pairs=((1, 1), (3, 3), (6, 6)))
+    case = Case(tp=tp, sequence_parallel=sequence_parallel, terms=terms, teacher=STUDENT)
+    unequal = run_on_ranks(run_step, case.layout, {"case": case})
+    with_itself = run_on_ranks(run_own_teacher, case.layout, {"case": case})
+    for result, other in zip(with_itself, unequal, strict=True):
+        for name, value in result.means.items():
+            if name.split()[0] in ("kd", "trajectory", "delta"):
+                assert abs(value) <= 1e-6, name
+        for name, gradient in result.gradients.items():
+            assert gradient.norm() <= 1e-5 * other.gradients[name].norm(), name
+
+
+def run_own_teacher(case: Case) -> Result:
+    """As `run_step`, the teacher having the student's weights."""
+    weights = reference.random_weights(case.student, 1)
+    with patch.object(reference, "random_weights", lambda _shape, _seed: weights):
+        return run_step(case)
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_bf16_is_as_close_to_float64_as_plain_bf16_torch(tp: int, sequence_parallel: bool) -> None:
+    case = Case(tp=tp, sequence_parallel=sequence_parallel, bf16=True, terms=Terms(ce=0.5))
+    wanted, plain = rounded_reference(case, torch.float64), rounded_reference(case, torch.bfloat16)
+    for result in run_on_ranks(run_step, case.layout, {"case": case}):
+        # Single numbers can be right by luck; all terms together are not.
+        assert means_error(result, wanted) <= 2 * means_error(plain, wanted)
+        for name, gradient in wanted.gradients.items():
+            error = relative(result.gradients[name] - gradient, gradient)
+            assert error <= 2 * relative(plain.gradients[name] - gradient, gradient), name
+
+
+def means_error(result: Result, wanted: Result) -> float:
+    """Relative distance of all terms."""
+    values = [(result.means[name] - value) / value for name, value in wanted.means.items()]
+    return sum(value**2 for value in values) ** 0.5
+
+
+def rounded_reference(case: Case, dtype: torch.dtype) -> Result:
+    """The reference with bf16 weights, computed in `dtype`."""
+
+    def cast(weights: reference.Weights, *, requires_grad: bool) -> reference.Weights:
+        rounded = {name: value.bfloat16().to(dtype) for name, value in weights.items()}
+        return {name: value.requires_grad_(requires_grad) for name, value in rounded.items()}
+
+    with patch.object(reference, "double", cast):
+        result = expected(case)
+    return Result(result.means, {name: value.double() for name, value in result.gradients.items()})
+
+
+def stack_nothing(self: VocabShard, tensor: Tensor) -> Tensor:
+    return tensor.expand(self.num_ranks, *tensor.shape)
+
+
+def reduce_nothing(self: VocabShard, tensor: Tensor) -> Tensor:
+    return self.own_tokens(tensor)
+
+
+def batch_major_rows(self: StudentStep, value_BS: Tensor) -> Tensor:
+    return value_BS.flatten()
+
+
+def count_padding(padded: int, _vocab: int, topology: layouts.Topology) -> VocabShard:
+    rows = padded // topology.tensor_size
+    return VocabShard(topology.tensor_rank * rows, rows, topology.tensor_group, topology.sequence_parallel)
+
+
+# What to break, by the name of what it breaks.
+MUTATIONS = {
+    "statistics are not gathered": (VocabShard, "stack", stack_nothing),
+    "hidden gradient is not reduced": (VocabShard, "reduce_tokens", reduce_nothing),
+    "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
+    "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
+    "mask in the wrong order": (StudentStep, "rows", batch_major_rows),
+    "padded rows counted": (layouts, "vocab_shard", count_padding),
+}
+
+
+def run_broken(case: Case, mutation: str) -> Result:
+    """As `run_step`, with one piece of the package broken on purpose."""
+    owner, name, replacement = MUTATIONS[mutation]
+    with patch.object(owner, name, replacement):
+        return run_step(case)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_central_test_catches(mutation: str) -> None:
+    case = Case(tp=2)
+    assert case.student.vocab % 8, "there must be padding"
+    with pytest.raises((AssertionError, pytest.fail.Exception), match="AssertionError|gradient off|comparison failed"):
+        check_broken(case, mutation)
+
+
+def check_broken(case: Case, mutation: str) -> None:
+    """The central test's check. The ranks themselves may already notice."""
+    for result in run_on_ranks(run_broken, case.layout, {"case": case, "mutation": mutation}):
+        assert_equal(result, expected(case))
