@@ -17,10 +17,10 @@ RANKS=${RANKS:-2}
 SEQ_LENGTH=${SEQ_LENGTH:-128}
 MICRO_BATCH=${MICRO_BATCH:-4}                       # sequences per rank
 GLOBAL_BATCH=${GLOBAL_BATCH:-$((RANKS * MICRO_BATCH))} # sequences per step
-TRAIN_ITERS=${TRAIN_ITERS:-40}
+TRAIN_ITERS=${TRAIN_ITERS:-30}
 LEARNING_RATE=${LEARNING_RATE:-3e-4}
 WARMUP_ITERS=${WARMUP_ITERS:-4}
-SAVE_INTERVAL=${SAVE_INTERVAL:-20}
+SAVE_INTERVAL=${SAVE_INTERVAL:-15}
 EVAL_TOKENS=${EVAL_TOKENS:-8192}
 PROMPT=${PROMPT:-'This module provides a simple interface for'}
 # bf16 is the faster one where the CPU multiplies it in hardware.

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_fdd.checkpoint import find_checkpoint, has_checkpoint, read_checkpoint_args
@@ -134,13 +136,17 @@ def complete_student_args(
     if directory is None:
         return None
     stored = read_checkpoint_args(find_checkpoint(directory, flag), flag)
-    given = [name for name in ARCHITECTURE if getattr(args, name, None) != defaults.get(name)]
-    check_same_model(args, stored, given)
+    given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
+    # Of a vocabulary that Megatron took from a tokenizer, a checkpoint keeps the padded size only.
+    fixed = ARCHITECTURE + ("vocab_size",) * (getattr(stored, "vocab_size", None) is not None)
+    check_same_model(args, stored, [name for name in fixed if name in given])
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
         for name in ARCHITECTURE:
-            if name not in given and hasattr(stored, name):
+            if hasattr(stored, name):
                 setattr(args, name, getattr(stored, name))
+        # Megatron lets the checkpoint overrule --tokenizer-model, --hidden-dropout and more.
+        vars(args).update(given)
     _set_vocabulary(args, stored)
     return stored
 
@@ -176,20 +182,30 @@ def force_values(args: argparse.Namespace) -> None:
     args.check_for_nan_in_loss_and_grad = False
 
 
-def check_lengths(args: argparse.Namespace, config: FddConfig, teacher: argparse.Namespace | None) -> None:
-    """Refuse sequences longer than either model takes.
+def model_config(args: argparse.Namespace) -> GPTModelConfig:
+    """Megatron's model configuration of these arguments, with what `gpt_config_from_args` forgets.
+
+    0.19.2 passes `--use-rope-scaling` on and leaves the factor at its default.
+    """
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def check_length(args: argparse.Namespace, whose: str, positions: int | None) -> None:
+    """Refuse sequences longer than a model takes.
+
+    Args:
+        whose: names the model.
+        positions: its bound; None when it is not known yet.
 
     Raises:
         ValueError: names the length, the bound and whose it is.
     """
-    bounds = {"the student": args.max_position_embeddings}
-    if teacher is not None:
-        bounds[f"the teacher ({config.teacher_load})"] = teacher.max_position_embeddings
-    for whose, bound in bounds.items():
-        if bound is not None and args.seq_length > bound:
-            raise ValueError(
-                f"--seq-length {args.seq_length} is longer than {whose} takes ({bound} positions); lower it"
-            )
+    if None not in (args.seq_length, positions) and args.seq_length > positions:
+        raise ValueError(
+            f"--seq-length {args.seq_length} is longer than {whose} takes ({positions} positions); lower it"
+        )
 
 
 def student_checkpoint(args: argparse.Namespace) -> tuple[str | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -82,10 +83,10 @@ class FddConfig:
     def check(self) -> None:
         """Raise ValueError for any value that is wrong on its own."""
         for name in ("alpha", "beta", "kd_weight", "ce_weight"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0, and finite")
         for name in ("warmup_iters", "decay_iters"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0, and finite")
         if self.divergence_mix is not None:
             _require(0 < self.divergence_mix < 1, "divergence_mix", self.divergence_mix, "between 0 and 1")
         _require(self.layers >= 1, "layers", self.layers, "at least 1")

@@ -23,8 +23,9 @@ if __name__ == "__main__" and rehearsal.is_wanted():
 
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+from megatron_fdd.arguments import model_config
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
 from megatron_fdd.lens import Lens, read_lens
@@ -50,9 +51,9 @@ class Distillation:
     def train(self) -> None:
         """Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
         args = self._run.args
-        model_config = gpt_config_from_args(args)
-        model_config.post_wrap_hooks.append(self._attach)
-        container = pretrain_cfg_container_from_args(args, model_config)
+        config = model_config(args)
+        config.post_wrap_hooks.append(self._attach)
+        container = pretrain_cfg_container_from_args(args, config)
         with self._patches:
             pretrain(container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step)
 

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -51,8 +50,25 @@ def step_means(objective: Objective, sums: Tensor, group: ProcessGroup) -> tuple
     return label_tokens, {"total": total, **groups, **layers, **shares}
 
 
+def check_metrics_path(path: str | None) -> None:
+    """Refuse a metrics file that could not be written.
+
+    Raises:
+        ValueError: names the path and what is in the way.
+    """
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"--fdd-metrics-file {path}: is a folder; name a file in it")
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ValueError(f"--fdd-metrics-file {path}: {folder} is not a folder that can be written to")
+
+
 class MetricsFile:
-    """One JSON object per iteration, flushed at once.
+    """One JSON object per iteration, on disk at once.
 
     A run that starts at iteration i drops what the file holds from i on: after a kill the lines behind the
     last checkpoint belong to steps that are done again.
@@ -62,15 +78,14 @@ class MetricsFile:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._cut_back(first_iteration)
-        self._file: TextIO = self._path.open("a")
 
     def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Append one record. A value that is not finite is written as null: JSON has no NaN."""
         record = {"iteration": iteration} | {
             name: value if value is None or math.isfinite(value) else None for name, value in values.items()
         }
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _cut_back(self, first_iteration: int) -> None:
         if not self._path.exists():

@@ -13,7 +13,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_fdd.arguments import (
-    check_lengths,
+    check_length,
     check_same_model,
     complete_student_args,
     force_values,
@@ -23,6 +23,7 @@ from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.layer_plan import LayerPair, check_recompute_keeps_taps, plan_pairs
+from megatron_fdd.metrics import check_metrics_path
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.check import check_tokenizers
 
@@ -59,6 +60,8 @@ def prepare_run() -> Run:
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad
     force_values(args)
+    check_length(args, "the student", args.max_position_embeddings)
+    check_metrics_path(config.metrics_file)
     try:
         validate_args(args, {})
         set_global_variables(args)
@@ -75,7 +78,8 @@ def prepare_run() -> Run:
         check_tokenizers(config.teacher_load, args)
     vocab_size = _common_vocabulary(args, stored)
     teacher = None if stored is None else teacher_args(stored, args)
-    check_lengths(args, config, teacher)
+    if teacher is not None:
+        check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], args.num_layers, recompute)
@@ -125,8 +129,8 @@ def _common_vocabulary(args: argparse.Namespace, stored: argparse.Namespace | No
             less than half of the student's vocabulary, which no added token explains.
     """
     tokenizer_size = get_tokenizer().vocab_size
-    args.vocab_size = args.vocab_size or tokenizer_size
-    if tokenizer_size > args.padded_vocab_size:
+    args.vocab_size = args.vocab_size or min(tokenizer_size, args.padded_vocab_size)
+    if tokenizer_size > args.vocab_size:
         raise ValueError(
             f"vocabulary mismatch: the tokenizer ({args.tokenizer_model or args.tokenizer_type}) has "
             f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "

@@ -127,7 +127,9 @@ def run_broken(case: Case, mutation: str) -> Result:
 def test_the_central_test_catches(mutation: str) -> None:
     case = Case(tp=2)
     assert case.student.vocab % 8, "there must be padding"
-    with pytest.raises((AssertionError, pytest.fail.Exception), match="AssertionError|gradient off|comparison failed"):
+    with pytest.raises(
+        (AssertionError, pytest.fail.Exception), match="AssertionError|gradient off|comparison failed"
+    ):
         check_broken(case, mutation)
 
 

@@ -65,11 +65,11 @@ def hf_to_mcore(
         model = build_model(args, groups)
         fill(model, family, folder, groups.tp, progress)
         _save(save, model, args, groups, hf_model)
-    return sum(folder_size(folder, name) for name in folder.file_of)
+    return sum(_element_count(folder, name) for name in folder.file_of)
 
 
-def folder_size(folder: HfFolder, name: str) -> int:
-    """Number of elements of a tensor."""
+def _element_count(folder: HfFolder, name: str) -> int:
+    """Number of elements of a tensor, from its header."""
     return torch.Size(folder.shape(name)).numel()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -144,6 +145,24 @@ def rng_state(*_device: Any, **_options: Any) -> torch.Tensor:
 def set_rng_state(state: torch.Tensor, *_device: Any, **_options: Any) -> None:
     """Set the state of the only generator there is, the host's."""
     torch.set_rng_state(state)
+
+
+def shield_from(owner: type, name: str) -> None:
+    """Make a method of host code draw nothing from the generator, which on GPUs is another one.
+
+    torch's data loaders draw a seed when iterated: a resumed run would drop other activations.
+    """
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def shielded(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    setattr(owner, name, shielded)
 
 
 def _seed(seed: int) -> None:

@@ -8,8 +8,10 @@ import os
 import queue
 import sys
 import warnings
+from typing import Any
 
 import torch
+from torch.utils.data import dataloader
 
 from megatron_fdd.rehearsal import device
 
@@ -69,18 +71,23 @@ def _stand_in_for_modules() -> None:
     from megatron_fdd.rehearsal.norms import install_norms
     from megatron_fdd.rehearsal.optimizer import install_adam
 
-    datasets = importlib.import_module("megatron.core.datasets.utils")
-    datasets.compile_helpers = lambda: None  # the wheel holds the built helper, and no Makefile
-    rng = importlib.import_module("megatron.core.tensor_parallel.random")
-    rng._get_cuda_rng_state = device.rng_state
-    rng._set_cuda_rng_state = device.set_rng_state
+    generator = "megatron.core.tensor_parallel.random"
+    stand_ins: dict[tuple[str, str], Any] = {
+        # The wheel holds the built helper, and no Makefile.
+        ("megatron.core.datasets.utils", "compile_helpers"): lambda: None,
+        (generator, "_get_cuda_rng_state"): device.rng_state,
+        (generator, "_set_cuda_rng_state"): device.set_rng_state,
+        # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
+        ("megatron.training.initialize", "_warmup_jit_function"): lambda **_options: None,
+        # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
+        ("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue"): queue.Queue(),
+    }
+    for (module, name), stand_in in stand_ins.items():
+        owner = importlib.import_module(module)
+        assert hasattr(owner, name), f"{module}.{name}: not the Megatron that this was written for"
+        setattr(owner, name, stand_in)
+    device.shield_from(dataloader._BaseDataLoaderIter, "__init__")
     # There is one generator here, so Megatron's check that the host's stood still must fail.
-    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
-    # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
-    importlib.import_module("megatron.training.initialize")._warmup_jit_function = lambda **_options: None
-    # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
-    importlib.import_module(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    )._results_queue = queue.Queue()
+    logging.getLogger(generator).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
     install_norms()
     install_adam()

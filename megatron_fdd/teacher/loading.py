@@ -10,10 +10,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed import ReduceOp
 
+from megatron_fdd.arguments import model_config
 from megatron_fdd.topology import Topology
 
 # What a training checkpoint holds beside the weights.
@@ -36,7 +36,7 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     """
     tracker = get_cuda_rng_tracker()
     states, seed_state = tracker.get_states(), torch.get_rng_state()
-    builder = GPTModelBuilder(gpt_config_from_args(args))
+    builder = GPTModelBuilder(model_config(args))
     model = builder.build_model(topology.collection)
     tracker.set_states(states)
     torch.set_rng_state(seed_state)

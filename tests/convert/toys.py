@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlp_bias": {"mlp_bias": True},
     "ungrouped": {"num_key_value_heads": 12, "head_dim": 4},
     "bfloat16": {"torch_dtype": "bfloat16"},
+    "float16": {"torch_dtype": "float16"},
     "mistral": {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 
 from megatron_fdd import convert
 from tests.convert import toys
@@ -20,12 +21,9 @@ def copied(source: Path, target: Path) -> Path:
 
 def with_args(source: Path, target: Path, **changes: Any) -> Path:
     """A copy whose stored arguments say something else than its weights."""
-    copied(source, target)
-    path = target / "release" / "common.pt"
-    state = torch.load(path, weights_only=False)
+    state = _common_state(copied(source, target))
     vars(state["args"]).update(changes)
-    torch.save(state, path)
-    return target
+    return _with_common_state(target, state)
 
 
 def cut(source: Path, target: Path) -> Path:
@@ -66,9 +64,16 @@ def other_tokenizer(folder: Path, *, added: int = 1) -> Path:
 
 def without_args(source: Path, target: Path) -> Path:
     """A copy that stores no arguments."""
-    copied(source, target)
-    path = target / "release" / "common.pt"
-    state = torch.load(path, weights_only=False)
+    state = _common_state(copied(source, target))
     del state["args"]
-    torch.save(state, path)
-    return target
+    return _with_common_state(target, state)
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    return dist_checkpointing.load_common_state_dict(str(folder / "release"))
+
+
+def _with_common_state(folder: Path, state: dict[str, Any]) -> Path:
+    """Put the state where older versions of Megatron did, which is read first."""
+    torch.save(state, folder / "release" / "common.pt")
+    return folder

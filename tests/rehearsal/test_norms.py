@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_fdd import rehearsal
-from megatron_fdd.rehearsal.norms import LayerNorm, RMSNorm
+from megatron_fdd.rehearsal.norms import RMSNorm
 from tests.ranks import distributed
 
 H, EPS = 24, 1e-5
@@ -105,12 +105,9 @@ def test_every_norm_of_a_model_is_ours_and_marked(sequence_parallel: bool) -> No
     )
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     model = GPTModel(config, spec, vocab_size=16, max_sequence_length=8)
-    norms = {
-        name: module for name, module in model.named_modules() if name.rpartition(".")[2].endswith("norm")
-    }
-    assert len(norms) == 2 * 4 + 1
-    for norm in norms.values():
-        assert isinstance(norm, RMSNorm)
-        assert not isinstance(norm, LayerNorm)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 2 * 4 + 1  # two layers: input, query, key, MLP; and the final one
+    assert len([name for name, _ in model.named_parameters() if "norm" in name]) == len(norms)
+    for norm in norms:
         assert norm.eps == 3e-4
         assert norm.weight.sequence_parallel is sequence_parallel

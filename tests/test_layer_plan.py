@@ -1,0 +1,94 @@
+"""Which layers are sampled and paired: integers, checked against the published examples."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fdd.config import FddConfig, parse_layer_pairs
+from megatron_fdd.layer_plan import LayerPair, check_recompute_keeps_taps, plan_pairs, sample_blocks
+
+TEACHER = {"teacher_load": "somewhere"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [(12, [2, 4, 6, 8]), (48, [9, 18, 27, 36]), (32, [6, 12, 18, 24]), (40, [8, 16, 24, 32])],
+)
+def test_the_papers_rule_gives_the_papers_layers(layers: int, blocks: list[int]) -> None:
+    assert sample_blocks("paper", 4, layers, "student") == blocks
+
+
+def test_linspace_spreads_over_the_whole_depth() -> None:
+    assert sample_blocks("linspace", 4, 12, "student") == [2, 4, 7, 9]
+
+
+@pytest.mark.parametrize("rule", ["paper", "linspace"])
+@pytest.mark.parametrize("layers", range(3, 20))
+def test_every_rule_gives_distinct_blocks_inside_the_model(rule: str, layers: int) -> None:
+    for count in range(1, layers):
+        blocks = sample_blocks(rule, count, layers, "student")
+        assert len(blocks) == count
+        assert blocks == sorted(set(blocks))
+        assert blocks[0] >= 1
+        assert blocks[-1] <= layers
+
+
+def test_pairs_join_both_models_in_depth_order() -> None:
+    pairs = plan_pairs(FddConfig(layers=3, **TEACHER), student_layers=8, teacher_layers=32)
+    assert [pair.name for pair in pairs] == ["s2:t8", "s4:t16", "s6:t24"]
+    assert (pairs[0].student_layer, pairs[0].teacher_layer) == (1, 7)
+
+
+def test_no_inner_term_means_no_pairs() -> None:
+    assert plan_pairs(FddConfig(alpha=0, beta=0, layers=99, **TEACHER), 4, 4) == ()
+
+
+def test_too_many_layers_is_refused_with_the_bound() -> None:
+    with pytest.raises(
+        ValueError, match=r"student of at least 7 layers, it has 6: lower --fdd-layers to at most 5"
+    ):
+        plan_pairs(FddConfig(layers=6, **TEACHER), 6, 20)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (((0, 1), (2, 3)), "student block 0 is not in 1..6"),
+        (((1, 1), (7, 9)), "student block 7 is not in 1..6"),
+        (((1, 1), (2, 13)), "teacher block 13 is not in 1..12"),
+        (((2, 3), (2, 5)), r"student blocks \[2, 2\] must increase"),
+        (((2, 5), (3, 4)), r"teacher blocks \[5, 4\] must increase"),
+    ],
+)
+def test_wrong_pairs_are_refused(pairs: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_pairs(FddConfig(layer_pairs=pairs, **TEACHER), student_layers=6, teacher_layers=12)
+
+
+def test_given_pairs_may_hold_the_first_and_the_last_block() -> None:
+    pairs = plan_pairs(FddConfig(layer_pairs=((1, 1), (6, 12)), **TEACHER), 6, 12)
+    assert pairs == (LayerPair(1, 1), LayerPair(6, 12))
+
+
+@pytest.mark.parametrize("text", ["1", "1:2,", "1:2;3:4", "a:b", "1:-2", "1:2:3", ""])
+def test_unreadable_pairs_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="STUDENT:TEACHER"):
+        parse_layer_pairs(text)
+
+
+def test_pairs_are_read() -> None:
+    assert parse_layer_pairs("2:4, 4:9") == ((2, 4), (4, 9))
+    assert parse_layer_pairs(None) is None
+
+
+@pytest.mark.parametrize(
+    "recompute", [("full", "uniform", 1), ("full", "block", 2), ("selective", None, None)]
+)
+def test_harmless_recompute_passes(recompute: tuple[str, str | None, int | None]) -> None:
+    check_recompute_keeps_taps([0, 2, 4], 6, recompute)
+
+
+def test_uniform_groups_keep_only_their_ends() -> None:
+    check_recompute_keeps_taps([1, 3, 6], 7, ("full", "uniform", 2))  # 7 is the short last group's end
+    with pytest.raises(ValueError, match=r"hides the tapped blocks \[1, 3\]"):
+        check_recompute_keeps_taps([0, 1, 2], 6, ("full", "uniform", 2))

@@ -1,0 +1,58 @@
+"""Imports point downwards only, and one module alone reads Megatron's parallel state."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "megatron_fdd"
+# What may import what: a module imports from its own room or from lower levels.
+LEVELS = {
+    "config": 0, "ops": 0, "layer_plan": 1, "topology": 1, "checkpoint": 1,
+    "lens": 2, "losses": 2, "arguments": 2, "rehearsal": 2, "convert": 3, "evaluate": 3,
+    "teacher": 4, "objective": 5, "data": 5, "metrics": 6, "student": 6, "dry_run": 6,
+    "schedule": 7, "run": 7, "distill": 8,
+}  # fmt: skip
+
+
+def modules() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+
+
+def room(name: str) -> str:
+    """`megatron_fdd.ops.delta` and a path below the package alike."""
+    return name.split(".")[1]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    own = room("megatron_fdd." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    for name in imports(path):
+        if name.startswith("megatron_fdd.") and room(name) != own:
+            assert LEVELS[room(name)] < LEVELS[own], f"{own} (level {LEVELS[own]}) imports {name}"
+
+
+def test_one_module_reads_parallel_state() -> None:
+    readers = {
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        if any(name.startswith("megatron.core.parallel_state") for name in imports(path))
+    }
+    # A conversion makes its own groups where no run has made any.
+    assert readers == {"topology.py", "convert/mcore_model.py"}
+
+
+def test_no_utils() -> None:
+    assert not list(PACKAGE.rglob("util*.py"))
