@@ -7,7 +7,10 @@ import pickle
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import CheckpointException
 
+# What reading a damaged checkpoint raises: whatever pickle meets, or torch's own, which is no Exception.
+DAMAGE = (Exception, CheckpointException)
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -48,15 +51,22 @@ def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
     """
     try:
         state = dist_checkpointing.load_common_state_dict(str(path))
-    except Exception as error:
+    except DAMAGE as error:
         raise ValueError(
-            f"{flag} {path}: its common state cannot be read ({error}); the copy is damaged"
+            f"{flag} {path}: its common state cannot be read ({cause_of(error)}); the copy is damaged"
         ) from error
     if "args" not in state:
         raise ValueError(
             f"{flag} {path}: stores no arguments, so its architecture is unknown; save it with Megatron"
         )
     return state["args"]
+
+
+def cause_of(error: BaseException) -> str:
+    """One line: what went wrong on the first rank that failed, without the tracebacks torch puts into it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _check_files(path: Path, flag: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fdd import rehearsal
 
@@ -26,6 +27,7 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_fdd.arguments import model_config
+from megatron_fdd.checkpoint import cause_of
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
 from megatron_fdd.lens import Lens, read_lens
@@ -109,7 +111,9 @@ def main() -> int:
                 print(describe_plan(run.config, run.pairs, run.args, run.teacher, run.vocab_size))
             return 0
         Distillation(run).train()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = f"a checkpoint could not be read or written: {cause_of(error)}"
         if is_first_rank():
             print(f"megatron_fdd: error: {error}", file=sys.stderr, flush=True)
         return 1

@@ -125,8 +125,8 @@ def _common_vocabulary(args: argparse.Namespace, stored: argparse.Namespace | No
     """Size of the vocabulary that tokenizer, student and teacher share.
 
     Raises:
-        ValueError: the tokenizer has ids that the student has no embedding for, or the teacher has
-            less than half of the student's vocabulary, which no added token explains.
+        ValueError: the tokenizer has ids that the student has no embedding for, or the teacher lacks more of
+            them than added tokens explain.
     """
     tokenizer_size = get_tokenizer().vocab_size
     args.vocab_size = args.vocab_size or min(tokenizer_size, args.padded_vocab_size)
@@ -140,7 +140,7 @@ def _common_vocabulary(args: argparse.Namespace, stored: argparse.Namespace | No
     if stored is None:
         return shared
     teacher_size = getattr(stored, "vocab_size", None) or stored.padded_vocab_size
-    if teacher_size < tokenizer_size - _MAX_ADDED_TOKENS:
+    if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
         raise ValueError(
             f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
             f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "

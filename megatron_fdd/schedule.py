@@ -78,8 +78,14 @@ class DistillationSteps:
         return [means]
 
     def log(self, bound: inspect.BoundArguments) -> None:
-        """Append the iteration to the metrics file; called with the arguments of Megatron's `training_log`."""
+        """Append the iteration to the metrics file; called with the arguments of Megatron's `training_log`.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; on every rank, before a checkpoint is written.
+        """
         values = bound.arguments
+        if self._stop_at_nan:
+            _check_gradient(values["grad_norm"], values["iteration"])
         if self._metrics_path is None or not values["loss_dict"]:
             return
         iteration = values["iteration"]
@@ -108,6 +114,11 @@ class DistillationSteps:
         torch.distributed.all_reduce(counts, group=self._group)
         label_tokens, term_tokens = counts.tolist()
         return label_tokens / max(term_tokens, 1.0), iter(batches)
+
+
+_REMEDY = (
+    "Lower --lr or raise --lr-warmup-iters, look at the data of this step, or continue from the last checkpoint"
+)
 
 
 @contextmanager
@@ -144,6 +155,11 @@ def _check_finite(means: dict[str, Tensor]) -> None:
     if bad:
         raise FloatingPointError(
             f"iteration {get_args().curr_iteration + 1}: {', '.join(bad)} not finite. "
-            "Nothing was updated or saved in this step. Lower --lr or raise --lr-warmup-iters, look at the "
-            "data of this step, or continue from the last checkpoint"
+            f"Nothing was updated or saved in this step. {_REMEDY}"
         )
+
+
+def _check_gradient(norm: float | None, iteration: int) -> None:
+    """`norm` is None where Megatron skipped the step itself (loss scaling)."""
+    if norm is not None and not math.isfinite(norm):
+        raise FloatingPointError(f"iteration {iteration}: the norm of the gradient is {norm}. {_REMEDY}")

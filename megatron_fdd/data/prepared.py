@@ -94,7 +94,8 @@ class SetWriter:
         if kind == "instruction":
             self._masks = IndexedDatasetBuilder(mask_prefix(self._scratch) + ".bin", dtype=np.uint8)
         self._digest = hashlib.sha256()
-        self.documents = self.tokens = self._learned = self._longest = self._largest = self._truncated = 0
+        self.documents = self.tokens = self.truncated = 0
+        self._learned = self._longest = self._largest = 0
 
     def add(self, encoded: Encoded) -> None:
         """Append one document."""
@@ -113,11 +114,7 @@ class SetWriter:
         self.tokens += count
         self._learned += learned
         self._longest = max(self._longest, count)
-        self._truncated += encoded.truncated
-
-    @property
-    def truncated(self) -> int:
-        return self._truncated
+        self.truncated += encoded.truncated
 
     def finish(self) -> list[tuple[str, str]]:
         """Close the files; returns (scratch path, final path) in the order in which to rename them."""
@@ -133,7 +130,7 @@ class SetWriter:
             learned_tokens=self._learned,
             longest_document=self._longest,
             largest_token_id=self._largest,
-            truncated=self._truncated,
+            truncated=self.truncated,
             content_sha256=self._digest.hexdigest(),
             tokenizer=self._tokenizer,
         )

@@ -24,7 +24,7 @@ class _Norm(nn.Module):
     def _parameter(self, config: TransformerConfig, value: float) -> nn.Parameter:
         parameter = nn.Parameter(torch.full((self.hidden_size,), value, dtype=config.params_dtype))
         # With sequence parallelism every rank sees its own tokens only.
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return parameter
 
     @property
@@ -62,7 +62,7 @@ def build_norm(
     Raises:
         ValueError: a normalization other than RMSNorm and LayerNorm.
     """
-    norms = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+    norms: dict[str, type[RMSNorm] | type[LayerNorm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
     if config.normalization not in norms:
         raise ValueError(f"--normalization {config.normalization}: a rehearsal knows {', '.join(norms)}")
     return norms[config.normalization](config, hidden_size, eps)

@@ -34,7 +34,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], None] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; a group without parameters counts no step."""
         assert closure is None, "Megatron's optimizers take no closure"
         for group in self.param_groups:

@@ -14,6 +14,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed import ReduceOp
 
 from megatron_fdd.arguments import model_config
+from megatron_fdd.checkpoint import DAMAGE, cause_of
 from megatron_fdd.topology import Topology
 
 # What a training checkpoint holds beside the weights.
@@ -52,7 +53,13 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
 def _load_weights(model: GPTModel, checkpoint: Path) -> None:
     metadata = dist_checkpointing.load_content_metadata(str(checkpoint))
     request = {"model": model.sharded_state_dict(metadata=metadata)}
-    state, missing, unexpected = dist_checkpointing.load(request, str(checkpoint), strict="return_all")
+    try:
+        state, missing, unexpected = dist_checkpointing.load(request, str(checkpoint), strict="return_all")
+    except DAMAGE as error:
+        raise ValueError(
+            f"--teacher-load {checkpoint}: its weights are not those that its own arguments describe, "
+            f"or are damaged ({cause_of(error)}); convert or copy it again"
+        ) from error
     unused = _weights_only(missing)
     unfilled = _weights_only(unexpected)
     if unused or unfilled:

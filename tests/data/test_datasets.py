@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.training import global_vars
 from megatron.training.arguments import parse_args
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+from transformers import AutoTokenizer
 
 from megatron_fdd.data.datasets import InstructionDataset, TextDataset, instruction_sample
 from megatron_fdd.data.encode import EncodeSettings
@@ -135,6 +136,19 @@ def test_padding_inside_text_is_no_token(hf: TokenizerSettings, tmp_path: Path) 
         assert (sample["tokens"][~padded] >= 10).all()
 
 
+def test_tokenizer_without_padding_token(hf: TokenizerSettings, tmp_path: Path) -> None:
+    without = AutoTokenizer.from_pretrained(hf.tokenizer_model)
+    without.pad_token = None
+    without.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(TokenizerSettings(hf.tokenizer_type, str(tmp_path / "tokenizer")))
+    assert tokenizer.pad is None
+    prefix = as_megatron_makes_it(tmp_path / "own", [[0, 10, 11, 12] * 20] * 4)
+    args = megatron_args("--data-path", prefix, "--split", "1,0,0", "--eval-iters", "0")
+    train, _, _ = build_datasets(args, [6, 0, 0], tokenizer)
+    assert train[0]["token_mask"].all()
+    assert train[0]["loss_mask"].all()
+
+
 def test_prepared_again_is_not_read_with_the_old_index(hf: TokenizerSettings, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(hf)
     args = megatron_args("--data-path", str(tmp_path / "set"), "--split", "1,0,0", "--eval-iters", "0")
@@ -146,10 +160,11 @@ def test_prepared_again_is_not_read_with_the_old_index(hf: TokenizerSettings, tm
 
 
 def test_no_evaluation_builds_no_evaluation_data(sets: Path, hf: TokenizerSettings) -> None:
-    """Megatron's default split leaves 60 documents no test part: with it the dataset would not return."""
+    """So the default split is accepted, although it leaves 60 documents no test part."""
     tokenizer = load_tokenizer(hf)
     args = megatron_args("--data-path", str(sets / "text"), "--eval-iters", "0")
     check_data_args(args, tokenizer)
+    args.split = "90,5,5"
     train, valid, test = build_datasets(args, [10, 0, 0], tokenizer)
     assert len(train) >= 10
     assert (valid, test) == (None, None)

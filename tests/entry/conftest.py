@@ -51,15 +51,25 @@ class Toys:
 
     def command(self, *more: object) -> list[str]:
         """Flags of a distillation run; `more` overrule them."""
-        flags = ["--load", self.student, "--teacher-load", self.teacher, *self.text_flags]
-        return [str(word) for word in (*COMMON, *flags, *more)]
+        return [*COMMON, *_words("--load", self.student, *self._teacher, *self._text, *more)]
+
+    def mock_command(self, *more: object) -> list[str]:
+        """As `command`, on made-up data, so that no data set refuses another tokenizer first."""
+        flags = ("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer)
+        return [*COMMON, *_words("--load", self.student, *self._teacher, *flags, *more)]
 
     @property
-    def text_flags(self) -> list[object]:
-        return [
-            *("--data-path", self.data, "--split", "80,20,0"),
-            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer),
-        ]
+    def _teacher(self) -> tuple[object, ...]:
+        return "--teacher-load", self.teacher
+
+    @property
+    def _text(self) -> tuple[object, ...]:
+        tokenizer = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer)
+        return "--data-path", self.data, "--split", "80,20,0", *tokenizer
+
+
+def _words(*flags: object) -> list[str]:
+    return [str(flag) for flag in flags]
 
 
 def make_checkpoint(root: Path, name: str, changes: dict[str, object]) -> None:

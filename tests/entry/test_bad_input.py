@@ -85,14 +85,6 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         r"--load .*\.metadata is missing",
     ),
     "empty student folder": (lambda toy, folder: ["--load", folder], r"--load .* holds no Megatron checkpoint"),
-    "larger tokenizer": (
-        lambda toy, folder: ["--tokenizer-model", damage.other_tokenizer(folder / "t", added=40)],
-        r"vocabulary mismatch: the tokenizer .*t\) has \d+ tokens, the student only 99 embeddings",
-    ),
-    "tokenizer beyond the padding": (
-        lambda toy, folder: ["--tokenizer-model", damage.other_tokenizer(folder / "t", added=100)],
-        r"vocabulary mismatch: the tokenizer .*t\) has \d+ tokens, the student only 99 embeddings",
-    ),
     "all-zero weight": (
         lambda toy, folder: ["--teacher-load", damage.with_tensor(*zeroed(toy, folder), 0.0)],
         r"cannot teach. Weights that are all zero: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Not finite: none",
@@ -111,11 +103,23 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
     ),
     "teacher of another width": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, ffn_hidden_size=68)],
-        r"--teacher-load .*linear_fc",
+        r"--teacher-load .*own arguments describe.*\[6, 132, 48\].*\(6, 136, 48\).*linear_fc1",
     ),
     "teacher of another depth": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, num_layers=7)],
-        r"--teacher-load .*",
+        r"--teacher-load .*own arguments describe.*shape mismatch",
+    ),
+    "damaged teacher weights": (
+        lambda toy, folder: ["--teacher-load", damage.scratched(toy.teacher, folder / "t", "embedding.")],
+        r"--teacher-load .* are damaged \(",
+    ),
+    "damaged student weights": (
+        lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "embedding.")],
+        r"a checkpoint could not be read or written: ",
+    ),
+    "damaged student arguments": (
+        lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "common_state")],
+        r"--load .*common state cannot be read",
     ),
     "mixture of experts": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, num_experts=4)],
@@ -157,6 +161,13 @@ def test_damaged_files(name: str, toy: Toys, tmp_path: Path) -> None:
     make_flags, pattern = DAMAGED[name]
     [endings] = run(toy.command(*make_flags(toy, tmp_path)))
     assert_refused(endings, pattern)
+
+
+@pytest.mark.parametrize("added", [20, 100])
+def test_tokenizer_with_more_ids_than_the_student_has(added: int, toy: Toys, tmp_path: Path) -> None:
+    tokenizer = damage.other_tokenizer(tmp_path / "t", added=added)
+    [endings] = run(toy.mock_command("--tokenizer-model", tokenizer))
+    assert_refused(endings, rf"the tokenizer .*t\) has {90 + added} tokens, the student only 99 embeddings")
 
 
 def test_teacher_with_another_tokenizer(toy: Toys, tmp_path: Path) -> None:

@@ -1,11 +1,128 @@
-from tests.entry.command import *
+"""What a run reports: the metrics file, Megatron's log line and its validation."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from megatron_fdd.ops.vocab_shard import VocabShard
+from tests.entry.command import Ending, call_main, read_metrics, trained
+from tests.entry.conftest import Toys
+from tests.ranks import Layout, run_on_ranks
+
+GROUPS = ("ce", "kd", "trajectory", "delta")
+LAYERS = ("trajectory s1:t2", "trajectory s2:t4", "delta s2:t4")
+WEIGHTS = "--fdd-ce-weight 0.25 --fdd-kd-weight 0.5 --fdd-alpha 0.7 --fdd-beta 1.3".split()
+LINE = re.compile(r"iteration +(\d+)/")
 
 
-def test_a(toy, tmp_path):
-    [endings] = run(toy.command("--fdd-metrics-file", tmp_path / "m.jsonl"))
-    for e in endings:
-        print(e.status)
-        print(e.out[-3000:])
-        print(e.err[-3000:])
-    print((tmp_path / "m.jsonl").read_text())
-    assert 0
+def values(line: str) -> dict[str, float]:
+    """`name: 1.5E+00 | ...` of one of Megatron's lines."""
+    return {name.strip(): float(value) for name, value in re.findall(r"\| ([^|:]+(?::t\d+)?): +([-\d.E+]+)", line)}
+
+
+@pytest.fixture(scope="module")
+def reported(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
+    """Metrics and output of a run of 4 iterations with all terms, warm-up over 2 and decay over 4."""
+    path = tmp_path_factory.mktemp("metrics") / "new folder" / "metrics.jsonl"
+    schedule = "--train-iters 4 --fdd-warmup-iters 2 --fdd-decay-iters 4 --eval-interval 2 --eval-iters 1"
+    [endings] = trained(toy.command(*WEIGHTS, *schedule.split(), "--fdd-metrics-file", path))
+    return read_metrics(path), "".join(ending.out for ending in endings)
+
+
+def test_one_record_per_iteration_with_every_key(reported: tuple[list[dict], str]) -> None:
+    records, _ = reported
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4]
+    shares = [f"share {name}" for name in GROUPS]
+    names = ["iteration", "tokens", "total", *GROUPS, *LAYERS, *shares, "grad_norm", "seconds"]
+    for record in records:
+        assert list(record) == names
+        assert record["tokens"] == 8 * 16
+        assert record["seconds"] > 0
+        assert record["grad_norm"] > 0
+
+
+def test_total_is_the_weighted_sum(reported: tuple[list[dict], str]) -> None:
+    records, _ = reported
+    for record, inner in zip(records, (0.5 * 1, 1 * 0.75, 0.5, 0.25), strict=True):
+        parts = [0.25 * record["ce"], 0.5 * record["kd"]]
+        parts += [0.7 * inner * record["trajectory"], 1.3 * inner * record["delta"]]
+        assert record["total"] == pytest.approx(sum(parts), rel=1e-6)
+        for name, part in zip(GROUPS, parts, strict=True):
+            assert record[f"share {name}"] == pytest.approx(part / record["total"], rel=1e-5)
+        layers = [record["trajectory s1:t2"], record["trajectory s2:t4"]]
+        assert record["trajectory"] == pytest.approx(sum(layers) / 2, rel=1e-6)
+        assert record["delta"] == record["delta s2:t4"]
+
+
+def test_every_term_is_in_the_log_line(reported: tuple[list[dict], str]) -> None:
+    records, out = reported
+    lines = [line for line in out.splitlines() if LINE.search(line)]
+    assert len(lines) == len(records)
+    # Megatron's second line holds the mean of two iterations.
+    for line, record in list(zip(lines, records, strict=True))[2:]:
+        logged = values(line)
+        for name in ("total", *GROUPS, *LAYERS, "share kd"):
+            assert logged[name] == pytest.approx(record[name], rel=1e-5), name
+
+
+def test_every_term_is_in_the_validation(reported: tuple[list[dict], str]) -> None:
+    _, out = reported
+    lines = [line for line in out.splitlines() if "validation loss at iteration" in line]
+    assert len(lines) == 3  # after 2, after 4, and at the end of training
+    for line in lines:
+        found = dict(re.findall(r"\| ([\w :]+?) value: ([-\d.E+]+)", line))
+        for name in ("total", *GROUPS, *LAYERS):
+            assert float(found[name]) > 0
+
+
+def count_collectives(command: list[str]) -> tuple[Ending, int]:
+    """Body on a rank: the ending of a run, and how often its losses communicated over the tensor-parallel group."""
+    calls = []
+
+    def counted(name: str):
+        original = getattr(VocabShard, name)
+
+        def method(self: VocabShard, tensor):
+            calls.append(name)
+            return original(self, tensor)
+
+        return patch.object(VocabShard, name, method)
+
+    with counted("stack"), counted("all_reduce"):
+        return call_main(command), len(calls)
+
+
+# Weights that are 0; which terms are left; passes over the heads in a micro-batch; reductions of Gram matrices.
+SWITCHED_OFF = {
+    "trajectory": ("--fdd-alpha 0", {"kd", "ce", "delta"}, 3, 1),
+    "delta": ("--fdd-beta 0", {"kd", "ce", "trajectory"}, 3, 0),
+    "final logits": ("--fdd-kd-weight 0", {"trajectory", "delta"}, 2, 1),
+    "inner layers": ("--fdd-alpha 0 --fdd-beta 0", {"kd", "ce"}, 1, 0),
+    "all but centred delta": ("--fdd-alpha 0 --fdd-kd-weight 0 --fdd-delta centred", {"delta"}, 0, 2),
+    "teacher": ("--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1", {"ce"}, 1, 0),
+    "everything": ("--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0", set(), 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED_OFF)
+def test_a_weight_of_zero_switches_a_term_off(name: str, toy: Toys, tmp_path: Path) -> None:
+    flags, kept, head_passes, gram_reductions = SWITCHED_OFF[name]
+    path = tmp_path / "metrics.jsonl"
+    command = toy.command(*flags.split(), *"--train-iters 2 --tensor-model-parallel-size 2".split())
+    command += ["--fdd-metrics-file", str(path)]
+    results = run_on_ranks(count_collectives, Layout(ranks=2), {"command": command})
+    for rank, (ending, collectives) in enumerate(results):
+        assert ending.status == 0, ending.err
+        has_teacher = bool(kept - {"ce"})
+        assert ("teacher cross-entropy" in ending.out) == (has_teacher and rank == 0)
+        # Two steps of four micro-batches; a pass communicates once forward and once backward. The teacher's
+        # check is a pass without a backward, and a count of the vocabulary.
+        assert collectives == 2 * (4 * 2 * head_passes + gram_reductions) + 2 * has_teacher
+    for record in read_metrics(path):
+        assert {group for group in GROUPS if record[group] is not None} == kept
+        assert {layer for layer in LAYERS if layer in record} == {x for x in LAYERS if x.split()[0] in kept}
+        assert record["total"] > 0 if kept else record["total"] == record["grad_norm"] == 0

@@ -1,0 +1,89 @@
+"""Interrupted at any moment and started again, a run writes the metrics of one that was never interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_fdd.lens import read_lens as real_read_lens
+from tests.entry.command import Patch, call_main, read_metrics, trained, without_seconds
+from tests.entry.conftest import Toys
+from tests.ranks import Layout, run_on_ranks
+
+DISTRIBUTED = ("--use-distributed-optimizer", "--train-iters", "6", "--save-interval", "2")
+# Architecture of a student that starts from scratch, so that one command both starts and resumes it.
+SCRATCH = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 44 --num-attention-heads 4 --kv-channels 8 "
+    "--group-query-attention --num-query-groups 2 --max-position-embeddings 64 --position-embedding-type rope "
+    "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights"
+).split()
+
+
+def command(toy: Toys, folder: Path, *more: str) -> list[str]:
+    """One command for the first start and for every resumption."""
+    places = ["--load", folder, "--save", folder, "--pretrained-checkpoint", toy.student]
+    return toy.command(*DISTRIBUTED, *places, "--fdd-metrics-file", folder / "metrics.jsonl", *more)
+
+
+def kill_after_three(folder: Path) -> None:
+    """Make what `--exit-interval 3` left look like a run that was killed in its fourth step."""
+    shutil.rmtree(folder / "iter_0000003")
+    (folder / "latest_checkpointed_iteration.txt").write_text("2")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "tok')
+
+
+def metrics(folder: Path) -> list[dict]:
+    return without_seconds(read_metrics(folder / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("precision", [(), ("--bf16",)])
+def test_a_killed_run_resumes_bit_for_bit(precision: tuple[str, ...], toy: Toys, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    trained(command(toy, whole, *precision), command(toy, killed, *precision, "--exit-interval", "3"))
+    assert [record["iteration"] for record in metrics(killed)] == [1, 2, 3]
+    kill_after_three(killed)
+    [endings] = trained(command(toy, killed, *precision))
+    assert "at iteration 2" in endings[0].out
+    assert len(metrics(whole)) == 6
+    assert metrics(killed) == metrics(whole)
+
+
+def test_a_student_from_scratch_resumes_with_the_same_command(toy: Toys, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def scratch(folder: Path, *more: str) -> list[str]:
+        words = [word for word in toy.command() if word != "--use-checkpoint-args"]
+        places = ["--load", folder, "--save", folder, "--fdd-metrics-file", folder / "metrics.jsonl"]
+        return [*words, *SCRATCH, *DISTRIBUTED, *map(str, places), *more]
+
+    trained(scratch(whole), scratch(killed, "--exit-interval", "3"))
+    kill_after_three(killed)
+    trained(scratch(killed))
+    assert len(metrics(whole)) == 6
+    assert metrics(killed) == metrics(whole)
+
+
+def test_resumes_at_another_tensor_parallel_size(toy: Toys, tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    two = ("--tensor-model-parallel-size", "2")
+    trained(command(toy, whole, *two), command(toy, moved, *two, "--exit-interval", "2"), command(toy, moved))
+    assert len(metrics(whole)) == 6
+    for record, other in zip(metrics(moved), metrics(whole), strict=True):
+        assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+# A bucket per parameter, so that the output layer's new value arrives in a bucket of its own.
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1")
+
+
+@pytest.mark.parametrize("head", ["detached", "live"])
+def test_overlap_changes_nothing(head: str, toy: Toys, tmp_path: Path) -> None:
+    plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
+    lens = ("--fdd-lens-head", head)
+    trained(command(toy, plain, *lens), command(toy, overlapped, *lens, *OVERLAP))
+    assert len(metrics(plain)) == 6
+    for record, other in zip(metrics(overlapped), metrics(plain), strict=True):
+        assert record == pytest.approx(other, rel=1e-5, abs=1e-6)

@@ -1,0 +1,233 @@
+"""One live rank of a test pool: what its process runs (`tests/ranks.py` starts and drives it)."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import faulthandler
+import importlib
+import inspect
+import multiprocessing
+import os
+import random
+import signal
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+# Of so many layouts a rank keeps the groups: some 24 each, with threads and sockets.
+MAX_LAYOUTS = 4
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many ranks, and Megatron's parallel sizes on them.
+
+    With `ranks` set, nothing but the world group exists when the body starts; otherwise Megatron's
+    parallel state does, over tp * pp * cp * dp ranks. `ep` divides cp * dp:
+    an expert is split over as many tensor ranks as the rest.
+    """
+
+    ranks: int | None = None
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    vpp: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.model_size * self.ep * (self.vpp or 1) != 1:
+            raise ValueError("give `ranks` for a bare world group, or parallel sizes, not both")
+
+    @property
+    def model_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks or self.model_size
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A test body by name, so that only plain data crosses the border between processes."""
+
+    module: str
+    function: str
+    arguments: dict[str, Any]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank reports of one call."""
+
+    rank: int
+    status: Literal["passed", "skipped", "failed", "died", "hung"]
+    detail: str = ""
+    value: Any = field(default=None, compare=False)
+
+    @property
+    def bad(self) -> bool:
+        return self.status in ("failed", "died", "hung")
+
+
+def serve(rank: int, size: int, rendezvous: Path, stack_file: Path, pipe: Connection) -> None:
+    """Life of one rank: join the others, then run what comes until None or end of file."""
+    stack = stack_file.open("w")
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the tests
+    multiprocessing.set_start_method("fork", force=True)  # as under torchrun; here it was the pool's
+    os.setsid()  # a rank ends with its data loaders and whatever else it started
+    try:
+        _join(rank, size, rendezvous)
+    except BaseException as error:
+        pipe.send(_failure(rank, error))
+        return
+    pipe.send(Outcome(rank, "passed"))
+    try:
+        while (call := pipe.recv()) is not None:
+            pipe.send(_run(call, rank))
+    except EOFError:
+        pass
+    os._exit(0)  # neither gloo's threads nor exit handlers of half-finished runs are waited for
+
+
+def _join(rank: int, size: int, rendezvous: Path) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_fdd import rehearsal
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    rehearsal.start()
+    torch.set_num_threads(1)
+    _rewrite_asserts()
+    _NO_LAYOUT.update(_parallel_state())
+    store = dist.FileStore(str(rendezvous), size)
+    dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(minutes=10))
+
+
+def _run(call: Call, rank: int) -> Outcome:
+    import torch
+    import torch.distributed as dist
+
+    environment = dict(os.environ)
+    outcome = Outcome(rank, "passed")
+    try:
+        torch.manual_seed(0)
+        random.seed(0)
+        if call.layout.ranks is None:
+            _enter_layout(call.layout)
+        body = getattr(importlib.import_module(call.module), call.function)
+        try:
+            outcome = Outcome(rank, "passed", value=inspect.unwrap(body)(**call.arguments))
+        except pytest.skip.Exception as skip:
+            outcome = Outcome(rank, "skipped", str(skip))
+        dist.barrier()  # a collective that only some ranks entered shows up here
+        clean_megatron()
+    except BaseException as error:
+        outcome = _failure(rank, error)
+    os.environ.clear()
+    os.environ |= environment
+    return outcome
+
+
+def _failure(rank: int, error: BaseException) -> Outcome:
+    """The message before the traceback."""
+    message, trace = traceback.format_exception_only(error), traceback.format_tb(error.__traceback__)
+    return Outcome(rank, "failed", "".join([*message, "\n", *trace]))
+
+
+def _enter_layout(layout: Layout) -> None:
+    """Set Megatron's parallel state for `layout`; the groups of recent layouts are kept (0.4 s saved)."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    state = _LAYOUTS.pop(layout, None)
+    if state is None:
+        if len(_LAYOUTS) == MAX_LAYOUTS:
+            _LAYOUTS.pop(next(iter(_LAYOUTS)))
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            layout.vpp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+        )
+        state = _parallel_state()
+    _LAYOUTS[layout] = state
+    _set_parallel_state(state)
+    model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+
+
+# On a rank: the parallel states of the last layouts, and the one in which it was born.
+_LAYOUTS: dict[Layout, dict[str, Any]] = {}
+_NO_LAYOUT: dict[str, Any] = {}
+
+
+def _parallel_state() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    return {
+        name: copy.copy(value) if isinstance(value, list | dict) else value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and not name.startswith("__") and not callable(value)
+    }
+
+
+def _set_parallel_state(state: dict[str, Any]) -> None:
+    from megatron.core import parallel_state
+
+    for name, value in state.items():
+        setattr(parallel_state, name, copy.copy(value) if isinstance(value, list | dict) else value)
+
+
+def clean_megatron() -> None:
+    """Forget what a run of Megatron left in this process; the world group stays.
+
+    For bodies that call the entry point more than once; every body ends with it anyway.
+    Every rank must call it: it ends process groups.
+    """
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.training import checkpointing, training
+
+    _set_parallel_state(_NO_LAYOUT)  # first: Megatron would end the gloo groups of kept layouts
+    training.destroy_global_state()
+    tensor_parallel_random._CUDA_RNG_STATE_TRACKER = None
+    tensor_parallel_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    checkpointing._CHECKPOINT_VERSION = checkpointing._LOADED_ITERATION = None
+    # Megatron drops its groups without ending them: their threads and sockets would pile up.
+    kept = {id(value) for state in _LAYOUTS.values() for value in _flat(state.values())}
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD and id(group) not in kept:
+            dist.destroy_process_group(group)
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]  # Megatron refuses another attention backend while they are set
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_DFL)
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else (value,)
+
+
+def _rewrite_asserts() -> None:
+    """Give test modules imported on a rank the assert messages that pytest gives them."""
+    from _pytest.assertion import install_importhook
+    from _pytest.config import get_config
+
+    config = get_config()
+    config.parse(["-p", "no:cacheprovider"])
+    install_importhook(config)
