@@ -14,7 +14,6 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_fdd.checkpoint import find_checkpoint, has_checkpoint, read_checkpoint_args
-from megatron_fdd.config import FddConfig
 
 # What shapes a GPT's function beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half of it.
 ARCHITECTURE = (

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_fdd.arguments import model_config
+from megatron_fdd.arguments import model_config, student_checkpoint
 from megatron_fdd.checkpoint import cause_of
+from megatron_fdd.convert.companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
 from megatron_fdd.lens import Lens, read_lens
@@ -40,6 +42,7 @@ from megatron_fdd.teacher.check import report_cross_entropy
 from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.teacher.loading import build_teacher
 from megatron_fdd.topology import Topology
+from megatron_fdd.wheel import use_built_helpers
 
 
 class Distillation:
@@ -52,10 +55,14 @@ class Distillation:
 
     def train(self) -> None:
         """Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
-        args = self._run.args
-        config = model_config(args)
+        run = self._run
+        if is_first_rank():
+            print(describe_plan(run.config, run.pairs, run.args, run.teacher, run.vocab_size), flush=True)
+            _carry_companions(run)
+        use_built_helpers()
+        config = model_config(run.args)
         config.post_wrap_hooks.append(self._attach)
-        container = pretrain_cfg_container_from_args(args, config)
+        container = pretrain_cfg_container_from_args(run.args, config)
         with self._patches:
             pretrain(container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step)
 
@@ -92,6 +99,13 @@ class Distillation:
         return teacher, read_lens(model, with_norm=run.config.lens_norm == "final", detached=True)
 
 
+def _carry_companions(run: Run) -> None:
+    """So that the trained checkpoint can be exported wherever its folder goes."""
+    source, _ = student_checkpoint(run.args)
+    if source is not None and run.args.save is not None:
+        carry_companions(Path(source), Path(run.args.save))
+
+
 def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> VocabShard:
     """This rank's slice of both heads; rows from `vocab_size` on are padding."""
     rows = padded_vocab_size // topology.tensor_size
@@ -112,10 +126,11 @@ def main() -> int:
             return 0
         Distillation(run).train()
     except (ValueError, FloatingPointError, CheckpointException) as error:
+        text = str(error)
         if isinstance(error, CheckpointException):
-            error = f"a checkpoint could not be read or written: {cause_of(error)}"
+            text = f"a checkpoint could not be read or written: {cause_of(error)}"
         if is_first_rank():
-            print(f"megatron_fdd: error: {error}", file=sys.stderr, flush=True)
+            print(f"megatron_fdd: error: {text}", file=sys.stderr, flush=True)
         return 1
     finally:
         if torch.distributed.is_initialized() and __name__ == "__main__":

@@ -109,6 +109,7 @@ def trajectory_term(
     """
     if divergence is None and not with_lse:
         return None, None
+    assert heads.teacher_WT is not None
     result = linear_kl(
         tap.teacher_NT.to(heads.teacher_WT.dtype),
         heads.teacher_WT,
@@ -118,7 +119,9 @@ def trajectory_term(
         divergence=divergence,
         needs_lse=with_lse,
     )
-    statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N) if with_lse else None
+    statistics = None
+    if result.teacher_lse_N is not None and result.student_lse_N is not None:
+        statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
     if divergence is None:
         return None, statistics
     return LossTerm(f"trajectory {tap.name}", masked_sum(result.divergence_N, weights.term_N)), statistics
@@ -162,6 +165,7 @@ def delta_terms(
     return terms
 
 
-def masked_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
+def masked_sum(value_N: Tensor | None, weight_N: Tensor) -> Tensor:
     """Sum over rows that count. A masked row contributes exactly 0, whatever it holds."""
+    assert value_N is not None, "not asked for"
     return torch.where(weight_N > 0, value_N * weight_N, 0.0).sum()

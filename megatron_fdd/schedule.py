@@ -116,9 +116,7 @@ class DistillationSteps:
         return label_tokens / max(term_tokens, 1.0), iter(batches)
 
 
-_REMEDY = (
-    "Lower --lr or raise --lr-warmup-iters, look at the data of this step, or continue from the last checkpoint"
-)
+_REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step, or continue from the last checkpoint"
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Batch:
     attention_mask: Tensor | None = None
 
 
-def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], device: torch.device | str) -> Batch:
+def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], device: torch.device | str | int) -> Batch:
     """Take the next micro-batch to `device`.
 
     The iterator's dict is left as it is: Megatron may hand the same one out again (it re-runs steps).

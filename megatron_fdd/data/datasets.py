@@ -57,6 +57,8 @@ def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int | None) -> Sa
 class _PaddedDataset(GPTDataset):
     """A GPTDataset also for tokenizers without a padding token, where Megatron's would pad with None."""
 
+    _pad_token_id: int | None
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         if self._pad_token_id is None:

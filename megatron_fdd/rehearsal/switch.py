@@ -73,8 +73,6 @@ def _stand_in_for_modules() -> None:
 
     generator = "megatron.core.tensor_parallel.random"
     stand_ins: dict[tuple[str, str], Any] = {
-        # The wheel holds the built helper, and no Makefile.
-        ("megatron.core.datasets.utils", "compile_helpers"): lambda: None,
         (generator, "_get_cuda_rng_state"): device.rng_state,
         (generator, "_set_cuda_rng_state"): device.set_rng_state,
         # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.

@@ -223,7 +223,7 @@ def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_
         ),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=120,
         check=True,
     )
     assert "out_valid: 1500 documents" in done.stdout
@@ -246,7 +246,7 @@ def test_killed_in_the_middle_leaves_nothing_whole(hf: TokenizerSettings, tmp_pa
         with open(tmp_path / "a.jsonl", "wb") as pipe:
             pipe.write(b'{"text": "the river"}\n' * 4000)
             pipe.flush()
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not any(path.stat().st_size for path in sets.glob(".out.partial-*/out.bin")):
                 assert time.monotonic() < deadline
                 assert tool.poll() is None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
-from megatron_fdd.lens import read_lens as real_read_lens
-from tests.entry.command import Patch, call_main, read_metrics, trained, without_seconds
+from tests.entry.command import call_main, read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
 from tests.ranks import Layout, run_on_ranks
 
@@ -82,8 +84,38 @@ OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size
 @pytest.mark.parametrize("head", ["detached", "live"])
 def test_overlap_changes_nothing(head: str, toy: Toys, tmp_path: Path) -> None:
     plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
-    lens = ("--fdd-lens-head", head)
+    lens = ("--fdd-lens-head", head, "--eval-interval", "2", "--eval-iters", "1")
     trained(command(toy, plain, *lens), command(toy, overlapped, *lens, *OVERLAP))
     assert len(metrics(plain)) == 6
     for record, other in zip(metrics(overlapped), metrics(plain), strict=True):
         assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kept", ["--fdd-kd-weight 0", "--fdd-kd-weight 0 --fdd-alpha 0 --fdd-beta 0"])
+def test_overlap_without_the_final_logits(kept: str, toy: Toys, tmp_path: Path) -> None:
+    """Megatron waits for the gradient of every parameter, the head's too."""
+    trained(command(toy, tmp_path / "overlapped", *kept.split(), *OVERLAP))
+    assert len(metrics(tmp_path / "overlapped")) == 6
+
+
+def stale_head(model: GPTModel) -> Tensor:
+    """`read_head` of a program that does not know when a gathered parameter has arrived."""
+    return model.output_layer.weight
+
+
+def run_stale(arguments: list[str]) -> bool:
+    """Body on a rank: whether Megatron itself noticed that a bucket was never waited for."""
+    with patch("megatron_fdd.lens.read_head", stale_head), patch("megatron_fdd.student.read_head", stale_head):
+        try:
+            call_main(arguments)
+        except AssertionError:
+            return True
+    return False
+
+
+def test_a_stale_head_would_be_noticed(toy: Toys, tmp_path: Path) -> None:
+    plain, stale = tmp_path / "plain", tmp_path / "stale"
+    trained(command(toy, plain))
+    noticed = run_on_ranks(run_stale, Layout(ranks=2), {"arguments": command(toy, stale, *OVERLAP)})
+    assert all(noticed) or metrics(stale) != metrics(plain)
+    print(noticed, [r['total'] for r in metrics(stale)], [r['total'] for r in metrics(plain)])

@@ -261,6 +261,18 @@ def test_memory_is_three_tile_buffers_and_two_of_the_students_size(kind: str) ->
     assert 4 * 2 * num_tokens * tile_size < used < 4 * (tiles + states + blocks + per_token)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_constant_head_keeps_one_tensor_of_the_students_size_per_gradient(kind: str) -> None:
+    case = make_case(100, 50).to(torch.float32)
+    for temperature, needs_lse in ((1.0, True), (1.0, False), (2.0, True), (2.0, False)):
+        divergence = Divergence(kind, temperature=temperature)
+        outputs, hidden, _ = run(case, divergence, live=False, labels_N=None, needs_lse=needs_lse)
+        kept = [tensor for tensor in outputs.divergence_N.grad_fn.saved_tensors if tensor is not None]
+        storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in kept}
+        distinct = {storage.data_ptr(): storage.nbytes() for storage in storages.values()}
+        assert sum(distinct.values()) == (1 + needs_lse) * hidden.nbytes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

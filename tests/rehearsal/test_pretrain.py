@@ -20,6 +20,7 @@ from megatron.training.arguments import parse_and_validate_args
 from torch import Tensor
 
 from megatron_fdd import rehearsal
+from megatron_fdd.wheel import use_built_helpers
 from tests.ranks import Layout, clean_megatron, run_on_ranks
 
 # Learning rate: high enough that one gradient left unsummed shows in the loss of the third step.
@@ -58,6 +59,7 @@ _datasets.is_distributed = True
 def _pretrain(flags: str, forward_step: Callable[..., Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pretrain", *rehearsal.add_flags((TINY + flags).split())])
+        use_built_helpers()
         args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, _datasets, ModelType.encoder_or_decoder, forward_step)
