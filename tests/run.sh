@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # All checks: lint, format, types, tests. Arguments go to pytest: `bash tests/run.sh -k tokenizer -x`.
-#   FAST=1            without the tests marked slow
 #   ONLY=tests        the named sections alone (lint, format, types, tests; several with spaces)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source tools/env.sh dev
+source tools/env.sh
 
-FAST=${FAST:-0}
 ONLY=${ONLY:-lint format types tests}
 # Several ranks share the cores: one thread each, or they wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -21,12 +19,10 @@ section() {
     printf -- '-- %s: %d s\n' "$name" $((SECONDS - started))
 }
 
-selection=()
-[[ $FAST == 0 ]] || selection=(-m "not slow")
 section lint ruff check .
 section format ruff format --check .
 section types mypy megatron_fdd
-section tests python -m pytest "${selection[@]}" "$@"
+section tests python -m pytest "$@"
 
 if ((${#failed[@]})); then
     printf '\nFAILED: %s\n' "${failed[*]}"

@@ -67,7 +67,7 @@ def source_env(tmp_path: Path, **environment: str) -> subprocess.CompletedProces
     """Source tools/env.sh in a shell that sees no other Python than `environment` shows it."""
     paths = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "VENV": str(tmp_path / "venv")}
     return subprocess.run(
-        ["/bin/bash", "-euo", "pipefail", "-c", f'source "{ROOT}/tools/env.sh" dev; echo sourced'],
+        ["/bin/bash", "-euo", "pipefail", "-c", f'source "{ROOT}/tools/env.sh"; echo sourced'],
         env=paths | environment,
         capture_output=True,
         text=True,

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced: `source tools/env.sh EXTRA[,EXTRA]` makes .venv in the checkout with megatron_fdd and these extras
-# installed at the versions of constraints.txt, and puts it first on PATH. A second time it only checks a
-# stamp; a set-up that was interrupted has none and is done again.
+# Sourced: `source tools/env.sh` makes .venv in the checkout with megatron_fdd[dev] installed at the versions of
+# constraints.txt, and puts it first on PATH. A second time it only checks a stamp; a set-up that was
+# interrupted has none and is done again.
 #
 # PYTHON=path chooses the interpreter; VENV=path another place for the environment.
 
 fdd_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # megatron-core 0.19.2 has wheels for 3.12 and 3.13 and no source package. Asking for ensurepip finds the
-# Pythons of distributions that leave it out; running the candidate finds the shims of pyenv that lead nowhere.
+# Pythons of distributions that leave it out; running the candidate finds pyenv's shims that lead nowhere.
 fdd_python_fits() {
     "$1" -c 'import sys, venv, ensurepip
 raise SystemExit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -19,7 +19,9 @@ fdd_find_python() {
     local candidates=("${PYTHON:-}")
     if [[ -z ${PYTHON:-} ]]; then
         candidates=(
-            python3.12 "$versions"/3.12*/bin/python3 python3.13 "$versions"/3.13*/bin/python3 python3 python
+            python3.12 "$versions"/3.12*/bin/python3
+            python3.13 "$versions"/3.13*/bin/python3
+            python3 python
         )
     fi
     for candidate in "${candidates[@]}"; do
@@ -28,14 +30,15 @@ fdd_find_python() {
             return
         fi
     done
-    echo "error: no Python 3.12 or 3.13 with venv found (tried: ${candidates[*]##*/}); install one, for" \
-        "example 'apt install python3.12 python3.12-venv' or 'pyenv install 3.12', or set PYTHON=/path/to/it" >&2
+    echo "error: no Python 3.12 or 3.13 with venv found (tried: ${candidates[*]##*/}); install one," \
+        "for example 'apt install python3.12 python3.12-venv' or 'pyenv install 3.12'," \
+        "or set PYTHON=/path/to/it" >&2
     return 1
 }
 
 fdd_set_up() {
-    local extras=$1 venv=$2 stamp want python started=$SECONDS
-    stamp=$venv/.megatron_fdd-${extras//,/-}
+    local venv=$1 stamp want python started=$SECONDS
+    stamp=$venv/.megatron_fdd
     want="$fdd_root $(cat "$fdd_root/pyproject.toml" "$fdd_root/setup.py" "$fdd_root/constraints.txt" | cksum)"
     if [[ -f $stamp && $(<"$stamp") == "$want" ]] && fdd_python_fits "$venv/bin/python"; then
         return
@@ -46,13 +49,13 @@ fdd_set_up() {
         echo "set-up: $venv from $python"
         "$python" -m venv --clear "$venv" || return
     fi
-    echo "set-up: installing megatron_fdd[$extras] (a minute or two the first time)"
+    echo "set-up: installing megatron_fdd (a minute or two the first time)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$fdd_root/constraints.txt" --editable "$fdd_root[$extras]" || return
+        --constraint "$fdd_root/constraints.txt" --editable "$fdd_root[dev]" || return
     echo "$want" >"$stamp"
     echo "set-up: $((SECONDS - started)) s"
 }
 
-fdd_set_up "${1:?usage: source tools/env.sh EXTRA[,EXTRA]}" "${VENV:-$fdd_root/.venv}" || exit 1
+fdd_set_up "${VENV:-$fdd_root/.venv}" || exit 1
 export VIRTUAL_ENV=${VENV:-$fdd_root/.venv}
 export PATH=$VIRTUAL_ENV/bin:$PATH

@@ -26,6 +26,13 @@ STUDENT = {
     "head_dim": 8,
 }
 
+# The student as flags of Megatron.
+SCRATCH = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 44 --num-attention-heads 4 --kv-channels 8 "
+    "--group-query-attention --num-query-groups 2 --max-position-embeddings 64 --position-embedding-type rope "
+    "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights"
+).split()
+
 
 @dataclass(frozen=True)
 class Toys:
@@ -55,7 +62,13 @@ class Toys:
 
     def mock_command(self, *more: object) -> list[str]:
         """As `command`, on made-up data, so that no data set refuses another tokenizer first."""
-        flags = ("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.tokenizer)
+        flags = (
+            "--mock-data",
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            self.tokenizer,
+        )
         return [*COMMON, *_words("--load", self.student, *self._teacher, *flags, *more)]
 
     @property

@@ -55,7 +55,9 @@ def without_index(source: Path, target: Path) -> Path:
 
 def with_tensor(source_hf: Path, target: Path, name: str, value: float) -> Path:
     """A conversion of a model of which one tensor is filled with `value`."""
-    run_on_ranks(_convert_filled, Layout(ranks=1), {"hf": source_hf, "to": target, "name": name, "value": value})
+    run_on_ranks(
+        _convert_filled, Layout(ranks=1), {"hf": source_hf, "to": target, "name": name, "value": value}
+    )
     return target
 
 

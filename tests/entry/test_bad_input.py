@@ -15,11 +15,17 @@ from tests.entry.conftest import Toys
 
 # Flags that are wrong by themselves, and what the error must say: the value, the bound, the remedy.
 WRONG_FLAGS = {
-    "teacher folder missing": ("--teacher-load /nowhere", r"--teacher-load /nowhere.*does not exist.*hf_to_mcore"),
+    "teacher folder missing": (
+        "--teacher-load /nowhere",
+        r"--teacher-load /nowhere.*does not exist.*hf_to_mcore",
+    ),
     "student folder missing": ("--load /nowhere", r"--load /nowhere.*does not exist.*hf_to_mcore"),
     "tokenizer missing": ("--tokenizer-model /nowhere", r"/nowhere"),
     "data missing": ("--data-path /nowhere/text", r"/nowhere/text"),
-    "K too large": ("--fdd-layers 4", r"--fdd-layers 4 needs a student of at least 5 layers, it has 4.*at most 3"),
+    "K too large": (
+        "--fdd-layers 4",
+        r"--fdd-layers 4 needs a student of at least 5 layers, it has 4.*at most 3",
+    ),
     "K too small": ("--fdd-layers 1", r"at least 2, there is 1.*--fdd-beta 0"),
     "one pair": ("--fdd-layer-pairs 2:3", r"at least 2, there is 1"),
     "student pair too deep": ("--fdd-layer-pairs 1:2,5:6", r"student block 5 is not in 1\.\.4"),
@@ -38,6 +44,7 @@ WRONG_FLAGS = {
     "mix out of range": ("--fdd-divergence-mix 1", r"--fdd-divergence-mix 1\.0: must be between 0 and 1"),
     "negative warm-up": ("--fdd-warmup-iters -2", r"--fdd-warmup-iters -2: must be at least 0"),
     "batch does not divide": ("--global-batch-size 6", r"global_batch_size \(6\) must be divisible"),
+    "batch not given": ("--micro-batch-size 0", r"it wants assert args\.micro_batch_size > 0"),
     "heads do not divide": ("--tensor-model-parallel-size 2 --num-attention-heads 3", r"num_attention_heads"),
     "metrics file is a folder": ("--fdd-metrics-file /tmp", r"--fdd-metrics-file /tmp.*folder"),
     "other epsilon": ("--norm-epsilon 1e-6", r"layernorm_epsilon is 1e-06 here and 0\.0003 there"),
@@ -55,6 +62,7 @@ def assert_refused(endings: Iterable[Ending], pattern: str) -> None:
         assert "Traceback" not in ending.err
         assert not re.search(r"iteration +\d+/", ending.out), "a training step was made"
         if errors:
+            print("ERR", errors[0])
             assert re.search(pattern, errors[0]), errors[0]
             assert len(errors[0]) < 700
 
@@ -84,7 +92,10 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         lambda toy, folder: ["--load", damage.without_index(toy.student, folder / "s")],
         r"--load .*\.metadata is missing",
     ),
-    "empty student folder": (lambda toy, folder: ["--load", folder], r"--load .* holds no Megatron checkpoint"),
+    "empty student folder": (
+        lambda toy, folder: ["--load", folder],
+        r"--load .* holds no Megatron checkpoint",
+    ),
     "all-zero weight": (
         lambda toy, folder: ["--teacher-load", damage.with_tensor(*zeroed(toy, folder), 0.0)],
         r"cannot teach. Weights that are all zero: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Not finite: none",
@@ -94,7 +105,10 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         r"all zero: none\. Not finite: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Convert it again",
     ),
     "weights without a place": (
-        lambda toy, folder: ["--teacher-load", changed(toy, folder, untie_embeddings_and_output_weights=False)],
+        lambda toy, folder: [
+            "--teacher-load",
+            changed(toy, folder, untie_embeddings_and_output_weights=False),
+        ],
         r"In the checkpoint but not used: output_layer\.weight\. In the model but not filled: none",
     ),
     "places without a weight": (
@@ -179,12 +193,16 @@ def test_teacher_with_another_tokenizer(toy: Toys, tmp_path: Path) -> None:
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     toys.write_json(path, content)
     [endings] = run(toy.command("--teacher-load", teacher))
-    assert_refused(endings, r"teacher's tokenizer .* is not the data's .*2 ids mean different tokens, first 40: ")
+    assert_refused(
+        endings, r"teacher's tokenizer .* is not the data's .*2 ids mean different tokens, first 40: "
+    )
 
 
 def test_flags_without_use_checkpoint_args_must_describe_the_checkpoint(toy: Toys) -> None:
     command = [word for word in toy.command() if word != "--use-checkpoint-args"]
-    shape = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 44 --num-attention-heads 4 --kv-channels 8".split()
+    shape = (
+        "--num-layers 4 --hidden-size 32 --ffn-hidden-size 44 --num-attention-heads 4 --kv-channels 8".split()
+    )
     shape += "--max-position-embeddings 64".split()
     [endings] = run([*command, *shape])
     assert_refused(endings, r"swiglu is False here and True there.*--use-checkpoint-args")

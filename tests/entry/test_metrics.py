@@ -21,7 +21,9 @@ LINE = re.compile(r"iteration +(\d+)/")
 
 def values(line: str) -> dict[str, float]:
     """`name: 1.5E+00 | ...` of one of Megatron's lines."""
-    return {name.strip(): float(value) for name, value in re.findall(r"\| ([^|:]+(?::t\d+)?): +([-\d.E+]+)", line)}
+    return {
+        name.strip(): float(value) for name, value in re.findall(r"\| ([^|:]+(?::t\d+)?): +([-\d.E+]+)", line)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from tests.entry.command import call_main, read_metrics, trained, without_seconds
-from tests.entry.conftest import Toys
+from tests.entry.conftest import SCRATCH, Toys
 from tests.ranks import Layout, run_on_ranks
 
 DISTRIBUTED = ("--use-distributed-optimizer", "--train-iters", "6", "--save-interval", "2")
-# Architecture of a student that starts from scratch, so that one command both starts and resumes it.
-SCRATCH = (
-    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 44 --num-attention-heads 4 --kv-channels 8 "
-    "--group-query-attention --num-query-groups 2 --max-position-embeddings 64 --position-embedding-type rope "
-    "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights"
-).split()
 
 
 def command(toy: Toys, folder: Path, *more: str) -> list[str]:
@@ -93,7 +87,7 @@ def test_overlap_changes_nothing(head: str, toy: Toys, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", ["--fdd-kd-weight 0", "--fdd-kd-weight 0 --fdd-alpha 0 --fdd-beta 0"])
 def test_overlap_without_the_final_logits(kept: str, toy: Toys, tmp_path: Path) -> None:
-    """Megatron waits for the gradient of every parameter, the head's too."""
+    """The head then has no gradient that its bucket could wait for."""
     trained(command(toy, tmp_path / "overlapped", *kept.split(), *OVERLAP))
     assert len(metrics(tmp_path / "overlapped")) == 6
 
@@ -105,7 +99,10 @@ def stale_head(model: GPTModel) -> Tensor:
 
 def run_stale(arguments: list[str]) -> bool:
     """Body on a rank: whether Megatron itself noticed that a bucket was never waited for."""
-    with patch("megatron_fdd.lens.read_head", stale_head), patch("megatron_fdd.student.read_head", stale_head):
+    with (
+        patch("megatron_fdd.lens.read_head", stale_head),
+        patch("megatron_fdd.student.read_head", stale_head),
+    ):
         try:
             call_main(arguments)
         except AssertionError:
@@ -117,5 +114,5 @@ def test_a_stale_head_would_be_noticed(toy: Toys, tmp_path: Path) -> None:
     plain, stale = tmp_path / "plain", tmp_path / "stale"
     trained(command(toy, plain))
     noticed = run_on_ranks(run_stale, Layout(ranks=2), {"arguments": command(toy, stale, *OVERLAP)})
-    assert all(noticed) or metrics(stale) != metrics(plain)
-    print(noticed, [r['total'] for r in metrics(stale)], [r['total'] for r in metrics(plain)])
+    errors = [abs(a["total"] / b["total"] - 1) for a, b in zip(metrics(stale), metrics(plain), strict=False)]
+    assert all(noticed) or max(errors) > 1e-4  # test_overlap_changes_nothing allows 1e-5

@@ -1,0 +1,69 @@
+"""What a run saves is an ordinary Megatron checkpoint, and the teacher leaves no trace in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.entry.command import trained
+from tests.entry.conftest import Toys
+
+# Runs where `megatron_fdd` cannot be imported: what a stock Megatron would read first.
+READ = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "megatron_fdd":
+            raise ImportError("megatron_fdd is not here")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import megatron_fdd
+except ImportError:
+    pass
+else:
+    raise SystemExit("the blocker does not block")
+
+import torch
+from megatron.core import dist_checkpointing
+
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+state = dist_checkpointing.load_common_state_dict(sys.argv[1])
+args = vars(state["args"])
+metadata = dist_checkpointing.load_tensors_metadata(sys.argv[1])
+weights = dist_checkpointing.load_plain_tensors(sys.argv[1])
+json.dump({
+    "types": sorted({f"{type(value).__module__}.{type(value).__qualname__}" for value in args.values()}),
+    "fdd": {name: value for name, value in args.items() if "fdd" in name or name == "teacher_load"},
+    "consumed": args["consumed_train_samples"],
+    "iteration": state["iteration"],
+    "shapes": {name: list(tensor.global_shape) for name, tensor in metadata.items()},
+    "finite": {name: bool(torch.isfinite(weights[name]).all()) for name in metadata},
+}, sys.stdout)
+"""
+
+
+def read_without_the_package(checkpoint: Path) -> dict:
+    command = [sys.executable, "-I", "-W", "ignore", "-c", READ, str(checkpoint)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_loads_where_the_package_cannot_be_imported(toy: Toys, tmp_path: Path) -> None:
+    save = ("--save-interval", "3", "--use-distributed-optimizer")
+    plain = toy.command(
+        *save, "--save", tmp_path / "plain", *"--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0".split()
+    )
+    trained(toy.command(*save, "--save", tmp_path / "distilled", "--bf16"), plain)
+    read = read_without_the_package(tmp_path / "distilled" / "iter_0000003")
+    assert {name.split(".")[0] for name in read["types"]} <= {"builtins", "signal", "torch", "megatron"}
+    assert read["fdd"]["fdd_alpha"] == 1.0
+    assert read["consumed"] == 24
+    assert read["iteration"] == 3
+    assert all(read["finite"].values())
+    assert read["shapes"] == read_without_the_package(tmp_path / "plain" / "iter_0000003")["shapes"]

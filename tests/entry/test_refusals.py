@@ -1,0 +1,61 @@
+"""Everything that would silently distil nothing, or something else, is refused in the run and in the dry run."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fdd.arguments import REFUSALS
+from tests.entry.command import run
+from tests.entry.conftest import Toys
+from tests.entry.test_bad_input import assert_refused
+
+# By the place in REFUSALS: command lines that it applies to, and what the message must say.
+COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("--mtp-num-layers 1",), r"--mtp-num-layers: .*without it"),
+    (("--overlap-moe-expert-parallel-comm",), r"--overlap-moe-expert-parallel-comm: .*leave it out"),
+    (("--cuda-graph-impl full_iteration",), r"--cuda-graph-impl full_iteration: .*use local"),
+    (("--moe-expert-rank-capacity-factor 1.5",), r"--moe-expert-rank-capacity-factor: .*leave it out"),
+    (("--use-megatron-fsdp", "--use-torch-fsdp2"), r"--use-megatron-fsdp.*use --use-distributed-optimizer"),
+    (("--defer-embedding-wgrad-compute",), r"--defer-embedding-wgrad-compute: .*leave it out"),
+    (("--hybrid-context-parallel",), r"--hybrid-context-parallel: .*leave it out"),
+    (
+        ("--logits-load-dir x", "--logits-save-dir x"),
+        r"--logits-load-dir, --logits-save-dir: .*without --teacher-load",
+    ),
+    (("--use-mup",), r"--use-mup: .*without it"),
+    (("--fp8-format hybrid",), r"--fp8-recipe delayed: .*tensorwise"),
+    ((), r"soft-capped"),  # 0.19.2 has no flag for it: test_soft_capped_student
+    (("--hybrid-layer-pattern M*",), r"--hybrid-layer-pattern: .*GPT-style"),
+    (("--pipeline-model-parallel-size 2",), r"--pipeline-model-parallel-size above 1 .*use tensor"),
+    (("--context-parallel-size 2",), r"--context-parallel-size above 1 .*use tensor"),
+    (("--num-experts 4", "--expert-model-parallel-size 2"), r"mixture-of-experts students"),
+)
+FLAT = [(flags, pattern) for commands, pattern in COMMANDS for flags in commands]
+
+
+@pytest.mark.parametrize(("flags", "pattern"), FLAT)
+def test_refused(flags: str, pattern: str, toy: Toys) -> None:
+    for endings in run(toy.command(*flags.split()), toy.command(*flags.split(), "--fdd-dry-run")):
+        assert_refused(endings, pattern)
+
+
+def test_every_refusal_is_tested() -> None:
+    assert len(COMMANDS) == len(REFUSALS)
+    for (_, message), (_, pattern) in zip(REFUSALS, COMMANDS, strict=True):
+        assert pattern.split(":")[0].split(".*")[0].split(" above")[0] in message
+
+
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2".split()
+
+
+def test_recompute_that_hides_a_tap(toy: Toys) -> None:
+    hiding = toy.command(*RECOMPUTE, "--fdd-layer-pairs", "1:2,2:4")
+    for endings in run(hiding, [*hiding, "--fdd-dry-run"]):
+        assert_refused(
+            endings, r"--recompute-num-layers 2 hides the tapped blocks \[1\].*--recompute-method block"
+        )
+
+
+def test_recompute_that_hides_none(toy: Toys) -> None:
+    [endings] = run(toy.command(*RECOMPUTE, "--fdd-layer-pairs", "2:2,4:4", "--train-iters", "1"))
+    assert [ending.status for ending in endings] == [0, 0]

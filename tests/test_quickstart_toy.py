@@ -1,0 +1,66 @@
+"""The whole quickstart script with a toy teacher: every step, the skipping of done ones, and its verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.convert.toys import make_llama, make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "VENV": sys.prefix,
+        "WORK": str(folder / "work"),
+        "TEACHER_HF": str(folder / "teacher"),
+        "STUDENT_LAYERS": "0,1,3,5",
+        "SEQ_LENGTH": "32",
+        "TRAIN_ITERS": "4",
+        "WARMUP_ITERS": "1",
+        "SAVE_INTERVAL": "2",
+        "EVAL_TOKENS": "256",
+        "PRECISION": "fp32",
+        "EXTRA_TRAIN_FLAGS": "--fdd-layers 2",
+        **knobs,
+    }
+    return subprocess.run(
+        ["bash", str(ROOT / "examples/quickstart.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_quickstart_at_toy_size(tmp_path: Path) -> None:
+    make_llama(tmp_path / "teacher", num_hidden_layers=6, vocab_size=300, tokenizer=False)
+    make_tokenizer(tmp_path / "teacher", added=(), vocab_size=80)
+    done = quickstart(tmp_path)
+    # Four steps of a random teacher: the verdict must be that it did not get there, and nothing else is wrong.
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "KL" in done.stdout
+    assert "torchrun --standalone --nproc-per-node 2 -m megatron_fdd.distill" in done.stdout
+    work = tmp_path / "work"
+    report = json.loads((work / "report/report.json").read_text())
+    assert set(report["scores"]) == {"student before", "student after", "teacher"}
+    assert report["scores"]["student before"] != report["scores"]["student after"]
+    assert [json.loads(line)["iteration"] for line in (work / "training/metrics.jsonl").open()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert (work / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (work / "student-after-hf/model.safetensors").is_file()
+    assert (work / "student-after-hf/tokenizer.json").is_file()
+
+    again = quickstart(tmp_path)
+    assert again.returncode == 1
+    assert "torchrun" not in again.stdout
+    assert again.stdout.count("done before") == again.stdout.count("== ")
