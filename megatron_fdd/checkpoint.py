@@ -66,6 +66,8 @@ def cause_of(error: BaseException) -> str:
     """One line: what went wrong on the first rank that failed, without the tracebacks torch puts into it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
+        return "its bytes hold no saved tensors"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

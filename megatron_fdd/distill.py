@@ -64,7 +64,15 @@ class Distillation:
         config.post_wrap_hooks.append(self._attach)
         container = pretrain_cfg_container_from_args(run.args, config)
         with self._patches:
-            pretrain(container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step)
+            try:
+                pretrain(
+                    container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step
+                )
+            except CheckpointException as error:  # torch's; no Exception, and the same on every rank
+                raise ValueError(
+                    f"the student's checkpoint (--load {run.args.load}, --save {run.args.save}) "
+                    f"could not be read or written: {cause_of(error)}"
+                ) from error
 
     def forward_step(self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
         """Megatron's `forward_step_func`."""
@@ -125,12 +133,9 @@ def main() -> int:
                 print(describe_plan(run.config, run.pairs, run.args, run.teacher, run.vocab_size))
             return 0
         Distillation(run).train()
-    except (ValueError, FloatingPointError, CheckpointException) as error:
-        text = str(error)
-        if isinstance(error, CheckpointException):
-            text = f"a checkpoint could not be read or written: {cause_of(error)}"
+    except (ValueError, FloatingPointError) as error:
         if is_first_rank():
-            print(f"megatron_fdd: error: {text}", file=sys.stderr, flush=True)
+            print(f"megatron_fdd: error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
         if torch.distributed.is_initialized() and __name__ == "__main__":

@@ -25,6 +25,7 @@ from megatron_fdd.arguments import (
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
+from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.layer_plan import LayerPair, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.metrics import check_metrics_path
 from megatron_fdd.teacher.arguments import teacher_args
@@ -71,6 +72,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     force_values(args)
     check_length(args, "the student", args.max_position_embeddings)
     check_metrics_path(config.metrics_file)
+    check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     try:
         validate_args(args, {})
         set_global_variables(args)
@@ -97,7 +99,8 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
 
 def _reason(error: Exception) -> str:
     """The message, or where there is none the condition that Megatron asserts."""
-    return str(error) or f"it wants {traceback.extract_tb(error.__traceback__)[-1].line}"
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return str(error) or f"needed is {line.removeprefix('assert ')}"
 
 
 def refuse_teacher(stored: argparse.Namespace) -> None:

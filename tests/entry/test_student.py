@@ -18,7 +18,8 @@ from tests.entry.conftest import SCRATCH, Toys
 from tests.ranks import Layout, clean_megatron, run_on_ranks
 
 # What `load_args_from_checkpoint` of 0.19.2 has no entry for, and the factor that `gpt_config_from_args` forgets.
-FORGOTTEN = "--qk-layernorm --norm-epsilon 2e-4 --use-rope-scaling --rope-scaling-factor 16 --rotary-base 1234".split()
+FORGOTTEN = "--qk-layernorm --norm-epsilon 2e-4 --use-rope-scaling --rope-scaling-factor 16".split()
+FORGOTTEN += ["--rotary-base", "600000"]
 
 ONE_STEP = "--train-iters 1 --save-interval 1".split()
 
@@ -68,12 +69,12 @@ def test_nothing_of_the_architecture_is_forgotten(toy: Toys, tmp_path: Path) -> 
     # `--load` of the folder to save to, which is still empty: from scratch.
     make = [*words, *SCRATCH, *FORGOTTEN, "--load", str(saved), "--save", str(saved), *ONE_STEP]
     use = toy.command(
-        "--load", saved, "--teacher-load", saved, "--train-iters", 2, "--fdd-metrics-file", path
+        "--load", saved, "--teacher-load", saved, "--finetune", *ONE_STEP, "--fdd-metrics-file", path
     )
     [[[_, made], used]] = run_on_ranks(built_models, Layout(ranks=1), {"commands": [make, use]})
     assert made["qk_layernorm"]
     assert made["epsilon"] == made["epsilon of a norm"] == 2e-4
-    plain = 1234 ** -(torch.arange(0, 8, 2) / 8)
+    plain = 600000 ** -(torch.arange(0, 8, 2) / 8)
     # Llama 3 divides the slowest frequency by the factor.
     assert made["inv_freq"][-1] == pytest.approx(float(plain[-1]) / 16, rel=1e-5)
     assert len(used) == 2
