@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.models.gpt import GPTModelConfig
@@ -87,8 +88,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "--hybrid-layer-pattern: only GPTModel offers taps; use a GPT-style student",
     ),
     (
-        lambda a: a.pipeline_model_parallel_size > 1,
-        "--pipeline-model-parallel-size above 1 is not supported yet; use tensor and data parallelism",
+        lambda a: (
+            a.virtual_pipeline_model_parallel_size is not None
+            or a.num_layers_per_virtual_pipeline_stage is not None
+            or a.num_virtual_stages_per_pipeline_rank is not None
+        ),
+        "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, "
+        "--num-virtual-stages-per-pipeline-rank) are not supported yet; use plain pipeline stages",
+    ),
+    (
+        lambda a: a.pipeline_model_parallel_size > 1 and a.fdd_lens_head == "live",
+        "--fdd-lens-head live with --pipeline-model-parallel-size above 1 is not supported yet; "
+        "use --fdd-lens-head detached",
+    ),
+    (
+        lambda a: a.pipeline_model_parallel_size > 1 and a.fp16,
+        "--fp16 with --pipeline-model-parallel-size above 1 is not supported; use --bf16",
     ),
     (
         lambda a: a.context_parallel_size > 1,
@@ -189,6 +204,13 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
     return config
+
+
+def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
+    """How many layers each pipeline stage of the model holds that these arguments describe."""
+    config = model_config(args).transformer
+    stages = range(args.pipeline_model_parallel_size)
+    return tuple(get_num_layers_to_build(config, None, stage) for stage in stages)
 
 
 def check_length(args: argparse.Namespace, whose: str, positions: int | None) -> None:

@@ -8,7 +8,7 @@ takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ if __name__ == "__main__" and rehearsal.is_wanted():
     rehearsal.start()  # before Megatron looks for a GPU
 
 from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
@@ -32,15 +34,18 @@ from megatron_fdd.checkpoint import cause_of
 from megatron_fdd.convert.companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
-from megatron_fdd.lens import Lens, read_lens
+from megatron_fdd.layer_plan import Plan
+from megatron_fdd.lens import read_lens
 from megatron_fdd.objective import Objective
 from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.run import Run, is_first_rank, prepare_run
 from megatron_fdd.schedule import DistillationSteps, installed
-from megatron_fdd.student import StudentStep
+from megatron_fdd.student import StudentStep, Teacher
 from megatron_fdd.teacher.check import report_cross_entropy
 from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.teacher.loading import build_teacher
+from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
 from megatron_fdd.wheel import use_built_helpers
 
@@ -57,7 +62,7 @@ class Distillation:
         """Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
         run = self._run
         if is_first_rank():
-            print(describe_plan(run.config, run.pairs, run.args, run.teacher, run.vocab_size), flush=True)
+            print(describe_plan(run.plan, run.args, run.teacher), flush=True)
             _carry_companions(run)
         use_built_helpers()
         config = model_config(run.args)
@@ -83,28 +88,55 @@ class Distillation:
         """Megatron's post-wrap hook: the student is built and not yet loaded; the teacher joins it."""
         run = self._run
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
-        shard = vocab_shard(run.args.padded_vocab_size, run.vocab_size, topology)
-        teacher, teacher_lens = self._build_teacher(topology)
-        objective = Objective(run.config, run.pairs, shard, teacher_lens)
-        step = StudentStep(objective, teacher, topology)
-        if teacher_lens is not None:
-            step.first_batch_check = partial(
-                report_cross_entropy, lens=teacher_lens, shard=shard, group=topology.rows_group
-            )
+        teacher = None
+        if run.teacher is not None and run.teacher_checkpoint is not None:
+            teacher = build_teacher(run.teacher, run.teacher_checkpoint, topology)
+        (student,) = unwrap_model(chunks)
+        steps = connect(run.plan, student, teacher, topology, lambda: getattr(run.args, "curr_iteration", 0))
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
-        path = run.config.metrics_file if writes_metrics else None
-        steps = DistillationSteps(objective, topology.rows_group, path, stop_at_nan=run.stop_at_nan)
+        steps.report(run.config.metrics_file if writes_metrics else None, stop_at_nan=run.stop_at_nan)
         self._patches.enter_context(installed(steps))
-        self._student_step = step
+        self._student_step = steps.forward_step
         return chunks
 
-    def _build_teacher(self, topology: Topology) -> tuple[LiveTeacher | None, Lens | None]:
-        run = self._run
-        if run.teacher is None or run.teacher_checkpoint is None:
-            return None, None
-        model = build_teacher(run.teacher, run.teacher_checkpoint, topology)
-        teacher = LiveTeacher(model, [pair.teacher_layer for pair in run.pairs])
-        return teacher, read_lens(model, with_norm=run.config.lens_norm == "final", detached=True)
+
+def connect(
+    plan: Plan,
+    student: GPTModel,
+    teacher: GPTModel | None,
+    topology: Topology,
+    iteration: Callable[[], int] = lambda: 0,
+) -> DistillationSteps:
+    """Join this stage's parts of both models into what Megatron's schedule runs.
+
+    Args:
+        student, teacher: unwrapped; the teacher frozen, in evaluation mode.
+        iteration: how many steps have been done.
+
+    Collectives: with several pipeline stages those of `PipelineSteps.add_teacher`.
+    """
+    chunk = plan.chunks[topology.stage]
+    shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
+    objective = Objective(plan.config, plan.pairs, chunk, shard, None)
+    layers = [pair.teacher_layer for pair in plan.pairs]
+    features: Teacher | None = None
+    pipeline = None
+    if topology.num_stages > 1:
+        rows = plan.padded_vocab_size // topology.tensor_size
+        pipeline = PipelineSteps(student, rows, objective, plan.chunks, topology)
+        if teacher is not None:
+            features = PipelinedTeacher(teacher, layers, plan.teacher_stages, plan.chunks, topology)
+            pipeline.add_teacher(features)
+    elif teacher is not None:
+        features = LiveTeacher(teacher, layers)
+        with_norm = plan.config.lens_norm == "final"
+        objective.teacher_lens = read_lens(teacher, with_norm=with_norm, detached=True)
+    step = StudentStep(objective, features, topology)
+    if objective.teacher_lens is not None and chunk.is_last:
+        step.first_batch_check = partial(
+            report_cross_entropy, lens=objective.teacher_lens, shard=shard, group=topology.rows_group
+        )
+    return DistillationSteps(step, objective, topology, pipeline, iteration)
 
 
 def _carry_companions(run: Run) -> None:
@@ -130,7 +162,7 @@ def main() -> int:
         run = prepare_run()
         if run.config.dry_run:
             if is_first_rank():
-                print(describe_plan(run.config, run.pairs, run.args, run.teacher, run.vocab_size))
+                print(describe_plan(run.plan, run.args, run.teacher))
             return 0
         Distillation(run).train()
     except (ValueError, FloatingPointError) as error:

@@ -6,29 +6,22 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.layer_plan import LayerPair
+from megatron_fdd.layer_plan import LayerPair, Plan
 
 _MIB = 2**20
 
 
-def describe_plan(
-    config: FddConfig,
-    pairs: Sequence[LayerPair],
-    args: argparse.Namespace,
-    teacher: argparse.Namespace | None,
-    vocab_size: int,
-) -> str:
+def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> str:
     """The plan as text: one line a fact, memory in MiB per rank.
 
     Args:
         args: the student's (this run's) validated arguments.
         teacher: the teacher's, None without one.
-        vocab_size: tokens that count in every softmax; padding is left out.
     """
-    lines = ["Feature dynamics distillation: plan", *_weights(config)]
-    lines += _pairs(config, pairs)
-    lines += _ranks(args, vocab_size)
-    lines += _memory(config, pairs, args, teacher)
+    lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
+    lines += _pairs(plan.config, plan.pairs)
+    lines += _ranks(plan, args)
+    lines += _memory(plan.config, plan.pairs, args, teacher)
     return "\n".join(lines)
 
 
@@ -50,18 +43,26 @@ def _pairs(config: FddConfig, pairs: Sequence[LayerPair]) -> list[str]:
     ]
 
 
-def _ranks(args: argparse.Namespace, vocab_size: int) -> list[str]:
-    tensor = args.tensor_model_parallel_size
+def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     shard = args.padded_vocab_size // tensor
     lines = [
-        f"  {args.world_size} rank(s) = tensor {tensor} x data {args.data_parallel_size}, "
-        f"sequence parallel {'on' if args.sequence_parallel else 'off'}; every rank holds all layers of both "
-        "models, taps every pair, and holds of each head:"
+        f"  {args.world_size} rank(s) = tensor {tensor} x pipeline {stages} x data {args.data_parallel_size}, "
+        f"sequence parallel {'on' if args.sequence_parallel else 'off'}; of each head:"
     ]
     for rank in range(tensor):
-        first, last = rank * shard, min((rank + 1) * shard, vocab_size)
+        first, last = rank * shard, min((rank + 1) * shard, plan.vocab_size)
         held = f"vocabulary {first}..{last - 1}" if first < last else "padding only"
         lines.append(f"    tensor rank {rank}: {held}, {shard} rows with padding")
+    first_layer = 0
+    for stage, (chunk, count) in enumerate(zip(plan.chunks, plan.student_layers, strict=True)):
+        taps = ", ".join(plan.pairs[index].name for index in chunk.pairs) or "nothing"
+        carried = "" if chunk.carry_out is None else f"; sends on {plan.pairs[chunk.carry_out].name}"
+        heads = "; holds both heads" if chunk.is_last or chunk.pairs else ""
+        lines.append(
+            f"    stage {stage}: student blocks {first_layer + 1}..{first_layer + count}, taps {taps}{heads}{carried}"
+        )
+        first_layer += count
     return lines
 
 

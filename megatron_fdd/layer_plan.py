@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_fdd.config import FddConfig
 
@@ -29,6 +31,85 @@ class LayerPair:
     def name(self) -> str:
         """`s4:t9`: how logs name the pair."""
         return f"s{self.student_block}:t{self.teacher_block}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """What one chunk of the student (a pipeline stage's part of the layers) does for the losses.
+
+    Pairs are named by their index in the run's pairs.
+
+    Attributes:
+        pairs: those whose student layer lies here, in depth order.
+        carry_in: the pair before them, whose features arrive from the chunk before; None if none is needed.
+        carry_out: the pair whose features go on to the next chunk; None if no later chunk needs one.
+        is_last: holds the final norm and the head.
+    """
+
+    pairs: tuple[int, ...]
+    carry_in: int | None
+    carry_out: int | None
+    is_last: bool
+
+    @property
+    def teacher_pairs(self) -> tuple[int, ...]:
+        """Pairs whose teacher features are needed here. A carry is used only by a tap behind it."""
+        return self.pairs if self.carry_in is None or not self.pairs else (self.carry_in, *self.pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that is decided about the losses of a run before any process group exists.
+
+    Attributes:
+        student_layers, teacher_layers: how many layers each pipeline stage holds; no teacher: empty.
+        vocab_size: tokens that count in every softmax: what tokenizer and both models share, no padding.
+        padded_vocab_size: rows of both heads.
+    """
+
+    config: FddConfig
+    pairs: tuple[LayerPair, ...]
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]
+    vocab_size: int
+    padded_vocab_size: int
+
+    @property
+    def chunks(self) -> tuple[ChunkPlan, ...]:
+        """The student's chunks, by stage."""
+        return plan_chunks(self.pairs, self.student_layers, with_delta=self.config.beta > 0)
+
+    @property
+    def teacher_stages(self) -> tuple[int, ...]:
+        """Which stage of the teacher holds each pair's layer."""
+        edges = list(accumulate(self.teacher_layers))
+        return tuple(bisect_right(edges, pair.teacher_layer) for pair in self.pairs)
+
+
+def plan_chunks(
+    pairs: Sequence[LayerPair], chunk_layers: Sequence[int], *, with_delta: bool
+) -> tuple[ChunkPlan, ...]:
+    """One plan per chunk of the student, in depth order.
+
+    Args:
+        chunk_layers: how many layers each chunk holds, in depth order.
+        with_delta: adjacent pairs are compared, so features travel between their chunks.
+    """
+    edges = [sum(chunk_layers[:count]) for count in range(len(chunk_layers) + 1)]
+    held = [
+        tuple(index for index, pair in enumerate(pairs) if first <= pair.student_layer < last)
+        for first, last in zip(edges, edges[1:], strict=False)
+    ]
+    assert sum(len(chunk) for chunk in held) == len(pairs), f"{pairs} in chunks of {chunk_layers} layers"
+    carries: list[int | None] = [None]  # over each chunk's lower edge
+    for last in edges[1:]:
+        before = [index for index, pair in enumerate(pairs) if pair.student_layer < last]
+        needed = with_delta and 0 < len(before) < len(pairs)
+        carries.append(before[-1] if needed else None)
+    return tuple(
+        ChunkPlan(chunk, carries[index], carries[index + 1], index == len(held) - 1)
+        for index, chunk in enumerate(held)
+    )
 
 
 def plan_pairs(config: FddConfig, student_layers: int, teacher_layers: int) -> tuple[LayerPair, ...]:
@@ -67,12 +148,13 @@ def sample_blocks(rule: str, num_sampled: int, num_layers: int, model: str) -> l
 
 
 def check_recompute_keeps_taps(
-    layers: Sequence[int], num_layers: int, recompute: tuple[str | None, str | None, int | None]
+    layers: Sequence[int], stage_layers: Sequence[int], recompute: tuple[str | None, str | None, int | None]
 ) -> None:
     """Refuse full/uniform recompute that would drop a tap without a word: Megatron returns group ends only.
 
     Args:
-        layers: tapped layers, 0-based, of a chunk of `num_layers`.
+        layers: tapped layers, 0-based.
+        stage_layers: how many layers each pipeline stage holds; groups begin anew on each.
         recompute: Megatron's recompute granularity, method and number of layers.
 
     Raises:
@@ -81,12 +163,16 @@ def check_recompute_keeps_taps(
     granularity, method, group = recompute
     if granularity != "full" or method != "uniform" or not group:
         return
-    hidden = [layer + 1 for layer in layers if (layer + 1) % group and layer + 1 != num_layers]
+    ends: set[int] = set()
+    for last in accumulate(stage_layers):
+        first = max(ends, default=0)
+        ends |= {*range(first + group, last, group), last}
+    hidden = [layer + 1 for layer in layers if layer + 1 not in ends]
     if hidden:
         raise ValueError(
             f"--recompute-method uniform --recompute-num-layers {group} hides the tapped blocks {hidden} "
             "(Megatron returns the last block of each recomputed group only): use --recompute-num-layers 1, "
-            f"--recompute-method block, or pairs whose student blocks are multiples of {group}"
+            "--recompute-method block, or pairs whose student blocks end a group"
         )
 
 

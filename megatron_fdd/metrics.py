@@ -10,28 +10,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_fdd.objective import COUNTS, Objective
+from megatron_fdd.topology import Topology
 
 _GROUPS = ("ce", "kd", "trajectory", "delta")
 
 
-def step_means(objective: Objective, sums: Tensor, group: ProcessGroup) -> tuple[Tensor, dict[str, Tensor]]:
+def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[Tensor, dict[str, Tensor]]:
     """Token means over the whole step, on every rank.
 
     Args:
-        sums: float32, packed as `Objective` returns them, added up over this rank's micro-batches.
-        group: ranks whose rows are different tokens.
+        sums: float32, packed as `Objective.sums` does, added up over this rank's micro-batches.
 
     Returns:
         label_tokens: how many tokens had a label.
         means: "total", "kd", "ce", "trajectory", "delta", each layer's term ("trajectory s4:t9"), and each
             group's share of the total ("share kd"). 0-dim tensors; no host synchronisation.
 
-    Collectives: one all-reduce of `sums` over `group`.
+    Collectives: one all-reduce of `sums` over the ranks whose rows differ; with several stages one more over
+    the pipeline group.
     """
-    torch.distributed.all_reduce(sums, group=group)
+    torch.distributed.all_reduce(sums, group=topology.rows_group)
+    if topology.num_stages > 1:
+        torch.distributed.all_reduce(sums, group=topology.pipeline_group)
     label_tokens, term_tokens = sums[0], sums[1]
     means: dict[str, Tensor] = {}
     for name, value in zip(objective.term_names, sums[len(COUNTS) :], strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.layer_plan import LayerPair
+from megatron_fdd.layer_plan import ChunkPlan, LayerPair
 from megatron_fdd.lens import Lens
 from megatron_fdd.losses import (
     HeadPair,
@@ -47,30 +47,36 @@ class StepScale:
 
 
 @dataclass(frozen=True, slots=True)
-class StudentState:
-    """What one forward pass of the student left on this chunk.
+class Carry:
+    """A sampled layer's student side on its way to the next sampled layer's chunk.
 
     Attributes:
-        final_SBS: hidden states after the final norm.
-        taps_SBS: outputs of the sampled blocks, before the norm.
-        head_WS: output weight; the final-logit terms train it.
-        lens: the student's lens for the inner layers, detached or live.
+        hidden_SBS: output of the sampled block, before the norm.
+        statistics: its log-sum-exps, for the log-probability delta; else None.
     """
 
-    final_SBS: Tensor
-    taps_SBS: Sequence[Tensor]
-    head_WS: Tensor
-    lens: Lens
+    hidden_SBS: Tensor
+    statistics: TapStatistics | None
 
 
 class Objective:
-    """The weighted sum of all terms. Holds nothing but the heads' Gram matrices of the current step."""
+    """The terms of one chunk and their weighted sum. Holds only the heads' Gram matrices of the current step.
+
+    Args:
+        pairs: all of the run's; `chunk` says which of them this chunk holds.
+    """
 
     def __init__(
-        self, config: FddConfig, pairs: Sequence[LayerPair], shard: VocabShard, teacher_lens: Lens | None
+        self,
+        config: FddConfig,
+        pairs: Sequence[LayerPair],
+        chunk: ChunkPlan,
+        shard: VocabShard,
+        teacher_lens: Lens | None,
     ) -> None:
         self.config = config
         self.pairs = tuple(pairs)
+        self.chunk = chunk
         self.shard = shard
         self.teacher_lens = teacher_lens
         self.scale = StepScale()
@@ -79,7 +85,7 @@ class Objective:
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Names of the terms of a micro-batch, in the order of the packed sums."""
+        """Names of the run's terms, in the order of the packed sums; the same for every chunk."""
         config, names = self.config, []
         if config.uses_final_head:
             names += ["ce"] + ["kd"] * (config.kd_weight > 0)
@@ -88,6 +94,11 @@ class Objective:
         if config.beta > 0:
             names += [f"delta {pair.name}" for pair in self.pairs[1:]]
         return tuple(names)
+
+    @property
+    def carries_lse(self) -> bool:
+        """Whether a carry holds log-sum-exps."""
+        return self.config.delta == "logprob"
 
     def begin_step(self, scale: StepScale) -> None:
         """Start an optimizer (or evaluation) step: the student's head may have changed since the last one."""
@@ -104,78 +115,104 @@ class Objective:
             return config.beta * self.scale.inner / (len(self.pairs) - 1)
         return config.ce_weight if kind == "ce" else config.kd_weight
 
-    def __call__(
-        self, student: StudentState, teacher: TeacherFeatures | None, labels_N: Tensor, weights: TokenWeights
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch, and its parts.
-
-        Args:
-            labels_N: vocabulary ids of this rank's rows, negative where there is none.
-
-        Returns:
-            total: float32 scalar to back-propagate, a sum over this rank's rows.
-            sums: float32 [len(COUNTS) + len(term_names)], detached, unweighted, for one packed reduction.
-
-        Collectives over the tensor-parallel group: those of `linear_kl` once per tap and once for the final
-        logits; in the first micro-batch of a step the all-reduce of the Gram matrices.
-        """
-        terms = self._final(student, teacher, labels_N, weights)
-        if self.pairs:
-            assert teacher is not None
-            terms += self._inner(student, teacher, weights)
-        by_name = {term.name: term for term in terms}
-        # A schedule without a gradient for the chunk's input would hang (pitfalls: both final weights 0).
-        total = student.final_SBS.flatten()[0].float() * 0.0
+    def total(self, terms: Sequence[LossTerm]) -> Tensor | None:
+        """The weighted sum to back-propagate, float32, over this rank's rows; None without a term."""
+        parts = []
         for term in terms:
             factor = self.weight_of(term.name)
             if not term.counts_labels:
                 factor *= self.scale.label_per_term_token
-            total = total + factor * term.total
-        counts = [weights.label_N.sum(), weights.term_N.sum()]
-        sums = torch.stack(counts + [by_name[name].total.detach() for name in self.term_names])
-        return total, sums
+            parts.append(factor * term.total)
+        return torch.stack(parts).sum() if parts else None
 
-    def _final(
-        self, student: StudentState, teacher: TeacherFeatures | None, labels_N: Tensor, weights: TokenWeights
+    def sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> Tensor:
+        """Unweighted, detached sums, float32 [len(COUNTS) + len(term_names)]; 0 for other chunks' terms.
+
+        Tokens are counted by the last chunk only.
+        """
+        counts = [weights.label_N.sum(), weights.term_N.sum()]
+        if not self.chunk.is_last:
+            counts = [torch.zeros_like(count) for count in counts]
+        by_name = {term.name: term.total.detach() for term in terms}
+        zero = torch.zeros_like(counts[0])
+        return torch.stack(counts + [by_name.get(name, zero) for name in self.term_names])
+
+    def final(
+        self,
+        final_SBS: Tensor,
+        head_WS: Tensor,
+        teacher: TeacherFeatures | None,
+        labels_N: Tensor,
+        weights: TokenWeights,
     ) -> list[LossTerm]:
+        """Final-logit distillation and cross-entropy, on the last chunk.
+
+        Args:
+            final_SBS: hidden states after the final norm.
+            head_WS: output weight, which these terms train.
+            labels_N: vocabulary ids of this rank's rows, negative where there is none.
+
+        Collectives over the tensor-parallel group: those of `linear_kl` once.
+        """
         config = self.config
         if not config.uses_final_head:
             return []
         divergence = teacher_NT = None
         if config.kd_weight > 0:
             assert teacher is not None
+            assert teacher.final_SBT is not None
             divergence = self._divergence(config.kd_divergence)
             teacher_NT = teacher.final_SBT.flatten(0, 1)
-        heads = self._heads(student.head_WS)
-        return final_terms(teacher_NT, student.final_SBS.flatten(0, 1), labels_N, heads, divergence, weights)
+        return final_terms(
+            teacher_NT, final_SBS.flatten(0, 1), labels_N, self._heads(head_WS), divergence, weights
+        )
 
-    def _inner(
-        self, student: StudentState, teacher: TeacherFeatures, weights: TokenWeights
-    ) -> list[LossTerm]:
-        config, lens = self.config, student.lens
-        assert self.teacher_lens is not None
-        assert len(student.taps_SBS) == len(teacher.taps_SBT) == len(self.pairs), "a tap was lost"
-        taps = [
-            Tap(pair.name, self.teacher_lens.features(teacher_SBT), lens.features(student_SBS))
-            for pair, teacher_SBT, student_SBS in zip(
-                self.pairs, teacher.taps_SBT, student.taps_SBS, strict=True
-            )
-        ]
-        heads = self._heads(lens.head_WH)
+    def inner(
+        self,
+        taps_SBS: Sequence[Tensor],
+        carry: Carry | None,
+        lens: Lens,
+        teacher: TeacherFeatures,
+        weights: TokenWeights,
+    ) -> tuple[list[LossTerm], Carry | None]:
+        """Trajectory and delta of this chunk's sampled layers, and what the next chunk needs of them.
+
+        Args:
+            taps_SBS: outputs of the sampled blocks, before the norm, in depth order.
+            carry: from the chunk before, as the plan says.
+            lens: the student's, detached or live.
+
+        Collectives over the tensor-parallel group: those of `linear_kl` once per tap; in the first micro-batch
+        of a step the all-reduce of the Gram matrices.
+        """
+        chunk, config = self.chunk, self.config
+        assert len(taps_SBS) == len(chunk.pairs), "a tap was lost"
         divergence = self._divergence(config.trajectory_divergence) if config.alpha > 0 else None
         with_lse = config.beta > 0 and config.delta == "logprob"
-        terms: list[LossTerm] = []
-        statistics: list[TapStatistics | None] = []
-        for tap in taps:
-            term, tap_statistics = trajectory_term(tap, heads, divergence, weights, with_lse=with_lse)
+        heads = self._heads(lens.head_WH)
+        taps, statistics, terms = [], [], []
+        if carry is not None:
+            assert chunk.carry_in is not None
+            taps.append(self._tap(chunk.carry_in, carry.hidden_SBS, lens, teacher))
+            statistics.append(carry.statistics)
+        for index, hidden_SBS in zip(chunk.pairs, taps_SBS, strict=True):
+            taps.append(self._tap(index, hidden_SBS, lens, teacher))
+            term, tap_statistics = trajectory_term(taps[-1], heads, divergence, weights, with_lse=with_lse)
             terms += [] if term is None else [term]
             statistics.append(tap_statistics)
-        if config.beta > 0:
+        if config.beta > 0 and len(taps) > 1:
             grams = self._current_grams(heads)
             terms += delta_terms(
                 taps, statistics, grams, weights, detach_previous=config.delta_detach_previous
             )
-        return terms
+        if chunk.carry_out is None:
+            return terms, None
+        return terms, Carry(taps_SBS[-1], statistics[-1])
+
+    def _tap(self, index: int, hidden_SBS: Tensor, lens: Lens, teacher: TeacherFeatures) -> Tap:
+        assert self.teacher_lens is not None
+        teacher_NT = self.teacher_lens.features(teacher.taps_SBT[index])
+        return Tap(self.pairs[index].name, teacher_NT, lens.features(hidden_SBS))
 
     def _current_grams(self, heads: HeadPair) -> HeadGrams:
         """Gram matrices of the heads as they are in this step; in live mode with a graph of their own."""

@@ -21,12 +21,13 @@ from megatron_fdd.arguments import (
     complete_student_args,
     force_values,
     refuse,
+    stage_layers,
 )
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
-from megatron_fdd.layer_plan import LayerPair, check_recompute_keeps_taps, plan_pairs
+from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.metrics import check_metrics_path
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.check import check_tokenizers
@@ -39,17 +40,18 @@ class Run:
     Attributes:
         args: the student's and the run's, validated by Megatron and set as its globals.
         teacher: arguments to build the teacher with; None when every weight that needs one is 0.
-        vocab_size: tokens that count in every softmax: what tokenizer and both models share, no padding.
         stop_at_nan: Megatron's `--no-check-for-nan-in-loss-and-grad` was not given.
     """
 
-    config: FddConfig
+    plan: Plan
     args: argparse.Namespace
-    pairs: tuple[LayerPair, ...]
     teacher: argparse.Namespace | None
     teacher_checkpoint: Path | None
-    vocab_size: int
     stop_at_nan: bool
+
+    @property
+    def config(self) -> FddConfig:
+        return self.plan.config
 
 
 def prepare_run() -> Run:
@@ -92,9 +94,12 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     if teacher is not None:
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
+    student_layers = stage_layers(args)
+    teacher_layers = () if teacher is None else stage_layers(teacher)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
-    check_recompute_keeps_taps([pair.student_layer for pair in pairs], args.num_layers, recompute)
-    return Run(config, args, pairs, teacher, checkpoint, vocab_size, stop_at_nan)
+    check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
+    plan = Plan(config, pairs, student_layers, teacher_layers, vocab_size, args.padded_vocab_size)
+    return Run(plan, args, teacher, checkpoint, stop_at_nan)
 
 
 def _reason(error: Exception) -> str:

@@ -16,54 +16,85 @@ import megatron.training.training as megatron_training
 import torch
 from megatron.training import get_args
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_fdd.metrics import MetricsFile, step_means
 from megatron_fdd.objective import Objective, StepScale
-from megatron_fdd.student import PACKED_KEY
+from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.student import StudentStep
+from megatron_fdd.topology import Topology
 
 
 class DistillationSteps:
     """What happens before and after each call of a schedule, and at each log line.
 
     Args:
-        group: ranks whose token rows differ (data and context parallel; tensor parallel too under
-            sequence parallelism).
-        metrics_path: file for one JSON object per iteration; None on ranks that do not write it.
-        stop_at_nan: look at every step's loss before the optimizer does (one host synchronisation).
+        pipeline: what several stages add; None with one.
+        iteration: how many steps have been done.
     """
 
     def __init__(
-        self, objective: Objective, group: ProcessGroup, metrics_path: str | None, *, stop_at_nan: bool
+        self,
+        step: StudentStep,
+        objective: Objective,
+        topology: Topology,
+        pipeline: PipelineSteps | None,
+        iteration: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._step = step
         self._objective = objective
-        self._group = group
-        self._metrics_path = metrics_path
-        self._stop_at_nan = stop_at_nan
+        self._topology = topology
+        self._pipeline = pipeline
+        self._iteration = iteration
+        self._metrics_path: str | None = None
+        self._stop_at_nan = True
         self._metrics_file: MetricsFile | None = None
         self._label_tokens: Tensor | None = None
         self._started_s = 0.0
 
+    @property
+    def forward_step(self) -> StudentStep:
+        """Megatron's `forward_step_func`."""
+        return self._step
+
+    def report(self, metrics_path: str | None, *, stop_at_nan: bool) -> None:
+        """Say what to do with the results.
+
+        Args:
+            metrics_path: file for one JSON object per iteration; None on ranks that do not write it.
+            stop_at_nan: look at every step's loss before the optimizer does (one host synchronisation).
+        """
+        self._metrics_path, self._stop_at_nan = metrics_path, stop_at_nan
+
     def run(self, schedule: Callable[..., list[dict]], **keywords: Any) -> list[dict[str, Tensor]]:
         """Run one step's micro-batches; returns what Megatron logs.
 
-        Collectives: one packed all-reduce over the group; one more before the schedule for the token counts
-        where two kinds of tokens are in use.
+        Collectives: those of `PipelineSteps.prepare`; one all-reduce of the token counts where two kinds of
+        tokens are in use; the schedule's; those of `step_means`.
 
         Raises:
             FloatingPointError: the loss is not finite; on every rank, before the optimizer sees the gradients.
         """
         self._started_s = time.perf_counter()
-        ratio, keywords["data_iterator"] = self._label_per_term_token(
-            keywords["data_iterator"], keywords["num_microbatches"]
-        )
-        inner = self._objective.config.weight_scale(getattr(get_args(), "curr_iteration", 0))
+        lens, ratio = None, 1.0
+        if self._pipeline is not None or self._objective.config.tokens == "all":
+            # What comes before the first gradient needs all of the step's batches.
+            batches = [next(keywords["data_iterator"]) for _ in range(keywords["num_microbatches"])]
+            keywords["data_iterator"] = iter(batches)
+            ratio = self._label_per_term_token(batches)
+            if self._pipeline is not None:
+                lens = self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
+                keywords["adjust_tensor_shapes_fn"] = self._pipeline.adjust_shapes
+        inner = self._objective.config.weight_scale(self._iteration())
         self._objective.begin_step(StepScale(inner, ratio))
+        self._step.begin_step(lens)
         dicts = schedule(**keywords)
         if keywords.get("collect_non_loss_data"):
             return dicts
-        sums = torch.stack([entry[PACKED_KEY] for entry in dicts]).sum(0)
-        self._label_tokens, means = step_means(self._objective, sums, self._group)
+        self._label_tokens, means = step_means(self._objective, self._step.take_sums(), self._topology)
+        if self._stop_at_nan and not keywords.get("forward_only"):
+            _check_finite(means)
+        if not self._topology.is_last_stage:
+            return []
         if keywords.get("forward_only"):
             # Megatron's evaluation weighs steps by the second element.
             return [
@@ -73,8 +104,6 @@ class DistillationSteps:
                     if not name.startswith("share ")
                 }
             ]
-        if self._stop_at_nan:
-            _check_finite(means)
         return [means]
 
     def log(self, bound: inspect.BoundArguments) -> None:
@@ -102,18 +131,17 @@ class DistillationSteps:
         record["seconds"] = round(time.perf_counter() - self._started_s, 4)
         self._metrics_file.write(iteration, record)
 
-    def _label_per_term_token(self, data_iterator: Any, num_microbatches: int) -> tuple[float, Any]:
-        """Global ratio of the two token counts. Needs the whole step's batches before the first gradient."""
+    def _label_per_term_token(self, batches: list[dict[str, Tensor]]) -> float:
+        """Global ratio of the two token counts. Collectives: one all-reduce of them, where they differ."""
         if self._objective.config.tokens == "labels":
-            return 1.0, data_iterator
-        batches = [next(data_iterator) for _ in range(num_microbatches)]
+            return 1.0
         counts = torch.stack(
             [torch.stack([batch["loss_mask"].sum(), batch["token_mask"].sum()]).float() for batch in batches]
         ).sum(0)
         counts = counts.to(torch.cuda.current_device())
-        torch.distributed.all_reduce(counts, group=self._group)
+        torch.distributed.all_reduce(counts, group=self._topology.rows_group)
         label_tokens, term_tokens = counts.tolist()
-        return label_tokens / max(term_tokens, 1.0), iter(batches)
+        return label_tokens / max(term_tokens, 1.0)
 
 
 _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step, or continue from the last checkpoint"

@@ -1,87 +1,172 @@
 """The student's forward step: a stock GPTModel, driven so that taps and losses come out of it.
 
-Shape letters: B micro-batch, S sequence, N token rows of this rank in sequence-major order.
+Shape letters: B micro-batch, S sequence, N token rows of this rank in sequence-major order, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_fdd import carry
+from megatron_fdd.attach import attach_loss
 from megatron_fdd.data.batch import Batch, get_batch
-from megatron_fdd.lens import read_head, read_lens
-from megatron_fdd.losses import TokenWeights
-from megatron_fdd.objective import Objective, StudentState
+from megatron_fdd.lens import Lens, read_head, read_lens
+from megatron_fdd.losses import LossTerm, TokenWeights
+from megatron_fdd.objective import Carry, Objective
 from megatron_fdd.teacher import TeacherFeatures
-from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.topology import Topology
 
-PACKED_KEY = "fdd"  # the schedule wrapper unpacks it; Megatron's own code never sees it
+
+class Teacher(Protocol):
+    """Gives the features of each micro-batch of a step, by its index."""
+
+    def features(self, index: int, batch: Batch) -> TeacherFeatures: ...
 
 
 class StudentStep:
-    """Megatron's `forward_step_func`: one micro-batch through teacher and student."""
+    """Megatron's `forward_step_func`: one micro-batch through the teacher and this rank's part of the student."""
 
-    def __init__(self, objective: Objective, teacher: LiveTeacher | None, topology: Topology) -> None:
+    def __init__(self, objective: Objective, teacher: Teacher | None, topology: Topology) -> None:
         self._objective = objective
         self._teacher = teacher
         self._topology = topology
-        self._layers = {pair.student_layer for pair in objective.pairs}
-        # Called once, with the features and the labels of the rows of the first batch.
+        self._layers = {objective.pairs[index].student_layer for index in objective.chunk.pairs}
+        self._lens: Lens | None = None
+        self._micro_batches = 0
+        self._sums: Tensor | None = None
+        # Called once, with the features and the labels of the rows of the first batch, where the head is.
         self.first_batch_check: Callable[[TeacherFeatures, Tensor], None] | None = None
+
+    def begin_step(self, lens: Lens | None) -> None:
+        """Forget the last step.
+
+        Args:
+            lens: the copy of the student's lens on a stage without the head; None where the head is, which
+                is read once its new value has arrived.
+        """
+        self._lens, self._micro_batches, self._sums = lens, 0, None
+
+    def take_sums(self) -> Tensor:
+        """This rank's packed sums (`Objective.sums`) over the step's micro-batches."""
+        assert self._sums is not None
+        return self._sums
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
-        """Returns the loss (a sum over tokens) and what Megatron's schedule calls with it."""
+        """Returns the loss (a sum over tokens) or the stage's output, and what Megatron's schedule calls with it."""
         batch = get_batch(data_iterator, torch.cuda.current_device())
+        student = unwrap_model(model)
+        carried = self._split_input(student, batch)
         teacher = self._teacher_features(batch)
-        packed: list[Tensor] = []
-        loss = model(
+        output = model(
             batch.tokens_BS,
             batch.position_ids_BS,
             batch.attention_mask,
             extra_block_kwargs={"extract_layer_indices": self._layers},
-            output_processor=partial(self._losses, unwrap_model(model), batch, teacher, packed),
+            output_processor=partial(self._loss, student, batch, teacher, carried),
         )
-        return loss, partial(_report, num_tokens=batch.loss_mask_BS.sum().to(torch.int), packed=packed)
+        if not self._objective.chunk.is_last:
+            output = self._stage_output(student, batch, teacher, carried, *hidden_and_taps(output))
+        return output, partial(_report, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
+
+    def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
+        """Take the carry off what the stage before has sent, so that the decoder sees hidden states only."""
+        if self._objective.chunk.carry_in is None:
+            return None
+        sequence = batch.tokens_BS.shape[1]
+        if self._topology.sequence_parallel:
+            sequence //= self._topology.tensor_size
+        hidden_SBH, carried = carry.split(
+            student.decoder.input_tensor, sequence, with_lse=self._objective.carries_lse
+        )
+        student.decoder.input_tensor = hidden_SBH
+        return carried
 
     def _teacher_features(self, batch: Batch) -> TeacherFeatures | None:
+        index = self._micro_batches
+        self._micro_batches += 1
         if self._teacher is None:
             return None
-        features = self._teacher.features(batch.tokens_BS, batch.position_ids_BS, batch.attention_mask)
-        if self.first_batch_check is not None:
+        features = self._teacher.features(index, batch)
+        if self.first_batch_check is not None and features.final_SBT is not None:
             check, self.first_batch_check = self.first_batch_check, None
             check(features, self.label_rows(batch))
         return features
 
-    def _losses(
+    def _loss(
         self,
         student: GPTModel,
         batch: Batch,
         teacher: TeacherFeatures | None,
-        packed: list[Tensor],
+        carried: Carry | None,
         *,
         hidden_states: Tensor | tuple[Tensor, list[Tensor]],
         **_: object,
     ) -> Tensor:
-        """GPTModel's `output_processor`: the loss in place of logits."""
-        final_SBS, taps_SBS = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, [])
-        config = self._objective.config
-        lens = read_lens(
+        """GPTModel's `output_processor` on the last stage: the loss in place of logits."""
+        objective, config = self._objective, self._objective.config
+        final_SBH, taps_SBH = hidden_and_taps(hidden_states)
+        self._lens = read_lens(
             student, with_norm=config.lens_norm == "final", detached=config.lens_head == "detached"
         )
-        state = StudentState(final_SBS, taps_SBS, read_head(student), lens)
         weights = self.token_weights(batch)
-        total, sums = self._objective(state, teacher, self.label_rows(batch), weights)
-        packed.append(sums)
-        return total
+        terms = objective.final(final_SBH, read_head(student), teacher, self.label_rows(batch), weights)
+        terms += self._inner_terms(taps_SBH, teacher, carried, weights)[0]
+        self._add_sums(terms, weights)
+        total = objective.total(terms)
+        # A schedule without a gradient for the stage's input would hang (all weights 0).
+        anchor = final_SBH.flatten()[0].float() * 0.0
+        return anchor if total is None else total + anchor
+
+    def _stage_output(
+        self,
+        student: GPTModel,
+        batch: Batch,
+        teacher: TeacherFeatures | None,
+        carried: Carry | None,
+        hidden_SBH: Tensor,
+        taps_SBH: Sequence[Tensor],
+    ) -> Tensor:
+        """Hidden states for the next stage, with this stage's loss attached and the carry behind them."""
+        chunk = self._objective.chunk
+        weights = self.token_weights(batch)
+        terms: list[LossTerm] = []
+        passed_on = carried
+        if chunk.pairs:
+            terms, passed_on = self._inner_terms(taps_SBH, teacher, carried, weights)
+        self._add_sums(terms, weights)
+        total = self._objective.total(terms)
+        if total is not None and total.requires_grad:
+            hidden_SBH = attach_loss(hidden_SBH, total, student.config.grad_scale_func)
+        if chunk.carry_out is None:
+            return hidden_SBH
+        assert passed_on is not None
+        return carry.append(hidden_SBH, passed_on)
+
+    def _inner_terms(
+        self,
+        taps_SBH: Sequence[Tensor],
+        teacher: TeacherFeatures | None,
+        carried: Carry | None,
+        weights: TokenWeights,
+    ) -> tuple[list[LossTerm], Carry | None]:
+        if not self._objective.chunk.pairs:
+            return [], None
+        assert teacher is not None
+        assert self._lens is not None
+        return self._objective.inner(taps_SBH, carried, self._lens, teacher, weights)
+
+    def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
+        sums = self._objective.sums(terms, weights)
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def token_weights(self, batch: Batch) -> TokenWeights:
         """Which of this rank's rows count, for the cross-entropy and for the other terms."""
@@ -102,8 +187,11 @@ class StudentStep:
         return value_SB.flatten()
 
 
-def _report(
-    loss: Tensor, *, num_tokens: Tensor, packed: list[Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def hidden_and_taps(output: Tensor | tuple[Tensor, list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """The decoder returns a pair only when it was asked for taps."""
+    return output if isinstance(output, tuple) else (output, [])
+
+
+def _report(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's loss function: with `--calculate-per-token-loss` gradients are divided by the step's tokens."""
-    return loss, num_tokens, {PACKED_KEY: packed[0]}
+    return loss, num_tokens, {}

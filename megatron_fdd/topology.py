@@ -17,12 +17,14 @@ class Topology:
         tensor_group: ranks that share a model replica by tensor parallelism.
         rows_group: ranks whose token rows differ: data parallel, and tensor parallel too when sequence parallel.
         sequence_parallel: whether hidden states outside the matrix products are cut along the sequence.
+        pipeline_group: ranks that hold the stages of one model replica.
         collection: Megatron's own carrier of all groups, to build a model with.
     """
 
     tensor_group: ProcessGroup
     rows_group: ProcessGroup
     sequence_parallel: bool
+    pipeline_group: ProcessGroup
     collection: ProcessGroupCollection
 
     @classmethod
@@ -36,6 +38,7 @@ class Topology:
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             rows_group=rows_group,
             sequence_parallel=sequence_parallel,
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
 
@@ -46,3 +49,15 @@ class Topology:
     @property
     def tensor_size(self) -> int:
         return self.tensor_group.size()
+
+    @property
+    def stage(self) -> int:
+        return self.pipeline_group.rank()
+
+    @property
+    def num_stages(self) -> int:
+        return self.pipeline_group.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.num_stages - 1

@@ -10,10 +10,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
+from megatron_fdd.teacher.arguments import even_layout
 from megatron_fdd.topology import Topology
 from tests.reference import Shape, Weights
 
@@ -38,6 +40,8 @@ def model_config(shape: Shape, topology: Topology, dtype: torch.dtype, **options
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tensor_size,
+        pipeline_model_parallel_size=topology.num_stages,
+        pipeline_dtype=dtype,
         sequence_parallel=topology.sequence_parallel,
         use_cpu_initialization=True,
         params_dtype=dtype,
@@ -50,6 +54,10 @@ def model_config(shape: Shape, topology: Topology, dtype: torch.dtype, **options
         apply_rope_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
+        pipeline_model_parallel_layout=(
+            even_layout(shape.num_layers, topology.num_stages) if topology.num_stages > 1 else None
+        ),
+        deallocate_pipeline_outputs=True,  # as megatron.training always sets it
         finalize_model_grads_func=finalize_model_grads,
         **options,
     )
@@ -101,27 +109,44 @@ def build_frozen(
 @torch.no_grad()
 def load_weights(model: GPTModel, weights: Weights, topology: Topology) -> None:
     """Copy this rank's part of every full tensor. Padded vocabulary rows become garbage, not zero."""
-    names = dict(model.named_parameters())
-    assert set(names) == set(weights), set(names) ^ set(weights)
-    for name, parameter in names.items():
-        full = weights[name]
+    for name, parameter in model.named_parameters():
+        full = weights[full_name(model, name, weights)]
         if is_vocabulary(name):
             rows = parameter.shape[0] * topology.tensor_size
             full = torch.cat([full, torch.full((rows - len(full), full.shape[1]), 7.0)])
         parameter.copy_(cut(name, full, parameter, topology))
 
 
-def full_gradients(model: torch.nn.Module, topology: Topology, vocab: int) -> Weights:
+def full_name(model: GPTModel, name: str, weights: Weights) -> str:
+    """A parameter's name in the whole model: layers count from the stage's first."""
+    if name == "output_layer.weight" and name not in weights:
+        return "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
+    if not name.startswith("decoder.layers."):
+        return name
+    _, _, layer, rest = name.split(".", 3)
+    return f"decoder.layers.{int(layer) + get_transformer_layer_offset(model.config)}.{rest}"
+
+
+def full_gradients(model: torch.nn.Module, topology: Topology, vocab: int, weights: Weights) -> Weights:
     """Every parameter's `main_grad` as one full tensor, the same on all ranks."""
-    gradients = {}
-    for name, parameter in unwrap_model(model).named_parameters():
+    gradients: Weights = {}
+    student = unwrap_model(model)
+    for name, parameter in student.named_parameters():
         parts = [torch.empty_like(parameter.main_grad) for _ in range(topology.tensor_size)]
         dist.all_gather(parts, parameter.main_grad.contiguous(), group=topology.tensor_group)
         full = join(name, parts, parameter)
         if is_vocabulary(name):
             assert not full[vocab:].any(), f"{name}: padded rows received gradient"
             full = full[:vocab]
-        gradients[name] = full.double()
+        whole = full_name(student, name, weights)
+        # Both ends of the pipeline hold a tied embedding; Megatron has made their gradients equal.
+        gradients[whole] = full.double()
+    stages: list[Weights] = [{} for _ in range(topology.num_stages)]
+    dist.all_gather_object(stages, gradients, group=topology.pipeline_group)
+    for other in stages:
+        for name in gradients.keys() & other.keys():
+            assert torch.equal(gradients[name], other[name]), f"{name} differs between stages"
+        gradients |= other
     return gradients
 
 

@@ -12,16 +12,14 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.distill import vocab_shard
-from megatron_fdd.layer_plan import LayerPair
-from megatron_fdd.lens import read_lens
-from megatron_fdd.metrics import step_means
-from megatron_fdd.objective import Objective, StepScale
-from megatron_fdd.student import PACKED_KEY, StudentStep
-from megatron_fdd.teacher.live import LiveTeacher
+from megatron_fdd.distill import connect
+from megatron_fdd.layer_plan import LayerPair, Plan
 from megatron_fdd.topology import Topology
 from tests import reference
 from tests.models import build_frozen, build_student, full_gradients, padded_vocab
@@ -39,6 +37,7 @@ class Case:
     """One way to compute the same thing."""
 
     tp: int = 1
+    pp: int = 1
     dp: int = 1
     sequence_parallel: bool = False
     terms: Terms = Terms()
@@ -50,7 +49,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(tp=self.tp, dp=self.dp)
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp)
 
 
 @dataclass(frozen=True)
@@ -89,26 +88,26 @@ def run_step(case: Case) -> Result:
     options = dict(case.recompute)
     if case.loss_scale != 1.0:
         options["grad_scale_func"] = lambda loss: loss * case.loss_scale
-    model = build_student(case.student, reference.random_weights(case.student, 1), topology, dtype, **options)
+    student_weights = reference.random_weights(case.student, 1)
+    model = build_student(case.student, student_weights, topology, dtype, **options)
     teacher_weights = reference.random_weights(case.teacher, 2)
     teacher_model = build_frozen(case.teacher, teacher_weights, topology, dtype, padded_like=case.student)
-    pairs = [LayerPair(*pair) for pair in case.terms.pairs] if config.uses_taps else []
-    shard = vocab_shard(
-        padded_vocab(case.student, topology), min(case.student.vocab, case.teacher.vocab), topology
+    pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
+    plan = Plan(
+        config,
+        pairs,
+        student_layers=stage_layers(unwrap_model(model).config, topology),
+        teacher_layers=stage_layers(teacher_model.config, topology),
+        vocab_size=shard_vocab(case),
+        padded_vocab_size=padded_vocab(case.student, topology),
     )
-    lens = read_lens(teacher_model, with_norm=case.terms.lens_norm, detached=True)
-    objective = Objective(config, pairs, shard, lens)
-    teacher = LiveTeacher(teacher_model, [pair.teacher_layer for pair in pairs])
-    step = StudentStep(objective, teacher, topology)
-
+    steps = connect(plan, unwrap_model(model), teacher_model, topology)
     batches = reference.random_batches(MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
-    counts = {name: sum(batch[name].sum() for batch in batches) for name in ("loss_mask", "token_mask")}
-    ratio = float(counts["loss_mask"] / counts["token_mask"]) if case.terms.all_tokens else 1.0
-    objective.begin_step(StepScale(label_per_term_token=ratio))
-    mine = batches[rank_of_data(topology) :: case.dp]
+    mine = batches[topology.collection.dp.rank() :: case.dp]
     model.zero_grad_buffer()
-    dicts = get_forward_backward_func()(
-        forward_step_func=step,
+    means = steps.run(
+        get_forward_backward_func(),
+        forward_step_func=steps.forward_step,
         data_iterator=iter(mine),
         model=model,
         num_microbatches=len(mine),
@@ -116,22 +115,20 @@ def run_step(case: Case) -> Result:
         micro_batch_size=MICRO_BATCH,
         forward_only=False,
     )
-    sums = torch.stack([entry[PACKED_KEY] for entry in dicts]).sum(0)
-    _, means = step_means(objective, sums, topology.rows_group)
-    gradients = full_gradients(model, topology, case.student.vocab)
+    gradients = full_gradients(model, topology, case.student.vocab, student_weights)
     assert not any(parameter.grad is not None for parameter in teacher_model.parameters())
     return Result(
-        {name: value.item() for name, value in means.items()},
+        {name: value.item() for name, value in means[0].items()} if means else {},
         {name: value / case.loss_scale for name, value in gradients.items()},
     )
 
 
+def stage_layers(config: TransformerConfig, topology: Topology) -> tuple[int, ...]:
+    return tuple(get_num_layers_to_build(config, None, stage) for stage in range(topology.num_stages))
+
+
 def shard_vocab(case: Case) -> int:
     return min(case.student.vocab, case.teacher.vocab)
-
-
-def rank_of_data(topology: Topology) -> int:
-    return topology.collection.dp.rank()
 
 
 def expected(case: Case) -> Result:
@@ -172,7 +169,12 @@ TIED = replace(STUDENT, tied=True)
 OTHER_VOCABULARY = replace(TEACHER, vocab=47)
 EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
 
-LAYOUTS = {
+PIPELINES = {
+    "pp2": Case(pp=2),
+    "pp3": Case(pp=3),
+}
+
+LAYOUTS = PIPELINES | {
     "1x1": Case(),
     "tp2": Case(tp=2),
     "tp3": Case(tp=3),

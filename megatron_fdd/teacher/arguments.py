@@ -59,4 +59,14 @@ def teacher_args(checkpoint_args: argparse.Namespace, run_args: argparse.Namespa
     for name, value in _FORCED.items():
         setattr(args, name, value)
     args.padded_vocab_size = run_args.padded_vocab_size
+    if args.pipeline_model_parallel_size > 1:
+        args.pipeline_model_parallel_layout = even_layout(args.num_layers, args.pipeline_model_parallel_size)
     return args
+
+
+def even_layout(num_layers: int, num_stages: int) -> str:
+    """The layers over the stages as evenly as can be, first stages fuller; Megatron's default wants a divisor."""
+    counts = [num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)]
+    stages = ["t" * count for count in counts]
+    stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"
+    return "|".join(stages)

@@ -69,6 +69,7 @@ def report_cross_entropy(
     Raises:
         ValueError: the cross-entropy is not finite. The same on every rank.
     """
+    assert features.final_SBT is not None
     result = linear_kl(
         None,
         None,

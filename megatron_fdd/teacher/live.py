@@ -1,4 +1,4 @@
-"""A teacher that runs beside the student, on the same ranks, one micro-batch at a time."""
+"""A teacher that runs beside the student on the same ranks, without a pipeline: one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_fdd.data.batch import Batch
 from megatron_fdd.teacher import TeacherFeatures
 
 
@@ -16,29 +17,27 @@ class LiveTeacher:
 
     Args:
         model: from `build_teacher`.
-        layers: sampled layers, 0-based, in depth order.
+        layers: the sampled layer of each pair, 0-based, in depth order.
     """
 
     def __init__(self, model: GPTModel, layers: Sequence[int]) -> None:
         self.model = model
-        self._layers = set(layers)
+        self._layers = list(layers)
 
     @torch.no_grad()
-    def features(
-        self, tokens_BS: Tensor, position_ids_BS: Tensor, attention_mask: Tensor | None
-    ) -> TeacherFeatures:
+    def features(self, _index: int, batch: Batch) -> TeacherFeatures:
         """Hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
         output = self.model(
-            tokens_BS,
-            position_ids_BS,
-            attention_mask,
-            extra_block_kwargs={"extract_layer_indices": self._layers},
-            output_processor=_hidden_states,
+            batch.tokens_BS,
+            batch.position_ids_BS,
+            batch.attention_mask,
+            extra_block_kwargs={"extract_layer_indices": set(self._layers)},
+            output_processor=stop_before_head,
         )
         final_SBT, taps_SBT = output if self._layers else (output, ())
-        return TeacherFeatures(final_SBT, tuple(taps_SBT))
+        return TeacherFeatures(final_SBT, dict(enumerate(taps_SBT)))
 
 
-def _hidden_states(*, hidden_states: Tensor, **_: object) -> Tensor:
-    """Stop in front of the head: no logits of the teacher are ever formed."""
+def stop_before_head(*, hidden_states: Tensor, **_: object) -> Tensor:
+    """GPTModel's `output_processor`: no logits of the teacher are ever formed."""
     return hidden_states

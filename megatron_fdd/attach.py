@@ -1,0 +1,39 @@
+"""A loss that lives on an inner pipeline stage: injected where its activation is, by the stage's own output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+
+def attach_loss(output: Tensor, loss: Tensor, grad_scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """`output`, unchanged, whose backward pass also starts `loss`'s.
+
+    Args:
+        output: what the stage sends on.
+        loss: scalar; it receives the gradient 1, times the loss scale as Megatron applies it on the last stage.
+        grad_scale: the model config's `grad_scale_func`.
+
+    Megatron frees stage outputs once they are sent and refuses views, hence the last line.
+    """
+    scale = torch.ones((), device=loss.device)
+    if grad_scale is not None:
+        scale = grad_scale(scale)
+    return make_viewless_tensor(_Attach.apply(output, loss, scale), requires_grad=True, keep_graph=True)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype = loss.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return gradient, scale.to(ctx.loss_dtype), None
