@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.models.gpt import GPTModelConfig
@@ -206,11 +209,15 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     return config
 
 
-def stage_layers(args: argparse.Namespace) -> tuple[int, ...]:
-    """How many layers each pipeline stage of the model holds that these arguments describe."""
-    config = model_config(args).transformer
-    stages = range(args.pipeline_model_parallel_size)
-    return tuple(get_num_layers_to_build(config, None, stage) for stage in stages)
+def stage_layers(config: TransformerConfig) -> tuple[int, ...]:
+    """How many layers each pipeline stage holds of a model with this configuration."""
+    stages = range(config.pipeline_model_parallel_size)
+    layout = config.pipeline_model_parallel_layout
+    if layout is None:
+        return tuple(get_num_layers_to_build(config, None, stage) for stage in stages)
+    # With a layout Megatron's function answers for the calling rank, whatever stage it is asked about.
+    assert isinstance(layout, PipelineParallelLayerLayout)
+    return tuple(layout.layout[stage][0].count(LayerType.decoder) for stage in stages)
 
 
 def check_length(args: argparse.Namespace, whose: str, positions: int | None) -> None:

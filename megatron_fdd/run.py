@@ -20,6 +20,7 @@ from megatron_fdd.arguments import (
     check_same_model,
     complete_student_args,
     force_values,
+    model_config,
     refuse,
     stage_layers,
 )
@@ -94,8 +95,8 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     if teacher is not None:
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
-    student_layers = stage_layers(args)
-    teacher_layers = () if teacher is None else stage_layers(teacher)
+    student_layers = stage_layers(model_config(args).transformer)
+    teacher_layers = () if teacher is None else stage_layers(model_config(teacher).transformer)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
     plan = Plan(config, pairs, student_layers, teacher_layers, vocab_size, args.padded_vocab_size)

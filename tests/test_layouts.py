@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_fdd.arguments import stage_layers
 from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
 from megatron_fdd.layer_plan import LayerPair, Plan
@@ -96,8 +95,8 @@ def run_step(case: Case) -> Result:
     plan = Plan(
         config,
         pairs,
-        student_layers=stage_layers(unwrap_model(model).config, topology),
-        teacher_layers=stage_layers(teacher_model.config, topology),
+        student_layers=stage_layers(unwrap_model(model).config),
+        teacher_layers=stage_layers(teacher_model.config),
         vocab_size=shard_vocab(case),
         padded_vocab_size=padded_vocab(case.student, topology),
     )
@@ -121,10 +120,6 @@ def run_step(case: Case) -> Result:
         {name: value.item() for name, value in means[0].items()} if means else {},
         {name: value / case.loss_scale for name, value in gradients.items()},
     )
-
-
-def stage_layers(config: TransformerConfig, topology: Topology) -> tuple[int, ...]:
-    return tuple(get_num_layers_to_build(config, None, stage) for stage in range(topology.num_stages))
 
 
 def shard_vocab(case: Case) -> int:
@@ -158,6 +153,10 @@ def assert_equal(result: Result, wanted: Result) -> None:
         assert error <= GRADIENT_TOLERANCE, f"{name}: gradient off by {error:.1e} of its norm"
 
 
+TIED = replace(STUDENT, tied=True)
+OTHER_VOCABULARY = replace(TEACHER, vocab=47)
+EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
+
 FULL_BLOCK = (("recompute_granularity", "full"), ("recompute_method", "block"), ("recompute_num_layers", 3))
 FULL_UNIFORM = (
     ("recompute_granularity", "full"),
@@ -165,13 +164,25 @@ FULL_UNIFORM = (
     ("recompute_num_layers", 1),
 )
 SELECTIVE = (("recompute_granularity", "selective"),)
-TIED = replace(STUDENT, tied=True)
-OTHER_VOCABULARY = replace(TEACHER, vocab=47)
-EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
-
+# Taps on the first and the last layer of a stage, and stages without one: 6 layers are 2+2+1+1 at pp4.
+SPREAD = Terms(pairs=((1, 1), (5, 9)))
+ENDS = Terms(pairs=((2, 3), (3, 5), (6, 10)))
 PIPELINES = {
     "pp2": Case(pp=2),
     "pp3": Case(pp=3),
+    "pp4": Case(pp=4),
+    "pp4-far-apart": Case(pp=4, terms=SPREAD),
+    "pp4-ends": Case(pp=4, terms=ENDS),
+    "pp4-early-taps": Case(pp=4, terms=Terms(pairs=((1, 1), (2, 2)))),
+    "pp2-tp2": Case(tp=2, pp=2),
+    "pp2-tp2-sp": Case(tp=2, pp=2, sequence_parallel=True),
+    "pp2-dp2": Case(pp=2, dp=2),
+    "pp2-tied": Case(pp=2, student=replace(STUDENT, tied=True), teacher=replace(TEACHER, tied=True)),
+    "pp2-full-block": Case(pp=2, recompute=FULL_BLOCK),
+    "pp2-full-uniform": Case(pp=2, recompute=FULL_UNIFORM),
+    "pp2-loss-scale": Case(pp=2, loss_scale=128.0),
+    "pp4-nothing-at-the-end": Case(pp=4, terms=Terms(kd=0.0)),
+    "pp4-all-weights-0": Case(pp=4, terms=Terms(kd=0.0, alpha=0.0, beta=0.0)),
 }
 
 LAYOUTS = PIPELINES | {
@@ -220,6 +231,14 @@ OPTIONS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
     case = LAYOUTS[name]
+    wanted = expected(case)
+    for result in run_on_ranks(run_step, case.layout, {"case": case}):
+        assert_equal(result, wanted)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"live", "live-centred"}))
+def test_every_option_works_across_stages(name: str) -> None:
+    case = Case(pp=3, terms=OPTIONS[name])
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)
