@@ -37,7 +37,10 @@ def find_checkpoint(directory: str, flag: str) -> Path:
         )
     label = (root / _TRACKER).read_text().strip()
     if label != "release" and not label.isdigit():
-        raise ValueError(f"{flag} {directory}: {_TRACKER} says {label!r}, not an iteration or 'release'")
+        raise ValueError(
+            f"{flag} {directory}: {_TRACKER} says {label!r}, not an iteration or 'release'; "
+            "write the number of the newest whole iter_ folder into it"
+        )
     path = root / (label if label == "release" else f"iter_{int(label):07d}")
     _check_files(path, flag)
     return path
