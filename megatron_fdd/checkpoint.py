@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
 
 # What reading a damaged checkpoint raises: whatever pickle meets, or torch's own, which is no Exception.
 DAMAGE = (Exception, CheckpointException)
-_TRACKER = "latest_checkpointed_iteration.txt"
+# What a training checkpoint holds beside the weights.
+_NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+# Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
+RELEASE = "release"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
 def has_checkpoint(directory: str) -> bool:
     """Whether `directory` claims to hold a checkpoint (its tracker file exists)."""
-    return (Path(directory) / _TRACKER).is_file()
+    return (Path(directory) / TRACKER_FILE).is_file()
 
 
 def find_checkpoint(directory: str, flag: str) -> Path:
@@ -32,13 +39,16 @@ def find_checkpoint(directory: str, flag: str) -> Path:
     if not has_checkpoint(directory):
         what = "holds no Megatron checkpoint" if root.is_dir() else "does not exist"
         raise ValueError(
-            f"{flag} {directory}: the folder {what} (no {_TRACKER}); "
+            f"{flag} {directory}: the folder {what} (no {TRACKER_FILE}); "
             "make one with tools/hf_to_mcore.py or name the folder that a run gave to --save"
         )
-    label = (root / _TRACKER).read_text().strip()
-    if label != "release" and not label.isdigit():
-        raise ValueError(f"{flag} {directory}: {_TRACKER} says {label!r}, not an iteration or 'release'")
-    path = root / (label if label == "release" else f"iter_{int(label):07d}")
+    label = (root / TRACKER_FILE).read_text().strip()
+    if label != RELEASE and not label.isdigit():
+        raise ValueError(
+            f"{flag} {directory}: {TRACKER_FILE} says {label!r}, not an iteration or 'release'; "
+            "write the number of the newest whole iter_ folder into it"
+        )
+    path = root / (label if label == RELEASE else f"iter_{int(label):07d}")
     _check_files(path, flag)
     return path
 
@@ -60,6 +70,52 @@ def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
             f"{flag} {path}: stores no arguments, so its architecture is unknown; save it with Megatron"
         )
     return state["args"]
+
+
+def load_weights(model: MegatronModule, path: Path, flag: str, groups: ProcessGroupCollection) -> None:
+    """Fill a stock model from a checkpoint saved at any layout; optimizer and random state are not read.
+
+    Every weight of the checkpoint must be used and every weight of the model filled.
+
+    Collectives: those of `dist_checkpointing.load` over all ranks.
+
+    Raises:
+        ValueError: the two differ, with a list; or the files are damaged. The same on every rank.
+    """
+    metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
+    sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
+    try:
+        state, missing, unexpected = dist_checkpointing.load(
+            {"model": sharded}, str(path), strict="return_all"
+        )
+    except DAMAGE as error:
+        raise ValueError(
+            f"{flag} {path}: its weights are not those that its own arguments describe, or are damaged "
+            f"({cause_of(error)}); convert or copy it again"
+        ) from error
+    unused, unfilled = _weights_only(missing), _weights_only(unexpected)
+    if unused or unfilled:
+        raise ValueError(
+            f"{flag} {path}: the checkpoint and the model that its own arguments describe differ. "
+            f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}."
+        )
+    model.load_state_dict(state["model"], strict=True)
+
+
+def listing(names: list[str], limit: int = 8) -> str:
+    """The first of them, and how many more."""
+    if not names:
+        return "none"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _weights_only(keys: Iterable[str]) -> list[str]:
+    """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
+    return sorted(
+        key
+        for key in keys
+        if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith("_extra_state")
+    )
 
 
 def cause_of(error: BaseException) -> str:

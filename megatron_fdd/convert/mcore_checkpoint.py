@@ -1,4 +1,4 @@
-"""Ordinary Megatron `torch_dist` checkpoints: writing one of a model alone, reading the model out of any."""
+"""Ordinary Megatron `torch_dist` checkpoints: writing one of a model alone, and what one says of its model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
     from megatron.core.transformer.module import MegatronModule
-
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-# Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
-RELEASE = "release"
-# Pickle and torch raise whatever the damage of a file leads to, and torch's own is no Exception.
-_DAMAGE = (Exception, CheckpointException)
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
 def save_model(folder: Path, model: MegatronModule, args: Namespace, groups: Any) -> None:
@@ -27,6 +19,8 @@ def save_model(folder: Path, model: MegatronModule, args: Namespace, groups: Any
     Collectives: those of `dist_checkpointing.save` over all ranks.
     """
     from megatron.core import dist_checkpointing
+
+    from megatron_fdd.checkpoint import RELEASE, TRACKER_FILE
 
     rank_zero = torch.distributed.get_rank() == 0
     target = folder / RELEASE
@@ -44,13 +38,6 @@ def save_model(folder: Path, model: MegatronModule, args: Namespace, groups: Any
     dist_checkpointing.save(state, str(target), content_metadata=metadata)
     if rank_zero:
         (folder / TRACKER_FILE).write_text(RELEASE)
-
-
-def _cause(error: BaseException) -> str:
-    """One line: what went wrong on the first rank that failed, without the tracebacks torch puts into it."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}"
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
@@ -74,30 +61,3 @@ def stored_layout(folder: Path) -> tuple[torch.dtype, int]:
     if stored is None:
         raise ValueError(f"{folder} holds no GPT model: it has no embedding.word_embeddings.weight")
     return stored.dtype, stored.global_shape[0]
-
-
-def load_model(folder: Path, model: MegatronModule, groups: Any) -> None:
-    """Fill the model from a checkpoint saved at any layout; optimizer and random state are not read.
-
-    Collectives: those of `dist_checkpointing.load` over all ranks.
-
-    Raises:
-        ValueError: weights missing on either side, damaged files.
-    """
-    from megatron.core import dist_checkpointing
-
-    metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
-    sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
-    try:
-        state, missing, unexpected = dist_checkpointing.load(
-            {"model": sharded}, str(folder), strict="return_all"
-        )
-    except _DAMAGE as error:
-        raise ValueError(f"{folder} cannot be loaded: {_cause(error)}") from error
-    unused = sorted(key for key in missing if key.startswith(_MODEL_KEYS) and "_extra_state" not in key)
-    if unused or unexpected:
-        raise ValueError(
-            f"{folder} does not hold this model. In the checkpoint only: {', '.join(unused) or 'nothing'}; "
-            f"in the model only: {', '.join(sorted(unexpected)) or 'nothing'}"
-        )
-    model.load_state_dict(state["model"], strict=True)

@@ -21,7 +21,6 @@ from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files, read_json, 
 from megatron_fdd.convert.hf_writer import ShardWriter, check_new_folder, new_folder, parse_size
 from megatron_fdd.convert.mcore_checkpoint import (
     check_architecture,
-    load_model,
     stored_layout,
 )
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, conversion_ranks
@@ -122,8 +121,10 @@ def _prepare(checkpoint: Path, args: Namespace, seed: HfConfig, groups: Any) -> 
             f"{checkpoint} holds {stored_rows} vocabulary rows, fewer than the vocab_size {vocab_size} of the "
             "Hugging Face config; give the model's own config with --hf-config"
         )
+    from megatron_fdd.checkpoint import load_weights
+
     model = build_model(own_args, groups)
-    load_model(checkpoint, model, groups)
+    load_weights(model, checkpoint, "--load", groups)
     export = _Export(model, list(family.table(config)), config, vocab_size, dtype)
     _check_absent_are_zero(export, family)
     return export

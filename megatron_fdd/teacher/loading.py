@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.training.models.gpt import GPTModelBuilder
 from torch.distributed import ReduceOp
 
 from megatron_fdd.arguments import model_config
-from megatron_fdd.checkpoint import DAMAGE, cause_of
+from megatron_fdd.checkpoint import listing, load_weights
 from megatron_fdd.topology import Topology
-
-# What a training checkpoint holds beside the weights.
-_NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 
 
 def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology) -> GPTModel:
@@ -45,44 +40,9 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # rows that only this run pads are in no checkpoint
-    _load_weights(model, checkpoint)
+    load_weights(model, checkpoint, "--teacher-load", topology.collection)
     _check_weights(model, checkpoint, topology)
     return model.eval().requires_grad_(False)
-
-
-def _load_weights(model: GPTModel, checkpoint: Path) -> None:
-    metadata = dist_checkpointing.load_content_metadata(str(checkpoint))
-    request = {"model": model.sharded_state_dict(metadata=metadata)}
-    try:
-        state, missing, unexpected = dist_checkpointing.load(request, str(checkpoint), strict="return_all")
-    except DAMAGE as error:
-        raise ValueError(
-            f"--teacher-load {checkpoint}: its weights are not those that its own arguments describe, "
-            f"or are damaged ({cause_of(error)}); convert or copy it again"
-        ) from error
-    unused = _weights_only(missing)
-    unfilled = _weights_only(unexpected)
-    if unused or unfilled:
-        raise ValueError(
-            f"--teacher-load {checkpoint}: the checkpoint and the model that its own arguments describe differ. "
-            f"In the checkpoint but not used: {_listing(unused)}. In the model but not filled: {_listing(unfilled)}."
-        )
-    model.load_state_dict(state["model"], strict=True)
-
-
-def _weights_only(keys: Iterable[str]) -> list[str]:
-    """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
-    return sorted(
-        key
-        for key in keys
-        if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith("_extra_state")
-    )
-
-
-def _listing(keys: list[str], limit: int = 8) -> str:
-    if not keys:
-        return "none"
-    return ", ".join(keys[:limit]) + (f" and {len(keys) - limit} more" if len(keys) > limit else "")
 
 
 def _check_weights(model: GPTModel, checkpoint: Path, topology: Topology) -> None:
@@ -102,5 +62,5 @@ def _check_weights(model: GPTModel, checkpoint: Path, topology: Topology) -> Non
     if zero or broken:
         raise ValueError(
             f"--teacher-load {checkpoint}: this teacher cannot teach. "
-            f"Weights that are all zero: {_listing(zero)}. Not finite: {_listing(broken)}. Convert it again."
+            f"Weights that are all zero: {listing(zero)}. Not finite: {listing(broken)}. Convert it again."
         )

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fdd import convert, rehearsal
-from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
-from megatron_fdd.convert.mcore_checkpoint import load_model
+from megatron_fdd.checkpoint import find_checkpoint, load_weights, read_checkpoint_args
 from megatron_fdd.convert.mcore_model import build_model
 from tests.convert import toys
 
@@ -37,7 +36,7 @@ def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespac
     sizes = {"tensor_model_parallel_size": size, "tensor_parallel_num_weight_shards": size}
     vars(args).update(**sizes, **changes)
     model = build_model(args, groups)
-    load_model(checkpoint, model, groups)
+    load_weights(model, checkpoint, "--load", groups)
     return model, args
 
 

@@ -35,6 +35,12 @@ def cut(source: Path, target: Path) -> Path:
     return target
 
 
+def with_tracker(source: Path, target: Path, content: str) -> Path:
+    """A copy whose tracker file says `content`."""
+    (copied(source, target) / "latest_checkpointed_iteration.txt").write_text(content)
+    return target
+
+
 def scratched(source: Path, target: Path, key: str) -> Path:
     """A copy in which every byte of the entries whose key starts with `key` is zero."""
     release = copied(source, target) / "release"

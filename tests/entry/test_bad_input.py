@@ -91,6 +91,10 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         lambda toy, folder: ["--load", damage.without_index(toy.student, folder / "s")],
         r"--load .*\.metadata is missing",
     ),
+    "unreadable tracker": (
+        lambda toy, folder: ["--load", damage.with_tracker(toy.student, folder / "s", "")],
+        r"--load .*latest_checkpointed_iteration\.txt says ''.*newest whole iter_ folder",
+    ),
     "empty student folder": (
         lambda toy, folder: ["--load", folder],
         r"--load .* holds no Megatron checkpoint",

@@ -32,23 +32,28 @@ from megatron.core import dist_checkpointing
 
 store = torch.distributed.HashStore()
 torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-state = dist_checkpointing.load_common_state_dict(sys.argv[1])
-args = vars(state["args"])
-metadata = dist_checkpointing.load_tensors_metadata(sys.argv[1])
-weights = dist_checkpointing.load_plain_tensors(sys.argv[1])
-json.dump({
-    "types": sorted({f"{type(value).__module__}.{type(value).__qualname__}" for value in args.values()}),
-    "fdd": {name: value for name, value in args.items() if "fdd" in name or name == "teacher_load"},
-    "consumed": args["consumed_train_samples"],
-    "iteration": state["iteration"],
-    "shapes": {name: list(tensor.global_shape) for name, tensor in metadata.items()},
-    "finite": {name: bool(torch.isfinite(weights[name]).all()) for name in metadata},
-}, sys.stdout)
+
+
+def describe(checkpoint):
+    state = dist_checkpointing.load_common_state_dict(checkpoint)
+    args = vars(state["args"])
+    metadata = dist_checkpointing.load_tensors_metadata(checkpoint)
+    weights = dist_checkpointing.load_plain_tensors(checkpoint)
+    return {
+        "types": sorted({f"{type(value).__module__}.{type(value).__qualname__}" for value in args.values()}),
+        "fdd": {name: value for name, value in args.items() if "fdd" in name or name == "teacher_load"},
+        "consumed": args["consumed_train_samples"],
+        "iteration": state["iteration"],
+        "shapes": {name: list(tensor.global_shape) for name, tensor in metadata.items()},
+        "finite": {name: bool(torch.isfinite(weights[name]).all()) for name in metadata},
+    }
+
+json.dump([describe(checkpoint) for checkpoint in sys.argv[1:]], sys.stdout)
 """
 
 
-def read_without_the_package(checkpoint: Path) -> dict:
-    command = [sys.executable, "-I", "-W", "ignore", "-c", READ, str(checkpoint)]
+def read_without_the_package(*checkpoints: Path) -> list[dict]:
+    command = [sys.executable, "-I", "-W", "ignore", "-c", READ, *map(str, checkpoints)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -56,14 +61,16 @@ def read_without_the_package(checkpoint: Path) -> dict:
 
 def test_loads_where_the_package_cannot_be_imported(toy: Toys, tmp_path: Path) -> None:
     save = ("--save-interval", "3", "--use-distributed-optimizer")
-    plain = toy.command(
-        *save, "--save", tmp_path / "plain", *"--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0".split()
+    no_teacher = "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1".split()
+    trained(
+        toy.command(*save, "--save", tmp_path / "distilled", "--bf16"),
+        toy.command(*save, "--save", tmp_path / "plain", *no_teacher),
     )
-    trained(toy.command(*save, "--save", tmp_path / "distilled", "--bf16"), plain)
-    read = read_without_the_package(tmp_path / "distilled" / "iter_0000003")
-    assert {name.split(".")[0] for name in read["types"]} <= {"builtins", "signal", "torch", "megatron"}
-    assert read["fdd"]["fdd_alpha"] == 1.0
-    assert read["consumed"] == 24
-    assert read["iteration"] == 3
-    assert all(read["finite"].values())
-    assert read["shapes"] == read_without_the_package(tmp_path / "plain" / "iter_0000003")["shapes"]
+    folders = [tmp_path / name / "iter_0000003" for name in ("distilled", "plain")]
+    distilled, plain = read_without_the_package(*folders)
+    assert {name.split(".")[0] for name in distilled["types"]} <= {"builtins", "signal", "torch", "megatron"}
+    assert distilled["fdd"]["fdd_alpha"] == 1.0
+    assert distilled["consumed"] == 24
+    assert distilled["iteration"] == 3
+    assert all(distilled["finite"].values())
+    assert distilled["shapes"] == plain["shapes"]

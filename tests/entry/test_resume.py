@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,24 +22,31 @@ def command(toy: Toys, folder: Path, *more: str) -> list[str]:
     return toy.command(*DISTRIBUTED, *places, "--fdd-metrics-file", folder / "metrics.jsonl", *more)
 
 
-def kill_after_three(folder: Path) -> None:
-    """Make what `--exit-interval 3` left look like a run that was killed in its fourth step."""
-    shutil.rmtree(folder / "iter_0000003")
+def kill_while_writing(folder: Path, iteration: int) -> None:
+    """Make what `--exit-interval 3` left look like a run that was killed as it wrote this iteration's metrics.
+
+    It leaves half of the checkpoint of iteration 4, too, as a run does that was killed a little later.
+    """
+    (folder / "iter_0000003").rename(folder / "iter_0000004")
+    (folder / "iter_0000004" / ".metadata").unlink()
     (folder / "latest_checkpointed_iteration.txt").write_text("2")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 4, "tok')
+    path = folder / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)[: iteration - 1]
+    path.write_text("".join([*whole, f'{{"iteration": {iteration}, "tok']))
 
 
 def metrics(folder: Path) -> list[dict]:
     return without_seconds(read_metrics(folder / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize("precision", [(), ("--bf16",)])
-def test_a_killed_run_resumes_bit_for_bit(precision: tuple[str, ...], toy: Toys, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "torn"), [((), 4), (("--bf16",), 3)])
+def test_a_killed_run_resumes_bit_for_bit(
+    precision: tuple[str, ...], torn: int, toy: Toys, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     trained(command(toy, whole, *precision), command(toy, killed, *precision, "--exit-interval", "3"))
     assert [record["iteration"] for record in metrics(killed)] == [1, 2, 3]
-    kill_after_three(killed)
+    kill_while_writing(killed, torn)
     [endings] = trained(command(toy, killed, *precision))
     assert "at iteration 2" in endings[0].out
     assert len(metrics(whole)) == 6
@@ -56,7 +62,7 @@ def test_a_student_from_scratch_resumes_with_the_same_command(toy: Toys, tmp_pat
         return [*words, *SCRATCH, *DISTRIBUTED, *map(str, places), *more]
 
     trained(scratch(whole), scratch(killed, "--exit-interval", "3"))
-    kill_after_three(killed)
+    kill_while_writing(killed, 4)
     trained(scratch(killed))
     assert len(metrics(whole)) == 6
     assert metrics(killed) == metrics(whole)
@@ -78,9 +84,9 @@ OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size
 @pytest.mark.parametrize("head", ["detached", "live"])
 def test_overlap_changes_nothing(head: str, toy: Toys, tmp_path: Path) -> None:
     plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
-    lens = ("--fdd-lens-head", head, "--eval-interval", "2", "--eval-iters", "1")
+    lens = ("--fdd-lens-head", head, "--train-iters", "4", "--eval-interval", "2", "--eval-iters", "1")
     trained(command(toy, plain, *lens), command(toy, overlapped, *lens, *OVERLAP))
-    assert len(metrics(plain)) == 6
+    assert len(metrics(plain)) == 4
     for record, other in zip(metrics(overlapped), metrics(plain), strict=True):
         assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
 
@@ -88,8 +94,8 @@ def test_overlap_changes_nothing(head: str, toy: Toys, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept", ["--fdd-kd-weight 0", "--fdd-kd-weight 0 --fdd-alpha 0 --fdd-beta 0"])
 def test_overlap_without_the_final_logits(kept: str, toy: Toys, tmp_path: Path) -> None:
     """The head then has no gradient that its bucket could wait for."""
-    trained(command(toy, tmp_path / "overlapped", *kept.split(), *OVERLAP))
-    assert len(metrics(tmp_path / "overlapped")) == 6
+    trained(command(toy, tmp_path / "overlapped", *kept.split(), *OVERLAP, "--train-iters", "3"))
+    assert len(metrics(tmp_path / "overlapped")) == 3
 
 
 def stale_head(model: GPTModel) -> Tensor:

@@ -1,0 +1,252 @@
+"""What each pipeline chunk computes, the bubble of an uneven load, and a split of the layers which evens it out.
+
+Figures are flops of matrix products per token, forward and backward. Tensor, context and data parallelism divide
+all of them alike. A *split* holds the number of layers of each chunk, `split[stage][virtual]`; layers run through
+all stages of virtual stage 0, then of 1, and so on: *chunk order*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_fdd.config import DivergenceName, FddConfig
+
+Split = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """One model, enough to count its matrix products.
+
+    Attributes:
+        ffn: width of the feed-forward layer that a token passes; of a mixture of experts, all it is routed to.
+        groups: key-value heads.
+        vocab: rows of the head that count, over all tensor ranks.
+        gated: whether the feed-forward layer has three matrices.
+    """
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_width: int
+    vocab: int
+    gated: bool
+    seq_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFlops:
+    """Forward and backward of one layer of the student, of one tap, and of the final terms."""
+
+    layer: int
+    tap: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLoad:
+    """What one chunk does for each token of the student's schedule."""
+
+    stage: int
+    virtual: int
+    layers: int
+    taps: int
+    body_flops: int
+    tap_flops: int
+    head_flops: int
+
+    @property
+    def flops(self) -> int:
+        """All of it."""
+        return self.body_flops + self.tap_flops + self.head_flops
+
+
+def layer_flops(shape: ModelShape) -> int:
+    """One layer forward: its matrices, and the scores and values of causal attention."""
+    attention = shape.hidden * shape.head_width * (2 * shape.heads + 2 * shape.groups)
+    feed_forward = shape.hidden * shape.ffn * (3 if shape.gated else 2)
+    # Two products of 2 * seq_length * width, of which the causal mask leaves half.
+    return 2 * (attention + feed_forward) + 2 * shape.seq_length * shape.heads * shape.head_width
+
+
+def linear_kl_flops(
+    student: ModelShape, teacher: ModelShape | None, divergence: DivergenceName | None, *, trains_head: bool
+) -> int:
+    """One call of `ops.linear_kl` and its backward pass (log-sum-exps at another temperature left out)."""
+    product = 2 * student.vocab * student.hidden
+    logits = product + (2 * student.vocab * teacher.hidden if teacher else 0)
+    num_sweeps = 1 if divergence in (None, "fkl", "rkl") else 2
+    if trains_head:  # one more sweep, for the gradients of hidden states and head
+        return (num_sweeps + 1) * logits + 2 * product
+    # p_S W_S, and with a divergence p_T W_S or what takes its place.
+    return num_sweeps * logits + (2 if divergence else 1) * product
+
+
+def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
+    """The units of a run. The teacher's own layers are left out: they run before the student's schedule.
+
+    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary.
+    """
+    tap = head = 0
+    if config.alpha > 0 or (config.beta > 0 and config.delta == "logprob"):
+        divergence = config.trajectory_divergence if config.alpha > 0 else None
+        tap = linear_kl_flops(student, teacher, divergence, trains_head=config.lens_head == "live")
+    if config.kd_weight > 0:
+        head = linear_kl_flops(student, teacher, config.kd_divergence, trains_head=True)
+    elif config.ce_weight > 0:
+        head = linear_kl_flops(student, None, None, trains_head=True)
+    return TokenFlops(layer=3 * layer_flops(student), tap=tap, head=head)
+
+
+def chunk_loads(flops: TokenFlops, split: Split, tapped_layers: Sequence[int]) -> list[ChunkLoad]:
+    """The load of every chunk, in chunk order. `tapped_layers` are 0-based layers of the student."""
+    loads: list[ChunkLoad] = []
+    first = 0
+    last = (len(split) - 1, len(split[0]) - 1)
+    for virtual in range(len(split[0])):
+        for stage in range(len(split)):
+            layers = split[stage][virtual]
+            taps = sum(first <= layer < first + layers for layer in tapped_layers)
+            head = flops.head if (stage, virtual) == last else 0
+            loads.append(
+                ChunkLoad(stage, virtual, layers, taps, layers * flops.layer, taps * flops.tap, head)
+            )
+            first += layers
+    assert sum(load.taps for load in loads) == len(tapped_layers), f"{tapped_layers} beyond {first} layers"
+    return loads
+
+
+def bubble_fraction(loads: Sequence[ChunkLoad], num_microbatches: int) -> float:
+    """Share of a step in which the average stage waits for another: Megatron's 1F1B or interleaved order, replayed.
+
+        bubble = 1 - (micro-batches * mean load of a stage) / (end of the last backward pass)
+
+    With equal chunks the waiting is the usual (p - 1) / (m * virtual) of the busy time. With one virtual stage the
+    step takes about m * (heaviest stage) + (sum of the others). With more, a heavy chunk delays also the other
+    chunks of its stage, so equal stages made of unequal chunks can wait long. Sends take no time here; a third of
+    body and head is forward, and all of a tap, as a constant lens has it.
+    """
+    num_stages, num_chunks = loads[-1].stage + 1, len(loads)
+    forward = [load.body_flops / 3 + load.tap_flops + load.head_flops / 3 for load in loads]
+    backward = [load.flops - part for load, part in zip(loads, forward, strict=True)]
+    durations = forward + backward[::-1]
+    queues = [
+        iter(stage_tasks(stage, num_stages, num_chunks, num_microbatches)) for stage in range(num_stages)
+    ]
+    tasks = [next(queue, None) for queue in queues]
+    ends: dict[tuple[int, int], float] = {}
+    clocks = [0.0] * num_stages
+    while any(tasks):
+        num_done = len(ends)
+        for stage, queue in enumerate(queues):
+            while (task := tasks[stage]) is not None:
+                step, microbatch = task
+                ready = ends.get((step - 1, microbatch)) if step else 0.0
+                if ready is None:
+                    break
+                clocks[stage] = ends[task] = max(clocks[stage], ready) + durations[step]
+                tasks[stage] = next(queue, None)
+        assert len(ends) > num_done, "the stages wait for each other"
+    busy = num_microbatches * sum(durations) / num_stages
+    return 1 - busy / max(clocks) if busy else 0.0
+
+
+def stage_tasks(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[tuple[int, int]]:
+    """What a stage runs in a step, in Megatron's order: (step of the way, micro-batch).
+
+    A micro-batch's way has 2 * num_chunks steps: forward through the chunks, then backward.
+    """
+    virtual = num_chunks // num_stages
+    forward, backward = [], []
+    for first in range(0, num_microbatches, num_stages):
+        group = range(first, min(first + num_stages, num_microbatches))
+        for chunk in range(stage, num_chunks, num_stages):
+            forward += [(chunk, microbatch) for microbatch in group]
+        for chunk in reversed(range(stage, num_chunks, num_stages)):
+            backward += [(2 * num_chunks - 1 - chunk, microbatch) for microbatch in group]
+    num_ahead = num_stages - stage - 1
+    if virtual > 1:
+        num_ahead = 2 * num_ahead + (virtual - 1) * num_stages
+    steady = forward[num_ahead:]
+    paired = [task for pair in zip(steady, backward, strict=False) for task in pair]
+    return forward[:num_ahead] + paired + backward[len(steady) :]
+
+
+def even_split(num_layers: int, num_stages: int, virtual: int) -> list[list[int]]:
+    """Megatron's default, the same number of layers for each chunk; a remainder goes to the first chunks."""
+    size, rest = divmod(num_layers, num_stages * virtual)
+    sizes = [size + (chunk < rest) for chunk in range(num_stages * virtual)]
+    return [sizes[stage::num_stages] for stage in range(num_stages)]
+
+
+def balanced_split(
+    flops: TokenFlops, num_layers: int, num_stages: int, virtual: int, tapped_layers: Sequence[int]
+) -> list[list[int]]:
+    """The split whose heaviest chunk is lightest, by dynamic programming over the chunks. Ties: the more even.
+
+    The heaviest chunk, not the heaviest stage: see `bubble_fraction`. Every chunk gets a layer, unless there are
+    fewer layers than chunks.
+    """
+    num_chunks = num_stages * virtual
+    smallest = int(num_layers >= num_chunks)
+    taps_below = [sum(layer < end for layer in tapped_layers) for end in range(num_layers + 1)]
+    # Layers placed -> heaviest chunk so far, sum of squares (the evenness), sizes of the chunks.
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
+    for num_later in reversed(range(num_chunks)):
+        extended: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for start, (heaviest, squares, sizes) in best.items():
+            first_end = start + smallest if num_later else num_layers
+            for end in range(first_end, num_layers - smallest * num_later + 1):
+                load = (end - start) * flops.layer + (taps_below[end] - taps_below[start]) * flops.tap
+                load += 0 if num_later else flops.head
+                candidate = (max(heaviest, load), squares + load * load, (*sizes, end - start))
+                extended[end] = min(candidate, extended.get(end, candidate))
+        best = extended
+    sizes = best[num_layers][2]
+    return [list(sizes[stage::num_stages]) for stage in range(num_stages)]
+
+
+def layout_string(split: Split) -> str:
+    """A split as Megatron's `--pipeline-model-parallel-layout` wants it: `Ettt|tttt|tttt|tL`."""
+    chunks = ["t" * stage[virtual] for virtual in range(len(split[0])) for stage in split]
+    return f"E{'|'.join(chunks)}L"
+
+
+def describe_balance(
+    flops: TokenFlops, split: Split, tapped_layers: Sequence[int], num_microbatches: int
+) -> list[str]:
+    """Lines for the dry run: the load of each stage, the bubble, and the flag that shrinks it.
+
+    Args:
+        split: what the run uses. One stage: nothing to say.
+    """
+    num_stages = len(split)
+    if num_stages == 1:
+        return []
+    loads = chunk_loads(flops, split, tapped_layers)
+    lines = ["  load of each pipeline stage, GFLOP per token, forward and backward:"]
+    for stage in range(num_stages):
+        own = [load for load in loads if load.stage == stage]
+        layers, taps = "+".join(str(load.layers) for load in own), sum(load.taps for load in own)
+        total, tap = sum(load.flops for load in own), sum(load.tap_flops for load in own)
+        lines.append(
+            f"    stage {stage}: {layers} layer(s), {taps} tap(s): "
+            f"{total / 1e9:.3g} with taps, {(total - tap) / 1e9:.3g} without"
+        )
+    bubble = bubble_fraction(loads, num_microbatches)
+    without = bubble_fraction(chunk_loads(flops, split, ()), num_microbatches)
+    lines.append(
+        f"  bubble with {num_microbatches} micro-batch(es): {bubble:.1%} of a step; without taps {without:.1%}"
+    )
+    num_layers = sum(load.layers for load in loads)
+    better = balanced_split(flops, num_layers, num_stages, len(split[0]), tapped_layers)
+    better_bubble = bubble_fraction(chunk_loads(flops, better, tapped_layers), num_microbatches)
+    if better_bubble >= bubble:
+        return [*lines, "    no better split into as many chunks was found"]
+    return [
+        *lines,
+        f"    {better_bubble:.1%} with --pipeline-model-parallel-layout '{layout_string(better)}'",
+        "    (in place of every other flag that divides layers among stages or virtual stages)",
+    ]
