@@ -32,6 +32,13 @@ ARCHITECTURE = (
     "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
 )  # fmt: skip
 
+
+def _has_virtual_stages(layout: object, num_stages: int) -> bool:
+    return (
+        isinstance(layout, str) and PipelineParallelLayerLayout.get_num_stages_from_str(layout) != num_stages
+    )
+
+
 Refusal = tuple[Callable[[argparse.Namespace], bool], str]
 
 # (when, why and what to do instead); design.md, section 2.
@@ -92,12 +99,13 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda a: (
-            a.virtual_pipeline_model_parallel_size is not None
-            or a.num_layers_per_virtual_pipeline_stage is not None
+            a.num_layers_per_virtual_pipeline_stage is not None
             or a.num_virtual_stages_per_pipeline_rank is not None
+            or _has_virtual_stages(a.pipeline_model_parallel_layout, a.pipeline_model_parallel_size)
         ),
         "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, "
-        "--num-virtual-stages-per-pipeline-rank) are not supported yet; use plain pipeline stages",
+        "--num-virtual-stages-per-pipeline-rank, or a --pipeline-model-parallel-layout with more parts than "
+        "stages) are not supported yet; use plain pipeline stages",
     ),
     (
         lambda a: a.pipeline_model_parallel_size > 1 and a.fdd_lens_head == "live",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megatron_fdd.balance import ModelShape, describe_balance, token_flops
 from megatron_fdd.config import FddConfig
 from megatron_fdd.layer_plan import LayerPair, Plan
 
@@ -21,7 +22,8 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += _pairs(plan.config, plan.pairs)
     lines += _ranks(plan, args)
-    lines += _memory(plan.config, plan.pairs, args, teacher)
+    lines += _memory(plan, args, teacher)
+    lines += _balance(plan, args, teacher)
     return "\n".join(lines)
 
 
@@ -66,41 +68,68 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _memory(
-    config: FddConfig,
-    pairs: Sequence[LayerPair],
-    args: argparse.Namespace,
-    teacher: argparse.Namespace | None,
-) -> list[str]:
-    tensor = args.tensor_model_parallel_size
-    token_rows = args.seq_length * args.micro_batch_size // (tensor if args.sequence_parallel else 1)
-    bytes_each = 2 if args.bf16 or args.fp16 else 4
-    student_width = args.hidden_size
-    figures = {"student head": args.padded_vocab_size // tensor * student_width * bytes_each}
+def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
+    """Estimates for the stage that holds most."""
+    config, tensor, stages = plan.config, args.tensor_model_parallel_size, len(plan.student_layers)
+    rows = args.seq_length * args.micro_batch_size
+    own_rows = rows // (tensor if args.sequence_parallel else 1)
+    bytes_each, width = 2 if args.bf16 or args.fp16 else 4, args.hidden_size
+    figures = {"student head": args.padded_vocab_size // tensor * width * bytes_each}
     if teacher is not None:
-        teacher_width = teacher.hidden_size
-        figures["teacher weights"] = count_parameters(teacher) // tensor * bytes_each
-        figures["  of these its head"] = args.padded_vocab_size // tensor * teacher_width * bytes_each
-        figures["taps of one micro-batch, both models, float32"] = (
-            len(pairs) * token_rows * (teacher_width + student_width) * 4
+        taps = max(len(chunk.pairs) for chunk in plan.chunks)
+        held = max(len(chunk.teacher_pairs) for chunk in plan.chunks)
+        figures["teacher weights"] = count_parameters(teacher) // (tensor * stages) * bytes_each
+        figures["teacher head (with one stage part of its weights)"] = (
+            args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
         )
-        # Two [N, d_S] gradients a tap from the forward pass, kept until the backward pass.
-        gradients = 2 if config.beta > 0 and config.delta == "logprob" else 1
-        figures["gradients kept from the forward pass, float32"] = (
-            gradients
-            * len(pairs)
-            * token_rows
-            * (tensor if args.sequence_parallel else 1)
-            * student_width
-            * 4
+        # Under a pipeline the teacher runs all micro-batches of a step first; else one at a time.
+        kept = _micro_batches(args) if stages > 1 else 1
+        figures[f"teacher taps, {held} x {kept} micro-batch(es)"] = (
+            held * kept * own_rows * teacher.hidden_size * bytes_each
         )
+        figures[f"features of {taps} tap(s), both models, float32"] = (
+            taps * own_rows * (teacher.hidden_size + width) * 4
+        )
+        # [N, d_S] sums a tap from the forward pass, kept until the backward pass.
+        sums = 2 if config.beta > 0 and config.delta == "logprob" else 1
+        figures["gradients kept from the forward pass, float32"] = sums * taps * rows * width * 4
         if config.beta > 0:
-            figures["Gram matrices, float32"] = 4 * (
-                teacher_width**2 + teacher_width * student_width + student_width**2
-            )
+            grams = teacher.hidden_size**2 + teacher.hidden_size * width + width**2
+            figures["Gram matrices, float32"] = 4 * grams
     return ["  estimated memory per rank, MiB:"] + [
         f"    {name}: {size / _MIB:.1f}" for name, size in figures.items()
     ]
+
+
+def _micro_batches(args: argparse.Namespace) -> int:
+    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+
+
+def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
+    """Load of each pipeline stage with and without its taps, and a split that evens it out."""
+    if len(plan.student_layers) == 1:
+        return []
+    shapes = [
+        None if each is None else _shape(each, plan.vocab_size, args.seq_length) for each in (args, teacher)
+    ]
+    assert shapes[0] is not None
+    flops = token_flops(shapes[0], shapes[1], plan.config)
+    layers = [pair.student_layer for pair in plan.pairs]
+    return describe_balance(flops, [[count] for count in plan.student_layers], layers, _micro_batches(args))
+
+
+def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelShape:
+    heads = args.num_attention_heads
+    return ModelShape(
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        heads=heads,
+        groups=args.num_query_groups if args.group_query_attention else heads,
+        head_width=args.kv_channels or args.hidden_size // heads,
+        vocab=vocab_size,
+        gated=args.swiglu,
+        seq_length=seq_length,
+    )
 
 
 def count_parameters(args: argparse.Namespace) -> int:
