@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_fdd.config import FddConfig, parse_layer_pairs
-from megatron_fdd.layer_plan import LayerPair, check_recompute_keeps_taps, plan_pairs, sample_blocks
+from megatron_fdd.layer_plan import LayerPair, Plan, check_recompute_keeps_taps, plan_pairs, sample_blocks
 
 TEACHER = {"teacher_load": "somewhere"}
 
@@ -85,10 +85,47 @@ def test_pairs_are_read() -> None:
     "recompute", [("full", "uniform", 1), ("full", "block", 2), ("selective", None, None)]
 )
 def test_harmless_recompute_passes(recompute: tuple[str, str | None, int | None]) -> None:
-    check_recompute_keeps_taps([0, 2, 4], 6, recompute)
+    check_recompute_keeps_taps([0, 2, 4], [6], recompute)
 
 
 def test_uniform_groups_keep_only_their_ends() -> None:
-    check_recompute_keeps_taps([1, 3, 6], 7, ("full", "uniform", 2))  # 7 is the short last group's end
+    check_recompute_keeps_taps([1, 3, 6], [7], ("full", "uniform", 2))  # 7 is the short last group's end
     with pytest.raises(ValueError, match=r"hides the tapped blocks \[1, 3\]"):
-        check_recompute_keeps_taps([0, 1, 2], 6, ("full", "uniform", 2))
+        check_recompute_keeps_taps([0, 1, 2], [6], ("full", "uniform", 2))
+    # Groups begin anew on each stage: blocks 2, 3 | 5, 6 are ends.
+    check_recompute_keeps_taps([1, 2, 4, 5], [3, 3], ("full", "uniform", 2))
+    with pytest.raises(ValueError, match=r"hides the tapped blocks \[4\]"):
+        check_recompute_keeps_taps([1, 3], [3, 3], ("full", "uniform", 2))
+
+
+def plan(pairs: list[tuple[int, int]], student: list[int], teacher: list[int], beta: float = 1.0) -> Plan:
+    config = FddConfig(layer_pairs=tuple(pairs), beta=beta, **TEACHER)
+    found = plan_pairs(config, sum(student), sum(teacher))
+    return Plan(config, found, tuple(student), tuple(teacher), 100, 128)
+
+
+def test_each_stage_knows_its_taps_and_carries() -> None:
+    chunks = plan([(2, 3), (3, 6), (7, 9)], student=[2, 2, 2, 2], teacher=[5, 5]).chunks
+    assert [chunk.pairs for chunk in chunks] == [(0,), (1,), (), (2,)]
+    assert [chunk.carry_in for chunk in chunks] == [None, 0, 1, 1]
+    assert [chunk.carry_out for chunk in chunks] == [0, 1, 1, None]
+    # A stage that only passes a carry on needs nothing of the teacher.
+    assert [chunk.teacher_pairs for chunk in chunks] == [(0,), (0, 1), (), (1, 2)]
+    assert [chunk.is_last for chunk in chunks] == [False, False, False, True]
+
+
+def test_without_the_delta_nothing_is_carried() -> None:
+    chunks = plan([(2, 3), (7, 9)], student=[4, 4], teacher=[10], beta=0.0).chunks
+    assert {chunk.carry_in for chunk in chunks} | {chunk.carry_out for chunk in chunks} == {None}
+
+
+def test_a_large_layout_is_consistent() -> None:
+    large = plan([(6, 16), (12, 32), (18, 48), (24, 64)], student=[4] * 8, teacher=[10] * 8)
+    assert large.teacher_stages == (1, 3, 4, 6)
+    assert sorted(index for chunk in large.chunks for index in chunk.pairs) == [0, 1, 2, 3]
+    for before, after in zip(large.chunks, large.chunks[1:], strict=False):
+        assert before.carry_out == after.carry_in
+    first, last = large.chunks[0], large.chunks[-1]
+    assert first.carry_in is None
+    assert last.carry_out is None
+    assert [chunk.carry_out for chunk in large.chunks] == [None, 0, 1, 1, 2, None, None, None]

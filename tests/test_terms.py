@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 import tests.test_layouts as layouts
+from megatron_fdd import carry, distill, student
+from megatron_fdd.attach import attach_loss
+from megatron_fdd.data.batch import Batch
 from megatron_fdd.layer_plan import LayerPair
+from megatron_fdd.lens import Lens
+from megatron_fdd.lens_copies import LensCopies
+from megatron_fdd.losses import TokenWeights
+from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.student import StudentStep
 from tests import reference
@@ -105,6 +113,28 @@ def count_padding(padded: int, _vocab: int, topology: layouts.Topology) -> Vocab
     return VocabShard(topology.tensor_rank * rows, rows, topology.tensor_group, topology.sequence_parallel)
 
 
+def attach_twice(output: Tensor, loss: Tensor, grad_scale: Any) -> Tensor:
+    return attach_loss(attach_loss(output, loss, grad_scale), loss, grad_scale)
+
+
+def rounded_rows(value_M: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return to_rows(value_M.bfloat16().float(), width, dtype)
+
+
+def ignore_mask(self: StudentStep, batch: Batch) -> TokenWeights:
+    weights = real_token_weights(self, batch)
+    if self._objective.chunk.is_last:
+        return weights
+    return TokenWeights(torch.ones_like(weights.label_N), torch.ones_like(weights.term_N))
+
+
+def send_other_head(self: LensCopies, lens: Lens | None, like: Lens | None) -> Lens | None:
+    copy = real_refresh(self, lens, like)
+    return copy if copy is None or lens is not None else replace(copy, head_WH=copy.head_WH * 1.01)
+
+
+real_token_weights, real_refresh = StudentStep.token_weights, LensCopies.refresh
+
 # What to break, by the name of what it breaks.
 MUTATIONS = {
     "statistics are not gathered": (VocabShard, "stack", stack_nothing),
@@ -112,20 +142,28 @@ MUTATIONS = {
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
     "mask in the wrong order": (StudentStep, "rows", batch_major_rows),
-    "padded rows counted": (layouts, "vocab_shard", count_padding),
+    "padded rows counted": (distill, "vocab_shard", count_padding),
+}
+
+
+PIPELINE_MUTATIONS = {
+    "the loss is attached twice": (student, "attach_loss", attach_twice),
+    "the carried lse is bf16": (carry, "to_rows", rounded_rows),
+    "the mask is on the last stage only": (StudentStep, "token_weights", ignore_mask),
+    "the copy of the head is another": (LensCopies, "refresh", send_other_head),
 }
 
 
 def run_broken(case: Case, mutation: str) -> Result:
     """As `run_step`, with one piece of the package broken on purpose."""
-    owner, name, replacement = MUTATIONS[mutation]
+    owner, name, replacement = (MUTATIONS | PIPELINE_MUTATIONS)[mutation]
     with patch.object(owner, name, replacement):
         return run_step(case)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *PIPELINE_MUTATIONS])
 def test_the_central_test_catches(mutation: str) -> None:
-    case = Case(tp=2)
+    case = Case(pp=2) if mutation in PIPELINE_MUTATIONS else Case(tp=2)
     assert case.student.vocab % 8, "there must be padding"
     with pytest.raises(
         (AssertionError, pytest.fail.Exception), match="AssertionError|gradient off|comparison failed"
@@ -137,3 +175,9 @@ def check_broken(case: Case, mutation: str) -> None:
     """The central test's check. The ranks themselves may already notice."""
     for result in run_on_ranks(run_broken, case.layout, {"case": case, "mutation": mutation}):
         assert_equal(result, expected(case))
+
+
+def test_nothing_is_broken_without_a_mutation() -> None:
+    for case in (Case(tp=2), Case(pp=2)):
+        for result in run_on_ranks(run_step, case.layout, {"case": case}):
+            assert_equal(result, expected(case))
