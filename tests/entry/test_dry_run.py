@@ -28,13 +28,27 @@ def test_the_plan_is_all_that_is_printed(toy: Toys) -> None:
     for wanted in (
         r"^ +1 <- 2$",
         r"^ +2 <- 4$",
-        r"2 rank\(s\) = tensor 2 x data 1, sequence parallel on",
+        r"2 rank\(s\) = tensor 2 x pipeline 1 x data 1, sequence parallel on",
         r"tensor rank 0: vocabulary 0\.\.90, 128 rows",
         r"tensor rank 1: padding only, 128 rows",
         r"teacher weights: \d+\.\d",
-        r"taps of one micro-batch.*: \d+\.\d",
+        r"stage 0: student blocks 1\.\.4, taps s1:t2, s2:t4; holds both heads$",
+        r"teacher taps, 2 x 1 micro-batch\(es\): \d+\.\d",
     ):
         assert re.search(wanted, first.out, re.MULTILINE), wanted
+
+
+def test_the_plan_of_a_pipeline_says_who_does_what(toy: Toys) -> None:
+    flags = "--fdd-dry-run --pipeline-model-parallel-size 2 --fdd-layer-pairs 1:2,4:6".split()
+    [endings] = trained(toy.command(*flags))
+    for wanted in (
+        r"stage 0: student blocks 1\.\.2, taps s1:t2; holds both heads; sends on s1:t2$",
+        r"stage 1: student blocks 3\.\.4, taps s4:t6; holds both heads$",
+        r"teacher taps, 2 x 4 micro-batch\(es\): \d+\.\d",
+        r"stage 0: 2 layer\(s\), 1 tap\(s\): [\d.e-]+ with taps, [\d.e-]+ without",
+        r"bubble with 4 micro-batch\(es\): [\d.]+% of a step; without taps [\d.]+%",
+    ):
+        assert re.search(wanted, endings[0].out, re.MULTILINE), wanted
 
 
 def test_without_a_teacher_there_is_a_plan_too(toy: Toys) -> None:

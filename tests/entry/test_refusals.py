@@ -26,7 +26,18 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("--fp8-format hybrid",), r"--fp8-recipe delayed: .*tensorwise"),
     ((), r"soft-capped"),  # 0.19.2 has no flag for it: test_soft_capped_student
     (("--hybrid-layer-pattern M*",), r"--hybrid-layer-pattern: .*GPT-style"),
-    (("--pipeline-model-parallel-size 2",), r"--pipeline-model-parallel-size above 1 .*use tensor"),
+    (
+        ("--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",),
+        r"virtual pipeline stages .*use plain pipeline stages",
+    ),
+    (
+        ("--pipeline-model-parallel-size 2 --fdd-lens-head live",),
+        r"--fdd-lens-head live with --pipeline-model-parallel-size.*use --fdd-lens-head detached",
+    ),
+    (
+        ("--pipeline-model-parallel-size 2 --fp16"),
+        r"--fp16 with --pipeline-model-parallel-size.*use --bf16",
+    ),
     (("--context-parallel-size 2",), r"--context-parallel-size above 1 .*use tensor"),
     (("--num-experts 4", "--expert-model-parallel-size 2"), r"mixture-of-experts students"),
 )
