@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
-from megatron_fdd.arguments import REFUSALS
+from megatron_fdd.arguments import REFUSALS, refuse
 from tests.entry.command import run
 from tests.entry.conftest import Toys
 from tests.entry.test_bad_input import assert_refused
@@ -35,7 +37,7 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
         r"--fdd-lens-head live with --pipeline-model-parallel-size.*use --fdd-lens-head detached",
     ),
     (
-        ("--pipeline-model-parallel-size 2 --fp16"),
+        ("--pipeline-model-parallel-size 2 --fp16",),
         r"--fp16 with --pipeline-model-parallel-size.*use --bf16",
     ),
     (("--context-parallel-size 2",), r"--context-parallel-size above 1 .*use tensor"),
@@ -54,6 +56,18 @@ def test_every_refusal_is_tested() -> None:
     assert len(COMMANDS) == len(REFUSALS)
     for (_, message), (_, pattern) in zip(REFUSALS, COMMANDS, strict=True):
         assert pattern.split(":")[0].split(".*")[0].split(" above")[0] in message
+
+
+class Unset(argparse.Namespace):
+    """Arguments of which nothing is set."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def test_soft_capped_student() -> None:
+    with pytest.raises(ValueError, match="soft-capped head"):
+        refuse(Unset(final_logit_softcapping=30.0))
 
 
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2".split()
