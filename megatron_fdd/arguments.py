@@ -33,12 +33,6 @@ ARCHITECTURE = (
 )  # fmt: skip
 
 
-def _has_virtual_stages(layout: object, num_stages: int) -> bool:
-    return (
-        isinstance(layout, str) and PipelineParallelLayerLayout.get_num_stages_from_str(layout) != num_stages
-    )
-
-
 Refusal = tuple[Callable[[argparse.Namespace], bool], str]
 
 # (when, why and what to do instead); design.md, section 2.
@@ -96,16 +90,6 @@ REFUSALS: tuple[Refusal, ...] = (
     (
         lambda a: a.hybrid_layer_pattern is not None,
         "--hybrid-layer-pattern: only GPTModel offers taps; use a GPT-style student",
-    ),
-    (
-        lambda a: (
-            a.num_layers_per_virtual_pipeline_stage is not None
-            or a.num_virtual_stages_per_pipeline_rank is not None
-            or _has_virtual_stages(a.pipeline_model_parallel_layout, a.pipeline_model_parallel_size)
-        ),
-        "virtual pipeline stages (--num-layers-per-virtual-pipeline-stage, "
-        "--num-virtual-stages-per-pipeline-rank, or a --pipeline-model-parallel-layout with more parts than "
-        "stages) are not supported yet; use plain pipeline stages",
     ),
     (
         lambda a: a.pipeline_model_parallel_size > 1 and a.fdd_lens_head == "live",
@@ -217,15 +201,22 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     return config
 
 
-def stage_layers(config: TransformerConfig) -> tuple[int, ...]:
-    """How many layers each pipeline stage holds of a model with this configuration."""
-    stages = range(config.pipeline_model_parallel_size)
+def chunk_layers(config: TransformerConfig) -> tuple[int, ...]:
+    """How many layers each chunk holds of a model with this configuration, in depth order.
+
+    With virtual stages chunk c is on pipeline stage c % stages.
+    """
+    stages = config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
     layout = config.pipeline_model_parallel_layout
+    order = [(stage, part) for part in range(virtual or 1) for stage in range(stages)]
     if layout is None:
-        return tuple(get_num_layers_to_build(config, None, stage) for stage in stages)
+        return tuple(
+            get_num_layers_to_build(config, None if virtual is None else part, stage) for stage, part in order
+        )
     # With a layout Megatron's function answers for the calling rank, whatever stage it is asked about.
     assert isinstance(layout, PipelineParallelLayerLayout)
-    return tuple(layout.layout[stage][0].count(LayerType.decoder) for stage in stages)
+    return tuple(layout.layout[stage][part].count(LayerType.decoder) for stage, part in order)
 
 
 def check_length(args: argparse.Namespace, whose: str, positions: int | None) -> None:

@@ -34,6 +34,12 @@ def append(hidden_SBH: Tensor, carry: Carry) -> Tensor:
     return torch.cat(parts)
 
 
+def append_nothing(hidden_SBH: Tensor, rows: int) -> Tensor:
+    """Hidden states with `rows` rows of zeros behind them, where every boundary has the same shape."""
+    _, micro_batch, width = hidden_SBH.shape
+    return torch.cat([hidden_SBH, hidden_SBH.new_zeros(rows, micro_batch, width)])
+
+
 def split(tensor: Tensor, sequence: int, *, with_lse: bool) -> tuple[Tensor, Carry]:
     """The inverse of `append`; gradient flows back into `tensor`, the log-sum-exps' in full float32."""
     hidden_SBH, carried_SBH = tensor[:sequence], tensor[sequence : 2 * sequence]

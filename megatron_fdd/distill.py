@@ -8,7 +8,7 @@ takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,12 @@ from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
 from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import read_lens
-from megatron_fdd.objective import Objective
+from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.run import Run, is_first_rank, prepare_run
 from megatron_fdd.schedule import DistillationSteps, installed
-from megatron_fdd.student import StudentStep, Teacher
+from megatron_fdd.student import ChunkStep, StudentStep, Teacher
 from megatron_fdd.teacher.check import report_cross_entropy
 from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.teacher.loading import build_teacher
@@ -91,8 +91,9 @@ class Distillation:
         teacher = None
         if run.teacher is not None and run.teacher_checkpoint is not None:
             teacher = build_teacher(run.teacher, run.teacher_checkpoint, topology)
-        (student,) = unwrap_model(chunks)
-        steps = connect(run.plan, student, teacher, topology, lambda: getattr(run.args, "curr_iteration", 0))
+        steps = connect(
+            run.plan, unwrap_model(chunks), teacher, topology, lambda: getattr(run.args, "curr_iteration", 0)
+        )
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
         steps.report(run.config.metrics_file if writes_metrics else None, stop_at_nan=run.stop_at_nan)
         self._patches.enter_context(installed(steps))
@@ -102,7 +103,7 @@ class Distillation:
 
 def connect(
     plan: Plan,
-    student: GPTModel,
+    students: Sequence[GPTModel],
     teacher: GPTModel | None,
     topology: Topology,
     iteration: Callable[[], int] = lambda: 0,
@@ -110,33 +111,36 @@ def connect(
     """Join this stage's parts of both models into what Megatron's schedule runs.
 
     Args:
-        student, teacher: unwrapped; the teacher frozen, in evaluation mode.
+        students: the student's chunks, by virtual stage, unwrapped.
+        teacher: unwrapped, frozen, in evaluation mode.
         iteration: how many steps have been done.
 
     Collectives: with several pipeline stages those of `PipelineSteps.add_teacher`.
     """
-    chunk = plan.chunks[topology.stage]
     shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
-    objective = Objective(plan.config, plan.pairs, chunk, shard, None)
-    layers = [pair.teacher_layer for pair in plan.pairs]
+    grams = StepGrams(plan.config, shard)
+    objectives = [
+        Objective(plan.config, plan.pairs, chunk, shard, grams) for chunk in plan.chunks_on(topology.stage)
+    ]
     features: Teacher | None = None
     pipeline = None
     if topology.num_stages > 1:
-        rows = plan.padded_vocab_size // topology.tensor_size
-        pipeline = PipelineSteps(student, rows, objective, plan.chunks, topology)
+        pipeline = PipelineSteps(students, objectives, plan, topology)
         if teacher is not None:
-            features = PipelinedTeacher(teacher, layers, plan.teacher_stages, plan.chunks, topology)
+            features = PipelinedTeacher(teacher, plan, topology)
             pipeline.add_teacher(features)
     elif teacher is not None:
-        features = LiveTeacher(teacher, layers)
+        features = LiveTeacher(teacher, [pair.teacher_layer for pair in plan.pairs])
         with_norm = plan.config.lens_norm == "final"
-        objective.teacher_lens = read_lens(teacher, with_norm=with_norm, detached=True)
-    step = StudentStep(objective, features, topology)
-    if objective.teacher_lens is not None and chunk.is_last:
-        step.first_batch_check = partial(
-            report_cross_entropy, lens=objective.teacher_lens, shard=shard, group=topology.rows_group
+        objectives[0].teacher_lens = read_lens(teacher, with_norm=with_norm, detached=True)
+    step = StudentStep(
+        [ChunkStep(each, features, topology, has_one_width=plan.has_one_width) for each in objectives]
+    )
+    if objectives[-1].teacher_lens is not None and objectives[-1].chunk.is_last:
+        step.chunks[-1].first_batch_check = partial(
+            report_cross_entropy, lens=objectives[-1].teacher_lens, shard=shard, group=topology.rows_group
         )
-    return DistillationSteps(step, objective, topology, pipeline, iteration)
+    return DistillationSteps(step, topology, pipeline, iteration)
 
 
 def _carry_companions(run: Run) -> None:

@@ -57,7 +57,8 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
         held = f"vocabulary {first}..{last - 1}" if first < last else "padding only"
         lines.append(f"    tensor rank {rank}: {held}, {shard} rows with padding")
     first_layer = 0
-    for stage, (chunk, count) in enumerate(zip(plan.chunks, plan.student_layers, strict=True)):
+    for index, (chunk, count) in enumerate(zip(plan.chunks, plan.student_layers, strict=True)):
+        stage = index % plan.num_stages
         taps = ", ".join(plan.pairs[index].name for index in chunk.pairs) or "nothing"
         carried = "" if chunk.carry_out is None else f"; sends on {plan.pairs[chunk.carry_out].name}"
         heads = "; holds both heads" if chunk.is_last or chunk.pairs else ""
@@ -70,14 +71,14 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
 
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
     """Estimates for the stage that holds most."""
-    config, tensor, stages = plan.config, args.tensor_model_parallel_size, len(plan.student_layers)
+    config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
     rows = args.seq_length * args.micro_batch_size
     own_rows = rows // (tensor if args.sequence_parallel else 1)
     bytes_each, width = 2 if args.bf16 or args.fp16 else 4, args.hidden_size
     figures = {"student head": args.padded_vocab_size // tensor * width * bytes_each}
     if teacher is not None:
-        taps = max(len(chunk.pairs) for chunk in plan.chunks)
-        held = max(len(chunk.teacher_pairs) for chunk in plan.chunks)
+        taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(stages))
+        held = max(len(plan.teacher_pairs(stage)) for stage in range(stages))
         figures["teacher weights"] = count_parameters(teacher) // (tensor * stages) * bytes_each
         figures["teacher head (with one stage part of its weights)"] = (
             args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
@@ -107,7 +108,7 @@ def _micro_batches(args: argparse.Namespace) -> int:
 
 def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
     """Load of each pipeline stage with and without its taps, and a split that evens it out."""
-    if len(plan.student_layers) == 1:
+    if plan.num_stages == 1:
         return []
     shapes = [
         None if each is None else _shape(each, plan.vocab_size, args.seq_length) for each in (args, teacher)
@@ -115,7 +116,8 @@ def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace |
     assert shapes[0] is not None
     flops = token_flops(shapes[0], shapes[1], plan.config)
     layers = [pair.student_layer for pair in plan.pairs]
-    return describe_balance(flops, [[count] for count in plan.student_layers], layers, _micro_batches(args))
+    split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]
+    return describe_balance(flops, split, layers, _micro_batches(args))
 
 
 def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelShape:

@@ -43,12 +43,14 @@ class ChunkPlan:
         pairs: those whose student layer lies here, in depth order.
         carry_in: the pair before them, whose features arrive from the chunk before; None if none is needed.
         carry_out: the pair whose features go on to the next chunk; None if no later chunk needs one.
+        is_first: holds the embedding.
         is_last: holds the final norm and the head.
     """
 
     pairs: tuple[int, ...]
     carry_in: int | None
     carry_out: int | None
+    is_first: bool
     is_last: bool
 
     @property
@@ -62,13 +64,17 @@ class Plan:
     """All that is decided about the losses of a run before any process group exists.
 
     Attributes:
-        student_layers, teacher_layers: how many layers each pipeline stage holds; no teacher: empty.
+        num_stages: pipeline stages.
+        student_layers: how many layers each chunk of the student holds, in depth order: with virtual stages
+            chunk c is on stage c % num_stages.
+        teacher_layers: how many layers each stage of the teacher holds; no teacher: empty.
         vocab_size: tokens that count in every softmax: what tokenizer and both models share, no padding.
         padded_vocab_size: rows of both heads.
     """
 
     config: FddConfig
     pairs: tuple[LayerPair, ...]
+    num_stages: int
     student_layers: tuple[int, ...]
     teacher_layers: tuple[int, ...]
     vocab_size: int
@@ -76,8 +82,29 @@ class Plan:
 
     @property
     def chunks(self) -> tuple[ChunkPlan, ...]:
-        """The student's chunks, by stage."""
+        """The student's chunks, in depth order."""
         return plan_chunks(self.pairs, self.student_layers, with_delta=self.config.beta > 0)
+
+    def chunks_on(self, stage: int) -> tuple[ChunkPlan, ...]:
+        """A stage's chunks, by virtual stage."""
+        return self.chunks[stage :: self.num_stages]
+
+    @property
+    def tapping_stages(self) -> tuple[int, ...]:
+        """Stages that need the lens."""
+        return tuple(
+            stage for stage in range(self.num_stages) if any(chunk.pairs for chunk in self.chunks_on(stage))
+        )
+
+    def teacher_pairs(self, stage: int) -> set[int]:
+        """Pairs whose teacher features a stage needs."""
+        return {index for chunk in self.chunks_on(stage) for index in chunk.teacher_pairs}
+
+    @property
+    def has_one_width(self) -> bool:
+        """Whether every boundary has the room of a carry: interleaved schedules know one shape only."""
+        is_interleaved = len(self.student_layers) > self.num_stages
+        return is_interleaved and any(chunk.carry_out is not None for chunk in self.chunks)
 
     @property
     def teacher_stages(self) -> tuple[int, ...]:
@@ -107,7 +134,7 @@ def plan_chunks(
         needed = with_delta and 0 < len(before) < len(pairs)
         carries.append(before[-1] if needed else None)
     return tuple(
-        ChunkPlan(chunk, carries[index], carries[index + 1], index == len(held) - 1)
+        ChunkPlan(chunk, carries[index], carries[index + 1], index == 0, index == len(held) - 1)
         for index, chunk in enumerate(held)
     )
 

@@ -6,7 +6,7 @@ are in no module, no optimizer, no checkpoint and no gradient norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,12 +30,12 @@ class LensCopies:
         self._group = group
         self._copy: Lens | None = None
 
-    def refresh(self, lens: Lens | None, like: Lens | None) -> Lens | None:
+    def refresh(self, lens: Lens | None, empty: Callable[[], Lens]) -> Lens | None:
         """The lens of this stage: the owner's own, a fresh copy, or None where nothing is tapped.
 
         Args:
             lens: on the owner, its lens now.
-            like: elsewhere, a lens of the same shapes and dtypes to receive into (see `empty_lens`).
+            empty: makes a lens of the same shapes and dtypes to receive into; called once, where one is needed.
 
         Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
         """
@@ -50,8 +50,7 @@ class LensCopies:
         if stage not in self._stages:
             return None
         if self._copy is None:
-            self._copy = like
-        assert self._copy is not None
+            self._copy = empty()
         for tensor in _tensors(self._copy):
             dist.recv(tensor, group=self._group, group_src=owner)
         return self._copy

@@ -59,11 +59,45 @@ class Carry:
     statistics: TapStatistics | None
 
 
+class StepGrams:
+    """The heads' Gram matrices of the current step, for all chunks of a stage."""
+
+    def __init__(self, config: FddConfig, shard: VocabShard) -> None:
+        self._config = config
+        self._shard = shard
+        self._grams: HeadGrams | None = None
+        self._are_fresh = False
+
+    def begin_step(self) -> None:
+        """The student's head may have changed since the last one."""
+        self._are_fresh = False
+
+    def current(self, heads: HeadPair) -> HeadGrams:
+        """Of the heads as they are in this step; for a live head with a graph of their own each time.
+
+        Collectives over the tensor-parallel group: those of `head_grams`, once per step.
+        """
+        if self._are_fresh and self._config.lens_head == "detached":
+            assert self._grams is not None
+            return self._grams
+        assert heads.teacher_WT is not None
+        self._grams = head_grams(
+            heads.teacher_WT,
+            heads.student_WS,
+            shard=self._shard,
+            centred=self._config.delta == "centred",
+            previous=self._grams,
+        )
+        self._are_fresh = True
+        return self._grams
+
+
 class Objective:
-    """The terms of one chunk and their weighted sum. Holds only the heads' Gram matrices of the current step.
+    """The terms of one chunk and their weighted sum.
 
     Args:
         pairs: all of the run's; `chunk` says which of them this chunk holds.
+        grams: shared by the chunks of a stage.
     """
 
     def __init__(
@@ -72,16 +106,15 @@ class Objective:
         pairs: Sequence[LayerPair],
         chunk: ChunkPlan,
         shard: VocabShard,
-        teacher_lens: Lens | None,
+        grams: StepGrams,
     ) -> None:
         self.config = config
         self.pairs = tuple(pairs)
         self.chunk = chunk
         self.shard = shard
-        self.teacher_lens = teacher_lens
+        self.teacher_lens: Lens | None = None
         self.scale = StepScale()
-        self._grams: HeadGrams | None = None
-        self._grams_are_fresh = False
+        self._grams = grams
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -101,9 +134,9 @@ class Objective:
         return self.config.delta == "logprob"
 
     def begin_step(self, scale: StepScale) -> None:
-        """Start an optimizer (or evaluation) step: the student's head may have changed since the last one."""
+        """Start an optimizer (or evaluation) step."""
         self.scale = scale
-        self._grams_are_fresh = False
+        self._grams.begin_step()
 
     def weight_of(self, name: str) -> float:
         """Factor of a term's token mean in the reported total."""
@@ -201,7 +234,7 @@ class Objective:
             terms += [] if term is None else [term]
             statistics.append(tap_statistics)
         if config.beta > 0 and len(taps) > 1:
-            grams = self._current_grams(heads)
+            grams = self._grams.current(heads)
             terms += delta_terms(
                 taps, statistics, grams, weights, detach_previous=config.delta_detach_previous
             )
@@ -213,22 +246,6 @@ class Objective:
         assert self.teacher_lens is not None
         teacher_NT = self.teacher_lens.features(teacher.taps_SBT[index])
         return Tap(self.pairs[index].name, teacher_NT, lens.features(hidden_SBS))
-
-    def _current_grams(self, heads: HeadPair) -> HeadGrams:
-        """Gram matrices of the heads as they are in this step; in live mode with a graph of their own."""
-        if self._grams_are_fresh and self.config.lens_head == "detached":
-            assert self._grams is not None
-            return self._grams
-        assert heads.teacher_WT is not None
-        grams = head_grams(
-            heads.teacher_WT,
-            heads.student_WS,
-            shard=self.shard,
-            centred=self.config.delta == "centred",
-            previous=self._grams,
-        )
-        self._grams, self._grams_are_fresh = grams, True
-        return grams
 
     def _heads(self, student_WS: Tensor) -> HeadPair:
         teacher_WT = None if self.teacher_lens is None else self.teacher_lens.head_WH

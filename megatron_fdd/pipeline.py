@@ -6,13 +6,15 @@ Nothing of it runs with one stage.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_fdd.carry import carried_rows
-from megatron_fdd.layer_plan import ChunkPlan
+from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import Lens, read_lens
 from megatron_fdd.lens_copies import LensCopies, empty_lens
 from megatron_fdd.objective import Objective
@@ -23,28 +25,21 @@ Shape = tuple[int, int, int]
 
 
 class PipelineSteps:
-    """Prepares one step on this rank's stage, and knows the shapes that its neighbours send.
+    """Prepares one step on this rank's stage, and tells Megatron's schedule the shapes that are sent.
 
     Args:
-        student: this stage's unwrapped GPTModel.
-        head_rows: rows of this rank's head shards, padding included.
-        chunks: the student's plan, by stage.
+        students: this stage's unwrapped chunks, by virtual stage.
+        objectives: one for each.
     """
 
     def __init__(
-        self,
-        student: GPTModel,
-        head_rows: int,
-        objective: Objective,
-        chunks: Sequence[ChunkPlan],
-        topology: Topology,
+        self, students: Sequence[GPTModel], objectives: Sequence[Objective], plan: Plan, topology: Topology
     ) -> None:
-        self._student = student
-        self._head_rows = head_rows
-        self._objective = objective
+        self._student = students[-1]
+        self._objectives = list(objectives)
+        self._plan = plan
         self._topology = topology
-        self._tapping = [stage for stage, chunk in enumerate(chunks) if chunk.pairs]
-        self._copies = LensCopies(self._tapping, topology.pipeline_group)
+        self._copies = LensCopies(plan.tapping_stages, topology.pipeline_group)
         self._teacher: PipelinedTeacher | None = None
 
     def add_teacher(self, teacher: PipelinedTeacher) -> None:
@@ -53,8 +48,10 @@ class PipelineSteps:
         Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
         """
         self._teacher = teacher
-        copies = LensCopies(self._tapping, self._topology.pipeline_group)
-        self._objective.teacher_lens = copies.refresh(*self._own_and_empty_lens(teacher.model))
+        copies = LensCopies(self._plan.tapping_stages, self._topology.pipeline_group)
+        lens = copies.refresh(self._own_lens(teacher.model), partial(self._empty_lens, teacher.model))
+        for objective in self._objectives:
+            objective.teacher_lens = lens
 
     def prepare(
         self, batches: Sequence[Mapping[str, Tensor]], seq_length: int, micro_batch_size: int
@@ -66,14 +63,31 @@ class PipelineSteps:
         """
         if self._teacher is not None:
             self._teacher.run(batches, seq_length, micro_batch_size)
-        if not self._tapping:
+        if not self._plan.pairs:
             return None
         with torch.no_grad():
-            return self._copies.refresh(*self._own_and_empty_lens(self._student))
+            return self._copies.refresh(
+                self._own_lens(self._student), partial(self._empty_lens, self._student)
+            )
 
-    def adjust_shapes(self, received: list[Shape], sent: list[Shape]) -> tuple[list[Shape], list[Shape]]:
-        """Megatron's `adjust_tensor_shapes_fn`: a boundary that carries features is wider on dim 0."""
-        chunk = self._objective.chunk
+    def schedule_keywords(self, seq_length: int) -> dict[str, Any]:
+        """Keywords for Megatron's schedule: how much wider than hidden states a boundary is on dim 0.
+
+        1F1B asks a function for each boundary's shape. Interleaved schedules know one shape, which they take
+        from `seq_length`; each chunk reads its true length from its batch.
+        """
+        if len(self._objectives) == 1:
+            return {"adjust_tensor_shapes_fn": self._adjust_shapes}
+        if not self._plan.has_one_width:
+            return {}
+        ranks = self._topology.tensor_size if self._topology.sequence_parallel else 1
+        sequence, _, _ = self._wider((seq_length // ranks, 1, self._student.config.hidden_size))
+        return {"seq_length": sequence * ranks}
+
+    def _adjust_shapes(self, received: list[Shape], sent: list[Shape]) -> tuple[list[Shape], list[Shape]]:
+        """Megatron's `adjust_tensor_shapes_fn`."""
+        (objective,) = self._objectives
+        chunk = objective.chunk
         return (
             received if chunk.carry_in is None else [self._wider(shape) for shape in received],
             sent if chunk.carry_out is None else [self._wider(shape) for shape in sent],
@@ -82,12 +96,16 @@ class PipelineSteps:
     def _wider(self, shape: Shape) -> Shape:
         sequence, micro_batch, width = shape
         dtype = self._student.config.pipeline_dtype
-        extra = carried_rows(sequence, micro_batch, width, dtype, with_lse=self._objective.carries_lse)
+        with_lse = self._objectives[0].carries_lse
+        extra = carried_rows(sequence, micro_batch, width, dtype, with_lse=with_lse)
         return (sequence + extra, micro_batch, width)
 
-    def _own_and_empty_lens(self, model: GPTModel) -> tuple[Lens | None, Lens | None]:
-        """On the owner, the model's lens now; elsewhere one to receive into."""
-        with_norm = self._objective.config.lens_norm == "final"
-        if self._topology.is_last_stage:
-            return read_lens(model, with_norm=with_norm, detached=True), None
-        return None, empty_lens(model.config, self._head_rows, with_norm=with_norm)
+    def _own_lens(self, model: GPTModel) -> Lens | None:
+        """The model's lens as it is now, on the stage that owns it."""
+        if not self._topology.is_last_stage:
+            return None
+        return read_lens(model, with_norm=self._plan.config.lens_norm == "final", detached=True)
+
+    def _empty_lens(self, model: GPTModel) -> Lens:
+        rows = self._plan.padded_vocab_size // self._topology.tensor_size
+        return empty_lens(model.config, rows, with_norm=self._plan.config.lens_norm == "final")

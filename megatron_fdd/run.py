@@ -18,11 +18,11 @@ from megatron.training.global_vars import set_global_variables
 from megatron_fdd.arguments import (
     check_length,
     check_same_model,
+    chunk_layers,
     complete_student_args,
     force_values,
     model_config,
     refuse,
-    stage_layers,
 )
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.config import FddConfig, add_fdd_args
@@ -95,11 +95,19 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     if teacher is not None:
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
-    student_layers = stage_layers(model_config(args).transformer)
-    teacher_layers = () if teacher is None else stage_layers(model_config(teacher).transformer)
+    student_layers = chunk_layers(model_config(args).transformer)
+    teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
-    plan = Plan(config, pairs, student_layers, teacher_layers, vocab_size, args.padded_vocab_size)
+    plan = Plan(
+        config,
+        pairs,
+        args.pipeline_model_parallel_size,
+        student_layers,
+        teacher_layers,
+        vocab_size,
+        args.padded_vocab_size,
+    )
     return Run(plan, args, teacher, checkpoint, stop_at_nan)
 
 

@@ -18,7 +18,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_fdd.metrics import MetricsFile, step_means
-from megatron_fdd.objective import Objective, StepScale
+from megatron_fdd.objective import StepScale
 from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.student import StudentStep
 from megatron_fdd.topology import Topology
@@ -35,13 +35,11 @@ class DistillationSteps:
     def __init__(
         self,
         step: StudentStep,
-        objective: Objective,
         topology: Topology,
         pipeline: PipelineSteps | None,
         iteration: Callable[[], int] = lambda: 0,
     ) -> None:
         self._step = step
-        self._objective = objective
         self._topology = topology
         self._pipeline = pipeline
         self._iteration = iteration
@@ -76,21 +74,19 @@ class DistillationSteps:
         """
         self._started_s = time.perf_counter()
         lens, ratio = None, 1.0
-        if self._pipeline is not None or self._objective.config.tokens == "all":
+        if self._pipeline is not None or self._step.objective.config.tokens == "all":
             # What comes before the first gradient needs all of the step's batches.
-            batches = [next(keywords["data_iterator"]) for _ in range(keywords["num_microbatches"])]
-            keywords["data_iterator"] = iter(batches)
+            batches, keywords["data_iterator"] = _read_ahead(**keywords)
             ratio = self._label_per_term_token(batches)
             if self._pipeline is not None:
                 lens = self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
-                keywords["adjust_tensor_shapes_fn"] = self._pipeline.adjust_shapes
-        inner = self._objective.config.weight_scale(self._iteration())
-        self._objective.begin_step(StepScale(inner, ratio))
-        self._step.begin_step(lens)
+                keywords |= self._pipeline.schedule_keywords(keywords["seq_length"])
+        inner = self._step.objective.config.weight_scale(self._iteration())
+        self._step.begin_step(StepScale(inner, ratio), lens)
         dicts = schedule(**keywords)
         if keywords.get("collect_non_loss_data"):
             return dicts
-        self._label_tokens, means = step_means(self._objective, self._step.take_sums(), self._topology)
+        self._label_tokens, means = step_means(self._step.objective, self._step.take_sums(), self._topology)
         if self._stop_at_nan and not keywords.get("forward_only"):
             _check_finite(means)
         if not self._topology.is_last_stage:
@@ -133,7 +129,7 @@ class DistillationSteps:
 
     def _label_per_term_token(self, batches: list[dict[str, Tensor]]) -> float:
         """Global ratio of the two token counts. Collectives: one all-reduce of them, where they differ."""
-        if self._objective.config.tokens == "labels":
+        if self._step.objective.config.tokens == "labels":
             return 1.0
         counts = torch.stack(
             [torch.stack([batch["loss_mask"].sum(), batch["token_mask"].sum()]).float() for batch in batches]
@@ -142,6 +138,18 @@ class DistillationSteps:
         torch.distributed.all_reduce(counts, group=self._topology.rows_group)
         label_tokens, term_tokens = counts.tolist()
         return label_tokens / max(term_tokens, 1.0)
+
+
+def _read_ahead(
+    *, data_iterator: Any, num_microbatches: int, **_: Any
+) -> tuple[list[dict[str, Tensor]], Any]:
+    """The step's batches, and iterators over them in place of Megatron's (one per chunk with virtual stages)."""
+    if not isinstance(data_iterator, list):
+        batches = [next(data_iterator) for _ in range(num_microbatches)]
+        return batches, iter(batches)
+    # Every chunk has a loader of its own over the same samples; all must move on alike.
+    by_chunk = [[next(iterator) for _ in range(num_microbatches)] for iterator in data_iterator]
+    return by_chunk[0], [iter(batches) for batches in by_chunk]
 
 
 _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step, or continue from the last checkpoint"

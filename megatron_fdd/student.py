@@ -19,7 +19,7 @@ from megatron_fdd.attach import attach_loss
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.lens import Lens, read_head, read_lens
 from megatron_fdd.losses import LossTerm, TokenWeights
-from megatron_fdd.objective import Carry, Objective
+from megatron_fdd.objective import Carry, Objective, StepScale
 from megatron_fdd.teacher import TeacherFeatures
 from megatron_fdd.topology import Topology
 
@@ -31,12 +31,59 @@ class Teacher(Protocol):
 
 
 class StudentStep:
-    """Megatron's `forward_step_func`: one micro-batch through the teacher and this rank's part of the student."""
+    """Megatron's `forward_step_func`: one micro-batch through the teacher and one chunk of the student.
 
-    def __init__(self, objective: Objective, teacher: Teacher | None, topology: Topology) -> None:
-        self._objective = objective
+    Args:
+        chunks: of this rank, by virtual stage.
+    """
+
+    def __init__(self, chunks: Sequence[ChunkStep]) -> None:
+        self.chunks = list(chunks)
+
+    @property
+    def objective(self) -> Objective:
+        """Of any chunk: names and weights of the terms are the same for all."""
+        return self.chunks[-1].objective
+
+    def begin_step(self, scale: StepScale, lens: Lens | None) -> None:
+        """Forget the last step.
+
+        Args:
+            lens: the student's lens where the stage has a tap and several stages exist.
+        """
+        for chunk in self.chunks:
+            chunk.begin_step(scale, lens)
+
+    def take_sums(self) -> Tensor:
+        """This rank's packed sums (`Objective.sums`) over the step's micro-batches and chunks."""
+        return torch.stack([chunk.take_sums() for chunk in self.chunks]).sum(0)
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        """Returns the loss (a sum over tokens) or the chunk's output, and what Megatron's schedule calls with it."""
+        return self.chunks[unwrap_model(model).vp_stage or 0](data_iterator, model)
+
+
+class ChunkStep:
+    """One micro-batch through one chunk.
+
+    Args:
+        has_one_width: whether every boundary has the room of a carry (`Plan.has_one_width`).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Teacher | None,
+        topology: Topology,
+        *,
+        has_one_width: bool = False,
+    ) -> None:
+        self.objective = objective
         self._teacher = teacher
         self._topology = topology
+        self._has_one_width = has_one_width
         self._layers = {objective.pairs[index].student_layer for index in objective.chunk.pairs}
         self._lens: Lens | None = None
         self._micro_batches = 0
@@ -44,24 +91,20 @@ class StudentStep:
         # Called once, with the features and the labels of the rows of the first batch, where the head is.
         self.first_batch_check: Callable[[TeacherFeatures, Tensor], None] | None = None
 
-    def begin_step(self, lens: Lens | None) -> None:
-        """Forget the last step.
-
-        Args:
-            lens: the copy of the student's lens on a stage without the head; None where the head is, which
-                is read once its new value has arrived.
-        """
+    def begin_step(self, scale: StepScale, lens: Lens | None) -> None:
+        """Forget the last step. The chunk with the head reads its lens itself, once the new value has arrived."""
+        self.objective.begin_step(scale)
         self._lens, self._micro_batches, self._sums = lens, 0, None
 
     def take_sums(self) -> Tensor:
-        """This rank's packed sums (`Objective.sums`) over the step's micro-batches."""
+        """This chunk's packed sums over the step's micro-batches."""
         assert self._sums is not None
         return self._sums
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
-        """Returns the loss (a sum over tokens) or the stage's output, and what Megatron's schedule calls with it."""
+        """As `StudentStep.__call__`."""
         batch = get_batch(data_iterator, torch.cuda.current_device())
         student = unwrap_model(model)
         carried = self._split_input(student, batch)
@@ -73,21 +116,24 @@ class StudentStep:
             extra_block_kwargs={"extract_layer_indices": self._layers},
             output_processor=partial(self._loss, student, batch, teacher, carried),
         )
-        if not self._objective.chunk.is_last:
+        if not self.objective.chunk.is_last:
             output = self._stage_output(student, batch, teacher, carried, *hidden_and_taps(output))
         return output, partial(_report, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
 
     def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
-        """Take the carry off what the stage before has sent, so that the decoder sees hidden states only."""
-        if self._objective.chunk.carry_in is None:
+        """Take off what comes behind the hidden states, so that the decoder sees those only."""
+        chunk, received = self.objective.chunk, student.decoder.input_tensor
+        if chunk.is_first or (chunk.carry_in is None and not self._has_one_width):
             return None
         sequence = batch.tokens_BS.shape[1]
         if self._topology.sequence_parallel:
             sequence //= self._topology.tensor_size
-        hidden_SBH, carried = carry.split(
-            student.decoder.input_tensor, sequence, with_lse=self._objective.carries_lse
+        if chunk.carry_in is None:
+            student.decoder.input_tensor = received[:sequence]
+            return None
+        student.decoder.input_tensor, carried = carry.split(
+            received, sequence, with_lse=self.objective.carries_lse
         )
-        student.decoder.input_tensor = hidden_SBH
         return carried
 
     def _teacher_features(self, batch: Batch) -> TeacherFeatures | None:
@@ -112,7 +158,7 @@ class StudentStep:
         **_: object,
     ) -> Tensor:
         """GPTModel's `output_processor` on the last stage: the loss in place of logits."""
-        objective, config = self._objective, self._objective.config
+        objective, config = self.objective, self.objective.config
         final_SBH, taps_SBH = hidden_and_taps(hidden_states)
         self._lens = read_lens(
             student, with_norm=config.lens_norm == "final", detached=config.lens_head == "detached"
@@ -136,20 +182,26 @@ class StudentStep:
         taps_SBH: Sequence[Tensor],
     ) -> Tensor:
         """Hidden states for the next stage, with this stage's loss attached and the carry behind them."""
-        chunk = self._objective.chunk
+        chunk = self.objective.chunk
         weights = self.token_weights(batch)
         terms: list[LossTerm] = []
         passed_on = carried
         if chunk.pairs:
             terms, passed_on = self._inner_terms(taps_SBH, teacher, carried, weights)
         self._add_sums(terms, weights)
-        total = self._objective.total(terms)
+        total = self.objective.total(terms)
         if total is not None and total.requires_grad:
             hidden_SBH = attach_loss(hidden_SBH, total, student.config.grad_scale_func)
-        if chunk.carry_out is None:
-            return hidden_SBH
-        assert passed_on is not None
-        return carry.append(hidden_SBH, passed_on)
+        if chunk.carry_out is not None:
+            assert passed_on is not None
+            return carry.append(hidden_SBH, passed_on)
+        if self._has_one_width:
+            sequence, micro_batch, width = hidden_SBH.shape
+            rows = carry.carried_rows(
+                sequence, micro_batch, width, hidden_SBH.dtype, with_lse=self.objective.carries_lse
+            )
+            return carry.append_nothing(hidden_SBH, rows)
+        return hidden_SBH
 
     def _inner_terms(
         self,
@@ -158,20 +210,20 @@ class StudentStep:
         carried: Carry | None,
         weights: TokenWeights,
     ) -> tuple[list[LossTerm], Carry | None]:
-        if not self._objective.chunk.pairs:
+        if not self.objective.chunk.pairs:
             return [], None
         assert teacher is not None
         assert self._lens is not None
-        return self._objective.inner(taps_SBH, carried, self._lens, teacher, weights)
+        return self.objective.inner(taps_SBH, carried, self._lens, teacher, weights)
 
     def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
-        sums = self._objective.sums(terms, weights)
+        sums = self.objective.sums(terms, weights)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def token_weights(self, batch: Batch) -> TokenWeights:
         """Which of this rank's rows count, for the cross-entropy and for the other terms."""
         label_N = self.rows(batch.loss_mask_BS).float()
-        if self._objective.config.tokens == "labels":
+        if self.objective.config.tokens == "labels":
             return TokenWeights(label_N, label_N)
         return TokenWeights(label_N, self.rows(batch.token_mask_BS).float())
 

@@ -16,6 +16,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from megatron_fdd.teacher.arguments import even_layout
+from megatron_fdd.teacher.loading import build_stage
 from megatron_fdd.topology import Topology
 from tests.reference import Shape, Weights
 
@@ -23,8 +24,13 @@ from tests.reference import Shape, Weights
 DIVISIBLE_BY = 4
 
 
-def model_config(shape: Shape, topology: Topology, dtype: torch.dtype, **options: object) -> GPTModelConfig:
+def model_config(
+    shape: Shape, topology: Topology, dtype: torch.dtype, *, virtual: int | None = None, **options: object
+) -> GPTModelConfig:
     """The Megatron configuration of `shape` on this layout; `options` go to TransformerConfig."""
+    layout = None
+    if topology.num_stages > 1:
+        layout = even_layout(shape.num_layers, topology.num_stages * (virtual or 1))
     transformer = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
@@ -54,9 +60,11 @@ def model_config(shape: Shape, topology: Topology, dtype: torch.dtype, **options
         apply_rope_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
-        pipeline_model_parallel_layout=(
-            even_layout(shape.num_layers, topology.num_stages) if topology.num_stages > 1 else None
-        ),
+        pipeline_model_parallel_layout=layout,
+        virtual_pipeline_model_parallel_size=virtual,
+        # The only form of interleaved sends that gloo has.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
         deallocate_pipeline_outputs=True,  # as megatron.training always sets it
         finalize_model_grads_func=finalize_model_grads,
         **options,
@@ -89,8 +97,9 @@ def build_student(
     builder = GPTModelBuilder(model_config(shape, topology, dtype, **options))
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {}))
     chunks = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), ddp_config)
-    load_weights(unwrap_model(chunks[0]), weights, topology)
-    return chunks[0]
+    for chunk in chunks:
+        load_weights(unwrap_model(chunk), weights, topology)
+    return chunks
 
 
 def build_frozen(
@@ -100,8 +109,7 @@ def build_frozen(
     model_parallel_cuda_manual_seed(1)
     config = model_config(shape, topology, dtype)
     config.vocab_size = padded_vocab(padded_like, topology)
-    builder = GPTModelBuilder(config)
-    model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).to(dtype)
+    model = build_stage(config, topology).to(dtype)
     load_weights(model, weights, topology)
     return model.eval().requires_grad_(False)
 
@@ -124,27 +132,28 @@ def full_name(model: GPTModel, name: str, weights: Weights) -> str:
     if not name.startswith("decoder.layers."):
         return name
     _, _, layer, rest = name.split(".", 3)
-    return f"decoder.layers.{int(layer) + get_transformer_layer_offset(model.config)}.{rest}"
+    return f"decoder.layers.{int(layer) + get_transformer_layer_offset(model.config, model.vp_stage)}.{rest}"
 
 
-def full_gradients(model: torch.nn.Module, topology: Topology, vocab: int, weights: Weights) -> Weights:
+def full_gradients(
+    chunks: list[torch.nn.Module], topology: Topology, vocab: int, weights: Weights
+) -> Weights:
     """Every parameter's `main_grad` as one full tensor, the same on all ranks."""
     gradients: Weights = {}
-    student = unwrap_model(model)
-    for name, parameter in student.named_parameters():
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(topology.tensor_size)]
-        dist.all_gather(parts, parameter.main_grad.contiguous(), group=topology.tensor_group)
-        full = join(name, parts, parameter)
-        if is_vocabulary(name):
-            assert not full[vocab:].any(), f"{name}: padded rows received gradient"
-            full = full[:vocab]
-        whole = full_name(student, name, weights)
-        # Both ends of the pipeline hold a tied embedding; Megatron has made their gradients equal.
-        gradients[whole] = full.double()
+    for student in unwrap_model(chunks):
+        for name, parameter in student.named_parameters():
+            parts = [torch.empty_like(parameter.main_grad) for _ in range(topology.tensor_size)]
+            dist.all_gather(parts, parameter.main_grad.contiguous(), group=topology.tensor_group)
+            full = join(name, parts, parameter)
+            if is_vocabulary(name):
+                assert not full[vocab:].any(), f"{name}: padded rows received gradient"
+                full = full[:vocab]
+            gradients[full_name(student, name, weights)] = full.double()
     stages: list[Weights] = [{} for _ in range(topology.num_stages)]
     dist.all_gather_object(stages, gradients, group=topology.pipeline_group)
     for other in stages:
         for name in gradients.keys() & other.keys():
+            # Both ends of the pipeline hold a tied embedding; Megatron has made their gradients equal.
             assert torch.equal(gradients[name], other[name]), f"{name} differs between stages"
         gradients |= other
     return gradients

@@ -98,10 +98,16 @@ def test_uniform_groups_keep_only_their_ends() -> None:
         check_recompute_keeps_taps([1, 3], [3, 3], ("full", "uniform", 2))
 
 
-def plan(pairs: list[tuple[int, int]], student: list[int], teacher: list[int], beta: float = 1.0) -> Plan:
+def plan(
+    pairs: list[tuple[int, int]],
+    student: list[int],
+    teacher: list[int],
+    beta: float = 1.0,
+    num_stages: int = 0,
+) -> Plan:
     config = FddConfig(layer_pairs=tuple(pairs), beta=beta, **TEACHER)
     found = plan_pairs(config, sum(student), sum(teacher))
-    return Plan(config, found, tuple(student), tuple(teacher), 100, 128)
+    return Plan(config, found, num_stages or len(student), tuple(student), tuple(teacher), 100, 128)
 
 
 def test_each_stage_knows_its_taps_and_carries() -> None:
@@ -117,6 +123,35 @@ def test_each_stage_knows_its_taps_and_carries() -> None:
 def test_without_the_delta_nothing_is_carried() -> None:
     chunks = plan([(2, 3), (7, 9)], student=[4, 4], teacher=[10], beta=0.0).chunks
     assert {chunk.carry_in for chunk in chunks} | {chunk.carry_out for chunk in chunks} == {None}
+
+
+def test_virtual_stages_go_round_the_stages() -> None:
+    virtual = plan([(1, 1), (4, 5), (7, 9)], student=[2, 2, 2, 2], teacher=[5, 5], num_stages=2)
+    assert [chunk.pairs for chunk in virtual.chunks_on(0)] == [(0,), ()]
+    assert [chunk.pairs for chunk in virtual.chunks_on(1)] == [(1,), (2,)]
+    assert virtual.tapping_stages == (0, 1)
+    assert virtual.teacher_pairs(0) == {0}
+    assert virtual.teacher_pairs(1) == {0, 1, 2}
+    assert virtual.has_one_width
+    assert not plan([(1, 1), (7, 9)], [2, 2, 2, 2], [5, 5], beta=0.0, num_stages=2).has_one_width
+    assert not plan([(1, 1), (7, 9)], [4, 4], [5, 5]).has_one_width
+
+
+def test_every_rank_of_a_large_virtual_layout() -> None:
+    """80 teacher and 32 student layers on 8 stages with 4 virtual ones: one student layer a chunk."""
+    pairs = [(6, 16), (12, 32), (18, 48), (24, 64)]
+    large = plan(pairs, student=[1] * 32, teacher=[10] * 8, num_stages=8)
+    owners = [
+        (stage, index) for stage in range(8) for chunk in large.chunks_on(stage) for index in chunk.pairs
+    ]
+    assert owners == [(1, 2), (3, 1), (5, 0), (7, 3)]
+    for before, after in zip(large.chunks, large.chunks[1:], strict=False):
+        assert before.carry_out == after.carry_in
+    for stage in range(8):
+        for chunk in large.chunks_on(stage):
+            assert set(chunk.teacher_pairs) <= large.teacher_pairs(stage)
+    carried = [chunk.carry_out for chunk in large.chunks]
+    assert carried == [None] * 5 + [0] * 6 + [1] * 6 + [2] * 6 + [None] * 9
 
 
 def test_a_large_layout_is_consistent() -> None:

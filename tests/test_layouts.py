@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_fdd.arguments import stage_layers
+from megatron_fdd.arguments import chunk_layers
 from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
 from megatron_fdd.layer_plan import LayerPair, Plan
@@ -37,6 +37,7 @@ class Case:
 
     tp: int = 1
     pp: int = 1
+    vpp: int | None = None
     dp: int = 1
     sequence_parallel: bool = False
     terms: Terms = Terms()
@@ -45,10 +46,11 @@ class Case:
     recompute: tuple[tuple[str, Any], ...] = ()
     bf16: bool = False
     loss_scale: float = 1.0
+    micro_batches: int = MICRO_BATCHES
 
     @property
     def layout(self) -> Layout:
-        return Layout(tp=self.tp, pp=self.pp, dp=self.dp)
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp, vpp=self.vpp)
 
 
 @dataclass(frozen=True)
@@ -88,33 +90,35 @@ def run_step(case: Case) -> Result:
     if case.loss_scale != 1.0:
         options["grad_scale_func"] = lambda loss: loss * case.loss_scale
     student_weights = reference.random_weights(case.student, 1)
-    model = build_student(case.student, student_weights, topology, dtype, **options)
+    chunks = build_student(case.student, student_weights, topology, dtype, virtual=case.vpp, **options)
     teacher_weights = reference.random_weights(case.teacher, 2)
     teacher_model = build_frozen(case.teacher, teacher_weights, topology, dtype, padded_like=case.student)
     pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
     plan = Plan(
         config,
         pairs,
-        student_layers=stage_layers(unwrap_model(model).config),
-        teacher_layers=stage_layers(teacher_model.config),
+        num_stages=topology.num_stages,
+        student_layers=chunk_layers(unwrap_model(chunks)[0].config),
+        teacher_layers=chunk_layers(teacher_model.config),
         vocab_size=shard_vocab(case),
         padded_vocab_size=padded_vocab(case.student, topology),
     )
-    steps = connect(plan, unwrap_model(model), teacher_model, topology)
-    batches = reference.random_batches(MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
+    steps = connect(plan, unwrap_model(chunks), teacher_model, topology)
+    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
     mine = batches[topology.collection.dp.rank() :: case.dp]
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     means = steps.run(
         get_forward_backward_func(),
         forward_step_func=steps.forward_step,
-        data_iterator=iter(mine),
-        model=model,
+        data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
+        model=chunks,
         num_microbatches=len(mine),
         seq_length=LENGTH,
         micro_batch_size=MICRO_BATCH,
         forward_only=False,
     )
-    gradients = full_gradients(model, topology, case.student.vocab, student_weights)
+    gradients = full_gradients(chunks, topology, case.student.vocab, student_weights)
     assert not any(parameter.grad is not None for parameter in teacher_model.parameters())
     return Result(
         {name: value.item() for name, value in means[0].items()} if means else {},
@@ -130,7 +134,7 @@ def expected(case: Case) -> Result:
     """The float64 reference on all tokens at once."""
     student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
     teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
-    batches = reference.random_batches(MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
+    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
     total, means = reference.distillation_loss(
         case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
     )
@@ -181,6 +185,15 @@ PIPELINES = {
     "pp2-full-block": Case(pp=2, recompute=FULL_BLOCK),
     "pp2-full-uniform": Case(pp=2, recompute=FULL_UNIFORM),
     "pp2-loss-scale": Case(pp=2, loss_scale=128.0),
+    "pp2-vpp3": Case(pp=2, vpp=3),
+    "pp2-vpp2-ends": Case(pp=2, vpp=2, terms=ENDS),
+    "pp2-vpp2-tp2-sp": Case(tp=2, pp=2, vpp=2, sequence_parallel=True),
+    "pp2-vpp2-dp2": Case(pp=2, vpp=2, dp=2, micro_batches=8),
+    "pp2-vpp3-far-apart": Case(pp=2, vpp=3, terms=SPREAD),
+    "pp2-vpp2-no-delta": Case(pp=2, vpp=2, terms=Terms(beta=0.0)),
+    "pp4-vpp2": Case(
+        pp=4, vpp=2, student=replace(STUDENT, num_layers=8), terms=Terms(pairs=((2, 2), (3, 6), (7, 9)))
+    ),
     "pp4-nothing-at-the-end": Case(pp=4, terms=Terms(kd=0.0)),
     "pp4-all-weights-0": Case(pp=4, terms=Terms(kd=0.0, alpha=0.0, beta=0.0)),
 }

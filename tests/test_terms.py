@@ -20,7 +20,7 @@ from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.losses import TokenWeights
 from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
-from megatron_fdd.student import StudentStep
+from megatron_fdd.student import ChunkStep
 from tests import reference
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, Terms
@@ -104,7 +104,7 @@ def reduce_nothing(self: VocabShard, tensor: Tensor) -> Tensor:
     return self.own_tokens(tensor)
 
 
-def batch_major_rows(self: StudentStep, value_BS: Tensor) -> Tensor:
+def batch_major_rows(self: ChunkStep, value_BS: Tensor) -> Tensor:
     return value_BS.flatten()
 
 
@@ -121,19 +121,19 @@ def rounded_rows(value_M: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return to_rows(value_M.bfloat16().float(), width, dtype)
 
 
-def ignore_mask(self: StudentStep, batch: Batch) -> TokenWeights:
+def ignore_mask(self: ChunkStep, batch: Batch) -> TokenWeights:
     weights = real_token_weights(self, batch)
-    if self._objective.chunk.is_last:
+    if self.objective.chunk.is_last:
         return weights
     return TokenWeights(torch.ones_like(weights.label_N), torch.ones_like(weights.term_N))
 
 
-def send_other_head(self: LensCopies, lens: Lens | None, like: Lens | None) -> Lens | None:
-    copy = real_refresh(self, lens, like)
+def send_other_head(self: LensCopies, lens: Lens | None, empty: Any) -> Lens | None:
+    copy = real_refresh(self, lens, empty)
     return copy if copy is None or lens is not None else replace(copy, head_WH=copy.head_WH * 1.01)
 
 
-real_token_weights, real_refresh = StudentStep.token_weights, LensCopies.refresh
+real_token_weights, real_refresh = ChunkStep.token_weights, LensCopies.refresh
 
 # What to break, by the name of what it breaks.
 MUTATIONS = {
@@ -141,7 +141,7 @@ MUTATIONS = {
     "hidden gradient is not reduced": (VocabShard, "reduce_tokens", reduce_nothing),
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
-    "mask in the wrong order": (StudentStep, "rows", batch_major_rows),
+    "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),
     "padded rows counted": (distill, "vocab_shard", count_padding),
 }
 
@@ -149,7 +149,7 @@ MUTATIONS = {
 PIPELINE_MUTATIONS = {
     "the loss is attached twice": (student, "attach_loss", attach_twice),
     "the carried lse is bf16": (carry, "to_rows", rounded_rows),
-    "the mask is on the last stage only": (StudentStep, "token_weights", ignore_mask),
+    "the mask is on the last stage only": (ChunkStep, "token_weights", ignore_mask),
     "the copy of the head is another": (LensCopies, "refresh", send_other_head),
 }
 

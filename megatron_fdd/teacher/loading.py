@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from megatron.training.models.gpt import GPTModelBuilder
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch.distributed import ReduceOp
 
 from megatron_fdd.arguments import model_config
@@ -32,8 +32,7 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     """
     tracker = get_cuda_rng_tracker()
     states, seed_state = tracker.get_states(), torch.get_rng_state()
-    builder = GPTModelBuilder(model_config(args))
-    model = builder.build_model(topology.collection)
+    model = build_stage(model_config(args), topology)
     tracker.set_states(states)
     torch.set_rng_state(seed_state)
     model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
@@ -43,6 +42,21 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     load_weights(model, checkpoint, "--teacher-load", topology.collection)
     _check_weights(model, checkpoint, topology)
     return model.eval().requires_grad_(False)
+
+
+def build_stage(config: GPTModelConfig, topology: Topology) -> GPTModel:
+    """This stage's part of a model that has no virtual stages, whatever the student has.
+
+    A layout asks Megatron's globals whether there are virtual stages, and then for the number of one; the
+    model has one a stage.
+    """
+    has_layout = config.transformer.pipeline_model_parallel_layout is not None
+    return GPTModelBuilder(config).build_model(
+        topology.collection,
+        pre_process=topology.stage == 0,
+        post_process=topology.is_last_stage,
+        vp_stage=0 if has_layout else None,
+    )
 
 
 def _check_weights(model: GPTModel, checkpoint: Path, topology: Topology) -> None:

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from torch import Tensor
 
 from megatron_fdd.data.batch import Batch, get_batch
-from megatron_fdd.layer_plan import ChunkPlan
+from megatron_fdd.layer_plan import Plan
 from megatron_fdd.teacher import TeacherFeatures
 from megatron_fdd.teacher.live import stop_before_head
 from megatron_fdd.topology import Topology
@@ -27,28 +27,19 @@ class PipelinedTeacher:
 
     Args:
         model: this stage's part, from `build_teacher`.
-        layers: the sampled layer of each pair, 0-based, in depth order.
-        stages: which stage of the teacher holds each of them.
-        chunks: the student's plan, by stage.
+        plan: the run's; it says where each pair's layers are.
     """
 
-    def __init__(
-        self,
-        model: GPTModel,
-        layers: Sequence[int],
-        stages: Sequence[int],
-        chunks: Sequence[ChunkPlan],
-        topology: Topology,
-    ) -> None:
+    def __init__(self, model: GPTModel, plan: Plan, topology: Topology) -> None:
         self.model = model
-        self._layers = list(layers)
-        self._stages = list(stages)
+        self._layers = [pair.teacher_layer for pair in plan.pairs]
+        self._stages = list(plan.teacher_stages)
         self._users = [
-            [stage for stage, chunk in enumerate(chunks) if index in chunk.teacher_pairs]
-            for index in range(len(layers))
+            [stage for stage in range(plan.num_stages) if index in plan.teacher_pairs(stage)]
+            for index in range(len(plan.pairs))
         ]
         self._topology = topology
-        self._mine = [index for index, stage in enumerate(stages) if stage == topology.stage]
+        self._mine = [index for index, stage in enumerate(self._stages) if stage == topology.stage]
         self._taps: dict[int, list[Tensor]] = {}
         self._received: dict[int, Tensor] = {}
         self._final: list[Tensor] = []

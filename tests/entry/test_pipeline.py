@@ -16,6 +16,8 @@ LAYOUTS = {
     "tp2-pp2-sp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
     "pp2-dp2": (4, "--pipeline-model-parallel-size 2 --use-distributed-optimizer"),
     "pp2-uneven": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttL"),
+    "pp2-vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "pp2-vpp2-layout": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL"),
     "pp2-first-stage": (2, "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3"),
 }
 EVALUATED = ("--eval-interval", "2", "--eval-iters", "1")
