@@ -92,11 +92,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "--hybrid-layer-pattern: only GPTModel offers taps; use a GPT-style student",
     ),
     (
-        lambda a: a.pipeline_model_parallel_size > 1 and a.fdd_lens_head == "live",
-        "--fdd-lens-head live with --pipeline-model-parallel-size above 1 is not supported yet; "
-        "use --fdd-lens-head detached",
-    ),
-    (
         lambda a: a.pipeline_model_parallel_size > 1 and a.fp16,
         "--fp16 with --pipeline-model-parallel-size above 1 is not supported; use --bf16",
     ),

@@ -96,6 +96,15 @@ class Plan:
             stage for stage in range(self.num_stages) if any(chunk.pairs for chunk in self.chunks_on(stage))
         )
 
+    @property
+    def copying_stages(self) -> tuple[int, ...]:
+        """Stages with a tap on a chunk that does not hold the head itself."""
+        return tuple(
+            stage
+            for stage in range(self.num_stages)
+            if any(chunk.pairs and not chunk.is_last for chunk in self.chunks_on(stage))
+        )
+
     def teacher_pairs(self, stage: int) -> set[int]:
         """Pairs whose teacher features a stage needs."""
         return {index for chunk in self.chunks_on(stage) for index in chunk.teacher_pairs}

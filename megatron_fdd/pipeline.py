@@ -5,11 +5,12 @@ Nothing of it runs with one stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from megatron_fdd.carry import carried_rows
 from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import Lens, read_lens
 from megatron_fdd.lens_copies import LensCopies, empty_lens
+from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.objective import Objective
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
@@ -41,6 +43,15 @@ class PipelineSteps:
         self._topology = topology
         self._copies = LensCopies(plan.tapping_stages, topology.pipeline_group)
         self._teacher: PipelinedTeacher | None = None
+        self._live: LiveLens | None = None
+        if plan.config.lens_head == "live" and plan.copying_stages:
+            with_norm = plan.config.lens_norm == "final"
+            self._live = LiveLens(plan.copying_stages, topology, with_norm=with_norm)
+            # The official place for what comes after Megatron's own reduction; the training loop keeps it.
+            config = students[0].config
+            config.finalize_model_grads_func = partial(
+                _finalize, config.finalize_model_grads_func or finalize_model_grads, self._live, students
+            )
 
     def add_teacher(self, teacher: PipelinedTeacher) -> None:
         """Run this teacher before the student, and bring its lens to the stages that tap.
@@ -66,9 +77,12 @@ class PipelineSteps:
         if not self._plan.pairs:
             return None
         with torch.no_grad():
-            return self._copies.refresh(
+            lens = self._copies.refresh(
                 self._own_lens(self._student), partial(self._empty_lens, self._student)
             )
+        if self._live is None or lens is None or self._topology.stage not in self._plan.copying_stages:
+            return lens
+        return self._live.open(lens)
 
     def schedule_keywords(self, seq_length: int) -> dict[str, Any]:
         """Keywords for Megatron's schedule: how much wider than hidden states a boundary is on dim 0.
@@ -109,3 +123,17 @@ class PipelineSteps:
     def _empty_lens(self, model: GPTModel) -> Lens:
         rows = self._plan.padded_vocab_size // self._topology.tensor_size
         return empty_lens(model.config, rows, with_norm=self._plan.config.lens_norm == "final")
+
+
+def _finalize(
+    finalize: Callable[..., None],
+    live: LiveLens,
+    students: Sequence[GPTModel],
+    model: list[torch.nn.Module],
+    num_tokens: Tensor | None = None,
+    **keywords: Any,
+) -> None:
+    """Megatron's `finalize_model_grads`, then the lens gradients of other stages."""
+    finalize(model, num_tokens, **keywords)
+    assert num_tokens is not None, "--calculate-per-token-loss is forced"
+    live.send_home(students[-1] if students[-1].post_process else students[0], num_tokens)

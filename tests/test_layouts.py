@@ -194,6 +194,12 @@ PIPELINES = {
     "pp4-vpp2": Case(
         pp=4, vpp=2, student=replace(STUDENT, num_layers=8), terms=Terms(pairs=((2, 2), (3, 6), (7, 9)))
     ),
+    "pp2-live-tied": Case(pp=2, student=replace(STUDENT, tied=True), terms=Terms(live=True)),
+    "pp2-live-tp2-sp": Case(tp=2, pp=2, sequence_parallel=True, terms=Terms(live=True)),
+    "pp2-live-dp2": Case(pp=2, dp=2, terms=Terms(live=True)),
+    "pp2-live-scale": Case(pp=2, loss_scale=128.0, terms=Terms(live=True, lens_norm=False)),
+    "pp2-vpp3-live": Case(pp=2, vpp=3, terms=Terms(live=True)),
+    "pp4-live-no-head-loss": Case(pp=4, terms=Terms(live=True, kd=0.0)),
     "pp4-nothing-at-the-end": Case(pp=4, terms=Terms(kd=0.0)),
     "pp4-all-weights-0": Case(pp=4, terms=Terms(kd=0.0, alpha=0.0, beta=0.0)),
 }
@@ -249,7 +255,7 @@ def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
         assert_equal(result, wanted)
 
 
-@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"live", "live-centred"}))
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_works_across_stages(name: str) -> None:
     case = Case(pp=3, terms=OPTIONS[name])
     wanted = expected(case)

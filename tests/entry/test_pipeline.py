@@ -76,3 +76,12 @@ def test_bf16_with_overlap(toy: Toys, tmp_path: Path) -> None:
     overlap = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1")
     trained(command(toy, plain, *flags), command(toy, overlapped, *flags, *overlap), ranks=4)
     assert_close(overlapped, plain, 4)
+
+
+def test_a_live_lens_with_overlap(toy: Toys, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    live = ("--fdd-lens-head", "live", "--train-iters", "4")
+    overlap = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1")
+    trained(command(toy, one, *live), ranks=1)
+    trained(command(toy, other, *live, *LAYOUTS["pp2-dp2"][1].split(), *overlap), ranks=4)
+    assert_close(other, one, 4)
