@@ -24,7 +24,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_fdd.data.encode import Encoded
-from megatron_fdd.data.tokenizer import TokenizerIdentity
+from megatron_fdd.data.tokenizer import TokenizerStamp
 
 FORMAT_NAME = "megatron_fdd.data"
 FORMAT_VERSION = 1
@@ -56,7 +56,7 @@ class SetInfo:
     largest_token_id: int
     truncated: int
     content_sha256: str
-    tokenizer: TokenizerIdentity
+    tokenizer: TokenizerStamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def mask_prefix(prefix: str) -> str:
 class SetWriter:
     """Writes one set into `folder` (an existing scratch folder beside its final place)."""
 
-    def __init__(self, prefix: str, folder: str, kind: SetKind, tokenizer: TokenizerIdentity) -> None:
+    def __init__(self, prefix: str, folder: str, kind: SetKind, tokenizer: TokenizerStamp) -> None:
         self.prefix = prefix
         self._scratch = os.path.join(folder, os.path.basename(prefix))
         self._kind = kind
@@ -224,6 +224,6 @@ def _read_info(prefix: str) -> SetInfo | None:
         if values.pop("format") != FORMAT_NAME or values["version"] != FORMAT_VERSION:
             raise ValueError(f"not {FORMAT_NAME} version {FORMAT_VERSION}")
         del values["version"]
-        return SetInfo(**{**values, "tokenizer": TokenizerIdentity(**values["tokenizer"])})
+        return SetInfo(**{**values, "tokenizer": TokenizerStamp(**values["tokenizer"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a prepared set ({error}); {_PREPARE_AGAIN}") from error

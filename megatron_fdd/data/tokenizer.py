@@ -33,8 +33,8 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerIdentity:
-    """What must agree between two tokenizers for their ids to mean the same.
+class TokenizerStamp:
+    """What a prepared set remembers of its tokenizer: for a run to tell that its own gives ids the same meaning.
 
     Attributes:
         vocab_size: number of ids, added tokens included, padding not.
@@ -98,7 +98,7 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
     return tokenizer
 
 
-def identify(tokenizer: MegatronTokenizerText, first_ids: int | None = None) -> TokenizerIdentity:
+def identify(tokenizer: MegatronTokenizerText, first_ids: int | None = None) -> TokenizerStamp:
     """The identity of a tokenizer, or of its first `first_ids` ids (tokens added later are left out)."""
     try:
         vocabulary = tokenizer.inv_vocab
@@ -109,7 +109,7 @@ def identify(tokenizer: MegatronTokenizerText, first_ids: int | None = None) -> 
         limit = tokenizer.vocab_size if first_ids is None else first_ids
         lines = (f"{i}\t{token!r}\n" for i, token in sorted(vocabulary.items()) if i < limit)
         digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return TokenizerIdentity(tokenizer.vocab_size, tokenizer.eod, digest)
+    return TokenizerStamp(tokenizer.vocab_size, tokenizer.eod, digest)
 
 
 def plain_ids(tokenizer: MegatronTokenizerText, text: str) -> list[int]:
