@@ -138,6 +138,11 @@ def complete_student_args(
     """
     directory, flag = student_checkpoint(args)
     if directory is None:
+        if args.use_checkpoint_args:
+            raise ValueError(
+                f"--use-checkpoint-args has nothing to read: --load {args.load} holds no checkpoint yet; "
+                "name the student to start from with --pretrained-checkpoint DIR"
+            )
         return None
     stored = read_checkpoint_args(find_checkpoint(directory, flag), flag)
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}

@@ -52,23 +52,6 @@ def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[
     return label_tokens, {"total": total, **groups, **layers, **shares}
 
 
-def check_metrics_path(path: str | None) -> None:
-    """Refuse a metrics file that could not be written.
-
-    Raises:
-        ValueError: names the path and what is in the way.
-    """
-    if path is None:
-        return
-    if os.path.isdir(path):
-        raise ValueError(f"--fdd-metrics-file {path}: is a folder; name a file in it")
-    folder = Path(path).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise ValueError(f"--fdd-metrics-file {path}: {folder} is not a folder that can be written to")
-
-
 class MetricsFile:
     """One JSON object per iteration, on disk at once.
 

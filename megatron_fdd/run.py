@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
-from megatron_fdd.metrics import check_metrics_path
+from megatron_fdd.preflight import check_given, check_splits, check_writable
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.check import check_tokenizers
 
@@ -70,11 +71,15 @@ def prepare_run() -> Run:
 
 def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> Run:
     refuse(args)
+    check_given(args)
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad
     force_values(args)
     check_length(args, "the student", args.max_position_embeddings)
-    check_metrics_path(config.metrics_file)
+    check_splits(args, "the student")
+    if not config.dry_run:
+        check_writable(config.metrics_file, "--fdd-metrics-file")
+        check_writable(args.save, "--save")
     check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
     try:
         validate_args(args, {})
@@ -94,6 +99,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     teacher = None if stored is None else teacher_args(stored, args)
     if teacher is not None:
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
+        check_splits(teacher, "the teacher", has_own_layout=True)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
     student_layers = chunk_layers(model_config(args).transformer)
     teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
@@ -114,6 +120,9 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
 def _reason(error: Exception) -> str:
     """The message, or where there is none the condition that Megatron asserts."""
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    missing = re.fullmatch(r"assert args\.(\w+) is not None,?", line.strip())
+    if missing and not str(error):
+        return f"--{missing[1].replace('_', '-')} is missing"
     return str(error) or f"needed is {line.removeprefix('assert ')}"
 
 
@@ -144,6 +153,8 @@ def _parse() -> tuple[argparse.Namespace, dict[str, object]]:
         _mend_help(parser)
         # argparse would print its usage and exit on every rank; one error, by the same way as all others.
         parser.error = _argument_error  # type: ignore[method-assign]
+        if not is_first_rank():
+            parser.print_help = _print_nothing  # type: ignore[method-assign, assignment]
         return parser
 
     return parse_args(add_args), defaults
@@ -156,6 +167,10 @@ def _mend_help(parser: argparse.ArgumentParser) -> None:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
         except ValueError:
             action.help = str(action.help).replace("%", "%%")
+
+
+def _print_nothing(_file: object = None) -> None:
+    """Thousands of lines of help are enough once."""
 
 
 def _argument_error(message: str) -> NoReturn:

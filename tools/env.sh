@@ -56,6 +56,6 @@ fdd_set_up() {
     echo "set-up: $((SECONDS - started)) s"
 }
 
-fdd_set_up "${VENV:-$fdd_root/.venv}" || exit 1
+fdd_set_up "${VENV:-$fdd_root/.venv}" || return 1
 export VIRTUAL_ENV=${VENV:-$fdd_root/.venv}
 export PATH=$VIRTUAL_ENV/bin:$PATH

@@ -56,19 +56,19 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
         return
     if not tokenizer_model:
         raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
-    # A Hugging Face name has the form `owner/name`. What begins with a folder that is here is meant as a
-    # path: asking the hub for a mistyped one would cost a minute of retries on every rank.
-    first, *rest = tokenizer_model.split("/")
+    # A Hugging Face name has the form `owner/name`. Everything else is meant as a path, also what begins with a
+    # folder that is here: asking the hub for a mistyped one would cost a minute of retries on every rank.
+    owner, *rest = tokenizer_model.split("/")
     may_be_a_name = (
         tokenizer_type == "HuggingFaceTokenizer"
-        and len(rest) <= 1
-        and first not in ("", ".", "..", "~")
-        and not os.path.exists(first)
+        and len(rest) == 1
+        and owner not in ("", ".", "..", "~")
+        and not os.path.exists(owner)
     )
     if not may_be_a_name and not os.path.exists(tokenizer_model):
         raise ValueError(
             f"--tokenizer-model {tokenizer_model} does not exist; give the folder of a Hugging Face "
-            "tokenizer or the file of a SentencePiece model"
+            "tokenizer (or its owner/name on the hub) or the file of a SentencePiece model"
         )
 
 

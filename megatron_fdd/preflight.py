@@ -1,0 +1,89 @@
+"""What Megatron would say late, without a number or without a remedy: said first, on every rank alike."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_fdd.teacher.arguments import even_layout
+
+
+def check_given(args: argparse.Namespace) -> None:
+    """The flags that every run needs and that have no default. Before a checkpoint's arguments are taken.
+
+    Raises:
+        ValueError: names the flag that is missing.
+    """
+    missing = {
+        "--seq-length N (a checkpoint's own is the longest that its model takes)": args.seq_length is None,
+        "--micro-batch-size N": args.micro_batch_size is None,
+        "--lr X": args.lr is None and not args.skip_train,
+        "--train-iters N or --train-samples N": (
+            args.train_iters is None and args.train_samples is None and not args.skip_train
+        ),
+    }
+    flags = [flag for flag, is_missing in missing.items() if is_missing]
+    if flags:
+        raise ValueError(f"not given: {'; '.join(flags)}")
+
+
+def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool = False) -> None:
+    """Whether the parallel sizes divide the model.
+
+    Args:
+        args: with the model's architecture; not necessarily validated.
+        whose: "the student" or "the teacher", for the message.
+        has_own_layout: its layers are cut evenly whatever the flags say.
+
+    Raises:
+        ValueError: names both numbers and the remedy.
+    """
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.num_layers is None or args.num_attention_heads is None:
+        return  # Megatron names these well
+    if args.sequence_parallel and tensor > 1 and args.seq_length % tensor:
+        below = args.seq_length // tensor * tensor
+        raise ValueError(
+            f"--seq-length {args.seq_length} is not a multiple of --tensor-model-parallel-size {tensor}, which "
+            f"--sequence-parallel needs: use {below} or {below + tensor}, or leave --sequence-parallel out"
+        )
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor} does not divide {whose}'s {args.num_attention_heads} attention "
+            f"heads in {groups} query groups: use one that does"
+        )
+    given = (
+        args.pipeline_model_parallel_layout,
+        args.decoder_first_pipeline_num_layers,
+        args.decoder_last_pipeline_num_layers,
+        args.num_virtual_stages_per_pipeline_rank,
+        args.num_layers_per_virtual_pipeline_stage,
+    )
+    if stages > 1 and args.num_layers % stages and not has_own_layout and not any(given):
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages} does not divide {whose}'s {args.num_layers} layers: say how "
+            f"to cut them, for example --pipeline-model-parallel-layout '{even_layout(args.num_layers, stages)}'"
+        )
+
+
+def check_writable(path: str | None, flag: str) -> None:
+    """Whether a file of this name, or files in this folder, can be made. Makes the folder.
+
+    Raises:
+        ValueError: names the path and what is in the way.
+    """
+    if path is None:
+        return
+    folder = Path(path) if flag == "--save" else Path(path).absolute().parent
+    probe = folder / f".fdd-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        if flag != "--save":
+            with Path(path).open("a"):
+                pass
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from error
