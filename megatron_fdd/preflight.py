@@ -76,6 +76,8 @@ def check_writable(path: str | None, flag: str) -> None:
     """
     if path is None:
         return
+    if flag != "--save" and Path(path).is_dir():
+        raise ValueError(f"{flag} {path}: is a folder; name a file in it")
     folder = Path(path) if flag == "--save" else Path(path).absolute().parent
     probe = folder / f".fdd-probe-{os.getpid()}"
     try:
