@@ -84,9 +84,16 @@ def wanted_with(case: Case, name: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    "mask", ["micro_batches_of_rank_1", "one_micro_batch", "second_half_of_the_sequence"]
+    ("name", "mask"),
+    [
+        ("dp2", "micro_batches_of_rank_1"),
+        ("pp2-dp2", "micro_batches_of_rank_1"),
+        ("tp2-sp", "second_half_of_the_sequence"),
+        ("pp2", "one_micro_batch"),
+        ("pp2-live", "one_micro_batch"),
+        ("pp2-all-tokens", "one_micro_batch"),
+    ],
 )
-@pytest.mark.parametrize("name", CASES)
 def test_masked_tokens_change_nothing_of_the_rest(name: str, mask: str) -> None:
     case = CASES[name]
     batches = masked_batches(mask, MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
