@@ -21,7 +21,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import tests.test_layouts as layouts
 from megatron_fdd import distill, losses, schedule
-from megatron_fdd.data.batch import get_batch
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.objective import Objective
@@ -90,11 +89,11 @@ def train_plainly(case: Case) -> list[Message]:
     batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, case.student.vocab)
 
     def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
-        batch = get_batch(data_iterator, torch.cuda.current_device())
-        output = model(batch.tokens_BS, batch.position_ids_BS, None, labels=batch.labels_BS)
+        batch = next(data_iterator)
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
         def loss(loss_BS: Tensor) -> tuple[Tensor, Tensor, dict]:
-            return (loss_BS * batch.loss_mask_BS).sum(), batch.loss_mask_BS.sum().int(), {}
+            return (loss_BS * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int(), {}
 
         return output, loss
 
