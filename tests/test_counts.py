@@ -1,4 +1,4 @@
-"""What a step costs beside its arithmetic: every send and its size, every collective, every feature kept alive.
+"""What a step costs beside its arithmetic: every send and its size, every collective.
 
 The numbers are those that the package's docstrings promise. The student's schedule is compared with the same
 schedule on the same chunks without distillation.
@@ -14,20 +14,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import tests.test_layouts as layouts
 from megatron_fdd import distill, losses, schedule
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
-from megatron_fdd.objective import Objective
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
-from tests import reference
-from tests.models import build_student
+from tests.plain_training import train_plainly
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, Terms
 from tests.test_layouts import LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, run_step
@@ -81,34 +76,12 @@ def distil(case: Case) -> list[Message]:
     return traffic.messages
 
 
-def train_plainly(case: Case) -> list[Message]:
-    """Body on every rank: stock Megatron with cross-entropy; the same chunks, micro-batches and schedule."""
-    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
-    chunks = build_student(case.student, reference.random_weights(case.student, 1), topology, dtype)
-    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, case.student.vocab)
-
-    def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
-        batch = next(data_iterator)
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-
-        def loss(loss_BS: Tensor) -> tuple[Tensor, Tensor, dict]:
-            return (loss_BS * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int(), {}
-
-        return output, loss
-
+def say_plainly(case: Case) -> list[Message]:
+    """Body on every rank: what stock Megatron says, all of it in the student's phase."""
     traffic = Traffic()
-    traffic.groups = groups_of(topology)
+    traffic.groups = groups_of(Topology.from_megatron(sequence_parallel=case.sequence_parallel))
     with traffic.watching(), traffic.phase("student"):
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=chunks,
-            num_microbatches=len(batches),
-            seq_length=LENGTH,
-            micro_batch_size=MICRO_BATCH,
-            forward_only=False,
-        )
+        train_plainly(case)
     return traffic.messages
 
 
@@ -140,7 +113,7 @@ FAR_APART = Terms(pairs=((1, 1), (5, 9)))
 )
 def test_without_a_delta_the_schedule_sends_what_plain_megatron_sends(pp: int, terms: Terms) -> None:
     case = Case(pp=pp, terms=terms)
-    for ours, plain in zip(watched(case), watched(case, train_plainly), strict=True):
+    for ours, plain in zip(watched(case), watched(case, say_plainly), strict=True):
         assert sends(ours, "student") == sends(plain, "student")
         assert sends(plain, "student")
         assert not collectives(ours, "student")
@@ -179,7 +152,7 @@ CARRIES = {
 @pytest.mark.parametrize("name", CARRIES)
 def test_only_boundaries_between_taps_are_wider(name: str) -> None:
     case, wanted = CARRIES[name]
-    ours, plain = watched(case), watched(case, train_plainly)
+    ours, plain = watched(case), watched(case, say_plainly)
     assert boundaries(ours) == wanted
     for stage, plain_stage in zip(ours, plain, strict=True):
         assert len(sends(stage, "student")) == len(sends(plain_stage, "student"))
@@ -285,85 +258,3 @@ def test_a_live_lens_goes_home_once_a_step() -> None:
         {("all_reduce", "rows", head): 1, ("all_reduce", "rows", norm): 1},
         {},
     ]
-
-
-class Alive:
-    """How many micro-batches' features exist at once: memory counts, whatever Python object refers to it."""
-
-    def __init__(self) -> None:
-        self.most = {"taps": 0, "received": 0}
-        self._kept: dict[str, list[list[StorageWeakRef]]] = {"taps": [], "received": []}
-
-    def register(self, kind: str, tensors: Sequence[Tensor]) -> None:
-        """One micro-batch's."""
-        self._kept[kind].append([StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
-        self.most[kind] = max(self.most[kind], self.count(kind))
-
-    def count(self, kind: str) -> int:
-        return sum(not all(each.expired() for each in group) for group in self._kept[kind])
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Sampled layers as they reach the terms, and what the student's stages receive."""
-        real_inner, real_set = Objective.inner, GPTModel.set_input_tensor
-
-        def inner(objective: Objective, taps_SBS: Sequence[Tensor], *rest: Any) -> Any:
-            self.register("taps", taps_SBS)
-            return real_inner(objective, taps_SBS, *rest)
-
-        def set_input(model: GPTModel, tensors: Any) -> None:
-            if model.training and not model.pre_process:
-                self.register("received", [tensors] if isinstance(tensors, Tensor) else tensors)
-            real_set(model, tensors)
-
-        with patch.object(Objective, "inner", inner), patch.object(GPTModel, "set_input_tensor", set_input):
-            yield
-
-
-def count_alive(case: Case, body: Any = run_step, keep: bool = False) -> tuple[dict[str, int], int]:
-    """Body on every rank: the most that were alive, and how many taps are left after the step."""
-    alive = Alive()
-    with alive.watching(), keeping_taps() if keep else contextlib.nullcontext():
-        body(case)
-    return alive.most, alive.count("taps")
-
-
-@contextlib.contextmanager
-def keeping_taps() -> Iterator[None]:
-    """A mistake: the features of all micro-batches are kept until the step ends."""
-    kept: list[Sequence[Tensor]] = []
-    real_inner = Objective.inner
-
-    def inner(objective: Objective, taps_SBS: Sequence[Tensor], *rest: Any) -> Any:
-        kept.append(taps_SBS)
-        return real_inner(objective, taps_SBS, *rest)
-
-    with patch.object(Objective, "inner", inner):
-        yield
-
-
-@pytest.mark.parametrize(
-    ("case", "taps"),
-    [
-        # 1F1B holds (stages - stage) micro-batches.
-        (Case(pp=4, micro_batches=8), [4, 3, 0, 0]),
-        (Case(pp=4, micro_batches=8, terms=FAR_APART), [4, 0, 2, 0]),
-        (Case(pp=4, micro_batches=8, terms=Terms(pairs=((4, 6), (6, 10)))), [0, 3, 0, 1]),
-        (Case(pp=2, micro_batches=6), [2, 1]),
-    ],
-)
-def test_no_more_features_are_alive_than_the_schedule_needs(case: Case, taps: list[int]) -> None:
-    results = run_on_ranks(count_alive, case.layout, {"case": case})
-    assert [most["taps"] for most, _ in results] == taps
-    assert not any(left for _, left in results)
-    # A carry lives in what a stage receives, which Megatron's schedule itself holds for one micro-batch more.
-    plain = run_on_ranks(count_alive, case.layout, {"case": case, "body": train_plainly})
-    received = [most["received"] for most, _ in results]
-    assert received == [most["received"] for most, _ in plain]
-    assert all(number <= case.pp - stage + 1 for stage, number in enumerate(received))
-
-
-def test_features_that_are_kept_would_be_noticed() -> None:
-    case = Case(pp=2, micro_batches=6)
-    results = run_on_ranks(count_alive, case.layout, {"case": case, "keep": True})
-    assert [most["taps"] for most, _ in results] == [6, 6]
