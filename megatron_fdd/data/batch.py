@@ -40,12 +40,12 @@ class Batch:
 def get_batch(
     data_iterator: Iterator[Mapping[str, Tensor]],
     device: torch.device | str | int,
-    context_group: ProcessGroup,
+    context_group: ProcessGroup | None = None,
 ) -> Batch:
     """Take this rank's part of the next micro-batch to `device`.
 
     The iterator's dict is left as it is: Megatron may hand the same one out again (it re-runs steps).
-    Under context parallelism of C ranks each has two of 2 C equal pieces of the sequence (Megatron's zig-zag).
+    Of C context-parallel ranks each has two of 2 C equal pieces of the sequence (Megatron's zig-zag).
     Collectives: none.
     """
     sample = dict(next(data_iterator))
@@ -54,7 +54,8 @@ def get_batch(
         sample["token_mask"] = sample["token_mask"].reshape(1, -1)
         sample = flatten_batch_for_packed_sequences(sample)
         boundaries = (sample.pop("cu_seqlens")[0], int(sample.pop("max_seqlen")))
-    sample = get_batch_on_this_cp_rank(sample, is_hybrid_cp=False, cp_group=context_group)
+    if context_group is not None:
+        sample = get_batch_on_this_cp_rank(sample, is_hybrid_cp=False, cp_group=context_group)
 
     def to_device(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Pipeline stages through the real entry point: the same metrics file, resume at other layouts, overlap."""
+"""Layouts through the real entry point: the same metrics file, resume at other layouts, overlap."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ LAYOUTS = {
     "pp2-uneven": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|tttL"),
     "pp2-vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     "pp2-vpp2-layout": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "tp2-cp2-sp": (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel"),
+    "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
     "pp2-first-stage": (2, "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3"),
 }
 EVALUATED = ("--eval-interval", "2", "--eval-iters", "1")

@@ -21,6 +21,11 @@ MISTAKES = {
         "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel",
         r"--seq-length 15 is not a multiple of --tensor-model-parallel-size 2.*use 14 or 16",
     ),
+    "length of pieces": (
+        "--seq-length",
+        "--seq-length 18 --context-parallel-size 2",
+        r"--seq-length 18 is not a multiple of twice --context-parallel-size 2: use 16 or 20",
+    ),
     "heads": (
         "--seed",
         "--tensor-model-parallel-size 2 --num-attention-heads 4 --num-query-groups 2 --group-query-attention "
