@@ -89,6 +89,10 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
         figures[f"teacher taps{where}, {held} x {kept} micro-batch(es)"] = (
             held * kept * own_rows * teacher.hidden_size * bytes_each
         )
+        if stages > 1:
+            figures[f"teacher's final hidden states, {kept} micro-batch(es)"] = (
+                kept * own_rows * teacher.hidden_size * bytes_each
+            )
         figures[f"features of {taps} tap(s), both models, float32"] = (
             taps * own_rows * (teacher.hidden_size + width) * 4
         )

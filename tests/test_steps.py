@@ -1,7 +1,9 @@
-"""Whole optimizer steps: a live lens keeps both copies of a tied embedding equal to the last bit."""
+"""Whole optimizer steps: the loss after three is the same at every layout, heads that are copies stay fresh."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -16,23 +18,40 @@ from megatron.core.utils import unwrap_model
 from megatron_fdd.arguments import chunk_layers
 from megatron_fdd.distill import connect
 from megatron_fdd.layer_plan import LayerPair, Plan
+from megatron_fdd.lens import Lens
+from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
+from megatron_fdd.teacher.arguments import even_layout
 from megatron_fdd.topology import Topology
-from tests import reference
+from tests import models, reference
 from tests.models import build_frozen, build_student, padded_vocab
 from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, Terms
-from tests.test_layouts import LENGTH, MICRO_BATCH, Case, fdd_config, shard_vocab
+from tests.reference import STUDENT, TEACHER, Terms
+from tests.test_layouts import (
+    FULL_UNIFORM,
+    LENGTH,
+    MICRO_BATCH,
+    MICRO_BATCHES,
+    Case,
+    fdd_config,
+    shard_vocab,
+)
 
 STEPS = 3
 
 
-def train(case: Case) -> tuple[list[float], bool]:
-    """Body on every rank: the totals of three steps, and whether both embeddings ended up the same."""
-    topology = Topology.from_megatron(sequence_parallel=False)
+def train(case: Case, distributed: bool = False) -> tuple[list[float], bool]:
+    """Body on every rank: the totals before, between and after three optimizer steps, on the last stage, and
+    whether both embeddings ended up the same.
+
+    Args:
+        distributed: use the distributed optimizer.
+    """
+    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     weights = reference.random_weights(case.student, 1)
+    ddp = {"overlap_grad_reduce": case.dp > 1, "use_distributed_optimizer": distributed}
     chunks = build_student(
-        case.student, weights, topology, torch.float32, ddp={"overlap_grad_reduce": case.dp > 1}
+        case.student, weights, topology, torch.float32, ddp=ddp, virtual=case.vpp, **dict(case.recompute)
     )
     teacher_weights = reference.random_weights(case.teacher, 2)
     teacher = build_frozen(case.teacher, teacher_weights, topology, torch.float32, padded_like=case.student)
@@ -47,26 +66,34 @@ def train(case: Case) -> tuple[list[float], bool]:
         padded_vocab(case.student, topology),
     )
     steps = connect(plan, students, teacher, topology)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0), chunks)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0, use_distributed_optimizer=distributed),
+        chunks,
+    )
     batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
     mine = batches[topology.collection.dp.rank() :: case.dp]
     totals = []
-    for _ in range(STEPS):
-        chunks[0].zero_grad_buffer()
+    for step in range(STEPS + 1):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
         means = steps.run(
             get_forward_backward_func(),
             forward_step_func=steps.forward_step,
-            data_iterator=iter(mine),
+            data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
             model=chunks,
             num_microbatches=len(mine),
             seq_length=LENGTH,
             micro_batch_size=MICRO_BATCH,
             forward_only=False,
         )
-        optimizer.step()
         totals += [float(each["total"]) for each in means]
-    return totals, _ends_are_equal(students[0].shared_embedding_or_output_weight(), topology)
+        if step < STEPS:
+            optimizer.step()
+    is_equal = case.student.tied and _ends_are_equal(
+        students[0].shared_embedding_or_output_weight(), topology
+    )
+    return totals, is_equal
 
 
 def _ends_are_equal(embedding: torch.Tensor | None, topology: Topology) -> bool:
@@ -85,7 +112,7 @@ def test_both_copies_of_a_tied_embedding_stay_bit_identical(live: bool) -> None:
     results = run_on_ranks(train, split.layout, {"case": split})
     assert all(equal for _, equal in results)
     last_stage = [totals for totals, _ in results if totals]
-    assert len(wanted) == STEPS
+    assert len(wanted) == STEPS + 1
     assert wanted[0] > wanted[-1]
     for totals in last_stage:
         assert totals == pytest.approx(wanted, rel=1e-5)
@@ -109,3 +136,104 @@ def test_a_forgotten_copy_would_be_noticed() -> None:
     case = Case(pp=2, student=replace(STUDENT, tied=True), terms=Terms(live=True))
     results = run_on_ranks(train_forgetting, case.layout, {"case": case})
     assert not any(equal for _, equal in results)
+
+
+@functools.cache
+def one_process(terms: Terms) -> list[float]:
+    case = Case(terms=terms)
+    ((totals, _),) = run_on_ranks(train, case.layout, {"case": case})
+    assert totals[0] > totals[-1]
+    return totals
+
+
+def assert_same_totals(results: list[tuple[list[float], bool]], terms: Terms) -> None:
+    """Every rank of the last stage has the totals of one process."""
+    reported = [totals for totals, _ in results if totals]
+    assert reported
+    for totals in reported:
+        assert totals == pytest.approx(one_process(terms), rel=3e-6)
+
+
+def shadow(terms: Terms) -> list[float]:
+    """The reference in float64 with torch's own AdamW and Megatron's default decay."""
+    weights = reference.double(reference.random_weights(STUDENT, 1), requires_grad=True)
+    teacher = reference.double(reference.random_weights(TEACHER, 2), requires_grad=False)
+    optimizer = torch.optim.AdamW(list(weights.values()), lr=1e-3, weight_decay=0.01)
+    batch = reference.stacked(reference.random_batches(MICRO_BATCHES, MICRO_BATCH, LENGTH, STUDENT.vocab))
+    totals = []
+    for _ in range(STEPS + 1):
+        optimizer.zero_grad()
+        total, _ = reference.distillation_loss(terms, (STUDENT, TEACHER), (weights, teacher), batch)
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    return totals
+
+
+def test_three_steps_of_one_process_are_those_of_the_reference() -> None:
+    assert one_process(Terms()) == pytest.approx(shadow(Terms()), rel=1e-6)
+
+
+# A layout, and whether the optimizer is distributed.
+LAYOUTS = {
+    "tp2-sp": (Case(tp=2, sequence_parallel=True), False),
+    "dp2-distributed-optimizer": (Case(dp=2), True),
+    "pp2": (Case(pp=2), False),
+    "pp2-full-uniform": (Case(pp=2, recompute=FULL_UNIFORM), False),
+    "pp2-live": (Case(pp=2, terms=Terms(live=True)), False),
+    "pp2-vpp3": (Case(pp=2, vpp=3), False),
+    "pp2-vpp2-uneven": (Case(pp=2, vpp=2), False),
+    "pp2-dp2-distributed-optimizer": (Case(pp=2, dp=2), True),
+    "tp2-pp2-sp": (Case(tp=2, pp=2, sequence_parallel=True), False),
+    "pp4": (Case(pp=4), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_loss_after_three_steps_does_not_depend_on_the_layout(name: str) -> None:
+    case, distributed = LAYOUTS[name]
+    results = run_on_ranks(train, case.layout, {"case": case, "distributed": distributed})
+    assert_same_totals(results, case.terms)
+
+
+def train_uneven(case: Case) -> tuple[list[float], bool]:
+    """As `train`, the student's layers split as no rule would."""
+    with patch.object(models, "even_layout", uneven_layout):
+        return train(case)
+
+
+def uneven_layout(num_layers: int, num_stages: int) -> str:
+    return "Et|tttt|tL" if (num_layers, num_stages) == (6, 3) else even_layout(num_layers, num_stages)
+
+
+def test_three_steps_at_uneven_stages() -> None:
+    case = Case(pp=3)
+    assert_same_totals(run_on_ranks(train_uneven, case.layout, {"case": case}), case.terms)
+
+
+def train_with_stale_copies(case: Case) -> tuple[list[float], bool]:
+    """As `train`, copies of the head being sent in the first step only."""
+    refreshed: set[int] = set()
+
+    def refresh_once(self: LensCopies, lens: Lens | None, empty: Callable[[], Lens]) -> Lens | None:
+        if id(self) in refreshed:
+            return self._copy if lens is None else lens
+        refreshed.add(id(self))
+        return real_refresh(self, lens, empty)
+
+    with patch.object(LensCopies, "refresh", refresh_once):
+        return train(case)
+
+
+real_refresh = LensCopies.refresh
+
+
+def test_a_stale_copy_of_the_head_would_be_noticed() -> None:
+    case = Case(pp=2)
+    results = run_on_ranks(train_with_stale_copies, case.layout, {"case": case})
+    with pytest.raises(AssertionError):
+        assert_same_totals(results, case.terms)
+    (stale,) = [totals for totals, _ in results if totals]
+    # The first step has no older head; from the second on nothing of it is right.
+    assert stale[0] == pytest.approx(one_process(case.terms)[0], rel=1e-5)
+    assert stale[-1] != pytest.approx(one_process(case.terms)[-1], rel=1e-3)

@@ -1,0 +1,168 @@
+"""What the dry run says of memory: by hand for a large layout, and by what a step really holds for small ones."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor
+
+import tests.test_layouts as layouts
+from megatron_fdd import distill, dry_run
+from megatron_fdd.config import FddConfig
+from megatron_fdd.layer_plan import Plan, plan_pairs
+from megatron_fdd.objective import Objective, StepGrams
+from megatron_fdd.teacher.pipelined import PipelinedTeacher
+from tests.ranks import run_on_ranks
+from tests.reference import Shape, Terms
+from tests.test_layouts import LENGTH, MICRO_BATCH, Case, run_step
+
+MIB = 2**20
+
+
+def arguments(shape: Shape, case: Case, padded_vocab: int, **more: object) -> argparse.Namespace:
+    """What the estimate reads of Megatron's arguments."""
+    values = {
+        "world_size": case.tp * case.pp * case.dp,
+        "tensor_model_parallel_size": case.tp,
+        "pipeline_model_parallel_size": case.pp,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": case.tp,
+        "data_parallel_size": case.dp,
+        "sequence_parallel": case.sequence_parallel,
+        "seq_length": LENGTH,
+        "micro_batch_size": MICRO_BATCH,
+        "global_batch_size": MICRO_BATCH * case.micro_batches,
+        "bf16": case.bf16,
+        "fp16": False,
+        "padded_vocab_size": padded_vocab,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.groups,
+        "group_query_attention": True,
+        "kv_channels": shape.head_width,
+        "swiglu": True,
+        "num_experts": None,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_ffn_hidden_size": None,
+        "untie_embeddings_and_output_weights": not shape.tied,
+    }
+    return argparse.Namespace(**values | more)
+
+
+def estimate(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace) -> dict[str, int]:
+    """The dry run's figures in bytes, by their names without numbers."""
+    with patch.object(dry_run, "_MIB", 1):
+        text = dry_run.describe_plan(plan, args, teacher)
+    lines = text.split("estimated memory per rank, MiB:\n")[1].splitlines()
+    found = [re.fullmatch(r"    (.+): (\d+)\.0", line) for line in lines]
+    return {re.sub(r"\d+ ", "", match[1]): int(match[2]) for match in found if match}
+
+
+LARGE_TEACHER = Shape(80, 8192, heads=64, groups=8, head_width=128, ffn=28672, vocab=128256)
+LARGE_STUDENT = Shape(32, 4096, heads=32, groups=8, head_width=128, ffn=14336, vocab=128256)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
+    """TP 2 x PP 8 x VPP 4 x DP 4: a 70B teacher of an 8B student, 4,096 tokens, 64 micro-batches a replica."""
+    case = Case(tp=2, pp=8, vpp=4, dp=4, sequence_parallel=sequence_parallel, bf16=True)
+    size = {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 256}
+    args = arguments(LARGE_STUDENT, case, 128256, **size)
+    teacher = arguments(LARGE_TEACHER, case, 128256, **size)
+    config = FddConfig(teacher_load="given")
+    plan = Plan(config, plan_pairs(config, 32, 80), 8, (1,) * 32, (10,) * 8, 128256, 128256)
+    # Blocks 6, 12, 18 and 24 of the student are on chunks 5, 11, 17 and 23, that is stages 5, 3, 1 and 7. Each
+    # but the first tap needs the teacher's features of the tap before, which arrives as a carry.
+    assert [sorted(plan.teacher_pairs(stage)) for stage in range(8)] == [
+        [], [1, 2], [], [0, 1], [], [0], [], [2, 3]
+    ]  # fmt: skip
+    rows = 4096 // (2 if sequence_parallel else 1)
+    figures = estimate(plan, args, teacher)
+    assert figures["student head"] == 128256 // 2 * 4096 * 2 == 501 * MIB
+    assert figures["teacher head (with one stage part of its weights)"] == 2 * 501 * MIB
+    assert figures["teacher taps, x micro-batch(es)"] == 2 * 64 * rows * 8192 * 2
+    assert figures["teacher's final hidden states, micro-batch(es)"] == 64 * rows * 8192 * 2
+    assert figures["features of tap(s), both models, float32"] == rows * (8192 + 4096) * 4
+    assert figures["gradients kept from the forward pass, float32"] == 2 * 4096 * 4096 * 4
+    assert figures["Gram matrices, float32"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
+    # 70.55 billion parameters, less the norms.
+    assert figures["teacher weights"] / (70.55e9 * 2 / 16) == pytest.approx(1, abs=1e-3)
+
+
+def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
+    """Body on every rank: what this stage holds after the teacher's run and in its terms; and the estimate."""
+    held: dict[str, int] = {}
+    plans: list[Plan] = []
+    real_exchange, real_connect = PipelinedTeacher._exchange, distill.connect
+    real_inner, real_current = Objective.inner, StepGrams.current
+
+    def exchange(self: PipelinedTeacher, shape: Any) -> None:
+        real_exchange(self, shape)
+        held["teacher taps, x micro-batch(es)"] = num_bytes(self._received.values())
+        held["teacher's final hidden states, micro-batch(es)"] = num_bytes(self._final)
+        assert not self._taps
+
+    def connect(plan: Plan, *rest: Any) -> Any:
+        plans.append(plan)
+        return real_connect(plan, *rest)
+
+    def inner(self: Objective, taps: Sequence[Tensor], carry: Any, lens: Any, *rest: Any) -> Any:
+        held["student head"] = num_bytes([lens.head_WH])
+        held["teacher head (with one stage part of its weights)"] = num_bytes([self.teacher_lens.head_WH])
+        return real_inner(self, taps, carry, lens, *rest)
+
+    def current(self: StepGrams, heads: Any) -> Any:
+        grams = real_current(self, heads)
+        held["Gram matrices, float32"] = num_bytes(
+            [grams.teacher_teacher_TT, grams.teacher_student_TS, grams.student_student_SS]
+        )
+        return grams
+
+    with (
+        patch.object(PipelinedTeacher, "_exchange", exchange),
+        patch.object(layouts, "connect", connect),
+        patch.object(Objective, "inner", inner),
+        patch.object(StepGrams, "current", current),
+    ):
+        run_step(case)
+    (plan,) = plans
+    shapes = (case.student, case.teacher)
+    args, teacher = (arguments(shape, case, plan.padded_vocab_size) for shape in shapes)
+    return held, estimate(plan, args, teacher)
+
+
+def num_bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+BY_STAGE = Case(pp=4, micro_batches=3)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        BY_STAGE,
+        replace(BY_STAGE, pp=2, terms=Terms(pairs=((1, 2), (2, 4), (3, 6), (6, 10)))),
+        replace(BY_STAGE, pp=2, tp=2, sequence_parallel=True, bf16=True),
+        replace(BY_STAGE, pp=2, vpp=3, micro_batches=4),
+    ],
+)
+def test_the_estimate_is_what_the_fullest_stage_holds(case: Case) -> None:
+    results = run_on_ranks(measure, case.layout, {"case": case})
+    for name in (
+        "teacher taps, x micro-batch(es)",
+        "teacher's final hidden states, micro-batch(es)",
+        "student head",
+        "teacher head (with one stage part of its weights)",
+        "Gram matrices, float32",
+    ):
+        assert max(held.get(name, 0) for held, _ in results) == results[0][1][name], name
