@@ -38,6 +38,7 @@ class FddConfig:
     tokens: Literal["labels", "all"] = "labels"
     warmup_iters: int = 0
     decay_iters: int = 0
+    offload_teacher_taps: bool = False
     metrics_file: str | None = None
     dry_run: bool = False
 
@@ -133,6 +134,11 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--teacher-load", metavar="DIR", help="Megatron checkpoint of the teacher, any layout")
     _add_layer_args(group)
     _add_loss_args(group)
+    group.add_argument(
+        "--fdd-offload-teacher-taps",
+        action="store_true",
+        help="with several pipeline stages: a step's teacher features wait for their micro-batch in host memory",
+    )
     group.add_argument("--fdd-metrics-file", metavar="PATH", help="append one JSON object per iteration here")
     group.add_argument(
         "--fdd-dry-run",

@@ -49,8 +49,8 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     shard = args.padded_vocab_size // tensor
     lines = [
-        f"  {args.world_size} rank(s) = tensor {tensor} x pipeline {stages} x data {args.data_parallel_size}, "
-        f"sequence parallel {'on' if args.sequence_parallel else 'off'}; of each head:"
+        f"  {args.world_size} rank(s) = tensor {tensor} x context {args.context_parallel_size} x pipeline {stages} x "
+        f"data {args.data_parallel_size}, sequence parallel {'on' if args.sequence_parallel else 'off'}; of each head:"
     ]
     for rank in range(tensor):
         first, last = rank * shard, min((rank + 1) * shard, plan.vocab_size)
@@ -72,7 +72,7 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
     """Estimates for the stage that holds most."""
     config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
-    rows = args.seq_length * args.micro_batch_size
+    rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
     own_rows = rows // (tensor if args.sequence_parallel else 1)
     bytes_each, width = 2 if args.bf16 or args.fp16 else 4, args.hidden_size
     figures = {"student head": args.padded_vocab_size // tensor * width * bytes_each}
@@ -85,7 +85,8 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
         )
         # Under a pipeline the teacher runs all micro-batches of a step first; else one at a time.
         kept = _micro_batches(args) if stages > 1 else 1
-        figures[f"teacher taps, {held} x {kept} micro-batch(es)"] = (
+        where = " in host memory" if config.offload_teacher_taps and stages > 1 else ""
+        figures[f"teacher taps{where}, {held} x {kept} micro-batch(es)"] = (
             held * kept * own_rows * teacher.hidden_size * bytes_each
         )
         if stages > 1:

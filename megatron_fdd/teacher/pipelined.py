@@ -25,6 +25,9 @@ from megatron_fdd.topology import Topology
 class PipelinedTeacher:
     """Runs a frozen GPTModel's stage forward and holds what this stage's student needs, for one step.
 
+    With `--fdd-offload-teacher-taps` what is held waits in host memory: on the device are then the taps of one
+    micro-batch at a time.
+
     Args:
         model: this stage's part, from `build_teacher`.
         plan: the run's; it says where each pair's layers are.
@@ -39,20 +42,21 @@ class PipelinedTeacher:
             for index in range(len(plan.pairs))
         ]
         self._topology = topology
+        self._offloads = plan.config.offload_teacher_taps
         self._mine = [index for index, stage in enumerate(self._stages) if stage == topology.stage]
-        self._taps: dict[int, list[Tensor]] = {}
-        self._received: dict[int, Tensor] = {}
+        # By micro-batch: taps of this stage's teacher, taps for this stage's student, final hidden states.
+        self._taps: list[dict[int, Tensor]] = []
+        self._received: list[dict[int, Tensor]] = []
         self._final: list[Tensor] = []
 
     @torch.no_grad()
     def run(self, batches: Sequence[Mapping[str, Tensor]], seq_length: int, micro_batch_size: int) -> None:
         """Forward of all micro-batches through Megatron's own forward-only schedule, then the exchange.
 
-        Collectives over the pipeline group: the schedule's sends; for each pair one send of
-        [micro-batches, S, B, T] from the teacher's stage to each other stage whose student needs it.
+        Collectives over the pipeline group: the schedule's sends; for each micro-batch and pair one send of
+        [S, B, T] from the teacher's stage to each other stage whose student needs it.
         """
-        self._taps = {index: [] for index in self._mine}
-        self._final = []
+        self._taps, self._received, self._final = [], [], []
         forward_backward_pipelining_without_interleaving(
             forward_step_func=self._forward_step,
             data_iterator=iter(batches),
@@ -64,12 +68,17 @@ class PipelinedTeacher:
             collect_non_loss_data=True,
         )
         rows = seq_length // self._topology.sequence_parts
-        self._exchange((len(batches), rows, micro_batch_size, self.model.config.hidden_size))
+        shape = (rows, micro_batch_size, self.model.config.hidden_size)
+        for index in range(len(batches)):
+            self._received.append(self._exchange(self._taps[index], shape))
+            self._taps[index] = {}
 
     def features(self, index: int, _batch: Batch) -> TeacherFeatures:
         """What this stage's student needs of micro-batch `index`."""
-        final_SBT = self._final[index] if self._topology.is_last_stage else None
-        return TeacherFeatures(final_SBT, {pair: stacked[index] for pair, stacked in self._received.items()})
+        final_SBT = _on_device(self._final[index]) if self._topology.is_last_stage else None
+        return TeacherFeatures(
+            final_SBT, {pair: _on_device(tap_SBT) for pair, tap_SBT in self._received[index].items()}
+        )
 
     def _forward_step(self, data_iterator: Iterator[Mapping[str, Tensor]], model: GPTModel) -> Any:
         batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
@@ -82,35 +91,44 @@ class PipelinedTeacher:
             output_processor=stop_before_head,
         )
         hidden_SBT, taps_SBT = output if self._mine else (output, ())
-        for index, tap_SBT in zip(self._mine, taps_SBT, strict=True):
-            self._taps[index].append(tap_SBT)
+        self._taps.append(
+            {index: self._keep(tap_SBT) for index, tap_SBT in zip(self._mine, taps_SBT, strict=True)}
+        )
         if self._topology.is_last_stage:
-            self._final.append(hidden_SBT)
+            self._final.append(self._keep(hidden_SBT))
         return hidden_SBT, _nothing
 
-    def _exchange(self, shape: tuple[int, int, int, int]) -> None:
-        """Bring each pair's taps to the stages that need them; every stage walks the pairs in one order."""
-        group, me = self._topology.pipeline_group, self._topology.stage
+    def _exchange(self, taps: Mapping[int, Tensor], shape: tuple[int, int, int]) -> dict[int, Tensor]:
+        """Bring one micro-batch's taps to the stages that need them; every stage walks the pairs in one order."""
+        group, me, config = self._topology.pipeline_group, self._topology.stage, self.model.config
         operations: list[dist.P2POp] = []
-        self._received = {}
-        for index, source in enumerate(self._stages):
-            users = self._users[index]
+        received: dict[int, Tensor] = {}
+        kept: dict[int, Tensor] = {}
+        for index, (source, users) in enumerate(zip(self._stages, self._users, strict=True)):
             if source == me:
-                stacked = torch.stack(self._taps.pop(index))
+                others = [user for user in users if user != me]
+                tap = _on_device(taps[index]).contiguous() if others else taps[index]
+                operations += [dist.P2POp(dist.isend, tap, group=group, group_peer=user) for user in others]
                 if me in users:
-                    self._received[index] = stacked
-                operations += [
-                    dist.P2POp(dist.isend, stacked, group=group, group_peer=user)
-                    for user in users
-                    if user != me
-                ]
+                    kept[index] = taps[index]
             elif me in users:
-                config = self.model.config
                 incoming = torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-                self._received[index] = incoming
+                received[index] = incoming
                 operations.append(dist.P2POp(dist.irecv, incoming, group=group, group_peer=source))
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
+        return kept | {index: self._keep(tap) for index, tap in received.items()}
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """To wait for its micro-batch: where it is, or in pinned host memory."""
+        if not self._offloads:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.cuda.current_device(), non_blocking=True)
 
 
 def _nothing(_output: Tensor, non_loss_data: bool = False) -> None:

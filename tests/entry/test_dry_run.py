@@ -28,7 +28,7 @@ def test_the_plan_is_all_that_is_printed(toy: Toys) -> None:
     for wanted in (
         r"^ +1 <- 2$",
         r"^ +2 <- 4$",
-        r"2 rank\(s\) = tensor 2 x pipeline 1 x data 1, sequence parallel on",
+        r"2 rank\(s\) = tensor 2 x context 1 x pipeline 1 x data 1, sequence parallel on",
         r"tensor rank 0: vocabulary 0\.\.90, 128 rows",
         r"tensor rank 1: padding only, 128 rows",
         r"teacher weights: \d+\.\d",

@@ -21,6 +21,7 @@ LAYOUTS = {
     "cp2": (2, "--context-parallel-size 2"),
     "tp2-cp2-sp": (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --sequence-parallel"),
     "pp2-cp2": (4, "--pipeline-model-parallel-size 2 --context-parallel-size 2 --use-distributed-optimizer"),
+    "pp2-offload": (2, "--pipeline-model-parallel-size 2 --fdd-offload-teacher-taps"),
     "pp2-first-stage": (2, "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 3"),
 }
 EVALUATED = ("--eval-interval", "2", "--eval-iters", "1")
