@@ -95,10 +95,10 @@ def sends(messages: Sequence[Message], *phases: str) -> list[tuple[tuple[int, ..
     return [(each.shape, each.num_bytes) for each in messages if each.phase in phases and each.kind in SENDS]
 
 
-def collectives(messages: Sequence[Message], phase: str) -> Counter[tuple[str, str, tuple[int, ...]]]:
-    """The package's own collectives of a phase."""
+def collectives(messages: Sequence[Message], phase: str) -> Counter[tuple[str, str, int]]:
+    """The package's own collectives of a phase, by kind, group and bytes (of an all-gather: of the result)."""
     return Counter(
-        (each.kind, each.group, each.shape)
+        (each.kind, each.group, each.num_bytes)
         for each in messages
         if each.phase == phase and each.is_ours and each.kind in COLLECTIVES
     )
@@ -184,25 +184,24 @@ def test_what_is_sent_once_a_step() -> None:
     for stage in stages:
         assert not sends(stage, "step", "means")
         assert collectives(stage, "means") == {
-            ("all_reduce", "rows", (9,)): 1,
-            ("all_reduce", "pipeline", (9,)): 1,
+            ("all_reduce", "rows", 9 * 4): 1,
+            ("all_reduce", "pipeline", 9 * 4): 1,
         }
         assert not collectives(stage, "step")
 
 
-def linear_kl_collectives(
-    case: Case, calls: int, *, labels: bool = False
-) -> Counter[tuple[str, str, tuple[int, ...]]]:
+def linear_kl_collectives(case: Case, calls: int, *, labels: bool = False) -> Counter[tuple[str, str, int]]:
     """As the docstring of `linear_kl` says for fkl, forward and backward, on two tensor ranks."""
-    ranks, numbers = 2, 6 if labels else 5
-    found: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
-    found["all_gather_into_tensor", "tensor", (ranks * numbers * N,)] += calls
+    ranks, numbers, width = 2, 6 if labels else 5, 2 if case.bf16 else 4
+    found: Counter[tuple[str, str, int]] = Counter()
+    found["all_gather_into_tensor", "tensor", ranks * numbers * N * 4] += calls
     if not case.sequence_parallel:
-        found["all_reduce", "tensor", (N, STUDENT.hidden)] += calls
+        found["all_reduce", "tensor", N * S * width] += calls
         return found
-    for width in (layouts.TEACHER.hidden, STUDENT.hidden, 3, *([1] if labels else [])):
-        found["all_gather_into_tensor", "tensor", (N * width,)] += calls
-    found["reduce_scatter_tensor", "tensor", (N // ranks, STUDENT.hidden)] += calls
+    labels_bytes = [N * 8] if labels else []
+    for gathered in (N * T * width, N * S * width, N * 3 * 4, *labels_bytes):
+        found["all_gather_into_tensor", "tensor", gathered] += calls
+    found["reduce_scatter_tensor", "tensor", N // ranks * S * width] += calls
     return found
 
 
@@ -210,7 +209,7 @@ T, S = layouts.TEACHER.hidden, STUDENT.hidden
 GRAMS = T * T + T * S + S * S + T + S + 1
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("sequence_parallel", "bf16"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("terms", "taps", "deltas"),
     [
@@ -221,15 +220,15 @@ GRAMS = T * T + T * S + S * S + T + S + 1
     ],
 )
 def test_collectives_of_the_tensor_group(
-    terms: Terms, taps: tuple[int, int], deltas: tuple[bool, bool], sequence_parallel: bool
+    terms: Terms, taps: tuple[int, int], deltas: tuple[bool, bool], sequence_parallel: bool, bf16: bool
 ) -> None:
     """`linear_kl` once per tap and micro-batch, the Gram matrices once a step, none on a stage without a tap."""
-    case = Case(tp=2, pp=2, sequence_parallel=sequence_parallel, terms=terms)
+    case = Case(tp=2, pp=2, sequence_parallel=sequence_parallel, terms=terms, bf16=bf16)
     for rank, messages in enumerate(watched(case)):
         stage = rank // case.tp
         wanted = linear_kl_collectives(case, taps[stage] * M)
         if deltas[stage]:
-            wanted["all_reduce", "tensor", (GRAMS,)] += 1
+            wanted["all_reduce", "tensor", GRAMS * 4] += 1
         if stage == 1 and terms.kd > 0:
             wanted += linear_kl_collectives(case, M, labels=True)
         assert collectives(messages, "student") == +wanted
@@ -254,6 +253,6 @@ def test_a_live_lens_goes_home_once_a_step() -> None:
     head, norm = (52, STUDENT.hidden), (STUDENT.hidden,)
     assert [[shape for shape, _ in sends(stage, "live")] for stage in stages] == [[head, norm], []]
     assert [collectives(stage, "live") for stage in stages] == [
-        {("all_reduce", "rows", head): 1, ("all_reduce", "rows", norm): 1},
+        {("all_reduce", "rows", 52 * S * 4): 1, ("all_reduce", "rows", S * 4): 1},
         {},
     ]
