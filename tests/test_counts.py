@@ -162,7 +162,7 @@ def test_only_boundaries_between_taps_are_wider(name: str) -> None:
 
 
 def test_what_is_sent_once_a_step() -> None:
-    """The teacher's own pipeline, its taps (a send for each micro-batch, pair and other stage), and the copies of the head."""
+    """The teacher's own pipeline; each micro-batch's taps to each other stage that needs them; copies of the heads."""
     teacher_rows = (LENGTH, MICRO_BATCH, layouts.TEACHER.hidden)
     head, norm = (52, STUDENT.hidden), (STUDENT.hidden,)
     # Teacher blocks 1-3, 4-6, 7-8, 9-10 hold the taps 2, 6, 8; the student's 1, 3, 4 want (0), (0 1 2), (), ().
