@@ -28,6 +28,9 @@ class Shape:
     vocab: int = 50
     tied: bool = False
     epsilon: float = 1e-5
+    experts: int | None = None
+    topk: int = 2
+    aux_loss: float = 0.0
 
 
 STUDENT = Shape(num_layers=6, hidden=48, heads=24, groups=12, head_width=4, ffn=96)
@@ -52,12 +55,22 @@ def random_weights(shape: Shape, seed: int) -> Weights:
         weights[prefix + "self_attention.linear_qkv.weight"] = matrix(query + 2 * key, shape.hidden)
         weights[prefix + "self_attention.linear_proj.weight"] = matrix(shape.hidden, query)
         weights[prefix + "pre_mlp_layernorm.weight"] = norm()
-        weights[prefix + "mlp.linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
-        weights[prefix + "mlp.linear_fc2.weight"] = matrix(shape.hidden, shape.ffn)
+        if shape.experts is not None:  # a router sharp enough that no two experts tie
+            weights[prefix + "mlp.router.weight"] = matrix(shape.experts, shape.hidden, 3.0)
+        for mlp in mlp_prefixes(shape, prefix):
+            weights[mlp + "linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
+            weights[mlp + "linear_fc2.weight"] = matrix(shape.hidden, shape.ffn)
     weights["decoder.final_layernorm.weight"] = norm()
     if not shape.tied:
         weights["output_layer.weight"] = matrix(shape.vocab, shape.hidden, 3.0)
     return weights
+
+
+def mlp_prefixes(shape: Shape, layer: str) -> list[str]:
+    """Of the feed-forward matrices of a layer: one set, or one for each expert."""
+    if shape.experts is None:
+        return [layer + "mlp."]
+    return [f"{layer}mlp.experts.local_experts.{expert}." for expert in range(shape.experts)]
 
 
 def double(weights: Weights, *, requires_grad: bool) -> Weights:
@@ -65,8 +78,13 @@ def double(weights: Weights, *, requires_grad: bool) -> Weights:
     return {name: value.double().requires_grad_(requires_grad) for name, value in weights.items()}
 
 
-def forward(shape: Shape, weights: Weights, tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Final normed hidden states [B, S, H], and the output of every block."""
+def forward(
+    shape: Shape, weights: Weights, tokens_BS: Tensor, probabilities: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Final normed hidden states [B, S, H], and the output of every block.
+
+    Appends to `probabilities` each router's softmax over all experts [B, S, E].
+    """
     x = weights["embedding.word_embeddings.weight"][tokens_BS]
     blocks = []
     for layer in range(shape.num_layers):
@@ -75,10 +93,41 @@ def forward(shape: Shape, weights: Weights, tokens_BS: Tensor) -> tuple[Tensor, 
         qkv = F.linear(h, weights[prefix + "self_attention.linear_qkv.weight"])
         x = x + F.linear(attention(shape, qkv), weights[prefix + "self_attention.linear_proj.weight"])
         h = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], shape.epsilon)
-        gate, up = F.linear(h, weights[prefix + "mlp.linear_fc1.weight"]).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, weights[prefix + "mlp.linear_fc2.weight"])
+        mlps = [feed_forward(weights, mlp, h) for mlp in mlp_prefixes(shape, prefix)]
+        if shape.experts is None:
+            x = x + mlps[0]
+        else:
+            logits = F.linear(h, weights[prefix + "mlp.router.weight"])
+            x = x + (routing(logits, shape.topk)[..., None] * torch.stack(mlps, -2)).sum(-2)
+            if probabilities is not None:
+                probabilities.append(logits.softmax(-1))
         blocks.append(x)
     return rms_norm(x, weights["decoder.final_layernorm.weight"], shape.epsilon), blocks
+
+
+def feed_forward(weights: Weights, prefix: str, h: Tensor) -> Tensor:
+    gate, up = F.linear(h, weights[prefix + "linear_fc1.weight"]).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, weights[prefix + "linear_fc2.weight"])
+
+
+def routing(logits: Tensor, topk: int) -> Tensor:
+    """Megatron's default: a softmax over the chosen experts' logits; 0 for the others."""
+    values, experts = logits.topk(topk, -1)
+    return torch.zeros_like(logits).scatter(-1, experts, values.softmax(-1))
+
+
+def balancing_loss(shape: Shape, probabilities: list[Tensor], micro_batch: int) -> Tensor:
+    """Switch Transformer's loss, a sum over layers and micro-batches, times the tokens of a micro-batch.
+
+    That factor is what makes Megatron's division by the step's tokens an average over micro-batches.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for p_BSE in probabilities:
+        for part in p_BSE.split(micro_batch):
+            p = part.flatten(0, 1)
+            chosen = (routing(p, shape.topk) > 0).double()
+            total = total + shape.experts * (p.mean(0) * chosen.mean(0) / shape.topk).sum() * len(p)
+    return total
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -136,7 +185,8 @@ def distillation_loss(
     Source: method.md, sections 2, 3 and 6.
     """
     (student_shape, teacher_shape), (student, teacher) = shapes, weights
-    student_final, student_blocks = forward(student_shape, student, batch["tokens"])
+    routers: list[Tensor] = []
+    student_final, student_blocks = forward(student_shape, student, batch["tokens"], routers)
     with torch.no_grad():
         teacher_final, teacher_blocks = forward(teacher_shape, teacher, batch["tokens"])
     label = batch["loss_mask"].double()
@@ -168,7 +218,10 @@ def distillation_loss(
         s, t = terms.pairs[j]
         parts[f"delta s{s}:t{t}"] = mean(1 - cosine, term)
         total = total + terms.beta * parts[f"delta s{s}:t{t}"] / (len(terms.pairs) - 1)
-    return total, {name: value.item() for name, value in parts.items()} | {"total": total.item()}
+    means = {name: value.item() for name, value in parts.items()} | {"total": total.item()}
+    if student_shape.aux_loss:  # Megatron adds its gradient only; the log of the loss knows nothing of it
+        total = total + student_shape.aux_loss * balancing_loss(student_shape, routers, 2) / label.sum()
+    return total, means
 
 
 def head(weights: Weights) -> Tensor:

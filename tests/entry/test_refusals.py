@@ -33,7 +33,6 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
         r"--fp16 with --pipeline-model-parallel-size.*use --bf16",
     ),
     (("--context-parallel-size 2",), r"--context-parallel-size above 1 .*use tensor"),
-    (("--num-experts 4", "--expert-model-parallel-size 2"), r"mixture-of-experts students"),
 )
 FLAT = [(flags, pattern) for commands, pattern in COMMANDS for flags in commands]
 
