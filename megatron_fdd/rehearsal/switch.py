@@ -68,6 +68,7 @@ def _turn_compiler_off() -> None:
 
 def _stand_in_for_modules() -> None:
     """Replace what Megatron 0.19.2 has no CPU form of."""
+    from megatron_fdd.rehearsal.experts import install_experts
     from megatron_fdd.rehearsal.norms import install_norms
     from megatron_fdd.rehearsal.optimizer import install_adam
 
@@ -89,3 +90,4 @@ def _stand_in_for_modules() -> None:
     logging.getLogger(generator).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
     install_norms()
     install_adam()
+    install_experts()
