@@ -23,6 +23,7 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += _pairs(plan.config, plan.pairs)
     lines += _ranks(plan, args)
+    lines += _experts(args, "student") + ([] if teacher is None else _experts(teacher, "teacher"))
     lines += _memory(plan, args, teacher)
     lines += _balance(plan, args, teacher)
     return "\n".join(lines)
@@ -68,6 +69,17 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
         )
         first_layer += count
     return lines
+
+
+def _experts(args: argparse.Namespace, whose: str) -> list[str]:
+    if not args.num_experts:
+        return []
+    held = args.num_experts // args.expert_model_parallel_size
+    tensor = expert_tensor_size(args)
+    return [
+        f"  experts of the {whose}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
+        f"{args.moe_router_topk} to a token; {held} on a rank" + (f", cut {tensor} ways" if tensor > 1 else "")
+    ]
 
 
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
