@@ -61,6 +61,12 @@ def expert_tensor_size(args: argparse.Namespace) -> int:
     return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
 
 
+def has_expert_optimizer(args: argparse.Namespace) -> bool:
+    """Whether Megatron keeps experts in an optimizer of their own: where their data-parallel ranks are other ones."""
+    cut_otherwise = expert_tensor_size(args) != args.tensor_model_parallel_size
+    return bool(args.num_experts) and (args.expert_model_parallel_size > 1 or cut_otherwise)
+
+
 def num_expert_layers(args: argparse.Namespace) -> int:
     """How many layers have experts, of a model with or without them."""
     if not args.num_experts:

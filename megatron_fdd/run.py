@@ -31,7 +31,7 @@ from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
-from megatron_fdd.preflight import check_given, check_splits, check_writable
+from megatron_fdd.preflight import check_given, check_resume, check_splits, check_writable
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.check import check_tokenizers
 
@@ -79,6 +79,8 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     check_length(args, "the student", args.max_position_embeddings)
     check_splits(args, "the student")
     check_experts(args, "the student")
+    if student is not None:
+        check_resume(args, student)
     if not config.dry_run:
         check_writable(config.metrics_file, "--fdd-metrics-file")
         check_writable(args.save, "--save")

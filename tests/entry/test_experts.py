@@ -104,20 +104,20 @@ def test_the_metrics_file_does_not_depend_on_the_layout(
 
 def test_resumes_with_its_experts_spread_otherwise(toy: Toys, experts: Path, tmp_path: Path) -> None:
     whole, moved, folder = tmp_path / "whole.jsonl", tmp_path / "moved.jsonl", tmp_path / "moved"
-    flags = ("--train-iters", "4", "--use-distributed-optimizer", "--save-interval", "2")
-    start = (*flags, "--pretrained-checkpoint", experts / "student", "--load", folder, "--save", folder)
-    first, *rest = [
-        [word for word in command(toy, experts, "student", *each) if word != "--finetune"]
-        for each in (
-            (*start, STUDENT_SIZE, 2, "--exit-interval", 2, "--fdd-metrics-file", moved),
-            (*start, "--fdd-metrics-file", moved),
-        )
-    ]
-    trained(command(toy, experts, "student", *flags, "--fdd-metrics-file", whole), ranks=2)
-    trained(first, *rest, ranks=2)
+    flags = ("--train-iters", "4", "--use-distributed-optimizer", "--save-interval", "2", *BALANCED)
+    start = ("--pretrained-checkpoint", experts / "student", "--load", folder, "--save", folder)
+    resumed = toy.command(*flags, *start, "--fdd-metrics-file", moved)
+    trained(
+        toy.command(*flags, "--load", experts / "student", "--finetune", "--fdd-metrics-file", whole),
+        [*resumed, STUDENT_SIZE, "2", "--exit-interval", "2"],
+        [*resumed, STUDENT_SIZE, "4"],
+        ranks=4,
+    )
     assert len(metrics(moved)) == 4
     for record, wanted in zip(metrics(moved), metrics(whole), strict=True):
         assert record == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    for endings in run(resumed, [*resumed, "--fdd-dry-run"], ranks=2):
+        assert_refused(endings, rf"saved with {STUDENT_SIZE} 4, this run has 1: .*of at least 2, .*--finetune")
 
 
 def balancing_losses(out: str) -> list[str]:
