@@ -139,7 +139,7 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--fdd-teacher-expert-model-parallel-size",
         type=int,
         metavar="N",
-        help="ranks that share the experts of a mixture-of-experts teacher (as the student's); the student may be dense",
+        help="ranks that share the experts of a mixture-of-experts teacher (default: as the student's)",
     )
     _add_layer_args(group)
     _add_loss_args(group)

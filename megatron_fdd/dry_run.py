@@ -78,7 +78,8 @@ def _experts(args: argparse.Namespace, whose: str) -> list[str]:
     tensor = expert_tensor_size(args)
     return [
         f"  experts of the {whose}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
-        f"{args.moe_router_topk} to a token; {held} on a rank" + (f", cut {tensor} ways" if tensor > 1 else "")
+        f"{args.moe_router_topk} to a token; {held} on a rank"
+        + (f", cut {tensor} ways" if tensor > 1 else "")
     ]
 
 

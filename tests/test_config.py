@@ -27,7 +27,8 @@ def test_every_flag_arrives() -> None:
         "--fdd-beta 0.25 --fdd-kd-weight 2 --fdd-ce-weight 0.1 --fdd-kd-divergence jsd "
         "--fdd-trajectory-divergence srkl --fdd-divergence-mix 0.3 --fdd-temperature 2 --fdd-lens-norm none "
         "--fdd-lens-head live --fdd-delta centred --fdd-delta-detach-previous --fdd-tokens all "
-        "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-metrics-file M --fdd-dry-run"
+        "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-metrics-file M --fdd-dry-run "
+        "--fdd-teacher-expert-model-parallel-size 2"
     )
     config = parse(*argv.split())
     defaults = FddConfig()

@@ -95,9 +95,7 @@ def run_step(case: Case) -> Result:
     chunks = build_student(case.student, student_weights, topology, dtype, virtual=case.vpp, **options)
     teacher_weights = reference.random_weights(case.teacher, 2)
     own_experts = topology.with_experts(case.teacher_ep)
-    teacher_model = build_frozen(
-        case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student
-    )
+    teacher_model = build_frozen(case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student)
     pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
     plan = Plan(
         config,
@@ -209,30 +207,7 @@ PIPELINES = {
     "pp4-all-weights-0": Case(pp=4, terms=Terms(kd=0.0, alpha=0.0, beta=0.0)),
 }
 
-STUDENT_EXPERTS = replace(STUDENT, experts=4, ffn=48, aux_loss=0.3)
-TEACHER_EXPERTS = replace(TEACHER, experts=6, topk=3, ffn=60)
-ALL_EXPERTS: dict[str, Any] = {"student": STUDENT_EXPERTS, "teacher": TEACHER_EXPERTS}
-EXPERTS = {
-    "experts": Case(**ALL_EXPERTS),
-    "dp2-experts": Case(dp=2, **ALL_EXPERTS),
-    "ep2-student": Case(dp=2, ep=2, student=STUDENT_EXPERTS),
-    "ep2-teacher": Case(dp=2, teacher_ep=2, teacher=TEACHER_EXPERTS),
-    "ep2-both": Case(dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
-    "ep2-student-ep1-teacher": Case(dp=2, ep=2, **ALL_EXPERTS),
-    "pp2-experts": Case(pp=2, **ALL_EXPERTS),
-    "pp2-dp2-ep2-both": Case(pp=2, dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
-    "pp2-dp2-ep2-teacher": Case(pp=2, dp=2, teacher_ep=2, teacher=TEACHER_EXPERTS),
-    "pp2-vpp3-experts": Case(pp=2, vpp=3, **ALL_EXPERTS),
-    "pp2-experts-loss-scale": Case(pp=2, loss_scale=128.0, student=STUDENT_EXPERTS),
-    "tp2-teacher-without-sp": Case(tp=2, teacher=TEACHER_EXPERTS),
-    "tp2-dp2-sp-ep2": Case(tp=2, dp=2, ep=2, teacher_ep=2, sequence_parallel=True, **ALL_EXPERTS),
-    "tp2-dp2-sp-ep2-teacher": Case(
-        tp=2, dp=2, teacher_ep=2, sequence_parallel=True, teacher=TEACHER_EXPERTS
-    ),
-    "experts-full-uniform": Case(recompute=FULL_UNIFORM, **ALL_EXPERTS),
-}
-
-LAYOUTS = (PIPELINES | EXPERTS) | {
+LAYOUTS = PIPELINES | {
     "1x1": Case(),
     "tp2": Case(tp=2),
     "tp3": Case(tp=3),

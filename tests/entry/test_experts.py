@@ -36,7 +36,10 @@ def experts(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += [*SCRATCH, *ROUTING, *BALANCED, *weights, *schedule]
     places = [str(root / name) for name in ("teacher", "student")]
     trained(
-        *[[*words, "--load", place, "--save", place, "--seed", str(seed)] for seed, place in enumerate(places, 1)],
+        *[
+            [*words, "--load", place, "--save", place, "--seed", str(seed)]
+            for seed, place in enumerate(places, 1)
+        ],
         ranks=1,
     )
     shutil.copytree(toy.tokenizer, root / "teacher" / "tokenizer", dirs_exist_ok=True)
@@ -117,7 +120,9 @@ def test_resumes_with_its_experts_spread_otherwise(toy: Toys, experts: Path, tmp
     for record, wanted in zip(metrics(moved), metrics(whole), strict=True):
         assert record == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     for endings in run(resumed, [*resumed, "--fdd-dry-run"], ranks=2):
-        assert_refused(endings, rf"saved with {STUDENT_SIZE} 4, this run has 1: .*of at least 2, .*--finetune")
+        assert_refused(
+            endings, rf"saved with {STUDENT_SIZE} 4, this run has 1: .*of at least 2, .*--finetune"
+        )
 
 
 def balancing_losses(out: str) -> list[str]:
