@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 
-from tests.entry.command import read_metrics, run, trained, without_seconds
+from megatron_fdd.teacher import loading
+from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys
 from tests.entry.test_bad_input import assert_refused
 
@@ -199,3 +202,21 @@ def test_the_plan_counts_the_experts_of_a_rank(toy: Toys, experts: Path) -> None
     )
     assert "experts of the teacher: 4 in each of 3 layer(s), 2 to a token; 4 on a rank" in one.out
     assert "experts of the teacher: 4 in each of 3 layer(s), 2 to a token; 2 on a rank" in two.out
+
+
+load_whole = loading.load_weights
+
+
+def load_without_an_expert(model: GPTModel, *arguments: Any) -> None:
+    """As `load_weights`; one expert that only the last rank holds stays empty."""
+    load_whole(model, *arguments)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        model.decoder.layers[2].mlp.experts.local_experts[1].linear_fc2.weight.data.zero_()
+
+
+def test_an_empty_expert_on_another_rank_stops_all(toy: Toys, experts: Path) -> None:
+    patch = Patch(loading.__name__, "load_weights", load_without_an_expert)
+    [endings] = run(command(toy, experts, "teacher", TEACHER_SIZE, "2"), patches=[patch])
+    assert_refused(
+        endings, r"cannot teach.*all zero: decoder\.layers\.2\.mlp\.experts\.local_experts\.1\.linear_fc2"
+    )
