@@ -39,9 +39,10 @@ def check_experts(args: argparse.Namespace, whose: str) -> None:
             "more ranks, or a lower --expert-tensor-parallel-size"
         )
     if args.add_bias_linear and expert_tensor > 1:
+        remedy = " (or, for a new student, --disable-bias-linear)" if is_student else ""
         raise ValueError(
             f"{whose}'s experts have biases, which Megatron cannot cut {expert_tensor} ways: "
-            "use --expert-tensor-parallel-size 1"
+            f"use --expert-tensor-parallel-size 1{remedy}"
         )
     if is_student:
         _check_training(args)

@@ -61,6 +61,11 @@ LAYOUTS = {
         4,
         f"--pipeline-model-parallel-size 2 {STUDENT_SIZE} 2 {TEACHER_SIZE} 1 --use-distributed-optimizer",
     ),
+    "both-tp2-etp1-ep2-sp": (
+        "both",
+        2,
+        f"--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 {STUDENT_SIZE} 2",
+    ),
     "both-tp2-ep2-sp": (
         "both",
         4,
