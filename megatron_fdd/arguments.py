@@ -98,8 +98,9 @@ REFUSALS: tuple[Refusal, ...] = (
         "--fp16 with --pipeline-model-parallel-size above 1 is not supported; use --bf16",
     ),
     (
-        lambda a: a.context_parallel_size > 1,
-        "--context-parallel-size above 1 is not supported yet; use tensor and sequence parallelism",
+        lambda a: a.context_parallel_size > 1 and a.dataloader_inter_document_masking,
+        "--dataloader-inter-document-masking with --context-parallel-size above 1: every document would have "
+        "to be a multiple of twice that size; use one of the two",
     ),
 )
 

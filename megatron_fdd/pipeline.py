@@ -94,9 +94,9 @@ class PipelineSteps:
             return {"adjust_tensor_shapes_fn": self._adjust_shapes}
         if not self._plan.has_one_width:
             return {}
-        ranks = self._topology.tensor_size if self._topology.sequence_parallel else 1
-        sequence, _, _ = self._wider((seq_length // ranks, 1, self._student.config.hidden_size))
-        return {"seq_length": sequence * ranks}
+        parts = self._topology.sequence_parts
+        sequence, _, _ = self._wider((seq_length // parts, 1, self._student.config.hidden_size))
+        return {"seq_length": sequence * parts}
 
     def _adjust_shapes(self, received: list[Shape], sent: list[Shape]) -> tuple[list[Shape], list[Shape]]:
         """Megatron's `adjust_tensor_shapes_fn`."""

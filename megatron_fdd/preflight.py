@@ -45,12 +45,7 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.num_layers is None or args.num_attention_heads is None:
         return  # Megatron names these well
-    if args.sequence_parallel and tensor > 1 and args.seq_length % tensor:
-        below = args.seq_length // tensor * tensor
-        raise ValueError(
-            f"--seq-length {args.seq_length} is not a multiple of --tensor-model-parallel-size {tensor}, which "
-            f"--sequence-parallel needs: use {below} or {below + tensor}, or leave --sequence-parallel out"
-        )
+    _check_sequence(args)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
         raise ValueError(
@@ -92,6 +87,24 @@ def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:
         f"{args.expert_model_parallel_size}: Megatron cannot resume across that, its optimizer has other parts. "
         f"Use {STUDENT_FLAG} {sizes}, or take the weights alone with --finetune"
     )
+
+
+def _check_sequence(args: argparse.Namespace) -> None:
+    """Whether the ranks that share a sequence can cut it."""
+    tensor = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    context = args.context_parallel_size
+    factors = []
+    if context > 1:
+        factors.append(f"twice --context-parallel-size {context}")
+    if tensor > 1:
+        factors.append(f"--tensor-model-parallel-size {tensor} (for --sequence-parallel)")
+    divisor = (2 * context if context > 1 else 1) * tensor
+    if args.seq_length % divisor:
+        below = args.seq_length // divisor * divisor
+        raise ValueError(
+            f"--seq-length {args.seq_length} is not a multiple of {' times '.join(factors)}: "
+            f"use {' or '.join(str(length) for length in (below, below + divisor) if length)}"
+        )
 
 
 def check_writable(path: str | None, flag: str) -> None:

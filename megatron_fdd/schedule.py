@@ -78,6 +78,9 @@ class DistillationSteps:
             # What comes before the first gradient needs all of the step's batches.
             batches, keywords["data_iterator"] = _read_ahead(**keywords)
             ratio = self._label_per_term_token(batches)
+            if "cu_seqlens" in batches[0]:  # packed: a micro-batch is one row
+                keywords["seq_length"] *= keywords["micro_batch_size"]
+                keywords["micro_batch_size"] = 1
             if self._pipeline is not None:
                 lens = self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
                 keywords |= self._pipeline.schedule_keywords(keywords["seq_length"])

@@ -105,7 +105,7 @@ class ChunkStep:
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
         """As `StudentStep.__call__`."""
-        batch = get_batch(data_iterator, torch.cuda.current_device())
+        batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
         student = unwrap_model(model)
         carried = self._split_input(student, batch)
         teacher = self._teacher_features(batch)
@@ -113,6 +113,7 @@ class ChunkStep:
             batch.tokens_BS,
             batch.position_ids_BS,
             batch.attention_mask,
+            packed_seq_params=batch.packed,
             extra_block_kwargs={"extract_layer_indices": self._layers},
             output_processor=partial(self._loss, student, batch, teacher, carried),
         )

@@ -49,6 +49,7 @@ def model_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.num_stages,
+        context_parallel_size=topology.context_size,
         pipeline_dtype=dtype,
         sequence_parallel=topology.sequence_parallel,
         use_cpu_initialization=True,

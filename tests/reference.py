@@ -79,19 +79,22 @@ def double(weights: Weights, *, requires_grad: bool) -> Weights:
 
 
 def forward(
-    shape: Shape, weights: Weights, tokens_BS: Tensor, probabilities: list[Tensor] | None = None
+    shape: Shape, weights: Weights, batch: dict[str, Tensor], probabilities: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Final normed hidden states [B, S, H], and the output of every block.
 
     Appends to `probabilities` each router's softmax over all experts [B, S, E].
     """
-    x = weights["embedding.word_embeddings.weight"][tokens_BS]
+    x = weights["embedding.word_embeddings.weight"][batch["tokens"]]
+    places, forbidden = batch["position_ids"], forbidden_pairs(batch)
     blocks = []
     for layer in range(shape.num_layers):
         prefix = f"decoder.layers.{layer}."
         h = rms_norm(x, weights[prefix + "input_layernorm.weight"], shape.epsilon)
         qkv = F.linear(h, weights[prefix + "self_attention.linear_qkv.weight"])
-        x = x + F.linear(attention(shape, qkv), weights[prefix + "self_attention.linear_proj.weight"])
+        x = x + F.linear(
+            attention(shape, qkv, places, forbidden), weights[prefix + "self_attention.linear_proj.weight"]
+        )
         h = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], shape.epsilon)
         mlps = [feed_forward(weights, mlp, h) for mlp in mlp_prefixes(shape, prefix)]
         if shape.experts is None:
@@ -134,25 +137,36 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-def attention(shape: Shape, qkv: Tensor) -> Tensor:
+def forbidden_pairs(batch: dict[str, Tensor]) -> Tensor:
+    """bool [B, 1, query, key]: later tokens, and tokens of other documents of a packed sequence."""
+    length = batch["tokens"].shape[1]
+    later = torch.ones(length, length).triu(1).bool()
+    if "cu_seqlens" not in batch:
+        return later[None, None]
+    places = torch.arange(length)
+    documents = torch.stack([torch.bucketize(places, row[1:], right=True) for row in batch["cu_seqlens"]])
+    return (later | (documents[:, :, None] != documents[:, None, :]))[:, None]
+
+
+def attention(shape: Shape, qkv: Tensor, places: Tensor, forbidden: Tensor) -> Tensor:
     """Causal attention; Megatron keeps the queries of a group beside its key and value."""
     batch, length, _ = qkv.shape
     per_group = shape.heads // shape.groups
     grouped = qkv.view(batch, length, shape.groups, per_group + 2, shape.head_width)
-    query = rotate(grouped[..., :per_group, :].flatten(2, 3))
-    key = rotate(grouped[..., per_group, :]).repeat_interleave(per_group, 2)
+    query = rotate(grouped[..., :per_group, :].flatten(2, 3), places)
+    key = rotate(grouped[..., per_group, :], places).repeat_interleave(per_group, 2)
     value = grouped[..., per_group + 1, :].repeat_interleave(per_group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / shape.head_width**0.5
-    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+    scores = scores.masked_fill(forbidden, float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
 
 
-def rotate(x: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary position embedding of [B, S, heads, width], halves rotated."""
+def rotate(x: Tensor, places: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding of [B, S, heads, width] at places [B, S], halves rotated."""
     width = x.shape[-1]
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * frequency
-    angle = torch.cat([angle, angle], -1)[:, None].to(x.dtype)
+    angle = places[..., None].double() * frequency
+    angle = torch.cat([angle, angle], -1)[:, :, None].to(x.dtype)
     left, right = x.chunk(2, -1)
     return x * angle.cos() + torch.cat([-right, left], -1) * angle.sin()
 
@@ -186,9 +200,9 @@ def distillation_loss(
     """
     (student_shape, teacher_shape), (student, teacher) = shapes, weights
     routers: list[Tensor] = []
-    student_final, student_blocks = forward(student_shape, student, batch["tokens"], routers)
+    student_final, student_blocks = forward(student_shape, student, batch, routers)
     with torch.no_grad():
-        teacher_final, teacher_blocks = forward(teacher_shape, teacher, batch["tokens"])
+        teacher_final, teacher_blocks = forward(teacher_shape, teacher, batch)
     label = batch["loss_mask"].double()
     term = batch["token_mask"].double() if terms.all_tokens else label
     vocab = min(student_shape.vocab, teacher_shape.vocab)
@@ -273,6 +287,25 @@ def random_batches(num: int, batch: int, length: int, vocab: int, seed: int = 11
              "loss_mask": loss_mask, "token_mask": token_mask, "position_ids": positions}
         )  # fmt: skip
     return batches
+
+
+def packed(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same tokens as documents of random lengths, in the form of Megatron's GPTDataset."""
+    generator = torch.Generator().manual_seed(12)
+    return [batch | _boundaries(*batch["tokens"].shape, generator) for batch in batches]
+
+
+def _boundaries(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    boundaries = torch.full((rows, length + 1), length, dtype=torch.int32)
+    places = torch.empty(rows, length, dtype=torch.int64)
+    longest = torch.empty(rows, dtype=torch.int32)
+    for row in range(rows):
+        starts = [0, *(1 + torch.randperm(length - 1, generator=generator)[: row + 1]).sort().values.tolist()]
+        boundaries[row, : len(starts)] = torch.tensor(starts)
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
+        places[row] = torch.cat([torch.arange(count) for count in lengths])
+        longest[row] = max(lengths)
+    return {"cu_seqlens": boundaries, "max_seqlen": longest, "position_ids": places}
 
 
 def stacked(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

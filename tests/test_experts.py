@@ -54,6 +54,7 @@ EXPERTS = {
     "tp2-teacher-without-sp": Case(tp=2, teacher=TEACHER_EXPERTS),
     "tp2-dp2-sp-ep2": Case(tp=2, dp=2, ep=2, teacher_ep=2, sequence_parallel=True, **ALL_EXPERTS),
     "tp2-dp2-sp-ep2-teacher": Case(tp=2, dp=2, teacher_ep=2, sequence_parallel=True, teacher=TEACHER_EXPERTS),
+    "cp2-ep2": Case(cp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
     "experts-full-uniform": Case(recompute=FULL_UNIFORM, **ALL_EXPERTS),
 }
 

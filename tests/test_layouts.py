@@ -38,6 +38,7 @@ class Case:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    cp: int = 1
     dp: int = 1
     ep: int = 1
     teacher_ep: int = 1
@@ -49,10 +50,11 @@ class Case:
     bf16: bool = False
     loss_scale: float = 1.0
     micro_batches: int = MICRO_BATCHES
+    packed: bool = False
 
     @property
     def layout(self) -> Layout:
-        return Layout(tp=self.tp, pp=self.pp, dp=self.dp, ep=self.ep, vpp=self.vpp)
+        return Layout(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, ep=self.ep, vpp=self.vpp)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def run_step(case: Case) -> Result:
         padded_vocab_size=padded_vocab(case.student, topology),
     )
     steps = connect(plan, unwrap_model(chunks), teacher_model, topology)
-    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
+    batches = case_batches(case)
     mine = batches[topology.collection.dp.rank() :: case.dp]
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -129,6 +131,11 @@ def run_step(case: Case) -> Result:
     )
 
 
+def case_batches(case: Case) -> list[dict[str, Tensor]]:
+    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
+    return reference.packed(batches) if case.packed else batches
+
+
 def shard_vocab(case: Case) -> int:
     return min(case.student.vocab, case.teacher.vocab)
 
@@ -137,7 +144,7 @@ def expected(case: Case) -> Result:
     """The float64 reference on all tokens at once."""
     student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
     teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
-    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
+    batches = case_batches(case)
     total, means = reference.distillation_loss(
         case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
     )
@@ -207,28 +214,54 @@ PIPELINES = {
     "pp4-all-weights-0": Case(pp=4, terms=Terms(kd=0.0, alpha=0.0, beta=0.0)),
 }
 
-LAYOUTS = PIPELINES | {
-    "1x1": Case(),
-    "tp2": Case(tp=2),
-    "tp3": Case(tp=3),
-    "tp4": Case(tp=4),
-    "tp2-sp": Case(tp=2, sequence_parallel=True),
-    "tp3-sp": Case(tp=3, sequence_parallel=True),
-    "tp4-sp": Case(tp=4, sequence_parallel=True),
-    "dp2": Case(dp=2),
-    "tp2-dp2": Case(tp=2, dp=2),
-    "tp2-dp2-sp": Case(tp=2, dp=2, sequence_parallel=True),
-    "full-block": Case(recompute=FULL_BLOCK),
-    "full-uniform": Case(recompute=FULL_UNIFORM),
-    "selective-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=SELECTIVE),
-    "full-uniform-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=FULL_UNIFORM),
-    "loss-scale": Case(tp=2, loss_scale=128.0),
-    "tied": Case(tp=2, student=TIED),
-    "tied-both": Case(tp=2, sequence_parallel=True, student=TIED, teacher=replace(TEACHER, tied=True)),
-    # 50 tokens in 4 slices of 52 rows would leave 2 in the last; 9 tokens leave whole slices empty.
-    "empty-slices": Case(tp=4, student=replace(STUDENT, vocab=9), teacher=replace(TEACHER, vocab=9)),
-    "teacher-lacks-added-tokens": Case(tp=2, teacher=OTHER_VOCABULARY),
+CONTEXTS = {
+    "cp2": Case(cp=2),
+    "cp3": Case(cp=3),
+    "tp2-cp2": Case(tp=2, cp=2),
+    "tp2-cp2-sp": Case(tp=2, cp=2, sequence_parallel=True),
+    "pp2-cp2": Case(pp=2, cp=2),
+    "pp2-vpp3-cp2": Case(pp=2, vpp=3, cp=2),
+    "cp2-dp2": Case(cp=2, dp=2),
+    "cp2-full-uniform": Case(cp=2, recompute=FULL_UNIFORM),
+    "cp2-selective": Case(cp=2, recompute=SELECTIVE),
+    "pp2-cp2-live": Case(pp=2, cp=2, terms=Terms(live=True)),
+    "cp2-all-tokens": Case(cp=2, terms=Terms(all_tokens=True, ce=0.5)),
+    "packed": Case(packed=True),
+    "packed-tp2-sp": Case(packed=True, tp=2, sequence_parallel=True),
+    "packed-pp2": Case(packed=True, pp=2),
+    "packed-pp2-vpp3": Case(packed=True, pp=2, vpp=3),
+    "packed-tp2-pp2-sp": Case(packed=True, tp=2, pp=2, sequence_parallel=True),
+    "packed-dp2": Case(packed=True, dp=2),
+    "packed-full-block": Case(packed=True, recompute=FULL_BLOCK),
+    "packed-selective": Case(packed=True, recompute=SELECTIVE),
 }
+
+LAYOUTS = (
+    PIPELINES
+    | CONTEXTS
+    | {
+        "1x1": Case(),
+        "tp2": Case(tp=2),
+        "tp3": Case(tp=3),
+        "tp4": Case(tp=4),
+        "tp2-sp": Case(tp=2, sequence_parallel=True),
+        "tp3-sp": Case(tp=3, sequence_parallel=True),
+        "tp4-sp": Case(tp=4, sequence_parallel=True),
+        "dp2": Case(dp=2),
+        "tp2-dp2": Case(tp=2, dp=2),
+        "tp2-dp2-sp": Case(tp=2, dp=2, sequence_parallel=True),
+        "full-block": Case(recompute=FULL_BLOCK),
+        "full-uniform": Case(recompute=FULL_UNIFORM),
+        "selective-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=SELECTIVE),
+        "full-uniform-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=FULL_UNIFORM),
+        "loss-scale": Case(tp=2, loss_scale=128.0),
+        "tied": Case(tp=2, student=TIED),
+        "tied-both": Case(tp=2, sequence_parallel=True, student=TIED, teacher=replace(TEACHER, tied=True)),
+        # 50 tokens in 4 slices of 52 rows would leave 2 in the last; 9 tokens leave whole slices empty.
+        "empty-slices": Case(tp=4, student=replace(STUDENT, vocab=9), teacher=replace(TEACHER, vocab=9)),
+        "teacher-lacks-added-tokens": Case(tp=2, teacher=OTHER_VOCABULARY),
+    }
+)
 
 OPTIONS = {
     "everything": EVERYTHING,

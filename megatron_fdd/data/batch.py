@@ -1,4 +1,4 @@
-"""One micro-batch on the device."""
+"""One micro-batch on the device: this rank's part of the sequence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-# B micro-batch, S sequence
+# B micro-batch (1 when packed), S sequence (this context-parallel rank's part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +22,10 @@ class Batch:
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32, 1 where the label counts.
         token_mask_BS: float32, 1 where the input is a token and no padding (`--fdd-tokens all`).
-        attention_mask: None for causal attention; bool [B, 1, S, S], true where attention is forbidden, with
-            `--reset-attention-mask`.
+        attention_mask: None for causal attention; bool [B, 1, S, whole sequence], true where attention is
+            forbidden, with `--reset-attention-mask`.
+        packed: where documents begin, when attention stays inside of each
+            (`--dataloader-inter-document-masking`); all of a micro-batch is one row then.
     """
 
     tokens_BS: Tensor
@@ -29,24 +34,49 @@ class Batch:
     loss_mask_BS: Tensor
     token_mask_BS: Tensor
     attention_mask: Tensor | None = None
+    packed: PackedSeqParams | None = None
 
 
-def get_batch(data_iterator: Iterator[Mapping[str, Tensor]], device: torch.device | str | int) -> Batch:
-    """Take the next micro-batch to `device`.
+def get_batch(
+    data_iterator: Iterator[Mapping[str, Tensor]],
+    device: torch.device | str | int,
+    context_group: ProcessGroup | None = None,
+) -> Batch:
+    """Take this rank's part of the next micro-batch to `device`.
 
     The iterator's dict is left as it is: Megatron may hand the same one out again (it re-runs steps).
+    Of C context-parallel ranks each has two of 2 C equal pieces of the sequence (Megatron's zig-zag).
     Collectives: none.
     """
-    sample = next(data_iterator)
+    sample = dict(next(data_iterator))
+    boundaries = None
+    if "cu_seqlens" in sample:
+        sample["token_mask"] = sample["token_mask"].reshape(1, -1)
+        sample = flatten_batch_for_packed_sequences(sample)
+        boundaries = (sample.pop("cu_seqlens")[0], int(sample.pop("max_seqlen")))
+    if context_group is not None:
+        sample = get_batch_on_this_cp_rank(sample, is_hybrid_cp=False, cp_group=context_group)
 
-    def to_device(name: str) -> Tensor:
-        return sample[name].to(device, non_blocking=True)
+    def to_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
 
     return Batch(
-        tokens_BS=to_device("tokens"),
-        labels_BS=to_device("labels"),
-        position_ids_BS=to_device("position_ids"),
-        loss_mask_BS=to_device("loss_mask"),
-        token_mask_BS=to_device("token_mask"),
-        attention_mask=to_device("attention_mask") if "attention_mask" in sample else None,
+        tokens_BS=to_device(sample["tokens"]),
+        labels_BS=to_device(sample["labels"]),
+        position_ids_BS=to_device(sample["position_ids"]),
+        loss_mask_BS=to_device(sample["loss_mask"]),
+        token_mask_BS=to_device(sample["token_mask"]),
+        attention_mask=to_device(sample["attention_mask"]) if "attention_mask" in sample else None,
+        packed=None if boundaries is None else _packed(to_device(boundaries[0]), boundaries[1]),
+    )
+
+
+def _packed(boundaries: Tensor, longest: int) -> PackedSeqParams:
+    """Megatron's carrier of document boundaries, int32 [documents + 1]."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )

@@ -67,8 +67,9 @@ def _check_flags(args: argparse.Namespace) -> None:
         ),
         (args.fim_data, "--fim-data is not supported; leave it out"),
         (
-            args.dataloader_inter_document_masking,
-            "--dataloader-inter-document-masking packs sequences, which is not supported; leave it out",
+            args.dataloader_inter_document_masking and args.reset_attention_mask,
+            "--reset-attention-mask and --dataloader-inter-document-masking keep attention inside of documents "
+            "in two ways; leave one out (the latter needs no mask of --seq-length x --seq-length)",
         ),
         (has_data and args.mock_data, "--mock-data and a data path exclude each other; leave one out"),
         (

@@ -7,12 +7,12 @@ padding.
 
 Why not Megatron's own `--sft` dataset: it tokenises while training, knows two prompt formats by name instead
 of the tokenizer's chat template, needs one more package, finds padding by its token id (which is often that
-of the end of a turn, so closing tokens lose their loss), and delivers packed sequences that the local
-attention refuses.
+of the end of a turn, so closing tokens lose their loss), and always packs (here: packing.py, when asked).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 
-from megatron_fdd.data.prepared import SetKind, content_identity, mask_prefix
+from megatron_fdd.data.prepared import content_identity, mask_prefix
 
 Sample = dict[str, torch.Tensor]
 # Stands at padded positions. Any id that the embedding has would do: masks say that it does not count, and
@@ -125,13 +125,17 @@ class InstructionDataset(MegatronDataset):
         config: GPTDatasetConfig,
     ) -> None:
         super().__init__(dataset, cache_name(dataset_path), indices, num_samples, index_split, config)
-        epochs = 1 if num_samples is None else max(1, -(-num_samples // len(indices)))
-        self._order = np.concatenate(
-            [
-                np.random.default_rng((config.random_seed, index_split.value, epoch)).permutation(indices)
-                for epoch in range(epochs)
-            ]
-        )
+        self._order: Sequence[Any] | np.ndarray = self._arrange(num_samples)
+
+    def _arrange(self, num_samples: int | None) -> Sequence[Any] | np.ndarray:
+        """What each sample holds, over as many whole epochs as there have to be."""
+        epochs = 1 if num_samples is None else max(1, -(-num_samples // len(self.indices)))
+        return np.concatenate([self._shuffled(epoch) for epoch in range(epochs)])
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """This part's instructions in the order of an epoch."""
+        seed = (self.config.random_seed, self.index_split.value, epoch)
+        return np.random.default_rng(seed).permutation(self.indices)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: InstructionSet) -> int:
@@ -176,9 +180,3 @@ def instruction_sample(ids: np.ndarray, mask: np.ndarray, sequence_length: int) 
         "token_mask": token_mask,
         "position_ids": torch.arange(sequence_length, dtype=torch.int64),
     }
-
-
-DATASET_CLASSES: dict[SetKind, type[MegatronDataset]] = {
-    "text": TextDataset,
-    "instruction": InstructionDataset,
-}

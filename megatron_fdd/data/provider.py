@@ -21,7 +21,8 @@ from megatron.training import get_args, get_tokenizer
 
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.checks import check_data_args
-from megatron_fdd.data.datasets import DATASET_CLASSES, MockTextDataset
+from megatron_fdd.data.datasets import InstructionDataset, MockTextDataset, TextDataset
+from megatron_fdd.data.packing import PackedInstructionDataset
 from megatron_fdd.data.prepared import set_kind
 from megatron_fdd.data.sources import blends, data_prefixes, evaluates
 
@@ -49,12 +50,12 @@ def build_datasets(
     """As `train_valid_test_provider`, from explicit arguments."""
     prefixes = data_prefixes(args)
     config = _dataset_config(args, tokenizer)
+    dataset_class: type[MegatronDataset] = TextDataset
     if config.mock:
         dataset_class = MockTextDataset
-    else:
-        # All of one kind: checks.check_data_args.
-        remote = is_object_storage_path(prefixes[0])
-        dataset_class = DATASET_CLASSES["text" if remote else set_kind(prefixes[0])]
+    elif not is_object_storage_path(prefixes[0]) and set_kind(prefixes[0]) == "instruction":
+        # All sets are of one kind: checks.check_data_args.
+        dataset_class = PackedInstructionDataset if config.inter_document_masking else InstructionDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config)
     return builder.build()
 
@@ -82,6 +83,7 @@ def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) 
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
+        inter_document_masking=args.dataloader_inter_document_masking,
         # Causal attention needs none, and at [S, S] a sample it is by far the largest thing in a batch.
         create_attention_mask=args.reset_attention_mask,
         object_storage_cache_path=args.object_storage_cache_path,

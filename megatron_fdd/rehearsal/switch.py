@@ -68,7 +68,9 @@ def _turn_compiler_off() -> None:
 
 def _stand_in_for_modules() -> None:
     """Replace what Megatron 0.19.2 has no CPU form of."""
+    from megatron_fdd.rehearsal.attention import install_attention
     from megatron_fdd.rehearsal.experts import install_experts
+    from megatron_fdd.rehearsal.gloo import install_gloo
     from megatron_fdd.rehearsal.norms import install_norms
     from megatron_fdd.rehearsal.optimizer import install_adam
 
@@ -88,6 +90,8 @@ def _stand_in_for_modules() -> None:
     device.shield_from(dataloader._BaseDataLoaderIter, "__init__")
     # There is one generator here, so Megatron's check that the host's stood still must fail.
     logging.getLogger(generator).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+    install_gloo()
+    install_attention()
     install_norms()
     install_adam()
     install_experts()

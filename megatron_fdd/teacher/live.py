@@ -31,6 +31,7 @@ class LiveTeacher:
             batch.tokens_BS,
             batch.position_ids_BS,
             batch.attention_mask,
+            packed_seq_params=batch.packed,
             extra_block_kwargs={"extract_layer_indices": set(self._layers)},
             output_processor=stop_before_head,
         )

@@ -63,7 +63,7 @@ class PipelinedTeacher:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        rows = seq_length // (self._topology.tensor_size if self._topology.sequence_parallel else 1)
+        rows = seq_length // self._topology.sequence_parts
         self._exchange((len(batches), rows, micro_batch_size, self.model.config.hidden_size))
 
     def features(self, index: int, _batch: Batch) -> TeacherFeatures:
@@ -72,11 +72,12 @@ class PipelinedTeacher:
         return TeacherFeatures(final_SBT, {pair: stacked[index] for pair, stacked in self._received.items()})
 
     def _forward_step(self, data_iterator: Iterator[Mapping[str, Tensor]], model: GPTModel) -> Any:
-        batch = get_batch(data_iterator, torch.cuda.current_device())
+        batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
         output = model(
             batch.tokens_BS,
             batch.position_ids_BS,
             batch.attention_mask,
+            packed_seq_params=batch.packed,
             extra_block_kwargs={"extract_layer_indices": {self._layers[index] for index in self._mine}},
             output_processor=stop_before_head,
         )

@@ -196,7 +196,10 @@ def test_mock_data(hf: TokenizerSettings) -> None:
         ([], "no data: give --data-path"),
         (["--data-path", "{sets}/text", "--sft"], "--sft is Megatron's own"),
         (["--data-path", "{sets}/text", "--fim-data"], "--fim-data is not supported"),
-        (["--data-path", "{sets}/text", "--dataloader-inter-document-masking"], "packs sequences"),
+        (
+            ["--data-path", "{sets}/text", "--dataloader-inter-document-masking", "--reset-attention-mask"],
+            "leave one out",
+        ),
         (["--data-path", "{sets}/text", "--data-cache-path", "{sets}/text.jsonl/x"], "not a writable folder"),
     ],
 )

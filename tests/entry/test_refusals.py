@@ -32,7 +32,10 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("--pipeline-model-parallel-size 2 --fp16",),
         r"--fp16 with --pipeline-model-parallel-size.*use --bf16",
     ),
-    (("--context-parallel-size 2",), r"--context-parallel-size above 1 .*use tensor"),
+    (
+        ("--context-parallel-size 2 --dataloader-inter-document-masking",),
+        r"--dataloader-inter-document-masking with --context-parallel-size.*one of the two",
+    ),
 )
 FLAT = [(flags, pattern) for commands, pattern in COMMANDS for flags in commands]
 
