@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.reference_experts import balancing_loss, feed_forward, mlp_prefixes, routing
+
 Weights = dict[str, Tensor]
+# Sequences: only a router's balancing loss cares where a micro-batch ends.
+MICRO_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,13 @@ def random_weights(shape: Shape, seed: int) -> Weights:
         weights[prefix + "pre_mlp_layernorm.weight"] = norm()
         if shape.experts is not None:  # a router sharp enough that no two experts tie
             weights[prefix + "mlp.router.weight"] = matrix(shape.experts, shape.hidden, 3.0)
-        for mlp in mlp_prefixes(shape, prefix):
+        for mlp in mlp_prefixes(shape.experts, prefix):
             weights[mlp + "linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
             weights[mlp + "linear_fc2.weight"] = matrix(shape.hidden, shape.ffn)
     weights["decoder.final_layernorm.weight"] = norm()
     if not shape.tied:
         weights["output_layer.weight"] = matrix(shape.vocab, shape.hidden, 3.0)
     return weights
-
-
-def mlp_prefixes(shape: Shape, layer: str) -> list[str]:
-    """Of the feed-forward matrices of a layer: one set, or one for each expert."""
-    if shape.experts is None:
-        return [layer + "mlp."]
-    return [f"{layer}mlp.experts.local_experts.{expert}." for expert in range(shape.experts)]
 
 
 def double(weights: Weights, *, requires_grad: bool) -> Weights:
@@ -96,7 +93,7 @@ def forward(
             attention(shape, qkv, places, forbidden), weights[prefix + "self_attention.linear_proj.weight"]
         )
         h = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], shape.epsilon)
-        mlps = [feed_forward(weights, mlp, h) for mlp in mlp_prefixes(shape, prefix)]
+        mlps = [feed_forward(weights, mlp, h) for mlp in mlp_prefixes(shape.experts, prefix)]
         if shape.experts is None:
             x = x + mlps[0]
         else:
@@ -106,31 +103,6 @@ def forward(
                 probabilities.append(logits.softmax(-1))
         blocks.append(x)
     return rms_norm(x, weights["decoder.final_layernorm.weight"], shape.epsilon), blocks
-
-
-def feed_forward(weights: Weights, prefix: str, h: Tensor) -> Tensor:
-    gate, up = F.linear(h, weights[prefix + "linear_fc1.weight"]).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, weights[prefix + "linear_fc2.weight"])
-
-
-def routing(logits: Tensor, topk: int) -> Tensor:
-    """Megatron's default: a softmax over the chosen experts' logits; 0 for the others."""
-    values, experts = logits.topk(topk, -1)
-    return torch.zeros_like(logits).scatter(-1, experts, values.softmax(-1))
-
-
-def balancing_loss(shape: Shape, probabilities: list[Tensor], micro_batch: int) -> Tensor:
-    """Switch Transformer's loss, a sum over layers and micro-batches, times the tokens of a micro-batch.
-
-    That factor is what makes Megatron's division by the step's tokens an average over micro-batches.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for p_BSE in probabilities:
-        for part in p_BSE.split(micro_batch):
-            p = part.flatten(0, 1)
-            chosen = (routing(p, shape.topk) > 0).double()
-            total = total + shape.experts * (p.mean(0) * chosen.mean(0) / shape.topk).sum() * len(p)
-    return total
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -234,7 +206,10 @@ def distillation_loss(
         total = total + terms.beta * parts[f"delta s{s}:t{t}"] / (len(terms.pairs) - 1)
     means = {name: value.item() for name, value in parts.items()} | {"total": total.item()}
     if student_shape.aux_loss:  # Megatron adds its gradient only; the log of the loss knows nothing of it
-        total = total + student_shape.aux_loss * balancing_loss(student_shape, routers, 2) / label.sum()
+        total = (
+            total
+            + student_shape.aux_loss * balancing_loss(routers, student_shape.topk, MICRO_BATCH) / label.sum()
+        )
     return total, means
 
 

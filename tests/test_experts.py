@@ -55,6 +55,14 @@ EXPERTS = {
     "tp2-dp2-sp-ep2": Case(tp=2, dp=2, ep=2, teacher_ep=2, sequence_parallel=True, **ALL_EXPERTS),
     "tp2-dp2-sp-ep2-teacher": Case(tp=2, dp=2, teacher_ep=2, sequence_parallel=True, teacher=TEACHER_EXPERTS),
     "cp2-ep2": Case(cp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
+    "packed-ep2": Case(
+        dp=2,
+        ep=2,
+        teacher_ep=2,
+        packed=True,
+        student=replace(STUDENT_EXPERTS, aux_loss=0.0),
+        teacher=TEACHER_EXPERTS,
+    ),
     "experts-full-uniform": Case(recompute=FULL_UNIFORM, **ALL_EXPERTS),
 }
 

@@ -25,7 +25,7 @@ from tests.models import build_frozen, build_student, full_gradients, padded_voc
 from tests.ranks import Layout, run_on_ranks
 from tests.reference import STUDENT, TEACHER, Shape, Terms, Weights
 
-MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 12
+MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
 # design.md, section 5.
 TERM_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
