@@ -29,7 +29,9 @@ ARCHITECTURE = (
     "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm",
     "softmax_type", "window_size", "window_attn_skip_freq", "multi_latent_attention", "attention_output_gate",
     "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
-    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
+    "moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_latent_size", "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_shared_expert_glu_interleave_size",
 )  # fmt: skip
 
 
@@ -99,10 +101,6 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda a: a.context_parallel_size > 1 and a.dataloader_inter_document_masking,
         "--dataloader-inter-document-masking with --context-parallel-size above 1: every document would have "
         "to be a multiple of twice that size; use one of the two",
-    ),
-    (
-        lambda a: a.num_experts is not None or a.expert_model_parallel_size > 1,
-        "mixture-of-experts students (--num-experts, --expert-model-parallel-size) are not supported yet",
     ),
 )
 

@@ -20,7 +20,8 @@ class ModelShape:
     """One model, enough to count its matrix products.
 
     Attributes:
-        ffn: width of the feed-forward layer that a token passes; of a mixture of experts, all it is routed to.
+        ffn: width of the feed-forward layer that a token passes; of a mixture of experts, all it is routed to,
+            on average over the layers.
         groups: key-value heads.
         vocab: rows of the head that count, over all tensor ranks.
         gated: whether the feed-forward layer has three matrices.

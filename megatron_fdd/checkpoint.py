@@ -18,6 +18,8 @@ DAMAGE = (Exception, CheckpointException)
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 # Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
 RELEASE = "release"
+# Megatron lists every tensor of a model whose names it does not find.
+_LONGEST_CAUSE = 300
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
@@ -124,7 +126,8 @@ def cause_of(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
         return "its bytes hold no saved tensors"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    return line if len(line) <= _LONGEST_CAUSE else line[:_LONGEST_CAUSE] + " ..."
 
 
 def _check_files(path: Path, flag: str) -> None:

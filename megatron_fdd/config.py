@@ -20,6 +20,7 @@ class FddConfig:
     """
 
     teacher_load: str | None = None
+    teacher_expert_model_parallel_size: int | None = None
     layers: int = 4
     layer_rule: Literal["paper", "linspace"] = "paper"
     layer_pairs: tuple[tuple[int, int], ...] | None = None
@@ -91,6 +92,9 @@ class FddConfig:
         if self.divergence_mix is not None:
             _require(0 < self.divergence_mix < 1, "divergence_mix", self.divergence_mix, "between 0 and 1")
         _require(self.layers >= 1, "layers", self.layers, "at least 1")
+        experts = self.teacher_expert_model_parallel_size
+        if experts is not None:
+            _require(experts >= 1, "teacher_expert_model_parallel_size", experts, "at least 1")
         num_pairs = len(self.layer_pairs) if self.layer_pairs is not None else self.layers
         if self.beta > 0 and num_pairs < 2:
             raise ValueError(
@@ -132,6 +136,12 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("feature dynamics distillation")
     group.add_argument("--teacher-load", metavar="DIR", help="Megatron checkpoint of the teacher, any layout")
+    group.add_argument(
+        "--fdd-teacher-expert-model-parallel-size",
+        type=int,
+        metavar="N",
+        help="ranks that share the experts of a mixture-of-experts teacher (default: as the student's)",
+    )
     _add_layer_args(group)
     _add_loss_args(group)
     group.add_argument(

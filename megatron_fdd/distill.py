@@ -90,7 +90,8 @@ class Distillation:
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
         teacher = None
         if run.teacher is not None and run.teacher_checkpoint is not None:
-            teacher = build_teacher(run.teacher, run.teacher_checkpoint, topology)
+            own_experts = topology.with_experts(run.teacher.expert_model_parallel_size)
+            teacher = build_teacher(run.teacher, run.teacher_checkpoint, own_experts)
         steps = connect(
             run.plan, unwrap_model(chunks), teacher, topology, lambda: getattr(run.args, "curr_iteration", 0)
         )

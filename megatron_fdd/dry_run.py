@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_fdd.balance import ModelShape, describe_balance, token_flops
 from megatron_fdd.config import FddConfig
+from megatron_fdd.experts import active_ffn_width, expert_tensor_size, expert_width, num_expert_layers
 from megatron_fdd.layer_plan import LayerPair, Plan
 
 _MIB = 2**20
@@ -22,6 +23,7 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += _pairs(plan.config, plan.pairs)
     lines += _ranks(plan, args)
+    lines += _experts(args, "student") + ([] if teacher is None else _experts(teacher, "teacher"))
     lines += _memory(plan, args, teacher)
     lines += _balance(plan, args, teacher)
     return "\n".join(lines)
@@ -69,6 +71,18 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def _experts(args: argparse.Namespace, whose: str) -> list[str]:
+    if not args.num_experts:
+        return []
+    held = args.num_experts // args.expert_model_parallel_size
+    tensor = expert_tensor_size(args)
+    return [
+        f"  experts of the {whose}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
+        f"{args.moe_router_topk} to a token; {held} on a rank"
+        + (f", cut {tensor} ways" if tensor > 1 else "")
+    ]
+
+
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
     """Estimates for the stage that holds most."""
     config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
@@ -79,7 +93,7 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
     if teacher is not None:
         taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(stages))
         held = max(len(plan.teacher_pairs(stage)) for stage in range(stages))
-        figures["teacher weights"] = count_parameters(teacher) // (tensor * stages) * bytes_each
+        figures["teacher weights"] = held_parameters(teacher) * bytes_each
         figures["teacher head (with one stage part of its weights)"] = (
             args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
         )
@@ -129,7 +143,7 @@ def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelS
     heads = args.num_attention_heads
     return ModelShape(
         hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size,
+        ffn=active_ffn_width(args),
         heads=heads,
         groups=args.num_query_groups if args.group_query_attention else heads,
         head_width=args.kv_channels or args.hidden_size // heads,
@@ -139,14 +153,24 @@ def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelS
     )
 
 
-def count_parameters(args: argparse.Namespace) -> int:
-    """Parameters of the GPT that these arguments describe: matrices and embeddings; norms are left out."""
+def held_parameters(args: argparse.Namespace) -> int:
+    """Parameters of the GPT that these arguments describe on one rank, its stages taken as equal.
+
+    Matrices and embeddings; norms are left out. Of its experts a rank holds those of its expert-parallel share.
+    """
     heads = args.num_attention_heads
     head_width = args.kv_channels or args.hidden_size // heads
     groups = args.num_query_groups if args.group_query_attention else heads
     attention = args.hidden_size * head_width * (2 * heads + 2 * groups)
-    feed_forward = args.hidden_size * args.ffn_hidden_size * (3 if args.swiglu else 2)
+    per_width = args.hidden_size * (3 if args.swiglu else 2)
+    with_experts = num_expert_layers(args)
+    dense_widths = (args.num_layers - with_experts) * args.ffn_hidden_size
+    dense_widths += with_experts * (args.moe_shared_expert_intermediate_size or 0)
     embeddings = args.padded_vocab_size * args.hidden_size
-    return args.num_layers * (attention + feed_forward) + embeddings * (
-        2 if args.untie_embeddings_and_output_weights else 1
-    )
+    embeddings *= 2 if args.untie_embeddings_and_output_weights else 1
+    cut = args.num_layers * attention + dense_widths * per_width + embeddings
+    experts = with_experts * (args.num_experts or 0) * expert_width(args) * per_width
+    routers = with_experts * (args.num_experts or 0) * args.hidden_size
+    stages = args.pipeline_model_parallel_size
+    expert_ranks = expert_tensor_size(args) * args.expert_model_parallel_size
+    return (cut // args.tensor_model_parallel_size + experts // expert_ranks + routers) // stages

@@ -6,6 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_fdd.arguments import student_checkpoint
+from megatron_fdd.checkpoint import RELEASE, find_checkpoint
+from megatron_fdd.experts import STUDENT_FLAG, has_expert_optimizer
 from megatron_fdd.teacher.arguments import even_layout
 
 
@@ -61,6 +64,29 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
             f"--pipeline-model-parallel-size {stages} does not divide {whose}'s {args.num_layers} layers: say how "
             f"to cut them, for example --pipeline-model-parallel-layout '{even_layout(args.num_layers, stages)}'"
         )
+
+
+def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:
+    """Whether the optimizer's state in the student's checkpoint fits this layout's optimizer.
+
+    Args:
+        stored: the arguments in the checkpoint.
+
+    Raises:
+        ValueError: experts had an optimizer of their own there and have none here, or the reverse.
+    """
+    directory, flag = student_checkpoint(args)
+    if flag != "--load" or args.finetune or args.no_load_optim:
+        return
+    there, here = has_expert_optimizer(stored), has_expert_optimizer(args)
+    if there == here or directory is None or find_checkpoint(directory, flag).name == RELEASE:
+        return
+    sizes = "of at least 2" if there else "1"
+    raise ValueError(
+        f"--load {directory} was saved with {STUDENT_FLAG} {stored.expert_model_parallel_size}, this run has "
+        f"{args.expert_model_parallel_size}: Megatron cannot resume across that, its optimizer has other parts. "
+        f"Use {STUDENT_FLAG} {sizes}, or take the weights alone with --finetune"
+    )
 
 
 def _check_sequence(args: argparse.Namespace) -> None:

@@ -29,8 +29,9 @@ from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
+from megatron_fdd.experts import check_experts
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
-from megatron_fdd.preflight import check_given, check_splits, check_writable
+from megatron_fdd.preflight import check_given, check_resume, check_splits, check_writable
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.check import check_tokenizers
 
@@ -77,6 +78,9 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     force_values(args)
     check_length(args, "the student", args.max_position_embeddings)
     check_splits(args, "the student")
+    check_experts(args, "the student")
+    if student is not None:
+        check_resume(args, student)
     if not config.dry_run:
         check_writable(config.metrics_file, "--fdd-metrics-file")
         check_writable(args.save, "--save")
@@ -84,6 +88,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     try:
         validate_args(args, {})
         set_global_variables(args)
+        student_layers = chunk_layers(model_config(args).transformer)
     except (AssertionError, OSError) as error:  # how Megatron says that a flag or a file is wrong
         raise ValueError(f"Megatron refuses these flags: {_reason(error)}") from error
     if student is not None:
@@ -96,12 +101,13 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         refuse_teacher(stored)
         check_tokenizers(config.teacher_load, args)
     vocab_size = _common_vocabulary(args, stored)
-    teacher = None if stored is None else teacher_args(stored, args)
-    if teacher is not None:
+    teacher = None
+    if stored is not None:
+        teacher = teacher_args(stored, args, expert_size=config.teacher_expert_model_parallel_size)
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
         check_splits(teacher, "the teacher", has_own_layout=True)
+        check_experts(teacher, "the teacher")
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
-    student_layers = chunk_layers(model_config(args).transformer)
     teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
@@ -130,10 +136,8 @@ def refuse_teacher(stored: argparse.Namespace) -> None:
     """Refuse a teacher that this version cannot run.
 
     Raises:
-        ValueError: a mixture of experts, or a model that is not a GPTModel with a linear head.
+        ValueError: a model that is not a GPTModel with a linear head.
     """
-    if getattr(stored, "num_experts", None) is not None:
-        raise ValueError("--teacher-load: mixture-of-experts teachers are not supported yet")
     if getattr(stored, "hybrid_layer_pattern", None) is not None:
         raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
     if getattr(stored, "final_logit_softcapping", None) is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import ProcessGroup
@@ -45,6 +46,38 @@ class Topology:
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
+
+    def with_experts(self, size: int) -> Topology:
+        """The same ranks with expert groups of their own: for a teacher that spreads its experts otherwise.
+
+        Megatron's globals know the student's expert groups only. All other groups are shared with it.
+
+        Args:
+            size: how many ranks share the experts of a layer; checked by `check_experts`.
+
+        Collectives over all ranks, unless the student's size is the same: one all-gather of the stages, and
+        making the groups.
+        """
+        if size == self.collection.ep.size():
+            return self
+        stages = [0] * dist.get_world_size()
+        dist.all_gather_object(stages, self.stage)
+        tensor = self.collection.expt_tp.size()
+        by_name: dict[str, list[list[int]]] = {"ep": [], "tp_ep": [], "expt_dp": []}
+        for stage in range(self.num_stages):
+            ranks = [rank for rank, its_stage in enumerate(stages) if its_stage == stage]
+            blocks = [ranks[first : first + tensor * size] for first in range(0, len(ranks), tensor * size)]
+            # As Megatron does: the slices of one expert are neighbours, then come the other experts.
+            by_name["tp_ep"] += blocks
+            by_name["ep"] += [block[part::tensor] for block in blocks for part in range(tensor)]
+            by_name["expt_dp"] += [list(copies) for copies in zip(*blocks, strict=True)]
+        collection = ProcessGroupCollection(**vars(self.collection))
+        for name, enumeration in by_name.items():
+            setattr(collection, name, dist.new_subgroups_by_enumeration(enumeration)[0])
+        # What only an optimizer or a gradient reduction asks for, and would be the student's.
+        for name in ("tp_ep_pp", "tp_ep_pp_with_egtp_remat", "intra_expt_dp", "expt_dp_gtp_remat"):
+            setattr(collection, name, None)
+        return replace(self, collection=collection)
 
     @property
     def tensor_rank(self) -> int:

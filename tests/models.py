@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -61,6 +63,11 @@ def model_config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         calculate_per_token_loss=True,
+        expert_model_parallel_size=1 if shape.experts is None else topology.collection.ep.size(),
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.topk,
+        moe_aux_loss_coeff=shape.aux_loss,
+        moe_token_dispatcher_type="alltoall",
         pipeline_model_parallel_layout=layout,
         virtual_pipeline_model_parallel_size=virtual,
         # The only form of interleaved sends that gloo has.
@@ -119,20 +126,27 @@ def build_frozen(
 def load_weights(model: GPTModel, weights: Weights, topology: Topology) -> None:
     """Copy this rank's part of every full tensor. Padded vocabulary rows become garbage, not zero."""
     for name, parameter in model.named_parameters():
-        full = weights[full_name(model, name, weights)]
+        full = weights[full_name(model, name, weights, topology)]
         if is_vocabulary(name):
             rows = parameter.shape[0] * topology.tensor_size
             full = torch.cat([full, torch.full((rows - len(full), full.shape[1]), 7.0)])
         parameter.copy_(cut(name, full, parameter, topology))
 
 
-def full_name(model: GPTModel, name: str, weights: Weights) -> str:
-    """A parameter's name in the whole model: layers count from the stage's first."""
+def full_name(
+    model: GPTModel, name: str, weights: Weights, topology: Topology, expert_rank: int | None = None
+) -> str:
+    """A parameter's name in the whole model: layers count from the stage's first, experts from the rank's first."""
     if name == "output_layer.weight" and name not in weights:
         return "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
     if not name.startswith("decoder.layers."):
         return name
     _, _, layer, rest = name.split(".", 3)
+    if is_expert(name):
+        before, local, tail = re.split(r"(?<=local_experts)\.(\d+)\.", rest)
+        rank = topology.collection.ep.rank() if expert_rank is None else expert_rank
+        first = rank * model.config.num_moe_experts // topology.collection.ep.size()
+        rest = f"{before}.{first + int(local)}.{tail}"
     return f"decoder.layers.{int(layer) + get_transformer_layer_offset(model.config, model.vp_stage)}.{rest}"
 
 
@@ -149,7 +163,14 @@ def full_gradients(
             if is_vocabulary(name):
                 assert not full[vocab:].any(), f"{name}: padded rows received gradient"
                 full = full[:vocab]
-            gradients[full_name(student, name, weights)] = full.double()
+            if not is_expert(name):
+                gradients[full_name(student, name, weights, topology)] = full.double()
+                continue
+            shared = topology.collection.ep
+            parts = [torch.empty_like(full) for _ in range(shared.size())]
+            dist.all_gather(parts, full, group=shared)
+            for rank, part in enumerate(parts):
+                gradients[full_name(student, name, weights, topology, rank)] = part.double()
     stages: list[Weights] = [{} for _ in range(topology.num_stages)]
     dist.all_gather_object(stages, gradients, group=topology.pipeline_group)
     for other in stages:
@@ -186,6 +207,10 @@ def join(name: str, parts: list[Tensor], parameter: torch.nn.Parameter) -> Tenso
 
 def is_split(parameter: torch.nn.Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+def is_expert(name: str) -> bool:
+    return ".local_experts." in name
 
 
 def is_vocabulary(name: str) -> bool:

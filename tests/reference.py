@@ -12,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.reference_experts import balancing_loss, feed_forward, mlp_prefixes, routing
+
 Weights = dict[str, Tensor]
+# Sequences: only a router's balancing loss cares where a micro-batch ends.
+MICRO_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class Shape:
     vocab: int = 50
     tied: bool = False
     epsilon: float = 1e-5
+    experts: int | None = None
+    topk: int = 2
+    aux_loss: float = 0.0
 
 
 STUDENT = Shape(num_layers=6, hidden=48, heads=24, groups=12, head_width=4, ffn=96)
@@ -52,8 +59,11 @@ def random_weights(shape: Shape, seed: int) -> Weights:
         weights[prefix + "self_attention.linear_qkv.weight"] = matrix(query + 2 * key, shape.hidden)
         weights[prefix + "self_attention.linear_proj.weight"] = matrix(shape.hidden, query)
         weights[prefix + "pre_mlp_layernorm.weight"] = norm()
-        weights[prefix + "mlp.linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
-        weights[prefix + "mlp.linear_fc2.weight"] = matrix(shape.hidden, shape.ffn)
+        if shape.experts is not None:  # a router sharp enough that no two experts tie
+            weights[prefix + "mlp.router.weight"] = matrix(shape.experts, shape.hidden, 3.0)
+        for mlp in mlp_prefixes(shape.experts, prefix):
+            weights[mlp + "linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
+            weights[mlp + "linear_fc2.weight"] = matrix(shape.hidden, shape.ffn)
     weights["decoder.final_layernorm.weight"] = norm()
     if not shape.tied:
         weights["output_layer.weight"] = matrix(shape.vocab, shape.hidden, 3.0)
@@ -65,8 +75,13 @@ def double(weights: Weights, *, requires_grad: bool) -> Weights:
     return {name: value.double().requires_grad_(requires_grad) for name, value in weights.items()}
 
 
-def forward(shape: Shape, weights: Weights, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Final normed hidden states [B, S, H], and the output of every block."""
+def forward(
+    shape: Shape, weights: Weights, batch: dict[str, Tensor], probabilities: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Final normed hidden states [B, S, H], and the output of every block.
+
+    Appends to `probabilities` each router's softmax over all experts [B, S, E].
+    """
     x = weights["embedding.word_embeddings.weight"][batch["tokens"]]
     places, forbidden = batch["position_ids"], forbidden_pairs(batch)
     blocks = []
@@ -78,8 +93,14 @@ def forward(shape: Shape, weights: Weights, batch: dict[str, Tensor]) -> tuple[T
             attention(shape, qkv, places, forbidden), weights[prefix + "self_attention.linear_proj.weight"]
         )
         h = rms_norm(x, weights[prefix + "pre_mlp_layernorm.weight"], shape.epsilon)
-        gate, up = F.linear(h, weights[prefix + "mlp.linear_fc1.weight"]).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, weights[prefix + "mlp.linear_fc2.weight"])
+        mlps = [feed_forward(weights, mlp, h) for mlp in mlp_prefixes(shape.experts, prefix)]
+        if shape.experts is None:
+            x = x + mlps[0]
+        else:
+            logits = F.linear(h, weights[prefix + "mlp.router.weight"])
+            x = x + (routing(logits, shape.topk)[..., None] * torch.stack(mlps, -2)).sum(-2)
+            if probabilities is not None:
+                probabilities.append(logits.softmax(-1))
         blocks.append(x)
     return rms_norm(x, weights["decoder.final_layernorm.weight"], shape.epsilon), blocks
 
@@ -150,7 +171,8 @@ def distillation_loss(
     Source: method.md, sections 2, 3 and 6.
     """
     (student_shape, teacher_shape), (student, teacher) = shapes, weights
-    student_final, student_blocks = forward(student_shape, student, batch)
+    routers: list[Tensor] = []
+    student_final, student_blocks = forward(student_shape, student, batch, routers)
     with torch.no_grad():
         teacher_final, teacher_blocks = forward(teacher_shape, teacher, batch)
     label = batch["loss_mask"].double()
@@ -182,7 +204,13 @@ def distillation_loss(
         s, t = terms.pairs[j]
         parts[f"delta s{s}:t{t}"] = mean(1 - cosine, term)
         total = total + terms.beta * parts[f"delta s{s}:t{t}"] / (len(terms.pairs) - 1)
-    return total, {name: value.item() for name, value in parts.items()} | {"total": total.item()}
+    means = {name: value.item() for name, value in parts.items()} | {"total": total.item()}
+    if student_shape.aux_loss:  # Megatron adds its gradient only; the log of the loss knows nothing of it
+        total = (
+            total
+            + student_shape.aux_loss * balancing_loss(routers, student_shape.topk, MICRO_BATCH) / label.sum()
+        )
+    return total, means
 
 
 def head(weights: Weights) -> Tensor:

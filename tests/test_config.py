@@ -28,7 +28,7 @@ def test_every_flag_arrives() -> None:
         "--fdd-trajectory-divergence srkl --fdd-divergence-mix 0.3 --fdd-temperature 2 --fdd-lens-norm none "
         "--fdd-lens-head live --fdd-delta centred --fdd-delta-detach-previous --fdd-tokens all "
         "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-offload-teacher-taps --fdd-metrics-file M "
-        "--fdd-dry-run"
+        "--fdd-dry-run --fdd-teacher-expert-model-parallel-size 2"
     )
     config = parse(*argv.split())
     defaults = FddConfig()

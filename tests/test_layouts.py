@@ -25,7 +25,7 @@ from tests.models import build_frozen, build_student, full_gradients, padded_voc
 from tests.ranks import Layout, run_on_ranks
 from tests.reference import STUDENT, TEACHER, Shape, Terms, Weights
 
-MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, 2, 12
+MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
 # design.md, section 5.
 TERM_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -40,6 +40,8 @@ class Case:
     vpp: int | None = None
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    teacher_ep: int = 1
     sequence_parallel: bool = False
     terms: Terms = Terms()
     student: Shape = STUDENT
@@ -52,7 +54,7 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        return Layout(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, vpp=self.vpp)
+        return Layout(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, ep=self.ep, vpp=self.vpp)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def run_step(case: Case) -> Result:
     student_weights = reference.random_weights(case.student, 1)
     chunks = build_student(case.student, student_weights, topology, dtype, virtual=case.vpp, **options)
     teacher_weights = reference.random_weights(case.teacher, 2)
-    teacher_model = build_frozen(case.teacher, teacher_weights, topology, dtype, padded_like=case.student)
+    own_experts = topology.with_experts(case.teacher_ep)
+    teacher_model = build_frozen(case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student)
     pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
     plan = Plan(
         config,

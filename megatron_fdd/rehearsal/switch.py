@@ -69,6 +69,7 @@ def _turn_compiler_off() -> None:
 def _stand_in_for_modules() -> None:
     """Replace what Megatron 0.19.2 has no CPU form of."""
     from megatron_fdd.rehearsal.attention import install_attention
+    from megatron_fdd.rehearsal.experts import install_experts
     from megatron_fdd.rehearsal.gloo import install_gloo
     from megatron_fdd.rehearsal.norms import install_norms
     from megatron_fdd.rehearsal.optimizer import install_adam
@@ -93,3 +94,4 @@ def _stand_in_for_modules() -> None:
     install_attention()
     install_norms()
     install_adam()
+    install_experts()

@@ -13,7 +13,8 @@ _FROM_RUN = (
     "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "apply_rope_fusion",
     "gradient_accumulation_fusion", "deterministic_mode", "distributed_backend", "no_persist_layer_norm",
     "micro_batch_size", "global_batch_size", "seq_length", "decoder_seq_length", "cp_comm_type", "seed",
-    "calculate_per_token_loss", "moe_token_dispatcher_type", "make_vocab_size_divisible_by",
+    "calculate_per_token_loss", "make_vocab_size_divisible_by", "moe_token_dispatcher_type", "moe_enable_deepep",
+    "moe_flex_dispatcher_backend", "moe_flex_dispatcher_num_sms", "moe_permute_fusion", "moe_router_fusion",
 )  # fmt: skip
 
 # A frozen model in evaluation mode: no noise, no recompute, no graphs, no buffers of another width.
@@ -21,6 +22,18 @@ _FORCED = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "moe_input_jitter_eps": None,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": None,
+    "moe_router_force_load_balancing": False,
+    "moe_router_force_biased": None,
+    "moe_router_padding_for_fp8": False,
+    "moe_router_padding_for_quantization": False,
+    "moe_enable_routing_replay": False,
+    "moe_shared_expert_overlap": False,
+    "moe_expert_rank_capacity_factor": None,
+    "moe_paged_stash": False,
+    "moe_layer_recompute": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
     "mtp_num_layers": None,
     "perform_initialization": False,
     "recompute_granularity": None,
@@ -43,7 +56,23 @@ _FORCED = {
 }
 
 
-def teacher_args(checkpoint_args: argparse.Namespace, run_args: argparse.Namespace) -> argparse.Namespace:
+# What a dense model must not inherit from a student with experts, where its checkpoint does not say.
+_DENSE = {
+    "num_experts": None,
+    "moe_ffn_hidden_size": None,
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_grouped_gemm": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_load_balancing_type": "none",
+}
+# Ways of routing; all other types only say which loss balances the load in training.
+_ROUTERS = ("sinkhorn", "quantile_balancing")
+
+
+def teacher_args(
+    checkpoint_args: argparse.Namespace, run_args: argparse.Namespace, *, expert_size: int | None = None
+) -> argparse.Namespace:
     """Arguments to build the teacher with in this run.
 
     The vocabulary is padded as the student's, so that both heads are cut at the same boundaries.
@@ -51,6 +80,7 @@ def teacher_args(checkpoint_args: argparse.Namespace, run_args: argparse.Namespa
     Args:
         checkpoint_args: as stored in the teacher's checkpoint.
         run_args: this run's validated arguments (the student's).
+        expert_size: ranks that share a layer's experts; None is the student's, or 1 for a dense teacher.
     """
     args = argparse.Namespace(**{**vars(run_args), **copy.deepcopy(vars(checkpoint_args))})
     for name, value in vars(run_args).items():
@@ -61,7 +91,25 @@ def teacher_args(checkpoint_args: argparse.Namespace, run_args: argparse.Namespa
     args.padded_vocab_size = run_args.padded_vocab_size
     if args.pipeline_model_parallel_size > 1:
         args.pipeline_model_parallel_layout = even_layout(args.num_layers, args.pipeline_model_parallel_size)
+    has_experts = bool(getattr(checkpoint_args, "num_experts", None))
+    if expert_size is None:
+        expert_size = run_args.expert_model_parallel_size if has_experts else 1
+    args.expert_model_parallel_size = expert_size
+    if has_experts:
+        _set_experts(args)
+    else:
+        vars(args).update(_DENSE)
     return args
+
+
+def _set_experts(args: argparse.Namespace) -> None:
+    """How a teacher's experts are computed is this run's business too."""
+    if args.moe_token_dispatcher_type == "allgather":  # Megatron's default, also of a run without experts
+        args.moe_token_dispatcher_type = "alltoall"
+    if args.moe_router_load_balancing_type not in _ROUTERS:
+        args.moe_router_load_balancing_type = "none"
+    if args.transformer_impl == "local":
+        args.moe_grouped_gemm = False
 
 
 def even_layout(num_layers: int, num_stages: int) -> str:

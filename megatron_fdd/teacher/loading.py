@@ -23,8 +23,10 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
 
     Args:
         args: from `teacher_args`.
+        topology: with the teacher's own expert groups (`Topology.with_experts`).
 
-    Collectives: those of `dist_checkpointing.load`; one all-reduce over the tensor-parallel group.
+    Collectives: those of `dist_checkpointing.load`; one all-reduce over the tensor-parallel group, and one
+    all-gather of names over all ranks.
 
     Raises:
         ValueError: a weight of the checkpoint is not used, one of the model is not filled, is all zero, or
@@ -73,6 +75,11 @@ def _check_weights(model: GPTModel, checkpoint: Path, topology: Topology) -> Non
     broken = [
         name for name, value in zip(names, values, strict=True) if value != value or value == float("inf")
     ]
+    found: list[tuple[list[str], list[str]]] = [([], [])] * torch.distributed.get_world_size()
+    # Stages and expert ranks hold other weights; one that stopped alone would leave the others waiting.
+    torch.distributed.all_gather_object(found, (zero, broken))
+    zero = sorted({name for names, _ in found for name in names})
+    broken = sorted({name for _, names in found for name in names})
     if zero or broken:
         raise ValueError(
             f"--teacher-load {checkpoint}: this teacher cannot teach. "

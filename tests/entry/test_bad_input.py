@@ -138,9 +138,9 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "common_state")],
         r"--load .*common state cannot be read",
     ),
-    "mixture of experts": (
+    "a dense teacher that claims experts": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, num_experts=4)],
-        r"--teacher-load: mixture-of-experts teachers",
+        r"--teacher-load .*own arguments describe",
     ),
     "hybrid teacher": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, hybrid_layer_pattern="M*")],

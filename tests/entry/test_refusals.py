@@ -36,7 +36,6 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
         ("--context-parallel-size 2 --dataloader-inter-document-masking",),
         r"--dataloader-inter-document-masking with --context-parallel-size.*one of the two",
     ),
-    (("--num-experts 4", "--expert-model-parallel-size 2"), r"mixture-of-experts students"),
 )
 FLAT = [(flags, pattern) for commands, pattern in COMMANDS for flags in commands]
 

@@ -1,0 +1,94 @@
+"""Mixtures of experts: what the parallel sizes must divide, and how wide and how large the feed-forward layers are."""
+
+from __future__ import annotations
+
+import argparse
+
+STUDENT_FLAG = "--expert-model-parallel-size"
+TEACHER_FLAG = "--fdd-teacher-expert-model-parallel-size"
+
+
+def check_experts(args: argparse.Namespace, whose: str) -> None:
+    """Whether a model's experts can be spread as asked. Megatron says these late, or without a remedy.
+
+    Args:
+        args: with the model's architecture and `world_size`; not necessarily validated.
+        whose: "the student" or "the teacher", for the message.
+
+    Raises:
+        ValueError: names the size, the bound and the remedy.
+    """
+    is_student = whose == "the student"
+    flag, size = STUDENT_FLAG if is_student else TEACHER_FLAG, args.expert_model_parallel_size
+    if not args.num_experts:
+        if size > 1:
+            remedy = f"leave it out; {TEACHER_FLAG} is for the teacher's" if is_student else "leave it out"
+            raise ValueError(f"{flag} {size}: {whose} has no experts: {remedy}")
+        return
+    if size < 1 or args.num_experts % size:
+        raise ValueError(
+            f"{flag} {size} does not divide {whose}'s {args.num_experts} experts: use one that does"
+        )
+    stages = args.pipeline_model_parallel_size
+    expert_tensor = expert_tensor_size(args)
+    ranks = args.world_size // stages
+    if ranks % (size * expert_tensor):
+        raise ValueError(
+            f"{flag} {size}: {size} x expert tensor parallel {expert_tensor} does not divide the {ranks} rank(s) "
+            f"of a pipeline stage (of {args.world_size} rank(s) in {stages} stage(s)): use a size that does, "
+            "more ranks, or a lower --expert-tensor-parallel-size"
+        )
+    if args.add_bias_linear and expert_tensor > 1:
+        remedy = " (or, for a new student, --disable-bias-linear)" if is_student else ""
+        raise ValueError(
+            f"{whose}'s experts have biases, which Megatron cannot cut {expert_tensor} ways: "
+            f"use --expert-tensor-parallel-size 1{remedy}"
+        )
+    if is_student:
+        _check_training(args)
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    tensor = args.tensor_model_parallel_size
+    if tensor > 1 and not args.sequence_parallel:
+        raise ValueError(
+            f"--num-experts with --tensor-model-parallel-size {tensor}: Megatron trains experts under tensor "
+            "parallelism only with --sequence-parallel; give it too"
+        )
+
+
+def expert_tensor_size(args: argparse.Namespace) -> int:
+    """Over how many ranks each expert's matrices are cut; Megatron's default is the tensor-parallel size."""
+    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+
+
+def has_expert_optimizer(args: argparse.Namespace) -> bool:
+    """Whether Megatron keeps experts in an optimizer of their own: where their data-parallel ranks are other ones."""
+    cut_otherwise = expert_tensor_size(args) != args.tensor_model_parallel_size
+    return bool(args.num_experts) and (args.expert_model_parallel_size > 1 or cut_otherwise)
+
+
+def num_expert_layers(args: argparse.Namespace) -> int:
+    """How many layers have experts, of a model with or without them."""
+    if not args.num_experts:
+        return 0
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, int):
+        return len(range(0, args.num_layers, pattern))
+    return sum(pattern)
+
+
+def active_ffn_width(args: argparse.Namespace) -> int:
+    """Width of the feed-forward matrices that one token passes, on average over the layers. Routers are left out."""
+    with_experts = num_expert_layers(args)
+    if not with_experts:
+        return args.ffn_hidden_size
+    routed = args.moe_router_topk * expert_width(args)
+    dense = args.num_layers - with_experts
+    shared = args.moe_shared_expert_intermediate_size or 0
+    return (with_experts * (routed + shared) + dense * args.ffn_hidden_size) // args.num_layers
+
+
+def expert_width(args: argparse.Namespace) -> int:
+    """Width of one routed expert."""
+    return args.moe_ffn_hidden_size or args.ffn_hidden_size
