@@ -162,16 +162,15 @@ def test_only_boundaries_between_taps_are_wider(name: str) -> None:
 
 
 def test_what_is_sent_once_a_step() -> None:
-    """The teacher's own pipeline, its taps (one send for each pair and other stage), and the copies of the head."""
+    """The teacher's own pipeline; its taps, once for each micro-batch, pair and other stage; copies of the head."""
     teacher_rows = (LENGTH, MICRO_BATCH, layouts.TEACHER.hidden)
-    tap = (M, *teacher_rows)
     head, norm = (52, STUDENT.hidden), (STUDENT.hidden,)
     # Teacher blocks 1-3, 4-6, 7-8, 9-10 hold the taps 2, 6, 8; the student's 1, 3, 4 want (0), (0 1 2), (), ().
     stages = watched(Case(pp=4))
     assert [sends(stage, "exchange") for stage in stages] == [
-        [(tap, 4 * torch.Size(tap).numel())],
+        M * [(teacher_rows, 4 * torch.Size(teacher_rows).numel())],
         [],
-        [(tap, 4 * torch.Size(tap).numel())],
+        M * [(teacher_rows, 4 * torch.Size(teacher_rows).numel())],
         [],
     ]
     assert [Counter(shape for shape, _ in sends(stage, "teacher")) for stage in stages] == [

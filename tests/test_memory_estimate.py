@@ -102,14 +102,16 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     """Body on every rank: what this stage holds after the teacher's run and in its terms; and the estimate."""
     held: dict[str, int] = {}
     plans: list[Plan] = []
-    real_exchange, real_connect = PipelinedTeacher._exchange, distill.connect
+    real_run, real_connect = PipelinedTeacher.run, distill.connect
     real_inner, real_current = Objective.inner, StepGrams.current
 
-    def exchange(self: PipelinedTeacher, shape: Any) -> None:
-        real_exchange(self, shape)
-        held["teacher taps, x micro-batch(es)"] = num_bytes(self._received.values())
+    def run(self: PipelinedTeacher, *rest: Any) -> None:
+        real_run(self, *rest)
+        held["teacher taps, x micro-batch(es)"] = num_bytes(
+            tap for taps in self._received for tap in taps.values()
+        )
         held["teacher's final hidden states, micro-batch(es)"] = num_bytes(self._final)
-        assert not self._taps
+        assert not any(self._taps)
 
     def connect(plan: Plan, *rest: Any) -> Any:
         plans.append(plan)
@@ -128,7 +130,7 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
         return grams
 
     with (
-        patch.object(PipelinedTeacher, "_exchange", exchange),
+        patch.object(PipelinedTeacher, "run", run),
         patch.object(layouts, "connect", connect),
         patch.object(Objective, "inner", inner),
         patch.object(StepGrams, "current", current),
