@@ -104,7 +104,7 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
             held * kept * own_rows * teacher.hidden_size * bytes_each
         )
         if stages > 1:
-            figures[f"teacher's final hidden states, {kept} micro-batch(es)"] = (
+            figures[f"teacher's final hidden states{where}, {kept} micro-batch(es)"] = (
                 kept * own_rows * teacher.hidden_size * bytes_each
             )
         figures[f"features of {taps} tap(s), both models, float32"] = (
