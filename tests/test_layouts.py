@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -19,6 +21,7 @@ from megatron_fdd.arguments import chunk_layers
 from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
 from megatron_fdd.layer_plan import LayerPair, Plan
+from megatron_fdd.schedule import DistillationSteps
 from megatron_fdd.topology import Topology
 from tests import reference
 from tests.models import build_frozen, build_student, full_gradients, padded_vocab
@@ -85,8 +88,10 @@ def fdd_config(terms: Terms) -> FddConfig:
     )
 
 
-def run_step(case: Case) -> Result:
-    """Body on every rank: one training step's forward and backward passes."""
+def join(
+    case: Case, ddp: dict[str, Any] | None = None
+) -> tuple[list[torch.nn.Module], GPTModel, DistillationSteps]:
+    """On every rank: the student's chunks, the teacher, and what Megatron's schedule runs of both."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     config = fdd_config(case.terms)
@@ -94,26 +99,33 @@ def run_step(case: Case) -> Result:
     if case.loss_scale != 1.0:
         options["grad_scale_func"] = lambda loss: loss * case.loss_scale
     student_weights = reference.random_weights(case.student, 1)
-    chunks = build_student(case.student, student_weights, topology, dtype, virtual=case.vpp, **options)
+    chunks = build_student(
+        case.student, student_weights, topology, dtype, ddp=ddp, virtual=case.vpp, **options
+    )
     teacher_weights = reference.random_weights(case.teacher, 2)
     own_experts = topology.with_experts(case.teacher_ep)
-    teacher_model = build_frozen(case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student)
+    teacher = build_frozen(case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student)
     pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
     plan = Plan(
         config,
         pairs,
         num_stages=topology.num_stages,
         student_layers=chunk_layers(unwrap_model(chunks)[0].config),
-        teacher_layers=chunk_layers(teacher_model.config),
+        teacher_layers=chunk_layers(teacher.config),
         vocab_size=shard_vocab(case),
         padded_vocab_size=padded_vocab(case.student, topology),
     )
-    steps = connect(plan, unwrap_model(chunks), teacher_model, topology)
-    batches = case_batches(case)
-    mine = batches[topology.collection.dp.rank() :: case.dp]
+    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology)
+
+
+def schedule_step(
+    case: Case, chunks: list[torch.nn.Module], steps: DistillationSteps
+) -> list[dict[str, Tensor]]:
+    """Forward and backward of this rank's share of the batches; gradients are zero before."""
+    mine = case_batches(case)[parallel_state.get_data_parallel_rank() :: case.dp]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    means = steps.run(
+    return steps.run(
         get_forward_backward_func(),
         forward_step_func=steps.forward_step,
         data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
@@ -123,8 +135,16 @@ def run_step(case: Case) -> Result:
         micro_batch_size=MICRO_BATCH,
         forward_only=False,
     )
-    gradients = full_gradients(chunks, topology, case.student.vocab, student_weights)
-    assert not any(parameter.grad is not None for parameter in teacher_model.parameters())
+
+
+def run_step(case: Case) -> Result:
+    """Body on every rank: one training step's forward and backward passes."""
+    chunks, teacher, steps = join(case)
+    means = schedule_step(case, chunks, steps)
+    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
+    weights = reference.random_weights(case.student, 1)
+    gradients = full_gradients(chunks, topology, case.student.vocab, weights)
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
     return Result(
         {name: value.item() for name, value in means[0].items()} if means else {},
         {name: value / case.loss_scale for name, value in gradients.items()},
@@ -183,8 +203,8 @@ SPREAD = Terms(pairs=((1, 1), (5, 9)))
 ENDS = Terms(pairs=((2, 3), (3, 5), (6, 10)))
 PIPELINES = {
     "pp2": Case(pp=2),
-    "pp3": Case(pp=3),
-    "pp4": Case(pp=4),
+    "pp3": Case(pp=3, micro_batches=5),
+    "pp4": Case(pp=4, micro_batches=6),
     "pp4-far-apart": Case(pp=4, terms=SPREAD),
     "pp4-ends": Case(pp=4, terms=ENDS),
     "pp4-early-taps": Case(pp=4, terms=Terms(pairs=((1, 1), (2, 2)))),
@@ -202,7 +222,11 @@ PIPELINES = {
     "pp2-vpp3-far-apart": Case(pp=2, vpp=3, terms=SPREAD),
     "pp2-vpp2-no-delta": Case(pp=2, vpp=2, terms=Terms(beta=0.0)),
     "pp4-vpp2": Case(
-        pp=4, vpp=2, student=replace(STUDENT, num_layers=8), terms=Terms(pairs=((2, 2), (3, 6), (7, 9)))
+        pp=4,
+        vpp=2,
+        micro_batches=8,
+        student=replace(STUDENT, num_layers=8),
+        terms=Terms(pairs=((2, 2), (3, 6), (7, 9))),
     ),
     "pp2-live-tied": Case(pp=2, student=replace(STUDENT, tied=True), terms=Terms(live=True)),
     "pp2-live-tp2-sp": Case(tp=2, pp=2, sequence_parallel=True, terms=Terms(live=True)),

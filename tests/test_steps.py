@@ -10,31 +10,27 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 
-from megatron_fdd.arguments import chunk_layers
-from megatron_fdd.distill import connect
-from megatron_fdd.layer_plan import LayerPair, Plan
 from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.teacher.arguments import even_layout
-from megatron_fdd.topology import Topology
 from tests import models, reference
-from tests.models import build_frozen, build_student, padded_vocab
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, TEACHER, Terms
+from tests.test_experts import STUDENT_EXPERTS, TEACHER_EXPERTS
 from tests.test_layouts import (
     FULL_UNIFORM,
     LENGTH,
     MICRO_BATCH,
     MICRO_BATCHES,
     Case,
-    fdd_config,
-    shard_vocab,
+    join,
+    schedule_step,
 )
 
 STEPS = 3
@@ -47,60 +43,27 @@ def train(case: Case, distributed: bool = False) -> tuple[list[float], bool]:
     Args:
         distributed: use the distributed optimizer.
     """
-    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
-    weights = reference.random_weights(case.student, 1)
     ddp = {"overlap_grad_reduce": case.dp > 1, "use_distributed_optimizer": distributed}
-    chunks = build_student(
-        case.student, weights, topology, torch.float32, ddp=ddp, virtual=case.vpp, **dict(case.recompute)
-    )
-    teacher_weights = reference.random_weights(case.teacher, 2)
-    teacher = build_frozen(case.teacher, teacher_weights, topology, torch.float32, padded_like=case.student)
-    students = unwrap_model(chunks)
-    plan = Plan(
-        fdd_config(case.terms),
-        tuple(LayerPair(*pair) for pair in case.terms.pairs),
-        topology.num_stages,
-        chunk_layers(students[0].config),
-        chunk_layers(teacher.config),
-        shard_vocab(case),
-        padded_vocab(case.student, topology),
-    )
-    steps = connect(plan, students, teacher, topology)
+    chunks, _, steps = join(case, ddp)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0, use_distributed_optimizer=distributed),
         chunks,
     )
-    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
-    mine = batches[topology.collection.dp.rank() :: case.dp]
     totals = []
     for step in range(STEPS + 1):
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        means = steps.run(
-            get_forward_backward_func(),
-            forward_step_func=steps.forward_step,
-            data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(mine),
-            seq_length=LENGTH,
-            micro_batch_size=MICRO_BATCH,
-            forward_only=False,
-        )
+        means = schedule_step(case, chunks, steps)
         totals += [float(each["total"]) for each in means]
         if step < STEPS:
             optimizer.step()
-    is_equal = case.student.tied and _ends_are_equal(
-        students[0].shared_embedding_or_output_weight(), topology
-    )
-    return totals, is_equal
+    embedding = unwrap_model(chunks)[0].shared_embedding_or_output_weight()
+    return totals, case.student.tied and _ends_are_equal(embedding)
 
 
-def _ends_are_equal(embedding: torch.Tensor | None, topology: Topology) -> bool:
-    ends: list[torch.Tensor | None] = [None] * topology.num_stages
-    dist.all_gather_object(
-        ends, None if embedding is None else embedding.detach(), group=topology.pipeline_group
-    )
+def _ends_are_equal(embedding: torch.Tensor | None) -> bool:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ends: list[torch.Tensor | None] = [None] * group.size()
+    dist.all_gather_object(ends, None if embedding is None else embedding.detach(), group=group)
     return torch.equal(ends[0], ends[-1])
 
 
@@ -139,19 +102,25 @@ def test_a_forgotten_copy_would_be_noticed() -> None:
 
 
 @functools.cache
-def one_process(terms: Terms) -> list[float]:
-    case = Case(terms=terms)
+def one_process(case: Case) -> list[float]:
     ((totals, _),) = run_on_ranks(train, case.layout, {"case": case})
     assert totals[0] > totals[-1]
     return totals
 
 
-def assert_same_totals(results: list[tuple[list[float], bool]], terms: Terms) -> None:
+def alone(case: Case) -> Case:
+    """The same models, terms and data on one rank."""
+    names = ("terms", "student", "teacher", "packed", "micro_batches")
+    return Case(**{name: getattr(case, name) for name in names})
+
+
+def assert_same_totals(results: list[tuple[list[float], bool]], case: Case) -> None:
     """Every rank of the last stage has the totals of one process."""
+    wanted = one_process(alone(case))
     reported = [totals for totals, _ in results if totals]
     assert reported
     for totals in reported:
-        assert totals == pytest.approx(one_process(terms), rel=3e-6)
+        assert totals == pytest.approx(wanted, rel=3e-6)
 
 
 def shadow(terms: Terms) -> list[float]:
@@ -171,7 +140,7 @@ def shadow(terms: Terms) -> list[float]:
 
 
 def test_three_steps_of_one_process_are_those_of_the_reference() -> None:
-    assert one_process(Terms()) == pytest.approx(shadow(Terms()), rel=1e-6)
+    assert one_process(Case()) == pytest.approx(shadow(Terms()), rel=1e-6)
 
 
 # A layout, and whether the optimizer is distributed.
@@ -185,7 +154,17 @@ LAYOUTS = {
     "pp2-vpp2-uneven": (Case(pp=2, vpp=2), False),
     "pp2-dp2-distributed-optimizer": (Case(pp=2, dp=2), True),
     "tp2-pp2-sp": (Case(tp=2, pp=2, sequence_parallel=True), False),
-    "pp4": (Case(pp=4), False),
+    "pp4": (Case(pp=4, micro_batches=6), False),
+    "pp4-vpp2": (
+        Case(pp=4, vpp=2, micro_batches=8, student=replace(STUDENT, num_layers=8)),
+        False,
+    ),
+    "cp2": (Case(cp=2), False),
+    "tp2-cp2-sp": (Case(tp=2, cp=2, sequence_parallel=True), False),
+    "pp2-cp2-distributed-optimizer": (Case(pp=2, cp=2), True),
+    "packed-pp2": (Case(packed=True, pp=2), False),
+    "ep2-student": (Case(dp=2, ep=2, student=STUDENT_EXPERTS), True),
+    "ep2-teacher": (Case(dp=2, teacher_ep=2, teacher=TEACHER_EXPERTS), True),
 }
 
 
@@ -193,7 +172,7 @@ LAYOUTS = {
 def test_the_loss_after_three_steps_does_not_depend_on_the_layout(name: str) -> None:
     case, distributed = LAYOUTS[name]
     results = run_on_ranks(train, case.layout, {"case": case, "distributed": distributed})
-    assert_same_totals(results, case.terms)
+    assert_same_totals(results, case)
 
 
 def train_uneven(case: Case) -> tuple[list[float], bool]:
@@ -208,7 +187,7 @@ def uneven_layout(num_layers: int, num_stages: int) -> str:
 
 def test_three_steps_at_uneven_stages() -> None:
     case = Case(pp=3)
-    assert_same_totals(run_on_ranks(train_uneven, case.layout, {"case": case}), case.terms)
+    assert_same_totals(run_on_ranks(train_uneven, case.layout, {"case": case}), case)
 
 
 def train_with_stale_copies(case: Case) -> tuple[list[float], bool]:
@@ -232,8 +211,8 @@ def test_a_stale_copy_of_the_head_would_be_noticed() -> None:
     case = Case(pp=2)
     results = run_on_ranks(train_with_stale_copies, case.layout, {"case": case})
     with pytest.raises(AssertionError):
-        assert_same_totals(results, case.terms)
+        assert_same_totals(results, case)
     (stale,) = [totals for totals, _ in results if totals]
     # The first step has no older head; from the second on nothing of it is right.
-    assert stale[0] == pytest.approx(one_process(case.terms)[0], rel=1e-5)
-    assert stale[-1] != pytest.approx(one_process(case.terms)[-1], rel=1e-3)
+    assert stale[0] == pytest.approx(one_process(alone(case))[0], rel=1e-5)
+    assert stale[-1] != pytest.approx(one_process(alone(case))[-1], rel=1e-3)
