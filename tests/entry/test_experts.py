@@ -20,7 +20,8 @@ from tests.entry.test_bad_input import assert_refused
 ROUTING = (
     "--num-experts 4 --moe-ffn-hidden-size 24 --moe-layer-freq [0]+[1]*3 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5 "
-    "--moe-shared-expert-intermediate-size 16"
+    "--moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate "
+    "--moe-router-num-groups 2 --moe-router-group-topk 1"
 ).split()
 BALANCED = "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall".split()
 TEACHER_SIZE, STUDENT_SIZE = "--fdd-teacher-expert-model-parallel-size", "--expert-model-parallel-size"
@@ -133,6 +134,15 @@ def test_resumes_with_its_experts_spread_otherwise(toy: Toys, experts: Path, tmp
         )
 
 
+def test_nothing_of_the_architecture_is_forgotten(toy: Toys, experts: Path, tmp_path: Path) -> None:
+    """The student is its own teacher before its first step."""
+    path = tmp_path / "metrics.jsonl"
+    itself = ("--load", experts / "teacher", "--train-iters", 1, "--fdd-metrics-file", path)
+    trained(command(toy, experts, "both", *itself), ranks=1)
+    [record] = metrics(path)
+    assert [record[name] for name in ("kd", "trajectory", "delta")] == pytest.approx([0, 0, 0], abs=1e-6)
+
+
 def balancing_losses(out: str) -> list[str]:
     """What Megatron logs of its router's loss."""
     return re.findall(r"load_balancing_loss: (\S+)", out)
@@ -215,6 +225,7 @@ load_whole = loading.load_weights
 def load_without_an_expert(model: GPTModel, *arguments: Any) -> None:
     """As `load_weights`; one expert that only the last rank holds stays empty."""
     load_whole(model, *arguments)
+    assert len(model.decoder.layers[2].mlp.experts.local_experts) == 2  # of 4, on two ranks
     if dist.get_rank() == dist.get_world_size() - 1:
         model.decoder.layers[2].mlp.experts.local_experts[1].linear_fc2.weight.data.zero_()
 
