@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_fdd.topology import Topology
 from tests import reference
+from tests.case import LENGTH, MICRO_BATCH, Case
 from tests.models import build_student
-from tests.test_layouts import LENGTH, MICRO_BATCH, Case
 
 
 def train_plainly(case: Case) -> None:

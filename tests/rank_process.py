@@ -200,10 +200,12 @@ def clean_megatron() -> None:
     """
     import torch.distributed as dist
     from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe import moe_logging
     from megatron.training import checkpointing, training
 
     _set_parallel_state(_NO_LAYOUT)  # first: Megatron would end the gloo groups of kept layouts
     training.destroy_global_state()
+    moe_logging.destroy_moe_metrics_tracker()
     tensor_parallel_random._CUDA_RNG_STATE_TRACKER = None
     tensor_parallel_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     checkpointing._CHECKPOINT_VERSION = checkpointing._LOADED_ITERATION = None

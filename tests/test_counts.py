@@ -16,16 +16,16 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-import tests.test_layouts as layouts
 from megatron_fdd import distill, losses, schedule
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
+from tests import case as layouts
+from tests.case import LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, run_step
 from tests.plain_training import train_plainly
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, Terms
-from tests.test_layouts import LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, run_step
 from tests.traffic import COLLECTIVES, SENDS, Message, Traffic
 
 TERMS = Terms()  # taps on student blocks 1, 3 and 4

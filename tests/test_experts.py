@@ -21,10 +21,7 @@ from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.loading import build_stage
 from megatron_fdd.topology import Topology
 from tests import reference
-from tests.models import build_student, full_gradients, model_config, padded_vocab
-from tests.ranks import Layout, run_on_ranks
-from tests.reference import STUDENT, TEACHER, Terms, Weights
-from tests.test_layouts import (
+from tests.case import (
     FULL_UNIFORM,
     LENGTH,
     MICRO_BATCH,
@@ -35,6 +32,9 @@ from tests.test_layouts import (
     run_step,
     shard_vocab,
 )
+from tests.models import build_student, full_gradients, model_config, padded_vocab
+from tests.ranks import Layout, run_on_ranks
+from tests.reference import STUDENT, TEACHER, Terms, Weights
 
 STUDENT_EXPERTS = replace(STUDENT, experts=4, ffn=48, aux_loss=0.3)
 TEACHER_EXPERTS = replace(TEACHER, experts=6, topk=3, ffn=60)

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import reference
-from tests.ranks import run_on_ranks
-from tests.reference import Terms
-from tests.test_layouts import (
+from tests.case import (
     LENGTH,
     MICRO_BATCH,
     MICRO_BATCHES,
@@ -24,6 +22,8 @@ from tests.test_layouts import (
     run_step,
     shard_vocab,
 )
+from tests.ranks import run_on_ranks
+from tests.reference import Terms
 
 TERMS = Terms(ce=0.5)
 CASES = {

@@ -12,15 +12,15 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-import tests.test_layouts as layouts
 from megatron_fdd import distill, dry_run
 from megatron_fdd.config import FddConfig
 from megatron_fdd.layer_plan import Plan, plan_pairs
 from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
+from tests import case as layouts
+from tests.case import LENGTH, MICRO_BATCH, Case, run_step
 from tests.ranks import run_on_ranks
 from tests.reference import Shape, Terms
-from tests.test_layouts import LENGTH, MICRO_BATCH, Case, run_step
 
 MIB = 2**20
 

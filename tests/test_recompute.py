@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, Terms
-from tests.test_layouts import (
+from tests.case import (
     ENDS,
     FULL_BLOCK,
     FULL_UNIFORM,
@@ -18,6 +16,8 @@ from tests.test_layouts import (
     expected,
     run_step,
 )
+from tests.ranks import run_on_ranks
+from tests.reference import STUDENT, Terms
 
 # More than the attention. Megatron recomputes norms with TransformerEngine only.
 SELECTIVE_MODULES = (*SELECTIVE, ("recompute_modules", ["core_attn", "mlp"]))

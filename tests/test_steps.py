@@ -20,10 +20,7 @@ from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.teacher.arguments import even_layout
 from tests import models, reference
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, TEACHER, Terms
-from tests.test_experts import STUDENT_EXPERTS, TEACHER_EXPERTS
-from tests.test_layouts import (
+from tests.case import (
     FULL_UNIFORM,
     LENGTH,
     MICRO_BATCH,
@@ -32,6 +29,9 @@ from tests.test_layouts import (
     join,
     schedule_step,
 )
+from tests.ranks import run_on_ranks
+from tests.reference import STUDENT, TEACHER, Terms
+from tests.test_experts import STUDENT_EXPERTS, TEACHER_EXPERTS
 
 STEPS = 3
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tests.test_layouts as layouts
 from megatron_fdd import carry, distill, student
 from megatron_fdd.attach import attach_loss
 from megatron_fdd.data.batch import Batch
@@ -21,10 +20,11 @@ from megatron_fdd.losses import TokenWeights
 from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.student import ChunkStep
+from tests import case as layouts
 from tests import reference
+from tests.case import Case, Result, assert_equal, expected, relative, run_step
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, Terms
-from tests.test_layouts import Case, Result, assert_equal, expected, relative, run_step
 
 # Only the term in question, on one inner layer (two for the delta): block 4 is the deepest tap.
 ONE_TERM = {

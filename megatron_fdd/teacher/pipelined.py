@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class PipelinedTeacher:
             for index in range(len(plan.pairs))
         ]
         self._topology = topology
+        self._communicator = P2PCommunicator(topology.pipeline_group, model.config)
         self._offloads = plan.config.offload_teacher_taps
         self._mine = [index for index, stage in enumerate(self._stages) if stage == topology.stage]
         # By micro-batch: taps of this stage's teacher, taps for this stage's student, final hidden states.
@@ -66,6 +68,8 @@ class PipelinedTeacher:
             micro_batch_size=micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
+            p2p_communicator=self._communicator,
+            pg_collection=self._topology.collection,
         )
         rows = seq_length // self._topology.sequence_parts
         shape = (rows, micro_batch_size, self.model.config.hidden_size)

@@ -1,0 +1,195 @@
+"""One way to compute the losses (a layout, models, terms), run through Megatron's schedule, and the expected result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_fdd.arguments import chunk_layers
+from megatron_fdd.config import FddConfig
+from megatron_fdd.distill import connect
+from megatron_fdd.layer_plan import LayerPair, Plan
+from megatron_fdd.schedule import DistillationSteps
+from megatron_fdd.topology import Topology
+from tests import reference
+from tests.models import build_frozen, build_student, full_gradients, padded_vocab
+from tests.ranks import Layout
+from tests.reference import STUDENT, TEACHER, Shape, Terms, Weights
+
+MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
+# design.md, section 5.
+TERM_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the same thing."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    teacher_ep: int = 1
+    sequence_parallel: bool = False
+    terms: Terms = Terms()
+    student: Shape = STUDENT
+    teacher: Shape = TEACHER
+    recompute: tuple[tuple[str, Any], ...] = ()
+    bf16: bool = False
+    loss_scale: float = 1.0
+    micro_batches: int = MICRO_BATCHES
+    packed: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(tp=self.tp, pp=self.pp, cp=self.cp, dp=self.dp, ep=self.ep, vpp=self.vpp)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one step gave: token means and full gradients, in float64."""
+
+    means: dict[str, float]
+    gradients: Weights
+
+
+def fdd_config(terms: Terms) -> FddConfig:
+    return FddConfig(
+        teacher_load="given",
+        layer_pairs=terms.pairs,
+        alpha=terms.alpha,
+        beta=terms.beta,
+        kd_weight=terms.kd,
+        ce_weight=terms.ce,
+        kd_divergence=terms.kd_kind,
+        trajectory_divergence=terms.trajectory_kind,
+        divergence_mix=terms.mix,
+        temperature=terms.temperature,
+        lens_norm="final" if terms.lens_norm else "none",
+        lens_head="live" if terms.live else "detached",
+        delta="centred" if terms.centred else "logprob",
+        delta_detach_previous=terms.detach_previous,
+        tokens="all" if terms.all_tokens else "labels",
+    )
+
+
+def join(
+    case: Case, ddp: dict[str, Any] | None = None
+) -> tuple[list[torch.nn.Module], GPTModel, DistillationSteps]:
+    """On every rank: the student's chunks, the teacher, and what Megatron's schedule runs of both."""
+    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
+    dtype = torch.bfloat16 if case.bf16 else torch.float32
+    config = fdd_config(case.terms)
+    options = dict(case.recompute)
+    if case.loss_scale != 1.0:
+        options["grad_scale_func"] = lambda loss: loss * case.loss_scale
+    student_weights = reference.random_weights(case.student, 1)
+    chunks = build_student(
+        case.student, student_weights, topology, dtype, ddp=ddp, virtual=case.vpp, **options
+    )
+    teacher_weights = reference.random_weights(case.teacher, 2)
+    own_experts = topology.with_experts(case.teacher_ep)
+    teacher = build_frozen(case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student)
+    pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
+    plan = Plan(
+        config,
+        pairs,
+        num_stages=topology.num_stages,
+        student_layers=chunk_layers(unwrap_model(chunks)[0].config),
+        teacher_layers=chunk_layers(teacher.config),
+        vocab_size=shard_vocab(case),
+        padded_vocab_size=padded_vocab(case.student, topology),
+    )
+    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology)
+
+
+def schedule_step(
+    case: Case, chunks: list[torch.nn.Module], steps: DistillationSteps
+) -> list[dict[str, Tensor]]:
+    """Forward and backward of this rank's share of the batches; gradients are zero before."""
+    mine = case_batches(case)[parallel_state.get_data_parallel_rank() :: case.dp]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    return steps.run(
+        get_forward_backward_func(),
+        forward_step_func=steps.forward_step,
+        data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(mine),
+        seq_length=LENGTH,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=False,
+    )
+
+
+def run_step(case: Case) -> Result:
+    """Body on every rank: one training step's forward and backward passes."""
+    chunks, teacher, steps = join(case)
+    means = schedule_step(case, chunks, steps)
+    topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
+    weights = reference.random_weights(case.student, 1)
+    gradients = full_gradients(chunks, topology, case.student.vocab, weights)
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+    return Result(
+        {name: value.item() for name, value in means[0].items()} if means else {},
+        {name: value / case.loss_scale for name, value in gradients.items()},
+    )
+
+
+def case_batches(case: Case) -> list[dict[str, Tensor]]:
+    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
+    return reference.packed(batches) if case.packed else batches
+
+
+def shard_vocab(case: Case) -> int:
+    return min(case.student.vocab, case.teacher.vocab)
+
+
+def expected(case: Case) -> Result:
+    """The float64 reference on all tokens at once."""
+    student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
+    teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
+    batches = case_batches(case)
+    total, means = reference.distillation_loss(
+        case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
+    )
+    total.backward()
+    zero = {name: torch.zeros_like(value) for name, value in student.items()}
+    return Result(means, {name: zero[name] if w.grad is None else w.grad for name, w in student.items()})
+
+
+def relative(difference: Tensor, value: Tensor) -> float:
+    return float(difference.norm() / value.norm().clamp(min=1e-12))
+
+
+def assert_equal(result: Result, wanted: Result) -> None:
+    for name, value in result.means.items():
+        if name in wanted.means:
+            assert value == pytest.approx(wanted.means[name], rel=TERM_TOLERANCE, abs=TERM_TOLERANCE), name
+    assert set(result.gradients) == set(wanted.gradients)
+    for name, gradient in result.gradients.items():
+        error = relative(gradient - wanted.gradients[name], wanted.gradients[name])
+        assert error <= GRADIENT_TOLERANCE, f"{name}: gradient off by {error:.1e} of its norm"
+
+
+FULL_BLOCK = (("recompute_granularity", "full"), ("recompute_method", "block"), ("recompute_num_layers", 3))
+FULL_UNIFORM = (
+    ("recompute_granularity", "full"),
+    ("recompute_method", "uniform"),
+    ("recompute_num_layers", 1),
+)
+SELECTIVE = (("recompute_granularity", "selective"),)
+
+# Taps at the ends of stages.
+ENDS = Terms(pairs=((2, 3), (3, 5), (6, 10)))
