@@ -26,7 +26,11 @@ from tests.case import (
     MICRO_BATCH,
     MICRO_BATCHES,
     Case,
+    Result,
+    assert_equal,
+    expected,
     join,
+    run_step,
     schedule_step,
 )
 from tests.ranks import run_on_ranks
@@ -216,3 +220,16 @@ def test_a_stale_copy_of_the_head_would_be_noticed() -> None:
     # The first step has no older head; from the second on nothing of it is right.
     assert stale[0] == pytest.approx(one_process(alone(case))[0], rel=1e-5)
     assert stale[-1] != pytest.approx(one_process(alone(case))[-1], rel=1e-3)
+
+
+def run_uneven(case: Case) -> Result:
+    """As `run_step`, the student's layers split as no rule would."""
+    with patch.object(models, "even_layout", uneven_layout):
+        return run_step(case)
+
+
+def test_gradients_at_uneven_stages() -> None:
+    case = Case(pp=3, micro_batches=5)
+    wanted = expected(case)
+    for result in run_on_ranks(run_uneven, case.layout, {"case": case}):
+        assert_equal(result, wanted)
