@@ -1,0 +1,163 @@
+"""Time and memory of a function, fit to be compared: one thread, process CPU time, medians, a process for each.
+
+Wall times of several threads on a shared machine differ tenfold for the same code; CPU time of one thread repeats to
+a percent or so. Where it does not, no ratio is given. On a GPU: device time, and the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+# Repeats that differ by more make no ratio.
+MAX_SPREAD = 0.05
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One implementation at one size.
+
+    Attributes:
+        seconds: median time of a call: process CPU time, or device time on a GPU.
+        spread: largest less smallest repeat, over the median.
+        peak_mib: most memory during a call beyond what was there before it.
+    """
+
+    seconds: float
+    spread: float
+    peak_mib: float
+
+    @property
+    def is_steady(self) -> bool:
+        return self.spread <= MAX_SPREAD
+
+
+def measure(make: Callable[[], Callable[[], object]], repeats: int, device: str = "cpu") -> Measurement:
+    """Run in a process of its own: `make` prepares the inputs and returns what is measured.
+
+    Raises:
+        RuntimeError: the process failed; its own traceback is on stderr.
+    """
+    context = multiprocessing.get_context("fork")
+    results: multiprocessing.SimpleQueue[Measurement] = context.SimpleQueue()
+    process = context.Process(target=_run, args=(make, repeats, device, results))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the measured process ended with {process.exitcode}")
+    return results.get()
+
+
+def _run(
+    make: Callable[[], Callable[[], object]],
+    repeats: int,
+    device: str,
+    results: multiprocessing.SimpleQueue[Measurement],
+) -> None:
+    torch.set_num_threads(1)
+    function = make()
+    function()  # makes what is made once
+    timed = device_seconds if device == "cuda" else cpu_seconds
+    peak_mib = peak_of(function, device)
+    results.put(summary([timed(function) for _ in range(repeats)], peak_mib))
+
+
+def summary(times: list[float], peak_mib: float) -> Measurement:
+    """Median and spread of the repeats."""
+    median = statistics.median(times)
+    return Measurement(median, (max(times) - min(times)) / median, peak_mib)
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
+    """Process CPU time of a call."""
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def device_seconds(function: Callable[[], object]) -> float:
+    """Time that a call keeps the GPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def peak_of(function: Callable[[], object], device: str = "cpu") -> float:
+    """Most MiB during a call beyond what was there before: of the allocator on a GPU, else resident."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    before = reset_peak()
+    function()
+    return (resident("VmHWM") - before) / MIB
+
+
+def reset_peak() -> int:
+    """Bytes resident now, from which the peak counts again."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS is what is resident now, VmHWM the most since the last reset."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measurement], **more: Any) -> None:
+    """Append to the results file: machine, versions, date, and every row."""
+    entry = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "benchmark": benchmark,
+        "machine": machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "size": dict(size),
+        "rows": {
+            name: {key: round(value, 4) for key, value in asdict(row).items()} for name, row in rows.items()
+        },
+        **more,
+    }
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def machine() -> str:
+    """What the figures are of: the GPU's name, or the processor's and that one thread of it was used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, 1 thread"
+    return f"{platform.machine()}, 1 thread"
+
+
+def table(rows: Mapping[str, Measurement], base: str, heading: str = "x floor") -> str:
+    """One line an implementation; ratios to `base` where both are steady."""
+    lines = [f"{'':<36}{'seconds':>9}{'spread':>9}{heading:>10}{'peak MiB':>10}"]
+    for name, row in rows.items():
+        is_steady = row.is_steady and rows[base].is_steady
+        ratio = f"{row.seconds / rows[base].seconds:.2f}" if is_steady else "unsteady"
+        lines.append(f"{name:<36}{row.seconds:>9.3f}{row.spread:>8.1%}{ratio:>11}{row.peak_mib:>10.0f}")
+    return "\n".join(lines)
