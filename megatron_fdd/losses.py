@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, VocabShard, linear_kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class HeadPair:
     teacher_WT: Tensor | None
     student_WS: Tensor
     shard: VocabShard
+    kernels: Kernels = DEFAULT_KERNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def final_terms(
         divergence=divergence,
         labels_N=labels_N,
         needs_lse=False,
+        kernels=heads.kernels,
     )
     terms = [LossTerm("ce", masked_sum(result.cross_entropy_N, weights.label_N), counts_labels=True)]
     if divergence is not None:
@@ -118,6 +120,7 @@ def trajectory_term(
         shard=heads.shard,
         divergence=divergence,
         needs_lse=with_lse,
+        kernels=heads.kernels,
     )
     statistics = None
     if result.teacher_lse_N is not None and result.student_lse_N is not None:

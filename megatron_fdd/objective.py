@@ -26,7 +26,7 @@ from megatron_fdd.losses import (
     trajectory_term,
 )
 from megatron_fdd.ops.delta import HeadGrams, head_grams
-from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, VocabShard
+from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, Kernels, VocabShard
 from megatron_fdd.teacher import TeacherFeatures
 
 COUNTS = ("label_tokens", "term_tokens")
@@ -249,7 +249,8 @@ class Objective:
 
     def _heads(self, student_WS: Tensor) -> HeadPair:
         teacher_WT = None if self.teacher_lens is None else self.teacher_lens.head_WH
-        return HeadPair(teacher_WT, student_WS, self.shard)
+        kernels = Kernels(self.config.kernels, skip_below=self.config.skip_below)
+        return HeadPair(teacher_WT, student_WS, self.shard, kernels)
 
     def _divergence(self, kind: DivergenceKind) -> Divergence:
         return Divergence(kind, self.config.divergence_mix, self.config.temperature)

@@ -5,6 +5,8 @@ Shapes: W rows of the head shard, S the student's width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,21 @@ class HeadGradient:
         if getattr(self._head_WS, "zero_out_wgrad", False):
             return torch.zeros_like(self._head_WS)
         return torch.empty_like(self._head_WS)
+
+
+def collected(head_WS: Tensor) -> Tensor:
+    """The same head, whose gradient from autograd's own operations is collected as `HeadGradient` does."""
+    return _Collected.apply(head_WS) if head_WS.requires_grad else head_WS
+
+
+class _Collected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, head_WS: Tensor) -> Tensor:
+        ctx.head_WS = head_WS
+        return head_WS.view_as(head_WS)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_WS: Tensor) -> Tensor:
+        head_gradient = HeadGradient(ctx.head_WS, parts=1)
+        head_gradient.sum_WS += gradient_WS
+        return head_gradient.finish()

@@ -31,10 +31,19 @@ from megatron_fdd.ops.kl_gradients import (
     pulls_of,
 )
 from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.reference import reference_linear_kl
 from megatron_fdd.ops.softmax_sums import MixtureSums, SoftmaxSums, VocabStatistics, merge, start_merge
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard, label_logits
 
-__all__ = ["Divergence", "DivergenceKind", "Kernels", "LinearKL", "VocabShard", "linear_kl"]
+__all__ = [
+    "DEFAULT_KERNELS",
+    "Divergence",
+    "DivergenceKind",
+    "Kernels",
+    "LinearKL",
+    "VocabShard",
+    "linear_kl",
+]
 
 DEFAULT_KERNELS = Kernels()
 
@@ -103,6 +112,8 @@ def linear_kl(
         body_gradient=torch.is_grad_enabled() and student_NS.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
+    if kernels.chosen(student_NS) == "reference":
+        return LinearKL(*reference_linear_kl(plan, teacher, (student_NS, student_head_WS), labels_N))
     return LinearKL(*_LinearKL.apply(student_NS, student_head_WS, teacher, labels_N, plan))
 
 
