@@ -68,4 +68,4 @@ def test_micro_batches_in_bf16_are_not_rounded_one_by_one() -> None:
         loss(case, head, tiles(16)).backward()
         loss(exact, wide, tiles(16)).backward()
     # The Gram matrices' part still comes from a product that is rounded once.
-    assert error(head.main_grad, wide.grad) < 2e-3
+    assert error(head.main_grad, wide.grad) < 4e-4  # autograd alone: 4e-3
