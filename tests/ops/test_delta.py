@@ -41,7 +41,13 @@ class Layers:
         logits = [[self.logits(model, layer) for layer in (self.earlier, self.later)] for model in models]
         return reference_cosine(*logits, centred=centred)
 
-    def cosine(self, grams: HeadGrams, tokens: slice = slice(None)) -> Tensor:
+    @property
+    def whole(self) -> VocabShard:
+        return VocabShard(0, self.earlier.vocab_size, None)
+
+    def cosine(
+        self, grams: HeadGrams, tokens: slice = slice(None), shard: VocabShard | None = None
+    ) -> Tensor:
         """The operation, its log-sum-exps taken from whole logits."""
         deltas, lse_deltas = [], []
         for model in ("teacher", "student"):
@@ -50,7 +56,7 @@ class Layers:
             deltas.append(delta[tokens])
             lse_deltas.append((later.logsumexp(-1) - earlier.logsumexp(-1)).to(delta.dtype)[tokens])
         lse = [None, None] if grams.centred else lse_deltas
-        return delta_cosine(*deltas, *lse, grams)
+        return delta_cosine(*deltas, *lse, grams, shard=shard or self.whole)
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:
@@ -68,8 +74,9 @@ def leaves(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
 
 def whole_grams(layers: Layers, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
     case = layers.earlier
-    shard = VocabShard(0, case.vocab_size, None)
-    return head_grams(case.teacher_head, case.student_head, shard=shard, centred=centred, previous=previous)
+    return head_grams(
+        case.teacher_head, case.student_head, shard=layers.whole, centred=centred, previous=previous
+    )
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -99,7 +106,7 @@ def test_gradcheck(centred: bool) -> None:
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
         grams = head_grams(case.teacher_head, head, shard=shard, centred=centred)
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
-        return delta_cosine(case.teacher, student, *lse_deltas, grams)
+        return delta_cosine(case.teacher, student, *lse_deltas, grams, shard=shard)
 
     inputs = [tensor.requires_grad_() for tensor in (case.student, lse[1], case.student_head)]
     assert torch.autograd.gradcheck(cosine, inputs)
@@ -160,7 +167,7 @@ def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred
     student.requires_grad_()
     student_lse.requires_grad_(not centred)
     lse_deltas = (None, None) if centred else (teacher_lse, student_lse)
-    cosine = delta_cosine(teacher, student, *lse_deltas, grams)
+    cosine = delta_cosine(teacher, student, *lse_deltas, grams, shard=layers.whole)
     assert cosine[1] == 1
     assert (cosine[[0, 2, 3]] < 0.99).all()
     reached = gradients(cosine.sum(), student, *([] if centred else [student_lse]))
@@ -179,7 +186,7 @@ def test_constant_shift_is_no_difference_in_log_probabilities() -> None:
     grams = whole_grams(layers, centred=False)
     shift = torch.arange(1.0, 9.0) * 0.37
     student = torch.zeros(8, 7).index_copy_(1, torch.tensor([0]), shift[:, None]).requires_grad_()
-    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams)
+    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams, shard=layers.whole)
     assert (cosine == 1).all()
     assert not gradients(cosine.sum(), student)[0].any()
 
@@ -221,7 +228,7 @@ def test_ranks_agree_with_the_definition(
     expected = gradients((weights * reference).sum(), *leaves(layers))
     # The log-sum-exps depend on the head too; here their share is part of the whole head's gradient.
     whole_head = case.student_head
-    cosine = layers.cosine(grams, part.tokens)
+    cosine = layers.cosine(grams, part.tokens, part.shard)
     assert error(cosine, reference[part.tokens]) < 1e-12
     earlier, later, through_lse, through_grams = torch.autograd.grad(
         (weights[part.tokens] * cosine).sum(),
@@ -252,6 +259,6 @@ def test_collectives() -> None:
         with expect([("allreduce", 4 * (7 + 12 + 1)), ("allreduce", 4 * (student + 12 * 12))]):
             head_grams(*heads, shard=part.shard, centred=True)
         with expect([]):
-            cosine = layers.cosine(grams, part.tokens)
+            cosine = layers.cosine(grams, part.tokens, part.shard)
         with expect([("allreduce", 4 * (student + 7))] if sequence_parallel else []):
             cosine.sum().backward()
