@@ -205,6 +205,15 @@ def linear_kl_collectives(case: Case, calls: int, *, labels: bool = False) -> Co
     return found
 
 
+def delta_collectives(case: Case, calls: int) -> Counter[tuple[str, str, int]]:
+    """As the docstring of `delta_cosine` says for log-probabilities, forward and backward."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    if not case.sequence_parallel:
+        found["all_gather_into_tensor", "tensor", N * 4] += calls
+        found["all_gather_into_tensor", "tensor", N * (S + 1) * 4] += calls
+    return found
+
+
 T, S = layouts.TEACHER.hidden, STUDENT.hidden
 GRAMS = T * T + T * S + S * S + T + S + 1
 
@@ -222,13 +231,14 @@ GRAMS = T * T + T * S + S * S + T + S + 1
 def test_collectives_of_the_tensor_group(
     terms: Terms, taps: tuple[int, int], deltas: tuple[bool, bool], sequence_parallel: bool, bf16: bool
 ) -> None:
-    """`linear_kl` once per tap and micro-batch, the Gram matrices once a step, none on a stage without a tap."""
+    """`linear_kl` once per tap and micro-batch, the delta too, the Gram matrices once a step; without a tap none."""
     case = Case(tp=2, pp=2, sequence_parallel=sequence_parallel, terms=terms, bf16=bf16)
     for rank, messages in enumerate(watched(case)):
         stage = rank // case.tp
         wanted = linear_kl_collectives(case, taps[stage] * M)
         if deltas[stage]:
             wanted["all_reduce", "tensor", GRAMS * 4] += 1
+            wanted += delta_collectives(case, M)
         if stage == 1 and terms.kd > 0:
             wanted += linear_kl_collectives(case, M, labels=True)
         assert collectives(messages, "student") == +wanted

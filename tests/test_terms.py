@@ -104,6 +104,12 @@ def reduce_nothing(self: VocabShard, tensor: Tensor) -> Tensor:
     return self.own_tokens(tensor)
 
 
+def join_nothing(self: VocabShard, share: Tensor, num_tokens: int) -> Tensor:
+    return share.new_zeros(num_tokens, *share.shape[1:]).index_add_(
+        0, torch.arange(num_tokens)[: len(share)] + self.rank * len(share), share
+    )
+
+
 def batch_major_rows(self: ChunkStep, value_BS: Tensor) -> Tensor:
     return value_BS.flatten()
 
@@ -139,6 +145,7 @@ real_token_weights, real_refresh = ChunkStep.token_weights, LensCopies.refresh
 MUTATIONS = {
     "statistics are not gathered": (VocabShard, "stack", stack_nothing),
     "hidden gradient is not reduced": (VocabShard, "reduce_tokens", reduce_nothing),
+    "shares of tokens are not joined": (VocabShard, "join_shares", join_nothing),
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
     "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),

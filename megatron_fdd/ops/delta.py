@@ -108,21 +108,16 @@ class _DeltaCosine(torch.autograd.Function):
             for delta_N in (constants.teacher_lse_delta_N, student_lse_delta_N)
         )
         from_teacher_nS, from_student_nS = teacher_nT @ teacher_student_TS, student_nS @ student_student_SS
-        teacher_u_n, student_u_n, size = (
-            teacher_nT @ grams.teacher_sum_T,
-            student_nS @ student_sum_S,
-            grams.vocab_size,
-        )
+        teacher_u_n, student_u_n = teacher_nT @ grams.teacher_sum_T, student_nS @ student_sum_S
+        size = grams.vocab_size
         dot_n = (from_teacher_nS * student_nS).sum(1) + size * teacher_c_n * student_c_n
         dot_n -= student_c_n * teacher_u_n + teacher_c_n * student_u_n
-        teacher_terms_n = ((teacher_nT @ grams.teacher_teacher_TT) * teacher_nT).sum(
-            1
-        ) + size * teacher_c_n**2
-        student_terms_n = (from_student_nS * student_nS).sum(1) + size * student_c_n**2
+        teacher_form_n = ((teacher_nT @ grams.teacher_teacher_TT) * teacher_nT).sum(1)
+        student_form_n = (from_student_nS * student_nS).sum(1)
         cosine_n, scale_n, shrink_n = _cosine(
             dot_n,
-            (teacher_terms_n - 2 * teacher_c_n * teacher_u_n, teacher_terms_n),
-            (student_terms_n - 2 * student_c_n * student_u_n, student_terms_n),
+            _square(teacher_form_n, teacher_c_n, teacher_u_n, size),
+            _square(student_form_n, student_c_n, student_u_n, size),
         )
         # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric.
         tilt_n = scale_n * teacher_c_n - shrink_n * student_c_n
@@ -158,9 +153,15 @@ class _DeltaCosine(torch.autograd.Function):
             lse_gradient_N,
             teacher_nT.T @ ((upstream_n * scale_n)[:, None] * student_nS),
             student_nS.T @ ((upstream_n * shrink_n / -2)[:, None] * student_nS),
-            -(upstream_n * tilt_n) @ student_nS,
+            student_nS.T @ (upstream_n * tilt_n).neg(),
             None,
         )
+
+
+def _square(form_n: Tensor, c_n: Tensor, u_n: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """|D|^2, and the terms that it is the sum of, by which zero is told."""
+    terms_n = form_n + size * c_n**2
+    return terms_n - 2 * c_n * u_n, terms_n
 
 
 def _cosine(
@@ -168,14 +169,12 @@ def _cosine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine, and its derivatives: by the dot product, and by half of the student's square, negated.
 
-    `teacher` and `student`: |D|^2 and the terms that it is the sum of, by which zero is told.
+    `teacher` and `student`: those of `_square`.
     """
     share = ZERO_SHARE * torch.finfo(dot_n.dtype).eps
     zero_n = (teacher[0] <= share * teacher[1]) | (student[0] <= share * student[1])
-    # Replaced before the root, not after: that of rounding noise may be NaN, which a factor 0 does not remove.
-    teacher_root_n, student_root_n = (
-        square.masked_fill(zero_n, 1.0).rsqrt() for square, _ in (teacher, student)
-    )
+    # Replaced before the root: that of rounding noise may be NaN.
+    teacher_root_n, student_root_n = (part[0].masked_fill(zero_n, 1.0).rsqrt() for part in (teacher, student))
     scale_n = (teacher_root_n * student_root_n).masked_fill(zero_n, 0.0)
     cosine_n = dot_n * teacher_root_n * student_root_n
     shrink_n = (cosine_n * student_root_n**2).masked_fill(zero_n, 0.0)
