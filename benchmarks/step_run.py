@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from benchmarks import measure
 from megatron_fdd import rehearsal
@@ -28,6 +28,8 @@ from megatron_fdd import rehearsal
 WARM_UP_STEPS = 2
 # Two steps are not timed: one is watched for its memory, one for its flops.
 WATCHED_STEPS = 2
+# Products that torch's counter does not know.
+IN_PLACE = {torch.ops.aten.addmm_: lambda _total, left, right, **_options: mm_flop(left, right)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,7 @@ class Watched:
     Attributes:
         seconds: of each timed step: process CPU time, on a GPU device time.
         peak_mib: most memory during a step beyond what is there between steps.
-        whole_mib: most memory during a step, all that the run holds included (weights, gradients, optimizer);
-            the interpreter and its modules are not.
+        whole_mib: that and all tensors that are there between steps (weights, gradients, optimizer).
         flops: of matrix products in one step, counted as they ran; None on a GPU, whose kernels are not counted.
         losses: the last step's terms; empty for stock Megatron.
     """
@@ -76,7 +77,6 @@ class StepWatch:
         self._repeats = repeats
         self._device = device
         self._num_steps = 0
-        self._resident_before = measure.resident("VmRSS")
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         step = partial(self._train_step, *arguments, **keywords)
@@ -96,19 +96,24 @@ class StepWatch:
 
     def _watch_memory(self, step: Callable[[], None]) -> None:
         gc.collect()
+        held_mib = (torch.cuda.memory_allocated() if self._device == "cuda" else held_bytes()) / measure.MIB
         self.watched.peak_mib = measure.peak_of(step, self._device)
-        if self._device == "cuda":
-            self.watched.whole_mib = torch.cuda.max_memory_allocated() / measure.MIB
-        else:
-            self.watched.whole_mib = (measure.resident("VmHWM") - self._resident_before) / measure.MIB
+        self.watched.whole_mib = held_mib + self.watched.peak_mib
 
     def _count_flops(self, step: Callable[[], None]) -> None:
         if self._device == "cuda":
             step()
             return
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             step()
         self.watched.flops = counter.get_total_flops()
+
+
+def held_bytes() -> int:
+    """Of all tensors in host memory; the interpreter and its modules, which a GPU does not hold, are not in it."""
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
+    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def run_job(job: Job) -> Watched:
@@ -140,7 +145,9 @@ def run_job(job: Job) -> Watched:
         raise RuntimeError(f"a run ended with {status}:\n" + job.log.read_text()[-2000:])
     if not job.is_stock:
         last = json.loads(metrics.read_text().splitlines()[-1])
-        watch.watched.losses = {name: last[name] for name in ("ce", "kd", "trajectory", "delta") if last[name]}
+        watch.watched.losses = {
+            name: last[name] for name in ("ce", "kd", "trajectory", "delta") if last[name]
+        }
     return watch.watched
 
 
