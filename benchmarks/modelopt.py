@@ -2,11 +2,12 @@
 
     python -m benchmarks.modelopt
 
-ModelOpt is not a dependency: `pip install nvidia-modelopt` (0.47 needs neither TransformerEngine nor apex). Its losses take logits, so the two head products and their
-backward passes are counted on its side too, as Megatron would have to do them; ours is `linear_kl` with a trained head.
-Time and memory are of one rank without tensor parallelism. Gradients are compared with float64 at one rank and at two,
-where each rank has half of both heads: Megatron's own column-parallel input (its backward all-reduces), and the
-loss reduced as Megatron-LM's loss function does (a plain all-reduce of the value, which no gradient passes).
+ModelOpt is not a dependency: `pip install nvidia-modelopt` (0.47 needs neither TransformerEngine nor apex). Its
+losses take logits, so the two head products and their backward passes are counted on its side too, as Megatron would
+have to do them; ours is `linear_kl` with a trained head. Time and memory (gradients included) are of one rank without
+tensor parallelism. Gradients are compared with float64 at one rank and at two, where each rank has half of both heads:
+Megatron's own column-parallel input (its backward all-reduces), and the loss reduced as Megatron-LM's loss function
+does (a plain all-reduce of the value, which no gradient passes).
 """
 
 from __future__ import annotations

@@ -42,7 +42,9 @@ WEIGHTS: dict[Objective, str] = {
     "FDD": "--fdd-alpha 1 --fdd-beta 1 --fdd-kd-weight 1 --fdd-ce-weight 0",
 }
 # Modules that need no package beside Megatron. A rehearsal puts its own flags over these.
-PLAIN_MODULES = "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion"
+PLAIN_MODULES = "--transformer-impl local " + " ".join(
+    f"--no-{name}" for name in ("persist-layer-norm", "gradient-accumulation-fusion", "masked-softmax-fusion")
+)
 SMOKE = {
     "teacher_width": 48, "teacher_layers": 6, "teacher_heads": 3, "student_width": 32, "student_layers": 5,
     "student_heads": 2, "vocab_size": 199, "seq_length": 16, "micro_batch_size": 2, "repeats": 2,
