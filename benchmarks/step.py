@@ -28,6 +28,8 @@ from typing import Any
 # One thread: of several, on a shared machine, the times do not repeat. Before torch is imported, here and in the runs.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
+import torch
+
 from benchmarks import measure
 from benchmarks.step_flops import Model, Objective, StepFlops, step_flops
 from benchmarks.step_run import Job, Watched, make_checkpoint, run_job
@@ -73,6 +75,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, and nothing is recorded")
     args, rest = parser.parse_known_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     if args.smoke:
         vars(args).update(SMOKE)
     return args, rest
@@ -177,6 +181,7 @@ def report(
 def main(argv: list[str]) -> int:
     """Returns the exit status."""
     args, rest = parse_args(argv)
+    os.environ["FDD_REHEARSE"] = "1" if args.device == "cpu" else "0"  # the runs inherit it
     step_tokens = args.seq_length * args.micro_batch_size * args.micro_batches
     student, teacher = model_of(args, "student"), model_of(args, "teacher")
     flops: dict[str, StepFlops] = {
