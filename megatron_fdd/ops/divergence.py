@@ -55,13 +55,20 @@ class Divergence:
             return self.mix
         return 0.5 if self.kind == "jsd" else 0.1
 
-    def summands(self, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and gradient of the divergence, column by column, from log-probabilities (without T^2).
+    def score(self, teacher_NC: Tensor, student_NC: Tensor) -> Tensor:
+        """Gradient of the divergence, column by column, from log-probabilities (without T^2).
 
-        Returns:
-            value_NC: its sum over the vocabulary is the divergence.
-            score_NC: with centre = sum over the vocabulary of score, the gradient with respect to the
-                student's logit v is score_v - centre * p_v, p = exp(student).
+        With centre = sum over the vocabulary of score, the gradient with respect to the student's logit v is
+        score_v - centre * p_v, p = exp(student).
+        """
+        if self.kind == "fkl":
+            return teacher_NC.exp().neg_()
+        return self.summands(teacher_NC, student_NC)[1]
+
+    def summands(self, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and `score`, column by column, from log-probabilities (without T^2).
+
+        The value's sum over the vocabulary is the divergence.
         """
         if self.kind == "fkl":
             mass = teacher_NC.exp()

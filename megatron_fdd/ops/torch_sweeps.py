@@ -186,7 +186,7 @@ def _logit_gradient(
     assert normalisers.centre_R is not None
     teacher_lse, student_lse = normalisers.lse_M.view(2, -1)[:, rows, None]
     student_log = student - student_lse
-    _, score = plan.divergence.summands(tile.teacher_RC[rows] - teacher_lse, student_log)
+    score = plan.divergence.score(tile.teacher_RC[rows] - teacher_lse, student_log)
     # score * up + p * (unit - centre * up), in as few passes as may be.
     probability = student_log.exp_()
     scale = upstream.divergence_R[rows, None]
