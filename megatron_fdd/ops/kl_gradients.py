@@ -1,7 +1,7 @@
-"""Gradients of linear_kl: from the forward sweeps' sums (constant head) or by one more sweep (trained head).
+"""Gradients of linear_kl from the forward sweeps' sums (constant head), and what one more sweep needs (trained head).
 
-Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile, S the student's
-width, W rows of the head shard. All gradients here are this rank's part: the sum over its vocabulary.
+Shapes: R tokens, M rows = R per model (teacher's first, student's last), S the student's width, W rows of the
+head shard. All gradients here are this rank's part: the sum over its vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_fdd.ops.plan import Plan
 from megatron_fdd.ops.softmax_sums import MixtureSums, SoftmaxSums, VocabStatistics
 from megatron_fdd.ops.vocab_shard import VocabShard, label_rows
-from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks
 
 
 class Upstream(NamedTuple):
@@ -87,56 +86,3 @@ def pulled_gradient(
         rows_RS = label_rows(head_WS, labels_R, shard)
         gradient_RS.addcmul_(rows_RS, upstream.label_R[:, None], value=-1)
     return gradient_RS
-
-
-def swept_gradients(
-    plan: Plan, tiles: LogitTiles, upstream: Upstream, normalisers: Normalisers, labels_R: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden states [R, S] and head [W, S] (its dtype, zero for padding), in one sweep."""
-    head_WS = tiles.models[-1][1]
-    gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
-    head_gradient_WS = torch.empty_like(head_WS)
-    head_gradient_WS[plan.shard.num_valid :] = 0
-    for tile in tiles:
-        for rows in row_blocks(tiles.num_tokens):
-            tile.student_RC[rows] = _logit_gradient(plan, tile, rows, upstream, normalisers)
-        if labels_R is not None:
-            _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
-        accumulate(gradient_RS, tile.student_RC, tile.head_CS)
-        head_gradient_WS[tile.columns] = product(tile.student_RC.T, tiles.hiddens[-1], tiles.dtype)
-    return gradient_RS, head_gradient_WS
-
-
-def _logit_gradient(
-    plan: Plan, tile: Tile, rows: slice, upstream: Upstream, normalisers: Normalisers
-) -> Tensor:
-    """Gradient of some tokens' student logits, labels apart. Temporaries of that size."""
-    student = tile.student_RC[rows]
-    unit = upstream.unit_R[rows, None]
-    if plan.divergence is None:
-        return (student - normalisers.unit_lse_R[rows, None]).exp_().mul_(unit)
-    assert tile.teacher_RC is not None
-    assert normalisers.centre_R is not None
-    teacher_lse, student_lse = normalisers.lse_M.view(2, -1)[:, rows, None]
-    student_log = student - student_lse
-    _, score = plan.divergence.summands(tile.teacher_RC[rows] - teacher_lse, student_log)
-    # score * up + p * (unit - centre * up), in as few passes as may be.
-    probability = student_log.exp_()
-    scale = upstream.divergence_R[rows, None]
-    own = -normalisers.centre_R[rows, None] * scale
-    if plan.unit and not plan.heated:
-        own = own + unit
-    gradient = score.mul_(scale).addcmul_(probability, own)
-    if plan.heated:
-        unit_log = student.mul(plan.temperature).sub_(normalisers.unit_lse_R[rows, None])
-        gradient.addcmul_(unit_log.exp_(), unit)
-    return gradient
-
-
-def _subtract_labels(tile: Tile, local_R: Tensor, amount_R: Tensor) -> None:
-    """student_RC[i, label of i] -= amount_i, for labels within the tile."""
-    column_R = local_R - tile.columns.start
-    inside_R = (column_R >= 0) & (local_R < tile.columns.stop)
-    column_R = column_R.masked_fill(~inside_R, 0)
-    amount_R = amount_R.masked_fill(~inside_R, 0.0)
-    tile.student_RC.scatter_add_(1, column_R[:, None], -amount_R[:, None])

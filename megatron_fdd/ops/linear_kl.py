@@ -9,13 +9,19 @@ Source: method.md, sections 5 and 6.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_fdd.ops import torch_sweeps
 from megatron_fdd.ops.divergence import Divergence, DivergenceKind
+from megatron_fdd.ops.head_gradient import HeadGradient
+from megatron_fdd.ops.kernels import Kernels
 from megatron_fdd.ops.kl_gradients import (
     Normalisers,
     Pulls,
@@ -23,15 +29,14 @@ from megatron_fdd.ops.kl_gradients import (
     normalisers_of,
     pulled_gradient,
     pulls_of,
-    swept_gradients,
 )
 from megatron_fdd.ops.plan import Model, Plan
-from megatron_fdd.ops.softmax_sums import MixtureSums, SoftmaxSums, VocabStatistics, merge, mixture_sums
-from megatron_fdd.ops.vocab_shard import VocabShard, label_logits
+from megatron_fdd.ops.softmax_sums import MixtureSums, SoftmaxSums, VocabStatistics, merge, start_merge
+from megatron_fdd.ops.vocab_shard import Pending, VocabShard, label_logits
 
-__all__ = ["Divergence", "DivergenceKind", "LinearKL", "VocabShard", "linear_kl"]
+__all__ = ["Divergence", "DivergenceKind", "Kernels", "LinearKL", "VocabShard", "linear_kl"]
 
-DEFAULT_TILE_SIZE = 2048
+DEFAULT_KERNELS = Kernels()
 
 
 class LinearKL(NamedTuple):
@@ -53,7 +58,7 @@ def linear_kl(
     divergence: Divergence | None,
     labels_N: Tensor | None = None,
     needs_lse: bool = True,
-    tile_size: int = DEFAULT_TILE_SIZE,
+    kernels: Kernels = DEFAULT_KERNELS,
 ) -> LinearKL:
     """Per-token divergence, log-sum-exps and cross-entropy of two linear heads.
 
@@ -71,7 +76,7 @@ def linear_kl(
         labels_N: vocabulary ids (of the whole vocabulary); negative: no label. None: no cross-entropy.
         needs_lse: whether the log-sum-exps are outputs. At another temperature than 1 they cost an
             exponential, and with a constant head one product for their gradient.
-        tile_size: columns of the vocabulary that exist at a time.
+        kernels: which implementation runs, and how it cuts its work.
 
     Collectives over `shard.group` (one rank: none). Forward: one all-gather of the packed statistics, [R]
         times 5 for fkl and rkl, else 4 (2 without a teacher), plus 2 for lse or labels at another temperature
@@ -85,7 +90,6 @@ def linear_kl(
     teacher: Model | None = None
     if teacher_NT is not None and teacher_head_WT is not None:
         teacher = (teacher_NT.detach(), teacher_head_WT.detach())
-    assert tile_size > 0, f"tile_size {tile_size}"
     assert divergence is None or teacher is not None, "a divergence needs a teacher"
     assert divergence is not None or needs_lse or labels_N is not None, "nothing is asked for"
     _check_shapes(teacher, (student_NS, student_head_WS), labels_N, shard)
@@ -95,7 +99,7 @@ def linear_kl(
         divergence=divergence,
         needs_lse=needs_lse,
         has_labels=labels_N is not None,
-        tile_size=tile_size,
+        kernels=kernels,
         body_gradient=torch.is_grad_enabled() and student_NS.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
@@ -128,51 +132,122 @@ class _LinearKL(torch.autograd.Function):
         labels_N: Tensor | None,
         plan: Plan,
     ) -> tuple[Tensor | None, ...]:
-        shard = plan.shard
-        student = (shard.gather_tokens(student_NS), student_head_WS)
-        teacher = None if teacher is None else (shard.gather_tokens(teacher[0]), teacher[1])
-        labels_R = None if labels_N is None else shard.gather_tokens(labels_N)
-        tiles = plan.tiles(teacher, student)
-        sums = SoftmaxSums(tiles, plan)
-        label_logit_R = None if labels_R is None else label_logits(*student, labels_R, shard)
-        statistics = merge(sums, label_logit_R, shard)
-        mixture = None
-        if plan.mixture is not None:
-            mixture = mixture_sums(tiles, plan.mixture, statistics.lse_M, shard, gradient=plan.body_gradient)
-        ctx.plan, ctx.student_dtype = plan, student_NS.dtype
-        if plan.head_gradient:
-            normalisers = normalisers_of(plan, statistics, mixture)
-            ctx.save_for_backward(
-                student_head_WS, labels_R, student[0], *(teacher or (None, None)), *normalisers
-            )
-        elif plan.body_gradient:
-            head_WS = student_head_WS if plan.has_labels else None
-            ctx.save_for_backward(head_WS, labels_R, *pulls_of(plan, sums, statistics, mixture))
-        outputs = _outputs(plan, statistics, mixture, labels_R)
-        if outputs.teacher_lse_N is not None:
-            ctx.mark_non_differentiable(outputs.teacher_lse_N)
-        return tuple(outputs)
+        outputs: list[LinearKL] = []
+        kept: list[tuple[Tensor | None, ...]] = []
+        for swept in _one_behind(_swept_chunks(plan, (student_NS, student_head_WS), teacher, labels_N)):
+            chunk_outputs, chunk_kept = _finish(plan, swept)
+            outputs.append(chunk_outputs)
+            kept.append(chunk_kept)
+        ctx.plan, ctx.head_WS, ctx.num_kept = plan, student_head_WS, len(kept[0])
+        ctx.student_dtype, ctx.num_tokens = student_NS.dtype, len(student_NS)
+        heads = (student_head_WS, None if teacher is None else teacher[1])
+        ctx.save_for_backward(*heads, *itertools.chain.from_iterable(kept))
+        joined = LinearKL(
+            *(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True))
+        )
+        if joined.teacher_lse_N is not None:
+            ctx.mark_non_differentiable(joined.teacher_lse_N)
+        return tuple(joined)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream_N: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
-        head_WS, labels_R, *kept = ctx.saved_tensors
-        upstream = _gather_upstream(plan, upstream_N, labels_R)
-        head_gradient_WS = None
-        if plan.head_gradient:
-            student_RS, teacher_RT, teacher_head_WT, *normalisers = kept
-            teacher = None if teacher_RT is None else (teacher_RT, teacher_head_WT)
-            tiles = plan.tiles(teacher, (student_RS, head_WS))
-            gradient_RS, head_gradient_WS = swept_gradients(
-                plan, tiles, upstream, Normalisers(*normalisers), labels_R
-            )
-        else:
-            gradient_RS = pulled_gradient(upstream, Pulls(*kept), head_WS, labels_R, plan.shard)
-        gradient_NS = None
-        if ctx.needs_input_grad[0]:
-            gradient_NS = plan.shard.reduce_tokens(gradient_RS.to(ctx.student_dtype))
-        return gradient_NS, head_gradient_WS, None, None, None
+        head_WS, teacher_head_WT, *kept = ctx.saved_tensors
+        pieces = plan.pieces(ctx.num_tokens)
+        head_gradient = HeadGradient(ctx.head_WS, parts=len(pieces)) if plan.head_gradient else None
+        reductions = []
+        stacked = _stack_upstream(plan, upstream_N)
+        for index, rows in enumerate(pieces):
+            labels_R, *state = kept[index * ctx.num_kept : (index + 1) * ctx.num_kept]
+            upstream = _upstream(plan, stacked, rows, labels_R)
+            if head_gradient is None:
+                gradient_RS = pulled_gradient(upstream, Pulls(*state), head_WS, labels_R, plan.shard)
+            else:
+                student_RS, teacher_RT, *normalisers = state
+                teacher = None if teacher_RT is None else (teacher_RT, teacher_head_WT)
+                gradient_RS = _sweeps(plan, student_RS).swept_gradients(
+                    plan,
+                    teacher,
+                    (student_RS, head_WS),
+                    upstream,
+                    Normalisers(*normalisers),
+                    labels_R,
+                    head_gradient.sum_WS,
+                )
+            if ctx.needs_input_grad[0]:
+                reductions.append(plan.shard.start_reduce(gradient_RS.to(ctx.student_dtype)))
+        parts = [reduction.wait() for reduction in reductions]
+        gradient_NS = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+        return gradient_NS, None if head_gradient is None else head_gradient.finish(), None, None, None
+
+
+class _Swept(NamedTuple):
+    """A chunk of tokens after its first sweep, while the ranks exchange their sums."""
+
+    teacher: Model | None
+    student: Model
+    labels_R: Tensor | None
+    sums: SoftmaxSums
+    packed: Pending
+
+
+def _swept_chunks(
+    plan: Plan, student: Model, teacher: Model | None, labels_N: Tensor | None
+) -> Iterator[_Swept]:
+    """First sweeps, chunk by chunk; the gather of the next chunk's tokens runs meanwhile."""
+    shard = plan.shard
+    tensors = (student[0], None if teacher is None else teacher[0], labels_N)
+
+    def gathers() -> Iterator[list[Pending | None]]:
+        for rows in plan.pieces(len(student[0])):
+            yield [None if tensor is None else shard.start_gather(tensor[rows]) for tensor in tensors]
+
+    for pending in _one_behind(gathers()):
+        student_RS, teacher_RT, labels_R = (None if each is None else each.wait() for each in pending)
+        assert student_RS is not None
+        chunk_student = (student_RS, student[1])
+        chunk_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
+        sums = _sweeps(plan, student_RS).softmax_sums(plan, chunk_teacher, chunk_student)
+        label_logit_R = None if labels_R is None else label_logits(*chunk_student, labels_R, shard)
+        packed = start_merge(sums, label_logit_R, shard)
+        yield _Swept(chunk_teacher, chunk_student, labels_R, sums, packed)
+
+
+def _one_behind[Item](items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each handed out after the next one has been begun."""
+    for before, _ in itertools.pairwise(itertools.chain(items, (None,))):
+        assert before is not None
+        yield before
+
+
+def _finish(plan: Plan, swept: _Swept) -> tuple[LinearKL, tuple[Tensor | None, ...]]:
+    """The outputs of a chunk's own tokens, and what its backward pass needs.
+
+    Collectives: one all-reduce of [2, R] for divergences that need a second sweep.
+    """
+    statistics = merge(swept.sums, swept.packed, plan.shard, has_labels=swept.labels_R is not None)
+    mixture = None
+    if plan.mixture is not None:
+        assert swept.teacher is not None
+        sums_2R, rows_MS = _sweeps(plan, swept.student[0]).mixture_sums(
+            plan, swept.teacher, swept.student, statistics.lse_M
+        )
+        value_R, centre_R = plan.shard.all_reduce(sums_2R)
+        mixture = MixtureSums(value_R, centre_R, rows_MS)
+    outputs = _outputs(plan, statistics, mixture, swept.labels_R)
+    if plan.head_gradient:
+        hiddens = (swept.student[0], None if swept.teacher is None else swept.teacher[0])
+        return outputs, (swept.labels_R, *hiddens, *normalisers_of(plan, statistics, mixture))
+    if plan.body_gradient:
+        return outputs, (swept.labels_R, *pulls_of(plan, swept.sums, statistics, mixture))
+    return outputs, ()
+
+
+def _sweeps(plan: Plan, like: Tensor) -> ModuleType:
+    """The module whose three sweeps run: `softmax_sums`, `mixture_sums`, `swept_gradients`."""
+    assert plan.kernels.chosen(like) == "torch"
+    return torch_sweeps
 
 
 def _outputs(
@@ -190,18 +265,20 @@ def _outputs(
         student_lse_R if plan.needs_lse else None,
         entropy_R,
     )
-    # Copies: two outputs must not share memory, nor with what is kept for the backward pass.
-    return LinearKL(
-        *(None if output is None else plan.shard.own_tokens(output).clone() for output in outputs)
-    )
+    return LinearKL(*(None if output is None else plan.shard.own_tokens(output) for output in outputs))
 
 
-def _gather_upstream(plan: Plan, upstream_N: tuple[Tensor | None, ...], labels_R: Tensor | None) -> Upstream:
-    """All tokens' upstream gradients. Collectives: one all-gather of [N, 3] under sequence parallelism."""
+def _stack_upstream(plan: Plan, upstream_N: tuple[Tensor | None, ...]) -> Tensor:
+    """All tokens' upstream gradients, [ranks, N, 3]. Collectives: one all-gather under sequence parallelism."""
     like = next(gradient for gradient in upstream_N if gradient is not None)
     divergence, _, lse, entropy = (torch.zeros_like(like) if g is None else g for g in upstream_N)
-    gathered_R3 = plan.shard.gather_tokens(torch.stack([divergence, lse, entropy], dim=1))
-    divergence_R, lse_R, entropy_R = gathered_R3.unbind(1)
+    stacked = torch.stack([divergence, lse, entropy], dim=1)
+    return plan.shard.start_stack(stacked).wait() if plan.shard.splits_tokens else stacked[None]
+
+
+def _upstream(plan: Plan, stacked: Tensor, rows: slice, labels_R: Tensor | None) -> Upstream:
+    """Those of a chunk."""
+    divergence_R, lse_R, entropy_R = stacked[:, rows].flatten(0, 1).unbind(1)
     if labels_R is not None:
         entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)
     return Upstream(divergence_R * plan.temperature, lse_R + entropy_R, entropy_R)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.kernels import Kernels
 from megatron_fdd.ops.vocab_shard import VocabShard
-from megatron_fdd.ops.vocab_tiles import LogitTiles
 
 Model = tuple[Tensor, Tensor]
 """Hidden states [tokens, width] and head [rows, width]."""
@@ -22,7 +22,7 @@ class Plan:
     divergence: Divergence | None
     needs_lse: bool
     has_labels: bool
-    tile_size: int
+    kernels: Kernels
     body_gradient: bool  # the head is constant: the hidden states' gradient comes from sums of forward sweeps
     head_gradient: bool  # the head is trained: the backward pass sweeps again, for both gradients
 
@@ -51,12 +51,11 @@ class Plan:
         """The divergence, where it needs a second sweep, after the normalisers."""
         return self.divergence if self.divergence is not None and not self.divergence.one_sweep else None
 
-    def tiles(self, teacher: Model | None, student: Model) -> LogitTiles:
-        """The logits to sweep over."""
-        return LogitTiles(
-            teacher,
-            student,
-            num_valid=self.shard.num_valid,
-            tile_size=self.tile_size,
-            temperature=self.temperature,
-        )
+    def pieces(self, num_tokens: int) -> list[slice]:
+        """This rank's tokens in equal chunks, of which all ranks' tokens together fill `chunk_rows`; at least one."""
+        ranks = self.shard.num_ranks if self.shard.splits_tokens else 1
+        count = max(1, -(-num_tokens * ranks // self.kernels.chunk_rows))
+        size = -(-num_tokens // count)
+        return [
+            slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(size, 1))
+        ] or [slice(0, 0)]

@@ -6,13 +6,34 @@ S hidden width, W rows of the head shard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
+
+
+class Pending:
+    """A tensor that a collective may still be writing; what is computed until `wait` hides the collective."""
+
+    def __init__(self, tensor: Tensor, work: Work | None = None, *, keeps: Tensor | None = None) -> None:
+        """`keeps`: what the collective reads, kept alive until it has."""
+        self._tensor, self._work, self._keeps = tensor, work, keeps
+
+    def map(self, view: Callable[[Tensor], Tensor]) -> Pending:
+        """The same collective's result seen another way."""
+        self._tensor = view(self._tensor)
+        return self
+
+    def wait(self) -> Tensor:
+        """The finished tensor; on a GPU the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._keeps = None
+        return self._tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +71,27 @@ class VocabShard:
         """Whether other ranks hold other tokens."""
         return self.sequence_parallel and self.num_ranks > 1
 
-    def gather_tokens(self, tensor: Tensor) -> Tensor:
+    def start_gather(self, tensor: Tensor) -> Pending:
         """All ranks' tokens, [N, ...] -> [R, ...]. Collectives: one all-gather under sequence parallelism."""
-        return self.stack(tensor).flatten(0, 1) if self.splits_tokens else tensor
+        return self.start_stack(tensor).map(_flatten) if self.splits_tokens else Pending(tensor)
 
     def own_tokens(self, tensor: Tensor) -> Tensor:
         """This rank's part of dim 0, [R, ...] -> [N, ...]. No collective."""
         return tensor.chunk(self.num_ranks)[self.rank] if self.splits_tokens and len(tensor) else tensor
 
-    def reduce_tokens(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks of [R, ...], of which each rank keeps its own tokens; may overwrite `tensor`.
+    def start_reduce(self, tensor: Tensor) -> Pending:
+        """Sum over ranks of [R, ...], of which each rank keeps its own tokens, [N, ...]; may overwrite `tensor`.
 
         Collectives: one all-reduce, or under sequence parallelism one reduce-scatter.
         """
         if self.num_ranks == 1 or tensor.numel() == 0:
-            return tensor
+            return Pending(tensor)
+        given = tensor.contiguous()
         if not self.splits_tokens:
-            return self.all_reduce(tensor)
-        own = tensor.new_empty((len(tensor) // self.num_ranks, *tensor.shape[1:]))
-        dist.reduce_scatter_tensor(own, tensor.contiguous(), group=self.group)
-        return own
+            return Pending(given, dist.all_reduce(given, group=self.group, async_op=True))
+        own = given.new_empty((len(given) // self.num_ranks, *given.shape[1:]))
+        work = dist.reduce_scatter_tensor(own, given, group=self.group, async_op=True)
+        return Pending(own, work, keeps=given)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place when contiguous. Collectives: one all-reduce."""
@@ -78,14 +100,19 @@ class VocabShard:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def stack(self, tensor: Tensor) -> Tensor:
+    def start_stack(self, tensor: Tensor) -> Pending:
         """Every rank's tensor, [ranks, ...]. Collectives: one all-gather."""
         if self.num_ranks == 1 or tensor.numel() == 0:
-            return tensor.expand(self.num_ranks, *tensor.shape)
+            return Pending(tensor.expand(self.num_ranks, *tensor.shape))
         stacked = tensor.new_empty((self.num_ranks, *tensor.shape))
+        given = tensor.contiguous().view(-1)
         # Flat, because gloo and nccl agree on that form.
-        dist.all_gather_into_tensor(stacked.view(-1), tensor.contiguous().view(-1), group=self.group)
-        return stacked
+        work = dist.all_gather_into_tensor(stacked.view(-1), given, group=self.group, async_op=True)
+        return Pending(stacked, work, keeps=given)
+
+
+def _flatten(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, 1)
 
 
 def label_rows(head_WS: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:

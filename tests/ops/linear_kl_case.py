@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from megatron_fdd.ops.linear_kl import Divergence, LinearKL, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Kernels, LinearKL, VocabShard, linear_kl
 
 KINDS = ("fkl", "rkl", "jsd", "sfkl", "srkl")
 
@@ -71,6 +71,11 @@ def make_case(num_tokens: int, vocab_size: int, *, padded: int | None = None, se
     upstream = 1 + normal(3, num_tokens).abs()
     teacher, student = normal(num_tokens, 12) * 1.5, normal(num_tokens, 7)
     return Case(teacher, heads[0], student, heads[1], labels, upstream, vocab_size)
+
+
+def tiles(tile_size: int, chunk_rows: int = 8192) -> Kernels:
+    """The path in plain torch, cut small enough that several tiles and chunks are crossed."""
+    return Kernels("torch", tile_size=tile_size, chunk_rows=chunk_rows)
 
 
 def loss(outputs: LinearKL, upstream: Tensor) -> Tensor:

@@ -9,14 +9,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
-from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_divergence
+from tests.ops.linear_kl_case import (
+    KINDS,
+    Case,
+    error,
+    gradients,
+    loss,
+    make_case,
+    reference_divergence,
+    tiles,
+)
 
 
 def run(case: Case, divergence: Divergence | None, *, live: bool, **options):
     """Outputs and student inputs on one rank; by default everything is asked for, in several tiles."""
     hidden = case.student.clone().requires_grad_()
     head = case.student_head.clone().requires_grad_(live)
-    options = {"labels_N": case.labels, "tile_size": 16} | options
+    options = {"labels_N": case.labels, "kernels": tiles(16)} | options
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
     shard = VocabShard(0, case.vocab_size, None)
     return linear_kl(*teacher, hidden, head, shard=shard, divergence=divergence, **options), hidden, head
@@ -50,6 +59,8 @@ def assert_matches(case: Case, divergence: Divergence | None, *, live: bool, kee
 def test_values_and_gradients(kind: str, temperature: float, live: bool) -> None:
     case = make_case(13, 53, padded=61).to(torch.float32)
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
+    in_chunks = tiles(16, chunk_rows=5)  # 5, 5 and 3 tokens
+    assert_matches(case, Divergence(kind, temperature=temperature), live=live, kernels=in_chunks)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
@@ -80,8 +91,8 @@ def test_without_divergence_and_without_teacher(live: bool) -> None:
 def test_odd_shapes(num_tokens: int, vocab_size: int, tile_size: int) -> None:
     case = make_case(num_tokens, vocab_size, padded=vocab_size + 3)
     for kind in ("fkl", "jsd"):
-        assert_matches(case, Divergence(kind), live=False, tile_size=tile_size)
-        assert_matches(case, Divergence(kind), live=True, tile_size=tile_size)
+        assert_matches(case, Divergence(kind), live=False, kernels=tiles(tile_size))
+        assert_matches(case, Divergence(kind), live=True, kernels=tiles(tile_size))
 
 
 @pytest.mark.parametrize("kind", ["jsd", "sfkl", "srkl"])
@@ -107,7 +118,7 @@ def test_gradcheck(kind: str, live: bool) -> None:
             shard=shard,
             divergence=divergence,
             labels_N=case.labels,
-            tile_size=3,
+            kernels=tiles(3),
         )
         return result.divergence_N, result.student_lse_N, result.cross_entropy_N
 
@@ -231,7 +242,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> 
     num_tokens, vocab_size, tile_size = 256, 1000, 50
     case = make_case(num_tokens, vocab_size).to(torch.float32)
     with LargestTensor() as largest:
-        outputs, *_ = run(case, Divergence(kind, temperature=2.0), live=live, tile_size=tile_size)
+        outputs, *_ = run(case, Divergence(kind, temperature=2.0), live=live, kernels=tiles(tile_size))
         loss(outputs, case.upstream).backward()
     # The buffer of both models' logits is the largest.
     assert largest.numel == 2 * num_tokens * tile_size
@@ -240,7 +251,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> 
 def peak_bytes(case: Case, divergence: Divergence, tile_size: int) -> int:
     """Most memory allocated at a time, above the start, of a forward and backward pass with constant head."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        outputs, *_ = run(case, divergence, live=False, tile_size=tile_size, labels_N=None)
+        outputs, *_ = run(case, divergence, live=False, kernels=tiles(tile_size), labels_N=None)
         loss(outputs, case.upstream).backward()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -267,7 +278,9 @@ def test_a_constant_head_keeps_one_tensor_of_the_students_size_per_gradient(kind
     for temperature, needs_lse in ((1.0, True), (1.0, False), (2.0, True), (2.0, False)):
         divergence = Divergence(kind, temperature=temperature)
         outputs, hidden, _ = run(case, divergence, live=False, labels_N=None, needs_lse=needs_lse)
-        kept = [tensor for tensor in outputs.divergence_N.grad_fn.saved_tensors if tensor is not None]
+        heads = (case.student_head.shape, case.teacher_head.shape)
+        saved = outputs.divergence_N.grad_fn.saved_tensors
+        kept = [tensor for tensor in saved if tensor is not None and tensor.shape not in heads]
         storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in kept}
         distinct = {storage.data_ptr(): storage.nbytes() for storage in storages.values()}
         assert sum(distinct.values()) == (1 + needs_lse) * hidden.nbytes

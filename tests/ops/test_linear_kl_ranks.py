@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.linear_kl import Divergence
-from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case
+from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case, tiles
 from tests.ranks import distributed
 
 
@@ -31,9 +32,9 @@ def assert_matches_reference(
             expected = full.reference(divergence)
             expected_gradients = gradients(loss(expected, full.upstream), *leaves)
             own_gradients = expected_gradients[0][part.tokens], expected_gradients[1][part.rows]
-            for live in (False, True):
+            for live, kernels in itertools.product((False, True), (tiles(5), tiles(5, chunk_rows=4))):
                 inputs = part.inputs(live=live)
-                outputs = part.run(*inputs, divergence, tile_size=5)
+                outputs = part.run(*inputs, divergence, kernels=kernels)
                 for value, reference in zip(outputs, expected, strict=True):
                     assert error(value, reference[part.tokens]) < 1e-12, (kind, temperature, live)
                 total = loss(outputs, case.upstream[:, part.tokens])
@@ -113,7 +114,7 @@ def test_gradcheck(kind: str, sequence_parallel: bool) -> None:
     def outputs(student: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
         head = _Copied.apply(trained[0]) if trained else case.student_head
         student = _Copied.apply(student) if sequence_parallel else student
-        result = part.run(student[part.tokens], head[part.rows], Divergence(kind), tile_size=2)
+        result = part.run(student[part.tokens], head[part.rows], Divergence(kind), kernels=tiles(2))
         fields = (result.divergence_N, result.student_lse_N, result.cross_entropy_N)
         return tuple(_Gathered.apply(field) if sequence_parallel else field for field in fields)
 

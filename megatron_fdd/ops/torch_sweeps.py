@@ -1,0 +1,184 @@
+"""The sweeps over the vocabulary in plain torch, tile by tile: the path of CPUs, and of float64.
+
+Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile, S the student's
+width, W rows of the head shard.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
+from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.softmax_sums import SoftmaxSums
+from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks
+
+# A product is taken of the remaining rows alone where skipping leaves fewer than this share of them.
+WORTH_SKIPPING = 0.9
+
+
+def softmax_sums(plan: Plan, teacher: Model | None, student: Model) -> SoftmaxSums:
+    """The first sweep: online softmax over this rank's part of the vocabulary."""
+    sums = SoftmaxSums.nothing_seen(plan, teacher, student)
+    for tile in _tiles(plan, teacher, student):
+        _add(plan, sums, tile)
+    return sums
+
+
+def mixture_sums(plan: Plan, teacher: Model, student: Model, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The second sweep, of divergences that need both normalisers first.
+
+    Returns:
+        This rank's sums of value and score (`Divergence.summands`), [2, R]; and where hidden states get a
+        gradient from sums, the sum of score * W_S above the sum of p_S * W_S, [M, S].
+    """
+    tiles = _tiles(plan, teacher, student)
+    count = tiles.num_tokens
+    sums_2R = tiles.zeros(2, count)
+    rows_MS = tiles.zeros(2 * count, tiles.student_width) if plan.body_gradient else None
+    assert plan.mixture is not None
+    for tile in tiles:
+        assert tile.teacher_RC is not None
+        tile.logits_MC.sub_(lse_M[:, None])
+        for rows in row_blocks(count):
+            value, score = plan.mixture.summands(tile.teacher_RC[rows], tile.student_RC[rows])
+            sums_2R[0, rows] += value.sum(1)
+            sums_2R[1, rows] += score.sum(1)
+            tile.teacher_RC[rows] = score
+        if rows_MS is not None:
+            tile.student_RC.exp_()
+            accumulate(rows_MS, tile.logits_MC, tile.head_CS)
+    return sums_2R, rows_MS
+
+
+def swept_gradients(
+    plan: Plan,
+    teacher: Model | None,
+    student: Model,
+    upstream: Upstream,
+    normalisers: Normalisers,
+    labels_R: Tensor | None,
+    head_gradient_WS: Tensor,
+) -> Tensor:
+    """Gradient of hidden states [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
+    tiles = _tiles(plan, teacher, student)
+    gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
+    for tile in tiles:
+        for rows in row_blocks(tiles.num_tokens):
+            tile.student_RC[rows] = _logit_gradient(plan, tile, rows, upstream, normalisers)
+        if labels_R is not None:
+            _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
+        accumulate(gradient_RS, tile.student_RC, tile.head_CS)
+        head_gradient_WS[tile.columns] += product(tile.student_RC.T, tiles.hiddens[-1], tiles.dtype)
+    return gradient_RS
+
+
+def _tiles(plan: Plan, teacher: Model | None, student: Model) -> LogitTiles:
+    return LogitTiles(
+        teacher,
+        student,
+        num_valid=plan.shard.num_valid,
+        tile_size=plan.kernels.tile_size,
+        temperature=plan.temperature,
+    )
+
+
+def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:
+    tile_peak_M = tile.logits_MC.amax(1)
+    peak_M = torch.maximum(sums.peak_M, tile_peak_M)
+    shrink_M = (sums.peak_M - peak_M).exp_()
+    sums.peak_M = peak_M
+    if sums.unit_mass_M is not None:
+        _add_unit(sums, tile, shrink_M**sums.temperature)
+    if tile.teacher_RC is not None and sums.cross_R is not None:
+        torch.sub(tile.student_RC, tile.teacher_RC, out=tile.scratch_RC)
+    weights_MC = tile.logits_MC.sub_(peak_M[:, None]).exp_()
+    sums.mass_M.mul_(shrink_M).add_(weights_MC.sum(1))
+    if sums.cross_R is not None:
+        _add_cross(sums, tile, shrink_M[sums.lead])
+    if sums.rows_MS is None:
+        return
+    gap_M = tile_peak_M.sub_(peak_M)
+    if plan.crossing is None:
+        weights_MC, shrink_M, gap_M = tile.student_RC, shrink_M[sums.student], gap_M[sums.student]
+    elif sums.student_leads:
+        shrink_M, gap_M = shrink_M[sums.student].repeat(2), gap_M[sums.student].repeat(2)
+    sums.rows_MS.mul_(shrink_M[:, None])
+    _accumulate_kept(sums.rows_MS, weights_MC, tile.head_CS, gap_M, plan.kernels.skip_below)
+
+
+def _add_cross(sums: SoftmaxSums, tile: Tile, shrink_R: Tensor) -> None:
+    assert sums.cross_R is not None
+    assert tile.teacher_RC is not None
+    if sums.student_leads:
+        # The teacher's exponentials are summed: their place takes the weights of rkl's gradient.
+        products_RC = torch.mul(tile.scratch_RC, tile.student_RC, out=tile.teacher_RC)
+    else:
+        products_RC = tile.scratch_RC.mul_(tile.teacher_RC)
+    sums.cross_R.mul_(shrink_R).add_(products_RC.sum(1))
+
+
+def _add_unit(sums: SoftmaxSums, tile: Tile, shrink_M: Tensor) -> None:
+    assert sums.unit_mass_M is not None
+    sums.unit_mass_M.mul_(shrink_M)
+    for logits_RC, rows in ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student)):
+        assert logits_RC is not None
+        torch.sub(logits_RC, sums.peak_M[rows, None], out=tile.scratch_RC)
+        weights_RC = tile.scratch_RC.mul_(sums.temperature).exp_()
+        sums.unit_mass_M[rows] += weights_RC.sum(1)
+    if sums.unit_rows_RS is not None:  # the weights are now the student's
+        sums.unit_rows_RS.mul_(shrink_M[sums.student, None])
+        accumulate(sums.unit_rows_RS, weights_RC, tile.head_CS)
+
+
+def _accumulate_kept(
+    rows_MS: Tensor, weights_MC: Tensor, head_CS: Tensor, gap_M: Tensor, skip_below: float
+) -> None:
+    """rows += weights @ head, without rows whose every weight in this tile is at most exp(gap) < `skip_below`.
+
+    exp(gap) bounds the probabilities too: the log-sum-exp is at least the running maximum.
+    """
+    if skip_below > 0:
+        kept = (gap_M >= math.log(skip_below)).nonzero()[:, 0]
+        if len(kept) < WORTH_SKIPPING * len(gap_M):
+            rows_MS.index_add_(0, kept, product(weights_MC[kept], head_CS, rows_MS.dtype))
+            return
+    accumulate(rows_MS, weights_MC, head_CS)
+
+
+def _logit_gradient(
+    plan: Plan, tile: Tile, rows: slice, upstream: Upstream, normalisers: Normalisers
+) -> Tensor:
+    """Gradient of some tokens' student logits, labels apart. Temporaries of that size."""
+    student = tile.student_RC[rows]
+    unit = upstream.unit_R[rows, None]
+    if plan.divergence is None:
+        return (student - normalisers.unit_lse_R[rows, None]).exp_().mul_(unit)
+    assert tile.teacher_RC is not None
+    assert normalisers.centre_R is not None
+    teacher_lse, student_lse = normalisers.lse_M.view(2, -1)[:, rows, None]
+    student_log = student - student_lse
+    _, score = plan.divergence.summands(tile.teacher_RC[rows] - teacher_lse, student_log)
+    # score * up + p * (unit - centre * up), in as few passes as may be.
+    probability = student_log.exp_()
+    scale = upstream.divergence_R[rows, None]
+    own = -normalisers.centre_R[rows, None] * scale
+    if plan.unit and not plan.heated:
+        own = own + unit
+    gradient = score.mul_(scale).addcmul_(probability, own)
+    if plan.heated:
+        unit_log = student.mul(plan.temperature).sub_(normalisers.unit_lse_R[rows, None])
+        gradient.addcmul_(unit_log.exp_(), unit)
+    return gradient
+
+
+def _subtract_labels(tile: Tile, local_R: Tensor, amount_R: Tensor) -> None:
+    """student_RC[i, label of i] -= amount_i, for labels within the tile."""
+    column_R = local_R - tile.columns.start
+    inside_R = (column_R >= 0) & (local_R < tile.columns.stop)
+    column_R = column_R.masked_fill(~inside_R, 0)
+    amount_R = amount_R.masked_fill(~inside_R, 0.0)
+    tile.student_RC.scatter_add_(1, column_R[:, None], -amount_R[:, None])
