@@ -138,7 +138,7 @@ def fold_kernel(
     peak_BM, mass_BM, unit_mass_BM, cross_BR,
     before_M, peak_M, target_M, mass_M, unit_mass_M, cross_R,
     num_rows, model, num_models, num_blocks, temperature, limit,
-    LEADS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add one model's statistics of a tile's column blocks to those of the tiles before it.
 
@@ -149,9 +149,9 @@ def fold_kernel(
     blocks = tl.arange(0, BLOCKS)[:, None]
     inside = (blocks < num_blocks) & keep[None, :]
     place_BM = blocks * (num_models * num_rows) + at[None, :]
-    block_peak = tl.load(peak_BM + place_BM, mask=inside, other=float("-inf"))
+    block_peak = tl.load(peak_BM + place_BM, mask=inside, other=0.0)
     before = tl.load(before_M + at, mask=keep, other=0.0)
-    peak = tl.maximum(before, tl.max(block_peak, 0))
+    peak = tl.maximum(before, tl.max(tl.where(inside, block_peak, float("-inf")), 0))
     centre = reference(block_peak, before[None, :], limit)
     moved = tl.max((inside & (centre != before[None, :])).to(tl.int32), 0) > 0
     tl.store(peak_M + at, peak, mask=keep)
@@ -164,7 +164,7 @@ def fold_kernel(
         unit = tl.sum(tl.load(unit_mass_BM + place_BM, mask=inside, other=0.0) * tl.exp(gain * temperature), 0)
         unit += tl.load(unit_mass_M + at, mask=keep, other=0.0) * tl.exp(shrink * temperature)
         tl.store(unit_mass_M + at, unit, mask=keep)
-    if LEADS:
+    if cross_R is not None:
         place_BR = blocks * num_rows + rows[None, :]
         cross = tl.sum(tl.load(cross_BR + place_BR, mask=inside, other=0.0) * tl.exp(gain), 0)
         cross += tl.load(cross_R + rows, mask=keep, other=0.0) * tl.exp(shrink)

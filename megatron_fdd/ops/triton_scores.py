@@ -82,7 +82,7 @@ def gradient_kernel(
     teacher_RT, teacher_head_WT, student_RS, student_head_WS, lse_M, unit_lse_R,
     scale_R, own_R, unit_R,  # factors of the score, of the student's probability, of that at temperature 1
     label_R, label_scale_R,  # ids relative to the shard, and what is subtracted there
-    gradient_RC, largest_BR,  # out: the logits' gradient, and its largest number by column block
+    gradient_RC,  # out
     teacher_width, student_width, weights_stride, num_rows, first, stop,
     inverse_temperature, temperature, mix, log_mix, log_rest,
     KIND: tl.constexpr,
@@ -120,5 +120,3 @@ def gradient_kernel(
         gradient -= tl.where(hit, tl.load(label_scale_R + row)[:, None], 0.0)
     gradient = tl.where(valid, gradient, 0.0)
     store_block(gradient_RC, gradient, row, offset, weights_stride, keep)
-    if largest_BR is not None:
-        tl.store(largest_BR + block * num_rows + rows, tl.max(tl.abs(gradient), 1), mask=keep)

@@ -1,0 +1,217 @@
+"""The sweeps over the vocabulary in Triton kernels: the path of GPUs. Logits never reach memory.
+
+Beside sums and statistics, a tile leaves the weights of the rows to sum: at most two (three at another
+temperature than 1) of [R, tile] in the head's dtype, and none without gradients.
+
+Shapes: see triton_kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.ops import triton_launches as launches
+from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
+from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.softmax_sums import SoftmaxSums
+from megatron_fdd.ops.triton_launches import BlockStatistics, Cut, LogitFactors, Pair, Peaks, Totals, Weights
+from megatron_fdd.ops.vocab_tiles import product, product_dtype
+
+
+def softmax_sums(plan: Plan, teacher: Model | None, student: Model, cut: Cut | None = None) -> SoftmaxSums:
+    """The first sweep: online softmax over this rank's part of the vocabulary."""
+    sums = SoftmaxSums.nothing_seen(plan, teacher, student)
+    sweep = _Sweep(plan, teacher, student, cut)
+    statistics, weights = sweep.block_statistics(sums), sweep.weights_of(sums)
+    lead = None if plan.crossing is None else "student" if plan.crossing.student_leads else "teacher"
+    for pair in sweep.tiles(first=sweep.cut.logits.columns):
+        launches.softmax(pair, sums.peak_M, weights, statistics, lead, sweep.cut.logits).run()
+        before_M, target_M = sums.peak_M, torch.empty_like(sums.peak_M)
+        sums.peak_M = torch.empty_like(before_M)
+        totals = Totals(before_M, sums.peak_M, target_M, sums.mass_M, sums.unit_mass_M, sums.cross_R)
+        num_blocks = sweep.num_blocks(pair)
+        for model in range(sums.num_models):
+            leads = lead is not None and (model == 1) == sums.student_leads
+            launches.fold(statistics, totals, num_blocks, pair, model=model, leads=leads).run()
+        _add_rows(sweep, sums, pair, weights, statistics.peak_BM[:num_blocks], totals)
+    return sums
+
+
+def mixture_sums(
+    plan: Plan, teacher: Model, student: Model, lse_M: Tensor, cut: Cut | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The second sweep, of divergences that need both normalisers first.
+
+    Returns:
+        This rank's sums of value and score (`Divergence.summands`), [2, R]; and where hidden states get a
+        gradient from sums, the sum of score * W_S above the sum of p_S * W_S, [M, S].
+    """
+    assert plan.mixture is not None
+    sweep = _Sweep(plan, teacher, student, cut)
+    count = sweep.num_rows
+    sums_2R = lse_M.new_zeros(2, count)
+    blocks_2BR = lse_M.new_empty(2, sweep.most_blocks, count)
+    rows_MS = lse_M.new_zeros(2 * count, sweep.student[1].shape[1]) if plan.body_gradient else None
+    weights = None if rows_MS is None else (sweep.weights(), sweep.weights())
+    skips = rows_MS is not None and sweep.skip_below > 0
+    largest_BM = lse_M.new_empty(sweep.most_blocks, 2 * count) if skips else None
+    for pair in sweep.tiles():
+        statistics = (blocks_2BR[0], blocks_2BR[1], largest_BM)
+        launches.mixture(pair, lse_M, weights, statistics, plan.mixture, sweep.cut.logits).run()
+        num_blocks = sweep.num_blocks(pair)
+        sums_2R += blocks_2BR[:, :num_blocks].sum(1)
+        if rows_MS is None or weights is None:
+            continue
+        for rows, weights_RC in zip((slice(count), slice(count, None)), weights, strict=True):
+            largest_BR = None if largest_BM is None else largest_BM[:num_blocks, rows]
+            sweep.accumulate(rows_MS[rows], weights_RC, pair, largest_BR)
+    return sums_2R, rows_MS
+
+
+def swept_gradients(
+    plan: Plan,
+    teacher: Model | None,
+    student: Model,
+    upstream: Upstream,
+    normalisers: Normalisers,
+    labels_R: Tensor | None,
+    head_gradient_WS: Tensor,
+    cut: Cut | None = None,
+) -> Tensor:
+    """Gradient of hidden states [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
+    sweep = _Sweep(plan, None if plan.divergence is None else teacher, student, cut)
+    hidden_RS = sweep.student[0].to(product_dtype(sweep.student[0]))
+    factors = _logit_factors(plan, upstream, normalisers, labels_R)
+    gradient_RS = normalisers.lse_M.new_zeros(hidden_RS.shape)
+    weights_RC = sweep.weights()
+    for pair in sweep.tiles():
+        launches.gradient(pair, factors, weights_RC, plan.divergence, sweep.cut.logits).run()
+        sweep.accumulate(gradient_RS, weights_RC, pair)
+        tile_RC = weights_RC[:, : pair.columns.stop - pair.columns.start].to(hidden_RS.dtype)
+        head_gradient_WS[pair.columns] += product(tile_RC.T, hidden_RS, gradient_RS.dtype)
+    return gradient_RS
+
+
+def _add_rows(
+    sweep: _Sweep, sums: SoftmaxSums, pair: Pair, weights: Weights, block_peak_BM: Tensor, totals: Totals
+) -> None:
+    """Add a tile's part of every sum of rows."""
+    parts = [(sums.unit_rows_RS, weights.unit_RC, sums.student, sums.temperature)]
+    if sums.rows_MS is not None:
+        own_RS = sums.rows_MS
+        if weights.first_RC is not None:
+            parts.append((sums.rows_MS[sums.teacher], weights.first_RC, sums.lead, 1.0))
+            own_RS = sums.rows_MS[sums.student]
+        parts.append((own_RS, weights.student_RC, sums.student, 1.0))
+    limit = launches.leap_limit(sweep.student[1].dtype, sums.temperature)
+    for rows_RS, weights_RC, model, power in parts:
+        if rows_RS is None or weights_RC is None:
+            continue
+        peaks = Peaks(totals.before_M[model], totals.target_M[model], totals.peak_M[model], power)
+        block_peak_BR = block_peak_BM[:, model]
+        launches.rescale(weights_RC, block_peak_BR, peaks, limit, sweep.cut.logits).run()
+        largest_BR = None
+        if sweep.skip_below > 0:  # the log-sum-exp is at least the running maximum
+            largest_BR = (block_peak_BR - peaks.peak_R).mul_(power).exp_()
+        sweep.accumulate(rows_RS, weights_RC, pair, largest_BR, peaks)
+
+
+def _logit_factors(
+    plan: Plan, upstream: Upstream, normalisers: Normalisers, labels_R: Tensor | None
+) -> LogitFactors:
+    """score * up + p * (unit - centre * up) - label, as rows' factors."""
+    scale_R = own_R = None
+    unit_R: Tensor | None = upstream.unit_R
+    if plan.divergence is not None:
+        assert normalisers.centre_R is not None
+        scale_R = upstream.divergence_R
+        own_R = -normalisers.centre_R * scale_R
+        if not plan.heated:
+            own_R, unit_R = own_R + unit_R if plan.unit else own_R, None
+    return LogitFactors(
+        lse_M=None if plan.divergence is None else normalisers.lse_M,
+        unit_lse_R=normalisers.unit_lse_R,
+        scale_R=scale_R,
+        own_R=own_R,
+        unit_R=unit_R,
+        label_R=None if labels_R is None else labels_R - plan.shard.first,
+        label_scale_R=None if labels_R is None else upstream.label_R,
+    )
+
+
+class _Sweep:
+    """Both models as the products read them, and the cuts of one sweep. Launches nothing without tokens."""
+
+    def __init__(self, plan: Plan, teacher: Model | None, student: Model, cut: Cut | None) -> None:
+        self.cut = cut or launches.cut_for(student[1].dtype)
+        self.teacher = None if teacher is None else _as_read(teacher)
+        self.student = _as_read(student)
+        self.temperature, self.num_valid = plan.temperature, plan.shard.num_valid
+        self.num_rows, self.skip_below = len(student[0]), plan.kernels.skip_below
+        block = self.cut.logits.columns
+        self.most_blocks = max(1, -(-min(plan.kernels.tile_size, self.num_valid) // block))
+
+    def tiles(self, first: int = 0) -> Iterator[Pair]:
+        """Tiles of the vocabulary; if `first`, one of so many columns comes first.
+
+        Exponentials are relative to the peaks of the tiles before, so that the first has none to be relative to.
+        """
+        starts = [0] if first == 0 else [0, first]
+        starts += range(starts[-1] + self.tile_size, self.num_valid, self.tile_size)
+        for start, stop in zip(starts, [*starts[1:], self.num_valid], strict=True):
+            if self.num_rows > 0 and start < stop:
+                yield Pair(self.teacher, self.student, slice(start, min(stop, self.num_valid)), self.temperature)
+
+    @property
+    def tile_size(self) -> int:
+        """Columns of a tile, in whole blocks."""
+        return self.most_blocks * self.cut.logits.columns
+
+    def num_blocks(self, pair: Pair) -> int:
+        """Column blocks of a tile."""
+        return -(-(pair.columns.stop - pair.columns.start) // self.cut.logits.columns)
+
+    def accumulate(
+        self,
+        rows_RS: Tensor,
+        weights_RC: Tensor,
+        pair: Pair,
+        largest_BR: Tensor | None = None,
+        peaks: Peaks | None = None,
+    ) -> None:
+        """rows += weights @ head. `largest_BR`: probabilities by which blocks may be skipped; None: all count."""
+        kept = None
+        if largest_BR is not None and self.skip_below > 0:
+            kept = launches.kept_blocks(largest_BR, self.skip_below, self.cut)
+        head_CS = self.student[1][pair.columns]
+        launches.accumulate(rows_RS, weights_RC, head_CS, self.cut, peaks=peaks, kept=kept).run()
+
+    def weights(self) -> Tensor:
+        """Room for a tile's weights, [R, whole blocks]."""
+        return self.student[1].new_empty(self.num_rows, self.tile_size)
+
+    def weights_of(self, sums: SoftmaxSums) -> Weights:
+        """Room for the weights of the rows that are summed."""
+        has_rows = sums.rows_MS is not None
+        return Weights(
+            first_RC=self.weights() if has_rows and sums.cross_R is not None else None,
+            student_RC=self.weights() if has_rows else None,
+            unit_RC=self.weights() if sums.unit_rows_RS is not None else None,
+        )
+
+    def block_statistics(self, sums: SoftmaxSums) -> BlockStatistics:
+        """Room for the statistics of a tile's column blocks."""
+
+        def room(like: Tensor | None) -> Tensor | None:
+            return None if like is None else like.new_empty(self.most_blocks, len(like))
+
+        peak_BM, mass_BM = (like.new_empty(self.most_blocks, len(like)) for like in (sums.peak_M, sums.mass_M))
+        return BlockStatistics(peak_BM, mass_BM, room(sums.unit_mass_M), room(sums.cross_R))
+
+
+def _as_read(model: Model) -> Model:
+    hidden, head = model
+    return hidden.to(head.dtype).contiguous(), head.detach().contiguous()
