@@ -246,7 +246,10 @@ def _finish(plan: Plan, swept: _Swept) -> tuple[LinearKL, tuple[Tensor | None, .
 
 def _sweeps(plan: Plan, like: Tensor) -> ModuleType:
     """The module whose three sweeps run: `softmax_sums`, `mixture_sums`, `swept_gradients`."""
-    assert plan.kernels.chosen(like) == "torch"
+    if plan.kernels.chosen(like) == "triton":
+        from megatron_fdd.ops import triton_sweeps  # here: only where it is used must Triton be installed
+
+        return triton_sweeps
     return torch_sweeps
 
 

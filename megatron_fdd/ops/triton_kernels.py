@@ -94,10 +94,28 @@ def softmax_kernel(
     if teacher_RT is not None:
         student_rows = num_rows
         teacher = inverse_temperature * logits(
-            teacher_RT, teacher_head_WT, teacher_width, row, column, TEACHER_EVEN, TEACHER_WIDEN, ROWS, COLUMNS, DEPTH
+            teacher_RT,
+            teacher_head_WT,
+            teacher_width,
+            row,
+            column,
+            TEACHER_EVEN,
+            TEACHER_WIDEN,
+            ROWS,
+            COLUMNS,
+            DEPTH,
         )
     student = inverse_temperature * logits(
-        student_RS, student_head_WS, student_width, row, column, STUDENT_EVEN, STUDENT_WIDEN, ROWS, COLUMNS, DEPTH
+        student_RS,
+        student_head_WS,
+        student_width,
+        row,
+        column,
+        STUDENT_EVEN,
+        STUDENT_WIDEN,
+        ROWS,
+        COLUMNS,
+        DEPTH,
     )
     model_rows = student_rows + num_rows
     if teacher_RT is not None:
@@ -135,53 +153,52 @@ def softmax_kernel(
 
 @triton.jit
 def fold_kernel(
-    peak_BM, mass_BM, unit_mass_BM, cross_BR,
-    before_M, peak_M, target_M, mass_M, unit_mass_M, cross_R,
-    num_rows, model, num_models, num_blocks, temperature, limit,
+    peak_BR, mass_BR, unit_mass_BR, cross_BR,
+    before_R, peak_R, target_R, mass_R, unit_mass_R, cross_R,
+    num_rows, num_blocks, block_stride, temperature, limit,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add one model's statistics of a tile's column blocks to those of the tiles before it.
 
-    Out: peak_M, and target_M, to which `rescale_kernel` makes all weights of a row relative.
+    Out: peak_R, and target_R, to which `rescale_kernel` makes all weights of a row relative.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    keep, at = rows < num_rows, model * num_rows + rows
-    blocks = tl.arange(0, BLOCKS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    keep, blocks = row < num_rows, tl.arange(0, BLOCKS)[:, None]
     inside = (blocks < num_blocks) & keep[None, :]
-    place_BM = blocks * (num_models * num_rows) + at[None, :]
-    block_peak = tl.load(peak_BM + place_BM, mask=inside, other=0.0)
-    before = tl.load(before_M + at, mask=keep, other=0.0)
+    at = blocks * block_stride + row[None, :]
+    block_peak = tl.load(peak_BR + at, mask=inside, other=0.0)
+    before = tl.load(before_R + row, mask=keep, other=0.0)
     peak = tl.maximum(before, tl.max(tl.where(inside, block_peak, float("-inf")), 0))
     centre = reference(block_peak, before[None, :], limit)
     moved = tl.max((inside & (centre != before[None, :])).to(tl.int32), 0) > 0
-    tl.store(peak_M + at, peak, mask=keep)
-    tl.store(target_M + at, tl.where(moved, peak, before), mask=keep)
+    tl.store(peak_R + row, peak, mask=keep)
+    tl.store(target_R + row, tl.where(moved, peak, before), mask=keep)
     shrink, gain = before - peak, tl.where(inside, centre - peak[None, :], float("-inf"))
-    mass = tl.sum(tl.load(mass_BM + place_BM, mask=inside, other=0.0) * tl.exp(gain), 0)
-    mass += tl.load(mass_M + at, mask=keep, other=0.0) * tl.exp(shrink)
-    tl.store(mass_M + at, mass, mask=keep)
-    if unit_mass_M is not None:
-        unit = tl.sum(tl.load(unit_mass_BM + place_BM, mask=inside, other=0.0) * tl.exp(gain * temperature), 0)
-        unit += tl.load(unit_mass_M + at, mask=keep, other=0.0) * tl.exp(shrink * temperature)
-        tl.store(unit_mass_M + at, unit, mask=keep)
+    mass = tl.sum(tl.load(mass_BR + at, mask=inside, other=0.0) * tl.exp(gain), 0)
+    mass += tl.load(mass_R + row, mask=keep, other=0.0) * tl.exp(shrink)
+    tl.store(mass_R + row, mass, mask=keep)
+    if unit_mass_R is not None:
+        unit = tl.sum(tl.load(unit_mass_BR + at, mask=inside, other=0.0) * tl.exp(gain * temperature), 0)
+        unit += tl.load(unit_mass_R + row, mask=keep, other=0.0) * tl.exp(shrink * temperature)
+        tl.store(unit_mass_R + row, unit, mask=keep)
     if cross_R is not None:
-        place_BR = blocks * num_rows + rows[None, :]
-        cross = tl.sum(tl.load(cross_BR + place_BR, mask=inside, other=0.0) * tl.exp(gain), 0)
-        cross += tl.load(cross_R + rows, mask=keep, other=0.0) * tl.exp(shrink)
-        tl.store(cross_R + rows, cross, mask=keep)
+        at = blocks * num_rows + row[None, :]
+        cross = tl.sum(tl.load(cross_BR + at, mask=inside, other=0.0) * tl.exp(gain), 0)
+        cross += tl.load(cross_R + row, mask=keep, other=0.0) * tl.exp(shrink)
+        tl.store(cross_R + row, cross, mask=keep)
 
 
 @triton.jit
 def rescale_kernel(
-    weights_RC, peak_BM, before_R, target_R,
-    peak_stride, weights_stride, num_rows, num_blocks, power, limit,
+    weights_RC, peak_BR, before_R, target_R,
+    block_stride, weights_stride, num_rows, num_blocks, power, limit,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Make the weights of a row relative to its target, where they are not: rare, where a logit leaps up."""
     row_block, block = place(tl.cdiv(num_rows, ROWS), num_blocks, GROUP)
     rows = row_block * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(rows, num_rows - 1)
-    centre = reference(tl.load(peak_BM + block * peak_stride + row), tl.load(before_R + row), limit)
+    centre = reference(tl.load(peak_BR + block * block_stride + row), tl.load(before_R + row), limit)
     target = tl.load(target_R + row)
     if tl.max((centre != target).to(tl.int32), 0) > 0:
         column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -222,16 +239,19 @@ def accumulate_kernel(
         if not FULL:  # the weights there are 0
             last = tl.minimum(start + depth, num_columns - 1).to(tl.int64)
             places = head_CS + last[:, None] * width + column[None, :]
-        if EVEN:
-            head_block = tl.load(places)
-        else:
-            head_block = tl.load(places, mask=inside[None, :], other=0.0)
+        head_block = tl.load(places) if EVEN else tl.load(places, mask=inside[None, :], other=0.0)
         total = multiply(tl.load(left + start), head_block, total, WIDEN)
-    places = rows_RS + row.to(tl.int64)[:, None] * width + column[None, :]
-    keep = (rows < num_rows)[:, None] & inside[None, :]
-    before = tl.load(places, mask=keep, other=0.0)
+    shrink, gain = tl.full((ROWS,), 1.0, tl.float32), tl.full((ROWS,), 1.0, tl.float32)
     if peak_R is not None:
         peak = tl.load(peak_R + row)
-        before *= tl.exp((tl.load(before_R + row) - peak) * power)[:, None]
-        total *= tl.exp((tl.load(target_R + row) - peak) * power)[:, None]
-    tl.store(places, before + total, mask=keep)
+        shrink = tl.exp((tl.load(before_R + row) - peak) * power)
+        gain = tl.exp((tl.load(target_R + row) - peak) * power)
+    # Half by half, for the sake of registers.
+    HALF: tl.constexpr = COLUMNS // 2
+    halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, HALF)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        column = column_block * COLUMNS + half * HALF + tl.arange(0, HALF)
+        places = rows_RS + row.to(tl.int64)[:, None] * width + column[None, :]
+        keep = (rows < num_rows)[:, None] & (column < width)[None, :]
+        sums = tl.load(places, mask=keep, other=0.0) * shrink[:, None] + halves[half] * gain[:, None]
+        tl.store(places, sums, mask=keep)

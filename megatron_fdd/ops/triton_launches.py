@@ -17,55 +17,7 @@ from megatron_fdd.ops import triton_kernels as kernels
 from megatron_fdd.ops import triton_scores as scores
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.plan import Model
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """How a product is cut: a program makes [rows, columns], `depth` at a time, `group` row blocks together."""
-
-    rows: int
-    columns: int
-    depth: int
-    group: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The blocks of the two products: hidden states by head (both models at once), and weights by head."""
-
-    logits: Blocks
-    sums: Blocks
-
-    def __post_init__(self) -> None:
-        assert self.logits.columns % self.sums.depth == 0, f"{self.logits} and {self.sums}"
-
-
-# For Hopper; chosen by what the compiler reports (registers, shared memory) ahead of time: see triton_report.
-HALF_CUT = Cut(Blocks(128, 128, 64, 16, 8, 4), Blocks(128, 256, 64, 16, 8, 3))
-# Without tensor cores: their float32 products are not float32.
-SINGLE_CUT = Cut(Blocks(64, 64, 32, 16, 8, 2), Blocks(64, 64, 32, 16, 8, 2))
-
-
-def cut_for(dtype: torch.dtype) -> Cut:
-    """The blocks for heads of this dtype."""
-    return SINGLE_CUT if dtype == torch.float32 else HALF_CUT
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A kernel with all that it needs to run, or to be compiled for a GPU that is not here."""
-
-    kernel: Any
-    num_programs: int
-    arguments: dict[str, Any]
-    warps: int = 4
-    stages: int = 1
-
-    def run(self) -> None:
-        """Enqueue it on the current stream."""
-        self.kernel[(self.num_programs,)](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+from megatron_fdd.ops.triton_blocks import Blocks, Cut, Launch, must_widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +34,10 @@ class Pair:
         """Tokens."""
         return len(self.student[0])
 
+    def num_blocks(self, blocks: Blocks) -> int:
+        """Column blocks of a tile."""
+        return triton.cdiv(self.columns.stop - self.columns.start, blocks.columns)
+
     def launch(self, kernel: Any, blocks: Blocks, arguments: dict[str, Any]) -> Launch:
         """A kernel that computes the logits of these columns."""
         hidden, head = self.teacher or (None, None)
@@ -90,20 +46,19 @@ class Pair:
             "teacher_head_WT": head,
             "teacher_width": 1 if hidden is None else hidden.shape[1],
             "TEACHER_EVEN": hidden is None or hidden.shape[1] % blocks.depth == 0,
-            "TEACHER_WIDEN": head is not None and _must_widen(head),
+            "TEACHER_WIDEN": head is not None and must_widen(head),
             "student_RS": self.student[0],
             "student_head_WS": self.student[1],
             "student_width": self.student[0].shape[1],
             "STUDENT_EVEN": self.student[0].shape[1] % blocks.depth == 0,
-            "STUDENT_WIDEN": _must_widen(self.student[1]),
+            "STUDENT_WIDEN": must_widen(self.student[1]),
             "num_rows": self.num_rows,
             "first": self.columns.start,
             "stop": self.columns.stop,
             "inverse_temperature": 1 / self.temperature,
         }
-        num_blocks = triton.cdiv(self.columns.stop - self.columns.start, blocks.columns)
-        programs = triton.cdiv(self.num_rows, blocks.rows) * num_blocks
-        return Launch(kernel, programs, arguments | _shape(blocks), blocks.warps, blocks.stages)
+        programs = triton.cdiv(self.num_rows, blocks.rows) * self.num_blocks(blocks)
+        return Launch(kernel, programs, arguments | blocks.sizes, blocks.warps, blocks.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +92,12 @@ def leap_limit(dtype: torch.dtype, temperature: float) -> float:
 
 
 def softmax(
-    pair: Pair, before_M: Tensor, weights: Weights, statistics: BlockStatistics, lead: str | None, blocks: Blocks
+    pair: Pair,
+    before_M: Tensor,
+    weights: Weights,
+    statistics: BlockStatistics,
+    lead: str | None,
+    blocks: Blocks,
 ) -> Launch:
     """Weights and statistics of a tile. `lead`: under which model `cross_BR` is an expectation."""
     arguments = {
@@ -218,23 +178,29 @@ class Totals:
 
 
 def fold(
-    statistics: BlockStatistics, totals: Totals, num_blocks: int, pair: Pair, *, model: int, leads: bool
+    statistics: BlockStatistics, totals: Totals, pair: Pair, cut: Cut, *, model: slice, leads: bool
 ) -> Launch:
-    """Add the statistics of a tile's blocks to the totals. `leads`: `cross_R` is this model's."""
-    num_models = 1 if pair.teacher is None else 2
+    """Add the statistics of a tile's blocks, of one model's rows, to the totals. `leads`: `cross_R` is of it."""
     most_blocks = triton.next_power_of_2(len(statistics.peak_BM))
     rows = max(1, 2048 // most_blocks)
+
+    def own(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[..., model]
+
     arguments = {
-        "peak_BM": statistics.peak_BM,
-        "mass_BM": statistics.mass_BM,
-        "unit_mass_BM": statistics.unit_mass_BM,
+        "peak_BR": own(statistics.peak_BM),
+        "mass_BR": own(statistics.mass_BM),
+        "unit_mass_BR": own(statistics.unit_mass_BM),
         "cross_BR": statistics.cross_BR if leads else None,
-        **{name: getattr(totals, name) for name in Totals.__dataclass_fields__ if name != "cross_R"},
+        "before_R": own(totals.before_M),
+        "peak_R": own(totals.peak_M),
+        "target_R": own(totals.target_M),
+        "mass_R": own(totals.mass_M),
+        "unit_mass_R": own(totals.unit_mass_M),
         "cross_R": totals.cross_R if leads else None,
         "num_rows": pair.num_rows,
-        "model": model,
-        "num_models": num_models,
-        "num_blocks": num_blocks,
+        "num_blocks": pair.num_blocks(cut.logits),
+        "block_stride": statistics.peak_BM.stride(0),
         "temperature": pair.temperature,
         "limit": leap_limit(pair.student[1].dtype, pair.temperature),
         "BLOCKS": most_blocks,
@@ -258,10 +224,10 @@ def rescale(weights_RC: Tensor, block_peak_BR: Tensor, peaks: Peaks, limit: floa
     num_rows, num_blocks = len(weights_RC), len(block_peak_BR)
     arguments = {
         "weights_RC": weights_RC,
-        "peak_BM": block_peak_BR,
+        "peak_BR": block_peak_BR,
         "before_R": peaks.before_R,
         "target_R": peaks.target_R,
-        "peak_stride": block_peak_BR.stride(0),
+        "block_stride": block_peak_BR.stride(0),
         "weights_stride": weights_RC.stride(0),
         "num_rows": num_rows,
         "num_blocks": num_blocks,
@@ -312,22 +278,11 @@ def accumulate(
         "num_columns": len(head_CS),
         "EVEN": width % blocks.columns == 0,
         "FULL": len(head_CS) % blocks.depth == 0,
-        "WIDEN": _must_widen(head_CS),
+        "WIDEN": must_widen(head_CS),
         "BLOCK": cut.logits.columns,
     }
     programs = triton.cdiv(len(rows_RS), blocks.rows) * triton.cdiv(width, blocks.columns)
-    return Launch(
-        kernels.accumulate_kernel, programs, arguments | _shape(blocks), blocks.warps, blocks.stages
-    )
-
-
-def _must_widen(head: Tensor) -> bool:
-    """Triton's interpreter multiplies the bit patterns of bf16 numbers."""
-    return head.device.type == "cpu" and head.dtype != torch.float32
-
-
-def _shape(blocks: Blocks) -> dict[str, int]:
-    return {"ROWS": blocks.rows, "COLUMNS": blocks.columns, "DEPTH": blocks.depth, "GROUP": blocks.group}
+    return Launch(kernels.accumulate_kernel, programs, arguments | blocks.sizes, blocks.warps, blocks.stages)
 
 
 def _kind(divergence: Divergence | None) -> dict[str, Any]:

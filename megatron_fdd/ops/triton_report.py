@@ -29,7 +29,7 @@ from megatron_fdd.ops.divergence import Divergence, DivergenceKind
 from megatron_fdd.ops.kernels import Kernels
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
-from megatron_fdd.ops.triton_launches import Launch
+from megatron_fdd.ops.triton_blocks import Launch
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 # Bytes of shared memory that one program may have.
@@ -58,7 +58,9 @@ COUNTED = {
 def compiled(launch: Launch, capability: int) -> Compiled:
     """Compile a launch as a GPU of this compute capability (90: Hopper) would at its first run."""
     specialised = _specialised(launch)
-    constants = {name: launch.arguments[name] for name, (kind, _) in specialised.items() if kind == "constexpr"}
+    constants = {
+        name: launch.arguments[name] for name, (kind, _) in specialised.items() if kind == "constexpr"
+    }
     attributes = {
         (index,): BaseBackend.parse_attr(hint)
         for index, (_, hint) in enumerate(specialised.values())
@@ -90,7 +92,11 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [nvidia.get_ptxas(capability).path, "-v", f"--gpu-name={nvidia.sm_arch_from_capability(capability)}"]
+        command = [
+            nvidia.get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={nvidia.sm_arch_from_capability(capability)}",
+        ]
         command += [str(source), "-o", str(Path(folder) / "kernel.cubin")]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
@@ -163,8 +169,12 @@ def main() -> None:
                     name = launch.kernel.fn.__name__.removesuffix("_kernel")
                     label = f"{kind} {temperature:g} {'live' if live else 'still'} {name}"
                     result = compiled(launch, options.capability)
-                    counts = ", ".join(f"{count} {what}" for what, count in result.instructions.items() if count)
-                    figures = f"{result.registers:9} {result.spilled_bytes:7} {result.shared_bytes // 1024:5}K"
+                    counts = ", ".join(
+                        f"{count} {what}" for what, count in result.instructions.items() if count
+                    )
+                    figures = (
+                        f"{result.registers:9} {result.spilled_bytes:7} {result.shared_bytes // 1024:5}K"
+                    )
                     print(f"{label:30} {figures}  {counts}", flush=True)
 
 

@@ -55,10 +55,28 @@ def mixture_kernel(
     keep, valid = rows < num_rows, (first + offset < stop)[None, :]
     row, column = tl.minimum(rows, num_rows - 1), tl.minimum(first + offset, stop - 1)
     teacher = logits(
-        teacher_RT, teacher_head_WT, teacher_width, row, column, TEACHER_EVEN, TEACHER_WIDEN, ROWS, COLUMNS, DEPTH
+        teacher_RT,
+        teacher_head_WT,
+        teacher_width,
+        row,
+        column,
+        TEACHER_EVEN,
+        TEACHER_WIDEN,
+        ROWS,
+        COLUMNS,
+        DEPTH,
     )
     student = logits(
-        student_RS, student_head_WS, student_width, row, column, STUDENT_EVEN, STUDENT_WIDEN, ROWS, COLUMNS, DEPTH
+        student_RS,
+        student_head_WS,
+        student_width,
+        row,
+        column,
+        STUDENT_EVEN,
+        STUDENT_WIDEN,
+        ROWS,
+        COLUMNS,
+        DEPTH,
     )
     teacher = teacher * inverse_temperature - tl.load(lse_M + row)[:, None]
     student = student * inverse_temperature - tl.load(lse_M + num_rows + row)[:, None]
@@ -100,16 +118,36 @@ def gradient_kernel(
     row, column = tl.minimum(rows, num_rows - 1), tl.minimum(first + offset, stop - 1)
     if KIND is not None:
         teacher = inverse_temperature * logits(
-            teacher_RT, teacher_head_WT, teacher_width, row, column, TEACHER_EVEN, TEACHER_WIDEN, ROWS, COLUMNS, DEPTH
+            teacher_RT,
+            teacher_head_WT,
+            teacher_width,
+            row,
+            column,
+            TEACHER_EVEN,
+            TEACHER_WIDEN,
+            ROWS,
+            COLUMNS,
+            DEPTH,
         )
     student = inverse_temperature * logits(
-        student_RS, student_head_WS, student_width, row, column, STUDENT_EVEN, STUDENT_WIDEN, ROWS, COLUMNS, DEPTH
+        student_RS,
+        student_head_WS,
+        student_width,
+        row,
+        column,
+        STUDENT_EVEN,
+        STUDENT_WIDEN,
+        ROWS,
+        COLUMNS,
+        DEPTH,
     )
     if KIND is not None:
         student_log = student - tl.load(lse_M + num_rows + row)[:, None]
         teacher_log = teacher - tl.load(lse_M + row)[:, None]
         value, score = summands(teacher_log, student_log, mix, log_mix, log_rest, KIND)
-        gradient = score * tl.load(scale_R + row)[:, None] + tl.exp(student_log) * tl.load(own_R + row)[:, None]
+        gradient = (
+            score * tl.load(scale_R + row)[:, None] + tl.exp(student_log) * tl.load(own_R + row)[:, None]
+        )
     else:
         gradient = tl.zeros((ROWS, COLUMNS), tl.float32)
     if unit_R is not None:

@@ -17,14 +17,15 @@ from megatron_fdd.ops import triton_launches as launches
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
-from megatron_fdd.ops.triton_launches import BlockStatistics, Cut, LogitFactors, Pair, Peaks, Totals, Weights
+from megatron_fdd.ops.triton_blocks import cut_for
+from megatron_fdd.ops.triton_launches import BlockStatistics, LogitFactors, Pair, Peaks, Totals, Weights
 from megatron_fdd.ops.vocab_tiles import product, product_dtype
 
 
-def softmax_sums(plan: Plan, teacher: Model | None, student: Model, cut: Cut | None = None) -> SoftmaxSums:
+def softmax_sums(plan: Plan, teacher: Model | None, student: Model) -> SoftmaxSums:
     """The first sweep: online softmax over this rank's part of the vocabulary."""
     sums = SoftmaxSums.nothing_seen(plan, teacher, student)
-    sweep = _Sweep(plan, teacher, student, cut)
+    sweep = _Sweep(plan, teacher, student)
     statistics, weights = sweep.block_statistics(sums), sweep.weights_of(sums)
     lead = None if plan.crossing is None else "student" if plan.crossing.student_leads else "teacher"
     for pair in sweep.tiles(first=sweep.cut.logits.columns):
@@ -32,17 +33,14 @@ def softmax_sums(plan: Plan, teacher: Model | None, student: Model, cut: Cut | N
         before_M, target_M = sums.peak_M, torch.empty_like(sums.peak_M)
         sums.peak_M = torch.empty_like(before_M)
         totals = Totals(before_M, sums.peak_M, target_M, sums.mass_M, sums.unit_mass_M, sums.cross_R)
-        num_blocks = sweep.num_blocks(pair)
-        for model in range(sums.num_models):
-            leads = lead is not None and (model == 1) == sums.student_leads
-            launches.fold(statistics, totals, num_blocks, pair, model=model, leads=leads).run()
-        _add_rows(sweep, sums, pair, weights, statistics.peak_BM[:num_blocks], totals)
+        for model in (sums.teacher, sums.student)[2 - sums.num_models :]:
+            leads = lead is not None and model == sums.lead
+            launches.fold(statistics, totals, pair, sweep.cut, model=model, leads=leads).run()
+        _add_rows(sweep, sums, pair, weights, statistics.peak_BM[: pair.num_blocks(sweep.cut.logits)], totals)
     return sums
 
 
-def mixture_sums(
-    plan: Plan, teacher: Model, student: Model, lse_M: Tensor, cut: Cut | None = None
-) -> tuple[Tensor, Tensor | None]:
+def mixture_sums(plan: Plan, teacher: Model, student: Model, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
     """The second sweep, of divergences that need both normalisers first.
 
     Returns:
@@ -50,7 +48,7 @@ def mixture_sums(
         gradient from sums, the sum of score * W_S above the sum of p_S * W_S, [M, S].
     """
     assert plan.mixture is not None
-    sweep = _Sweep(plan, teacher, student, cut)
+    sweep = _Sweep(plan, teacher, student)
     count = sweep.num_rows
     sums_2R = lse_M.new_zeros(2, count)
     blocks_2BR = lse_M.new_empty(2, sweep.most_blocks, count)
@@ -61,7 +59,7 @@ def mixture_sums(
     for pair in sweep.tiles():
         statistics = (blocks_2BR[0], blocks_2BR[1], largest_BM)
         launches.mixture(pair, lse_M, weights, statistics, plan.mixture, sweep.cut.logits).run()
-        num_blocks = sweep.num_blocks(pair)
+        num_blocks = pair.num_blocks(sweep.cut.logits)
         sums_2R += blocks_2BR[:, :num_blocks].sum(1)
         if rows_MS is None or weights is None:
             continue
@@ -79,10 +77,9 @@ def swept_gradients(
     normalisers: Normalisers,
     labels_R: Tensor | None,
     head_gradient_WS: Tensor,
-    cut: Cut | None = None,
 ) -> Tensor:
     """Gradient of hidden states [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
-    sweep = _Sweep(plan, None if plan.divergence is None else teacher, student, cut)
+    sweep = _Sweep(plan, None if plan.divergence is None else teacher, student)
     hidden_RS = sweep.student[0].to(product_dtype(sweep.student[0]))
     factors = _logit_factors(plan, upstream, normalisers, labels_R)
     gradient_RS = normalisers.lse_M.new_zeros(hidden_RS.shape)
@@ -124,19 +121,18 @@ def _logit_factors(
 ) -> LogitFactors:
     """score * up + p * (unit - centre * up) - label, as rows' factors."""
     scale_R = own_R = None
-    unit_R: Tensor | None = upstream.unit_R
     if plan.divergence is not None:
         assert normalisers.centre_R is not None
         scale_R = upstream.divergence_R
         own_R = -normalisers.centre_R * scale_R
-        if not plan.heated:
-            own_R, unit_R = own_R + unit_R if plan.unit else own_R, None
+        if plan.unit and not plan.heated:
+            own_R += upstream.unit_R
     return LogitFactors(
         lse_M=None if plan.divergence is None else normalisers.lse_M,
         unit_lse_R=normalisers.unit_lse_R,
         scale_R=scale_R,
         own_R=own_R,
-        unit_R=unit_R,
+        unit_R=upstream.unit_R if plan.divergence is None or plan.heated else None,
         label_R=None if labels_R is None else labels_R - plan.shard.first,
         label_scale_R=None if labels_R is None else upstream.label_R,
     )
@@ -145,8 +141,8 @@ def _logit_factors(
 class _Sweep:
     """Both models as the products read them, and the cuts of one sweep. Launches nothing without tokens."""
 
-    def __init__(self, plan: Plan, teacher: Model | None, student: Model, cut: Cut | None) -> None:
-        self.cut = cut or launches.cut_for(student[1].dtype)
+    def __init__(self, plan: Plan, teacher: Model | None, student: Model) -> None:
+        self.cut = cut_for(student[1].dtype)
         self.teacher = None if teacher is None else _as_read(teacher)
         self.student = _as_read(student)
         self.temperature, self.num_valid = plan.temperature, plan.shard.num_valid
@@ -163,16 +159,14 @@ class _Sweep:
         starts += range(starts[-1] + self.tile_size, self.num_valid, self.tile_size)
         for start, stop in zip(starts, [*starts[1:], self.num_valid], strict=True):
             if self.num_rows > 0 and start < stop:
-                yield Pair(self.teacher, self.student, slice(start, min(stop, self.num_valid)), self.temperature)
+                yield Pair(
+                    self.teacher, self.student, slice(start, min(stop, self.num_valid)), self.temperature
+                )
 
     @property
     def tile_size(self) -> int:
         """Columns of a tile, in whole blocks."""
         return self.most_blocks * self.cut.logits.columns
-
-    def num_blocks(self, pair: Pair) -> int:
-        """Column blocks of a tile."""
-        return -(-(pair.columns.stop - pair.columns.start) // self.cut.logits.columns)
 
     def accumulate(
         self,
@@ -208,7 +202,9 @@ class _Sweep:
         def room(like: Tensor | None) -> Tensor | None:
             return None if like is None else like.new_empty(self.most_blocks, len(like))
 
-        peak_BM, mass_BM = (like.new_empty(self.most_blocks, len(like)) for like in (sums.peak_M, sums.mass_M))
+        peak_BM, mass_BM = (
+            like.new_empty(self.most_blocks, len(like)) for like in (sums.peak_M, sums.mass_M)
+        )
         return BlockStatistics(peak_BM, mass_BM, room(sums.unit_mass_M), room(sums.cross_R))
 
 
