@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 DivergenceName = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
 _DIVERGENCES = get_args(DivergenceName)
+KernelName = Literal["auto", "reference", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class FddConfig:
     tokens: Literal["labels", "all"] = "labels"
     warmup_iters: int = 0
     decay_iters: int = 0
+    kernels: KernelName = "auto"
+    skip_below: float = 0.0
     offload_teacher_taps: bool = False
     metrics_file: str | None = None
     dry_run: bool = False
@@ -91,6 +94,7 @@ class FddConfig:
         _require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0, and finite")
         if self.divergence_mix is not None:
             _require(0 < self.divergence_mix < 1, "divergence_mix", self.divergence_mix, "between 0 and 1")
+        _require(0 <= self.skip_below < 1, "skip_below", self.skip_below, "at least 0 and below 1")
         _require(self.layers >= 1, "layers", self.layers, "at least 1")
         experts = self.teacher_expert_model_parallel_size
         if experts is not None:
@@ -213,6 +217,13 @@ def _add_loss_args(group: argparse._ArgumentGroup) -> None:
         "--fdd-delta-detach-previous", action="store_true", help="no gradient to the earlier layer of a delta"
     )
     choice("tokens", ("labels", "all"), "which positions count: those with a label, or all but padding")
+    choice(
+        "kernels", get_args(KernelName), "fused losses: triton (GPU), torch, or reference, which forms logits"
+    )
+    value(
+        "skip-below",
+        "approximation: inner layers' gradients leave out vocabulary tiles without a probability of at least this",
+    )
     value("warmup-iters", "alpha and beta rise linearly over this many steps", int)
     value("decay-iters", "alpha and beta fall linearly to 0 by this step; 0 = constant", int)
 

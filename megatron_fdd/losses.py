@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.head_loss import LossWeights, head_loss, masked_sum
+from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.plan import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,13 @@ class HeadPair:
     teacher_WT: Tensor | None
     student_WS: Tensor
     shard: VocabShard
+    kernels: Kernels = DEFAULT_KERNELS
+
+    def teacher(self, hidden_NT: Tensor | None) -> Model:
+        """Hidden states with their head."""
+        assert hidden_NT is not None
+        assert self.teacher_WT is not None
+        return hidden_NT, self.teacher_WT
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +78,29 @@ def final_terms(
     labels_N: Tensor,
     heads: HeadPair,
     divergence: Divergence | None,
-    weights: TokenWeights,
+    weights: LossWeights,
 ) -> list[LossTerm]:
     """Final-logit distillation (unless `divergence` is None) and cross-entropy, in one pass over the head.
 
     Args:
         teacher_NT, student_NS: final hidden states, normed, in the heads' dtypes.
         labels_N: vocabulary ids; negative where there is no label.
+        weights: of the tokens, and of both terms in the loss.
 
-    Collectives: those of `linear_kl`, once.
+    Collectives: those of `head_loss`, once.
     """
-    result = linear_kl(
-        None if divergence is None else teacher_NT,
-        None if divergence is None else heads.teacher_WT,
-        student_NS,
-        heads.student_WS,
+    result = head_loss(
+        None if divergence is None else heads.teacher(teacher_NT),
+        (student_NS, heads.student_WS),
         shard=heads.shard,
         divergence=divergence,
         labels_N=labels_N,
-        needs_lse=False,
+        weights=weights,
+        kernels=heads.kernels,
     )
-    terms = [LossTerm("ce", masked_sum(result.cross_entropy_N, weights.label_N), counts_labels=True)]
-    if divergence is not None:
-        terms.append(LossTerm("kd", masked_sum(result.divergence_N, weights.term_N)))
-    return terms
+    assert result.cross_entropy is not None
+    terms = [LossTerm("ce", result.cross_entropy, counts_labels=True)]
+    return terms if result.divergence is None else [*terms, LossTerm("kd", result.divergence)]
 
 
 def trajectory_term(
@@ -105,26 +112,34 @@ def trajectory_term(
         divergence: None when only the log-sum-exps are wanted (alpha 0).
         with_lse: a log-probability delta follows, so the log-sum-exp must carry gradient.
 
-    Collectives: those of `linear_kl`, once.
+    Collectives: those of `linear_kl`, once; without lse those of `head_loss`.
     """
     if divergence is None and not with_lse:
         return None, None
     assert heads.teacher_WT is not None
-    result = linear_kl(
-        tap.teacher_NT.to(heads.teacher_WT.dtype),
-        heads.teacher_WT,
-        tap.student_NS.to(heads.student_WS.dtype),
-        heads.student_WS,
-        shard=heads.shard,
-        divergence=divergence,
-        needs_lse=with_lse,
-    )
-    statistics = None
-    if result.teacher_lse_N is not None and result.student_lse_N is not None:
-        statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
-    if divergence is None:
+    teacher = heads.teacher(tap.teacher_NT.to(heads.teacher_WT.dtype))
+    student = (tap.student_NS.to(heads.student_WS.dtype), heads.student_WS)
+    name, shard, kernels = f"trajectory {tap.name}", heads.shard, heads.kernels
+    if not with_lse:
+        alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
+        summed = head_loss(
+            teacher,
+            student,
+            shard=shard,
+            divergence=divergence,
+            labels_N=None,
+            weights=alone,
+            kernels=kernels,
+        )
+        assert summed.divergence is not None
+        return LossTerm(name, summed.divergence), None
+    result = linear_kl(*teacher, *student, shard=shard, divergence=divergence, kernels=kernels)
+    assert result.teacher_lse_N is not None
+    assert result.student_lse_N is not None
+    statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
+    if result.divergence_N is None:
         return None, statistics
-    return LossTerm(f"trajectory {tap.name}", masked_sum(result.divergence_N, weights.term_N)), statistics
+    return LossTerm(name, masked_sum(result.divergence_N, weights.term_N)), statistics
 
 
 def delta_terms(
@@ -163,9 +178,3 @@ def delta_terms(
         )
         terms.append(LossTerm(f"delta {current.name}", masked_sum(1 - cosine_N, weights.term_N)))
     return terms
-
-
-def masked_sum(value_N: Tensor | None, weight_N: Tensor) -> Tensor:
-    """Sum over rows that count. A masked row contributes exactly 0, whatever it holds."""
-    assert value_N is not None, "not asked for"
-    return torch.where(weight_N > 0, value_N * weight_N, 0.0).sum()

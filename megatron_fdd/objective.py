@@ -26,7 +26,8 @@ from megatron_fdd.losses import (
     trajectory_term,
 )
 from megatron_fdd.ops.delta import HeadGrams, head_grams
-from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, VocabShard
+from megatron_fdd.ops.head_loss import LossWeights
+from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, Kernels, VocabShard
 from megatron_fdd.teacher import TeacherFeatures
 
 COUNTS = ("label_tokens", "term_tokens")
@@ -185,7 +186,7 @@ class Objective:
             head_WS: output weight, which these terms train.
             labels_N: vocabulary ids of this rank's rows, negative where there is none.
 
-        Collectives over the tensor-parallel group: those of `linear_kl` once.
+        Collectives over the tensor-parallel group: those of `head_loss` once.
         """
         config = self.config
         if not config.uses_final_head:
@@ -196,8 +197,14 @@ class Objective:
             assert teacher.final_SBT is not None
             divergence = self._divergence(config.kd_divergence)
             teacher_NT = teacher.final_SBT.flatten(0, 1)
+        loss_weights = LossWeights(
+            weights.term_N,
+            weights.label_N,
+            divergence=config.kd_weight * self.scale.label_per_term_token,
+            entropy=config.ce_weight,
+        )
         return final_terms(
-            teacher_NT, final_SBS.flatten(0, 1), labels_N, self._heads(head_WS), divergence, weights
+            teacher_NT, final_SBS.flatten(0, 1), labels_N, self._heads(head_WS), divergence, loss_weights
         )
 
     def inner(
@@ -249,7 +256,8 @@ class Objective:
 
     def _heads(self, student_WS: Tensor) -> HeadPair:
         teacher_WT = None if self.teacher_lens is None else self.teacher_lens.head_WH
-        return HeadPair(teacher_WT, student_WS, self.shard)
+        kernels = Kernels(self.config.kernels, skip_below=self.config.skip_below)
+        return HeadPair(teacher_WT, student_WS, self.shard, kernels)
 
     def _divergence(self, kind: DivergenceKind) -> Divergence:
         return Divergence(kind, self.config.divergence_mix, self.config.temperature)

@@ -28,7 +28,7 @@ def test_every_flag_arrives() -> None:
         "--fdd-trajectory-divergence srkl --fdd-divergence-mix 0.3 --fdd-temperature 2 --fdd-lens-norm none "
         "--fdd-lens-head live --fdd-delta centred --fdd-delta-detach-previous --fdd-tokens all "
         "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-offload-teacher-taps --fdd-metrics-file M "
-        "--fdd-dry-run --fdd-teacher-expert-model-parallel-size 2"
+        "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --fdd-teacher-expert-model-parallel-size 2"
     )
     config = parse(*argv.split())
     defaults = FddConfig()
@@ -46,6 +46,7 @@ def test_every_flag_arrives() -> None:
         ("--fdd-layers 0", "--fdd-layers 0: must be at least 1"),
         ("--fdd-layers 1", "needs at least 2, there is 1"),
         ("--fdd-layer-pairs 3:5", "needs at least 2, there is 1"),
+        ("--fdd-skip-below 1", "--fdd-skip-below 1.0: must be at least 0 and below 1"),
         ("--fdd-decay-iters -1", "--fdd-decay-iters -1: must be at least 0"),
     ],
 )

@@ -18,7 +18,9 @@ from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.losses import TokenWeights
 from megatron_fdd.ops.exact_cast import to_rows
+from megatron_fdd.ops.head_gradient import HeadGradient
 from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.student import ChunkStep
 from tests import case as layouts
 from tests import reference
@@ -96,12 +98,18 @@ def rounded_reference(case: Case, dtype: torch.dtype) -> Result:
     return Result(result.means, {name: value.double() for name, value in result.gradients.items()})
 
 
-def stack_nothing(self: VocabShard, tensor: Tensor) -> Tensor:
-    return tensor.expand(self.num_ranks, *tensor.shape)
+def stack_nothing(self: VocabShard, tensor: Tensor) -> Pending:
+    return Pending(tensor.expand(self.num_ranks, *tensor.shape))
 
 
-def reduce_nothing(self: VocabShard, tensor: Tensor) -> Tensor:
-    return self.own_tokens(tensor)
+def reduce_nothing(self: VocabShard, tensor: Tensor) -> Pending:
+    return Pending(self.own_tokens(tensor))
+
+
+def also_for_autograd(self: HeadGradient) -> Tensor:
+    gradient = real_finish(self)
+    self._head_WS.grad_added_to_main_grad = False
+    return gradient.copy_(self.sum_WS)
 
 
 def batch_major_rows(self: ChunkStep, value_BS: Tensor) -> Tensor:
@@ -134,14 +142,16 @@ def send_other_head(self: LensCopies, lens: Lens | None, empty: Any) -> Lens | N
 
 
 real_token_weights, real_refresh = ChunkStep.token_weights, LensCopies.refresh
+real_finish = HeadGradient.finish
 
 # What to break, by the name of what it breaks.
 MUTATIONS = {
-    "statistics are not gathered": (VocabShard, "stack", stack_nothing),
-    "hidden gradient is not reduced": (VocabShard, "reduce_tokens", reduce_nothing),
+    "statistics are not gathered": (VocabShard, "start_stack", stack_nothing),
+    "hidden gradient is not reduced": (VocabShard, "start_reduce", reduce_nothing),
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
     "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),
+    "head gradient is autograd's too": (HeadGradient, "finish", also_for_autograd),
     "padded rows counted": (distill, "vocab_shard", count_padding),
 }
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype, statistics_dtype
 
@@ -68,7 +69,7 @@ def head_grams(
     """
     assert previous is None or previous.centred == centred, "the earlier Grams are of the other form"
     teacher_student_TS, student_student_SS, student_sum_S, *teacher = _HeadGrams.apply(
-        student_head_WS, teacher_head_WT.detach(), shard, centred, previous
+        collected(student_head_WS), teacher_head_WT.detach(), shard, centred, previous
     )
     if previous is not None:
         teacher = [previous.teacher_teacher_TT, previous.teacher_sum_T, previous.vocab_size]

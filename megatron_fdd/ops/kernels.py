@@ -21,6 +21,7 @@ class Kernels:
         tile_size: columns of the vocabulary that exist at a time.
         chunk_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A chunk's
             collectives run during the products of its neighbours.
+        held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`).
         skip_below: gradient products leave out tiles in which no probability reaches this (0: none). An
             approximation: the loss stays exact, and of each token's probabilities those left out are smaller.
     """
@@ -28,6 +29,7 @@ class Kernels:
     kind: KernelKind = "auto"
     tile_size: int = 2048
     chunk_rows: int = 8192
+    held_logits: int = 2**23
     skip_below: float = 0.0
 
     def __post_init__(self) -> None:
@@ -43,3 +45,6 @@ class Kernels:
         if self.kind == "auto":
             return "triton" if like.is_cuda and like.dtype != torch.float64 else "torch"
         return self.kind
+
+
+DEFAULT_KERNELS = Kernels()

@@ -10,18 +10,16 @@ Source: method.md, sections 5 and 6.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops import torch_sweeps
+from megatron_fdd.ops.chunks import Chunk, LinearKL, finished_chunks, make_sweeps
 from megatron_fdd.ops.divergence import Divergence, DivergenceKind
 from megatron_fdd.ops.head_gradient import HeadGradient
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.kernels import DEFAULT_KERNELS, Kernels
 from megatron_fdd.ops.kl_gradients import (
     Normalisers,
     Pulls,
@@ -31,21 +29,18 @@ from megatron_fdd.ops.kl_gradients import (
     pulls_of,
 )
 from megatron_fdd.ops.plan import Model, Plan
-from megatron_fdd.ops.softmax_sums import MixtureSums, SoftmaxSums, VocabStatistics, merge, start_merge
-from megatron_fdd.ops.vocab_shard import Pending, VocabShard, label_logits
+from megatron_fdd.ops.reference import reference_linear_kl
+from megatron_fdd.ops.vocab_shard import VocabShard
 
-__all__ = ["Divergence", "DivergenceKind", "Kernels", "LinearKL", "VocabShard", "linear_kl"]
-
-DEFAULT_KERNELS = Kernels()
-
-
-class LinearKL(NamedTuple):
-    """Numbers per token, [N], float32 (float64 for float64 input); None where not asked for."""
-
-    divergence_N: Tensor | None  # includes the factor T^2
-    teacher_lse_N: Tensor | None  # at temperature 1; never carries gradient
-    student_lse_N: Tensor | None  # at temperature 1
-    cross_entropy_N: Tensor | None  # at temperature 1; 0 without gradient where the label is negative
+__all__ = [
+    "DEFAULT_KERNELS",
+    "Divergence",
+    "DivergenceKind",
+    "Kernels",
+    "LinearKL",
+    "VocabShard",
+    "linear_kl",
+]
 
 
 def linear_kl(
@@ -103,6 +98,8 @@ def linear_kl(
         body_gradient=torch.is_grad_enabled() and student_NS.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
+    if kernels.chosen(student_NS) == "reference":
+        return LinearKL(*reference_linear_kl(plan, teacher, (student_NS, student_head_WS), labels_N))
     return LinearKL(*_LinearKL.apply(student_NS, student_head_WS, teacher, labels_N, plan))
 
 
@@ -134,10 +131,9 @@ class _LinearKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         outputs: list[LinearKL] = []
         kept: list[tuple[Tensor | None, ...]] = []
-        for swept in _one_behind(_swept_chunks(plan, (student_NS, student_head_WS), teacher, labels_N)):
-            chunk_outputs, chunk_kept = _finish(plan, swept)
-            outputs.append(chunk_outputs)
-            kept.append(chunk_kept)
+        for chunk in finished_chunks(plan, teacher, (student_NS, student_head_WS), labels_N):
+            outputs.append(chunk.outputs(plan))
+            kept.append(_kept(plan, chunk))
         ctx.plan, ctx.head_WS, ctx.num_kept = plan, student_head_WS, len(kept[0])
         ctx.student_dtype, ctx.num_tokens = student_NS.dtype, len(student_NS)
         heads = (student_head_WS, None if teacher is None else teacher[1])
@@ -166,14 +162,9 @@ class _LinearKL(torch.autograd.Function):
             else:
                 student_RS, teacher_RT, *normalisers = state
                 teacher = None if teacher_RT is None else (teacher_RT, teacher_head_WT)
-                gradient_RS = _sweeps(plan, student_RS).swept_gradients(
-                    plan,
-                    teacher,
-                    (student_RS, head_WS),
-                    upstream,
-                    Normalisers(*normalisers),
-                    labels_R,
-                    head_gradient.sum_WS,
+                sweeps = make_sweeps(plan, teacher, (student_RS, head_WS))
+                gradient_RS = sweeps.gradients(
+                    upstream, Normalisers(*normalisers), labels_R, head_gradient.sum_WS
                 )
             if ctx.needs_input_grad[0]:
                 reductions.append(plan.shard.start_reduce(gradient_RS.to(ctx.student_dtype)))
@@ -182,93 +173,15 @@ class _LinearKL(torch.autograd.Function):
         return gradient_NS, None if head_gradient is None else head_gradient.finish(), None, None, None
 
 
-class _Swept(NamedTuple):
-    """A chunk of tokens after its first sweep, while the ranks exchange their sums."""
-
-    teacher: Model | None
-    student: Model
-    labels_R: Tensor | None
-    sums: SoftmaxSums
-    packed: Pending
-
-
-def _swept_chunks(
-    plan: Plan, student: Model, teacher: Model | None, labels_N: Tensor | None
-) -> Iterator[_Swept]:
-    """First sweeps, chunk by chunk; the gather of the next chunk's tokens runs meanwhile."""
-    shard = plan.shard
-    tensors = (student[0], None if teacher is None else teacher[0], labels_N)
-
-    def gathers() -> Iterator[list[Pending | None]]:
-        for rows in plan.pieces(len(student[0])):
-            yield [None if tensor is None else shard.start_gather(tensor[rows]) for tensor in tensors]
-
-    for pending in _one_behind(gathers()):
-        student_RS, teacher_RT, labels_R = (None if each is None else each.wait() for each in pending)
-        assert student_RS is not None
-        chunk_student = (student_RS, student[1])
-        chunk_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
-        sums = _sweeps(plan, student_RS).softmax_sums(plan, chunk_teacher, chunk_student)
-        label_logit_R = None if labels_R is None else label_logits(*chunk_student, labels_R, shard)
-        packed = start_merge(sums, label_logit_R, shard)
-        yield _Swept(chunk_teacher, chunk_student, labels_R, sums, packed)
-
-
-def _one_behind[Item](items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each handed out after the next one has been begun."""
-    for before, _ in itertools.pairwise(itertools.chain(items, (None,))):
-        assert before is not None
-        yield before
-
-
-def _finish(plan: Plan, swept: _Swept) -> tuple[LinearKL, tuple[Tensor | None, ...]]:
-    """The outputs of a chunk's own tokens, and what its backward pass needs.
-
-    Collectives: one all-reduce of [2, R] for divergences that need a second sweep.
-    """
-    statistics = merge(swept.sums, swept.packed, plan.shard, has_labels=swept.labels_R is not None)
-    mixture = None
-    if plan.mixture is not None:
-        assert swept.teacher is not None
-        sums_2R, rows_MS = _sweeps(plan, swept.student[0]).mixture_sums(
-            plan, swept.teacher, swept.student, statistics.lse_M
-        )
-        value_R, centre_R = plan.shard.all_reduce(sums_2R)
-        mixture = MixtureSums(value_R, centre_R, rows_MS)
-    outputs = _outputs(plan, statistics, mixture, swept.labels_R)
+def _kept(plan: Plan, chunk: Chunk) -> tuple[Tensor | None, ...]:
+    """What a chunk's backward pass needs."""
+    swept = chunk.swept
     if plan.head_gradient:
         hiddens = (swept.student[0], None if swept.teacher is None else swept.teacher[0])
-        return outputs, (swept.labels_R, *hiddens, *normalisers_of(plan, statistics, mixture))
+        return swept.labels_R, *hiddens, *normalisers_of(plan, chunk.statistics, chunk.mixture)
     if plan.body_gradient:
-        return outputs, (swept.labels_R, *pulls_of(plan, swept.sums, statistics, mixture))
-    return outputs, ()
-
-
-def _sweeps(plan: Plan, like: Tensor) -> ModuleType:
-    """The module whose three sweeps run: `softmax_sums`, `mixture_sums`, `swept_gradients`."""
-    if plan.kernels.chosen(like) == "triton":
-        from megatron_fdd.ops import triton_sweeps  # here: only where it is used must Triton be installed
-
-        return triton_sweeps
-    return torch_sweeps
-
-
-def _outputs(
-    plan: Plan, statistics: VocabStatistics, mixture: MixtureSums | None, labels_R: Tensor | None
-) -> LinearKL:
-    """What is asked for, of this rank's tokens."""
-    value_R = statistics.kl_R if mixture is None else mixture.value_R
-    *teacher_lse, student_lse_R = statistics.unit_lse_M.view(statistics.num_models, -1)
-    entropy_R = None
-    if labels_R is not None and statistics.label_logit_R is not None:
-        entropy_R = (student_lse_R - statistics.label_logit_R).masked_fill_(labels_R < 0, 0.0)
-    outputs = LinearKL(
-        None if value_R is None else value_R * plan.temperature**2,
-        teacher_lse[0] if teacher_lse and plan.needs_lse else None,
-        student_lse_R if plan.needs_lse else None,
-        entropy_R,
-    )
-    return LinearKL(*(None if output is None else plan.shard.own_tokens(output) for output in outputs))
+        return swept.labels_R, *pulls_of(plan, swept.sums, chunk.statistics, chunk.mixture)
+    return ()
 
 
 def _stack_upstream(plan: Plan, upstream_N: tuple[Tensor | None, ...]) -> Tensor:

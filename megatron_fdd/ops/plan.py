@@ -24,7 +24,10 @@ class Plan:
     has_labels: bool
     kernels: Kernels
     body_gradient: bool  # the head is constant: the hidden states' gradient comes from sums of forward sweeps
-    head_gradient: bool  # the head is trained: the backward pass sweeps again, for both gradients
+    head_gradient: bool  # the head is trained: one more sweep, after the normalisers, gives both gradients
+    holds_logits: bool = (
+        False  # a chunk's logits stay for that sweep; then a chunk is few tokens, all vocabulary
+    )
 
     @property
     def temperature(self) -> float:
@@ -52,10 +55,12 @@ class Plan:
         return self.divergence if self.divergence is not None and not self.divergence.one_sweep else None
 
     def pieces(self, num_tokens: int) -> list[slice]:
-        """This rank's tokens in equal chunks, of which all ranks' tokens together fill `chunk_rows`; at least one."""
+        """This rank's tokens in equal chunks, of at most `chunk_rows` with the other ranks'; at least one."""
+        limit = self.kernels.chunk_rows
+        if self.holds_logits:
+            limit = min(limit, max(1, self.kernels.held_logits // max(1, self.shard.num_valid)))
         ranks = self.shard.num_ranks if self.shard.splits_tokens else 1
-        count = max(1, -(-num_tokens * ranks // self.kernels.chunk_rows))
-        size = -(-num_tokens // count)
-        return [
-            slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(size, 1))
-        ] or [slice(0, 0)]
+        count = max(1, -(-num_tokens * ranks // limit))
+        size = max(1, -(-num_tokens // count))
+        starts = range(0, max(1, num_tokens), size)
+        return [slice(start, min(start + size, num_tokens)) for start in starts]

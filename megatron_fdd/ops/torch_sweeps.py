@@ -7,6 +7,7 @@ width, W rows of the head shard.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,70 +21,110 @@ from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, 
 WORTH_SKIPPING = 0.9
 
 
-def softmax_sums(plan: Plan, teacher: Model | None, student: Model) -> SoftmaxSums:
-    """The first sweep: online softmax over this rank's part of the vocabulary."""
-    sums = SoftmaxSums.nothing_seen(plan, teacher, student)
-    for tile in _tiles(plan, teacher, student):
-        _add(plan, sums, tile)
-    return sums
+class TorchSweeps:
+    """The sweeps of one chunk of tokens (`ops.sweeps.Sweeps`).
 
-
-def mixture_sums(plan: Plan, teacher: Model, student: Model, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The second sweep, of divergences that need both normalisers first.
-
-    Returns:
-        This rank's sums of value and score (`Divergence.summands`), [2, R]; and where hidden states get a
-        gradient from sums, the sum of score * W_S above the sum of p_S * W_S, [M, S].
+    Holds three [R, tile] buffers. With `plan.holds_logits` the tile is the whole vocabulary and its logits stay:
+    later sweeps cost no product of their own.
     """
-    tiles = _tiles(plan, teacher, student)
-    count = tiles.num_tokens
-    sums_2R = tiles.zeros(2, count)
-    rows_MS = tiles.zeros(2 * count, tiles.student_width) if plan.body_gradient else None
-    assert plan.mixture is not None
-    for tile in tiles:
-        assert tile.teacher_RC is not None
-        tile.logits_MC.sub_(lse_M[:, None])
-        for rows in row_blocks(count):
-            value, score = plan.mixture.summands(tile.teacher_RC[rows], tile.student_RC[rows])
-            sums_2R[0, rows] += value.sum(1)
-            sums_2R[1, rows] += score.sum(1)
-            tile.teacher_RC[rows] = score
-        if rows_MS is not None:
-            tile.student_RC.exp_()
-            accumulate(rows_MS, tile.logits_MC, tile.head_CS)
-    return sums_2R, rows_MS
+
+    def __init__(self, plan: Plan, teacher: Model | None, student: Model) -> None:
+        self._plan, self._models = plan, (teacher, student)
+        self._tiles = LogitTiles(
+            teacher,
+            student,
+            num_valid=plan.shard.num_valid,
+            tile_size=plan.shard.num_valid if plan.holds_logits else plan.kernels.tile_size,
+            temperature=plan.temperature,
+        )
+        self._held: list[Tile] | None = None
+
+    def softmax_sums(self) -> SoftmaxSums:
+        """Online softmax over this rank's part of the vocabulary."""
+        sums = SoftmaxSums.nothing_seen(self._plan, *self._models)
+        for tile in self._sweep():
+            if sums.rows_MS is None and sums.unit_rows_RS is None:
+                _add_statistics(sums, tile)
+            else:
+                _add(self._plan, sums, tile)
+        return sums
+
+    def mixture_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, S]."""
+        tiles, divergence = self._tiles, self._plan.mixture
+        assert divergence is not None
+        count = tiles.num_tokens
+        sums_2R = tiles.zeros(2, count)
+        rows_MS = tiles.zeros(2 * count, tiles.student_width) if self._plan.body_gradient else None
+        teacher_lse_R, student_lse_R = lse_M[:count, None], lse_M[count:, None]
+        for tile in self._sweep():
+            assert tile.teacher_RC is not None
+            for rows in row_blocks(count):
+                student_log = tile.student_RC[rows] - student_lse_R[rows]
+                teacher_log = torch.sub(tile.teacher_RC[rows], teacher_lse_R[rows], out=tile.scratch_RC[rows])
+                value, score = divergence.summands(teacher_log, student_log)
+                sums_2R[0, rows] += value.sum(1)
+                sums_2R[1, rows] += score.sum(1)
+                if rows_MS is not None:
+                    tile.teacher_RC[rows] = score
+                    torch.exp(student_log, out=tile.student_RC[rows])
+            if rows_MS is not None:
+                accumulate(rows_MS, tile.logits_MC, tile.head_CS)
+        return sums_2R, rows_MS
+
+    def gradients(
+        self,
+        upstream: Upstream,
+        normalisers: Normalisers,
+        labels_R: Tensor | None,
+        head_gradient_WS: Tensor | None,
+    ) -> Tensor:
+        """The hidden states' gradient [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
+        tiles, plan = self._tiles, self._plan
+        gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
+        for tile in self._sweep():
+            for rows in row_blocks(tiles.num_tokens):
+                tile.student_RC[rows] = _logit_gradient(plan, tile, rows, upstream, normalisers)
+            if labels_R is not None:
+                _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
+            accumulate(gradient_RS, tile.student_RC, tile.head_CS)
+            if head_gradient_WS is not None:
+                rows_CS = head_gradient_WS[tile.columns]
+                if rows_CS.dtype == tiles.dtype:
+                    accumulate(rows_CS, tile.student_RC.T, tiles.hiddens[-1])
+                else:
+                    rows_CS += product(tile.student_RC.T, tiles.hiddens[-1], tiles.dtype)
+        return gradient_RS
+
+    def _sweep(self) -> Iterable[Tile]:
+        if not self._plan.holds_logits:
+            return self._tiles
+        if self._held is None:
+            self._held = list(self._tiles)
+        return self._held
 
 
-def swept_gradients(
-    plan: Plan,
-    teacher: Model | None,
-    student: Model,
-    upstream: Upstream,
-    normalisers: Normalisers,
-    labels_R: Tensor | None,
-    head_gradient_WS: Tensor,
-) -> Tensor:
-    """Gradient of hidden states [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
-    tiles = _tiles(plan, teacher, student)
-    gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
-    for tile in tiles:
-        for rows in row_blocks(tiles.num_tokens):
-            tile.student_RC[rows] = _logit_gradient(plan, tile, rows, upstream, normalisers)
-        if labels_R is not None:
-            _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
-        accumulate(gradient_RS, tile.student_RC, tile.head_CS)
-        head_gradient_WS[tile.columns] += product(tile.student_RC.T, tiles.hiddens[-1], tiles.dtype)
-    return gradient_RS
-
-
-def _tiles(plan: Plan, teacher: Model | None, student: Model) -> LogitTiles:
-    return LogitTiles(
-        teacher,
-        student,
-        num_valid=plan.shard.num_valid,
-        tile_size=plan.kernels.tile_size,
-        temperature=plan.temperature,
-    )
+def _add_statistics(sums: SoftmaxSums, tile: Tile) -> None:
+    """As `_add` without gradients, and leaves the logits as they are. Temporaries of a row block."""
+    models = ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student))
+    for rows in row_blocks(len(tile.student_RC)):
+        for logits_RC, model in models[2 - sums.num_models :]:
+            assert logits_RC is not None
+            logits = logits_RC[rows]
+            peak, mass = sums.peak_M[model][rows], sums.mass_M[model][rows]
+            new_peak = torch.maximum(peak, logits.amax(1))
+            shrink = (peak - new_peak).exp_()
+            peak.copy_(new_peak)
+            gap = logits - new_peak[:, None]
+            if sums.unit_mass_M is not None:
+                unit_mass = sums.unit_mass_M[model][rows]
+                unit_mass.mul_(shrink**sums.temperature).add_((gap * sums.temperature).exp_().sum(1))
+            weights = gap.exp_()
+            mass.mul_(shrink).add_(weights.sum(1))
+            if sums.cross_R is not None and model == sums.lead:
+                assert tile.teacher_RC is not None
+                cross = weights.mul_(tile.student_RC[rows] - tile.teacher_RC[rows])
+                sums.cross_R[rows] = sums.cross_R[rows].mul_(shrink).add_(cross.sum(1))
 
 
 def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:

@@ -24,12 +24,12 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from megatron_fdd.ops import triton_sweeps
 from megatron_fdd.ops.divergence import Divergence, DivergenceKind
 from megatron_fdd.ops.kernels import Kernels
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.triton_blocks import Launch
+from megatron_fdd.ops.triton_sweeps import TritonSweeps
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 # Bytes of shared memory that one program may have.
@@ -135,15 +135,14 @@ def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: b
     student = shape.model(shape.student_width)
     recorded: list[Launch] = []
     with patch.object(Launch, "run", lambda launch: recorded.append(launch)):
-        sums = triton_sweeps.softmax_sums(plan, teacher, student)
-        if plan.mixture is not None and teacher is not None:
-            triton_sweeps.mixture_sums(plan, teacher, student, sums.mass_M)
+        sweeps = TritonSweeps(plan, teacher, student)
+        sums = sweeps.softmax_sums()
+        if plan.mixture is not None:
+            sweeps.mixture_sums(sums.mass_M)
         if head_gradient:
             row_R = sums.mass_M[sums.student]
             upstream, normalisers = Upstream(row_R, row_R, row_R), Normalisers(sums.mass_M, row_R, row_R)
-            sum_WS = torch.empty_like(student[1], dtype=torch.float32)
-            labels_R = torch.empty_like(row_R, dtype=torch.int64)
-            triton_sweeps.swept_gradients(plan, teacher, student, upstream, normalisers, labels_R, sum_WS)
+            sweeps.gradients(upstream, normalisers, torch.empty_like(row_R, dtype=torch.int64), None)
     return recorded
 
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_fdd.convert.tokenizer import compare_tokenizers, has_tokenizer, tokenizer_identity
 from megatron_fdd.lens import Lens
-from megatron_fdd.losses import masked_sum
+from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.linear_kl import VocabShard, linear_kl
 from megatron_fdd.teacher import TeacherFeatures
 
@@ -82,6 +82,7 @@ def report_cross_entropy(
     )
     assert result.cross_entropy_N is not None
     counts_N = (labels_N >= 0).float()
+    assert result.cross_entropy_N is not None
     sums = torch.stack([masked_sum(result.cross_entropy_N, counts_N), counts_N.sum()])
     torch.distributed.all_reduce(sums, group=group)
     vocab_size = shard.all_reduce(sums.new_tensor([shard.num_valid]))

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -61,6 +61,7 @@ def test_values_and_gradients(kind: str, temperature: float, live: bool) -> None
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
     in_chunks = tiles(16, chunk_rows=5)  # 5, 5 and 3 tokens
     assert_matches(case, Divergence(kind, temperature=temperature), live=live, kernels=in_chunks)
+    assert_matches(case, Divergence(kind, temperature=temperature), live=live, kernels=Kernels("reference"))
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])

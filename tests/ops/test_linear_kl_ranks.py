@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_fdd.ops.linear_kl import Divergence
+from megatron_fdd.ops.linear_kl import Divergence, Kernels
 from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case, tiles
 from tests.ranks import distributed
+
+PATHS = (tiles(5), tiles(5, chunk_rows=4), Kernels("reference"))
 
 
 def assert_matches_reference(
@@ -32,7 +34,7 @@ def assert_matches_reference(
             expected = full.reference(divergence)
             expected_gradients = gradients(loss(expected, full.upstream), *leaves)
             own_gradients = expected_gradients[0][part.tokens], expected_gradients[1][part.rows]
-            for live, kernels in itertools.product((False, True), (tiles(5), tiles(5, chunk_rows=4))):
+            for live, kernels in itertools.product((False, True), PATHS):
                 inputs = part.inputs(live=live)
                 outputs = part.run(*inputs, divergence, kernels=kernels)
                 for value, reference in zip(outputs, expected, strict=True):

@@ -1,0 +1,176 @@
+"""Divergence and cross-entropy of a head, summed over tokens, with the gradient computed in the forward pass.
+
+`linear_kl` does not know what its backward pass will be given for each token, and sweeps a trained head again for it
+(or keeps two tensors of the student's size for a constant one). Where the loss is a sum with known weights, the
+gradient of a chunk of tokens follows as soon as its logits and their normalisers are there: the least possible number
+of products, two for the logits, one for the hidden states, one for a trained head.
+
+Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N), T / S
+hidden width of teacher / student, W rows of this rank's head shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_fdd.ops.chunks import Chunk, LinearKL, finished_chunks
+from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.head_gradient import deliver
+from megatron_fdd.ops.kernels import DEFAULT_KERNELS, Kernels
+from megatron_fdd.ops.kl_gradients import Upstream, normalisers_of
+from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.reference import reference_linear_kl
+from megatron_fdd.ops.vocab_shard import Pending, VocabShard
+from megatron_fdd.ops.vocab_tiles import statistics_dtype
+
+
+class HeadLoss(NamedTuple):
+    """Weighted sums over this rank's tokens, 0-dim float32 (float64 for float64); None where not asked for."""
+
+    divergence: Tensor | None  # includes the factor T^2
+    cross_entropy: Tensor | None  # tokens with a label
+
+
+@dataclass(frozen=True, slots=True)
+class LossWeights:
+    """What each token counts in a sum, and each sum in the loss.
+
+    Attributes:
+        divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0, whatever it holds.
+        divergence, entropy: the loss is a common factor times (divergence * the one sum + entropy * the other).
+    """
+
+    divergence_N: Tensor
+    entropy_N: Tensor
+    divergence: float
+    entropy: float
+
+
+def head_loss(
+    teacher: Model | None,
+    student: Model,
+    *,
+    shard: VocabShard,
+    divergence: Divergence | None,
+    labels_N: Tensor | None,
+    weights: LossWeights,
+    kernels: Kernels = DEFAULT_KERNELS,
+) -> HeadLoss:
+    """Sums over tokens of the divergence of two linear heads and of the student's cross-entropy.
+
+    Gradient flows to the student's hidden states and, where it requires one, head; never to the teacher. It is
+    right for a loss as `weights` says, and for no other combination of the two sums. Memory beside inputs and
+    outputs: three buffers of `kernels.held_logits` float32 numbers, whatever the vocabulary, and kept for the
+    backward pass [N, S] and, for a trained head, [W, S]. Not differentiable twice.
+
+    Args:
+        teacher: hidden states [N, T] and head [W, T]; None: no divergence.
+        student: hidden states [N, S] and head [W, S].
+        labels_N: vocabulary ids; negative: no label. None: no cross-entropy.
+
+    Collectives over `shard.group` (one rank: none), all forward. For each chunk of tokens: one all-gather of the
+        packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 2 at another temperature
+        than 1 with labels; plus 1 with labels); jsd, sfkl and srkl: one all-reduce of [2, R]; one all-reduce of
+        the gradient [R, S] in the student's dtype. Sequence parallelism adds one all-gather each of teacher,
+        student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a reduce-scatter.
+    """
+    assert divergence is None or teacher is not None, "a divergence needs a teacher"
+    assert divergence is not None or labels_N is not None, "nothing is asked for"
+    if teacher is not None:
+        teacher = None if divergence is None else (teacher[0].detach(), teacher[1].detach())
+    chosen = kernels.chosen(student[0])
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
+    plan = Plan(
+        shard=shard,
+        divergence=divergence,
+        needs_lse=False,
+        has_labels=labels_N is not None,
+        kernels=kernels,
+        body_gradient=False,
+        head_gradient=has_gradient,
+        holds_logits=chosen == "torch" and has_gradient,
+    )
+    if chosen == "reference":
+        outputs = LinearKL(*reference_linear_kl(plan, teacher, student, labels_N))
+        return HeadLoss(*_weighted_sums(outputs, weights, slice(None)))
+    return HeadLoss(*_HeadLoss.apply(*student, teacher, labels_N, weights, plan))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradient for the first two inputs, the student's. Outputs: HeadLoss's fields."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_NS: Tensor,
+        student_head_WS: Tensor,
+        teacher: Model | None,
+        labels_N: Tensor | None,
+        weights: LossWeights,
+        plan: Plan,
+    ) -> tuple[Tensor | None, ...]:
+        dtype = statistics_dtype(student_NS)
+        stacked = _stack_weights(plan, weights, dtype)
+        head_gradient_WS = torch.zeros_like(student_head_WS, dtype=dtype) if ctx.needs_input_grad[1] else None
+        sums: list[tuple[Tensor | None, ...]] = []
+        reductions: list[Pending] = []
+        for chunk in finished_chunks(plan, teacher, (student_NS, student_head_WS), labels_N):
+            sums.append(_weighted_sums(chunk.outputs(plan), weights, chunk.swept.rows))
+            if plan.head_gradient:
+                gradient_RS = _chunk_gradient(plan, chunk, stacked, head_gradient_WS)
+                reductions.append(plan.shard.start_reduce(gradient_RS.to(student_NS.dtype)))
+        if reductions:
+            ctx.head_WS, ctx.scale = student_head_WS, weights.divergence * (plan.divergence is not None)
+            ctx.scale += weights.entropy * plan.has_labels
+            ctx.save_for_backward(torch.cat([part.wait() for part in reductions]), head_gradient_WS)
+        return tuple(
+            None if parts[0] is None else torch.stack(parts).sum() for parts in zip(*sums, strict=True)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient_NS, head_gradient_WS = ctx.saved_tensors
+        # Each is the common factor times its own weight in the loss.
+        total = torch.stack([given for given in upstream if given is not None]).sum()
+        factor = total / ctx.scale if ctx.scale else torch.zeros_like(total)
+        gradient_head = None
+        if head_gradient_WS is not None:
+            gradient_head = deliver(ctx.head_WS, head_gradient_WS, factor)
+        return (gradient_NS * factor).to(gradient_NS.dtype), gradient_head, None, None, None, None
+
+
+def _chunk_gradient(plan: Plan, chunk: Chunk, stacked: Tensor, head_gradient_WS: Tensor | None) -> Tensor:
+    """Hidden states' gradient [R, S], this rank's part, for a common factor of 1; adds the head's."""
+    divergence_R, entropy_R = stacked[:, chunk.swept.rows].flatten(0, 1).unbind(1)
+    labels_R = chunk.swept.labels_R
+    if labels_R is not None:
+        entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)
+    upstream = Upstream(divergence_R * plan.temperature, entropy_R, entropy_R)
+    normalisers = normalisers_of(plan, chunk.statistics, chunk.mixture)
+    return chunk.swept.sweeps.gradients(upstream, normalisers, labels_R, head_gradient_WS)
+
+
+def _stack_weights(plan: Plan, weights: LossWeights, dtype: torch.dtype) -> Tensor:
+    """Every rank's, [ranks, N, 2]. Collectives: one all-gather under sequence parallelism."""
+    scaled = (weights.divergence_N * weights.divergence, weights.entropy_N * weights.entropy)
+    stacked = torch.stack(scaled, dim=1).to(dtype)
+    return plan.shard.start_stack(stacked).wait() if plan.shard.splits_tokens else stacked[None]
+
+
+def _weighted_sums(outputs: LinearKL, weights: LossWeights, rows: slice) -> tuple[Tensor | None, ...]:
+    pairs = (
+        (outputs.divergence_N, weights.divergence_N[rows]),
+        (outputs.cross_entropy_N, weights.entropy_N[rows]),
+    )
+    return tuple(None if value_N is None else masked_sum(value_N, weight_N) for value_N, weight_N in pairs)
+
+
+def masked_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
+    """Sum over rows that count. A masked row contributes exactly 0, whatever it holds."""
+    return torch.where(weight_N > 0, value_N * weight_N, 0.0).sum()

@@ -1,0 +1,106 @@
+"""The operation of `linear_kl` as one writes it down: all logits exist, autograd does the rest.
+
+To check the other implementations with, on the user's own model and layout (`--fdd-kernels reference`).
+
+Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N),
+W rows of this rank's head shard, V the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax, pad
+
+from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.head_gradient import collected
+from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.vocab_shard import VocabShard
+from megatron_fdd.ops.vocab_tiles import statistics_dtype
+
+
+def reference_linear_kl(
+    plan: Plan, teacher: Model | None, student: Model, labels_N: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The fields of `LinearKL`. Memory: several [R, V] tensors, on every tensor-parallel rank.
+
+    Collectives over the tensor-parallel group: an all-gather of both models' logits, and more; synchronises.
+    """
+    shard = plan.shard
+    student = (student[0], collected(student[1]))
+    student_NV = _own_logits(*student, shard)
+    teacher_NV = None if teacher is None else _own_logits(*teacher, shard).detach()
+    divergence_N = entropy_N = None
+    if plan.divergence is not None:
+        assert teacher_NV is not None
+        divergence_N = plain_divergence(teacher_NV, student_NV, plan.divergence)
+    if labels_N is not None:
+        labels_N = labels_N.masked_fill(labels_N < 0, -100)
+        entropy_N = cross_entropy(student_NV, labels_N, ignore_index=-100, reduction="none")
+    if not plan.needs_lse:
+        return divergence_N, None, None, entropy_N
+    teacher_lse_N = None if teacher_NV is None else teacher_NV.logsumexp(-1)
+    return divergence_N, teacher_lse_N, student_NV.logsumexp(-1), entropy_N
+
+
+def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
+    """Of two models' logits, per token [N], with the factor T^2 (method.md, section 6)."""
+    heat, mix = divergence.temperature, divergence.mixture
+    log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
+
+    def kl(first: Tensor, second: Tensor) -> Tensor:
+        return (first.exp() * (first - second)).sum(-1)
+
+    if divergence.kind == "fkl":
+        value_N = kl(log_t, log_s)
+    elif divergence.kind == "rkl":
+        value_N = kl(log_s, log_t)
+    elif divergence.kind == "srkl":
+        value_N = kl(log_s, (mix * log_s.exp() + (1 - mix) * log_t.exp()).log())
+    else:
+        mixed = (mix * log_t.exp() + (1 - mix) * log_s.exp()).log()
+        value_N = kl(log_t, mixed)
+        if divergence.kind == "jsd":
+            value_N = mix * value_N + (1 - mix) * kl(log_s, mixed)
+    return heat**2 * value_N
+
+
+def _own_logits(hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard) -> Tensor:
+    """Logits [N, V] of this rank's tokens over the whole vocabulary, float32 (float64 for float64)."""
+    dtype = statistics_dtype(head_WX)
+    hidden_RX = _AllTokens.apply(hidden_NX, shard)
+    logits_RW = hidden_RX.to(dtype) @ head_WX[: shard.num_valid].to(dtype).T
+    return shard.own_tokens(_WholeVocabulary.apply(logits_RW, shard))
+
+
+class _AllTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shard = shard
+        gathered = shard.start_gather(tensor).wait()
+        return gathered if shard.splits_tokens else gathered.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.shard.start_reduce(gradient.clone()).wait(), None
+
+
+class _WholeVocabulary(torch.autograd.Function):
+    """[R, this rank's valid rows] -> [R, V]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_RW: Tensor, shard: VocabShard) -> Tensor:
+        sizes = shard.start_stack(torch.tensor([shard.num_valid], device=logits_RW.device)).wait()
+        counts = sizes.flatten().tolist()
+        ctx.shard, ctx.first = shard, sum(counts[: shard.rank])
+        stacked = shard.start_stack(pad(logits_RW, (0, max(counts) - shard.num_valid))).wait()
+        return torch.cat([part[:, :count] for part, count in zip(stacked, counts, strict=True)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_RV: Tensor) -> tuple[Tensor, None]:
+        shard: VocabShard = ctx.shard
+        if shard.splits_tokens:  # every rank's loss is of other tokens
+            gradient_RV = shard.all_reduce(gradient_RV.clone())
+        return gradient_RV[:, ctx.first : ctx.first + shard.num_valid], None

@@ -1,0 +1,71 @@
+"""A trained head's gradient: to autograd, or into Megatron's `main_grad` as its own fused layers do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fdd.ops.delta import head_grams
+from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from tests.ops.linear_kl_case import Case, error, make_case, tiles
+
+
+def parameter_of_ddp(head: Tensor) -> torch.nn.Parameter:
+    """What DistributedDataParallel adds to a parameter."""
+    parameter = torch.nn.Parameter(head.clone())
+    parameter.main_grad = torch.full_like(parameter, 3.0, dtype=torch.float32)
+    parameter.grad_added_to_main_grad = False
+    return parameter
+
+
+def loss(case: Case, head: Tensor, kernels: Kernels) -> Tensor:
+    shard = VocabShard(0, case.vocab_size, None)
+    result = linear_kl(
+        case.teacher,
+        case.teacher_head,
+        case.student,
+        head,
+        shard=shard,
+        divergence=Divergence(),
+        labels_N=case.labels,
+        kernels=kernels,
+    )
+    grams = head_grams(case.teacher_head, head, shard=shard, centred=False)
+    return result.divergence_N.sum() + result.cross_entropy_N.sum() + grams.student_student_SS.sum() / 100
+
+
+@pytest.mark.parametrize("kernels", [tiles(16), tiles(16, chunk_rows=5), Kernels("reference")])
+def test_all_contributions_are_added_to_main_grad(kernels: Kernels) -> None:
+    case = make_case(13, 53, padded=61).to(torch.float32)
+    plain = case.student_head.clone().requires_grad_()
+    loss(case, plain, kernels).backward()
+    head = parameter_of_ddp(case.student_head)
+    for micro_batch in range(1, 3):
+        loss(case, head, kernels).backward()
+        assert head.grad_added_to_main_grad
+        assert head.grad is not None, "DDP asserts that there is one"
+        assert error(head.main_grad - 3.0, micro_batch * plain.grad.double()) < 1e-6
+        head.grad = None
+
+
+def test_the_dummy_of_a_weight_that_is_also_an_embedding_is_zero() -> None:
+    """DDP's hook adds it, because the embedding's own gradient is in it."""
+    case = make_case(13, 53).to(torch.float32)
+    head = parameter_of_ddp(case.student_head)
+    head.zero_out_wgrad = True
+    loss(case, head, tiles(16)).backward()
+    assert not head.grad.any()
+    assert head.main_grad.ne(3.0).any()
+
+
+def test_micro_batches_in_bf16_are_not_rounded_one_by_one() -> None:
+    case = make_case(13, 53).to(torch.bfloat16)
+    exact = case.to(torch.float64)
+    head, wide = parameter_of_ddp(case.student_head), exact.student_head.clone().requires_grad_()
+    head.main_grad.zero_()
+    for _ in range(8):
+        loss(case, head, tiles(16)).backward()
+        loss(exact, wide, tiles(16)).backward()
+    # The Gram matrices' part still comes from a product that is rounded once.
+    assert error(head.main_grad, wide.grad) < 4e-4  # autograd alone: 4e-3

@@ -1,0 +1,185 @@
+"""head_loss: sums, gradients, products and memory against a float64 reference, on one rank and on several."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
+from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard
+from tests.ops.linear_kl_case import KINDS, Case, RankPart, error, gradients, make_case
+from tests.ops.test_head_gradient import parameter_of_ddp
+from tests.ranks import distributed
+
+FEW = Kernels("torch", held_logits=53 * 5)  # 5 tokens of a vocabulary of 53 at a time
+PATHS = (FEW, Kernels("torch"), Kernels("reference"))
+
+
+def weights_of(case: Case, *, divergence: float = 0.7, entropy: float = 0.3) -> LossWeights:
+    """Every token counts otherwise; every fifth not at all."""
+    per_token = case.upstream.clone()
+    per_token[:, ::5] = 0
+    return LossWeights(per_token[0], per_token[2], divergence, entropy)
+
+
+def weighted(result: HeadLoss, weights: LossWeights) -> Tensor:
+    """The loss that the gradient is of, times a common factor."""
+    parts = ((result.divergence, weights.divergence), (result.cross_entropy, weights.entropy))
+    return 3 * torch.stack([value * weight for value, weight in parts if value is not None]).sum()
+
+
+def reference(case: Case, divergence: Divergence | None, weights: LossWeights, *leaves: Tensor) -> HeadLoss:
+    double = Case(case.teacher, case.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
+    outputs = double.reference(divergence)
+    value = None if divergence is None else (outputs.divergence_N * weights.divergence_N).sum()
+    return HeadLoss(value, (outputs.cross_entropy_N * weights.entropy_N).sum())
+
+
+def assert_matches(case: Case, divergence: Divergence | None, kernels: Kernels, *, trained: bool) -> None:
+    weights, teacher = weights_of(case), (case.teacher, case.teacher_head)
+    hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_(trained)
+    ours = head_loss(
+        teacher,
+        (hidden, head),
+        shard=VocabShard(0, case.vocab_size, None),
+        divergence=divergence,
+        labels_N=case.labels,
+        weights=weights,
+        kernels=kernels,
+    )
+    leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
+    expected = reference(case, divergence, weights, *leaves)
+    for value, wanted in zip(ours, expected, strict=True):
+        assert (value is None) == (wanted is None)
+        assert value is None or error(value, wanted) < 1e-6
+    inputs = (hidden, head) if trained else (hidden,)
+    wanted = gradients(weighted(expected, weights), *leaves)
+    for gradient, of_reference in zip(gradients(weighted(ours, weights), *inputs), wanted, strict=False):
+        assert error(gradient, of_reference) < 1e-5
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_sums_and_gradients(kind: str | None, temperature: float, trained: bool) -> None:
+    case = make_case(13, 53, padded=61).to(torch.float32)
+    divergence = None if kind is None else Divergence(kind, temperature=temperature)
+    for kernels in PATHS:
+        assert_matches(case, divergence, kernels, trained=trained)
+
+
+def test_into_main_grad_over_micro_batches() -> None:
+    case = make_case(13, 53, padded=61).to(torch.float32)
+    weights, head = weights_of(case), parameter_of_ddp(case.student_head)
+    leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
+    expected = gradients(weighted(reference(case, Divergence(), weights, *leaves), weights), *leaves)[1]
+    for micro_batch in range(1, 3):
+        shard = VocabShard(0, 53, None)
+        student, teacher = (case.student, head), (case.teacher, case.teacher_head)
+        options = {"labels_N": case.labels, "weights": weights, "kernels": FEW}
+        weighted(
+            head_loss(teacher, student, shard=shard, divergence=Divergence(), **options), weights
+        ).backward()
+        assert head.grad is not None
+        head.grad = None
+        assert error(head.main_grad - 3.0, micro_batch * expected) < 1e-6
+
+
+def test_without_a_gradient_no_logits_are_held() -> None:
+    case = make_case(13, 53).to(torch.float32)
+    weights = weights_of(case)
+    with torch.no_grad():
+        values = head_loss(
+            (case.teacher, case.teacher_head),
+            (case.student.requires_grad_(), case.student_head.requires_grad_()),
+            shard=VocabShard(0, 53, None),
+            divergence=Divergence("jsd"),
+            labels_N=case.labels,
+            weights=weights,
+        )
+    expected = reference(case, Divergence("jsd"), weights, case.student, case.student_head)
+    assert not values.divergence.requires_grad
+    assert error(values.divergence, expected.divergence.detach()) < 1e-6
+
+
+class Products(TorchDispatchMode):
+    """Multiplications in matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if "mm" in name:
+            left, right = args[1:3] if name.startswith("addmm") else args[:2]
+            self.total += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_product_beyond_the_least_possible(kind: str, trained: bool) -> None:
+    """Both logits, the hidden states' gradient and a trained head's: with any divergence."""
+    case = make_case(13, 53).to(torch.float32)
+    weights = weights_of(case)
+    student = (case.student.requires_grad_(), case.student_head.requires_grad_(trained))
+    with Products() as products:
+        result = head_loss(
+            (case.teacher, case.teacher_head),
+            student,
+            shard=VocabShard(0, 53, None),
+            divergence=Divergence(kind),
+            labels_N=case.labels,
+            weights=weights,
+            kernels=FEW,
+        )
+        weighted(result, weights).backward()
+    assert products.total == 13 * 53 * (12 + 7 * (2 + trained))
+
+
+def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequence_parallel: bool) -> None:
+    case = make_case(num_tokens, vocab_size, padded=padded)
+    part = RankPart.of(case, sequence_parallel=sequence_parallel)
+    whole, rows = weights_of(case), part.tokens
+    weights = LossWeights(whole.divergence_N[rows], whole.entropy_N[rows], whole.divergence, whole.entropy)
+    few = Kernels("torch", held_logits=2 * max(1, part.shard.num_valid), chunk_rows=4)
+    for kind, kernels in itertools.product((*KINDS, None), (few, Kernels("torch"), Kernels("reference"))):
+        divergence = None if kind is None else Divergence(kind, temperature=2.0)
+        leaves = [x.clone().requires_grad_() for x in (case.student, case.student_head)]
+        expected = reference(case, divergence, whole, *leaves)
+        wanted = gradients(weighted(expected, whole), *leaves)
+        hidden, head = part.inputs(live=True)
+        ours = head_loss(
+            (case.teacher[rows], case.teacher_head[part.rows]),
+            (hidden, head),
+            shard=part.shard,
+            divergence=divergence,
+            labels_N=case.labels[rows],
+            weights=weights,
+            kernels=kernels,
+        )
+        for value, reference_value in zip(ours, expected, strict=True):
+            if value is not None:
+                total = value.detach().clone()
+                if sequence_parallel:
+                    dist.all_reduce(total)
+                assert error(total, reference_value) < 1e-12, (kind, kernels)
+        found = gradients(weighted(ours, weights), hidden, head)
+        assert error(found[0], wanted[0][rows]) < 1e-12, (kind, kernels)
+        assert error(found[1], wanted[1][part.rows]) < 1e-12, (kind, kernels)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=2)
+def test_two_ranks(sequence_parallel: bool) -> None:
+    assert_ranks_match(10, 31, 32, sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=4)
+def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
+    assert_ranks_match(8, 10, 16, sequence_parallel=sequence_parallel)
