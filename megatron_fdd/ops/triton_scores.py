@@ -30,11 +30,11 @@ def summands(teacher, student, mix, log_mix, log_rest, KIND: tl.constexpr):
     if KIND == "srkl":
         gap = student - log_mixture(student, teacher, log_mix, log_rest)
         mass = tl.exp(student)
-        return mass * gap, mass * (gap - mix * tl.exp(gap))
+        return mass * gap, mass * (gap + mix * (1.0 - tl.exp(gap)))
     mixed = log_mixture(teacher, student, log_mix, log_rest)
     value = tl.exp(teacher) * (teacher - mixed)
     if KIND == "sfkl":
-        return value, tl.exp(student) * tl.exp(teacher - mixed) * (mix - 1.0)
+        return value, tl.exp(student) * (1.0 - tl.exp(teacher - mixed)) * (1.0 - mix)
     score = tl.exp(student) * (student - mixed) * (1.0 - mix)
     return value * mix + score, score
 
