@@ -156,17 +156,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
     parser.add_argument("--kinds", nargs="*", default=[*get_args(DivergenceKind), "none"])
+    parser.add_argument("--heads", nargs="*", choices=("still", "live"), default=["still", "live"])
     options = parser.parse_args()
     shape = Shape(dtype=getattr(torch, options.dtype))
     print(f"{'':30} registers spilled shared  instructions")
     for kind in options.kinds:
-        for temperature in (1.0, 2.0) if kind != "none" else (1.0,):
+        for temperature in options.temperatures if kind != "none" else (1.0,):
             divergence = None if kind == "none" else Divergence(kind, temperature=temperature)
-            for live in (False, True):
-                for launch in distinct(launches_of(shape, divergence, head_gradient=live)):
+            for head in options.heads:
+                for launch in distinct(launches_of(shape, divergence, head_gradient=head == "live")):
                     name = launch.kernel.fn.__name__.removesuffix("_kernel")
-                    label = f"{kind} {temperature:g} {'live' if live else 'still'} {name}"
+                    label = f"{kind} {temperature:g} {head} {name}"
                     result = compiled(launch, options.capability)
                     counts = ", ".join(
                         f"{count} {what}" for what, count in result.instructions.items() if count

@@ -53,7 +53,11 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     head = case.student_head.to(DEVICE).clone().requires_grad_(live)
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
     teacher = [None if x is None else x.to(DEVICE) for x in teacher]
-    options = {"shard": VocabShard(0, case.vocab_size, None), "kernels": TRITON, "labels_N": case.labels} | options
+    options = {
+        "shard": VocabShard(0, case.vocab_size, None),
+        "kernels": TRITON,
+        "labels_N": case.labels,
+    } | options
     labels_N = options.pop("labels_N")
     labels_N = None if labels_N is None else labels_N.to(DEVICE)
     outputs = linear_kl(*teacher, hidden, head, divergence=divergence, labels_N=labels_N, **options)
@@ -62,7 +66,9 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     return LinearKL(*(None if x is None else x.cpu() for x in outputs)), [grad.cpu() for grad in grads]
 
 
-def assert_matches(case: Case, divergence: Divergence | None, *, live: bool, keep=(True,) * 4, **options) -> None:
+def assert_matches(
+    case: Case, divergence: Divergence | None, *, live: bool, keep=(True,) * 4, **options
+) -> None:
     outputs, ours = run(case, divergence, live=live, **options)
     expected, expected_gradients = reference_gradients(case, divergence, keep)
     in_value, in_gradient = TOLERANCES[case.student_head.dtype]
@@ -99,7 +105,7 @@ def test_fewer_outputs(live: bool) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "vocab_size", "widths"),
-    [(1, 1, (20, 33)), (16, 32, (32, 64)), (70, 130, (21, 96)), (33, 17, (96, 20))],
+    [(1, 1, (20, 33)), (16, 32, (32, 64)), (70, 70, (21, 48)), (33, 17, (96, 20))],
     ids=str,
 )
 def test_odd_and_even_shapes(num_tokens: int, vocab_size: int, widths: tuple[int, int]) -> None:
@@ -112,7 +118,9 @@ def test_odd_and_even_shapes(num_tokens: int, vocab_size: int, widths: tuple[int
 def test_the_models_may_have_different_dtypes() -> None:
     case = make_case(5, 30, widths=WIDTHS)
     half = case.to(torch.bfloat16)
-    rounded = replace(case.to(torch.float32), teacher=half.teacher.float(), teacher_head=half.teacher_head.float())
+    rounded = replace(
+        case.to(torch.float32), teacher=half.teacher.float(), teacher_head=half.teacher_head.float()
+    )
     outputs, _ = run(rounded, Divergence(), live=True, teacher=(half.teacher, half.teacher_head))
     assert error(outputs.divergence_N, rounded.reference(Divergence()).divergence_N) < 1e-6
 
@@ -207,8 +215,7 @@ def concentrated_case() -> Case:
     return case
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "temperature"), [*((kind, 1.0) for kind in KINDS), ("fkl", 2.0)])
 def test_skipped_blocks_cost_at_most_their_probabilities(kind: str, temperature: float) -> None:
     case, divergence = concentrated_case(), Divergence(kind, temperature=temperature)
     exact_outputs, (exact,) = run(case, divergence, live=False)
@@ -233,7 +240,6 @@ def test_which_blocks_are_kept() -> None:
 
 
 def test_the_same_result_every_time() -> None:
-    case = make_case(33, 70, widths=WIDTHS).to(torch.bfloat16)
+    case = make_case(17, 53, widths=WIDTHS).to(torch.bfloat16)
     first, second = (run(case, Divergence("rkl"), live=False)[1][0] for _ in range(2))
     assert torch.equal(first, second)
-
