@@ -85,19 +85,28 @@ def linear_kl_flops(
     return num_sweeps * logits + (2 if divergence else 1) * product
 
 
+def head_loss_flops(student: ModelShape, teacher: ModelShape | None, *, trains_head: bool) -> int:
+    """One call of `ops.head_loss`, whose gradient needs no product in the backward pass."""
+    product = 2 * student.vocab * student.hidden
+    teacher_logits = 2 * student.vocab * teacher.hidden if teacher else 0
+    return teacher_logits + (3 if trains_head else 2) * product
+
+
 def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
     """The units of a run. The teacher's own layers are left out: they run before the student's schedule.
 
-    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary.
+    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. A GPU's
+    kernels compute a trained head's logits once more than is counted here.
     """
     tap = head = 0
-    if config.alpha > 0 or (config.beta > 0 and config.delta == "logprob"):
+    live = config.lens_head == "live"
+    if config.beta > 0 and config.delta == "logprob":
         divergence = config.trajectory_divergence if config.alpha > 0 else None
-        tap = linear_kl_flops(student, teacher, divergence, trains_head=config.lens_head == "live")
-    if config.kd_weight > 0:
-        head = linear_kl_flops(student, teacher, config.kd_divergence, trains_head=True)
-    elif config.ce_weight > 0:
-        head = linear_kl_flops(student, None, None, trains_head=True)
+        tap = linear_kl_flops(student, teacher, divergence, trains_head=live)
+    elif config.alpha > 0:
+        tap = head_loss_flops(student, teacher, trains_head=live)
+    if config.uses_final_head:
+        head = head_loss_flops(student, teacher if config.kd_weight > 0 else None, trains_head=True)
     return TokenFlops(layer=3 * layer_flops(student), tap=tap, head=head)
 
 
@@ -127,10 +136,10 @@ def bubble_fraction(loads: Sequence[ChunkLoad], num_microbatches: int) -> float:
     With equal chunks the waiting is the usual (p - 1) / (m * virtual) of the busy time. With one virtual stage the
     step takes about m * (heaviest stage) + (sum of the others). With more, a heavy chunk delays also the other
     chunks of its stage, so equal stages made of unequal chunks can wait long. Sends take no time here; a third of
-    body and head is forward, and all of a tap, as a constant lens has it.
+    the body is forward, and all of a head, and of a tap as a constant lens has it.
     """
     num_stages, num_chunks = loads[-1].stage + 1, len(loads)
-    forward = [load.body_flops / 3 + load.tap_flops + load.head_flops / 3 for load in loads]
+    forward = [load.body_flops / 3 + load.tap_flops + load.head_flops for load in loads]
     backward = [load.flops - part for load, part in zip(loads, forward, strict=True)]
     durations = forward + backward[::-1]
     queues = [

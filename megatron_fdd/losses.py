@@ -149,13 +149,14 @@ def delta_terms(
     weights: TokenWeights,
     *,
     detach_previous: bool,
+    shard: VocabShard,
 ) -> list[LossTerm]:
     """1 - cos of both models' change of prediction between adjacent sampled layers; named by the later one.
 
     Args:
         statistics: one per tap for the log-probability delta; None for the centred one.
 
-    Collectives: none.
+    Collectives over the tensor-parallel group: those of `delta_cosine`, once per term.
     """
     terms = []
     for index in range(1, len(taps)):
@@ -175,6 +176,7 @@ def delta_terms(
             teacher_lse_delta_N,
             student_lse_delta_N,
             grams,
+            shard=shard,
         )
         terms.append(LossTerm(f"delta {current.name}", masked_sum(1 - cosine_N, weights.term_N)))
     return terms

@@ -222,8 +222,8 @@ class Objective:
             carry: from the chunk before, as the plan says.
             lens: the student's, detached or live.
 
-        Collectives over the tensor-parallel group: those of `linear_kl` once per tap; in the first micro-batch
-        of a step the all-reduce of the Gram matrices.
+        Collectives over the tensor-parallel group: those of `linear_kl` once per tap and of
+        `delta_cosine` once per delta; in the first micro-batch of a step the all-reduce of the Gram matrices.
         """
         chunk, config = self.chunk, self.config
         assert len(taps_SBS) == len(chunk.pairs), "a tap was lost"
@@ -243,7 +243,12 @@ class Objective:
         if config.beta > 0 and len(taps) > 1:
             grams = self._grams.current(heads)
             terms += delta_terms(
-                taps, statistics, grams, weights, detach_previous=config.delta_detach_previous
+                taps,
+                statistics,
+                grams,
+                weights,
+                detach_previous=config.delta_detach_previous,
+                shard=heads.shard,
             )
         if chunk.carry_out is None:
             return terms, None

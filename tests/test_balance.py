@@ -23,6 +23,7 @@ from megatron_fdd.balance import (
     chunk_loads,
     describe_balance,
     even_split,
+    head_loss_flops,
     layer_flops,
     layout_string,
     linear_kl_flops,
@@ -30,6 +31,7 @@ from megatron_fdd.balance import (
     token_flops,
 )
 from megatron_fdd.config import DivergenceName, FddConfig
+from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
 
 GPT2 = ModelShape(768, 3072, 12, 12, 64, 50257, gated=False, seq_length=0)
@@ -105,16 +107,39 @@ def test_head_flops_are_those_of_the_products_done(
     assert counter.get_total_flops() == expected
 
 
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("divergence", [None, "fkl", "jsd"])
+def test_flops_of_a_summed_loss_are_those_of_the_products_done(
+    divergence: DivergenceName | None, trains_head: bool
+) -> None:
+    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
+    teacher = (torch.randn(tokens, teacher_width), torch.randn(vocab, teacher_width))
+    head_WS = torch.randn(vocab, student_width, requires_grad=trains_head)
+    ones = torch.ones(tokens)
+    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        result = head_loss(
+            teacher, (torch.randn(tokens, student_width, requires_grad=True), head_WS),
+            shard=VocabShard(0, vocab, None), divergence=divergence and Divergence(divergence),
+            labels_N=torch.zeros(tokens, dtype=torch.int64), weights=LossWeights(ones, ones, 1.0, 1.0),
+        )  # fmt: skip
+        torch.stack([total for total in result if total is not None]).sum().backward()
+    teacher_shape = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    student_shape = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    expected = head_loss_flops(student_shape, teacher_shape if divergence else None, trains_head=trains_head)
+    assert counter.get_total_flops() == tokens * expected
+
+
 @pytest.mark.parametrize(
     ("config", "tap", "head"),
     [
         (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=0), 0, 0),
         (FddConfig(alpha=0, delta="centred", kd_weight=0, teacher_load="x"), 0, 0),
-        (FddConfig(beta=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 4 * 5, 0),
+        (FddConfig(beta=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
         (FddConfig(alpha=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
         (FddConfig(lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
-        (FddConfig(alpha=0, beta=0, teacher_load="x"), 0, 4 * (7 + 5) + 4 * 5),
-        (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1), 0, 4 * 5 + 4 * 5),
+        (FddConfig(alpha=0, beta=0, teacher_load="x"), 0, 2 * (7 + 5) + 4 * 5),
+        (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1), 0, 2 * 5 + 4 * 5),
     ],
 )
 def test_only_wanted_terms_cost(config: FddConfig, tap: int, head: int) -> None:

@@ -190,8 +190,10 @@ def test_what_is_sent_once_a_step() -> None:
         assert not collectives(stage, "step")
 
 
-def linear_kl_collectives(case: Case, calls: int, *, labels: bool = False) -> Counter[tuple[str, str, int]]:
-    """As the docstring of `linear_kl` says for fkl, forward and backward, on two tensor ranks."""
+def head_collectives(
+    case: Case, calls: int, *, labels: bool = False, per_token: int
+) -> Counter[tuple[str, str, int]]:
+    """As the docstrings of `linear_kl` (3 numbers per token) and `head_loss` (2) say for fkl, on two tensor ranks."""
     ranks, numbers, width = 2, 6 if labels else 5, 2 if case.bf16 else 4
     found: Counter[tuple[str, str, int]] = Counter()
     found["all_gather_into_tensor", "tensor", ranks * numbers * N * 4] += calls
@@ -199,9 +201,18 @@ def linear_kl_collectives(case: Case, calls: int, *, labels: bool = False) -> Co
         found["all_reduce", "tensor", N * S * width] += calls
         return found
     labels_bytes = [N * 8] if labels else []
-    for gathered in (N * T * width, N * S * width, N * 3 * 4, *labels_bytes):
+    for gathered in (N * T * width, N * S * width, N * per_token * 4, *labels_bytes):
         found["all_gather_into_tensor", "tensor", gathered] += calls
     found["reduce_scatter_tensor", "tensor", N // ranks * S * width] += calls
+    return found
+
+
+def delta_collectives(case: Case, calls: int) -> Counter[tuple[str, str, int]]:
+    """As the docstring of `delta_cosine` says for log-probabilities, forward and backward."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    if not case.sequence_parallel:
+        found["all_gather_into_tensor", "tensor", N * 4] += calls
+        found["all_gather_into_tensor", "tensor", N * (S + 1) * 4] += calls
     return found
 
 
@@ -222,24 +233,28 @@ GRAMS = T * T + T * S + S * S + T + S + 1
 def test_collectives_of_the_tensor_group(
     terms: Terms, taps: tuple[int, int], deltas: tuple[bool, bool], sequence_parallel: bool, bf16: bool
 ) -> None:
-    """`linear_kl` once per tap and micro-batch, the Gram matrices once a step, none on a stage without a tap."""
+    """One pass per tap and micro-batch, the delta too, the Gram matrices once a step; without a tap none."""
     case = Case(tp=2, pp=2, sequence_parallel=sequence_parallel, terms=terms, bf16=bf16)
     for rank, messages in enumerate(watched(case)):
         stage = rank // case.tp
-        wanted = linear_kl_collectives(case, taps[stage] * M)
+        wanted = head_collectives(case, taps[stage] * M, per_token=3 if terms.beta else 2)
         if deltas[stage]:
             wanted["all_reduce", "tensor", GRAMS * 4] += 1
+            wanted += delta_collectives(case, M)
         if stage == 1 and terms.kd > 0:
-            wanted += linear_kl_collectives(case, M, labels=True)
+            wanted += head_collectives(case, M, labels=True, per_token=2)
         assert collectives(messages, "student") == +wanted
         assert not collectives(messages, "step")
 
 
 def count_sweeps(case: Case) -> int:
     """Body on every rank: how often the vocabulary is swept in a step."""
-    with patch.object(losses, "linear_kl", wraps=losses.linear_kl) as swept:
+    with (
+        patch.object(losses, "linear_kl", wraps=losses.linear_kl) as taps,
+        patch.object(losses, "head_loss", wraps=losses.head_loss) as final,
+    ):
         run_step(case)
-    return swept.call_count
+    return taps.call_count + final.call_count
 
 
 def test_no_projection_is_done_twice() -> None:

@@ -17,8 +17,8 @@ from megatron_fdd.layer_plan import LayerPair
 from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.losses import TokenWeights
+from megatron_fdd.ops import head_gradient
 from megatron_fdd.ops.exact_cast import to_rows
-from megatron_fdd.ops.head_gradient import HeadGradient
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.student import ChunkStep
@@ -106,10 +106,14 @@ def reduce_nothing(self: VocabShard, tensor: Tensor) -> Pending:
     return Pending(self.own_tokens(tensor))
 
 
-def also_for_autograd(self: HeadGradient) -> Tensor:
-    gradient = real_finish(self)
-    self._head_WS.grad_added_to_main_grad = False
-    return gradient.copy_(self.sum_WS)
+def also_for_autograd(head_WS: Tensor) -> Tensor:
+    return head_WS.main_grad.to(head_WS.dtype)
+
+
+def join_nothing(self: VocabShard, share: Tensor, num_tokens: int) -> Tensor:
+    return share.new_zeros(num_tokens, *share.shape[1:]).index_add_(
+        0, torch.arange(num_tokens)[: len(share)] + self.rank * len(share), share
+    )
 
 
 def batch_major_rows(self: ChunkStep, value_BS: Tensor) -> Tensor:
@@ -142,16 +146,16 @@ def send_other_head(self: LensCopies, lens: Lens | None, empty: Any) -> Lens | N
 
 
 real_token_weights, real_refresh = ChunkStep.token_weights, LensCopies.refresh
-real_finish = HeadGradient.finish
 
 # What to break, by the name of what it breaks.
 MUTATIONS = {
     "statistics are not gathered": (VocabShard, "start_stack", stack_nothing),
     "hidden gradient is not reduced": (VocabShard, "start_reduce", reduce_nothing),
+    "shares of tokens are not joined": (VocabShard, "join_shares", join_nothing),
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
     "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),
-    "head gradient is autograd's too": (HeadGradient, "finish", also_for_autograd),
+    "head gradient is autograd's too": (head_gradient, "_dummy", also_for_autograd),
     "padded rows counted": (distill, "vocab_shard", count_padding),
 }
 

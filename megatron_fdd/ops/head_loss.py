@@ -65,7 +65,7 @@ def head_loss(
 
     Gradient flows to the student's hidden states and, where it requires one, head; never to the teacher. It is
     right for a loss as `weights` says, and for no other combination of the two sums. Memory beside inputs and
-    outputs: three buffers of `kernels.held_logits` float32 numbers, whatever the vocabulary, and kept for the
+    outputs: three buffers of `kernels.held_logits` numbers, whatever the vocabulary, and kept for the
     backward pass [N, S] and, for a trained head, [W, S]. Not differentiable twice.
 
     Args:
@@ -93,7 +93,9 @@ def head_loss(
         kernels=kernels,
         body_gradient=False,
         head_gradient=has_gradient,
-        holds_logits=chosen == "torch" and has_gradient,
+        held_rows=kernels.held_rows(student[0], shard.num_valid)
+        if chosen == "torch" and has_gradient
+        else None,
     )
     if chosen == "reference":
         outputs = LinearKL(*reference_linear_kl(plan, teacher, student, labels_N))

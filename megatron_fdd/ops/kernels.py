@@ -21,7 +21,8 @@ class Kernels:
         tile_size: columns of the vocabulary that exist at a time.
         chunk_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A chunk's
             collectives run during the products of its neighbours.
-        held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`).
+        held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`); None
+            for what keeps the products busy: 2^26 on a GPU (256 MiB), else 2^23.
         skip_below: gradient products leave out tiles in which no probability reaches this (0: none). An
             approximation: the loss stays exact, and of each token's probabilities those left out are smaller.
     """
@@ -29,7 +30,7 @@ class Kernels:
     kind: KernelKind = "auto"
     tile_size: int = 2048
     chunk_rows: int = 8192
-    held_logits: int = 2**23
+    held_logits: int | None = None
     skip_below: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,6 +46,11 @@ class Kernels:
         if self.kind == "auto":
             return "triton" if like.is_cuda and like.dtype != torch.float64 else "torch"
         return self.kind
+
+    def held_rows(self, like: Tensor, num_columns: int) -> int:
+        """Tokens whose logits are held at a time."""
+        held = self.held_logits or (2**26 if like.is_cuda else 2**23)
+        return max(1, held // max(1, num_columns))
 
 
 DEFAULT_KERNELS = Kernels()

@@ -25,9 +25,8 @@ class Plan:
     kernels: Kernels
     body_gradient: bool  # the head is constant: the hidden states' gradient comes from sums of forward sweeps
     head_gradient: bool  # the head is trained: one more sweep, after the normalisers, gives both gradients
-    holds_logits: bool = (
-        False  # a chunk's logits stay for that sweep; then a chunk is few tokens, all vocabulary
-    )
+    # Where set, a chunk's logits stay for that sweep: at most so many tokens, the whole vocabulary.
+    held_rows: int | None = None
 
     @property
     def temperature(self) -> float:
@@ -57,8 +56,8 @@ class Plan:
     def pieces(self, num_tokens: int) -> list[slice]:
         """This rank's tokens in equal chunks, of at most `chunk_rows` with the other ranks'; at least one."""
         limit = self.kernels.chunk_rows
-        if self.holds_logits:
-            limit = min(limit, max(1, self.kernels.held_logits // max(1, self.shard.num_valid)))
+        if self.held_rows is not None:
+            limit = min(limit, self.held_rows)
         ranks = self.shard.num_ranks if self.shard.splits_tokens else 1
         count = max(1, -(-num_tokens * ranks // limit))
         size = max(1, -(-num_tokens // count))

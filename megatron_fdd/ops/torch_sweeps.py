@@ -24,7 +24,7 @@ WORTH_SKIPPING = 0.9
 class TorchSweeps:
     """The sweeps of one chunk of tokens (`ops.sweeps.Sweeps`).
 
-    Holds three [R, tile] buffers. With `plan.holds_logits` the tile is the whole vocabulary and its logits stay:
+    Holds three [R, tile] buffers. With `plan.held_rows` the tile is the whole vocabulary and its logits stay:
     later sweeps cost no product of their own.
     """
 
@@ -34,7 +34,7 @@ class TorchSweeps:
             teacher,
             student,
             num_valid=plan.shard.num_valid,
-            tile_size=plan.shard.num_valid if plan.holds_logits else plan.kernels.tile_size,
+            tile_size=plan.kernels.tile_size if plan.held_rows is None else plan.shard.num_valid,
             temperature=plan.temperature,
         )
         self._held: list[Tile] | None = None
@@ -59,7 +59,7 @@ class TorchSweeps:
         teacher_lse_R, student_lse_R = lse_M[:count, None], lse_M[count:, None]
         for tile in self._sweep():
             assert tile.teacher_RC is not None
-            for rows in row_blocks(count):
+            for rows in row_blocks(tile.student_RC):
                 student_log = tile.student_RC[rows] - student_lse_R[rows]
                 teacher_log = torch.sub(tile.teacher_RC[rows], teacher_lse_R[rows], out=tile.scratch_RC[rows])
                 value, score = divergence.summands(teacher_log, student_log)
@@ -83,7 +83,7 @@ class TorchSweeps:
         tiles, plan = self._tiles, self._plan
         gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
         for tile in self._sweep():
-            for rows in row_blocks(tiles.num_tokens):
+            for rows in row_blocks(tile.student_RC):
                 tile.student_RC[rows] = _logit_gradient(plan, tile, rows, upstream, normalisers)
             if labels_R is not None:
                 _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
@@ -97,7 +97,7 @@ class TorchSweeps:
         return gradient_RS
 
     def _sweep(self) -> Iterable[Tile]:
-        if not self._plan.holds_logits:
+        if self._plan.held_rows is None:
             return self._tiles
         if self._held is None:
             self._held = list(self._tiles)
@@ -107,7 +107,7 @@ class TorchSweeps:
 def _add_statistics(sums: SoftmaxSums, tile: Tile) -> None:
     """As `_add` without gradients, and leaves the logits as they are. Temporaries of a row block."""
     models = ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student))
-    for rows in row_blocks(len(tile.student_RC)):
+    for rows in row_blocks(tile.student_RC):
         for logits_RC, model in models[2 - sums.num_models :]:
             assert logits_RC is not None
             logits = logits_RC[rows]

@@ -71,6 +71,11 @@ class VocabShard:
         """Whether other ranks hold other tokens."""
         return self.sequence_parallel and self.num_ranks > 1
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether all ranks hold the same tokens, so that each can do a share of what all of them need."""
+        return self.num_ranks > 1 and not self.sequence_parallel
+
     def start_gather(self, tensor: Tensor) -> Pending:
         """All ranks' tokens, [N, ...] -> [R, ...]. Collectives: one all-gather under sequence parallelism."""
         return self.start_stack(tensor).map(_flatten) if self.splits_tokens else Pending(tensor)
@@ -78,6 +83,31 @@ class VocabShard:
     def own_tokens(self, tensor: Tensor) -> Tensor:
         """This rank's part of dim 0, [R, ...] -> [N, ...]. No collective."""
         return tensor.chunk(self.num_ranks)[self.rank] if self.splits_tokens and len(tensor) else tensor
+
+    def token_share(self, tensor: Tensor) -> Tensor:
+        """This rank's share of rows that all ranks hold, [N, ...] -> [at most ceil(N / ranks), ...]. No collective.
+
+        A copy, so that the share does not keep the rest alive; where no token is shared the tensor itself.
+        """
+        if not self.shares_tokens:
+            return tensor
+        size = self._share_size(len(tensor))
+        return tensor[self.rank * size : (self.rank + 1) * size].clone()
+
+    def join_shares(self, share: Tensor, num_tokens: int) -> Tensor:
+        """All ranks' shares, [n, ...] -> [N, ...]; where no token is shared the tensor itself.
+
+        Collectives: one all-gather of [ceil(N / ranks), ...] where all ranks hold the same tokens, else none.
+        """
+        if not self.shares_tokens:
+            return share
+        # The last ranks' shares may be smaller, or empty; an all-gather wants equal ones.
+        padded = share.new_zeros((self._share_size(num_tokens), *share.shape[1:]))
+        padded[: len(share)] = share
+        return self.start_stack(padded).wait().flatten(0, 1)[:num_tokens]
+
+    def _share_size(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.num_ranks)
 
     def start_reduce(self, tensor: Tensor) -> Pending:
         """Sum over ranks of [R, ...], of which each rank keeps its own tokens, [N, ...]; may overwrite `tensor`.

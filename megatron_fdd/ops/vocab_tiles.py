@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elementwise formulas with temporaries run on this fraction of a tile's rows: small memory, and in cache.
+# Elementwise formulas with temporaries run on this fraction of a tile's rows, and on at most so many numbers (1 MiB):
+# small memory, and in cache.
 ROW_BLOCKS = 8
+BLOCK_SIZE = 2**18
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -56,9 +58,10 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(product(left, right, total.dtype))
 
 
-def row_blocks(num_rows: int) -> Iterator[slice]:
-    """The rows 0..num_rows in at most ROW_BLOCKS pieces."""
-    size = max(1, -(-num_rows // ROW_BLOCKS))
+def row_blocks(tile_RC: Tensor) -> Iterator[slice]:
+    """A tile's rows in pieces."""
+    num_rows, width = tile_RC.shape
+    size = max(1, min(-(-num_rows // ROW_BLOCKS), BLOCK_SIZE // width))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
 from megatron_fdd.ops.linear_kl import VocabShard
-from tests.ops.linear_kl_case import Case, RankPart, error, gradients, make_case
-from tests.ops.test_linear_kl_ranks import expect
-from tests.ranks import distributed
+from tests.ops.linear_kl_case import Case, error, gradients, make_case
 
 
 def reference_cosine(teachers: list[Tensor], students: list[Tensor], *, centred: bool) -> Tensor:
@@ -41,7 +39,13 @@ class Layers:
         logits = [[self.logits(model, layer) for layer in (self.earlier, self.later)] for model in models]
         return reference_cosine(*logits, centred=centred)
 
-    def cosine(self, grams: HeadGrams, tokens: slice = slice(None)) -> Tensor:
+    @property
+    def whole(self) -> VocabShard:
+        return VocabShard(0, self.earlier.vocab_size, None)
+
+    def cosine(
+        self, grams: HeadGrams, tokens: slice = slice(None), shard: VocabShard | None = None
+    ) -> Tensor:
         """The operation, its log-sum-exps taken from whole logits."""
         deltas, lse_deltas = [], []
         for model in ("teacher", "student"):
@@ -50,7 +54,7 @@ class Layers:
             deltas.append(delta[tokens])
             lse_deltas.append((later.logsumexp(-1) - earlier.logsumexp(-1)).to(delta.dtype)[tokens])
         lse = [None, None] if grams.centred else lse_deltas
-        return delta_cosine(*deltas, *lse, grams)
+        return delta_cosine(*deltas, *lse, grams, shard=shard or self.whole)
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:
@@ -68,8 +72,9 @@ def leaves(layers: Layers) -> tuple[Tensor, Tensor, Tensor]:
 
 def whole_grams(layers: Layers, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
     case = layers.earlier
-    shard = VocabShard(0, case.vocab_size, None)
-    return head_grams(case.teacher_head, case.student_head, shard=shard, centred=centred, previous=previous)
+    return head_grams(
+        case.teacher_head, case.student_head, shard=layers.whole, centred=centred, previous=previous
+    )
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -99,7 +104,7 @@ def test_gradcheck(centred: bool) -> None:
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
         grams = head_grams(case.teacher_head, head, shard=shard, centred=centred)
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
-        return delta_cosine(case.teacher, student, *lse_deltas, grams)
+        return delta_cosine(case.teacher, student, *lse_deltas, grams, shard=shard)
 
     inputs = [tensor.requires_grad_() for tensor in (case.student, lse[1], case.student_head)]
     assert torch.autograd.gradcheck(cosine, inputs)
@@ -160,7 +165,7 @@ def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred
     student.requires_grad_()
     student_lse.requires_grad_(not centred)
     lse_deltas = (None, None) if centred else (teacher_lse, student_lse)
-    cosine = delta_cosine(teacher, student, *lse_deltas, grams)
+    cosine = delta_cosine(teacher, student, *lse_deltas, grams, shard=layers.whole)
     assert cosine[1] == 1
     assert (cosine[[0, 2, 3]] < 0.99).all()
     reached = gradients(cosine.sum(), student, *([] if centred else [student_lse]))
@@ -179,7 +184,7 @@ def test_constant_shift_is_no_difference_in_log_probabilities() -> None:
     grams = whole_grams(layers, centred=False)
     shift = torch.arange(1.0, 9.0) * 0.37
     student = torch.zeros(8, 7).index_copy_(1, torch.tensor([0]), shift[:, None]).requires_grad_()
-    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams)
+    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams, shard=layers.whole)
     assert (cosine == 1).all()
     assert not gradients(cosine.sum(), student)[0].any()
 
@@ -202,56 +207,63 @@ def test_teacher_part_is_taken_over(centred: bool) -> None:
     assert torch.equal(layers.cosine(second), layers.cosine(fresh))
 
 
+class Products(TorchDispatchMode):
+    """Shapes of every matrix product's operands, and the precisions that were allowed to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.precisions: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        if name in ("mm", "addmm", "mv", "bmm"):
+            self.precisions.add(torch.get_float32_matmul_precision())
+        if name in ("mm", "addmm", "bmm"):
+            self.shapes.append(tuple(tuple(operand.shape) for operand in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def unit_lse_cosine(layers: Layers, grams: HeadGrams) -> Tensor:
+    """Of the later states as differences; no logits are made for their log-sum-exps."""
+    lse = [None, None] if grams.centred else [torch.ones(5), torch.ones(5)]
+    return delta_cosine(layers.later.teacher, layers.later.student, *lse, grams, shard=layers.whole)
+
+
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize(("vocab_size", "padded"), [(23, 24), (5, 8)])
-@distributed(ranks=4)
-def test_ranks_agree_with_the_definition(
-    vocab_size: int, padded: int, sequence_parallel: bool, centred: bool
-) -> None:
-    """(5, 8): rows of 2, 2, 1, 0 valid."""
-    layers = make_layers(8, vocab_size, padded=padded, dtype=torch.float64)
-    case = layers.earlier
-    part = RankPart.of(case, sequence_parallel=sequence_parallel)
-    head = case.student_head.detach()[part.rows].clone().requires_grad_()
-    grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
-    assert grams.vocab_size == vocab_size
-    reference = layers.reference(centred=centred)
-    weights = torch.linspace(1, 2, 8, dtype=torch.float64)
-    expected = gradients((weights * reference).sum(), *leaves(layers))
-    # The log-sum-exps depend on the head too; here their share is part of the whole head's gradient.
-    whole_head = case.student_head
-    cosine = layers.cosine(grams, part.tokens)
-    assert error(cosine, reference[part.tokens]) < 1e-12
-    earlier, later, through_lse, through_grams = torch.autograd.grad(
-        (weights[part.tokens] * cosine).sum(),
-        (case.student, layers.later.student, whole_head, head),
-        allow_unused=True,
-    )
-    assert error(earlier[part.tokens], expected[0][part.tokens]) < 1e-12
-    assert error(later[part.tokens], expected[1][part.tokens]) < 1e-12
-    through_lse = torch.zeros_like(whole_head) if through_lse is None else through_lse
-    if sequence_parallel:
-        dist.all_reduce(through_lse)
-    assert error(through_grams + through_lse[part.rows], expected[2][part.rows]) < 1e-11
+@pytest.mark.parametrize("live", [False, True])
+def test_nothing_is_multiplied_twice(live: bool, centred: bool) -> None:
+    """The three quadratic forms; backward for a trained head the gradients of two Grams, then of the head."""
+    layers = make_layers(5, 30, padded=32, dtype=torch.float32)
+    layers.earlier.student_head.requires_grad_(live)
+    with Products() as products:
+        grams = whole_grams(layers, centred=centred)
+    assert products.shapes == [((12, 30), (30, 7)), ((7, 30), (30, 7)), ((12, 30), (30, 12))]
+    with Products() as products:
+        cosine = unit_lse_cosine(layers, grams).sum()
+    assert products.shapes == [((5, 12), (12, 7)), ((5, 7), (7, 7)), ((5, 12), (12, 12))]
+    with Products() as products:
+        cosine.backward()
+    trained = [((12, 5), (5, 7)), ((7, 5), (5, 7)), ((30, 12), (12, 7)), ((30, 7), (7, 7))]
+    assert products.shapes == (trained if live else [])
 
 
-@distributed(ranks=2)
-def test_collectives() -> None:
-    """T = 12, S = 7, float32."""
-    layers = make_layers(4, 30, padded=32, dtype=torch.float32)
-    case = layers.earlier
-    student = 12 * 7 + 7 * 7
-    for sequence_parallel in (False, True):
-        part = RankPart.of(case, sequence_parallel=sequence_parallel)
-        heads = case.teacher_head[part.rows], case.student_head.detach()[part.rows].requires_grad_()
-        with expect([("allreduce", 4 * (student + 7 + 12 * 12 + 12 + 1))]):
-            grams = head_grams(*heads, shard=part.shard, centred=False)
-        with expect([("allreduce", 4 * (student + 7))]):
-            head_grams(*heads, shard=part.shard, centred=False, previous=grams)
-        with expect([("allreduce", 4 * (7 + 12 + 1)), ("allreduce", 4 * (student + 12 * 12))]):
-            head_grams(*heads, shard=part.shard, centred=True)
-        with expect([]):
-            cosine = layers.cosine(grams, part.tokens)
-        with expect([("allreduce", 4 * (student + 7))] if sequence_parallel else []):
-            cosine.sum().backward()
+@pytest.mark.parametrize("centred", [False, True])
+def test_float32_is_not_rounded_where_the_user_lets_products_be(centred: bool) -> None:
+    """Bit for bit: a CPU with bf16 matrix units does round at "medium", as does a GPU to TF32."""
+    results = []
+    for precision in ("highest", "medium"):
+        layers = make_layers(5, 30, padded=32, dtype=torch.float32)
+        try:
+            torch.set_float32_matmul_precision(precision)
+            with Products() as products:
+                cosine = unit_lse_cosine(layers, whole_grams(layers, centred=centred))
+                reached = gradients(cosine.sum(), layers.later.student, layers.earlier.student_head)
+            assert torch.get_float32_matmul_precision() == precision
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert products.precisions == {"highest"}
+        assert len(products.shapes) == 10
+        results.append((cosine, *reached))
+    for exact, ours in zip(*results, strict=True):
+        assert torch.equal(exact, ours)

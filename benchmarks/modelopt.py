@@ -1,0 +1,277 @@
+"""NVIDIA ModelOpt's logit losses for Megatron beside ours on the same tensors: time, memory, and the gradient.
+
+    python -m benchmarks.modelopt
+
+ModelOpt is not a dependency: `pip install nvidia-modelopt` (0.47 needs neither TransformerEngine nor apex). Its
+losses take logits, so the two head products and their backward passes are counted on its side too, as Megatron would
+have to do them; ours is `linear_kl` with a trained head. Time and memory (gradients included) are of one rank without
+tensor parallelism. Gradients are compared with float64 at one rank and at two, where each rank has half of both heads:
+Megatron's own column-parallel input (its backward all-reduces), and the loss reduced as Megatron-LM's loss function
+does (a plain all-reduce of the value, which no gradient passes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks import measure
+from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+
+FULL, TOP_K, OURS, FLOOR = "ModelOpt, all logits", "ModelOpt, top k", "ours", "bare matrix products"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """N tokens, V vocabulary, T and S width of teacher and student; k of the teacher's largest logits."""
+
+    tokens: int
+    vocab: int
+    teacher: int
+    student: int
+    top_k: int
+
+
+# Large enough for float32 to round as it would in a run, small enough for float64.
+GRADIENT_SIZE = Size(tokens=64, vocab=1024, teacher=96, student=64, top_k=64)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Hidden states and (a rank's part of) the heads. The student's require gradient."""
+
+    teacher_NT: Tensor
+    teacher_head_WT: Tensor
+    student_NS: Tensor
+    student_head_WS: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GradientError:
+    """Of one loss at one number of ranks, against float64.
+
+    Attributes:
+        loss: relative.
+        hidden, head: of the gradients, relative to their norm; the worst rank's.
+        scale: hidden gradient's component along the right one, in units of it.
+    """
+
+    loss: float
+    hidden: float
+    head: float
+    scale: float
+
+
+def make_tensors(size: Size, rank: int = 0, num_ranks: int = 1, device: str = "cpu") -> Tensors:
+    """The same on every rank, but each with its rows of the heads."""
+    generator = torch.Generator().manual_seed(0)
+    widths = (size.teacher, size.student)
+    shapes = [(rows, width) for width in widths for rows in (size.tokens, size.vocab)]
+    teacher_NT, teacher_head, student_NS, student_head = (
+        torch.randn(shape, generator=generator).to(device) for shape in shapes
+    )
+    # Logits of size 2: neither a uniform nor a one-hot distribution.
+    teacher_head, student_head = teacher_head * 2 / size.teacher**0.5, student_head * 2 / size.student**0.5
+    parts = [head.chunk(num_ranks)[rank].contiguous() for head in (teacher_head, student_head)]
+    return Tensors(teacher_NT, parts[0], student_NS.requires_grad_(), parts[1].requires_grad_())
+
+
+def modelopt_loss(tensors: Tensors, top_k: int | None, num_ranks: int) -> tuple[Tensor, bool]:
+    """This rank's loss, summed over tokens, and whether the ranks' values are to be added.
+
+    Collectives: with several ranks those of Megatron's column-parallel input and of ModelOpt.
+    """
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+    from megatron.core.transformer import TransformerConfig
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss, TopKLogitsKLLoss
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=num_ranks, tensor_model_parallel_size=num_ranks
+    )
+    criterion = LogitsKLLoss(config) if top_k is None else TopKLogitsKLLoss(config, top_k=top_k)
+    student_NS = tensors.student_NS
+    if num_ranks > 1:
+        student_NS = copy_to_tensor_model_parallel_region(student_NS)
+    with torch.no_grad():
+        teacher_NW = tensors.teacher_NT @ tensors.teacher_head_WT.T
+    student_NW = student_NS @ tensors.student_head_WS.T
+    loss_1N, adds_ranks, _ = criterion(student_NW[:, None], teacher_NW[:, None])
+    return loss_1N.sum(), adds_ranks and num_ranks > 1
+
+
+def our_loss(tensors: Tensors, shard: VocabShard) -> Tensor:
+    """The same sum on every rank. Collectives: those of `linear_kl`."""
+    result = linear_kl(
+        tensors.teacher_NT,
+        tensors.teacher_head_WT,
+        tensors.student_NS,
+        tensors.student_head_WS,
+        shard=shard,
+        divergence=Divergence("fkl"),
+        needs_lse=False,
+    )
+    assert result.divergence_N is not None
+    return result.divergence_N.sum()
+
+
+def make_step(name: str, size: Size, device: str) -> Callable[[], None]:
+    """Forward and backward of one of the rows, on tensors that exist already."""
+    tensors = make_tensors(size, device=device)
+
+    def step() -> None:
+        if name == OURS:
+            our_loss(tensors, VocabShard(0, size.vocab, None)).backward()
+        else:
+            modelopt_loss(tensors, size.top_k if name == TOP_K else None, 1)[0].backward()
+        # Now, so that gradients count as made in each call, not as there before it.
+        tensors.student_NS.grad = tensors.student_head_WS.grad = None
+
+    def products() -> None:
+        with torch.no_grad():
+            _ = tensors.teacher_NT @ tensors.teacher_head_WT.T
+            student_NV = tensors.student_NS @ tensors.student_head_WS.T
+            _ = student_NV @ tensors.student_head_WS, student_NV.T @ tensors.student_NS
+
+    return products if name == FLOOR else step
+
+
+def reference(size: Size, top_k: int | None) -> tuple[float, Tensor, Tensor]:
+    """Loss and its gradients to the student's hidden states and head, in float64."""
+    drawn = make_tensors(size)
+    teacher_NV = drawn.teacher_NT.double() @ drawn.teacher_head_WT.double().T
+    student_NS = drawn.student_NS.detach().double().requires_grad_()
+    head_VS = drawn.student_head_WS.detach().double().requires_grad_()
+    student_NV = student_NS @ head_VS.T
+    if top_k is not None:
+        teacher_NV, chosen = teacher_NV.topk(top_k)
+        student_NV = student_NV.gather(1, chosen)
+    teacher_log, student_log = teacher_NV.log_softmax(1), student_NV.log_softmax(1)
+    loss = (teacher_log.exp() * (teacher_log - student_log)).sum()
+    loss.backward()
+    assert student_NS.grad is not None
+    assert head_VS.grad is not None
+    return loss.item(), student_NS.grad, head_VS.grad
+
+
+def gradient_errors(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, GradientError]:
+    """One rank of several: every loss against the reference. Collectives: those of the losses."""
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_ranks)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=num_ranks)
+    group = parallel_state.get_tensor_model_parallel_group()
+    rows = GRADIENT_SIZE.vocab // num_ranks
+    shard = VocabShard(rank * rows, rows, group)
+    errors = {}
+    for name in (FULL, TOP_K, OURS):
+        top_k = GRADIENT_SIZE.top_k if name == TOP_K else None
+        tensors = make_tensors(GRADIENT_SIZE, rank, num_ranks)
+        adds_ranks = False
+        if name == OURS:
+            loss = our_loss(tensors, shard)
+        else:
+            loss, adds_ranks = modelopt_loss(tensors, top_k, num_ranks)
+        loss.backward()
+        value = loss.detach().clone()
+        if adds_ranks:
+            dist.all_reduce(value, group=group)
+        errors[name] = _compare(tensors, value, reference(GRADIENT_SIZE, top_k), shard.first)
+    dist.destroy_process_group()
+    return errors
+
+
+def _compare(
+    tensors: Tensors, loss: Tensor, expected: tuple[float, Tensor, Tensor], first_row: int
+) -> GradientError:
+    assert tensors.student_NS.grad is not None
+    assert tensors.student_head_WS.grad is not None
+    hidden, head = tensors.student_NS.grad.double(), tensors.student_head_WS.grad.double()
+    right_hidden = expected[1]
+    right_head = expected[2][first_row : first_row + len(head)]
+    return GradientError(
+        loss=abs(loss.item() / expected[0] - 1),
+        hidden=((hidden - right_hidden).norm() / right_hidden.norm()).item(),
+        head=((head - right_head).norm() / right_head.norm()).item(),
+        scale=((hidden * right_hidden).sum() / right_hidden.square().sum()).item(),
+    )
+
+
+def errors_at(num_ranks: int) -> dict[str, GradientError]:
+    """The worst rank's, each in a process of its own."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(num_ranks, multiprocessing.get_context("spawn")) as pool,
+    ):
+        ranks = [
+            pool.submit(gradient_errors, rank, num_ranks, Path(folder) / "store") for rank in range(num_ranks)
+        ]
+        results = [rank.result() for rank in ranks]
+    return {
+        name: max((result[name] for result in results), key=lambda error: max(error.hidden, error.head))
+        for name in results[0]
+    }
+
+
+def print_errors(num_ranks: int, errors: dict[str, GradientError]) -> None:
+    """One line a loss."""
+    print(f"\n{f'tensor parallel {num_ranks}':<36}{'loss':>9}{'d hidden':>10}{'times':>8}{'d head':>10}")
+    for name, error in errors.items():
+        print(f"{name:<36}{error.loss:>9.1e}{error.hidden:>10.1e}{error.scale:>8.4f}{error.head:>10.1e}")
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status: 0 also where ModelOpt is missing, 1 when a measurement is unsteady."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.modelopt",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    for name, default in (("tokens", 1024), ("vocab", 32000), ("teacher", 768), ("student", 384)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--top-k", type=int, default=1024)
+    args = parser.parse_args(argv)
+    if (
+        importlib.util.find_spec("modelopt") is None
+    ):  # not imported here: that may start CUDA, and runs are forked
+        print("ModelOpt is not installed: left out (pip install nvidia-modelopt)")
+        return 0
+    size = Size(args.tokens, args.vocab, args.teacher, args.student, args.top_k)
+    rows = {
+        name: measure.measure(partial(make_step, name, size, args.device), args.repeats, args.device)
+        for name in (FLOOR, OURS, FULL, TOP_K)
+    }
+    print(measure.table(rows, FLOOR))
+    errors = {num_ranks: errors_at(num_ranks) for num_ranks in (1, 2)}
+    print("\nrelative errors against float64; `times`: the hidden states' gradient over the right one")
+    for num_ranks, found in errors.items():
+        print_errors(num_ranks, found)
+    scales = {
+        f"TP {num_ranks}, {name}": [round(error.scale, 5), float(f"{error.hidden:.2g}")]
+        for num_ranks, found in errors.items()
+        for name, error in found.items()
+    }
+    measure.record("modelopt", vars(args), rows, hidden_gradient_times_and_error=scales)
+    # A ratio of unsteady times was not printed.
+    return 0 if all(row.is_steady for row in rows.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""How many flops of matrix products a training step needs: the arithmetic that a measured ratio is held against.
+
+Of each product the two or three that a step cannot do without: forward, and backward to input and weight. What an
+implementation adds to save memory is kept apart (`recomputed`). Cosines, softmaxes, norms and the optimizer have no
+matrix products and are not in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from megatron_fdd.balance import ModelShape, layer_flops, linear_kl_flops
+
+Objective = Literal["cross-entropy", "logit KD", "FDD"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A GPT and its depth."""
+
+    shape: ModelShape
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """Flops per token of a step, forward and backward.
+
+    Attributes:
+        teacher, student: all layers; the teacher forward only.
+        scores: scores and values of causal attention in both models.
+        final: z_S, and its gradients to features and head; with a teacher z_T too.
+        taps: z_T, z_S, p_T W_S and p_S W_S of each.
+        grams: of the heads, W_S' W_S and W_T' W_S: once per step, whatever its tokens. The teacher's own is made once
+            in a run and is not in it.
+        forms: the three quadratic forms of each delta, and the student's own backward.
+        recomputed: final logits once more in the backward pass, since none were kept.
+    """
+
+    teacher: float
+    student: float
+    scores: float
+    final: float
+    taps: float
+    grams: float
+    forms: float
+    recomputed: float
+
+    @property
+    def needed(self) -> float:
+        """All but what is computed twice."""
+        return self.done - self.recomputed
+
+    @property
+    def done(self) -> float:
+        """What our step does on any machine whose attention leaves out the masked half."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def step_flops(
+    student: Model, teacher: Model, objective: Objective, *, num_taps: int, step_tokens: int
+) -> StepFlops:
+    """Of the forward divergence, the log-probability delta and a constant lens head (the defaults).
+
+    Args:
+        num_taps: K, sampled layers of each model.
+        step_tokens: of all micro-batches of a step.
+    """
+    with_teacher, with_taps = objective != "cross-entropy", objective == "FDD"
+    size, wide = student.shape.hidden, teacher.shape.hidden
+    logits = 2 * size * student.shape.vocab
+    if with_teacher:
+        logits += 2 * wide * student.shape.vocab
+    final = linear_kl_flops(
+        student.shape,
+        teacher.shape if with_teacher else None,
+        "fkl" if with_teacher else None,
+        trains_head=True,
+    )
+    taps = grams = forms = 0.0
+    if with_taps:
+        taps = num_taps * linear_kl_flops(student.shape, teacher.shape, "fkl", trains_head=False)
+        grams = 2 * student.shape.vocab * size * (size + wide) / step_tokens
+        forms = (num_taps - 1) * 2 * (wide * wide + wide * size + 2 * size * size)
+    teacher_layers, teacher_scores = _body_flops(teacher) if with_teacher else (0, 0)
+    student_layers, student_scores = _body_flops(student)
+    return StepFlops(
+        teacher=teacher_layers,
+        student=3 * student_layers,
+        scores=teacher_scores + 3 * student_scores,
+        final=final - logits,
+        taps=taps,
+        grams=grams,
+        forms=forms,
+        recomputed=logits,
+    )
+
+
+def _body_flops(model: Model) -> tuple[int, int]:
+    """Forward, of all layers: their matrices, and attention's scores and values."""
+    matrices = layer_flops(replace(model.shape, seq_length=0))
+    return model.num_layers * matrices, model.num_layers * (layer_flops(model.shape) - matrices)

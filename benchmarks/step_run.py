@@ -1,0 +1,212 @@
+"""One training run of the real entry point with its steps measured. Each runs in a process of its own.
+
+Megatron's `train_step` is wrapped: micro-batches from the data loader, teacher, student, losses, backward pass,
+gradient clipping and optimizer are in it; the log is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+from benchmarks import measure
+from megatron_fdd import rehearsal
+
+WARM_UP_STEPS = 2
+# Two steps are not timed: one is watched for its memory, one for its flops.
+WATCHED_STEPS = 2
+# Products that torch's counter does not know.
+IN_PLACE = {torch.ops.aten.addmm_: lambda _total, left, right, **_options: mm_flop(left, right)}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to measure.
+
+    Attributes:
+        command: of `megatron_fdd.distill`, without a number of iterations.
+        is_stock: Megatron's own cross-entropy, through the model's own head, in place of our objective.
+        log: takes what the run prints.
+    """
+
+    command: tuple[str, ...]
+    is_stock: bool
+    repeats: int
+    device: str
+    log: Path
+
+
+@dataclass(slots=True)
+class Watched:
+    """What was seen of a run's steps.
+
+    Attributes:
+        seconds: of each timed step: process CPU time, on a GPU device time.
+        peak_mib: most memory during a step beyond what is there between steps.
+        whole_mib: that and all tensors that are there between steps (weights, gradients, optimizer).
+        flops: of matrix products in one step, counted as they ran; None on a GPU, whose kernels are not counted.
+        losses: the last step's terms; empty for stock Megatron.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    whole_mib: float = 0.0
+    flops: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+class StepWatch:
+    """Stands in for Megatron's `train_step`."""
+
+    def __init__(self, train_step: Callable[..., Any], repeats: int, device: str) -> None:
+        self.watched = Watched()
+        self._train_step = train_step
+        self._repeats = repeats
+        self._device = device
+        self._num_steps = 0
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        step = partial(self._train_step, *arguments, **keywords)
+        results: list[Any] = []
+        timed = self._num_steps - WARM_UP_STEPS
+        self._num_steps += 1
+        if timed < 0:
+            return step()
+        if timed < self._repeats:
+            clock = measure.device_seconds if self._device == "cuda" else measure.cpu_seconds
+            self.watched.seconds.append(clock(lambda: results.append(step())))
+        elif timed == self._repeats:
+            self._watch_memory(lambda: results.append(step()))
+        else:
+            self._count_flops(lambda: results.append(step()))
+        return results[0]
+
+    def _watch_memory(self, step: Callable[[], None]) -> None:
+        gc.collect()
+        held_mib = (torch.cuda.memory_allocated() if self._device == "cuda" else held_bytes()) / measure.MIB
+        self.watched.peak_mib = measure.peak_of(step, self._device)
+        self.watched.whole_mib = held_mib + self.watched.peak_mib
+
+    def _count_flops(self, step: Callable[[], None]) -> None:
+        if self._device == "cuda":
+            step()
+            return
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            step()
+        self.watched.flops = counter.get_total_flops()
+
+
+def held_bytes() -> int:
+    """Of all tensors in host memory; the interpreter and its modules, which a GPU does not hold, are not in it."""
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
+    storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def run_job(job: Job) -> Watched:
+    """Train as the job says.
+
+    Raises:
+        RuntimeError: the run failed; the message ends with what it printed last.
+    """
+    _be_one_rank()
+    metrics = job.log.with_suffix(".metrics.jsonl")
+    steps = WARM_UP_STEPS + job.repeats + WATCHED_STEPS
+    more = ("--train-iters", str(steps), "--lr-decay-iters", str(steps), "--fdd-metrics-file", str(metrics))
+    with job.log.open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if rehearsal.is_wanted():
+            rehearsal.start()
+        torch.set_num_threads(1)
+        import megatron.training.training as megatron_training
+
+        from megatron_fdd import distill
+
+        watch = StepWatch(megatron_training.train_step, job.repeats, job.device)
+        train = _train_stock if job.is_stock else distill.main
+        with (
+            patch.object(megatron_training, "train_step", watch),
+            patch.object(sys, "argv", ["distill", *job.command, *more]),
+        ):
+            status = train()
+    if status != 0:
+        raise RuntimeError(f"a run ended with {status}:\n" + job.log.read_text()[-2000:])
+    if not job.is_stock:
+        last = json.loads(metrics.read_text().splitlines()[-1])
+        watch.watched.losses = {
+            name: last[name] for name in ("ce", "kd", "trajectory", "delta") if last[name]
+        }
+    return watch.watched
+
+
+def _train_stock() -> int:
+    """The same run without anything of ours but the data and, on a CPU, the rehearsal."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_fdd.arguments import model_config
+    from megatron_fdd.data.provider import train_valid_test_provider
+    from megatron_fdd.run import prepare_run
+    from megatron_fdd.wheel import use_built_helpers
+
+    if rehearsal.is_wanted():
+        sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
+    args = prepare_run().args
+    use_built_helpers()
+    container = pretrain_cfg_container_from_args(args, model_config(args))
+    pretrain(container, train_valid_test_provider, ModelType.encoder_or_decoder, _stock_step)
+    return 0
+
+
+def _stock_step(
+    data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """Megatron's `forward_step_func` of a language model."""
+    from megatron_fdd.data.batch import get_batch
+
+    batch = get_batch(data_iterator, torch.cuda.current_device())
+    output = model(batch.tokens_BS, batch.position_ids_BS, batch.attention_mask, labels=batch.labels_BS)
+
+    def loss(loss_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, count = (loss_BS * batch.loss_mask_BS).sum(), batch.loss_mask_BS.sum().int()
+        return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+    return output, loss
+
+
+def make_checkpoint(folder: Path, architecture: Mapping[str, Any], log: Path) -> None:
+    """A GPT with random weights as a Megatron checkpoint, in float32."""
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        from megatron_fdd.convert.mcore_checkpoint import save_model
+        from megatron_fdd.convert.mcore_model import build_model, complete_args, conversion_ranks
+
+        with conversion_ranks() as groups:
+            args = complete_args(architecture, dtype=torch.float32, vocabulary_divisor=128, tensor_size=1)
+            model = build_model(args, groups)
+            torch.manual_seed(0)
+            for name, parameter in model.named_parameters():
+                with torch.no_grad():
+                    parameter.normal_(std=0.02)
+                    if name.endswith("norm.weight"):
+                        parameter.add_(1.0)
+            folder.mkdir()
+            save_model(folder, model, args, groups)
+
+
+def _be_one_rank() -> None:
+    """As torchrun would say it; port 0 lets the store choose."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

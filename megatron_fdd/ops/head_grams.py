@@ -1,0 +1,182 @@
+"""Gram matrices of two vocabulary-parallel heads: all that the delta needs to know of the vocabulary.
+
+Shapes: T / S hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
+
+Precision (pitfalls.md, B1): products read the weights' dtype (centred: float32), sums are float32, without TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_fdd.ops.full_precision import full_precision
+from megatron_fdd.ops.head_gradient import collected
+from megatron_fdd.ops.vocab_shard import VocabShard
+from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype, statistics_dtype
+
+ROWS_PER_TILE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class HeadGrams:
+    """Gram matrices and column sums over the whole vocabulary, padding left out; float32, equal on all ranks.
+
+    `centred`: column means are removed from the matrices. `vocab_size` is a 0-dim tensor (no host sync).
+    """
+
+    teacher_teacher_TT: Tensor
+    teacher_student_TS: Tensor
+    student_student_SS: Tensor
+    teacher_sum_T: Tensor
+    student_sum_S: Tensor
+    vocab_size: Tensor
+    centred: bool
+
+
+def head_grams(
+    teacher_head_WT: Tensor,
+    student_head_WS: Tensor,
+    *,
+    shard: VocabShard,
+    centred: bool,
+    previous: HeadGrams | None = None,
+) -> HeadGrams:
+    """Gram matrices of both heads; differentiable in the student's head where that requires a gradient.
+
+    Every rank uses them for tokens of its own (see `delta_cosine`), so the gradients of a Gram are summed.
+
+    Args:
+        previous: an earlier result for the same teacher head: its teacher part is taken over, not computed.
+
+    Collectives over `shard.group` (one rank: none). Forward: one all-reduce of the matrices, packed with the
+        sums and the vocabulary's size; centred: of those two before, by itself. Backward, for a student's head
+        that requires a gradient: one all-reduce of [T S + S S + S] numbers. All float32.
+    """
+    assert previous is None or previous.centred == centred, "the earlier Grams are of the other form"
+    teacher_student_TS, student_student_SS, student_sum_S, *teacher = _HeadGrams.apply(
+        collected(student_head_WS), teacher_head_WT.detach(), shard, centred, previous
+    )
+    if previous is not None:
+        teacher = [previous.teacher_teacher_TT, previous.teacher_sum_T, previous.vocab_size]
+    return HeadGrams(
+        teacher_teacher_TT=teacher[0],
+        teacher_student_TS=teacher_student_TS,
+        student_student_SS=student_student_SS,
+        teacher_sum_T=teacher[1],
+        student_sum_S=student_sum_S,
+        vocab_size=teacher[2],
+        centred=centred,
+    )
+
+
+class _HeadGrams(torch.autograd.Function):
+    """Gradient for the first input. Outputs: G_TS, G_SS, u_S and, without `previous`, G_TT, u_T, V."""
+
+    @staticmethod
+    @full_precision()
+    def forward(
+        ctx: Any,
+        student_head_WS: Tensor,
+        teacher_head_WT: Tensor,
+        shard: VocabShard,
+        centred: bool,
+        previous: HeadGrams | None,
+    ) -> tuple[Tensor, ...]:
+        dtype = statistics_dtype(student_head_WS)
+        sums = [_column_sum(student_head_WS, shard, dtype)]
+        if previous is None:
+            sums += [_column_sum(teacher_head_WT, shard, dtype), sums[0].new_tensor(shard.num_valid)]
+        means = None
+        if centred:
+            sums = _all_reduce_packed(sums, shard)
+            known = [previous.teacher_sum_T, previous.vocab_size] if previous is not None else []
+            student_sum_S, teacher_sum_T, size = sums + known
+            means = (teacher_sum_T / size, student_sum_S / size)
+        rows = _HeadRows(teacher_head_WT, student_head_WS, shard.num_valid, means)
+        matrices = rows.products(with_teacher=previous is None)
+        if centred:
+            matrices = _all_reduce_packed(matrices, shard)
+        else:
+            reduced = _all_reduce_packed(sums + matrices, shard)
+            sums, matrices = reduced[: len(sums)], reduced[len(sums) :]
+        ctx.shard, ctx.dtype = shard, dtype
+        ctx.save_for_backward(teacher_head_WT, student_head_WS, *(means or ()))
+        ctx.mark_non_differentiable(*matrices[2:], *sums[1:])
+        return (*matrices[:2], sums[0], *matrices[2:], *sums[1:])
+
+    @staticmethod
+    @once_differentiable
+    @full_precision()
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        teacher_head_WT, student_head_WS, *means = ctx.saved_tensors
+        shard: VocabShard = ctx.shard
+        # Sums over this rank's tokens: of each token one rank alone knows.
+        teacher_student_TS, student_student_SS, student_sum_S = _all_reduce_packed(list(upstream[:3]), shard)
+        both_SS = student_student_SS + student_student_SS.T
+        gradient_WS = torch.zeros_like(student_head_WS)
+        rows = _HeadRows(teacher_head_WT, student_head_WS, shard.num_valid, tuple(means) or None)
+        for columns, teacher_CT, student_CS in rows.tiles():
+            gradient_CS = teacher_CT.to(ctx.dtype) @ teacher_student_TS
+            gradient_CS.addmm_(student_CS.to(ctx.dtype), both_SS).add_(student_sum_S)
+            gradient_WS[columns] = gradient_CS
+        return gradient_WS, None, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadRows:
+    """Both heads' rows that are vocabulary, tile by tile; without their column means where those are given."""
+
+    teacher_head_WT: Tensor
+    student_head_WS: Tensor
+    num_valid: int
+    means: tuple[Tensor, ...] | None
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, teacher's [C, T], student's [C, S]), in the dtype that both are multiplied in."""
+        heads = (self.teacher_head_WT, self.student_head_WS)
+        dtype = torch.promote_types(product_dtype(heads[0]), product_dtype(heads[1]))
+        for start in range(0, self.num_valid, ROWS_PER_TILE):
+            rows = slice(start, min(start + ROWS_PER_TILE, self.num_valid))
+            if self.means is None:
+                teacher_CT, student_CS = (head[rows].to(dtype) for head in heads)
+            else:
+                # Subtracted here and not from the Gram: G - u u'/V would lose what the means outweigh.
+                pairs = zip(heads, self.means, strict=True)
+                teacher_CT, student_CS = (head[rows].to(mean.dtype) - mean for head, mean in pairs)
+            yield rows, teacher_CT, student_CS
+
+    def products(self, *, with_teacher: bool) -> list[Tensor]:
+        """This rank's part of G_TS, G_SS and, if asked, G_TT."""
+        widths = self.teacher_head_WT.shape[1], self.student_head_WS.shape[1]
+        shapes = [widths, (widths[1], widths[1]), (widths[0], widths[0])]
+        dtype = statistics_dtype(self.student_head_WS)
+        totals = [self.student_head_WS.new_zeros(shape, dtype=dtype) for shape in shapes[: 2 + with_teacher]]
+        for _, teacher_CT, student_CS in self.tiles():
+            accumulate(totals[0], teacher_CT.T, student_CS)
+            accumulate(totals[1], student_CS.T, student_CS)
+            if with_teacher:
+                accumulate(totals[2], teacher_CT.T, teacher_CT)
+        return totals
+
+
+def _column_sum(head: Tensor, shard: VocabShard, dtype: torch.dtype) -> Tensor:
+    """Sum of the rows that are vocabulary; tile by tile, so that a bf16 head is never widened as a whole."""
+    total = head.new_zeros(head.shape[1], dtype=dtype)
+    for tile in head[: shard.num_valid].split(ROWS_PER_TILE):
+        total += tile.sum(0, dtype=dtype)
+    return total
+
+
+def _all_reduce_packed(tensors: list[Tensor], shard: VocabShard) -> list[Tensor]:
+    """Sums over ranks. Collectives: one all-reduce of all tensors together."""
+    if shard.num_ranks == 1:
+        return tensors
+    packed = shard.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,0 +1,141 @@
+"""The delta over tensor-parallel ranks: the definition at any size, with the documented collectives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fdd.ops.delta import delta_cosine, head_grams
+from megatron_fdd.ops.linear_kl import VocabShard
+from tests.ops.linear_kl_case import RankPart, error, gradients, make_case
+from tests.ops.test_delta import leaves, make_layers
+from tests.ops.test_linear_kl_ranks import _Copied, expect
+from tests.ranks import distributed
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("vocab_size", "padded"), [(23, 24), (5, 8)])
+@distributed(ranks=4)
+def test_ranks_agree_with_the_definition(
+    vocab_size: int, padded: int, sequence_parallel: bool, centred: bool
+) -> None:
+    """(5, 8): rows of 2, 2, 1, 0 valid."""
+    layers = make_layers(8, vocab_size, padded=padded, dtype=torch.float64)
+    case = layers.earlier
+    part = RankPart.of(case, sequence_parallel=sequence_parallel)
+    head = case.student_head.detach()[part.rows].clone().requires_grad_()
+    grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+    assert grams.vocab_size == vocab_size
+    reference = layers.reference(centred=centred)
+    weights = torch.linspace(1, 2, 8, dtype=torch.float64)
+    expected = gradients((weights * reference).sum(), *leaves(layers))
+    # The log-sum-exps depend on the head too; here their share is part of the whole head's gradient.
+    whole_head = case.student_head
+    cosine = layers.cosine(grams, part.tokens, part.shard)
+    assert error(cosine, reference[part.tokens]) < 1e-12
+    earlier, later, through_lse, through_grams = torch.autograd.grad(
+        (weights[part.tokens] * cosine).sum(),
+        (case.student, layers.later.student, whole_head, head),
+        allow_unused=True,
+    )
+    assert error(earlier[part.tokens], expected[0][part.tokens]) < 1e-12
+    assert error(later[part.tokens], expected[1][part.tokens]) < 1e-12
+    through_lse = torch.zeros_like(whole_head) if through_lse is None else through_lse
+    if sequence_parallel:
+        dist.all_reduce(through_lse)
+    assert error(through_grams + through_lse[part.rows], expected[2][part.rows]) < 1e-11
+
+
+def assert_equals_one_rank(num_tokens: int, *, centred: bool) -> None:
+    """Token 1 has no difference, token 2 does not count: values and gradients of all tokens on every rank."""
+    results = []
+    for one_rank in (True, False):
+        case = make_case(num_tokens, 23, padded=24 if dist.get_world_size() == 2 else 27)
+        part = RankPart.of(case, sequence_parallel=False)
+        shard = VocabShard(0, 23, None) if one_rank else part.shard
+        rows = slice(None) if one_rank else part.rows
+        lse = [torch.linspace(-1, factor, num_tokens, dtype=torch.float64) for factor in (2, 3)]
+        for tensor in (case.student, *lse):
+            tensor[1:2] = 0
+        head = case.student_head[rows].clone()
+        student, student_lse = case.student, lse[1]
+        for leaf in (student, student_lse, head):
+            leaf.requires_grad_()
+        grams = head_grams(case.teacher_head[rows], head, shard=shard, centred=centred)
+        lse_deltas = (None, None) if centred else (lse[0], student_lse)
+        cosine = delta_cosine(case.teacher, student, *lse_deltas, grams, shard=shard)
+        weights = torch.linspace(1, 2, num_tokens)
+        weights[2:3] = 0
+        *body, head_gradient = gradients(
+            (weights * cosine).sum(), student, *([] if centred else [student_lse]), head
+        )
+        assert all(tensor.is_contiguous() for tensor in body[:1])
+        for tensor in body:
+            assert not tensor[1:3].any()
+        results.append((cosine, *body, head_gradient[part.rows] if one_rank else head_gradient))
+    for expected, ours in zip(*results, strict=True):
+        assert error(ours, expected) < 1e-13
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 7])
+@distributed(ranks=2)
+def test_two_ranks_share_tokens(num_tokens: int, centred: bool) -> None:
+    assert_equals_one_rank(num_tokens, centred=centred)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 7])
+@distributed(ranks=3)
+def test_three_ranks_share_tokens(num_tokens: int, centred: bool) -> None:
+    """4 tokens: shares of 2, 2, 0."""
+    assert_equals_one_rank(num_tokens, centred=centred)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@distributed(ranks=2)
+def test_gradcheck(centred: bool) -> None:
+    case = make_case(3, 5, padded=6)
+    part = RankPart.of(case, sequence_parallel=False)
+    lse = [torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) for _ in range(2)]
+
+    def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
+        head = _Copied.apply(head)[part.rows]
+        grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+        lse_deltas = (None, None) if centred else (lse[0], student_lse)
+        return delta_cosine(case.teacher, student, *lse_deltas, grams, shard=part.shard)
+
+    inputs = [tensor.requires_grad_() for tensor in (case.student, lse[1], case.student_head)]
+    assert torch.autograd.gradcheck(cosine, inputs)
+
+
+@distributed(ranks=2)
+def test_collectives() -> None:
+    """T = 12, S = 7, float32; 5 tokens (so 3 a rank), or 2 a rank under sequence parallelism."""
+    student = 12 * 7 + 7 * 7
+    for sequence_parallel, centred, live in [
+        (False, False, True),
+        (False, True, True),
+        (False, False, False),
+        (True, False, True),
+        (True, False, False),
+    ]:
+        layers = make_layers(4 if sequence_parallel else 5, 30, padded=32, dtype=torch.float32)
+        case = layers.earlier
+        part = RankPart.of(case, sequence_parallel=sequence_parallel)
+        heads = case.teacher_head[part.rows], case.student_head.detach()[part.rows].requires_grad_(live)
+        parts = [7 + 12 + 1, student + 12 * 12] if centred else [student + 7 + 12 * 12 + 12 + 1]
+        with expect([("allreduce", 4 * size) for size in parts]):
+            grams = head_grams(*heads, shard=part.shard, centred=centred)
+        parts = [7, student] if centred else [student + 7]
+        with expect([("allreduce", 4 * size) for size in parts]):
+            head_grams(*heads, shard=part.shard, centred=centred, previous=grams)
+        shared = not sequence_parallel
+        with expect([("allgather_base", 4 * 3)] * shared):
+            cosine = layers.cosine(grams, part.tokens, part.shard)
+        wanted = [("allgather_base", 4 * 3 * (7 if centred else 8))] * shared
+        with expect(wanted + [("allreduce", 4 * (student + 7))] * live):
+            cosine.sum().backward()

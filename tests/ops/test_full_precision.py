@@ -1,0 +1,70 @@
+"""The user's choice of precision: put aside, and back, in whichever of torch's two interfaces it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_fdd.ops.full_precision import full_precision
+
+CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+
+def set_new(backend: Any, precision: str) -> None:
+    backend.fp32_precision = precision
+
+
+CHOICES: dict[str, Callable[[], None]] = {
+    "nothing": lambda: None,
+    "allow_tf32": lambda: setattr(CUDA, "allow_tf32", True),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "cuda": lambda: set_new(CUDA, "tf32"),
+    "cpu": lambda: set_new(CPU, "bf16"),
+    "everything": lambda: set_new(torch.backends, "tf32"),
+}
+
+
+def state() -> list[str]:
+    """Both interfaces, as far as torch lets itself be asked."""
+    found = [CUDA.fp32_precision, CPU.fp32_precision]
+    for read in (torch.get_float32_matmul_precision, lambda: CUDA.allow_tf32):
+        try:
+            found.append(str(read()))
+        except RuntimeError:
+            found.append("contradiction")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    for backend in (CUDA, CPU):
+        backend.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_full_precision_inside_and_as_before_outside(choice: str) -> None:
+    untouched = state()
+    CHOICES[choice]()
+    chosen = state()
+    assert (chosen == untouched) == (choice == "nothing")
+    with full_precision():
+        assert state() == ["ieee", "ieee", "highest", "False"]
+        with full_precision():
+            pass
+        assert state() == ["ieee", "ieee", "highest", "False"]
+    assert state() == chosen
+
+
+def test_restored_after_an_error() -> None:
+    torch.set_float32_matmul_precision("medium")
+    chosen = state()
+    with pytest.raises(RuntimeError, match="shapes"), full_precision():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert state() == chosen

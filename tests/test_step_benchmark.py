@@ -1,0 +1,122 @@
+"""The benchmark of a whole step: its arithmetic against known ratios and counted products, and a tiny run of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from benchmarks import modelopt, step
+from benchmarks.step_flops import Model, StepFlops, step_flops
+from megatron_fdd.balance import ModelShape
+from tests.ranks import Layout, clean_megatron, run_on_ranks
+from tests.test_balance import (
+    GPT2,
+    GPT2_XL,
+    LLAMA2_13B,
+    LLAMA3_8B,
+    LLAMA3_70B,
+    QWEN3_2B,
+    QWEN3_32B,
+    SMOLLM2,
+    TINY_LLAMA,
+)
+
+
+def layers_and_heads(flops: StepFlops) -> float:
+    """What the published ratios count: no attention scores, Gram matrices or quadratic forms."""
+    return flops.teacher + flops.student + flops.final + flops.taps
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "ratio"),
+    [
+        ((GPT2, 12), (GPT2_XL, 48), 1.41),
+        ((SMOLLM2, 10), (SMOLLM2, 30), 2.39),
+        ((QWEN3_2B, 28), (QWEN3_32B, 64), 1.18),
+        ((TINY_LLAMA, 22), (LLAMA2_13B, 40), 1.09),
+        ((LLAMA3_8B, 32), (LLAMA3_70B, 80), 1.11),
+    ],
+)
+def test_ratio_to_logit_distillation(
+    student: tuple[ModelShape, int], teacher: tuple[ModelShape, int], ratio: float
+) -> None:
+    pair = Model(*student), Model(*teacher)
+    kd, fdd = (step_flops(*pair, name, num_taps=4, step_tokens=2**20) for name in ("logit KD", "FDD"))
+    assert layers_and_heads(fdd) / layers_and_heads(kd) == pytest.approx(ratio, abs=0.005)
+    # What those leave out: the scores are the same in both, the forms have no factor of the vocabulary.
+    assert fdd.needed / kd.needed == pytest.approx(ratio, rel=0.025)
+
+
+def test_a_divided_shape_has_the_ratio_of_the_whole() -> None:
+    args, _ = step.parse_args([])
+    small = [
+        replace(each, shape=replace(each.shape, seq_length=0))
+        for each in (step.model_of(args, "student"), step.model_of(args, "teacher"))
+    ]
+    ratios = []
+    for pair in (small, (Model(GPT2, 12), Model(GPT2_XL, 48))):
+        kd, fdd = (step_flops(*pair, name, num_taps=4, step_tokens=2**20) for name in ("logit KD", "FDD"))
+        ratios.append(layers_and_heads(fdd) / layers_and_heads(kd))
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
+
+
+def smoke() -> tuple[int, str, list[Any]]:
+    """Body on one rank: the command with every run in this process."""
+    runs = []
+
+    def here(function: Callable[..., Any], *arguments: Any) -> Any:
+        result = function(*arguments)
+        clean_megatron()
+        if result is not None:
+            runs.append((result.flops, result.losses))
+        return result
+
+    printed = io.StringIO()
+    with patch.object(step, "in_own_process", here), contextlib.redirect_stdout(printed):
+        status = step.main(["--smoke"])
+    return status, printed.getvalue(), runs
+
+
+def test_tiny_run_does_the_products_that_the_arithmetic_says() -> None:
+    [(status, printed, runs)] = run_on_ranks(smoke, Layout(ranks=1))
+    assert status == 0
+    assert all(name in printed for name in (step.STOCK, *step.WEIGHTS))
+    assert [set(losses) for _, losses in runs] == [
+        set(),
+        {"ce"},
+        {"ce", "kd"},
+        {"ce", "kd", "trajectory", "delta"},
+    ]
+    args, _ = step.parse_args(["--smoke"])
+    student, teacher = step.model_of(args, "student"), step.model_of(args, "teacher")
+    tokens = args.seq_length * args.micro_batch_size
+    for (counted, _), name in zip(runs[1:], step.WEIGHTS, strict=True):
+        flops = step_flops(student, teacher, name, num_taps=args.taps, step_tokens=tokens)
+        # A rehearsal's attention computes the masked half too.
+        assert counted == pytest.approx(tokens * (flops.done + flops.scores), rel=1e-9), name
+
+
+@pytest.mark.parametrize(("name", "flag"), [("step", "--teacher-layers"), ("modelopt", "--top-k")])
+def test_help(
+    name: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}")  # runpy warns of one that is there
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert end.value.code == 0
+    assert flag in capsys.readouterr().out
+
+
+def test_modelopt_is_left_out_where_it_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with patch.object(modelopt.importlib.util, "find_spec", return_value=None):
+        assert modelopt.main([]) == 0
+    assert "pip install nvidia-modelopt" in capsys.readouterr().out
