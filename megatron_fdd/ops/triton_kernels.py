@@ -234,7 +234,8 @@ def accumulate_kernel(
     for step in range(num_steps):
         start = step * DEPTH
         if kept_B is not None:
-            start = tl.load(kept_B + row_block * max_kept + start // BLOCK) * BLOCK + start % BLOCK
+            block = tl.load(kept_B + row_block * max_kept + start // BLOCK)
+            start = tl.multiple_of(block * BLOCK + start % BLOCK, DEPTH)
         places = right + start.to(tl.int64) * width
         if not FULL:  # the weights there are 0
             last = tl.minimum(start + depth, num_columns - 1).to(tl.int64)

@@ -87,8 +87,8 @@ class Weights:
 
 
 def leap_limit(dtype: torch.dtype, temperature: float) -> float:
-    """How far a logit may exceed all of the tiles before without its exponential (heated too) overflowing."""
-    return (8.0 if dtype == torch.float16 else 30.0) / max(1.0, temperature)
+    """How far a logit may exceed all of the tiles before: weights (heated, or times a gap of logits) stay finite."""
+    return (4.0 if dtype == torch.float16 else 30.0) / max(1.0, temperature)
 
 
 def softmax(
@@ -282,7 +282,9 @@ def accumulate(
         "BLOCK": cut.logits.columns,
     }
     programs = triton.cdiv(len(rows_RS), blocks.rows) * triton.cdiv(width, blocks.columns)
-    return Launch(kernels.accumulate_kernel, programs, arguments | blocks.sizes, blocks.warps, blocks.stages)
+    # The list of kept blocks is itself loaded ahead, by two of the stages.
+    stages = blocks.stages if kept is None else blocks.stages + 2
+    return Launch(kernels.accumulate_kernel, programs, arguments | blocks.sizes, blocks.warps, stages)
 
 
 def _kind(divergence: Divergence | None) -> dict[str, Any]:

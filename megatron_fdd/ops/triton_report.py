@@ -32,9 +32,6 @@ from megatron_fdd.ops.triton_blocks import Launch
 from megatron_fdd.ops.triton_sweeps import TritonSweeps
 from megatron_fdd.ops.vocab_shard import VocabShard
 
-# Bytes of shared memory that one program may have.
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024}
-
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -120,14 +117,16 @@ class Shape:
         return hidden, torch.empty(self.vocab_size, width, dtype=self.dtype, device="meta")
 
 
-def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: bool) -> list[Launch]:
+def launches_of(
+    shape: Shape, divergence: Divergence | None, *, head_gradient: bool, skip_below: float = 0.0
+) -> list[Launch]:
     """What one call of linear_kl launches, everything asked for. `divergence` None: without a teacher."""
     plan = Plan(
         shard=VocabShard(0, shape.vocab_size, None),
         divergence=divergence,
         needs_lse=True,
         has_labels=True,
-        kernels=Kernels("triton", tile_size=8192),
+        kernels=Kernels("triton", tile_size=8192, skip_below=skip_below),
         body_gradient=not head_gradient,
         head_gradient=head_gradient,
     )
@@ -159,6 +158,7 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
     parser.add_argument("--kinds", nargs="*", default=[*get_args(DivergenceKind), "none"])
     parser.add_argument("--heads", nargs="*", choices=("still", "live"), default=["still", "live"])
+    parser.add_argument("--skip-below", type=float, default=0.0)
     options = parser.parse_args()
     shape = Shape(dtype=getattr(torch, options.dtype))
     print(f"{'':30} registers spilled shared  instructions")
@@ -166,7 +166,10 @@ def main() -> None:
         for temperature in options.temperatures if kind != "none" else (1.0,):
             divergence = None if kind == "none" else Divergence(kind, temperature=temperature)
             for head in options.heads:
-                for launch in distinct(launches_of(shape, divergence, head_gradient=head == "live")):
+                launches = launches_of(
+                    shape, divergence, head_gradient=head == "live", skip_below=options.skip_below
+                )
+                for launch in distinct(launches):
                     name = launch.kernel.fn.__name__.removesuffix("_kernel")
                     label = f"{kind} {temperature:g} {head} {name}"
                     result = compiled(launch, options.capability)

@@ -22,7 +22,7 @@ LINE = re.compile(
     ("capability", "arguments", "spills", "products"),
     [
         ("90", "--kinds fkl", 0, {"softmax", "accumulate", "gradient"}),
-        ("80", "--kinds jsd --heads still", 256, {"softmax", "mixture", "accumulate"}),
+        ("80", "--kinds jsd --heads still --skip-below 1e-6", 256, {"softmax", "mixture", "accumulate"}),
     ],
 )
 def test_kernels_fit(
@@ -45,6 +45,7 @@ def test_kernels_fit(
         if line["name"] in products:
             assert re.search(rf"\d+ {tensor_cores}\b", line["counts"]), line[0]
             assert re.search(r"\d+ cp.async 16\b", line["counts"]), line[0]
-            assert "cp.async less" not in line["counts"], line[0]
+            if "--skip-below" not in arguments:  # that loads a list of blocks, number by number
+                assert "cp.async less" not in line["counts"], line[0]
             seen.add(line["name"])
     assert seen == products
