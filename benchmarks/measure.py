@@ -6,7 +6,6 @@ a percent or so. Where it does not, no ratio is given. On a GPU: device time, an
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import json
 import multiprocessing
@@ -100,34 +99,24 @@ def device_seconds(function: Callable[[], object]) -> float:
 
 
 def peak_of(function: Callable[[], object], device: str = "cpu") -> float:
-    """Most MiB during a call beyond what was there before: of the allocator on a GPU, else resident."""
+    """Most MiB that torch's allocator has given out during a call, beyond what was there before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    before = reset_peak()
-    function()
-    return (resident("VmHWM") - before) / MIB
-
-
-def reset_peak() -> int:
-    """Bytes resident now, from which the peak counts again.
-
-    First the allocator gives back what is free: what a call takes from there would not be seen.
-    """
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def resident(field: str) -> int:
-    """Bytes: VmRSS is what is resident now, VmHWM the most since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    # Not from /proc: that sees what the C library keeps for later, which changes from run to run.
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        function()
+    assert profile.profiler is not None
+    assert profile.profiler.kineto_results is not None
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / MIB
 
 
 def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measurement], **more: Any) -> None:

@@ -4,7 +4,7 @@
 
 ModelOpt is not a dependency: `pip install nvidia-modelopt` (0.47 needs neither TransformerEngine nor apex). Its
 losses take logits, so the two head products and their backward passes are counted on its side too, as Megatron would
-have to do them; ours is `linear_kl` with a trained head. Time and memory (gradients included) are of one rank without
+have to do them; ours is `head_loss` with a trained head. Time and memory (gradients included) are of one rank without
 tensor parallelism. Gradients are compared with float64 at one rank and at two, where each rank has half of both heads:
 Megatron's own column-parallel input (its backward all-reduces), and the loss reduced as Megatron-LM's loss function
 does (a plain all-reduce of the value, which no gradient passes).
@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import measure
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.head_loss import LossWeights, head_loss
+from megatron_fdd.ops.linear_kl import Divergence, VocabShard
 
 FULL, TOP_K, OURS, FLOOR = "ModelOpt, all logits", "ModelOpt, top k", "ours", "bare matrix products"
 
@@ -115,18 +116,18 @@ def modelopt_loss(tensors: Tensors, top_k: int | None, num_ranks: int) -> tuple[
 
 
 def our_loss(tensors: Tensors, shard: VocabShard) -> Tensor:
-    """The same sum on every rank. Collectives: those of `linear_kl`."""
-    result = linear_kl(
-        tensors.teacher_NT,
-        tensors.teacher_head_WT,
-        tensors.student_NS,
-        tensors.student_head_WS,
+    """The same sum on every rank. Collectives: those of `head_loss`."""
+    ones_N = torch.ones(len(tensors.student_NS), device=tensors.student_NS.device)
+    result = head_loss(
+        (tensors.teacher_NT, tensors.teacher_head_WT),
+        (tensors.student_NS, tensors.student_head_WS),
         shard=shard,
         divergence=Divergence("fkl"),
-        needs_lse=False,
+        labels_N=None,
+        weights=LossWeights(ones_N, ones_N, divergence=1.0, entropy=0.0),
     )
-    assert result.divergence_N is not None
-    return result.divergence_N.sum()
+    assert result.divergence is not None
+    return result.divergence
 
 
 def make_step(name: str, size: Size, device: str) -> Callable[[], None]:

@@ -1,8 +1,7 @@
 """How many flops of matrix products a training step needs: the arithmetic that a measured ratio is held against.
 
-Of each product the two or three that a step cannot do without: forward, and backward to input and weight. What an
-implementation adds to save memory is kept apart (`recomputed`). Cosines, softmaxes, norms and the optimizer have no
-matrix products and are not in it.
+Of each product the two or three that a step cannot do without: forward, and backward to input and weight. Cosines,
+softmaxes, norms and the optimizer have no matrix products and are not in it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from megatron_fdd.balance import ModelShape, layer_flops, linear_kl_flops
+from megatron_fdd.balance import ModelShape, head_loss_flops, layer_flops, linear_kl_flops
 
 Objective = Literal["cross-entropy", "logit KD", "FDD"]
 
@@ -34,8 +33,7 @@ class StepFlops:
         taps: z_T, z_S, p_T W_S and p_S W_S of each.
         grams: of the heads, W_S' W_S and W_T' W_S: once per step, whatever its tokens. The teacher's own is made once
             in a run and is not in it.
-        forms: the three quadratic forms of each delta, and the student's own backward.
-        recomputed: final logits once more in the backward pass, since none were kept.
+        forms: the three quadratic forms of each delta; their gradient needs no further product.
     """
 
     teacher: float
@@ -45,16 +43,10 @@ class StepFlops:
     taps: float
     grams: float
     forms: float
-    recomputed: float
 
     @property
-    def needed(self) -> float:
-        """All but what is computed twice."""
-        return self.done - self.recomputed
-
-    @property
-    def done(self) -> float:
-        """What our step does on any machine whose attention leaves out the masked half."""
+    def total(self) -> float:
+        """What our step does, where attention leaves out the masked half and the losses run in torch."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -69,31 +61,22 @@ def step_flops(
     """
     with_teacher, with_taps = objective != "cross-entropy", objective == "FDD"
     size, wide = student.shape.hidden, teacher.shape.hidden
-    logits = 2 * size * student.shape.vocab
-    if with_teacher:
-        logits += 2 * wide * student.shape.vocab
-    final = linear_kl_flops(
-        student.shape,
-        teacher.shape if with_teacher else None,
-        "fkl" if with_teacher else None,
-        trains_head=True,
-    )
+    final = head_loss_flops(student.shape, teacher.shape if with_teacher else None, trains_head=True)
     taps = grams = forms = 0.0
     if with_taps:
         taps = num_taps * linear_kl_flops(student.shape, teacher.shape, "fkl", trains_head=False)
         grams = 2 * student.shape.vocab * size * (size + wide) / step_tokens
-        forms = (num_taps - 1) * 2 * (wide * wide + wide * size + 2 * size * size)
+        forms = (num_taps - 1) * 2 * (wide * wide + wide * size + size * size)
     teacher_layers, teacher_scores = _body_flops(teacher) if with_teacher else (0, 0)
     student_layers, student_scores = _body_flops(student)
     return StepFlops(
         teacher=teacher_layers,
         student=3 * student_layers,
         scores=teacher_scores + 3 * student_scores,
-        final=final - logits,
+        final=final,
         taps=taps,
         grams=grams,
         forms=forms,
-        recomputed=logits,
     )
 
 

@@ -52,7 +52,7 @@ def test_ratio_to_logit_distillation(
     kd, fdd = (step_flops(*pair, name, num_taps=4, step_tokens=2**20) for name in ("logit KD", "FDD"))
     assert layers_and_heads(fdd) / layers_and_heads(kd) == pytest.approx(ratio, abs=0.005)
     # What those leave out: the scores are the same in both, the forms have no factor of the vocabulary.
-    assert fdd.needed / kd.needed == pytest.approx(ratio, rel=0.025)
+    assert fdd.total / kd.total == pytest.approx(ratio, rel=0.025)
 
 
 def test_a_divided_shape_has_the_ratio_of_the_whole() -> None:
@@ -101,7 +101,7 @@ def test_tiny_run_does_the_products_that_the_arithmetic_says() -> None:
     for (counted, _), name in zip(runs[1:], step.WEIGHTS, strict=True):
         flops = step_flops(student, teacher, name, num_taps=args.taps, step_tokens=tokens)
         # A rehearsal's attention computes the masked half too.
-        assert counted == pytest.approx(tokens * (flops.done + flops.scores), rel=1e-9), name
+        assert counted == pytest.approx(tokens * (flops.total + flops.scores), rel=1e-9), name
 
 
 @pytest.mark.parametrize(("name", "flag"), [("step", "--teacher-layers"), ("modelopt", "--top-k")])

@@ -59,7 +59,7 @@ def linear_kl(
 
     Gradient flows to `student_NS` and, where it requires one, to `student_head_WS`; never to the teacher.
     A constant head gets its hidden states' gradient from sums of the forward sweep (backward: scaled adds);
-    a trained head is swept again backward. Memory beside inputs and outputs: three [R, tile] buffers, the
+    a trained head is swept again backward. Memory beside inputs and outputs: two [R, tile] buffers, the
     copy of hidden states in the products' dtype, and kept for the backward pass at most two [R, S] (constant
     head) or the gathered hidden states (trained head). Not differentiable twice.
 

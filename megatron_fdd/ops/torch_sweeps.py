@@ -24,7 +24,7 @@ WORTH_SKIPPING = 0.9
 class TorchSweeps:
     """The sweeps of one chunk of tokens (`ops.sweeps.Sweeps`).
 
-    Holds three [R, tile] buffers. With `plan.held_rows` the tile is the whole vocabulary and its logits stay:
+    Holds two [R, tile] buffers. With `plan.held_rows` the tile is the whole vocabulary and its logits stay:
     later sweeps cost no product of their own.
     """
 
@@ -43,10 +43,7 @@ class TorchSweeps:
         """Online softmax over this rank's part of the vocabulary."""
         sums = SoftmaxSums.nothing_seen(self._plan, *self._models)
         for tile in self._sweep():
-            if sums.rows_MS is None and sums.unit_rows_RS is None:
-                _add_statistics(sums, tile)
-            else:
-                _add(self._plan, sums, tile)
+            _add(self._plan, sums, tile)
         return sums
 
     def mixture_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +58,7 @@ class TorchSweeps:
             assert tile.teacher_RC is not None
             for rows in row_blocks(tile.student_RC):
                 student_log = tile.student_RC[rows] - student_lse_R[rows]
-                teacher_log = torch.sub(tile.teacher_RC[rows], teacher_lse_R[rows], out=tile.scratch_RC[rows])
+                teacher_log = tile.teacher_RC[rows] - teacher_lse_R[rows]
                 value, score = divergence.summands(teacher_log, student_log)
                 sums_2R[0, rows] += value.sum(1)
                 sums_2R[1, rows] += score.sum(1)
@@ -104,45 +101,15 @@ class TorchSweeps:
         return self._held
 
 
-def _add_statistics(sums: SoftmaxSums, tile: Tile) -> None:
-    """As `_add` without gradients, and leaves the logits as they are. Temporaries of a row block."""
-    models = ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student))
-    for rows in row_blocks(tile.student_RC):
-        for logits_RC, model in models[2 - sums.num_models :]:
-            assert logits_RC is not None
-            logits = logits_RC[rows]
-            peak, mass = sums.peak_M[model][rows], sums.mass_M[model][rows]
-            new_peak = torch.maximum(peak, logits.amax(1))
-            shrink = (peak - new_peak).exp_()
-            peak.copy_(new_peak)
-            gap = logits - new_peak[:, None]
-            if sums.unit_mass_M is not None:
-                unit_mass = sums.unit_mass_M[model][rows]
-                unit_mass.mul_(shrink**sums.temperature).add_((gap * sums.temperature).exp_().sum(1))
-            weights = gap.exp_()
-            mass.mul_(shrink).add_(weights.sum(1))
-            if sums.cross_R is not None and model == sums.lead:
-                assert tile.teacher_RC is not None
-                cross = weights.mul_(tile.student_RC[rows] - tile.teacher_RC[rows])
-                sums.cross_R[rows] = sums.cross_R[rows].mul_(shrink).add_(cross.sum(1))
-
-
 def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:
-    tile_peak_M = tile.logits_MC.amax(1)
-    peak_M = torch.maximum(sums.peak_M, tile_peak_M)
-    shrink_M = (sums.peak_M - peak_M).exp_()
-    sums.peak_M = peak_M
-    if sums.unit_mass_M is not None:
-        _add_unit(sums, tile, shrink_M**sums.temperature)
-    if tile.teacher_RC is not None and sums.cross_R is not None:
-        torch.sub(tile.student_RC, tile.teacher_RC, out=tile.scratch_RC)
-    weights_MC = tile.logits_MC.sub_(peak_M[:, None]).exp_()
-    sums.mass_M.mul_(shrink_M).add_(weights_MC.sum(1))
-    if sums.cross_R is not None:
-        _add_cross(sums, tile, shrink_M[sums.lead])
+    """One tile into the sums. Its weights take the logits' place where gradients are made of them."""
+    old_peak_M, tile_peak_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
+    for rows in row_blocks(tile.student_RC):
+        _add_rows(sums, tile, rows, tile_peak_M)
     if sums.rows_MS is None:
         return
-    gap_M = tile_peak_M.sub_(peak_M)
+    shrink_M, gap_M = old_peak_M.sub_(sums.peak_M).exp_(), tile_peak_M.sub_(sums.peak_M)
+    weights_MC = tile.logits_MC
     if plan.crossing is None:
         weights_MC, shrink_M, gap_M = tile.student_RC, shrink_M[sums.student], gap_M[sums.student]
     elif sums.student_leads:
@@ -151,28 +118,45 @@ def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:
     _accumulate_kept(sums.rows_MS, weights_MC, tile.head_CS, gap_M, plan.kernels.skip_below)
 
 
-def _add_cross(sums: SoftmaxSums, tile: Tile, shrink_R: Tensor) -> None:
-    assert sums.cross_R is not None
-    assert tile.teacher_RC is not None
-    if sums.student_leads:
-        # The teacher's exponentials are summed: their place takes the weights of rkl's gradient.
-        products_RC = torch.mul(tile.scratch_RC, tile.student_RC, out=tile.teacher_RC)
-    else:
-        products_RC = tile.scratch_RC.mul_(tile.teacher_RC)
-    sums.cross_R.mul_(shrink_R).add_(products_RC.sum(1))
-
-
-def _add_unit(sums: SoftmaxSums, tile: Tile, shrink_M: Tensor) -> None:
-    assert sums.unit_mass_M is not None
-    sums.unit_mass_M.mul_(shrink_M)
-    for logits_RC, rows in ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student)):
+def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -> None:
+    """Some tokens of a tile into all sums but `rows_MS`. Temporaries of that size."""
+    in_place = sums.rows_MS is not None
+    difference = None
+    if sums.cross_R is not None:
+        assert tile.teacher_RC is not None
+        difference = tile.student_RC[rows] - tile.teacher_RC[rows]
+    models = ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student))
+    for logits_RC, model in models[2 - sums.num_models :]:
         assert logits_RC is not None
-        torch.sub(logits_RC, sums.peak_M[rows, None], out=tile.scratch_RC)
-        weights_RC = tile.scratch_RC.mul_(sums.temperature).exp_()
-        sums.unit_mass_M[rows] += weights_RC.sum(1)
-    if sums.unit_rows_RS is not None:  # the weights are now the student's
-        sums.unit_rows_RS.mul_(shrink_M[sums.student, None])
-        accumulate(sums.unit_rows_RS, weights_RC, tile.head_CS)
+        logits, running_peak = logits_RC[rows], sums.peak_M[model][rows]
+        tile_peak = torch.amax(logits, 1, out=tile_peak_M[model][rows])
+        peak = torch.maximum(running_peak, tile_peak)
+        shrink = (running_peak - peak).exp_()
+        running_peak.copy_(peak)
+        weights = torch.sub(logits, peak[:, None], out=logits if in_place else None)
+        if sums.unit_mass_M is not None:
+            _add_unit(sums, tile, rows, model, weights, shrink**sums.temperature)
+        weights.exp_()
+        sums.mass_M[model][rows].mul_(shrink).add_(weights.sum(1))
+        if difference is not None and sums.cross_R is not None and model == sums.lead:
+            sums.cross_R[rows].mul_(shrink).add_(difference.mul_(weights).sum(1))
+    if in_place and sums.student_leads:
+        assert tile.teacher_RC is not None
+        assert difference is not None
+        # The teacher's exponentials are summed: their place takes the weights of rkl's gradient.
+        tile.teacher_RC[rows] = difference
+
+
+def _add_unit(
+    sums: SoftmaxSums, tile: Tile, rows: slice, model: slice, shifted: Tensor, shrink: Tensor
+) -> None:
+    """The same at temperature 1; `shifted` are logits over the temperature, less the running maximum."""
+    assert sums.unit_mass_M is not None
+    weights = (shifted * sums.temperature).exp_()
+    sums.unit_mass_M[model][rows].mul_(shrink).add_(weights.sum(1))
+    if sums.unit_rows_RS is not None and model == sums.student:
+        sums.unit_rows_RS[rows].mul_(shrink[:, None])
+        accumulate(sums.unit_rows_RS[rows], weights, tile.head_CS)
 
 
 def _accumulate_kept(

@@ -73,12 +73,11 @@ class Tile(NamedTuple):
     teacher_RC: Tensor | None  # logits / temperature
     student_RC: Tensor
     logits_MC: Tensor  # both of them, one buffer
-    scratch_RC: Tensor
     head_CS: Tensor  # the student's rows, in `product_dtype`
 
 
 class LogitTiles:
-    """Iterates over the tiles of this rank's vocabulary, as often as asked. Holds three [R, tile] buffers."""
+    """Iterates over the tiles of this rank's vocabulary, as often as asked. Holds two [R, tile] buffers."""
 
     def __init__(
         self,
@@ -97,9 +96,8 @@ class LogitTiles:
         hidden = student[0]
         self.num_tokens = len(hidden)
         self.dtype = statistics_dtype(hidden)
-        size = self.num_tokens * self.tile_size
-        self.logits = torch.empty(len(self.models) * size, dtype=self.dtype, device=hidden.device)
-        self.scratch = torch.empty(size, dtype=self.dtype, device=hidden.device)
+        size = len(self.models) * self.num_tokens * self.tile_size
+        self.logits = torch.empty(size, dtype=self.dtype, device=hidden.device)
 
     def __iter__(self) -> Iterator[Tile]:
         rows = self.num_tokens
@@ -114,8 +112,7 @@ class LogitTiles:
             if self.temperature != 1.0:
                 logits_MC.mul_(1 / self.temperature)
             teacher_RC = parts[0] if len(parts) == 2 else None
-            scratch_RC = self.scratch[: rows * width].view(rows, width)
-            yield Tile(columns, teacher_RC, parts[-1], logits_MC, scratch_RC, heads[-1])
+            yield Tile(columns, teacher_RC, parts[-1], logits_MC, heads[-1])
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the statistics' dtype, on the right device."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.linear_kl import Divergence, Kernels
+from megatron_fdd.ops.torch_sweeps import TorchSweeps
+from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case, tiles
 from tests.ranks import distributed
 
@@ -182,3 +186,37 @@ def test_collectives_with_sequence_parallelism(live: bool) -> None:
     total = loss(outputs, case.upstream[:, part.tokens])
     with expect([("allgather_base", 2 * 3 * 4), ("reduce_scatter_base", 4 * 7 * 2)]):
         total.backward()
+
+
+@distributed(ranks=2)
+def test_collectives_are_under_way_during_the_neighbours_products() -> None:
+    """Two chunks of tokens, head trained: what is begun and what is waited for, in order."""
+    part = RankPart.of(make_case(8, 10, padded=12), sequence_parallel=True)
+    events: list[str] = []
+
+    def noted(owner: type, name: str, event: str) -> Any:
+        original = getattr(owner, name)
+
+        def call(self: Any, *arguments: Any) -> Any:
+            if event != "wait" or self._work is not None:
+                events.append(event)
+            return original(self, *arguments)
+
+        return patch.object(owner, name, call)
+
+    with (
+        noted(VocabShard, "start_stack", "begin"),
+        noted(VocabShard, "start_reduce", "begin"),
+        noted(Pending, "wait", "wait"),
+        noted(TorchSweeps, "softmax_sums", "sweep"),
+        noted(TorchSweeps, "gradients", "sweep"),
+    ):
+        hidden, head = part.inputs(live=True)
+        outputs = part.run(hidden, head, Divergence(), kernels=tiles(5, chunk_rows=4))
+        forward = events.copy()
+        events.clear()
+        loss(outputs, part.case.upstream[:, part.tokens]).backward()
+    gather = ["begin"] * 3  # student, teacher, labels
+    first = [*gather, *gather, "wait", "wait", "wait", "sweep", "begin"]
+    assert forward == [*first, "wait", "wait", "wait", "sweep", "begin", "wait", "wait"]
+    assert events == ["begin", "wait", "sweep", "begin", "sweep", "begin", "wait", "wait"]
