@@ -291,7 +291,7 @@ def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measure
     if not all(row.is_steady for row in [*objective.values(), *final.values()]):
         return False
     floor, ours = objective[FLOOR], objective[OURS]
-    tile = Kernels().tile_size
+    tile = Kernels().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype), device=size.device))
     allowed = 4 * (3 * size.tokens * tile + 2 * size.layers * size.tokens * size.student_width) / MIB
     doubled = measure(partial(our_objective, replace(size, vocab=2 * size.vocab)), repeats, size.device)
     growth = abs(doubled.peak_mib / ours.peak_mib - 1)

@@ -59,7 +59,8 @@ class Divergence:
         """Gradient of the divergence, column by column, from log-probabilities (without T^2).
 
         With centre = sum over the vocabulary of score, the gradient with respect to the student's logit v is
-        score_v - centre * p_v, p = exp(student).
+        score_v - centre * p_v, p = exp(student). Any multiple of p may be added to it: but for fkl it is chosen so
+        that equal models score 0, whatever rounding comes after.
         """
         if self.kind == "fkl":
             return teacher_NC.exp().neg_()
@@ -82,10 +83,10 @@ class Divergence:
         student_gap = student_NC - mixed_NC
         student_mass = student_NC.exp()
         if self.kind == "srkl":
-            return student_mass * student_gap, student_mass * (student_gap - mix * student_gap.exp())
+            return student_mass * student_gap, student_mass * (student_gap + mix * (1 - student_gap.exp()))
         teacher_gap = teacher_NC - mixed_NC
         teacher_value = teacher_NC.exp() * teacher_gap
         if self.kind == "sfkl":
-            return teacher_value, student_mass * teacher_gap.exp() * (mix - 1)
+            return teacher_value, student_mass * (1 - teacher_gap.exp()) * (1 - mix)
         score = student_mass * student_gap * (1 - mix)
         return teacher_value * mix + score, score

@@ -83,7 +83,7 @@ def head_loss(
     assert divergence is not None or labels_N is not None, "nothing is asked for"
     if teacher is not None:
         teacher = None if divergence is None else (teacher[0].detach(), teacher[1].detach())
-    chosen = kernels.chosen(student[0])
+    chosen = kernels.chosen(student[1])
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
     plan = Plan(
         shard=shard,
@@ -93,7 +93,7 @@ def head_loss(
         kernels=kernels,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=kernels.held_rows(student[0], shard.num_valid)
+        held_rows=kernels.held_rows(student[1], shard.num_valid)
         if chosen == "torch" and has_gradient
         else None,
     )

@@ -17,8 +17,9 @@ class Kernels:
 
     Attributes:
         kind: reference materialises logits (to check the others with); torch streams over vocabulary tiles;
-            triton does so in GPU kernels; auto is triton on a GPU, else torch.
-        tile_size: columns of the vocabulary that exist at a time.
+            triton does so in GPU kernels; auto is triton for half-precision heads on a GPU, else torch (Triton's
+            exact float32 products would leave the tensor cores idle).
+        tile_size: columns of the vocabulary that exist at a time; None: 8192 for triton, else 2048.
         chunk_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A chunk's
             collectives run during the products of its neighbours.
         held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`); None
@@ -28,7 +29,7 @@ class Kernels:
     """
 
     kind: KernelKind = "auto"
-    tile_size: int = 2048
+    tile_size: int | None = None
     chunk_rows: int = 8192
     held_logits: int | None = None
     skip_below: float = 0.0
@@ -38,18 +39,23 @@ class Kernels:
             raise ValueError(f"kernels {self.kind!r} are unknown: use one of {get_args(KernelKind)}")
         if not 0 <= self.skip_below < 1:
             raise ValueError(f"tiles are skipped below {self.skip_below}: it must be at least 0 and below 1")
-        assert self.tile_size > 0, f"tile_size {self.tile_size}"
+        assert self.tile_size is None or self.tile_size > 0, f"tile_size {self.tile_size}"
         assert self.chunk_rows > 0, f"chunk_rows {self.chunk_rows}"
 
-    def chosen(self, like: Tensor) -> KernelKind:
-        """What runs for a tensor like this: Triton's kernels know no float64."""
+    def chosen(self, head: Tensor) -> KernelKind:
+        """What runs for a head like this."""
         if self.kind == "auto":
-            return "triton" if like.is_cuda and like.dtype != torch.float64 else "torch"
+            half = head.dtype in (torch.bfloat16, torch.float16)
+            return "triton" if head.is_cuda and half else "torch"
         return self.kind
 
-    def held_rows(self, like: Tensor, num_columns: int) -> int:
+    def tile_columns(self, head: Tensor) -> int:
+        """`tile_size`, or the default of what runs."""
+        return self.tile_size or (8192 if self.chosen(head) == "triton" else 2048)
+
+    def held_rows(self, head: Tensor, num_columns: int) -> int:
         """Tokens whose logits are held at a time."""
-        held = self.held_logits or (2**26 if like.is_cuda else 2**23)
+        held = self.held_logits or (2**26 if head.is_cuda else 2**23)
         return max(1, held // max(1, num_columns))
 
 

@@ -98,7 +98,7 @@ def linear_kl(
         body_gradient=torch.is_grad_enabled() and student_NS.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
-    if kernels.chosen(student_NS) == "reference":
+    if kernels.chosen(student_head_WS) == "reference":
         return LinearKL(*reference_linear_kl(plan, teacher, (student_NS, student_head_WS), labels_N))
     return LinearKL(*_LinearKL.apply(student_NS, student_head_WS, teacher, labels_N, plan))
 

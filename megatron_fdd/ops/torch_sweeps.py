@@ -34,7 +34,9 @@ class TorchSweeps:
             teacher,
             student,
             num_valid=plan.shard.num_valid,
-            tile_size=plan.kernels.tile_size if plan.held_rows is None else plan.shard.num_valid,
+            tile_size=plan.kernels.tile_columns(student[1])
+            if plan.held_rows is None
+            else plan.shard.num_valid,
             temperature=plan.temperature,
         )
         self._held: list[Tile] | None = None

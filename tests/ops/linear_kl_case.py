@@ -56,20 +56,27 @@ class Case:
         return LinearKL(value, teacher_NV.logsumexp(-1), student_NV.logsumexp(-1), entropy)
 
 
-def make_case(num_tokens: int, vocab_size: int, *, padded: int | None = None, seed: int = 0) -> Case:
-    """Random float64 case of teacher width 12 and student width 7; every third label is missing."""
+def make_case(
+    num_tokens: int,
+    vocab_size: int,
+    *,
+    padded: int | None = None,
+    widths: tuple[int, int] = (12, 7),
+    seed: int = 0,
+) -> Case:
+    """Random float64 case, `widths` those of teacher and student; every third label is missing."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    heads = [normal(padded or vocab_size, width) * 2 / math.sqrt(width) for width in (12, 7)]
+    heads = [normal(padded or vocab_size, width) * 2 / math.sqrt(width) for width in widths]
     for head in heads:
         head[vocab_size:] *= 50
     labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
     labels[1::3] = -100
     upstream = 1 + normal(3, num_tokens).abs()
-    teacher, student = normal(num_tokens, 12) * 1.5, normal(num_tokens, 7)
+    teacher, student = normal(num_tokens, widths[0]) * 1.5, normal(num_tokens, widths[1])
     return Case(teacher, heads[0], student, heads[1], labels, upstream, vocab_size)
 
 

@@ -1,0 +1,186 @@
+"""What the compiler makes of the Triton kernels, for a GPU that need not be here: registers, spills, shared memory.
+
+    python -m megatron_fdd.ops.triton_report --capability 90
+
+Not under TRITON_INTERPRET. A program that spills, or needs more shared memory than a multiprocessor has, is slow
+or does not start at all: whoever changes a kernel or its blocks looks here first, and then measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import patch
+
+import torch
+import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend, GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+
+from megatron_fdd.ops.divergence import Divergence, DivergenceKind
+from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
+from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.triton_blocks import Launch
+from megatron_fdd.ops.triton_sweeps import TritonSweeps
+from megatron_fdd.ops.vocab_shard import VocabShard
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel as compiled."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]  # how often a kind of instruction appears
+
+
+COUNTED = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "cp.async 16": r"cp\.async\.\S+ \[[^\]]*\], \[[^\]]*\], 0x10",
+    "cp.async less": r"cp\.async\.\S+ \[[^\]]*\], \[[^\]]*\], 0x[48]\b",
+    "st 16": r"st\.global\.v4\.b32",
+}
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """Compile a launch as a GPU of this compute capability (90: Hopper) would at its first run."""
+    specialised = _specialised(launch)
+    constants = {
+        name: launch.arguments[name] for name, (kind, _) in specialised.items() if kind == "constexpr"
+    }
+    attributes = {
+        (index,): BaseBackend.parse_attr(hint)
+        for index, (_, hint) in enumerate(specialised.values())
+        if isinstance(hint, str)
+    }
+    source = ASTSource(
+        launch.kernel, {name: kind for name, (kind, _) in specialised.items()}, constants, attributes
+    )
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    kernel = triton.compile(source, target=target, options=options)
+    registers, spilled = _resources(kernel.asm["ptx"], capability)
+    counts = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in COUNTED.items()}
+    return Compiled(registers, spilled, kernel.metadata.shared, counts)
+
+
+def _specialised(launch: Launch) -> dict[str, tuple[str, Any]]:
+    """Type and hint of each argument, or "constexpr" and its value."""
+    return {
+        parameter.name: ("constexpr", launch.arguments[parameter.name])
+        if parameter.is_constexpr
+        else native_specialize_impl(BaseBackend, launch.arguments[parameter.name], False, True, True)
+        for parameter in launch.kernel.params
+    }
+
+
+def _resources(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers of a thread and bytes it spills, as the assembler says."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [
+            nvidia.get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name={nvidia.sm_arch_from_capability(capability)}",
+        ]
+        command += [str(source), "-o", str(Path(folder) / "kernel.cubin")]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    assert registers is not None, said
+    return int(registers[1]), int(spills[1]) if spills else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the models that a report is about."""
+
+    num_tokens: int = 8192
+    vocab_size: int = 128 * 1024
+    teacher_width: int = 4096
+    student_width: int = 2048
+    dtype: torch.dtype = torch.bfloat16
+
+    def model(self, width: int) -> Model:
+        """Hidden states and head without memory."""
+        hidden = torch.empty(self.num_tokens, width, dtype=self.dtype, device="meta")
+        return hidden, torch.empty(self.vocab_size, width, dtype=self.dtype, device="meta")
+
+
+def launches_of(
+    shape: Shape, divergence: Divergence | None, *, head_gradient: bool, skip_below: float = 0.0
+) -> list[Launch]:
+    """What one call of linear_kl launches, everything asked for. `divergence` None: without a teacher."""
+    plan = Plan(
+        shard=VocabShard(0, shape.vocab_size, None),
+        divergence=divergence,
+        needs_lse=True,
+        has_labels=True,
+        kernels=Kernels("triton", tile_size=8192, skip_below=skip_below),
+        body_gradient=not head_gradient,
+        head_gradient=head_gradient,
+    )
+    teacher = None if divergence is None else shape.model(shape.teacher_width)
+    student = shape.model(shape.student_width)
+    recorded: list[Launch] = []
+    with patch.object(Launch, "run", lambda launch: recorded.append(launch)):
+        sweeps = TritonSweeps(plan, teacher, student)
+        sums = sweeps.softmax_sums()
+        if plan.mixture is not None:
+            sweeps.mixture_sums(sums.mass_M)
+        if head_gradient:
+            row_R = sums.mass_M[sums.student]
+            upstream, normalisers = Upstream(row_R, row_R, row_R), Normalisers(sums.mass_M, row_R, row_R)
+            sweeps.gradients(upstream, normalisers, torch.empty_like(row_R, dtype=torch.int64), None)
+    return recorded
+
+
+def distinct(recorded: list[Launch]) -> list[Launch]:
+    """One launch of each program that the compiler would see."""
+    return list({(launch.kernel.fn, str(_specialised(launch))): launch for launch in recorded}.values())
+
+
+def main() -> None:
+    """Print a table of every program of every divergence."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
+    parser.add_argument("--kinds", nargs="*", default=[*get_args(DivergenceKind), "none"])
+    parser.add_argument("--heads", nargs="*", choices=("still", "live"), default=["still", "live"])
+    parser.add_argument("--skip-below", type=float, default=0.0)
+    options = parser.parse_args()
+    shape = Shape(dtype=getattr(torch, options.dtype))
+    print(f"{'':30} registers spilled shared  instructions")
+    for kind in options.kinds:
+        for temperature in options.temperatures if kind != "none" else (1.0,):
+            divergence = None if kind == "none" else Divergence(kind, temperature=temperature)
+            for head in options.heads:
+                launches = launches_of(
+                    shape, divergence, head_gradient=head == "live", skip_below=options.skip_below
+                )
+                for launch in distinct(launches):
+                    name = launch.kernel.fn.__name__.removesuffix("_kernel")
+                    label = f"{kind} {temperature:g} {head} {name}"
+                    result = compiled(launch, options.capability)
+                    counts = ", ".join(
+                        f"{count} {what}" for what, count in result.instructions.items() if count
+                    )
+                    figures = (
+                        f"{result.registers:9} {result.spilled_bytes:7} {result.shared_bytes // 1024:5}K"
+                    )
+                    print(f"{label:30} {figures}  {counts}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The Triton kernels against the float64 reference: on a CPU in Triton's interpreter, else on the GPU.
+
+Blocks are as small as Triton allows, so that a few tokens cross several row blocks, column blocks and tiles.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fdd.ops.chunks import LinearKL
+from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case
+from tests.ops.test_linear_kl import reference_gradients
+
+triton = pytest.importorskip("triton")
+from megatron_fdd.ops import triton_launches, triton_sweeps  # noqa: E402
+from megatron_fdd.ops.triton_blocks import Blocks, Cut  # noqa: E402
+
+# NumPy would warn in the interpreter of what is a NaN on a GPU.
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+SMALLEST = Cut(Blocks(16, 16, 16, 2, 4, 2), Blocks(16, 32, 16, 2, 4, 2))
+TRITON = Kernels("triton", tile_size=32)
+WIDTHS = (40, 37)
+# In values and in gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before they are summed.
+TOLERANCES = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 6e-3)}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also, an interpreter that can count: its loops cannot convert their bounds under NumPy 2.4 and later."""
+    monkeypatch.setattr(triton_sweeps, "cut_for", lambda _: SMALLEST)
+    interpreter = triton.runtime.interpreter
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> tuple[LinearKL, list[Tensor]]:
+    """Outputs and, where there are tokens to give any, the student's gradients."""
+    hidden = case.student.to(DEVICE).clone().requires_grad_()
+    head = case.student_head.to(DEVICE).clone().requires_grad_(live)
+    teacher = options.pop("teacher", (case.teacher, case.teacher_head))
+    teacher = [None if x is None else x.to(DEVICE) for x in teacher]
+    options = {
+        "shard": VocabShard(0, case.vocab_size, None),
+        "kernels": TRITON,
+        "labels_N": case.labels,
+    } | options
+    labels_N = options.pop("labels_N")
+    labels_N = None if labels_N is None else labels_N.to(DEVICE)
+    outputs = linear_kl(*teacher, hidden, head, divergence=divergence, labels_N=labels_N, **options)
+    leaves = (hidden, head) if live else (hidden,)
+    grads = gradients(loss(outputs, case.upstream.to(DEVICE)), *leaves)
+    return LinearKL(*(None if x is None else x.cpu() for x in outputs)), [grad.cpu() for grad in grads]
+
+
+def assert_matches(
+    case: Case, divergence: Divergence | None, *, live: bool, keep=(True,) * 4, **options
+) -> None:
+    outputs, ours = run(case, divergence, live=live, **options)
+    expected, expected_gradients = reference_gradients(case, divergence, keep)
+    in_value, in_gradient = TOLERANCES[case.student_head.dtype]
+    for value, reference in zip(outputs, expected, strict=True):
+        assert (value is None) == (reference is None)
+        assert value is None or error(value, reference) < in_value
+    for gradient, reference in zip(ours, expected_gradients, strict=False):
+        assert gradient.dtype == case.student_head.dtype
+        assert error(gradient, reference) < in_gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients(kind: str, temperature: float, live: bool, dtype: torch.dtype) -> None:
+    case = make_case(18, 53, padded=70, widths=WIDTHS).to(dtype)
+    case.student_head[53:] = case.teacher_head[53:] = math.nan  # never read, not even to be multiplied by 0
+    assert_matches(case, Divergence(kind, temperature=temperature), live=live)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+def test_fewer_outputs(live: bool) -> None:
+    case = make_case(7, 37, padded=40, widths=(20, 24)).to(torch.float32)
+    for kind, temperature in (("fkl", 1.0), ("rkl", 2.0), ("jsd", 2.0)):
+        divergence = Divergence(kind, temperature=temperature)
+        keep = (True, False, False, False)
+        assert_matches(case, divergence, live=live, keep=keep, labels_N=None, needs_lse=False)
+    assert_matches(case, Divergence("fkl"), live=live, keep=(True, True, True, False), labels_N=None)
+    assert_matches(case, None, live=live, keep=(False, True, True, True))
+    alone = {"teacher": (None, None)}
+    assert_matches(case, None, live=live, keep=(False, False, True, True), **alone)
+    assert_matches(case, None, live=live, keep=(False, False, False, True), needs_lse=False, **alone)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size", "widths"),
+    [(1, 1, (20, 33)), (16, 32, (32, 64)), (70, 70, (21, 48)), (33, 17, (96, 20))],
+    ids=str,
+)
+def test_odd_and_even_shapes(num_tokens: int, vocab_size: int, widths: tuple[int, int]) -> None:
+    case = make_case(num_tokens, vocab_size, padded=vocab_size + 3, widths=widths).to(torch.float32)
+    kernels = replace(TRITON, tile_size=100)
+    assert_matches(case, Divergence("fkl"), live=False, kernels=kernels)
+    assert_matches(case, Divergence("jsd", mix=0.3), live=True, kernels=kernels)
+
+
+def test_the_models_may_have_different_dtypes() -> None:
+    case = make_case(5, 30, widths=WIDTHS)
+    half = case.to(torch.bfloat16)
+    rounded = replace(
+        case.to(torch.float32), teacher=half.teacher.float(), teacher_head=half.teacher_head.float()
+    )
+    outputs, _ = run(rounded, Divergence(), live=True, teacher=(half.teacher, half.teacher_head))
+    assert error(outputs.divergence_N, rounded.reference(Divergence()).divergence_N) < 1e-6
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("kind", ["fkl", "srkl"])
+def test_a_shard_with_labels_elsewhere(kind: str, live: bool) -> None:
+    """The path in plain torch, itself tested on many ranks, says what one rank of several contributes."""
+    case = make_case(18, 40, padded=44, widths=WIDTHS).to(torch.float32)
+    labels_N = torch.arange(18) * 5  # 0 to 85: before, in and after the shard
+    labels_N[::4] = -100
+    options = {"shard": VocabShard(25, 40, None), "labels_N": labels_N}
+    ours, our_gradients = run(case, Divergence(kind), live=live, **options)
+    theirs, their_gradients = run(case, Divergence(kind), live=live, kernels=Kernels("torch"), **options)
+    for value, reference in zip(ours, theirs, strict=True):
+        assert error(value, reference.double()) < 1e-6
+    for gradient, reference in zip(our_gradients, their_gradients, strict=True):
+        assert error(gradient, reference.double()) < 1e-6
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("kind", ["fkl", "rkl", "jsd"])
+def test_no_tokens(kind: str, live: bool) -> None:
+    case = make_case(0, 20, padded=24).to(torch.float32)
+    outputs, ours = run(case, Divergence(kind, temperature=2.0), live=live)
+    assert all(output.shape == (0,) for output in outputs)
+    assert all(not gradient.any() for gradient in ours)
+
+
+def test_a_rank_of_padding_alone_contributes_nothing() -> None:
+    case = make_case(5, 20).to(torch.float32)
+    for divergence in (Divergence("fkl", temperature=2.0), Divergence("jsd")):
+        for body_gradient in (False, True):
+            sums = sweeps_of(case, divergence, num_valid=0, body_gradient=body_gradient).softmax_sums()
+            assert (sums.peak_M == -math.inf).all()
+            assert not sums.mass_M.any()
+            assert (sums.rows_MS is not None) == (body_gradient and divergence.one_sweep)
+            assert sums.rows_MS is None or not sums.rows_MS.any()
+
+
+def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradient: bool):
+    plan = triton_sweeps.Plan(
+        shard=VocabShard(0, num_valid, None),
+        divergence=divergence,
+        needs_lse=True,
+        has_labels=False,
+        kernels=TRITON,
+        body_gradient=body_gradient,
+        head_gradient=False,
+    )
+    models = [(case.teacher, case.teacher_head), (case.student, case.student_head)]
+    return triton_sweeps.TritonSweeps(plan, *([x.to(DEVICE) for x in model] for model in models))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["fkl", "rkl"])
+def test_logits_that_leap_from_block_to_block(kind: str, temperature: float) -> None:
+    """Up by hundreds: exponentials relative to the peak before would overflow."""
+    case = make_case(18, 75, widths=WIDTHS).to(torch.float32)
+    for head, hidden in ((case.teacher_head, case.teacher), (case.student_head, case.student)):
+        head[:, 0] = 2.0 * torch.arange(75) ** 2 / 30
+        hidden[:, 0] = torch.linspace(-1, 1, 18)
+    with torch.no_grad():
+        case.teacher_head[:, 0] *= 0.98
+    outputs, ours = run(case, Divergence(kind, temperature=temperature), live=False)
+    expected, expected_gradients = reference_gradients(case, Divergence(kind, temperature=temperature))
+    for value, reference in zip(outputs, expected, strict=True):
+        assert error(value, reference) < 1e-5
+    assert error(ours[0], expected_gradients[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_models_give_zero(kind: str, dtype: torch.dtype) -> None:
+    case = make_case(17, 60, widths=WIDTHS).to(dtype)
+    case = replace(case, upstream=case.upstream * torch.tensor([[1.0], [0.0], [0.0]]))
+    teacher = (case.student, case.student_head)
+    outputs, (gradient,) = run(case, Divergence(kind), live=False, teacher=teacher, labels_N=None)
+    assert outputs.divergence_N.abs().max() <= 1e-6
+    _, (unequal,) = run(case, Divergence(kind), live=False, labels_N=None)
+    assert gradient.norm() <= 1e-5 * unequal.norm()
+
+
+def concentrated_case() -> Case:
+    """Half of the tokens prefer the first 16 columns so much that all others have hardly any probability."""
+    case = make_case(32, 80, widths=WIDTHS).to(torch.float32)
+    for head, hidden in ((case.teacher_head, case.teacher), (case.student_head, case.student)):
+        head[:, 0] = 0.0
+        head[:16, 0] = 14.0
+        hidden[:16, 0] = 1.0
+        hidden[16:, 0] = 0.0
+    return case
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [*((kind, 1.0) for kind in KINDS), ("fkl", 2.0)])
+def test_skipped_blocks_cost_at_most_their_probabilities(kind: str, temperature: float) -> None:
+    case, divergence = concentrated_case(), Divergence(kind, temperature=temperature)
+    exact_outputs, (exact,) = run(case, divergence, live=False)
+    kept_outputs, (kept,) = run(case, divergence, live=False, kernels=replace(TRITON, skip_below=1e-30))
+    assert torch.equal(kept, exact)
+    outputs, (gradient,) = run(case, divergence, live=False, kernels=replace(TRITON, skip_below=1e-2))
+    for ours, theirs, same in zip(outputs, exact_outputs, kept_outputs, strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(same, theirs)
+    assert not torch.equal(gradient[:16], exact[:16])
+    assert torch.equal(gradient[16:], exact[16:])
+    assert error(gradient, exact.double()) < 1e-2
+
+
+def test_which_blocks_are_kept() -> None:
+    largest_BR = torch.zeros(4, 20)
+    largest_BR[1, 3] = largest_BR[3, 15] = 0.5
+    largest_BR[2, 19] = 0.1
+    order, count = triton_launches.kept_blocks(largest_BR, 0.1, SMALLEST)
+    kept = [row[:num].tolist() for row, num in zip(order, count.tolist(), strict=True)]
+    assert kept == [[1, 3], [2]]
+
+
+def test_the_same_result_every_time() -> None:
+    case = make_case(17, 53, widths=WIDTHS).to(torch.bfloat16)
+    first, second = (run(case, Divergence("rkl"), live=False)[1][0] for _ in range(2))
+    assert torch.equal(first, second)
