@@ -9,7 +9,20 @@ from pathlib import Path
 from megatron_fdd.arguments import student_checkpoint
 from megatron_fdd.checkpoint import RELEASE, find_checkpoint
 from megatron_fdd.experts import STUDENT_FLAG, has_expert_optimizer
+from megatron_fdd.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.teacher.arguments import even_layout
+
+
+def check_kernels(kind: str) -> None:
+    """Triton's kernels run on a GPU.
+
+    Raises:
+        ValueError: they are asked for in a rehearsal.
+    """
+    if kind == "triton" and is_rehearsal_wanted():
+        raise ValueError(
+            "--fdd-kernels triton needs a GPU, and this run rehearses on CPUs: leave the flag out (auto chooses)"
+        )
 
 
 def check_given(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
-from megatron_fdd.preflight import check_given, check_resume, check_splits, check_writable
+from megatron_fdd.preflight import check_given, check_kernels, check_resume, check_splits, check_writable
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.check import check_tokenizers
 
@@ -73,6 +73,7 @@ def prepare_run() -> Run:
 def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> Run:
     refuse(args)
     check_given(args)
+    check_kernels(config.kernels)
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad
     force_values(args)
