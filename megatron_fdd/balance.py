@@ -88,12 +88,20 @@ def linear_kl_flops(
 def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
     """The units of a run. The teacher's own layers are left out: they run before the student's schedule.
 
-    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary.
+    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. Of random
+    taps it is the mean over steps.
     """
     tap = head = 0
     if config.alpha > 0 or (config.beta > 0 and config.delta == "logprob"):
         divergence = config.trajectory_divergence if config.alpha > 0 else None
-        tap = linear_kl_flops(student, teacher, divergence, trains_head=config.lens_head == "live")
+        live = config.lens_head == "live"
+        flops = float(linear_kl_flops(student, teacher, divergence, trains_head=live))
+        if config.sample_one_tap:
+            if config.beta > 0 and config.delta == "logprob":  # the tap before, unless the first is drawn
+                before = linear_kl_flops(student, teacher, None, trains_head=live)
+                flops += before * ((config.num_pairs - 1) / config.num_pairs if config.alpha > 0 else 1)
+            flops /= config.num_pairs
+        tap = round(flops * config.sample_tokens)
     if config.kd_weight > 0:
         head = linear_kl_flops(student, teacher, config.kd_divergence, trains_head=True)
     elif config.ce_weight > 0:

@@ -215,7 +215,8 @@ class ChunkStep:
             return [], None
         assert teacher is not None
         assert self._lens is not None
-        return self.objective.inner(taps_SBH, carried, self._lens, teacher, weights)
+        sample = self.objective.scale.draw.rows(weights, self._micro_batches)
+        return self.objective.inner(taps_SBH, carried, self._lens, teacher, sample)
 
     def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
         sums = self.objective.sums(terms, weights)
