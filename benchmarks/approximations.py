@@ -5,7 +5,8 @@
 prints three tables and appends to the results file. DIR is a small Llama with a SentencePiece or Hugging Face
 tokenizer, FILE stories between lines `<|endoftext|>`. Time is that of trajectory and delta at the size of the
 project's bar. Errors are those of one step of a trained student, over many draws on one batch. Students are trained
-from scratch through the real entry point and evaluated with all tokens and all taps.
+from scratch through the real entry point and evaluated with all tokens and all taps. Memory on a CPU is no fit
+comparison here: what was freed stays resident.
 """
 
 from __future__ import annotations
