@@ -96,18 +96,27 @@ def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConf
     """The units of a run. The teacher's own layers are left out: they run before the student's schedule.
 
     So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. A GPU's
-    kernels compute a trained head's logits once more than is counted here.
+    kernels compute a trained head's logits once more than is counted here. Of random taps it is the mean over steps.
     """
     tap = head = 0
     live = config.lens_head == "live"
     if config.beta > 0 and config.delta == "logprob":
         divergence = config.trajectory_divergence if config.alpha > 0 else None
-        tap = linear_kl_flops(student, teacher, divergence, trains_head=live)
+        flops = float(linear_kl_flops(student, teacher, divergence, trains_head=live))
+        if config.sample_one_tap:  # the tap before, unless the first is drawn
+            before = linear_kl_flops(student, teacher, None, trains_head=live)
+            flops += before * ((config.num_pairs - 1) / config.num_pairs if config.alpha > 0 else 1)
+        tap = _sampled(flops, config)
     elif config.alpha > 0:
-        tap = head_loss_flops(student, teacher, trains_head=live)
+        tap = _sampled(head_loss_flops(student, teacher, trains_head=live), config)
     if config.uses_final_head:
         head = head_loss_flops(student, teacher if config.kd_weight > 0 else None, trains_head=True)
     return TokenFlops(layer=3 * layer_flops(student), tap=tap, head=head)
+
+
+def _sampled(flops: float, config: FddConfig) -> int:
+    """The share of a tap's flops that a step computes, on average."""
+    return round(flops * config.sample_tokens / (config.num_pairs if config.sample_one_tap else 1))
 
 
 def chunk_loads(flops: TokenFlops, split: Split, tapped_layers: Sequence[int]) -> list[ChunkLoad]:

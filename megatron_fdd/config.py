@@ -42,6 +42,8 @@ class FddConfig:
     decay_iters: int = 0
     kernels: KernelName = "auto"
     skip_below: float = 0.0
+    sample_tokens: float = 1.0
+    sample_one_tap: bool = False
     offload_teacher_taps: bool = False
     metrics_file: str | None = None
     dry_run: bool = False
@@ -76,6 +78,16 @@ class FddConfig:
     def needs_teacher(self) -> bool:
         return self.uses_taps or self.kd_weight > 0
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether trajectory and delta look at all tokens and taps of every step."""
+        return self.sample_tokens == 1 and not self.sample_one_tap
+
+    @property
+    def num_pairs(self) -> int:
+        """Sampled layers per model."""
+        return self.layers if self.layer_pairs is None else len(self.layer_pairs)
+
     def weight_scale(self, iteration: int) -> float:
         """Factor of alpha and beta in step `iteration` (0-based): linear warm-up, then linear decay to 0."""
         scale = 1.0
@@ -96,13 +108,13 @@ class FddConfig:
             _require(0 < self.divergence_mix < 1, "divergence_mix", self.divergence_mix, "between 0 and 1")
         _require(0 <= self.skip_below < 1, "skip_below", self.skip_below, "at least 0 and below 1")
         _require(self.layers >= 1, "layers", self.layers, "at least 1")
+        _require(0 < self.sample_tokens <= 1, "sample_tokens", self.sample_tokens, "above 0, and at most 1")
         experts = self.teacher_expert_model_parallel_size
         if experts is not None:
             _require(experts >= 1, "teacher_expert_model_parallel_size", experts, "at least 1")
-        num_pairs = len(self.layer_pairs) if self.layer_pairs is not None else self.layers
-        if self.beta > 0 and num_pairs < 2:
+        if self.beta > 0 and self.num_pairs < 2:
             raise ValueError(
-                f"the delta term compares adjacent sampled layers and needs at least 2, there is {num_pairs}: "
+                f"the delta term compares adjacent sampled layers and needs at least 2, there is {self.num_pairs}: "
                 "raise --fdd-layers, give more --fdd-layer-pairs, or switch the delta off with --fdd-beta 0"
             )
         if self.needs_teacher and self.teacher_load is None:
@@ -148,6 +160,7 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _add_layer_args(group)
     _add_loss_args(group)
+    _add_sampling_args(group)
     group.add_argument(
         "--fdd-offload-teacher-taps",
         action="store_true",
@@ -226,6 +239,24 @@ def _add_loss_args(group: argparse._ArgumentGroup) -> None:
     )
     value("warmup-iters", "alpha and beta rise linearly over this many steps", int)
     value("decay-iters", "alpha and beta fall linearly to 0 by this step; 0 = constant", int)
+
+
+def _add_sampling_args(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fdd-sample-tokens",
+        type=float,
+        default=FddConfig().sample_tokens,
+        metavar="F",
+        help="trajectory and delta of a training step look at this part of each micro-batch's tokens, drawn anew "
+        "and right on average: their cost falls to F, gradients get noisier (0.25 is a start). Final-logit terms "
+        "and evaluation keep all tokens (%(default)s = off)",
+    )
+    group.add_argument(
+        "--fdd-sample-one-tap",
+        action="store_true",
+        help="a training step computes the trajectory of one sampled layer, drawn at random, and the delta that "
+        "ends at it; they count for all K, right on average. Cheaper up to K times and noisier; evaluation keeps all",
+    )
 
 
 def _dest(field_name: str) -> str:

@@ -40,6 +40,7 @@ from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.run import Run, is_first_rank, prepare_run
+from megatron_fdd.sampling import Sampler
 from megatron_fdd.schedule import DistillationSteps, installed
 from megatron_fdd.student import ChunkStep, StudentStep, Teacher
 from megatron_fdd.teacher.check import report_cross_entropy
@@ -93,7 +94,12 @@ class Distillation:
             own_experts = topology.with_experts(run.teacher.expert_model_parallel_size)
             teacher = build_teacher(run.teacher, run.teacher_checkpoint, own_experts)
         steps = connect(
-            run.plan, unwrap_model(chunks), teacher, topology, lambda: getattr(run.args, "curr_iteration", 0)
+            run.plan,
+            unwrap_model(chunks),
+            teacher,
+            topology,
+            lambda: getattr(run.args, "curr_iteration", 0),
+            seed=run.args.seed,
         )
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
         steps.report(run.config.metrics_file if writes_metrics else None, stop_at_nan=run.stop_at_nan)
@@ -108,6 +114,8 @@ def connect(
     teacher: GPTModel | None,
     topology: Topology,
     iteration: Callable[[], int] = lambda: 0,
+    *,
+    seed: int = 0,
 ) -> DistillationSteps:
     """Join this stage's parts of both models into what Megatron's schedule runs.
 
@@ -115,6 +123,7 @@ def connect(
         students: the student's chunks, by virtual stage, unwrapped.
         teacher: unwrapped, frozen, in evaluation mode.
         iteration: how many steps have been done.
+        seed: of the draws of `Sampler`.
 
     Collectives: with several pipeline stages those of `PipelineSteps.add_teacher`.
     """
@@ -141,7 +150,8 @@ def connect(
         step.chunks[-1].first_batch_check = partial(
             report_cross_entropy, lens=objectives[-1].teacher_lens, shard=shard, group=topology.rows_group
         )
-    return DistillationSteps(step, topology, pipeline, iteration)
+    sampler = Sampler(plan.config, len(plan.pairs), seed=seed, place=topology.rows_rank)
+    return DistillationSteps(step, topology, pipeline, sampler, iteration)
 
 
 def _carry_companions(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from megatron_fdd.balance import ModelShape, describe_balance, token_flops
@@ -30,11 +31,15 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
 
 
 def _weights(config: FddConfig) -> list[str]:
+    sampled = [] if config.sample_tokens == 1 else [f"{config.sample_tokens:g} of the tokens"]
+    sampled += ["one random tap a step"] if config.sample_one_tap else []
+    drawn = [f"  trajectory and delta of a training step: {', '.join(sampled)}"] if sampled else []
     return [
         f"  loss = {config.kd_weight:g} kd ({config.kd_divergence}) + {config.alpha:g} trajectory "
         f"({config.trajectory_divergence}) + {config.beta:g} delta ({config.delta}) "
         f"+ {config.ce_weight:g} cross-entropy; tokens: {config.tokens}; temperature {config.temperature:g}; "
-        f"lens: norm {config.lens_norm}, head {config.lens_head}"
+        f"lens: norm {config.lens_norm}, head {config.lens_head}",
+        *drawn,
     ]
 
 
@@ -107,12 +112,15 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
             figures[f"teacher's final hidden states{where}, {kept} micro-batch(es)"] = (
                 kept * own_rows * teacher.hidden_size * bytes_each
             )
-        figures[f"features of {taps} tap(s), both models, float32"] = (
-            taps * own_rows * (teacher.hidden_size + width) * 4
+        # What a step looks at: a part of the rows; with one tap, the one drawn and the one before it.
+        looked_at = min(taps, 2) if config.sample_one_tap else taps
+        own_drawn, drawn = (math.ceil(config.sample_tokens * each) for each in (own_rows, rows))
+        figures[f"features of {looked_at} tap(s), both models, float32"] = (
+            looked_at * own_drawn * (teacher.hidden_size + width) * 4
         )
         # [N, d_S] sums a tap from the forward pass, kept until the backward pass.
         sums = 2 if config.beta > 0 and config.delta == "logprob" else 1
-        figures["gradients kept from the forward pass, float32"] = sums * taps * rows * width * 4
+        figures["gradients kept from the forward pass, float32"] = sums * looked_at * drawn * width * 4
         if config.beta > 0:
             grams = teacher.hidden_size**2 + teacher.hidden_size * width + width**2
             figures["Gram matrices, float32"] = 4 * grams

@@ -28,6 +28,7 @@ from megatron_fdd.losses import (
 from megatron_fdd.ops.delta import HeadGrams, head_grams
 from megatron_fdd.ops.head_loss import LossWeights
 from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, Kernels, VocabShard
+from megatron_fdd.sampling import EVERYTHING, RowSample, StepDraw
 from megatron_fdd.teacher import TeacherFeatures
 
 COUNTS = ("label_tokens", "term_tokens")
@@ -41,10 +42,12 @@ class StepScale:
         inner: factor of alpha and beta (warm-up, decay).
         label_per_term_token: global count of label tokens over the count that kd, trajectory and delta use.
             Megatron divides every gradient by one number, the label tokens of the step.
+        draw: what trajectory and delta look at.
     """
 
     inner: float = 1.0
     label_per_term_token: float = 1.0
+    draw: StepDraw = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,18 @@ class Objective:
             return config.beta * self.scale.inner / (len(self.pairs) - 1)
         return config.ce_weight if kind == "ce" else config.kd_weight
 
+    def measured(self, name: str, value: float) -> float | None:
+        """What a step saw of a reported mean: with one tap a step, a layer's term is that tap's own, or None.
+
+        Args:
+            value: the mean as reported, in which a tap counts for those that were not looked at.
+        """
+        draw, (kind, _, pair) = self.scale.draw, name.partition(" ")
+        if draw.tap is None or kind not in ("trajectory", "delta") or not pair:
+            return value
+        is_drawn = pair == self.pairs[draw.tap].name
+        return value / draw.factor if is_drawn else None
+
     def total(self, terms: Sequence[LossTerm]) -> Tensor | None:
         """The weighted sum to back-propagate, float32, over this rank's rows; None without a term."""
         parts = []
@@ -213,7 +228,7 @@ class Objective:
         carry: Carry | None,
         lens: Lens,
         teacher: TeacherFeatures,
-        weights: TokenWeights,
+        sample: RowSample,
     ) -> tuple[list[LossTerm], Carry | None]:
         """Trajectory and delta of this chunk's sampled layers, and what the next chunk needs of them.
 
@@ -221,23 +236,28 @@ class Objective:
             taps_SBS: outputs of the sampled blocks, before the norm, in depth order.
             carry: from the chunk before, as the plan says.
             lens: the student's, detached or live.
+            sample: which token rows count, and how much (`StepDraw.rows`).
 
-        Collectives over the tensor-parallel group: those of `linear_kl` once per tap and of
-        `delta_cosine` once per delta; in the first micro-batch of a step the all-reduce of the Gram matrices.
+        Collectives over the tensor-parallel group: those of `linear_kl` (or `head_loss`) once per tap that the step
+        looks at and of `delta_cosine` once per delta; in the first micro-batch of a step the all-reduce of the Gram
+        matrices.
         """
-        chunk, config = self.chunk, self.config
+        chunk, config, draw = self.chunk, self.config, self.scale.draw
         assert len(taps_SBS) == len(chunk.pairs), "a tap was lost"
         divergence = self._divergence(config.trajectory_divergence) if config.alpha > 0 else None
-        with_lse = config.beta > 0 and config.delta == "logprob"
+        with_lse = config.beta > 0 and config.delta == "logprob" and draw.has_delta
         heads = self._heads(lens.head_WH)
         taps, statistics, terms = [], [], []
-        if carry is not None:
+        if carry is not None and draw.counts(chunk.pairs[0]):
             assert chunk.carry_in is not None
-            taps.append(self._tap(chunk.carry_in, carry.hidden_SBS, lens, teacher))
-            statistics.append(carry.statistics)
+            taps.append(self._tap(chunk.carry_in, carry.hidden_SBS, lens, teacher, sample))
+            statistics.append(sample.gather(carry.statistics))
         for index, hidden_SBS in zip(chunk.pairs, taps_SBS, strict=True):
-            taps.append(self._tap(index, hidden_SBS, lens, teacher))
-            term, tap_statistics = trajectory_term(taps[-1], heads, divergence, weights, with_lse=with_lse)
+            if not draw.looks_at(index):
+                continue
+            taps.append(self._tap(index, hidden_SBS, lens, teacher, sample))
+            wanted = divergence if draw.counts(index) else None
+            term, tap_statistics = trajectory_term(taps[-1], heads, wanted, sample.weights, with_lse=with_lse)
             terms += [] if term is None else [term]
             statistics.append(tap_statistics)
         if config.beta > 0 and len(taps) > 1:
@@ -246,18 +266,21 @@ class Objective:
                 taps,
                 statistics,
                 grams,
-                weights,
+                sample.weights,
                 detach_previous=config.delta_detach_previous,
                 shard=heads.shard,
             )
         if chunk.carry_out is None:
             return terms, None
-        return terms, Carry(taps_SBS[-1], statistics[-1])
+        last = statistics[-1] if draw.looks_at(chunk.pairs[-1]) else None
+        return terms, Carry(taps_SBS[-1], sample.scatter(last) if self.carries_lse else None)
 
-    def _tap(self, index: int, hidden_SBS: Tensor, lens: Lens, teacher: TeacherFeatures) -> Tap:
+    def _tap(
+        self, index: int, hidden_SBS: Tensor, lens: Lens, teacher: TeacherFeatures, sample: RowSample
+    ) -> Tap:
         assert self.teacher_lens is not None
-        teacher_NT = self.teacher_lens.features(teacher.taps_SBT[index])
-        return Tap(self.pairs[index].name, teacher_NT, lens.features(hidden_SBS))
+        teacher_NT = self.teacher_lens.features(sample.hidden(teacher.taps_SBT[index]))
+        return Tap(self.pairs[index].name, teacher_NT, lens.features(sample.hidden(hidden_SBS)))
 
     def _heads(self, student_WS: Tensor) -> HeadPair:
         teacher_WT = None if self.teacher_lens is None else self.teacher_lens.head_WH

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 
 from megatron_fdd.arguments import student_checkpoint
 from megatron_fdd.checkpoint import RELEASE, find_checkpoint
+from megatron_fdd.config import FddConfig
 from megatron_fdd.experts import STUDENT_FLAG, has_expert_optimizer
 from megatron_fdd.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.teacher.arguments import even_layout
@@ -117,6 +119,20 @@ def _check_sequence(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--seq-length {args.seq_length} is not a multiple of {' times '.join(factors)}: "
             f"use {' or '.join(str(length) for length in (below, below + divisor) if length)}"
+        )
+
+
+def check_sampling(config: FddConfig, rank: int) -> None:
+    """Warn, on rank 0, of a sampling flag that changes nothing."""
+    flags = ["--fdd-sample-tokens"] if config.sample_tokens < 1 else []
+    flags += ["--fdd-sample-one-tap"] if config.sample_one_tap else []
+    if rank != 0 or not flags:
+        return
+    if not config.uses_taps:
+        warnings.warn(f"{', '.join(flags)}: no effect, --fdd-alpha and --fdd-beta are 0", stacklevel=2)
+    elif config.sample_one_tap and config.num_pairs - (config.alpha == 0) == 1:
+        warnings.warn(
+            "--fdd-sample-one-tap: no effect, there is one tap to draw from; raise --fdd-layers", stacklevel=2
         )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_fdd.metrics import MetricsFile, step_means
 from megatron_fdd.objective import StepScale
 from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.sampling import EVERYTHING, Sampler
 from megatron_fdd.student import StudentStep
 from megatron_fdd.topology import Topology
 
@@ -29,6 +30,7 @@ class DistillationSteps:
 
     Args:
         pipeline: what several stages add; None with one.
+        sampler: draws what a training step looks at; an evaluation looks at everything.
         iteration: how many steps have been done.
     """
 
@@ -37,11 +39,13 @@ class DistillationSteps:
         step: StudentStep,
         topology: Topology,
         pipeline: PipelineSteps | None,
+        sampler: Sampler,
         iteration: Callable[[], int] = lambda: 0,
     ) -> None:
         self._step = step
         self._topology = topology
         self._pipeline = pipeline
+        self._sampler = sampler
         self._iteration = iteration
         self._metrics_path: str | None = None
         self._stop_at_nan = True
@@ -84,8 +88,10 @@ class DistillationSteps:
             if self._pipeline is not None:
                 lens = self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
                 keywords |= self._pipeline.schedule_keywords(keywords["seq_length"])
-        inner = self._step.objective.config.weight_scale(self._iteration())
-        self._step.begin_step(StepScale(inner, ratio), lens)
+        iteration = self._iteration()
+        inner = self._step.objective.config.weight_scale(iteration)
+        draw = EVERYTHING if keywords.get("forward_only") else self._sampler.draw(iteration)
+        self._step.begin_step(StepScale(inner, ratio, draw), lens)
         dicts = schedule(**keywords)
         if keywords.get("collect_non_loss_data"):
             return dicts
@@ -124,7 +130,8 @@ class DistillationSteps:
         numbers = torch.stack([self._label_tokens, *(values["loss_dict"][name] for name in names)]).tolist()
         record: dict[str, float | None] = {"tokens": int(numbers[0])}
         record |= dict.fromkeys(("total", "ce", "kd", "trajectory", "delta"))
-        record |= dict(zip(names, numbers[1:], strict=True))
+        measured = self._step.objective.measured
+        record |= {name: measured(name, value) for name, value in zip(names, numbers[1:], strict=True)}
         grad_norm = values["grad_norm"]
         record["grad_norm"] = None if grad_norm is None else float(grad_norm)
         record["seconds"] = round(time.perf_counter() - self._started_s, 4)

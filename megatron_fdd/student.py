@@ -171,6 +171,9 @@ class ChunkStep:
         total = objective.total(terms)
         # A schedule without a gradient for the stage's input would hang (all weights 0).
         anchor = final_SBH.flatten()[0].float() * 0.0
+        if not config.uses_final_head:
+            # Megatron's overlapped reduction waits for a gradient of every parameter, in every step.
+            anchor = anchor + read_head(student).flatten()[0].float() * 0.0
         return anchor if total is None else total + anchor
 
     def _stage_output(
@@ -215,7 +218,8 @@ class ChunkStep:
             return [], None
         assert teacher is not None
         assert self._lens is not None
-        return self.objective.inner(taps_SBH, carried, self._lens, teacher, weights)
+        sample = self.objective.scale.draw.rows(weights, self._micro_batches)
+        return self.objective.inner(taps_SBH, carried, self._lens, teacher, sample)
 
     def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
         sums = self.objective.sums(terms, weights)

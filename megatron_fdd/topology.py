@@ -97,6 +97,11 @@ class Topology:
         return self.context_size * (self.tensor_size if self.sequence_parallel else 1)
 
     @property
+    def rows_rank(self) -> int:
+        """Number of this rank among those whose token rows differ; the same on all stages."""
+        return self.rows_group.rank()
+
+    @property
     def stage(self) -> int:
         return self.pipeline_group.rank()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,8 @@ class Case:
     loss_scale: float = 1.0
     micro_batches: int = MICRO_BATCHES
     packed: bool = False
+    sample_tokens: float = 1.0
+    sample_one_tap: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -64,7 +67,8 @@ class Result:
     gradients: Weights
 
 
-def fdd_config(terms: Terms) -> FddConfig:
+def fdd_config(case: Case) -> FddConfig:
+    terms = case.terms
     return FddConfig(
         teacher_load="given",
         layer_pairs=terms.pairs,
@@ -81,16 +85,18 @@ def fdd_config(terms: Terms) -> FddConfig:
         delta="centred" if terms.centred else "logprob",
         delta_detach_previous=terms.detach_previous,
         tokens="all" if terms.all_tokens else "labels",
+        sample_tokens=case.sample_tokens,
+        sample_one_tap=case.sample_one_tap,
     )
 
 
 def join(
-    case: Case, ddp: dict[str, Any] | None = None
+    case: Case, ddp: dict[str, Any] | None = None, iteration: Callable[[], int] = lambda: 0
 ) -> tuple[list[torch.nn.Module], GPTModel, DistillationSteps]:
     """On every rank: the student's chunks, the teacher, and what Megatron's schedule runs of both."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
-    config = fdd_config(case.terms)
+    config = fdd_config(case)
     options = dict(case.recompute)
     if case.loss_scale != 1.0:
         options["grad_scale_func"] = lambda loss: loss * case.loss_scale
@@ -111,7 +117,7 @@ def join(
         vocab_size=shard_vocab(case),
         padded_vocab_size=padded_vocab(case.student, topology),
     )
-    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology)
+    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration)
 
 
 def schedule_step(
@@ -137,10 +143,15 @@ def run_step(case: Case) -> Result:
     """Body on every rank: one training step's forward and backward passes."""
     chunks, teacher, steps = join(case)
     means = schedule_step(case, chunks, steps)
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+    return step_result(case, chunks, means)
+
+
+def step_result(case: Case, chunks: list[torch.nn.Module], means: list[dict[str, Tensor]]) -> Result:
+    """On every rank: what the step that just ended gave."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     weights = reference.random_weights(case.student, 1)
     gradients = full_gradients(chunks, topology, case.student.vocab, weights)
-    assert not any(parameter.grad is not None for parameter in teacher.parameters())
     return Result(
         {name: value.item() for name, value in means[0].items()} if means else {},
         {name: value / case.loss_scale for name, value in gradients.items()},

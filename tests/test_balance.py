@@ -138,15 +138,23 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
         (FddConfig(beta=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
         (FddConfig(alpha=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
         (FddConfig(lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
+        (FddConfig(kd_weight=0, teacher_load="x", sample_tokens=0.5), (2 * (7 + 5) + 4 * 5) / 2, 0),
+        (FddConfig(beta=0, kd_weight=0, teacher_load="x", sample_one_tap=True), (2 * (7 + 5) + 2 * 5) / 4, 0),
+        # In three of four steps the log-sum-exps of the tap before, too.
+        (
+            FddConfig(kd_weight=0, teacher_load="x", sample_one_tap=True, sample_tokens=0.8),
+            0.2 * (44 + 0.75 * 34),
+            0,
+        ),
         (FddConfig(alpha=0, beta=0, teacher_load="x"), 0, 2 * (7 + 5) + 4 * 5),
         (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1), 0, 2 * 5 + 4 * 5),
     ],
 )
-def test_only_wanted_terms_cost(config: FddConfig, tap: int, head: int) -> None:
+def test_only_wanted_terms_cost(config: FddConfig, tap: float, head: int) -> None:
     student = ModelShape(5, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
     teacher = ModelShape(7, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
     flops = token_flops(student, teacher if config.needs_teacher else None, config)
-    assert (flops.tap, flops.head) == (100 * tap, 100 * head)
+    assert (flops.tap, flops.head) == (round(100 * tap), 100 * head)
     assert flops.layer == 3 * layer_flops(student)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,13 +29,22 @@ def test_every_flag_arrives() -> None:
         "--fdd-trajectory-divergence srkl --fdd-divergence-mix 0.3 --fdd-temperature 2 --fdd-lens-norm none "
         "--fdd-lens-head live --fdd-delta centred --fdd-delta-detach-previous --fdd-tokens all "
         "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-offload-teacher-taps --fdd-metrics-file M "
-        "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --fdd-teacher-expert-model-parallel-size 2"
+        "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --fdd-teacher-expert-model-parallel-size 2 "
+        "--fdd-sample-tokens 0.25 --fdd-sample-one-tap"
     )
     config = parse(*argv.split())
     defaults = FddConfig()
     assert config.layer_pairs == ((1, 2), (3, 4))
     untouched = [name for name in FddConfig.__slots__ if getattr(config, name) == getattr(defaults, name)]
     assert untouched == []
+
+
+def test_the_readme_lists_every_flag() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    flags = [
+        flag for action in add_fdd_args(argparse.ArgumentParser())._actions for flag in action.option_strings
+    ]
+    assert [flag for flag in flags if flag.startswith("--fdd-") and f"`{flag}" not in readme] == []
 
 
 @pytest.mark.parametrize(
@@ -48,6 +58,9 @@ def test_every_flag_arrives() -> None:
         ("--fdd-layer-pairs 3:5", "needs at least 2, there is 1"),
         ("--fdd-skip-below 1", "--fdd-skip-below 1.0: must be at least 0 and below 1"),
         ("--fdd-decay-iters -1", "--fdd-decay-iters -1: must be at least 0"),
+        ("--fdd-sample-tokens 0", "--fdd-sample-tokens 0.0: must be above 0, and at most 1"),
+        ("--fdd-sample-tokens 1.5", "--fdd-sample-tokens 1.5: must be above 0, and at most 1"),
+        ("--fdd-sample-tokens nan", "--fdd-sample-tokens nan: must be above 0, and at most 1"),
     ],
 )
 def test_wrong_values_are_refused(argv: str, message: str) -> None:

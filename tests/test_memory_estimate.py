@@ -94,6 +94,9 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     assert figures["features of tap(s), both models, float32"] == rows * (8192 + 4096) * 4
     assert figures["gradients kept from the forward pass, float32"] == 2 * 4096 * 4096 * 4
     assert figures["Gram matrices, float32"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
+    drawn = estimate(replace(plan, config=replace(config, sample_tokens=0.25)), args, teacher)
+    assert drawn["features of tap(s), both models, float32"] == rows // 4 * (8192 + 4096) * 4
+    assert drawn["gradients kept from the forward pass, float32"] == 2 * 1024 * 4096 * 4
     # 70.55 billion parameters, less the norms.
     assert figures["teacher weights"] / (70.55e9 * 2 / 16) == pytest.approx(1, abs=1e-3)
 

@@ -60,6 +60,27 @@ def test_total_is_the_weighted_sum(reported: tuple[list[dict], str]) -> None:
         assert record["delta"] == record["delta s2:t4"]
 
 
+def test_with_one_tap_a_step_a_layer_has_its_own_value_or_none(toy: Toys, tmp_path: Path) -> None:
+    exact, drawn = tmp_path / "exact.jsonl", tmp_path / "drawn.jsonl"
+    still = (*WEIGHTS, "--train-iters", "6", "--lr", "0", "--min-lr", "0")
+    trained(
+        toy.command(*still, "--fdd-metrics-file", exact),
+        toy.command(*still, "--fdd-metrics-file", drawn, "--fdd-sample-one-tap"),
+    )
+    patterns = set()
+    for record, whole in zip(read_metrics(drawn), read_metrics(exact), strict=True):
+        seen = tuple(name for name in LAYERS if record[name] is not None)
+        patterns.add(seen)
+        for name in ("ce", "kd", *seen):
+            assert record[name] == pytest.approx(whole[name], rel=1e-5), name
+        # The groups are the estimates that were trained on: of the mean over two layers, and of one delta.
+        assert record["trajectory"] == pytest.approx(whole[seen[0]], rel=1e-5)
+        assert record["delta"] == pytest.approx(2 * whole[LAYERS[2]] if len(seen) == 2 else 0, rel=1e-5)
+        parts = [0.25 * record["ce"], 0.5 * record["kd"], 0.7 * record["trajectory"], 1.3 * record["delta"]]
+        assert record["total"] == pytest.approx(sum(parts), rel=1e-6)
+    assert patterns == {LAYERS[:1], LAYERS[1:]}
+
+
 def test_every_term_is_in_the_log_line(reported: tuple[list[dict], str]) -> None:
     records, out = reported
     lines = [line for line in out.splitlines() if LINE.search(line)]

@@ -13,6 +13,7 @@ from tests.entry.command import call_main, read_metrics, trained, without_second
 from tests.entry.conftest import SCRATCH, Toys
 from tests.ranks import Layout, run_on_ranks
 
+SAMPLED = ("--fdd-sample-tokens", "0.3", "--fdd-sample-one-tap")
 DISTRIBUTED = ("--use-distributed-optimizer", "--train-iters", "6", "--save-interval", "2")
 
 
@@ -39,15 +40,15 @@ def metrics(folder: Path) -> list[dict]:
     return without_seconds(read_metrics(folder / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize(("precision", "torn"), [((), 4), (("--bf16",), 3)])
+@pytest.mark.parametrize(("more", "torn"), [((), 4), (("--bf16", *SAMPLED), 3)])
 def test_a_killed_run_resumes_bit_for_bit(
-    precision: tuple[str, ...], torn: int, toy: Toys, tmp_path: Path
+    more: tuple[str, ...], torn: int, toy: Toys, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    trained(command(toy, whole, *precision), command(toy, killed, *precision, "--exit-interval", "3"))
+    trained(command(toy, whole, *more), command(toy, killed, *more, "--exit-interval", "3"))
     assert [record["iteration"] for record in metrics(killed)] == [1, 2, 3]
     kill_while_writing(killed, torn)
-    [endings] = trained(command(toy, killed, *precision))
+    [endings] = trained(command(toy, killed, *more))
     assert "at iteration 2" in endings[0].out
     assert len(metrics(whole)) == 6
     assert metrics(killed) == metrics(whole)
