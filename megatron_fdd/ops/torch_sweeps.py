@@ -169,11 +169,16 @@ def _accumulate_kept(
     exp(gap) bounds the probabilities too: the log-sum-exp is at least the running maximum.
     """
     if skip_below > 0:
-        kept = (gap_M >= math.log(skip_below)).nonzero()[:, 0]
+        kept = kept_rows(gap_M, skip_below)
         if len(kept) < WORTH_SKIPPING * len(gap_M):
             rows_MS.index_add_(0, kept, product(weights_MC[kept], head_CS, rows_MS.dtype))
             return
     accumulate(rows_MS, weights_MC, head_CS)
+
+
+def kept_rows(gap_M: Tensor, skip_below: float) -> Tensor:
+    """Indices of the rows that are not skipped. Synchronises on a GPU."""
+    return (gap_M >= math.log(skip_below)).nonzero()[:, 0]
 
 
 def _logit_gradient(
