@@ -248,7 +248,10 @@ def main(argv: list[str]) -> int:
     for name, default in (("tokens", 1024), ("vocab", 32000), ("teacher", 768), ("student", 384)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--top-k", type=int, default=1024)
+    parser.add_argument("--smoke", action="store_true", help="a tiny size, and nothing is recorded")
     args = parser.parse_args(argv)
+    if args.smoke:
+        vars(args).update(tokens=64, vocab=500, teacher=24, student=16, top_k=50)
     if (
         importlib.util.find_spec("modelopt") is None
     ):  # not imported here: that may start CUDA, and runs are forked
@@ -269,6 +272,8 @@ def main(argv: list[str]) -> int:
         for num_ranks, found in errors.items()
         for name, error in found.items()
     }
+    if args.smoke:
+        return 0
     measure.record("modelopt", vars(args), rows, hidden_gradient_times_and_error=scales)
     # A ratio of unsteady times was not printed.
     return 0 if all(row.is_steady for row in rows.values()) else 1
