@@ -59,7 +59,7 @@ class Sweeps(Protocol):
 def make_sweeps(plan: Plan, teacher: Model | None, student: Model) -> Sweeps:
     """Of the implementation that `plan.kernels` chooses."""
     if plan.kernels.chosen(student[1]) == "triton":
-        from megatron_fdd.ops.triton_sweeps import TritonSweeps  # Triton is installed where there is a GPU
+        from megatron_fdd.ops.gpu.sweeps import TritonSweeps  # Triton is installed where there is a GPU
 
         return TritonSweeps(plan, teacher, student)
     return TorchSweeps(plan, teacher, student)

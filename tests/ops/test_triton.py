@@ -20,8 +20,8 @@ from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_c
 from tests.ops.test_linear_kl import reference_gradients
 
 triton = pytest.importorskip("triton")
-from megatron_fdd.ops import triton_launches, triton_sweeps  # noqa: E402
-from megatron_fdd.ops.triton_blocks import Blocks, Cut  # noqa: E402
+from megatron_fdd.ops.gpu import launches, sweeps  # noqa: E402
+from megatron_fdd.ops.gpu.blocks import Blocks, Cut  # noqa: E402
 
 # NumPy would warn in the interpreter of what is a NaN on a GPU.
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -36,7 +36,7 @@ TOLERANCES = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 6e-3)}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also, an interpreter that can count: its loops cannot convert their bounds under NumPy 2.4 and later."""
-    monkeypatch.setattr(triton_sweeps, "cut_for", lambda _: SMALLEST)
+    monkeypatch.setattr(sweeps, "cut_for", lambda _: SMALLEST)
     interpreter = triton.runtime.interpreter
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -163,7 +163,7 @@ def test_a_rank_of_padding_alone_contributes_nothing() -> None:
 
 
 def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradient: bool):
-    plan = triton_sweeps.Plan(
+    plan = sweeps.Plan(
         shard=VocabShard(0, num_valid, None),
         divergence=divergence,
         needs_lse=True,
@@ -173,7 +173,7 @@ def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradie
         head_gradient=False,
     )
     models = [(case.teacher, case.teacher_head), (case.student, case.student_head)]
-    return triton_sweeps.TritonSweeps(plan, *([x.to(DEVICE) for x in model] for model in models))
+    return sweeps.TritonSweeps(plan, *([x.to(DEVICE) for x in model] for model in models))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -235,7 +235,7 @@ def test_which_blocks_are_kept() -> None:
     largest_BR = torch.zeros(4, 20)
     largest_BR[1, 3] = largest_BR[3, 15] = 0.5
     largest_BR[2, 19] = 0.1
-    order, count = triton_launches.kept_blocks(largest_BR, 0.1, SMALLEST)
+    order, count = launches.kept_blocks(largest_BR, 0.1, SMALLEST)
     kept = [row[:num].tolist() for row, num in zip(order, count.tolist(), strict=True)]
     assert kept == [[1, 3], [2]]
 

@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, for a GPU that need not be here: registers, spills, shared memory.
 
-    python -m megatron_fdd.ops.triton_report --capability 90
+    python -m megatron_fdd.ops.gpu.report --capability 90
 
 Not under TRITON_INTERPRET. A program that spills, or needs more shared memory than a multiprocessor has, is slow
 or does not start at all: whoever changes a kernel or its blocks looks here first, and then measures.
@@ -25,11 +25,11 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from megatron_fdd.ops.divergence import Divergence, DivergenceKind
+from megatron_fdd.ops.gpu.blocks import Launch
+from megatron_fdd.ops.gpu.sweeps import TritonSweeps
 from megatron_fdd.ops.kernels import Kernels
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
-from megatron_fdd.ops.triton_blocks import Launch
-from megatron_fdd.ops.triton_sweeps import TritonSweeps
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 

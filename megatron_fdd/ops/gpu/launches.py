@@ -1,6 +1,6 @@
 """Launches of the Triton kernels: which blocks, which grid, which arguments. Tensors in, tensors filled.
 
-Shapes: see triton_kernels.
+Shapes: see gpu/kernels.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_fdd.ops import triton_kernels as kernels
-from megatron_fdd.ops import triton_scores as scores
 from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.gpu import kernels as kernels
+from megatron_fdd.ops.gpu import scores as scores
+from megatron_fdd.ops.gpu.blocks import Blocks, Cut, Launch, must_widen
 from megatron_fdd.ops.plan import Model
-from megatron_fdd.ops.triton_blocks import Blocks, Cut, Launch, must_widen
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class Cut:
         assert self.logits.columns % self.sums.depth == 0, f"{self.logits} and {self.sums}"
 
 
-# For Hopper; chosen by what the compiler reports (registers, shared memory) ahead of time: see triton_report.
+# For Hopper; chosen by what the compiler reports (registers, shared memory) ahead of time: see gpu/report.py.
 HALF_CUT = Cut(Blocks(128, 128, 64, 16, 8, 4), Blocks(128, 256, 64, 16, 8, 3))
 # Without tensor cores: their float32 products are not float32.
 SINGLE_CUT = Cut(Blocks(64, 64, 32, 16, 8, 2), Blocks(64, 64, 32, 16, 8, 2))

@@ -1,6 +1,6 @@
 """Triton kernels of linear_kl that need the normalisers: mixtures' sums, and the gradient of the logits.
 
-Shapes and rules: see triton_kernels.
+Shapes and rules: see gpu/kernels.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_fdd.ops.triton_kernels import logits, place, store_block
+from megatron_fdd.ops.gpu.kernels import logits, place, store_block
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Beside sums and statistics, a tile leaves the weights of the rows to sum: at most two (three at another
 temperature than 1) of [R, tile] in the head's dtype, and none without gradients. Everything is deterministic.
 
-Shapes: see triton_kernels.
+Shapes: see gpu/kernels.py.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops import triton_launches as launches
+from megatron_fdd.ops.gpu import launches as launches
+from megatron_fdd.ops.gpu.blocks import cut_for
+from megatron_fdd.ops.gpu.launches import BlockStatistics, LogitFactors, Pair, Peaks, Totals, Weights
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
-from megatron_fdd.ops.triton_blocks import cut_for
-from megatron_fdd.ops.triton_launches import BlockStatistics, LogitFactors, Pair, Peaks, Totals, Weights
 from megatron_fdd.ops.vocab_tiles import product, product_dtype
 
 

@@ -1,0 +1,1 @@
+"""The GPU path of the fused losses, in Triton."""
