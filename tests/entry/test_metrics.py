@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from megatron_fdd.ops import chunks
 from megatron_fdd.ops.vocab_shard import VocabShard
 from tests.entry.command import Ending, call_main, read_metrics, trained
 from tests.entry.conftest import Toys
@@ -103,19 +105,19 @@ def test_every_term_is_in_the_validation(reported: tuple[list[dict], str]) -> No
 
 
 def count_collectives(command: list[str]) -> tuple[Ending, int]:
-    """Body on a rank: the ending of a run, and how often its losses communicated over the tensor-parallel group."""
+    """Body on a rank: the ending of a run, and how often it passed over the heads or reduced Gram matrices."""
     calls = []
 
-    def counted(name: str):
-        original = getattr(VocabShard, name)
+    def counted(owner: Any, name: str) -> Any:
+        original = getattr(owner, name)
 
-        def method(self: VocabShard, tensor):
+        def call(*arguments: Any) -> Any:
             calls.append(name)
-            return original(self, tensor)
+            return original(*arguments)
 
-        return patch.object(VocabShard, name, method)
+        return patch.object(owner, name, call)
 
-    with counted("stack"), counted("all_reduce"):
+    with counted(chunks, "start_merge"), counted(VocabShard, "all_reduce"):
         return call_main(command), len(calls)
 
 
@@ -142,9 +144,8 @@ def test_a_weight_of_zero_switches_a_term_off(name: str, toy: Toys, tmp_path: Pa
         assert ending.status == 0, ending.err
         has_teacher = bool(kept - {"ce"})
         assert ("teacher cross-entropy" in ending.out) == (has_teacher and rank == 0)
-        # Two steps of four micro-batches; a pass communicates once forward and once backward. The teacher's
-        # check is a pass without a backward, and a count of the vocabulary.
-        assert collectives == 2 * (4 * 2 * head_passes + gram_reductions) + 2 * has_teacher
+        # Two steps of four micro-batches. The teacher's check is one more pass, and a count of the vocabulary.
+        assert collectives == 2 * (4 * head_passes + gram_reductions) + 2 * has_teacher
     for record in read_metrics(path):
         assert {group for group in GROUPS if record[group] is not None} == kept
         assert {layer for layer in LAYERS if layer in record} == {x for x in LAYERS if x.split()[0] in kept}
