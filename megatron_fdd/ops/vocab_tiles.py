@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elementwise formulas with temporaries run on this fraction of a tile's rows, and on at most so many numbers (1 MiB):
+# Elementwise formulas with temporaries run on this fraction of a tile's rows, and on at most so many numbers (512 KiB):
 # small memory, and in cache.
 ROW_BLOCKS = 8
-BLOCK_SIZE = 2**18
+BLOCK_SIZE = 2**17
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
