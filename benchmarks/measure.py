@@ -86,6 +86,15 @@ def summary(times: list[float], peak_mib: float) -> Measurement:
     return Measurement(median, (max(times) - min(times)) / median, peak_mib)
 
 
+def first_steady(times: list[float], repeats: int, peak_mib: float) -> Measurement:
+    """Of so many repeats in a row, the first that are steady; else the last."""
+    for start in range(0, len(times), repeats):
+        found = summary(times[start : start + repeats], peak_mib)
+        if found.is_steady:
+            break
+    return found
+
+
 def cpu_seconds(function: Callable[[], object]) -> float:
     """Process CPU time of a call."""
     started = time.process_time()

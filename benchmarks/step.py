@@ -62,7 +62,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps (after 2 that are not)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of which the median counts")
     for whose, width, layers, heads in (("teacher", 400, 48, 25), ("student", 192, 12, 12)):
         parser.add_argument(f"--{whose}-width", type=int, default=width)
         parser.add_argument(f"--{whose}-layers", type=int, default=layers)
@@ -137,7 +137,9 @@ def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[s
     watched = {}
     for number, (name, objective) in enumerate(runs):
         words = command(args, folder, objective, rest)
-        job = Job(words, name == STOCK, args.repeats, args.device, folder / f"run-{number}.log")
+        job = Job(
+            words, name == STOCK, args.repeats * measure.ATTEMPTS, args.device, folder / f"run-{number}.log"
+        )
         watched[name] = in_own_process(run_job, job)
     return watched
 
@@ -192,7 +194,10 @@ def main(argv: list[str]) -> int:
         watched = watch_all(args, rest, Path(folder))
     for seen in watched.values():
         seen.flops = None if seen.flops is None else seen.flops // step_tokens
-    rows = {name: measure.summary(seen.seconds, seen.peak_mib) for name, seen in watched.items()}
+    rows = {
+        name: measure.first_steady(seen.seconds, args.repeats, seen.peak_mib)
+        for name, seen in watched.items()
+    }
     is_good = report(rows, watched, flops)
     if args.smoke:
         return 0

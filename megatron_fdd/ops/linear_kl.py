@@ -73,12 +73,12 @@ def linear_kl(
             exponential, and with a constant head one product for their gradient.
         kernels: which implementation runs, and how it cuts its work.
 
-    Collectives over `shard.group` (one rank: none). Forward: one all-gather of the packed statistics, [R]
-        times 5 for fkl and rkl, else 4 (2 without a teacher), plus 2 for lse or labels at another temperature
-        than 1, plus 1 for labels; jsd, sfkl and srkl add one all-reduce of [2, R]. All in float32. Backward:
-        one all-reduce of [N, S] in the student's dtype. Sequence parallelism adds, forward, one all-gather
-        each of teacher, student and labels, and backward one of [N, 3]; the all-reduce becomes a
-        reduce-scatter.
+    Collectives over `shard.group` (one rank: none), for each chunk of `kernels.chunk_rows` tokens, under way during
+        the products of the next. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and rkl,
+        else 4 (2 without a teacher), plus 2 for lse or labels at another temperature than 1, plus 1 for labels;
+        jsd, sfkl and srkl add one all-reduce of [2, R]. All in float32. Backward: one all-reduce of [N, S] in the
+        student's dtype. Sequence parallelism adds, forward, one all-gather each of teacher, student and labels,
+        and backward, once, one of [N, 3]; the all-reduce becomes a reduce-scatter.
     Source: method.md, section 5.
     """
     assert (teacher_NT is None) == (teacher_head_WT is None), "a teacher has hidden states and a head"

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, LinearKL, VocabShard, linear_kl
 
@@ -89,6 +90,19 @@ def loss(outputs: LinearKL, upstream: Tensor) -> Tensor:
     """A sum of all outputs that carry gradient, each token and output with its own weight."""
     terms = (outputs.divergence_N, outputs.student_lse_N, outputs.cross_entropy_N)
     return sum((w * term).sum() for w, term in zip(upstream, terms, strict=True) if term is not None)
+
+
+class Products(TorchDispatchMode):
+    """Multiplications in matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if "mm" in name:
+            left, right = args[1:3] if name.startswith("addmm") else args[:2]
+            self.total += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
 
 
 def gradients(total: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

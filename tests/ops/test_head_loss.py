@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard
-from tests.ops.linear_kl_case import KINDS, Case, RankPart, error, gradients, make_case
+from tests.ops.linear_kl_case import KINDS, Case, Products, RankPart, error, gradients, make_case
 from tests.ops.test_head_gradient import parameter_of_ddp
 from tests.ranks import distributed
 
@@ -105,19 +104,6 @@ def test_without_a_gradient_no_logits_are_held() -> None:
     expected = reference(case, Divergence("jsd"), weights, case.student, case.student_head)
     assert not values.divergence.requires_grad
     assert error(values.divergence, expected.divergence.detach()) < 1e-6
-
-
-class Products(TorchDispatchMode):
-    """Multiplications in matrix products."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if "mm" in name:
-            left, right = args[1:3] if name.startswith("addmm") else args[:2]
-            self.total += left.shape[0] * left.shape[1] * right.shape[1]
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["constant-head", "trained-head"])

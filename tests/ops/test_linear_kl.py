@@ -12,6 +12,7 @@ from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_k
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
+    Products,
     error,
     gradients,
     loss,
@@ -309,3 +310,28 @@ def test_divergence_of_log_probabilities_matches_by_hand() -> None:
     assert value.item() == pytest.approx(0.130812, abs=1e-6)
     value = reference_divergence(teacher, student, Divergence("jsd"))
     assert value.item() == pytest.approx(0.033822, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fkl", "rkl"])
+def test_skipped_tiles_change_the_gradient_little_and_nothing_else(kind: str) -> None:
+    """Logits so far apart that most tiles hold nothing of a token's probability."""
+    case = make_case(60, 400).to(torch.float32)
+    case.student.mul_(6)
+    case.teacher.mul_(6)
+    errors, taken = [], []
+    exact, hidden, _ = run(case, Divergence(kind), live=False)
+    (wanted,) = gradients(loss(exact, case.upstream), hidden)
+    for skip_below in (1e-30, 1e-6, 1e-3, 0.3):
+        kernels = Kernels("torch", tile_size=16, skip_below=skip_below)
+        with Products() as products:
+            ours, hidden, _ = run(case, Divergence(kind), live=False, kernels=kernels)
+        for value, reference in zip(ours, exact, strict=True):
+            assert torch.equal(value, reference)
+        (gradient,) = gradients(loss(ours, case.upstream), hidden)
+        errors.append(error(gradient, wanted.double()))
+        taken.append(products.total)
+    assert errors[0] < 1e-6 < errors[2] < errors[3], "a bound of 0.3 must show"
+    assert errors[1] < 1e-5
+    assert errors[2] < 1e-2
+    assert taken == sorted(taken, reverse=True)
+    assert taken[1] < 0.9 * taken[0], "and products must be spared"
