@@ -6,7 +6,9 @@ a percent or so. Where it does not, no ratio is given. On a GPU: device time, an
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import importlib.metadata
 import json
 import multiprocessing
 import platform
@@ -141,7 +143,7 @@ def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measureme
         "benchmark": benchmark,
         "machine": machine(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "versions": versions(),
         "size": dict(size),
         "rows": {
             name: {key: round(value, 4) for key, value in asdict(row).items()} for name, row in rows.items()
@@ -150,6 +152,16 @@ def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measureme
     }
     with RESULTS.open("a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what is measured and what it is measured against."""
+    names = ("torch", "triton", "megatron-core", "liger-kernel", "nvidia-modelopt")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def machine() -> str:

@@ -122,18 +122,34 @@ def _check_sequence(args: argparse.Namespace) -> None:
         )
 
 
-def check_sampling(config: FddConfig, rank: int) -> None:
-    """Warn, on rank 0, of a sampling flag that changes nothing."""
+def check_approximations(config: FddConfig, rank: int) -> None:
+    """Warn, on rank 0, of a flag that should make the inner terms cheaper and changes nothing."""
+    if rank != 0:
+        return
     flags = ["--fdd-sample-tokens"] if config.sample_tokens < 1 else []
     flags += ["--fdd-sample-one-tap"] if config.sample_one_tap else []
-    if rank != 0 or not flags:
-        return
-    if not config.uses_taps:
+    if flags and not config.uses_taps:
         warnings.warn(f"{', '.join(flags)}: no effect, --fdd-alpha and --fdd-beta are 0", stacklevel=2)
     elif config.sample_one_tap and config.num_pairs - (config.alpha == 0) == 1:
         warnings.warn(
             "--fdd-sample-one-tap: no effect, there is one tap to draw from; raise --fdd-layers", stacklevel=2
         )
+    reason = _nothing_to_skip(config)
+    if config.skip_below > 0 and reason is not None:
+        warnings.warn(f"--fdd-skip-below {config.skip_below}: no effect, {reason}", stacklevel=2)
+
+
+def _nothing_to_skip(config: FddConfig) -> str | None:
+    """Why no vocabulary tile can be skipped; None where it can."""
+    if config.kernels == "reference":
+        return "--fdd-kernels reference has no tiles"
+    if config.lens_head == "live":
+        return "--fdd-lens-head live needs all of them"
+    if config.beta == 0 or config.delta != "logprob":
+        return "without the log-probability delta a layer's gradient is one product over the whole vocabulary"
+    if config.alpha > 0 and config.trajectory_divergence not in ("fkl", "rkl") and is_rehearsal_wanted():
+        return f"--fdd-trajectory-divergence {config.trajectory_divergence} skips on a GPU only"
+    return None
 
 
 def check_writable(path: str | None, flag: str) -> None:

@@ -32,10 +32,10 @@ from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.preflight import (
+    check_approximations,
     check_given,
     check_kernels,
     check_resume,
-    check_sampling,
     check_splits,
     check_writable,
 )
@@ -102,7 +102,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     if student is not None:
         check_same_model(args, student)
     check_data_args(args)
-    check_sampling(config, args.rank)
+    check_approximations(config, args.rank)
     stored, checkpoint = None, None
     if config.needs_teacher and config.teacher_load is not None:
         checkpoint = find_checkpoint(config.teacher_load, "--teacher-load")

@@ -14,7 +14,7 @@ import torch
 from megatron_fdd import sampling
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses import TapStatistics, TokenWeights
-from megatron_fdd.preflight import check_sampling
+from megatron_fdd.preflight import check_approximations
 from megatron_fdd.sampling import EVERYTHING, RowSample, Sampler, StepDraw
 
 
@@ -97,10 +97,19 @@ def test_off_is_what_there_was_before() -> None:
 )
 def test_a_flag_without_effect_is_named(options: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="--fdd-sample.*no effect"):
-        check_sampling(FddConfig(teacher_load="T", **options), 0)
+        check_approximations(FddConfig(teacher_load="T", **options), 0)
 
 
 @pytest.mark.filterwarnings("error")
 def test_no_warning_where_it_has_one_or_on_other_ranks() -> None:
-    check_sampling(FddConfig(teacher_load="T", sample_one_tap=True, sample_tokens=0.5), 0)
-    check_sampling(FddConfig(teacher_load="T", alpha=0.0, beta=0.0, sample_tokens=0.5), 1)
+    check_approximations(FddConfig(teacher_load="T", sample_one_tap=True, sample_tokens=0.5), 0)
+    check_approximations(FddConfig(teacher_load="T", skip_below=1e-5), 0)
+    check_approximations(FddConfig(teacher_load="T", alpha=0.0, beta=0.0, sample_tokens=0.5), 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lens_head": "live"}, {"beta": 0.0}, {"delta": "centred"}, {"kernels": "reference"}]
+)
+def test_a_bound_below_which_nothing_can_be_skipped_warns(options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="--fdd-skip-below 1e-05: no effect, "):
+        check_approximations(FddConfig(teacher_load="T", skip_below=1e-5, **options), 0)
