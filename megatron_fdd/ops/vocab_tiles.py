@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elementwise formulas with temporaries run on this fraction of a tile's rows, and on at most so many numbers (512 KiB):
-# small memory, and in cache.
+# Elementwise formulas with temporaries run on this fraction of a tile's rows: small memory. On a CPU on at most so many
+# numbers (512 KiB), too: in cache.
 ROW_BLOCKS = 8
 BLOCK_SIZE = 2**17
 
@@ -61,7 +61,10 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 def row_blocks(tile_RC: Tensor) -> Iterator[slice]:
     """A tile's rows in pieces."""
     num_rows, width = tile_RC.shape
-    size = max(1, min(-(-num_rows // ROW_BLOCKS), BLOCK_SIZE // width))
+    size = -(-num_rows // ROW_BLOCKS)
+    if not tile_RC.is_cuda:
+        size = min(size, BLOCK_SIZE // width)
+    size = max(1, size)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
