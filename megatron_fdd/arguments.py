@@ -94,8 +94,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "--hybrid-layer-pattern: only GPTModel offers taps; use a GPT-style student",
     ),
     (
-        lambda a: a.pipeline_model_parallel_size > 1 and a.fp16,
-        "--fp16 with --pipeline-model-parallel-size above 1 is not supported; use --bf16",
+        lambda a: bool(a.fp16),
+        "--fp16: the losses' gradients are formed before the loss scale and would underflow; use --bf16",
     ),
     (
         lambda a: a.context_parallel_size > 1 and a.dataloader_inter_document_masking,

@@ -108,7 +108,9 @@ def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConf
             flops += before * ((config.num_pairs - 1) / config.num_pairs if config.alpha > 0 else 1)
         tap = _sampled(flops, config)
     elif config.alpha > 0:
-        tap = _sampled(head_loss_flops(student, teacher, trains_head=live), config)
+        divergence = config.trajectory_divergence
+        whole = linear_kl_flops(student, teacher, divergence, trains_head=True)
+        tap = _sampled(whole if live else head_loss_flops(student, teacher, trains_head=False), config)
     if config.uses_final_head:
         head = head_loss_flops(student, teacher if config.kd_weight > 0 else None, trains_head=True)
     return TokenFlops(layer=3 * layer_flops(student), tap=tap, head=head)

@@ -112,7 +112,7 @@ def trajectory_term(
         divergence: None when only the log-sum-exps are wanted (alpha 0).
         with_lse: a log-probability delta follows, so the log-sum-exp must carry gradient.
 
-    Collectives: those of `linear_kl`, once; without lse those of `head_loss`.
+    Collectives: those of `linear_kl`, once; without lse, and for a constant head, those of `head_loss`.
     """
     if divergence is None and not with_lse:
         return None, None
@@ -120,7 +120,8 @@ def trajectory_term(
     teacher = heads.teacher(tap.teacher_NT.to(heads.teacher_WT.dtype))
     student = (tap.student_NS.to(heads.student_WS.dtype), heads.student_WS)
     name, shard, kernels = f"trajectory {tap.name}", heads.shard, heads.kernels
-    if not with_lse:
+    if not with_lse and not heads.student_WS.requires_grad:
+        # A trained head's gradient would be kept until the backward pass, for every tap.
         alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
         summed = head_loss(
             teacher,
@@ -133,10 +134,12 @@ def trajectory_term(
         )
         assert summed.divergence is not None
         return LossTerm(name, summed.divergence), None
-    result = linear_kl(*teacher, *student, shard=shard, divergence=divergence, kernels=kernels)
-    assert result.teacher_lse_N is not None
-    assert result.student_lse_N is not None
-    statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
+    result = linear_kl(
+        *teacher, *student, shard=shard, divergence=divergence, needs_lse=with_lse, kernels=kernels
+    )
+    statistics = None
+    if result.teacher_lse_N is not None and result.student_lse_N is not None:
+        statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
     if result.divergence_N is None:
         return None, statistics
     return LossTerm(name, masked_sum(result.divergence_N, weights.term_N)), statistics

@@ -41,7 +41,7 @@ class LossWeights:
     """What each token counts in a sum, and each sum in the loss.
 
     Attributes:
-        divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0, whatever it holds.
+        divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
         divergence, entropy: the loss is a common factor times (divergence * the one sum + entropy * the other).
     """
 
@@ -93,9 +93,7 @@ def head_loss(
         kernels=kernels,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=kernels.held_rows(student[1], shard.num_valid)
-        if chosen == "torch" and has_gradient
-        else None,
+        held_rows=kernels.held_rows(student[1]) if chosen == "torch" and has_gradient else None,
     )
     if chosen == "reference":
         outputs = LinearKL(*reference_linear_kl(plan, teacher, student, labels_N))
@@ -118,7 +116,9 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dtype = statistics_dtype(student_NS)
         stacked = _stack_weights(plan, weights, dtype)
-        head_gradient_WS = torch.zeros_like(student_head_WS, dtype=dtype) if ctx.needs_input_grad[1] else None
+        head_gradient_WS = None
+        if plan.head_gradient and ctx.needs_input_grad[1]:  # the latter also in evaluation
+            head_gradient_WS = torch.zeros_like(student_head_WS, dtype=dtype)
         sums: list[tuple[Tensor | None, ...]] = []
         reductions: list[Pending] = []
         for chunk in finished_chunks(plan, teacher, (student_NS, student_head_WS), labels_N):
@@ -144,7 +144,9 @@ class _HeadLoss(torch.autograd.Function):
         gradient_head = None
         if head_gradient_WS is not None:
             gradient_head = deliver(ctx.head_WS, head_gradient_WS, factor)
-        return (gradient_NS * factor).to(gradient_NS.dtype), gradient_head, None, None, None, None
+        # Not 0-dim: CUDA would round the factor to bf16 first.
+        scaled_NS = torch.mul(gradient_NS, factor.view(1, 1), out=torch.empty_like(gradient_NS))
+        return scaled_NS, gradient_head, None, None, None, None
 
 
 def _chunk_gradient(plan: Plan, chunk: Chunk, stacked: Tensor, head_gradient_WS: Tensor | None) -> Tensor:

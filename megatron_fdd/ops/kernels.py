@@ -53,10 +53,10 @@ class Kernels:
         """`tile_size`, or the default of what runs."""
         return self.tile_size or (8192 if self.chosen(head) == "triton" else 2048)
 
-    def held_rows(self, head: Tensor, num_columns: int) -> int:
-        """Tokens whose logits are held at a time."""
+    def held_rows(self, head: Tensor) -> int:
+        """Tokens whose logits are held at a time: of the shard's rows, padding included, so alike on every rank."""
         held = self.held_logits or (2**26 if head.is_cuda else 2**23)
-        return max(1, held // max(1, num_columns))
+        return max(1, held // len(head))
 
 
 DEFAULT_KERNELS = Kernels()

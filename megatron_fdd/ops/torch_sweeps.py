@@ -19,13 +19,15 @@ from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, 
 
 # A product is taken of the remaining rows alone where skipping leaves fewer than this share of them.
 WORTH_SKIPPING = 0.9
+# Rows of a head whose gradient exists at a time where it cannot be multiplied into its place.
+HEAD_PIECE = 4096
 
 
 class TorchSweeps:
     """The sweeps of one chunk of tokens (`ops.sweeps.Sweeps`).
 
-    Holds two [R, tile] buffers. With `plan.held_rows` the tile is the whole vocabulary and its logits stay:
-    later sweeps cost no product of their own.
+    A sweep has two [R, tile] buffers. With `plan.held_rows` the tile is the whole vocabulary and its logits stay
+    until the last sweep: later ones cost no product of their own.
     """
 
     def __init__(self, plan: Plan, teacher: Model | None, student: Model) -> None:
@@ -88,11 +90,8 @@ class TorchSweeps:
                 _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
             accumulate(gradient_RS, tile.student_RC, tile.head_CS)
             if head_gradient_WS is not None:
-                rows_CS = head_gradient_WS[tile.columns]
-                if rows_CS.dtype == tiles.dtype:
-                    accumulate(rows_CS, tile.student_RC.T, tiles.hiddens[-1])
-                else:
-                    rows_CS += product(tile.student_RC.T, tiles.hiddens[-1], tiles.dtype)
+                _add_head_gradient(head_gradient_WS[tile.columns], tile.student_RC, tiles.hiddens[-1])
+        self._held = None
         return gradient_RS
 
     def _sweep(self) -> Iterable[Tile]:
@@ -101,6 +100,15 @@ class TorchSweeps:
         if self._held is None:
             self._held = list(self._tiles)
         return self._held
+
+
+def _add_head_gradient(rows_CS: Tensor, gradient_RC: Tensor, hidden_RS: Tensor) -> None:
+    """rows += gradient.T @ hidden; where dtypes differ, in pieces: no second tensor of the rows' size."""
+    if rows_CS.dtype == hidden_RS.dtype == gradient_RC.dtype:
+        accumulate(rows_CS, gradient_RC.T, hidden_RS)
+        return
+    for part_CS, part_RC in zip(rows_CS.split(HEAD_PIECE), gradient_RC.split(HEAD_PIECE, dim=1), strict=True):
+        part_CS += product(part_RC.T, hidden_RS, gradient_RC.dtype)
 
 
 def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:

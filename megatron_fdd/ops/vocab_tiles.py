@@ -80,7 +80,7 @@ class Tile(NamedTuple):
 
 
 class LogitTiles:
-    """Iterates over the tiles of this rank's vocabulary, as often as asked. Holds two [R, tile] buffers."""
+    """Iterates over the tiles of this rank's vocabulary, as often as asked. Each time with two [R, tile] buffers."""
 
     def __init__(
         self,
@@ -99,15 +99,16 @@ class LogitTiles:
         hidden = student[0]
         self.num_tokens = len(hidden)
         self.dtype = statistics_dtype(hidden)
-        size = len(self.models) * self.num_tokens * self.tile_size
-        self.logits = torch.empty(size, dtype=self.dtype, device=hidden.device)
+        self.device = hidden.device
 
     def __iter__(self) -> Iterator[Tile]:
         rows = self.num_tokens
+        size = len(self.models) * rows * self.tile_size
+        buffer = torch.empty(size, dtype=self.dtype, device=self.device)
         for start in range(0, self.num_valid, self.tile_size):
             columns = slice(start, min(start + self.tile_size, self.num_valid))
             width = columns.stop - start
-            logits_MC = self.logits[: len(self.models) * rows * width].view(-1, width)
+            logits_MC = buffer[: len(self.models) * rows * width].view(-1, width)
             heads = [head[columns].to(product_dtype(head)) for _, head in self.models]
             parts = [logits_MC[i * rows : (i + 1) * rows] for i in range(len(heads))]
             for hidden, head, part in zip(self.hiddens, heads, parts, strict=True):
@@ -119,7 +120,7 @@ class LogitTiles:
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros in the statistics' dtype, on the right device."""
-        return torch.zeros(shape, dtype=self.dtype, device=self.logits.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @property
     def student_width(self) -> int:

@@ -29,8 +29,8 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((), r"soft-capped"),  # 0.19.2 has no flag for it: test_soft_capped_student
     (("--hybrid-layer-pattern M*",), r"--hybrid-layer-pattern: .*GPT-style"),
     (
-        ("--pipeline-model-parallel-size 2 --fp16",),
-        r"--fp16 with --pipeline-model-parallel-size.*use --bf16",
+        ("--fp16", "--pipeline-model-parallel-size 2 --fp16"),
+        r"--fp16: .*use --bf16",
     ),
     (
         ("--context-parallel-size 2 --dataloader-inter-document-masking",),
