@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.measure import MIB, peak_of
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard
 from tests.ops.linear_kl_case import KINDS, Case, Products, RankPart, error, gradients, make_case
@@ -170,3 +171,28 @@ def test_two_ranks(sequence_parallel: bool) -> None:
 @distributed(ranks=4)
 def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
     assert_ranks_match(8, 10, 16, sequence_parallel=sequence_parallel)
+
+
+def test_one_chunk_of_logits_is_held_at_a_time() -> None:
+    num_tokens, vocab_size, rows = 1000, 1000, 100
+    case = make_case(num_tokens, vocab_size).to(torch.float32)
+    weights = weights_of(case)
+    student = (case.student.requires_grad_(), case.student_head.requires_grad_())
+
+    def call() -> None:
+        result = head_loss(
+            (case.teacher, case.teacher_head),
+            student,
+            shard=VocabShard(0, vocab_size, None),
+            divergence=Divergence(),
+            labels_N=case.labels,
+            weights=weights,
+            kernels=Kernels("torch", held_logits=rows * vocab_size),
+        )
+        weighted(result, weights).backward()
+
+    held = 2 * rows * vocab_size  # both models' logits
+    others = (
+        held / 4 + 4 * sum(tensor.numel() for tensor in student) + 20 * num_tokens
+    )  # an eighth of temporaries
+    assert 4 * held < peak_of(call) * MIB < 4 * (held + others)
