@@ -65,8 +65,8 @@ def head_loss(
 
     Gradient flows to the student's hidden states and, where it requires one, head; never to the teacher. It is
     right for a loss as `weights` says, and for no other combination of the two sums. Memory beside inputs and
-    outputs: two buffers of `kernels.held_logits` numbers, whatever the vocabulary, and kept for the
-    backward pass [N, S] and, for a trained head, [W, S]. Not differentiable twice.
+    outputs: two buffers of `kernels.held_logits` numbers, and kept for the backward pass [N, S] and, for a
+    trained head, [W, S] in float32. Not differentiable twice.
 
     Args:
         teacher: hidden states [N, T] and head [W, T]; None: no divergence.

@@ -23,7 +23,7 @@ class Kernels:
         chunk_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A chunk's
             collectives run during the products of its neighbours.
         held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`); None
-            for what keeps the products busy: 2^26 on a GPU (256 MiB), else 2^23.
+            for what keeps the products busy: 2^26 on a GPU (256 MiB), else 2^23, but at least 256 tokens'.
         skip_below: gradient products leave out tiles in which no probability reaches this (0: none). An
             approximation: the loss stays exact, and of each token's probabilities those left out are smaller.
     """
@@ -55,8 +55,9 @@ class Kernels:
 
     def held_rows(self, head: Tensor) -> int:
         """Tokens whose logits are held at a time: of the shard's rows, padding included, so alike on every rank."""
-        held = self.held_logits or (2**26 if head.is_cuda else 2**23)
-        return max(1, held // len(head))
+        if self.held_logits is not None:
+            return max(1, self.held_logits // len(head))
+        return max(256, (2**26 if head.is_cuda else 2**23) // len(head))
 
 
 DEFAULT_KERNELS = Kernels()
