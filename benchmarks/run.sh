@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Every benchmark, one after the other; tables to the screen, figures to benchmarks/results.jsonl.
 #
-#   bash benchmarks/run.sh                on one CPU thread; leave the machine alone meanwhile (about 20 minutes)
+#   bash benchmarks/run.sh                on one CPU thread; leave the machine alone meanwhile
 #   DEVICE=cuda bash benchmarks/run.sh    on one GPU: first the tests of its kernels, then the benchmarks at its sizes
 #   SMOKE=1 bash benchmarks/run.sh        that everything runs; the figures mean nothing and are not recorded
 #
-# Liger-Kernel and ModelOpt are compared with where they are installed (pip install liger-kernel nvidia-modelopt).
+# The approximations have commands of their own, with models and text to name: benchmarks/skipping.py and
+# benchmarks/approximations.py. Liger-Kernel and ModelOpt are compared with where they are installed (pip install liger-kernel nvidia-modelopt).
 # An exit status of 1 means that a bar was missed, or that repeats differed too much for a ratio.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +26,7 @@ if [[ $DEVICE == cuda ]]; then
     run python -m pytest tests/ops/test_triton.py tests/ops/test_triton_compiles.py
 fi
 run python -m benchmarks.linear_kl --device "$DEVICE" ${SMOKE:+--smoke}
-[[ -n $SMOKE || $DEVICE == cuda ]] || run python -m benchmarks.linear_kl --sweep
+[[ -n $SMOKE || $DEVICE == cuda ]] || run python -m benchmarks.linear_kl --sweep --no-plain
 run python -m benchmarks.modelopt --device "$DEVICE" ${SMOKE:+--smoke}
 if [[ $DEVICE == cuda ]]; then
     run python -m benchmarks.step --device cuda --bf16 ${SMOKE:+--smoke}
