@@ -125,7 +125,7 @@ def _prepare(checkpoint: Path, args: Namespace, seed: HfConfig, groups: Any) -> 
 
     model = build_model(own_args, groups)
     load_weights(model, checkpoint, "--load", groups)
-    export = _Export(model, list(family.table(config)), config, vocab_size, dtype)
+    export = _Export(model, list(family.rows(config)), config, vocab_size, dtype)
     _check_absent_are_zero(export, family)
     return export
 

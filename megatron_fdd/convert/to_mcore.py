@@ -88,7 +88,7 @@ def _save(save: Path, model: torch.nn.Module, args: Any, groups: Any, hf_model: 
 
 def check_names(family: Family, folder: HfFolder) -> None:
     """ValueError that lists every tensor the table needs and the folder lacks, or the other way round."""
-    needed = [source.name for row in family.table(folder.config) for source in row.sources]
+    needed = [source.name for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"
     present = {name for name in folder.file_of if not name.endswith(family.ignored)}
@@ -134,7 +134,7 @@ def check_slices(architecture: Mapping[str, Any], ranks: int) -> None:
 def fill(model: torch.nn.Module, family: Family, folder: HfFolder, tensor_group: Any, progress: bool) -> None:
     """Read this rank's slice of every tensor into the model's parameters."""
     parameters = dict(model.named_parameters())
-    rows = list(family.table(folder.config))
+    rows = list(family.rows(folder.config))
     assert {row.mcore for row in rows} == set(parameters), {row.mcore for row in rows} ^ set(parameters)
     rank, size = tensor_group.rank(), tensor_group.size()
     bar = tqdm(rows, unit="tensor", desc="reading", disable=not progress or dist.get_rank() != 0)
