@@ -97,8 +97,7 @@ class _Export:
                 continue
             parts = row.transform.split(parameters[row.mcore].detach())
             for source, part in zip(row.sources, parts, strict=True):
-                whole = part if source.split_dim is None else _gather(part, source.split_dim, group)
-                yield source.name, whole[: self.vocab_size] if row.vocabulary else whole
+                yield source, part[: self.vocab_size] if row.vocabulary else part
 
 
 def _prepare(checkpoint: Path, args: Namespace, seed: HfConfig, groups: Any) -> _Export:

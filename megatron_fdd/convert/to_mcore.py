@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_fdd.convert.companions import TOKENIZER_FOLDER, write_companions
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import Family, Row, Source
+from megatron_fdd.convert.family import Family, Row
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder, unfinished_name
 from megatron_fdd.convert.mcore_checkpoint import save_model
@@ -88,7 +88,7 @@ def _save(save: Path, model: torch.nn.Module, args: Any, groups: Any, hf_model: 
 
 def check_names(family: Family, folder: HfFolder) -> None:
     """ValueError that lists every tensor the table needs and the folder lacks, or the other way round."""
-    needed = [source.name for row in family.rows(folder.config) for source in row.sources]
+    needed = [source for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"
     present = {name for name in folder.file_of if not name.endswith(family.ignored)}
@@ -143,33 +143,21 @@ def fill(model: torch.nn.Module, family: Family, folder: HfFolder, tensor_group:
         if not row.sources:
             parameter.zero_()
             continue
-        rows_per_rank = parameter.shape[0] if row.vocabulary else None
-        parts = [_read_slice(folder, source, rank, size, rows_per_rank) for source in row.sources]
+        parts = [folder.read(source) for source in row.sources]
         _check_shapes(row, parts, parameter, folder)
         value = row.transform.join(parts)
         parameter[: value.shape[0]].copy_(value)
         parameter[value.shape[0] :].zero_()
 
 
-def _read_slice(folder: HfFolder, source: Source, rank: int, size: int, rows_per_rank: int | None) -> Tensor:
-    """One rank's part of a tensor; `rows_per_rank` counts padded vocabulary rows."""
-    shape = folder.shape(source.name)
-    if source.split_dim is None or len(shape) <= source.split_dim:
-        return folder.read(source.name)
-    length = shape[source.split_dim]
-    per_rank = rows_per_rank or length // size
-    start, stop = min(rank * per_rank, length), min((rank + 1) * per_rank, length)
-    return folder.read(source.name, source.split_dim, start, stop)
-
-
 def _check_shapes(row: Row, parts: list[Tensor], parameter: Tensor, folder: HfFolder) -> None:
     """ValueError when the files hold other shapes than the model that config.json describes."""
     for source, part, expected in zip(row.sources, parts, row.transform.split(parameter), strict=True):
-        found = folder.shape(source.name)
+        found = folder.shape(source)
         if row.vocabulary:
             vocab_size = family_of(folder.config).megatron_args(folder.config)["vocab_size"]
             fits = found == (vocab_size, *expected.shape[1:])
         else:
             fits = part.shape == expected.shape
         if not fits:
-            raise ValueError(f"{folder.path}: {source.name} of shape {list(found)} does not fit config.json")
+            raise ValueError(f"{folder.path}: {source} of shape {list(found)} does not fit config.json")
