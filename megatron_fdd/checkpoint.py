@@ -95,7 +95,7 @@ def load_weights(model: MegatronModule, path: Path, flag: str, groups: ProcessGr
             f"{flag} {path}: its weights are not those that its own arguments describe, or are damaged "
             f"({cause_of(error)}); convert or copy it again"
         ) from error
-    unused, unfilled = _weights_only(missing), _weights_only(unexpected)
+    unused, unfilled = weights_only(missing), weights_only(unexpected)
     if unused or unfilled:
         raise ValueError(
             f"{flag} {path}: the checkpoint and the model that its own arguments describe differ. "
@@ -111,7 +111,7 @@ def listing(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _weights_only(keys: Iterable[str]) -> list[str]:
+def weights_only(keys: Iterable[str]) -> list[str]:
     """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
     return sorted(
         key

@@ -63,6 +63,18 @@ def from_stock_megatron(load: Path, flags: list[str]) -> tuple[torch.nn.Module, 
     return model, args, iteration
 
 
+def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
+    """A checkpoint of a model that is whole on the one rank there is."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_fdd.convert.mcore_checkpoint import save_model
+
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    folder.mkdir()
+    save_model(folder, model, args, groups, list(values), values.__getitem__)
+
+
 def make_checkpoint(folder: Path, variant: str) -> None:
     """`folder/source` (Hugging Face) and `folder/mcore` on the ranks there are."""
     if dist.get_rank() == 0:

@@ -61,7 +61,7 @@ def test_a_student_is_the_chosen_layers(tmp_path: Path, variant: str) -> None:
     }
     assert after == kept
     source = HfFolder(tmp_path / "student")
-    assert parameters == sum(torch.Size(source.shape(name)).numel() for name in source.file_of)
+    assert parameters == sum(torch.Size(source.shape(name)).numel() for name in source.tensors)
     changed = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     assert source.config == {**HfFolder(teacher).config, **changed}
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
