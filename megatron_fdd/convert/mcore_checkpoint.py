@@ -164,10 +164,10 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         results = []
         if plan.items:
             with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
-                for item in plan.items:
-                    data = planner.resolve_data(item)
+                settings = (name, self.serialization_format)
+                for item in plan.items:  # the data gets no name: it would live while the next is read
                     results.append(
-                        _write_item(self.transforms, stream, data, item, name, self.serialization_format)
+                        _write_item(self.transforms, stream, planner.resolve_data(item), item, *settings)
                     )
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from megatron_fdd.checkpoint import TRACKER_FILE
@@ -173,3 +174,26 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     tensors["model.layers.1.self_attn.v_proj.weight"] = torch.ones(60, 47)
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     run_on_ranks(_import_wrong_shapes, Layout(tp=1), {"folder": tmp_path})
+
+
+def _import_a_damaged_copy(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj.weight is not what checksums.json says"):
+        convert.hf_to_mcore(folder / "hf", folder / "mcore")
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "start"]
+
+
+def test_a_flipped_bit_in_a_folder_with_checksums(tmp_path: Path) -> None:
+    convert.init_student(toys.make_llama(tmp_path / "start"), [0, 1, 2], tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    run_on_ranks(_import_and_remove, Layout(ranks=2), {"folder": tmp_path})
+    tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int32)[3, 5] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    run_on_ranks(_import_a_damaged_copy, Layout(ranks=2), {"folder": tmp_path})
+
+
+def _import_and_remove(folder: Path) -> None:
+    """The undamaged folder is taken."""
+    convert.hf_to_mcore(folder / "hf", folder / "mcore")
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder / "mcore")
