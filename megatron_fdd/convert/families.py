@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_fdd.convert import llama
+from megatron_fdd.convert import gpt2, llama
 from megatron_fdd.convert.family import Family
 
-FAMILIES = {family.model_type: family for family in (llama.LLAMA, llama.MISTRAL)}
+FAMILIES = {family.model_type: family for family in (gpt2.GPT2, llama.LLAMA, llama.MISTRAL)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -7,8 +7,8 @@ between the two; the configuration has a mapping in each direction. Import and e
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from megatron_fdd.convert.transforms import Same, Transform
@@ -56,6 +56,8 @@ class Family:
         layer_prefix: what the names of one layer's tensors begin with, `{layer}` inside.
         ignored: names with one of these endings are buffers that may be present and carry nothing.
         tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head.
+        prefix: what the names of a whole file may lack, as those of a base model without a head do.
+        layers_field: the config.json field with the number of layers.
     """
 
     model_type: str
@@ -66,3 +68,21 @@ class Family:
     layer_prefix: str
     ignored: tuple[str, ...]
     tied: tuple[str, str]
+    prefix: str = ""
+    layers_field: str = "num_hidden_layers"
+
+    def as_stored(self, names: Collection[str]) -> Family:
+        """The family with the tensor names that a folder's files use: its own, or all without `prefix`."""
+        if any(name.startswith(self.prefix) for name in names):
+            return self
+
+        def bare(name: str) -> str:
+            return name.removeprefix(self.prefix)
+
+        def rows(config: HfConfig) -> list[Row]:
+            return [replace(row, sources=tuple(map(bare, row.sources))) for row in self.rows(config)]
+
+        head, embedding = self.tied
+        return replace(
+            self, rows=rows, layer_prefix=bare(self.layer_prefix), tied=(head, bare(embedding)), prefix=""
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import HfConfig
+from megatron_fdd.convert.family import Family, HfConfig
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
 from megatron_fdd.convert.hf_writer import ShardWriter, new_folder, parse_size
 from megatron_fdd.convert.to_mcore import check_names
@@ -79,7 +79,7 @@ def init_student(
         ValueError: a layer that the teacher lacks, or weights that do not match its config.
     """
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config)
+    family = family_of(folder.config).as_stored(folder.file_of)
     teacher_layers = family.megatron_args(folder.config)["num_layers"]
     outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if outside or not layers:
@@ -93,7 +93,7 @@ def init_student(
             tensor = folder.read(name)
             num_parameters += tensor.numel()
             writer.add(student_name, tensor)
-        write_json(unfinished / CONFIG_FILES[0], _student_config(folder.config, layers))
+        write_json(unfinished / CONFIG_FILES[0], _student_config(family, folder.config, layers))
         copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
         writer.close()
     return num_parameters
@@ -113,8 +113,8 @@ def _student_names(folder: HfFolder, layer_prefix: str, layers: Sequence[int]) -
     return renamed
 
 
-def _student_config(config: HfConfig, layers: Sequence[int]) -> HfConfig:
-    student = {**config, "num_hidden_layers": len(layers)}
+def _student_config(family: Family, config: HfConfig, layers: Sequence[int]) -> HfConfig:
+    student = {**config, family.layers_field: len(layers)}
     if isinstance(config.get("layer_types"), list):
         student["layer_types"] = [config["layer_types"][layer] for layer in layers]
     return student
