@@ -85,7 +85,7 @@ def init_student(
     if outside or not layers:
         raise ValueError(f"layers {outside or 'none'}: {hf_model} has the layers 0 to {teacher_layers - 1}")
     check_names(family, folder)
-    renamed = _student_names(folder, family.layer_prefix, layers)
+    renamed = _student_names(folder, family, layers)
     with new_folder(Path(hf_out)) as unfinished:
         writer = ShardWriter(unfinished, parse_size(max_shard_size))
         num_parameters = 0
@@ -99,17 +99,19 @@ def init_student(
     return num_parameters
 
 
-def _student_names(folder: HfFolder, layer_prefix: str, layers: Sequence[int]) -> dict[str, str]:
-    """Student's tensor name -> teacher's, what is outside the layers included."""
-    pattern = re.compile(re.escape(layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
+def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> dict[str, str]:
+    """Student's tensor name -> teacher's, what is outside the layers included; buffers are left out."""
+    pattern = re.compile(re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
     renamed = {}
     for name in folder.file_of:
         match = pattern.fullmatch(name)
+        if name.endswith(family.ignored):
+            continue
         if match is None:
             renamed[name] = name
         elif int(match[1]) in layers:
             student_layer = layers.index(int(match[1]))
-            renamed[f"{layer_prefix.format(layer=student_layer)}{match[2]}"] = name
+            renamed[f"{family.layer_prefix.format(layer=student_layer)}{match[2]}"] = name
     return renamed
 
 
