@@ -26,12 +26,12 @@ _DEFAULTS: dict[str, Any] = {
 }
 # Fields that leave the model's function alone. (`reorder_and_upcast_attn` is about the rounding of half precision.)
 _HARMLESS = {
-    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "bos_token_id",
-    "eos_token_id", "pad_token_id", "unk_token_id", "_name_or_path", "id2label", "label2id", "num_labels",
-    "_num_labels", "return_dict", "output_attentions", "output_hidden_states", "problem_type", "_attn_implementation_autoset",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
-    "task_specific_params", "predict_special_tokens", "output_past", "gradient_checkpointing", "is_decoder",
-    "reorder_and_upcast_attn",
+    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "_name_or_path", "id2label", "label2id",
+    "num_labels", "_num_labels", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
+    "_attn_implementation_autoset", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "predict_special_tokens",
+    "output_past", "gradient_checkpointing", "is_decoder", "reorder_and_upcast_attn",
 }  # fmt: skip
 # Fields that change the function, each with the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -1,0 +1,128 @@
+"""GPT-2 as teacher and student: learned positions, a final LayerNorm with a bias in the lens, both kinds of GELU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron_fdd import convert, distill
+from tests.convert import mcore, toy_gpt2, toys
+from tests.entry.command import call_main, read_metrics, run, trained, without_seconds
+from tests.entry.conftest import Toys
+from tests.entry.test_bad_input import assert_refused
+from tests.ranks import Layout, clean_megatron, run_on_ranks
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "teacher": ("plain", {"n_layer": 6}),
+    "student": ("untied", {"n_layer": 4, "n_embd": 32}),
+    "erf": ("erf", {"n_layer": 4, "n_embd": 32}),
+}
+
+
+def _make_models(root: Path) -> None:
+    for name, (variant, changes) in MODELS.items():
+        toy_gpt2.make_gpt2(root / f"{name}-hf", variant, **changes)
+        convert.hf_to_mcore(root / f"{name}-hf", root / name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a teacher and two students, as Hugging Face models and as Megatron checkpoints."""
+    root = tmp_path_factory.mktemp("gpt2")
+    run_on_ranks(_make_models, Layout(ranks=1), {"root": root})
+    return root
+
+
+def _command(toy: Toys, models: Path, student: str, teacher: str, *more: object) -> list[str]:
+    return toy.command("--load", models / student, "--teacher-load", models / teacher, *more)
+
+
+def _teacher_logits(commands: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """Body on a rank: what the teacher that each run builds computes."""
+    built: list[torch.nn.Module] = []
+    build = distill.build_teacher
+
+    def watched_build(*arguments: Any) -> torch.nn.Module:
+        built.append(build(*arguments))
+        return built[-1]
+
+    logits = {}
+    for name, command in commands.items():
+        with patch.object(distill, "build_teacher", watched_build):
+            ending = call_main(command)
+        assert ending.status == 0, ending.err
+        logits[name] = mcore.logits(built[-1], toys.TOKENS)
+        clean_megatron()
+    return logits
+
+
+def test_a_teacher_keeps_its_own_gelu(toy: Toys, models: Path) -> None:
+    once = ("--train-iters", 1)
+    commands = {
+        "teacher": _command(toy, models, "erf", "teacher", *once),
+        "erf": _command(toy, models, "student", "erf", *once),
+    }
+    [found] = run_on_ranks(_teacher_logits, Layout(ranks=1), {"commands": commands})
+    for name, logits in found.items():
+        expected = toys.hf_logits(models / f"{name}-hf", toys.TOKENS)
+        assert (logits[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("name", ["teacher", "erf"])
+def test_a_student_is_its_own_teacher(toy: Toys, models: Path, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    command = _command(toy, models, name, name, "--train-iters", 1, "--fdd-metrics-file", path)
+    trained(command, ranks=1)
+    [record] = read_metrics(path)
+    assert [record[term] for term in ("kd", "trajectory", "delta")] == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_the_other_gelu_is_refused(toy: Toys, models: Path) -> None:
+    [ending] = run(_command(toy, models, "student", "teacher", "--no-bias-gelu-fusion"), ranks=1)[0]
+    assert_refused([ending], r"bias_gelu_fusion is False here and True there")
+
+
+LIVE = "--fdd-lens-head live"
+LAYOUTS = {
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "pp2-live": (2, f"--pipeline-model-parallel-size 2 {LIVE}"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "tp2-pp2-sp-live": (
+        4,
+        f"--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel {LIVE}",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(toy: Toys, models: Path) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of two runs on one rank: with a detached lens, and with a live one."""
+    flags = {"": (), LIVE: LIVE.split()}
+    paths = {name: models / f"metrics{len(words)}.jsonl" for name, words in flags.items()}
+    commands = [
+        _command(toy, models, "student", "teacher", *words, "--fdd-metrics-file", paths[name])
+        for name, words in flags.items()
+    ]
+    trained(*commands, ranks=1)
+    return {name: without_seconds(read_metrics(path)) for name, path in paths.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_does_not_matter(
+    toy: Toys, models: Path, one_rank: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    ranks, flags = LAYOUTS[name]
+    path = tmp_path / "metrics.jsonl"
+    command = _command(toy, models, "student", "teacher", *flags.split(), "--fdd-metrics-file", path)
+    trained(command, ranks=ranks)
+    wanted = one_rank[LIVE if LIVE in flags else ""]
+    found = without_seconds(read_metrics(path))
+    assert len(found) == len(wanted) == 3
+    for record, other in zip(found, wanted, strict=True):
+        assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
