@@ -10,8 +10,10 @@ import pytest
 import torch
 from megatron.core.utils import unwrap_model
 from megatron.training import training
+from transformers import AutoModelForCausalLM
 
 from megatron_fdd import convert, distill
+from megatron_fdd.lens import read_lens
 from tests.convert import mcore, toy_gpt2, toys
 from tests.entry.command import call_main, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import Toys
@@ -99,6 +101,34 @@ def test_a_student_is_its_own_teacher(toy: Toys, models: Path, tmp_path: Path) -
 def test_the_other_gelu_is_refused(toy: Toys, models: Path) -> None:
     [ending] = run(_command(toy, models, "student", "teacher", "--no-bias-gelu-fusion"), ranks=1)[0]
     assert_refused([ending], r"bias_gelu_fusion is False here and True there")
+
+
+def _lens_logits(load: Path, layer: int) -> torch.Tensor:
+    """Body on a rank: the lens on the output of one layer, [B, S, V]."""
+    model, _ = mcore.from_own_args(load)
+    length = toys.TOKENS.shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        _, taps = model.eval()(
+            toys.TOKENS,
+            torch.arange(length)[None].expand_as(toys.TOKENS),
+            mask,
+            extra_block_kwargs={"extract_layer_indices": {layer}},
+            output_processor=lambda *, hidden_states, **_: hidden_states,
+        )
+        lens = read_lens(model, with_norm=True, detached=True)
+        logits = lens.features(taps[0]) @ lens.head_WH.T
+    return logits.unflatten(0, (length, -1)).transpose(0, 1)[..., :99]
+
+
+def test_the_lens_is_transformers_final_norm_and_head(models: Path) -> None:
+    arguments = {"load": models / "student", "layer": 1}
+    [found] = run_on_ranks(_lens_logits, Layout(ranks=1), arguments)
+    model = AutoModelForCausalLM.from_pretrained(models / "student-hf", attn_implementation="eager")
+    with torch.no_grad():
+        after_two = model.transformer(toys.TOKENS, output_hidden_states=True).hidden_states[2]
+        expected = model.lm_head(model.transformer.ln_f(after_two))
+    assert (found - expected).abs().max() < toys.LOGIT_TOLERANCE
 
 
 LIVE = "--fdd-lens-head live"
