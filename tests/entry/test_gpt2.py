@@ -123,7 +123,7 @@ def _lens_logits(load: Path, layer: int) -> torch.Tensor:
 
 def test_the_lens_is_transformers_final_norm_and_head(models: Path) -> None:
     arguments = {"load": models / "student", "layer": 1}
-    [found] = run_on_ranks(_lens_logits, Layout(ranks=1), arguments)
+    [found] = run_on_ranks(_lens_logits, Layout(tp=1), arguments)
     model = AutoModelForCausalLM.from_pretrained(models / "student-hf", attn_implementation="eager")
     with torch.no_grad():
         after_two = model.transformer(toys.TOKENS, output_hidden_states=True).hidden_states[2]
