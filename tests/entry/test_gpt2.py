@@ -171,3 +171,22 @@ def test_the_layout_does_not_matter(
     assert len(found) == len(wanted) == 3
     for record, other in zip(found, wanted, strict=True):
         assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def _own_logits(load: Path) -> torch.Tensor:
+    """Body on a rank: what the model of a checkpoint computes."""
+    model, _ = mcore.from_own_args(load, sequence_parallel=False)
+    return mcore.logits(model, toys.TOKENS)[..., :99]
+
+
+@pytest.mark.parametrize("name", ["student", "erf"])
+def test_a_trained_student_goes_back(toy: Toys, models: Path, name: str, tmp_path: Path) -> None:
+    saved, back = tmp_path / "saved", tmp_path / "back"
+    flags = [*LAYOUTS["tp2-sp"][1].split(), "--save", saved, "--save-interval", 3, "--finetune"]
+    trained(_command(toy, models, name, "teacher", *flags), ranks=2)
+    run_on_ranks(convert.mcore_to_hf, Layout(tp=1), {"load": saved, "hf_out": back})
+    [expected] = run_on_ranks(_own_logits, Layout(tp=1), {"load": saved})
+    exported = toys.hf_logits(back, toys.TOKENS)
+    assert (exported - expected).abs().max() < toys.LOGIT_TOLERANCE
+    assert (exported - toys.hf_logits(models / f"{name}-hf", toys.TOKENS)).abs().max() > 0.01
+    assert toys.read_json(back / "config.json") == toys.read_json(models / f"{name}-hf" / "config.json")
