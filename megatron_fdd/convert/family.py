@@ -7,8 +7,8 @@ between the two; the configuration has a mapping in each direction. Import and e
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from megatron_fdd.convert.transforms import Same, Transform
@@ -51,18 +51,38 @@ class Family:
             for anything that it does not understand or that Megatron's GPTModel cannot express.
         fixed: Megatron args that are the same for all models of the family.
         hf_config: (config to start from, Megatron args) -> config; fields that already agree stay untouched.
+        keep_layers: (config, layers) -> config of the model that has only these layers (0-based, increasing).
         rows: config -> the whole table, every parameter of the model, in the order of an export: the rows of
             one layer stay together.
         layer_prefix: what the names of one layer's tensors begin with, `{layer}` inside.
         ignored: names with one of these endings are buffers that may be present and carry nothing.
         tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head.
+        prefix: what the names of a whole file may lack, as those of a base model without a head do.
     """
 
     model_type: str
     megatron_args: Callable[[HfConfig], MegatronArgs]
     fixed: Mapping[str, Any]
     hf_config: Callable[[HfConfig, Namespace], HfConfig]
+    keep_layers: Callable[[HfConfig, Sequence[int]], HfConfig]
     rows: Callable[[HfConfig], list[Row]]
     layer_prefix: str
     ignored: tuple[str, ...]
     tied: tuple[str, str]
+    prefix: str = ""
+
+    def as_stored(self, names: Collection[str]) -> Family:
+        """The family with the tensor names that a folder's files use: its own, or all without `prefix`."""
+        if any(name.startswith(self.prefix) for name in names):
+            return self
+
+        def bare(name: str) -> str:
+            return name.removeprefix(self.prefix)
+
+        def rows(config: HfConfig) -> list[Row]:
+            return [replace(row, sources=tuple(map(bare, row.sources))) for row in self.rows(config)]
+
+        head, embedding = self.tied
+        return replace(
+            self, rows=rows, layer_prefix=bare(self.layer_prefix), tied=(head, bare(embedding)), prefix=""
+        )

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import write_checksums
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import HfConfig
+from megatron_fdd.convert.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
 from megatron_fdd.convert.hf_writer import (
     TensorSpec,
@@ -88,13 +88,13 @@ def init_student(
         ValueError: a layer that the teacher lacks, or weights that do not match its config.
     """
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config)
+    family = family_of(folder.config).as_stored(folder.tensors)
     teacher_layers = family.megatron_args(folder.config)["num_layers"]
     outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if outside or not layers:
         raise ValueError(f"layers {outside or 'none'}: {hf_model} has the layers 0 to {teacher_layers - 1}")
     check_names(family, folder)
-    renamed = _student_names(folder, family.layer_prefix, layers)
+    renamed = _student_names(folder, family, layers)
     shards = plan_shards(
         (TensorSpec(new, folder.dtype(old), folder.shape(old)) for new, old in renamed.items()),
         parse_size(max_shard_size),
@@ -112,27 +112,22 @@ def init_student(
                 bar.update(spec.num_bytes)
         write_index(unfinished, shards)
         write_checksums(unfinished, digests)
-        write_json(unfinished / CONFIG_FILES[0], _student_config(folder.config, layers))
+        write_json(unfinished / CONFIG_FILES[0], family.keep_layers(folder.config, layers))
         copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
     return sum(math.prod(spec.shape) for shard in shards for spec in shard.tensors)
 
 
-def _student_names(folder: HfFolder, layer_prefix: str, layers: Sequence[int]) -> dict[str, str]:
-    """Student's tensor name -> teacher's, what is outside the layers included."""
-    pattern = re.compile(re.escape(layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
+def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> dict[str, str]:
+    """Student's tensor name -> teacher's, what is outside the layers included; buffers are left out."""
+    pattern = re.compile(re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
     renamed = {}
     for name in folder.tensors:
         match = pattern.fullmatch(name)
+        if name.endswith(family.ignored):
+            continue
         if match is None:
             renamed[name] = name
         elif int(match[1]) in layers:
             student_layer = layers.index(int(match[1]))
-            renamed[f"{layer_prefix.format(layer=student_layer)}{match[2]}"] = name
+            renamed[f"{family.layer_prefix.format(layer=student_layer)}{match[2]}"] = name
     return renamed
-
-
-def _student_config(config: HfConfig, layers: Sequence[int]) -> HfConfig:
-    student = {**config, "num_hidden_layers": len(layers)}
-    if isinstance(config.get("layer_types"), list):
-        student["layer_types"] = [config["layer_types"][layer] for layer in layers]
-    return student

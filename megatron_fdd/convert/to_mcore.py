@@ -49,10 +49,10 @@ def hf_to_mcore(
     hf_model, save = Path(hf_model), Path(save)
     check_new_folder(save)
     folder = HfFolder(hf_model)
-    family = family_of(folder.config)
+    family = family_of(folder.config).as_stored(folder.tensors)
     architecture = {**family.fixed, **family.megatron_args(folder.config)}
     check_names(family, folder)
-    params_dtype = common_dtype(folder) if dtype == "checkpoint" else DTYPES[dtype]
+    params_dtype = common_dtype(folder, family) if dtype == "checkpoint" else DTYPES[dtype]
     with conversion_ranks() as groups:
         from megatron_fdd.convert.mcore_checkpoint import save_model
 
@@ -166,13 +166,14 @@ def check_names(family: Family, folder: HfFolder) -> None:
         )
 
 
-def common_dtype(folder: HfFolder) -> torch.dtype:
-    """The one dtype of all tensors.
+def common_dtype(folder: HfFolder, family: Family) -> torch.dtype:
+    """The one dtype of all tensors that are weights.
 
     Raises:
         ValueError: there are several, or one in which Megatron holds no parameters.
     """
-    by_dtype = {folder.dtype(name): name for name in sorted(folder.tensors, reverse=True)}
+    weights = [name for name in sorted(folder.tensors, reverse=True) if not name.endswith(family.ignored)]
+    by_dtype = {folder.dtype(name): name for name in weights}
     if len(by_dtype) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
         raise ValueError(f"{folder.path} mixes dtypes ({found}); choose one with --dtype")
