@@ -50,7 +50,7 @@ def hf_to_mcore(
     family = family_of(folder.config).as_stored(folder.file_of)
     architecture = {**family.fixed, **family.megatron_args(folder.config)}
     check_names(family, folder)
-    params_dtype = common_dtype(folder, family) if dtype == "checkpoint" else DTYPES[dtype]
+    params_dtype = common_dtype(folder, family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
     with conversion_ranks() as groups:
         check_slices(architecture, groups.tp.size())
         args = complete_args(
@@ -105,13 +105,13 @@ def check_names(family: Family, folder: HfFolder) -> None:
         )
 
 
-def common_dtype(folder: HfFolder, family: Family) -> torch.dtype:
+def common_dtype(folder: HfFolder, ignored: tuple[str, ...] = ()) -> torch.dtype:
     """The one dtype of all tensors that are weights.
 
     Raises:
         ValueError: there are several, or one in which Megatron holds no parameters.
     """
-    weights = [name for name in sorted(folder.file_of, reverse=True) if not name.endswith(family.ignored)]
+    weights = [name for name in sorted(folder.file_of, reverse=True) if not name.endswith(ignored)]
     by_dtype = {folder.dtype(name): name for name in weights}
     if len(by_dtype) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
