@@ -52,7 +52,7 @@ def hf_to_mcore(
     family = family_of(folder.config).as_stored(folder.tensors)
     architecture = {**family.fixed, **family.megatron_args(folder.config)}
     check_names(family, folder)
-    params_dtype = common_dtype(folder, family) if dtype == "checkpoint" else DTYPES[dtype]
+    params_dtype = common_dtype(folder, family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
     with conversion_ranks() as groups:
         from megatron_fdd.convert.mcore_checkpoint import save_model
 
@@ -72,7 +72,7 @@ def hf_to_mcore(
             if dist.get_rank() == 0:
                 write_companions(hf_model, unfinished)
                 write_checksums(unfinished / HF_FOLDER, {k: v for each in digests for k, v in each.items()})
-    return sum(math.prod(stored.shape) for stored in folder.tensors.values())
+    return source.num_parameters
 
 
 class _Source:
@@ -103,6 +103,12 @@ class _Source:
                         f"{self._folder.path}: {name} of shape {list(found)} does not fit config.json, which "
                         f"makes it {list(expected)}"
                     )
+
+    @property
+    def num_parameters(self) -> int:
+        """Without padding, buffers and a head that repeats the embedding."""
+        names = [name for row in self._row_of.values() for name in row.sources]
+        return sum(math.prod(self._folder.shape(name)) for name in names)
 
     def share(self, rank: int, ranks: int) -> list[str]:
         """The parameters that one of the ranks reads and writes; every one is some rank's."""
@@ -166,13 +172,13 @@ def check_names(family: Family, folder: HfFolder) -> None:
         )
 
 
-def common_dtype(folder: HfFolder, family: Family) -> torch.dtype:
+def common_dtype(folder: HfFolder, ignored: tuple[str, ...] = ()) -> torch.dtype:
     """The one dtype of all tensors that are weights.
 
     Raises:
         ValueError: there are several, or one in which Megatron holds no parameters.
     """
-    weights = [name for name in sorted(folder.tensors, reverse=True) if not name.endswith(family.ignored)]
+    weights = [name for name in sorted(folder.tensors, reverse=True) if not name.endswith(ignored)]
     by_dtype = {folder.dtype(name): name for name in weights}
     if len(by_dtype) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())

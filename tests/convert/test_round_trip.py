@@ -39,9 +39,24 @@ def test_one_rank(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 
-@pytest.mark.parametrize("variant", ["plain", "tied", "biases", "attention_bias"])
+TWO_RANKS = ["plain", "tied", "biases", "attention_bias", "mistral_window", "qwen2", "qwen3", *toys.MIXTURES]
+
+
+@pytest.mark.parametrize("variant", TWO_RANKS)
 @distributed(tp=2)
 def test_two_ranks(tmp_path: Path, variant: str) -> None:
+    _check(tmp_path, variant)
+
+
+@pytest.mark.parametrize("variant", toys.MIXTURES)
+@distributed(dp=2, ep=2)
+def test_experts_on_two_ranks(tmp_path: Path, variant: str) -> None:
+    _check(tmp_path, variant)
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "qwen3_moe_mixed"])
+@distributed(tp=2, dp=2, ep=2)
+def test_experts_and_tensors_on_four_ranks(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 

@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral": {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": 64,  # transformers multiplies all experts at once, in multiples of 16 bytes
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "router_aux_loss_coef": 0.02,
@@ -79,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixtral_window": {
         "model_type": "mixtral",
         "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": 64,
         "num_local_experts": 4,
         "sliding_window": 6,
         "torch_dtype": "bfloat16",
