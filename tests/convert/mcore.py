@@ -34,10 +34,9 @@ def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespac
     args = read_checkpoint_args(checkpoint, "--load")
     size = groups.tp.size()
     sizes = {"tensor_model_parallel_size": size, "tensor_parallel_num_weight_shards": size}
-    sizes |= {
-        "expert_model_parallel_size": groups.ep.size(),
-        "expert_tensor_parallel_size": groups.expt_tp.size(),
-    }
+    experts = groups.expt_tp.size()
+    sizes |= {"expert_tensor_parallel_size": experts, "expert_tensor_parallel_num_weight_shards": experts}
+    sizes |= {"expert_model_parallel_size": groups.ep.size()}
     vars(args).update(**sizes, **changes)
     model = build_model(args, groups)
     load_weights(model, checkpoint, "--load", groups)
