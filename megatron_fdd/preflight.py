@@ -46,6 +46,21 @@ def check_given(args: argparse.Namespace) -> None:
         raise ValueError(f"not given: {'; '.join(flags)}")
 
 
+def check_windows(args: argparse.Namespace, whose: str) -> None:
+    """Megatron's own attention puts a sliding window in the place of the mask that it is given.
+
+    Raises:
+        ValueError: a window and `--reset-attention-mask`: documents would see one another.
+    """
+    is_local = args.transformer_impl == "local" and not is_rehearsal_wanted()
+    if args.window_size is not None and args.reset_attention_mask and is_local:
+        raise ValueError(
+            f"--reset-attention-mask: {whose} has sliding windows, and --transformer-impl local forgets the mask "
+            "for them; leave it out or use --transformer-impl transformer_engine with "
+            "--dataloader-inter-document-masking"
+        )
+
+
 def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool = False) -> None:
     """Whether the parallel sizes divide the model.
 

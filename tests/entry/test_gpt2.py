@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-from megatron.core.utils import unwrap_model
-from megatron.training import training
 from transformers import AutoModelForCausalLM
 
-from megatron_fdd import convert, distill
+from megatron_fdd import convert
 from megatron_fdd.lens import read_lens
 from tests.convert import mcore, toy_gpt2, toys
-from tests.entry.command import call_main, read_metrics, run, trained, without_seconds
+from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import Toys
+from tests.entry.first_logits import first_logits
 from tests.entry.test_bad_input import assert_refused
-from tests.ranks import Layout, clean_megatron, run_on_ranks
+from tests.ranks import Layout, run_on_ranks
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher": ("plain", {"n_layer": 6}),
@@ -45,37 +43,6 @@ def _command(toy: Toys, models: Path, student: str, teacher: str, *more: object)
     return toy.command("--load", models / student, "--teacher-load", models / teacher, *more)
 
 
-def _first_logits(commands: list[list[str]]) -> list[list[torch.Tensor]]:
-    """Body on a rank: what student and teacher of each run compute before its first step."""
-    build, setup = distill.build_teacher, training.setup_model_and_optimizer
-    found: list[torch.Tensor] = []
-
-    def watched_build(*arguments: Any) -> torch.nn.Module:
-        teacher = build(*arguments)
-        found.append(mcore.logits(teacher, toys.TOKENS))
-        return teacher
-
-    def watched_setup(*arguments: Any, **keywords: Any) -> Any:
-        result = setup(*arguments, **keywords)
-        student = unwrap_model(result[0][0])
-        found.append(mcore.logits(student, toys.TOKENS))
-        student.train()
-        return result
-
-    runs = []
-    for command in commands:
-        found.clear()
-        with (
-            patch.object(distill, "build_teacher", watched_build),
-            patch.object(training, "setup_model_and_optimizer", watched_setup),
-        ):
-            ending = call_main(command)
-        assert ending.status == 0, ending.err
-        runs.append(list(found))
-        clean_megatron()
-    return runs
-
-
 def test_each_model_keeps_its_own_gelu(toy: Toys, models: Path) -> None:
     """The two forms differ by 2e-3 in these logits."""
     pairs = [("teacher", "erf"), ("erf", "student")]
@@ -83,7 +50,7 @@ def test_each_model_keeps_its_own_gelu(toy: Toys, models: Path) -> None:
         _command(toy, models, student, teacher, "--train-iters", 1, "--finetune")
         for teacher, student in pairs
     ]
-    [runs] = run_on_ranks(_first_logits, Layout(ranks=1), {"commands": commands})
+    [runs] = run_on_ranks(first_logits, Layout(ranks=1), {"commands": commands})
     for names, found in zip(pairs, runs, strict=True):
         for name, logits in zip(names, found, strict=True):
             expected = toys.hf_logits(models / f"{name}-hf", toys.TOKENS)
