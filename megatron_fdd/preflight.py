@@ -47,17 +47,22 @@ def check_given(args: argparse.Namespace) -> None:
 
 
 def check_windows(args: argparse.Namespace, whose: str) -> None:
-    """Megatron's own attention puts a sliding window in the place of the mask that it is given.
+    """Megatron's local attention: fused it forgets a sliding window, unfused it forgets the mask for the window.
 
     Raises:
-        ValueError: a window and `--reset-attention-mask`: documents would see one another.
+        ValueError: the model has windows, and one of both would happen.
     """
-    is_local = args.transformer_impl == "local" and not is_rehearsal_wanted()
-    if args.window_size is not None and args.reset_attention_mask and is_local:
+    if args.window_size is None or args.transformer_impl != "local" or is_rehearsal_wanted():
+        return
+    remedies = []
+    if args.masked_softmax_fusion:
+        remedies.append("give --no-masked-softmax-fusion, whose fused kernel would ignore the windows")
+    if args.reset_attention_mask:
+        remedies.append("leave out --reset-attention-mask, which the windows would overrule")
+    if remedies:
         raise ValueError(
-            f"--reset-attention-mask: {whose} has sliding windows, and --transformer-impl local forgets the mask "
-            "for them; leave it out or use --transformer-impl transformer_engine with "
-            "--dataloader-inter-document-masking"
+            f"{whose} has sliding windows and --transformer-impl is local: {' and '.join(remedies)}, or use "
+            "--transformer-impl transformer_engine"
         )
 
 

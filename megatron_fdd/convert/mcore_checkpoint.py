@@ -36,7 +36,16 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_fdd.checkpoint import DAMAGE, RELEASE, TRACKER_FILE, cause_of, listing, weights_only
+from megatron_fdd.checkpoint import (
+    DAMAGE,
+    RELEASE,
+    TRACKER_FILE,
+    cause_of,
+    listing,
+    other_name,
+    use_stored_names,
+    weights_only,
+)
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 Reader = Callable[[str], Tensor]
@@ -64,7 +73,8 @@ def save_model(
         target.mkdir()
     entries = _entries(model, groups, _CONTENT)
     parameters = {name: entries.pop(name) for name, _ in model.named_parameters()}
-    weights = _Pieces({name: parameters[name] for name in owned})
+    norms = {name for name in owned if _is_before_experts(name, parameters)}
+    weights = _Pieces({name: parameters[name] for name in owned}, norms)
     # What is left are empty objects that TransformerEngine's modules look for.
     stored = {**weights.state, **(entries if rank_zero else {})}
     state = {
@@ -83,6 +93,11 @@ def save_model(
         (folder / TRACKER_FILE).write_text(RELEASE)
 
 
+def _is_before_experts(name: str, parameters: Collection[str]) -> bool:
+    layer, norm, _ = name.partition("pre_mlp_layernorm.")
+    return bool(norm) and f"{layer}mlp.router.weight" in parameters
+
+
 def _entries(model: torch.nn.Module, groups: Any, content: Mapping[str, Any]) -> dict[str, ShardedBase]:
     """How Megatron stores the model; a parameter's entry is under its own name."""
     assert isinstance(model, MegatronModule)
@@ -95,6 +110,14 @@ def _pieces(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:
     state = {"": dataclasses.replace(entry, data=data)}
     apply_factories(state)
     return [_with_all_axes(piece) for piece in nested_values(state)]
+
+
+def _written_pieces(entry: ShardedBase, data: Tensor, before_experts: bool) -> list[ShardedTensor]:
+    """Those to write: the norm before a mixture of experts under both of its names."""
+    pieces = _pieces(entry, data)
+    if before_experts:
+        pieces += [dataclasses.replace(piece, key=other_name(piece.key)) for piece in pieces]
+    return pieces
 
 
 def _with_all_axes(piece: ShardedTensor) -> ShardedTensor:
@@ -111,18 +134,22 @@ class _Pieces:
     """Every piece of some parameters.
 
     Attributes:
-        entries: the parameters, in the order in which they are to be written.
         state: the pieces, without data, under names of no meaning.
     """
 
-    def __init__(self, entries: Mapping[str, ShardedBase]) -> None:
-        self.entries = entries
+    def __init__(self, entries: Mapping[str, ShardedBase], norms_before_experts: Collection[str]) -> None:
+        self._entries = entries
+        self._norms_before_experts = norms_before_experts
         self.state: dict[str, ShardedTensor] = {}
         self._parameter_of: dict[tuple[Any, ...], tuple[int, str]] = {}
         for position, (name, entry) in enumerate(entries.items()):
-            for index, piece in enumerate(_pieces(entry, entry.data)):
+            for index, piece in enumerate(self.of(name, entry.data)):
                 self.state[f"{name}.{index}"] = piece
                 self._parameter_of[_place(piece)] = (position, name)
+
+    def of(self, name: str, data: Tensor) -> list[ShardedTensor]:
+        """The pieces of one parameter, as views of `data`."""
+        return _written_pieces(self._entries[name], data, name in self._norms_before_experts)
 
     def parameter_of(self, item: WriteItem) -> tuple[int, str]:
         """Position and name of the parameter in which a piece to be written lies."""
@@ -198,7 +225,7 @@ class _LazyPlanner(MCoreSavePlanner):
         _, name = self._weights.parameter_of(write_item)
         if self._current != name:
             self._data_of.clear()  # let go of one before reading the next
-            pieces = _pieces(self._weights.entries[name], self._read(name))
+            pieces = self._weights.of(name, self._read(name))
             self._current, self._data_of = name, {_place(piece): piece.data for piece in pieces}
         data = self._data_of.pop(_place(write_item))
         alone = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
@@ -224,14 +251,15 @@ class StoredWeights:
         entries = _entries(model, groups, content)
         self._parameters = dict(model.named_parameters())
         self._entries = {name: entries[name] for name in self._parameters}
-        self._check()
+        stored = self._strategy.load_tensors_metadata(path)
+        use_stored_names(self._entries, stored)
+        self._check(stored)
 
-    def _check(self) -> None:
-        stored = self._strategy.load_tensors_metadata(self._path)
+    def _check(self, stored: Mapping[str, ShardedTensor]) -> None:
         needed = {
             piece.key: piece for entry in self._entries.values() for piece in _pieces(entry, entry.data)
         }
-        unused = weights_only(set(stored) - set(needed))
+        unused = weights_only(key for key in set(stored) - set(needed) if other_name(key) not in needed)
         missing = sorted(set(needed) - set(stored))
         if unused or missing:
             raise ValueError(

@@ -51,7 +51,7 @@ def test_layer_lists() -> None:
             convert.parse_layers(text)
 
 
-@pytest.mark.parametrize("variant", ["plain", "tied"])
+@pytest.mark.parametrize("variant", ["plain", "tied", "mixtral", "qwen3_types", "qwen3_moe_mixed"])
 def test_a_student_is_the_chosen_layers(tmp_path: Path, variant: str) -> None:
     teacher = toys.make_llama(tmp_path / "teacher", variant, layer_types=["full_attention"] * 3)
     parameters = convert.init_student(teacher, [0, 2], tmp_path / "student", max_shard_size="30KB")
