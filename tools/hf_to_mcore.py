@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_fdd.convert.command_line import DTYPE_CHOICES, run_tool, teaching_parser
 
 DESCRIPTION = """\
-Write a Hugging Face model (Llama 2/3.x, Mistral without sliding window) as an ordinary Megatron torch_dist
-checkpoint. The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data
+Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2) as an ordinary Megatron
+torch_dist checkpoint. The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data
 parallel layout. Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer
 are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the
 SHA-256 of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.

@@ -11,56 +11,29 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from megatron_fdd.convert.config_fields import PLAIN_MODEL, check_fields
 from megatron_fdd.convert.decoder_rows import decoder_rows
 from megatron_fdd.convert.decoder_shape import Dialect, Experts, Shape, Windows
 from megatron_fdd.convert.family import Family, HfConfig, MegatronArgs, refuse
 from megatron_fdd.convert.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 
-# Fields that leave the model's function alone.
-_HARMLESS = {
-    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
-    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "_name_or_path", "id2label",
-    "label2id", "num_labels", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
-    "is_llama_config", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "is_decoder",
-}  # fmt: skip
 # Fields that change the function, each with the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "pretraining_tp": (1, None),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False,),
-    "quantization_config": (None,),
-    "chunk_size_feed_forward": (0,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "pruned_heads": ({}, None),
 }
 _FIXED: dict[str, Any] = {
+    **PLAIN_MODEL,
     "position_embedding_type": "rope",
-    "add_position_embedding": True,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
-    "no_rope_freq": None,
     "normalization": "RMSNorm",
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "qk_l2_norm": False,
     "swiglu": True,
-    "squared_relu": False,
-    "quick_geglu": False,
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
-    "attention_output_gate": False,
-    "softmax_type": "vanilla",
-    "mtp_num_layers": None,
-    "multi_latent_attention": False,
-    "experimental_attention_variant": None,
-    "heterogeneous_layers_config_path": None,
-    "heterogeneous_layers_config_encoded_json": None,
-    "hybrid_layer_pattern": None,
-    "use_mup": False,
-    "spec": None,
 }
 _FIXED_EXPERTS: dict[str, Any] = {
     "moe_router_score_function": "softmax",
@@ -77,26 +50,18 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
-    """Every field is mapped, harmless, or at a value that changes nothing."""
     neutral = {**_NEUTRAL, **dialect.neutral}
     if "use_sliding_window" not in dialect.window_fields:
         neutral["use_sliding_window"] = (False, None)
-    for field, values in neutral.items():
-        if field in config and config[field] not in values:
-            refuse(
-                field, config[field], f"which Megatron's GPTModel cannot express; only {values[0]!r} converts"
-            )
-    architectures = config.get("architectures") or [dialect.architecture]
-    if architectures != [dialect.architecture]:
-        refuse("architectures", architectures, f"only {dialect.architecture} converts")
     mapped = {*Shape.plain_fields(), *ROPE_FIELDS, *dialect.window_fields, *dialect.expert_fields}
-    mapped |= {"sliding_window", "layer_types"}  # checked where windows are read
-    unknown = sorted(set(config) - mapped - _HARMLESS - dialect.harmless - set(neutral))
-    if unknown:
-        raise ValueError(
-            f"config.json has fields that the {dialect.model_type} conversion does not understand: "
-            f"{', '.join(unknown)}. Remove one only if it does not change what the model computes"
-        )
+    check_fields(
+        config,
+        model_type=dialect.model_type,
+        architecture=dialect.architecture,
+        mapped=mapped | {"sliding_window", "layer_types"},  # checked where windows are read
+        harmless=dialect.harmless,
+        neutral=neutral,
+    )
 
 
 def _read(dialect: Dialect, raw: HfConfig) -> Shape:
@@ -290,11 +255,14 @@ def _write_experts(dialect: Dialect, config: HfConfig, before: Experts, after: E
 
 def decoder_family(dialect: Dialect) -> Family:
     """The family that a dialect describes."""
-    experts = _FIXED_EXPERTS if dialect.experts else {"num_experts": None}
+    fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm}
+    if dialect.experts:
+        del fixed["num_experts"]
+        fixed |= _FIXED_EXPERTS
     return Family(
         model_type=dialect.model_type,
         megatron_args=partial(_megatron_args, dialect),
-        fixed={**_FIXED, "qk_layernorm": dialect.qk_norm, **experts},
+        fixed=fixed,
         hf_config=partial(_hf_config, dialect),
         keep_layers=partial(_keep_layers, dialect),
         rows=lambda config: decoder_rows(dialect, _read(dialect, config)),

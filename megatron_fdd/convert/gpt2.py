@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_fdd.convert.config_fields import PLAIN_MODEL, check_fields
 from megatron_fdd.convert.family import Family, HfConfig, MegatronArgs, Row, refuse
 from megatron_fdd.convert.transforms import FusedQkv, GroupedQkv, Same, Transform, Transposed
 
@@ -26,23 +27,14 @@ _DEFAULTS: dict[str, Any] = {
 }
 # Fields that leave the model's function alone. (`reorder_and_upcast_attn` is about the rounding of half precision.)
 _HARMLESS = {
-    "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "_name_or_path", "id2label", "label2id",
-    "num_labels", "_num_labels", "return_dict", "output_attentions", "output_hidden_states", "problem_type",
-    "_attn_implementation_autoset", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "task_specific_params", "predict_special_tokens",
-    "output_past", "gradient_checkpointing", "is_decoder", "reorder_and_upcast_attn",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    "predict_special_tokens", "output_past", "reorder_and_upcast_attn",
 }  # fmt: skip
 # Fields that change the function, each with the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
     "n_special": (0,),
-    "quantization_config": (None,),
-    "chunk_size_feed_forward": (0,),
-    "is_encoder_decoder": (False,),
-    "pruned_heads": ({}, None),
 }
 # Whether Megatron's fused form computes it: that is the one with tanh, the other the one with erf.
 _GELU_IS_FUSED = {
@@ -53,51 +45,26 @@ _GELU_IS_FUSED = {
     "gelu_python": False,
 }
 _FIXED: dict[str, Any] = {
+    **PLAIN_MODEL,
     "position_embedding_type": "learned_absolute",
-    "add_position_embedding": True,
-    "no_rope_freq": None,
     "normalization": "LayerNorm",
-    "layernorm_zero_centered_gamma": False,
-    "apply_residual_connection_post_layernorm": False,
-    "qk_layernorm": False,
-    "qk_l2_norm": False,
     "group_query_attention": False,
     "add_bias_linear": True,
     "add_qkv_bias": True,
     "swiglu": False,
-    "squared_relu": False,
-    "quick_geglu": False,
-    "attention_output_gate": False,
     "window_size": None,
-    "softmax_type": "vanilla",
-    "num_experts": None,
-    "mtp_num_layers": None,
-    "multi_latent_attention": False,
-    "experimental_attention_variant": None,
-    "heterogeneous_layers_config_path": None,
-    "heterogeneous_layers_config_encoded_json": None,
-    "hybrid_layer_pattern": None,
-    "use_mup": False,
-    "spec": None,
 }
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
-    """Every field is mapped, harmless, or at a value that changes nothing."""
-    for field, values in _NEUTRAL.items():
-        if field in config and config[field] not in values:
-            refuse(
-                field, config[field], f"which Megatron's GPTModel cannot express; only {values[0]!r} converts"
-            )
-    architectures = config.get("architectures") or ["GPT2LMHeadModel"]
-    if architectures != ["GPT2LMHeadModel"]:
-        refuse("architectures", architectures, "only GPT2LMHeadModel converts")
-    unknown = sorted(set(config) - {*_DEFAULTS, "n_inner", "n_ctx", *_HARMLESS, *_NEUTRAL})
-    if unknown:
-        raise ValueError(
-            f"config.json has fields that the gpt2 conversion does not understand: {', '.join(unknown)}. "
-            "Remove one only if it does not change what the model computes"
-        )
+    check_fields(
+        config,
+        model_type="gpt2",
+        architecture="GPT2LMHeadModel",
+        mapped={*_DEFAULTS, "n_inner", "n_ctx"},
+        harmless=_HARMLESS,
+        neutral=_NEUTRAL,
+    )
     if config.get("n_ctx") not in (None, config["n_positions"]):
         refuse("n_ctx", config["n_ctx"], f"which must equal n_positions ({config['n_positions']})")
     if config["activation_function"] not in _GELU_IS_FUSED:

@@ -4,5 +4,10 @@ from megatron_fdd.convert.decoder import decoder_family
 from megatron_fdd.convert.decoder_shape import COMMON_DEFAULTS, Dialect
 
 LLAMA = decoder_family(
-    Dialect("llama", "LlamaForCausalLM", {**COMMON_DEFAULTS, "max_position_embeddings": 2048})
+    Dialect(
+        "llama",
+        "LlamaForCausalLM",
+        {**COMMON_DEFAULTS, "max_position_embeddings": 2048},
+        harmless=frozenset({"is_llama_config"}),
+    )
 )

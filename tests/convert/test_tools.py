@@ -143,7 +143,7 @@ def test_a_model_that_is_no_llama(tmp_path: Path) -> None:
     model, args = mcore.from_own_args(load)
     args.qk_layernorm, args.softmax_type = True, "off-by-one"
     mcore.save(tmp_path / "other", model, args)
-    told = r"softmax_type = .*, qk_layernorm = True \(needs False\)"
+    told = r"qk_layernorm = True \(needs False\), softmax_type"
     _exports(tmp_path / "other", out, told, hf_config=load / "hf", tokenizer=load / "tokenizer")
     model, args = mcore.from_own_args(load)
     model.decoder.layers[1].mlp.linear_fc2.bias.data.fill_(0.5)
