@@ -17,7 +17,8 @@ QWEN2 = decoder_family(
         "qwen2",
         "Qwen2ForCausalLM",
         _DEFAULTS,
-        neutral=NO_BIASES,  # those of query, key and value are not a matter of its config
+        # The biases of query, key and value are not a matter of its config.
+        neutral={**NO_BIASES, "use_mrope": (False,)},
         qkv_bias=True,
         window_fields=_WINDOW_FIELDS,
     )
