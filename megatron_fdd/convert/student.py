@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import write_checksums
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import Family
+from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
 from megatron_fdd.convert.hf_writer import (
     TensorSpec,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_fdd.convert.checksums import read_checksums, write_checksums
 from megatron_fdd.convert.companions import find_hf_config, find_tokenizer
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import Family, HfConfig, Row
+from megatron_fdd.convert.families.family import Family, HfConfig, Row
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files, read_json, write_json
 from megatron_fdd.convert.hf_writer import (
     Shard,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megatron_fdd.convert.checksums import digest, read_checksums, write_checksums
 from megatron_fdd.convert.companions import HF_FOLDER, TOKENIZER_FOLDER, write_companions
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import Family, Row
+from megatron_fdd.convert.families.family import Family, Row
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args

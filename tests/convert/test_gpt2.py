@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.gpt2 import GPT2
-from megatron_fdd.convert.transforms import FusedQkv, GroupedQkv
+from megatron_fdd.convert.families.gpt2 import GPT2
+from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv
 from tests.convert import mcore, toy_gpt2, toys
 from tests.ranks import Layout, run_on_ranks
 

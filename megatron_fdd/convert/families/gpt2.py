@@ -6,9 +6,9 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_fdd.convert.config_fields import PLAIN_MODEL, check_fields
-from megatron_fdd.convert.family import Family, HfConfig, MegatronArgs, Row, refuse
-from megatron_fdd.convert.transforms import FusedQkv, GroupedQkv, Same, Transform, Transposed
+from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
+from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, Row, refuse
+from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv, Same, Transform, Transposed
 
 # What transformers assumes for a field that config.json leaves out.
 _DEFAULTS: dict[str, Any] = {

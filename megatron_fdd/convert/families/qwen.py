@@ -1,7 +1,7 @@
 """Qwen2 and 2.5: biases on query, key and value. Qwen3: queries and keys normalised. Both with or without windows."""
 
-from megatron_fdd.convert.decoder import decoder_family
-from megatron_fdd.convert.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
+from megatron_fdd.convert.families.decoder import decoder_family
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
 
 _WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _DEFAULTS = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_fdd.convert import gpt2, llama, mistral, moe, qwen
-from megatron_fdd.convert.family import Family
+from megatron_fdd.convert.families import gpt2, llama, mistral, moe, qwen
+from megatron_fdd.convert.families.family import Family
 
 _ALL = (gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE)
 FAMILIES = {family.model_type: family for family in _ALL}

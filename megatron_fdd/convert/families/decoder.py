@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_fdd.convert.config_fields import PLAIN_MODEL, check_fields
-from megatron_fdd.convert.decoder_rows import decoder_rows
-from megatron_fdd.convert.decoder_shape import Dialect, Experts, Shape, Windows
-from megatron_fdd.convert.family import Family, HfConfig, MegatronArgs, refuse
-from megatron_fdd.convert.rope import ROPE_FIELDS, Rope, read_rope, write_rope
+from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
+from megatron_fdd.convert.families.decoder_rows import decoder_rows
+from megatron_fdd.convert.families.decoder_shape import Dialect, Experts, Shape, Windows
+from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse
+from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 
 # Fields that change the function, each with the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -1,7 +1,7 @@
 """Llama 2 and 3.x."""
 
-from megatron_fdd.convert.decoder import decoder_family
-from megatron_fdd.convert.decoder_shape import COMMON_DEFAULTS, Dialect
+from megatron_fdd.convert.families.decoder import decoder_family
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, Dialect
 
 LLAMA = decoder_family(
     Dialect(

@@ -1,7 +1,7 @@
 """Mistral: a Llama whose layers may all have a sliding window."""
 
-from megatron_fdd.convert.decoder import decoder_family
-from megatron_fdd.convert.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
+from megatron_fdd.convert.families.decoder import decoder_family
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
 
 MISTRAL = decoder_family(
     Dialect(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_fdd.convert.family import refuse
+from megatron_fdd.convert.families.family import refuse
 
 # Fields that leave a model's function alone.
 _HARMLESS = {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_fdd.convert.decoder_shape import Dialect, ExpertNaming, Shape
-from megatron_fdd.convert.family import Row
-from megatron_fdd.convert.transforms import GroupedQkv, Stacked
+from megatron_fdd.convert.families.decoder_shape import Dialect, ExpertNaming, Shape
+from megatron_fdd.convert.families.family import Row
+from megatron_fdd.convert.families.transforms import GroupedQkv, Stacked
 
 
 def decoder_rows(dialect: Dialect, shape: Shape) -> list[Row]:

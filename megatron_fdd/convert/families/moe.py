@@ -1,7 +1,7 @@
 """Mixtral and Qwen3-MoE: the MLP is a mixture of experts, in all layers or in some."""
 
-from megatron_fdd.convert.decoder import decoder_family
-from megatron_fdd.convert.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect, ExpertNaming
+from megatron_fdd.convert.families.decoder import decoder_family
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect, ExpertNaming
 
 # The load-balancing loss is a matter of training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})

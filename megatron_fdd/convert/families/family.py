@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from megatron_fdd.convert.transforms import Same, Transform
+from megatron_fdd.convert.families.transforms import Same, Transform
 
 HfConfig = dict[str, Any]
 """A config.json as read, before any library has completed or renamed its fields."""

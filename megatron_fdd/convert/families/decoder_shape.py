@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_fdd.convert.family import MegatronArgs
-from megatron_fdd.convert.rope import Rope
+from megatron_fdd.convert.families.family import MegatronArgs
+from megatron_fdd.convert.families.rope import Rope
 
 # What transformers assumes, in all of these model types, for a field that config.json leaves out.
 COMMON_DEFAULTS: Mapping[str, Any] = {
