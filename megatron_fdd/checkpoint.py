@@ -153,7 +153,8 @@ def cause_of(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
         return "its bytes hold no saved tensors"
-    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    line = text.splitlines()[0]
     return line if len(line) <= _LONGEST_CAUSE else line[:_LONGEST_CAUSE] + " ..."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from megatron_fdd.convert.hf_folder import read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 _ALGORITHM = "sha256"
+_ON_PURPOSE = "if the weights were changed on purpose, remove that file"
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -25,22 +27,51 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
-def write_checksums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write the report: tensor name -> SHA-256 of its bytes, sorted by name."""
-    write_json(folder / CHECKSUMS_FILE, {"algorithm": _ALGORITHM, "tensors": dict(sorted(digests.items()))})
+@dataclass(frozen=True, slots=True)
+class Checksums:
+    """A report.
 
-
-def read_checksums(folder: Path) -> dict[str, str] | None:
-    """The report in a folder, None where there is none.
-
-    Raises:
-        ValueError: the file is there and is no such report.
+    Attributes:
+        dtype: of the tensors, such as bfloat16; "mixed" where they differ.
+        digests: tensor name -> SHA-256 of its bytes.
     """
-    path = folder / CHECKSUMS_FILE
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    tensors = content.get("tensors")
-    if content.get("algorithm") != _ALGORITHM or not isinstance(tensors, dict):
-        raise ValueError(f"{path} is no checksum report of {_ALGORITHM} digests; remove it")
-    return tensors
+
+    dtype: str
+    digests: Mapping[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Checksums | None:
+        """The report in a folder, None where there is none of ours."""
+        path = folder / CHECKSUMS_FILE
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        tensors = content.get("tensors")
+        if content.get("algorithm") != _ALGORITHM or not isinstance(tensors, dict):
+            return None
+        return cls(content.get("dtype", "mixed"), tensors)
+
+    def write(self, folder: Path) -> None:
+        """Into `folder`, sorted by name."""
+        tensors = dict(sorted(self.digests.items()))
+        content = {"algorithm": _ALGORITHM, "dtype": self.dtype, "tensors": tensors}
+        write_json(folder / CHECKSUMS_FILE, content)
+
+    def count_same(self, other: Checksums | None) -> int | None:
+        """How many tensors have the digest that they have in `other`; None without it or in another dtype."""
+        if other is None or other.dtype != self.dtype:
+            return None
+        return sum(other.digests.get(name) == digest for name, digest in self.digests.items())
+
+    def check(self, folder: Path, name: str, found: str) -> None:
+        """Compare a tensor of `folder` with the report that lies there.
+
+        Raises:
+            ValueError: it is another, or not listed.
+        """
+        if name not in self.digests:
+            raise ValueError(f"{folder}: {CHECKSUMS_FILE} does not list {name}; {_ON_PURPOSE}")
+        if self.digests[name] != found:
+            raise ValueError(
+                f"{folder}: {name} is not what {CHECKSUMS_FILE} says it was: the copy is damaged, or {_ON_PURPOSE}"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -59,11 +61,13 @@ class StoredTensor:
     Attributes:
         file: name of the file that holds it.
         dtype: as safetensors names it, such as BF16.
+        offset: of its first byte in the file.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 class HfFolder:
@@ -82,14 +86,14 @@ class HfFolder:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor of the folder by name, from the headers of all files."""
+        if (self.path / SINGLE_FILE).is_file():  # before an index, as transformers has it
+            return self._header(SINGLE_FILE)
         index = self.path / INDEX_FILE
         if not index.is_file():
-            if not (self.path / SINGLE_FILE).is_file():
-                raise ValueError(
-                    f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other weight formats are not "
-                    "read: save the model with save_pretrained(..., safe_serialization=True)"
-                )
-            return self._header(SINGLE_FILE)
+            raise ValueError(
+                f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other weight formats are not read: "
+                "save the model with save_pretrained(..., safe_serialization=True)"
+            )
         declared = read_json(index).get("weight_map")
         if not isinstance(declared, dict):
             raise ValueError(f"{index} has no weight_map")
@@ -105,20 +109,25 @@ class HfFolder:
         return tensors
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
-        with self._open(file) as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-            return {
-                name: StoredTensor(file, stored.get_dtype(), tuple(stored.get_shape()))
-                for name, stored in slices.items()
-            }
-
-    def _open(self, name: str) -> Any:
+        path = self.path / file
         try:
-            return safe_open(self.path / name, framework="pt", device="cpu")
+            with safe_open(path, framework="pt"):  # checks the file, its length too
+                pass
         except FileNotFoundError:
-            raise ValueError(f"{self.path / name} does not exist; {INDEX_FILE} names it") from None
+            raise ValueError(f"{path} does not exist; {INDEX_FILE} names it") from None
         except SafetensorError as error:
-            raise ValueError(f"{self.path / name} is damaged or incomplete: {error}") from None
+            raise ValueError(f"{path} is damaged or incomplete: {error}") from None
+        # safetensors does not tell offsets, and parses the header again for every tensor.
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        return {
+            name: StoredTensor(
+                file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            )
+            for name, entry in header.items()
+        }
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
@@ -134,6 +143,11 @@ class HfFolder:
         return DTYPE_OF_NAME[stored]
 
     def read(self, name: str) -> Tensor:
-        """A tensor that lies in the file's mapping: its pages leave memory with it."""
-        with self._open(self.tensors[name].file) as opened:
-            return opened.get_tensor(name)
+        """A tensor that lies in a mapping of its part of the file: its pages leave memory with it."""
+        stored, dtype = self.tensors[name], self.dtype(name)
+        size = math.prod(stored.shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(stored.shape, dtype=dtype)
+        # Copy on write, so that torch takes it; nothing writes.
+        raw = np.memmap(self.path / stored.file, np.uint8, "c", offset=stored.offset, shape=(size,))
+        return torch.from_numpy(raw).view(dtype).reshape(stored.shape)

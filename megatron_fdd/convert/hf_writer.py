@@ -40,18 +40,22 @@ def parse_size(text: str) -> int:
 
 def unfinished_name(final: Path) -> Path:
     """Where a folder lies until it is complete: a hidden sibling, so that the last step is a rename."""
-    return final.with_name(f".{final.name}.incomplete")
+    real = Path(os.path.realpath(final))
+    return real.with_name(f".{real.name}.incomplete")
 
 
 def check_new_folder(final: Path) -> None:
-    """ValueError unless nothing, or an empty folder, is at `final`."""
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    """ValueError unless nothing, or an empty folder that can be replaced, is at `final`."""
+    real = Path(os.path.realpath(final))
+    if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise ValueError(f"{final} exists already and is not empty; give a new folder or remove it first")
+    if os.path.ismount(real):
+        raise ValueError(f"{final} is a mount point, which cannot be replaced; give a folder inside it")
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that appears as `final` only when the block has ended well.
+    """A folder to write into that appears as `final` only when the block has ended well, all of it on disk.
 
     A killed process leaves the hidden `.NAME.incomplete` behind, which the next run replaces.
 
@@ -59,17 +63,29 @@ def new_folder(final: Path) -> Iterator[Path]:
         ValueError: `final` exists and is not empty.
     """
     check_new_folder(final)
-    unfinished = unfinished_name(final)
+    unfinished, real = unfinished_name(final), Path(os.path.realpath(final))
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        if final.exists():
-            final.rmdir()
-        unfinished.rename(final)
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _to_disk(path)
+        if real.exists():
+            real.rmdir()
+        unfinished.rename(real)
+        _to_disk(real.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _to_disk(path: Path) -> None:
+    """A file or folder survives a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +166,6 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
             raw = bytes_of(tensor)
             file.write(raw)
             yield spec, hashlib.sha256(raw).hexdigest()
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:

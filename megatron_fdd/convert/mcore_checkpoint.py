@@ -46,6 +46,7 @@ from megatron_fdd.checkpoint import (
     use_stored_names,
     weights_only,
 )
+from megatron_fdd.convert.ranks import together
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 Reader = Callable[[str], Tensor]
@@ -69,8 +70,9 @@ def save_model(
     """
     rank_zero = dist.get_rank() == 0
     target = folder / RELEASE
-    if rank_zero:
-        target.mkdir()
+    with together():
+        if rank_zero:
+            target.mkdir()
     entries = _entries(model, groups, _CONTENT)
     parameters = {name: entries.pop(name) for name, _ in model.named_parameters()}
     norms = {name for name in owned if _is_before_experts(name, parameters)}
@@ -84,7 +86,6 @@ def save_model(
         "num_floating_point_operations_so_far": 0,
         "model": stored,
     }
-    dist.barrier()
     try:
         dist_checkpointing.save(state, str(target), _StreamingSave(weights, read), content_metadata=_CONTENT)
     except torch_checkpoint.CheckpointException as error:  # the same on every rank
@@ -107,7 +108,8 @@ def _entries(model: torch.nn.Module, groups: Any, content: Mapping[str, Any]) ->
 def _pieces(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:
     """The tensors of the checkpoint that hold a parameter, as views of `data`: gate and up lie apart there."""
     assert isinstance(entry, (ShardedTensor, ShardedTensorFactory))
-    state = {"": dataclasses.replace(entry, data=data)}
+    dtype = {"dtype": data.dtype} if isinstance(entry, ShardedTensor) else {}
+    state = {"": dataclasses.replace(entry, data=data, **dtype)}
     apply_factories(state)
     return [_with_all_axes(piece) for piece in nested_values(state)]
 
@@ -254,6 +256,19 @@ class StoredWeights:
         stored = self._strategy.load_tensors_metadata(path)
         use_stored_names(self._entries, stored)
         self._check(stored)
+        self._dtypes = {name: self._dtype_of(entry, stored) for name, entry in self._entries.items()}
+
+    @staticmethod
+    def _dtype_of(entry: ShardedBase, stored: Mapping[str, ShardedTensor]) -> torch.dtype:
+        return stored[_pieces(entry, entry.data)[0].key].dtype
+
+    def common_dtype(self) -> torch.dtype:
+        """The one dtype of all weights. ValueError where they differ: rounding has to be asked for."""
+        by_dtype = {dtype: name for name, dtype in self._dtypes.items()}
+        if len(by_dtype) > 1:
+            found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
+            raise ValueError(f"--load {self._path} mixes dtypes ({found}); choose one with --dtype")
+        return next(iter(by_dtype))
 
     def _check(self, stored: Mapping[str, ShardedTensor]) -> None:
         needed = {
@@ -276,8 +291,7 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor:
         """The value of a parameter on the CPU. ValueError when its bytes are damaged."""
-        parameter = self._parameters[name]
-        value = torch.empty(parameter.shape, dtype=parameter.dtype)
+        value = torch.empty(self._parameters[name].shape, dtype=self._dtypes[name])
         pieces = _pieces(self._entries[name], value)
         try:
             self._strategy.load({str(index): piece for index, piece in enumerate(pieces)}, self._path)

@@ -25,6 +25,13 @@ _BUILD_FLAGS = [
     "--micro-batch-size=1",
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As config.json and `DTYPES` have it, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 # The argument under which Megatron holds parameters in a dtype that is not its default.
 _DTYPE_FLAG = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -90,4 +97,5 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
     config.rope_scaling_factor = args.rope_scaling_factor
     config.transformer.perform_initialization = False
     with torch.device(device), contextlib.redirect_stdout(io.StringIO()):
-        return GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+        model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+    return model.to(args.params_dtype)  # position embeddings are float32 otherwise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ import torch.distributed as dist
 
 from megatron_fdd import rehearsal
 from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
+
+# Ranks wait for one that writes a large file; torchrun sees those that died.
+_PATIENCE = timedelta(days=1)
+_TOKEN_FILE = "seen-by-every-rank"
 
 
 @contextmanager
@@ -32,9 +38,10 @@ def conversion_ranks() -> Iterator[Any]:
 
     own_world = not dist.is_initialized()
     if own_world and "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     elif own_world:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    alone = None
     own_state = not parallel_state.model_parallel_is_initialized()
     try:
         if own_state:
@@ -45,44 +52,70 @@ def conversion_ranks() -> Iterator[Any]:
             setattr(groups, field.name, alone)
         yield groups
     finally:
+        if alone is not None:
+            dist.destroy_process_group(alone)
         if own_state:
             parallel_state.destroy_model_parallel()
         if own_world:
             dist.destroy_process_group()
 
 
-def raise_together(error: BaseException | None) -> None:
-    """Raise on every rank what went wrong on any; for the end of work that ranks do apart.
+@contextmanager
+def together() -> Iterator[None]:
+    """What goes wrong in the block on one rank is raised on every rank.
 
-    Collectives: one all-gather over all ranks.
+    Collectives: one all-gather over all ranks at the end of the block.
 
     Raises:
-        ValueError: `error` of the first rank that has one.
+        ValueError: what the first rank with an error says.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
     told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else str(error) or type(error).__name__)
+    dist.all_gather_object(told, None if error is None else _one_line(error))
     first = next((text for text in told if text is not None), None)
     if first is not None:
         raise ValueError(first) from error
+
+
+def _one_line(error: Exception) -> str:
+    """Our own messages as they are, others with their type."""
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
 def shared_new_folder(final: Path) -> Iterator[Path]:
     """`new_folder` for all ranks together; it appears when every rank has ended its part.
 
-    Collectives: barriers, and one all-gather, over all ranks.
+    Collectives: a broadcast and all-gathers over all ranks.
 
     Raises:
-        ValueError: `final` exists and is not empty, or lies where some rank cannot see it.
+        ValueError: `final` exists and is not empty, or lies where some rank cannot see it; an error of `new_folder`
+            on rank 0. The same on every rank.
     """
     rank_zero = dist.get_rank() == 0
-    with new_folder(final) if rank_zero else nullcontext(unfinished_name(final)) as unfinished:
+    with ExitStack() as stack:
+        token = [uuid.uuid4().hex]
+        with together():
+            folder = stack.enter_context(new_folder(final)) if rank_zero else unfinished_name(final)
+            if rank_zero:
+                (folder / _TOKEN_FILE).write_text(token[0])
+        dist.broadcast_object_list(token, src=0)
+        with together():
+            seen = folder / _TOKEN_FILE
+            if not seen.is_file() or seen.read_text() != token[0]:
+                raise ValueError(
+                    f"{final} is not the same folder for every rank: give a path on a file system that all nodes share"
+                )
+        if rank_zero:
+            (folder / _TOKEN_FILE).unlink()
+        yield folder
         dist.barrier()
-        unseen = f"{final.parent} is not the same folder on every node: give a path on a shared file system"
-        raise_together(None if unfinished.is_dir() else ValueError(unseen))
-        yield unfinished
-        dist.barrier()
-    dist.barrier()
+        with together():  # the last steps of rank 0 can fail too
+            stack.close()
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:

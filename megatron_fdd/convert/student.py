@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_fdd.convert.checksums import write_checksums
+from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
@@ -21,6 +21,7 @@ from megatron_fdd.convert.hf_writer import (
     write_index,
     write_shard,
 )
+from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
 
@@ -100,6 +101,7 @@ def init_student(
         parse_size(max_shard_size),
     )
     digests: dict[str, str] = {}
+    expected = Checksums.read(folder.path)
     total = sum(shard.num_bytes for shard in shards)
     with (
         new_folder(Path(hf_out)) as unfinished,
@@ -108,10 +110,13 @@ def init_student(
         for shard in shards:
             tensors = (folder.read(renamed[spec.name]) for spec in shard.tensors)
             for spec, digest in write_shard(unfinished, shard, tensors):
+                if expected is not None:
+                    expected.check(folder.path, renamed[spec.name], digest)
                 digests[spec.name] = digest
                 bar.update(spec.num_bytes)
         write_index(unfinished, shards)
-        write_checksums(unfinished, digests)
+        dtypes = {name_of(spec.dtype) for shard in shards for spec in shard.tensors}
+        Checksums(dtypes.pop() if len(dtypes) == 1 else "mixed", digests).write(unfinished)
         write_json(unfinished / CONFIG_FILES[0], family.keep_layers(folder.config, layers))
         copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
     return sum(math.prod(spec.shape) for shard in shards for spec in shard.tensors)

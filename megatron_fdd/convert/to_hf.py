@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_fdd.convert.checksums import read_checksums, write_checksums
+from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.companions import find_hf_config, find_tokenizer
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, Row
@@ -28,8 +28,8 @@ from megatron_fdd.convert.hf_writer import (
     write_index,
     write_shard,
 )
-from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
-from megatron_fdd.convert.ranks import conversion_ranks, owners, raise_together, shared_new_folder
+from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
+from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
 from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
@@ -45,7 +45,7 @@ class Exported:
     Attributes:
         num_tensors: in the Hugging Face folder.
         unchanged: how many of them have the bytes of the imported model; None where its checksums are not
-            beside the checkpoint.
+            beside the checkpoint, or are of another dtype.
     """
 
     num_tensors: int
@@ -81,27 +81,29 @@ def mcore_to_hf(
         ValueError: anything that cannot be converted, named, with the flag that helps. The same on every rank.
     """
     load, hf_out = Path(load), Path(hf_out)
-    check_new_folder(hf_out)
-    max_shard_bytes = parse_size(max_shard_size)
     with conversion_ranks() as groups:
         from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 
-        checkpoint = find_checkpoint(str(load), "--load")
-        args = read_checkpoint_args(checkpoint, "--load")
-        config_path = find_hf_config(load, args, hf_config)
-        tokenizer_path = find_tokenizer(load, args, tokenizer)
-        export = _prepare(checkpoint, args, read_json(config_path), dtype, groups)
-        shards = plan_shards(export.specs(), max_shard_bytes)
-        imported = read_checksums(config_path.parent)
+        with together():
+            check_new_folder(hf_out)
+            max_shard_bytes = parse_size(max_shard_size)
+            checkpoint = find_checkpoint(str(load), "--load")
+            args = read_checkpoint_args(checkpoint, "--load")
+            config_path = find_hf_config(load, args, hf_config)
+            tokenizer_path = find_tokenizer(load, args, tokenizer)
+            export = _prepare(checkpoint, args, read_json(config_path), dtype, groups)
+            shards = plan_shards(export.specs(), max_shard_bytes)
+            # Beside a config of the user's own lies no report of what was imported.
+            imported = Checksums.read(config_path.parent) if hf_config is None else None
         with shared_new_folder(hf_out) as unfinished:
-            digests = _write_own(unfinished, shards, export, progress)
-            if dist.get_rank() == 0:
-                write_index(unfinished, shards)
-                _write_config(unfinished, config_path, export.config, export.dtype)
-                copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
-                write_checksums(unfinished, digests)
-    unchanged = None if imported is None else sum(imported.get(name) == digests[name] for name in digests)
-    return Exported(len(digests), unchanged)
+            written = Checksums(name_of(export.dtype), _write_own(unfinished, shards, export, progress))
+            with together():
+                if dist.get_rank() == 0:
+                    write_index(unfinished, shards)
+                    _write_config(unfinished, config_path, export.config, export.dtype)
+                    copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
+                    written.write(unfinished)
+    return Exported(len(written.digests), written.count_same(imported))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +161,6 @@ def _write_own(folder: Path, shards: list[Shard], export: _Export, progress: boo
     owner = owners([shard.num_bytes for shard in shards], dist.get_world_size())
     own = [shard for shard, rank in zip(shards, owner, strict=True) if rank == dist.get_rank()]
     digests: dict[str, str] = {}
-    error: Exception | None = None
     bar = tqdm(
         total=sum(shard.num_bytes for shard in own),
         unit="B",
@@ -168,15 +169,11 @@ def _write_own(folder: Path, shards: list[Shard], export: _Export, progress: boo
         disable=not progress or dist.get_rank() != 0,
     )
     row_of = export.row_of
-    try:
+    with bar, together():
         for shard in own:
             for spec, digest in write_shard(folder, shard, export.read(shard, row_of)):
                 digests[spec.name] = digest
                 bar.update(spec.num_bytes)
-    except (ValueError, OSError) as failure:
-        error = failure
-    bar.close()
-    raise_together(error)
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, digests)
     return {name: digest for each in everyone for name, digest in each.items()}
@@ -206,7 +203,7 @@ def _prepare(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, grou
     weights = StoredWeights(checkpoint, model, groups)
     rows = family.rows(config)
     _check_absent_are_zero(weights, rows, family)
-    out_dtype = stored_dtype if dtype == "checkpoint" else DTYPES[dtype]
+    out_dtype = weights.common_dtype() if dtype == "checkpoint" else DTYPES[dtype]
     return _Export(weights, dict(model.named_parameters()), rows, config, vocab_size, out_dtype)
 
 
@@ -231,9 +228,7 @@ def _check_absent_are_zero(weights: StoredWeights, rows: list[Row], family: Fami
 
 def _write_config(folder: Path, seed_path: Path, config: HfConfig, dtype: torch.dtype) -> None:
     """The config with its dtype fields true to the weights; byte for byte the seed where nothing changed."""
-    named: HfConfig = {
-        key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in config
-    }
+    named: HfConfig = {key: name_of(dtype) for key in ("dtype", "torch_dtype") if key in config}
     config = {**config, **named}
     if config == read_json(seed_path):
         shutil.copyfile(seed_path, folder / CONFIG_FILE)

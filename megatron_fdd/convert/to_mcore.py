@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_fdd.convert.checksums import digest, read_checksums, write_checksums
+from megatron_fdd.convert.checksums import Checksums, digest
 from megatron_fdd.convert.companions import HF_FOLDER, TOKENIZER_FOLDER, write_companions
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, Row
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
-from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
-from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
+from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
+from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
 from megatron_fdd.convert.tokenizer import has_tokenizer
 
 
@@ -47,32 +49,43 @@ def hf_to_mcore(
         ValueError: anything that cannot be converted exactly, named. The same on every rank.
     """
     hf_model, save = Path(hf_model), Path(save)
-    check_new_folder(save)
+    with conversion_ranks() as groups:
+        from megatron_fdd.convert.mcore_checkpoint import save_model
+
+        with together():
+            check_new_folder(save)
+            source, model, args = _prepare(hf_model, dtype, vocabulary_divisor, groups)
+            if has_tokenizer(hf_model):
+                args.tokenizer_type = "HuggingFaceTokenizer"
+                args.tokenizer_model = str((save / TOKENIZER_FOLDER).absolute())
+            owned = source.share(dist.get_rank(), dist.get_world_size())
+        with shared_new_folder(save) as unfinished:
+            with source.progress_bar(owned, progress):
+                save_model(unfinished, model, args, groups, owned, source.read)
+            everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(everyone, source.digests)
+            with together():
+                if dist.get_rank() == 0:
+                    write_companions(hf_model, unfinished)
+                    digests = {name: digest for each in everyone for name, digest in each.items()}
+                    Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
+    return source.num_parameters
+
+
+def _prepare(
+    hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any
+) -> tuple[_Source, torch.nn.Module, Namespace]:
+    """Everything that can be refused before a tensor is read."""
     folder = HfFolder(hf_model)
     family = family_of(folder.config).as_stored(folder.tensors)
     architecture = {**family.fixed, **family.megatron_args(folder.config)}
     check_names(family, folder)
     params_dtype = common_dtype(folder, family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
-    with conversion_ranks() as groups:
-        from megatron_fdd.convert.mcore_checkpoint import save_model
-
-        args = complete_args(architecture, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
-        if has_tokenizer(hf_model):
-            args.tokenizer_type = "HuggingFaceTokenizer"
-            args.tokenizer_model = str((save / TOKENIZER_FOLDER).absolute())
-        model = build_model(args, groups, "meta")
-        source = _Source(folder, family.rows(folder.config), dict(model.named_parameters()))
-        source.check_shapes(architecture["vocab_size"])
-        owned = source.share(dist.get_rank(), dist.get_world_size())
-        with shared_new_folder(save) as unfinished:
-            with source.progress_bar(owned, progress):
-                save_model(unfinished, model, args, groups, owned, source.read)
-            digests: list[dict[str, str]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(digests, source.digests)
-            if dist.get_rank() == 0:
-                write_companions(hf_model, unfinished)
-                write_checksums(unfinished / HF_FOLDER, {k: v for each in digests for k, v in each.items()})
-    return source.num_parameters
+    args = complete_args(architecture, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
+    model = build_model(args, groups, "meta")
+    source = _Source(folder, family.rows(folder.config), dict(model.named_parameters()))
+    source.check_tensors(architecture["vocab_size"])
+    return source, model, args
 
 
 class _Source:
@@ -87,16 +100,24 @@ class _Source:
         self._row_of = {row.mcore: row for row in rows}
         assert set(self._row_of) == set(parameters), set(self._row_of) ^ set(parameters)
         self._parameters = parameters
-        self._expected = read_checksums(folder.path)
+        self._expected = Checksums.read(folder.path)
         self._bar = tqdm(disable=True)
         self.digests: dict[str, str] = {}
 
-    def check_shapes(self, vocab_size: int) -> None:
-        """ValueError when the files hold other shapes than the model that config.json describes."""
+    @property
+    def dtype(self) -> str:
+        """Of all tensors, such as bfloat16; "mixed" where they differ."""
+        names = {name for row in self._row_of.values() for name in row.sources}
+        found = {name_of(self._folder.dtype(name)) for name in names}
+        return found.pop() if len(found) == 1 else "mixed"
+
+    def check_tensors(self, vocab_size: int) -> None:
+        """ValueError when the files hold no floats, or other shapes than the model that config.json describes."""
         for row in self._row_of.values():
             parts = row.transform.split(self._parameters[row.mcore]) if row.sources else []
             for name, part in zip(row.sources, parts, strict=True):
                 expected = (vocab_size, *part.shape[1:]) if row.vocabulary else tuple(part.shape)
+                self._folder.dtype(name)
                 found = self._folder.shape(name)
                 if found != expected:
                     raise ValueError(
@@ -145,11 +166,8 @@ class _Source:
     def _read_part(self, name: str) -> Tensor:
         part = self._folder.read(name)
         self.digests[name] = digest(part)
-        if self._expected is not None and self._expected.get(name) != self.digests[name]:
-            raise ValueError(
-                f"{self._folder.path}: {name} is not what checksums.json says it was: the copy is damaged. "
-                "If the weights were changed on purpose, remove checksums.json"
-            )
+        if self._expected is not None:
+            self._expected.check(self._folder.path, name, self.digests[name])
         return part
 
 
@@ -161,7 +179,7 @@ def check_names(family: Family, folder: HfFolder) -> None:
     present = {name for name in folder.tensors if not name.endswith(family.ignored)}
     head, embedding = family.tied
     if head in present - set(needed) and embedding in present:
-        if not torch.equal(folder.read(head), folder.read(embedding)):
+        if digest(folder.read(head)) != digest(folder.read(embedding)):
             raise ValueError(f"{folder.path}: config.json ties the embeddings, but {head} is not {embedding}")
         present.discard(head)
     missing, extra = sorted(set(needed) - present), sorted(present - set(needed))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fdd.convert.checksums import read_checksums
+from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.hf_writer import TensorSpec, plan_shards, write_index, write_shard
 from megatron_fdd.convert.mcore_model import build_model, complete_args
@@ -137,10 +137,10 @@ def test_two_gigabytes_on_four_ranks(folder: Path) -> None:
     shutil.rmtree(source)
     _kill_an_export(saved, back)
     line = _run("mcore_to_hf.py", "--load", saved, "--hf-out", back, "--max-shard-size", "250MB")
-    digests = read_checksums(back)
-    assert digests is not None
-    assert line.endswith(f"; {len(digests)} are bit for bit those imported")
-    assert digests == read_checksums(saved / "hf")
+    written = Checksums.read(back)
+    assert written is not None
+    assert line.endswith(f"; {len(written.digests)} are bit for bit those imported")
+    assert written == Checksums.read(saved / "hf")
     shards = [path.stat().st_size for path in back.glob("model-*.safetensors")]
     assert sum(shards) > size
     assert max(shards) < 251 * 10**6

@@ -127,6 +127,13 @@ def _change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> Non
     save_file(tensors, folder / "model.safetensors")
 
 
+def test_one_file_comes_before_an_index(tmp_path: Path) -> None:
+    """As in transformers, whose save_pretrained removes old shards and leaves their index."""
+    folder = _write(tmp_path / "out", 96)
+    save_file({"z": torch.ones(2)}, folder / "model.safetensors")
+    assert list(HfFolder(folder).tensors) == ["z"]
+
+
 MISSING = "model.layers.1.self_attn.v_proj.weight"
 
 
@@ -139,6 +146,7 @@ MISSING = "model.layers.1.self_attn.v_proj.weight"
         ({"lm_head.weight": None}, "Missing: lm_head.weight"),
         ({"model.norm.weight": torch.ones(48, dtype=torch.float16)}, "mixes dtypes .*--dtype"),
         ({"model.norm.weight": torch.ones(48, dtype=torch.int8)}, "stored as I8"),
+        ({"model.norm.weight": torch.ones(47)}, r"of shape \[47\] does not fit config.json, .* \[48\]"),
     ],
 )
 def test_weights_that_do_not_match_the_config(tmp_path: Path, change: dict, message: str) -> None:
@@ -147,6 +155,13 @@ def test_weights_that_do_not_match_the_config(tmp_path: Path, change: dict, mess
     with pytest.raises(ValueError, match=message):
         convert.hf_to_mcore(folder, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
+
+
+def test_integers_are_refused_whatever_dtype_is_asked_for(tmp_path: Path) -> None:
+    folder = toys.make_llama(tmp_path / "hf", tokenizer=False)
+    _change_weights(folder, {"model.norm.weight": torch.ones(48, dtype=torch.int8)})
+    with pytest.raises(ValueError, match="stored as I8"):
+        convert.hf_to_mcore(folder, tmp_path / "mcore", dtype="float32")
 
 
 def test_a_repeated_tied_head_and_rope_buffers_are_no_extra_weights(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert.hf_folder import HfFolder
@@ -97,4 +98,16 @@ def test_a_layer_that_the_teacher_lacks(tmp_path: Path) -> None:
     assert convert.count_layers(teacher) == 3
     with pytest.raises(ValueError, match=r"layers \[3\]: .* has the layers 0 to 2"):
         convert.init_student(teacher, [0, 3], tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_damaged_teacher_is_no_start(tmp_path: Path) -> None:
+    teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
+    convert.init_student(teacher, [0, 1, 2], tmp_path / "copy")
+    path = tmp_path / "copy" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][7] += 1
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"model.norm.weight is not what checksums.json says"):
+        convert.init_student(tmp_path / "copy", [0, 2], tmp_path / "student")
     assert not (tmp_path / "student").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_fdd import convert
 from megatron_fdd.checkpoint import TRACKER_FILE
 from megatron_fdd.convert import checksums
+from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from tests.convert import mcore, toys
 from tests.ranks import Layout, distributed, run_on_ranks
 
@@ -76,8 +78,8 @@ def test_help_and_usage_errors(tool: str, capsys: pytest.CaptureFixture[str]) ->
     assert stopped.value.code == 2
 
 
-class _StopError(Exception):
-    """Stands for whatever ends a conversion half-way."""
+class _StopError(BaseException):
+    """Stands for whatever ends a process half-way."""
 
 
 @distributed(tp=1)
@@ -197,3 +199,81 @@ def _import_and_remove(folder: Path) -> None:
     convert.hf_to_mcore(folder / "hf", folder / "mcore")
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder / "mcore")
+
+
+def _apart(folder: Path) -> None:
+    """Each rank has a file system of its own, and the second a folder that a killed run left."""
+    rank = torch.distributed.get_rank()
+    own = folder / f"node{rank}"
+    (own / ".out.incomplete").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not the same folder for every rank"):
+        convert.mcore_to_hf(folder / "mcore", own / "out")
+    with pytest.raises(ValueError, match="not the same folder for every rank"):
+        convert.hf_to_mcore(folder / "source", own / "out")
+    assert not (own / "out").exists()
+
+
+def test_folders_that_ranks_do_not_share(tmp_path: Path) -> None:
+    run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": tmp_path, "variant": "plain"})
+    run_on_ranks(_apart, Layout(ranks=2), {"folder": tmp_path})
+
+
+def _fail_on_one_rank(folder: Path, place: str, rank: int) -> None:
+    """An error of one rank alone is every rank's error, and nothing is left over."""
+    message = "RuntimeError: the disk of one rank"
+    failing = torch.distributed.get_rank() == rank
+    effect = {"side_effect": RuntimeError("the disk of one rank")} if failing else {}
+    before = sorted(folder.rglob("*"))
+    torch.distributed.barrier()
+    with mock.patch(f"megatron_fdd.convert.{place}", **effect) if failing else contextlib.nullcontext():
+        convert_one = convert.hf_to_mcore if place.startswith("to_mcore") else convert.mcore_to_hf
+        source = folder / ("source" if place.startswith("to_mcore") else "mcore")
+        with pytest.raises(ValueError, match=message):
+            convert_one(source, folder / "out")
+    torch.distributed.barrier()
+    assert sorted(folder.rglob("*")) == before
+
+
+FAILURES = [
+    ("to_mcore.check_names", 1),
+    ("to_mcore.HfFolder", 0),
+    ("to_mcore.digest", 1),
+    ("to_mcore.write_companions", 0),
+    ("to_hf.family_of", 1),
+    ("to_hf.write_index", 0),
+    ("to_hf.copy_files", 0),
+    ("mcore_checkpoint.StoredWeights.read", 1),
+]
+
+
+@pytest.mark.parametrize(("place", "rank"), FAILURES)
+def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, place: str, rank: int) -> None:
+    # Biases that the model lacks are read by every rank, so that reading fails before writing.
+    run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": tmp_path, "variant": "attention_bias"})
+    arguments = {"folder": tmp_path, "place": place, "rank": rank}
+    run_on_ranks(_fail_on_one_rank, Layout(ranks=2), arguments)
+
+
+@distributed(tp=1)
+def test_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
+    """A float32 norm among bfloat16 weights: no rounding that nobody asked for."""
+    mcore.make_checkpoint(tmp_path, "bfloat16")
+    model, args = mcore.from_own_args(tmp_path / "mcore")
+    norm = model.decoder.final_layernorm.weight
+    norm.data = norm.data.float() + 1e-4
+    mcore.save(tmp_path / "mixed", model, args)
+    given = {"hf_config": tmp_path / "source", "tokenizer": tmp_path / "source"}
+    _exports(tmp_path / "mixed", tmp_path / "out", r"mixes dtypes .*final_layernorm.weight.*--dtype", **given)
+    exported = convert.mcore_to_hf(tmp_path / "mixed", tmp_path / "out", dtype="float32", **given)
+    assert exported.unchanged is None
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"], norm)
+
+
+def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as unfinished:  # as if the name behind the link had been given
+        (unfinished / "config.json").touch()
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["config.json"]
+    with mock.patch("os.path.ismount", return_value=True), pytest.raises(ValueError, match="mount point"):
+        check_new_folder(tmp_path / "new")
