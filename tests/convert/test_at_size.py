@@ -75,7 +75,7 @@ def _make(folder: Path) -> int:
 
 def _run(tool: str, *arguments: str | Path) -> str:
     """The tool on four ranks; its last line. Every rank must stay below the limit."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += [str(ROOT / "tests" / "convert" / "measured_tool.py"), str(ROOT / "tools" / tool)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
