@@ -78,11 +78,11 @@ class Inputs:
 
 def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
     """Random features whose logits have a standard deviation of 2; the same numbers every time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(size.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator)
-        return values.to(size.device, getattr(torch, size.dtype))
+        values = torch.randn(shape, generator=generator, device=size.device)
+        return values.to(getattr(torch, size.dtype))
 
     head_T = normal(size.vocab, size.teacher_width).mul_(2 / size.teacher_width**0.5)
     head_S = normal(size.vocab, size.student_width).mul_(2 / size.student_width**0.5)
