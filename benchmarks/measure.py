@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -165,7 +166,7 @@ def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measureme
 
 def versions() -> dict[str, str]:
     """Of what is measured and what it is measured against."""
-    names = ("torch", "triton", "megatron-core", "liger-kernel", "nvidia-modelopt")
+    names = ("torch", "triton", "megatron-core", "transformer-engine", "liger-kernel", "nvidia-modelopt")
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -174,9 +175,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """What the figures are of: the GPU's name, or the processor's and that one thread of it was used."""
+    """What the figures are of: the GPU's name and driver, or the processor's and that one thread of it was used."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(command, capture_output=True, text=True).stdout.split() or ["unknown"]
+        return f"{torch.cuda.get_device_name()}, driver {driver[0]}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.split(':', 1)[1].strip()}, 1 thread"

@@ -130,7 +130,9 @@ class TritonSweeps:
         for tile in self._sweep():
             gradient_RC = _in_place(tile.student_RC, tile.head_CS.dtype)
             for piece in _pieces(tile):
-                own = {"gradient_RC": gradient_RC[:, piece.columns.start - tile.columns.start :]}
+                own: dict[str, Any] = {
+                    "gradient_RC": gradient_RC[:, piece.columns.start - tile.columns.start :]
+                }
                 own |= {"out_stride": gradient_RC.stride(0), "first": piece.columns.start}
                 self._launch(kernels.gradient_kernel, piece, arguments | own)
             accumulate(gradient_RS, gradient_RC, tile.head_CS)
@@ -220,7 +222,7 @@ def _pieces(tile: Tile) -> Iterator[Tile]:
 
 def _rescale(rows_MS: Tensor, drop_M: Tensor, power: float) -> None:
     width = rows_MS.shape[1]
-    arguments = {"rows_MS": rows_MS, "drop_M": drop_M, "width": width, "power": power}
+    arguments: dict[str, Any] = {"rows_MS": rows_MS, "drop_M": drop_M, "width": width, "power": power}
     arguments["COLUMNS"] = min(2048, triton.next_power_of_2(width))
     Launch(kernels.rescale_kernel, len(rows_MS), arguments).run()
 
