@@ -6,9 +6,9 @@
 
 The default shape is GPT-2 XL -> GPT-2 0.1B (the paper's hardest: a small student with a large vocabulary), on a CPU
 with widths and vocabulary divided by four and all layers kept, which leaves the ratios of its flops as they are.
-Weights are random, the data made up. "logit KD" is our own entry point with the weights of trajectory and delta at 0, hence
-already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. A flag that is not listed
-here is passed on to Megatron.
+Weights are random, the data made up. "logit KD" is our own entry point with the weights of trajectory and delta at 0,
+hence already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. A flag that is not
+listed here is passed on to Megatron.
 
 Exit status 1: a measurement was too unsteady for a ratio, or FDD costs more than the bar.
 """

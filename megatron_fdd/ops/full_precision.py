@@ -56,10 +56,12 @@ def _precision(name: str, level: str) -> Iterator[None]:
     """The same choice in torch's newer interface (`name`) and in its older one (`level`)."""
     chosen = [backend.fp32_precision for backend in _backends()]
     for backend in _backends():
-        backend.fp32_precision = name
+        backend.fp32_precision = "ieee"
     # Only now is the older setting sure to be readable: torch refuses while the two contradict each other.
     chosen_level = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(level)
+    for backend in _backends():
+        backend.fp32_precision = name
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fdd.ops.full_precision import _tf32_parts, full_precision
+from megatron_fdd.ops.full_precision import _precision, _tf32_parts, full_precision
 
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -58,6 +58,17 @@ def test_full_precision_inside_and_as_before_outside(choice: str) -> None:
         assert state() == ["ieee", "ieee", "highest", "False"]
         with full_precision():
             pass
+        assert state() == ["ieee", "ieee", "highest", "False"]
+    assert state() == chosen
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_tf32_inside_of_full_precision(choice: str) -> None:
+    CHOICES[choice]()
+    chosen = state()
+    with full_precision():
+        with _precision("tf32", "high"):
+            assert state() == ["tf32", "tf32", "high", "True"]
         assert state() == ["ieee", "ieee", "highest", "False"]
     assert state() == chosen
 
