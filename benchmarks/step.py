@@ -141,8 +141,16 @@ def command(args: argparse.Namespace, folder: Path, objective: Objective, rest: 
 
 def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[str, Watched]:
     """Every row of the table, one process after the other."""
-    for whose in ("teacher", "student"):
-        in_own_process(make_checkpoint, folder / whose, architecture(args, whose), folder / f"{whose}.log")
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        makers = [
+            pool.submit(
+                make_checkpoint, folder / whose, architecture(args, whose), folder / f"{whose}.log", dtype
+            )
+            for whose in ("teacher", "student")
+        ]
+        for maker in makers:
+            maker.result()
     runs: list[tuple[str, Objective]] = [(STOCK, "cross-entropy"), *((name, name) for name in WEIGHTS)]
     watched = {}
     for number, (name, objective) in enumerate(runs):

@@ -190,14 +190,16 @@ def _stock_step(
     return output, loss
 
 
-def make_checkpoint(folder: Path, architecture: Mapping[str, Any], log: Path) -> None:
-    """A GPT with random weights as a Megatron checkpoint, in float32."""
+def make_checkpoint(
+    folder: Path, architecture: Mapping[str, Any], log: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """A GPT with random weights as a Megatron checkpoint."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         from megatron_fdd.convert.mcore_checkpoint import save_model
         from megatron_fdd.convert.mcore_model import build_model, complete_args, conversion_ranks
 
         with conversion_ranks() as groups:
-            args = complete_args(architecture, dtype=torch.float32, vocabulary_divisor=128, tensor_size=1)
+            args = complete_args(architecture, dtype=dtype, vocabulary_divisor=128, tensor_size=1)
             model = build_model(args, groups)
             torch.manual_seed(0)
             for name, parameter in model.named_parameters():

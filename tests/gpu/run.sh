@@ -52,7 +52,13 @@ parallel=()
 if python3 -c 'import xdist' 2>/dev/null; then
     parallel=(-n "$WORKERS")
 fi
-section tests python3 -m pytest -rs "${parallel[@]}" tests/gpu tests/ops/test_triton.py tests/ops/test_triton_compiles.py
+python3 -m pytest -rs tests/gpu/test_distill.py >"$OUT/distill.log" 2>&1 &
+distill=$!
+section ops python3 -m pytest -rs "${parallel[@]}" tests/gpu --ignore tests/gpu/test_distill.py tests/ops/test_triton.py \
+    tests/ops/test_triton_compiles.py
+wait "$distill" || failed+=(distill)
+printf '\n== distill\n'
+cat "$OUT/distill.log"
 if [[ -n $BENCHMARKS ]]; then
     before=$(wc -l <benchmarks/results.jsonl)
     section benchmarks env DEVICE=cuda SETUP=0 bash benchmarks/run.sh
