@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -142,15 +143,9 @@ def command(args: argparse.Namespace, folder: Path, objective: Objective, rest: 
 def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[str, Watched]:
     """Every row of the table, one process after the other."""
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        makers = [
-            pool.submit(
-                make_checkpoint, folder / whose, architecture(args, whose), folder / f"{whose}.log", dtype
-            )
-            for whose in ("teacher", "student")
-        ]
-        for maker in makers:
-            maker.result()
+    for whose in ("teacher", "student"):
+        log = folder / f"{whose}.log"
+        in_own_process(make_checkpoint, folder / whose, architecture(args, whose), log, dtype)
     runs: list[tuple[str, Objective]] = [(STOCK, "cross-entropy"), *((name, name) for name in WEIGHTS)]
     watched = {}
     for number, (name, objective) in enumerate(runs):
@@ -159,6 +154,9 @@ def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[s
             words, name == STOCK, args.repeats * measure.ATTEMPTS, args.device, folder / f"run-{number}.log"
         )
         watched[name] = in_own_process(run_job, job)
+        middle = statistics.median(watched[name].seconds)
+        # At once: what comes after may fail.
+        print(f"{name}: {middle:.3f} s, {watched[name].whole_mib:.0f} MiB", flush=True)
     return watched
 
 

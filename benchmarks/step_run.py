@@ -124,8 +124,10 @@ def run_job(job: Job) -> Watched:
         RuntimeError: the run failed; the message ends with what it printed last.
     """
     _be_one_rank()
-    # As torchrun's processes have it: Megatron's data loader cannot start its workers in the way this process began.
-    multiprocessing.set_start_method("fork", force=True)
+    if (
+        job.device == "cuda"
+    ):  # as under torchrun: a data loader's workers cannot begin in the way this process did
+        multiprocessing.set_start_method("fork", force=True)
     metrics = job.log.with_suffix(".metrics.jsonl")
     steps = WARM_UP_STEPS + job.repeats + WATCHED_STEPS
     more = ("--train-iters", str(steps), "--lr-decay-iters", str(steps), "--fdd-metrics-file", str(metrics))

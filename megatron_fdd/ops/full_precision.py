@@ -28,8 +28,8 @@ def full_precision() -> Iterator[None]:
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right, in float32 (float64 stays that). Returns `total`.
 
-    On a GPU as three products of TF32 parts, which its tensor cores multiply: left out is the product of both lower
-    parts, 2^-22 of the whole. Measured on an H100: benchmarks/LOG.md.
+    On a GPU as three products of TF32 parts, which its tensor cores multiply, in 0.6 of float32's time. They round
+    their sums down: of 4,096 terms the error was 1e-5 of the norm on an H100, where float32's was 1e-6.
     """
     if not (total.is_cuda and left.dtype == right.dtype == torch.float32):
         return total.addmm_(left, right)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SEQUENCE, VOCABULARY = 64, 1999
-LOCAL = "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion"
+LOCAL = "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion"
 COMMON = (
     f"--use-checkpoint-args --mock-data --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
     f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 8 "

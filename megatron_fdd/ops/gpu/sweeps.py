@@ -83,7 +83,7 @@ class TritonSweeps:
                 "drop_M": drop_M,
                 "gap_M": gap_M,
                 "temperature": plan.temperature,
-                "limit": 30.0 / max(1.0, plan.temperature),
+                "limit": _leap_limit(self._models[1][1].dtype, plan.temperature),
                 "LEAD": None if plan.crossing is None else "student" if sums.student_leads else "teacher",
             }
             for piece in _pieces(tile):
@@ -181,6 +181,11 @@ class TritonSweeps:
         accumulate_kept(
             sums.rows_MS, weights.weights_MC, weights.head_CS, gap_M[own], self._plan.kernels.skip_below
         )
+
+
+def _leap_limit(dtype: torch.dtype, temperature: float) -> float:
+    """How far a logit may exceed what its row's weights are relative to: these (heated, or times a gap) stay finite."""
+    return (4.0 if dtype == torch.float16 else 30.0) / max(1.0, temperature)
 
 
 class _Weights:
