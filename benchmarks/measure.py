@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -188,13 +189,18 @@ def versions() -> dict[str, str]:
 def machine() -> str:
     """What the figures are of: the GPU's name and driver, or the processor's and that one thread of it was used."""
     if torch.cuda.is_available():
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True).stdout.split() or ["unknown"]
-        return f"{torch.cuda.get_device_name()}, driver {driver[0]}"
+        return f"{torch.cuda.get_device_name()}, driver {_driver()}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.split(':', 1)[1].strip()}, 1 thread"
     return f"{platform.machine()}, 1 thread"
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
 
 
 def table(rows: Mapping[str, Measurement], base: str, heading: str = "x floor") -> str:

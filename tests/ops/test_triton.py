@@ -176,7 +176,7 @@ def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradie
     return sweeps.TritonSweeps(plan, *([x.to(DEVICE) for x in model] for model in models))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.2])
 @pytest.mark.parametrize("kind", ["fkl", "rkl"])
 def test_logits_that_leap_from_block_to_block(kind: str, temperature: float) -> None:
     """Up by hundreds: exponentials relative to the peak before would overflow."""
