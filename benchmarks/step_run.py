@@ -197,11 +197,13 @@ def make_checkpoint(
 ) -> None:
     """A GPT with random weights as a Megatron checkpoint."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        from megatron_fdd.convert.mcore_checkpoint import save_model
-        from megatron_fdd.convert.mcore_model import build_model, complete_args, conversion_ranks
+        from megatron_fdd.convert.mcore_model import build_model, complete_args
+        from megatron_fdd.convert.ranks import conversion_ranks
 
         with conversion_ranks() as groups:
-            args = complete_args(architecture, dtype=dtype, vocabulary_divisor=128, tensor_size=1)
+            from megatron_fdd.convert.mcore_checkpoint import save_model
+
+            args = complete_args(architecture, dtype=dtype, vocabulary_divisor=128)
             model = build_model(args, groups)
             torch.manual_seed(0)
             for name, parameter in model.named_parameters():
@@ -210,7 +212,8 @@ def make_checkpoint(
                     if name.endswith("norm.weight"):
                         parameter.add_(1.0)
             folder.mkdir()
-            save_model(folder, model, args, groups)
+            values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+            save_model(folder, model, args, groups, list(values), values.__getitem__)
 
 
 def _be_one_rank() -> None:

@@ -25,7 +25,7 @@ ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
     "group_query_attention", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent",
     "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
-    "no_rope_freq", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu",
+    "no_rope_freq", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu", "bias_gelu_fusion",
     "untie_embeddings_and_output_weights", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma",
     "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm",
     "softmax_type", "window_size", "window_attn_skip_freq", "multi_latent_attention", "attention_output_gate",
@@ -174,7 +174,10 @@ def check_same_model(
     differences = [
         f"{name} is {getattr(args, name)} here and {getattr(stored, name)} there"
         for name in names
-        if hasattr(stored, name) and getattr(stored, name) != getattr(args, name)
+        if hasattr(stored, name)
+        and getattr(stored, name) != getattr(args, name)
+        # Without a plain GELU it is a matter of speed.
+        and (name != "bias_gelu_fusion" or has_plain_gelu(stored))
     ]
     if differences:
         directory, flag = student_checkpoint(args)
@@ -182,6 +185,12 @@ def check_same_model(
             f"{flag} {directory}: the flags and the checkpoint describe different models: "
             f"{'; '.join(differences)}. Leave those flags out and give --use-checkpoint-args"
         )
+
+
+def has_plain_gelu(args: argparse.Namespace) -> bool:
+    """Whether `bias_gelu_fusion` shapes the model: fused, Megatron's GELU has tanh, else erf."""
+    other = any(getattr(args, name, False) for name in ("swiglu", "squared_relu", "quick_geglu"))
+    return not other and getattr(args, "add_bias_linear", True)
 
 
 def force_values(args: argparse.Namespace) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException
@@ -20,6 +21,8 @@ _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "op
 RELEASE = "release"
 # Megatron lists every tensor of a model whose names it does not find.
 _LONGEST_CAUSE = 300
+# The norm before a mixture of experts: with Megatron's local modules, with TransformerEngine's.
+_EXPERT_NORM = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
@@ -87,6 +90,7 @@ def load_weights(model: MegatronModule, path: Path, flag: str, groups: ProcessGr
     metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
     sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
     try:
+        use_stored_names(sharded, dist_checkpointing.load_tensors_metadata(str(path)))
         state, missing, unexpected = dist_checkpointing.load(
             {"model": sharded}, str(path), strict="return_all"
         )
@@ -95,13 +99,36 @@ def load_weights(model: MegatronModule, path: Path, flag: str, groups: ProcessGr
             f"{flag} {path}: its weights are not those that its own arguments describe, or are damaged "
             f"({cause_of(error)}); convert or copy it again"
         ) from error
-    unused, unfilled = _weights_only(missing), _weights_only(unexpected)
+    used = {entry.key for entry in sharded.values() if isinstance(entry, ShardedTensor)}
+    unused, unfilled = (
+        weights_only(key for key in missing if other_name(key) not in used),
+        weights_only(unexpected),
+    )
     if unused or unfilled:
         raise ValueError(
             f"{flag} {path}: the checkpoint and the model that its own arguments describe differ. "
             f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}."
         )
     model.load_state_dict(state["model"], strict=True)
+
+
+def other_name(key: str) -> str:
+    """The second name that a weight can have in a checkpoint; most have none and get their own back.
+
+    The norm before a mixture of experts is called differently by Megatron's local and TransformerEngine's modules,
+    and each looks for its own name only. A conversion writes both.
+    """
+    for name, other in (_EXPERT_NORM, _EXPERT_NORM[::-1]):
+        if name in key:
+            return key.replace(name, other)
+    return key
+
+
+def use_stored_names(sharded: Mapping[str, ShardedBase], stored: Collection[str]) -> None:
+    """Let the entries of a model ask for the names under which the checkpoint has its weights."""
+    for entry in sharded.values():
+        if isinstance(entry, ShardedTensor) and entry.key not in stored and other_name(entry.key) in stored:
+            entry.key = other_name(entry.key)
 
 
 def listing(names: list[str], limit: int = 8) -> str:
@@ -111,7 +138,7 @@ def listing(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _weights_only(keys: Iterable[str]) -> list[str]:
+def weights_only(keys: Iterable[str]) -> list[str]:
     """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
     return sorted(
         key

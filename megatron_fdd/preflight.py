@@ -46,6 +46,26 @@ def check_given(args: argparse.Namespace) -> None:
         raise ValueError(f"not given: {'; '.join(flags)}")
 
 
+def check_windows(args: argparse.Namespace, whose: str) -> None:
+    """Megatron's local attention: fused it forgets a sliding window, unfused it forgets the mask for the window.
+
+    Raises:
+        ValueError: the model has windows, and one of both would happen.
+    """
+    if args.window_size is None or args.transformer_impl != "local" or is_rehearsal_wanted():
+        return
+    remedies = []
+    if args.masked_softmax_fusion:
+        remedies.append("give --no-masked-softmax-fusion, whose fused kernel would ignore the windows")
+    if args.reset_attention_mask:
+        remedies.append("leave out --reset-attention-mask, which the windows would overrule")
+    if remedies:
+        raise ValueError(
+            f"{whose} has sliding windows and --transformer-impl is local: {' and '.join(remedies)}, or use "
+            "--transformer-impl transformer_engine"
+        )
+
+
 def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool = False) -> None:
     """Whether the parallel sizes divide the model.
 

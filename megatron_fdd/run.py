@@ -37,6 +37,7 @@ from megatron_fdd.preflight import (
     check_kernels,
     check_resume,
     check_splits,
+    check_windows,
     check_writable,
 )
 from megatron_fdd.teacher.arguments import teacher_args
@@ -86,6 +87,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     force_values(args)
     check_length(args, "the student", args.max_position_embeddings)
     check_splits(args, "the student")
+    check_windows(args, "the student")
     check_experts(args, "the student")
     if student is not None:
         check_resume(args, student)
@@ -115,6 +117,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         teacher = teacher_args(stored, args, expert_size=config.teacher_expert_model_parallel_size)
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
         check_splits(teacher, "the teacher", has_own_layout=True)
+        check_windows(teacher, "the teacher")
         check_experts(teacher, "the teacher")
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
     teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)

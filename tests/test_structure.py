@@ -52,7 +52,7 @@ def test_one_module_reads_parallel_state() -> None:
         if any(name.startswith("megatron.core.parallel_state") for name in imports(path))
     }
     # A conversion makes its own groups where no run has made any.
-    assert readers == {"topology.py", "convert/mcore_model.py"}
+    assert readers == {"topology.py", "convert/ranks.py"}
 
 
 def test_no_utils() -> None:

@@ -8,14 +8,18 @@ from pathlib import Path
 from megatron_fdd.convert.command_line import DTYPE_CHOICES, run_tool, teaching_parser
 
 DESCRIPTION = """\
-Write a Hugging Face model (Llama 2/3.x, Mistral without sliding window) as an ordinary Megatron torch_dist
-checkpoint. The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data
+Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2) as an ordinary Megatron
+torch_dist checkpoint. The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data
 parallel layout. Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer
-are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student."""
+are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the
+SHA-256 of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
+
+One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
+processes on any number of nodes that share the file system, they read and write side by side."""
 EXAMPLES = """\
   python tools/hf_to_mcore.py --hf-model Llama-3.2-1B --save checkpoints/teacher
   torchrun --nproc-per-node 4 tools/hf_to_mcore.py --hf-model Llama-3.1-70B --save checkpoints/teacher
-      (each of the 4 processes holds a quarter of the weights)"""
+      (each of the 4 processes converts a quarter of the weights)"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,9 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         default=128,
         metavar="N",
-        help="pad the vocabulary to a multiple of N times the number of processes (default 128). Training with "
-        "--use-checkpoint-args keeps the padded size, so its tensor parallel size must divide it: for 3 or 6, "
-        "give 384",
+        help="pad the vocabulary to a multiple of N (default 128). Training with --use-checkpoint-args keeps the "
+        "padded size, so its tensor parallel size must divide it: for 3 or 6, give 384",
     )
     args = parser.parse_args(argv)
     if args.make_vocab_size_divisible_by < 1:

@@ -12,12 +12,18 @@ Write the model of a Megatron torch_dist checkpoint as a Hugging Face folder tha
 AutoTokenizer load. The latest iteration is taken, whatever parallel layout saved it; optimizer states are not
 read. The shape of the model comes from the checkpoint; token ids, generation config and tokenizer come from the
 folders hf/ and tokenizer/ beside it, which hf_to_mcore.py wrote, or from the checkpoint that the training run
-started from. The folder appears under its name only when it is complete."""
+started from. The folder appears under its name only when it is complete; checksums.json in it lists the SHA-256
+of every tensor, and the last line says how many are bit for bit those that were imported.
+
+One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
+processes on any number of nodes that share the file system, the files are written side by side; they are the same
+for any number of processes."""
 EXAMPLES = """\
   python tools/mcore_to_hf.py --load checkpoints/student --hf-out student
   python tools/mcore_to_hf.py --load checkpoints/student --hf-out student --dtype bfloat16 \\
       --hf-config Llama-3.2-1B --tokenizer Llama-3.2-1B
-  torchrun --nproc-per-node 4 tools/mcore_to_hf.py --load checkpoints/student --hf-out student"""
+  torchrun --nproc-per-node 4 tools/mcore_to_hf.py --load checkpoints/student --hf-out student
+      (four processes write the files)"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     def action() -> str:
         from megatron_fdd.convert import mcore_to_hf
 
-        tensors = mcore_to_hf(
+        exported = mcore_to_hf(
             args.load,
             args.hf_out,
             hf_config=args.hf_config,
@@ -54,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
             max_shard_size=args.max_shard_size,
             progress=True,
         )
-        return f"{args.hf_out}: {tensors} tensors of {args.load}, ready for from_pretrained"
+        line = f"{args.hf_out}: {exported.num_tensors} tensors of {args.load}, ready for from_pretrained"
+        if exported.unchanged is None:
+            return line
+        return f"{line}; {exported.unchanged} are bit for bit those imported"
 
     return run_tool(action)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_fdd.convert.family import HfConfig
+from megatron_fdd.convert.families.family import HfConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")
 # As safetensors names them.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_OF_NAME = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,8 +52,22 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a safetensors header says of one tensor.
+
+    Attributes:
+        file: name of the file that holds it.
+        dtype: as safetensors names it, such as BF16.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class HfFolder:
-    """The tensors and config of one model folder. Files stay open (memory-mapped) once read.
+    """The tensors and config of one model folder. Only headers are kept; a tensor is mapped while it is used.
 
     Raises:
         ValueError: no folder, no config.json, no safetensors, a shard that is missing or damaged.
@@ -62,11 +78,10 @@ class HfFolder:
         if not self.path.is_dir():
             raise ValueError(f"{self.path} is not a folder with a Hugging Face model")
         self.config: HfConfig = read_json(self.path / "config.json")
-        self._open: dict[str, Any] = {}
 
     @cached_property
-    def file_of(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the folder by name, from the headers of all files."""
         index = self.path / INDEX_FILE
         if not index.is_file():
             if not (self.path / SINGLE_FILE).is_file():
@@ -74,46 +89,51 @@ class HfFolder:
                     f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other weight formats are not "
                     "read: save the model with save_pretrained(..., safe_serialization=True)"
                 )
-            return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+            return self._header(SINGLE_FILE)
         declared = read_json(index).get("weight_map")
         if not isinstance(declared, dict):
             raise ValueError(f"{index} has no weight_map")
-        for name in sorted(set(declared.values())):
-            self._check_shard(name, {key for key, file in declared.items() if file == name})
-        return declared
+        tensors: dict[str, StoredTensor] = {}
+        for file in sorted(set(declared.values())):
+            header = self._header(file)
+            disputed = set(header) ^ {name for name, its_file in declared.items() if its_file == file}
+            if disputed:
+                raise ValueError(
+                    f"{self.path / file} and {INDEX_FILE} disagree about: {', '.join(sorted(disputed))}"
+                )
+            tensors |= header
+        return tensors
 
-    def _check_shard(self, file: str, declared: set[str]) -> None:
-        present = set(self._file(file).keys())
-        if present != declared:
-            raise ValueError(
-                f"{self.path / file} and {INDEX_FILE} disagree about: {', '.join(sorted(present ^ declared))}"
-            )
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        with self._open(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            return {
+                name: StoredTensor(file, stored.get_dtype(), tuple(stored.get_shape()))
+                for name, stored in slices.items()
+            }
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            try:
-                self._open[name] = safe_open(self.path / name, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise ValueError(f"{self.path / name} does not exist; {INDEX_FILE} names it") from None
-            except SafetensorError as error:
-                raise ValueError(f"{self.path / name} is damaged or incomplete: {error}") from None
-        return self._open[name]
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self.path / name, framework="pt", device="cpu")
+        except FileNotFoundError:
+            raise ValueError(f"{self.path / name} does not exist; {INDEX_FILE} names it") from None
+        except SafetensorError as error:
+            raise ValueError(f"{self.path / name} is damaged or incomplete: {error}") from None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
-        return tuple(self._file(self.file_of[name]).get_slice(name).get_shape())
+        """Shape of a tensor."""
+        return self.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, from the header. ValueError for one that is no float."""
-        stored = self._file(self.file_of[name]).get_slice(name).get_dtype()
-        if stored not in _DTYPES:
-            raise ValueError(f"{self.path}: {name} is stored as {stored}; only {', '.join(_DTYPES)} convert")
-        return _DTYPES[stored]
+        """Dtype of a tensor. ValueError for one that is no float."""
+        stored = self.tensors[name].dtype
+        if stored not in DTYPE_OF_NAME:
+            raise ValueError(
+                f"{self.path}: {name} is stored as {stored}; only {', '.join(DTYPE_OF_NAME)} convert"
+            )
+        return DTYPE_OF_NAME[stored]
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int = 0) -> Tensor:
-        """A tensor, or the part [start, stop) of its dim 0 or 1; only that part is read from disk."""
-        stored = self._file(self.file_of[name]).get_slice(name)
-        if dim is None:
-            return stored[:]
-        assert dim in (0, 1), f"tensor parallelism cuts dim 0 or 1, not {dim}"
-        return stored[start:stop] if dim == 0 else stored[:, start:stop]
+    def read(self, name: str) -> Tensor:
+        """A tensor that lies in the file's mapping: its pages leave memory with it."""
+        with self._open(self.tensors[name].file) as opened:
+            return opened.get_tensor(name)

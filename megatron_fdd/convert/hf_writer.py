@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-from megatron_fdd.convert.hf_folder import INDEX_FILE, SINGLE_FILE, write_json
+from megatron_fdd.convert.checksums import bytes_of
+from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE, write_json
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -65,51 +72,91 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise
 
 
-class ShardWriter:
-    """Tensors in the order given, at most one shard of them in memory.
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor to be written, before there is any data."""
 
-    Files are named as Hugging Face names them; that needs their number, so `close()` renames them and writes
-    the index. One shard has the plain name and no index.
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its final name and its tensors in order."""
+
+    file: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(spec.num_bytes for spec in self.tensors)
+
+
+def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int) -> list[Shard]:
+    """Tensors in the order given, as few files as `max_shard_bytes` allows, named as Hugging Face names them.
+
+    A tensor larger than a shard gets one of its own. The plan depends on names and shapes alone, so that every
+    rank makes the same one, whatever the number of ranks.
     """
+    files: list[list[TensorSpec]] = []
+    size = 0
+    for spec in tensors:
+        if not files or size + spec.num_bytes > max_shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(spec)
+        size += spec.num_bytes
+    if len(files) == 1:
+        return [Shard(SINGLE_FILE, tuple(files[0]))]
+    return [
+        Shard(f"model-{index + 1:05d}-of-{len(files):05d}.safetensors", tuple(file))
+        for index, file in enumerate(files)
+    ]
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self._folder = folder
-        self._max_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; a tensor larger than a shard gets a shard of its own."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._max_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self.total_bytes += size
+def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterator[tuple[TensorSpec, str]]:
+    """Write one safetensors file, one tensor in memory at a time.
 
-    def _flush(self) -> None:
-        save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    The format is an 8-byte little-endian length, a JSON header of that length, and the data back to back
+    (safetensors' own `save_file` wants all tensors at once).
 
-    def _part(self, index: int) -> Path:
-        return self._folder / f"part-{index:05d}.safetensors"
+    Args:
+        tensors: the data, in the shard's order, on the CPU.
 
-    def close(self) -> int:
-        """Write what is left, the final names and the index; returns the number of tensors."""
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._part(0).rename(self._folder / SINGLE_FILE)
-            return len(self._shards[0])
-        weight_map = {}
-        for index, names in enumerate(self._shards):
-            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._part(index).rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index_file = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self._folder / INDEX_FILE, index_file)
-        return len(weight_map)
+    Yields:
+        After each tensor is written: what it was, and the SHA-256 of its bytes in hexadecimal.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in shard.tensors:
+        end = offset + spec.num_bytes
+        name_of_dtype = NAME_OF_DTYPE[spec.dtype]
+        header[spec.name] = {"dtype": name_of_dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data begins aligned
+    with (folder / shard.file).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for spec, tensor in zip(shard.tensors, tensors, strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
+            raw = bytes_of(tensor)
+            file.write(raw)
+            yield spec, hashlib.sha256(raw).hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """The index of several shards; a single one has none."""
+    if len(shards) > 1:
+        weight_map = {spec.name: shard.file for shard in shards for spec in shard.tensors}
+        total = sum(shard.num_bytes for shard in shards)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -1,21 +1,17 @@
-"""The Megatron side of a conversion: ranks, complete args, and a stock GPTModel without weights."""
+"""The Megatron side of a conversion: complete args, and a stock GPTModel without weights."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_fdd import rehearsal
-
-# A conversion computes nothing: plain modules in host memory, whatever the machine has.
+# A conversion computes nothing: plain modules, whatever the machine has.
 _BUILD_FLAGS = [
     "--transformer-impl=local",
     "--use-cpu-initialization",
@@ -33,46 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _DTYPE_FLAG = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-@contextlib.contextmanager
-def conversion_ranks() -> Iterator[Any]:
-    """Process groups in which tensor parallelism spans all ranks; yields a ProcessGroupCollection.
-
-    Under torchrun those of its ranks, else one rank, over gloo. Groups that exist already are used and left
-    alone; those made here are ended. Without a GPU the CPU rehearsal is switched on.
-
-    Raises:
-        ValueError: Megatron's parallel state exists and has other axes than tensor parallelism.
-    """
-    if rehearsal.is_wanted():
-        rehearsal.start()
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    own_world = not dist.is_initialized()
-    if own_world and "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    elif own_world:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    own_groups = not parallel_state.model_parallel_is_initialized()
-    try:
-        if own_groups:
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        if groups.tp.size() != dist.get_world_size():
-            raise ValueError(
-                f"a conversion splits tensors over all ranks: tensor parallel {groups.tp.size()} must equal "
-                f"the {dist.get_world_size()} ranks"
-            )
-        yield groups
-    finally:
-        if own_groups:
-            parallel_state.destroy_model_parallel()
-        if own_world:
-            dist.destroy_process_group()
-
-
 def complete_args(
-    architecture: Mapping[str, Any], *, dtype: torch.dtype, vocabulary_divisor: int, tensor_size: int
+    architecture: Mapping[str, Any], *, dtype: torch.dtype, vocabulary_divisor: int, tensor_size: int = 1
 ) -> Namespace:
     """Megatron's validated args namespace of a model, with everything that is not architecture at its default.
 
@@ -118,8 +76,12 @@ def _argv(flags: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def build_model(args: Namespace, groups: Any) -> torch.nn.Module:
-    """A stock GPTModel in host memory whose parameters are allocated and not initialised."""
+def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.Module:
+    """A stock GPTModel whose parameters are not initialised.
+
+    Args:
+        device: "meta" gives parameters their names, shapes and dtypes, and no memory.
+    """
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
@@ -127,5 +89,5 @@ def build_model(args: Namespace, groups: Any) -> torch.nn.Module:
     # gpt_config_from_args (0.19.2) passes the switch on and forgets the factor.
     config.rope_scaling_factor = args.rope_scaling_factor
     config.transformer.perform_initialization = False
-    with contextlib.redirect_stdout(io.StringIO()):
+    with torch.device(device), contextlib.redirect_stdout(io.StringIO()):
         return GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_fdd.convert.checksums import write_checksums
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import HfConfig
+from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
-from megatron_fdd.convert.hf_writer import ShardWriter, new_folder, parse_size
+from megatron_fdd.convert.hf_writer import (
+    TensorSpec,
+    new_folder,
+    parse_size,
+    plan_shards,
+    write_index,
+    write_shard,
+)
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
 
@@ -79,42 +88,46 @@ def init_student(
         ValueError: a layer that the teacher lacks, or weights that do not match its config.
     """
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config)
+    family = family_of(folder.config).as_stored(folder.tensors)
     teacher_layers = family.megatron_args(folder.config)["num_layers"]
     outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if outside or not layers:
         raise ValueError(f"layers {outside or 'none'}: {hf_model} has the layers 0 to {teacher_layers - 1}")
     check_names(family, folder)
-    renamed = _student_names(folder, family.layer_prefix, layers)
-    with new_folder(Path(hf_out)) as unfinished:
-        writer = ShardWriter(unfinished, parse_size(max_shard_size))
-        num_parameters = 0
-        for student_name, name in tqdm(renamed.items(), unit="tensor", disable=not progress):
-            tensor = folder.read(name)
-            num_parameters += tensor.numel()
-            writer.add(student_name, tensor)
-        write_json(unfinished / CONFIG_FILES[0], _student_config(folder.config, layers))
+    renamed = _student_names(folder, family, layers)
+    shards = plan_shards(
+        (TensorSpec(new, folder.dtype(old), folder.shape(old)) for new, old in renamed.items()),
+        parse_size(max_shard_size),
+    )
+    digests: dict[str, str] = {}
+    total = sum(shard.num_bytes for shard in shards)
+    with (
+        new_folder(Path(hf_out)) as unfinished,
+        tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+        for shard in shards:
+            tensors = (folder.read(renamed[spec.name]) for spec in shard.tensors)
+            for spec, digest in write_shard(unfinished, shard, tensors):
+                digests[spec.name] = digest
+                bar.update(spec.num_bytes)
+        write_index(unfinished, shards)
+        write_checksums(unfinished, digests)
+        write_json(unfinished / CONFIG_FILES[0], family.keep_layers(folder.config, layers))
         copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
-        writer.close()
-    return num_parameters
+    return sum(math.prod(spec.shape) for shard in shards for spec in shard.tensors)
 
 
-def _student_names(folder: HfFolder, layer_prefix: str, layers: Sequence[int]) -> dict[str, str]:
-    """Student's tensor name -> teacher's, what is outside the layers included."""
-    pattern = re.compile(re.escape(layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
+def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> dict[str, str]:
+    """Student's tensor name -> teacher's, what is outside the layers included; buffers are left out."""
+    pattern = re.compile(re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
     renamed = {}
-    for name in folder.file_of:
+    for name in folder.tensors:
         match = pattern.fullmatch(name)
+        if name.endswith(family.ignored):
+            continue
         if match is None:
             renamed[name] = name
         elif int(match[1]) in layers:
             student_layer = layers.index(int(match[1]))
-            renamed[f"{layer_prefix.format(layer=student_layer)}{match[2]}"] = name
+            renamed[f"{family.layer_prefix.format(layer=student_layer)}{match[2]}"] = name
     return renamed
-
-
-def _student_config(config: HfConfig, layers: Sequence[int]) -> HfConfig:
-    student = {**config, "num_hidden_layers": len(layers)}
-    if isinstance(config.get("layer_types"), list):
-        student["layer_types"] = [config["layer_types"][layer] for layer in layers]
-    return student

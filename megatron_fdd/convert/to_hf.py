@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_fdd.convert.checksums import read_checksums, write_checksums
 from megatron_fdd.convert.companions import find_hf_config, find_tokenizer
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import Family, HfConfig, Row
+from megatron_fdd.convert.families.family import Family, HfConfig, Row
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files, read_json, write_json
-from megatron_fdd.convert.hf_writer import ShardWriter, check_new_folder, new_folder, parse_size
-from megatron_fdd.convert.mcore_checkpoint import (
-    check_architecture,
-    stored_layout,
+from megatron_fdd.convert.hf_writer import (
+    Shard,
+    TensorSpec,
+    check_new_folder,
+    parse_size,
+    plan_shards,
+    write_index,
+    write_shard,
 )
-from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, conversion_ranks
-from megatron_fdd.convert.to_mcore import check_slices
+from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
+from megatron_fdd.convert.ranks import conversion_ranks, owners, raise_together, shared_new_folder
 from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
 
+if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
+    from megatron_fdd.convert.mcore_checkpoint import StoredWeights
+
 CONFIG_FILE, GENERATION_FILE = CONFIG_FILES
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        num_tensors: in the Hugging Face folder.
+        unchanged: how many of them have the bytes of the imported model; None where its checksums are not
+            beside the checkpoint.
+    """
+
+    num_tensors: int
+    unchanged: int | None
 
 
 def mcore_to_hf(
@@ -39,21 +61,24 @@ def mcore_to_hf(
     dtype: str = "checkpoint",
     max_shard_size: str = "5GB",
     progress: bool = False,
-) -> int:
-    """Write the model of a Megatron checkpoint as a Hugging Face folder; returns the number of tensors.
+) -> Exported:
+    """Write the model of a Megatron checkpoint as a Hugging Face folder.
 
     Only weights are read, from a checkpoint saved at any layout. The shape of the model comes from the
-    checkpoint's args; what Megatron does not keep (token ids, generation config) from `hf_config`.
+    checkpoint's args; what Megatron does not keep (token ids, generation config) from `hf_config`. Under torchrun
+    the files are shared among the ranks; a rank holds one parameter at a time. The bytes written are the same
+    for any number of ranks. `checksums.json` lists the SHA-256 of every tensor.
 
     Args:
         hf_config: config.json, or a folder with one, to start from; see `find_hf_config` for the default.
         tokenizer: folder with tokenizer files; see `find_tokenizer` for the default.
         dtype: "checkpoint" keeps the stored one; else float32, bfloat16 or float16.
+        max_shard_size: of one file; a larger tensor gets a file of its own.
 
-    Collectives: one gather per tensor and those of `dist_checkpointing.load`, over all ranks.
+    Collectives: barriers and gathers of a few words a tensor, over all ranks.
 
     Raises:
-        ValueError: anything that cannot be converted, named, with the flag that helps.
+        ValueError: anything that cannot be converted, named, with the flag that helps. The same on every rank.
     """
     load, hf_out = Path(load), Path(hf_out)
     check_new_folder(hf_out)
@@ -65,90 +90,143 @@ def mcore_to_hf(
         args = read_checkpoint_args(checkpoint, "--load")
         config_path = find_hf_config(load, args, hf_config)
         tokenizer_path = find_tokenizer(load, args, tokenizer)
-        export = _prepare(checkpoint, args, read_json(config_path), groups)
-        out_dtype = export.dtype if dtype == "checkpoint" else DTYPES[dtype]
-        if dist.get_rank() != 0:
-            return sum(1 for _ in export.tensors(export.rows, groups.tp))
-        with new_folder(hf_out) as unfinished:
-            writer = ShardWriter(unfinished, max_shard_bytes)
-            rows = tqdm(export.rows, unit="tensor", desc="writing", disable=not progress)
-            for name, tensor in export.tensors(rows, groups.tp):
-                writer.add(name, tensor.to(out_dtype))
-            _write_config(unfinished, config_path, export.config, out_dtype)
-            copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
-            return writer.close()
+        export = _prepare(checkpoint, args, read_json(config_path), dtype, groups)
+        shards = plan_shards(export.specs(), max_shard_bytes)
+        imported = read_checksums(config_path.parent)
+        with shared_new_folder(hf_out) as unfinished:
+            digests = _write_own(unfinished, shards, export, progress)
+            if dist.get_rank() == 0:
+                write_index(unfinished, shards)
+                _write_config(unfinished, config_path, export.config, export.dtype)
+                copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
+                write_checksums(unfinished, digests)
+    unchanged = None if imported is None else sum(imported.get(name) == digests[name] for name in digests)
+    return Exported(len(digests), unchanged)
 
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    """A loaded model and the table by which it is written."""
+    """A model to be written: where its weights are, and the table by which they are written.
 
-    model: torch.nn.Module
+    Attributes:
+        parameters: Megatron's names, shapes and stored dtypes, on the meta device.
+        dtype: to write.
+    """
+
+    weights: StoredWeights
+    parameters: dict[str, Tensor]
     rows: list[Row]
     config: HfConfig
     vocab_size: int
     dtype: torch.dtype
 
-    def tensors(self, rows: Iterable[Row], group: Any) -> Iterator[tuple[str, Tensor]]:
-        """Every Hugging Face tensor, whole on rank 0, empty elsewhere. One gather each over `group`."""
-        parameters = dict(self.model.named_parameters())
-        for row in rows:
-            if not row.sources:
-                continue
-            parts = row.transform.split(parameters[row.mcore].detach())
-            for source, part in zip(row.sources, parts, strict=True):
-                whole = part if source.split_dim is None else _gather(part, source.split_dim, group)
-                yield source.name, whole[: self.vocab_size] if row.vocabulary else whole
+    @property
+    def row_of(self) -> dict[str, Row]:
+        """Hugging Face name -> its row."""
+        return {name: row for row in self.rows for name in row.sources}
+
+    def split(self, row: Row, whole: Tensor) -> list[Tensor]:
+        """The Hugging Face tensors in a Megatron parameter, in the order of the row's sources."""
+        parts = row.transform.split(whole)
+        return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
+
+    def specs(self) -> Iterator[TensorSpec]:
+        """Every Hugging Face tensor, in the order of the table."""
+        for row in self.rows:
+            if row.sources:
+                parts = self.split(row, self.parameters[row.mcore])
+                for name, part in zip(row.sources, parts, strict=True):
+                    yield TensorSpec(name, self.dtype, tuple(part.shape))
+
+    def read(self, shard: Shard, row_of: Mapping[str, Row]) -> Iterator[Tensor]:
+        """The tensors of one file; a parameter is read once for all that follow one another."""
+        current: Row | None = None
+        parts: dict[str, Tensor] = {}
+        for spec in shard.tensors:
+            if row_of[spec.name] is not current:
+                parts.clear()  # let go of one before reading the next
+                current = row_of[spec.name]
+                whole = self.weights.read(current.mcore)
+                parts.update(zip(current.sources, self.split(current, whole), strict=True))
+            yield parts.pop(spec.name).to(self.dtype).contiguous()
 
 
-def _prepare(checkpoint: Path, args: Namespace, seed: HfConfig, groups: Any) -> _Export:
-    """Build the model anew from its Hugging Face description, so that no setting of the run can matter."""
+def _write_own(folder: Path, shards: list[Shard], export: _Export, progress: bool) -> dict[str, str]:
+    """Write this rank's files; returns tensor name -> digest of all ranks'.
+
+    Collectives: two all-gathers over all ranks, in any case.
+    """
+    owner = owners([shard.num_bytes for shard in shards], dist.get_world_size())
+    own = [shard for shard, rank in zip(shards, owner, strict=True) if rank == dist.get_rank()]
+    digests: dict[str, str] = {}
+    error: Exception | None = None
+    bar = tqdm(
+        total=sum(shard.num_bytes for shard in own),
+        unit="B",
+        unit_scale=True,
+        desc="writing",
+        disable=not progress or dist.get_rank() != 0,
+    )
+    row_of = export.row_of
+    try:
+        for shard in own:
+            for spec, digest in write_shard(folder, shard, export.read(shard, row_of)):
+                digests[spec.name] = digest
+                bar.update(spec.num_bytes)
+    except (ValueError, OSError) as failure:
+        error = failure
+    bar.close()
+    raise_together(error)
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, digests)
+    return {name: digest for each in everyone for name, digest in each.items()}
+
+
+def _prepare(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, groups: Any) -> _Export:
+    """Describe the model anew from its Hugging Face config, so that no setting of the run can matter."""
+    from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
+
     family = family_of(seed)
     check_architecture(args, family.fixed, family.model_type)
     config = family.hf_config(seed, args)
     architecture = family.megatron_args(config)
-    check_slices(architecture, groups.tp.size())
-    dtype, stored_rows = stored_layout(checkpoint)
-    own_args = complete_args(
-        {**family.fixed, **architecture},
-        dtype=dtype,
-        vocabulary_divisor=args.make_vocab_size_divisible_by,
-        tensor_size=groups.tp.size(),
-    )
+    stored_dtype, stored_rows = stored_layout(checkpoint)
     vocab_size = architecture["vocab_size"]
     if stored_rows < vocab_size:
         raise ValueError(
             f"{checkpoint} holds {stored_rows} vocabulary rows, fewer than the vocab_size {vocab_size} of the "
             "Hugging Face config; give the model's own config with --hf-config"
         )
-    from megatron_fdd.checkpoint import load_weights
+    own_args = complete_args(
+        {**family.fixed, **architecture},
+        dtype=stored_dtype,
+        vocabulary_divisor=args.make_vocab_size_divisible_by,
+    )
+    model = build_model(own_args, groups, "meta")
+    weights = StoredWeights(checkpoint, model, groups)
+    rows = family.rows(config)
+    _check_absent_are_zero(weights, rows, family)
+    out_dtype = stored_dtype if dtype == "checkpoint" else DTYPES[dtype]
+    return _Export(weights, dict(model.named_parameters()), rows, config, vocab_size, out_dtype)
 
-    model = build_model(own_args, groups)
-    load_weights(model, checkpoint, "--load", groups)
-    export = _Export(model, list(family.table(config)), config, vocab_size, dtype)
-    _check_absent_are_zero(export, family)
-    return export
+
+def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
+    """ValueError unless the checkpoint's args have the values that all models of a family have."""
+    wrong = {name: getattr(args, name, value) for name, value in fixed.items()}
+    wrong = {name: value for name, value in wrong.items() if value != fixed[name]}
+    if wrong:
+        told = ", ".join(f"{name} = {value!r} (needs {fixed[name]!r})" for name, value in wrong.items())
+        raise ValueError(f"the checkpoint's model is not of the shape of a {model_type}: {told}")
 
 
-def _check_absent_are_zero(export: _Export, family: Family) -> None:
-    """A parameter without a place in the Hugging Face model may only hold zeros."""
-    parameters = dict(export.model.named_parameters())
-    trained = [row.mcore for row in export.rows if not row.sources and parameters[row.mcore].any()]
+def _check_absent_are_zero(weights: StoredWeights, rows: list[Row], family: Family) -> None:
+    """A parameter without a place in the Hugging Face model may only hold zeros. Every rank looks at all."""
+    trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
     if trained:
         raise ValueError(
             f"config.json gives this {family.model_type} no place for {', '.join(trained)}, which are not zero; "
             'pass --hf-config with "attention_bias" and "mlp_bias" both true'
         )
-
-
-def _gather(part: Tensor, dim: int, group: Any) -> Tensor:
-    """All ranks' parts side by side on rank 0; elsewhere the own part. One gather over `group`."""
-    if group.size() == 1:
-        return part
-    raw = part.contiguous().view(torch.uint8)  # gloo knows fewer dtypes than models have
-    received = [torch.empty_like(raw) for _ in range(group.size())] if group.rank() == 0 else None
-    dist.gather(raw, received, group=group, group_dst=0)
-    return part if received is None else torch.cat([each.view(part.dtype) for each in received], dim)
 
 
 def _write_config(folder: Path, seed_path: Path, config: HfConfig, dtype: torch.dtype) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_fdd.convert.companions import TOKENIZER_FOLDER, write_companions
+from megatron_fdd.convert.checksums import digest, read_checksums, write_checksums
+from megatron_fdd.convert.companions import HF_FOLDER, TOKENIZER_FOLDER, write_companions
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.family import Family, Row, Source
+from megatron_fdd.convert.families.family import Family, Row
 from megatron_fdd.convert.hf_folder import HfFolder
-from megatron_fdd.convert.hf_writer import check_new_folder, new_folder, unfinished_name
-from megatron_fdd.convert.mcore_checkpoint import save_model
-from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, conversion_ranks
+from megatron_fdd.convert.hf_writer import check_new_folder
+from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
+from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.tokenizer import has_tokenizer
 
 
@@ -32,66 +32,133 @@ def hf_to_mcore(
 ) -> int:
     """Write a Hugging Face model as an ordinary Megatron checkpoint; returns the number of parameters.
 
-    `save` becomes a folder for `--load`, with the source's configs in `hf/` and its tokenizer in
-    `tokenizer/`. Under torchrun every rank reads, holds and writes only its tensor-parallel slice.
+    `save` becomes a folder for `--load`, with the source's configs and the SHA-256 of its tensors in `hf/` and
+    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, holding
+    one of them at a time. Where the source has a `checksums.json` (an export has), its tensors must agree.
 
     Args:
         dtype: "checkpoint" keeps the source's; else float32, bfloat16 or float16.
         vocabulary_divisor: see `complete_args`.
 
-    Collectives: barriers, and those of `dist_checkpointing.save`, over all ranks.
+    Collectives: barriers, a gather of a few words a tensor, and those of `dist_checkpointing.save`, over all
+    ranks.
 
     Raises:
-        ValueError: anything that cannot be converted exactly, named.
+        ValueError: anything that cannot be converted exactly, named. The same on every rank.
     """
     hf_model, save = Path(hf_model), Path(save)
     check_new_folder(save)
     folder = HfFolder(hf_model)
-    family = family_of(folder.config)
+    family = family_of(folder.config).as_stored(folder.tensors)
     architecture = {**family.fixed, **family.megatron_args(folder.config)}
     check_names(family, folder)
-    params_dtype = common_dtype(folder) if dtype == "checkpoint" else DTYPES[dtype]
+    params_dtype = common_dtype(folder, family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
     with conversion_ranks() as groups:
-        check_slices(architecture, groups.tp.size())
-        args = complete_args(
-            architecture,
-            dtype=params_dtype,
-            vocabulary_divisor=vocabulary_divisor,
-            tensor_size=groups.tp.size(),
-        )
+        from megatron_fdd.convert.mcore_checkpoint import save_model
+
+        args = complete_args(architecture, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
         if has_tokenizer(hf_model):
             args.tokenizer_type = "HuggingFaceTokenizer"
             args.tokenizer_model = str((save / TOKENIZER_FOLDER).absolute())
-        model = build_model(args, groups)
-        fill(model, family, folder, groups.tp, progress)
-        _save(save, model, args, groups, hf_model)
-    return sum(_element_count(folder, name) for name in folder.file_of)
+        model = build_model(args, groups, "meta")
+        source = _Source(folder, family.rows(folder.config), dict(model.named_parameters()))
+        source.check_shapes(architecture["vocab_size"])
+        owned = source.share(dist.get_rank(), dist.get_world_size())
+        with shared_new_folder(save) as unfinished:
+            with source.progress_bar(owned, progress):
+                save_model(unfinished, model, args, groups, owned, source.read)
+            digests: list[dict[str, str]] = [{}] * dist.get_world_size()
+            dist.all_gather_object(digests, source.digests)
+            if dist.get_rank() == 0:
+                write_companions(hf_model, unfinished)
+                write_checksums(unfinished / HF_FOLDER, {k: v for each in digests for k, v in each.items()})
+    return source.num_parameters
 
 
-def _element_count(folder: HfFolder, name: str) -> int:
-    """Number of elements of a tensor, from its header."""
-    return torch.Size(folder.shape(name)).numel()
+class _Source:
+    """Megatron parameters made from a Hugging Face folder, one at a time.
 
+    Attributes:
+        digests: name -> SHA-256 of every tensor read so far.
+    """
 
-def _save(save: Path, model: torch.nn.Module, args: Any, groups: Any, hf_model: Path) -> None:
-    """Rank 0 owns the folder; it appears under its name when every rank has written."""
-    if dist.get_rank() == 0:
-        with new_folder(save) as unfinished:
-            write_companions(hf_model, unfinished)
-            dist.barrier()
-            save_model(unfinished, model, args, groups)
-    else:
-        dist.barrier()
-        save_model(unfinished_name(save), model, args, groups)
-    dist.barrier()
+    def __init__(self, folder: HfFolder, rows: list[Row], parameters: dict[str, Tensor]) -> None:
+        self._folder = folder
+        self._row_of = {row.mcore: row for row in rows}
+        assert set(self._row_of) == set(parameters), set(self._row_of) ^ set(parameters)
+        self._parameters = parameters
+        self._expected = read_checksums(folder.path)
+        self._bar = tqdm(disable=True)
+        self.digests: dict[str, str] = {}
+
+    def check_shapes(self, vocab_size: int) -> None:
+        """ValueError when the files hold other shapes than the model that config.json describes."""
+        for row in self._row_of.values():
+            parts = row.transform.split(self._parameters[row.mcore]) if row.sources else []
+            for name, part in zip(row.sources, parts, strict=True):
+                expected = (vocab_size, *part.shape[1:]) if row.vocabulary else tuple(part.shape)
+                found = self._folder.shape(name)
+                if found != expected:
+                    raise ValueError(
+                        f"{self._folder.path}: {name} of shape {list(found)} does not fit config.json, which "
+                        f"makes it {list(expected)}"
+                    )
+
+    @property
+    def num_parameters(self) -> int:
+        """Without padding, buffers and a head that repeats the embedding."""
+        names = [name for row in self._row_of.values() for name in row.sources]
+        return sum(math.prod(self._folder.shape(name)) for name in names)
+
+    def share(self, rank: int, ranks: int) -> list[str]:
+        """The parameters that one of the ranks reads and writes; every one is some rank's."""
+        owner = owners([parameter.nbytes for parameter in self._parameters.values()], ranks)
+        return [name for name, its_rank in zip(self._parameters, owner, strict=True) if its_rank == rank]
+
+    def progress_bar(self, owned: list[str], wanted: bool) -> tqdm:
+        """Bytes of this rank's share, shown on rank 0."""
+        self._bar = tqdm(
+            total=sum(self._parameters[name].nbytes for name in owned),
+            unit="B",
+            unit_scale=True,
+            desc="converting",
+            disable=not wanted or dist.get_rank() != 0,
+        )
+        return self._bar
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's value on the CPU, padded, in the model's dtype.
+
+        Raises:
+            ValueError: a tensor's bytes are not those of the folder's checksum report.
+        """
+        row, parameter = self._row_of[name], self._parameters[name]
+        self._bar.update(parameter.nbytes)
+        if not row.sources:
+            return torch.zeros(parameter.shape, dtype=parameter.dtype)
+        value = row.transform.join([self._read_part(part) for part in row.sources]).to(parameter.dtype)
+        if row.vocabulary:
+            padding = parameter.shape[0] - value.shape[0]
+            value = torch.nn.functional.pad(value, (0, 0, 0, padding))
+        return value
+
+    def _read_part(self, name: str) -> Tensor:
+        part = self._folder.read(name)
+        self.digests[name] = digest(part)
+        if self._expected is not None and self._expected.get(name) != self.digests[name]:
+            raise ValueError(
+                f"{self._folder.path}: {name} is not what checksums.json says it was: the copy is damaged. "
+                "If the weights were changed on purpose, remove checksums.json"
+            )
+        return part
 
 
 def check_names(family: Family, folder: HfFolder) -> None:
     """ValueError that lists every tensor the table needs and the folder lacks, or the other way round."""
-    needed = [source.name for row in family.table(folder.config) for source in row.sources]
+    needed = [source for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"
-    present = {name for name in folder.file_of if not name.endswith(family.ignored)}
+    present = {name for name in folder.tensors if not name.endswith(family.ignored)}
     head, embedding = family.tied
     if head in present - set(needed) and embedding in present:
         if not torch.equal(folder.read(head), folder.read(embedding)):
@@ -105,13 +172,14 @@ def check_names(family: Family, folder: HfFolder) -> None:
         )
 
 
-def common_dtype(folder: HfFolder) -> torch.dtype:
-    """The one dtype of all tensors.
+def common_dtype(folder: HfFolder, ignored: tuple[str, ...] = ()) -> torch.dtype:
+    """The one dtype of all tensors that are weights.
 
     Raises:
         ValueError: there are several, or one in which Megatron holds no parameters.
     """
-    by_dtype = {folder.dtype(name): name for name in sorted(folder.file_of, reverse=True)}
+    weights = [name for name in sorted(folder.tensors, reverse=True) if not name.endswith(ignored)]
+    by_dtype = {folder.dtype(name): name for name in weights}
     if len(by_dtype) > 1:
         found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
         raise ValueError(f"{folder.path} mixes dtypes ({found}); choose one with --dtype")
@@ -119,57 +187,3 @@ def common_dtype(folder: HfFolder) -> torch.dtype:
     if only not in DTYPES.values():
         raise ValueError(f"{folder.path} holds {only}, which Megatron does not train; choose with --dtype")
     return only
-
-
-def check_slices(architecture: Mapping[str, Any], ranks: int) -> None:
-    """ValueError unless tensor parallelism over `ranks` cuts every tensor evenly, and heads stay whole."""
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if architecture[name] % ranks:
-            raise ValueError(
-                f"{ranks} ranks cannot share {name} = {architecture[name]} evenly. A checkpoint converted on "
-                "fewer ranks loads at every layout: use 1 process"
-            )
-
-
-def fill(model: torch.nn.Module, family: Family, folder: HfFolder, tensor_group: Any, progress: bool) -> None:
-    """Read this rank's slice of every tensor into the model's parameters."""
-    parameters = dict(model.named_parameters())
-    rows = list(family.table(folder.config))
-    assert {row.mcore for row in rows} == set(parameters), {row.mcore for row in rows} ^ set(parameters)
-    rank, size = tensor_group.rank(), tensor_group.size()
-    bar = tqdm(rows, unit="tensor", desc="reading", disable=not progress or dist.get_rank() != 0)
-    for row in bar:
-        parameter = parameters[row.mcore].data
-        if not row.sources:
-            parameter.zero_()
-            continue
-        rows_per_rank = parameter.shape[0] if row.vocabulary else None
-        parts = [_read_slice(folder, source, rank, size, rows_per_rank) for source in row.sources]
-        _check_shapes(row, parts, parameter, folder)
-        value = row.transform.join(parts)
-        parameter[: value.shape[0]].copy_(value)
-        parameter[value.shape[0] :].zero_()
-
-
-def _read_slice(folder: HfFolder, source: Source, rank: int, size: int, rows_per_rank: int | None) -> Tensor:
-    """One rank's part of a tensor; `rows_per_rank` counts padded vocabulary rows."""
-    shape = folder.shape(source.name)
-    if source.split_dim is None or len(shape) <= source.split_dim:
-        return folder.read(source.name)
-    length = shape[source.split_dim]
-    per_rank = rows_per_rank or length // size
-    start, stop = min(rank * per_rank, length), min((rank + 1) * per_rank, length)
-    return folder.read(source.name, source.split_dim, start, stop)
-
-
-def _check_shapes(row: Row, parts: list[Tensor], parameter: Tensor, folder: HfFolder) -> None:
-    """ValueError when the files hold other shapes than the model that config.json describes."""
-    for source, part, expected in zip(row.sources, parts, row.transform.split(parameter), strict=True):
-        found = folder.shape(source.name)
-        if row.vocabulary:
-            vocab_size = family_of(folder.config).megatron_args(folder.config)["vocab_size"]
-            fits = found == (vocab_size, *expected.shape[1:])
-        else:
-            fits = part.shape == expected.shape
-        if not fits:
-            raise ValueError(f"{folder.path}: {source.name} of shape {list(found)} does not fit config.json")

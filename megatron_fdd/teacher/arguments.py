@@ -10,7 +10,7 @@ import copy
 _FROM_RUN = (
     "rank", "world_size", "gtp_weight_remat_size", "params_dtype", "bf16", "fp16", "transformer_impl",
     "attention_backend", "use_cpu_initialization", "persist_layer_norm", "masked_softmax_fusion",
-    "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion", "apply_rope_fusion",
+    "bias_swiglu_fusion", "bias_dropout_fusion", "apply_rope_fusion",
     "gradient_accumulation_fusion", "deterministic_mode", "distributed_backend", "no_persist_layer_norm",
     "micro_batch_size", "global_batch_size", "seq_length", "decoder_seq_length", "cp_comm_type", "seed",
     "calculate_per_token_loss", "make_vocab_size_divisible_by", "moe_token_dispatcher_type", "moe_enable_deepep",

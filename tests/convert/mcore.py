@@ -34,6 +34,9 @@ def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespac
     args = read_checkpoint_args(checkpoint, "--load")
     size = groups.tp.size()
     sizes = {"tensor_model_parallel_size": size, "tensor_parallel_num_weight_shards": size}
+    experts = groups.expt_tp.size()
+    sizes |= {"expert_tensor_parallel_size": experts, "expert_tensor_parallel_num_weight_shards": experts}
+    sizes |= {"expert_model_parallel_size": groups.ep.size()}
     vars(args).update(**sizes, **changes)
     model = build_model(args, groups)
     load_weights(model, checkpoint, "--load", groups)
@@ -61,6 +64,18 @@ def from_stock_megatron(load: Path, flags: list[str]) -> tuple[torch.nn.Module, 
     model = GPTModelBuilder(gpt_config_from_args(args)).build_model(groups)
     iteration, _ = load_checkpoint([model], None, None)
     return model, args, iteration
+
+
+def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
+    """A checkpoint of a model that is whole on the one rank there is."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_fdd.convert.mcore_checkpoint import save_model
+
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    folder.mkdir()
+    save_model(folder, model, args, groups, list(values), values.__getitem__)
 
 
 def make_checkpoint(folder: Path, variant: str) -> None:

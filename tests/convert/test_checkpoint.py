@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,54 @@ def test_exported_folder_loads_by_the_auto_classes(saved: Path, tmp_path: Path) 
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] > ids.shape[1]
     assert tokenizer.chat_template is not None
     assert model.generation_config.temperature == 0.6
+
+
+NORM = "decoder.layers.{}weight"
+LOCAL_NORM, ENGINE_NORM = NORM.format("mlp.linear_fc1.layer_norm_"), NORM.format("pre_mlp_layernorm.")
+
+
+def _forget(checkpoint: Path, key: str) -> None:
+    """As if the checkpoint had been written without this tensor."""
+    path = checkpoint / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    del index.state_dict_metadata[key]
+    index.storage_data = {place: info for place, info in index.storage_data.items() if place.fqn != key}
+    path.write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("kept", [LOCAL_NORM, ENGINE_NORM])
+@distributed(tp=1)
+def test_the_norm_before_experts_has_the_names_of_both_implementations(tmp_path: Path, kept: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    mcore.make_checkpoint(tmp_path, "qwen3_moe")
+    checkpoint = tmp_path / "mcore" / "release"
+    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    assert {LOCAL_NORM, ENGINE_NORM} <= set(stored)
+    assert "decoder.layers.input_layernorm.weight" not in stored
+    # A run with the one implementation saves its own name only.
+    _forget(checkpoint, LOCAL_NORM if kept == ENGINE_NORM else ENGINE_NORM)
+    model, _ = mcore.from_own_args(tmp_path / "mcore")
+    expected = toys.hf_logits(tmp_path / "source", toys.TOKENS)
+    assert (mcore.logits(model, toys.TOKENS)[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE
+    assert convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back").unchanged == len(
+        toys.tensor_hashes(tmp_path / "source")
+    )
+    _forget(checkpoint, kept)
+    with pytest.raises(ValueError, match=r"Missing in it: decoder.layers.mlp.linear_fc1.layer_norm_weight"):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "again")
+
+
+@distributed(tp=1)
+def test_weights_that_the_table_does_not_know(tmp_path: Path) -> None:
+    """A bias that the args deny: listed, not left out."""
+    mcore.make_checkpoint(tmp_path, "qwen2")
+    model, args = mcore.from_own_args(tmp_path / "mcore")
+    args.add_qkv_bias = False
+    mcore.save(tmp_path / "other", model, args)
+    seed = toys.read_json(tmp_path / "source" / "config.json")
+    seed |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    toys.write_json(tmp_path / "llama.json", seed)
+    given = {"hf_config": tmp_path / "llama.json", "tokenizer": tmp_path / "source"}
+    with pytest.raises(ValueError, match=r"not used: decoder.layers.self_attention.linear_qkv.bias"):
+        convert.mcore_to_hf(tmp_path / "other", tmp_path / "out", **given)

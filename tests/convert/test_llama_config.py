@@ -65,7 +65,8 @@ REFUSED = {
     "rope_interleaved": {"rope_interleaved": True},
     "quantization_config": {"quantization_config": {"bits": 4}},
     "layer_types": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-    "sliding_window": {"model_type": "mistral", "architectures": None, "sliding_window": 4096},
+    "sliding_window": {"sliding_window": 4096},
+    "use_sliding_window": {"use_sliding_window": True},
     "attention_bias": {
         "model_type": "mistral",
         "architectures": None,
@@ -97,13 +98,6 @@ REFUSED = {
 def test_what_changes_the_function_is_refused_by_name(named: str) -> None:
     with pytest.raises(ValueError, match=named):
         _args(toys.llama_config(**REFUSED[named]))
-
-
-def test_absent_sliding_window_of_mistral_is_its_default_and_refused() -> None:
-    config = toys.llama_config("mistral")
-    del config["sliding_window"]
-    with pytest.raises(ValueError, match='"sliding_window": 4096'):
-        _args(config)
 
 
 def test_biases_on_query_key_and_value_alone_are_refused() -> None:

@@ -12,12 +12,12 @@ from tests.convert import mcore, toys
 from tests.ranks import distributed
 
 
-def _check(tmp_path: Path, variant: str) -> None:
+def _check(tmp_path: Path, variant: str, vocabulary_divisor: int = 128) -> None:
     source, saved, back = tmp_path / "source", tmp_path / "mcore", tmp_path / "back"
     if dist.get_rank() == 0:
         toys.make_llama(source, variant)
     dist.barrier()
-    convert.hf_to_mcore(source, saved)
+    convert.hf_to_mcore(source, saved, vocabulary_divisor=vocabulary_divisor)
     model, args = mcore.from_own_args(saved)
     expected = toys.hf_logits(source, toys.TOKENS)
     got = mcore.logits(model.float(), toys.TOKENS)
@@ -25,8 +25,9 @@ def _check(tmp_path: Path, variant: str) -> None:
     assert got[..., 99:].abs().max() == 0.0
     assert expected.std() > 0.3
     assert (got[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE
-    convert.mcore_to_hf(saved, back)
-    dist.barrier()
+    exported = convert.mcore_to_hf(saved, back)
+    tensors = len(toys.tensor_hashes(source))
+    assert (exported.num_tensors, exported.unchanged) == (tensors, tensors)
     assert toys.tensor_hashes(back) == toys.tensor_hashes(source)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
@@ -38,13 +39,28 @@ def test_one_rank(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 
-@pytest.mark.parametrize("variant", ["plain", "tied", "biases", "attention_bias"])
+TWO_RANKS = ["plain", "tied", "biases", "attention_bias", "mistral_window", "qwen2", "qwen3", *toys.MIXTURES]
+
+
+@pytest.mark.parametrize("variant", TWO_RANKS)
 @distributed(tp=2)
 def test_two_ranks(tmp_path: Path, variant: str) -> None:
+    _check(tmp_path, variant)
+
+
+@pytest.mark.parametrize("variant", toys.MIXTURES)
+@distributed(dp=2, ep=2)
+def test_experts_on_two_ranks(tmp_path: Path, variant: str) -> None:
+    _check(tmp_path, variant)
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "qwen3_moe_mixed"])
+@distributed(tp=2, dp=2, ep=2)
+def test_experts_and_tensors_on_four_ranks(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 
 @pytest.mark.parametrize("variant", ["llama3", "bfloat16"])
 @distributed(tp=3)
 def test_three_ranks(tmp_path: Path, variant: str) -> None:
-    _check(tmp_path, variant)
+    _check(tmp_path, variant, vocabulary_divisor=129)

@@ -61,11 +61,34 @@ def test_a_student_is_the_chosen_layers(tmp_path: Path, variant: str) -> None:
     }
     assert after == kept
     source = HfFolder(tmp_path / "student")
-    assert parameters == sum(torch.Size(source.shape(name)).numel() for name in source.file_of)
+    assert parameters == sum(torch.Size(source.shape(name)).numel() for name in source.tensors)
     changed = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     assert source.config == {**HfFolder(teacher).config, **changed}
     for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "student" / name).read_bytes() == (teacher / name).read_bytes()
+    assert toys.hf_logits(tmp_path / "student", toys.TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("variant", ["qwen2_window", "qwen3_types", "mixtral", "qwen3_moe_mixed"])
+def test_a_student_of_layers_that_differ(tmp_path: Path, variant: str) -> None:
+    """The layer in the middle is the one without experts or with another window."""
+    teacher = toys.make_llama(tmp_path / "teacher", variant)
+    convert.init_student(teacher, [1, 2], tmp_path / "student")
+    config = toys.read_json(tmp_path / "student" / "config.json")
+    assert config["num_hidden_layers"] == 2
+    assert config.get("layer_types") in (None, ["full_attention", "sliding_attention"])
+    assert config.get("mlp_only_layers") in (None, [0])
+    before, after = toys.tensor_hashes(teacher), toys.tensor_hashes(tmp_path / "student")
+    moved = {f"model.layers.{old}.": f"model.layers.{old - 1}." for old in (1, 2)}
+    expected = {
+        name.replace(old, new): value
+        for name, value in before.items()
+        for old, new in (
+            moved | {"model.embed": "model.embed", "model.norm": "model.norm", "lm_": "lm_"}
+        ).items()
+        if name.startswith(old)
+    }
+    assert after == expected
     assert toys.hf_logits(tmp_path / "student", toys.TOKENS).isfinite().all()
 
 

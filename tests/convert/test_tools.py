@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from megatron_fdd.checkpoint import TRACKER_FILE
-from megatron_fdd.convert.hf_writer import ShardWriter
+from megatron_fdd.convert import checksums
 from tests.convert import mcore, toys
 from tests.ranks import Layout, distributed, run_on_ranks
 
@@ -46,7 +47,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert there.stdout.splitlines()[-1].endswith(f"ready for --load {saved}")
     again = _run("mcore_to_hf.py", "--load", saved, "--hf-out", back, "--max-shard-size", "50KB")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[-1] == f"{back}: 30 tensors of {saved}, ready for from_pretrained"
+    assert again.stdout.splitlines()[-1] == (
+        f"{back}: 30 tensors of {saved}, ready for from_pretrained; 30 are bit for bit those imported"
+    )
     assert toys.tensor_hashes(back) == toys.tensor_hashes(source)
 
 
@@ -81,18 +84,19 @@ class _StopError(Exception):
 def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
     mcore.make_checkpoint(tmp_path, "plain")
     before = sorted(tmp_path.rglob("*"))
-    added: list[str] = []
+    written: list[str] = []
 
-    def add(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
-        added.append(name)
-        if len(added) > 5:
+    def bytes_of(tensor: torch.Tensor) -> memoryview:
+        written.append("")
+        if len(written) > 5:
             raise _StopError
-        original(self, name, tensor)
+        return checksums.bytes_of(tensor)
 
-    original = ShardWriter.add
-    with mock.patch.object(ShardWriter, "add", add), pytest.raises(_StopError):
+    stopping = mock.patch("megatron_fdd.convert.hf_writer.bytes_of", bytes_of)
+    with stopping, pytest.raises(_StopError):
         convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "out", max_shard_size="1KB")
-    saving = mock.patch("megatron_fdd.convert.to_mcore.save_model", side_effect=_StopError)
+    assert len(written) == 6
+    saving = mock.patch("megatron_fdd.convert.mcore_checkpoint.save_model", side_effect=_StopError)
     with saving, pytest.raises(_StopError):
         convert.hf_to_mcore(tmp_path / "source", tmp_path / "again")
     assert sorted(tmp_path.rglob("*")) == before
@@ -127,44 +131,31 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 
 def _without_vocab_size(load: Path, save: Path) -> None:
     """The same weights as a run leaves them that was told nothing but the padded size."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_fdd.convert.mcore_checkpoint import save_model
-
     model, args = mcore.from_own_args(load)
     args.vocab_size = args.tokenizer_model = None
-    save.mkdir()
-    save_model(save, model, args, ProcessGroupCollection.use_mpu_process_groups())
+    mcore.save(save, model, args)
 
 
 @distributed(tp=1)
 def test_a_model_that_is_no_llama(tmp_path: Path) -> None:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_fdd.convert.mcore_checkpoint import save_model
-
     mcore.make_checkpoint(tmp_path, "attention_bias")
     load, out = tmp_path / "mcore", tmp_path / "out"
-    groups = ProcessGroupCollection.use_mpu_process_groups()
     model, args = mcore.from_own_args(load)
     args.qk_layernorm, args.softmax_type = True, "off-by-one"
-    (tmp_path / "other").mkdir()
-    save_model(tmp_path / "other", model, args, groups)
+    mcore.save(tmp_path / "other", model, args)
     told = r"qk_layernorm = True \(needs False\), softmax_type"
     _exports(tmp_path / "other", out, told, hf_config=load / "hf", tokenizer=load / "tokenizer")
     model, args = mcore.from_own_args(load)
     model.decoder.layers[1].mlp.linear_fc2.bias.data.fill_(0.5)
-    (tmp_path / "trained").mkdir()
-    save_model(tmp_path / "trained", model, args, groups)
+    mcore.save(tmp_path / "trained", model, args)
     given = {"hf_config": load / "hf", "tokenizer": load / "tokenizer"}
     _exports(tmp_path / "trained", out, r"layers.1.mlp.linear_fc2.bias, which are not zero", **given)
     args.num_layers = 4
-    (tmp_path / "deeper").mkdir()
-    save_model(tmp_path / "deeper", model, args, groups)
+    mcore.save(tmp_path / "deeper", model, args)
     _exports(
         tmp_path / "deeper",
         out,
-        r"deeper.* or are damaged \(CheckpointingException: Global shape mismatch",
+        r"deeper.*layer_norm_weight has the shape \[3, 48\], and \[4, 48\] in the model",
         **given,
     )
 
@@ -179,7 +170,30 @@ def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     from megatron_fdd.convert.hf_folder import HfFolder
 
     source = HfFolder(toys.make_llama(tmp_path / "hf", tokenizer=False))
-    tensors = {name: source.read(name) for name in source.file_of}
+    tensors = {name: source.read(name) for name in source.tensors}
     tensors["model.layers.1.self_attn.v_proj.weight"] = torch.ones(60, 47)
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     run_on_ranks(_import_wrong_shapes, Layout(tp=1), {"folder": tmp_path})
+
+
+def _import_a_damaged_copy(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"layers.2.mlp.up_proj.weight is not what checksums.json says"):
+        convert.hf_to_mcore(folder / "hf", folder / "mcore")
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "start"]
+
+
+def test_a_flipped_bit_in_a_folder_with_checksums(tmp_path: Path) -> None:
+    convert.init_student(toys.make_llama(tmp_path / "start"), [0, 1, 2], tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    run_on_ranks(_import_and_remove, Layout(ranks=2), {"folder": tmp_path})
+    tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int32)[3, 5] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    run_on_ranks(_import_a_damaged_copy, Layout(ranks=2), {"folder": tmp_path})
+
+
+def _import_and_remove(folder: Path) -> None:
+    """The undamaged folder is taken."""
+    convert.hf_to_mcore(folder / "hf", folder / "mcore")
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(folder / "mcore")

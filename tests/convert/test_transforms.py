@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_fdd.convert.transforms import GroupedQkv, Same, Stacked
+from megatron_fdd.convert.families.transforms import GroupedQkv, Same, Stacked
 
 
 @pytest.mark.parametrize("width", [(), (5,)], ids=["bias", "weight"])

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 # Six divides everything, so that 1, 2 and 3 ranks can share it; nothing is hidden / heads, vocab is odd.
 SHAPE: dict[str, Any] = {
@@ -50,12 +49,65 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ungrouped": {"num_key_value_heads": 12, "head_dim": 4},
     "bfloat16": {"torch_dtype": "bfloat16"},
     "float16": {"torch_dtype": "float16"},
-    "mistral": {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": None,
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
+    # Windows are shorter than the texts.
+    "mistral_window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen2_window": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "max_window_layers": 3},
+    "qwen3_types": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3_bias": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+    "mixtral": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": 64,  # transformers multiplies all experts at once, in multiples of 16 bytes
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.02,
+    },
+    "mixtral_window": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "sliding_window": 6,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "max_window_layers": 3,
+    },
+    # One dense layer, and weights of a token's experts that do not sum to 1.
+    "qwen3_moe_mixed": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 8,
     },
 }
+MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed")
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
@@ -75,18 +127,13 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
     folder.mkdir(parents=True)
     config = llama_config(variant, **changes)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    tensors = {
-        name: (torch.randn(value.shape) * 0.15 + 1.0 * ("norm" in name)).to(
-            getattr(torch, config["torch_dtype"])
-        )
-        for name, value in model.state_dict().items()
-    }
-    if config["tie_word_embeddings"]:
-        tensors.pop("lm_head.weight")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.15 + 1.0 * ("norm" in name)
+    model.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder)
+    write_json(folder / "config.json", config)  # as it was, without what transformers adds
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})
     if tokenizer:
         make_tokenizer(folder)
     return folder

@@ -116,13 +116,13 @@ def test_its_cross_entropy_is_logged_once_and_judged(toy: Toys, learned: Path) -
 
 
 def convert_again(hf: Path, to: Path) -> None:
-    """Body on a rank: the same weights saved at this layout, with another padding of the vocabulary."""
-    convert.hf_to_mcore(hf, to, vocabulary_divisor=4)
+    """Body on a rank: the same weights saved by these ranks, with another padding of the vocabulary."""
+    convert.hf_to_mcore(hf, to, vocabulary_divisor=8)
 
 
 @pytest.fixture(scope="module")
 def split_teacher(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy teacher, saved by two tensor-parallel ranks with 104 instead of 128 rows of vocabulary."""
+    """The toy teacher, saved by two ranks with 104 instead of 128 rows of vocabulary."""
     folder = tmp_path_factory.mktemp("split") / "teacher"
     run_on_ranks(convert_again, Layout(ranks=2), {"hf": toy.root / "teacher-hf", "to": folder})
     return folder

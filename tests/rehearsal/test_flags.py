@@ -24,6 +24,8 @@ def test_megatron_understands_every_added_flag(monkeypatch: pytest.MonkeyPatch) 
     _check(args, num_layers=3, transformer_impl="local", distributed_backend="gloo", num_workers=0)
     _check(args, use_cpu_initialization=True, gradient_accumulation_fusion=False, apply_rope_fusion=False)
     _check(args, masked_softmax_fusion=False, bias_swiglu_fusion=False, bias_dropout_fusion=False)
+    # The unfused GELU would be another function.
+    _check(args, bias_gelu_fusion=True)
     assert args.attention_backend.name == "unfused"
 
 

@@ -70,3 +70,32 @@ class GroupedQkv:
     def split(self, whole: Tensor) -> list[Tensor]:
         grouped = whole.unflatten(0, (-1, sum(self._rows)))
         return [part.flatten(0, 1) for part in grouped.split(self._rows, dim=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedQkv:
+    """One tensor with the query, then the key, then the value rows, interleaved by `grouped`."""
+
+    grouped: GroupedQkv
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        (fused,) = parts
+        queries = self.grouped.queries_per_group
+        rows = fused.shape[0] // (queries + 2)  # of the keys
+        return self.grouped.join(fused.split([queries * rows, rows, rows]))
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return [torch.cat(self.grouped.split(whole))]
+
+
+@dataclass(frozen=True, slots=True)
+class Transposed:
+    """Weights stored [in, out], as Conv1D stores them; `inner` arranges their transposes."""
+
+    inner: Transform
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.inner.join([part.T for part in parts])
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return [part.T for part in self.inner.split(whole)]

@@ -7,11 +7,11 @@ between the two; the configuration has a mapping in each direction. Import and e
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from megatron_fdd.convert.transforms import Same, Transform
+from megatron_fdd.convert.families.transforms import Same, Transform
 
 HfConfig = dict[str, Any]
 """A config.json as read, before any library has completed or renamed its fields."""
@@ -25,37 +25,20 @@ def refuse(field: str, value: Any, why: str) -> NoReturn:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """One Hugging Face tensor of a row.
-
-    Attributes:
-        name: its name, `{layer}` standing for the global layer index.
-        split_dim: the dim that tensor parallelism cuts, None where every rank holds all of it.
-    """
-
-    name: str
-    split_dim: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """One Megatron parameter and where it comes from.
 
     Attributes:
-        mcore: name in a stock GPTModel built of Megatron's own ("local") modules.
-        sources: in the transform's order. Empty: Megatron has a parameter that the model lacks; it is 0.
+        mcore: name in a stock GPTModel of Megatron's own ("local") modules, whole on one rank.
+        sources: names of the Hugging Face tensors, in the transform's order. Empty: Megatron has a parameter
+            that the model lacks; it is 0.
         vocabulary: dim 0 is the vocabulary, which Megatron pads; padded rows are 0 and never exported.
     """
 
     mcore: str
-    sources: tuple[Source, ...]
+    sources: tuple[str, ...]
     transform: Transform = Same()
     vocabulary: bool = False
-
-    def at(self, layer: int) -> Row:
-        """This row with its layer filled in."""
-        named = tuple(replace(source, name=source.name.format(layer=layer)) for source in self.sources)
-        return replace(self, mcore=self.mcore.format(layer=layer), sources=named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +51,38 @@ class Family:
             for anything that it does not understand or that Megatron's GPTModel cannot express.
         fixed: Megatron args that are the same for all models of the family.
         hf_config: (config to start from, Megatron args) -> config; fields that already agree stay untouched.
-        rows: config -> the table, one entry per kind of parameter.
+        keep_layers: (config, layers) -> config of the model that has only these layers (0-based, increasing).
+        rows: config -> the whole table, every parameter of the model, in the order of an export: the rows of
+            one layer stay together.
         layer_prefix: what the names of one layer's tensors begin with, `{layer}` inside.
         ignored: names with one of these endings are buffers that may be present and carry nothing.
         tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head.
+        prefix: what the names of a whole file may lack, as those of a base model without a head do.
     """
 
     model_type: str
     megatron_args: Callable[[HfConfig], MegatronArgs]
     fixed: Mapping[str, Any]
     hf_config: Callable[[HfConfig, Namespace], HfConfig]
+    keep_layers: Callable[[HfConfig, Sequence[int]], HfConfig]
     rows: Callable[[HfConfig], list[Row]]
     layer_prefix: str
     ignored: tuple[str, ...]
     tied: tuple[str, str]
+    prefix: str = ""
 
-    def table(self, config: HfConfig) -> Iterator[Row]:
-        """Every parameter of the model in the order of an export: rows of one layer stay together."""
-        layers = self.megatron_args(config)["num_layers"]
-        rows = self.rows(config)
-        inside = [index for index, row in enumerate(rows) if "{layer}" in row.mcore]
-        first, last = inside[0], inside[-1]
-        yield from rows[:first]
-        for layer in range(layers):
-            yield from (row.at(layer) for row in rows[first : last + 1])
-        yield from rows[last + 1 :]
+    def as_stored(self, names: Collection[str]) -> Family:
+        """The family with the tensor names that a folder's files use: its own, or all without `prefix`."""
+        if any(name.startswith(self.prefix) for name in names):
+            return self
+
+        def bare(name: str) -> str:
+            return name.removeprefix(self.prefix)
+
+        def rows(config: HfConfig) -> list[Row]:
+            return [replace(row, sources=tuple(map(bare, row.sources))) for row in self.rows(config)]
+
+        head, embedding = self.tied
+        return replace(
+            self, rows=rows, layer_prefix=bare(self.layer_prefix), tied=(head, bare(embedding)), prefix=""
+        )

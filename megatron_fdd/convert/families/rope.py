@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fdd.convert.family import HfConfig, MegatronArgs, refuse
+from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, refuse
 
 ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 # Megatron's RotaryEmbedding has these built in; only the factor can be chosen.

@@ -1,0 +1,203 @@
+"""What is said of a Llama-like model by config.json and by Megatron's args alike, and how model types differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_fdd.convert.families.family import MegatronArgs
+from megatron_fdd.convert.families.rope import Rope
+
+# What transformers assumes, in all of these model types, for a field that config.json leaves out.
+COMMON_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}
+NO_BIASES: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNaming:
+    """Where a model type keeps its experts.
+
+    Attributes:
+        block: the module that stands in the place of the MLP.
+        projections: names of gate, up and down in an expert.
+        count_fields: config.json fields that may hold the number of experts, the usual one first.
+        width_field: config.json field with the width of one expert.
+        mixed: layers may be dense; then their width is `intermediate_size`.
+    """
+
+    block: str
+    projections: tuple[str, str, str]
+    count_fields: tuple[str, ...]
+    width_field: str
+    mixed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Where a model type differs from the others shaped like Llama.
+
+    Attributes:
+        defaults: what transformers assumes for a field that config.json leaves out.
+        neutral: further fields that change the function, with the values under which they do not.
+        harmless: further fields that leave it alone.
+        qkv_bias: query, key and value have biases and nothing else has.
+        qk_norm: queries and keys are normalised per head.
+        window_fields: the config.json fields that describe sliding windows; none: it has none.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window_fields: tuple[str, ...] = ()
+    experts: ExpertNaming | None = None
+
+    @property
+    def expert_fields(self) -> tuple[str, ...]:
+        """The config.json fields that describe experts."""
+        if self.experts is None:
+            return ()
+        mixed = ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers") if self.experts.mixed else ()
+        return (*self.experts.count_fields, self.experts.width_field, "num_experts_per_tok", *mixed)
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Sliding windows of attention.
+
+    Attributes:
+        size: tokens that a query sees, itself included; None: all before it.
+        slides: for each layer, whether it has the window.
+    """
+
+    size: int | None
+    slides: tuple[bool, ...]
+
+    def megatron_args(self) -> MegatronArgs:
+        """Argparse destinations and values. Megatron counts the tokens on the left of the query."""
+        if self.size is None or not any(self.slides):
+            return {"window_size": None, "window_attn_skip_freq": None}
+        return {
+            "window_size": (self.size - 1, 0),
+            "window_attn_skip_freq": None if all(self.slides) else [int(slides) for slides in self.slides],
+        }
+
+    @classmethod
+    def of_args(cls, args: Namespace) -> Windows:
+        """From Megatron's args. ValueError for windows that look ahead."""
+        if args.window_size is None:
+            return cls(None, (False,) * args.num_layers)
+        left, right = args.window_size
+        if right != 0 or left < 0:
+            raise ValueError(f"the checkpoint's window_size {args.window_size} is no causal window")
+        rule = args.window_attn_skip_freq
+        if rule is None:
+            slides = [True] * args.num_layers
+        elif isinstance(rule, int):  # every so many layers one without
+            slides = [(layer + 1) % rule != 0 for layer in range(args.num_layers)]
+        else:
+            slides = [bool(one) for one in rule]
+        return cls(left + 1, tuple(slides))
+
+    @property
+    def effective(self) -> Windows:
+        """Without a size that no layer uses."""
+        return self if any(self.slides) else Windows(None, self.slides)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts.
+
+    Attributes:
+        count: experts in a layer.
+        per_token: experts that a token goes to.
+        width: of one expert.
+        normalised: the weights of a token's experts sum to 1.
+        sparse: for each layer, whether it has experts.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    normalised: bool
+    sparse: tuple[bool, ...]
+
+    def megatron_args(self) -> MegatronArgs:
+        """Argparse destinations and values."""
+        return {
+            "num_experts": self.count,
+            "moe_router_topk": self.per_token,
+            "moe_ffn_hidden_size": self.width,
+            # The softmax over a token's experts alone is that over all, normalised.
+            "moe_router_pre_softmax": not self.normalised,
+            "moe_layer_freq": 1 if all(self.sparse) else [int(sparse) for sparse in self.sparse],
+        }
+
+    @classmethod
+    def of_args(cls, args: Namespace) -> Experts:
+        """From Megatron's args. ValueError when they describe a dense model."""
+        if args.num_experts is None:
+            raise ValueError("the checkpoint has no experts, and the Hugging Face config has")
+        rule = args.moe_layer_freq
+        if isinstance(rule, int):
+            rule = [layer % rule == 0 for layer in range(args.num_layers)]
+        return cls(
+            count=args.num_experts,
+            per_token=args.moe_router_topk,
+            width=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+            normalised=not args.moe_router_pre_softmax,
+            sparse=tuple(bool(one) for one in rule),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What both sides say about a model, under the names of config.json."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    attention_dropout: float
+    initializer_range: float
+    rope: Rope
+    windows: Windows
+    experts: Experts | None
+
+    @staticmethod
+    def plain_fields() -> list[str]:
+        """Names that config.json has too, with the same values."""
+        return [f.name for f in dataclasses.fields(Shape) if f.name not in ("rope", "windows", "experts")]
+
+    def keep_layers(self, layers: Sequence[int]) -> Shape:
+        """The shape of a model with only these layers (0-based)."""
+        slides = tuple(self.windows.slides[layer] for layer in layers)
+        experts = self.experts
+        if experts is not None:
+            sparse = tuple(experts.sparse[layer] for layer in layers)
+            experts = dataclasses.replace(experts, sparse=sparse)
+        windows = dataclasses.replace(self.windows, slides=slides).effective
+        return dataclasses.replace(self, num_hidden_layers=len(layers), windows=windows, experts=experts)

@@ -1,0 +1,35 @@
+"""Qwen2 and 2.5: biases on query, key and value. Qwen3: queries and keys normalised. Both with or without windows."""
+
+from megatron_fdd.convert.families.decoder import decoder_family
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
+
+_WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_DEFAULTS = {
+    **COMMON_DEFAULTS,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+QWEN2 = decoder_family(
+    Dialect(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        _DEFAULTS,
+        # The biases of query, key and value are not a matter of its config.
+        neutral={**NO_BIASES, "use_mrope": (False,)},
+        qkv_bias=True,
+        window_fields=_WINDOW_FIELDS,
+    )
+)
+QWEN3 = decoder_family(
+    Dialect(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        {**_DEFAULTS, "head_dim": 128},
+        neutral={"mlp_bias": (False,)},
+        qk_norm=True,
+        window_fields=_WINDOW_FIELDS,
+    )
+)

@@ -1,0 +1,141 @@
+"""Where the model types shaped like Llama differ: windows, experts, biases, and a student of some layers."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from megatron_fdd.convert.families import family_of
+from tests.convert import toys
+
+
+def _args(config: dict[str, Any]) -> dict[str, Any]:
+    return family_of(config).megatron_args(config)
+
+
+WINDOWS = {
+    "mistral": (None, None),
+    "mistral_window": ((6, 0), None),
+    "qwen2": (None, None),
+    "qwen2_window": ((8, 0), [0, 0, 1]),
+    "qwen3_types": ((4, 0), [1, 0, 1]),
+    "mixtral_window": ((5, 0), None),
+    "qwen3_moe_mixed": ((7, 0), None),
+}
+
+
+@pytest.mark.parametrize("variant", list(WINDOWS))
+def test_windows(variant: str) -> None:
+    args = _args(toys.llama_config(variant))
+    assert (args["window_size"], args["window_attn_skip_freq"]) == WINDOWS[variant]
+
+
+def test_absent_windows_are_those_of_transformers() -> None:
+    mistral = toys.llama_config("mistral")
+    del mistral["sliding_window"]
+    assert _args(mistral)["window_size"] == (4095, 0)
+    qwen = toys.llama_config("qwen2_window")
+    del qwen["sliding_window"], qwen["max_window_layers"]  # 28: beyond these three layers
+    assert _args(qwen)["window_size"] is None
+    assert (
+        _args(toys.llama_config("qwen2_window", max_window_layers=0, sliding_window=None))["window_size"]
+        is None
+    )
+
+
+def test_experts() -> None:
+    args = _args(toys.llama_config("qwen3_moe_mixed"))
+    names = (
+        "num_experts",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "ffn_hidden_size",
+        "moe_router_pre_softmax",
+    )
+    assert [args[name] for name in names] == [4, 2, 24, 66, True]
+    assert args["moe_layer_freq"] == [1, 0, 1]
+    assert _args(toys.llama_config("qwen3_moe"))["moe_layer_freq"] == 1
+    every_second = toys.llama_config("qwen3_moe", decoder_sparse_step=2)
+    assert _args(every_second)["moe_layer_freq"] == [0, 1, 0]
+    assert _args(toys.llama_config("mixtral"))["moe_ffn_hidden_size"] == 64
+
+
+@pytest.mark.parametrize("variant", list(toys.VARIANTS))
+def test_a_student_of_some_layers(variant: str) -> None:
+    config = toys.llama_config(variant)
+    family = family_of(config)
+    student, args, whole = family.keep_layers(config, [0, 2]), None, _args(config)
+    args = _args(student)
+    assert args["num_layers"] == 2
+    differing = {name for name in args if args[name] != whole[name]}
+    assert differing <= {"num_layers", "window_size", "window_attn_skip_freq", "moe_layer_freq"}
+    kept = {"qwen2_window": [0, 1], "qwen3_types": None, "qwen3_moe_mixed": None}
+    assert args["window_attn_skip_freq"] == kept.get(variant)
+    assert args.get("moe_layer_freq", 1) == 1
+    assert family.keep_layers(config, [0, 1, 2]) == config
+
+
+@pytest.mark.parametrize("variant", ["qwen2_window", "qwen3_types", "mixtral", "qwen3_moe_mixed"])
+def test_a_trained_checkpoint_of_another_shape(variant: str) -> None:
+    """The args of a run that started from other windows, experts and depth than the seed config says."""
+    seed = toys.llama_config(variant)
+    changes = {"num_layers": 4, "window_size": (2, 0), "window_attn_skip_freq": [1, 1, 1, 1]}
+    if variant.startswith("qwen"):
+        changes["window_attn_skip_freq"] = [0, 1, 1, 0]
+    if variant == "qwen3_moe_mixed":
+        changes |= {"window_attn_skip_freq": None, "num_experts": 8, "moe_router_topk": 5}
+        changes |= {"moe_layer_freq": [0, 1, 1, 1], "moe_router_pre_softmax": False}
+    args = {**_args(seed), **changes}
+    got = family_of(seed).hf_config(seed, Namespace(**args))
+    again = _args(got)
+    if again["window_attn_skip_freq"] is None:
+        args["window_attn_skip_freq"] = None
+    assert again == args
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "named"),
+    [
+        ("mixtral", {"moe_layer_freq": [1, 0, 1]}, "mixtral config cannot say .*experts"),
+        ("mixtral", {"moe_router_pre_softmax": True}, "mixtral config cannot say .*experts"),
+        (
+            "mistral",
+            {"window_size": (3, 0), "window_attn_skip_freq": [1, 0, 1]},
+            "mistral config cannot say .*windows",
+        ),
+        ("plain", {"window_size": (3, 0), "window_attn_skip_freq": None}, "sliding_window"),
+        ("qwen3_types", {"window_size": (3, 3)}, "no causal window"),
+        ("qwen3_moe", {"num_experts": None}, "no experts"),
+        ("qwen2", {"add_qkv_bias": False}, "biases elsewhere"),
+        ("qwen2", {"add_bias_linear": True}, "biases elsewhere"),
+    ],
+)
+def test_what_a_config_cannot_say(variant: str, changes: dict[str, Any], named: str) -> None:
+    config = toys.llama_config(variant)
+    args = Namespace(**{**_args(config), **changes})
+    with pytest.raises(ValueError, match=named):
+        family_of(config).hf_config(config, args)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "named"),
+    [
+        ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+        ("qwen3_moe", {"num_local_experts": 5}, "num_experts.*one number"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
+        ("mixtral", {"layer_types": ["full_attention"] * 3, "sliding_window": 4}, "layer_types"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types"),
+        ("qwen3", {"layer_types": ["full_attention"] * 2}, "layer_types.*3 layers"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+        ("mistral", {"max_window_layers": 2}, "max_window_layers"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+    ],
+)
+def test_configs_refused_by_name(variant: str, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        _args(toys.llama_config(variant, **changes))

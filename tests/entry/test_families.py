@@ -1,0 +1,114 @@
+"""Models of every family shaped like Llama as teacher and student: what they compute is what transformers computes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from megatron_fdd import convert, preflight
+from tests.convert import toys
+from tests.entry.command import read_metrics, run, trained, without_seconds
+from tests.entry.conftest import Toys
+from tests.entry.first_logits import first_logits
+from tests.entry.test_bad_input import assert_refused
+from tests.ranks import Layout, run_on_ranks
+
+# teacher, student: each field that one family sets and the other does not must reach only the one
+PAIRS = [
+    ("qwen3_moe_mixed", "qwen3"),
+    ("mixtral", "mistral_window"),
+    ("qwen2_window", "mixtral"),
+    ("plain", "qwen3_types"),
+]
+DEEPER: dict[str, dict[str, Any]] = {
+    "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2}
+}
+
+
+def _make_models(root: Path) -> None:
+    for name in {name for pair in PAIRS for name in pair}:
+        # Four layers, so that two stages can share them.
+        toys.make_llama(root / f"{name}-hf", name, num_hidden_layers=4, **DEEPER.get(name, {}))
+        convert.hf_to_mcore(root / f"{name}-hf", root / name)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the models, as Hugging Face models (`NAME-hf`) and as Megatron checkpoints."""
+    root = tmp_path_factory.mktemp("families")
+    run_on_ranks(_make_models, Layout(ranks=1), {"root": root})
+    return root
+
+
+def _command(toy: Toys, models: Path, teacher: str, student: str, *more: object) -> list[str]:
+    return toy.command("--load", models / student, "--teacher-load", models / teacher, *more)
+
+
+def test_both_models_of_a_run_are_those_of_transformers(toy: Toys, models: Path) -> None:
+    commands = [_command(toy, models, *pair, "--train-iters", 1, "--finetune") for pair in PAIRS]
+    [runs] = run_on_ranks(first_logits, Layout(ranks=1), {"commands": commands})
+    for names, found in zip(PAIRS, runs, strict=True):
+        for name, logits in zip(names, found, strict=True):
+            expected = toys.hf_logits(models / f"{name}-hf", toys.TOKENS)
+            assert (logits[..., :99] - expected).abs().max() < 2 * toys.LOGIT_TOLERANCE, (names, name)
+
+
+LAYOUTS = {
+    "ep2": ("qwen3_moe_mixed", "qwen3", "--fdd-teacher-expert-model-parallel-size 2"),
+    "tp2": ("qwen3_moe_mixed", "qwen3", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": ("mixtral", "mistral_window", "--pipeline-model-parallel-size 2"),
+    "cp2": ("plain", "qwen3_types", "--context-parallel-size 2"),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_layout_trains_alike(toy: Toys, models: Path, tmp_path: Path, layout: str) -> None:
+    teacher, student, flags = LAYOUTS[layout]
+    records = []
+    for ranks, more in ((1, []), (2, flags.split())):
+        path = tmp_path / f"{ranks}.jsonl"
+        trained(_command(toy, models, teacher, student, *more, "--fdd-metrics-file", path), ranks=ranks)
+        records.append(without_seconds(read_metrics(path)))
+    assert len(records[0]) == len(records[1]) > 0
+    for alone, shared in zip(*records, strict=True):
+        for term in ("kd", "trajectory", "delta"):
+            assert shared[term] == pytest.approx(alone[term], rel=1e-4), term
+
+
+def test_a_trained_student_goes_back(toy: Toys, models: Path, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    flags = ("--save", save, "--save-interval", 2, "--train-iters", 2, "--lr", 1e-2)
+    command = _command(toy, models, "mixtral", "mistral_window", *flags)
+    command[command.index("--load")] = "--pretrained-checkpoint"
+    trained(command, ranks=2)
+    back = tmp_path / "back"
+    [exported] = run_on_ranks(convert.mcore_to_hf, Layout(ranks=1), {"load": save, "hf_out": back})
+    assert exported.num_tensors == len(toys.tensor_hashes(models / "mistral_window-hf"))
+    assert exported.unchanged < exported.num_tensors
+    assert toys.read_json(back / "config.json") == toys.read_json(
+        models / "mistral_window-hf" / "config.json"
+    )
+    change = toys.hf_logits(back, toys.TOKENS) - toys.hf_logits(models / "mistral_window-hf", toys.TOKENS)
+    assert 0.01 < change.abs().max() < 10
+
+
+@pytest.mark.parametrize("flag", ["masked_softmax_fusion", "reset_attention_mask"])
+def test_windows_that_local_attention_would_forget(flag: str) -> None:
+    switches = {name: name == flag for name in ("masked_softmax_fusion", "reset_attention_mask")}
+    args = argparse.Namespace(window_size=(6, 0), transformer_impl="local", **switches)
+    preflight.check_windows(args, "the student")  # the rehearsal's attention knows both
+    with patch.object(preflight, "is_rehearsal_wanted", return_value=False):
+        with pytest.raises(ValueError, match=f"the student has sliding windows.*{flag.replace('_', '-')}"):
+            preflight.check_windows(args, "the student")
+        for harmless in ({"window_size": None}, {"transformer_impl": "transformer_engine"}, {flag: False}):
+            preflight.check_windows(argparse.Namespace(**{**vars(args), **harmless}), "the student")
+
+
+def test_flags_against_a_checkpoint_with_windows(toy: Toys, models: Path) -> None:
+    command = _command(toy, models, "mixtral", "mistral_window", "--window-size", "3,0")
+    [ending] = run(command, ranks=1)[0]
+    assert_refused([ending], r"window_size is \(3, 0\) here and \(6, 0\) there")
