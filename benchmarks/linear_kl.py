@@ -26,11 +26,12 @@ from torch import Tensor
 from benchmarks.measure import MIB, Measurement, machine, measure, record, table
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, VocabShard, linear_kl
 
 Step = Callable[[], Tensor]
 FLOOR, PLAIN, OURS = "bare matrix products", "plain torch", "megatron_fdd"
 PER_TOKEN, LIGER = "megatron_fdd, gradient per token", "Liger LigerFusedLinearJSDLoss"
+IN_TORCH = "megatron_fdd, --fdd-kernels torch"
 # Bars at the default size on a CPU; on a GPU the objective has its own.
 OBJECTIVE_BAR, PLAIN_BAR, GPU_BAR, VOCAB_BAR = 1.25, 0.5, 1.5, 0.05
 
@@ -78,11 +79,11 @@ class Inputs:
 
 def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
     """Random features whose logits have a standard deviation of 2; the same numbers every time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(size.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator)
-        return values.to(size.device, getattr(torch, size.dtype))
+        values = torch.randn(shape, generator=generator, device=size.device)
+        return values.to(getattr(torch, size.dtype))
 
     head_T = normal(size.vocab, size.teacher_width).mul_(2 / size.teacher_width**0.5)
     head_S = normal(size.vocab, size.student_width).mul_(2 / size.student_width**0.5)
@@ -129,10 +130,36 @@ def plain_objective(size: Size) -> Step:
     return run
 
 
-def our_objective(size: Size, skip_below: float = 0.0) -> Step:
+def bare_tap(size: Size) -> Step:
+    """The same of one layer."""
+    return bare_products(replace(size, layers=1))
+
+
+def our_tap(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
+    """`linear_kl` of one layer, whose divergence and log-sum-exp both have a gradient."""
+    given = inputs(size)
+
+    def run() -> Tensor:
+        result = linear_kl(
+            given.teacher[0],
+            given.teacher_head_WT,
+            given.student[0],
+            given.student_head_WS,
+            shard=given.shard,
+            divergence=Divergence(),
+            kernels=kernels,
+        )
+        assert result.divergence_N is not None
+        assert result.student_lse_N is not None
+        given.differentiated(result.divergence_N.mean() + result.student_lse_N.mean())
+        return result.divergence_N.mean().detach()
+
+    return run
+
+
+def our_objective(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
     """The same terms by the package's operations, Gram matrices (once a step) included."""
     given = inputs(size)
-    kernels = Kernels(skip_below=skip_below)
 
     def run() -> Tensor:
         shard = given.shard
@@ -190,7 +217,7 @@ def plain_final(size: Size) -> Step:
     return run
 
 
-def our_final(size: Size) -> Step:
+def our_final(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
     """`head_loss`: the weights of the tokens are known, so one pass does."""
     given = inputs(size, trains_head=True)
     weight = torch.full((size.tokens,), 1 / size.tokens, device=size.device)
@@ -203,6 +230,7 @@ def our_final(size: Size) -> Step:
             divergence=Divergence(),
             labels_N=None,
             weights=LossWeights(weight, weight, divergence=1.0, entropy=0.0),
+            kernels=kernels,
         )
         assert result.divergence is not None
         return given.differentiated(result.divergence)
@@ -264,7 +292,9 @@ def check(makers: dict[str, Callable[[Size], Step]], size: Size, *, whole: bool)
     small = replace(size, tokens=min(size.tokens, 64), vocab=min(size.vocab, 4000))
     wanted = exact(small, whole=whole)
     for name, make in makers.items():
-        if name == FLOOR:
+        if name == FLOOR or (
+            name == LIGER and size.device == "cuda"
+        ):  # which would compile for this size, too
             continue
         found = make(small)().item()
         tolerance = 1e-5 if size.dtype == "float32" else 2e-2
@@ -321,7 +351,7 @@ def sizes(base: Size) -> list[Size]:
     changes: list[dict[str, int]] = [{"vocab": 128000}, {"vocab": 152000}]
     changes += [{"tokens": base.tokens // 4}, {"tokens": 2 * base.tokens}]
     changes += [{"teacher_width": 2 * base.teacher_width, "student_width": 2 * base.student_width}]
-    return [replace(base, **change) for change in changes]
+    return [size for size in (replace(base, **change) for change in changes) if size != base]
 
 
 def main(argv: list[str]) -> int:
@@ -343,23 +373,39 @@ def main(argv: list[str]) -> int:
     given = {name: getattr(args, name) for name in asdict(base) if getattr(args, name) is not None}
     base = replace(SMOKE, device=base.device) if args.smoke else replace(base, **given)
     print(f"{machine()}; torch {torch.__version__}; median of {args.repeats}")
-    objective = {FLOOR: bare_products, PLAIN: plain_objective, OURS: our_objective}
-    final = {FLOOR: bare_final, PLAIN: plain_final, OURS: our_final, PER_TOKEN: our_final_per_token}
+    objective: dict[str, Callable[[Size], Step]] = {
+        FLOOR: bare_products,
+        PLAIN: plain_objective,
+        OURS: our_objective,
+    }
+    final: dict[str, Callable[[Size], Step]] = {
+        FLOOR: bare_final,
+        PLAIN: plain_final,
+        OURS: our_final,
+        PER_TOKEN: our_final_per_token,
+    }
     if importlib.util.find_spec("liger_kernel") is None:
         print("liger_kernel is not installed: left out (pip install liger-kernel)")
     else:
         final[LIGER] = liger_final
     if args.no_plain:
         del objective[PLAIN], final[PLAIN]
-    if args.device == "cpu":
-        check(objective, base, whole=True)
-        check(final, base, whole=False)
+    tap: dict[str, Callable[[Size], Step]] = {FLOOR: bare_tap, OURS: our_tap}
+    if args.device == "cuda":  # elsewhere that is what runs
+        in_torch = Kernels("torch")
+        tap[IN_TORCH] = partial(our_tap, kernels=in_torch)
+        objective[IN_TORCH] = partial(our_objective, kernels=in_torch)
+        final[IN_TORCH] = partial(our_final, kernels=in_torch)
+    check(objective, base, whole=True)
+    check(final, base, whole=False)
+    check(tap, base, whole=False)
     good = True
     for size in sizes(base) if args.sweep else [base]:
         print(f"\n{size}")
+        one = compare("one layer's divergence, heads constant", tap, size, args.repeats)
         whole = compare(f"objective, {size.layers} layers, heads constant", objective, size, args.repeats)
         alone = compare("final logits, head trained", final, size, args.repeats)
-        steady = all(row.is_steady for row in [*whole.values(), *alone.values()])
+        steady = all(row.is_steady for row in [*one.values(), *whole.values(), *alone.values()])
         if not steady:
             print("repeats differ by more than 5 %: too much noise for a ratio", file=sys.stderr)
         good &= steady

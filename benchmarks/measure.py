@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import importlib.metadata
 import json
 import multiprocessing
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +29,7 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 MAX_SPREAD = 0.05
 # Sets of repeats that are tried for a steady one.
 ATTEMPTS = 3
+WARM_UP_S = 1.5
 MIB = 2**20
 
 
@@ -49,11 +53,15 @@ class Measurement:
 
 
 def measure(make: Callable[[], Callable[[], object]], repeats: int, device: str = "cpu") -> Measurement:
-    """Run in a process of its own: `make` prepares the inputs and returns what is measured.
+    """Run in a process of its own (on a GPU in this one): `make` prepares the inputs and returns what is measured.
 
     Raises:
-        RuntimeError: the process failed; its own traceback is on stderr.
+        RuntimeError: the process failed; its own traceback is on stderr. Or the GPU's memory is too small.
     """
+    if device == "cuda":  # whose allocator knows what a call takes, whatever was there before
+        gc.collect()
+        torch.cuda.empty_cache()
+        return _measured(make, repeats, device)
     context = multiprocessing.get_context("fork")
     results: multiprocessing.SimpleQueue[Measurement] = context.SimpleQueue()
     process = context.Process(target=_run, args=(make, repeats, device, results))
@@ -71,15 +79,29 @@ def _run(
     results: multiprocessing.SimpleQueue[Measurement],
 ) -> None:
     torch.set_num_threads(1)
+    results.put(_measured(make, repeats, device))
+
+
+def _measured(make: Callable[[], Callable[[], object]], repeats: int, device: str) -> Measurement:
     function = make()
     function()  # makes what is made once
+    if device == "cuda":
+        _warm_up(function)
     timed = device_seconds if device == "cuda" else cpu_seconds
     peak_mib = peak_of(function, device)
     for _ in range(ATTEMPTS):
         found = summary([timed(function) for _ in range(repeats)], peak_mib)
         if found.is_steady:
             break
-    results.put(found)
+    return found
+
+
+def _warm_up(function: Callable[[], object]) -> None:
+    """Until the GPU's clock has come down to what its power allows for long."""
+    started = time.perf_counter()
+    while time.perf_counter() - started < WARM_UP_S:
+        function()
+        torch.cuda.synchronize()
 
 
 def summary(times: list[float], peak_mib: float) -> Measurement:
@@ -156,7 +178,7 @@ def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measureme
 
 def versions() -> dict[str, str]:
     """Of what is measured and what it is measured against."""
-    names = ("torch", "triton", "megatron-core", "liger-kernel", "nvidia-modelopt")
+    names = ("torch", "triton", "megatron-core", "transformer-engine", "liger-kernel", "nvidia-modelopt")
     found = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -165,13 +187,20 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """What the figures are of: the GPU's name, or the processor's and that one thread of it was used."""
+    """What the figures are of: the GPU's name and driver, or the processor's and that one thread of it was used."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, driver {_driver()}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.split(':', 1)[1].strip()}, 1 thread"
     return f"{platform.machine()}, 1 thread"
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
 
 
 def table(rows: Mapping[str, Measurement], base: str, heading: str = "x floor") -> str:

@@ -2,7 +2,8 @@
 # Every benchmark, one after the other; tables to the screen, figures to benchmarks/results.jsonl.
 #
 #   bash benchmarks/run.sh                on one CPU thread; leave the machine alone meanwhile
-#   DEVICE=cuda bash benchmarks/run.sh    on one GPU: first the tests of its kernels, then the benchmarks at its sizes
+#   DEVICE=cuda bash benchmarks/run.sh    on one GPU, at its sizes (its tests: tests/gpu/run.sh)
+#   SETUP=0 bash benchmarks/run.sh        with the Python and the packages that are there: no environment is made
 #   SMOKE=1 bash benchmarks/run.sh        that everything runs; the figures mean nothing and are not recorded
 #
 # The approximations have commands of their own, with models and text to name: benchmarks/skipping.py and
@@ -10,10 +11,13 @@
 # An exit status of 1 means that a bar was missed, or that repeats differed too much for a ratio.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source tools/env.sh || exit 1
 
 DEVICE=${DEVICE:-cpu}
 SMOKE=${SMOKE:-}
+SETUP=${SETUP:-1}
+if [[ $SETUP == 1 ]]; then
+    source tools/env.sh || exit 1
+fi
 export OMP_NUM_THREADS=1
 
 failed=()
@@ -22,16 +26,13 @@ run() {
     "$@" || failed+=("$*")
 }
 
+run python3 -m benchmarks.linear_kl --device "$DEVICE" ${SMOKE:+--smoke}
+[[ -n $SMOKE ]] || run python3 -m benchmarks.linear_kl --device "$DEVICE" --sweep --no-plain
 if [[ $DEVICE == cuda ]]; then
-    run python -m pytest tests/ops/test_triton.py tests/ops/test_triton_compiles.py
-fi
-run python -m benchmarks.linear_kl --device "$DEVICE" ${SMOKE:+--smoke}
-[[ -n $SMOKE || $DEVICE == cuda ]] || run python -m benchmarks.linear_kl --sweep --no-plain
-run python -m benchmarks.modelopt --device "$DEVICE" ${SMOKE:+--smoke}
-if [[ $DEVICE == cuda ]]; then
-    run python -m benchmarks.step --device cuda --bf16 ${SMOKE:+--smoke}
+    run python3 -m benchmarks.step --device cuda --bf16 ${SMOKE:+--smoke}
 else
-    run python -m benchmarks.step ${SMOKE:+--smoke}
+    run python3 -m benchmarks.modelopt ${SMOKE:+--smoke}
+    run python3 -m benchmarks.step ${SMOKE:+--smoke}
 fi
 
 if ((${#failed[@]})); then

@@ -1,14 +1,14 @@
 """A whole Megatron step of ours: cross-entropy, plain logit distillation, and FDD, through the real entry point.
 
     python -m benchmarks.step                # on one CPU thread, minutes
-    python -m benchmarks.step --device cuda --bf16
+    python -m benchmarks.step --device cuda --bf16    # undivided, 8 x 1,024 tokens
     python -m benchmarks.step --smoke        # seconds; its figures mean nothing
 
-The default shape is GPT-2 XL -> GPT-2 0.1B (the paper's hardest: a small student with a large vocabulary) with widths
-and vocabulary divided by four and all layers kept, which leaves the ratios of its flops as they are. Weights are
-random, the data made up. "logit KD" is our own entry point with the weights of trajectory and delta at 0, hence
-already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. A flag that is not listed
-here is passed on to Megatron.
+The default shape is GPT-2 XL -> GPT-2 0.1B (the paper's hardest: a small student with a large vocabulary), on a CPU
+with widths and vocabulary divided by four and all layers kept, which leaves the ratios of its flops as they are.
+Weights are random, the data made up. "logit KD" is our own entry point with the weights of trajectory and delta at 0,
+hence already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. A flag that is not
+listed here is passed on to Megatron.
 
 Exit status 1: a measurement was too unsteady for a ratio, or FDD costs more than the bar.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -47,6 +48,14 @@ WEIGHTS: dict[Objective, str] = {
 PLAIN_MODULES = "--transformer-impl local " + " ".join(
     f"--no-{name}" for name in ("persist-layer-norm", "gradient-accumulation-fusion", "masked-softmax-fusion")
 )
+SIZES = {
+    "cpu": {
+        "teacher_width": 400, "student_width": 192, "vocab_size": 12564, "seq_length": 256, "micro_batch_size": 4
+    },
+    "cuda": {
+        "teacher_width": 1600, "student_width": 768, "vocab_size": 50257, "seq_length": 1024, "micro_batch_size": 8
+    },
+}  # fmt: skip
 SMOKE = {
     "teacher_width": 48, "teacher_layers": 6, "teacher_heads": 3, "student_width": 32, "student_layers": 5,
     "student_heads": 2, "vocab_size": 199, "seq_length": 16, "micro_batch_size": 2, "repeats": 2,
@@ -63,13 +72,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of which the median counts")
-    for whose, width, layers, heads in (("teacher", 400, 48, 25), ("student", 192, 12, 12)):
-        parser.add_argument(f"--{whose}-width", type=int, default=width)
+    for whose, layers, heads in (("teacher", 48, 25), ("student", 12, 12)):
+        parser.add_argument(f"--{whose}-width", type=int, help="(the device's default)")
         parser.add_argument(f"--{whose}-layers", type=int, default=layers)
         parser.add_argument(f"--{whose}-heads", type=int, default=heads)
-    parser.add_argument("--vocab-size", type=int, default=12564)
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
+    for name in ("vocab-size", "seq-length", "micro-batch-size"):
+        parser.add_argument(f"--{name}", type=int, help="(the device's default)")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--taps", type=int, default=4, help="K, sampled layers of each model")
     parser.add_argument("--bf16", action="store_true")
@@ -77,6 +85,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    vars(args).update(
+        {name: value for name, value in SIZES[args.device].items() if getattr(args, name) is None}
+    )
     if args.smoke:
         vars(args).update(SMOKE)
     return args, rest
@@ -131,8 +142,10 @@ def command(args: argparse.Namespace, folder: Path, objective: Objective, rest: 
 
 def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[str, Watched]:
     """Every row of the table, one process after the other."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     for whose in ("teacher", "student"):
-        in_own_process(make_checkpoint, folder / whose, architecture(args, whose), folder / f"{whose}.log")
+        log = folder / f"{whose}.log"
+        in_own_process(make_checkpoint, folder / whose, architecture(args, whose), log, dtype)
     runs: list[tuple[str, Objective]] = [(STOCK, "cross-entropy"), *((name, name) for name in WEIGHTS)]
     watched = {}
     for number, (name, objective) in enumerate(runs):
@@ -141,6 +154,9 @@ def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[s
             words, name == STOCK, args.repeats * measure.ATTEMPTS, args.device, folder / f"run-{number}.log"
         )
         watched[name] = in_own_process(run_job, job)
+        middle = statistics.median(watched[name].seconds)
+        # At once: what comes after may fail.
+        print(f"{name}: {middle:.3f} s, {watched[name].whole_mib:.0f} MiB", flush=True)
     return watched
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -123,6 +124,10 @@ def run_job(job: Job) -> Watched:
         RuntimeError: the run failed; the message ends with what it printed last.
     """
     _be_one_rank()
+    if (
+        job.device == "cuda"
+    ):  # as under torchrun: a data loader's workers cannot begin in the way this process did
+        multiprocessing.set_start_method("fork", force=True)
     metrics = job.log.with_suffix(".metrics.jsonl")
     steps = WARM_UP_STEPS + job.repeats + WATCHED_STEPS
     more = ("--train-iters", str(steps), "--lr-decay-iters", str(steps), "--fdd-metrics-file", str(metrics))
@@ -187,8 +192,10 @@ def _stock_step(
     return output, loss
 
 
-def make_checkpoint(folder: Path, architecture: Mapping[str, Any], log: Path) -> None:
-    """A GPT with random weights as a Megatron checkpoint, in float32."""
+def make_checkpoint(
+    folder: Path, architecture: Mapping[str, Any], log: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """A GPT with random weights as a Megatron checkpoint."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         from megatron_fdd.convert.mcore_model import build_model, complete_args
         from megatron_fdd.convert.ranks import conversion_ranks
@@ -196,7 +203,7 @@ def make_checkpoint(folder: Path, architecture: Mapping[str, Any], log: Path) ->
         with conversion_ranks() as groups:
             from megatron_fdd.convert.mcore_checkpoint import save_model
 
-            args = complete_args(architecture, dtype=torch.float32, vocabulary_divisor=128)
+            args = complete_args(architecture, dtype=dtype, vocabulary_divisor=128)
             model = build_model(args, groups)
             torch.manual_seed(0)
             for name, parameter in model.named_parameters():

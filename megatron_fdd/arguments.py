@@ -6,6 +6,7 @@ Everything here runs before the first collective, on every rank alike.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron.core.transformer.enums import LayerType
@@ -34,6 +35,9 @@ ARCHITECTURE = (
     "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_shared_expert_glu_interleave_size",
 )  # fmt: skip
 
+
+# Of apex; Megatron's default fusion of a weight's gradient with its accumulation needs it.
+WGRAD_KERNEL = "fused_weight_gradient_mlp_cuda"
 
 Refusal = tuple[Callable[[argparse.Namespace], bool], str]
 
@@ -197,6 +201,9 @@ def force_values(args: argparse.Namespace) -> None:
     args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer
     # Megatron's check would stop one rank inside a collective; ours stops all, before the optimizer.
     args.check_for_nan_in_loss_and_grad = False
+    # On by default, and Megatron fails where apex, whose kernel it is, has not been built.
+    if importlib.util.find_spec(WGRAD_KERNEL) is None:
+        args.gradient_accumulation_fusion = False
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

@@ -95,8 +95,8 @@ def head_loss_flops(student: ModelShape, teacher: ModelShape | None, *, trains_h
 def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
     """The units of a run. The teacher's own layers are left out: they run before the student's schedule.
 
-    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. A GPU's
-    kernels compute a trained head's logits once more than is counted here. Of random taps it is the mean over steps.
+    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. Of random taps
+    it is the mean over steps.
     """
     tap = head = 0
     live = config.lens_head == "live"

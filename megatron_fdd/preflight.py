@@ -167,8 +167,8 @@ def _nothing_to_skip(config: FddConfig) -> str | None:
         return "--fdd-lens-head live needs all of them"
     if config.beta == 0 or config.delta != "logprob":
         return "without the log-probability delta a layer's gradient is one product over the whole vocabulary"
-    if config.alpha > 0 and config.trajectory_divergence not in ("fkl", "rkl") and is_rehearsal_wanted():
-        return f"--fdd-trajectory-divergence {config.trajectory_divergence} skips on a GPU only"
+    if config.alpha > 0 and config.trajectory_divergence not in ("fkl", "rkl"):
+        return f"--fdd-trajectory-divergence {config.trajectory_divergence} needs all of them; fkl and rkl do not"
     return None
 
 

@@ -108,7 +108,14 @@ def test_no_warning_where_it_has_one_or_on_other_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"lens_head": "live"}, {"beta": 0.0}, {"delta": "centred"}, {"kernels": "reference"}]
+    "options",
+    [
+        {"lens_head": "live"},
+        {"beta": 0.0},
+        {"delta": "centred"},
+        {"kernels": "reference"},
+        {"trajectory_divergence": "jsd"},
+    ],
 )
 def test_a_bound_below_which_nothing_can_be_skipped_warns(options: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="--fdd-skip-below 1e-05: no effect, "):

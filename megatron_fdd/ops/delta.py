@@ -9,7 +9,7 @@ Shapes: N this rank's tokens, n those of them that it computes, T / S hidden wid
 V the vocabulary.
 
 Source: method.md, section 5. Precision (pitfalls.md, B1): differences, Grams and quadratic forms in float32,
-without TF32 (1.5e-3 in the cosine).
+without TF32 (1.5e-3 in the cosine) but as a sum of three of its products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.full_precision import full_precision
+from megatron_fdd.ops.full_precision import full_precision, product
 from megatron_fdd.ops.head_grams import HeadGrams, head_grams
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
@@ -107,12 +107,13 @@ class _DeltaCosine(torch.autograd.Function):
             student_nS.new_zeros(len(student_nS)) if delta_N is None else shard.token_share(delta_N).to(dtype)
             for delta_N in (constants.teacher_lse_delta_N, student_lse_delta_N)
         )
-        from_teacher_nS, from_student_nS = teacher_nT @ teacher_student_TS, student_nS @ student_student_SS
+        from_teacher_nS = product(teacher_nT, teacher_student_TS)
+        from_student_nS = product(student_nS, student_student_SS)
         teacher_u_n, student_u_n = teacher_nT @ grams.teacher_sum_T, student_nS @ student_sum_S
         size = grams.vocab_size
         dot_n = (from_teacher_nS * student_nS).sum(1) + size * teacher_c_n * student_c_n
         dot_n -= student_c_n * teacher_u_n + teacher_c_n * student_u_n
-        teacher_form_n = ((teacher_nT @ grams.teacher_teacher_TT) * teacher_nT).sum(1)
+        teacher_form_n = (product(teacher_nT, grams.teacher_teacher_TT) * teacher_nT).sum(1)
         student_form_n = (from_student_nS * student_nS).sum(1)
         cosine_n, scale_n, shrink_n = _cosine(
             dot_n,
@@ -151,8 +152,8 @@ class _DeltaCosine(torch.autograd.Function):
         return (
             gradient_NS,
             lse_gradient_N,
-            teacher_nT.T @ ((upstream_n * scale_n)[:, None] * student_nS),
-            student_nS.T @ ((upstream_n * shrink_n / -2)[:, None] * student_nS),
+            product(teacher_nT.T, (upstream_n * scale_n)[:, None] * student_nS),
+            product(student_nS.T, (upstream_n * shrink_n / -2)[:, None] * student_nS),
             student_nS.T @ (upstream_n * tilt_n).neg(),
             None,
         )

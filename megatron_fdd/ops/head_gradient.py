@@ -39,7 +39,8 @@ class HeadGradient:
 def deliver(head_WS: Tensor, gradient_WS: Tensor, factor: Tensor) -> Tensor:
     """Hand over factor * gradient, computed before; returns what autograd gets. `factor` is 0-dim."""
     if not has_main_grad(head_WS):
-        return (gradient_WS * factor).to(head_WS.dtype)
+        # Written in the head's dtype at once. Not 0-dim: CUDA would round the factor to that first.
+        return torch.mul(gradient_WS, factor.view(1, 1), out=torch.empty_like(head_WS))
     head_WS.main_grad.addcmul_(gradient_WS, factor)  # type: ignore[attr-defined]
     return _dummy(head_WS)
 

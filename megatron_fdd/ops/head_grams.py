@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.full_precision import full_precision
+from megatron_fdd.ops.full_precision import add_product, full_precision, product
 from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype, statistics_dtype
@@ -122,8 +122,8 @@ class _HeadGrams(torch.autograd.Function):
         gradient_WS = torch.zeros_like(student_head_WS)
         rows = _HeadRows(teacher_head_WT, student_head_WS, shard.num_valid, tuple(means) or None)
         for columns, teacher_CT, student_CS in rows.tiles():
-            gradient_CS = teacher_CT.to(ctx.dtype) @ teacher_student_TS
-            gradient_CS.addmm_(student_CS.to(ctx.dtype), both_SS).add_(student_sum_S)
+            gradient_CS = product(teacher_CT.to(ctx.dtype), teacher_student_TS)
+            add_product(gradient_CS, student_CS.to(ctx.dtype), both_SS).add_(student_sum_S)
             gradient_WS[columns] = gradient_CS
         return gradient_WS, None, None, None, None
 
@@ -158,10 +158,11 @@ class _HeadRows:
         dtype = statistics_dtype(self.student_head_WS)
         totals = [self.student_head_WS.new_zeros(shape, dtype=dtype) for shape in shapes[: 2 + with_teacher]]
         for _, teacher_CT, student_CS in self.tiles():
-            accumulate(totals[0], teacher_CT.T, student_CS)
-            accumulate(totals[1], student_CS.T, student_CS)
+            add = add_product if teacher_CT.dtype == totals[0].dtype else accumulate
+            add(totals[0], teacher_CT.T, student_CS)
+            add(totals[1], student_CS.T, student_CS)
             if with_teacher:
-                accumulate(totals[2], teacher_CT.T, teacher_CT)
+                add(totals[2], teacher_CT.T, teacher_CT)
         return totals
 
 

@@ -93,7 +93,7 @@ def head_loss(
         kernels=kernels,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=kernels.held_rows(student[1]) if chosen == "torch" and has_gradient else None,
+        held_rows=kernels.held_rows(student[1]) if has_gradient else None,
     )
     if chosen == "reference":
         outputs = LinearKL(*reference_linear_kl(plan, teacher, student, labels_N))

@@ -17,13 +17,14 @@ class Kernels:
 
     Attributes:
         kind: reference materialises logits (to check the others with); torch streams over vocabulary tiles;
-            triton does so in GPU kernels; auto is triton for half-precision heads on a GPU, else torch (Triton's
-            exact float32 products would leave the tensor cores idle).
-        tile_size: columns of the vocabulary that exist at a time; None: 8192 for triton, else 2048.
+            triton does so with one kernel between a tile's products; auto is triton on a GPU, but for float64, else
+            torch.
+        tile_size: columns of the vocabulary that exist at a time; None: 4096 for triton, else 2048, on a GPU 8192
+            (each of its many small launches then has more to do). Triton cuts larger ones.
         chunk_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A chunk's
             collectives run during the products of its neighbours.
         held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`); None
-            for what keeps the products busy: 2^26 on a GPU (256 MiB), else 2^23, but at least 256 tokens'.
+            for what keeps the products busy: 2^27 on a GPU (512 MiB), else 2^23, but at least 256 tokens'.
         skip_below: gradient products leave out tiles in which no probability reaches this (0: none). An
             approximation: the loss stays exact, and of each token's probabilities those left out are smaller.
     """
@@ -45,19 +46,22 @@ class Kernels:
     def chosen(self, head: Tensor) -> KernelKind:
         """What runs for a head like this."""
         if self.kind == "auto":
-            half = head.dtype in (torch.bfloat16, torch.float16)
-            return "triton" if head.is_cuda and half else "torch"
+            return "triton" if head.is_cuda and head.dtype != torch.float64 else "torch"
         return self.kind
 
     def tile_columns(self, head: Tensor) -> int:
         """`tile_size`, or the default of what runs."""
-        return self.tile_size or (8192 if self.chosen(head) == "triton" else 2048)
+        if self.tile_size is not None:
+            return self.tile_size
+        return 4096 if self.chosen(head) == "triton" else 8192 if head.is_cuda else 2048
 
     def held_rows(self, head: Tensor) -> int:
         """Tokens whose logits are held at a time: of the shard's rows, padding included, so alike on every rank."""
         if self.held_logits is not None:
             return max(1, self.held_logits // len(head))
-        return max(256, (2**26 if head.is_cuda else 2**23) // len(head))
+        if head.is_cuda:  # whole blocks of a product's rows
+            return max(256, 2**27 // len(head) // 128 * 128)
+        return max(256, 2**23 // len(head))
 
 
 DEFAULT_KERNELS = Kernels()

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
-from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks
+from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks, statistics_dtype
 
 # A product is taken of the remaining rows alone where skipping leaves fewer than this share of them.
 WORTH_SKIPPING = 0.9
@@ -90,7 +90,7 @@ class TorchSweeps:
                 _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
             accumulate(gradient_RS, tile.student_RC, tile.head_CS)
             if head_gradient_WS is not None:
-                _add_head_gradient(head_gradient_WS[tile.columns], tile.student_RC, tiles.hiddens[-1])
+                add_head_gradient(head_gradient_WS[tile.columns], tile.student_RC, tiles.hiddens[-1])
         self._held = None
         return gradient_RS
 
@@ -102,13 +102,14 @@ class TorchSweeps:
         return self._held
 
 
-def _add_head_gradient(rows_CS: Tensor, gradient_RC: Tensor, hidden_RS: Tensor) -> None:
-    """rows += gradient.T @ hidden; where dtypes differ, in pieces: no second tensor of the rows' size."""
-    if rows_CS.dtype == hidden_RS.dtype == gradient_RC.dtype:
+def add_head_gradient(rows_CS: Tensor, gradient_RC: Tensor, hidden_RS: Tensor) -> None:
+    """rows += gradient.T @ hidden; half-precision rows in pieces: no second tensor of their size."""
+    dtype = statistics_dtype(rows_CS)
+    if rows_CS.dtype == dtype:
         accumulate(rows_CS, gradient_RC.T, hidden_RS)
         return
     for part_CS, part_RC in zip(rows_CS.split(HEAD_PIECE), gradient_RC.split(HEAD_PIECE, dim=1), strict=True):
-        part_CS += product(part_RC.T, hidden_RS, gradient_RC.dtype)
+        part_CS += product(part_RC.T, hidden_RS, dtype)
 
 
 def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:
@@ -125,7 +126,7 @@ def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:
     elif sums.student_leads:
         shrink_M, gap_M = shrink_M[sums.student].repeat(2), gap_M[sums.student].repeat(2)
     sums.rows_MS.mul_(shrink_M[:, None])
-    _accumulate_kept(sums.rows_MS, weights_MC, tile.head_CS, gap_M, plan.kernels.skip_below)
+    accumulate_kept(sums.rows_MS, weights_MC, tile.head_CS, gap_M, plan.kernels.skip_below)
 
 
 def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -> None:
@@ -169,7 +170,7 @@ def _add_unit(
         accumulate(sums.unit_rows_RS[rows], weights, tile.head_CS)
 
 
-def _accumulate_kept(
+def accumulate_kept(
     rows_MS: Tensor, weights_MC: Tensor, head_CS: Tensor, gap_M: Tensor, skip_below: float
 ) -> None:
     """rows += weights @ head, without rows whose every weight in this tile is at most exp(gap) < `skip_below`.

@@ -55,7 +55,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     if right.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(product(left, right, total.dtype))
+        torch.addmm(total, left.to(right.dtype), right, out_dtype=total.dtype, out=total)
 
 
 def row_blocks(tile_RC: Tensor) -> Iterator[slice]:

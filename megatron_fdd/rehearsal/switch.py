@@ -52,6 +52,7 @@ def start() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _turn_compiler_off()
+    _hide_gpu_packages()
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     device.install()
@@ -64,6 +65,13 @@ def _turn_compiler_off() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if "torch._dynamo" in sys.modules:  # it has read the variable already
         torch.compiler.set_stance("force_eager")
+
+
+def _hide_gpu_packages() -> None:
+    """As where they are not installed: Megatron takes their optimizers and norms wherever they can be imported."""
+    for name in ("transformer_engine", "apex", "amp_C"):
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError
 
 
 def _stand_in_for_modules() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fdd.ops.full_precision import full_precision
+from megatron_fdd.ops.full_precision import _precision, _tf32_parts, full_precision
 
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -62,9 +62,36 @@ def test_full_precision_inside_and_as_before_outside(choice: str) -> None:
     assert state() == chosen
 
 
+@pytest.mark.parametrize("choice", CHOICES)
+def test_tf32_inside_of_full_precision(choice: str) -> None:
+    CHOICES[choice]()
+    chosen = state()
+    with full_precision():
+        with _precision("tf32", "high"):
+            assert state() == ["tf32", "tf32", "high", "True"]
+        assert state() == ["ieee", "ieee", "highest", "False"]
+    assert state() == chosen
+
+
 def test_restored_after_an_error() -> None:
     torch.set_float32_matmul_precision("medium")
     chosen = state()
     with pytest.raises(RuntimeError, match="shapes"), full_precision():
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert state() == chosen
+
+
+def test_tf32_parts_are_exact_and_narrow() -> None:
+    """Their three products leave out 2^-22 of the whole; one of the upper parts alone is 500 times as far off."""
+    left, right = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((40, 300), (300, 20))
+    )
+    (left_high, left_low), (right_high, right_low) = _tf32_parts(left), _tf32_parts(right)
+    assert torch.equal(left_high + left_low, left)
+    for part in (left_high, right_high):
+        assert not (part.view(torch.int32) & (2**13 - 1)).any()
+    wanted = left.double() @ right.double()
+    high = left_high.double() @ right_high.double()
+    three = high + left_low.double() @ right_high.double() + left_high.double() @ right_low.double()
+    assert (three - wanted).norm() < 2**-20 * wanted.norm()
+    assert (high - wanted).norm() > 2**-13 * wanted.norm()

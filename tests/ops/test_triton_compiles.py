@@ -1,4 +1,4 @@
-"""The Triton kernels with their real blocks, compiled for GPUs that are not here."""
+"""The Triton kernels at their real sizes, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-# Shared memory of a program, in KiB; and the instructions that use the tensor cores.
-LIMITS = {"80": (163, "mma"), "90": (227, "wgmma")}
 LINE = re.compile(
-    r"\w+ \S+ (?:live|still) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +(?P<shared>\d+)K *(?P<counts>.*)"
+    r"\w+ \S+ (?:live|still) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +\d+B *(?P<counts>.*)"
 )
+# Programs of 8 warps: with more registers a multiprocessor has room for fewer than three, too few to hide its loads.
+MOST_REGISTERS = 80
 
 
 @pytest.mark.parametrize(
-    ("capability", "arguments", "spills", "products"),
+    ("capability", "arguments", "kernels"),
     [
-        ("90", "--kinds fkl", 0, {"softmax", "accumulate", "gradient"}),
-        ("80", "--kinds jsd --heads still --skip-below 1e-6", 256, {"softmax", "mixture", "accumulate"}),
+        ("90", "--kinds fkl", {"softmax", "gradient", "rescale"}),
+        ("80", "--kinds jsd", {"softmax", "mixture", "gradient"}),
     ],
 )
-def test_kernels_fit(
-    tmp_path: Path, capability: str, arguments: str, spills: int, products: set[str]
-) -> None:
-    """Bytes that a thread spills stay within `spills`; `products` run on tensor cores from 16-byte copies."""
+def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: set[str]) -> None:
+    """No thread spills; logits are read and weights written many bytes at a time."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-m", "megatron_fdd.ops.gpu.report", "--capability", capability]
@@ -37,15 +35,8 @@ def test_kernels_fit(
     assert result.returncode == 0, result.stderr
     lines = [LINE.fullmatch(line) for line in result.stdout.splitlines()[1:]]
     assert all(lines), result.stdout
-    shared, tensor_cores = LIMITS[capability]
-    seen = set()
     for line in lines:
-        assert int(line["spilled"]) <= spills, line[0]
-        assert int(line["shared"]) <= shared, line[0]
-        if line["name"] in products:
-            assert re.search(rf"\d+ {tensor_cores}\b", line["counts"]), line[0]
-            assert re.search(r"\d+ cp.async 16\b", line["counts"]), line[0]
-            if "--skip-below" not in arguments:  # that loads a list of blocks, number by number
-                assert "cp.async less" not in line["counts"], line[0]
-            seen.add(line["name"])
-    assert seen == products
+        assert int(line["spilled"]) == 0, line[0]
+        assert int(line["registers"]) <= MOST_REGISTERS, line[0]
+        assert re.search(r"\d+ ld 16\b", line["counts"]), line[0]
+    assert {line["name"] for line in lines} == kernels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,19 @@ def test_one_generator_serves_cuda_and_cpu() -> None:
     assert torch.equal(torch.rand(3), first)
     torch.cuda.manual_seed(5)
     assert torch.initial_seed() == 5
+
+
+def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('needs a GPU')")
+    script = (
+        "from megatron_fdd import rehearsal\nrehearsal.start()\n"
+        "from megatron.core.optimizer import clip_grads\n"
+        "from megatron.core.utils import local_multi_tensor_applier\n"
+        "assert clip_grads.multi_tensor_applier is local_multi_tensor_applier\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_it_may_start_after_megatron_was_imported_and_says_so_in_one_line() -> None:

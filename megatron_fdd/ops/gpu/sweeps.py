@@ -1,77 +1,119 @@
-"""The sweeps over the vocabulary in Triton kernels: the path of GPUs. Logits never reach memory.
+"""The sweeps over the vocabulary on a GPU: matrix products by cuBLAS, all between them in one Triton kernel a tile.
 
-Beside sums and statistics, a tile leaves the weights of the rows to sum: at most two (three at another
-temperature than 1) of [R, tile] in the head's dtype, and none without gradients. Everything is deterministic.
+Beside sums and statistics there are two [R, tile] buffers of logits, in whose place the weights of the next products
+appear (at another temperature than 1, one of weights more). Everything is deterministic.
 
 Shapes: see gpu/kernels.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from megatron_fdd.ops.gpu import launches as launches
-from megatron_fdd.ops.gpu.blocks import cut_for
-from megatron_fdd.ops.gpu.launches import BlockStatistics, LogitFactors, Pair, Peaks, Totals, Weights
+from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.gpu import kernels as kernels
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
-from megatron_fdd.ops.vocab_tiles import product, product_dtype
+from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
+from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
+
+# Columns that a program holds in registers, and its warps.
+MOST_COLUMNS = 4096
+WARPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel with all that it needs to run, or to be compiled for a GPU that is not here (gpu/report.py)."""
+
+    kernel: Any
+    num_programs: int
+    arguments: dict[str, Any]
+    warps: int = 4
+
+    def run(self) -> None:
+        """Enqueue it on the current stream."""
+        self.kernel[(self.num_programs,)](**self.arguments, num_warps=self.warps)
 
 
 class TritonSweeps:
     """See `chunks.Sweeps`. Without tokens nothing is launched."""
 
     def __init__(self, plan: Plan, teacher: Model | None, student: Model) -> None:
-        self._plan = plan
-        self._cut = cut_for(student[1].dtype)
-        self._teacher = None if teacher is None else _as_read(teacher)
-        self._student = _as_read(student)
-        self._num_rows, self._num_valid = len(student[0]), plan.shard.num_valid
-        block = self._cut.logits.columns
-        self._most_blocks = max(1, -(-min(plan.kernels.tile_columns(student[1]), self._num_valid) // block))
-        self._tile_size = self._most_blocks * block
+        self._plan, self._models = plan, (teacher, student)
+        held = plan.held_rows is not None
+        tile_size = min(plan.kernels.tile_columns(student[1]), MOST_COLUMNS)
+        self._tiles = LogitTiles(
+            teacher,
+            student,
+            num_valid=plan.shard.num_valid,
+            tile_size=plan.shard.num_valid if held else tile_size,
+            temperature=1.0,
+        )
+        self._held: list[Tile] | None = None
 
     def softmax_sums(self) -> SoftmaxSums:
         """Online softmax over this rank's part of the vocabulary."""
-        cut, crossing = self._cut.logits, self._plan.crossing
-        sums = SoftmaxSums.nothing_seen(self._plan, self._teacher, self._student)
-        statistics, weights = self._block_statistics(sums), self._weights(sums)
-        lead = None if crossing is None else "student" if crossing.student_leads else "teacher"
-        for pair in self._tiles(first=cut.columns):
-            launches.softmax(pair, sums.peak_M, weights, statistics, lead, cut).run()
-            before_M, target_M = sums.peak_M, torch.empty_like(sums.peak_M)
-            sums.peak_M = torch.empty_like(before_M)
-            totals = Totals(before_M, sums.peak_M, target_M, sums.mass_M, sums.unit_mass_M, sums.cross_R)
-            for model in (sums.teacher, sums.student)[2 - sums.num_models :]:
-                leads = crossing is not None and model == sums.lead
-                launches.fold(statistics, totals, pair, self._cut, model=model, leads=leads).run()
-            self._add_rows(sums, pair, weights, statistics.peak_BM[: pair.num_blocks(cut)], totals)
+        plan = self._plan
+        sums = SoftmaxSums.nothing_seen(plan, *self._models)
+        reference_M = drop_M = gap_M = None
+        if sums.rows_MS is not None or sums.unit_rows_RS is not None:
+            reference_M, drop_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
+            gap_M = torch.empty_like(sums.peak_M) if plan.kernels.skip_below > 0 else None
+        for tile in self._sweep():
+            weights = _Weights(sums, tile, plan)
+            arguments = {
+                "first_RC": weights.first_RC,
+                "weights_RC": weights.student_RC,
+                "unit_RC": weights.unit_RC,
+                "out_stride": weights.stride,
+                "peak_M": sums.peak_M,
+                "mass_M": sums.mass_M,
+                "unit_mass_M": sums.unit_mass_M,
+                "cross_R": sums.cross_R,
+                "reference_M": reference_M,
+                "drop_M": drop_M,
+                "gap_M": gap_M,
+                "temperature": plan.temperature,
+                "limit": _leap_limit(self._models[1][1].dtype, plan.temperature),
+                "LEAD": None if plan.crossing is None else "student" if sums.student_leads else "teacher",
+            }
+            for piece in _pieces(tile):
+                self._launch(kernels.softmax_kernel, piece, arguments)
+            if drop_M is not None:
+                self._add_rows(sums, weights, drop_M, gap_M)
+        if reference_M is not None and plan.shard.num_valid > 0:
+            _scale(sums, reference_M.sub_(sums.peak_M).exp_())
         return sums
 
     def mixture_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, S]."""
-        plan, cut, count = self._plan, self._cut.logits, self._num_rows
+        plan, tiles = self._plan, self._tiles
         assert plan.mixture is not None
-        sums_2R = lse_M.new_zeros(2, count)
-        blocks_2BR = lse_M.new_empty(2, self._most_blocks, count)
-        rows_MS = lse_M.new_zeros(2 * count, self._student[1].shape[1]) if plan.body_gradient else None
-        weights = None if rows_MS is None else (self._room(), self._room())
-        skips = rows_MS is not None and plan.kernels.skip_below > 0
-        largest_BM = lse_M.new_empty(self._most_blocks, 2 * count) if skips else None
-        for pair in self._tiles():
-            statistics = (blocks_2BR[0], blocks_2BR[1], largest_BM)
-            launches.mixture(pair, lse_M, weights, statistics, plan.mixture, cut).run()
-            num_blocks = pair.num_blocks(cut)
-            sums_2R += blocks_2BR[:, :num_blocks].sum(1)
-            if rows_MS is None or weights is None:
-                continue
-            for rows, weights_RC in zip((slice(count), slice(count, None)), weights, strict=True):
-                largest_BR = None if largest_BM is None else largest_BM[:num_blocks, rows]
-                self._accumulate(rows_MS[rows], weights_RC, pair, largest_BR)
+        sums_2R = tiles.zeros(2, tiles.num_tokens)
+        rows_MS = tiles.zeros(2 * tiles.num_tokens, tiles.student_width) if plan.body_gradient else None
+        for tile in self._sweep():
+            weights_MC = _in_place(tile.logits_MC, tile.head_CS.dtype) if rows_MS is not None else None
+            arguments = {
+                "lse_M": lse_M,
+                "score_RC": None if weights_MC is None else weights_MC[: tiles.num_tokens],
+                "weights_RC": None if weights_MC is None else weights_MC[tiles.num_tokens :],
+                "value_R": sums_2R[0],
+                "score_R": sums_2R[1],
+                "out_stride": 0 if weights_MC is None else weights_MC.stride(0),
+            }
+            for piece in _pieces(tile):
+                self._launch(kernels.mixture_kernel, piece, arguments | _kind(plan.mixture))
+            if rows_MS is not None and weights_MC is not None:
+                accumulate(rows_MS, weights_MC, tile.head_CS)
         return sums_2R, rows_MS
 
     def gradients(
@@ -82,114 +124,151 @@ class TritonSweeps:
         head_gradient_WS: Tensor | None,
     ) -> Tensor:
         """The hidden states' gradient [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
-        plan, weights_RC = self._plan, self._room()
-        hidden_RS = self._student[0].to(product_dtype(self._student[0]))
-        factors = _logit_factors(plan, upstream, normalisers, labels_R)
-        gradient_RS = normalisers.lse_M.new_zeros(hidden_RS.shape)
-        for pair in self._tiles(has_teacher=plan.divergence is not None):
-            launches.gradient(pair, factors, weights_RC, plan.divergence, self._cut.logits).run()
-            self._accumulate(gradient_RS, weights_RC, pair)
+        plan, tiles = self._plan, self._tiles
+        gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
+        arguments = _factors(plan, upstream, normalisers, labels_R) | _kind(plan.divergence)
+        for tile in self._sweep():
+            gradient_RC = _in_place(tile.student_RC, tile.head_CS.dtype)
+            for piece in _pieces(tile):
+                own: dict[str, Any] = {
+                    "gradient_RC": gradient_RC[:, piece.columns.start - tile.columns.start :]
+                }
+                own |= {"out_stride": gradient_RC.stride(0), "first": piece.columns.start}
+                self._launch(kernels.gradient_kernel, piece, arguments | own)
+            accumulate(gradient_RS, gradient_RC, tile.head_CS)
             if head_gradient_WS is not None:
-                tile_RC = weights_RC[:, : pair.columns.stop - pair.columns.start].to(hidden_RS.dtype)
-                head_gradient_WS[pair.columns] += product(tile_RC.T, hidden_RS, gradient_RS.dtype)
+                add_head_gradient(head_gradient_WS[tile.columns], gradient_RC, tiles.hiddens[-1])
+        self._held = None
         return gradient_RS
 
-    def _tiles(self, first: int = 0, *, has_teacher: bool = True) -> Iterator[Pair]:
-        """Tiles of the vocabulary; if `first`, one of so many columns comes first.
+    def _sweep(self) -> Iterable[Tile]:
+        if self._tiles.num_tokens == 0:
+            return ()
+        if self._plan.held_rows is None:
+            return self._tiles
+        if self._held is None:
+            self._held = list(self._tiles)
+        return self._held
 
-        Exponentials are relative to the peaks of the tiles before: the first tile has none to be relative to.
-        """
-        teacher, temperature = self._teacher if has_teacher else None, self._plan.temperature
-        starts = [0] if first == 0 else [0, first]
-        starts += range(starts[-1] + self._tile_size, self._num_valid, self._tile_size)
-        for start, stop in zip(starts, [*starts[1:], self._num_valid], strict=True):
-            columns = slice(start, min(stop, self._num_valid))
-            if self._num_rows > 0 and columns.start < columns.stop:
-                yield Pair(teacher, self._student, columns, temperature)
+    def _launch(self, kernel: Any, piece: Tile, arguments: dict[str, Any]) -> None:
+        num_columns = piece.columns.stop - piece.columns.start
+        arguments = arguments | {
+            "teacher_RC": piece.teacher_RC,
+            "student_RC": piece.student_RC,
+            "stride": piece.student_RC.stride(0),
+            "num_rows": self._tiles.num_tokens,
+            "num_columns": num_columns,
+            "inverse_temperature": 1 / self._plan.temperature,
+            "COLUMNS": triton.next_power_of_2(num_columns),
+        }
+        Launch(kernel, self._tiles.num_tokens, arguments, WARPS).run()
 
-    def _add_rows(
-        self, sums: SoftmaxSums, pair: Pair, weights: Weights, block_peak_BM: Tensor, totals: Totals
-    ) -> None:
+    def _add_rows(self, sums: SoftmaxSums, weights: _Weights, drop_M: Tensor, gap_M: Tensor | None) -> None:
         """Add a tile's part of every sum of rows."""
-        parts = [(sums.unit_rows_RS, weights.unit_RC, sums.student, sums.temperature)]
-        if sums.rows_MS is not None:
-            own_RS = sums.rows_MS
-            if weights.first_RC is not None:
-                parts.append((sums.rows_MS[sums.teacher], weights.first_RC, sums.lead, 1.0))
-                own_RS = sums.rows_MS[sums.student]
-            parts.append((own_RS, weights.student_RC, sums.student, 1.0))
-        limit = launches.leap_limit(self._student[1].dtype, sums.temperature)
-        for rows_RS, weights_RC, model, power in parts:
-            if rows_RS is None or weights_RC is None:
-                continue
-            peaks = Peaks(totals.before_M[model], totals.target_M[model], totals.peak_M[model], power)
-            block_peak_BR = block_peak_BM[:, model]
-            launches.rescale(weights_RC, block_peak_BR, peaks, limit, self._cut.logits).run()
-            largest_BR = None
-            if self._plan.kernels.skip_below > 0:  # the log-sum-exp is at least the running maximum
-                largest_BR = (block_peak_BR - peaks.peak_R).mul_(power).exp_()
-            self._accumulate(rows_RS, weights_RC, pair, largest_BR, peaks)
-
-    def _accumulate(
-        self,
-        rows_RS: Tensor,
-        weights_RC: Tensor,
-        pair: Pair,
-        largest_BR: Tensor | None = None,
-        peaks: Peaks | None = None,
-    ) -> None:
-        """rows += weights @ head. `largest_BR`: probabilities by which blocks may be skipped; None: all count."""
-        kept = None
-        if largest_BR is not None:
-            kept = launches.kept_blocks(largest_BR, self._plan.kernels.skip_below, self._cut)
-        head_CS = self._student[1][pair.columns]
-        launches.accumulate(rows_RS, weights_RC, head_CS, self._cut, peaks=peaks, kept=kept).run()
-
-    def _room(self) -> Tensor:
-        """For a tile's weights, [R, whole blocks]."""
-        return self._student[1].new_empty(self._num_rows, self._tile_size)
-
-    def _weights(self, sums: SoftmaxSums) -> Weights:
-        """Room for the weights of the rows that are summed."""
-        has_rows = sums.rows_MS is not None
-        return Weights(
-            first_RC=self._room() if has_rows and sums.cross_R is not None else None,
-            student_RC=self._room() if has_rows else None,
-            unit_RC=self._room() if sums.unit_rows_RS is not None else None,
+        if sums.unit_rows_RS is not None and weights.unit_RC is not None:
+            _rescale(sums.unit_rows_RS, drop_M[sums.student], sums.temperature)
+            accumulate(sums.unit_rows_RS, weights.unit_RC, weights.head_CS)
+        if sums.rows_MS is None or weights.weights_MC is None:
+            return
+        own = sums.student if sums.cross_R is None else slice(None)
+        if sums.student_leads:
+            drop_M = drop_M[sums.student].repeat(2)
+            gap_M = None if gap_M is None else gap_M[sums.student].repeat(2)
+        _rescale(sums.rows_MS, drop_M[own], 1.0)
+        if gap_M is None:
+            accumulate(sums.rows_MS, weights.weights_MC, weights.head_CS)
+            return
+        accumulate_kept(
+            sums.rows_MS, weights.weights_MC, weights.head_CS, gap_M[own], self._plan.kernels.skip_below
         )
 
-    def _block_statistics(self, sums: SoftmaxSums) -> BlockStatistics:
-        """Room for the statistics of a tile's column blocks."""
 
-        def room(like: Tensor | None) -> Tensor | None:
-            return None if like is None else like.new_empty(self._most_blocks, len(like))
-
-        peak_BM, mass_BM = sums.peak_M.new_empty(2, self._most_blocks, len(sums.peak_M))
-        return BlockStatistics(peak_BM, mass_BM, room(sums.unit_mass_M), room(sums.cross_R))
+def _leap_limit(dtype: torch.dtype, temperature: float) -> float:
+    """How far a logit may exceed what its row's weights are relative to: these (heated, or times a gap) stay finite."""
+    return (4.0 if dtype == torch.float16 else 30.0) / max(1.0, temperature)
 
 
-def _logit_factors(
+class _Weights:
+    """Where a tile's weights appear: in the place of its logits."""
+
+    def __init__(self, sums: SoftmaxSums, tile: Tile, plan: Plan) -> None:
+        self.head_CS = tile.head_CS
+        self.weights_MC = self.first_RC = self.student_RC = self.unit_RC = None
+        self.stride = 0
+        if sums.unit_rows_RS is not None:
+            self.unit_RC = torch.empty(
+                tile.student_RC.shape, dtype=tile.head_CS.dtype, device=tile.head_CS.device
+            )
+        if sums.rows_MS is None:
+            return
+        logits = tile.student_RC if plan.crossing is None else tile.logits_MC
+        self.weights_MC = _in_place(logits, tile.head_CS.dtype)
+        self.stride = self.weights_MC.stride(0)
+        count = len(tile.student_RC)
+        self.student_RC = self.weights_MC[-count:]
+        if sums.cross_R is not None:
+            self.first_RC = self.weights_MC[:count]
+
+
+def _in_place(logits_RC: Tensor, dtype: torch.dtype) -> Tensor:
+    """The beginnings of its rows, as numbers of a dtype that is at most as wide."""
+    return logits_RC.view(dtype)[:, : logits_RC.shape[1]]
+
+
+def _pieces(tile: Tile) -> Iterator[Tile]:
+    """A tile's columns, as many at a time as fit into registers."""
+    start, stop = tile.columns.start, tile.columns.stop
+    for first in range(start, stop, MOST_COLUMNS):
+        inner = slice(first - start, min(first + MOST_COLUMNS, stop) - start)
+        teacher_RC = None if tile.teacher_RC is None else tile.teacher_RC[:, inner]
+        columns = slice(first, start + inner.stop)
+        yield tile._replace(columns=columns, teacher_RC=teacher_RC, student_RC=tile.student_RC[:, inner])
+
+
+def _rescale(rows_MS: Tensor, drop_M: Tensor, power: float) -> None:
+    width = rows_MS.shape[1]
+    arguments: dict[str, Any] = {"rows_MS": rows_MS, "drop_M": drop_M, "width": width, "power": power}
+    arguments["COLUMNS"] = min(2048, triton.next_power_of_2(width))
+    Launch(kernels.rescale_kernel, len(rows_MS), arguments).run()
+
+
+def _scale(sums: SoftmaxSums, factor_M: Tensor) -> None:
+    """Make the rows relative to the peaks, as the other sums are."""
+    if sums.unit_rows_RS is not None:
+        sums.unit_rows_RS.mul_((factor_M[sums.student] ** sums.temperature)[:, None])
+    if sums.rows_MS is None:
+        return
+    if sums.student_leads:
+        factor_M = factor_M[sums.student].repeat(2)
+    elif sums.cross_R is None:
+        factor_M = factor_M[sums.student]
+    sums.rows_MS.mul_(factor_M[:, None])
+
+
+def _factors(
     plan: Plan, upstream: Upstream, normalisers: Normalisers, labels_R: Tensor | None
-) -> LogitFactors:
-    """score * up + p * (unit - centre * up) - label, as rows' factors."""
+) -> dict[str, Tensor | None]:
+    """score * up + p * (unit - centre * up) - label, as rows' factors; None: left out."""
     scale_R = own_R = None
     if plan.divergence is not None:
         assert normalisers.centre_R is not None
-        scale_R = upstream.divergence_R
+        scale_R = upstream.divergence_R.contiguous()
         own_R = -normalisers.centre_R * scale_R
         if plan.unit and not plan.heated:
-            own_R += upstream.unit_R
-    return LogitFactors(
-        lse_M=None if plan.divergence is None else normalisers.lse_M,
-        unit_lse_R=normalisers.unit_lse_R,
-        scale_R=scale_R,
-        own_R=own_R,
-        unit_R=upstream.unit_R if plan.divergence is None or plan.heated else None,
-        label_R=None if labels_R is None else labels_R - plan.shard.first,
-        label_scale_R=None if labels_R is None else upstream.label_R,
-    )
+            own_R = own_R + upstream.unit_R
+    return {
+        "lse_M": None if plan.divergence is None else normalisers.lse_M,
+        "unit_lse_R": normalisers.unit_lse_R,
+        "scale_R": scale_R,
+        "own_R": own_R,
+        "unit_R": upstream.unit_R.contiguous() if plan.divergence is None or plan.heated else None,
+        "label_R": None if labels_R is None else labels_R - plan.shard.first,
+        "label_scale_R": None if labels_R is None else upstream.label_R.contiguous(),
+    }
 
 
-def _as_read(model: Model) -> Model:
-    hidden, head = model
-    return hidden.to(head.dtype).contiguous(), head.detach().contiguous()
+def _kind(divergence: Divergence | None) -> dict[str, Any]:
+    if divergence is None:
+        return {"KIND": None, "mix": 0.5, "log_mix": 0.0, "log_rest": 0.0}
+    mix = divergence.mixture
+    return {"KIND": divergence.kind, "mix": mix, "log_mix": math.log(mix), "log_rest": math.log1p(-mix)}

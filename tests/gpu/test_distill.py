@@ -1,0 +1,147 @@
+"""Small distillations through the real entry point on a GPU, beside the same run in float32 on a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SEQUENCE, VOCABULARY = 64, 1999
+LOCAL = "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion"
+COMMON = (
+    f"--use-checkpoint-args --mock-data --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
+    f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 8 "
+    "--train-iters 6 --eval-interval 100 --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 "
+    "--fdd-layers 2 --fdd-ce-weight 0.1 --seed 7"
+)
+TERMS = ("ce", "kd", "trajectory", "delta", "grad_norm")
+
+
+def architecture(width: int, layers: int) -> dict[str, Any]:
+    """A GPT-2."""
+    return {
+        "num_layers": layers,
+        "hidden_size": width,
+        "ffn_hidden_size": 4 * width,
+        "num_attention_heads": width // 32,
+        "max_position_embeddings": SEQUENCE,
+        "seq_length": SEQUENCE,
+        "vocab_size": VOCABULARY,
+        "position_embedding_type": "learned_absolute",
+        "untie_embeddings_and_output_weights": False,
+    }
+
+
+FLAGS = {
+    "cpu": "",
+    "float32": LOCAL,
+    "float32 torch": f"{LOCAL} --fdd-kernels torch",
+    "bf16": f"{LOCAL} --bf16",
+    "bf16 recompute": f"{LOCAL} --bf16 --recompute-granularity full --recompute-method block --recompute-num-layers 5",
+    "transformer engine": "--transformer-impl transformer_engine --bf16",
+}
+
+
+def start(folder: Path, models: Path, flags: str, *, device: str = "gpu") -> subprocess.Popen:
+    """Begin to train, in a process of its own; what it prints and its metrics file are in `folder`."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "megatron_fdd.distill", "--teacher-load", str(models / "teacher")]
+    command += [*COMMON.split(), "--fdd-metrics-file", str(folder / "metrics.jsonl"), *flags.split()]
+    if "--load" not in flags:
+        command += ["--load", str(models / "student")]
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": "0", "FDD_REHEARSE": "0"}
+    if device == "cpu":
+        environment |= {"FDD_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
+
+
+def records(folder: Path, process: subprocess.Popen) -> list[dict[str, Any]]:
+    """Those of the metrics file, once the process has ended well."""
+    status = process.wait(timeout=240)
+    assert status == 0, (folder / "log").read_text()[-6000:]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(ours: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float) -> None:
+    """Relative to what a term was in the first step: later ones are small differences of like models."""
+    assert len(ours) == len(wanted)
+    for record, other in zip(ours, wanted, strict=True):
+        for name in TERMS:
+            allowed = tolerance * abs(wanted[0][name])
+            assert record[name] == pytest.approx(other[name], abs=allowed), (name, record, other)
+
+
+class Runs:
+    """Many short runs side by side: most of the time of each is its start."""
+
+    def __init__(self, root: Path, models: Path) -> None:
+        self._root, self._models = root, models
+        self._processes: dict[str, subprocess.Popen] = {}
+        for name, flags in FLAGS.items():
+            if name != "transformer engine" or importlib.util.find_spec("transformer_engine"):
+                self.start(name, flags, device="cpu" if name == "cpu" else "gpu")
+        for name, more in (("whole", ""), ("stopped", "--exit-interval 4")):
+            self.start(name, f"{self.resumable(name)} {more}")
+
+    def start(self, name: str, flags: str, **options: str) -> None:
+        self._processes[name] = start(self._root / name, self._models, flags, **options)
+
+    def resumable(self, name: str) -> str:
+        """The flags that begin a run, and go on with it."""
+        places = f"--load {self._root / name} --save {self._root / name} --pretrained-checkpoint "
+        flags = f"{LOCAL} --bf16 --use-distributed-optimizer --save-interval 2 "
+        return f"{flags} {places} {self._models / 'student'}"
+
+    def __getitem__(self, name: str) -> list[dict[str, Any]]:
+        return records(self._root / name, self._processes[name])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All of them, with a teacher and a student that other processes made as Megatron checkpoints."""
+    root = tmp_path_factory.mktemp("models")
+    script = (
+        "import sys; from pathlib import Path; from benchmarks.step_run import make_checkpoint; "
+        "make_checkpoint(Path(sys.argv[1]), eval(sys.argv[2]), Path(sys.argv[1] + '.log'))"
+    )
+    makers = []
+    for name, shape in (("teacher", architecture(192, 6)), ("student", architecture(128, 5))):
+        command = [sys.executable, "-c", script, str(root / name), repr(shape)]
+        makers.append(subprocess.Popen(command, env=os.environ | {"FDD_REHEARSE": "0"}))
+    assert [maker.wait(timeout=240) for maker in makers] == [0, 0]
+    return Runs(tmp_path_factory.mktemp("runs"), root)
+
+
+@pytest.mark.parametrize("name", ["float32", "float32 torch"])
+def test_float32_gives_the_cpu_losses(name: str, runs: Runs) -> None:
+    assert_close(runs[name], runs["cpu"], 1e-3)
+
+
+def test_bf16_gives_nearly_the_cpu_losses(runs: Runs) -> None:
+    assert_close(runs["bf16"], runs["cpu"], 3e-2)
+
+
+def test_recompute_changes_nothing(runs: Runs) -> None:
+    assert_close(runs["bf16 recompute"], runs["bf16"], 1e-3)
+
+
+def test_transformer_engine_gives_nearly_the_cpu_losses(runs: Runs) -> None:
+    pytest.importorskip("transformer_engine.pytorch")
+    assert_close(runs["transformer engine"], runs["cpu"], 3e-2)
+
+
+def test_resumes(runs: Runs) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("Megatron resumes its distributed optimizer with TransformerEngine's or apex's Adam only")
+    assert len(runs["stopped"]) == 4
+    runs.start("stopped", runs.resumable("stopped"))
+    assert [record["iteration"] for record in runs["stopped"]] == [1, 2, 3, 4, 5, 6]
+    assert_close(runs["stopped"], runs["whole"], 1e-4)

@@ -1,0 +1,149 @@
+"""The fused losses on a GPU, with their real tiles, against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fdd.ops.delta import delta_cosine, head_grams
+from megatron_fdd.ops.head_loss import head_loss
+from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case
+from tests.ops.test_head_loss import reference as head_reference
+from tests.ops.test_head_loss import weighted, weights_of
+from tests.ops.test_linear_kl import reference_gradients
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# In values and in gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before they are summed.
+TOLERANCES = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (2e-6, 6e-3)}
+# Tokens, vocabulary, its padded size, widths of teacher and student.
+ODD = (77, 1003, 1024, (72, 40))
+SEVERAL_TILES = (130, 17001, 17024, (128, 64))
+LARGE = (300, 151_936, 152_064, (256, 128))
+
+
+def on_gpu(size: tuple[int, int, int, tuple[int, int]], dtype: torch.dtype) -> Case:
+    num_tokens, vocab_size, padded, widths = size
+    case = make_case(num_tokens, vocab_size, padded=padded, widths=widths).to(dtype)
+    tensors = {name: getattr(case, name).cuda() for name in Case.__dataclass_fields__ if name != "vocab_size"}
+    return replace(case, **tensors)
+
+
+def assert_linear_kl(case: Case, divergence: Divergence | None, kernels: Kernels, *, live: bool) -> None:
+    hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_(live)
+    outputs = linear_kl(
+        case.teacher,
+        case.teacher_head,
+        hidden,
+        head,
+        shard=VocabShard(0, case.vocab_size, None),
+        divergence=divergence,
+        labels_N=case.labels,
+        kernels=kernels,
+    )
+    leaves = (hidden, head) if live else (hidden,)
+    ours = gradients(loss(outputs, case.upstream), *leaves)
+    keep = (divergence is not None, True, True, True)
+    expected, expected_gradients = reference_gradients(case, divergence, keep)
+    in_value, in_gradient = TOLERANCES[case.student_head.dtype]
+    for value, wanted in zip(outputs, expected, strict=True):
+        assert value is None or error(value, wanted) < in_value
+    for gradient, wanted in zip(ours, expected_gradients, strict=False):
+        assert error(gradient, wanted) < in_gradient
+
+
+def assert_head_loss(case: Case, divergence: Divergence | None, kernels: Kernels) -> None:
+    weights = weights_of(case)
+    hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_()
+    ours = head_loss(
+        (case.teacher, case.teacher_head),
+        (hidden, head),
+        shard=VocabShard(0, case.vocab_size, None),
+        divergence=divergence,
+        labels_N=case.labels,
+        weights=weights,
+        kernels=kernels,
+    )
+    double = case.to(torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (double.student, double.student_head)]
+    expected = head_reference(double, divergence, weights, *leaves)
+    in_value, in_gradient = TOLERANCES[case.student_head.dtype]
+    for value, wanted in zip(ours, expected, strict=True):
+        assert value is None or error(value, wanted) < in_value
+    wanted_gradients = gradients(weighted(expected, weights), *leaves)
+    for gradient, wanted in zip(
+        gradients(weighted(ours, weights), hidden, head), wanted_gradients, strict=True
+    ):
+        assert error(gradient, wanted) < in_gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_divergence(kind: str, temperature: float, kernels: str, dtype: torch.dtype) -> None:
+    case, divergence = on_gpu(ODD, dtype), Divergence(kind, temperature=temperature)
+    for live in (False, True):
+        assert_linear_kl(case, divergence, Kernels(kernels, tile_size=256), live=live)
+    assert_head_loss(case, divergence, Kernels(kernels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("size", [SEVERAL_TILES, LARGE], ids=["17k", "152k"])
+def test_large_vocabularies(size: tuple, kernels: str, dtype: torch.dtype) -> None:
+    case = on_gpu(size, dtype)
+    assert_linear_kl(case, Divergence("fkl"), Kernels(kernels), live=False)
+    assert_linear_kl(case, Divergence("rkl"), Kernels(kernels), live=True)
+    assert_head_loss(case, Divergence("fkl"), Kernels(kernels))
+    assert_head_loss(case, None, Kernels(kernels))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_same_result_every_time(kernels: str) -> None:
+    case = on_gpu(SEVERAL_TILES, torch.bfloat16)
+
+    def once() -> tuple[Tensor, ...]:
+        hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_()
+        shard = VocabShard(0, case.vocab_size, None)
+        outputs = linear_kl(
+            case.teacher,
+            case.teacher_head,
+            hidden,
+            head,
+            shard=shard,
+            divergence=Divergence(),
+            kernels=Kernels(kernels),
+        )
+        return gradients(loss(outputs, case.upstream), hidden, head)
+
+    first, second = once(), once()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("centred", [False, True], ids=["logprob", "centred"])
+def test_cosines_of_differences(centred: bool) -> None:
+    """Like a late layer after a training: both models change alike, and little of what they have."""
+    case = on_gpu((500, 20_000, 20_000, (1024, 512)), torch.bfloat16)
+    shard = VocabShard(0, case.vocab_size, None)
+    grams = head_grams(case.teacher_head, case.student_head, shard=shard, centred=centred)
+    deltas = [(x.float() * 0.3).requires_grad_() for x in (case.teacher, case.student)]
+    heads = [head.double() for head in (case.teacher_head, case.student_head)]
+    wide = [delta.detach().double().requires_grad_() for delta in deltas]
+    changes = [delta @ head.T for delta, head in zip(wide, heads, strict=True)]
+    lse = None
+    if centred:
+        changes = [change - change.mean(1, keepdim=True) for change in changes]
+    else:
+        lse = [change.detach().logsumexp(1) - 9 for change in changes]
+        changes = [change - c[:, None] for change, c in zip(changes, lse, strict=True)]
+        lse = [c.float() for c in lse]
+    wanted = torch.nn.functional.cosine_similarity(*changes, dim=1)
+    cosine = delta_cosine(*deltas, *(lse or (None, None)), grams, shard=shard)
+    assert (cosine - wanted).abs().max() < 1e-5
+    (gradient,) = torch.autograd.grad(cosine.sum(), deltas[1])
+    (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide[1])
+    assert error(gradient, wanted_gradient) < 1e-4
