@@ -62,7 +62,15 @@ def test_its_args_build_it_at_other_padding(saved: Path, ranks: int, padded_voca
 def test_export_at_another_layout(saved: Path, tmp_path: Path, ranks: int) -> None:
     arguments = {"load": saved / "mcore", "hf_out": tmp_path / "back", "max_shard_size": "40KB"}
     run_on_ranks(convert.mcore_to_hf, Layout(tp=ranks), arguments)
-    assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 2
+    files = sorted((tmp_path / "back").glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    run_on_ranks(convert.mcore_to_hf, Layout(tp=1), {**arguments, "hf_out": tmp_path / "alone"})
+    for path in [
+        *files,
+        tmp_path / "back" / "checksums.json",
+        tmp_path / "back" / "model.safetensors.index.json",
+    ]:
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes(), path.name
     assert toys.tensor_hashes(tmp_path / "back") == toys.tensor_hashes(saved / "source")
 
 
