@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from megatron_fdd.convert.ranks import EveryRanksError
+
 DTYPE_CHOICES = ("checkpoint", "float32", "bfloat16", "float16")
 
 
@@ -23,14 +25,19 @@ def teaching_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def run_tool(action: Callable[[], str]) -> int:
-    """Run it and print the line it returns (on rank 0). An expected error is one line on stderr and exit 1."""
+    """Run it and print the line it returns (on rank 0). An expected error is one line on stderr and exit 1.
+
+    What every rank raises is told by rank 0 alone.
+    """
+    first_rank = os.environ.get("RANK", "0") == "0"
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
         closing_line = action()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if first_rank or not isinstance(error, EveryRanksError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    if os.environ.get("RANK", "0") == "0":
+    if first_rank:
         print(closing_line, flush=True)
     return 0
