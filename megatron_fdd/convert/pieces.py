@@ -1,0 +1,89 @@
+"""Where in a checkpoint a parameter lies: Megatron stores some in several pieces, and one under two names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megatron_fdd.checkpoint import other_name
+
+
+def is_before_experts(name: str, parameters: Collection[str]) -> bool:
+    """Whether a parameter is of the norm before a mixture of experts, among the model's parameter names."""
+    layer, norm, _ = name.partition("pre_mlp_layernorm.")
+    return bool(norm) and f"{layer}mlp.router.weight" in parameters
+
+
+def entries_of(model: torch.nn.Module, groups: Any, content: Mapping[str, Any]) -> dict[str, ShardedBase]:
+    """How Megatron stores the model; a parameter's entry is under its own name."""
+    assert isinstance(model, MegatronModule)
+    return model.sharded_state_dict(metadata={**content, "dp_cp_group": groups.dp_cp})
+
+
+def pieces_of(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:
+    """The tensors of the checkpoint that hold a parameter, as views of `data`: gate and up lie apart there."""
+    assert isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+    dtype = {"dtype": data.dtype} if isinstance(entry, ShardedTensor) else {}
+    state = {"": dataclasses.replace(entry, data=data, **dtype)}
+    apply_factories(state)
+    return [_with_all_axes(piece) for piece in nested_values(state)]
+
+
+def _with_all_axes(piece: ShardedTensor) -> ShardedTensor:
+    """The same place in the checkpoint, the layer's axis (size 1) made one of the data's own.
+
+    Megatron turns a piece whose data lacks the axis into a torch ShardedTensor, which needs all layers at once.
+    """
+    assert piece.data is not None
+    shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+    return dataclasses.replace(piece, data=piece.data.view(shape), local_shape=shape, prepend_axis_num=0)
+
+
+class Pieces:
+    """Every piece in which some parameters are to be written.
+
+    Attributes:
+        state: the pieces, without data, under names of no meaning.
+    """
+
+    def __init__(self, entries: Mapping[str, ShardedBase], norms_before_experts: Collection[str]) -> None:
+        self._entries = entries
+        self._norms_before_experts = norms_before_experts
+        self.state: dict[str, ShardedTensor] = {}
+        self._parameter_of: dict[tuple[Any, ...], tuple[int, str]] = {}
+        for position, (name, entry) in enumerate(entries.items()):
+            for index, piece in enumerate(self.of(name, entry.data)):
+                self.state[f"{name}.{index}"] = piece
+                self._parameter_of[place_of(piece)] = (position, name)
+
+    def of(self, name: str, data: Tensor) -> list[ShardedTensor]:
+        """The pieces of one parameter, as views of `data`: a norm before experts under both of its names."""
+        pieces = pieces_of(self._entries[name], data)
+        if name in self._norms_before_experts:
+            pieces += [dataclasses.replace(piece, key=other_name(piece.key)) for piece in pieces]
+        return pieces
+
+    def parameter_of(self, item: WriteItem) -> tuple[int, str]:
+        """Position and name of the parameter in which a piece to be written lies."""
+        return self._parameter_of[place_of(item)]
+
+
+def place_of(piece: ShardedTensor | WriteItem) -> tuple[Any, ...]:
+    """Where in the checkpoint: the key of the whole tensor and the offsets in it."""
+    if isinstance(piece, ShardedTensor):
+        return (piece.key, *piece.global_offset)
+    assert piece.index.offset is not None
+    return (piece.index.fqn, *piece.index.offset)

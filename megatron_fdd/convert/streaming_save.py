@@ -1,0 +1,93 @@
+"""Saving in Megatron's format with one tensor in memory, read when its turn to be written comes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_fdd.convert.pieces import Pieces, place_of
+
+Reader = Callable[[str], Tensor]
+"""Name of a parameter -> its value on the CPU."""
+
+
+class StreamingSave(TorchDistSaveShardedStrategy):
+    """Megatron's format through torch's writer; Megatron's own writer first collects all that a rank writes."""
+
+    def __init__(self, weights: Pieces, read: Reader) -> None:
+        super().__init__()
+        self._weights = weights
+        self._read = read
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(flat),
+            storage_writer=_StreamingWriter(checkpoint_dir),
+            planner=_LazyPlanner(self._weights, self._read),
+        )
+
+
+class _StreamingWriter(torch_checkpoint.FileSystemWriter):
+    """One file a rank, one tensor in memory; torch's own keeps every tensor until the file is closed."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        if plan.items:
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+                settings = (name, self.serialization_format)
+                for item in plan.items:  # the data gets no name: it would live while the next is read
+                    results.append(
+                        _write_item(self.transforms, stream, planner.resolve_data(item), item, *settings)
+                    )
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+class _LazyPlanner(MCoreSavePlanner):
+    """Reads a parameter when its turn to be written comes; parameters in the model's order."""
+
+    def __init__(self, weights: Pieces, read: Reader) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._weights = weights
+        self._read = read
+        self._current = ""
+        self._data_of: dict[tuple[Any, ...], Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        self.plan = dataclasses.replace(plan, items=sorted(plan.items, key=self._position))
+        return self.plan
+
+    def _position(self, item: WriteItem) -> int:
+        return -1 if item.type == WriteItemType.BYTE_IO else self._weights.parameter_of(item)[0]
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        _, name = self._weights.parameter_of(write_item)
+        if self._current != name:
+            self._data_of.clear()  # let go of one before reading the next
+            pieces = self._weights.of(name, self._read(name))
+            self._current, self._data_of = name, {place_of(piece): piece.data for piece in pieces}
+        data = self._data_of.pop(place_of(write_item))
+        alone = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
+        return data if alone else data.clone()  # a view would be stored with all that it is a view of
