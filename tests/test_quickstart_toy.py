@@ -44,7 +44,7 @@ def test_quickstart_at_toy_size(tmp_path: Path) -> None:
     done = quickstart(tmp_path)
     # Four steps of a random teacher: the verdict must be that it did not get there, and nothing else is wrong.
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "KL" in done.stdout
+    assert "KL" in done.stdout, done.stdout + done.stderr
     assert "torchrun --standalone --nproc-per-node 2 -m megatron_fdd.distill" in done.stdout
     work = tmp_path / "work"
     report = json.loads((work / "report/report.json").read_text())

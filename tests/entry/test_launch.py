@@ -58,7 +58,7 @@ def test_a_killed_launch_resumes_bit_for_bit(toy: Toys, tmp_path: Path) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     path = killed / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= 5):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     kill(process)
