@@ -27,7 +27,8 @@ def conversion_ranks() -> Iterator[Any]:
 
     Under torchrun those of its ranks, else one rank, over gloo. The ProcessGroupCollection holds groups of one
     rank only, so that a model built with it is whole. Megatron's parallel state is made if there is none (its
-    modules ask for it) and then ended again. Without a GPU the CPU rehearsal is switched on.
+    modules ask for it) and then ended again; environment variables are as before. Without a GPU the CPU rehearsal
+    is switched on.
 
     Collectives over all ranks: making the groups.
     """
@@ -36,6 +37,7 @@ def conversion_ranks() -> Iterator[Any]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    environment = dict(os.environ)
     own_world = not dist.is_initialized()
     if own_world and "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=_PATIENCE)
@@ -52,6 +54,9 @@ def conversion_ranks() -> Iterator[Any]:
             setattr(groups, field.name, alone)
         yield groups
     finally:
+        # A GPTModel writes its choice of attention into NVTE_* variables, over which a run started later would trip.
+        os.environ.clear()
+        os.environ.update(environment)
         if alone is not None:
             dist.destroy_process_group(alone)
         if own_state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,8 @@ def test_weights_that_do_not_match_the_config(tmp_path: Path, change: dict, mess
     with pytest.raises(ValueError, match=message):
         convert.hf_to_mcore(folder, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
+    # A GPTModel leaves them behind, and a run that this process starts would stop at them.
+    assert not [name for name in os.environ if name.startswith("NVTE_")]
 
 
 def test_integers_are_refused_whatever_dtype_is_asked_for(tmp_path: Path) -> None:
