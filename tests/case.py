@@ -51,8 +51,12 @@ class Case:
     loss_scale: float = 1.0
     micro_batches: int = MICRO_BATCHES
     packed: bool = False
+    length: int = LENGTH
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
+    transformer_impl: str = "local"
+    student_options: tuple[tuple[str, Any], ...] = ()  # of TransformerConfig
+    teacher_options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -97,7 +101,8 @@ def join(
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     config = fdd_config(case)
-    options = dict(case.recompute)
+    options = dict(case.recompute + case.student_options)
+    options["transformer_impl"] = case.transformer_impl
     if case.loss_scale != 1.0:
         options["grad_scale_func"] = lambda loss: loss * case.loss_scale
     student_weights = reference.random_weights(case.student, 1)
@@ -106,7 +111,15 @@ def join(
     )
     teacher_weights = reference.random_weights(case.teacher, 2)
     own_experts = topology.with_experts(case.teacher_ep)
-    teacher = build_frozen(case.teacher, teacher_weights, own_experts, dtype, padded_like=case.student)
+    teacher = build_frozen(
+        case.teacher,
+        teacher_weights,
+        own_experts,
+        dtype,
+        padded_like=case.student,
+        transformer_impl=case.transformer_impl,
+        **dict(case.teacher_options),
+    )
     pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
     plan = Plan(
         config,
@@ -133,7 +146,7 @@ def schedule_step(
         data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
         model=chunks,
         num_microbatches=len(mine),
-        seq_length=LENGTH,
+        seq_length=case.length,
         micro_batch_size=MICRO_BATCH,
         forward_only=False,
     )
@@ -159,7 +172,7 @@ def step_result(case: Case, chunks: list[torch.nn.Module], means: list[dict[str,
 
 
 def case_batches(case: Case) -> list[dict[str, Tensor]]:
-    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, LENGTH, shard_vocab(case))
+    batches = reference.random_batches(case.micro_batches, MICRO_BATCH, case.length, shard_vocab(case))
     return reference.packed(batches) if case.packed else batches
 
 

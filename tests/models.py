@@ -27,7 +27,13 @@ DIVISIBLE_BY = 4
 
 
 def model_config(
-    shape: Shape, topology: Topology, dtype: torch.dtype, *, virtual: int | None = None, **options: object
+    shape: Shape,
+    topology: Topology,
+    dtype: torch.dtype,
+    *,
+    virtual: int | None = None,
+    transformer_impl: str = "local",
+    **options: object,
 ) -> GPTModelConfig:
     """The Megatron configuration of `shape` on this layout; `options` go to TransformerConfig."""
     layout = None
@@ -55,7 +61,7 @@ def model_config(
         use_cpu_initialization=True,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        transformer_impl="local",
+        transformer_impl=transformer_impl,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -111,11 +117,17 @@ def build_student(
 
 
 def build_frozen(
-    shape: Shape, weights: Weights, topology: Topology, dtype: torch.dtype, *, padded_like: Shape
+    shape: Shape,
+    weights: Weights,
+    topology: Topology,
+    dtype: torch.dtype,
+    *,
+    padded_like: Shape,
+    **options: object,
 ) -> GPTModel:
     """A GPTModel in evaluation mode without gradients; its vocabulary is padded as another model's."""
     model_parallel_cuda_manual_seed(1)
-    config = model_config(shape, topology, dtype)
+    config = model_config(shape, topology, dtype, **options)
     config.vocab_size = padded_vocab(padded_like, topology)
     model = build_stage(config, topology).to(dtype)
     load_weights(model, weights, topology)
@@ -142,6 +154,8 @@ def full_name(
     if not name.startswith("decoder.layers."):
         return name
     _, _, layer, rest = name.split(".", 3)
+    rest = re.sub(r"^self_attention.linear_qkv.layer_norm_", "input_layernorm.", rest)  # TransformerEngine's
+    rest = re.sub(r"^mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.", rest)
     if is_expert(name):
         before, local, tail = re.split(r"(?<=local_experts)\.(\d+)\.", rest)
         rank = topology.collection.ep.rank() if expert_rank is None else expert_rank

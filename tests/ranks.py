@@ -14,9 +14,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -24,9 +26,8 @@ from tests.rank_process import Call, Layout, Outcome, clean_megatron, serve
 
 __all__ = ["Layout", "clean_megatron", "close_pools", "distributed", "run_on_ranks"]
 
-# Imported once by the fork server: every rank is a copy of it.
+# Imported once by a fork server: every rank is a copy of it. An image comes before.
 PRELOAD = [
-    "tests.rank_image",
     "pytest",
     "megatron.training.training",
     "megatron.training.models.gpt",
@@ -72,13 +73,17 @@ def run_on_ranks(
     arguments: dict[str, Any] | None = None,
     *,
     timeout_s: float = 120.0,
+    image: str = "tests.rank_image",
 ) -> list[Any]:
     """Call a module-level function on every rank; its results (plain data) in the order of ranks.
+
+    Args:
+        image: the module in whose state every rank is born.
 
     Fails (or skips) the calling test when a rank fails, dies, hangs (or skips).
     """
     call = Call(body.__module__, body.__qualname__, arguments or {}, layout)
-    outcomes = _pool(layout.world_size).run(call, timeout_s)
+    outcomes = _pool(layout.world_size, image).run(call, timeout_s)
     if any(outcome.bad for outcome in outcomes):
         pytest.fail(_report(outcomes), pytrace=False)
     skipped = [outcome for outcome in outcomes if outcome.status == "skipped"]
@@ -93,17 +98,25 @@ def close_pools() -> None:
         _POOLS.popitem()[1].close()
 
 
-_POOLS: dict[int, Pool] = {}  # by size, the one used last at the end
+_POOLS: dict[tuple[int, str], Pool] = {}  # by size and image, the one used last at the end
 
 
-def _pool(size: int) -> Pool:
-    pool = _POOLS.pop(size, None)
+def _pool(size: int, image: str) -> Pool:
+    pool = _POOLS.pop((size, image), None)
     if pool is None or not pool.healthy:
-        while _POOLS and sum(_POOLS) + size > MAX_LIVE_RANKS:
+        while _POOLS and sum(pool.size for pool in _POOLS.values()) + size > MAX_LIVE_RANKS:
             _POOLS.pop(next(iter(_POOLS))).close()
-        pool = Pool(size)
-    _POOLS[size] = pool
+        pool = Pool(size, image)
+    _POOLS[size, image] = pool
     return pool
+
+
+@functools.cache
+def _fork_server(image: str) -> forkserver.ForkServer:
+    """multiprocessing itself knows one server, with one image."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([image, *PRELOAD])
+    return server
 
 
 def _report(outcomes: list[Outcome]) -> str:
@@ -118,12 +131,12 @@ def _report(outcomes: list[Outcome]) -> str:
 class Pool:
     """`size` processes; a call runs on all of them at once. After a bad outcome it is dead."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, image: str) -> None:
         self.size = size
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         root = Path(self._directory.name)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        server = _fork_server(image)
         self._stack_files = [root / f"rank{rank}.stack" for rank in range(size)]
         self._pipes: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
@@ -132,7 +145,8 @@ class Pool:
             seat = (rank, size, root / "rendezvous", self._stack_files[rank], theirs)
             # Not daemonic: those may have no children, and Megatron's data loaders are children.
             process = context.Process(target=serve, name=f"rank{rank}", args=seat, daemon=False)
-            process.start()
+            with patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+                process.start()
             theirs.close()  # so that a dead rank reads as end of file here
             self._pipes.append(ours)
             self._processes.append(process)

@@ -9,12 +9,19 @@ model as a training run would. Weights only, so that no GPU is needed.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import torch
-import transformer_engine.pytorch  # noqa: F401  (before the rehearsal, which hides what is not imported yet)
+
+# Before the rehearsal, which hides what is not imported yet.
+if importlib.util.find_spec("transformer_engine"):
+    pass
+else:
+    import tests.transformer_engine.rank_image  # noqa: F401
+
 from megatron.core import dist_checkpointing
 
 from megatron_fdd import rehearsal

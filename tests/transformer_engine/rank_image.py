@@ -1,0 +1,50 @@
+"""As `tests.rank_image`, with TransformerEngine importable: its own Python over the kernels of `kernels.py`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import torch._dynamo  # noqa: F401  (looks for onnx, before there is a wrong one)
+
+from megatron_fdd import rehearsal
+from megatron_fdd.rehearsal import device
+from tests.transformer_engine import kernels
+
+PYTHON = Path(sys.prefix) / "transformer-engine"  # where tools/env.sh puts the package, without its libraries
+
+sys.path.append(str(PYTHON))
+os.environ["NVTE_PROJECT_BUILDING"] = "1"  # does not look for CUDA's libraries
+os.environ["NVTE_FRAMEWORK"] = "none"  # nor for its extension
+os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # of scales and their history, in torch
+sys.modules["transformer_engine_torch"] = kernels
+sys.modules |= dict.fromkeys(("onnx", "onnxscript"), MagicMock())  # imported for exports to ONNX
+
+import transformer_engine.common  # noqa: E402
+
+transformer_engine.common.load_framework_extension = lambda _framework: None
+
+from transformer_engine.pytorch import distributed as te_distributed  # noqa: E402
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule  # noqa: E402
+
+_prepare = TransformerEngineBaseModule.prepare_forward
+
+
+def _prepare_on_cpu(*arguments: Any, **keywords: Any) -> Any:
+    with patch.object(torch.Tensor, "is_cuda", True):  # it refuses other tensors
+        return _prepare(*arguments, **keywords)
+
+
+TransformerEngineBaseModule.prepare_forward = _prepare_on_cpu
+te_distributed._get_cuda_rng_state = device.rng_state
+te_distributed._set_cuda_rng_state = device.set_rng_state
+
+del sys.modules["onnx"], sys.modules["onnxscript"]
+rehearsal.start()
+
+from tests.transformer_engine.attention import install_attention  # noqa: E402
+
+install_attention()

@@ -1,0 +1,67 @@
+"""TransformerEngine's modules: every loss term and every gradient is the same at every layout, and right.
+
+As `tests/test_layouts.py`, with TransformerEngine's own Python over the kernels of `kernels.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from megatron.core.utils import unwrap_model
+
+from tests.case import (
+    FULL_BLOCK,
+    FULL_UNIFORM,
+    SELECTIVE,
+    Case,
+    Result,
+    assert_equal,
+    expected,
+    join,
+    schedule_step,
+    step_result,
+)
+from tests.ranks import run_on_ranks
+from tests.reference import STUDENT, TEACHER, Terms
+
+IMAGE = "tests.transformer_engine.rank_image"
+TIED = {"student": replace(STUDENT, tied=True), "teacher": replace(TEACHER, tied=True)}
+LAYOUTS = {
+    "1x1": Case(),
+    "tp2": Case(tp=2),
+    "tp2-sp": Case(tp=2, sequence_parallel=True),
+    "tp4-sp": Case(tp=4, sequence_parallel=True),
+    "dp2": Case(dp=2),
+    "cp2": Case(cp=2),
+    "pp2": Case(pp=2),
+    "pp2-tp2-sp": Case(pp=2, tp=2, sequence_parallel=True),
+    "pp2-vpp3": Case(pp=2, vpp=3),
+    "packed": Case(packed=True),
+    "full-block": Case(recompute=FULL_BLOCK),
+    "full-uniform-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=FULL_UNIFORM),
+    "pp2-full-uniform": Case(pp=2, recompute=FULL_UNIFORM),
+    "selective-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=SELECTIVE),
+    "tied": Case(tp=2, **TIED),
+    "pp2-tied": Case(pp=2, **TIED),
+    "pp2-tp2-sp-live": Case(pp=2, tp=2, sequence_parallel=True, terms=Terms(live=True)),
+}
+
+
+def modules_step(case: Case) -> tuple[Result, set[str]]:
+    """Body on every rank: the step of `tests.case.run_step`, and which modules computed it."""
+    chunks, teacher, steps = join(case)
+    kinds = {
+        type(module).__name__ for model in [*unwrap_model(chunks), teacher] for module in model.modules()
+    }
+    return step_result(case, chunks, schedule_step(case, chunks, steps)), kinds
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
+    case = replace(LAYOUTS[name], transformer_impl="transformer_engine")
+    wanted = expected(case)
+    for result, kinds in run_on_ranks(modules_step, case.layout, {"case": case}, image=IMAGE):
+        assert_equal(result, wanted)
+        assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear"} <= kinds
+        assert not {"RowParallelLinear", "WrappedTorchNorm"} & kinds
