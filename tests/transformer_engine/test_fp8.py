@@ -1,0 +1,126 @@
+"""A step in FP8: what is computed in it and what is not, and that layout and recompute change nothing.
+
+The numbers are FP8's, the products float32 ones: `kernels.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.case import FULL_BLOCK, FULL_UNIFORM, SELECTIVE, Case, Result, relative, run_step
+from tests.ranks import run_on_ranks
+from tests.reference import STUDENT, TEACHER
+
+IMAGE = "tests.transformer_engine.rank_image"
+Options = tuple[tuple[str, Any], ...]
+
+
+def fp8(recipe: str, layers_in_bf16: int = 0) -> Options:
+    options: Options = (("fp8", "hybrid"), ("fp8_recipe", recipe))
+    if layers_in_bf16:
+        options += (("first_last_layers_bf16", True), ("num_layers_at_start_in_bf16", layers_in_bf16))
+        options += (("num_layers_at_end_in_bf16", layers_in_bf16),)
+    return options
+
+
+# Widths and tokens that FP8 products take.
+PLAIN = Case(
+    transformer_impl="transformer_engine",
+    student=replace(STUDENT, hidden=64, heads=16, groups=8, head_width=8, ffn=96),
+    teacher=replace(TEACHER, hidden=96, heads=16, groups=16, head_width=8, ffn=128),
+    length=16,
+)
+STUDENTS = {
+    recipe: replace(PLAIN, student_options=fp8(recipe)) for recipe in ("tensorwise", "delayed", "blockwise")
+}
+TEACHERS = {recipe: replace(PLAIN, teacher_options=fp8(recipe)) for recipe in ("tensorwise", "blockwise")}
+BOTH = {
+    recipe: replace(
+        PLAIN, student_options=fp8(recipe), teacher_options=fp8(recipe.replace("delayed", "tensorwise"))
+    )
+    for recipe in STUDENTS
+}
+
+
+def fresh_step(case: Case) -> Result:
+    """Body on every rank: TransformerEngine would go on to reduce what models of other tests left."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+    return run_step(case)
+
+
+@cache
+def step(case: Case) -> Result:
+    """Of the last rank, which has every term."""
+    return run_on_ranks(fresh_step, case.layout, {"case": case}, image=IMAGE)[-1]
+
+
+def farthest(result: Result, other: Result) -> tuple[float, float]:
+    """Of the terms and of the gradients: the largest difference, relative."""
+    terms = [abs(value / other.means[name] - 1) for name, value in result.means.items() if value]
+    gradients = [
+        relative(value - other.gradients[name], other.gradients[name])
+        for name, value in result.gradients.items()
+    ]
+    return max(terms), max(gradients)
+
+
+@pytest.mark.parametrize("case", [*STUDENTS.values(), *TEACHERS.values(), *BOTH.values()])
+def test_is_near_what_it_is_an_approximation_of(case: Case) -> None:
+    """Random layers 10 deep make the worst of it; on real models see docs/performance.md."""
+    terms, gradients = farthest(step(case), step(PLAIN))
+    assert 1e-4 < terms < 0.06
+    assert 1e-2 < gradients < 0.6
+
+
+@pytest.mark.parametrize("recipe", TEACHERS)
+def test_a_teacher_in_fp8_leaves_the_student_as_it_is(recipe: str) -> None:
+    assert step(TEACHERS[recipe]).means["ce"] == step(PLAIN).means["ce"]
+    assert step(STUDENTS[recipe]).means["ce"] != step(PLAIN).means["ce"]
+
+
+EXACT = {
+    "pp2": {"pp": 2},
+    "full-block": {"recompute": FULL_BLOCK},
+    "pp2-full-uniform": {"pp": 2, "recompute": FULL_UNIFORM},
+}
+# With delayed scaling a micro-batch's scales depend on those before it on the same rank.
+EXACT_WITHOUT_HISTORY = {
+    "pp2-vpp3": {"pp": 2, "vpp": 3},
+    "dp2": {"dp": 2},
+    "selective": {"recompute": SELECTIVE},
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [(recipe, name) for recipe in BOTH for name in EXACT]
+    + [("tensorwise", name) for name in EXACT_WITHOUT_HISTORY],
+)
+def test_the_same_numbers_where_every_tensor_is_whole(recipe: str, name: str) -> None:
+    layout = (EXACT | EXACT_WITHOUT_HISTORY)[name]
+    terms, gradients = farthest(step(replace(BOTH[recipe], **layout)), step(BOTH[recipe]))
+    assert terms <= 1e-6
+    assert gradients <= 1e-5
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("recipe", BOTH)
+def test_near_where_a_rank_scales_its_own_part(recipe: str, sequence_parallel: bool) -> None:
+    split = step(replace(BOTH[recipe], tp=2, sequence_parallel=sequence_parallel))
+    terms, gradients = farthest(split, step(PLAIN))
+    assert terms < 0.06
+    assert gradients < 0.6
+
+
+def test_first_and_last_layers_in_bf16() -> None:
+    """All of them so is no FP8 at all."""
+    layers = replace(PLAIN, student_options=fp8("tensorwise", 3), teacher_options=fp8("tensorwise", 5))
+    assert farthest(step(layers), step(PLAIN)) <= (1e-6, 1e-6)
+    some = replace(PLAIN, student_options=fp8("tensorwise", 1))
+    assert 0 < farthest(step(some), step(PLAIN))[0] < farthest(step(STUDENTS["tensorwise"]), step(PLAIN))[0]
