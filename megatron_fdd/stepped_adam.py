@@ -31,6 +31,7 @@ class FusedAdam(torch.optim.Optimizer):
         assert not capturable, "refused in megatron_fdd.arguments"
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults["bias_correction"] = True  # theirs, which read it from a checkpoint of this one
         super().__init__(params, defaults)
 
     @torch.no_grad()

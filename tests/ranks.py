@@ -26,7 +26,8 @@ from tests.rank_process import Call, Layout, Outcome, clean_megatron, serve
 
 __all__ = ["Layout", "clean_megatron", "close_pools", "distributed", "run_on_ranks"]
 
-# Imported once by a fork server: every rank is a copy of it. An image comes before.
+# Imported once by a fork server, an image first: every rank is a copy of it.
+IMAGE = "tests.rank_image"
 PRELOAD = [
     "pytest",
     "megatron.training.training",
@@ -73,7 +74,7 @@ def run_on_ranks(
     arguments: dict[str, Any] | None = None,
     *,
     timeout_s: float = 120.0,
-    image: str = "tests.rank_image",
+    image: str = IMAGE,
 ) -> list[Any]:
     """Call a module-level function on every rank; its results (plain data) in the order of ranks.
 

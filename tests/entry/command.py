@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.ranks import Layout, clean_megatron, run_on_ranks
+from tests.ranks import IMAGE, Layout, clean_megatron, run_on_ranks
 
 # Batch, schedule and optimizer of every toy run; a later flag overrules an earlier one.
 COMMON = (
@@ -44,7 +45,11 @@ class Patch:
     replacement: Any
 
 
-def run_commands(commands: Sequence[Sequence[str]], patches: Sequence[Patch] = ()) -> list[Ending]:
+def run_commands(
+    commands: Sequence[Sequence[str]],
+    patches: Sequence[Patch] = (),
+    environment: dict[str, str] | None = None,
+) -> list[Ending]:
     """Body on every rank: the entry point, once per command line."""
     endings = []
     for index, command in enumerate(commands):
@@ -52,7 +57,7 @@ def run_commands(commands: Sequence[Sequence[str]], patches: Sequence[Patch] = (
             dist.barrier()
             clean_megatron()
         torch.manual_seed(0)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, patch.dict(os.environ, environment or {}):
             for each in patches:
                 stack.enter_context(patch(f"{each.module}.{each.attribute}", each.replacement))
             endings.append(call_main(command))
@@ -77,16 +82,23 @@ def call_main(command: Sequence[str]) -> Ending:
     return Ending(status, out.getvalue(), err.getvalue())
 
 
-def run(*commands: Sequence[str], ranks: int = 2, patches: Sequence[Patch] = ()) -> list[list[Ending]]:
+def run(
+    *commands: Sequence[str],
+    ranks: int = 2,
+    patches: Sequence[Patch] = (),
+    environment: dict[str, str] | None = None,
+    image: str = IMAGE,
+) -> list[list[Ending]]:
     """Run command lines one after the other on live ranks; for each of them the endings of all ranks."""
     arguments = {"commands": [list(command) for command in commands], "patches": list(patches)}
-    by_rank = run_on_ranks(run_commands, Layout(ranks=ranks), arguments)
+    arguments["environment"] = environment
+    by_rank = run_on_ranks(run_commands, Layout(ranks=ranks), arguments, image=image)
     return [list(endings) for endings in zip(*by_rank, strict=True)]
 
 
-def trained(*commands: Sequence[str], ranks: int = 2, patches: Sequence[Patch] = ()) -> list[list[Ending]]:
+def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
     """As `run`; every command must have ended well on every rank."""
-    results = run(*commands, ranks=ranks, patches=patches)
+    results = run(*commands, **options)
     for endings in results:
         for ending in endings:
             assert ending.status == 0, ending.err

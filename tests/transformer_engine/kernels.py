@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,9 +27,14 @@ __all__ = [
     "bgrad_quantize",
     "create_empty_quantized_tensor",
     "fp8_transpose",
+    "fused_amax_and_scale_update_after_reduction",
     "generic_gemm",
     "layernorm_bwd",
     "layernorm_fwd",
+    "multi_tensor_adam",
+    "multi_tensor_l2norm",
+    "multi_tensor_scale",
+    "multi_tensor_scale_tensor",
     "quantize",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
@@ -307,6 +313,47 @@ def rmsnorm_bwd(
     scaled = dz * gain(weight, zero_centered)
     dx = rsigma * (scaled - hat * (scaled * hat).mean(-1, keepdim=True))
     return dx.to(x.dtype), (dz * hat).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+
+
+def fused_amax_and_scale_update_after_reduction(
+    amax: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, fp8: int, margin: int
+) -> None:
+    """Delayed scaling's update: TransformerEngine has it in torch, too."""
+    from transformer_engine.pytorch.quantization import _amax_and_scale_update
+
+    recipe = SimpleNamespace(amax_compute_algo=algorithm, margin=margin, scaling_factor_compute_algo=None)
+    largest = torch.finfo(TORCH_TYPES[DType(int(fp8))]).max
+    parts = amax.split([history.shape[1] for history in histories])
+    for history, scale, part in zip(histories, scales, parts, strict=True):
+        history[0].copy_(part)
+        _amax_and_scale_update(history, scale, largest, recipe)
+
+
+def multi_tensor_l2norm(_chunk: int, _noop: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> Any:
+    norms = torch.stack([tensor.float().norm() for tensor in lists[0]])
+    return norms.norm().reshape(1), norms if per_tensor else norms[:0]
+
+
+def multi_tensor_scale(_chunk: int, _noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * scale)
+
+
+multi_tensor_scale_tensor = multi_tensor_scale
+
+
+def multi_tensor_adam(
+    _chunk: int, _noop: Tensor, lists: list[list[Tensor]], lr: float, beta1: float, beta2: float, eps: float,
+    step: int, mode: int, bias_correction: int, weight_decay: float,
+) -> None:  # fmt: skip
+    """AdamW where `mode` is 1, Adam where it is 0; gradients, values, both moments."""
+    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
+    for gradient, value, first, second in zip(*lists, strict=True):
+        moved = gradient.float() + (0.0 if mode else weight_decay) * value.float()
+        first.lerp_(moved.to(first.dtype), 1 - beta1)
+        second.mul_(beta2).addcmul_(moved, moved, value=1 - beta2)
+        update = (first / correction1) / ((second / correction2).sqrt() + eps)
+        value.sub_(lr * (update + (weight_decay if mode else 0.0) * value.float()))
 
 
 NVTE_Fused_Attn_Backend = enum.IntEnum(

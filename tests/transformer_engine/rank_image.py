@@ -19,7 +19,6 @@ PYTHON = Path(sys.prefix) / "transformer-engine"  # where tools/env.sh puts the 
 sys.path.append(str(PYTHON))
 os.environ["NVTE_PROJECT_BUILDING"] = "1"  # does not look for CUDA's libraries
 os.environ["NVTE_FRAMEWORK"] = "none"  # nor for its extension
-os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # of scales and their history, in torch
 sys.modules["transformer_engine_torch"] = kernels
 sys.modules |= dict.fromkeys(("onnx", "onnxscript"), MagicMock())  # imported for exports to ONNX
 
@@ -45,6 +44,11 @@ te_distributed._set_cuda_rng_state = device.set_rng_state
 del sys.modules["onnx"], sys.modules["onnxscript"]
 rehearsal.start()
 
+from megatron_fdd.rehearsal import flags  # noqa: E402
 from tests.transformer_engine.attention import install_attention  # noqa: E402
 
 install_attention()
+# A rehearsal would overrule what is wanted here.
+del flags._FORCED["--transformer-impl"]
+flags._DROPPED_PAIRS = ()
+flags._DROPPED = tuple(flag for flag in flags._DROPPED if "fp8" not in flag and "bf16" not in flag)

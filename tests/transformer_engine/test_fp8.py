@@ -46,18 +46,10 @@ BOTH = {
 }
 
 
-def fresh_step(case: Case) -> Result:
-    """Body on every rank: TransformerEngine would go on to reduce what models of other tests left."""
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    FP8GlobalStateManager.reset()
-    return run_step(case)
-
-
 @cache
 def step(case: Case) -> Result:
     """Of the last rank, which has every term."""
-    return run_on_ranks(fresh_step, case.layout, {"case": case}, image=IMAGE)[-1]
+    return run_on_ranks(run_step, case.layout, {"case": case}, image=IMAGE)[-1]
 
 
 def farthest(result: Result, other: Result) -> tuple[float, float]:

@@ -1,0 +1,119 @@
+"""Whole runs with TransformerEngine's modules and optimizer, and in FP8, on CPUs; see `tests/transformer_engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fdd import convert
+from tests.convert.toys import tensor_hashes
+from tests.entry.command import read_metrics, trained, without_seconds
+from tests.entry.conftest import STUDENT, TEACHER, Toys, make_checkpoint
+from tests.ranks import Layout, run_on_ranks
+
+IMAGE = "tests.transformer_engine.rank_image"
+LOCAL, TE = "--transformer-impl local", "--transformer-impl transformer_engine"
+STEPS = "--train-iters 6 --save-interval 2 --use-distributed-optimizer"
+FP8 = {
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise --teacher-fp8-format e4m3",
+    "delayed": "--fp8-format hybrid --teacher-fp8-format hybrid --fp8-amax-history-len 4 --fp8-amax-compute-algo max",
+    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise --teacher-fp8-format e4m3 --teacher-fp8-recipe blockwise",
+    "teacher": "--teacher-fp8-format hybrid",
+}
+# Else TransformerEngine does not load the scales of delayed scaling, which are pickled.
+TRUSTED = {"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
+FULL = "--recompute-granularity full --recompute-method block --recompute-num-layers 4"
+LAYOUTS = {
+    "dp2": "",
+    "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "full-block": FULL,
+}
+
+
+# Widths that FP8 takes, also cut in two.
+FITTING = {
+    "teacher": TEACHER
+    | {"intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+    "student": STUDENT | {"intermediate_size": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory, toy: Toys) -> Toys:
+    """Models for FP8, with the text of the others."""
+    found = Toys(tmp_path_factory.mktemp("fp8"))
+    for name, changes in FITTING.items():
+        arguments = {"root": found.root, "name": name, "changes": changes}
+        run_on_ranks(make_checkpoint, Layout(ranks=1), arguments)
+    for part in ("text.bin", "text.idx"):
+        (found.root / part).symlink_to(toy.root / part)
+    return found
+
+
+def command(toy: Toys, folder: Path, *more: str) -> list[str]:
+    """One command for the first start and for every resumption."""
+    places = ["--load", folder, "--save", folder, "--pretrained-checkpoint", toy.student]
+    places += ["--fdd-metrics-file", folder / "metrics.jsonl"]
+    return toy.command(*STEPS.split(), *places, *" ".join(more).split())
+
+
+def metrics(folder: Path) -> list[dict]:
+    return without_seconds(read_metrics(folder / "metrics.jsonl"))
+
+
+def assert_near(folder: Path, other: Path, relative: float) -> None:
+    ours, wanted = metrics(folder), metrics(other)
+    assert [record["iteration"] for record in ours] == [record["iteration"] for record in wanted]
+    for record, expected in zip(ours, wanted, strict=True):
+        assert record == pytest.approx(expected, rel=relative, abs=relative)
+
+
+@pytest.fixture(scope="module")
+def local(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in float32 with Megatron's local modules."""
+    folder = tmp_path_factory.mktemp("local")
+    trained(command(toy, folder, LOCAL))
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gives_the_numbers_of_the_local_modules(name: str, toy: Toys, local: Path, tmp_path: Path) -> None:
+    trained(command(toy, tmp_path, TE, LAYOUTS[name]), image=IMAGE)
+    assert_near(tmp_path, local, 2e-5)
+
+
+def test_goes_on_where_the_other_modules_stopped(toy: Toys, local: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    trained(command(toy, there, LOCAL, "--exit-interval 2"))
+    trained(command(toy, there, TE), command(toy, back, TE, "--exit-interval 2"), image=IMAGE)
+    trained(command(toy, back, LOCAL))
+    assert_near(there, local, 2e-5)
+    assert_near(back, local, 2e-5)
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = f"{TE} --bf16 {FP8[name]} {FULL} --fdd-tap-dtype fp8"
+    trained(command(toy, whole, flags), command(toy, stopped, flags, "--exit-interval 4"), image=IMAGE)
+    trained(command(toy, stopped, flags), image=IMAGE, environment=TRUSTED)
+    assert [record["iteration"] for record in metrics(whole)] == [1, 2, 3, 4, 5, 6]
+    assert metrics(stopped) == metrics(whole)
+    for folder in (whole, stopped):
+        convert.mcore_to_hf(folder, folder / "converted")
+    assert tensor_hashes(whole / "converted") == tensor_hashes(stopped / "converted")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("tensorwise", "tp2-sp"), ("delayed", "pp2"), ("blockwise", "pp2"), ("teacher", "tp2-sp")],
+)
+def test_fp8_learns_as_bf16_does(name: str, layout: str, toy: Toys, tmp_path: Path) -> None:
+    bf16, fp8 = tmp_path / "bf16", tmp_path / "fp8"
+    flags = f"{TE} --bf16 {LAYOUTS[layout]}"
+    steps = "--train-iters 4"
+    trained(command(toy, bf16, flags, steps), command(toy, fp8, flags, FP8[name], steps), image=IMAGE)
+    assert_near(fp8, bf16, 0.1)
+    assert metrics(fp8)[0]["kd"] != metrics(bf16)[0]["kd"]
