@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from megatron_fdd.balance import ModelShape, describe_balance, token_flops
 from megatron_fdd.config import FddConfig
-from megatron_fdd.experts import active_ffn_width, expert_tensor_size, expert_width, num_expert_layers
+from megatron_fdd.experts import active_ffn_width, expert_tensor_size, num_expert_layers
+from megatron_fdd.fp8 import weight_copies_bytes
 from megatron_fdd.layer_plan import LayerPair, Plan
+from megatron_fdd.parameters import held_parameters
 from megatron_fdd.student_memory import student_bytes
 from megatron_fdd.teacher.tap_format import TapFormat
 
@@ -93,6 +95,7 @@ def _experts(args: argparse.Namespace, whose: str) -> list[str]:
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
     """Estimates for the stage that holds most, and their sum."""
     figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
+    figures |= _fp8_bytes(plan, args, teacher)
     figures |= _distillation_bytes(plan, args, teacher)
     # Heads are copies where there are several stages.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
@@ -103,6 +106,18 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
         f"    sum: {sum(counted) / _MIB:.1f}",
         "    (not in it: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
     ]
+
+
+def _fp8_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> dict[str, int]:
+    """Copies of weights in FP8, of each model that has any."""
+    models = [("student", args, plan.student_layers, True)]
+    if teacher is not None:
+        models.append(("teacher", teacher, plan.teacher_layers, False))
+    figures = {
+        f"{name} weights, copies in FP8": weight_copies_bytes(each, counts, is_trained=is_trained)
+        for name, each, counts, is_trained in models
+    }
+    return {name: size for name, size in figures.items() if size}
 
 
 def _distillation_bytes(
@@ -199,30 +214,3 @@ def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelS
         gated=args.swiglu,
         seq_length=seq_length,
     )
-
-
-def held_parameters(args: argparse.Namespace) -> int:
-    """Parameters of the GPT that these arguments describe on a rank of its fullest stage, the first one.
-
-    Matrices and embeddings; norms are left out. Of its experts a rank holds those of its expert-parallel share; mixed
-    layers count as their mean. Stages are cut evenly, as a teacher's are.
-    """
-    stages, num_layers = args.pipeline_model_parallel_size, args.num_layers
-    held_layers = -(-num_layers // stages)
-    heads = args.num_attention_heads
-    head_width = args.kv_channels or args.hidden_size // heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    attention = args.hidden_size * head_width * (2 * heads + 2 * groups)
-    per_width = args.hidden_size * (3 if args.swiglu else 2)
-    with_experts = num_expert_layers(args)
-    dense_widths = (num_layers - with_experts) * args.ffn_hidden_size
-    dense_widths += with_experts * (args.moe_shared_expert_intermediate_size or 0)
-    embeddings = args.padded_vocab_size * args.hidden_size
-    embeddings *= 2 if args.untie_embeddings_and_output_weights and stages == 1 else 1
-    cut = (num_layers * attention + dense_widths * per_width) * held_layers // num_layers + embeddings
-    experts = (
-        with_experts * (args.num_experts or 0) * expert_width(args) * per_width * held_layers // num_layers
-    )
-    routers = with_experts * (args.num_experts or 0) * args.hidden_size * held_layers // num_layers
-    expert_ranks = expert_tensor_size(args) * args.expert_model_parallel_size
-    return cut // args.tensor_model_parallel_size + experts // expert_ranks + routers

@@ -68,14 +68,18 @@ def has_expert_optimizer(args: argparse.Namespace) -> bool:
     return bool(args.num_experts) and (args.expert_model_parallel_size > 1 or cut_otherwise)
 
 
-def num_expert_layers(args: argparse.Namespace) -> int:
-    """How many layers have experts, of a model with or without them."""
+def expert_layers(args: argparse.Namespace) -> list[int]:
+    """The layers that have experts, of a model with or without them."""
     if not args.num_experts:
-        return 0
+        return []
     pattern = args.moe_layer_freq
     if isinstance(pattern, int):
-        return len(range(0, args.num_layers, pattern))
-    return sum(pattern)
+        return list(range(0, args.num_layers, pattern))
+    return [layer for layer, has_experts in enumerate(pattern) if has_experts]
+
+
+def num_expert_layers(args: argparse.Namespace) -> int:
+    return len(expert_layers(args))
 
 
 def active_ffn_width(args: argparse.Namespace) -> int:

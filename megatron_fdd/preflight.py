@@ -10,13 +10,7 @@ from pathlib import Path
 from megatron_fdd.arguments import student_checkpoint
 from megatron_fdd.checkpoint import RELEASE, find_checkpoint
 from megatron_fdd.config import FddConfig
-from megatron_fdd.experts import (
-    STUDENT_FLAG,
-    expert_tensor_size,
-    expert_width,
-    has_expert_optimizer,
-    num_expert_layers,
-)
+from megatron_fdd.experts import STUDENT_FLAG, has_expert_optimizer
 from megatron_fdd.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.teacher.arguments import even_layout
 
@@ -107,42 +101,6 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
         )
 
 
-def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
-    """TransformerEngine's FP8 products want tokens in multiples of 8 and widths in multiples of 16 (MXFP8: 32 both).
-
-    Args:
-        args: with the model's architecture; not necessarily validated.
-        whose: "the student" or "the teacher", for the message.
-
-    Raises:
-        ValueError: names every number that does not fit.
-    """
-    if not args.fp8 or args.num_layers is None:
-        return
-    of_tokens, of_widths = (32, 32) if args.fp8_recipe == "mxfp8" else (8, 16)
-    tensor = args.tensor_model_parallel_size
-    head_width = args.kv_channels or args.hidden_size // args.num_attention_heads
-    widths = {
-        "hidden size": args.hidden_size,
-        f"attention width / tensor parallel {tensor}": args.num_attention_heads * head_width // tensor,
-    }
-    with_experts = num_expert_layers(args)
-    if args.ffn_hidden_size is not None and with_experts < args.num_layers:
-        widths[f"feed-forward width / tensor parallel {tensor}"] = args.ffn_hidden_size // tensor
-    if with_experts and expert_width(args) is not None:
-        cut = expert_tensor_size(args)
-        widths[f"experts' width / expert tensor parallel {cut}"] = expert_width(args) // cut
-    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
-    wrong = [f"{name} {value} (of {of_widths})" for name, value in widths.items() if value % of_widths]
-    if tokens % of_tokens:
-        wrong.insert(0, f"{tokens} tokens of a micro-batch on a rank (of {of_tokens})")
-    if wrong:
-        raise ValueError(
-            f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(wrong)}. Change "
-            "--seq-length, --micro-batch-size or --tensor-model-parallel-size, or leave FP8 out for this model"
-        )
-
-
 def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:
     """Whether the optimizer's state in the student's checkpoint fits this layout's optimizer.
 
@@ -187,9 +145,15 @@ def _check_sequence(args: argparse.Namespace) -> None:
 
 
 def check_approximations(config: FddConfig, rank: int) -> None:
-    """Warn, on rank 0, of a flag that should make the inner terms cheaper and changes nothing."""
+    """Warn, on rank 0, of a flag that should make teacher or inner terms cheaper and changes nothing."""
     if rank != 0:
         return
+    if config.teacher_fp8_recipe != FddConfig().teacher_fp8_recipe and config.teacher_fp8_format is None:
+        warnings.warn(
+            f"--teacher-fp8-recipe {config.teacher_fp8_recipe}: no effect, the teacher runs in FP8 only with "
+            "--teacher-fp8-format",
+            stacklevel=2,
+        )
     flags = ["--fdd-sample-tokens"] if config.sample_tokens < 1 else []
     flags += ["--fdd-sample-one-tap"] if config.sample_one_tap else []
     if flags and not config.uses_taps:

@@ -30,11 +30,11 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
+from megatron_fdd.fp8 import check_fp8_shapes
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.metrics import check_metrics_file
 from megatron_fdd.preflight import (
     check_approximations,
-    check_fp8_shapes,
     check_given,
     check_kernels,
     check_resume,

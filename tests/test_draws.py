@@ -100,8 +100,16 @@ def test_a_flag_without_effect_is_named(options: dict[str, Any]) -> None:
         check_approximations(FddConfig(teacher_load="T", **options), 0)
 
 
+def test_a_recipe_without_a_format_is_named() -> None:
+    with pytest.warns(UserWarning, match="--teacher-fp8-recipe blockwise: no effect"):
+        check_approximations(FddConfig(teacher_load="T", teacher_fp8_recipe="blockwise"), 0)
+
+
 @pytest.mark.filterwarnings("error")
 def test_no_warning_where_it_has_one_or_on_other_ranks() -> None:
+    in_fp8 = {"teacher_fp8_recipe": "blockwise", "teacher_fp8_format": "e4m3"}
+    check_approximations(FddConfig(teacher_load="T", **in_fp8), 0)
+    check_approximations(FddConfig(teacher_load="T", teacher_fp8_recipe="blockwise"), 1)
     check_approximations(FddConfig(teacher_load="T", sample_one_tap=True, sample_tokens=0.5), 0)
     check_approximations(FddConfig(teacher_load="T", skip_below=1e-5), 0)
     check_approximations(FddConfig(teacher_load="T", alpha=0.0, beta=0.0, sample_tokens=0.5), 1)

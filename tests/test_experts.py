@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_fdd.data.batch import get_batch
-from megatron_fdd.dry_run import held_parameters
 from megatron_fdd.experts import active_ffn_width
+from megatron_fdd.parameters import held_parameters
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.loading import build_stage
 from megatron_fdd.topology import Topology

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_fdd.preflight import check_fp8_shapes
+from megatron_fdd.fp8 import check_fp8_shapes
 from megatron_fdd.teacher.arguments import teacher_args
 
 RUN = Namespace(
@@ -28,9 +28,12 @@ def test_a_teacher_follows_neither_the_student_nor_its_own_training() -> None:
 
 
 MODEL = Namespace(
-    fp8="e4m3", fp8_recipe="tensorwise", num_layers=4, hidden_size=64, num_attention_heads=4, kv_channels=None,
-    ffn_hidden_size=160, seq_length=24, micro_batch_size=1, tensor_model_parallel_size=1, context_parallel_size=1,
-    num_experts=None, moe_layer_freq=1, moe_ffn_hidden_size=None, expert_tensor_parallel_size=None,
+    fp8="e4m3", fp8_recipe="tensorwise", num_layers=4, hidden_size=64, num_attention_heads=8, kv_channels=None,
+    group_query_attention=False, num_query_groups=1, attention_output_gate=False, multi_latent_attention=False,
+    ffn_hidden_size=160, seq_length=48, micro_batch_size=1, tensor_model_parallel_size=1, context_parallel_size=1,
+    sequence_parallel=False, num_experts=None, moe_layer_freq=1, moe_ffn_hidden_size=None, moe_latent_size=None,
+    moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=None, first_last_layers_bf16=False,
+    num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1,
 )  # fmt: skip
 
 
@@ -41,6 +44,11 @@ MIXTURE = {
     "ffn_hidden_size": 161,
     "tensor_model_parallel_size": 4,
 }
+ONE_EXPERT_RANK = {**MIXTURE, "expert_tensor_parallel_size": 1}
+# Queries, keys and values are (8 + 2 x 1) x 8 / 2 = 40 wide.
+ONE_GROUP = {"group_query_attention": True, "num_query_groups": 1, "tensor_model_parallel_size": 2}
+LATENT = {"multi_latent_attention": True, "kv_channels": 10}
+BF16_ENDS = {"first_last_layers_bf16": True}
 
 
 def model(**changes: object) -> Namespace:
@@ -52,29 +60,60 @@ def model(**changes: object) -> Namespace:
     [
         {},
         {"fp8": None, "hidden_size": 63},
+        {"num_layers": None},
         {"ffn_hidden_size": None},
         {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"fp8_recipe": "mxfp8", "seq_length": 32},
-        {**MIXTURE, "expert_tensor_parallel_size": 1},
+        ONE_EXPERT_RANK,
+        {**ONE_EXPERT_RANK, "moe_shared_expert_intermediate_size": 64, "moe_latent_size": 48},
+        LATENT,
+        {**BF16_ENDS, "num_layers": 2, "seq_length": 20},
+        {**ONE_EXPERT_RANK, **BF16_ENDS, "moe_layer_freq": [0, 1, 1, 0]},
     ],
 )
 def test_shapes_that_fit(changes: dict[str, object]) -> None:
     check_fp8_shapes(model(**changes), "the student")
+    check_fp8_shapes(model(**changes), "the teacher")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seq_length": 24}, {"seq_length": 48, "context_parallel_size": 2}, ONE_GROUP]
+)
+def test_shapes_that_fit_a_frozen_model_alone(changes: dict[str, object]) -> None:
+    check_fp8_shapes(model(**changes), "the teacher")
+    with pytest.raises(
+        ValueError, match=r"for the student: .* (24|40) .*\(of 16\)\. .* leave --fp8-format out"
+    ):
+        check_fp8_shapes(model(**changes), "the student")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seq_length": 20}, r"tensorwise for the student: .*: 20 tokens of a micro-batch on a rank \(of 8\)\."),
+        ({"seq_length": 20}, r"tensorwise for the teacher: .*: 20 tokens of a micro-batch on a rank \(of 8\)\. Cha"),
         ({"seq_length": 40, "context_parallel_size": 2}, r"20 tokens"),
-        ({"tensor_model_parallel_size": 4}, r": feed-forward width / tensor parallel 4 40 \(of 16\)\."),
+        (
+            {"sequence_parallel": True, "tensor_model_parallel_size": 4},
+            r"12 tokens of a micro-batch on a sequence-parallel rank \(of 8\), feed-forward width / tensor .* 4 40 ",
+        ),
+        ({"tensor_model_parallel_size": 4}, r": feed-forward width / tensor parallel 4 40 \(of 16\)\. Change --tens"),
         (MIXTURE, r": experts' width / expert tensor parallel 4 40 \(of 16\)\."),
         ({**MIXTURE, "moe_layer_freq": 2, "expert_tensor_parallel_size": 1}, r": feed-forward width / .* 4 40 "),
-        ({"kv_channels": 10}, r": attention width / tensor parallel 1 40 \(of 16\)"),
+        ({**ONE_EXPERT_RANK, "moe_shared_expert_intermediate_size": 96}, r"shared experts' width / .* 4 24 "),
+        ({**ONE_EXPERT_RANK, "moe_latent_size": 40}, r"experts' latent width 40 "),
+        ({**ONE_EXPERT_RANK, **BF16_ENDS, "moe_layer_freq": [1, 0, 1, 1]}, r"feed-forward width / .* 4 40 "),
+        ({"kv_channels": 5}, r": attention width / tensor parallel 1 40 \(of 16\)"),
+        ({"group_query_attention": True, "kv_channels": 2}, r"keys and values / tensor parallel 1 20 \(of 8\)"),
+        ({"group_query_attention": True, "kv_channels": 2, "attention_output_gate": True}, r"parallel 1 36 "),
         ({"hidden_size": 72}, r": hidden size 72 \(of 16\), attention width / tensor parallel 1 72 \(of 16\)"),
-        ({"fp8_recipe": "mxfp8"}, r"mxfp8 for the student: .*: 24 tokens of a micro-batch on a rank \(of 32\)"),
+        ({"fp8_recipe": "mxfp8"}, r"mxfp8 for the teacher: .*: 48 tokens of a micro-batch on a rank \(of 32\)"),
+        ({**ONE_GROUP, "fp8_recipe": "mxfp8", "seq_length": 32}, r"values / tensor parallel 2 40 \(of 32\), "),
+        ({"seq_length": 20}, r"Change --seq-length, --micro-batch-size, or leave --teacher-fp8-format out"),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        check_fp8_shapes(model(**changes), "the teacher")
+    with pytest.raises(ValueError, match="for the student"):
         check_fp8_shapes(model(**changes), "the student")

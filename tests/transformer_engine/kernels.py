@@ -86,9 +86,18 @@ def is_fp8(tensor: Any) -> bool:
     return hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
-def require(fits: bool, what: str) -> None:
-    if not fits:
-        raise ValueError(f"{what} is not a multiple of 16")
+def require(size: int, divisor: int, what: str) -> None:
+    if size % divisor:
+        raise ValueError(f"{what} {size} of an FP8 product is not a multiple of {divisor}")
+
+
+def check_shapes(left: Any, right: Any, rows: int, summed: int, columns: int) -> None:
+    """As cuBLAS on Hopper wants them (TransformerEngine's cublaslt_gemm.cu): both along the summed dimension."""
+    require(summed, 16, "the summed dimension")
+    if hasattr(left, "_is_2D_scaled"):
+        require(columns, 8, "the width")
+        if not right._is_2D_scaled:
+            require(rows, 8, "the number of rows")
 
 
 def generic_gemm(
@@ -102,8 +111,7 @@ def generic_gemm(
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     b_turned, a_turned = b.T if right_turned else b, a.T if left_turned else a
     if is_fp8(left) or is_fp8(right):
-        # cuBLAS on Hopper (TransformerEngine's cublaslt_gemm.cu): both are laid out along the summed dimension.
-        require(b_turned.shape[1] % 16 == 0, f"the summed dimension {b_turned.shape[1]} of an FP8 product")
+        check_shapes(left, right, *b_turned.shape, a_turned.shape[1])
     product = b_turned @ a_turned
     bias_grad = None
     if bias is not None and grad:

@@ -1,0 +1,123 @@
+"""FP8 by TransformerEngine: which shapes its products take, and what its copies of the weights hold."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megatron_fdd.experts import expert_layers, expert_tensor_size, expert_width
+from megatron_fdd.parameters import matrix_parameters
+
+# Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
+_SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
+
+
+def fp8_layers(args: argparse.Namespace) -> range:
+    """The layers that are computed in FP8, of a model with or without any."""
+    if not args.fp8:
+        return range(0)
+    if not args.first_last_layers_bf16:
+        return range(args.num_layers)
+    return range(args.num_layers_at_start_in_bf16, args.num_layers - args.num_layers_at_end_in_bf16)
+
+
+def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
+    """Refuse what TransformerEngine's FP8 products would refuse in the first step.
+
+    A product takes a dimension that it sums over in multiples of 16 and any other in multiples of 8; MXFP8 takes all
+    in multiples of 32. Widths are summed over in the forward pass and outputs and tokens in the backward pass, which a
+    frozen model does not have. Tokens are counted with sequence parallelism before they are gathered too. Experts pad
+    their tokens. Not looked at: the attention's widths where it is multi-latent.
+
+    Args:
+        args: with the model's architecture; not necessarily validated. `check_splits` has passed.
+        whose: "the student", which is trained, or "the teacher", which is frozen.
+
+    Raises:
+        ValueError: names every number that does not fit.
+    """
+    if args.num_layers is None or not fp8_layers(args):
+        return
+    is_student = whose == "the student"
+    summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
+    in_backward = summed if is_student else other
+    tokens = [
+        f"{tokens} {name} (of {divisor})"
+        for name, tokens, divisor in _tokens(args, in_backward, other)
+        if tokens % divisor
+    ]
+    widths = [
+        f"{name} {width} (of {divisor})"
+        for name, width, divisor in _widths(args, summed, in_backward)
+        if width % divisor
+    ]
+    if tokens or widths:
+        flags = ["--seq-length, --micro-batch-size"] if tokens else []
+        flags += ["--tensor-model-parallel-size"] if widths else []
+        raise ValueError(
+            f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(tokens + widths)}. Change "
+            f"{', '.join(flags)}, or leave {'--fp8-format' if is_student else '--teacher-fp8-format'} out"
+        )
+
+
+def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tuple[str, int, int]]:
+    """(name, number, divisor); packed sequences are one row of as many tokens."""
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    found = [("tokens of a micro-batch on a rank", tokens, in_backward)]
+    if args.sequence_parallel:
+        own = tokens // args.tensor_model_parallel_size
+        found.append(("tokens of a micro-batch on a sequence-parallel rank", own, other))
+    return found
+
+
+def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tuple[str, int, int]]:
+    """(name, number, divisor) of the matrices of the layers in FP8."""
+    layers, tensor = fp8_layers(args), args.tensor_model_parallel_size
+    heads, cut = args.num_attention_heads, f" / tensor parallel {tensor}"
+    widths = [("hidden size", args.hidden_size, summed)]
+    if not args.multi_latent_attention:
+        head_width = args.kv_channels or args.hidden_size // heads
+        groups = args.num_query_groups if args.group_query_attention else heads
+        all_heads = heads * (2 if args.attention_output_gate else 1) + 2 * groups
+        widths.append((f"attention width{cut}", heads * head_width // tensor, summed))
+        widths.append(
+            (f"width of queries, keys and values{cut}", all_heads * head_width // tensor, in_backward)
+        )
+    with_experts = set(expert_layers(args)).intersection(layers)
+    if args.ffn_hidden_size is not None and len(with_experts) < len(layers):
+        widths.append((f"feed-forward width{cut}", args.ffn_hidden_size // tensor, summed))
+    if not with_experts:
+        return widths
+    if expert_width(args) is not None:
+        expert_tensor = expert_tensor_size(args)
+        name = f"experts' width / expert tensor parallel {expert_tensor}"
+        widths.append((name, expert_width(args) // expert_tensor, summed))
+    if args.moe_shared_expert_intermediate_size:
+        widths.append(
+            (f"shared experts' width{cut}", args.moe_shared_expert_intermediate_size // tensor, summed)
+        )
+    if args.moe_latent_size:
+        widths.append(("experts' latent width", args.moe_latent_size, summed))
+    return widths
+
+
+def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int], *, is_trained: bool) -> int:
+    """Bytes of FP8 that TransformerEngine keeps beside a model's weights, on a rank of the stage that has most.
+
+    A frozen model makes them in its first forward pass and keeps them. The backward pass reads a second copy, laid
+    out the other way (before Blackwell). With `--fp8-param-gather` the weights themselves are in FP8.
+
+    Args:
+        args: the model's.
+        counts: layers of each chunk, in depth order; chunk c is on stage c % stages.
+    """
+    if args.fp8_param_gather:
+        return 0
+    stages = args.pipeline_model_parallel_size
+    held: list[list[int]] = [[] for _ in range(stages)]
+    first = 0
+    for chunk, count in enumerate(counts):
+        held[chunk % stages] += [layer for layer in range(first, first + count) if layer in fp8_layers(args)]
+        first += count
+    most = max(matrix_parameters(args, layers) for layers in held)
+    return int(most * (1 + _SCALES.get(args.fp8_recipe, 0)) * (2 if is_trained else 1))

@@ -1,0 +1,104 @@
+"""Copies of weights in FP8: what the plan counts is what TransformerEngine holds; a frozen model makes them once."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_fdd.arguments import chunk_layers
+from megatron_fdd.fp8 import weight_copies_bytes
+from tests.case import FULL_BLOCK, Case, join, schedule_step
+from tests.ranks import run_on_ranks
+from tests.reference import Shape, Terms
+
+IMAGE = "tests.transformer_engine.rank_image"
+STUDENT = Shape(num_layers=3, hidden=128, heads=8, groups=2, head_width=16, ffn=256)
+TEACHER = Shape(num_layers=4, hidden=256, heads=8, groups=8, head_width=32, ffn=384)
+CASE = Case(
+    student=STUDENT, teacher=TEACHER, length=16, micro_batches=2, terms=Terms(pairs=((1, 2), (2, 3))),
+    transformer_impl="transformer_engine",
+)  # fmt: skip
+BF16_ENDS = (
+    ("first_last_layers_bf16", True),
+    ("num_layers_at_start_in_bf16", 1),
+    ("num_layers_at_end_in_bf16", 1),
+)
+
+
+def both(recipe: str, *more: tuple[str, object]) -> Case:
+    options = (("fp8", "hybrid"), ("fp8_recipe", recipe), *more)
+    return replace(CASE, student_options=options, teacher_options=options)
+
+
+CASES = {
+    "tensorwise": both("tensorwise"),
+    "delayed": replace(both("delayed"), teacher_options=()),
+    "blockwise": both("blockwise"),
+    "recompute": replace(both("tensorwise"), recompute=FULL_BLOCK),
+    "bf16 ends": both("tensorwise", *BF16_ENDS),
+    "tp2-sp": replace(both("blockwise"), tp=2, sequence_parallel=True),
+    "pp2": replace(both("tensorwise"), pp=2),
+}
+
+
+def copies(model: torch.nn.Module) -> list[Tensor]:
+    """Every tensor that the model's modules keep of their weights in FP8, scales included."""
+    kept = [copy for module in model.modules() for copy in getattr(module, "_fp8_workspaces", {}).values()]
+    fields = [value for copy in kept for value in vars(copy).values()]
+    return list({value.data_ptr(): value for value in fields if isinstance(value, Tensor)}.values())
+
+
+def num_bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def step_twice(case: Case) -> tuple[list[int], list[int], list[bool]]:
+    """Body on every rank: bytes of student and teacher, held and estimated; and whose copies follow their weights."""
+    chunks, teacher, steps = join(case)
+    schedule_step(case, chunks, steps)
+    (student,) = unwrap_model(chunks)
+    held, follows = [], []
+    before = [[copy.clone() for copy in copies(model)] for model in (student, teacher)]
+    with torch.no_grad():
+        for model in (student, teacher):
+            for parameter in model.decoder.layers.parameters():
+                parameter.neg_()
+    schedule_step(case, chunks, steps)
+    for model, old in zip((student, teacher), before, strict=True):
+        held.append(num_bytes(copies(model)))
+        follows.append(any(not torch.equal(*pair) for pair in zip(copies(model), old, strict=True)))
+    estimated = [estimate(case, student, is_trained=True), estimate(case, teacher, is_trained=False)]
+    return held, estimated, follows
+
+
+def estimate(case: Case, model: torch.nn.Module, *, is_trained: bool) -> int:
+    config = model.config
+    args = Namespace(
+        fp8=config.fp8, fp8_recipe=config.fp8_recipe, fp8_param_gather=False, num_layers=config.num_layers,
+        first_last_layers_bf16=config.first_last_layers_bf16, num_layers_at_start_in_bf16=1,
+        num_layers_at_end_in_bf16=1, pipeline_model_parallel_size=case.pp, tensor_model_parallel_size=case.tp,
+        expert_tensor_parallel_size=None, expert_model_parallel_size=1, hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
+        group_query_attention=True, kv_channels=config.kv_channels, ffn_hidden_size=config.ffn_hidden_size,
+        swiglu=True, num_experts=None, moe_shared_expert_intermediate_size=None, moe_ffn_hidden_size=None,
+    )  # fmt: skip
+    return weight_copies_bytes(args, chunk_layers(config), is_trained=is_trained)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_counts_the_copies_that_are_held(name: str) -> None:
+    case = CASES[name]
+    results = run_on_ranks(step_twice, case.layout, {"case": case}, image=IMAGE)
+    estimated = results[0][1]
+    for model in (0, 1):
+        fullest = max(held[model] for held, _, _ in results)
+        assert estimated[model] == pytest.approx(fullest, rel=5e-3)
+    assert all(estimated) == bool(case.teacher_options)
+    for _, _, (student_follows, teacher_follows) in results:
+        assert student_follows
+        assert not teacher_follows

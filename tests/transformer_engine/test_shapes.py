@@ -1,0 +1,100 @@
+"""The check before an FP8 run refuses the shapes that TransformerEngine refuses in the first step, and no others."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+
+from megatron_fdd.fp8 import check_fp8_shapes
+from tests.case import MICRO_BATCH, Case, join, schedule_step
+from tests.ranks import run_on_ranks
+from tests.reference import Shape, Terms
+
+IMAGE = "tests.transformer_engine.rank_image"
+FITS = Shape(num_layers=1, hidden=32, heads=8, groups=8, head_width=4, ffn=32)
+CASE = Case(
+    student=FITS, teacher=FITS, length=16, micro_batches=1, terms=Terms(alpha=0, beta=0),
+    transformer_impl="transformer_engine",
+)  # fmt: skip
+SP = {"tp": 2, "sequence_parallel": True}
+# (what differs in the case; in the model; what is said of the student; of the teacher). Two sequences a micro-batch.
+CASES = {
+    "fits": ({}, {}, None, None),
+    "24 tokens": ({"length": 12}, {}, "24 tokens of a micro-batch on a rank (of 16)", None),
+    "20 tokens": ({"length": 10}, {}, "20 tokens of a micro-batch on a rank (of 16)", "20 tokens"),
+    "24 packed tokens": ({"length": 12, "packed": True}, {}, "24 tokens", None),
+    "cut sequence": ({"length": 24, "cp": 2}, {}, "24 tokens of a micro-batch on a rank (of 16)", None),
+    "tp2": ({"length": 12, "tp": 2}, {}, "24 tokens of a micro-batch on a rank (of 16)", None),
+    "sp": ({"length": 8, **SP}, {}, None, None),
+    "sp, 4 tokens": ({"length": 4, **SP}, {}, "4 tokens of a micro-batch on a sequence-parallel", "4 tokens"),
+    "sp, 12 tokens": ({"length": 12, **SP}, {}, "12 tokens of a micro-batch on a sequence-p", "12 tokens"),
+    "hidden": ({}, {"hidden": 40}, "hidden size 40 (of 16)", "hidden size 40 (of 16)"),
+    "heads": ({}, {"heads": 6, "groups": 6}, "attention width / tensor parallel 1 24 (of 16)", "attention width"),
+    "heads, cut": ({"tp": 2}, {"heads": 4, "groups": 4}, "attention width / tensor parallel 2 8", "attention width"),
+    "queries, keys, values": ({}, {"groups": 1}, "values / tensor parallel 1 40 (of 16)", None),
+    "odd queries, keys, values": (
+        {}, {"heads": 16, "groups": 1, "head_width": 2}, "values / tensor parallel 1 36", "1 36 (of 8)"
+    ),
+    "values, cut": ({"tp": 2}, {"groups": 2}, "values / tensor parallel 2 24 (of 16)", None),
+    "feed-forward": ({}, {"ffn": 40}, "feed-forward width / tensor parallel 1 40 (of 16)", "feed-forward"),
+    "feed-forward, cut": ({"tp": 2}, {"ffn": 48}, "feed-forward width / tensor parallel 2 24", "feed-forw"),
+}  # fmt: skip
+
+
+def arguments(case: Case, shape: Shape, recipe: str) -> Namespace:
+    """What the check reads of Megatron's."""
+    return Namespace(
+        fp8="hybrid", fp8_recipe=recipe, first_last_layers_bf16=False, seq_length=case.length,
+        micro_batch_size=MICRO_BATCH, tensor_model_parallel_size=case.tp, context_parallel_size=case.cp,
+        sequence_parallel=case.sequence_parallel, num_layers=shape.num_layers, hidden_size=shape.hidden,
+        num_attention_heads=shape.heads, kv_channels=shape.head_width, group_query_attention=True,
+        num_query_groups=shape.groups, ffn_hidden_size=shape.ffn, num_experts=None, multi_latent_attention=False,
+        attention_output_gate=False,
+    )  # fmt: skip
+
+
+def refusal_of_the_check(case: Case, recipe: str, whose: str) -> str | None:
+    shape = case.student if whose == "the student" else case.teacher
+    try:
+        check_fp8_shapes(arguments(case, shape, recipe), whose)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def refusal_in_a_step(case: Case) -> str | None:
+    """Body on every rank: what TransformerEngine, or a kernel, says of one step."""
+    chunks, _, steps = join(case)
+    try:
+        schedule_step(case, chunks, steps)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("whose", "recipe"),
+    [
+        ("student", "tensorwise"),
+        ("student", "delayed"),
+        ("student", "blockwise"),
+        ("teacher", "tensorwise"),
+        ("teacher", "blockwise"),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_the_check_refuses_what_transformer_engine_refuses(name: str, recipe: str, whose: str) -> None:
+    layout, changes, *wanted = CASES[name]
+    options = {
+        f"{whose}_options": (("fp8", "hybrid"), ("fp8_recipe", recipe)),
+        whose: replace(FITS, **changes),
+    }
+    case = replace(CASE, **layout, **options)
+    said = wanted[whose == "teacher"]
+    refused = refusal_of_the_check(case, recipe, f"the {whose}")
+    assert refused is None if said is None else said in refused
+    for late in run_on_ranks(refusal_in_a_step, case.layout, {"case": case}, image=IMAGE):
+        assert (late is None) == (refused is None), late
+        assert late is None or "FP8" in late
