@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -214,6 +215,8 @@ def clean_megatron() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD and id(group) not in kept:
             dist.destroy_process_group(group)
+    if quantization := sys.modules.get("transformer_engine.pytorch.quantization"):
+        quantization.FP8GlobalStateManager.reset()  # it would go on with scales of models that are gone
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         del os.environ[name]  # Megatron refuses another attention backend while they are set
     for signal_number in (signal.SIGTERM, signal.SIGINT):
