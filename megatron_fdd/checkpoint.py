@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 DAMAGE = (Exception, CheckpointException)
 # What a training checkpoint holds beside the weights.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+# What TransformerEngine's modules keep beside weights, numbered where experts share a module.
+_EXTRA_STATE = "_extra_state"
 # Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
 RELEASE = "release"
 # Megatron lists every tensor of a model whose names it does not find.
@@ -58,14 +60,22 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path
     path = root / (label if label == RELEASE else f"iter_{int(label):07d}")
     index = _read_index(path, flag)
     _check_files(path, flag, index)
-    if not to_plan and not any(
-        isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values()
-    ):
+    if not to_plan and not holds_weights(path, flag):
         raise ValueError(
             f"{flag} {directory}: holds a model's arguments and no weights (hf_to_mcore.py --config-only), enough for "
             "--fdd-dry-run alone; convert the model again without --config-only"
         )
     return path
+
+
+def holds_weights(path: Path, flag: str) -> bool:
+    """Whether the checkpoint at `path` has more than a model's arguments.
+
+    Raises:
+        ValueError: its index cannot be read.
+    """
+    entries = _read_index(path, flag).state_dict_metadata.values()
+    return any(isinstance(entry, TensorStorageMetadata) for entry in entries)
 
 
 def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
@@ -87,10 +97,31 @@ def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
     return state["args"]
 
 
-def load_weights(model: MegatronModule, path: Path, flag: str, groups: ProcessGroupCollection) -> None:
+def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
+    """As saved, what each of TransformerEngine's modules kept beside weights, a few KB at a time. Nothing is unpickled.
+
+    Raises:
+        ValueError: the checkpoint's index cannot be read.
+    """
+    stored = _read_index(path, flag).storage_data
+    for item in sorted(stored, key=lambda item: item.fqn):
+        if item.fqn.partition("/")[0].endswith(_EXTRA_STATE):
+            place = stored[item]
+            with (path / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                yield file.read(place.length)
+
+
+def load_weights(
+    model: MegatronModule, path: Path, flag: str, groups: ProcessGroupCollection, *, with_scales: bool = False
+) -> None:
     """Fill a stock model from a checkpoint saved at any layout; optimizer and random state are not read.
 
     Every weight of the checkpoint must be used and every weight of the model filled.
+
+    Args:
+        with_scales: read the extra state of TransformerEngine's modules too, where the checkpoint has it. It is
+            pickled, and TransformerEngine refuses what it has not been told to trust.
 
     Collectives: those of `dist_checkpointing.load` over all ranks.
 
@@ -99,6 +130,8 @@ def load_weights(model: MegatronModule, path: Path, flag: str, groups: ProcessGr
     """
     metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
     sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
+    if not with_scales:
+        sharded = {key: entry for key, entry in sharded.items() if _EXTRA_STATE not in key}
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(path))
         use_stored_names(sharded, stored)
@@ -156,9 +189,7 @@ def listing(names: list[str], limit: int = 8) -> str:
 def weights_only(keys: Iterable[str]) -> list[str]:
     """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
     return sorted(
-        key
-        for key in keys
-        if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith("_extra_state")
+        key for key in keys if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith(_EXTRA_STATE)
     )
 
 

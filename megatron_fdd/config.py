@@ -116,11 +116,6 @@ class FddConfig:
         experts = self.teacher_expert_model_parallel_size
         if experts is not None:
             _require(experts >= 1, "teacher_expert_model_parallel_size", experts, "at least 1")
-        if self.teacher_fp8_recipe == "delayed":
-            raise ValueError(
-                "--teacher-fp8-recipe delayed: without gradients TransformerEngine never updates its scales, and a "
-                "frozen teacher has none; use tensorwise, blockwise or mxfp8"
-            )
         if self.beta > 0 and self.num_pairs < 2:
             raise ValueError(
                 f"the delta term compares adjacent sampled layers and needs at least 2, there is {self.num_pairs}: "
@@ -194,7 +189,7 @@ def _add_teacher_fp8_args(group: argparse._ArgumentGroup) -> None:
         choices=get_args(TeacherRecipe),
         default=FddConfig().teacher_fp8_recipe,
         help="how the teacher's FP8 numbers are scaled; tensorwise is current scaling, mxfp8 is for Blackwell, "
-        "delayed is refused (%(default)s)",
+        "delayed needs a checkpoint with scales, from a run with --fp8-recipe delayed (%(default)s)",
     )
 
 

@@ -42,8 +42,9 @@ from megatron_fdd.preflight import (
     check_windows,
     check_writable,
 )
-from megatron_fdd.teacher.arguments import teacher_args
+from megatron_fdd.teacher.arguments import teacher_args, uses_delayed_scaling
 from megatron_fdd.teacher.check import check_tokenizers
+from megatron_fdd.teacher.scales import check_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,8 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         check_windows(teacher, "the teacher")
         check_fp8_shapes(teacher, "the teacher")
         check_experts(teacher, "the teacher")
+        if uses_delayed_scaling(teacher) and checkpoint is not None:
+            check_scales(checkpoint)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
     teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)

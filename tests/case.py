@@ -94,8 +94,24 @@ def fdd_config(case: Case) -> FddConfig:
     )
 
 
+def frozen_teacher(case: Case, topology: Topology) -> GPTModel:
+    """On every rank: the case's teacher with random weights."""
+    return build_frozen(
+        case.teacher,
+        reference.random_weights(case.teacher, 2),
+        topology.with_experts(case.teacher_ep),
+        torch.bfloat16 if case.bf16 else torch.float32,
+        padded_like=case.student,
+        transformer_impl=case.transformer_impl,
+        **dict(case.teacher_options),
+    )
+
+
 def join(
-    case: Case, ddp: dict[str, Any] | None = None, iteration: Callable[[], int] = lambda: 0
+    case: Case,
+    ddp: dict[str, Any] | None = None,
+    iteration: Callable[[], int] = lambda: 0,
+    make_teacher: Callable[[Case, Topology], GPTModel] = frozen_teacher,
 ) -> tuple[list[torch.nn.Module], GPTModel, DistillationSteps]:
     """On every rank: the student's chunks, the teacher, and what Megatron's schedule runs of both."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
@@ -109,17 +125,7 @@ def join(
     chunks = build_student(
         case.student, student_weights, topology, dtype, ddp=ddp, virtual=case.vpp, **options
     )
-    teacher_weights = reference.random_weights(case.teacher, 2)
-    own_experts = topology.with_experts(case.teacher_ep)
-    teacher = build_frozen(
-        case.teacher,
-        teacher_weights,
-        own_experts,
-        dtype,
-        padded_like=case.student,
-        transformer_impl=case.transformer_impl,
-        **dict(case.teacher_options),
-    )
+    teacher = make_teacher(case, topology)
     pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
     plan = Plan(
         config,

@@ -25,6 +25,10 @@ def test_a_teacher_follows_neither_the_student_nor_its_own_training() -> None:
     assert (teacher.fp8, teacher.fp8_recipe) == ("e4m3", "mxfp8")
     assert (teacher.fp8_output_proj, teacher.fp8_param_gather) == (False, False)
     assert (teacher.first_last_layers_bf16, teacher.num_layers_at_start_in_bf16) == (True, 2)
+    run.teacher_fp8_recipe = "delayed"
+    assert not teacher_args(
+        stored, run
+    ).first_last_layers_bf16  # Megatron's delayed scaling has all layers in FP8
 
 
 MODEL = Namespace(

@@ -101,6 +101,10 @@ def teacher_args(
     for name, value in _FORCED.items():
         setattr(args, name, value)
     args.fp8, args.fp8_recipe = run_args.teacher_fp8_format, run_args.teacher_fp8_recipe
+    if uses_delayed_scaling(
+        args
+    ):  # whose one FP8 context is around all layers; Megatron's blocks assert that
+        args.first_last_layers_bf16 = False
     args.padded_vocab_size = run_args.padded_vocab_size
     if args.pipeline_model_parallel_size > 1:
         args.pipeline_model_parallel_layout = even_layout(args.num_layers, args.pipeline_model_parallel_size)
@@ -113,6 +117,11 @@ def teacher_args(
     else:
         vars(args).update(_DENSE)
     return args
+
+
+def uses_delayed_scaling(args: argparse.Namespace) -> bool:
+    """Whether these arguments run a model in FP8 with scales found in earlier steps."""
+    return bool(args.fp8) and args.fp8_recipe == "delayed"
 
 
 def _set_experts(args: argparse.Namespace) -> None:

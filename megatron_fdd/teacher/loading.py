@@ -13,11 +13,15 @@ from torch.distributed import ReduceOp
 
 from megatron_fdd.arguments import model_config
 from megatron_fdd.checkpoint import listing, load_weights
+from megatron_fdd.teacher.arguments import uses_delayed_scaling
+from megatron_fdd.teacher.scales import freeze_scales
 from megatron_fdd.topology import Topology
 
 
 def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology) -> GPTModel:
     """A frozen GPTModel in evaluation mode with the weights of `checkpoint`, at this run's layout.
+
+    In FP8 with delayed scaling with the scales of `checkpoint` too.
 
     Random state is as it was before the call.
 
@@ -26,11 +30,11 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
         topology: with the teacher's own expert groups (`Topology.with_experts`).
 
     Collectives: those of `dist_checkpointing.load`; one all-reduce over the tensor-parallel group, and one
-    all-gather of names over all ranks.
+    all-gather of names over all ranks (with delayed scaling two).
 
     Raises:
         ValueError: a weight of the checkpoint is not used, one of the model is not filled, is all zero, or
-            is not finite. The same on every rank.
+            is not finite; a layer gets no scales. The same on every rank.
     """
     tracker = get_cuda_rng_tracker()
     states, seed_state = tracker.get_states(), torch.get_rng_state()
@@ -41,8 +45,11 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()  # rows that only this run pads are in no checkpoint
-    load_weights(model, checkpoint, "--teacher-load", topology.collection)
+    scaled = uses_delayed_scaling(args)
+    load_weights(model, checkpoint, "--teacher-load", topology.collection, with_scales=scaled)
     _check_weights(model, checkpoint, topology)
+    if scaled:
+        freeze_scales(model, checkpoint)
     return model.eval().requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 
 from megatron_fdd.arguments import REFUSALS, refuse
-from tests.entry.command import run
+from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
 from tests.entry.test_bad_input import assert_refused
 
@@ -92,3 +92,16 @@ def test_recompute_that_hides_a_tap(toy: Toys) -> None:
 def test_recompute_that_hides_none(toy: Toys) -> None:
     [endings] = run(toy.command(*RECOMPUTE, "--fdd-layer-pairs", "2:2,4:4", "--train-iters", "1"))
     assert [ending.status for ending in endings] == [0, 0]
+
+
+def in_delayed_scaling(args: argparse.Namespace) -> bool:
+    """A rehearsal has no FP8; its teacher takes the place of one that has."""
+    return True
+
+
+def test_a_converted_teacher_has_no_scales(toy: Toys) -> None:
+    patch = Patch("megatron_fdd.run", "uses_delayed_scaling", in_delayed_scaling)
+    for endings in run(toy.command(), toy.command("--fdd-dry-run"), patches=[patch]):
+        assert_refused(
+            endings, r"--teacher-fp8-recipe delayed: .*teacher/release holds no scales .*use tensorwise"
+        )

@@ -1,0 +1,90 @@
+"""The scales of a teacher in FP8 with delayed scaling: from its checkpoint, and as they are there.
+
+TransformerEngine finds such scales in training and keeps them in a module's extra state. Megatron stores that once for
+all tensor-parallel ranks: the largest values are reduced over them, so a scale is the whole tensor's and right at any
+tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from megatron_fdd.checkpoint import holds_weights, listing, read_extra_states
+
+# How TransformerEngine names a module's scales in the bytes of its extra state.
+_MARK = b"scale_fwd"
+# TransformerEngine (2.20) unpickles extra state only where this is 1.
+_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+# Where TransformerEngine notes that a module's scales are among those that the end of an FP8 context updates, and
+# there a name of no such set of scales: forward and backward.
+_REGISTERED, _NOWHERE = "buffer_index_and_autocast_key", [0, "frozen", 0, "frozen"]
+
+
+def check_scales(checkpoint: Path) -> None:
+    """Whether a checkpoint has scales of delayed scaling, and TransformerEngine will read them. No collectives.
+
+    One without weights passes; it is enough to plan with.
+
+    Raises:
+        ValueError: it has none, or reading them is not allowed.
+    """
+    if not holds_weights(checkpoint, "--teacher-load"):
+        return
+    if not any(_MARK in state for state in read_extra_states(checkpoint, "--teacher-load")):
+        raise ValueError(
+            f"--teacher-fp8-recipe delayed: {checkpoint} holds no scales (a run with --fp8-recipe delayed saves them), "
+            "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
+        )
+    if os.environ.get(_TRUST) != "1":
+        raise ValueError(
+            f"--teacher-fp8-recipe delayed: the scales in {checkpoint} are pickled, and unpickling can run code; if "
+            f"you trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to read them"
+        )
+
+
+def freeze_scales(model: Module, checkpoint: Path) -> None:
+    """Keep the scales that were loaded, whatever the student's FP8 contexts update.
+
+    Without gradients TransformerEngine updates nothing at the end of the teacher's own context, but it adds the
+    teacher's scales to those that the end of a student's context updates.
+
+    Collectives: one all-gather of names over all ranks.
+
+    Raises:
+        ValueError: a layer has got no scales. The same on every rank.
+    """
+    unscaled = [name for name, module in fp8_linears(model) if not _has_scales(module)]
+    found: list[list[str]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, unscaled)
+    names = sorted({name for names in found for name in names})
+    if names:
+        raise ValueError(
+            f"--teacher-load {checkpoint}: no scales of delayed scaling for {listing(names)}; "
+            "use --teacher-fp8-recipe tensorwise, blockwise or mxfp8"
+        )
+    for module in model.modules():
+        if isinstance(meta := getattr(module, "fp8_meta", None), dict):
+            meta[_REGISTERED] = _NOWHERE
+    for _, module in fp8_linears(model):
+        for quantizer in module.quantizers["scaling_fwd"]:
+            quantizer.amax = torch.zeros_like(quantizer.amax)  # was the newest row of the history
+
+
+def fp8_linears(model: Module) -> Iterator[tuple[str, Any]]:
+    """TransformerEngine's modules with weights to multiply with; attention has FP8 state too, and no weights."""
+    for name, module in model.named_modules():
+        weights = any(key.startswith("weight") for key, _ in module.named_parameters(recurse=False))
+        if weights and hasattr(module, "fp8_meta"):
+            yield name, module
+
+
+def _has_scales(module: Any) -> bool:
+    """Whether any of its scales is not what it is at the start; an expert that never saw a token keeps some."""
+    scale = getattr(module.fp8_meta.get("scaling_fwd"), "scale", None)
+    return scale is not None and bool((scale != 1).any())
