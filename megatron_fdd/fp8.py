@@ -1,15 +1,22 @@
-"""FP8 by TransformerEngine: which shapes its products take, and what its copies of the weights hold."""
+"""FP8 by TransformerEngine: which shapes its products take, what its copies of the weights hold, stored scales."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_fdd.checkpoint import read_extra_states
 from megatron_fdd.experts import expert_layers, expert_tensor_size, expert_width
 from megatron_fdd.parameters import matrix_parameters
 
 # Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
 _SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
+# How TransformerEngine names a module's scales in the bytes of its extra state.
+_MARK = b"scale_fwd"
+# TransformerEngine (2.20) unpickles extra state only where this is 1.
+_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def fp8_layers(args: argparse.Namespace) -> range:
@@ -121,3 +128,25 @@ def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int], *, is_t
         first += count
     most = max(matrix_parameters(args, layers) for layers in held)
     return int(most * (1 + _SCALES.get(args.fp8_recipe, 0)) * (2 if is_trained else 1))
+
+
+def holds_scales(checkpoint: Path, flag: str) -> bool:
+    """Whether a checkpoint has scales of delayed scaling; other recipes store none. No collectives.
+
+    Raises:
+        ValueError: its index cannot be read.
+    """
+    return any(_MARK in state for state in read_extra_states(checkpoint, flag))
+
+
+def check_trusted(checkpoint: Path, flag: str) -> None:
+    """Whether TransformerEngine will load a checkpoint with scales of delayed scaling.
+
+    Raises:
+        ValueError: it has not been told to.
+    """
+    if os.environ.get(_TRUST) != "1":
+        raise ValueError(
+            f"{flag}: the scales of delayed scaling in {checkpoint} are pickled, and unpickling can run code; if you "
+            f"trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to load them"
+        )

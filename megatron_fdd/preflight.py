@@ -11,6 +11,7 @@ from megatron_fdd.arguments import student_checkpoint
 from megatron_fdd.checkpoint import RELEASE, find_checkpoint
 from megatron_fdd.config import FddConfig
 from megatron_fdd.experts import STUDENT_FLAG, has_expert_optimizer
+from megatron_fdd.fp8 import check_trusted, holds_scales
 from megatron_fdd.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.teacher.arguments import even_layout
 
@@ -99,6 +100,20 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
             f"--pipeline-model-parallel-size {stages} does not divide {whose}'s {args.num_layers} layers: say how "
             f"to cut them, for example --pipeline-model-parallel-layout '{even_layout(args.num_layers, stages)}'"
         )
+
+
+def check_student_scales(args: argparse.Namespace) -> None:
+    """Whether TransformerEngine's modules will take the student's checkpoint, in whatever precision they run.
+
+    Raises:
+        ValueError: it was trained with delayed scaling, and TransformerEngine has not been told to trust it.
+    """
+    directory, flag = student_checkpoint(args)
+    if directory is None or args.transformer_impl != "transformer_engine":
+        return
+    checkpoint = find_checkpoint(directory, flag, to_plan=args.fdd_dry_run)
+    if holds_scales(checkpoint, flag):
+        check_trusted(checkpoint, flag)
 
 
 def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:

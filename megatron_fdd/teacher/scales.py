@@ -7,7 +7,6 @@ tensor-parallel size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from megatron_fdd.checkpoint import holds_weights, listing, read_extra_states
+from megatron_fdd.checkpoint import holds_weights, listing
+from megatron_fdd.fp8 import check_trusted, holds_scales
 
-# How TransformerEngine names a module's scales in the bytes of its extra state.
-_MARK = b"scale_fwd"
-# TransformerEngine (2.20) unpickles extra state only where this is 1.
-_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 # Where TransformerEngine notes that a module's scales are among those that the end of an FP8 context updates, and
 # there a name of no such set of scales: forward and backward.
 _REGISTERED, _NOWHERE = "buffer_index_and_autocast_key", [0, "frozen", 0, "frozen"]
@@ -36,16 +32,12 @@ def check_scales(checkpoint: Path) -> None:
     """
     if not holds_weights(checkpoint, "--teacher-load"):
         return
-    if not any(_MARK in state for state in read_extra_states(checkpoint, "--teacher-load")):
+    if not holds_scales(checkpoint, "--teacher-load"):
         raise ValueError(
             f"--teacher-fp8-recipe delayed: {checkpoint} holds no scales (a run with --fp8-recipe delayed saves them), "
             "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
         )
-    if os.environ.get(_TRUST) != "1":
-        raise ValueError(
-            f"--teacher-fp8-recipe delayed: the scales in {checkpoint} are pickled, and unpickling can run code; if "
-            f"you trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to read them"
-        )
+    check_trusted(checkpoint, "--teacher-load")
 
 
 def freeze_scales(model: Module, checkpoint: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fdd import convert
 from tests.convert.toys import tensor_hashes
-from tests.entry.command import read_metrics, trained, without_seconds
+from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import STUDENT, TEACHER, Toys, make_checkpoint
 from tests.ranks import Layout, run_on_ranks
 
@@ -98,6 +98,10 @@ def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Pa
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = f"{TE} --bf16 {FP8[name]} {FULL} --fdd-tap-dtype fp8"
     trained(command(toy, whole, flags), command(toy, stopped, flags, "--exit-interval 4"), image=IMAGE)
+    if name == "delayed":
+        [endings] = run(command(toy, stopped, flags), image=IMAGE)
+        assert [ending.status for ending in endings] == [1, 1]
+        assert "set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in endings[0].err
     trained(command(toy, stopped, flags), image=IMAGE, environment=TRUSTED)
     assert [record["iteration"] for record in metrics(whole)] == [1, 2, 3, 4, 5, 6]
     assert metrics(stopped) == metrics(whole)
