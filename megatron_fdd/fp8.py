@@ -43,8 +43,8 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
     Raises:
         ValueError: names every number that does not fit.
     """
-    if args.num_layers is None or not fp8_layers(args):
-        return
+    if None in (args.num_layers, args.hidden_size, args.num_attention_heads) or not fp8_layers(args):
+        return  # Megatron names these well
     is_student = whose == "the student"
     summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
     in_backward = summed if is_student else other

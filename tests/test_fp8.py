@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from argparse import Namespace
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from megatron_fdd.checkpoint import read_extra_states
 from megatron_fdd.fp8 import check_fp8_shapes
 from megatron_fdd.teacher.arguments import teacher_args
 
@@ -65,6 +71,8 @@ def model(**changes: object) -> Namespace:
         {},
         {"fp8": None, "hidden_size": 63},
         {"num_layers": None},
+        {"hidden_size": None},
+        {"num_attention_heads": None},
         {"ffn_hidden_size": None},
         {"tensor_model_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -121,3 +129,21 @@ def test_shapes_that_do_not(changes: dict[str, object], message: str) -> None:
         check_fp8_shapes(model(**changes), "the teacher")
     with pytest.raises(ValueError, match="for the student"):
         check_fp8_shapes(model(**changes), "the student")
+
+
+def test_extra_states_are_read_from_files_opened_once(tmp_path: Path) -> None:
+    """Of thousands of experts, on a file system where opening takes its time."""
+    stored, contents = {}, {"__0_0.distcp": b"", "__1_0.distcp": b""}
+    for expert in range(6):
+        name = f"__{expert % 2}_0.distcp"
+        for key in (f"mlp.{expert}._extra_state/shard_0_1", f"mlp.{expert}.weight"):
+            data = f"<{key}>".encode()
+            stored[MetadataIndex(key)] = _StorageInfo(name, len(contents[name]), len(data))
+            contents[name] += data
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data=stored)))
+    with patch.object(Path, "open", autospec=True, side_effect=Path.open) as opened:
+        found = list(read_extra_states(tmp_path, "--load"))
+    assert sorted(found) == [f"<mlp.{expert}._extra_state/shard_0_1>".encode() for expert in range(6)]
+    assert opened.call_count == 1 + 2  # the index
