@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     check_experts(args, "the student")
     if student is not None:
         check_resume(args, student)
-    check_student_scales(args)
+        check_student_scales(args, student)
     if not config.dry_run:
         check_writable(config.metrics_file, "--fdd-metrics-file")
         check_metrics_file(config.metrics_file)

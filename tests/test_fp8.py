@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_fdd.checkpoint import read_extra_states
-from megatron_fdd.fp8 import check_fp8_shapes
+from megatron_fdd.fp8 import check_expert_scales, check_fp8_shapes
 from megatron_fdd.teacher.arguments import teacher_args
 
 RUN = Namespace(
@@ -129,6 +129,25 @@ def test_shapes_that_do_not(changes: dict[str, object], message: str) -> None:
         check_fp8_shapes(model(**changes), "the teacher")
     with pytest.raises(ValueError, match="for the student"):
         check_fp8_shapes(model(**changes), "the student")
+
+
+EXPERTS = Namespace(
+    fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2
+)
+
+
+def test_a_student_resumes_grouped_experts_scales_as_they_were_cut() -> None:
+    check_expert_scales(EXPERTS, EXPERTS, "the student")
+    other = {**vars(EXPERTS), "expert_model_parallel_size": 4}
+    with pytest.raises(ValueError, match="size 2; at 4 .* use --expert-model-parallel-size 2, or the recipe"):
+        check_expert_scales(Namespace(**other), EXPERTS, "the student")
+    for harmless in (
+        {"fp8": None},
+        {"fp8_recipe": "tensorwise"},
+        {"moe_grouped_gemm": False},
+        {"num_experts": None},
+    ):
+        check_expert_scales(Namespace(**{**other, **harmless}), EXPERTS, "the student")
 
 
 def test_extra_states_are_read_from_files_opened_once(tmp_path: Path) -> None:

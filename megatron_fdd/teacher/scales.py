@@ -2,8 +2,7 @@
 
 TransformerEngine finds such scales in training and keeps them in a module's extra state. Megatron stores that once for
 all tensor-parallel ranks: the largest values are reduced over them, so a scale is the whole tensor's and right at any
-tensor-parallel size. Not so at any expert-parallel size: what Megatron stores for one of several experts that a module
-multiplies together are scales of other experts too, which only as many experts put in order again.
+tensor-parallel size. Not so at any expert-parallel size (`check_expert_scales`).
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import torch
 from torch.nn import Module
 
 from megatron_fdd.checkpoint import holds_weights, listing
-from megatron_fdd.experts import TEACHER_FLAG
-from megatron_fdd.fp8 import check_trusted, holds_scales
+from megatron_fdd.fp8 import check_expert_scales, check_trusted, holds_scales
 
 # Where TransformerEngine notes that a module's scales are among those that the end of an FP8 context updates, and
 # there a name of no such set of scales: forward and backward.
@@ -45,15 +43,7 @@ def check_scales(checkpoint: Path, stored: argparse.Namespace, teacher: argparse
             "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
         )
     check_trusted(checkpoint, "--teacher-load")
-    if not (teacher.num_experts and teacher.moe_grouped_gemm):
-        return
-    wanted, given = stored.expert_model_parallel_size, teacher.expert_model_parallel_size
-    if given != wanted:
-        raise ValueError(
-            f"--teacher-fp8-recipe delayed: {checkpoint} was trained with expert-parallel size {wanted}; "
-            f"at {given} Megatron gives experts the scales of others; use {TEACHER_FLAG} {wanted}, or tensorwise, "
-            "blockwise or mxfp8"
-        )
+    check_expert_scales(teacher, stored, "the teacher")
 
 
 def freeze_scales(model: Module, checkpoint: Path) -> None:

@@ -239,7 +239,9 @@ def test_layers_without_scales_are_refused(kind: str, pp: int, made: tuple[Path,
 
 
 # A checkpoint's arguments, and the teacher's where nothing is changed.
-STORED = Namespace(num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2)
+STORED = Namespace(
+    fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2
+)
 
 
 @pytest.mark.parametrize("kind", ["converted", "empty"])
@@ -268,7 +270,7 @@ def test_scales_of_grouped_experts_want_as_many_to_a_rank(
 ) -> None:
     changed = Namespace(**{**vars(STORED), **teacher})
     message = (
-        "with expert-parallel size 2; at 4 .* use --fdd-teacher-expert-model-parallel-size 2, or tensorw"
+        "with expert-parallel size 2; at 4 .* use --fdd-teacher-expert-model-parallel-size 2, or the rec"
     )
     with trusted(), pytest.raises(ValueError, match=message) if is_refused else nullcontext():
         check_scales(made[0] / "scaled", STORED, changed)
