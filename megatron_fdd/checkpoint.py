@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path
     path = root / (label if label == RELEASE else f"iter_{int(label):07d}")
     index = _read_index(path, flag)
     _check_files(path, flag, index)
-    if not to_plan and not holds_weights(path, flag):
+    if not to_plan and not _lists_tensors(index):
         raise ValueError(
             f"{flag} {directory}: holds a model's arguments and no weights (hf_to_mcore.py --config-only), enough for "
             "--fdd-dry-run alone; convert the model again without --config-only"
@@ -74,8 +75,7 @@ def holds_weights(path: Path, flag: str) -> bool:
     Raises:
         ValueError: its index cannot be read.
     """
-    entries = _read_index(path, flag).state_dict_metadata.values()
-    return any(isinstance(entry, TensorStorageMetadata) for entry in entries)
+    return _lists_tensors(_read_index(path, flag))
 
 
 def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
@@ -100,16 +100,20 @@ def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
 def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
     """As saved, what each of TransformerEngine's modules kept beside weights, a few KB at a time. Nothing is unpickled.
 
+    One file after the other, each opened once: experts make it thousands.
+
     Raises:
         ValueError: the checkpoint's index cannot be read.
     """
-    stored = _read_index(path, flag).storage_data
-    for item in sorted(stored, key=lambda item: item.fqn):
+    places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for item, place in _read_index(path, flag).storage_data.items():
         if item.fqn.partition("/")[0].endswith(_EXTRA_STATE):
-            place = stored[item]
-            with (path / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                yield file.read(place.length)
+            places[place.relative_path].append((place.offset, place.length))
+    for name, spans in sorted(places.items()):
+        with (path / name).open("rb") as file:
+            for offset, length in sorted(spans):
+                file.seek(offset)
+                yield file.read(length)
 
 
 def load_weights(
@@ -214,6 +218,10 @@ def _read_index(path: Path, flag: str) -> Metadata:
             return pickle.load(file)
     except Exception as error:
         raise ValueError(f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged") from error
+
+
+def _lists_tensors(index: Metadata) -> bool:
+    return any(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values())
 
 
 def _check_files(path: Path, flag: str, index: Metadata) -> None:

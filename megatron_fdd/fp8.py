@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fdd.checkpoint import read_extra_states
-from megatron_fdd.experts import expert_layers, expert_tensor_size, expert_width
+from megatron_fdd.experts import STUDENT_FLAG, TEACHER_FLAG, expert_layers, expert_tensor_size, expert_width
 from megatron_fdd.parameters import matrix_parameters
 
 # Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
@@ -43,8 +43,8 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
     Raises:
         ValueError: names every number that does not fit.
     """
-    if args.num_layers is None or not fp8_layers(args):
-        return
+    if None in (args.num_layers, args.hidden_size, args.num_attention_heads) or not fp8_layers(args):
+        return  # Megatron names these well
     is_student = whose == "the student"
     summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
     in_backward = summed if is_student else other
@@ -149,4 +149,30 @@ def check_trusted(checkpoint: Path, flag: str) -> None:
         raise ValueError(
             f"{flag}: the scales of delayed scaling in {checkpoint} are pickled, and unpickling can run code; if you "
             f"trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to load them"
+        )
+
+
+def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, whose: str) -> None:
+    """Whether each expert will get its own scales of delayed scaling.
+
+    What Megatron (0.19.2) stores for one of several experts that a module multiplies together are scales of other
+    experts and other tensors too, which only a module of as many experts puts in order again.
+
+    Args:
+        args: the model's in this run.
+        stored: those of its checkpoint, which holds scales.
+        whose: "the student" or "the teacher".
+
+    Raises:
+        ValueError: there are more experts to a rank, or fewer, than in training.
+    """
+    if not (args.fp8 and args.fp8_recipe == "delayed" and args.num_experts and args.moe_grouped_gemm):
+        return
+    wanted, given = stored.expert_model_parallel_size, args.expert_model_parallel_size
+    flag = STUDENT_FLAG if whose == "the student" else TEACHER_FLAG
+    if given != wanted:
+        raise ValueError(
+            f"FP8 with recipe delayed for {whose}: its checkpoint was trained with expert-parallel size {wanted}; at "
+            f"{given} Megatron gives experts the scales of others; use {flag} {wanted}, or the recipe tensorwise, "
+            "blockwise or mxfp8"
         )

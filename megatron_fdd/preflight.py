@@ -11,7 +11,7 @@ from megatron_fdd.arguments import student_checkpoint
 from megatron_fdd.checkpoint import RELEASE, find_checkpoint
 from megatron_fdd.config import FddConfig
 from megatron_fdd.experts import STUDENT_FLAG, has_expert_optimizer
-from megatron_fdd.fp8 import check_trusted, holds_scales
+from megatron_fdd.fp8 import check_expert_scales, check_trusted, holds_scales
 from megatron_fdd.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.teacher.arguments import even_layout
 
@@ -102,11 +102,15 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
         )
 
 
-def check_student_scales(args: argparse.Namespace) -> None:
+def check_student_scales(args: argparse.Namespace, stored: argparse.Namespace) -> None:
     """Whether TransformerEngine's modules will take the student's checkpoint, in whatever precision they run.
 
+    Args:
+        stored: the arguments in the checkpoint.
+
     Raises:
-        ValueError: it was trained with delayed scaling, and TransformerEngine has not been told to trust it.
+        ValueError: it was trained with delayed scaling, and TransformerEngine has not been told to trust it, or
+            Megatron would give scales to other experts.
     """
     directory, flag = student_checkpoint(args)
     if directory is None or args.transformer_impl != "transformer_engine":
@@ -114,6 +118,7 @@ def check_student_scales(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(directory, flag, to_plan=args.fdd_dry_run)
     if holds_scales(checkpoint, flag):
         check_trusted(checkpoint, flag)
+        check_expert_scales(args, stored, "the student")
 
 
 def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     check_experts(args, "the student")
     if student is not None:
         check_resume(args, student)
-    check_student_scales(args)
+        check_student_scales(args, student)
     if not config.dry_run:
         check_writable(config.metrics_file, "--fdd-metrics-file")
         check_metrics_file(config.metrics_file)
@@ -128,7 +128,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         check_fp8_shapes(teacher, "the teacher")
         check_experts(teacher, "the teacher")
         if uses_delayed_scaling(teacher) and checkpoint is not None:
-            check_scales(checkpoint)
+            check_scales(checkpoint, stored, teacher)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
     teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from argparse import Namespace
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from megatron_fdd.fp8 import check_fp8_shapes
+from megatron_fdd.checkpoint import read_extra_states
+from megatron_fdd.fp8 import check_expert_scales, check_fp8_shapes
 from megatron_fdd.teacher.arguments import teacher_args
 
 RUN = Namespace(
@@ -65,6 +71,8 @@ def model(**changes: object) -> Namespace:
         {},
         {"fp8": None, "hidden_size": 63},
         {"num_layers": None},
+        {"hidden_size": None},
+        {"num_attention_heads": None},
         {"ffn_hidden_size": None},
         {"tensor_model_parallel_size": 2},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -121,3 +129,40 @@ def test_shapes_that_do_not(changes: dict[str, object], message: str) -> None:
         check_fp8_shapes(model(**changes), "the teacher")
     with pytest.raises(ValueError, match="for the student"):
         check_fp8_shapes(model(**changes), "the student")
+
+
+EXPERTS = Namespace(
+    fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2
+)
+
+
+def test_a_student_resumes_grouped_experts_scales_as_they_were_cut() -> None:
+    check_expert_scales(EXPERTS, EXPERTS, "the student")
+    other = {**vars(EXPERTS), "expert_model_parallel_size": 4}
+    with pytest.raises(ValueError, match="size 2; at 4 .* use --expert-model-parallel-size 2, or the recipe"):
+        check_expert_scales(Namespace(**other), EXPERTS, "the student")
+    for harmless in (
+        {"fp8": None},
+        {"fp8_recipe": "tensorwise"},
+        {"moe_grouped_gemm": False},
+        {"num_experts": None},
+    ):
+        check_expert_scales(Namespace(**{**other, **harmless}), EXPERTS, "the student")
+
+
+def test_extra_states_are_read_from_files_opened_once(tmp_path: Path) -> None:
+    """Of thousands of experts, on a file system where opening takes its time."""
+    stored, contents = {}, {"__0_0.distcp": b"", "__1_0.distcp": b""}
+    for expert in range(6):
+        name = f"__{expert % 2}_0.distcp"
+        for key in (f"mlp.{expert}._extra_state/shard_0_1", f"mlp.{expert}.weight"):
+            data = f"<{key}>".encode()
+            stored[MetadataIndex(key)] = _StorageInfo(name, len(contents[name]), len(data))
+            contents[name] += data
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data=stored)))
+    with patch.object(Path, "open", autospec=True, side_effect=Path.open) as opened:
+        found = list(read_extra_states(tmp_path, "--load"))
+    assert sorted(found) == [f"<mlp.{expert}._extra_state/shard_0_1>".encode() for expert in range(6)]
+    assert opened.call_count == 1 + 2  # the index

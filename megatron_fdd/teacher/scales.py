@@ -2,11 +2,12 @@
 
 TransformerEngine finds such scales in training and keeps them in a module's extra state. Megatron stores that once for
 all tensor-parallel ranks: the largest values are reduced over them, so a scale is the whole tensor's and right at any
-tensor-parallel size.
+tensor-parallel size. Not so at any expert-parallel size (`check_expert_scales`).
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,24 @@ import torch
 from torch.nn import Module
 
 from megatron_fdd.checkpoint import holds_weights, listing
-from megatron_fdd.fp8 import check_trusted, holds_scales
+from megatron_fdd.fp8 import check_expert_scales, check_trusted, holds_scales
 
 # Where TransformerEngine notes that a module's scales are among those that the end of an FP8 context updates, and
 # there a name of no such set of scales: forward and backward.
 _REGISTERED, _NOWHERE = "buffer_index_and_autocast_key", [0, "frozen", 0, "frozen"]
 
 
-def check_scales(checkpoint: Path) -> None:
-    """Whether a checkpoint has scales of delayed scaling, and TransformerEngine will read them. No collectives.
+def check_scales(checkpoint: Path, stored: argparse.Namespace, teacher: argparse.Namespace) -> None:
+    """Whether a checkpoint has scales of delayed scaling, and they will be read and be right. No collectives.
 
     One without weights passes; it is enough to plan with.
 
+    Args:
+        stored: the checkpoint's own arguments.
+        teacher: the teacher's in this run.
+
     Raises:
-        ValueError: it has none, or reading them is not allowed.
+        ValueError: it has none, reading them is not allowed, or Megatron would give them to other experts.
     """
     if not holds_weights(checkpoint, "--teacher-load"):
         return
@@ -38,6 +43,7 @@ def check_scales(checkpoint: Path) -> None:
             "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
         )
     check_trusted(checkpoint, "--teacher-load")
+    check_expert_scales(teacher, stored, "the teacher")
 
 
 def freeze_scales(model: Module, checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def test_a_plan_of_many_ranks_before_there_are_weights(toy: Toys, tmp_path: Path
     assert "64 rank(s) = tensor 2 x context 1 x pipeline 4 x data 8" in planned.out
     assert "experts of the teacher: 8 in each of 10 layer(s), 3 to a token; 1 on a rank" in planned.out
     assert re.search(r"^    sum: \d+\.\d$", planned.out, re.MULTILINE)
-    check_scales(teacher / "plan" / "release")  # what has no weights is not asked for scales
+    check_scales(
+        teacher / "plan" / "release", Namespace(), Namespace()
+    )  # what has no weights is not asked for scales
     [[refused]] = run(command, ranks=1, patches=[*NO_RUN, *launch])
     assert refused.status == 1
     assert "--load" in refused.err

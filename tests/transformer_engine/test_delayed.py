@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -238,17 +238,42 @@ def test_layers_without_scales_are_refused(kind: str, pp: int, made: tuple[Path,
     run_on_ranks(refused, case.layout, {"case": case, "checkpoint": made[0] / kind}, image=IMAGE)
 
 
+# A checkpoint's arguments, and the teacher's where nothing is changed.
+STORED = Namespace(
+    fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2
+)
+
+
 @pytest.mark.parametrize("kind", ["converted", "empty"])
 def test_a_checkpoint_without_scales_is_refused_unloaded(kind: str, made: tuple[Path, list[Tensor]]) -> None:
     with trusted(), pytest.raises(ValueError, match="holds no scales .* use tensorwise, blockwise or mxfp8"):
-        check_scales(made[0] / kind)
+        check_scales(made[0] / kind, STORED, STORED)
 
 
 def test_scales_are_read_from_trusted_checkpoints_alone(made: tuple[Path, list[Tensor]]) -> None:
     with trusted():
-        check_scales(made[0] / "scaled")
+        check_scales(made[0] / "scaled", STORED, STORED)
     with trusted("0"), pytest.raises(ValueError, match=f"if you trust the checkpoint, set {TRUST}=1"):
-        check_scales(made[0] / "scaled")
+        check_scales(made[0] / "scaled", STORED, STORED)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "is_refused"),
+    [
+        ({"expert_model_parallel_size": 4}, True),
+        ({"expert_model_parallel_size": 4, "moe_grouped_gemm": False}, False),
+        ({"expert_model_parallel_size": 1, "num_experts": None}, False),
+    ],
+)
+def test_scales_of_grouped_experts_want_as_many_to_a_rank(
+    teacher: dict, is_refused: bool, made: tuple[Path, list[Tensor]]
+) -> None:
+    changed = Namespace(**{**vars(STORED), **teacher})
+    message = (
+        "with expert-parallel size 2; at 4 .* use --fdd-teacher-expert-model-parallel-size 2, or the rec"
+    )
+    with trusted(), pytest.raises(ValueError, match=message) if is_refused else nullcontext():
+        check_scales(made[0] / "scaled", STORED, changed)
 
 
 def loads_untrusted(case: Case, checkpoint: Path) -> bool:
