@@ -121,6 +121,15 @@ class NamedModel:
                 "copy its teacher's files into it"
             ) from error
 
+    def words(self) -> dict[int, str]:
+        """By id. Added ones are left out, as they differ between models of one family; none without a tokenizer."""
+        try:
+            tokenizer = self.tokenizer()
+        except ValueError:
+            return {}
+        added = tokenizer.get_added_vocab()
+        return {index: word for word, index in tokenizer.get_vocab().items() if word not in added}
+
     def fingerprint(self) -> str:
         """Changes when any file of the folder does, by name, size and time: hashing weights would take minutes."""
         digest = hashlib.sha256()

@@ -132,7 +132,7 @@ class Request:
     def _check_vocabularies(self) -> None:
         if self.teacher is None or not self.text.is_asked:
             return
-        theirs = self.teacher.config().vocab_size
+        theirs, their_words = self.teacher.config().vocab_size, self.teacher.words()
         for model in self.models:
             ours = model.config().vocab_size
             if ours != theirs:
@@ -140,3 +140,11 @@ class Request:
                     f"{model.name} has {ours} words and the teacher {theirs}: they are compared word by word and need "
                     "the same vocabulary"
                 )
+            words = model.words()
+            for index in sorted(words.keys() & their_words.keys()):
+                if words[index] != their_words[index]:
+                    raise ValueError(
+                        f"{model.name} and the teacher have different tokenizers, so a KL would compare different "
+                        f"words (at {index}: {words[index]!r} / {their_words[index]!r}); "
+                        "leave --teacher or the model out"
+                    )

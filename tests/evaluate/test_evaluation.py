@@ -50,6 +50,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "student/config.json").read_text())
     (folder / "larger/config.json").write_text(json.dumps(config | {"vocab_size": 107}))
     (folder / "unknown/config.json").write_text(json.dumps(config | {"model_type": "unheard of"}))
+    (folder / "renamed").mkdir()
+    (folder / "renamed/config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "student/tokenizer_config.json", folder / "renamed")
+    tokenizer = json.loads((folder / "student/tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
+    words["\u2581lazy"], words["\u2581over"] = words["\u2581over"], words["\u2581lazy"]
+    (folder / "renamed/tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 12)}) + "\n")
     return folder
 
@@ -235,6 +242,14 @@ def test_refused_before_a_model_is_loaded(
                 "text": Text(folder / "text.jsonl"),
             },
             "student has 99 words and the teacher 107",
+        ),
+        (
+            {
+                "models": (one, NamedModel("other", folder / "renamed")),
+                "has_teacher": True,
+                "text": Text(folder / "text.jsonl"),
+            },
+            "student and the teacher have different tokenizers, so .*85: '\u2581lazy' / '\u2581over'.; leave",
         ),
         ({"models": (NamedModel("x", folder / "unknown"),)}, "unknown/config.json cannot be read"),
     ):
