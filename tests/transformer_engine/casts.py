@@ -1,0 +1,186 @@
+"""FP8 numbers in torch: TransformerEngine's own tensors of them, scaled as its recipes say."""
+
+from __future__ import annotations
+
+import enum
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128
+
+
+class DType(enum.IntEnum):
+    kByte = 0  # noqa: N815
+    kInt32 = 2
+    kFloat32 = 4
+    kFloat16 = 5
+    kBFloat16 = 6
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+    kFloat4E2M1 = 10
+
+
+TORCH_TYPES = {
+    DType.kByte: torch.uint8,
+    DType.kInt32: torch.int32,
+    DType.kFloat32: torch.float32,
+    DType.kFloat16: torch.float16,
+    DType.kBFloat16: torch.bfloat16,
+    DType.kFloat8E4M3: torch.float8_e4m3fn,
+    DType.kFloat8E5M2: torch.float8_e5m2,
+}
+
+
+def plain(tensor: Any) -> Tensor:
+    """In float32 (float64 stays), out of FP8 where it is in it."""
+    if is_fp8(tensor):
+        return tensor.dequantize(dtype=torch.float32)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def is_fp8(tensor: Any) -> bool:
+    return hasattr(tensor, "dequantize") and type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
+    """`tensor` in FP8 as the quantizer's recipe has it, into `output` where one is given."""
+    if noop is not None and noop.item():
+        return output
+    fields = blocks(tensor, quantizer) if is_blockwise(quantizer) else whole(tensor, quantizer)
+    if output is None:
+        return made(fields, tensor.shape, tensor.dtype, quantizer)
+    for name, value in fields.items():
+        setattr(output, PRIVATE[name], value)
+    if not is_blockwise(quantizer):
+        output._transpose_invalid = output._transpose is None
+    return output
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, _device: Any, _pinned: bool
+) -> Any:
+    fields: dict[str, Any] = {"data": None, "data_transpose": None, "fp8_scale_inv": torch.ones(1)}
+    if quantizer.rowwise_usage:
+        fields["data"] = torch.empty(shape, dtype=torch.uint8)
+    if quantizer.columnwise_usage:
+        fields["data_transpose"] = torch.empty((shape[-1], *shape[:-1]), dtype=torch.uint8)
+    return made(fields, shape, dtype, quantizer)
+
+
+# Where a tensor keeps what it is made of.
+PRIVATE = {"data": "_data", "data_transpose": "_transpose", "fp8_scale_inv": "_scale_inv"}
+PRIVATE |= {
+    f"{way}_{what}": f"_{way}_{what}" for way in ("rowwise", "columnwise") for what in ("data", "scale_inv")
+}
+
+
+def is_blockwise(quantizer: Any) -> bool:
+    return hasattr(quantizer, "block_scaling_dim")
+
+
+def made(fields: dict[str, Any], shape: Any, dtype: torch.dtype, quantizer: Any) -> Any:
+    """TransformerEngine's own tensor of these bytes."""
+    from transformer_engine.pytorch import tensor as te
+
+    kind, internal = te.Float8Tensor, te.Float8TensorStorage
+    fields = {**fields, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
+    if is_blockwise(quantizer):
+        kind, internal = te.Float8BlockwiseQTensor, te.Float8BlockwiseQTensorStorage
+        fields["is_2D_scaled"] = quantizer.block_scaling_dim == 2
+    if quantizer.internal:
+        return internal(**fields, fake_dtype=dtype)
+    return kind(shape=shape, dtype=dtype, device=torch.device("cpu"), **fields)
+
+
+def whole(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
+    """One scale for the tensor: the quantizer's own (delayed), or from what is there now."""
+    fp8 = TORCH_TYPES[DType(int(quantizer.dtype))]
+    amax = tensor.detach().abs().max().float() if tensor.numel() else torch.zeros(())
+    if hasattr(quantizer, "scale"):  # delayed
+        quantizer.amax.copy_(torch.maximum(quantizer.amax.reshape(()), amax).reshape(quantizer.amax.shape))
+        scale = quantizer.scale.reshape(()).clone()
+    else:
+        if quantizer.with_amax_reduction:
+            dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
+        scale = scale_of(amax, fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    data = cast(tensor * scale, fp8)
+    turned = data.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None
+    return {
+        "data": data if quantizer.rowwise_usage else None,
+        "data_transpose": turned,
+        "fp8_scale_inv": (1 / scale).reshape(1),
+    }
+
+
+def blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
+    """A scale for 128 x 128 values, or for 128 of a row (and of a column in the turned copy)."""
+    fields: dict[str, Any] = dict.fromkeys(
+        ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
+    )
+    rows = tensor.detach().reshape(-1, tensor.shape[-1])
+    for way, wanted in (("rowwise", quantizer.rowwise_usage), ("columnwise", quantizer.columnwise_usage)):
+        if not wanted:
+            continue
+        turned = way == "columnwise"
+        data, scales = scaled_blocks((rows.T if turned else rows).contiguous(), quantizer)
+        shape = quantizer.get_columnwise_shape(tensor.shape) if turned else tensor.shape
+        stored = torch.zeros(quantizer.get_scale_shape(tensor.shape, turned), dtype=torch.float32)
+        if quantizer.block_scaling_dim == 1:
+            scales = scales.T
+        stored[: scales.shape[0], : scales.shape[1]] = 1 / scales
+        fields[f"{way}_data"], fields[f"{way}_scale_inv"] = data.reshape(tuple(shape)), stored
+    return fields
+
+
+def scaled_blocks(rows: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
+    """uint8 [M, K] and the scales, [M / 128, K / 128] or [M, K / 128], rounded up."""
+    fp8 = TORCH_TYPES[DType(int(quantizer.dtype))]
+    height = BLOCK if quantizer.block_scaling_dim == 2 else 1
+    m, k = rows.shape
+    padded = F.pad(rows.float(), (0, -k % BLOCK, 0, -m % height))
+    tiles = padded.reshape(padded.shape[0] // height, height, -1, BLOCK)
+    scales = scale_of(tiles.abs().amax((1, 3)), fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
+    data = cast(tiles * scales[:, None, :, None], fp8).reshape(padded.shape)[:m, :k]
+    return data.contiguous(), scales
+
+
+def scale_of(amax: Tensor, fp8: torch.dtype, power_of_2: bool, epsilon: float) -> Tensor:
+    """Brings the largest value to FP8's; 1 where there is none."""
+    amax = amax.clamp(min=epsilon)
+    scale = torch.where(amax > 0, torch.finfo(fp8).max / amax, torch.ones_like(amax))
+    scale = torch.where(scale.isfinite(), scale, torch.ones_like(scale))
+    return torch.exp2(torch.floor(torch.log2(scale))) if power_of_2 else scale
+
+
+def cast(scaled: Tensor, fp8: torch.dtype) -> Tensor:
+    """To FP8, saturating, as bytes."""
+    largest = torch.finfo(fp8).max
+    return scaled.detach().float().clamp(-largest, largest).to(fp8).view(torch.uint8).contiguous()
+
+
+def bgrad_quantize(tensor: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    return tensor.reshape(-1, tensor.shape[-1]).sum(0), quantizer(tensor)
+
+
+def fp8_transpose(data: Tensor, _dtype: int, out: Tensor | None = None) -> Tensor:
+    turned = data.movedim(-1, 0).contiguous()
+    return turned if out is None else out.copy_(turned)
+
+
+def fused_amax_and_scale_update_after_reduction(
+    amax: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, fp8: int, margin: int
+) -> None:
+    """Delayed scaling's update: TransformerEngine has it in torch, too."""
+    from transformer_engine.pytorch.quantization import _amax_and_scale_update
+
+    recipe = SimpleNamespace(amax_compute_algo=algorithm, margin=margin, scaling_factor_compute_algo=None)
+    largest = torch.finfo(TORCH_TYPES[DType(int(fp8))]).max
+    parts = amax.split([history.shape[1] for history in histories])
+    for history, scale, part in zip(histories, scales, parts, strict=True):
+        history[0].copy_(part)
+        _amax_and_scale_update(history, scale, largest, recipe)
