@@ -9,17 +9,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
+
+import pytest
 
 from megatron_fdd import convert
 from tests.convert import toys
 from tests.convert.toy_gpt2 import make_gpt2
+from tests.transformer_engine import PYTHON
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ("plain", "tied", "biases", "qwen2", "qwen3", "mistral_window", "bfloat16")
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed")
 
 
+@pytest.mark.skipif(
+    not PYTHON.is_dir() and not any(distributions(name="transformer_engine")),
+    reason="needs TransformerEngine, or its Python: source tools/env.sh",
+)
 def test_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     pairs: list[str] = []
     for name in (*VARIANTS, *MIXTURES, "gpt2"):
@@ -27,7 +35,11 @@ def test_there_and_back_is_bit_identical(tmp_path: Path) -> None:
         make_gpt2(source) if name == "gpt2" else toys.make_llama(source, name)
         convert.hf_to_mcore(source, tmp_path / f"{name}-mcore")
         pairs += [str(tmp_path / f"{name}-mcore"), str(tmp_path / f"{name}-te")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     command = [sys.executable, "-m", "tests.convert.te_model", *pairs]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

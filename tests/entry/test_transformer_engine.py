@@ -11,8 +11,10 @@ from tests.convert.toys import tensor_hashes
 from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import STUDENT, TEACHER, Toys, make_checkpoint
 from tests.ranks import Layout, run_on_ranks
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 LOCAL, TE = "--transformer-impl local", "--transformer-impl transformer_engine"
 STEPS = "--train-iters 6 --save-interval 2 --use-distributed-optimizer"
 FP8 = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -12,9 +11,7 @@ import torch._dynamo  # noqa: F401  (looks for onnx, before there is a wrong one
 
 from megatron_fdd import rehearsal
 from megatron_fdd.rehearsal import device
-from tests.transformer_engine import kernels
-
-PYTHON = Path(sys.prefix) / "transformer-engine"  # where tools/env.sh puts the package, without its libraries
+from tests.transformer_engine import PYTHON, kernels
 
 sys.path.append(str(PYTHON))
 os.environ["NVTE_PROJECT_BUILDING"] = "1"  # does not look for CUDA's libraries

@@ -14,7 +14,10 @@ from megatron_fdd.objective import Objective
 from megatron_fdd.teacher.tap_format import TapFormat
 from tests.case import Case, join, schedule_step
 from tests.ranks import run_on_ranks
-from tests.transformer_engine.test_fp8 import IMAGE, PLAIN, fp8
+from tests.transformer_engine import IMAGE, needs_python
+from tests.transformer_engine.test_fp8 import PLAIN, fp8
+
+pytestmark = needs_python
 
 
 def places(case: Case) -> dict[str, set[bool]]:

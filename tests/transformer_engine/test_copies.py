@@ -15,8 +15,10 @@ from megatron_fdd.fp8 import weight_copies_bytes
 from tests.case import FULL_BLOCK, Case, join, schedule_step
 from tests.ranks import run_on_ranks
 from tests.reference import Shape, Terms
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 STUDENT = Shape(num_layers=3, hidden=128, heads=8, groups=2, head_width=16, ffn=256)
 TEACHER = Shape(num_layers=4, hidden=256, heads=8, groups=8, head_width=32, ffn=384)
 CASE = Case(

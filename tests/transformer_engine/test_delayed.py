@@ -30,8 +30,10 @@ from tests.case import FULL_BLOCK, FULL_UNIFORM, Case, case_batches, join, relat
 from tests.models import build_student, model_config, padded_vocab
 from tests.ranks import Layout, run_on_ranks
 from tests.reference import STUDENT, TEACHER, random_weights
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 TAPS = (2, 7)
 HISTORY = 4

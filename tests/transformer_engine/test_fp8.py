@@ -14,8 +14,10 @@ import pytest
 from tests.case import FULL_BLOCK, FULL_UNIFORM, SELECTIVE, Case, Result, relative, run_step
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, TEACHER
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 Options = tuple[tuple[str, Any], ...]
 
 

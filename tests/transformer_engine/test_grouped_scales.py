@@ -12,8 +12,10 @@ from unittest.mock import patch
 import torch
 
 from tests.ranks import Layout, run_on_ranks
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 KINDS = ("input", "weight")
 
 

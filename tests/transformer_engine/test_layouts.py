@@ -24,8 +24,10 @@ from tests.case import (
 )
 from tests.ranks import run_on_ranks
 from tests.reference import STUDENT, TEACHER, Terms
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 TIED = {"student": replace(STUDENT, tied=True), "teacher": replace(TEACHER, tied=True)}
 LAYOUTS = {
     "1x1": Case(),

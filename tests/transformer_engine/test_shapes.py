@@ -11,8 +11,10 @@ from megatron_fdd.fp8 import check_fp8_shapes
 from tests.case import MICRO_BATCH, Case, join, schedule_step
 from tests.ranks import run_on_ranks
 from tests.reference import Shape, Terms
+from tests.transformer_engine import IMAGE, needs_python
 
-IMAGE = "tests.transformer_engine.rank_image"
+pytestmark = needs_python
+
 FITS = Shape(num_layers=1, hidden=32, heads=8, groups=8, head_width=4, ffn=32)
 CASE = Case(
     student=FITS, teacher=FITS, length=16, micro_batches=1, terms=Terms(alpha=0, beta=0),
