@@ -222,9 +222,9 @@ def test_the_plan_counts_the_experts_of_a_rank(toy: Toys, experts: Path) -> None
 load_whole = loading.load_weights
 
 
-def load_without_an_expert(model: GPTModel, *arguments: Any) -> None:
+def load_without_an_expert(model: GPTModel, *arguments: Any, **keywords: Any) -> None:
     """As `load_weights`; one expert that only the last rank holds stays empty."""
-    load_whole(model, *arguments)
+    load_whole(model, *arguments, **keywords)
     assert len(model.decoder.layers[2].mlp.experts.local_experts) == 2  # of 4, on two ranks
     if dist.get_rank() == dist.get_world_size() - 1:
         model.decoder.layers[2].mlp.experts.local_experts[1].linear_fc2.weight.data.zero_()
