@@ -101,10 +101,8 @@ def teacher_args(
     for name, value in _FORCED.items():
         setattr(args, name, value)
     args.fp8, args.fp8_recipe = run_args.teacher_fp8_format, run_args.teacher_fp8_recipe
-    if uses_delayed_scaling(
-        args
-    ):  # whose one FP8 context is around all layers; Megatron's blocks assert that
-        args.first_last_layers_bf16 = False
+    if uses_delayed_scaling(args):
+        args.first_last_layers_bf16 = False  # its one FP8 context is around all layers; Megatron asserts that
     args.padded_vocab_size = run_args.padded_vocab_size
     if args.pipeline_model_parallel_size > 1:
         args.pipeline_model_parallel_layout = even_layout(args.num_layers, args.pipeline_model_parallel_size)
