@@ -38,12 +38,13 @@ from megatron_fdd.checkpoint import cause_of
 from megatron_fdd.convert.companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
+from megatron_fdd.launch import is_first_rank, report_error
 from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import read_lens
 from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.pipeline import PipelineSteps
-from megatron_fdd.run import Run, is_first_rank, prepare_run
+from megatron_fdd.run import Run, prepare_run
 from megatron_fdd.sampling import Sampler
 from megatron_fdd.schedule import DistillationSteps, installed
 from megatron_fdd.stepped_adam import install_adam
@@ -188,8 +189,7 @@ def main() -> int:
             return 0
         Distillation(run).train()
     except (ValueError, FloatingPointError) as error:
-        if is_first_rank():
-            print(f"megatron_fdd: error: {error}", file=sys.stderr, flush=True)
+        report_error(f"megatron_fdd: error: {error}")
         return 1
     finally:
         if torch.distributed.is_initialized() and __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import re
 import traceback
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
 from megatron_fdd.fp8 import check_fp8_shapes
+from megatron_fdd.launch import is_first_rank
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.metrics import check_metrics_file
 from megatron_fdd.preflight import (
@@ -234,8 +234,3 @@ def _common_vocabulary(args: argparse.Namespace, stored: argparse.Namespace | No
 
 # More than this is no longer "tokens that were added to the same vocabulary".
 _MAX_ADDED_TOKENS = 1024
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0 of the launch (torchrun's environment)."""
-    return os.environ.get("RANK", "0") == "0"

@@ -29,7 +29,7 @@ from megatron_fdd.checkpoint import (
     weights_only,
 )
 from megatron_fdd.convert.pieces import Pieces, entries_of, is_before_experts, pieces_of, tensors_of
-from megatron_fdd.convert.ranks import EveryRanksError, together
+from megatron_fdd.convert.ranks import together
 from megatron_fdd.convert.streaming_save import Reader, StreamingSave
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -71,7 +71,7 @@ def save_model(
     try:
         dist_checkpointing.save(state, str(target), StreamingSave(weights, read), content_metadata=_CONTENT)
     except CheckpointException as error:  # the same on every rank
-        raise EveryRanksError(cause_of(error)) from error
+        raise ValueError(cause_of(error)) from error
     if rank_zero:
         (folder / TRACKER_FILE).write_text(RELEASE)
 

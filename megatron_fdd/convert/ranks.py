@@ -65,10 +65,6 @@ def conversion_ranks() -> Iterator[Any]:
             dist.destroy_process_group()
 
 
-class EveryRanksError(ValueError):
-    """An error that all ranks raise alike, so that one of them can tell it."""
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """What goes wrong in the block on one rank is raised on every rank.
@@ -76,7 +72,7 @@ def together() -> Iterator[None]:
     Collectives: one all-gather over all ranks at the end of the block.
 
     Raises:
-        EveryRanksError: what the first rank with an error says.
+        ValueError: what the first rank with an error says.
     """
     error: Exception | None = None
     try:
@@ -87,7 +83,7 @@ def together() -> Iterator[None]:
     dist.all_gather_object(told, None if error is None else _one_line(error))
     first = next((text for text in told if text is not None), None)
     if first is not None:
-        raise EveryRanksError(first) from error
+        raise ValueError(first) from error
 
 
 def _one_line(error: Exception) -> str:

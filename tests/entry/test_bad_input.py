@@ -57,13 +57,15 @@ WRONG_FLAGS = {
 def assert_refused(endings: Iterable[Ending], pattern: str) -> None:
     for rank, ending in enumerate(endings):
         assert ending.status == 1, ending.err
-        errors = [line for line in ending.err.splitlines() if line.startswith("megatron_fdd: error: ")]
-        assert len(errors) == (rank == 0), ending.err
+        start = f"rank {rank}: " if rank else ""
+        errors = [
+            line for line in ending.err.splitlines() if line.startswith(f"{start}megatron_fdd: error: ")
+        ]
+        assert len(errors) == 1, ending.err
         assert "Traceback" not in ending.err
         assert not re.search(r"iteration +\d+/", ending.out), "a training step was made"
-        if errors:
-            assert re.search(pattern, errors[0]), errors[0]
-            assert len(errors[0]) < 700
+        assert re.search(pattern, errors[0]), errors[0]
+        assert len(errors[0]) < 700
 
 
 @pytest.mark.parametrize("name", WRONG_FLAGS)

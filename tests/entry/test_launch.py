@@ -1,4 +1,4 @@
-"""Under torchrun itself: an error ends all processes, and a `kill -9` at any moment costs nothing."""
+"""Under torchrun itself: an error ends all processes and is heard, and a `kill -9` at any moment costs nothing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.entry.command import read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
@@ -22,15 +24,49 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "FDD_REHEARSE": "1"}
 
 
-def test_an_error_is_the_end_of_all_ranks(toy: Toys) -> None:
-    command = [*LAUNCH, *toy.command("--fdd-layers", 9)]
+def errors_of_a_launch(command: Sequence[object], *launch: str) -> list[str]:
+    """The lines in which the ranks say why they ended."""
     result = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [*(launch or LAUNCH), *map(str, command)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
     assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if "megatron_fdd: error: " in line]
-    assert len(lines) == 1
-    assert "--fdd-layers 9 needs a student of at least 10 layers" in lines[0]
+    return [line for line in result.stderr.splitlines() if "megatron_fdd: error: " in line]
+
+
+def test_an_error_is_the_end_of_all_ranks(toy: Toys) -> None:
+    (line,) = errors_of_a_launch(toy.command("--fdd-layers", 9))
+    assert line.startswith("megatron_fdd: error: --fdd-layers 9 needs a student of at least 10 layers")
+
+
+# What `python -m megatron_fdd.distill` does with an error, in a process that starts in no time.
+ENDING = """
+import os, sys, time
+from megatron_fdd import launch
+rank, case = int(os.environ["RANK"]), sys.argv[1]
+launch.PATIENCE_S = float(sys.argv[2])
+if rank == 0:
+    time.sleep(1 if case == "late" else 30)
+launch.report_error(f"megatron_fdd: error: {case}")
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "patience_s", "said"),
+    [
+        ("late", 20, "megatron_fdd: error: late"),  # rank 0 comes to the error a second after rank 1
+        ("alone", 1, "rank 1: megatron_fdd: error: alone"),  # rank 0 does not come to it
+    ],
+)
+def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: str, tmp_path: Path) -> None:
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    assert errors_of_a_launch([script, case, patience_s], *LAUNCH[:-2]) == [said]
 
 
 def kill(process: subprocess.Popen) -> None:
