@@ -27,14 +27,14 @@ run() {
 }
 
 run python3 -m benchmarks.linear_kl --device "$DEVICE" ${SMOKE:+--smoke}
-[[ -n $SMOKE ]] || run python3 -m benchmarks.linear_kl --device "$DEVICE" --sweep --no-plain
 if [[ $DEVICE == cuda ]]; then
-    run python3 -m benchmarks.step --device cuda --bf16 ${SMOKE:+--smoke}
-    run python3 -m benchmarks.step_profile --device cuda --bf16 --out "${OUT:-runs/gpu}/step-profile.png" ${SMOKE:+--smoke}
+    run python3 -m benchmarks.step --device cuda --bf16 --profile "${OUT:-runs/gpu}/step-profile.png" ${SMOKE:+--smoke}
 else
     run python3 -m benchmarks.modelopt ${SMOKE:+--smoke}
     run python3 -m benchmarks.step ${SMOKE:+--smoke}
 fi
+# Last, for it is long and the least new.
+[[ -n $SMOKE ]] || run python3 -m benchmarks.linear_kl --device "$DEVICE" --sweep --no-plain
 
 if ((${#failed[@]})); then
     printf '\nmissed or unsteady: %s\n' "${failed[@]}"

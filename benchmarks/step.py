@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                # on one CPU thread, minutes
     python -m benchmarks.step --device cuda --bf16    # undivided, 8 x 1,024 tokens
+    python -m benchmarks.step --profile docs/step-profile.png    # then watch some steps, and draw where their time goes
     python -m benchmarks.step --smoke        # seconds; its figures mean nothing
 
 The default shape is GPT-2 XL -> GPT-2 0.1B (the paper's hardest: a small student with a large vocabulary), on a CPU
@@ -31,7 +32,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch
 
-from benchmarks import measure
+from benchmarks import measure, step_profile
 from benchmarks.step_flops import Model, Objective, StepFlops, step_flops
 from benchmarks.step_run import Job, Watched, make_checkpoint, run_job
 from megatron_fdd.balance import ModelShape
@@ -81,6 +82,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--taps", type=int, default=4, help="K, sampled layers of each model")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="PNG",
+        help="draw the parts of a step, from more steps under torch's profiler",
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, and nothing is recorded")
     args, rest = parser.parse_known_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -150,14 +157,36 @@ def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[s
     watched = {}
     for number, (name, objective) in enumerate(runs):
         words = command(args, folder, objective, rest)
-        job = Job(
-            words, name == STOCK, args.repeats * measure.ATTEMPTS, args.device, folder / f"run-{number}.log"
-        )
+        log, is_stock = folder / f"run-{number}.log", name == STOCK
+        repeats, is_profiled = args.repeats * measure.ATTEMPTS, args.profile is not None and not is_stock
+        job = Job(words, is_stock, repeats, args.device, log, is_profiled)
         watched[name] = in_own_process(run_job, job)
         middle = statistics.median(watched[name].seconds)
         # At once: what comes after may fail.
         print(f"{name}: {middle:.3f} s, {watched[name].whole_mib:.0f} MiB", flush=True)
+        print_parts(watched[name].parts, middle, args.device)
     return watched
+
+
+def print_parts(parts: Mapping[str, float], step_s: float, device: str) -> None:
+    """The share of each; on a GPU also how much of a step no kernel runs."""
+    if not parts:
+        return
+    whole = sum(parts.values())
+    line = ", ".join(f"{part} {value / whole:.0%}" for part, value in parts.items())
+    if device == "cuda":
+        line += f"; kernels {whole:.3f} s, idle {max(1 - whole / step_s, 0):.0%} of the step"
+    print(f"    {line}", flush=True)
+
+
+def draw_parts(args: argparse.Namespace, watched: Mapping[str, Watched], step_tokens: int) -> None:
+    """The picture of --profile."""
+    title = (
+        f"One step of {step_tokens} tokens, {args.teacher_layers} x {args.teacher_width} -> {args.student_layers} x "
+        f"{args.student_width}, vocabulary {args.vocab_size}\n{measure.machine()}; torch {torch.__version__}"
+    )
+    step_profile.draw({name: seen.parts for name, seen in watched.items() if seen.parts}, title, args.profile)
+    print(args.profile)
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -167,7 +196,10 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def report(
-    rows: Mapping[str, measure.Measurement], watched: Mapping[str, Watched], flops: Mapping[str, StepFlops]
+    rows: Mapping[str, measure.Measurement],
+    watched: Mapping[str, Watched],
+    flops: Mapping[str, StepFlops],
+    teacher_mib: float,
 ) -> bool:
     """Print the table, the arithmetic and the bar; returns whether all is steady and within the bar."""
     print(measure.table(rows, "logit KD", "x KD"))
@@ -181,9 +213,11 @@ def report(
     in_flops = fdd.total / kd.total
     print(f"\nflops, logit KD / cross-entropy: {kd.total / entropy.total:.2f}")
     print(f"flops, FDD / logit KD:           {in_flops:.2f}")
-    extra = watched["FDD"].whole_mib - watched["logit KD"].whole_mib
-    share = extra / watched["logit KD"].whole_mib
-    print(f"memory, FDD less logit KD:       {extra:+.0f} MiB, {share:+.0%} of the whole")
+    for other in ("cross-entropy", "logit KD"):
+        extra = watched["FDD"].whole_mib - watched[other].whole_mib
+        share = extra / watched[other].whole_mib
+        print(f"memory, FDD less {other + ':':<16}{extra:+.0f} MiB, {share:+.0%} of the whole")
+    print(f"    the teacher's weights are {teacher_mib:.0f} MiB of it")
     if not (rows["logit KD"].is_steady and rows["FDD"].is_steady):
         print(f"missed: repeats differ by more than {measure.MAX_SPREAD:.0%}, so there is no ratio")
         return False
@@ -206,24 +240,30 @@ def main(argv: list[str]) -> int:
         name: step_flops(student, teacher, name, num_taps=args.taps, step_tokens=step_tokens)
         for name in WEIGHTS
     }
-    with tempfile.TemporaryDirectory() as folder:
-        watched = watch_all(args, rest, Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        watched = watch_all(args, rest, Path(name))
+        weights = (Path(name) / "teacher").rglob("*.distcp")
+        teacher_mib = sum(file.stat().st_size for file in weights) / measure.MIB
     for seen in watched.values():
         seen.flops = None if seen.flops is None else seen.flops // step_tokens
     rows = {
         name: measure.first_steady(seen.seconds, args.repeats, seen.peak_mib)
         for name, seen in watched.items()
     }
-    is_good = report(rows, watched, flops)
+    is_good = report(rows, watched, flops, teacher_mib)
+    if args.profile is not None:
+        draw_parts(args, watched, step_tokens)
     if args.smoke:
         return 0
     more = {
         "whole_mib": {name: round(seen.whole_mib) for name, seen in watched.items()},
         "losses": {name: seen.losses for name, seen in watched.items()},
+        "parts": {name: seen.parts for name, seen in watched.items() if seen.parts},
         "flops_ratio": round(flops["FDD"].total / flops["logit KD"].total, 4),
         "megatron_flags": rest,
     }
-    measure.record("step", vars(args), rows, **more)
+    size = {name: value for name, value in vars(args).items() if name != "profile"}
+    measure.record("step", size, rows, **more)
     return 0 if is_good else 1
 
 

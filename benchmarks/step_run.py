@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from benchmarks import measure
+from benchmarks.step_profile import marked, profiled
 from megatron_fdd import rehearsal
 
 WARM_UP_STEPS = 2
 # Two steps are not timed: one is watched for its memory, one for its flops.
 WATCHED_STEPS = 2
+# Of those under the profiler the shortest counts: what else the machine does only adds.
+PROFILED_STEPS = 4
 # Products that torch's counter does not know.
 IN_PLACE = {torch.ops.aten.addmm_: lambda _total, left, right, **_options: mm_flop(left, right)}
 
@@ -41,6 +44,7 @@ class Job:
         command: of `megatron_fdd.distill`, without a number of iterations.
         is_stock: Megatron's own cross-entropy, through the model's own head, in place of our objective.
         log: takes what the run prints.
+        is_profiled: more steps follow, under torch's profiler.
     """
 
     command: tuple[str, ...]
@@ -48,6 +52,11 @@ class Job:
     repeats: int
     device: str
     log: Path
+    is_profiled: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        return WARM_UP_STEPS + self.repeats + WATCHED_STEPS + PROFILED_STEPS * self.is_profiled
 
 
 @dataclass(slots=True)
@@ -60,6 +69,7 @@ class Watched:
         whole_mib: that and all tensors that are there between steps (weights, gradients, optimizer).
         flops: of matrix products in one step, counted as they ran; None on a GPU, whose kernels are not counted.
         losses: the last step's terms; empty for stock Megatron.
+        parts: seconds of each part of a step under the profiler (`step_profile.parts_of`); empty without.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -67,6 +77,7 @@ class Watched:
     whole_mib: float = 0.0
     flops: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class StepWatch:
@@ -91,8 +102,10 @@ class StepWatch:
             self.watched.seconds.append(clock(lambda: results.append(step())))
         elif timed == self._repeats:
             self._watch_memory(lambda: results.append(step()))
-        else:
+        elif timed < self._repeats + WATCHED_STEPS:
             self._count_flops(lambda: results.append(step()))
+        else:
+            self._profile(lambda: results.append(step()))
         return results[0]
 
     def _watch_memory(self, step: Callable[[], None]) -> None:
@@ -108,6 +121,11 @@ class StepWatch:
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             step()
         self.watched.flops = counter.get_total_flops()
+
+    def _profile(self, step: Callable[[], None]) -> None:
+        parts, before = profiled(step, self._device), self.watched.parts
+        if not before or sum(parts.values()) < sum(before.values()):
+            self.watched.parts = parts
 
 
 def held_bytes() -> int:
@@ -129,8 +147,8 @@ def run_job(job: Job) -> Watched:
     ):  # as under torchrun: a data loader's workers cannot begin in the way this process did
         multiprocessing.set_start_method("fork", force=True)
     metrics = job.log.with_suffix(".metrics.jsonl")
-    steps = WARM_UP_STEPS + job.repeats + WATCHED_STEPS
-    more = ("--train-iters", str(steps), "--lr-decay-iters", str(steps), "--fdd-metrics-file", str(metrics))
+    steps = str(job.num_steps)
+    more = ("--train-iters", steps, "--lr-decay-iters", steps, "--fdd-metrics-file", str(metrics))
     with job.log.open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if rehearsal.is_wanted():
             rehearsal.start()
@@ -144,6 +162,7 @@ def run_job(job: Job) -> Watched:
         with (
             patch.object(megatron_training, "train_step", watch),
             patch.object(sys, "argv", ["distill", *job.command, *more]),
+            marked() if job.is_profiled else contextlib.nullcontext(),
         ):
             status = train()
     if status != 0:

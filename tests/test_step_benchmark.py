@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -68,7 +69,7 @@ def test_a_divided_shape_has_the_ratio_of_the_whole() -> None:
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
 
 
-def smoke() -> tuple[int, str, list[Any]]:
+def smoke(picture: Path) -> tuple[int, str, list[Any]]:
     """Body on one rank: the command with every run in this process."""
     runs = []
 
@@ -76,20 +77,21 @@ def smoke() -> tuple[int, str, list[Any]]:
         result = function(*arguments)
         clean_megatron()
         if result is not None:
-            runs.append((result.flops, result.losses))
+            runs.append((result.flops, result.losses, result.parts))
         return result
 
     printed = io.StringIO()
     with patch.object(step, "in_own_process", here), contextlib.redirect_stdout(printed):
-        status = step.main(["--smoke"])
+        status = step.main(["--smoke", "--profile", str(picture)])
     return status, printed.getvalue(), runs
 
 
-def test_tiny_run_does_the_products_that_the_arithmetic_says() -> None:
-    [(status, printed, runs)] = run_on_ranks(smoke, Layout(ranks=1))
+def test_tiny_run_does_the_products_that_the_arithmetic_says(tmp_path: Path) -> None:
+    picture = tmp_path / "profile.png"
+    [(status, printed, runs)] = run_on_ranks(smoke, Layout(ranks=1), {"picture": picture})
     assert status == 0
     assert all(name in printed for name in (step.STOCK, *step.WEIGHTS))
-    assert [set(losses) for _, losses in runs] == [
+    assert [set(losses) for _, losses, _ in runs] == [
         set(),
         {"ce"},
         {"ce", "kd"},
@@ -98,10 +100,20 @@ def test_tiny_run_does_the_products_that_the_arithmetic_says() -> None:
     args, _ = step.parse_args(["--smoke"])
     student, teacher = step.model_of(args, "student"), step.model_of(args, "teacher")
     tokens = args.seq_length * args.micro_batch_size
-    for (counted, _), name in zip(runs[1:], step.WEIGHTS, strict=True):
+    for (counted, _, _), name in zip(runs[1:], step.WEIGHTS, strict=True):
         flops = step_flops(student, teacher, name, num_taps=args.taps, step_tokens=tokens)
         # A rehearsal's attention computes the masked half too.
         assert counted == pytest.approx(tokens * (flops.total + flops.scores), rel=1e-9), name
+    assert picture.stat().st_size > 5000
+    stock, entropy, kd, fdd = (parts for _, _, parts in runs)
+    assert stock == {}
+    for parts, empty in (
+        (entropy, {"teacher", "inner layers' losses"}),
+        (kd, {"inner layers' losses"}),
+        (fdd, set()),
+    ):
+        assert {name for name, seconds in parts.items() if seconds == 0} == empty
+        assert min(parts.values()) >= 0
 
 
 @pytest.mark.parametrize(("name", "flag"), [("step", "--teacher-layers"), ("modelopt", "--top-k")])
