@@ -31,6 +31,7 @@ from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, Voc
 Step = Callable[[], Tensor]
 FLOOR, PLAIN, OURS = "bare matrix products", "plain torch", "megatron_fdd"
 PER_TOKEN, LIGER = "megatron_fdd, gradient per token", "Liger LigerFusedLinearJSDLoss"
+IN_TRAINING = "megatron_fdd, into main_grad"
 IN_TORCH = "megatron_fdd, --fdd-kernels torch"
 # Bars at the default size on a CPU; on a GPU the objective has its own.
 OBJECTIVE_BAR, PLAIN_BAR, GPU_BAR, VOCAB_BAR = 1.25, 0.5, 1.5, 0.05
@@ -217,10 +218,19 @@ def plain_final(size: Size) -> Step:
     return run
 
 
-def our_final(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
-    """`head_loss`: the weights of the tokens are known, so one pass does."""
+def our_final(size: Size, kernels: Kernels = DEFAULT_KERNELS, *, trains: bool = False) -> Step:
+    """`head_loss`: the weights of the tokens are known, so one pass does.
+
+    Args:
+        trains: as in a training: the head's gradient is added to what Megatron holds for it.
+    """
     given = inputs(size, trains_head=True)
     weight = torch.full((size.tokens,), 1 / size.tokens, device=size.device)
+    factor = None
+    if trains:
+        factor, head = torch.ones((), device=size.device), given.student_head_WS
+        head.main_grad = torch.zeros_like(head, dtype=torch.float32)  # type: ignore[attr-defined]
+        head.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
     def run() -> Tensor:
         result = head_loss(
@@ -229,7 +239,7 @@ def our_final(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
             shard=given.shard,
             divergence=Divergence(),
             labels_N=None,
-            weights=LossWeights(weight, weight, divergence=1.0, entropy=0.0),
+            weights=LossWeights(weight, weight, divergence=1.0, entropy=0.0, factor=factor),
             kernels=kernels,
         )
         assert result.divergence is not None
@@ -382,6 +392,7 @@ def main(argv: list[str]) -> int:
         FLOOR: bare_final,
         PLAIN: plain_final,
         OURS: our_final,
+        IN_TRAINING: partial(our_final, trains=True),
         PER_TOKEN: our_final_per_token,
     }
     if importlib.util.find_spec("liger_kernel") is None:

@@ -15,15 +15,19 @@ def attach_loss(output: Tensor, loss: Tensor, grad_scale: Callable[[Tensor], Ten
 
     Args:
         output: what the stage sends on.
-        loss: scalar; it receives the gradient 1, times the loss scale as Megatron applies it on the last stage.
+        loss: scalar; it receives the gradient `loss_scale`, as on the last stage.
         grad_scale: the model config's `grad_scale_func`.
 
     Megatron frees stage outputs once they are sent and refuses views, hence the last line.
     """
-    scale = torch.ones((), device=loss.device)
-    if grad_scale is not None:
-        scale = grad_scale(scale)
-    return make_viewless_tensor(_Attach.apply(output, loss, scale), requires_grad=True, keep_graph=True)
+    attached = _Attach.apply(output, loss, loss_scale(grad_scale, loss.device))
+    return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
+
+
+def loss_scale(grad_scale: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
+    """What Megatron's schedule multiplies the loss of the last stage with before the backward pass, 0-dim."""
+    scale = torch.ones((), device=device)
+    return scale if grad_scale is None else grad_scale(scale)
 
 
 class _Attach(torch.autograd.Function):

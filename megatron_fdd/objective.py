@@ -193,6 +193,7 @@ class Objective:
         teacher: TeacherFeatures | None,
         labels_N: Tensor,
         weights: TokenWeights,
+        loss_scale: Tensor | None = None,
     ) -> list[LossTerm]:
         """Final-logit distillation and cross-entropy, on the last chunk.
 
@@ -200,6 +201,7 @@ class Objective:
             final_SBS: hidden states after the final norm.
             head_WS: output weight, which these terms train.
             labels_N: vocabulary ids of this rank's rows, negative where there is none.
+            loss_scale: what `total` will be multiplied with in the backward pass, where that is known.
 
         Collectives over the tensor-parallel group: those of `head_loss` once.
         """
@@ -217,6 +219,7 @@ class Objective:
             weights.label_N,
             divergence=config.kd_weight * self.scale.label_per_term_token,
             entropy=config.ce_weight,
+            factor=loss_scale,
         )
         return final_terms(
             teacher_NT, final_SBS.flatten(0, 1), labels_N, self._heads(head_WS), divergence, loss_weights

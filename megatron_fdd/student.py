@@ -15,7 +15,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_fdd import carry
-from megatron_fdd.attach import attach_loss
+from megatron_fdd.attach import attach_loss, loss_scale
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.lens import Lens, read_head, read_lens
 from megatron_fdd.losses import LossTerm, TokenWeights
@@ -165,7 +165,9 @@ class ChunkStep:
             student, with_norm=config.lens_norm == "final", detached=config.lens_head == "detached"
         )
         weights = self.token_weights(batch)
-        terms = objective.final(final_SBH, read_head(student), teacher, self.label_rows(batch), weights)
+        scale = loss_scale(student.config.grad_scale_func, final_SBH.device)
+        labels_N = self.label_rows(batch)
+        terms = objective.final(final_SBH, read_head(student), teacher, labels_N, weights, scale)
         terms += self._inner_terms(taps_SBH, teacher, carried, weights)[0]
         self._add_sums(terms, weights)
         total = objective.total(terms)

@@ -233,3 +233,16 @@ def test_gradients_at_uneven_stages() -> None:
     wanted = expected(case)
     for result in run_on_ranks(run_uneven, case.layout, {"case": case}):
         assert_equal(result, wanted)
+
+
+def without_a_kept_head_gradient(case: Case) -> Result:
+    """Body on every rank: a step that may not hand over a head's gradient in its backward pass."""
+    with patch("megatron_fdd.ops.head_loss.deliver", side_effect=AssertionError("kept until then")):
+        return run_step(case)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_training_adds_the_heads_gradient_in_the_forward_pass(tied: bool) -> None:
+    case = Case(student=replace(STUDENT, tied=tied), loss_scale=4.0)
+    [result] = run_on_ranks(without_a_kept_head_gradient, case.layout, {"case": case})
+    assert_equal(result, expected(case))

@@ -32,7 +32,7 @@ class HeadGradient:
     def finish(self) -> Tensor:
         """The gradient for autograd, [W, S] in the head's dtype."""
         if has_main_grad(self._head_WS):
-            return _dummy(self._head_WS)
+            return dummy(self._head_WS)
         return self.sum_WS.to(self._head_WS.dtype)
 
 
@@ -42,7 +42,7 @@ def deliver(head_WS: Tensor, gradient_WS: Tensor, factor: Tensor) -> Tensor:
         # Written in the head's dtype at once. Not 0-dim: CUDA would round the factor to that first.
         return torch.mul(gradient_WS, factor.view(1, 1), out=torch.empty_like(head_WS))
     head_WS.main_grad.addcmul_(gradient_WS, factor)  # type: ignore[attr-defined]
-    return _dummy(head_WS)
+    return dummy(head_WS)
 
 
 def collected(head_WS: Tensor) -> Tensor:
@@ -50,12 +50,15 @@ def collected(head_WS: Tensor) -> Tensor:
     return _Collected.apply(head_WS) if head_WS.requires_grad else head_WS
 
 
-def has_main_grad(head_WS: Tensor) -> bool:
-    """Whether it is a parameter in Megatron's DDP."""
-    return hasattr(head_WS, "grad_added_to_main_grad") and hasattr(head_WS, "main_grad")
+def has_main_grad(head_WS: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether it is a parameter in Megatron's DDP, and its gradient is summed in `dtype`."""
+    if not (hasattr(head_WS, "grad_added_to_main_grad") and hasattr(head_WS, "main_grad")):
+        return False
+    return dtype is None or head_WS.main_grad.dtype == dtype
 
 
-def _dummy(head_WS: Tensor) -> Tensor:
+def dummy(head_WS: Tensor) -> Tensor:
+    """What autograd gets for a head whose gradient is in its `main_grad`, [W, S]; also tells DDP so."""
     head_WS.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if getattr(head_WS, "zero_out_wgrad", False):
         return torch.zeros_like(head_WS)

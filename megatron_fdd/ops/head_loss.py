@@ -20,13 +20,16 @@ from torch.autograd.function import once_differentiable
 
 from megatron_fdd.ops.chunks import Chunk, LinearKL, finished_chunks
 from megatron_fdd.ops.divergence import Divergence
-from megatron_fdd.ops.head_gradient import deliver
+from megatron_fdd.ops.head_gradient import deliver, dummy, has_main_grad
 from megatron_fdd.ops.kernels import DEFAULT_KERNELS, Kernels
 from megatron_fdd.ops.kl_gradients import Upstream, normalisers_of
 from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.reference import reference_linear_kl
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
+
+# Of a factor that is told twice, in float32.
+_ROUNDING = 1e-3
 
 
 class HeadLoss(NamedTuple):
@@ -43,12 +46,15 @@ class LossWeights:
     Attributes:
         divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
         divergence, entropy: the loss is a common factor times (divergence * the one sum + entropy * the other).
+        factor: that factor, one number, where it is known before the backward pass: a head with a float32
+            `main_grad` then gets its gradient in the forward pass, and no [W, S] is kept between the two.
     """
 
     divergence_N: Tensor
     entropy_N: Tensor
     divergence: float
     entropy: float
+    factor: Tensor | None = None
 
 
 def head_loss(
@@ -66,7 +72,7 @@ def head_loss(
     Gradient flows to the student's hidden states and, where it requires one, head; never to the teacher. It is
     right for a loss as `weights` says, and for no other combination of the two sums. Memory beside inputs and
     outputs: two buffers of `kernels.held_logits` numbers, and kept for the backward pass [N, S] and, for a
-    trained head, [W, S] in float32. Not differentiable twice.
+    trained head unless `weights.factor` says otherwise, [W, S] in float32. Not differentiable twice.
 
     Args:
         teacher: hidden states [N, T] and head [W, T]; None: no divergence.
@@ -116,9 +122,13 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dtype = statistics_dtype(student_NS)
         stacked = _stack_weights(plan, weights, dtype)
-        head_gradient_WS = None
+        head_gradient_WS, ctx.adds_at_once = None, False
         if plan.head_gradient and ctx.needs_input_grad[1]:  # the latter also in evaluation
-            head_gradient_WS = torch.zeros_like(student_head_WS, dtype=dtype)
+            ctx.adds_at_once = weights.factor is not None and has_main_grad(student_head_WS, dtype)
+            if ctx.adds_at_once:
+                head_gradient_WS = student_head_WS.main_grad  # type: ignore[attr-defined]
+            else:
+                head_gradient_WS = torch.zeros_like(student_head_WS, dtype=dtype)
         sums: list[tuple[Tensor | None, ...]] = []
         reductions: list[Pending] = []
         for chunk in finished_chunks(plan, teacher, (student_NS, student_head_WS), labels_N):
@@ -129,7 +139,9 @@ class _HeadLoss(torch.autograd.Function):
         if reductions:
             ctx.head_WS, ctx.scale = student_head_WS, weights.divergence * (plan.divergence is not None)
             ctx.scale += weights.entropy * plan.has_labels
-            ctx.save_for_backward(torch.cat([part.wait() for part in reductions]), head_gradient_WS)
+            ctx.factor = weights.factor
+            kept_WS = None if ctx.adds_at_once else head_gradient_WS
+            ctx.save_for_backward(torch.cat([part.wait() for part in reductions]), kept_WS)
         return tuple(
             None if parts[0] is None else torch.stack(parts).sum() for parts in zip(*sums, strict=True)
         )
@@ -141,8 +153,15 @@ class _HeadLoss(torch.autograd.Function):
         # Each is the common factor times its own weight in the loss.
         total = torch.stack([given for given in upstream if given is not None]).sum()
         factor = total / ctx.scale if ctx.scale else torch.zeros_like(total)
+        if ctx.factor is not None and ctx.scale:
+            factor = factor / ctx.factor.reshape(())  # it is in the gradients already
+            torch._assert_async(
+                (factor - 1).abs() < _ROUNDING, "the loss has another factor than LossWeights"
+            )
         gradient_head = None
-        if head_gradient_WS is not None:
+        if ctx.adds_at_once:
+            gradient_head = dummy(ctx.head_WS)
+        elif head_gradient_WS is not None:
             gradient_head = deliver(ctx.head_WS, head_gradient_WS, factor)
         # Not 0-dim: CUDA would round the factor to bf16 first.
         scaled_NS = torch.mul(gradient_NS, factor.view(1, 1), out=torch.empty_like(gradient_NS))
@@ -164,6 +183,8 @@ def _stack_weights(plan: Plan, weights: LossWeights, dtype: torch.dtype) -> Tens
     """Every rank's, [ranks, N, 2]. Collectives: one all-gather under sequence parallelism."""
     scaled = (weights.divergence_N * weights.divergence, weights.entropy_N * weights.entropy)
     stacked = torch.stack(scaled, dim=1).to(dtype)
+    if weights.factor is not None:
+        stacked = stacked * weights.factor.to(dtype)
     return plan.shard.start_stack(stacked).wait() if plan.shard.splits_tokens else stacked[None]
 
 

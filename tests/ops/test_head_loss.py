@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.ops.linear_kl_case import KINDS, Case, Products, RankPart, error, gra
 from tests.ops.test_head_gradient import parameter_of_ddp
 from tests.ranks import distributed
 
+FACTOR = 3.0
 FEW = Kernels("torch", held_logits=53 * 5)  # 5 tokens of a vocabulary of 53 at a time
 PATHS = (FEW, Kernels("torch"), Kernels("reference"))
 
@@ -30,7 +32,7 @@ def weights_of(case: Case, *, divergence: float = 0.7, entropy: float = 0.3) -> 
 def weighted(result: HeadLoss, weights: LossWeights) -> Tensor:
     """The loss that the gradient is of, times a common factor."""
     parts = ((result.divergence, weights.divergence), (result.cross_entropy, weights.entropy))
-    return 3 * torch.stack([value * weight for value, weight in parts if value is not None]).sum()
+    return FACTOR * torch.stack([value * weight for value, weight in parts if value is not None]).sum()
 
 
 def reference(case: Case, divergence: Divergence | None, weights: LossWeights, *leaves: Tensor) -> HeadLoss:
@@ -73,21 +75,63 @@ def test_sums_and_gradients(kind: str | None, temperature: float, trained: bool)
         assert_matches(case, divergence, kernels, trained=trained)
 
 
-def test_into_main_grad_over_micro_batches() -> None:
+@pytest.mark.parametrize("summed_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [None, torch.tensor(FACTOR)], ids=["late", "at-once"])
+def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: torch.dtype) -> None:
     case = make_case(13, 53, padded=61).to(torch.float32)
-    weights, head = weights_of(case), parameter_of_ddp(case.student_head)
+    weights, head = replace(weights_of(case), factor=factor), parameter_of_ddp(case.student_head)
+    head.main_grad = head.main_grad.to(summed_in)
+    hidden = case.student.clone().requires_grad_()
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
-    expected = gradients(weighted(reference(case, Divergence(), weights, *leaves), weights), *leaves)[1]
+    expected = gradients(weighted(reference(case, Divergence(), weights, *leaves), weights), *leaves)
+    tolerance = 1e-6 if summed_in == torch.float32 else 2e-2
     for micro_batch in range(1, 3):
         shard = VocabShard(0, 53, None)
-        student, teacher = (case.student, head), (case.teacher, case.teacher_head)
         options = {"labels_N": case.labels, "weights": weights, "kernels": FEW}
-        weighted(
-            head_loss(teacher, student, shard=shard, divergence=Divergence(), **options), weights
-        ).backward()
+        teacher = (case.teacher, case.teacher_head)
+        result = head_loss(teacher, (hidden, head), shard=shard, divergence=Divergence(), **options)
+        in_forward = factor is not None and summed_in == torch.float32
+        before = micro_batch - (not in_forward)
+        assert error(head.main_grad.double() - 3.0, before * expected[1]) < tolerance or before == 0
+        weighted(result, weights).backward()
         assert head.grad is not None
+        assert head.grad_added_to_main_grad
         head.grad = None
-        assert error(head.main_grad - 3.0, micro_batch * expected) < 1e-6
+        assert error(head.main_grad.double() - 3.0, micro_batch * expected[1]) < tolerance
+        assert error(hidden.grad, micro_batch * expected[0]) < 1e-6
+
+
+def test_a_factor_that_is_not_the_losss_is_an_error() -> None:
+    case = make_case(13, 53).to(torch.float32)
+    weights = replace(weights_of(case), factor=torch.tensor(FACTOR + 1))
+    student = (case.student, parameter_of_ddp(case.student_head))
+    shard, options = VocabShard(0, 53, None), {"labels_N": case.labels, "weights": weights}
+    result = head_loss(
+        (case.teacher, case.teacher_head), student, shard=shard, divergence=Divergence(), **options
+    )
+    with pytest.raises(RuntimeError, match="another factor"):
+        weighted(result, weights).backward()
+
+
+def test_nothing_is_kept_of_a_head_whose_gradient_is_added_at_once() -> None:
+    case = make_case(64, 1000).to(torch.float32)
+    head = parameter_of_ddp(case.student_head)
+
+    def peak(factor: Tensor | None) -> float:
+        weights = replace(weights_of(case), factor=factor)
+        shard, options = VocabShard(0, 1000, None), {"labels_N": case.labels, "weights": weights}
+        teacher = (case.teacher, case.teacher_head)
+
+        def call() -> None:
+            weighted(
+                head_loss(teacher, (case.student, head), shard=shard, divergence=Divergence(), **options),
+                weights,
+            ).backward()
+            head.grad = None
+
+        return peak_of(call) * MIB
+
+    assert peak(None) - peak(torch.tensor(FACTOR)) > 0.9 * 4 * head.numel()
 
 
 def test_without_a_gradient_no_logits_are_held() -> None:
