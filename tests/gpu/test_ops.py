@@ -12,8 +12,9 @@ from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
 from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case
+from tests.ops.test_head_gradient import parameter_of_ddp
+from tests.ops.test_head_loss import FACTOR, weighted, weights_of
 from tests.ops.test_head_loss import reference as head_reference
-from tests.ops.test_head_loss import weighted, weights_of
 from tests.ops.test_linear_kl import reference_gradients
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -100,6 +101,30 @@ def test_large_vocabularies(size: tuple, kernels: str, dtype: torch.dtype) -> No
     assert_linear_kl(case, Divergence("rkl"), Kernels(kernels), live=True)
     assert_head_loss(case, Divergence("fkl"), Kernels(kernels))
     assert_head_loss(case, None, Kernels(kernels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_trained_heads_gradient_added_at_once(kernels: str, dtype: torch.dtype) -> None:
+    case = on_gpu(SEVERAL_TILES, dtype)
+    weights = replace(weights_of(case), factor=torch.tensor(FACTOR, device="cuda"))
+    hidden, head = case.student.clone().requires_grad_(), parameter_of_ddp(case.student_head)
+    result = head_loss(
+        (case.teacher, case.teacher_head),
+        (hidden, head),
+        shard=VocabShard(0, case.vocab_size, None),
+        divergence=Divergence(),
+        labels_N=case.labels,
+        weights=weights,
+        kernels=Kernels(kernels),
+    )
+    weighted(result, weights).backward()
+    double = case.to(torch.float64)
+    leaves = [x.clone().requires_grad_() for x in (double.student, double.student_head)]
+    wanted = gradients(weighted(head_reference(double, Divergence(), weights, *leaves), weights), *leaves)
+    tolerance = TOLERANCES[dtype][1]
+    assert error(hidden.grad, wanted[0]) < tolerance
+    assert error(head.main_grad - 3.0, wanted[1]) < tolerance
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
