@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -40,14 +41,24 @@ ARCHITECTURE = (
 )  # fmt: skip
 
 
-# Of apex; Megatron's default fusion of a weight's gradient with its accumulation needs it.
-WGRAD_KERNEL = "fused_weight_gradient_mlp_cuda"
+# On by default, and Megatron fails in the first step where apex, whose kernels they are, has not been built.
+_APEX_KERNELS = {
+    "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
+    "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda",
+}
+_FP8_FLAGS = "--fp8-format, --teacher-fp8-format, --te-precision-config-file"
+_GET_TE = "install it (docs/support.md says how)"
 
 Refusal = tuple[Callable[[argparse.Namespace], bool], str]
 
 
 def _uses_fp8(args: argparse.Namespace) -> bool:
-    return bool(args.fp8 or args.teacher_fp8_format)
+    return bool(args.fp8 or args.teacher_fp8_format or args.te_precision_config_file)
+
+
+def _lacks_transformer_engine(args: argparse.Namespace) -> bool:
+    """A plan can be made anywhere."""
+    return not args.fdd_dry_run and importlib.util.find_spec("transformer_engine") is None
 
 
 def _has_no_fused_adam() -> bool:
@@ -98,13 +109,27 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda a: _uses_fp8(a) and a.transformer_impl != "transformer_engine",
-        "--fp8-format, --teacher-fp8-format: Megatron's local modules would compute in bf16 without a word; "
+        f"{_FP8_FLAGS}: Megatron's local modules would compute in bf16 without a word; "
         "use --transformer-impl transformer_engine",
     ),
     (
-        lambda a: _uses_fp8(a) and importlib.util.find_spec("transformer_engine") is None,
-        "--fp8-format, --teacher-fp8-format: TransformerEngine is not installed, and without it Megatron would "
-        "compute in bf16 without a word; pip install 'megatron_fdd[te]'",
+        lambda a: _uses_fp8(a) and _lacks_transformer_engine(a),
+        f"{_FP8_FLAGS}: TransformerEngine is not installed, and without it Megatron would compute in bf16 without a "
+        f"word; {_GET_TE}",
+    ),
+    (
+        lambda a: bool(a.fp8_param_gather),
+        "--fp8-param-gather: Megatron would take the optimizer's float32 weights from the rounded ones when it starts "
+        "from weights alone, as every distillation does; leave it out",
+    ),
+    (
+        lambda a: a.fp4 is not None,
+        "--fp4-format: nothing here knows it yet; use --fp8-format",
+    ),
+    (
+        lambda a: a.transformer_impl not in (None, "local") and _lacks_transformer_engine(a),
+        "--transformer-impl transformer_engine (Megatron's default): TransformerEngine is not installed; "
+        f"{_GET_TE}, or give --transformer-impl local",
     ),
     (
         lambda a: bool(a.optimizer_cuda_graph) and _has_no_fused_adam(),
@@ -228,9 +253,11 @@ def force_values(args: argparse.Namespace) -> None:
     args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer
     # Megatron's check would stop one rank inside a collective; ours stops all, before the optimizer.
     args.check_for_nan_in_loss_and_grad = False
-    # On by default, and Megatron fails where apex, whose kernel it is, has not been built.
-    if importlib.util.find_spec(WGRAD_KERNEL) is None:
-        args.gradient_accumulation_fusion = False
+    for fusion, kernel in _APEX_KERNELS.items():
+        if importlib.util.find_spec(kernel) is None:
+            setattr(args, fusion, False)
+    if rope_utils.fused_apply_rotary_pos_emb is None:  # TransformerEngine's
+        args.apply_rope_fusion = False
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

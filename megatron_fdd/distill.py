@@ -41,6 +41,7 @@ from megatron_fdd.dry_run import describe_plan
 from megatron_fdd.launch import is_first_rank, report_error
 from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import read_lens
+from megatron_fdd.local_norms import install_norms
 from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.pipeline import PipelineSteps
@@ -73,6 +74,8 @@ class Distillation:
             _carry_companions(run)
         use_built_helpers()
         install_adam()
+        if run.args.transformer_impl == "local":
+            install_norms()
         config = model_config(run.args)
         config.post_wrap_hooks.append(self._attach)
         container = pretrain_cfg_container_from_args(run.args, config)
@@ -81,6 +84,15 @@ class Distillation:
                 pretrain(
                     container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step
                 )
+            except AssertionError as error:
+                if not str(error).startswith("OptimizerParamScheduler"):
+                    raise
+                raise ValueError(
+                    f"--load {run.args.load}: its schedules of learning rate and weight decay are not this run's "
+                    f"({error}). Give the flags of the run that saved it (--train-iters and --lr-decay-iters too), or "
+                    "--override-opt_param-scheduler to follow this run's, or --use-checkpoint-opt_param-scheduler to "
+                    "follow the saved ones"
+                ) from error
             except CheckpointException as error:  # torch's; no Exception, and the same on every rank
                 raise ValueError(
                     f"the student's checkpoint (--load {run.args.load}, --save {run.args.save}) "

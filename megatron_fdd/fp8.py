@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,14 +113,12 @@ def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int], *, is_t
     """Bytes of FP8 that TransformerEngine keeps beside a model's weights, on a rank of the stage that has most.
 
     A frozen model makes them in its first forward pass and keeps them. The backward pass reads a second copy, laid
-    out the other way (before Blackwell). With `--fp8-param-gather` the weights themselves are in FP8.
+    out the other way (before Blackwell).
 
     Args:
         args: the model's.
         counts: layers of each chunk, in depth order; chunk c is on stage c % stages.
     """
-    if args.fp8_param_gather:
-        return 0
     stages = args.pipeline_model_parallel_size
     held: list[list[int]] = [[] for _ in range(stages)]
     first = 0
@@ -149,6 +148,17 @@ def check_trusted(checkpoint: Path, flag: str) -> None:
         raise ValueError(
             f"{flag}: the scales of delayed scaling in {checkpoint} are pickled, and unpickling can run code; if you "
             f"trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to load them"
+        )
+
+
+def warn_of_pickled_scales(args: argparse.Namespace) -> None:
+    """A run with delayed scaling can be started without what it needs to go on from its own checkpoint."""
+    saves_scales = args.fp8 and args.fp8_recipe == "delayed" and args.save is not None
+    if saves_scales and os.environ.get(_TRUST) != "1":
+        warnings.warn(
+            f"--fp8-recipe delayed (the default): to go on from a checkpoint of this run set {_TRUST}=1, or choose the "
+            "recipe tensorwise, blockwise or mxfp8, which store no scales",
+            stacklevel=2,
         )
 
 

@@ -47,13 +47,23 @@ def check_given(args: argparse.Namespace) -> None:
         raise ValueError(f"not given: {'; '.join(flags)}")
 
 
-def check_windows(args: argparse.Namespace, whose: str) -> None:
-    """Megatron's local attention: fused it forgets a sliding window, unfused it forgets the mask for the window.
+def check_local_attention(args: argparse.Namespace, whose: str) -> None:
+    """What Megatron's local attention lacks; a rehearsal's has all of it.
+
+    Of a sliding window it forgets the window where it is fused, and the mask where it is not.
 
     Raises:
-        ValueError: the model has windows, and one of both would happen.
+        ValueError: the run shares or packs sequences, or the model has windows of which a part would be forgotten.
     """
-    if args.window_size is None or args.transformer_impl != "local" or is_rehearsal_wanted():
+    if args.transformer_impl != "local" or is_rehearsal_wanted():
+        return
+    needed = ["--context-parallel-size above 1"] if args.context_parallel_size > 1 else []
+    needed += ["--dataloader-inter-document-masking"] if args.dataloader_inter_document_masking else []
+    if needed:
+        raise ValueError(
+            f"{', '.join(needed)}: Megatron's local attention cannot; use --transformer-impl transformer_engine"
+        )
+    if args.window_size is None:
         return
     remedies = []
     if args.masked_softmax_fusion:

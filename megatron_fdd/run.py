@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +30,7 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
-from megatron_fdd.fp8 import check_fp8_shapes
+from megatron_fdd.fp8 import check_fp8_shapes, warn_of_pickled_scales
 from megatron_fdd.launch import is_first_rank
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.metrics import check_metrics_file
@@ -37,10 +38,10 @@ from megatron_fdd.preflight import (
     check_approximations,
     check_given,
     check_kernels,
+    check_local_attention,
     check_resume,
     check_splits,
     check_student_scales,
-    check_windows,
     check_writable,
 )
 from megatron_fdd.teacher.arguments import teacher_args, uses_delayed_scaling
@@ -91,23 +92,23 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     force_values(args)
     check_length(args, "the student", args.max_position_embeddings)
     check_splits(args, "the student")
-    check_windows(args, "the student")
+    check_local_attention(args, "the student")
     check_fp8_shapes(args, "the student")
     check_experts(args, "the student")
     if student is not None:
         check_resume(args, student)
         check_student_scales(args, student)
+    if args.rank == 0:
+        warn_of_pickled_scales(args)
     if not config.dry_run:
         check_writable(config.metrics_file, "--fdd-metrics-file")
         check_metrics_file(config.metrics_file)
         check_writable(args.save, "--save")
     check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
-    try:
+    with _megatrons_errors("these flags"):
         validate_args(args, {})
         set_global_variables(args)
         student_layers = chunk_layers(model_config(args).transformer)
-    except (AssertionError, OSError) as error:  # how Megatron says that a flag or a file is wrong
-        raise ValueError(f"Megatron refuses these flags: {_reason(error)}") from error
     if student is not None:
         check_same_model(args, student)
     check_data_args(args)
@@ -124,13 +125,14 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         teacher = teacher_args(stored, args, expert_size=config.teacher_expert_model_parallel_size)
         check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
         check_splits(teacher, "the teacher", has_own_layout=True)
-        check_windows(teacher, "the teacher")
+        check_local_attention(teacher, "the teacher")
         check_fp8_shapes(teacher, "the teacher")
         check_experts(teacher, "the teacher")
         if uses_delayed_scaling(teacher) and checkpoint is not None:
             check_scales(checkpoint, stored, teacher)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
-    teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
+    with _megatrons_errors("the teacher of these flags"):
+        teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
     plan = Plan(
@@ -143,6 +145,15 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         args.padded_vocab_size,
     )
     return Run(plan, args, teacher, checkpoint, stop_at_nan)
+
+
+@contextlib.contextmanager
+def _megatrons_errors(what: str) -> Iterator[None]:
+    """How Megatron says that a flag or a file is wrong, as a ValueError."""
+    try:
+        yield
+    except (AssertionError, ValueError, OSError) as error:
+        raise ValueError(f"Megatron refuses {what}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

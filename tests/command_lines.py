@@ -112,6 +112,7 @@ def flags_of(program: str) -> frozenset[str]:
         mock.patch.dict("os.environ"),  # benchmarks set the number of threads
         mock.patch.object(sys, "argv", [program]),
         mock.patch.object(argparse.ArgumentParser, "parse_args", _carry_out),
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", _carry_out),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         try:

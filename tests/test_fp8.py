@@ -25,7 +25,9 @@ RUN = Namespace(
 
 def test_a_teacher_follows_neither_the_student_nor_its_own_training() -> None:
     stored = Namespace(num_layers=8, fp8="e4m3", fp8_recipe="delayed", fp8_output_proj=True)
+    stored.te_precision_config_file = "per-layer.yaml"
     assert teacher_args(stored, RUN).fp8 is None
+    assert teacher_args(stored, RUN).te_precision_config_file is None
     run = Namespace(**{**vars(RUN), "fp8": None, "teacher_fp8_format": "e4m3", "teacher_fp8_recipe": "mxfp8"})
     teacher = teacher_args(stored, run)
     assert (teacher.fp8, teacher.fp8_recipe) == ("e4m3", "mxfp8")

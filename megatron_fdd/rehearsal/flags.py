@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 
 # Megatron's default, or a recipe's own value, is one that needs a GPU: these hold whatever was given.
 _FORCED: dict[str, str] = {
@@ -30,13 +31,21 @@ _DROPPED = (
     "--cross-entropy-loss-fusion",
     "--moe-permute-fusion",
     "--moe-router-fusion",
-    "--first-last-layers-bf16",
-    "--fp8-param-gather",
-    "--moe-router-padding-for-fp8",
-    "--moe-router-padding-for-quantization",
+    "--use-precision-aware-optimizer",
+    "--optimizer-cpu-offload",
 )
-# The same, with a value behind them.
-_DROPPED_PAIRS = ("--fp8-format", "--fp8-recipe", "--teacher-fp8-format", "--teacher-fp8-recipe")
+# The same with a value behind them: which values (none named: all).
+_DROPPED_PAIRS: dict[str, tuple[str, ...]] = {"--cuda-graph-impl": ("local", "transformer_engine")}
+# Of TransformerEngine; a plan, for which nothing is built, must know of them.
+_FP8 = ("--first-last-layers-bf16", "--moe-router-padding-for-fp8", "--moe-router-padding-for-quantization")
+_FP8_PAIRS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    (
+        *("--fp8-format", "--fp8-recipe", "--teacher-fp8-format", "--teacher-fp8-recipe"),
+        "--te-precision-config-file",
+    ),
+    (),
+)
+_MODULES, _PLAN = "--transformer-impl", "--fdd-dry-run"
 
 
 def add_flags(argv: list[str]) -> list[str]:
@@ -44,27 +53,39 @@ def add_flags(argv: list[str]) -> list[str]:
 
     A flag of a recipe that needs a GPU is overruled, with a warning on rank 0. Calling it twice is harmless.
     """
-    overruled = [f"{flag} {value}" for flag, value in _given(argv) if _FORCED.get(flag, value) != value]
-    overruled += [flag for flag in _DROPPED if flag in argv]
-    overruled += [f"{flag} {value}" for flag, value in _given(argv) if flag in _DROPPED_PAIRS]
+    plans = _PLAN in argv
+    forced = {flag: value for flag, value in _FORCED.items() if not (plans and flag == _MODULES)}
+    switches = _DROPPED if plans else _DROPPED + _FP8
+    pairs = _DROPPED_PAIRS if plans else _DROPPED_PAIRS | _FP8_PAIRS
+
+    def is_dropped(flag: str, value: str) -> bool:
+        return flag in switches or (flag in pairs and value in (pairs[flag] or (value,)))
+
+    given = _given(argv)
+    overruled = [f"{flag} {value}".rstrip() for flag, value in given if forced.get(flag, value) != value]
+    overruled += [f"{flag} {value}".rstrip() for flag, value in given if is_dropped(flag, value)]
     if overruled and os.environ.get("RANK", "0") == "0":
         warnings.warn(f"no effect in a rehearsal on CPUs: {', '.join(overruled)}", stacklevel=2)
-    kept = _without_pairs([word for word in argv if word not in _DROPPED])
-    given = dict(_given(kept))
-    for flag, value in _FORCED.items():
-        if given.get(flag) != value:
+    kept = _without(argv, is_dropped)
+    last = dict(_given(kept))
+    for flag, value in forced.items():
+        if last.get(flag) != value:
             kept += [flag, value]  # of a flag given twice, argparse takes the last
     for flag, value in _PREFERRED.items():
-        if flag not in given:
+        if flag not in last:
             kept += [flag, value]
-    return kept + [switch for switch in _SWITCHES if switch not in given]
+    return kept + [switch for switch in _SWITCHES if switch not in last]
 
 
-def _without_pairs(argv: list[str]) -> list[str]:
-    kept = []
-    for word, previous in zip(argv, ["", *argv], strict=False):
-        if word.partition("=")[0] not in _DROPPED_PAIRS and previous not in _DROPPED_PAIRS:
+def _without(argv: list[str], is_dropped: Callable[[str, str], bool]) -> list[str]:
+    """Without the flags, and the words behind them that are their values."""
+    kept, words = [], iter(zip(argv, [*argv[1:], "--"], strict=False))
+    for word, following in words:
+        flag, separator, value = word.partition("=")
+        if not word.startswith("--") or not is_dropped(flag, value if separator else following):
             kept.append(word)
+        elif not separator and not following.startswith("--"):
+            next(words)
     return kept
 
 

@@ -77,10 +77,10 @@ def _hide_gpu_packages() -> None:
 
 def _stand_in_for_modules() -> None:
     """Replace what Megatron 0.19.2 has no CPU form of."""
+    from megatron_fdd.local_norms import install_norms
     from megatron_fdd.rehearsal.attention import install_attention
     from megatron_fdd.rehearsal.experts import install_experts
     from megatron_fdd.rehearsal.gloo import install_gloo
-    from megatron_fdd.rehearsal.norms import install_norms
 
     generator = "megatron.core.tensor_parallel.random"
     stand_ins: dict[tuple[str, str], Any] = {

@@ -45,6 +45,7 @@ _FORCED = {
     "tp_comm_overlap": False,
     "cuda_graph_impl": "none",
     "fp4": None,
+    "te_precision_config_file": None,
     "fp8_param_gather": False,
     "fp8_output_proj": False,
     "fp8_dot_product_attention": False,

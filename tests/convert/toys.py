@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
 }
 TOKENS = torch.randint(0, SHAPE["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
 # float32 rounding of logits of size 1 through three layers; a wrong rope factor is off by 100 times as much.
-LOGIT_TOLERANCE = 1e-5
+LOGIT_TOLERANCE = 3e-5  # 1.0e-5 was met on one kind of processor
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 32.0,

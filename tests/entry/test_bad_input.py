@@ -50,6 +50,10 @@ WRONG_FLAGS = {
     "other epsilon": ("--norm-epsilon 1e-6", r"layernorm_epsilon is 1e-06 here and 0\.0003 there"),
     "other rope base": ("--rotary-base 77", r"rotary_base is 77 here and 500000"),
     "other depth": ("--num-layers 3", r"num_layers is 3 here and 4 there"),
+    "context parallelism by layer": (
+        "--context-parallel-size 2 --cp-comm-type p2p p2p p2p p2p",
+        r"Megatron refuses the teacher of these flags: .*cp_comm_type",
+    ),
     "other vocabulary": ("--vocab-size 500", r"vocab_size is 500 here and 99 there"),
 }
 

@@ -12,7 +12,8 @@ from megatron_fdd import convert
 from megatron_fdd.teacher.scales import check_scales
 from tests.convert import toys
 from tests.entry.command import Patch, run, trained
-from tests.entry.conftest import Toys
+from tests.entry.conftest import Toys, make_checkpoint
+from tests.entry.test_bad_input import assert_refused
 from tests.ranks import Layout, run_on_ranks
 
 
@@ -92,6 +93,25 @@ def config_only(folder: Path, changes: dict[str, Any]) -> None:
     toys.make_tokenizer(folder)
     toys.write_json(folder / "config.json", toys.llama_config(**changes))
     convert.config_to_mcore(folder, folder / "plan")
+
+
+FP8 = "--bf16 --fp8-format hybrid --fp8-recipe tensorwise --teacher-fp8-format e4m3 --fdd-dry-run".split()
+
+
+def test_a_plan_of_fp8_needs_no_transformer_engine(toy: Toys) -> None:
+    """Widths that FP8 takes, and such as it does not."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+    run_on_ranks(
+        make_checkpoint,
+        Layout(ranks=1),
+        {"root": toy.root, "name": "fp8", "changes": {**shape, "head_dim": 16}},
+    )
+    wide = toy.mock_command("--load", toy.root / "fp8", "--teacher-load", toy.root / "fp8", "--fdd-layers", 1)
+    [[planned]] = trained([*wide, *FP8, "--fdd-beta", "0"], ranks=1, patches=NO_RUN)
+    assert re.search(r"student weights, copies in FP8: [\d.]*[1-9]", planned.out)
+    assert re.search(r"teacher weights, copies in FP8: [\d.]*[1-9]", planned.out)
+    for refused in run([*wide, *FP8, "--fdd-beta", "0", "--seq-length", "20"], toy.command(*FP8), ranks=1):
+        assert_refused(refused, r"FP8 with recipe tensorwise for the student: not a multiple: ")
 
 
 def test_without_a_teacher_there_is_a_plan_too(toy: Toys) -> None:

@@ -101,12 +101,13 @@ def test_a_trained_student_goes_back(toy: Toys, models: Path, tmp_path: Path) ->
 def test_windows_that_local_attention_would_forget(flag: str) -> None:
     switches = {name: name == flag for name in ("masked_softmax_fusion", "reset_attention_mask")}
     args = argparse.Namespace(window_size=(6, 0), transformer_impl="local", **switches)
-    preflight.check_windows(args, "the student")  # the rehearsal's attention knows both
+    args.context_parallel_size, args.dataloader_inter_document_masking = 1, False
+    preflight.check_local_attention(args, "the student")  # the rehearsal's attention knows both
     with patch.object(preflight, "is_rehearsal_wanted", return_value=False):
         with pytest.raises(ValueError, match=f"the student has sliding windows.*{flag.replace('_', '-')}"):
-            preflight.check_windows(args, "the student")
+            preflight.check_local_attention(args, "the student")
         for harmless in ({"window_size": None}, {"transformer_impl": "transformer_engine"}, {flag: False}):
-            preflight.check_windows(argparse.Namespace(**{**vars(args), **harmless}), "the student")
+            preflight.check_local_attention(argparse.Namespace(**{**vars(args), **harmless}), "the student")
 
 
 def test_flags_against_a_checkpoint_with_windows(toy: Toys, models: Path) -> None:

@@ -28,6 +28,9 @@ COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("--use-mup",), r"--use-mup: .*without it"),
     ((), r"--fp8-format"),  # a rehearsal leaves them out: test_fp8
     ((), r"--fp8-format"),
+    (("--fp8-param-gather",), r"--fp8-param-gather: .*leave it out"),
+    (("--fp4-format e2m1",), r"--fp4-format: .*use --fp8-format"),
+    ((), r"--transformer-impl transformer_engine"),  # not in a rehearsal: test_without_transformer_engine
     (("--optimizer-cuda-graph",), r"--optimizer-cuda-graph: .*leave it out"),
     (("--fp8-output-proj",), r"--fp8-output-proj: .*leave it out"),
     ((), r"soft-capped"),  # 0.19.2 has no flag for it: test_soft_capped_student
@@ -105,3 +108,12 @@ def test_a_converted_teacher_has_no_scales(toy: Toys) -> None:
         assert_refused(
             endings, r"--teacher-fp8-recipe delayed: .*teacher/release holds no scales .*use tensorwise"
         )
+
+
+def test_without_transformer_engine() -> None:
+    """Megatron's default modules are its; a plan can be made anywhere."""
+    for given in ("transformer_engine", "inference_optimized"):
+        with pytest.raises(ValueError, match="default.*not installed.*--transformer-impl local"):
+            refuse(Unset(transformer_impl=given))
+        refuse(Unset(transformer_impl=given, fdd_dry_run=True, context_parallel_size=1))
+    refuse(Unset(transformer_impl="local", context_parallel_size=1))

@@ -9,8 +9,9 @@ import pytest
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from tests.entry.command import call_main, read_metrics, trained, without_seconds
+from tests.entry.command import call_main, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys
+from tests.entry.test_bad_input import assert_refused
 from tests.ranks import Layout, run_on_ranks
 
 SAMPLED = ("--fdd-sample-tokens", "0.3", "--fdd-sample-one-tap")
@@ -52,6 +53,15 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert "at iteration 2" in endings[0].out
     assert len(metrics(whole)) == 6
     assert metrics(killed) == metrics(whole)
+
+
+def test_another_length_of_training_is_refused(toy: Toys, tmp_path: Path) -> None:
+    """Megatron's schedules are those of a number of iterations."""
+    trained(command(toy, tmp_path, "--train-iters", "2"))
+    [endings] = run(command(toy, tmp_path, "--train-iters", "4"))
+    assert_refused(endings, r"--load .*schedules of .*--override-opt_param-scheduler")
+    trained(command(toy, tmp_path, "--train-iters", "4", "--override-opt_param-scheduler"))
+    assert len(metrics(tmp_path)) == 4
 
 
 def test_a_student_from_scratch_resumes_with_the_same_command(toy: Toys, tmp_path: Path) -> None:

@@ -99,17 +99,37 @@ def test_goes_on_where_the_other_modules_stopped(toy: Toys, local: Path, tmp_pat
 def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = f"{TE} --bf16 {FP8[name]} {FULL} --fdd-tap-dtype fp8"
-    trained(command(toy, whole, flags), command(toy, stopped, flags, "--exit-interval 4"), image=IMAGE)
-    if name == "delayed":
+    starts = trained(
+        command(toy, whole, flags), command(toy, stopped, flags, "--exit-interval 4"), image=IMAGE
+    )
+    is_warned = "to go on from a checkpoint of this run set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1"
+    assert [is_warned in ending.err for ending in starts[0]] == [name == "delayed", False]
+    trust = TRUSTED if name == "delayed" else None
+    if trust:
         [endings] = run(command(toy, stopped, flags), image=IMAGE)
         assert [ending.status for ending in endings] == [1, 1]
         assert "set NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in endings[0].err
-    trained(command(toy, stopped, flags), image=IMAGE, environment=TRUSTED)
+    trained(command(toy, stopped, flags), image=IMAGE, environment=trust)
     assert [record["iteration"] for record in metrics(whole)] == [1, 2, 3, 4, 5, 6]
     assert metrics(stopped) == metrics(whole)
     for folder in (whole, stopped):
         convert.mcore_to_hf(folder, folder / "converted")
     assert tensor_hashes(whole / "converted") == tensor_hashes(stopped / "converted")
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_path: Path) -> None:
+    """A frozen teacher keeps its copies of weights, a student does not. (Delayed scaling remembers the evaluation.)"""
+    plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
+    flags = f"{TE} --bf16 {FP8[name]} {FULL} --train-iters 4"
+    trained(
+        command(toy, plain, flags),
+        command(toy, evaluated, flags, "--eval-interval 1 --eval-iters 1"),
+        image=IMAGE,
+    )
+    steps = [record for record in metrics(evaluated) if "tokens" in record]
+    assert len(metrics(evaluated)) > len(steps) == 4
+    assert steps == metrics(plain)
 
 
 @pytest.mark.parametrize(

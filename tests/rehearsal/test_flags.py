@@ -49,6 +49,25 @@ def test_fp8_of_a_recipe_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPa
         assert not set(padding) & set(add_flags(padding))
 
 
+def test_a_plan_knows_of_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron_fdd.config
+
+    recipe = (
+        "--fdd-dry-run --fp8-format hybrid --teacher-fp8-format=e4m3 --first-last-layers-bf16 --bf16".split()
+    )
+    monkeypatch.setattr(sys, "argv", ["train", *add_flags(recipe)])
+    args = parse_args(lambda parser: megatron_fdd.config.add_fdd_args(parser) or parser)
+    _check(args, fp8="hybrid", teacher_fp8_format="e4m3", first_last_layers_bf16=True)
+    _check(args, transformer_impl="transformer_engine", distributed_backend="gloo", apply_rope_fusion=False)
+
+
+def test_graphs_are_left_out_but_for_those_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="CPUs: --cuda-graph-impl local, --optimizer-cpu-offload$"):
+        recipe = add_flags(["--cuda-graph-impl", "local", "--optimizer-cpu-offload", "--bf16"])
+    assert recipe[0] == "--bf16"
+    assert add_flags(["--cuda-graph-impl=full_iteration"])[0] == "--cuda-graph-impl=full_iteration"
+
+
 def test_what_runs_anywhere_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     _check(
         _parsed(["--num-workers=2", "--hidden-dropout", "0.3"], monkeypatch),

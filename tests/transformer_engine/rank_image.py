@@ -47,5 +47,4 @@ from tests.transformer_engine.attention import install_attention  # noqa: E402
 install_attention()
 # A rehearsal would overrule what is wanted here.
 del flags._FORCED["--transformer-impl"]
-flags._DROPPED_PAIRS = ()
-flags._DROPPED = tuple(flag for flag in flags._DROPPED if "fp8" not in flag and "bf16" not in flag)
+flags._FP8, flags._FP8_PAIRS = (), {}

@@ -1,4 +1,7 @@
-"""Norms for the `local` transformer: torch's own refuse sequence parallelism and zero-centred weights.
+"""Norms for Megatron's local modules: torch's own refuse sequence parallelism and zero-centred weights.
+
+So that `--transformer-impl local` runs without apex and TransformerEngine, on GPUs and in a rehearsal. For RMSNorm also
+beside apex, whose fused norm is a LayerNorm.
 
 Shapes: ... any leading dims, H hidden (or head) size. Statistics in float32, output in the input's dtype.
 """
@@ -64,14 +67,15 @@ def build_norm(
     """
     norms: dict[str, type[RMSNorm] | type[LayerNorm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
     if config.normalization not in norms:
-        raise ValueError(f"--normalization {config.normalization}: a rehearsal knows {', '.join(norms)}")
+        raise ValueError(f"--normalization {config.normalization}: local modules have {', '.join(norms)}")
     return norms[config.normalization](config, hidden_size, eps)
 
 
 def install_norms() -> None:
-    """Every local norm of Megatron (layers', query-key, final) is made by `build_norm` from now on.
+    """Every norm that Megatron would leave to torch, and the final one, is made by `build_norm` from now on.
 
-    The constructor is the one place that all of Megatron's specs share; each imports the class by name.
+    The constructor is the one place that all of Megatron's specs share; each imports the class by name. For a process
+    whose models are all of local modules.
     """
     WrappedTorchNorm.__new__ = build_norm
-    transformer_block.LayerNormImpl = WrappedTorchNorm  # not so where TransformerEngine is installed
+    transformer_block.LayerNormImpl = WrappedTorchNorm  # not so beside apex or TransformerEngine

@@ -1,4 +1,4 @@
-"""The rehearsal's norms against float64, and where Megatron uses them."""
+"""Norms of local modules against float64, and where Megatron uses them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_fdd import rehearsal
-from megatron_fdd.rehearsal.norms import RMSNorm
+from megatron_fdd.local_norms import RMSNorm
 from tests.ranks import distributed
 
 H, EPS = 24, 1e-5
@@ -85,7 +85,7 @@ def test_a_new_norm_has_gain_one(normalization: str, zero_centered: bool) -> Non
 
 
 def test_an_unknown_normalization_is_refused() -> None:
-    with pytest.raises(ValueError, match="--normalization L2Norm: a rehearsal knows RMSNorm, LayerNorm"):
+    with pytest.raises(ValueError, match="--normalization L2Norm: local modules have RMSNorm, LayerNorm"):
         _norm(normalization="L2Norm")
 
 

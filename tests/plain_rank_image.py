@@ -1,0 +1,8 @@
+"""As `tests.rank_image`, with Megatron's modules as they are on a GPU without apex and TransformerEngine."""
+
+from unittest.mock import patch
+
+from megatron_fdd import rehearsal
+
+with patch("megatron_fdd.local_norms.install_norms"):
+    rehearsal.start()
