@@ -41,6 +41,7 @@ CASES = {
     "tensorwise": both("tensorwise"),
     "delayed": replace(both("delayed"), teacher_options=()),
     "blockwise": both("blockwise"),
+    "mxfp8": both("mxfp8"),
     "recompute": replace(both("tensorwise"), recompute=FULL_BLOCK),
     "bf16 ends": both("tensorwise", *BF16_ENDS),
     "tp2-sp": replace(both("blockwise"), tp=2, sequence_parallel=True),
