@@ -61,10 +61,14 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
     ]
     if tokens or widths:
         flags = ["--seq-length, --micro-batch-size"] if tokens else []
-        flags += ["--tensor-model-parallel-size"] if widths else []
+        if widths and args.tensor_model_parallel_size > 1:
+            flags.append("--tensor-model-parallel-size")
+        remedy = f"leave {'--fp8-format' if is_student else '--teacher-fp8-format'} out"
+        if flags:
+            remedy = f"change {', '.join(flags)}, or {remedy}"
         raise ValueError(
-            f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(tokens + widths)}. Change "
-            f"{', '.join(flags)}, or leave {'--fp8-format' if is_student else '--teacher-fp8-format'} out"
+            f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(tokens + widths)}. "
+            f"{remedy.capitalize()}"
         )
 
 
@@ -112,8 +116,8 @@ def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tup
 def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int], *, is_trained: bool) -> int:
     """Bytes of FP8 that TransformerEngine keeps beside a model's weights, on a rank of the stage that has most.
 
-    A frozen model makes them in its first forward pass and keeps them. The backward pass reads a second copy, laid
-    out the other way (before Blackwell).
+    A frozen model makes them in its first forward pass and keeps them. The backward pass reads a second copy: laid
+    out the other way (before Blackwell), or for MXFP8 scaled along columns.
 
     Args:
         args: the model's.

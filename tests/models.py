@@ -156,6 +156,9 @@ def full_name(
     _, _, layer, rest = name.split(".", 3)
     rest = re.sub(r"^self_attention.linear_qkv.layer_norm_", "input_layernorm.", rest)  # TransformerEngine's
     rest = re.sub(r"^mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.", rest)
+    rest = re.sub(  # of experts that are multiplied together
+        r"^(mlp\.experts)\.(linear_fc[12])\.weight(\d+)$", r"\1.local_experts.\3.\2.weight", rest
+    )
     if is_expert(name):
         before, local, tail = re.split(r"(?<=local_experts)\.(\d+)\.", rest)
         rank = topology.collection.ep.rank() if expert_rank is None else expert_rank
@@ -198,7 +201,7 @@ def full_gradients(
 def cut(name: str, full: Tensor, parameter: torch.nn.Parameter, topology: Topology) -> Tensor:
     if not is_split(parameter):
         return full
-    pieces = full.chunk(2) if name.endswith("linear_fc1.weight") else (full,)  # gate and up, cut apart
+    pieces = full.chunk(2) if is_gate_and_up(name) else (full,)  # cut apart
     size, rank = topology.tensor_size, topology.tensor_rank
     return torch.cat(
         [piece.chunk(size, parameter.partition_dim)[rank] for piece in pieces], parameter.partition_dim
@@ -213,7 +216,7 @@ def join(name: str, parts: list[Tensor], parameter: torch.nn.Parameter) -> Tenso
                 part, parts[0], rtol=0, atol=1e-6 * float(parts[0].abs().max() + 1e-30)
             )
         return parts[0]
-    if name.endswith("linear_fc1.weight"):
+    if is_gate_and_up(name):
         halves = [part.chunk(2) for part in parts]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])
     return torch.cat(parts, parameter.partition_dim)
@@ -224,7 +227,11 @@ def is_split(parameter: torch.nn.Parameter) -> bool:
 
 
 def is_expert(name: str) -> bool:
-    return ".local_experts." in name
+    return ".mlp.experts." in name
+
+
+def is_gate_and_up(name: str) -> bool:
+    return re.search(r"linear_fc1\.weight\d*$", name) is not None
 
 
 def is_vocabulary(name: str) -> bool:

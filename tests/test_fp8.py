@@ -121,6 +121,7 @@ def test_shapes_that_fit_a_frozen_model_alone(changes: dict[str, object]) -> Non
         ({"group_query_attention": True, "kv_channels": 2}, r"keys and values / tensor parallel 1 20 \(of 8\)"),
         ({"group_query_attention": True, "kv_channels": 2, "attention_output_gate": True}, r"parallel 1 36 "),
         ({"hidden_size": 72}, r": hidden size 72 \(of 16\), attention width / tensor parallel 1 72 \(of 16\)"),
+        ({"hidden_size": 72, "kv_channels": 8}, r": hidden size 72 \(of 16\)\. Leave --teacher-fp8-format out"),
         ({"fp8_recipe": "mxfp8"}, r"mxfp8 for the teacher: .*: 48 tokens of a micro-batch on a rank \(of 32\)"),
         ({**ONE_GROUP, "fp8_recipe": "mxfp8", "seq_length": 32}, r"values / tensor parallel 2 40 \(of 32\), "),
         ({"seq_length": 20}, r"Change --seq-length, --micro-batch-size, or leave --teacher-fp8-format out"),

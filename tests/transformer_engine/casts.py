@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,33 +10,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.transformer_engine.dtypes import cast, torch_type
+from tests.transformer_engine.mxfp8 import empty_mx, is_mx, mx_blocks, mx_plain
+
 BLOCK = 128
 
 
-class DType(enum.IntEnum):
-    kByte = 0  # noqa: N815
-    kInt32 = 2
-    kFloat32 = 4
-    kFloat16 = 5
-    kBFloat16 = 6
-    kFloat8E4M3 = 7
-    kFloat8E5M2 = 8
-    kFloat4E2M1 = 10
+def plain(tensor: Any, *, columnwise: bool = False) -> Tensor:
+    """In float32 (float64 stays), out of FP8 where it is in it.
 
-
-TORCH_TYPES = {
-    DType.kByte: torch.uint8,
-    DType.kInt32: torch.int32,
-    DType.kFloat32: torch.float32,
-    DType.kFloat16: torch.float16,
-    DType.kBFloat16: torch.bfloat16,
-    DType.kFloat8E4M3: torch.float8_e4m3fn,
-    DType.kFloat8E5M2: torch.float8_e5m2,
-}
-
-
-def plain(tensor: Any) -> Tensor:
-    """In float32 (float64 stays), out of FP8 where it is in it."""
+    Args:
+        columnwise: which of MXFP8's two copies, which differ.
+    """
+    if is_mx(tensor):
+        return mx_plain(tensor, columnwise)
     if is_fp8(tensor):
         return tensor.dequantize(dtype=torch.float32)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -51,19 +37,28 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     """`tensor` in FP8 as the quantizer's recipe has it, into `output` where one is given."""
     if noop is not None and noop.item():
         return output
-    fields = blocks(tensor, quantizer) if is_blockwise(quantizer) else whole(tensor, quantizer)
+    fields = parts(tensor, quantizer)
     if output is None:
         return made(fields, tensor.shape, tensor.dtype, quantizer)
     for name, value in fields.items():
         setattr(output, PRIVATE[name], value)
-    if not is_blockwise(quantizer):
+    if hasattr(output, "_transpose_invalid"):
         output._transpose_invalid = output._transpose is None
     return output
+
+
+def parts(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
+    """What a tensor in FP8 is made of."""
+    if is_mx(quantizer):
+        return mx_blocks(tensor, quantizer)
+    return blocks(tensor, quantizer) if is_blockwise(quantizer) else whole(tensor, quantizer)
 
 
 def create_empty_quantized_tensor(
     quantizer: Any, shape: list[int], dtype: torch.dtype, _device: Any, _pinned: bool
 ) -> Any:
+    if is_mx(quantizer):
+        return made(empty_mx(quantizer, shape), shape, dtype, quantizer)
     fields: dict[str, Any] = {"data": None, "data_transpose": None, "fp8_scale_inv": torch.ones(1)}
     if quantizer.rowwise_usage:
         fields["data"] = torch.empty(shape, dtype=torch.uint8)
@@ -77,6 +72,7 @@ PRIVATE = {"data": "_data", "data_transpose": "_transpose", "fp8_scale_inv": "_s
 PRIVATE |= {
     f"{way}_{what}": f"_{way}_{what}" for way in ("rowwise", "columnwise") for what in ("data", "scale_inv")
 }
+PRIVATE["with_gemm_swizzled_scales"] = "_with_gemm_swizzled_scales"
 
 
 def is_blockwise(quantizer: Any) -> bool:
@@ -89,7 +85,9 @@ def made(fields: dict[str, Any], shape: Any, dtype: torch.dtype, quantizer: Any)
 
     kind, internal = te.Float8Tensor, te.Float8TensorStorage
     fields = {**fields, "fp8_dtype": quantizer.dtype, "quantizer": quantizer}
-    if is_blockwise(quantizer):
+    if is_mx(quantizer):
+        kind, internal = te.MXFP8Tensor, te.MXFP8TensorStorage
+    elif is_blockwise(quantizer):
         kind, internal = te.Float8BlockwiseQTensor, te.Float8BlockwiseQTensorStorage
         fields["is_2D_scaled"] = quantizer.block_scaling_dim == 2
     if quantizer.internal:
@@ -99,7 +97,7 @@ def made(fields: dict[str, Any], shape: Any, dtype: torch.dtype, quantizer: Any)
 
 def whole(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
     """One scale for the tensor: the quantizer's own (delayed), or from what is there now."""
-    fp8 = TORCH_TYPES[DType(int(quantizer.dtype))]
+    fp8 = torch_type(quantizer.dtype)
     amax = tensor.detach().abs().max().float() if tensor.numel() else torch.zeros(())
     if hasattr(quantizer, "scale"):  # delayed
         quantizer.amax.copy_(torch.maximum(quantizer.amax.reshape(()), amax).reshape(quantizer.amax.shape))
@@ -139,11 +137,11 @@ def blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
 
 def scaled_blocks(rows: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
     """uint8 [M, K] and the scales, [M / 128, K / 128] or [M, K / 128], rounded up."""
-    fp8 = TORCH_TYPES[DType(int(quantizer.dtype))]
+    fp8 = torch_type(quantizer.dtype)
     height = BLOCK if quantizer.block_scaling_dim == 2 else 1
     m, k = rows.shape
     padded = F.pad(rows.float(), (0, -k % BLOCK, 0, -m % height))
-    tiles = padded.reshape(padded.shape[0] // height, height, -1, BLOCK)
+    tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // BLOCK, BLOCK)
     scales = scale_of(tiles.abs().amax((1, 3)), fp8, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
     data = cast(tiles * scales[:, None, :, None], fp8).reshape(padded.shape)[:m, :k]
     return data.contiguous(), scales
@@ -155,12 +153,6 @@ def scale_of(amax: Tensor, fp8: torch.dtype, power_of_2: bool, epsilon: float) -
     scale = torch.where(amax > 0, torch.finfo(fp8).max / amax, torch.ones_like(amax))
     scale = torch.where(scale.isfinite(), scale, torch.ones_like(scale))
     return torch.exp2(torch.floor(torch.log2(scale))) if power_of_2 else scale
-
-
-def cast(scaled: Tensor, fp8: torch.dtype) -> Tensor:
-    """To FP8, saturating, as bytes."""
-    largest = torch.finfo(fp8).max
-    return scaled.detach().float().clamp(-largest, largest).to(fp8).view(torch.uint8).contiguous()
 
 
 def bgrad_quantize(tensor: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
@@ -179,8 +171,12 @@ def fused_amax_and_scale_update_after_reduction(
     from transformer_engine.pytorch.quantization import _amax_and_scale_update
 
     recipe = SimpleNamespace(amax_compute_algo=algorithm, margin=margin, scaling_factor_compute_algo=None)
-    largest = torch.finfo(TORCH_TYPES[DType(int(fp8))]).max
+    largest = torch.finfo(torch_type(fp8)).max
     parts = amax.split([history.shape[1] for history in histories])
     for history, scale, part in zip(histories, scales, parts, strict=True):
         history[0].copy_(part)
         _amax_and_scale_update(history, scale, largest, recipe)
+
+
+def dequantize(tensor: Any, dtype: int) -> Tensor:
+    return plain(tensor, columnwise=tensor._rowwise_data is None).to(torch_type(dtype))

@@ -3,8 +3,6 @@
 Everything above them is TransformerEngine's: modules, autograd functions, FP8 contexts, scales and their history,
 recompute, what goes into a checkpoint. FP8 tensors hold real FP8 numbers; a product takes them apart and multiplies
 in float32, as tensor cores do up to the order of their sums.
-
-Shapes: a product is row-major, `[..., N] = B [..., K] @ A [N, K]^T` for the layout TN, and likewise for NN and NT.
 """
 
 from __future__ import annotations
@@ -17,16 +15,22 @@ import torch
 from torch import Tensor
 
 from tests.transformer_engine.casts import (
-    TORCH_TYPES,
-    DType,
     bgrad_quantize,
     create_empty_quantized_tensor,
+    dequantize,
     fp8_transpose,
     fused_amax_and_scale_update_after_reduction,
-    is_fp8,
-    plain,
     quantize,
 )
+from tests.transformer_engine.dtypes import DType, torch_type
+from tests.transformer_engine.grouped import (
+    fused_multi_row_padding,
+    fused_multi_row_unpadding,
+    get_num_cublas_streams,
+    split_quantize,
+    te_general_grouped_gemm,
+)
+from tests.transformer_engine.products import generic_gemm
 
 __all__ = [
     "DType",
@@ -35,9 +39,13 @@ __all__ = [
     "NVTE_Fused_Attn_Backend",
     "bgrad_quantize",
     "create_empty_quantized_tensor",
+    "dequantize",
     "fp8_transpose",
     "fused_amax_and_scale_update_after_reduction",
+    "fused_multi_row_padding",
+    "fused_multi_row_unpadding",
     "generic_gemm",
+    "get_num_cublas_streams",
     "layernorm_bwd",
     "layernorm_fwd",
     "multi_tensor_adam",
@@ -47,7 +55,9 @@ __all__ = [
     "quantize",
     "rmsnorm_bwd",
     "rmsnorm_fwd",
+    "split_quantize",
     "swap_first_dims",
+    "te_general_grouped_gemm",
 ]
 
 FP8FwdTensors = enum.IntEnum(
@@ -60,49 +70,6 @@ FP8BwdTensors = enum.IntEnum(
 )
 
 
-def require(size: int, divisor: int, what: str) -> None:
-    if size % divisor:
-        raise ValueError(f"{what} {size} of an FP8 product is not a multiple of {divisor}")
-
-
-def check_shapes(left: Any, right: Any, rows: int, summed: int, columns: int) -> None:
-    """As cuBLAS on Hopper wants them (TransformerEngine's cublaslt_gemm.cu): both along the summed dimension."""
-    require(summed, 16, "the summed dimension")
-    if hasattr(left, "_is_2D_scaled"):
-        require(columns, 8, "the width")
-        if not right._is_2D_scaled:
-            require(rows, 8, "the number of rows")
-
-
-def generic_gemm(
-    left: Any, left_turned: bool, right: Any, right_turned: bool, out: Tensor | None, quantizer: Any,
-    out_type: int | None, bias: Tensor | None, _bias_type: int, _gelu: bool, _gelu_in: Any, grad: bool,
-    _workspace: Tensor, _workspace_size: int, accumulate: bool, _split: bool, **_overlap: Any,
-) -> tuple[Any, Tensor | None, None, None]:  # fmt: skip
-    """The product, the gradient of a bias, and two outputs of fusions that nobody asked for."""
-    a, b = plain(left), plain(right)
-    leading = b.shape[:-1]
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    b_turned, a_turned = b.T if right_turned else b, a.T if left_turned else a
-    if is_fp8(left) or is_fp8(right):
-        check_shapes(left, right, *b_turned.shape, a_turned.shape[1])
-    product = b_turned @ a_turned
-    bias_grad = None
-    if bias is not None and grad:
-        bias_grad = b.sum(0).to(bias.dtype)
-    elif bias is not None:
-        product = product + bias.to(product.dtype)
-    if not right_turned:
-        product = product.reshape(*leading, product.shape[-1])
-    if out is not None:
-        product = product.reshape(out.shape).to(out.dtype)
-        out.add_(product) if accumulate else out.copy_(product)
-        return out, bias_grad, None, None
-    if out_type is not None:
-        product = product.to(TORCH_TYPES[DType(out_type)])
-    return (product if quantizer is None else quantizer(product)), bias_grad, None, None
-
-
 def swap_first_dims(tensor: Tensor, out: Tensor | None = None) -> Tensor:
     swapped = tensor.transpose(0, 1).contiguous()
     return swapped if out is None else out.copy_(swapped)
@@ -113,7 +80,7 @@ def gain(weight: Tensor, zero_centered: bool) -> Tensor:
 
 
 def normed(values: Tensor, out: Tensor | None, quantizer: Any, dtype: int) -> Any:
-    values = values.to(TORCH_TYPES[DType(int(dtype))])
+    values = values.to(torch_type(dtype))
     if quantizer is not None:
         return quantizer(values) if out is None else quantize(values, quantizer, out)
     return values if out is None else out.copy_(values)

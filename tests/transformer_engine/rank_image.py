@@ -24,6 +24,7 @@ import transformer_engine.common  # noqa: E402
 transformer_engine.common.load_framework_extension = lambda _framework: None
 
 from transformer_engine.pytorch import distributed as te_distributed  # noqa: E402
+from transformer_engine.pytorch import quantization  # noqa: E402
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule  # noqa: E402
 
 _prepare = TransformerEngineBaseModule.prepare_forward
@@ -35,6 +36,15 @@ def _prepare_on_cpu(*arguments: Any, **keywords: Any) -> Any:
 
 
 TransformerEngineBaseModule.prepare_forward = _prepare_on_cpu
+quantization._MXFP8_SUPPORT = (True, "")  # although the device says that it is a Hopper
+_together = torch.distributed._coalescing_manager
+
+
+def _together_on_cpu(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+    return _together(group, async_ops=async_ops)  # gloo puts collectives together, but not those of a device
+
+
+torch.distributed._coalescing_manager = _together_on_cpu
 te_distributed._get_cuda_rng_state = device.rng_state
 te_distributed._set_cuda_rng_state = device.set_rng_state
 

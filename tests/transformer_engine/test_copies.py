@@ -32,6 +32,14 @@ BF16_ENDS = (
 )
 
 
+GROUPED = ("moe_grouped_gemm", True)
+
+
+def with_experts(case: Case) -> Case:
+    student, teacher = (replace(shape, experts=4, ffn=128) for shape in (case.student, case.teacher))
+    return replace(case, student=student, teacher=teacher)
+
+
 def both(recipe: str, *more: tuple[str, object]) -> Case:
     options = (("fp8", "hybrid"), ("fp8_recipe", recipe), *more)
     return replace(CASE, student_options=options, teacher_options=options)
@@ -41,10 +49,14 @@ CASES = {
     "tensorwise": both("tensorwise"),
     "delayed": replace(both("delayed"), teacher_options=()),
     "blockwise": both("blockwise"),
+    "mxfp8": both("mxfp8"),
     "recompute": replace(both("tensorwise"), recompute=FULL_BLOCK),
     "bf16 ends": both("tensorwise", *BF16_ENDS),
     "tp2-sp": replace(both("blockwise"), tp=2, sequence_parallel=True),
     "pp2": replace(both("tensorwise"), pp=2),
+    "experts": with_experts(both("mxfp8")),
+    "grouped experts": with_experts(both("blockwise", GROUPED)),
+    "ep2-grouped experts": replace(with_experts(both("tensorwise", GROUPED)), dp=2, ep=2, teacher_ep=2),
 }
 
 
@@ -84,10 +96,11 @@ def estimate(case: Case, model: torch.nn.Module, *, is_trained: bool) -> int:
         fp8=config.fp8, fp8_recipe=config.fp8_recipe, fp8_param_gather=False, num_layers=config.num_layers,
         first_last_layers_bf16=config.first_last_layers_bf16, num_layers_at_start_in_bf16=1,
         num_layers_at_end_in_bf16=1, pipeline_model_parallel_size=case.pp, tensor_model_parallel_size=case.tp,
-        expert_tensor_parallel_size=None, expert_model_parallel_size=1, hidden_size=config.hidden_size,
+        expert_tensor_parallel_size=None, expert_model_parallel_size=case.ep, hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
         group_query_attention=True, kv_channels=config.kv_channels, ffn_hidden_size=config.ffn_hidden_size,
-        swiglu=True, num_experts=None, moe_shared_expert_intermediate_size=None, moe_ffn_hidden_size=None,
+        swiglu=True, num_experts=config.num_moe_experts, moe_shared_expert_intermediate_size=None,
+        moe_ffn_hidden_size=config.moe_ffn_hidden_size, moe_layer_freq=1,
     )  # fmt: skip
     return weight_copies_bytes(args, chunk_layers(config), is_trained=is_trained)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,27 @@ CASES = {
     ),
     "values, cut": ({"tp": 2}, {"groups": 2}, "values / tensor parallel 2 24 (of 16)", None),
     "feed-forward": ({}, {"ffn": 40}, "feed-forward width / tensor parallel 1 40 (of 16)", "feed-forward"),
+    "experts": ({}, {"experts": 4}, None, None),
+    "experts' width": ({}, {"experts": 4, "ffn": 40}, "width / expert tensor parallel 1 40 (of 16)", "experts' width"),
     "feed-forward, cut": ({"tp": 2}, {"ffn": 48}, "feed-forward width / tensor parallel 2 24", "feed-forw"),
+}  # fmt: skip
+# MXFP8 takes 32 of everything, of a frozen model's too: what is said of either.
+WIDE = {"heads": 16, "groups": 16, "ffn": 64}
+MX_CASES = {
+    "fits": ({}, {}, None),
+    "48 tokens": ({"length": 24}, {}, "48 tokens of a micro-batch on a rank (of 32)"),
+    "48 packed tokens": ({"length": 24, "packed": True}, {}, "48 tokens"),
+    "cut sequence": ({"length": 48, "cp": 2}, {}, "48 tokens of a micro-batch on a rank (of 32)"),
+    "tp2": ({"tp": 2}, WIDE, None),
+    "sp": ({"length": 32, **SP}, WIDE, None),
+    "sp, 16 tokens": (SP, WIDE, "16 tokens of a micro-batch on a sequence-parallel rank (of 32)"),
+    "hidden": ({}, {"hidden": 48}, "hidden size 48 (of 32)"),
+    "heads": ({}, {"heads": 12, "groups": 2}, "attention width / tensor parallel 1 48 (of 32)"),
+    "queries, keys, values": ({}, {"groups": 2}, "keys and values / tensor parallel 1 48 (of 32)"),
+    "feed-forward": ({}, {"ffn": 48}, "feed-forward width / tensor parallel 1 48 (of 32)"),
+    "feed-forward, cut": ({"tp": 2}, {**WIDE, "ffn": 96}, "feed-forward width / tensor parallel 2 48 (of 32)"),
+    "experts": ({}, {"experts": 4}, None),
+    "experts' width": ({}, {"experts": 4, "ffn": 48}, "experts' width / expert tensor parallel 1 48 (of 32)"),
 }  # fmt: skip
 
 
@@ -52,8 +73,9 @@ def arguments(case: Case, shape: Shape, recipe: str) -> Namespace:
         micro_batch_size=MICRO_BATCH, tensor_model_parallel_size=case.tp, context_parallel_size=case.cp,
         sequence_parallel=case.sequence_parallel, num_layers=shape.num_layers, hidden_size=shape.hidden,
         num_attention_heads=shape.heads, kv_channels=shape.head_width, group_query_attention=True,
-        num_query_groups=shape.groups, ffn_hidden_size=shape.ffn, num_experts=None, multi_latent_attention=False,
-        attention_output_gate=False,
+        num_query_groups=shape.groups, ffn_hidden_size=shape.ffn, num_experts=shape.experts,
+        multi_latent_attention=False, attention_output_gate=False, moe_layer_freq=1, moe_ffn_hidden_size=shape.ffn,
+        moe_latent_size=None, moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=None,
     )  # fmt: skip
 
 
@@ -89,14 +111,25 @@ def refusal_in_a_step(case: Case) -> str | None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_check_refuses_what_transformer_engine_refuses(name: str, recipe: str, whose: str) -> None:
     layout, changes, *wanted = CASES[name]
-    options = {
-        f"{whose}_options": (("fp8", "hybrid"), ("fp8_recipe", recipe)),
-        whose: replace(FITS, **changes),
-    }
-    case = replace(CASE, **layout, **options)
-    said = wanted[whose == "teacher"]
+    assert_both_refuse(layout, changes, wanted[whose == "teacher"], recipe, whose)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("name", MX_CASES)
+def test_the_check_refuses_what_mxfp8_cannot_hold(name: str, whose: str) -> None:
+    assert_both_refuse(*MX_CASES[name], "mxfp8", whose)
+
+
+def assert_both_refuse(
+    layout: dict[str, Any], changes: dict[str, Any], said: str | None, recipe: str, whose: str
+) -> None:
+    """The check what is `said`, and a step anything; or neither where nothing is."""
+    case = replace(CASE, **layout, **{whose: replace(FITS, **changes)})
     refused = refusal_of_the_check(case, recipe, f"the {whose}")
-    assert refused is None if said is None else said in refused
-    for late in run_on_ranks(refusal_in_a_step, case.layout, {"case": case}, image=IMAGE):
-        assert (late is None) == (refused is None), late
-        assert late is None or "FP8" in late
+    assert refused is None if said is None else refused is not None and said in refused
+    for grouped in (False, True) if "experts" in changes else (False,):
+        options = (("fp8", "hybrid"), ("fp8_recipe", recipe), ("moe_grouped_gemm", grouped))
+        case = replace(case, **{f"{whose}_options": options})
+        for late in run_on_ranks(refusal_in_a_step, case.layout, {"case": case}, image=IMAGE):
+            assert (late is None) == (refused is None), late
+            assert late is None or "FP8" in late
