@@ -146,7 +146,6 @@ def test_copies_of_weights_in_fp8_by_hand() -> None:
     assert copies({}, {}) == {}
     assert copies({}, {"fp8": "e4m3"}) == {"teacher": 10 * teacher_layer}
     assert copies({"fp8": "hybrid"}, {}) == {"student": 2 * 4 * student_layer}
-    assert copies({"fp8": "hybrid", "fp8_param_gather": True}, {}) == {}
     assert copies({}, {"fp8": "e4m3", "fp8_recipe": "mxfp8"}) == {"teacher": 10 * teacher_layer * 33 // 32}
     ends = {
         "first_last_layers_bf16": True,
