@@ -8,6 +8,9 @@ Shapes: ... any leading dims, H hidden (or head) size. Statistics in float32, ou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core.transformer import TransformerConfig, transformer_block
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -79,3 +82,14 @@ def install_norms() -> None:
     """
     WrappedTorchNorm.__new__ = build_norm
     transformer_block.LayerNormImpl = WrappedTorchNorm  # not so beside apex or TransformerEngine
+
+
+@contextmanager
+def plain_norms() -> Iterator[None]:
+    """`install_norms` for a block in which a model of local modules is built, in a process with others."""
+    before = WrappedTorchNorm.__new__, transformer_block.LayerNormImpl
+    install_norms()
+    try:
+        yield
+    finally:
+        WrappedTorchNorm.__new__, transformer_block.LayerNormImpl = before

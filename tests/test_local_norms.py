@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import TransformerConfig, transformer_block
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_fdd import rehearsal
+from megatron_fdd.convert.mcore_model import build_model, complete_args
+from megatron_fdd.convert.ranks import conversion_ranks
 from megatron_fdd.local_norms import RMSNorm
 from tests.ranks import distributed
 
+LLAMA = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": 64,
+    "max_position_embeddings": 16,
+    "seq_length": 16,
+    "vocab_size": 50,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+}
 H, EPS = 24, 1e-5
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
@@ -111,3 +125,20 @@ def test_every_norm_of_a_model_is_ours_and_marked(sequence_parallel: bool) -> No
     for norm in norms:
         assert norm.eps == 3e-4
         assert norm.weight.sequence_parallel is sequence_parallel
+
+
+class FusedLayerNorm:
+    """As apex's, through Megatron: no RMSNorm."""
+
+    def __init__(self, config: TransformerConfig, *_sizes: object, **_options: object) -> None:
+        assert config.normalization == "LayerNorm"
+
+
+@distributed(ranks=1)
+def test_a_conversion_beside_apex_builds_rms_norms_and_leaves_no_trace() -> None:
+    with patch.object(transformer_block, "LayerNormImpl", FusedLayerNorm):
+        args = complete_args(LLAMA, dtype=torch.float32, vocabulary_divisor=8)
+        with conversion_ranks() as groups:
+            model = build_model(args, groups, "meta")
+        assert isinstance(model.decoder.final_layernorm, RMSNorm)
+        assert transformer_block.LayerNormImpl is FusedLayerNorm

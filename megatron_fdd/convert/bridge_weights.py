@@ -20,7 +20,6 @@ from megatron_fdd.convert.hf_writer import Shard, TensorSpec
 from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args, name_of
 from megatron_fdd.convert.pieces import tensors_of
-from megatron_fdd.convert.to_mcore import common_dtype
 
 # Names of tensors with another dtype than the weights end so: routers' biases are float32 in every model.
 _NOT_WEIGHTS = ("e_score_correction_bias", "rotary_emb.inv_freq")
@@ -45,7 +44,7 @@ class BridgeSource:
         bridge, self._folder = Bridge(hf_model / "config.json"), HfFolder(hf_model)
         self._names = [name for name in self._folder.tensors if bridge.converts(name)]
         self.config, self.digests = bridge.config, dict[str, str]()
-        params_dtype = common_dtype(self._folder, _NOT_WEIGHTS) if dtype == "checkpoint" else DTYPES[dtype]
+        params_dtype = self._folder.common_dtype(_NOT_WEIGHTS) if dtype == "checkpoint" else DTYPES[dtype]
         self.args = complete_args(bridge.values, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
         self.model = bridge.build(self.args, groups)
         bridge.load(self.model, hf_model)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig
+from megatron_fdd.convert.mcore_model import DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -141,6 +142,22 @@ class HfFolder:
                 f"{self.path}: {name} is stored as {stored}; only {', '.join(DTYPE_OF_NAME)} convert"
             )
         return DTYPE_OF_NAME[stored]
+
+    def common_dtype(self, ignored: tuple[str, ...] = ()) -> torch.dtype:
+        """The one dtype of all tensors but those whose names end in `ignored`.
+
+        Raises:
+            ValueError: there are several, or one in which Megatron holds no parameters.
+        """
+        weights = [name for name in sorted(self.tensors, reverse=True) if not name.endswith(ignored)]
+        by_dtype = {self.dtype(name): name for name in weights}
+        if len(by_dtype) > 1:
+            found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
+            raise ValueError(f"{self.path} mixes dtypes ({found}); choose one with --dtype")
+        (only,) = by_dtype
+        if only not in DTYPES.values():
+            raise ValueError(f"{self.path} holds {only}, which Megatron does not train; choose with --dtype")
+        return only
 
     def read(self, name: str) -> Tensor:
         """A tensor that lies in a mapping of its part of the file: its pages leave memory with it."""

@@ -100,10 +100,12 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
+    from megatron_fdd.local_norms import plain_norms
+
     config = gpt_config_from_args(args)
     # gpt_config_from_args (0.19.2) passes the switch on and forgets the factor.
     config.rope_scaling_factor = args.rope_scaling_factor
     config.transformer.perform_initialization = False
-    with torch.device(device), contextlib.redirect_stdout(io.StringIO()):
+    with torch.device(device), plain_norms(), contextlib.redirect_stdout(io.StringIO()):
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
     return model.to(args.params_dtype)  # position embeddings are float32 otherwise

@@ -113,7 +113,7 @@ class _Source:
         family = family_of(folder.config).as_stored(folder.tensors)
         architecture = {**family.fixed, **family.megatron_args(folder.config)}
         check_names(family, folder)
-        params_dtype = common_dtype(folder, family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
+        params_dtype = folder.common_dtype(family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
         self.args = complete_args(architecture, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
         self.model = build_model(self.args, groups, "meta")
         self.parameters = dict(self.model.named_parameters())
@@ -207,20 +207,3 @@ def check_names(family: Family, folder: HfFolder) -> None:
             f"{folder.path} does not match its config.json. Missing: {', '.join(missing) or 'nothing'}. "
             f"Not used: {', '.join(extra) or 'nothing'}"
         )
-
-
-def common_dtype(folder: HfFolder, ignored: tuple[str, ...] = ()) -> torch.dtype:
-    """The one dtype of all tensors that are weights.
-
-    Raises:
-        ValueError: there are several, or one in which Megatron holds no parameters.
-    """
-    weights = [name for name in sorted(folder.tensors, reverse=True) if not name.endswith(ignored)]
-    by_dtype = {folder.dtype(name): name for name in weights}
-    if len(by_dtype) > 1:
-        found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
-        raise ValueError(f"{folder.path} mixes dtypes ({found}); choose one with --dtype")
-    (only,) = by_dtype
-    if only not in DTYPES.values():
-        raise ValueError(f"{folder.path} holds {only}, which Megatron does not train; choose with --dtype")
-    return only

@@ -21,7 +21,6 @@ from megatron_fdd.convert.hf_writer import (
     write_index,
     write_shard,
 )
-from megatron_fdd.convert.to_mcore import common_dtype
 from tests.convert import toys
 
 TENSORS = {name: torch.randn(6, 4) for name in ("a", "b", "c", "d")}
@@ -177,7 +176,7 @@ def test_a_repeated_tied_head_and_rope_buffers_are_no_extra_weights(tmp_path: Pa
     _change_weights(folder, {"lm_head.weight": embedding.clone(), **buffer})
     source = HfFolder(folder)
     check_names(family_of(source.config), source)
-    assert common_dtype(source) == torch.float32
+    assert source.common_dtype() == torch.float32
     _change_weights(folder, {"lm_head.weight": embedding + 1})
     source = HfFolder(folder)
     with pytest.raises(ValueError, match="ties the embeddings, but lm_head.weight"):
