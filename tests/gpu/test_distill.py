@@ -14,7 +14,7 @@ import pytest
 
 SEQUENCE, VOCABULARY = 64, 1999
 TE = "--transformer-impl transformer_engine"
-LOCAL = "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion"
+LOCAL = "--transformer-impl local"
 COMMON = (
     f"--use-checkpoint-args --mock-data --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
     f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 8 "
