@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """torch's Adam or AdamW, to the last bit, with one `step` per param group."""
+    """torch's fused Adam or AdamW, to the last bit, with one `step` per param group."""
 
     def __init__(
         self,
@@ -45,9 +45,11 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
         states = [self._state(param) for param in params]
-        # torch counts the step up itself, in one tensor per parameter.
-        steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+        # torch counts the step up itself, in one number per parameter, where the parameter is.
+        steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind()
         beta1, beta2 = group["betas"]
         adam(
             params,
@@ -55,8 +57,8 @@ class FusedAdam(torch.optim.Optimizer):
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
-            steps,
-            foreach=params[0].is_cuda if params else False,
+            list(steps),
+            fused=True,  # one kernel, without temporaries of the parameters' size
             amsgrad=False,
             maximize=False,
             beta1=beta1,

@@ -28,9 +28,9 @@ def _set_gradients(parameters: list[torch.nn.Parameter], step: int) -> None:
 @pytest.mark.parametrize(("decoupled", "reference"), [(True, torch.optim.AdamW), (False, torch.optim.Adam)])
 def test_equals_torch_also_after_a_reload(decoupled: bool, reference: type[torch.optim.Optimizer]) -> None:
     settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    ours, theirs = _parameters(), _parameters()
+    ours, theirs, plains = _parameters(), _parameters(), _parameters()
     fused = FusedAdam(ours, **settings, adam_w_mode=decoupled)
-    torchs = reference(theirs, **settings)
+    torchs, plain = reference(theirs, **settings, fused=True), reference(plains, **settings)
     for step in range(STEPS):
         if step == 2:
             saved = copy.deepcopy(fused.state_dict())
@@ -38,9 +38,13 @@ def test_equals_torch_also_after_a_reload(decoupled: bool, reference: type[torch
             fused.load_state_dict(saved)
         _set_gradients(ours, step)
         _set_gradients(theirs, step)
+        _set_gradients(plains, step)
         fused.step()
         torchs.step()
-        assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
+        plain.step()
+        for our, their, wanted in zip(ours, theirs, plains, strict=True):
+            assert torch.equal(our, their)
+            torch.testing.assert_close(our, wanted, rtol=1e-5, atol=1e-6)
     assert fused.param_groups[0]["step"] == STEPS
 
 
