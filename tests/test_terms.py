@@ -17,7 +17,7 @@ from megatron_fdd.layer_plan import LayerPair
 from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.losses import TokenWeights
-from megatron_fdd.ops import head_gradient
+from megatron_fdd.ops import head_loss
 from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.ops.vocab_shard import Pending
@@ -155,7 +155,7 @@ MUTATIONS = {
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
     "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),
-    "head gradient is autograd's too": (head_gradient, "_dummy", also_for_autograd),
+    "head gradient is autograd's too": (head_loss, "dummy", also_for_autograd),
     "padded rows counted": (distill, "vocab_shard", count_padding),
 }
 

@@ -113,6 +113,19 @@ def test_a_factor_that_is_not_the_losss_is_an_error() -> None:
         weighted(result, weights).backward()
 
 
+def test_a_gradient_that_is_not_a_number_is_passed_on() -> None:
+    """Whoever looks at gradients stops the step; an assertion on a GPU would end the process."""
+    case = make_case(13, 53).to(torch.float32)
+    weights = replace(weights_of(case), factor=torch.tensor(FACTOR))
+    hidden, head = case.student.requires_grad_(), parameter_of_ddp(case.student_head)
+    shard, options = VocabShard(0, 53, None), {"labels_N": case.labels, "weights": weights}
+    result = head_loss(
+        (case.teacher, case.teacher_head), (hidden, head), shard=shard, divergence=Divergence(), **options
+    )
+    (weighted(result, weights) * float("nan")).backward()
+    assert hidden.grad.isnan().all()
+
+
 def test_nothing_is_kept_of_a_head_whose_gradient_is_added_at_once() -> None:
     case = make_case(64, 1000).to(torch.float32)
     head = parameter_of_ddp(case.student_head)
