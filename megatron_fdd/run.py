@@ -123,11 +123,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     teacher = None
     if stored is not None:
         teacher = teacher_args(stored, args, expert_size=config.teacher_expert_model_parallel_size)
-        check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
-        check_splits(teacher, "the teacher", has_own_layout=True)
-        check_local_attention(teacher, "the teacher")
-        check_fp8_shapes(teacher, "the teacher")
-        check_experts(teacher, "the teacher")
+        _check_teacher(teacher, args, config)
         if uses_delayed_scaling(teacher) and checkpoint is not None:
             check_scales(checkpoint, stored, teacher)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
@@ -145,6 +141,15 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         args.padded_vocab_size,
     )
     return Run(plan, args, teacher, checkpoint, stop_at_nan)
+
+
+def _check_teacher(teacher: argparse.Namespace, args: argparse.Namespace, config: FddConfig) -> None:
+    """What its arguments in this run can tell."""
+    check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
+    check_splits(teacher, "the teacher", has_own_layout=True)
+    check_local_attention(teacher, "the teacher")
+    check_fp8_shapes(teacher, "the teacher")
+    check_experts(teacher, "the teacher")
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
+
+from megatron_fdd.launch import is_first_rank
 
 # Megatron's default, or a recipe's own value, is one that needs a GPU: these hold whatever was given.
 _FORCED: dict[str, str] = {
@@ -64,7 +65,7 @@ def add_flags(argv: list[str]) -> list[str]:
     given = _given(argv)
     overruled = [f"{flag} {value}".rstrip() for flag, value in given if forced.get(flag, value) != value]
     overruled += [f"{flag} {value}".rstrip() for flag, value in given if is_dropped(flag, value)]
-    if overruled and os.environ.get("RANK", "0") == "0":
+    if overruled and is_first_rank():
         warnings.warn(f"no effect in a rehearsal on CPUs: {', '.join(overruled)}", stacklevel=2)
     kept = _without(argv, is_dropped)
     last = dict(_given(kept))
