@@ -8,15 +8,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from benchmarks import linear_kl, measure
+from benchmarks import linear_kl, linear_kl_steps, measure
 
 
 def test_implementations_that_differ_are_noticed() -> None:
     size = linear_kl.SMOKE
-    linear_kl.check({"ours": linear_kl.our_objective}, size, whole=True)
-    linear_kl.check({"ours": linear_kl.our_final, "plain": linear_kl.plain_final}, size, whole=False)
+    linear_kl.check({"ours": linear_kl_steps.our_objective}, size, whole=True)
+    linear_kl.check(
+        {"ours": linear_kl_steps.our_final, "plain": linear_kl_steps.plain_final}, size, whole=False
+    )
     with pytest.raises(SystemExit, match="not the same work"):
-        linear_kl.check({"final": linear_kl.our_final}, size, whole=True)
+        linear_kl.check({"final": linear_kl_steps.our_final}, size, whole=True)
 
 
 def test_tiny_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,46 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 from megatron_fdd.teacher import loading
-from tests.case import relative
+from megatron_fdd.topology import Topology
+from tests.case import Case, relative
 from tests.ranks import Layout, run_on_ranks
 from tests.transformer_engine import IMAGE, needs_python, test_delayed
-from tests.transformer_engine.test_delayed import CASE, DELAYED, WRONG
+from tests.transformer_engine.test_delayed import CASE, DELAYED, ORDER_TOLERANCE, WRONG
 from tests.transformer_engine.test_experts import KINDS
 
 pytestmark = needs_python
 
+SIZES = [pytest.param(1, id="1x1"), pytest.param(2, id="ep2")]
 
-def errors_and_changed(folder: Path, kind: str) -> tuple[list[float], list[float], list[str]]:
-    """Body on one rank: how far features are from the trained model's, with scales and without; what a run changes."""
-    options = DELAYED + KINDS[kind]
-    case = replace(CASE, teacher=replace(CASE.teacher, experts=4, ffn=64), teacher_options=options)
-    checkpoint = folder / "scaled"
-    with patch.object(test_delayed, "CASE", case):
-        model = test_delayed.trained_model(options, 3)
-        test_delayed.save(model, checkpoint)
-        wanted = test_delayed.features(model, case)
-    found = [test_delayed.loaded_features(case, checkpoint)]
-    with patch.object(loading, "uses_delayed_scaling", lambda _args: False):
-        found.append(test_delayed.loaded_features(case, checkpoint))
+
+@contextmanager
+def teacher_of_experts(kind: str, size: int) -> Iterator[Case]:
+    """The case of `test_delayed.py` with a teacher of experts, at an expert-parallel size."""
+    case = replace(
+        CASE,
+        dp=size,
+        ep=size,
+        teacher_ep=size,
+        teacher=replace(CASE.teacher, experts=4, ffn=64),
+        teacher_options=DELAYED + KINDS[kind],
+    )
+    load = test_delayed.load
+
+    def load_with_experts(case: Case, topology: Topology, *, checkpoint: Path) -> GPTModel:
+        return load(case, topology.with_experts(size), checkpoint=checkpoint)
+
+    with patch.object(test_delayed, "CASE", case), patch.object(test_delayed, "load", load_with_experts):
+        yield case
+
+
+def make_checkpoint(folder: Path, kind: str, size: int) -> list[Tensor]:
+    """Body on every rank: features of the trained model, which is saved."""
+    with teacher_of_experts(kind, size) as case:
+        model = test_delayed.trained_model(case.teacher_options, 3)
+        test_delayed.save(model, folder / "scaled")
+        return test_delayed.features(model, case)
+
+
+def errors(folder: Path, kind: str, size: int, wanted: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Body on every rank: how far features are from the trained model's, with scales and without."""
+    with teacher_of_experts(kind, size) as case:
+        found = [test_delayed.loaded_features(case, folder / "scaled")]
+        with patch.object(loading, "uses_delayed_scaling", lambda _args: False):
+            found.append(test_delayed.loaded_features(case, folder / "scaled"))
     scaled, unscaled = (
         [relative(mine - theirs, theirs) for mine, theirs in zip(each, wanted, strict=True)] for each in found
     )
-    changed, _, _ = test_delayed.train_beside(case, checkpoint)
-    return scaled, unscaled, changed
+    return scaled, unscaled
 
 
+def changed_by_a_run(folder: Path, kind: str, size: int) -> list[str]:
+    """Body on every rank."""
+    with teacher_of_experts(kind, size) as case:
+        changed, _, _ = test_delayed.train_beside(case, folder / "scaled")
+    return changed
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_compute_what_the_trained_model_does(kind: str, tmp_path: Path) -> None:
-    [(scaled, unscaled, changed)] = run_on_ranks(
-        errors_and_changed, Layout(), {"folder": tmp_path, "kind": kind}, image=IMAGE
-    )
-    assert max(scaled) == 0
-    assert min(unscaled) > WRONG
-    assert changed == []
+def test_experts_compute_what_the_trained_model_does(kind: str, size: int, tmp_path: Path) -> None:
+    layout, arguments = Layout(dp=size, ep=size), {"folder": tmp_path, "kind": kind, "size": size}
+    wanted = run_on_ranks(make_checkpoint, layout, arguments, image=IMAGE)[0]
+    for scaled, unscaled in run_on_ranks(errors, layout, arguments | {"wanted": wanted}, image=IMAGE):
+        assert max(scaled) == 0
+        assert min(unscaled) > WRONG
+    for changed in run_on_ranks(changed_by_a_run, layout, arguments, image=IMAGE):
+        assert changed == []
+
+
+@pytest.mark.parametrize(("trained", "loaded"), [(2, 1), (1, 2)])
+def test_experts_in_turn_keep_their_scales_at_another_size(trained: int, loaded: int, tmp_path: Path) -> None:
+    """Those multiplied together do not, and are refused."""
+    arguments = {"folder": tmp_path, "kind": "sequential"}
+    made = Layout(dp=trained, ep=trained)
+    wanted = run_on_ranks(make_checkpoint, made, arguments | {"size": trained}, image=IMAGE)[0]
+    arguments |= {"size": loaded, "wanted": wanted}
+    for scaled, unscaled in run_on_ranks(errors, Layout(dp=loaded, ep=loaded), arguments, image=IMAGE):
+        assert max(scaled) <= ORDER_TOLERANCE
+        assert min(unscaled) > WRONG
