@@ -62,6 +62,12 @@ def test_a_method_takes_the_rate_that_did_best_in_its_scan() -> None:
         results.best_rate("thin", "ce")
 
 
+@pytest.mark.parametrize("method", table.METHODS)
+def test_a_folders_name_says_what_was_trained(method: str) -> None:
+    found = score.describe(Path(f"runs/thin-{method}-1e-2-100"))
+    assert found == {"student": "thin", "method": method, "rate": "1e-2", "seed": 100}
+
+
 def test_stories_are_parted_once(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(

@@ -29,6 +29,7 @@ case $method in
     fdd-centred) method_flags=(--fdd-delta centred) ;;
     fdd-no-norm) method_flags=(--fdd-lens-norm none) ;;
     fdd-live-head) method_flags=(--fdd-lens-head live) ;;
+    fdd-fp8-taps) method_flags=(--fdd-tap-dtype fp8) ;;
     fdd-fading) method_flags=(--fdd-decay-iters "$TRAIN_ITERS") ;;
     *) echo "study: METHODS: $method is none of those in examples/study/one_run.sh" >&2 && exit 255 ;;
 esac

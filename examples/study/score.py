@@ -41,7 +41,7 @@ from megatron_fdd.evaluate.perplexity import (
 NUM_TOKENS = {"train": None, "validation": 16384, "test": 32768}
 NUM_INNER_TOKENS = 8192
 GROUP = 16  # students that are scored in one pass of the teacher
-NAME = re.compile(r"(thin|shallow)-([a-z-]+)-([0-9][0-9.e-]*)-([0-9]+)")
+NAME = re.compile(r"(thin|shallow)-([a-z][a-z0-9-]*?)-([0-9][0-9.e-]*)-([0-9]+)")
 
 
 def load(folder: Path) -> PreTrainedModel:

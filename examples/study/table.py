@@ -34,6 +34,7 @@ METHODS = {
     "fdd-centred": "FDD, `--fdd-delta centred`",
     "fdd-no-norm": "FDD, `--fdd-lens-norm none`",
     "fdd-live-head": "FDD, `--fdd-lens-head live`",
+    "fdd-fp8-taps": "FDD, `--fdd-tap-dtype fp8`",
     "fdd-fading": "FDD, alpha and beta falling to 0",
 }
 STUDENTS = {
