@@ -20,12 +20,17 @@ def plain(tensor: Any, *, columnwise: bool = False) -> Tensor:
     """In float32 (float64 stays), out of FP8 where it is in it.
 
     Args:
-        columnwise: which of MXFP8's two copies, which differ.
+        columnwise: which of the two copies of a tensor in FP8; on a Hopper one cannot do the other's work.
+
+    Raises:
+        ValueError: it has no such copy.
     """
     if is_mx(tensor):
         return mx_plain(tensor, columnwise)
+    if hasattr(tensor, "_is_2D_scaled"):
+        return plain_blocks(tensor, columnwise)
     if is_fp8(tensor):
-        return tensor.dequantize(dtype=torch.float32)
+        return plain_whole(tensor, columnwise)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -133,6 +138,29 @@ def blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
         stored[: scales.shape[0], : scales.shape[1]] = 1 / scales
         fields[f"{way}_data"], fields[f"{way}_scale_inv"] = data.reshape(tuple(shape)), stored
     return fields
+
+
+def plain_whole(tensor: Any, columnwise: bool) -> Tensor:
+    """float32 of a tensor with one scale; the columnwise copy is turned."""
+    missing = tensor._transpose is None or tensor._transpose_invalid if columnwise else tensor._data is None
+    if missing:
+        raise ValueError(f"FP8 tensor without {'columnwise' if columnwise else 'rowwise'} data")
+    data = tensor._transpose.movedim(0, -1) if columnwise else tensor._data
+    return data.view(torch_type(tensor._fp8_dtype)).float() * tensor._scale_inv
+
+
+def plain_blocks(tensor: Any, columnwise: bool) -> Tensor:
+    """float32 of a tensor scaled in blocks; the columnwise copy is turned, and has blocks and scales of its own."""
+    way = "columnwise" if columnwise else "rowwise"
+    data, inverse = getattr(tensor, f"_{way}_data"), getattr(tensor, f"_{way}_scale_inv")
+    if data is None:
+        raise ValueError(f"blockwise FP8 tensor without {way} data")
+    values = data.view(torch_type(tensor._fp8_dtype)).float()
+    rows = values.reshape(len(values), -1) if columnwise else values.reshape(-1, values.shape[-1])
+    inverse = inverse.repeat_interleave(BLOCK, 0) if tensor._is_2D_scaled else inverse.T
+    inverse = inverse[: rows.shape[0]].repeat_interleave(BLOCK, 1)[:, : rows.shape[1]]
+    values = (rows * inverse).reshape(values.shape)
+    return values.movedim(0, -1) if columnwise else values
 
 
 def scaled_blocks(rows: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
