@@ -29,6 +29,10 @@ run() {
 run python3 -m benchmarks.linear_kl --device "$DEVICE" ${SMOKE:+--smoke}
 if [[ $DEVICE == cuda ]]; then
     run python3 -m benchmarks.step --device cuda --bf16 --profile "${OUT:-runs/gpu}/step-profile.png" ${SMOKE:+--smoke}
+    if python3 -c 'import importlib.util as u, sys; sys.exit(u.find_spec("transformer_engine") is None)'; then
+        run python3 -m benchmarks.step --device cuda --bf16 --transformer-impl transformer_engine --fp8-format hybrid \
+            --fp8-recipe tensorwise --teacher-fp8-format e4m3 ${SMOKE:+--smoke}
+    fi
 else
     run python3 -m benchmarks.modelopt ${SMOKE:+--smoke}
     run python3 -m benchmarks.step ${SMOKE:+--smoke}

@@ -8,10 +8,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -118,14 +121,19 @@ def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
 
 def load_weights(
     model: MegatronModule, path: Path, flag: str, groups: ProcessGroupCollection, *, with_scales: bool = False
-) -> None:
+) -> dict[str, Tensor]:
     """Fill a stock model from a checkpoint saved at any layout; optimizer and random state are not read.
 
-    Every weight of the checkpoint must be used and every weight of the model filled.
+    Every weight of the checkpoint must be used and every weight of the model filled. What the model holds in FP8 is
+    read into host memory as a whole, and rounded on its way to the device: a scale is a whole tensor's. Host memory of
+    2 bytes a weight, and of a gated feed-forward layer's first matrix, whose halves are joined, of 4.
 
     Args:
         with_scales: read the extra state of TransformerEngine's modules too, where the checkpoint has it. It is
             pickled, and TransformerEngine refuses what it has not been told to trust.
+
+    Returns:
+        This rank's weights as they were read, by the model's names for them.
 
     Collectives: those of `dist_checkpointing.load` over all ranks.
 
@@ -136,6 +144,9 @@ def load_weights(
     sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
     if not with_scales:
         sharded = {key: entry for key, entry in sharded.items() if _EXTRA_STATE not in key}
+    for entry in sharded.values():
+        if is_float8tensor(entry.data):
+            entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype, device="cpu")
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(path))
         use_stored_names(sharded, stored)
@@ -158,10 +169,27 @@ def load_weights(
             f"{flag} {path}: the checkpoint and the model that its own arguments describe differ. "
             f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}."
         )
+    weights = {key: value for key, value in state["model"].items() if _EXTRA_STATE not in key}
+    if with_scales:  # first, for weights in FP8 are rounded with them
+        _load_scales(model, {key: value for key, value in state["model"].items() if key not in weights})
     # What TransformerEngine's modules keep beside weights is in no checkpoint of other modules.
-    result = model.load_state_dict(state["model"], strict=False)
+    result = model.load_state_dict(weights, strict=False)
     left = weights_only([*result.missing_keys, *result.unexpected_keys])
     assert not left, f"checked above: {left}"
+    return weights
+
+
+def _load_scales(model: MegatronModule, scales: Mapping[str, object]) -> None:
+    """What TransformerEngine's modules keep beside weights.
+
+    A module whose weights are in FP8 would take it before Megatron has put together that of the module's experts.
+    """
+    modules = [module for module in model.modules() if getattr(module, "primary_weights_in_fp8", False)]
+    for module in modules:
+        module.primary_weights_in_fp8 = False
+    model.load_state_dict(scales, strict=False)
+    for module in modules:
+        module.primary_weights_in_fp8 = True
 
 
 def other_name(key: str) -> str:

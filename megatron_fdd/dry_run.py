@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from megatron_fdd.balance import ModelShape, describe_balance, token_flops
 from megatron_fdd.config import FddConfig
 from megatron_fdd.experts import active_ffn_width, expert_tensor_size, num_expert_layers
-from megatron_fdd.fp8 import weight_copies_bytes
+from megatron_fdd.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.layer_plan import LayerPair, Plan
-from megatron_fdd.parameters import held_parameters
 from megatron_fdd.student_memory import student_bytes
 from megatron_fdd.teacher.tap_format import TapFormat
 
@@ -95,7 +94,8 @@ def _experts(args: argparse.Namespace, whose: str) -> list[str]:
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
     """Estimates for the stage that holds most, and their sum."""
     figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
-    figures |= _fp8_bytes(plan, args, teacher)
+    if copies := weight_copies_bytes(args, plan.student_layers):
+        figures["student weights, copies in FP8"] = copies
     figures |= _distillation_bytes(plan, args, teacher)
     # Heads are copies where there are several stages.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
@@ -106,18 +106,6 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
         f"    sum: {sum(counted) / _MIB:.1f}",
         "    (not in it: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
     ]
-
-
-def _fp8_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> dict[str, int]:
-    """Copies of weights in FP8, of each model that has any."""
-    models = [("student", args, plan.student_layers, True)]
-    if teacher is not None:
-        models.append(("teacher", teacher, plan.teacher_layers, False))
-    figures = {
-        f"{name} weights, copies in FP8": weight_copies_bytes(each, counts, is_trained=is_trained)
-        for name, each, counts, is_trained in models
-    }
-    return {name: size for name, size in figures.items() if size}
 
 
 def _distillation_bytes(
@@ -132,7 +120,9 @@ def _distillation_bytes(
     if teacher is not None:
         taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(stages))
         held = max(len(plan.teacher_pairs(stage)) for stage in range(stages))
-        figures["teacher weights"] = held_parameters(teacher) * bytes_each
+        figures["teacher weights"], in_fp8 = frozen_weight_bytes(teacher)
+        if in_fp8:
+            figures["teacher weights in FP8"] = in_fp8
         figures["teacher head (with one stage part of its weights)"] = (
             args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
         )

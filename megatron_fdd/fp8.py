@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_fdd.checkpoint import read_extra_states
 from megatron_fdd.experts import STUDENT_FLAG, TEACHER_FLAG, expert_layers, expert_tensor_size, expert_width
-from megatron_fdd.parameters import matrix_parameters
+from megatron_fdd.parameters import held_parameters, matrix_parameters, stage_layers
 
 # Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
 _SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
@@ -113,11 +113,11 @@ def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tup
     return widths
 
 
-def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int], *, is_trained: bool) -> int:
-    """Bytes of FP8 that TransformerEngine keeps beside a model's weights, on a rank of the stage that has most.
+def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int]) -> int:
+    """Bytes of FP8 that TransformerEngine keeps beside a trained model's weights, on a rank of the stage that has most.
 
-    A frozen model makes them in its first forward pass and keeps them. The backward pass reads a second copy: laid
-    out the other way (before Blackwell), or for MXFP8 scaled along columns.
+    Two copies: the backward pass reads a second one, laid out the other way (before Blackwell), or for MXFP8 scaled
+    along columns.
 
     Args:
         args: the model's.
@@ -130,7 +130,27 @@ def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int], *, is_t
         held[chunk % stages] += [layer for layer in range(first, first + count) if layer in fp8_layers(args)]
         first += count
     most = max(matrix_parameters(args, layers) for layers in held)
-    return int(most * (1 + _SCALES.get(args.fp8_recipe, 0)) * (2 if is_trained else 1))
+    return int(2 * most * _bytes_each(args))
+
+
+def frozen_weight_bytes(args: argparse.Namespace) -> tuple[int, int]:
+    """Bytes of a frozen model's weights in its own precision, and in FP8; of a rank of the stage that has most.
+
+    The matrices of layers in FP8 are held in FP8 alone. What is counted: `held_parameters`.
+    """
+    layers = fp8_layers(args)
+    of_stages = []
+    for stage in range(args.pipeline_model_parallel_size):
+        count = len(set(layers).intersection(stage_layers(args, stage)))
+        in_fp8 = matrix_parameters(args, layers) * count // max(len(layers), 1)
+        others = held_parameters(args, stage) - in_fp8
+        of_stages.append((others * args.params_dtype.itemsize, int(in_fp8 * _bytes_each(args))))
+    return max(of_stages, key=sum)
+
+
+def _bytes_each(args: argparse.Namespace) -> float:
+    """Of a weight in FP8, scales included."""
+    return 1 + _SCALES.get(args.fp8_recipe, 0)
 
 
 def holds_scales(checkpoint: Path, flag: str) -> bool:

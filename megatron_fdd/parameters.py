@@ -8,19 +8,27 @@ from collections.abc import Sequence
 from megatron_fdd.experts import expert_layers, expert_tensor_size, expert_width, num_expert_layers
 
 
-def held_parameters(args: argparse.Namespace) -> int:
-    """Parameters of the GPT that these arguments describe on a rank of its fullest stage, the first one.
+def held_parameters(args: argparse.Namespace, stage: int = 0) -> int:
+    """Parameters of the GPT that these arguments describe on a rank of a stage; the first one is the fullest.
 
-    Matrices and embeddings; norms are left out. Of its experts a rank holds those of its expert-parallel share; mixed
-    layers count as their mean. Stages are cut evenly, as a teacher's are.
+    Matrices and embeddings, the head's only where there is one stage; norms are left out. Of its experts a rank holds
+    those of its expert-parallel share; mixed layers count as their mean.
     """
-    stages, num_layers = args.pipeline_model_parallel_size, args.num_layers
-    held_layers = -(-num_layers // stages)
-    embeddings = args.padded_vocab_size * args.hidden_size
-    embeddings *= 2 if args.untie_embeddings_and_output_weights and stages == 1 else 1
+    embeddings = args.padded_vocab_size * args.hidden_size if stage == 0 else 0
+    embeddings *= (
+        2 if args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size == 1 else 1
+    )
     routers = num_expert_layers(args) * (args.num_experts or 0) * args.hidden_size
-    layers = matrix_parameters(args, range(num_layers)) + routers
-    return layers * held_layers // num_layers + embeddings // args.tensor_model_parallel_size
+    layers = matrix_parameters(args, range(args.num_layers)) + routers
+    held = len(stage_layers(args, stage))
+    return layers * held // args.num_layers + embeddings // args.tensor_model_parallel_size
+
+
+def stage_layers(args: argparse.Namespace, stage: int) -> range:
+    """The layers of a stage where stages are cut evenly, first ones fuller, as a teacher's are."""
+    each, more = divmod(args.num_layers, args.pipeline_model_parallel_size)
+    first = stage * each + min(stage, more)
+    return range(first, first + each + (stage < more))
 
 
 def matrix_parameters(args: argparse.Namespace, layers: Sequence[int]) -> int:

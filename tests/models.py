@@ -58,7 +58,7 @@ def model_config(
         context_parallel_size=topology.context_size,
         pipeline_dtype=dtype,
         sequence_parallel=topology.sequence_parallel,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not options.get("fp8_param"),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         transformer_impl=transformer_impl,
@@ -127,9 +127,10 @@ def build_frozen(
 ) -> GPTModel:
     """A GPTModel in evaluation mode without gradients; its vocabulary is padded as another model's."""
     model_parallel_cuda_manual_seed(1)
-    config = model_config(shape, topology, dtype, **options)
+    config = model_config(shape, topology, dtype, **{"fp8_param": "fp8" in options, **options})
     config.vocab_size = padded_vocab(padded_like, topology)
-    model = build_stage(config, topology).to(dtype)
+    with torch.no_grad():
+        model = build_stage(config, topology).to(dtype)
     load_weights(model, weights, topology)
     return model.eval().requires_grad_(False)
 

@@ -19,19 +19,21 @@ RUN = Namespace(
     padded_vocab_size=128, pipeline_model_parallel_size=1, expert_model_parallel_size=1, num_experts=None,
     transformer_impl="transformer_engine", fp8="hybrid", fp8_recipe="delayed", fp8_param_gather=True, bf16=True,
     teacher_fp8_format=None, teacher_fp8_recipe="tensorwise", first_last_layers_bf16=True,
-    num_layers_at_start_in_bf16=2, num_layers_at_end_in_bf16=1,
+    num_layers_at_start_in_bf16=2, num_layers_at_end_in_bf16=1, use_cpu_initialization=True,
 )  # fmt: skip
 
 
 def test_a_teacher_follows_neither_the_student_nor_its_own_training() -> None:
     stored = Namespace(num_layers=8, fp8="e4m3", fp8_recipe="delayed", fp8_output_proj=True)
     stored.te_precision_config_file = "per-layer.yaml"
-    assert teacher_args(stored, RUN).fp8 is None
+    teacher = teacher_args(stored, RUN)
+    assert (teacher.fp8, teacher.fp8_param_gather, teacher.use_cpu_initialization) == (None, False, True)
     assert teacher_args(stored, RUN).te_precision_config_file is None
     run = Namespace(**{**vars(RUN), "fp8": None, "teacher_fp8_format": "e4m3", "teacher_fp8_recipe": "mxfp8"})
     teacher = teacher_args(stored, run)
     assert (teacher.fp8, teacher.fp8_recipe) == ("e4m3", "mxfp8")
-    assert (teacher.fp8_output_proj, teacher.fp8_param_gather) == (False, False)
+    assert not teacher.fp8_output_proj
+    assert (teacher.fp8_param_gather, teacher.use_cpu_initialization) == (True, False)  # no bf16 beside it
     assert (teacher.first_last_layers_bf16, teacher.num_layers_at_start_in_bf16) == (True, 2)
     run.teacher_fp8_recipe = "delayed"
     assert not teacher_args(

@@ -125,34 +125,37 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     assert figures["teacher weights"] == 10 * layer + 128256 * 8192
 
 
-def test_copies_of_weights_in_fp8_by_hand() -> None:
+def test_weights_in_fp8_by_hand() -> None:
     """As above without virtual stages; `tests/transformer_engine/test_copies.py` compares with what is held."""
     case = Case(tp=2, pp=8, dp=4, bf16=True)
     config = FddConfig(teacher_load="given")
     plan = Plan(config, plan_pairs(config, 32, 80), 8, (4,) * 8, (10,) * 8, 128256, 128256)
     size = {"global_batch_size": 256}
 
-    def copies(student: dict[str, object], teacher: dict[str, object]) -> dict[str, int]:
+    def in_fp8(student: dict[str, object], teacher: dict[str, object]) -> dict[str, int]:
         shapes = ((LARGE_STUDENT, student), (LARGE_TEACHER, teacher))
         models = [arguments(shape, case, 128256, **size, **more) for shape, more in shapes]
         figures = estimate(plan, *models)
         found = {name.split()[0]: value for name, value in figures.items() if "FP8" in name}
         elsewhere = ("sum", *(name for name in figures if "taps" in name and "host" in name))
         assert figures["sum"] == sum(value for name, value in figures.items() if name not in elsewhere)
-        return found
+        return found | {"rest": figures["teacher weights"]}
 
     teacher_layer = (8192 * 128 * (2 * 64 + 2 * 8) + 3 * 8192 * 28672) // 2
     student_layer = (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14336) // 2
-    assert copies({}, {}) == {}
-    assert copies({}, {"fp8": "e4m3"}) == {"teacher": 10 * teacher_layer}
-    assert copies({"fp8": "hybrid"}, {}) == {"student": 2 * 4 * student_layer}
-    assert copies({}, {"fp8": "e4m3", "fp8_recipe": "mxfp8"}) == {"teacher": 10 * teacher_layer * 33 // 32}
-    ends = {
-        "first_last_layers_bf16": True,
-        "num_layers_at_start_in_bf16": 36,
-        "num_layers_at_end_in_bf16": 36,
-    }
-    assert copies({}, {"fp8": "e4m3", **ends}) == {"teacher": 4 * teacher_layer}  # 36..39, all of stage 3
+    embedding = 128256 // 2 * 8192
+    rest = {"rest": 2 * embedding}
+    in_bf16 = {"rest": 2 * (10 * teacher_layer + embedding)}
+    assert in_fp8({}, {}) == in_bf16
+    assert in_fp8({"fp8": "hybrid"}, {}) == in_bf16 | {"student": 2 * 4 * student_layer}
+    assert in_fp8({}, {"fp8": "e4m3"}) == rest | {"teacher": 10 * teacher_layer}
+    mxfp8 = {"fp8": "e4m3", "fp8_recipe": "mxfp8"}
+    assert in_fp8({}, mxfp8) == rest | {"teacher": 10 * teacher_layer * 33 // 32}
+    ends = {"fp8": "e4m3", "first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3}
+    of_first_stage = {"teacher": 7 * teacher_layer, "rest": 2 * (3 * teacher_layer + embedding)}
+    assert in_fp8({}, ends | {"num_layers_at_end_in_bf16": 1}) == of_first_stage
+    of_last_stage = {"teacher": 4 * teacher_layer, "rest": 2 * 6 * teacher_layer}
+    assert in_fp8({}, ends | {"num_layers_at_end_in_bf16": 6}) == of_last_stage
 
 
 def test_the_student_of_a_large_layout_by_hand() -> None:

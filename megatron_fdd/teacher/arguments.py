@@ -33,6 +33,9 @@ _FORCED = {
     "moe_shared_expert_overlap": False,
     "moe_expert_rank_capacity_factor": None,
     "moe_paged_stash": False,
+    "moe_single_grouped_weight": False,
+    "moe_single_grouped_bias": False,
+    "init_model_with_meta_device": False,
     "moe_layer_recompute": False,
     "overlap_dispatch_backward_with_experts_wgrad": False,
     "mtp_num_layers": None,
@@ -46,7 +49,6 @@ _FORCED = {
     "cuda_graph_impl": "none",
     "fp4": None,
     "te_precision_config_file": None,
-    "fp8_param_gather": False,
     "fp8_output_proj": False,
     "fp8_dot_product_attention": False,
     "fp8_multi_head_attention": False,
@@ -102,6 +104,9 @@ def teacher_args(
     for name, value in _FORCED.items():
         setattr(args, name, value)
     args.fp8, args.fp8_recipe = run_args.teacher_fp8_format, run_args.teacher_fp8_recipe
+    args.fp8_param_gather = bool(args.fp8)  # Megatron's name for weights that are in FP8 alone
+    if args.fp8:
+        args.use_cpu_initialization = False  # which could not round them
     if uses_delayed_scaling(args):
         args.first_last_layers_bf16 = False  # its one FP8 context is around all layers; Megatron asserts that
     args.padded_vocab_size = run_args.padded_vocab_size

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_fdd.arguments import model_config
@@ -21,7 +24,7 @@ from megatron_fdd.topology import Topology
 def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology) -> GPTModel:
     """A frozen GPTModel in evaluation mode with the weights of `checkpoint`, at this run's layout.
 
-    In FP8 with delayed scaling with the scales of `checkpoint` too.
+    In FP8 the matrices of its layers are held in FP8 alone, and with delayed scaling with the scales of `checkpoint`.
 
     Random state is as it was before the call.
 
@@ -38,16 +41,17 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     """
     tracker = get_cuda_rng_tracker()
     states, seed_state = tracker.get_states(), torch.get_rng_state()
-    model = build_stage(model_config(args), topology)
-    tracker.set_states(states)
-    torch.set_rng_state(seed_state)
-    model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
-    with torch.no_grad():
+    with torch.no_grad():  # else weights in FP8 would have a second copy, for a backward pass
+        model = build_stage(model_config(args), topology)
+        tracker.set_states(states)
+        torch.set_rng_state(seed_state)
+        model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
         for parameter in model.parameters():
-            parameter.zero_()  # rows that only this run pads are in no checkpoint
+            if not is_float8tensor(parameter):
+                parameter.zero_()  # rows that only this run pads are in no checkpoint
     scaled = uses_delayed_scaling(args)
-    load_weights(model, checkpoint, "--teacher-load", topology.collection, with_scales=scaled)
-    _check_weights(model, checkpoint, topology)
+    weights = load_weights(model, checkpoint, "--teacher-load", topology.collection, with_scales=scaled)
+    _check_weights(weights, checkpoint, topology)
     if scaled:
         freeze_scales(model, checkpoint)
     return model.eval().requires_grad_(False)
@@ -68,13 +72,13 @@ def build_stage(config: GPTModelConfig, topology: Topology) -> GPTModel:
     )
 
 
-def _check_weights(model: GPTModel, checkpoint: Path, topology: Topology) -> None:
+def _check_weights(weights: Mapping[str, Tensor], checkpoint: Path, topology: Topology) -> None:
     """No weight may be all zero over its shards, or hold a value that is not finite."""
     names, sizes = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:  # a bias may well be zero
+    for name, weight in sorted(weights.items()):
+        if weight.dim() > 1:  # a bias may well be zero
             names.append(name)
-            sizes.append(parameter.detach().abs().sum(dtype=torch.float32))
+            sizes.append(weight.to(torch.cuda.current_device()).abs().sum(dtype=torch.float32))
     magnitude = torch.stack(sizes)
     torch.distributed.all_reduce(magnitude, op=ReduceOp.SUM, group=topology.tensor_group)
     values = magnitude.tolist()

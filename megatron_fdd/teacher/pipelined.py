@@ -69,7 +69,6 @@ class PipelinedTeacher:
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             forward_only=True,
-            first_val_step=False,  # else every step would copy the frozen weights into FP8 again
             collect_non_loss_data=True,
             p2p_communicator=self._communicator,
             pg_collection=self._topology.collection,

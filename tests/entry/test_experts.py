@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 from megatron_fdd.teacher import loading
 from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
@@ -222,12 +223,13 @@ def test_the_plan_counts_the_experts_of_a_rank(toy: Toys, experts: Path) -> None
 load_whole = loading.load_weights
 
 
-def load_without_an_expert(model: GPTModel, *arguments: Any, **keywords: Any) -> None:
-    """As `load_weights`; one expert that only the last rank holds stays empty."""
-    load_whole(model, *arguments, **keywords)
+def load_without_an_expert(model: GPTModel, *arguments: Any, **keywords: Any) -> dict[str, Tensor]:
+    """As `load_weights`; one expert that only the last rank holds is empty."""
+    weights = load_whole(model, *arguments, **keywords)
     assert len(model.decoder.layers[2].mlp.experts.local_experts) == 2  # of 4, on two ranks
     if dist.get_rank() == dist.get_world_size() - 1:
-        model.decoder.layers[2].mlp.experts.local_experts[1].linear_fc2.weight.data.zero_()
+        weights["decoder.layers.2.mlp.experts.local_experts.1.linear_fc2.weight"].zero_()
+    return weights
 
 
 def test_an_empty_expert_on_another_rank_stops_all(toy: Toys, experts: Path) -> None:

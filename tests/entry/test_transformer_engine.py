@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.models.gpt import GPTModel
 
 from megatron_fdd import convert
+from megatron_fdd.teacher.loading import build_teacher
 from tests.convert.toys import tensor_hashes
-from tests.entry.command import read_metrics, run, trained, without_seconds
+from tests.entry import damage
+from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, STUDENT, TEACHER, Toys, make_checkpoint
+from tests.entry.test_bad_input import assert_refused
 from tests.ranks import Layout, run_on_ranks
 from tests.transformer_engine import IMAGE, needs_python
 
@@ -139,6 +145,15 @@ def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_p
     assert steps == metrics(plain)
 
 
+def build_in_fp8(*arguments: Any) -> GPTModel:
+    """As `build_teacher`."""
+    model = build_teacher(*arguments)
+    matrices = [weight for weight in model.decoder.layers.parameters() if weight.dim() > 1]
+    assert matrices
+    assert all(is_float8tensor(weight) for weight in matrices)
+    return model
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -149,13 +164,26 @@ def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_p
         ("teacher", "tp2-sp"),
     ],
 )
-def test_fp8_learns_as_bf16_does(name: str, layout: str, toy: Toys, tmp_path: Path) -> None:
+def test_fp8_learns_as_bf16_does_with_no_bf16_beside_the_teachers_weights(
+    name: str, layout: str, toy: Toys, tmp_path: Path
+) -> None:
     bf16, fp8 = tmp_path / "bf16", tmp_path / "fp8"
     flags = f"{TE} --bf16 {LAYOUTS[layout]}"
     steps = "--train-iters 4"
-    trained(command(toy, bf16, flags, steps), command(toy, fp8, flags, FP8[name], steps), image=IMAGE)
+    built = Patch("megatron_fdd.distill", "build_teacher", build_in_fp8)
+    trained(command(toy, bf16, flags, steps), image=IMAGE)
+    trained(command(toy, fp8, flags, FP8[name], steps), image=IMAGE, patches=[built])
     assert_near(fp8, bf16, 0.1)
     assert metrics(fp8)[0]["kd"] != metrics(bf16)[0]["kd"]
+
+
+def test_a_broken_teacher_is_refused_whatever_rounding_makes_of_it(toy: Toys, tmp_path: Path) -> None:
+    """In FP8 infinity is a number."""
+    name = "model.layers.2.mlp.down_proj.weight"
+    broken = damage.with_tensor(toy.root / "teacher-hf", tmp_path / "broken", name, float("inf"))
+    flags = f"{TE} --bf16 {FP8['teacher']} --teacher-load {broken}"
+    [endings] = run(command(toy, tmp_path / "run", flags), image=IMAGE)
+    assert_refused(endings, r"Not finite: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Convert it again")
 
 
 EXPERTS = (

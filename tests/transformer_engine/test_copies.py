@@ -1,4 +1,4 @@
-"""Copies of weights in FP8: what the plan counts is what TransformerEngine holds; a frozen model makes them once."""
+"""Weights in FP8: what the plan counts is held, beside a trained model's weights and in the place of a frozen one's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_fdd.arguments import chunk_layers
-from megatron_fdd.fp8 import weight_copies_bytes
+from megatron_fdd.fp8 import frozen_weight_bytes, weight_copies_bytes
 from tests.case import FULL_BLOCK, Case, join, schedule_step
 from tests.ranks import run_on_ranks
 from tests.reference import Shape, Terms
 from tests.transformer_engine import IMAGE, needs_python
+from tests.transformer_engine.casts import is_fp8
 
 pytestmark = needs_python
 
@@ -61,38 +62,45 @@ CASES = {
 
 
 def copies(model: torch.nn.Module) -> list[Tensor]:
-    """Every tensor that the model's modules keep of their weights in FP8, scales included."""
+    """Every tensor that the model's modules keep in FP8 beside their weights, scales included."""
     kept = [copy for module in model.modules() for copy in getattr(module, "_fp8_workspaces", {}).values()]
     fields = [value for copy in kept for value in vars(copy).values()]
     return list({value.data_ptr(): value for value in fields if isinstance(value, Tensor)}.values())
+
+
+def in_fp8(model: torch.nn.Module) -> list[Tensor]:
+    """What those of the model's weights are made of that are in FP8 themselves."""
+    weights = [parameter for parameter in model.parameters() if is_fp8(parameter)]
+    return [value for weight in weights for value in vars(weight).values() if isinstance(value, Tensor)]
 
 
 def num_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def step_twice(case: Case) -> tuple[list[int], list[int], list[bool]]:
-    """Body on every rank: bytes of student and teacher, held and estimated; and whose copies follow their weights."""
+def step_twice(case: Case) -> tuple[list[int], list[int], bool]:
+    """Body on every rank: bytes of the student's copies and of the teacher's weights, held and estimated; and whether
+    copies follow the weights."""
     chunks, teacher, steps = join(case)
     schedule_step(case, chunks, steps)
     (student,) = unwrap_model(chunks)
-    held, follows = [], []
-    before = [[copy.clone() for copy in copies(model)] for model in (student, teacher)]
+    before = [copy.clone() for copy in copies(student)]
     with torch.no_grad():
-        for model in (student, teacher):
-            for parameter in model.decoder.layers.parameters():
-                parameter.neg_()
+        for parameter in student.decoder.layers.parameters():
+            parameter.neg_()
     schedule_step(case, chunks, steps)
-    for model, old in zip((student, teacher), before, strict=True):
-        held.append(num_bytes(copies(model)))
-        follows.append(any(not torch.equal(*pair) for pair in zip(copies(model), old, strict=True)))
-    estimated = [estimate(case, student, is_trained=True), estimate(case, teacher, is_trained=False)]
-    return held, estimated, follows
+    follows = any(not torch.equal(*pair) for pair in zip(copies(student), before, strict=True))
+    assert not in_fp8(student)
+    assert not copies(teacher)
+    arguments = arguments_of(case, student)
+    estimated = [weight_copies_bytes(arguments, chunk_layers(student.config))]
+    estimated.append(frozen_weight_bytes(arguments_of(case, teacher))[1])
+    return [num_bytes(copies(student)), num_bytes(in_fp8(teacher))], estimated, follows
 
 
-def estimate(case: Case, model: torch.nn.Module, *, is_trained: bool) -> int:
+def arguments_of(case: Case, model: torch.nn.Module) -> Namespace:
     config = model.config
-    args = Namespace(
+    return Namespace(
         fp8=config.fp8, fp8_recipe=config.fp8_recipe, fp8_param_gather=False, num_layers=config.num_layers,
         first_last_layers_bf16=config.first_last_layers_bf16, num_layers_at_start_in_bf16=1,
         num_layers_at_end_in_bf16=1, pipeline_model_parallel_size=case.pp, tensor_model_parallel_size=case.tp,
@@ -101,12 +109,12 @@ def estimate(case: Case, model: torch.nn.Module, *, is_trained: bool) -> int:
         group_query_attention=True, kv_channels=config.kv_channels, ffn_hidden_size=config.ffn_hidden_size,
         swiglu=True, num_experts=config.num_moe_experts, moe_shared_expert_intermediate_size=None,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size, moe_layer_freq=1,
+        params_dtype=torch.float32, padded_vocab_size=0, untie_embeddings_and_output_weights=False,
     )  # fmt: skip
-    return weight_copies_bytes(args, chunk_layers(config), is_trained=is_trained)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_plan_counts_the_copies_that_are_held(name: str) -> None:
+def test_the_plan_counts_what_is_held(name: str) -> None:
     case = CASES[name]
     results = run_on_ranks(step_twice, case.layout, {"case": case}, image=IMAGE)
     estimated = results[0][1]
@@ -114,6 +122,4 @@ def test_the_plan_counts_the_copies_that_are_held(name: str) -> None:
         fullest = max(held[model] for held, _, _ in results)
         assert estimated[model] == pytest.approx(fullest, rel=5e-3)
     assert all(estimated) == bool(case.teacher_options)
-    for _, _, (student_follows, teacher_follows) in results:
-        assert student_follows
-        assert not teacher_follows
+    assert all(follows for _, _, follows in results)

@@ -97,6 +97,12 @@ def test_a_teacher_in_fp8_leaves_the_student_as_it_is(recipe: str) -> None:
     assert step(STUDENTS[recipe]).means["ce"] != step(PLAIN).means["ce"]
 
 
+@pytest.mark.parametrize("recipe", TEACHERS)
+def test_weights_in_fp8_alone_are_what_copies_of_them_would_be(recipe: str) -> None:
+    beside = replace(TEACHERS[recipe], teacher_options=(*fp8(recipe), ("fp8_param", False)))
+    assert farthest(step(TEACHERS[recipe]), step(beside)) == (0, 0)
+
+
 EXACT = {
     "pp2": {"pp": 2},
     "full-block": {"recompute": FULL_BLOCK},

@@ -89,9 +89,9 @@ def refusal_of_the_check(case: Case, recipe: str, whose: str) -> str | None:
 
 
 def refusal_in_a_step(case: Case) -> str | None:
-    """Body on every rank: what TransformerEngine, or a kernel, says of one step."""
-    chunks, _, steps = join(case)
+    """Body on every rank: what TransformerEngine, or a kernel, says of one step or already of the weights."""
     try:
+        chunks, _, steps = join(case)
         schedule_step(case, chunks, steps)
     except ValueError as error:
         return str(error)
