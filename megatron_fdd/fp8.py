@@ -29,6 +29,29 @@ def fp8_layers(args: argparse.Namespace) -> range:
     return range(args.num_layers_at_start_in_bf16, args.num_layers - args.num_layers_at_end_in_bf16)
 
 
+def check_fp8_device(args: argparse.Namespace, whose: str) -> None:
+    """Refuse a recipe that this rank's GPU does not multiply, as TransformerEngine knows. No collectives.
+
+    Args:
+        args: of a model in this run. `refuse` has passed, so that TransformerEngine is installed.
+        whose: "the student" or "the teacher".
+
+    Raises:
+        ValueError: with TransformerEngine's reason.
+    """
+    if not args.fp8:
+        return
+    import transformer_engine.pytorch as te
+
+    by_recipe = {"mxfp8": te.is_mxfp8_available, "blockwise": te.is_fp8_block_scaling_available}
+    is_available, reason = by_recipe.get(args.fp8_recipe, te.is_fp8_available)(return_reason=True)
+    if not is_available:
+        raise ValueError(
+            f"FP8 with recipe {args.fp8_recipe} for {whose}: {reason} Use another recipe, or leave "
+            f"{_format_flag(whose)} out"
+        )
+
+
 def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
     """Refuse what TransformerEngine's FP8 products would refuse in the first step.
 
@@ -63,13 +86,17 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
         flags = ["--seq-length, --micro-batch-size"] if tokens else []
         if widths and args.tensor_model_parallel_size > 1:
             flags.append("--tensor-model-parallel-size")
-        remedy = f"leave {'--fp8-format' if is_student else '--teacher-fp8-format'} out"
+        remedy = f"leave {_format_flag(whose)} out"
         if flags:
             remedy = f"change {', '.join(flags)}, or {remedy}"
         raise ValueError(
             f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(tokens + widths)}. "
             f"{remedy.capitalize()}"
         )
+
+
+def _format_flag(whose: str) -> str:
+    return "--fp8-format" if whose == "the student" else "--teacher-fp8-format"
 
 
 def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tuple[str, int, int]]:

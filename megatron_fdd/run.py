@@ -30,7 +30,7 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
-from megatron_fdd.fp8 import check_fp8_shapes, warn_of_pickled_scales
+from megatron_fdd.fp8 import check_fp8_device, check_fp8_shapes, warn_of_pickled_scales
 from megatron_fdd.launch import is_first_rank
 from megatron_fdd.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.metrics import check_metrics_file
@@ -94,6 +94,8 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     check_splits(args, "the student")
     check_local_attention(args, "the student")
     check_fp8_shapes(args, "the student")
+    if not config.dry_run:  # a plan can be made anywhere
+        check_fp8_device(args, "the student")
     check_experts(args, "the student")
     if student is not None:
         check_resume(args, student)
@@ -149,6 +151,8 @@ def _check_teacher(teacher: argparse.Namespace, args: argparse.Namespace, config
     check_splits(teacher, "the teacher", has_own_layout=True)
     check_local_attention(teacher, "the teacher")
     check_fp8_shapes(teacher, "the teacher")
+    if not config.dry_run:
+        check_fp8_device(teacher, "the teacher")
     check_experts(teacher, "the teacher")
 
 

@@ -186,6 +186,26 @@ def test_a_broken_teacher_is_refused_whatever_rounding_makes_of_it(toy: Toys, tm
     assert_refused(endings, r"Not finite: decoder\.layers\.2\.mlp\.linear_fc2\.weight\. Convert it again")
 
 
+@pytest.mark.parametrize(
+    ("name", "support", "whose"),
+    [
+        ("tensorwise", "_FP8_SUPPORT", "recipe tensorwise for the student"),
+        ("teacher", "_FP8_SUPPORT", "recipe tensorwise for the teacher"),
+        ("blockwise", "_FP8_BLOCK_SCALING_SUPPORT", "recipe blockwise for the student"),
+        ("mxfp8", "_MXFP8_SUPPORT", "recipe mxfp8 for the student"),
+    ],
+)
+def test_a_gpu_that_does_not_multiply_fp8(
+    name: str, support: str, whose: str, toy: Toys, tmp_path: Path
+) -> None:
+    lacks = Patch("transformer_engine.pytorch.quantization", support, (False, "An older GPU."))
+    words = command(toy, tmp_path, f"{TE} --bf16 {FP8[name]}")
+    refused, planned = run(words, [*words, "--fdd-dry-run"], image=IMAGE, patches=[lacks])
+    flag = "--teacher-fp8-format" if name == "teacher" else "--fp8-format"
+    assert_refused(refused, rf"FP8 with {whose}: An older GPU\. Use another recipe, or leave {flag} out")
+    assert [ending.status for ending in planned] == [0, 0]
+
+
 EXPERTS = (
     "--ffn-hidden-size 64 --num-experts 4 --moe-ffn-hidden-size 32 --moe-grouped-gemm --moe-router-topk 2 "
     "--moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0.1 --expert-model-parallel-size 2"

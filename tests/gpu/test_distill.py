@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,12 @@ class Runs:
         flags = f"{LOCAL} --bf16 --use-distributed-optimizer --save-interval 2 "
         return f"{flags} {places} {self._models / 'student'}"
 
+    def allocated(self, name: str) -> float:
+        """MB of tensors that a finished run held between steps, from Megatron's log."""
+        found = re.search(r"memory \(MB\).*? allocated: ([\d.]+)", (self._root / name / "log").read_text())
+        assert found is not None
+        return float(found[1])
+
     def __getitem__(self, name: str) -> list[dict[str, Any]]:
         return records(self._root / name, self._processes[name])
 
@@ -174,6 +181,8 @@ def test_transformer_engine_gives_nearly_the_cpu_losses(precision: str, toleranc
     assert_close(ours, runs["cpu"], tolerance)
     if "fp8" in precision:
         assert ours[0]["kd"] != runs["transformer engine"][0]["kd"], "computed in bf16"
+    if precision == " fp8 teacher":
+        assert runs.allocated(f"transformer engine{precision}") < runs.allocated("transformer engine")
 
 
 def test_resumes(runs: Runs) -> None:
