@@ -270,6 +270,16 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     return config
 
 
+def planned_layers(args: argparse.Namespace) -> tuple[int, ...]:
+    """`chunk_layers` of these arguments, wherever the plan is made.
+
+    Without TransformerEngine Megatron's configuration refuses FP8 of experts, which has no part in how layers are cut.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        args = argparse.Namespace(**{**vars(args), "fp8": None, "fp8_param_gather": False})
+    return chunk_layers(model_config(args).transformer)
+
+
 def chunk_layers(config: TransformerConfig) -> tuple[int, ...]:
     """How many layers each chunk holds of a model with this configuration, in depth order.
 

@@ -181,8 +181,9 @@ def _add_teacher_fp8_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--teacher-fp8-format",
         choices=("e4m3", "hybrid"),
-        help="run the teacher's layers in FP8, whatever the student's --fp8-format; needs TransformerEngine. A frozen "
-        "model has no gradients, so that both are e4m3 for it (default: bf16)",
+        help="run the teacher's layers in FP8, whatever the student's --fp8-format, and hold their weights in FP8 "
+        "alone, in half of bf16's memory; needs TransformerEngine. A frozen model has no gradients, so that both are "
+        "e4m3 for it (default: bf16)",
     )
     group.add_argument(
         "--teacher-fp8-recipe",

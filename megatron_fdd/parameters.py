@@ -14,10 +14,8 @@ def held_parameters(args: argparse.Namespace, stage: int = 0) -> int:
     Matrices and embeddings, the head's only where there is one stage; norms are left out. Of its experts a rank holds
     those of its expert-parallel share; mixed layers count as their mean.
     """
-    embeddings = args.padded_vocab_size * args.hidden_size if stage == 0 else 0
-    embeddings *= (
-        2 if args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size == 1 else 1
-    )
+    has_head = args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size == 1
+    embeddings = ((stage == 0) + has_head) * args.padded_vocab_size * args.hidden_size
     routers = num_expert_layers(args) * (args.num_experts or 0) * args.hidden_size
     layers = matrix_parameters(args, range(args.num_layers)) + routers
     held = len(stage_layers(args, stage))

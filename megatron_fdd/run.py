@@ -19,10 +19,9 @@ from megatron.training.global_vars import set_global_variables
 from megatron_fdd.arguments import (
     check_length,
     check_same_model,
-    chunk_layers,
     complete_student_args,
     force_values,
-    model_config,
+    planned_layers,
     refuse,
 )
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
@@ -110,7 +109,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     with _megatrons_errors("these flags"):
         validate_args(args, {})
         set_global_variables(args)
-        student_layers = chunk_layers(model_config(args).transformer)
+        student_layers = planned_layers(args)
     if student is not None:
         check_same_model(args, student)
     check_data_args(args)
@@ -130,7 +129,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
             check_scales(checkpoint, stored, teacher)
     pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
     with _megatrons_errors("the teacher of these flags"):
-        teacher_layers = () if teacher is None else chunk_layers(model_config(teacher).transformer)
+        teacher_layers = () if teacher is None else planned_layers(teacher)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
     check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
     plan = Plan(

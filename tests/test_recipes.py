@@ -178,35 +178,44 @@ def log_of(work: Path, node: int) -> str:
     return (work / f"logs/4711-node{node}.log").read_text()
 
 
-def test_the_plan_of_the_largest_pair_is_what_its_readme_says(tmp_path: Path) -> None:
-    """64 ranks and 235 billion parameters, from two config.json."""
-    teacher = {
-        **PUBLISHED["Qwen3-30B-A3B"],
-        "hidden_size": 4096,
-        "moe_intermediate_size": 1536,
-        "intermediate_size": 12288,
-        "num_attention_heads": 64,
-        "num_hidden_layers": 94,
-        "max_window_layers": 94,
-    }
-    student = {
-        **PUBLISHED["Qwen3-1.7B"],
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 36,
-        "max_window_layers": 36,
-    }
-    knobs = {"REHEARSE": "0", "PLAN": "1", "SET_UP": "0", "FDD_REHEARSE": "1"}
+def published(name: str, width: int, ffn: int, heads: int, layers: int, **more: object) -> dict[str, object]:
+    """A config.json, from that of a smaller model of its kind."""
+    shape = {"hidden_size": width, "intermediate_size": ffn, "num_attention_heads": heads}
+    return {**PUBLISHED[name], **shape, "num_hidden_layers": layers, "max_window_layers": layers, **more}
+
+
+SMALL, EXPERTS = "Qwen3-1.7B", "Qwen3-30B-A3B"
+QWEN3_32B = published(SMALL, 5120, 25600, 64, 64, tie_word_embeddings=False)
+QWEN3_235B = published(EXPERTS, 4096, 12288, 64, 94, moe_intermediate_size=1536)
+QWEN3_2B = published(SMALL, 2048, 6144, 16, 28, tie_word_embeddings=True)
+QWEN3_8B = published(SMALL, 4096, 12288, 32, 36)
+
+
+@pytest.mark.parametrize(
+    ("example", "teacher", "student", "flags", "ranks"),
+    [
+        ("qwen3-32b", QWEN3_32B, QWEN3_2B, "", "8 rank(s) = tensor 8 x"),
+        ("qwen3-235b-slurm", QWEN3_235B, QWEN3_8B, "", "64 rank(s) = tensor 4 x context 1 x pipeline 4 x data 4"),
+        ("qwen3-235b-slurm", QWEN3_235B, QWEN3_8B, "--teacher-fp8-format e4m3", "64 rank(s)"),
+    ],
+)  # fmt: skip
+def test_a_plan_is_what_its_readme_says(
+    example: str, teacher: dict, student: dict, flags: str, ranks: str, tmp_path: Path
+) -> None:
+    """Of models that nobody has here, from two config.json."""
+    knobs = {"REHEARSE": "0", "PLAN": "1", "SET_UP": "0", "FDD_REHEARSE": "1", "EXTRA_TRAIN_FLAGS": flags}
     for name, config in (("TEACHER_HF", teacher), ("STUDENT_HF", student)):
         knobs[name] = str(tmp_path / name)
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    out = finished("qwen3-235b-slurm", tmp_path / "work", **knobs)
+    out = finished(example, tmp_path / "work", **knobs)
     table = out.split("estimated memory per rank, MiB:\n")[1].split("    (not in it")[0]
-    readme = (EXAMPLES / "qwen3-235b-slurm/README.md").read_text()
+    readme = (EXAMPLES / example / "README.md").read_text()
+    if flags:
+        table = "".join(line for line in table.splitlines(True) if "teacher weights" in line or "sum" in line)
+        assert flags in readme
     assert table.strip() in readme
-    assert "64 rank(s) = tensor 4 x context 1 x pipeline 4 x data 4" in out
+    assert ranks in out
 
 
 def test_outside_of_a_job_one_is_told_to_submit(tmp_path: Path) -> None:

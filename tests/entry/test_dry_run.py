@@ -12,7 +12,7 @@ from megatron_fdd import convert
 from megatron_fdd.teacher.scales import check_scales
 from tests.convert import toys
 from tests.entry.command import Patch, run, trained
-from tests.entry.conftest import Toys, make_checkpoint
+from tests.entry.conftest import SCRATCH, Toys, make_checkpoint
 from tests.entry.test_bad_input import assert_refused
 from tests.ranks import Layout, run_on_ranks
 
@@ -112,6 +112,17 @@ def test_a_plan_of_fp8_needs_no_transformer_engine(toy: Toys) -> None:
     assert re.search(r"teacher weights in FP8: [\d.]*[1-9]", planned.out)
     for refused in run([*wide, *FP8, "--fdd-beta", "0", "--seq-length", "20"], toy.command(*FP8), ranks=1):
         assert_refused(refused, r"FP8 with recipe tensorwise for the student: not a multiple: ")
+
+
+def test_a_plan_of_experts_in_fp8_needs_no_transformer_engine(toy: Toys, tmp_path: Path) -> None:
+    """Megatron's own configuration would."""
+    words = toy.mock_command(*SCRATCH, *FP8, "--load", tmp_path, "--save", tmp_path, "--save-interval", 1)
+    words.remove("--use-checkpoint-args")
+    words += "--ffn-hidden-size 64 --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall".split()
+    words += "--fdd-kd-weight 0 --fdd-alpha 0 --fdd-beta 0 --fdd-ce-weight 1".split()
+    [[planned]] = trained(words, ranks=1, patches=NO_RUN)
+    assert "experts of the student: 4" in planned.out
+    assert re.search(r"student weights, copies in FP8: [\d.]*[1-9]", planned.out)
 
 
 def test_without_a_teacher_there_is_a_plan_too(toy: Toys) -> None:
