@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.core import fp8_utils
+
 from megatron_fdd.checkpoint import read_extra_states
 from megatron_fdd.experts import STUDENT_FLAG, TEACHER_FLAG, expert_layers, expert_tensor_size, expert_width
 from megatron_fdd.parameters import held_parameters, matrix_parameters, stage_layers
@@ -41,10 +43,9 @@ def check_fp8_device(args: argparse.Namespace, whose: str) -> None:
     """
     if not args.fp8:
         return
-    import transformer_engine.pytorch as te
-
-    by_recipe = {"mxfp8": te.is_mxfp8_available, "blockwise": te.is_fp8_block_scaling_available}
-    is_available, reason = by_recipe.get(args.fp8_recipe, te.is_fp8_available)(return_reason=True)
+    manager = fp8_utils.FP8GlobalStateManager  # TransformerEngine's, as Megatron has it
+    by_recipe = {"mxfp8": manager.is_mxfp8_available, "blockwise": manager.is_fp8_block_scaling_available}
+    is_available, reason = by_recipe.get(args.fp8_recipe, manager.is_fp8_available)()
     if not is_available:
         raise ValueError(
             f"FP8 with recipe {args.fp8_recipe} for {whose}: {reason} Use another recipe, or leave "
