@@ -132,7 +132,7 @@ def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
 def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_path: Path) -> None:
-    """A frozen teacher keeps its copies of weights, a student does not. (Delayed scaling remembers the evaluation.)"""
+    """A student's weights are copied into FP8 anew. (Delayed scaling remembers the evaluation.)"""
     plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
     flags = f"{TE} --bf16 {FP8[name]} {FULL} --train-iters 4"
     trained(
