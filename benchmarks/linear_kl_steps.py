@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_fdd.ops.chunks import LinearKL
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, VocabShard, linear_kl
@@ -111,20 +113,21 @@ def bare_tap(size: Size) -> Step:
     return bare_products(replace(size, layers=1))
 
 
+def first_layer(given: Inputs, **options: Any) -> LinearKL:
+    """`linear_kl` of it."""
+    teacher, student = given.teacher[0], given.student[0]
+    heads = (given.teacher_head_WT, given.student_head_WS)
+    return linear_kl(
+        teacher, heads[0], student, heads[1], shard=given.shard, divergence=Divergence(), **options
+    )
+
+
 def our_tap(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
     """`linear_kl` of one layer, whose divergence and log-sum-exp both have a gradient."""
     given = inputs(size)
 
     def run() -> Tensor:
-        result = linear_kl(
-            given.teacher[0],
-            given.teacher_head_WT,
-            given.student[0],
-            given.student_head_WS,
-            shard=given.shard,
-            divergence=Divergence(),
-            kernels=kernels,
-        )
+        result = first_layer(given, kernels=kernels)
         assert result.divergence_N is not None
         assert result.student_lse_N is not None
         given.differentiated(result.divergence_N.mean() + result.student_lse_N.mean())
@@ -228,15 +231,7 @@ def our_final_per_token(size: Size) -> Step:
     given = inputs(size, trains_head=True)
 
     def run() -> Tensor:
-        result = linear_kl(
-            given.teacher[0],
-            given.teacher_head_WT,
-            given.student[0],
-            given.student_head_WS,
-            shard=given.shard,
-            divergence=Divergence(),
-            needs_lse=False,
-        )
+        result = first_layer(given, needs_lse=False)
         assert result.divergence_N is not None
         total = result.divergence_N.mean()
         return given.differentiated(total)
