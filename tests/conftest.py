@@ -7,14 +7,14 @@ import os
 import pytest
 import torch
 
-from tests import ranks
+from tests.harness import ranks
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Its asserts say what was compared, as those of the tests do.
-pytest.register_assert_rewrite("tests.case")
+# Their asserts say what was compared, as those of the tests do.
+pytest.register_assert_rewrite("tests.oracle.case", "tests.entry.checks", "tests.transformer_engine.steps")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

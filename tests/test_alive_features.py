@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_fdd.objective import Objective
-from tests.case import Case, run_step
-from tests.plain_training import train_plainly
-from tests.ranks import run_on_ranks
-from tests.reference import Terms
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import Case, run_step
+from tests.oracle.plain_training import train_plainly
+from tests.oracle.reference import Terms
 
 
 class Alive:

@@ -21,12 +21,12 @@ from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
-from tests import case as layouts
-from tests.case import LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, run_step
-from tests.plain_training import train_plainly
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, Terms
-from tests.traffic import COLLECTIVES, SENDS, Message, Traffic
+from tests.harness.ranks import run_on_ranks
+from tests.harness.traffic import COLLECTIVES, SENDS, Message, Traffic
+from tests.oracle import case as layouts
+from tests.oracle.case import LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, run_step
+from tests.oracle.plain_training import train_plainly
+from tests.oracle.reference import STUDENT, Terms
 
 TERMS = Terms()  # taps on student blocks 1, 3 and 4
 ROWS = (LENGTH, MICRO_BATCH, STUDENT.hidden)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fdd.config import FddConfig
-from tests.command_lines import commands, flags_of, training_parser
-from tests.markdown import ROOT, Page, pages
+from tests.harness.command_lines import commands, flags_of, training_parser
+from tests.harness.markdown import ROOT, Page, pages
 
 PAGES = pages("README.md", "docs/**/*.md", "examples/**/README.md")
 LINKING_PAGES = [*PAGES, *pages("benchmarks/LOG.md")]

@@ -20,11 +20,15 @@ from megatron_fdd.parameters import held_parameters
 from megatron_fdd.teacher.arguments import teacher_args
 from megatron_fdd.teacher.loading import build_stage
 from megatron_fdd.topology import Topology
-from tests import reference
-from tests.case import (
+from tests.harness.ranks import Layout, run_on_ranks
+from tests.oracle import reference
+from tests.oracle.case import (
+    ALL_EXPERTS,
     FULL_UNIFORM,
     LENGTH,
     MICRO_BATCH,
+    STUDENT_EXPERTS,
+    TEACHER_EXPERTS,
     Case,
     assert_equal,
     expected,
@@ -32,13 +36,9 @@ from tests.case import (
     run_step,
     shard_vocab,
 )
-from tests.models import build_student, full_gradients, model_config, padded_vocab
-from tests.ranks import Layout, run_on_ranks
-from tests.reference import STUDENT, TEACHER, Terms, Weights
+from tests.oracle.models import build_student, full_gradients, model_config, padded_vocab
+from tests.oracle.reference import TEACHER, Terms, Weights
 
-STUDENT_EXPERTS = replace(STUDENT, experts=4, ffn=48, aux_loss=0.3)
-TEACHER_EXPERTS = replace(TEACHER, experts=6, topk=3, ffn=60)
-ALL_EXPERTS: dict[str, Any] = {"student": STUDENT_EXPERTS, "teacher": TEACHER_EXPERTS}
 EXPERTS = {
     "experts": Case(**ALL_EXPERTS),
     "dp2-experts": Case(dp=2, **ALL_EXPERTS),

@@ -1,7 +1,7 @@
 """The central promise: every loss term and every gradient is the same at every layout, and right.
 
 Each case runs the package's own forward step through Megatron's schedule and DDP, and compares with the plain
-float64 reference of tests/reference.py.
+float64 reference of tests/oracle/reference.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ from dataclasses import replace
 
 import pytest
 
-from tests.case import ENDS, FULL_BLOCK, FULL_UNIFORM, SELECTIVE, Case, assert_equal, expected, run_step
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, TEACHER, Terms
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import (
+    ENDS,
+    FULL_BLOCK,
+    FULL_UNIFORM,
+    SELECTIVE,
+    Case,
+    assert_equal,
+    expected,
+    run_step,
+)
+from tests.oracle.reference import STUDENT, TEACHER, Terms
 
 TIED = replace(STUDENT, tied=True)
 OTHER_VOCABULARY = replace(TEACHER, vocab=47)

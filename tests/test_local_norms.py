@@ -18,7 +18,7 @@ from megatron_fdd import rehearsal
 from megatron_fdd.convert.mcore_model import build_model, complete_args
 from megatron_fdd.convert.ranks import conversion_ranks
 from megatron_fdd.local_norms import RMSNorm
-from tests.ranks import distributed
+from tests.harness.ranks import distributed
 
 LLAMA = {
     "num_layers": 2,

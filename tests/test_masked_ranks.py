@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import reference
-from tests.case import (
+from tests.harness.ranks import run_on_ranks
+from tests.oracle import reference
+from tests.oracle.case import (
     LENGTH,
     MICRO_BATCH,
     MICRO_BATCHES,
@@ -22,8 +23,7 @@ from tests.case import (
     run_step,
     shard_vocab,
 )
-from tests.ranks import run_on_ranks
-from tests.reference import Terms
+from tests.oracle.reference import Terms
 
 TERMS = Terms(ce=0.5)
 CASES = {

@@ -19,10 +19,10 @@ from megatron_fdd.layer_plan import Plan, plan_pairs
 from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.student_memory import student_bytes
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
-from tests import case as layouts
-from tests.case import LENGTH, MICRO_BATCH, Case, run_step
-from tests.ranks import run_on_ranks
-from tests.reference import Shape, Terms
+from tests.harness.ranks import run_on_ranks
+from tests.oracle import case as layouts
+from tests.oracle.case import LENGTH, MICRO_BATCH, Case, run_step
+from tests.oracle.reference import Shape, Terms
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import initialize_rerun_state_machine
 
-from tests.ranks import Layout, distributed, run_on_ranks
+from tests.harness.ranks import Layout, distributed, run_on_ranks
 
 PAIR = Layout(ranks=2)
 Failed = pytest.fail.Exception

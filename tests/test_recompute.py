@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.case import (
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import (
     ENDS,
     FULL_BLOCK,
     FULL_UNIFORM,
@@ -16,8 +17,7 @@ from tests.case import (
     expected,
     run_step,
 )
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, Terms
+from tests.oracle.reference import STUDENT, Terms
 
 # More than the attention. Megatron recomputes norms with TransformerEngine only.
 SELECTIVE_MODULES = (*SELECTIVE, ("recompute_modules", ["core_attn", "mlp"]))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from megatron_fdd import losses, sampling
 from megatron_fdd.sampling import Sampler
-from tests import reference
-from tests.case import (
+from tests.harness.ranks import run_on_ranks
+from tests.oracle import reference
+from tests.oracle.case import (
     ENDS,
     MICRO_BATCHES,
     Case,
@@ -27,8 +28,7 @@ from tests.case import (
     schedule_step,
     step_result,
 )
-from tests.ranks import run_on_ranks
-from tests.reference import Terms
+from tests.oracle.reference import Terms
 
 FAR_APART = Terms(pairs=((1, 1), (5, 9)))
 

@@ -19,12 +19,15 @@ from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
 from megatron_fdd.live_lens import LiveLens
 from megatron_fdd.teacher.arguments import even_layout
-from tests import models, reference
-from tests.case import (
+from tests.harness.ranks import run_on_ranks
+from tests.oracle import models, reference
+from tests.oracle.case import (
     FULL_UNIFORM,
     LENGTH,
     MICRO_BATCH,
     MICRO_BATCHES,
+    STUDENT_EXPERTS,
+    TEACHER_EXPERTS,
     Case,
     Result,
     assert_equal,
@@ -33,9 +36,7 @@ from tests.case import (
     run_step,
     schedule_step,
 )
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, TEACHER, Terms
-from tests.test_experts import STUDENT_EXPERTS, TEACHER_EXPERTS
+from tests.oracle.reference import STUDENT, TEACHER, Terms
 
 STEPS = 3
 

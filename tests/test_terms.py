@@ -22,11 +22,11 @@ from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.student import ChunkStep
-from tests import case as layouts
-from tests import reference
-from tests.case import Case, Result, assert_equal, expected, relative, run_step
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, Terms
+from tests.harness.ranks import run_on_ranks
+from tests.oracle import case as layouts
+from tests.oracle import reference
+from tests.oracle.case import Case, Result, assert_equal, expected, relative, run_step
+from tests.oracle.reference import STUDENT, Terms
 
 # Only the term in question, on one inner layer (two for the delta): block 4 is the deepest tap.
 ONE_TERM = {

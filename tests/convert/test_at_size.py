@@ -21,7 +21,7 @@ from megatron_fdd.convert.hf_writer import TensorSpec, plan_shards, write_index,
 from megatron_fdd.convert.mcore_model import build_model, complete_args
 from megatron_fdd.convert.ranks import conversion_ranks
 from tests.convert import toys
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 RANKS = 4

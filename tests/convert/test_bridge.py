@@ -27,7 +27,7 @@ from megatron_fdd.convert.families import FAMILIES, VIA_BRIDGE, family_of
 from megatron_fdd.convert.mcore_checkpoint import stored_layout
 from megatron_fdd.teacher.arguments import teacher_args
 from tests.convert import fake_bridge, mcore, toys
-from tests.ranks import distributed
+from tests.harness.ranks import distributed
 
 SHAPE: dict[str, Any] = {
     "architectures": ["Glm4MoeForCausalLM"],

@@ -11,7 +11,7 @@ import torch
 from megatron_fdd import convert
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from tests.convert import mcore, toys
-from tests.ranks import Layout, distributed, run_on_ranks
+from tests.harness.ranks import Layout, distributed, run_on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from megatron_fdd import convert
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.convert.hf_folder import SINGLE_FILE
 from tests.convert import toys
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 
 def _both(folder: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.gpt2 import GPT2
 from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv
 from tests.convert import mcore, toy_gpt2, toys
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 CARRIED = ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja")
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_fdd import convert
 from tests.convert import mcore, toys
-from tests.ranks import distributed
+from tests.harness.ranks import distributed
 
 
 def _check(tmp_path: Path, variant: str, vocabulary_divisor: int = 128) -> None:

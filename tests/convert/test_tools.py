@@ -21,7 +21,7 @@ from megatron_fdd.checkpoint import TRACKER_FILE
 from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from tests.convert import mcore, toys
-from tests.ranks import Layout, distributed, run_on_ranks
+from tests.harness.ranks import Layout, distributed, run_on_ranks
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

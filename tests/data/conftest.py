@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sentencepiece
+from megatron.training.arguments import parse_args
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
 
 TEXT = "the a small house stands near river where many children play and sing until night comes"
@@ -84,3 +89,27 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:
     """One JSON object a line; returns the path as a text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def megatron_args(*flags: str) -> argparse.Namespace:
+    """Megatron's own namespace for these flags, with what its validation fills in."""
+    common = ["--seq-length", "24", "--micro-batch-size", "2", "--eval-interval", "10", "--eval-iters", "1"]
+    with mock.patch("sys.argv", ["x", *common, "--transformer-impl", "local", "--num-workers", "0", *flags]):
+        args = parse_args()
+    if args.data_path is not None and args.split is None:
+        args.split = "969, 30, 1"
+    args.dataloader_type, args.global_batch_size = "single", 4
+    return args
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory, hf: TokenizerSettings) -> Path:
+    """`text` and `instruction`: 60 and 40 documents."""
+    folder = tmp_path_factory.mktemp("sets")
+    text = write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences(60)])
+    prepare(PrepareSettings((text,), str(folder / "text"), EncodeSettings(hf, "jsonl", append_eod=True)))
+    rows = [{"prompt": a, "response": b} for a, b in zip(sentences(40, 1), sentences(40, 2), strict=True)]
+    path = write_jsonl(folder / "instruction.jsonl", rows)
+    encode = EncodeSettings(hf, "instruction", seq_length=24)
+    prepare(PrepareSettings((path,), str(folder / "instruction"), encode))
+    return folder

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.training import global_vars
-from megatron.training.arguments import parse_args
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 from transformers import AutoTokenizer
 
@@ -28,34 +25,10 @@ from megatron_fdd.data.provider import (
     train_valid_test_provider,
 )
 from megatron_fdd.data.tokenizer import TokenizerSettings, load_tokenizer
-from tests.data.conftest import sentences, write_jsonl
-from tests.ranks import distributed
+from tests.data.conftest import megatron_args, sentences, write_jsonl
+from tests.harness.ranks import distributed
 
 KEYS = {"tokens", "labels", "loss_mask", "token_mask", "position_ids"}
-
-
-def megatron_args(*flags: str) -> argparse.Namespace:
-    """Megatron's own namespace for these flags, with what its validation fills in."""
-    common = ["--seq-length", "24", "--micro-batch-size", "2", "--eval-interval", "10", "--eval-iters", "1"]
-    with mock.patch("sys.argv", ["x", *common, "--transformer-impl", "local", "--num-workers", "0", *flags]):
-        args = parse_args()
-    if args.data_path is not None and args.split is None:
-        args.split = "969, 30, 1"
-    args.dataloader_type, args.global_batch_size = "single", 4
-    return args
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory, hf: TokenizerSettings) -> Path:
-    """`text` and `instruction`: 60 and 40 documents."""
-    folder = tmp_path_factory.mktemp("sets")
-    text = write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences(60)])
-    prepare(PrepareSettings((text,), str(folder / "text"), EncodeSettings(hf, "jsonl", append_eod=True)))
-    rows = [{"prompt": a, "response": b} for a, b in zip(sentences(40, 1), sentences(40, 2), strict=True)]
-    path = write_jsonl(folder / "instruction.jsonl", rows)
-    encode = EncodeSettings(hf, "instruction", seq_length=24)
-    prepare(PrepareSettings((path,), str(folder / "instruction"), encode))
-    return folder
 
 
 def as_megatron_makes_it(prefix: Path, documents: list[list[int]]) -> str:

@@ -12,7 +12,7 @@ from megatron_fdd.data.batch import get_batch
 from megatron_fdd.data.packing import PackedInstructionDataset, pack, packed_sample
 from megatron_fdd.data.provider import build_datasets
 from megatron_fdd.data.tokenizer import TokenizerSettings, load_tokenizer
-from tests.data.test_datasets import megatron_args, sets
+from tests.data.conftest import megatron_args, sets
 
 __all__ = ["sets"]  # the fixture
 

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.ranks import IMAGE, Layout, clean_megatron, run_on_ranks
+from tests.harness.ranks import IMAGE, Layout, clean_megatron, run_on_ranks
 
 # Batch, schedule and optimizer of every toy run; a later flag overrules an earlier one.
 COMMON = (

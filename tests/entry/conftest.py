@@ -14,7 +14,7 @@ from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.convert import toys
 from tests.entry.command import COMMON
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 TEACHER = {"num_hidden_layers": 6}
 STUDENT = {
@@ -70,6 +70,11 @@ class Toys:
             self.tokenizer,
         )
         return [*COMMON, *_words("--load", self.student, *self._teacher, *flags, *more)]
+
+    def saving_command(self, folder: Path, *more: object) -> list[str]:
+        """As `command`; checkpoints and `metrics.jsonl` go to `folder`."""
+        places = ("--save", folder, "--fdd-metrics-file", folder / "metrics.jsonl", "--save-interval", 2)
+        return self.command(*places, *more)
 
     @property
     def _teacher(self) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_fdd import convert
 from tests.convert import toys
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 
 def copied(source: Path, target: Path) -> Path:

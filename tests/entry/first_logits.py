@@ -12,7 +12,7 @@ from megatron.training import training
 from megatron_fdd import distill
 from tests.convert import mcore, toys
 from tests.entry.command import call_main
-from tests.ranks import clean_megatron
+from tests.harness.ranks import clean_megatron
 
 
 def first_logits(commands: list[list[str]]) -> list[list[torch.Tensor]]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.convert import toys
 from tests.entry import damage
-from tests.entry.command import Ending, run
+from tests.entry.checks import assert_refused
+from tests.entry.command import run
 from tests.entry.conftest import Toys
 
 # Flags that are wrong by themselves, and what the error must say: the value, the bound, the remedy.
@@ -56,20 +56,6 @@ WRONG_FLAGS = {
     ),
     "other vocabulary": ("--vocab-size 500", r"vocab_size is 500 here and 99 there"),
 }
-
-
-def assert_refused(endings: Iterable[Ending], pattern: str) -> None:
-    for rank, ending in enumerate(endings):
-        assert ending.status == 1, ending.err
-        start = f"rank {rank}: " if rank else ""
-        errors = [
-            line for line in ending.err.splitlines() if line.startswith(f"{start}megatron_fdd: error: ")
-        ]
-        assert len(errors) == 1, ending.err
-        assert "Traceback" not in ending.err
-        assert not re.search(r"iteration +\d+/", ending.out), "a training step was made"
-        assert re.search(pattern, errors[0]), errors[0]
-        assert len(errors[0]) < 700
 
 
 @pytest.mark.parametrize("name", WRONG_FLAGS)

@@ -11,10 +11,10 @@ from typing import Any
 from megatron_fdd import convert
 from megatron_fdd.teacher.scales import check_scales
 from tests.convert import toys
+from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run, trained
 from tests.entry.conftest import SCRATCH, Toys, make_checkpoint
-from tests.entry.test_bad_input import assert_refused
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 
 def refuse_to_run(*_arguments: object) -> None:

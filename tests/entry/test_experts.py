@@ -13,9 +13,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_fdd.teacher import loading
+from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys
-from tests.entry.test_bad_input import assert_refused
 
 # The first layer is dense, and the router is none of the defaults, so that a forgotten field shows.
 ROUTING = (

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_fdd import convert, preflight
 from tests.convert import toys
+from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import Toys
 from tests.entry.first_logits import first_logits
-from tests.entry.test_bad_input import assert_refused
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 # teacher, student: each field that one family sets and the other does not must reach only the one
 PAIRS = [

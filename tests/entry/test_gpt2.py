@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from megatron_fdd import convert
 from megatron_fdd.lens import read_lens
 from tests.convert import mcore, toy_gpt2, toys
+from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import Toys
 from tests.entry.first_logits import first_logits
-from tests.entry.test_bad_input import assert_refused
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "teacher": ("plain", {"n_layer": 6}),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained
 from tests.entry.conftest import Toys
-from tests.entry.test_bad_input import assert_refused
 
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel"])

@@ -14,7 +14,7 @@ from megatron_fdd.ops import chunks
 from megatron_fdd.ops.vocab_shard import VocabShard
 from tests.entry.command import Ending, call_main, read_metrics, run, trained
 from tests.entry.conftest import Toys
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 GROUPS = ("ce", "kd", "trajectory", "delta")
 LAYERS = ("trajectory s1:t2", "trajectory s2:t4", "delta s2:t4")

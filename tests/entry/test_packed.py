@@ -10,9 +10,9 @@ from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import write_jsonl
+from tests.entry.checks import assert_close, metrics
 from tests.entry.command import trained
 from tests.entry.conftest import Toys, write_text
-from tests.entry.test_pipeline import assert_close, command, metrics
 
 PACKED = "--dataloader-inter-document-masking"
 PIPELINE = "--pipeline-model-parallel-size 2"
@@ -36,10 +36,10 @@ def test_documents_do_not_see_each_other(toy: Toys, with_ends: Path, tmp_path: P
     data = ("--data-path", str(with_ends), "--seq-length", "48")
     masked, packed, staged, mixed = (tmp_path / name for name in ("masked", "packed", "staged", "mixed"))
     trained(
-        command(toy, masked, *data, "--reset-attention-mask", "--reset-position-ids"),
-        command(toy, packed, *data, PACKED),
-        command(toy, staged, *data, PACKED, *PIPELINE.split()),
-        command(toy, mixed, *data),
+        toy.saving_command(masked, *data, "--reset-attention-mask", "--reset-position-ids"),
+        toy.saving_command(packed, *data, PACKED),
+        toy.saving_command(staged, *data, PACKED, *PIPELINE.split()),
+        toy.saving_command(mixed, *data),
     )
     assert_close(packed, masked, 3)
     assert_close(staged, masked, 3)
@@ -57,9 +57,9 @@ def test_instructions_share_samples(toy: Toys, tmp_path: Path) -> None:
     single, packed, staged = (tmp_path / name for name in ("single", "packed", "staged"))
     once = (*data, "--train-iters", "1")
     trained(
-        command(toy, single, *once),
-        command(toy, packed, *once, PACKED),
-        command(toy, staged, *once, PACKED, *PIPELINE.split()),
+        toy.saving_command(single, *once),
+        toy.saving_command(packed, *once, PACKED),
+        toy.saving_command(staged, *once, PACKED, *PIPELINE.split()),
     )
     ([one], [many], [two_stages]) = (metrics(folder) for folder in (single, packed, staged))
     assert many["tokens"] > 2 * one["tokens"]

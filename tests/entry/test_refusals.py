@@ -8,9 +8,9 @@ import importlib.util
 import pytest
 
 from megatron_fdd.arguments import REFUSALS, refuse
+from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
-from tests.entry.test_bad_input import assert_refused
 
 # By the place in REFUSALS: command lines that it applies to, and what the message must say.
 COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -9,10 +9,10 @@ import pytest
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from tests.entry.checks import assert_refused
 from tests.entry.command import call_main, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys
-from tests.entry.test_bad_input import assert_refused
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 SAMPLED = ("--fdd-sample-tokens", "0.3", "--fdd-sample-one-tap")
 DISTRIBUTED = ("--use-distributed-optimizer", "--train-iters", "6", "--save-interval", "2")

@@ -15,7 +15,7 @@ from megatron.training import training
 from megatron_fdd import distill
 from tests.entry.command import call_main, read_metrics
 from tests.entry.conftest import SCRATCH, Toys
-from tests.ranks import Layout, clean_megatron, run_on_ranks
+from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 
 # What `load_args_from_checkpoint` of 0.19.2 has no entry for, and the factor that `gpt_config_from_args` forgets.
 FORGOTTEN = "--qk-layernorm --norm-epsilon 2e-4 --use-rope-scaling --rope-scaling-factor 16".split()

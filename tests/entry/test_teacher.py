@@ -16,7 +16,7 @@ from megatron.training import get_args, training
 from megatron_fdd import convert, distill
 from tests.entry.command import Ending, call_main, read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 
 @pytest.fixture(scope="module")

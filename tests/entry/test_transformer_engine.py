@@ -13,10 +13,10 @@ from megatron_fdd import convert
 from megatron_fdd.teacher.loading import build_teacher
 from tests.convert.toys import tensor_hashes
 from tests.entry import damage
+from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, STUDENT, TEACHER, Toys, make_checkpoint
-from tests.entry.test_bad_input import assert_refused
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 from tests.transformer_engine import IMAGE, needs_python
 
 pytestmark = needs_python

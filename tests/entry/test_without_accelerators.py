@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import Toys
-from tests.entry.test_bad_input import assert_refused
 
-IMAGE = "tests.plain_rank_image"
+IMAGE = "tests.harness.plain_rank_image"
 NO_REHEARSAL = {"FDD_REHEARSE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 # What a CPU needs and a GPU does not.
 ON_CPUS = (

@@ -11,11 +11,18 @@ from torch import Tensor
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
-from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case
-from tests.ops.test_head_gradient import parameter_of_ddp
-from tests.ops.test_head_loss import FACTOR, weighted, weights_of
-from tests.ops.test_head_loss import reference as head_reference
-from tests.ops.test_linear_kl import reference_gradients
+from tests.ops.head_loss_case import FACTOR, weighted, weights_of
+from tests.ops.head_loss_case import reference as head_reference
+from tests.ops.linear_kl_case import (
+    KINDS,
+    Case,
+    error,
+    gradients,
+    loss,
+    make_case,
+    parameter_of_ddp,
+    reference_gradients,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # In values and in gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before they are summed.

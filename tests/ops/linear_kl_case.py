@@ -153,3 +153,21 @@ class RankPart:
             labels_N=case.labels[self.tokens],
             **options,
         )
+
+
+def reference_gradients(case: Case, divergence: Divergence | None, keep: tuple[bool, ...] = (True,) * 4):
+    """The reference's kept outputs and the gradients of their weighted sum, of hidden states and head."""
+    leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
+    double = case.to(torch.float64)
+    double = Case(double.teacher, double.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
+    outputs = double.reference(divergence)
+    outputs = outputs._make(output if kept else None for output, kept in zip(outputs, keep, strict=True))
+    return outputs, gradients(loss(outputs, case.upstream), *leaves)
+
+
+def parameter_of_ddp(head: Tensor) -> torch.nn.Parameter:
+    """What DistributedDataParallel adds to a parameter."""
+    parameter = torch.nn.Parameter(head.clone())
+    parameter.main_grad = torch.full_like(parameter, 3.0, dtype=torch.float32)
+    parameter.grad_added_to_main_grad = False
+    return parameter

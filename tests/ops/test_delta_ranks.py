@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.linear_kl import VocabShard
+from tests.harness.ranks import distributed
+from tests.ops.collectives import Copied, expect
+from tests.ops.delta_case import leaves, make_layers
 from tests.ops.linear_kl_case import RankPart, error, gradients, make_case
-from tests.ops.test_delta import leaves, make_layers
-from tests.ops.test_linear_kl_ranks import _Copied, expect
-from tests.ranks import distributed
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -103,7 +103,7 @@ def test_gradcheck(centred: bool) -> None:
     lse = [torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) for _ in range(2)]
 
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
-        head = _Copied.apply(head)[part.rows]
+        head = Copied.apply(head)[part.rows]
         grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
         return delta_cosine(case.teacher, student, *lse_deltas, grams, shard=part.shard)

@@ -8,15 +8,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.delta import head_grams
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
-from tests.ops.linear_kl_case import Case, error, make_case, tiles
-
-
-def parameter_of_ddp(head: Tensor) -> torch.nn.Parameter:
-    """What DistributedDataParallel adds to a parameter."""
-    parameter = torch.nn.Parameter(head.clone())
-    parameter.main_grad = torch.full_like(parameter, 3.0, dtype=torch.float32)
-    parameter.grad_added_to_main_grad = False
-    return parameter
+from tests.ops.linear_kl_case import Case, error, make_case, parameter_of_ddp, tiles
 
 
 def loss(case: Case, head: Tensor, kernels: Kernels) -> Tensor:

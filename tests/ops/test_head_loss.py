@@ -11,35 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import MIB, peak_of
-from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
+from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard
-from tests.ops.linear_kl_case import KINDS, Case, Products, RankPart, error, gradients, make_case
-from tests.ops.test_head_gradient import parameter_of_ddp
-from tests.ranks import distributed
+from tests.harness.ranks import distributed
+from tests.ops.head_loss_case import FACTOR, reference, weighted, weights_of
+from tests.ops.linear_kl_case import (
+    KINDS,
+    Case,
+    Products,
+    RankPart,
+    error,
+    gradients,
+    make_case,
+    parameter_of_ddp,
+)
 
-FACTOR = 3.0
 FEW = Kernels("torch", held_logits=53 * 5)  # 5 tokens of a vocabulary of 53 at a time
 PATHS = (FEW, Kernels("torch"), Kernels("reference"))
-
-
-def weights_of(case: Case, *, divergence: float = 0.7, entropy: float = 0.3) -> LossWeights:
-    """Every token counts otherwise; every fifth not at all."""
-    per_token = case.upstream.clone()
-    per_token[:, ::5] = 0
-    return LossWeights(per_token[0], per_token[2], divergence, entropy)
-
-
-def weighted(result: HeadLoss, weights: LossWeights) -> Tensor:
-    """The loss that the gradient is of, times a common factor."""
-    parts = ((result.divergence, weights.divergence), (result.cross_entropy, weights.entropy))
-    return FACTOR * torch.stack([value * weight for value, weight in parts if value is not None]).sum()
-
-
-def reference(case: Case, divergence: Divergence | None, weights: LossWeights, *leaves: Tensor) -> HeadLoss:
-    double = Case(case.teacher, case.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
-    outputs = double.reference(divergence)
-    value = None if divergence is None else (outputs.divergence_N * weights.divergence_N).sum()
-    return HeadLoss(value, (outputs.cross_entropy_N * weights.entropy_N).sum())
 
 
 def assert_matches(case: Case, divergence: Divergence | None, kernels: Kernels, *, trained: bool) -> None:

@@ -18,6 +18,7 @@ from tests.ops.linear_kl_case import (
     loss,
     make_case,
     reference_divergence,
+    reference_gradients,
     tiles,
 )
 
@@ -30,16 +31,6 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options):
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
     shard = VocabShard(0, case.vocab_size, None)
     return linear_kl(*teacher, hidden, head, shard=shard, divergence=divergence, **options), hidden, head
-
-
-def reference_gradients(case: Case, divergence: Divergence | None, keep: tuple[bool, ...] = (True,) * 4):
-    """The reference's kept outputs and the gradients of their weighted sum, of hidden states and head."""
-    leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
-    double = case.to(torch.float64)
-    double = Case(double.teacher, double.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
-    outputs = double.reference(divergence)
-    outputs = outputs._make(output if kept else None for output, kept in zip(outputs, keep, strict=True))
-    return outputs, gradients(loss(outputs, case.upstream), *leaves)
 
 
 def assert_matches(case: Case, divergence: Divergence | None, *, live: bool, keep=(True,) * 4, **options):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -12,14 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.linear_kl import Divergence, Kernels
 from megatron_fdd.ops.torch_sweeps import TorchSweeps
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
+from tests.harness.ranks import distributed
+from tests.ops.collectives import Copied, expect
 from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case, tiles
-from tests.ranks import distributed
 
 PATHS = (tiles(5), tiles(5, chunk_rows=4), Kernels("reference"))
 
@@ -82,20 +79,6 @@ def test_no_tokens_without_sequence_parallelism() -> None:
         assert not gradients(loss(outputs, part.case.upstream), hidden, head)[1].any()
 
 
-class _Copied(torch.autograd.Function):
-    """A parameter that all ranks hold whole, each using a part: the parts' gradients are summed."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient
-
-
 class _Gathered(torch.autograd.Function):
     """All ranks' tokens; every rank's loss is the whole one, so each takes its own part back."""
 
@@ -118,8 +101,8 @@ def test_gradcheck(kind: str, sequence_parallel: bool) -> None:
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
 
     def outputs(student: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
-        head = _Copied.apply(trained[0]) if trained else case.student_head
-        student = _Copied.apply(student) if sequence_parallel else student
+        head = Copied.apply(trained[0]) if trained else case.student_head
+        student = Copied.apply(student) if sequence_parallel else student
         result = part.run(student[part.tokens], head[part.rows], Divergence(kind), kernels=tiles(2))
         fields = (result.divergence_N, result.student_lse_N, result.cross_entropy_N)
         return tuple(_Gathered.apply(field) if sequence_parallel else field for field in fields)
@@ -127,30 +110,6 @@ def test_gradcheck(kind: str, sequence_parallel: bool) -> None:
     student, head = case.student.requires_grad_(), case.student_head.clone().requires_grad_()
     assert torch.autograd.gradcheck(outputs, (student,))
     assert torch.autograd.gradcheck(outputs, (student, head))
-
-
-class Collectives(TorchDispatchMode):
-    """Every collective with the bytes that this rank gives into it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            # (output, input, ...) for gather and scatter, (tensors, ...) for all-reduce
-            given = args[1] if isinstance(args[1], Tensor) else args[0]
-            size = sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
-            self.seen.append((func.overloadpacket.__name__.strip("_"), size))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def expect(collectives: list[tuple[str, int]]) -> Iterator[None]:
-    """Exactly these collectives, in this order."""
-    with Collectives() as mode:
-        yield
-    assert mode.seen == collectives
 
 
 @pytest.mark.parametrize("live", [False, True])

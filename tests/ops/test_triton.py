@@ -16,8 +16,7 @@ from torch import Tensor
 from megatron_fdd.ops.chunks import LinearKL
 from megatron_fdd.ops.kernels import Kernels
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
-from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case
-from tests.ops.test_linear_kl import reference_gradients
+from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_gradients
 
 triton = pytest.importorskip("triton")
 from megatron_fdd.ops.gpu import sweeps  # noqa: E402

@@ -14,7 +14,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megatron_fdd.rehearsal.attention import ContextAttention
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 
 ROWS, BATCH, HEADS, GROUPS, WIDTH = 16, 2, 4, 2, 8
 DOCUMENTS = torch.tensor([0, 3, 4, 11, ROWS], dtype=torch.int32)

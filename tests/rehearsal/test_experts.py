@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
-from tests.ranks import distributed
+from tests.harness.ranks import distributed
 
 SIZES = [2, 0, 3]
 

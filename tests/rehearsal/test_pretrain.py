@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_fdd import rehearsal
 from megatron_fdd.wheel import use_built_helpers
-from tests.ranks import Layout, clean_megatron, run_on_ranks
+from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 
 # Learning rate: high enough that one gradient left unsummed shows in the loss of the third step.
 TINY = (

@@ -1,4 +1,4 @@
-"""As `tests.rank_image`, with TransformerEngine importable: its own Python over the kernels of `kernels.py`."""
+"""As `tests.harness.rank_image`, with TransformerEngine importable: its own Python over the kernels of `kernels.py`."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 from tests.transformer_engine import IMAGE, needs_python
 from tests.transformer_engine.casts import is_fp8, plain
 from tests.transformer_engine.dtypes import DType

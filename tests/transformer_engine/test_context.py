@@ -12,10 +12,10 @@ from megatron.core.transformer.mlp import MLP
 
 from megatron_fdd.objective import Objective
 from megatron_fdd.teacher.tap_format import TapFormat
-from tests.case import Case, join, schedule_step
-from tests.ranks import run_on_ranks
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import Case, join, schedule_step
 from tests.transformer_engine import IMAGE, needs_python
-from tests.transformer_engine.test_fp8 import PLAIN, fp8
+from tests.transformer_engine.steps import PLAIN, fp8
 
 pytestmark = needs_python
 

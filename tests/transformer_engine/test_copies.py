@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_fdd.arguments import chunk_layers
 from megatron_fdd.fp8 import frozen_weight_bytes, weight_copies_bytes
-from tests.case import FULL_BLOCK, Case, join, schedule_step
-from tests.ranks import run_on_ranks
-from tests.reference import Shape, Terms
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import FULL_BLOCK, Case, join, schedule_step
+from tests.oracle.reference import Shape, Terms
 from tests.transformer_engine import IMAGE, needs_python
 from tests.transformer_engine.casts import is_fp8
 

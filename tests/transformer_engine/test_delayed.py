@@ -5,10 +5,8 @@ The checkpoint is made as Megatron makes it: by training a model with Transforme
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -27,34 +23,25 @@ from megatron_fdd.teacher import loading
 from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.teacher.scales import check_scales, fp8_linears
 from megatron_fdd.topology import Topology
-from tests.case import FULL_BLOCK, FULL_UNIFORM, Case, case_batches, join, relative, schedule_step
-from tests.models import build_student, model_config, padded_vocab
-from tests.ranks import Layout, run_on_ranks
-from tests.reference import STUDENT, TEACHER, random_weights
+from tests.harness.ranks import Layout, run_on_ranks
+from tests.oracle.case import FULL_BLOCK, FULL_UNIFORM, Case, case_batches, join, relative, schedule_step
+from tests.oracle.models import build_student
+from tests.oracle.reference import random_weights
 from tests.transformer_engine import IMAGE, needs_python
+from tests.transformer_engine.delayed import (
+    CASE,
+    DELAYED,
+    ORDER_TOLERANCE,
+    TRUST,
+    WRONG,
+    load,
+    save,
+    trusted,
+)
 
 pytestmark = needs_python
 
-TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 TAPS = (2, 7)
-HISTORY = 4
-DELAYED = (("fp8", "hybrid"), ("fp8_recipe", "delayed"), ("fp8_amax_history_len", HISTORY))
-CASE = Case(
-    transformer_impl="transformer_engine",
-    student=replace(STUDENT, hidden=64, heads=16, groups=8, head_width=8, ffn=96),
-    teacher=replace(TEACHER, hidden=96, heads=16, groups=16, head_width=8, ffn=128),
-    length=16,
-    student_options=DELAYED,
-    teacher_options=DELAYED,
-)
-# Of sums in another order; scales that stay 1 are further from the right ones.
-ORDER_TOLERANCE, WRONG = 1e-5, 0.1
-
-
-@contextmanager
-def trusted(value: str = "1") -> Iterator[None]:
-    with patch.dict(os.environ, {TRUST: value}):
-        yield
 
 
 def trained_model(options: tuple, num_steps: int) -> GPTModel:
@@ -90,18 +77,6 @@ def features(model: GPTModel, case: Case) -> list[Tensor]:
     return [found.final_SBT, *found.taps_SBT.values()]
 
 
-def save(model: GPTModel, path: Path, *, extra_state: bool = True) -> None:
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    groups = Topology.from_megatron(sequence_parallel=False).collection
-    sharded = model.sharded_state_dict(metadata={**content, "dp_cp_group": groups.dp_cp})
-    if not extra_state:
-        sharded = {key: value for key, value in sharded.items() if "_extra_state" not in key}
-    if torch.distributed.get_rank() == 0:
-        path.mkdir()
-    torch.distributed.barrier()
-    dist_checkpointing.save({"model": sharded}, str(path), content_metadata=content)
-
-
 def make_checkpoints(folder: Path) -> list[Tensor]:
     """Body on every rank: one that carries scales and what is none; features of the first one's model."""
     model = trained_model(DELAYED, 3)
@@ -116,19 +91,6 @@ def make_checkpoints(folder: Path) -> list[Tensor]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
     folder = tmp_path_factory.mktemp("delayed")
     return folder, run_on_ranks(make_checkpoints, Layout(tp=2), {"folder": folder}, image=IMAGE)[0]
-
-
-def load(case: Case, topology: Topology, *, checkpoint: Path) -> GPTModel:
-    """On every rank: through the loading of a run, for which arguments are made up."""
-    options = dict(case.teacher_options)
-    args = Namespace(params_dtype=torch.float32, fp8=options.get("fp8"), fp8_recipe=options.get("fp8_recipe"))
-    options |= {"fp8_param": "fp8" in options, "transformer_impl": case.transformer_impl}
-    config = model_config(case.teacher, topology, torch.float32, **options)
-    config.vocab_size = padded_vocab(case.student, topology)
-    with patch.object(loading, "model_config", lambda _args: config):
-        model = loading.build_teacher(args, checkpoint, topology)
-    assert any(is_float8tensor(parameter) for parameter in model.parameters()) == options["fp8_param"]
-    return model
 
 
 def loaded_features(case: Case, checkpoint: Path) -> list[Tensor]:

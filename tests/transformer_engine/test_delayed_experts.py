@@ -14,11 +14,11 @@ from torch import Tensor
 
 from megatron_fdd.teacher import loading
 from megatron_fdd.topology import Topology
-from tests.case import Case, relative
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
+from tests.oracle.case import Case, relative
 from tests.transformer_engine import IMAGE, needs_python, test_delayed
-from tests.transformer_engine.test_delayed import CASE, DELAYED, ORDER_TOLERANCE, WRONG
-from tests.transformer_engine.test_experts import KINDS
+from tests.transformer_engine.delayed import CASE, DELAYED, ORDER_TOLERANCE, WRONG
+from tests.transformer_engine.steps import KINDS
 
 pytestmark = needs_python
 

@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 
-from tests.case import FULL_UNIFORM, Case, assert_equal, expected
-from tests.ranks import run_on_ranks
-from tests.test_experts import ALL_EXPERTS, STUDENT_EXPERTS, TEACHER_EXPERTS
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import (
+    ALL_EXPERTS,
+    FULL_UNIFORM,
+    STUDENT_EXPERTS,
+    TEACHER_EXPERTS,
+    Case,
+    assert_equal,
+    expected,
+)
 from tests.transformer_engine import IMAGE, needs_python
-from tests.transformer_engine.test_fp8 import Options, assert_near, farthest, fp8, step
-from tests.transformer_engine.test_layouts import modules_step
+from tests.transformer_engine.steps import KINDS, assert_near, farthest, fp8, modules_step, step
 
 pytestmark = needs_python
 
-KINDS: dict[str, Options] = {"sequential": (), "grouped": (("moe_grouped_gemm", True),)}
 MODULES = {
     "sequential": {"SequentialMLP", "TERowParallelLinear"},
     "grouped": {"TEGroupedMLP", "TERowParallelGroupedLinear"},

@@ -6,36 +6,16 @@ The numbers are FP8's, the products float32 ones: `kernels.py`.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import pytest
 
-from tests.case import FULL_BLOCK, FULL_UNIFORM, SELECTIVE, Case, Result, relative, run_step
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, TEACHER
-from tests.transformer_engine import IMAGE, needs_python
+from tests.oracle.case import FULL_BLOCK, FULL_UNIFORM, SELECTIVE, Case
+from tests.transformer_engine import needs_python
+from tests.transformer_engine.steps import PLAIN, assert_near, farthest, fp8, step
 
 pytestmark = needs_python
 
-Options = tuple[tuple[str, Any], ...]
 
-
-def fp8(recipe: str, layers_in_bf16: int = 0) -> Options:
-    options: Options = (("fp8", "hybrid"), ("fp8_recipe", recipe))
-    if layers_in_bf16:
-        options += (("first_last_layers_bf16", True), ("num_layers_at_start_in_bf16", layers_in_bf16))
-        options += (("num_layers_at_end_in_bf16", layers_in_bf16),)
-    return options
-
-
-# Widths and tokens that FP8 products take.
-PLAIN = Case(
-    transformer_impl="transformer_engine",
-    student=replace(STUDENT, hidden=64, heads=16, groups=8, head_width=8, ffn=128),
-    teacher=replace(TEACHER, hidden=96, heads=16, groups=16, head_width=8, ffn=128),
-    length=16,
-)
 STUDENTS = {
     recipe: replace(PLAIN, student_options=fp8(recipe))
     for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -49,40 +29,6 @@ BOTH = {
     )
     for recipe in STUDENTS
 }
-
-
-@cache
-def step(case: Case) -> Result:
-    """Of the last rank, which has every term."""
-    return run_on_ranks(run_step, case.layout, {"case": case}, image=IMAGE)[-1]
-
-
-def farthest(result: Result, other: Result) -> tuple[float, float]:
-    """Of the terms and of the gradients: the largest difference, relative."""
-    terms = [abs(value / other.means[name] - 1) for name, value in result.means.items() if value]
-    gradients = [
-        relative(value - other.gradients[name], other.gradients[name])
-        for name, value in result.gradients.items()
-    ]
-    return max(terms), max(gradients)
-
-
-def assert_near(result: Result, other: Result, *, terms: float, gradients: float, norms: float) -> None:
-    """Noise, and no more: off by some, and no gradient as a whole longer or shorter.
-
-    But a router's: it follows from which expert a token is sent to, and some are sent to others.
-
-    Args:
-        terms, gradients: the largest relative differences.
-        norms: that of a gradient's length.
-    """
-    term, gradient = farthest(result, other)
-    assert 1e-4 < term < terms
-    assert 1e-2 < gradient < gradients
-    for name, wanted in other.gradients.items():
-        if "router" in name:
-            continue
-        assert float(result.gradients[name].norm()) == pytest.approx(float(wanted.norm()), rel=norms), name
 
 
 @pytest.mark.parametrize("case", [*STUDENTS.values(), *TEACHERS.values(), *BOTH.values()])

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, run_on_ranks
 from tests.transformer_engine import IMAGE, needs_python
 
 pytestmark = needs_python

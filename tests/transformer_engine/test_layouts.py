@@ -8,23 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from megatron.core.utils import unwrap_model
 
-from tests.case import (
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import (
     FULL_BLOCK,
     FULL_UNIFORM,
     SELECTIVE,
     Case,
-    Result,
     assert_equal,
     expected,
-    join,
-    schedule_step,
-    step_result,
 )
-from tests.ranks import run_on_ranks
-from tests.reference import STUDENT, TEACHER, Terms
+from tests.oracle.reference import STUDENT, TEACHER, Terms
 from tests.transformer_engine import IMAGE, needs_python
+from tests.transformer_engine.steps import modules_step
 
 pytestmark = needs_python
 
@@ -48,15 +44,6 @@ LAYOUTS = {
     "pp2-tied": Case(pp=2, **TIED),
     "pp2-tp2-sp-live": Case(pp=2, tp=2, sequence_parallel=True, terms=Terms(live=True)),
 }
-
-
-def modules_step(case: Case) -> tuple[Result, set[str]]:
-    """Body on every rank: the step of `tests.case.run_step`, and which modules computed it."""
-    chunks, teacher, steps = join(case)
-    kinds = {
-        type(module).__name__ for model in [*unwrap_model(chunks), teacher] for module in model.modules()
-    }
-    return step_result(case, chunks, schedule_step(case, chunks, steps)), kinds
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

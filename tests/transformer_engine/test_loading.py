@@ -12,14 +12,14 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_fdd.topology import Topology
-from tests.case import Case, frozen_teacher
-from tests.models import build_student
-from tests.ranks import Layout, run_on_ranks
-from tests.reference import random_weights
+from tests.harness.ranks import Layout, run_on_ranks
+from tests.oracle.case import Case, frozen_teacher
+from tests.oracle.models import build_student
+from tests.oracle.reference import random_weights
 from tests.transformer_engine import IMAGE, needs_python
 from tests.transformer_engine.casts import is_fp8
-from tests.transformer_engine.test_delayed import CASE, load, save
-from tests.transformer_engine.test_fp8 import fp8
+from tests.transformer_engine.delayed import CASE, load, save
+from tests.transformer_engine.steps import fp8
 
 pytestmark = needs_python
 

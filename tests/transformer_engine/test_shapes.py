@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_fdd.fp8 import check_fp8_shapes
-from tests.case import MICRO_BATCH, Case, join, schedule_step
-from tests.ranks import run_on_ranks
-from tests.reference import Shape, Terms
+from tests.harness.ranks import run_on_ranks
+from tests.oracle.case import MICRO_BATCH, Case, join, schedule_step
+from tests.oracle.reference import Shape, Terms
 from tests.transformer_engine import IMAGE, needs_python
 
 pytestmark = needs_python

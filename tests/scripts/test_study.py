@@ -13,7 +13,7 @@ import pytest
 
 from tests.convert.toys import make_llama
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/study"))
 
 import score  # noqa: E402

@@ -1,4 +1,4 @@
-"""As `tests.rank_image`, with Megatron's modules as they are on a GPU without apex and TransformerEngine."""
+"""As `tests.harness.rank_image`, with Megatron's modules as they are on a GPU without apex and TransformerEngine."""
 
 from unittest.mock import patch
 

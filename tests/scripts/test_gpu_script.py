@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTEST = """\
 echo "tests/gpu/test_$name.py::test_one PASSED [ 50%]"
 sleep $seconds

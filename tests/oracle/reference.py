@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.reference_experts import balancing_loss, feed_forward, mlp_prefixes, routing
+from tests.oracle.reference_experts import balancing_loss, feed_forward, mlp_prefixes, routing
 
 Weights = dict[str, Tensor]
 # Sequences: only a router's balancing loss cares where a micro-batch ends.

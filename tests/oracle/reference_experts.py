@@ -1,4 +1,4 @@
-"""A layer of experts in plain float64, and the loss that balances its router; part of tests/reference.py."""
+"""A layer of experts in plain float64, and the loss that balances its router; part of tests/oracle/reference.py."""
 
 from __future__ import annotations
 

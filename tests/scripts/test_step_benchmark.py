@@ -17,8 +17,8 @@ import pytest
 from benchmarks import modelopt, step
 from benchmarks.step_flops import Model, StepFlops, step_flops
 from megatron_fdd.balance import ModelShape
-from tests.ranks import Layout, clean_megatron, run_on_ranks
-from tests.test_balance import (
+from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
+from tests.oracle.model_shapes import (
     GPT2,
     GPT2_XL,
     LLAMA2_13B,

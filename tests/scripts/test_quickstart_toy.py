@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.convert.toys import make_llama, make_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:

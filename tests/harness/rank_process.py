@@ -1,4 +1,4 @@
-"""One live rank of a test pool: what its process runs (`tests/ranks.py` starts and drives it)."""
+"""One live rank of a test pool: what its process runs (`tests/harness/ranks.py` starts and drives it)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from unittest import mock
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_fdd.config import add_fdd_args
-from tests.markdown import ROOT
+from tests.harness.markdown import ROOT
 
 TRAINING = "megatron_fdd.distill"
 # Ours alone: a module of another package is not ours to check.

@@ -10,9 +10,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_fdd.topology import Topology
-from tests import reference
-from tests.case import LENGTH, MICRO_BATCH, Case
-from tests.models import build_student
+from tests.oracle import reference
+from tests.oracle.case import LENGTH, MICRO_BATCH, Case
+from tests.oracle.models import build_student
 
 
 def train_plainly(case: Case) -> None:

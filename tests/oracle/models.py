@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_fdd.teacher.arguments import even_layout
 from megatron_fdd.teacher.loading import build_stage
 from megatron_fdd.topology import Topology
-from tests.reference import Shape, Weights
+from tests.oracle.reference import Shape, Weights
 
 # Padding of the vocabulary: a multiple of this times the tensor-parallel size.
 DIVISIBLE_BY = 4

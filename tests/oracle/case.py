@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,10 +20,10 @@ from megatron_fdd.distill import connect
 from megatron_fdd.layer_plan import LayerPair, Plan
 from megatron_fdd.schedule import DistillationSteps
 from megatron_fdd.topology import Topology
-from tests import reference
-from tests.models import build_frozen, build_student, full_gradients, padded_vocab
-from tests.ranks import Layout
-from tests.reference import STUDENT, TEACHER, Shape, Terms, Weights
+from tests.harness.ranks import Layout
+from tests.oracle import reference
+from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab
+from tests.oracle.reference import STUDENT, TEACHER, Shape, Terms, Weights
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
 # design.md, section 5.
@@ -223,3 +223,8 @@ SELECTIVE = (("recompute_granularity", "selective"),)
 
 # Taps at the ends of stages.
 ENDS = Terms(pairs=((2, 3), (3, 5), (6, 10)))
+
+# Every layer a mixture of experts.
+STUDENT_EXPERTS = replace(STUDENT, experts=4, ffn=48, aux_loss=0.3)
+TEACHER_EXPERTS = replace(TEACHER, experts=6, topk=3, ffn=60)
+ALL_EXPERTS: dict[str, Any] = {"student": STUDENT_EXPERTS, "teacher": TEACHER_EXPERTS}

@@ -22,12 +22,12 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.rank_process import Call, Layout, Outcome, clean_megatron, serve
+from tests.harness.rank_process import Call, Layout, Outcome, clean_megatron, serve
 
 __all__ = ["Layout", "clean_megatron", "close_pools", "distributed", "run_on_ranks"]
 
 # Imported once by a fork server, an image first: every rank is a copy of it.
-IMAGE = "tests.rank_image"
+IMAGE = "tests.harness.rank_image"
 PRELOAD = [
     "pytest",
     "megatron.training.training",

@@ -1,0 +1,36 @@
+"""What the tests of the entry point say of an ending or of a metrics file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.entry.command import Ending, read_metrics, without_seconds
+
+
+def assert_refused(endings: Iterable[Ending], pattern: str) -> None:
+    for rank, ending in enumerate(endings):
+        assert ending.status == 1, ending.err
+        start = f"rank {rank}: " if rank else ""
+        errors = [
+            line for line in ending.err.splitlines() if line.startswith(f"{start}megatron_fdd: error: ")
+        ]
+        assert len(errors) == 1, ending.err
+        assert "Traceback" not in ending.err
+        assert not re.search(r"iteration +\d+/", ending.out), "a training step was made"
+        assert re.search(pattern, errors[0]), errors[0]
+        assert len(errors[0]) < 700
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return without_seconds(read_metrics(folder / "metrics.jsonl"))
+
+
+def assert_close(folder: Path, other: Path, iterations: int) -> None:
+    assert len(metrics(other)) == iterations
+    for record, wanted in zip(metrics(folder), metrics(other), strict=True):
+        assert record == pytest.approx(wanted, rel=1e-5, abs=1e-6)
