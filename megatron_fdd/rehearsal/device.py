@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 # An H100's: recipes for it are the ones rehearsed, and Megatron asks for
@@ -73,24 +73,22 @@ class Event:
         return 0.0
 
 
-class CpuDevices(TorchFunctionMode):
-    """Sends every tensor that is asked for on a CUDA device to the CPU."""
+Function = Callable[..., Any]
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+
+def _on_cpu(function: Function) -> Function:
+    """`function`, for which a CUDA device given by name is the CPU, and no memory is pinned."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs:
             if _is_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
+                kwargs["device"] = _CPU
             if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        if (stand_in := _METHODS.get(func)) is not None:
-            return stand_in(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+                kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _is_cuda(device: Any) -> bool:
@@ -102,39 +100,61 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if args and _is_cuda(args[0]):
-        args = (_CPU, *args[1:])
-    return tensor.to(*args, **kwargs)
+def _first_on_cpu(to: Function) -> Function:
+    """`Tensor.to`, which also takes the device as its first argument."""
+    to = _on_cpu(to)
+
+    @functools.wraps(to)
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        return to(tensor, *args, **kwargs)
+
+    return call
 
 
-def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Megatron's optimizers sort parameters by names such as `torch.cuda.FloatTensor`."""
-    answer = tensor.type(*args, **kwargs)
-    return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+def _named_for_cuda(tensor_type: Function) -> Function:
+    """`Tensor.type`: Megatron's optimizers sort parameters by names such as `torch.cuda.FloatTensor`."""
 
+    @functools.wraps(tensor_type)
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-def _keep_mode_on(run: Callable[..., Any]) -> Callable[..., Any]:
-    """torch turns a mode off inside the function that it intercepts, here all of a backward pass."""
-
-    def run_with_mode(*args: Any, **kwargs: Any) -> Any:
-        with _INSTALLED:
-            return run(*args, **kwargs)
-
-    return run_with_mode
+    return call
 
 
 def _same(tensor: torch.Tensor, *_args: Any, **_options: Any) -> torch.Tensor:
     return tensor
 
 
-_METHODS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.Tensor.to: _to,
-    torch.Tensor.type: _type,
-    torch.Tensor.cuda: _same,
-    torch.Tensor.pin_memory: _same,
-    torch.Tensor.record_stream: _same,
-}
+_LIKE = "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
+_NEW = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
+
+
+def _redirect_tensors() -> None:
+    """Every function and method that makes a tensor on a device of the caller's choice makes it on the CPU.
+
+    They are replaced one by one: a `TorchFunctionMode` would do the same in three lines, and every call of torch would
+    pay for it, a quarter to a half of a small model's time.
+    """
+    # torch's own list, for `with torch.device(...)`; it is made when first asked for, and must hold torch's functions.
+    constructors = set(_device_constructors())
+    for module in (torch, torch.fft, torch.nested):
+        for name, function in list(vars(module).items()):
+            if callable(function) and function in constructors:
+                setattr(module, name, _on_cpu(function))
+    for owner, names in ((torch, _LIKE), (torch.Tensor, _NEW)):
+        for name in names.split():
+            setattr(owner, name, _on_cpu(getattr(owner, name)))
+    tensor = torch.Tensor
+    stand_ins: dict[str, Function] = {
+        "to": _first_on_cpu(tensor.to),
+        "type": _named_for_cuda(tensor.type),
+        **dict.fromkeys(("cuda", "pin_memory", "record_stream"), _same),
+    }
+    for name, stand_in in stand_ins.items():
+        setattr(tensor, name, stand_in)
 
 
 def rng_state(*_device: Any, **_options: Any) -> torch.Tensor:
@@ -227,7 +247,6 @@ def _cuda_state() -> dict[str, Any]:
     }
 
 
-_INSTALLED = CpuDevices()
 _installed = False
 
 
@@ -237,7 +256,7 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Replace the state functions of torch.cuda and enter the mode, for the life of this thread."""
+    """Replace the state functions of torch.cuda and what makes tensors, for the life of this process."""
     global _installed
     _installed = True
     for name, stand_in in _cuda_state().items():
@@ -248,5 +267,4 @@ def install() -> None:
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _always(None))
     torch.accelerator.is_available = _always(False)  # or the data loader would pin memory
-    torch.autograd._engine_run_backward = _keep_mode_on(torch.autograd._engine_run_backward)
-    _INSTALLED.__enter__()
+    _redirect_tensors()

@@ -46,8 +46,7 @@ def is_wanted() -> bool:
 def start() -> None:
     """Make Megatron's `cuda` mean `cpu` in this process, for good; later calls do nothing.
 
-    Best called before Megatron is imported; afterwards works too. The devices are those of the calling
-    thread and of what it runs. Rank 0 says once that this is a rehearsal.
+    Best called before Megatron is imported; afterwards works too. Rank 0 says once that this is a rehearsal.
     """
     if device.is_installed():
         return
