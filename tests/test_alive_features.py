@@ -18,6 +18,8 @@ from tests.oracle.case import Case, run_step
 from tests.oracle.plain_training import train_plainly
 from tests.oracle.reference import Terms
 
+pytestmark = pytest.mark.tier("default")
+
 
 class Alive:
     """How many micro-batches' features exist at once: memory counts, whatever Python object refers to it."""

@@ -28,6 +28,8 @@ from tests.oracle.case import LENGTH, MICRO_BATCH, MICRO_BATCHES, Case, run_step
 from tests.oracle.plain_training import train_plainly
 from tests.oracle.reference import STUDENT, Terms
 
+pytestmark = pytest.mark.tier("default")
+
 TERMS = Terms()  # taps on student blocks 1, 3 and 4
 ROWS = (LENGTH, MICRO_BATCH, STUDENT.hidden)
 N = LENGTH * MICRO_BATCH

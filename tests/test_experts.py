@@ -67,6 +67,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
     """The router's balancing loss included."""
@@ -89,6 +90,7 @@ def expert_groups(size: int) -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(getattr(collection, name)) for name in names}
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize("sizes", [{"dp": 4}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}])
 def test_groups_are_those_that_megatron_makes(sizes: dict[str, int]) -> None:
     wanted = run_on_ranks(expert_groups, Layout(ep=2, **sizes), {"size": 2})
@@ -130,6 +132,7 @@ def plain_step(data_iterator: Iterator[Mapping[str, Tensor]], model: GPTModel) -
     return output, loss
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
@@ -201,6 +204,7 @@ def count_matrices() -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize("sizes", [{}, {"dp": 2, "ep": 2}, {"tp": 2, "dp": 2, "ep": 2}])
 def test_memory_counts_what_a_rank_holds(sizes: dict[str, int]) -> None:
     shape, tensor = STUDENT_EXPERTS, sizes.get("tp", 1)

@@ -19,9 +19,12 @@ from tests.oracle.case import (
     Case,
     assert_equal,
     expected,
+    few_micro_batches,
     run_step,
 )
 from tests.oracle.reference import STUDENT, TEACHER, Terms
+
+pytestmark = pytest.mark.tier("default")
 
 TIED = replace(STUDENT, tied=True)
 OTHER_VOCABULARY = replace(TEACHER, vocab=47)
@@ -137,7 +140,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
-    case = LAYOUTS[name]
+    case = few_micro_batches(LAYOUTS[name])
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)
@@ -154,7 +157,7 @@ def test_every_option_works_across_stages(name: str) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_equals_the_reference(name: str, sequence_parallel: bool) -> None:
-    case = Case(tp=2, sequence_parallel=sequence_parallel, terms=OPTIONS[name])
+    case = few_micro_batches(Case(tp=2, sequence_parallel=sequence_parallel, terms=OPTIONS[name]))
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)

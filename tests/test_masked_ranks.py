@@ -25,6 +25,8 @@ from tests.oracle.case import (
 )
 from tests.oracle.reference import Terms
 
+pytestmark = pytest.mark.tier("default")
+
 TERMS = Terms(ce=0.5)
 CASES = {
     "dp2": Case(dp=2, terms=TERMS),

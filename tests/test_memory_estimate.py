@@ -292,6 +292,7 @@ def num_bytes(tensors: Any) -> int:
 BY_STAGE = Case(pp=4, micro_batches=3)
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize(
     "case",
     [

@@ -14,6 +14,8 @@ from megatron.core.rerun_state_machine import initialize_rerun_state_machine
 
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 
+pytestmark = pytest.mark.tier("default")
+
 PAIR = Layout(ranks=2)
 Failed = pytest.fail.Exception
 

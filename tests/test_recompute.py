@@ -19,6 +19,8 @@ from tests.oracle.case import (
 )
 from tests.oracle.reference import STUDENT, Terms
 
+pytestmark = pytest.mark.tier("default")
+
 # More than the attention. Megatron recomputes norms with TransformerEngine only.
 SELECTIVE_MODULES = (*SELECTIVE, ("recompute_modules", ["core_attn", "mlp"]))
 ONE_LAYER = (*FULL_BLOCK[:2], ("recompute_num_layers", 1))

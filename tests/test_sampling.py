@@ -30,6 +30,8 @@ from tests.oracle.case import (
 )
 from tests.oracle.reference import Terms
 
+pytestmark = pytest.mark.tier("default")
+
 FAR_APART = Terms(pairs=((1, 1), (5, 9)))
 
 

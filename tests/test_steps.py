@@ -38,6 +38,8 @@ from tests.oracle.case import (
 )
 from tests.oracle.reference import STUDENT, TEACHER, Terms
 
+pytestmark = pytest.mark.tier("default")
+
 STEPS = 3
 
 

@@ -25,8 +25,10 @@ from megatron_fdd.student import ChunkStep
 from tests.harness.ranks import run_on_ranks
 from tests.oracle import case as layouts
 from tests.oracle import reference
-from tests.oracle.case import Case, Result, assert_equal, expected, relative, run_step
+from tests.oracle.case import Case, Result, assert_equal, expected, reference_result, relative, run_step
 from tests.oracle.reference import STUDENT, Terms
+
+pytestmark = pytest.mark.tier("default")
 
 # Only the term in question, on one inner layer (two for the delta): block 4 is the deepest tap.
 ONE_TERM = {
@@ -94,7 +96,7 @@ def rounded_reference(case: Case, dtype: torch.dtype) -> Result:
         return {name: value.requires_grad_(requires_grad) for name, value in rounded.items()}
 
     with patch.object(reference, "double", cast):
-        result = expected(case)
+        result = reference_result(case)
     return Result(result.means, {name: value.double() for name, value in result.gradients.items()})
 
 

@@ -23,6 +23,8 @@ from megatron_fdd.convert.ranks import conversion_ranks
 from tests.convert import toys
 from tests.harness.ranks import Layout, run_on_ranks
 
+pytestmark = pytest.mark.tier("all")
+
 ROOT = Path(__file__).parents[2]
 RANKS = 4
 GIGABYTE = 10**9

@@ -13,6 +13,8 @@ from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from tests.convert import mcore, toys
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 
+pytestmark = pytest.mark.tier("default")
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:

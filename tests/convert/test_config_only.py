@@ -12,6 +12,8 @@ from megatron_fdd.convert.hf_folder import SINGLE_FILE
 from tests.convert import toys
 from tests.harness.ranks import Layout, run_on_ranks
 
+pytestmark = pytest.mark.tier("default")
+
 
 def _both(folder: Path) -> None:
     """Body on every rank: with weights, and of a folder that has none."""

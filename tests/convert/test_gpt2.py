@@ -45,6 +45,7 @@ def _check_carried(source: Path, back: Path) -> None:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize("variant", list(toy_gpt2.VARIANTS))
 def test_there_and_back(tmp_path: Path, variant: str) -> None:
     toy_gpt2.make_gpt2(tmp_path / "source", variant)
@@ -56,6 +57,7 @@ def test_there_and_back(tmp_path: Path, variant: str) -> None:
         run_on_ranks(_check_logits, Layout(tp=ranks), arguments)
 
 
+@pytest.mark.tier("default")
 def test_names_without_the_prefix_as_the_hub_has_them(tmp_path: Path) -> None:
     source = toy_gpt2.make_gpt2(tmp_path / "source")
     expected = toy_gpt2.strip_prefix(source)

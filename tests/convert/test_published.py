@@ -13,6 +13,8 @@ from megatron_fdd.convert.ranks import conversion_ranks
 from tests.convert.published import _SAME, PUBLISHED
 from tests.harness.ranks import Layout, run_on_ranks
 
+pytestmark = pytest.mark.tier("default")
+
 _SAME |= {"transformers_version": "4.51.0", "use_cache": True, "tie_word_embeddings": False}
 
 

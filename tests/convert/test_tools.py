@@ -41,6 +41,7 @@ def _module(tool: str) -> ModuleType:
     return module
 
 
+@pytest.mark.tier("default")
 def test_there_and_back(tmp_path: Path) -> None:
     source = toys.make_llama(tmp_path / "source")
     saved, back = tmp_path / "mcore", tmp_path / "back"
@@ -184,6 +185,7 @@ def _import_wrong_shapes(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["hf"]
 
 
+@pytest.mark.tier("default")
 def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     from megatron_fdd.convert.hf_folder import HfFolder
 
@@ -200,6 +202,7 @@ def _import_a_damaged_copy(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["hf", "start"]
 
 
+@pytest.mark.tier("default")
 def test_a_flipped_bit_in_a_folder_with_checksums(tmp_path: Path) -> None:
     convert.init_student(toys.make_llama(tmp_path / "start"), [0, 1, 2], tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
@@ -229,6 +232,7 @@ def _apart(folder: Path) -> None:
     assert not (own / "out").exists()
 
 
+@pytest.mark.tier("default")
 def test_folders_that_ranks_do_not_share(tmp_path: Path) -> None:
     run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": tmp_path, "variant": "plain"})
     run_on_ranks(_apart, Layout(ranks=2), {"folder": tmp_path})
@@ -262,6 +266,7 @@ FAILURES = [
 ]
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize(("place", "rank"), FAILURES)
 def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, place: str, rank: int) -> None:
     # Biases that the model lacks are read by every rank, so that reading fails before writing.

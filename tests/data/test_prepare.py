@@ -90,6 +90,7 @@ def test_instructions_have_a_mask_beside_the_ids(hf: TokenizerSettings, tmp_path
     assert (info.kind, info.learned_tokens) == ("instruction", sum(map(sum, expected_masks)))
 
 
+@pytest.mark.tier("default")
 def test_error_in_a_worker_is_the_first_in_the_file(hf: TokenizerSettings, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the river"}] * 3 + [{"other": "x"}, {"text": 3}])
     with pytest.raises(ValueError, match=r"a.jsonl, line 4: the field 'text' is missing"):
@@ -222,6 +223,7 @@ def command(hf: TokenizerSettings, source: Path, prefix: Path, *more: str) -> li
     ]
 
 
+@pytest.mark.tier("default")
 def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_path: Path) -> None:
     """Documents of several batches, dealt to two sets: by two processes of the tool, and by this one."""
     lines = [f"{number} {text}" for number, text in enumerate(sentences(1500))]
@@ -245,6 +247,7 @@ def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_
     assert [len(documents_of(f"{prefix}_{part}")) for part in ("train", "valid")] == [1000, 500]
 
 
+@pytest.mark.tier("default")
 def test_killed_in_the_middle_leaves_nothing_whole(hf: TokenizerSettings, tmp_path: Path) -> None:
     """The input is a pipe that never ends, so the tool is still writing when it is killed."""
     os.mkfifo(tmp_path / "a.jsonl")

@@ -27,13 +27,21 @@ LAYOUTS = {
 EVALUATED = ("--eval-interval", "2", "--eval-iters", "1")
 
 
+@pytest.fixture(scope="module")
+def on_one_rank(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on one rank."""
+    folder = tmp_path_factory.mktemp("one-rank")
+    trained(toy.saving_command(folder, *EVALUATED), ranks=1)
+    return folder
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_metrics_file_does_not_depend_on_the_layout(name: str, toy: Toys, tmp_path: Path) -> None:
+def test_the_metrics_file_does_not_depend_on_the_layout(
+    name: str, toy: Toys, on_one_rank: Path, tmp_path: Path
+) -> None:
     ranks, flags = LAYOUTS[name]
-    one, other = tmp_path / "one", tmp_path / "other"
-    trained(toy.saving_command(one, *EVALUATED), ranks=1)
-    [endings] = trained(toy.saving_command(other, *flags.split(), *EVALUATED), ranks=ranks)
-    assert_close(other, one, 3 + 2)  # validated after 2 and at the end
+    [endings] = trained(toy.saving_command(tmp_path, *flags.split(), *EVALUATED), ranks=ranks)
+    assert_close(tmp_path, on_one_rank, 3 + 2)  # validated after 2 and at the end
     assert "validation loss at iteration 2" in "".join(ending.out for ending in endings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 
 import pytest
 
@@ -12,51 +13,55 @@ from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
 
-# By the place in REFUSALS: command lines that it applies to, and what the message must say.
-COMMANDS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("--mtp-num-layers 1",), r"--mtp-num-layers: .*without it"),
-    (("--overlap-moe-expert-parallel-comm",), r"--overlap-moe-expert-parallel-comm: .*leave it out"),
-    (("--cuda-graph-impl full_iteration",), r"--cuda-graph-impl full_iteration: .*use local"),
-    (("--moe-expert-rank-capacity-factor 1.5",), r"--moe-expert-rank-capacity-factor: .*leave it out"),
-    (("--use-megatron-fsdp", "--use-torch-fsdp2"), r"--use-megatron-fsdp.*use --use-distributed-optimizer"),
-    (("--defer-embedding-wgrad-compute",), r"--defer-embedding-wgrad-compute: .*leave it out"),
-    (("--hybrid-context-parallel",), r"--hybrid-context-parallel: .*leave it out"),
-    (
-        ("--logits-load-dir x", "--logits-save-dir x"),
-        r"--logits-load-dir, --logits-save-dir: .*without --teacher-load",
+# What the message must say, one for each row of REFUSALS, and command lines that it applies to.
+COMMANDS: dict[str, tuple[str, ...]] = {
+    r"^--mtp-num-layers: .*without it": ("--mtp-num-layers 1",),
+    r"^--overlap-moe-expert-parallel-comm: .*leave it out": ("--overlap-moe-expert-parallel-comm",),
+    r"^--cuda-graph-impl full_iteration: .*use local": ("--cuda-graph-impl full_iteration",),
+    r"^--moe-expert-rank-capacity-factor: .*leave it out": ("--moe-expert-rank-capacity-factor 1.5",),
+    r"^--use-megatron-fsdp.*use --use-distributed-optimizer": ("--use-megatron-fsdp", "--use-torch-fsdp2"),
+    r"^--defer-embedding-wgrad-compute: .*leave it out": ("--defer-embedding-wgrad-compute",),
+    r"^--hybrid-context-parallel: .*leave it out": ("--hybrid-context-parallel",),
+    r"^--logits-load-dir, --logits-save-dir: .*without --teacher-load": (
+        "--logits-load-dir x",
+        "--logits-save-dir x",
     ),
-    (("--use-mup",), r"--use-mup: .*without it"),
-    ((), r"--fp8-format"),  # a rehearsal leaves them out: test_fp8
-    ((), r"--fp8-format"),
-    (("--fp8-param-gather",), r"--fp8-param-gather: .*leave it out"),
-    (("--fp4-format e2m1",), r"--fp4-format: .*use --fp8-format"),
-    ((), r"--transformer-impl transformer_engine"),  # not in a rehearsal: test_without_transformer_engine
-    (("--optimizer-cuda-graph",), r"--optimizer-cuda-graph: .*leave it out"),
-    (("--fp8-output-proj",), r"--fp8-output-proj: .*leave it out"),
-    ((), r"soft-capped"),  # 0.19.2 has no flag for it: test_soft_capped_student
-    (("--hybrid-layer-pattern M*",), r"--hybrid-layer-pattern: .*GPT-style"),
-    (
-        ("--fp16", "--pipeline-model-parallel-size 2 --fp16"),
-        r"--fp16: .*use --bf16",
+    r"^--use-mup: .*without it": ("--use-mup",),
+    r"^--fp8-format.*local modules": (),  # a rehearsal leaves them out: test_fp8
+    r"^--fp8-format.*not installed": (),
+    r"^--fp8-param-gather: .*leave it out": ("--fp8-param-gather",),
+    r"^--fp4-format: .*use --fp8-format": ("--fp4-format e2m1",),
+    r"^--transformer-impl transformer_engine": (),  # not in a rehearsal: test_without_transformer_engine
+    r"^--optimizer-cuda-graph: .*leave it out": ("--optimizer-cuda-graph",),
+    r"^--fp8-output-proj: .*leave it out": ("--fp8-output-proj",),
+    r"^a soft-capped": (),  # 0.19.2 has no flag for it: test_soft_capped_student
+    r"^--hybrid-layer-pattern: .*GPT-style": ("--hybrid-layer-pattern M*",),
+    r"^--fp16: .*use --bf16": ("--fp16", "--pipeline-model-parallel-size 2 --fp16"),
+    r"^--dataloader-inter-document-masking with --context-parallel-size.*one of the two": (
+        "--context-parallel-size 2 --dataloader-inter-document-masking",
     ),
-    (
-        ("--context-parallel-size 2 --dataloader-inter-document-masking",),
-        r"--dataloader-inter-document-masking with --context-parallel-size.*one of the two",
-    ),
-)
-FLAT = [(flags, pattern) for commands, pattern in COMMANDS for flags in commands]
+}
 
 
-@pytest.mark.parametrize(("flags", "pattern"), FLAT)
-def test_refused(flags: str, pattern: str, toy: Toys) -> None:
-    for endings in run(toy.command(*flags.split()), toy.command(*flags.split(), "--fdd-dry-run")):
-        assert_refused(endings, pattern)
+def test_refused(toy: Toys) -> None:
+    """Every row, in the run and in the dry run, one after the other on one rank."""
+    lines = [(pattern, flags.split()) for pattern, lines in COMMANDS.items() for flags in lines]
+    both = [(pattern, [*flags, *dry]) for pattern, flags in lines for dry in ([], ["--fdd-dry-run"])]
+    endings = run(*[toy.command(*flags) for _, flags in both], ranks=1)
+    assert len(endings) == 2 * len(lines) > 30
+    for (pattern, _), ending in zip(both, endings, strict=True):
+        assert_refused(ending, pattern.replace("^", "error: "))
+
+
+@pytest.mark.parametrize("flags", ["--use-mup", "--fp16 --fdd-dry-run"])
+def test_refused_on_every_rank(flags: str, toy: Toys) -> None:
+    [endings] = run(toy.command(*flags.split()))
+    assert_refused(endings, flags.split()[0])
 
 
 def test_every_refusal_is_tested() -> None:
-    assert len(COMMANDS) == len(REFUSALS)
-    for (_, message), (_, pattern) in zip(REFUSALS, COMMANDS, strict=True):
-        assert pattern.split(":")[0].split(".*")[0].split(" above")[0] in message
+    told = [[pattern for pattern in COMMANDS if re.search(pattern, message)] for _, message in REFUSALS]
+    assert told == [[pattern] for pattern in COMMANDS], "in the order of REFUSALS, each by one pattern"
 
 
 class Unset(argparse.Namespace):

@@ -279,6 +279,7 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, str(TOOL), *model, *data, "--out", str(out), *sizes, *more]
 
 
+@pytest.mark.tier("default")
 def test_the_tool_killed_and_started_again(folder: Path, tmp_path: Path) -> None:
     evaluate(request(folder, tmp_path / "whole"))
     file = tmp_path / "out/student/answers/data.seed10.jsonl"
@@ -298,6 +299,7 @@ def test_the_tool_killed_and_started_again(folder: Path, tmp_path: Path) -> None
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.tier("default")
 def test_the_tool_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": 1}\n')

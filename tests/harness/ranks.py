@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.harness import tiers
 from tests.harness.rank_process import Call, Layout, Outcome, clean_megatron, serve
 
 __all__ = ["Layout", "clean_megatron", "close_pools", "distributed", "run_on_ranks"]
@@ -59,6 +60,7 @@ def distributed(
     layout = Layout(ranks, tp, pp, cp, dp, ep, vpp)
 
     def decorate(body: Callable[..., Any]) -> Callable[..., None]:
+        @pytest.mark.tier("default")
         @functools.wraps(body)
         def test(**arguments: Any) -> None:
             run_on_ranks(body, layout, arguments, timeout_s=timeout_s)
@@ -83,6 +85,7 @@ def run_on_ranks(
 
     Fails (or skips) the calling test when a rank fails, dies, hangs (or skips).
     """
+    tiers.refuse_in_fast("live ranks")
     call = Call(body.__module__, body.__qualname__, arguments or {}, layout)
     outcomes = _pool(layout.world_size, image).run(call, timeout_s)
     if any(outcome.bad for outcome in outcomes):

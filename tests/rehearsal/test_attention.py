@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_fdd.rehearsal.attention import ContextAttention
 from tests.harness.ranks import Layout, run_on_ranks
 
+pytestmark = pytest.mark.tier("default")
+
 ROWS, BATCH, HEADS, GROUPS, WIDTH = 16, 2, 4, 2, 8
 DOCUMENTS = torch.tensor([0, 3, 4, 11, ROWS], dtype=torch.int32)
 

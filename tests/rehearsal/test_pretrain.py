@@ -23,6 +23,8 @@ from megatron_fdd import rehearsal
 from megatron_fdd.wheel import use_built_helpers
 from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 
+pytestmark = pytest.mark.tier("default")
+
 # Learning rate: high enough that one gradient left unsummed shows in the loss of the third step.
 TINY = (
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 "

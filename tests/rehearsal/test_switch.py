@@ -92,6 +92,7 @@ def test_one_generator_serves_cuda_and_cpu() -> None:
     assert torch.initial_seed() == 5
 
 
+@pytest.mark.tier("default")
 def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> None:
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('needs a GPU')")
@@ -105,6 +106,7 @@ def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": path})
 
 
+@pytest.mark.tier("default")
 def test_it_may_start_after_megatron_was_imported_and_says_so_in_one_line() -> None:
     script = (
         "import os, megatron.core.fusions.fused_bias_swiglu as late\n"

@@ -99,19 +99,30 @@ def refusal_in_a_step(case: Case) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("whose", "recipe"),
-    [
-        ("student", "tensorwise"),
-        ("student", "delayed"),
-        ("student", "blockwise"),
-        ("teacher", "tensorwise"),
-        ("teacher", "blockwise"),
-    ],
+    ("whose", "recipe"), [("student", "tensorwise"), ("student", "blockwise"), ("teacher", "tensorwise")]
 )
 @pytest.mark.parametrize("name", CASES)
 def test_the_check_refuses_what_transformer_engine_refuses(name: str, recipe: str, whose: str) -> None:
     layout, changes, *wanted = CASES[name]
     assert_both_refuse(layout, changes, wanted[whose == "teacher"], recipe, whose)
+
+
+# (whose, recipe): the recipe whose rule is the same.
+SAME_RULE = {("student", "delayed"): "tensorwise", ("teacher", "blockwise"): "tensorwise"}
+
+
+@pytest.mark.parametrize(("whose", "recipe"), SAME_RULE)
+def test_recipes_with_the_same_rule(whose: str, recipe: str) -> None:
+    """The check says the same in every case; a step agrees in one that fits and where each rule refuses."""
+    for layout, changes, *_ in CASES.values():
+        case = replace(CASE, **layout, **{whose: replace(FITS, **changes)})
+        told = [
+            refusal_of_the_check(case, each, f"the {whose}") for each in (recipe, SAME_RULE[whose, recipe])
+        ]
+        assert told[0] == (told[1] and told[1].replace(SAME_RULE[whose, recipe], recipe))
+    for name in ("fits", "20 tokens", "hidden", "odd queries, keys, values"):
+        layout, changes, *wanted = CASES[name]
+        assert_both_refuse(layout, changes, wanted[whose == "teacher"], recipe, whose)
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])

@@ -1,0 +1,76 @@
+"""Three tiers of tests: what one runs after each edit, what proves the product right, and everything.
+
+A test is in tier `fast` unless its folder or a mark says otherwise:
+
+    pytestmark = pytest.mark.tier("default")      # above the tests of a file, or as a decorator
+
+`fast` is for what needs this process alone and about a second: a test in it that starts live ranks or another
+program fails, and says where it belongs. `default` proves the product right; `all` adds whole scripts, models at
+size, kills. `pytest --tier fast` runs one tier and those before it; without the flag everything is run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIERS = ("fast", "default", "all")
+FOLDERS = {"entry": "default", "transformer_engine": "default", "gpu": "all", "scripts": "all"}
+ROOT = Path(__file__).parents[1]
+# Work is handed out file by file: whatever takes long first, or one core waits for it at the end.
+LONGEST = (
+    "scripts",
+    "convert/test_at_size",
+    "entry/test_transformer_engine",
+    "test_layouts",
+    "entry",
+    "transformer_engine",
+)
+# The test that runs in this process, and its tier.
+_running: list[str] = ["", "all"]
+
+
+def tier_of(item: pytest.Item) -> str:
+    """The mark nearest to a test, or its folder's tier."""
+    mark = item.get_closest_marker("tier")
+    return mark.args[0] if mark is not None else tier_of_folder(item.path)
+
+
+def tier_of_folder(path: Path) -> str:
+    return FOLDERS.get(path.relative_to(ROOT).parts[0], "fast") if path.is_relative_to(ROOT) else "fast"
+
+
+def is_beyond(tier: str, chosen: str) -> bool:
+    """Whether a test of `tier` is left out where `chosen` is asked for."""
+    return TIERS.index(tier) > TIERS.index(chosen)
+
+
+def place(path: Path) -> int:
+    """When a file's turn comes: a place in `LONGEST`, or behind it."""
+    name = path.relative_to(ROOT).as_posix()
+    return next((place for place, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+
+def begin(item: pytest.Item) -> None:
+    """Remember which test runs from now on."""
+    _running[:] = item.nodeid, tier_of(item)
+
+
+def refuse_in_fast(what: str) -> None:
+    """Fail a test of tier `fast` that does more than its tier allows."""
+    name, tier = _running
+    if tier == "fast":
+        pytest.fail(f'{name} starts {what}: mark it `tier("default")`', pytrace=False)
+
+
+def watch_programs() -> None:
+    """From now on a test of tier `fast` that starts a program fails."""
+
+    def hook(event: str, _arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen":
+            refuse_in_fast("a program")
+
+    sys.addaudithook(hook)
