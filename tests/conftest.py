@@ -1,4 +1,4 @@
-"""What every test shares: the live ranks end with the session."""
+"""What every test shares: live ranks and the fork server end with the session."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from tests.harness import ranks
+from tests.harness import forked_python, ranks
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks when a kernel is defined.
 if not torch.cuda.is_available():
@@ -18,5 +18,6 @@ pytest.register_assert_rewrite("tests.oracle.case", "tests.entry.checks", "tests
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close the pools while multiprocessing still works."""
+    """Close the pools while multiprocessing still works, and the server of forked programs."""
     ranks.close_pools()
+    forked_python.close()
