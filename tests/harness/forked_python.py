@@ -61,8 +61,8 @@ def _venv() -> Path:
     for name, module in (("python", []), ("python3", []), ("torchrun", ["-m", "torch.distributed.run"])):
         _write_launcher(folder / "bin" / name, [sys.executable, *module], folder / "socket")
     # As a finished set-up leaves it: tools/env.sh must not install anything here.
-    stamp = 'echo "$PWD $(cat pyproject.toml setup.py constraints.txt | cksum)"'
-    (folder / ".megatron_fdd").write_bytes(subprocess.check_output(["bash", "-c", stamp], cwd=ROOT))
+    stamp = 'cd "$1" && echo "$PWD $(cat pyproject.toml setup.py constraints.txt | cksum)"'
+    (folder / ".megatron_fdd").write_bytes(subprocess.check_output(["bash", "-c", stamp, "bash", str(ROOT)]))
     with socket.socket(socket.AF_UNIX) as listener, (folder / "log").open("w") as log:
         listener.bind(str(folder / "socket"))
         listener.listen(64)  # launchers wait there while the server imports
