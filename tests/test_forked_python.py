@@ -17,6 +17,8 @@ from tests.harness import forked_python
 
 pytestmark = pytest.mark.skipif(forked_python.python() == sys.executable, reason="no forks here")
 TIMEOUT_S = 120
+# Whether this process is a fork.
+TELL = 'print("fork_server" in open("/proc/self/cmdline").read().split("\\0")[1])'
 
 
 def bash(script: str, folder: Path, text: str = "", **more: str) -> subprocess.CompletedProcess[str]:
@@ -93,9 +95,14 @@ def test_ways_to_run_and_to_end(script: str, out: str, status: int, tmp_path: Pa
     ],
 )
 def test_what_no_fork_can_do_is_done_by_an_interpreter_of_its_own(script: str, tmp_path: Path) -> None:
-    tell = 'print("fork_server" in open("/proc/self/cmdline").read().split("\\0")[1])'
-    done = bash(script.replace("TELL", tell), tmp_path)
+    done = bash(script.replace("TELL", TELL), tmp_path)
     assert (done.stdout, done.returncode) == ("False\n", 0)
+
+
+def test_what_a_session_of_tests_sets_itself_is_no_reason(tmp_path: Path) -> None:
+    """Importing torch sets the folder, rehearsing in the test's own process the others."""
+    own = {"TORCHINDUCTOR_CACHE_DIR": "/", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert bash(f"python -c '{TELL}'", tmp_path, **own).stdout == "True\n"
 
 
 def test_threads_are_as_many_as_the_environment_says(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ IMAGE = (
 )
 # Of these the image has read many while it was imported: with other values a program needs an interpreter of its own.
 READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MKL", "MPL", "LD_")
+# Of torchrun, of Megatron; what importing torch sets; what rehearsal.start() sets and makes up for.
 READ_LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCH_DIST", "CUDA_DEVICE_MAX_CONNECTIONS")
+READ_LATER += ("TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE")
 # They start or change interpreters.
 OF_THE_INTERPRETER = ("pip", "venv", "ensurepip")
 
