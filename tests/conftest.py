@@ -1,4 +1,4 @@
-"""What every test shares: the tiers, and that the live ranks end with the session."""
+"""What every test shares: the tiers, and that live ranks and the fork server end with the session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import ranks, tiers
+from tests.harness import forked_python, ranks, tiers
 
 # Without a GPU, Triton's kernels run in its interpreter; it looks when a kernel is defined.
 if not torch.cuda.is_available():
@@ -49,5 +49,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close the pools while multiprocessing still works."""
+    """Close the pools while multiprocessing still works, and the server of forked programs."""
     ranks.close_pools()
+    forked_python.close()

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -21,13 +20,14 @@ from megatron_fdd.checkpoint import TRACKER_FILE
 from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from tests.convert import mcore, toys
+from tests.harness import forked_python
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    command = [forked_python.python(), str(TOOLS / tool), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.convert.toys import make_llama, make_tokenizer
+from tests.harness import forked_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
-        "VENV": sys.prefix,
+        **forked_python.environment(),
         "WORK": str(folder / "work"),
         "TEACHER_HF": str(folder / "teacher"),
         "STUDENT_LAYERS": "0,1,3,5",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,21 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.convert.published import PUBLISHED
+from tests.harness import forked_python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def run(recipe: str, work: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
-    """`REHEARSE=1 bash examples/RECIPE/run.sh` with these knobs."""
+def run(recipe: str, work: Path, *, forked: bool = True, **knobs: str) -> subprocess.CompletedProcess[str]:
+    """`REHEARSE=1 bash examples/RECIPE/run.sh` with these knobs.
+
+    Args:
+        forked: False where every `python` and `torchrun` is to be a real one.
+    """
     environment = {
         **os.environ,
-        "VENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **forked_python.environment(forked=forked),
         "REHEARSE": "1",
         "WORK": str(work),
         "OMP_NUM_THREADS": "1",
@@ -39,9 +42,9 @@ def run(recipe: str, work: Path, **knobs: str) -> subprocess.CompletedProcess[st
     )
 
 
-def finished(recipe: str, work: Path, **knobs: str) -> str:
+def finished(recipe: str, work: Path, *, forked: bool = True, **knobs: str) -> str:
     """What a run said that ended well."""
-    done = run(recipe, work, **knobs)
+    done = run(recipe, work, forked=forked, **knobs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -97,7 +100,8 @@ def test_ten_layers_of_smollm2(tmp_path: Path) -> None:
     [("gpt2", {}, 1), ("tinyllama", {"TEACHER_EPOCHS": "0", "EVALUATE": "0"}, 2)],
 )
 def test_a_pair_of_the_paper(tmp_path: Path, pair: str, knobs: dict[str, str], ranks: int) -> None:
-    out = finished("paper-pairs", tmp_path, PAIR=pair, SET_UP="0", **knobs)
+    # One recipe with nothing but real starts.
+    out = finished("paper-pairs", tmp_path, PAIR=pair, SET_UP="0", forked=pair != "tinyllama", **knobs)
     assert f"torchrun --standalone --nproc-per-node {ranks} -m megatron_fdd.distill" in out
     check_student(tmp_path, "finetuned", [1])
     check_student(tmp_path, "distilled", [1])
@@ -145,7 +149,7 @@ def slurm(folder: Path) -> dict[str, str]:
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return {
-        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{forked_python.environment()['PATH']}",
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_NNODES": "2",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.convert.toys import make_llama
+from tests.harness import forked_python
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/study"))
@@ -111,7 +112,7 @@ def study(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "SETUP": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **forked_python.environment(),
         "WORK": str(folder / "work"),
         "APPEND_EOD": "1",
         "TRAIN_ITERS": "2",
