@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -16,16 +17,27 @@ from megatron_fdd.data.batch import Batch
 from megatron_fdd.layer_plan import LayerPair
 from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
-from megatron_fdd.losses import TokenWeights
+from megatron_fdd.losses import LossTerm, TokenWeights
 from megatron_fdd.ops import head_loss
 from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.student import ChunkStep
+from megatron_fdd.teacher import TeacherFeatures
+from megatron_fdd.teacher.live import LiveTeacher
 from tests.harness.ranks import run_on_ranks
 from tests.oracle import case as layouts
 from tests.oracle import reference
-from tests.oracle.case import Case, Result, assert_equal, expected, reference_result, relative, run_step
+from tests.oracle.case import (
+    Case,
+    Result,
+    assert_equal,
+    expected,
+    few_micro_batches,
+    reference_result,
+    relative,
+    run_step,
+)
 from tests.oracle.reference import STUDENT, Terms
 
 pytestmark = pytest.mark.tier("default")
@@ -147,7 +159,21 @@ def send_other_head(self: LensCopies, lens: Lens | None, empty: Any) -> Lens | N
     return copy if copy is None or lens is not None else replace(copy, head_WH=copy.head_WH * 1.01)
 
 
+def keep_the_last_sums(self: ChunkStep, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
+    self._sums = None
+    real_add_sums(self, terms, weights)
+
+
+def features_of_the_first(self: LiveTeacher, _index: int, batch: Batch) -> TeacherFeatures:
+    if id(self) not in FIRST_BATCHES:
+        FIRST_BATCHES.clear()
+        FIRST_BATCHES[id(self)] = batch
+    return real_features(self, 0, FIRST_BATCHES[id(self)])
+
+
+FIRST_BATCHES: dict[int, Batch] = {}
 real_token_weights, real_refresh = ChunkStep.token_weights, LensCopies.refresh
+real_add_sums, real_features = ChunkStep._add_sums, LiveTeacher.features
 
 # What to break, by the name of what it breaks.
 MUTATIONS = {
@@ -159,6 +185,8 @@ MUTATIONS = {
     "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),
     "head gradient is autograd's too": (head_loss, "dummy", also_for_autograd),
     "padded rows counted": (distill, "vocab_shard", count_padding),
+    "only the last micro-batch is summed": (ChunkStep, "_add_sums", keep_the_last_sums),
+    "the teacher sees the first micro-batch alone": (LiveTeacher, "features", features_of_the_first),
 }
 
 
@@ -179,7 +207,7 @@ def run_broken(case: Case, mutation: str) -> Result:
 
 @pytest.mark.parametrize("mutation", [*MUTATIONS, *PIPELINE_MUTATIONS])
 def test_the_central_test_catches(mutation: str) -> None:
-    case = Case(pp=2) if mutation in PIPELINE_MUTATIONS else Case(tp=2)
+    case = few_micro_batches(Case(pp=2) if mutation in PIPELINE_MUTATIONS else Case(tp=2))
     assert case.student.vocab % 8, "there must be padding"
     with pytest.raises(
         (AssertionError, pytest.fail.Exception), match="AssertionError|gradient off|comparison failed"
@@ -194,6 +222,6 @@ def check_broken(case: Case, mutation: str) -> None:
 
 
 def test_nothing_is_broken_without_a_mutation() -> None:
-    for case in (Case(tp=2), Case(pp=2)):
+    for case in (few_micro_batches(Case(tp=2)), Case(pp=2)):
         for result in run_on_ranks(run_step, case.layout, {"case": case}):
             assert_equal(result, expected(case))
