@@ -11,6 +11,7 @@
 #
 #   ONLY=tests        the named sections alone (lint, format, types, tests; several with spaces)
 #   WORKERS=1         pytest processes (default: one a core, at most 4); each may run up to 12 ranks
+#   COVERAGE=1        then a table of lines and branches of megatron_fdd, ranks and programs counted (takes longer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -55,11 +56,23 @@ report_types() {
     return "$status"
 }
 
+pytest=(python -m pytest)
+if [[ ${COVERAGE:-} == 1 ]]; then
+    export COVERAGE_PROCESS_START=$PWD/pyproject.toml COVERAGE_FILE=$PWD/.coverage/data
+    rm -rf .coverage && mkdir .coverage
+    pytest=(coverage run -m pytest)
+fi
+
 section lint ruff check .
 section format ruff format --check .
-section tests python -m pytest --tier "$tier" --durations 25 \
+section tests "${pytest[@]}" --tier "$tier" --durations 25 \
     -n "$WORKERS" --dist loadfile --no-loadscope-reorder "$@"
 shown='mypy megatron_fdd (begun first)' section types report_types
+
+if [[ ${COVERAGE:-} == 1 ]]; then
+    coverage combine --quiet
+    coverage report --precision 1
+fi
 
 took=$((SECONDS - started))
 printf '\ntier %s: %d s (budget %d s)\n' "$tier" "$took" "${budget_s[$tier]}"
