@@ -69,10 +69,10 @@ def _venv() -> Path:
         listener.set_inheritable(True)
         command = [sys.executable, str(HERE / "fork_server.py"), str(listener.fileno()), str(folder / "bin")]
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        _SERVERS.append(
-            subprocess.Popen(command, env=os.environ | threads, pass_fds=[listener.fileno()], **streams)
-        )
+        # Coverage begins in each child, as in a process of its own.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+        own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        _SERVERS.append(subprocess.Popen(command, env=own, pass_fds=[listener.fileno()], **streams))
     return folder
 
 
