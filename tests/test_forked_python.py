@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from tests.harness import forked_python
 
-pytestmark = pytest.mark.skipif(forked_python.python() == sys.executable, reason="no forks here")
+pytestmark = pytest.mark.skipif(not forked_python.is_wanted(), reason="no forks here")
 TIMEOUT_S = 120
 # Whether this process is a fork.
 TELL = 'print("fork_server" in open("/proc/self/cmdline").read().split("\\0")[1])'

@@ -1,4 +1,4 @@
-"""A model larger than a process may be: 2 GB over four processes of less than 1 GB, there and back."""
+"""A model larger than a process may be: 1.1 GB over four processes of less than 1 GB, there and back."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ pytestmark = pytest.mark.tier("all")
 ROOT = Path(__file__).parents[2]
 RANKS = 4
 GIGABYTE = 10**9
+# 1.1 GB in bfloat16, a quarter of which beside Python and its modules (0.55 GB) is less than a gigabyte.
 SHAPE = {
     "vocab_size": 16001,
     "hidden_size": 2048,
     "intermediate_size": 5632,
-    "num_hidden_layers": 22,
+    "num_hidden_layers": 11,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 128,
@@ -128,10 +129,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_two_gigabytes_on_four_ranks(folder: Path) -> None:
+def test_more_on_four_ranks_than_one_may_hold(folder: Path) -> None:
     source, saved, back = folder / "source", folder / "mcore", folder / "back"
     (size,) = run_on_ranks(_make, Layout(ranks=1), {"folder": source})
-    assert size > 2 * GIGABYTE
+    assert size > 1.1 * GIGABYTE
     _run("hf_to_mcore.py", "--hf-model", source, "--save", saved)
     parts = [path.stat().st_size for path in (saved / "release").glob("*.distcp")]
     assert len(parts) == RANKS

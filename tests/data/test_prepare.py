@@ -23,6 +23,7 @@ from megatron_fdd.data.prepare import PrepareSettings, Summary, prepare
 from megatron_fdd.data.prepared import mask_prefix, open_set
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import sentences, write_jsonl
+from tests.harness import forked_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
 
@@ -209,10 +210,12 @@ def test_damaged_sets_are_found(hf: TokenizerSettings, tmp_path: Path) -> None:
         open_set(prefix)
 
 
-def command(hf: TokenizerSettings, source: Path, prefix: Path, *more: str) -> list[str]:
+def command(
+    hf: TokenizerSettings, source: Path, prefix: Path, *more: str, python: str = sys.executable
+) -> list[str]:
     tokenizer = ["--tokenizer-type", hf.tokenizer_type, "--tokenizer-model", hf.tokenizer_model]
     return [
-        sys.executable,
+        python,
         str(TOOL),
         "--input",
         str(source),
@@ -228,11 +231,10 @@ def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_
     """Documents of several batches, dealt to two sets: by two processes of the tool, and by this one."""
     lines = [f"{number} {text}" for number, text in enumerate(sentences(1500))]
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(lines))
-    separator = ["--document-separator", "<|endoftext|>"]
+    flags = ["--document-separator", "<|endoftext|>", "--split", "2,1", "--workers", "2"]
+    python = forked_python.python()
     done = subprocess.run(
-        command(
-            hf, tmp_path / "a.txt", tmp_path / "2" / "out", *separator, "--split", "2,1", "--workers", "2"
-        ),
+        command(hf, tmp_path / "a.txt", tmp_path / "2" / "out", *flags, python=python),
         capture_output=True,
         text=True,
         timeout=120,

@@ -26,6 +26,7 @@ from megatron_fdd.evaluate.request import Request, Text
 from megatron_fdd.evaluate.rouge import rouge_l
 from megatron_fdd.evaluate.table import table
 from tests.convert.toys import make_llama
+from tests.harness import forked_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 WORDS = "the quick brown fox jumps over the lazy dog a student follows its teacher".split()
@@ -273,17 +274,18 @@ def test_a_model_whose_tensors_are_not_all_there_is_refused(folder: Path, tmp_pa
         place.load(damaged)
 
 
-def command(folder: Path, out: Path, *more: str) -> list[str]:
+def command(folder: Path, out: Path, *more: str, python: str) -> list[str]:
     sizes = "--max-prompt-tokens 20 --max-new-tokens 6 --batch-size 2 --seeds 10 20 --device cpu".split()
     model, data = ["--hf-model", str(folder / "student")], ["--data", str(folder / "data.jsonl")]
-    return [sys.executable, str(TOOL), *model, *data, "--out", str(out), *sizes, *more]
+    return [python, str(TOOL), *model, *data, "--out", str(out), *sizes, *more]
 
 
 @pytest.mark.tier("default")
 def test_the_tool_killed_and_started_again(folder: Path, tmp_path: Path) -> None:
     evaluate(request(folder, tmp_path / "whole"))
     file = tmp_path / "out/student/answers/data.seed10.jsonl"
-    tool = subprocess.Popen(command(folder, tmp_path / "out"), stderr=subprocess.DEVNULL)
+    killed = command(folder, tmp_path / "out", python=sys.executable)
+    tool = subprocess.Popen(killed, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not file.exists():
         assert time.monotonic() < deadline
@@ -292,9 +294,8 @@ def test_the_tool_killed_and_started_again(folder: Path, tmp_path: Path) -> None
     tool.send_signal(signal.SIGKILL)
     tool.wait()
     assert not (tmp_path / "out/student/evaluation.json").exists()
-    done = subprocess.run(
-        command(folder, tmp_path / "out"), capture_output=True, text=True, timeout=120, check=True
-    )
+    again = command(folder, tmp_path / "out", python=forked_python.python())
+    done = subprocess.run(again, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.startswith("ROUGE-L")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -303,9 +304,8 @@ def test_the_tool_killed_and_started_again(folder: Path, tmp_path: Path) -> None
 def test_the_tool_refuses_in_one_line(folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"query": 1}\n')
-    done = subprocess.run(
-        command(folder, tmp_path / "out", "--data", str(bad)), capture_output=True, text=True, timeout=120
-    )
+    refused = command(folder, tmp_path / "out", "--data", str(bad), python=forked_python.python())
+    done = subprocess.run(refused, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.startswith(f"evaluate: error: {bad}, line 1: has the fields ['query']")
     assert len(done.stderr.splitlines()) == 1

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import logging
 import marshal
 import os
 import runpy
@@ -44,6 +45,9 @@ IMAGE = (
         for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
     ),
 )
+# Every program imports these for itself (0.2 s): Megatron's training configures logging and reads the clock, ours is
+# what coverage measures.
+FRESH = ("megatron.training", "megatron_fdd")
 # Of these the image has read many while it was imported: with other values a program needs an interpreter of its own.
 READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MKL", "MPL", "LD_")
 # Of torchrun, of Megatron; what importing torch sets; what rehearsal.start() sets and makes up for.
@@ -71,6 +75,21 @@ class Request:
     folder: str
     environment: Mapping[bytes, bytes]
     streams: list[int]
+
+
+def import_image() -> None:
+    """All that the programs of this project import from elsewhere, as if by nobody."""
+    for name in IMAGE:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.startswith(FRESH)]:
+        del sys.modules[name]
+    del sys.modules["megatron"].training  # type: ignore[attr-defined]
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    tasks = len(os.listdir("/proc/self/task"))
+    assert tasks == 1, f"{tasks} threads, of which a fork would have one"
+    gc.collect()
+    gc.freeze()  # so that a child's collections leave the pages of the image alone
 
 
 def parse(command: list[str], folder: str) -> Program | None:
@@ -174,6 +193,9 @@ def become(request: Request, launchers: str) -> None:
     os.chdir(request.folder)
     os.environb.clear()
     os.environb.update(request.environment)
+    if any(name.startswith(b"COVERAGE_PROCESS") for name in request.environment):
+        with contextlib.suppress(ImportError):  # as Python itself begins where coverage is installed
+            importlib.import_module("coverage").process_startup()
     # Of what it starts, torchrun's workers are forks too.
     sys.executable = os.path.join(launchers, "python")
     import numpy
@@ -231,12 +253,7 @@ if __name__ == "__main__":
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     listening = socket.socket(fileno=int(sys.argv[1]))
     given = read_at_import(os.environb)  # importing sets some variables
-    for module in IMAGE:
-        importlib.import_module(module)
-    tasks = len(os.listdir("/proc/self/task"))
-    assert tasks == 1, f"{tasks} threads, of which a fork would have one"
-    gc.collect()
-    gc.freeze()  # so that a child's collections leave the pages of the image alone
+    import_image()
     asked = serve(listening, given)
     become(asked, sys.argv[2])
     assert asked.program is not None

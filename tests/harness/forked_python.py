@@ -26,13 +26,13 @@ ROOT = HERE.parents[1]
 
 def environment(*, forked: bool = True) -> dict[str, str]:
     """PATH with the launchers first, and VENV with which tools/env.sh puts them there; or with the real ones."""
-    real, venv = Path(sys.executable).parent, _venv() if forked and _is_wanted() else Path(sys.prefix)
+    real, venv = Path(sys.executable).parent, _venv() if forked and is_wanted() else Path(sys.prefix)
     return {"VENV": str(venv), "PATH": f"{venv / 'bin'}:{real}:{os.environ['PATH']}"}
 
 
 def python() -> str:
     """The launcher; the real interpreter where there are no forks."""
-    return str(_venv() / "bin/python") if _is_wanted() else sys.executable
+    return str(_venv() / "bin/python") if is_wanted() else sys.executable
 
 
 def close() -> None:
@@ -48,7 +48,8 @@ def close() -> None:
 _SERVERS: list[subprocess.Popen] = []
 
 
-def _is_wanted() -> bool:
+def is_wanted() -> bool:
+    """Whether there are forks here."""
     asked = os.environ.get("FORKED_PYTHON", "1") != "0"
     return asked and not torch.cuda.is_available() and not any(distributions(name="transformer_engine"))
 
@@ -69,10 +70,10 @@ def _venv() -> Path:
         listener.set_inheritable(True)
         command = [sys.executable, str(HERE / "fork_server.py"), str(listener.fileno()), str(folder / "bin")]
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        _SERVERS.append(
-            subprocess.Popen(command, env=os.environ | threads, pass_fds=[listener.fileno()], **streams)
-        )
+        # Coverage begins in each child, as in a process of its own.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+        own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        _SERVERS.append(subprocess.Popen(command, env=own, pass_fds=[listener.fileno()], **streams))
     return folder
 
 
