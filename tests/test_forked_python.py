@@ -14,7 +14,10 @@ import pytest
 
 from tests.harness import forked_python
 
-pytestmark = pytest.mark.skipif(not forked_python.is_wanted(), reason="no forks here")
+pytestmark = [
+    pytest.mark.skipif(not forked_python.is_wanted(), reason="no forks here"),
+    pytest.mark.tier("default"),
+]
 TIMEOUT_S = 120
 # Whether this process is a fork.
 TELL = 'print("fork_server" in open("/proc/self/cmdline").read().split("\\0")[1])'

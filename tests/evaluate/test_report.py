@@ -51,6 +51,7 @@ class Page(HTMLParser):
 NAME = 'a <script>|$x$_"&'
 
 
+@pytest.mark.tier("default")
 def test_the_page_is_one_file_and_nothing_in_it_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "one", 400)
     make_run(tmp_path / "two", 3, **{"trajectory s6:t12": 1.0})
@@ -83,6 +84,7 @@ def test_scores_alone_make_a_page(tmp_path: Path) -> None:
     assert "20.00 ± 0.50" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.tier("default")
 def test_a_long_run_stays_small_and_quick(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with (tmp_path / "metrics.jsonl").open("w") as file:
@@ -96,6 +98,7 @@ def test_a_long_run_stays_small_and_quick(tmp_path: Path) -> None:
     assert (tmp_path / "report/report.html").stat().st_size < 1_000_000
 
 
+@pytest.mark.tier("default")
 def test_the_tool_says_what_it_wrote_or_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
