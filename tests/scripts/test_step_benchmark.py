@@ -73,7 +73,7 @@ def smoke(picture: Path) -> tuple[int, str, list[Any]]:
     """Body on one rank: the command with every run in this process."""
     runs = []
 
-    def here(function: Callable[..., Any], *arguments: Any) -> Any:
+    def here(_pool: None, function: Callable[..., Any], *arguments: Any) -> Any:
         result = function(*arguments)
         clean_megatron()
         if result is not None:
