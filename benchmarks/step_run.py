@@ -172,15 +172,19 @@ def run_job(job: Job) -> Watched:
 
 @contextlib.contextmanager
 def _everything_into(file: TextIO) -> Iterator[None]:
-    """What is printed or logged; handlers remember the stream that they were made with."""
-    handlers = [each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)]
-    streams = [each.setStream(file) or file for each in handlers]
+    """What is printed or logged. Handlers remember the stream that they were made with: before, or meanwhile."""
+
+    def redirect(stream: TextIO) -> None:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(stream)
+
+    redirect(file)
     try:
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             yield
     finally:
-        for handler, stream in zip(handlers, streams, strict=True):
-            handler.setStream(stream)
+        redirect(sys.stderr)
 
 
 def _train_stock() -> int:

@@ -1,4 +1,4 @@
-"""Which machine and which versions results are of, as their first line. Fails where a GPU is wanted and none is seen."""
+"""Which machine and which versions results are of. Fails where a GPU is wanted and none is seen."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def more() -> str:
     if not torch.cuda.is_available():
         return f"{torch.get_num_threads()} thread"
     free, total = (each / 2**30 for each in torch.cuda.mem_get_info())
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    return f"{torch.cuda.device_count()} GPU of {total:.0f} GiB ({free:.0f} free), CUDA {torch.version.cuda}, NCCL {nccl}"
+    cuda, nccl = torch.version.cuda, ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{torch.cuda.device_count()} GPU of {total:.0f} GiB ({free:.0f} free), CUDA {cuda}, NCCL {nccl}"
 
 
 def commit() -> str:
