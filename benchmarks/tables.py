@@ -32,7 +32,7 @@ def tables(found: Sequence[Line]) -> str:
     """Every table that there are lines for."""
     losses = _of(found, "loss")
     parts = [loss_table(group, rows) for group, rows in _groups(losses).items()]
-    parts += [bar(losses), steps(_of(found, "step")), layouts(found), curves(found)]
+    parts += [bar(losses), steps(_of(found, "step")), layouts(found), trainings(found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -116,20 +116,38 @@ def steps(found: Sequence[Line]) -> str:
 
 def layouts(found: Sequence[Line]) -> str:
     """Steps at several layouts against float64."""
+    last = {line["name"]: line for line in _of(found, "layout")}
     rows = [
-        (line["name"], line["ranks"], line["ending"], f"{line['terms']:.1e}", f"{line['gradients']:.1e}")
-        for line in _of(found, "layout")
+        (
+            name,
+            line["ranks"],
+            "bf16" if line["bf16"] else "float32",
+            line["ending"],
+            *_small(line, "terms", "gradients"),
+        )
+        for name, line in last.items()
     ]
-    return table(("layout", "ranks", "ended", "terms off by", "gradients off by"), rows, "lrlrr")
+    return table(("layout", "ranks", "in", "ended", "terms off by", "gradients off by"), rows, "lrllrr")
 
 
-def curves(found: Sequence[Line]) -> str:
-    """Small trainings, each beside another."""
+def trainings(found: Sequence[Line]) -> str:
+    """Small ones: each curve beside another, and how they end when a rank does."""
     rows = [
-        (line["name"], line["beside"], line["ending"], line["steps"], f"{line['farthest']:.1e}")
+        (line["name"], line["beside"], line["ending"], line["steps"], *_small(line, "farthest", "tolerance"))
         for line in _of(found, "curve")
     ]
-    return table(("training", "beside", "ended", "steps", "farthest apart"), rows, "lllrr")
+    curves = table(("training", "beside", "ended", "steps", "farthest apart", "allowed"), rows, "lllrrr")
+    rows = [
+        (line["name"], line["ending"], line["seconds"], line["left"], line["said"])
+        for line in _of(found, "ending")
+    ]
+    endings = table(("when", "the test", "seconds to the end", "processes left", "messages"), rows, "llrrr")
+    return "\n\n".join(part for part in (curves, endings) if part)
+
+
+def _small(line: Line, *names: str) -> list[str]:
+    """Numbers far below 1, where they are known."""
+    return [f"{line[name]:.1e}" if name in line else "" for name in names]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], sides: str) -> str:

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from tests.gpu import te_is_there
 from tests.gpu.sections import Runner, Section
 
 PYTHON = (sys.executable, "-m")
@@ -26,16 +28,16 @@ def beginnings(device: str, lines: Path) -> list[Section]:
     """Whether anything can run here."""
     machine = (*PYTHON, "tests.gpu.machine", "--device", device, "--lines", str(lines))
     te = (sys.executable, "-c", "import torch, transformer_engine.pytorch as te; print(te.__file__)")
-    missing = "" if importlib.util.find_spec("transformer_engine") else "TransformerEngine is not installed"
+    missing = "" if te_is_there() else "TransformerEngine is not installed"
     return [
         Section("machine", machine, 60, always=True),
         Section("transformer-engine", te, 60, missing=missing, beside=True, always=True),
     ]
 
 
-def sections(device: str, lines: Path, *, has_te: bool, workers: str) -> list[Section]:
+def sections(device: str, lines: Path, has_te: bool) -> list[Section]:
     """In the order of what is most worth knowing. A toy's figures mean nothing."""
-    toy = device == "cpu"
+    toy, workers = device == "cpu", os.environ["WORKERS"]
     losses = (*PYTHON, "benchmarks.interleaved", "--device", device, "--lines", str(lines))
     parallel = ("-n", workers) if importlib.util.find_spec("xdist") and not toy else ()
     operations = (
@@ -137,28 +139,31 @@ def stop(signal_number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + signal_number)
 
 
-def main() -> int:
-    """Returns the exit status: 0 where everything that could run has passed."""
+def conduct(title: str, sections: Callable[[str, Path, bool], list[Section]]) -> bool:
+    """Run what the environment says: `DEVICE`, `PART`, `BUDGET_S`, `OUT`, `STATE`, `FRESH` and `WHEELS`.
+
+    Args:
+        sections: of a device and a file for lines; whether TransformerEngine can be imported.
+
+    Returns whether everything that could run has passed.
+    """
     deadline = time.monotonic() + float(os.environ["BUDGET_S"])
     signal.signal(signal.SIGTERM, stop)
-    device, part = os.environ["DEVICE"], os.environ["PART"]
-    out, state = Path(os.environ["OUT"]), Path(os.environ["STATE"])
-    runner = Runner(out, deadline, f"GPU results, part {part}", part, {}, state)
+    device, part, out = os.environ["DEVICE"], os.environ["PART"], Path(os.environ["OUT"])
+    runner = Runner(out, deadline, title, part, copy=Path(os.environ["STATE"]))
     prepare(runner, fresh=os.environ["FRESH"] == "1")
     if os.environ["WHEELS"]:
         install(os.environ["WHEELS"])
         put_in_front(SITE)
     well = runner.run(beginnings(device, runner.results))
     endings = runner.endings()
-    if endings["machine"] != "passed":
-        return 1
-    if endings["transformer-engine"] not in ("passed", "skipped"):
-        hide_transformer_engine()
-    has_te = endings["transformer-engine"] == "passed"
-    rest = sections(device, runner.results, has_te=has_te, workers=os.environ["WORKERS"])
-    well &= runner.run(rest)
+    if endings["machine"] == "passed":
+        if endings["transformer-engine"] not in ("passed", "skipped"):
+            hide_transformer_engine()
+        has_te = endings["transformer-engine"] == "passed"
+        well &= runner.run(sections(device, runner.results, has_te))
     print(f"\nresults: {out / 'results.md'}; {'all passed' if well else 'NOT ALL PASSED'}")
-    return 0 if well else 1
+    return well
 
 
 def prepare(runner: Runner, *, fresh: bool) -> None:
@@ -174,4 +179,4 @@ def prepare(runner: Runner, *, fresh: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(0 if conduct(f"GPU results, part {os.environ['PART']}", sections) else 1)
