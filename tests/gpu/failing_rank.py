@@ -7,12 +7,12 @@ import runpy
 from typing import Any
 from unittest.mock import patch
 
-from megatron_fdd import launch, rehearsal
-
 MESSAGE = "made to fail"
 
 
 def main() -> None:
+    from megatron_fdd import launch, rehearsal
+
     if rehearsal.is_wanted():
         rehearsal.start()
     import megatron.training.training as megatron_training
