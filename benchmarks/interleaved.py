@@ -13,9 +13,7 @@ of each its lines are in the file as soon as it ends, and a later call with the 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import platform
 import statistics
 import sys
 import time
@@ -80,17 +78,6 @@ def rows_of(group: Group, taken: Taken, device: str) -> list[dict[str, Any]]:
     return found
 
 
-def origin(device: str) -> dict[str, Any]:
-    """Where and when a line was made."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "machine": measure.machine(),
-        "python": platform.python_version(),
-        "versions": measure.versions(),
-    }
-
-
 def show(record: dict[str, Any]) -> None:
     if "error" in record:
         print(f"    {record['row']:<58} {record['error']}", flush=True)
@@ -127,8 +114,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--device cuda: torch sees no GPU")
     torch.set_num_threads(1)
     scale = SCALES[args.device]
-    known = origin(args.device)
-    print(f"{known['machine']}; {known['versions']}; {args.rounds or scale.rounds} rounds", flush=True)
+    print(f"{measure.machine()}; {measure.versions()}; {args.rounds or scale.rounds} rounds", flush=True)
     before = lines.read(args.lines, "loss") if args.lines else []
     there = {line["group"] for line in before if line["device"] == args.device}
     if args.device == "cuda":
@@ -139,7 +125,9 @@ def main(argv: Sequence[str]) -> int:
             continue
         taken = take_turns(group, args.rounds or scale.rounds, args.device)
         records = rows_of(group, taken, args.device)
-        lines.write(args.lines, "loss", *(origin(args.device) | record for record in records))
+        lines.write(
+            args.lines, "loss", *(measure.origin() | {"device": args.device} | record for record in records)
+        )
         print(group.name, flush=True)
         for record in records:
             show(record)

@@ -37,7 +37,6 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 import torch
 
 from benchmarks import lines, measure, step_profile
-from benchmarks.interleaved import origin
 from benchmarks.step_command import SIZES, SMOKE, WEIGHTS, architecture, command, model_of, modules
 from benchmarks.step_flops import Objective, StepFlops, step_flops
 from benchmarks.step_run import Job, Watched, make_checkpoint, run_job
@@ -149,7 +148,7 @@ def tell(args: argparse.Namespace, rest: list[str], name: str, seen: Watched, ow
         "whole_mib": round(seen.whole_mib),
     }
     record |= {"losses": seen.losses, "parts": seen.parts, "flop_by_shape": own and own.total}
-    lines.write(args.lines, "step", origin(args.device) | record)
+    lines.write(args.lines, "step", measure.origin() | {"device": args.device} | record)
 
 
 def print_parts(parts: Mapping[str, float], step_s: float, device: str) -> None:

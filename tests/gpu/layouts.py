@@ -22,6 +22,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,16 +40,22 @@ from tests.oracle.case import (
     relative,
     run_step,
 )
-from tests.oracle.reference import Terms
+from tests.oracle.reference import STUDENT, TEACHER, Terms
 
 LIVE = Terms(live=True)
+# What fused attention takes, which alone cuts a sequence on a GPU.
+ATTENTION: dict[str, Any] = {
+    "student": replace(STUDENT, hidden=64, heads=4, groups=2, head_width=32, ffn=96),
+    "teacher": replace(TEACHER, hidden=96, heads=4, groups=4, head_width=32, ffn=120),
+    "length": 64,
+}
 CASES = {
     "tp2": Case(tp=2),
     "tp2-sp": Case(tp=2, sequence_parallel=True),
     "pp2": Case(pp=2),
     "pp2-vpp3": Case(pp=2, vpp=3),
     "dp2": Case(dp=2),
-    "cp2": Case(cp=2),
+    "cp2": Case(cp=2, **ATTENTION),
     "ep2": Case(dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
     "pp2-live": Case(pp=2, terms=LIVE),
     "tp2-pp2-sp": Case(tp=2, pp=2, sequence_parallel=True),
@@ -56,12 +63,12 @@ CASES = {
     "pp4": Case(pp=4, micro_batches=6),
     "tp4-sp": Case(tp=4, sequence_parallel=True),
     "pp2-dp2": Case(pp=2, dp=2),
-    "tp2-cp2-sp": Case(tp=2, cp=2, sequence_parallel=True),
+    "tp2-cp2-sp": Case(tp=2, cp=2, sequence_parallel=True, **ATTENTION),
     "pp2-live-tp2-sp": Case(tp=2, pp=2, sequence_parallel=True, terms=LIVE),
     "ep2-pp2": Case(pp=2, dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
     "tp2-pp2-dp2-sp": Case(tp=2, pp=2, dp=2, sequence_parallel=True),
     "tp2-pp4-sp": Case(tp=2, pp=4, sequence_parallel=True, micro_batches=6),
-    "tp2-pp2-cp2-sp": Case(tp=2, pp=2, cp=2, sequence_parallel=True),
+    "tp2-pp2-cp2-sp": Case(tp=2, pp=2, cp=2, sequence_parallel=True, **ATTENTION),
 }
 # A rehearsal of this file; the rest is in tests/test_layouts.py.
 ON_CPUS = ("tp2-sp", "pp2-vpp3", "cp2", "ep2")

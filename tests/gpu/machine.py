@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import lines
-from benchmarks.interleaved import origin
+from benchmarks.measure import origin
 
 
 def more() -> str:
@@ -41,7 +41,7 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU", file=sys.stderr)
         return 1
-    record = {**origin(args.device), "more": more(), "commit": commit()}
+    record = {**origin(), "device": args.device, "more": more(), "commit": commit()}
     lines.write(args.lines, "machine", record)
     print(record)
     return 0

@@ -8,7 +8,7 @@
 #   BUDGET_S=1800 bash tests/gpu/run.sh     the whole may take longer
 #   WHEELS=folder                           install these wheels first, into .gpu/site (no index, no dependencies)
 #   OUT=folder                              results.jsonl, results.md and log.txt (default: runs/gpu)
-#   STATE=folder                            has a copy of them (default: runs/gpu); where OUT is empty a call goes on from there
+#   STATE=folder                            has a copy of them (default: runs/gpu); where OUT is empty PART=2 goes on from there
 #   FRESH=1                                 forget what earlier calls have done
 #   WORKERS=8                               pytest processes at a time, where pytest-xdist is installed
 #

@@ -25,7 +25,7 @@ FINISHED = ("passed", "failed", "hung")
 # Of a section's log, in log.txt.
 MAX_LOG_BYTES = 2**21
 _TOLD = re.compile(
-    r"^(FAILED|ERROR|SKIPPED|E  )|\d (passed|failed|skipped)|[Ee]rror: |^(passed|missed|MISSED): "
+    r"^(FAILED|ERROR|SKIPPED|E  ) |^=+ .*\d (passed|failed|skipped|error)|[Ee]rror: |^(passed|missed): "
 )
 MAX_TOLD = 12
 
@@ -61,10 +61,25 @@ class Running:
     started: float
 
     def kill(self) -> None:
-        """With all that it has started."""
+        """With all that it has started: its group, and while it lives what has left that, as torchrun's ranks do."""
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, by /proc."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, and theirs."""
+    own = children(pid)
+    return own + [each for child in own for each in descendants(child)]
 
 
 @dataclass

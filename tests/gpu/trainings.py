@@ -26,6 +26,7 @@ from benchmarks import lines
 from tests.gpu import te_is_there
 from tests.gpu.failing_rank import MESSAGE
 from tests.gpu.runs import LOCAL, TE, TIMEOUT_S, farthest, make_models, read_metrics, records, start
+from tests.gpu.sections import children
 
 STEPS, FEW_STEPS = 20, 6
 # Longer than any curve: the first two runs go on until a rank ends.
@@ -136,12 +137,6 @@ class Trainings:
         well = status not in (0, None) and not left and said == 1
         ending = "passed" if well else "failed"
         return self.tell("ending", what, ending=ending, seconds=seconds, left=len(left), said=said)
-
-
-def children(pid: int) -> list[int]:
-    """Of a process, by /proc."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
 def is_alive(pid: int) -> bool:

@@ -92,7 +92,7 @@ def test_every_ending_is_told_and_the_rest_is_run(tmp_path: Path) -> None:
     sections = [
         bash("good", "echo fine"),
         bash("bad", "echo FAILED tests/made_up.py; exit 3"),
-        bash("slow", f"sleep 60 & echo $! >{child}; wait", limit_s=0.5),
+        bash("slow", f"setsid sleep 60 & echo $! >{child}; wait", limit_s=0.5),
         bash("beside-it", "echo meanwhile", beside=True),
         bash("lacking", "echo never", missing="made-up-program is not on PATH"),
         bash("last", "echo last"),
