@@ -111,6 +111,8 @@ def groups(scale: Scale) -> Iterator[Group]:
     yield Group(f"final logits, {few.tokens:,} tokens", trained_final(few))
     yield Group("delta", deltas(one))
     yield Group("others", others(one))
+    if importlib.util.find_spec("liger_kernel") is not None:
+        yield Group("final logits, Liger-Kernel", liger(one))
 
 
 def ceilings(scale: Scale) -> tuple[Variant, ...]:
@@ -180,7 +182,7 @@ def deltas(size: Size) -> tuple[Variant, ...]:
 def others(size: Size) -> tuple[Variant, ...]:
     """Other implementations of the final logits, and options; the slow ones, so they come last."""
     floor, of_a_tap = f"{FLOOR}, final logits", f"{FLOOR}, one layer"
-    rows = [
+    return (
         Variant(of_a_tap, partial(steps.bare_tap, size), size),
         Variant(
             "one layer, --fdd-kernels torch", partial(steps.our_tap, size, Kernels("torch")), size, of_a_tap
@@ -198,10 +200,13 @@ def others(size: Size) -> tuple[Variant, ...]:
             "--fdd-kernels torch", partial(steps.our_final, size, Kernels("torch"), trains=True), size, floor
         ),
         Variant("plain torch", partial(steps.plain_final, size), size, floor),
-    ]
-    if importlib.util.find_spec("liger_kernel") is not None:
-        rows.append(Variant("Liger LigerFusedLinearJSDLoss", partial(steps.liger_final, size), size, floor))
-    return tuple(rows)
+    )
+
+
+def liger(size: Size) -> tuple[Variant, ...]:
+    """Liger's loss beside ours, where it is installed; by itself, for a GPU compiles it first."""
+    theirs = Variant("Liger LigerFusedLinearJSDLoss", partial(steps.liger_final, size), size, FLOOR)
+    return (*trained_final(size), theirs)
 
 
 def square(size: Size, side: int) -> Step:

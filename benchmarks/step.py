@@ -124,8 +124,8 @@ def watch_all(
             job = Job(words, is_stock, repeats, args.device, log, args.parts and not is_stock)
             try:
                 watched[name] = in_own_process(next(pools), run_job, job)
-            except RuntimeError as error:
-                print(f"{name}: {error}", file=sys.stderr, flush=True)
+            except Exception as error:  # whatever it is, the next run may work
+                print(f"{name}: {error}\n{error.__cause__ or ''}", file=sys.stderr, flush=True)
                 continue
             took_s = time.monotonic() - started
             tell(args, rest, name, watched[name], flops.get(name))
