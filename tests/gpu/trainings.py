@@ -82,7 +82,7 @@ class Trainings:
 
     def start(self, name: str, flags: str, module: str = "megatron_fdd.distill") -> subprocess.Popen:
         """Under torchrun; the batch is a multiple of what the ranks take at a time."""
-        batch = f"--global-batch-size {max(8, 2 * self.ranks)}"
+        batch = f"--global-batch-size {2 * self.ranks if self.device == 'cpu' else max(8, 2 * self.ranks)}"
         return start(
             self.root / name,
             self.root,
