@@ -2,12 +2,11 @@
 
     python -m benchmarks.linear_kl                     # the size that the bars are for
     python -m benchmarks.linear_kl --sweep             # over tokens, widths and vocabularies
-    python -m benchmarks.linear_kl --device cuda       # 8,192 tokens, vocabulary 128,000, 4096/2048 wide, bf16
 
 Forward KL, log-probability delta, forward and backward. Two comparisons: the whole objective of K sampled layers
 (trajectory and delta, heads constant, Gram matrices included) and the final logits alone (head trained). Every
-implementation runs in a process of its own; before it is measured its loss is compared with float64.
-Exits 1 when repeats differ too much for a ratio, or a bar is missed.
+implementation runs in a process of its own, on one CPU thread (on a GPU: `benchmarks.interleaved`); before it is
+measured its loss is compared with float64. Exits 1 when repeats differ too much for a ratio, or a bar is missed.
 """
 
 from __future__ import annotations
@@ -43,14 +42,10 @@ Maker = Callable[[Size], Step]
 FLOOR, PLAIN, OURS = "bare matrix products", "plain torch", "megatron_fdd"
 PER_TOKEN, LIGER = "megatron_fdd, gradient per token", "Liger LigerFusedLinearJSDLoss"
 IN_TRAINING = "megatron_fdd, into main_grad"
-IN_TORCH = "megatron_fdd, --fdd-kernels torch"
-# Bars at the default size on a CPU; on a GPU the objective has its own.
-OBJECTIVE_BAR, PLAIN_BAR, GPU_BAR, VOCAB_BAR = 1.25, 0.5, 1.5, 0.05
+# Bars at the default size.
+OBJECTIVE_BAR, PLAIN_BAR, VOCAB_BAR = 1.25, 0.5, 0.05
 
-DEFAULTS = {
-    "cpu": Size(1024, 32000, 768, 384, 4),
-    "cuda": Size(8192, 128000, 4096, 2048, 4, "bfloat16", "cuda"),
-}
+DEFAULT = Size(1024, 32000, 768, 384, 4)
 SMOKE = Size(64, 500, 24, 16, 2)
 
 
@@ -59,8 +54,7 @@ def check(makers: dict[str, Maker], size: Size, *, whole: bool) -> None:
     small = replace(size, tokens=min(size.tokens, 64), vocab=min(size.vocab, 4000))
     wanted = exact(small, whole=whole)
     for name, make in makers.items():
-        would_compile = name == LIGER and size.device == "cuda"  # for this size, too
-        if name == FLOOR or would_compile:
+        if name == FLOOR:
             continue
         found = make(small)().item()
         tolerance = 1e-5 if size.dtype == "float32" else 2e-2
@@ -73,11 +67,11 @@ def compare(title: str, makers: dict[str, Maker], size: Size, repeats: int) -> d
     rows: dict[str, Measurement] = {}
     for name, make in makers.items():
         try:
-            rows[name] = measure(partial(make, size), repeats, size.device)
+            rows[name] = measure(partial(make, size), repeats)
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
     print(f"\n{title}\n{table(rows, FLOOR)}", flush=True)
-    if size != replace(SMOKE, device=size.device):
+    if size != SMOKE:
         record(title, asdict(size), rows)
     return rows
 
@@ -87,13 +81,12 @@ def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measure
     if not all(row.is_steady for row in [*objective.values(), *final.values()]):
         return False
     floor, ours = objective[FLOOR], objective[OURS]
-    tile = Kernels().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype), device=size.device))
+    tile = Kernels().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype)))
     allowed = 4 * (3 * size.tokens * tile + 2 * size.layers * size.tokens * size.student_width) / MIB
-    doubled = measure(partial(our_objective, replace(size, vocab=2 * size.vocab)), repeats, size.device)
+    doubled = measure(partial(our_objective, replace(size, vocab=2 * size.vocab)), repeats)
     growth = abs(doubled.peak_mib / ours.peak_mib - 1)
-    limit = OBJECTIVE_BAR if size.device == "cpu" else GPU_BAR
     found = [
-        (f"objective / bare products at most {limit}", ours.seconds / floor.seconds, limit),
+        (f"objective / bare products at most {OBJECTIVE_BAR}", ours.seconds / floor.seconds, OBJECTIVE_BAR),
         (f"objective's extra MiB at most {allowed:.0f}", ours.peak_mib, allowed),
         ("its growth with twice the vocabulary at most 5 %", growth, VOCAB_BAR),
     ]
@@ -122,9 +115,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=DEFAULTS, default="cpu", help="(%(default)s)")
     for name in ("tokens", "vocab", "teacher_width", "student_width", "layers"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{name} (the device's default)")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, help=f"{name} ({getattr(DEFAULT, name)})"
+        )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5, help="of which the median counts (%(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a tiny size, and nothing is recorded")
@@ -133,9 +127,8 @@ def main(argv: list[str]) -> int:
         "--no-plain", action="store_true", help="leave out plain torch, which needs the memory"
     )
     args = parser.parse_args(argv)
-    base = DEFAULTS[args.device]
-    given = {name: getattr(args, name) for name in asdict(base) if getattr(args, name) is not None}
-    base = replace(SMOKE, device=base.device) if args.smoke else replace(base, **given)
+    given = {name: value for name in asdict(DEFAULT) if (value := getattr(args, name, None)) is not None}
+    base = SMOKE if args.smoke else replace(DEFAULT, **given)
     print(f"{machine()}; torch {torch.__version__}; median of {args.repeats}")
     objective: dict[str, Maker] = {
         FLOOR: bare_products,
@@ -156,11 +149,6 @@ def main(argv: list[str]) -> int:
     if args.no_plain:
         del objective[PLAIN], final[PLAIN]
     tap: dict[str, Maker] = {FLOOR: bare_tap, OURS: our_tap}
-    if args.device == "cuda":  # elsewhere that is what runs
-        in_torch = Kernels("torch")
-        tap[IN_TORCH] = partial(our_tap, kernels=in_torch)
-        objective[IN_TORCH] = partial(our_objective, kernels=in_torch)
-        final[IN_TORCH] = partial(our_final, kernels=in_torch)
     check(objective, base, whole=True)
     check(final, base, whole=False)
     check(tap, base, whole=False)
@@ -174,7 +162,7 @@ def main(argv: list[str]) -> int:
         if not steady:
             print("repeats differ by more than 5 %: too much noise for a ratio", file=sys.stderr)
         good &= steady
-        if size == DEFAULTS[args.device] and not args.sweep:
+        if size == DEFAULT and not args.sweep:
             good &= bars(size, whole, alone, args.repeats)
     return 0 if good or args.smoke else 1
 

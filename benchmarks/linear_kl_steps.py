@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,7 +57,19 @@ class Inputs:
 
 
 def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
-    """Random features whose logits have a standard deviation of 2; the same numbers every time."""
+    """Random features whose logits have a standard deviation of 2; the same numbers every time.
+
+    Made once and shared by the steps of a size; what has a gradient is a leaf of its own.
+    """
+    made = _made(size)
+    student = [hidden.detach().requires_grad_() for hidden in made.student]
+    head = made.student_head_WS.detach().requires_grad_(trains_head)
+    return replace(made, student_head_WS=head, student=student)
+
+
+# Of two sizes: those that are compared.
+@lru_cache(maxsize=2)
+def _made(size: Size) -> Inputs:
     generator = torch.Generator(size.device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -66,8 +79,8 @@ def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
     head_T = normal(size.vocab, size.teacher_width).mul_(2 / size.teacher_width**0.5)
     head_S = normal(size.vocab, size.student_width).mul_(2 / size.student_width**0.5)
     teacher = [normal(size.tokens, size.teacher_width) for _ in range(size.layers)]
-    student = [normal(size.tokens, size.student_width).requires_grad_() for _ in range(size.layers)]
-    return Inputs(head_T, head_S.requires_grad_(trains_head), teacher, student)
+    student = [normal(size.tokens, size.student_width) for _ in range(size.layers)]
+    return Inputs(head_T, head_S, teacher, student)
 
 
 def bare_products(size: Size) -> Step:
@@ -136,14 +149,18 @@ def our_tap(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
     return run
 
 
-def our_objective(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
-    """The same terms by the package's operations, Gram matrices (once a step) included."""
+def our_objective(size: Size, kernels: Kernels = DEFAULT_KERNELS, *, keeps_teacher: bool = False) -> Step:
+    """The same terms by the package's operations, Gram matrices (once a step) included.
+
+    Args:
+        keeps_teacher: as in a training: the teacher's own Gram matrix is one from an earlier step.
+    """
     given = inputs(size)
+    heads, shard = (given.teacher_head_WT, given.student_head_WS), given.shard
+    previous = head_grams(*heads, shard=shard, centred=False) if keeps_teacher else None
 
     def run() -> Tensor:
-        shard = given.shard
-        grams = head_grams(given.teacher_head_WT, given.student_head_WS, shard=shard, centred=False)
-        heads = (given.teacher_head_WT, given.student_head_WS)
+        grams = head_grams(*heads, shard=shard, centred=False, previous=previous)
         outputs = [
             linear_kl(
                 teacher, heads[0], student, heads[1], shard=shard, divergence=Divergence(), kernels=kernels

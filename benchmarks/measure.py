@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import gc
 import importlib.metadata
-import json
 import multiprocessing
 import platform
 import shutil
@@ -19,10 +18,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import lines
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 # Repeats that differ by more make no ratio.
@@ -161,19 +163,21 @@ def peak_of(function: Callable[[], object], device: str = "cpu") -> float:
 def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measurement], **more: Any) -> None:
     """Append to the results file: machine, versions, date, and every row."""
     entry = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **origin(),
         "benchmark": benchmark,
-        "machine": machine(),
-        "python": platform.python_version(),
-        "versions": versions(),
         "size": dict(size),
         "rows": {
             name: {key: round(value, 4) for key, value in asdict(row).items()} for name, row in rows.items()
         },
         **more,
     }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    lines.write(RESULTS, "benchmark", entry)
+
+
+def origin() -> dict[str, Any]:
+    """When and where a result was made, and of what."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"date": date, "machine": machine(), "python": platform.python_version(), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -186,6 +190,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def machine() -> str:
     """What the figures are of: the GPU's name and driver, or the processor's and that one thread of it was used."""
     if torch.cuda.is_available():

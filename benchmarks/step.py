@@ -1,27 +1,31 @@
-"""A whole Megatron step of ours: cross-entropy, plain logit distillation, and FDD, through the real entry point.
+"""A whole Megatron step of ours, through the real entry point: FDD, then plain logit distillation.
 
     python -m benchmarks.step                # on one CPU thread, minutes
     python -m benchmarks.step --device cuda --bf16    # undivided, 8 x 1,024 tokens
-    python -m benchmarks.step --profile docs/step-profile.png    # then watch some steps, and draw where their time goes
+    python -m benchmarks.step --cross-entropy         # and cross-entropy: ours, and stock Megatron's
+    python -m benchmarks.step --profile docs/step-profile.png    # watch one step more, and draw where its time goes
     python -m benchmarks.step --smoke        # seconds; its figures mean nothing
 
 The default shape is GPT-2 XL -> GPT-2 0.1B (the paper's hardest: a small student with a large vocabulary), on a CPU
 with widths and vocabulary divided by four and all layers kept, which leaves the ratios of its flops as they are.
 Weights are random, the data made up. "logit KD" is our own entry point with the weights of trajectory and delta at 0,
-hence already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. A flag that is not
-listed here is passed on to Megatron.
+hence already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. On a GPU the modules
+are TransformerEngine's where it is installed. A flag that is not listed here is passed on to Megatron.
 
-Exit status 1: a measurement was too unsteady for a ratio, or FDD costs more than the bar.
+Exit status 1: a run failed, a measurement was too unsteady for a ratio, or FDD costs more than the bar.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -32,35 +36,15 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch
 
-from benchmarks import measure, step_profile
-from benchmarks.step_flops import Model, Objective, StepFlops, step_flops
+from benchmarks import lines, measure, step_profile
+from benchmarks.step_command import SIZES, SMOKE, WEIGHTS, architecture, command, model_of, modules
+from benchmarks.step_flops import Objective, StepFlops, step_flops
 from benchmarks.step_run import Job, Watched, make_checkpoint, run_job
-from megatron_fdd.balance import ModelShape
 
 # FDD over logit KD in time, at most this much more than in flops.
 BAR = 1.15
+IMAGE = "benchmarks.step_image"
 STOCK = "cross-entropy, stock Megatron"
-WEIGHTS: dict[Objective, str] = {
-    "cross-entropy": "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1",
-    "logit KD": "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 1 --fdd-ce-weight 0",
-    "FDD": "--fdd-alpha 1 --fdd-beta 1 --fdd-kd-weight 1 --fdd-ce-weight 0",
-}
-# Modules that need no package beside Megatron. A rehearsal puts its own flags over these.
-PLAIN_MODULES = "--transformer-impl local " + " ".join(
-    f"--no-{name}" for name in ("persist-layer-norm", "gradient-accumulation-fusion", "masked-softmax-fusion")
-)
-SIZES = {
-    "cpu": {
-        "teacher_width": 400, "student_width": 192, "vocab_size": 12564, "seq_length": 256, "micro_batch_size": 4
-    },
-    "cuda": {
-        "teacher_width": 1600, "student_width": 768, "vocab_size": 50257, "seq_length": 1024, "micro_batch_size": 8
-    },
-}  # fmt: skip
-SMOKE = {
-    "teacher_width": 48, "teacher_layers": 6, "teacher_heads": 3, "student_width": 32, "student_layers": 5,
-    "student_heads": 2, "vocab_size": 199, "seq_length": 16, "micro_batch_size": 2, "repeats": 2,
-}  # fmt: skip
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -83,10 +67,19 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--taps", type=int, default=4, help="K, sampled layers of each model")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument(
-        "--profile",
-        type=Path,
-        metavar="PNG",
-        help="draw the parts of a step, from more steps under torch's profiler",
+        "--cross-entropy", action="store_true", help="and cross-entropy, ours and stock Megatron's"
+    )
+    parser.add_argument("--parts", action="store_true", help="of one more step, under torch's profiler")
+    parser.add_argument("--profile", type=Path, metavar="PNG", help="draw that")
+    parser.add_argument("--lines", type=Path, metavar="FILE", help="add a line of JSON for each row to it")
+    parser.add_argument(
+        "--models", type=Path, metavar="DIR", help="keep the models there, or take them from there"
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        help="seconds after which no run is begun that would take as long as the one before it; each has one set\n"
+        "of repeats, steady or not",
     )
     parser.add_argument("--smoke", action="store_true", help="a tiny shape, and nothing is recorded")
     args, rest = parser.parse_known_args(argv)
@@ -97,75 +90,65 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     if args.smoke:
         vars(args).update(SMOKE)
+    args.parts |= args.profile is not None
     return args, rest
 
 
-def architecture(args: argparse.Namespace, whose: str) -> dict[str, Any]:
-    """A GPT-2 in Megatron's arguments: learned positions, LayerNorm, biases, tied embeddings."""
-    width = getattr(args, f"{whose}_width")
-    return {
-        "num_layers": getattr(args, f"{whose}_layers"),
-        "hidden_size": width,
-        "ffn_hidden_size": 4 * width,
-        "num_attention_heads": getattr(args, f"{whose}_heads"),
-        "max_position_embeddings": args.seq_length,
-        "seq_length": args.seq_length,
-        "vocab_size": args.vocab_size,
-        "position_embedding_type": "learned_absolute",
-        "untie_embeddings_and_output_weights": False,
-    }
-
-
-def model_of(args: argparse.Namespace, whose: str) -> Model:
-    """The same for the arithmetic."""
-    names = architecture(args, whose)
-    width, heads = names["hidden_size"], names["num_attention_heads"]
-    shape = ModelShape(
-        hidden=width,
-        ffn=4 * width,
-        heads=heads,
-        groups=heads,
-        head_width=width // heads,
-        vocab=args.vocab_size,
-        gated=False,
-        seq_length=args.seq_length,
-    )
-    return Model(shape, names["num_layers"])
-
-
-def command(args: argparse.Namespace, folder: Path, objective: Objective, rest: list[str]) -> tuple[str, ...]:
-    """Flags of `megatron_fdd.distill`."""
-    flags = (
-        f"--load {folder / 'student'} --use-checkpoint-args --mock-data --tokenizer-type NullTokenizer "
-        f"--seq-length {args.seq_length} --micro-batch-size {args.micro_batch_size} "
-        f"--global-batch-size {args.micro_batch_size * args.micro_batches} --lr 1e-4 --clip-grad 1.0 "
-        "--eval-iters 0 --eval-interval 1000 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 "
-        f"--fdd-layers {args.taps} {PLAIN_MODULES} {WEIGHTS[objective]} "
-    )
-    if objective != "cross-entropy":
-        flags += f"--teacher-load {folder / 'teacher'} "
-    return (*flags.split(), *(["--bf16"] if args.bf16 else []), *rest)
-
-
-def watch_all(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[str, Watched]:
-    """Every row of the table, one process after the other."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    for whose in ("teacher", "student"):
-        log = folder / f"{whose}.log"
-        in_own_process(make_checkpoint, folder / whose, architecture(args, whose), log, dtype)
-    runs: list[tuple[str, Objective]] = [(STOCK, "cross-entropy"), *((name, name) for name in WEIGHTS)]
-    watched = {}
-    for number, (name, objective) in enumerate(runs):
-        words = command(args, folder, objective, rest)
-        log, is_stock = folder / f"run-{number}.log", name == STOCK
-        repeats, is_profiled = args.repeats * measure.ATTEMPTS, args.profile is not None and not is_stock
-        job = Job(words, is_stock, repeats, args.device, log, is_profiled)
-        watched[name] = in_own_process(run_job, job)
-        middle = statistics.median(watched[name].seconds)
-        # At once: what comes after may fail.
-        print(f"{name}: {middle:.3f} s, {watched[name].whole_mib:.0f} MiB", flush=True)
-        print_parts(watched[name].parts, middle, args.device)
+def watch_all(
+    args: argparse.Namespace, rest: list[str], folder: Path, flops: Mapping[str, StepFlops]
+) -> dict[str, Watched]:
+    """Every row of the table, one process after the other; what fails or does not fit into the time is left out."""
+    deadline = time.monotonic() + (args.budget_s or float("inf"))
+    runs: list[tuple[str, Objective]] = [("FDD", "FDD"), ("logit KD", "logit KD")]
+    runs += [("cross-entropy", "cross-entropy"), (STOCK, "cross-entropy")] * args.cross_entropy
+    watched: dict[str, Watched] = {}
+    with contextlib.ExitStack() as stack:
+        # All begin at once: when their turn comes their imports, most of a short run, are done.
+        pools = iter([stack.enter_context(new_process(args.device)) for _ in range(2 + len(runs))])
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        for whose in ("teacher", "student"):
+            given = (folder / whose, architecture(args, whose), folder / f"{whose}.log", dtype)
+            in_own_process(next(pools), make_checkpoint, *given)
+        took_s = 0.0
+        for number, (name, objective) in enumerate(runs):
+            if (left_s := deadline - time.monotonic()) < took_s:
+                print(
+                    f"{name}: not begun: {left_s:.0f} s are left and the last run took {took_s:.0f} s",
+                    flush=True,
+                )
+                break
+            started = time.monotonic()
+            repeats = args.repeats * (1 if args.budget_s else measure.ATTEMPTS)
+            words, is_stock = command(args, folder, objective, rest), name == STOCK
+            log = folder / f"run-{number}.log"
+            job = Job(words, is_stock, repeats, args.device, log, args.parts and not is_stock)
+            try:
+                watched[name] = in_own_process(next(pools), run_job, job)
+            except Exception as error:  # whatever it is, the next run may work
+                print(f"{name}: {error}\n{error.__cause__ or ''}", file=sys.stderr, flush=True)
+                continue
+            took_s = time.monotonic() - started
+            tell(args, rest, name, watched[name], flops.get(name))
     return watched
+
+
+def tell(args: argparse.Namespace, rest: list[str], name: str, seen: Watched, own: StepFlops | None) -> None:
+    """Print a row and add its line, at once: what comes after may fail."""
+    middle = statistics.median(seen.seconds)
+    losses = ", ".join(f"{term} {value:.6g}" for term, value in seen.losses.items())
+    print(f"{name}: {middle:.3f} s, {seen.whole_mib:.0f} MiB; {losses}", flush=True)
+    print_parts(seen.parts, middle, args.device)
+    row = measure.first_steady(seen.seconds, args.repeats, seen.peak_mib)
+    size = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
+    flags = " ".join([modules(args.device), *["--bf16"] * args.bf16, *rest])
+    record = {"objective": name, "flags": flags, "size": size, "seconds": row.seconds}
+    record |= {
+        "spread": round(row.spread, 4),
+        "peak_mib": round(row.peak_mib),
+        "whole_mib": round(seen.whole_mib),
+    }
+    record |= {"losses": seen.losses, "parts": seen.parts, "flop_by_shape": own and own.total}
+    lines.write(args.lines, "step", measure.origin() | {"device": args.device} | record)
 
 
 def print_parts(parts: Mapping[str, float], step_s: float, device: str) -> None:
@@ -189,9 +172,22 @@ def draw_parts(args: argparse.Namespace, watched: Mapping[str, Watched], step_to
     print(args.profile)
 
 
-def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it where nothing has been imported or allocated; an error comes back with its traceback."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+def new_process(device: str) -> ProcessPoolExecutor:
+    """One that has imported Megatron when its work comes, and allocated nothing.
+
+    A copy of a server that has; on a GPU, whose context no process must inherit, one that begins to import by itself.
+    """
+    context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+    if device == "cpu":
+        context.set_forkserver_preload([IMAGE])
+    pool = ProcessPoolExecutor(1, context)
+    pool.submit(importlib.import_module, IMAGE)
+    return pool
+
+
+def in_own_process(pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it there, and end the process; an error comes back with its traceback."""
+    with pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -207,6 +203,9 @@ def report(
 
     In FP8 there is no bar: a flop of the layers is a cheaper one than a flop of the losses.
     """
+    if not {"logit KD", "FDD"} <= set(rows):
+        print("missed: FDD and logit KD have not both ended, so there is no ratio")
+        return False
     print(measure.table(rows, "logit KD", "x KD"))
     print(f"\n{'':<36}{'whole MiB':>10}{'by shape':>10}{'counted':>10}  MFLOP of products per token")
     for name, seen in watched.items():
@@ -218,7 +217,7 @@ def report(
     in_flops = fdd.total / kd.total
     print(f"\nflops, logit KD / cross-entropy: {kd.total / entropy.total:.2f}")
     print(f"flops, FDD / logit KD:           {in_flops:.2f}")
-    for other in ("cross-entropy", "logit KD"):
+    for other in [name for name in ("cross-entropy", "logit KD") if name in watched]:
         extra = watched["FDD"].whole_mib - watched[other].whole_mib
         share = extra / watched[other].whole_mib
         print(f"memory, FDD less {other + ':':<16}{extra:+.0f} MiB, {share:+.0%} of the whole")
@@ -251,8 +250,10 @@ def main(argv: list[str]) -> int:
         for name in WEIGHTS
     }
     with tempfile.TemporaryDirectory() as name:
-        watched = watch_all(args, rest, Path(name))
-        weights = (Path(name) / "teacher").rglob("*.distcp")
+        folder = args.models or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        watched = watch_all(args, rest, folder, flops)
+        weights = (folder / "teacher").rglob("*.distcp")
         teacher_mib = sum(file.stat().st_size for file in weights) / measure.MIB
     for seen in watched.values():
         seen.flops = None if seen.flops is None else seen.flops // step_tokens
@@ -264,7 +265,9 @@ def main(argv: list[str]) -> int:
     if args.profile is not None:
         draw_parts(args, watched, step_tokens)
     if args.smoke:
-        return 0
+        return 0 if {"FDD", "logit KD"} <= set(watched) else 1
+    if args.lines is not None:
+        return 0 if is_good else 1
     more = {
         "whole_mib": {name: round(seen.whole_mib) for name, seen in watched.items()},
         "losses": {name: seen.losses for name, seen in watched.items()},
@@ -272,7 +275,7 @@ def main(argv: list[str]) -> int:
         "flops_ratio": round(flops["FDD"].total / flops["logit KD"].total, 4),
         "megatron_flags": rest,
     }
-    size = {name: value for name, value in vars(args).items() if name != "profile"}
+    size = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     measure.record("step", size, rows, **more)
     return 0 if is_good else 1
 

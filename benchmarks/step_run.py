@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import patch
 
 import torch
@@ -30,8 +32,8 @@ from megatron_fdd import rehearsal
 WARM_UP_STEPS = 2
 # Two steps are not timed: one is watched for its memory, one for its flops.
 WATCHED_STEPS = 2
-# Of those under the profiler the shortest counts: what else the machine does only adds.
-PROFILED_STEPS = 4
+# One: its events take seconds to sort.
+PROFILED_STEPS = 1
 # Products that torch's counter does not know.
 IN_PLACE = {torch.ops.aten.addmm_: lambda _total, left, right, **_options: mm_flop(left, right)}
 
@@ -44,7 +46,7 @@ class Job:
         command: of `megatron_fdd.distill`, without a number of iterations.
         is_stock: Megatron's own cross-entropy, through the model's own head, in place of our objective.
         log: takes what the run prints.
-        is_profiled: more steps follow, under torch's profiler.
+        is_profiled: one more step follows, under torch's profiler.
     """
 
     command: tuple[str, ...]
@@ -105,7 +107,7 @@ class StepWatch:
         elif timed < self._repeats + WATCHED_STEPS:
             self._count_flops(lambda: results.append(step()))
         else:
-            self._profile(lambda: results.append(step()))
+            self.watched.parts = profiled(lambda: results.append(step()), self._device)
         return results[0]
 
     def _watch_memory(self, step: Callable[[], None]) -> None:
@@ -122,11 +124,6 @@ class StepWatch:
             step()
         self.watched.flops = counter.get_total_flops()
 
-    def _profile(self, step: Callable[[], None]) -> None:
-        parts, before = profiled(step, self._device), self.watched.parts
-        if not before or sum(parts.values()) < sum(before.values()):
-            self.watched.parts = parts
-
 
 def held_bytes() -> int:
     """Of all tensors in host memory; the interpreter and its modules, which a GPU does not hold, are not in it."""
@@ -142,14 +139,12 @@ def run_job(job: Job) -> Watched:
         RuntimeError: the run failed; the message ends with what it printed last.
     """
     _be_one_rank()
-    if (
-        job.device == "cuda"
-    ):  # as under torchrun: a data loader's workers cannot begin in the way this process did
-        multiprocessing.set_start_method("fork", force=True)
+    # As under torchrun: a data loader's workers cannot begin in the way this process did.
+    multiprocessing.set_start_method("fork", force=True)
     metrics = job.log.with_suffix(".metrics.jsonl")
     steps = str(job.num_steps)
     more = ("--train-iters", steps, "--lr-decay-iters", steps, "--fdd-metrics-file", str(metrics))
-    with job.log.open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with job.log.open("w") as log, _everything_into(log):
         if rehearsal.is_wanted():
             rehearsal.start()
         torch.set_num_threads(1)
@@ -173,6 +168,23 @@ def run_job(job: Job) -> Watched:
             name: last[name] for name in ("ce", "kd", "trajectory", "delta") if last[name]
         }
     return watch.watched
+
+
+@contextlib.contextmanager
+def _everything_into(file: TextIO) -> Iterator[None]:
+    """What is printed or logged. Handlers remember the stream that they were made with: before, or meanwhile."""
+
+    def redirect(stream: TextIO) -> None:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(stream)
+
+    redirect(file)
+    try:
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield
+    finally:
+        redirect(sys.stderr)
 
 
 def _train_stock() -> int:
@@ -214,8 +226,12 @@ def _stock_step(
 def make_checkpoint(
     folder: Path, architecture: Mapping[str, Any], log: Path, dtype: torch.dtype = torch.float32
 ) -> None:
-    """A GPT with random weights as a Megatron checkpoint."""
-    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    """A GPT with random weights as a Megatron checkpoint, unless the folder is there."""
+    if folder.exists():
+        return
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with log.open("w") as file, _everything_into(file):
         from megatron_fdd.convert.mcore_model import build_model, complete_args
         from megatron_fdd.convert.ranks import conversion_ranks
 
@@ -230,9 +246,10 @@ def make_checkpoint(
                     parameter.normal_(std=0.02)
                     if name.endswith("norm.weight"):
                         parameter.add_(1.0)
-            folder.mkdir()
+            unfinished.mkdir()
             values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-            save_model(folder, model, args, groups, list(values), values.__getitem__)
+            save_model(unfinished, model, args, groups, list(values), values.__getitem__)
+    unfinished.rename(folder)
 
 
 def _be_one_rank() -> None:

@@ -1,0 +1,8 @@
+"""What needs a GPU, or several."""
+
+from importlib.util import find_spec
+
+
+def te_is_there() -> bool:
+    """Whether TransformerEngine is installed, and not hidden for being broken."""
+    return find_spec("transformer_engine") is not None

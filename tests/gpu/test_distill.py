@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SEQUENCE, VOCABULARY = 64, 1999
-TE = "--transformer-impl transformer_engine"
-LOCAL = "--transformer-impl local"
-COMMON = (
-    f"--use-checkpoint-args --mock-data --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
-    f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 8 "
-    "--train-iters 6 --eval-interval 100 --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 "
-    "--fdd-layers 2 --fdd-ce-weight 0.1 --seed 7"
-)
-TERMS = ("ce", "kd", "trajectory", "delta", "grad_norm")
+from tests.gpu.runs import LOCAL, TE, assert_close, make_models, records, start
 
+# `DEVICE=cpu bash tests/gpu/run.sh`: the first comparison alone, of two runs on CPUs.
+RUNS_WITHOUT_A_GPU = os.environ.get("DEVICE") == "cpu"
 
-def architecture(width: int, layers: int) -> dict[str, Any]:
-    """A GPT-2."""
-    return {
-        "num_layers": layers,
-        "hidden_size": width,
-        "ffn_hidden_size": 4 * width,
-        "num_attention_heads": width // 32,
-        "max_position_embeddings": SEQUENCE,
-        "seq_length": SEQUENCE,
-        "vocab_size": VOCABULARY,
-        "position_embedding_type": "learned_absolute",
-        "untie_embeddings_and_output_weights": False,
-    }
-
-
+STAGGER_S = 0.5
 FLAGS = {
     "cpu": "",
     "float32": LOCAL,
@@ -60,46 +38,20 @@ FLAGS = {
 }
 
 
-def start(folder: Path, models: Path, flags: str, *, device: str = "gpu") -> subprocess.Popen:
-    """Begin to train, in a process of its own; what it prints and its metrics file are in `folder`."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "megatron_fdd.distill", "--teacher-load", str(models / "teacher")]
-    command += [*COMMON.split(), "--fdd-metrics-file", str(folder / "metrics.jsonl"), *flags.split()]
-    if "--load" not in flags:
-        command += ["--load", str(models / "student")]
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": "0", "FDD_REHEARSE": "0", "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
-    if device == "cpu":
-        environment |= {"FDD_REHEARSE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (folder / "log").open("w") as log:
-        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log)
-
-
-def records(folder: Path, process: subprocess.Popen) -> list[dict[str, Any]]:
-    """Those of the metrics file, once the process has ended well."""
-    status = process.wait(timeout=240)
-    assert status == 0, (folder / "log").read_text()[-6000:]
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_close(ours: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float) -> None:
-    """Relative to what a term was in the first step: later ones are small differences of like models."""
-    assert len(ours) == len(wanted)
-    for record, other in zip(ours, wanted, strict=True):
-        for name in TERMS:
-            allowed = tolerance * abs(wanted[0][name])
-            assert record[name] == pytest.approx(other[name], abs=allowed), (name, record, other)
-
-
 class Runs:
     """Many short runs side by side: most of the time of each is its start."""
 
     def __init__(self, root: Path, models: Path) -> None:
         self._root, self._models = root, models
         self._processes: dict[str, subprocess.Popen] = {}
+        if RUNS_WITHOUT_A_GPU:
+            for name in ("cpu", "float32"):
+                self.start(name, FLAGS[name], device="cpu")
+            return
         for name, flags in FLAGS.items():
             if not name.startswith("transformer engine") or importlib.util.find_spec("transformer_engine"):
-                self.start(name, flags, device="cpu" if name == "cpu" else "gpu")
+                self.start(name, flags, device="cpu" if name == "cpu" else "cuda")
+                time.sleep(STAGGER_S)  # each reads and imports gigabytes as it starts
         for name, more in (("whole", ""), ("stopped", "--exit-interval 4")):
             self.start(name, f"{self.resumable(name)} {more}")
         if "transformer engine" in self._processes:
@@ -108,7 +60,7 @@ class Runs:
             )
             self.start("scaled", flags)
 
-    def start(self, name: str, flags: str, **options: str) -> None:
+    def start(self, name: str, flags: str, **options: Any) -> None:
         self._processes[name] = start(self._root / name, self._models, flags, **options)
 
     def saved(self, name: str) -> Path:
@@ -127,22 +79,16 @@ class Runs:
         return float(found[1])
 
     def __getitem__(self, name: str) -> list[dict[str, Any]]:
+        if RUNS_WITHOUT_A_GPU and name not in self._processes:
+            pytest.skip("needs a GPU (CUDA): on CPUs one run and its like are enough")
         return records(self._root / name, self._processes[name])
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All of them, with a teacher and a student that other processes made as Megatron checkpoints."""
+    """All of them, with a teacher and a student that another process made as Megatron checkpoints."""
     root = tmp_path_factory.mktemp("models")
-    script = (
-        "import sys; from pathlib import Path; from benchmarks.step_run import make_checkpoint; "
-        "make_checkpoint(Path(sys.argv[1]), eval(sys.argv[2]), Path(sys.argv[1] + '.log'))"
-    )
-    makers = []
-    for name, shape in (("teacher", architecture(192, 6)), ("student", architecture(128, 5))):
-        command = [sys.executable, "-c", script, str(root / name), repr(shape)]
-        makers.append(subprocess.Popen(command, env=os.environ | {"FDD_REHEARSE": "0"}))
-    assert [maker.wait(timeout=240) for maker in makers] == [0, 0]
+    make_models(root)
     return Runs(tmp_path_factory.mktemp("runs"), root)
 
 

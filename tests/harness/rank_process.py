@@ -96,7 +96,7 @@ def serve(rank: int, size: int, rendezvous: Path, stack_file: Path, pipe: Connec
     pipe.send(Outcome(rank, "passed"))
     try:
         while (call := pipe.recv()) is not None:
-            pipe.send(_run(call, rank))
+            pipe.send(run_call(call, rank))
     except EOFError:
         pass
     os._exit(0)  # neither gloo's threads nor exit handlers of half-finished runs are waited for
@@ -113,12 +113,13 @@ def _join(rank: int, size: int, rendezvous: Path) -> None:
     rehearsal.start()
     torch.set_num_threads(1)
     _rewrite_asserts()
-    _NO_LAYOUT.update(_parallel_state())
+    remember_no_layout()
     store = dist.FileStore(str(rendezvous), size)
     dist.init_process_group("gloo", rank=rank, world_size=size, store=store, timeout=timedelta(minutes=10))
 
 
-def _run(call: Call, rank: int) -> Outcome:
+def run_call(call: Call, rank: int) -> Outcome:
+    """A test body on this rank, and what it left behind cleaned up; an error becomes an outcome."""
     import torch
     import torch.distributed as dist
 
@@ -174,6 +175,11 @@ def _enter_layout(layout: Layout) -> None:
 # On a rank: the parallel states of the last layouts, and the one in which it was born.
 _LAYOUTS: dict[Layout, dict[str, Any]] = {}
 _NO_LAYOUT: dict[str, Any] = {}
+
+
+def remember_no_layout() -> None:
+    """Call before Megatron's parallel state is made: every body begins in this one."""
+    _NO_LAYOUT.update(_parallel_state())
 
 
 def _parallel_state() -> dict[str, Any]:

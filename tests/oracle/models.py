@@ -130,7 +130,7 @@ def build_frozen(
     config = model_config(shape, topology, dtype, **{"fp8_param": "fp8" in options, **options})
     config.vocab_size = padded_vocab(padded_like, topology)
     with torch.no_grad():
-        model = build_stage(config, topology).to(dtype)
+        model = build_stage(config, topology).to(device=torch.cuda.current_device(), dtype=dtype)
     load_weights(model, weights, topology)
     return model.eval().requires_grad_(False)
 
@@ -171,7 +171,7 @@ def full_name(
 def full_gradients(
     chunks: list[torch.nn.Module], topology: Topology, vocab: int, weights: Weights
 ) -> Weights:
-    """Every parameter's `main_grad` as one full tensor, the same on all ranks."""
+    """Every parameter's `main_grad` as one full tensor, the same on all ranks, in host memory."""
     gradients: Weights = {}
     for student in unwrap_model(chunks):
         for name, parameter in student.named_parameters():
@@ -182,13 +182,13 @@ def full_gradients(
                 assert not full[vocab:].any(), f"{name}: padded rows received gradient"
                 full = full[:vocab]
             if not is_expert(name):
-                gradients[full_name(student, name, weights, topology)] = full.double()
+                gradients[full_name(student, name, weights, topology)] = full.double().cpu()
                 continue
             shared = topology.collection.ep
             parts = [torch.empty_like(full) for _ in range(shared.size())]
             dist.all_gather(parts, full, group=shared)
             for rank, part in enumerate(parts):
-                gradients[full_name(student, name, weights, topology, rank)] = part.double()
+                gradients[full_name(student, name, weights, topology, rank)] = part.double().cpu()
     stages: list[Weights] = [{} for _ in range(topology.num_stages)]
     dist.all_gather_object(stages, gradients, group=topology.pipeline_group)
     for other in stages:

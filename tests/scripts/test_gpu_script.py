@@ -1,93 +1,174 @@
-"""tests/gpu/run.sh without a GPU: with stand-ins for its programs, what it makes of their endings."""
+"""tests/gpu/run.sh without a GPU: on a CPU from end to end at toy sizes, and what they make of endings."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import lines, tables
+from tests.gpu import run
+from tests.gpu.sections import Runner, Section
 
 ROOT = Path(__file__).parents[2]
-PYTEST = """\
-echo "tests/gpu/test_$name.py::test_one PASSED [ 50%]"
-sleep $seconds
-echo "tests/gpu/test_$name.py::test_two $second [100%]"
-echo "SKIPPED [1] tests/gpu/test_$name.py:9: could not import 'transformer_engine'"
-echo "==== 1 passed, 1 other in 2.00s ===="
-exit $status
+
+
+def call(out: Path, **environment: str) -> tuple[int, str]:
+    """Exit status, and what it printed."""
+    environment = {"OUT": str(out), "STATE": str(out), **environment}
+    result = subprocess.run(
+        ["bash", str(ROOT / "tests/gpu/run.sh")],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+def endings(out: Path) -> Mapping[str, str]:
+    return {line["name"]: line["ending"] for line in lines.read(out / "results.jsonl", "section")}
+
+
+def test_on_a_cpu_from_end_to_end(tmp_path: Path) -> None:
+    status, printed = call(tmp_path, DEVICE="cpu", PART="1")
+    assert status == 0, printed
+    ended = endings(tmp_path)
+    for name in ("machine", "losses", "operations", "small-runs", "step"):
+        assert ended[name] == "passed", printed
+    assert {name for name, ending in ended.items() if ending == "skipped"} >= {
+        "step-fp8",
+        "kernels",
+        "memory-checks",
+    }
+    groups = {line["group"] for line in lines.read(tmp_path / "results.jsonl", "loss")}
+    assert {"ceilings", "one layer's divergence", "final logits", "delta", "others"} <= groups
+    steps = lines.read(tmp_path / "results.jsonl", "step")
+    assert [line["objective"] for line in steps] == ["FDD", "logit KD"]
+    assert set(steps[0]["losses"]) == {"ce", "kd", "trajectory", "delta"}
+    assert min(steps[0]["parts"].values()) > 0
+    page = (tmp_path / "results.md").read_text()
+    assert tables.tables(lines.read(tmp_path / "results.jsonl")) in page
+    assert tables.NO_FIGURES in page
+    before = (tmp_path / "results.jsonl").read_text()
+    status, printed = call(tmp_path, DEVICE="cpu", PART="2")
+    assert status == 0, printed
+    assert "== losses: passed before" in printed
+    assert (tmp_path / "results.jsonl").read_text().startswith(before)
+    assert len(lines.read(tmp_path / "results.jsonl", "step")) == 2, "nothing is done twice"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "results.md", "log.txt"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_ends_at_once(tmp_path: Path) -> None:
+    status, _ = call(tmp_path, DEVICE="cuda")
+    assert status == 1
+    assert endings(tmp_path)["machine"] == "failed"
+    assert "losses" not in endings(tmp_path)
+    assert "error: torch sees no GPU" in (tmp_path / "results.md").read_text()
+
+
+def bash(name: str, script: str, limit_s: float = 20, **options: object) -> Section:
+    return Section(name, ("bash", "-c", script), limit_s, **options)  # type: ignore[arg-type]
+
+
+def runner(out: Path, budget_s: float, part: str = "1") -> Runner:
+    out.mkdir(exist_ok=True)
+    return Runner(out, time.monotonic() + budget_s, "made up", part, copy=out.parent / "copy")
+
+
+def test_every_ending_is_told_and_the_rest_is_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = tmp_path / "child"
+    sections = [
+        bash("good", "echo fine"),
+        bash("bad", "echo FAILED tests/made_up.py; exit 3"),
+        bash("slow", f"setsid sleep 60 & echo $! >{child}; wait", limit_s=0.5),
+        bash("beside-it", "echo meanwhile", beside=True),
+        bash("lacking", "echo never", missing="made-up-program is not on PATH"),
+        bash("last", "echo last"),
+    ]
+    assert not runner(out, 30).run(sections)
+    assert endings(out) == {
+        "good": "passed",
+        "bad": "failed",
+        "beside-it": "passed",
+        "slow": "hung",
+        "lacking": "skipped",
+        "last": "passed",
+    }
+    assert not Path(f"/proc/{child.read_text().strip()}").exists(), "what a section has started ends with it"
+    page = (out / "results.md").read_text()
+    assert "| bad | failed | status 3 |" in page
+    assert "FAILED tests/made_up.py" in page
+    assert "made-up-program is not on PATH" in page
+    assert (tmp_path / "copy" / "results.md").read_text() == page
+    assert "fine" in (out / "log.txt").read_text()
+
+
+def test_a_second_call_goes_on_where_the_first_was_cut_off(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    sections = [
+        bash("first", f"echo x >>{count}"),
+        bash("cut", f"[[ -e {tmp_path}/again ]] || sleep 60"),
+        bash("after", "true", least_s=5),
+    ]
+    assert not runner(tmp_path / "out", 1.5).run(sections)
+    assert endings(tmp_path / "out") == {"first": "passed", "cut": "cut", "after": "cut"}
+    (tmp_path / "again").touch()
+    assert runner(tmp_path / "out", 30, "2").run(sections)
+    assert set(endings(tmp_path / "out").values()) == {"passed"}
+    assert count.read_text() == "x\n"
+
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from tests.gpu import run
+os.environ |= {"BUDGET_S": "60", "DEVICE": "cpu", "PART": "1", "FRESH": "0", "WHEELS": "", "OUT": sys.argv[1]}
+os.environ["STATE"] = sys.argv[1]
+long = run.Section("machine", ("sleep", "60"), 60)
+run.beginnings = lambda *_: [long]
+run.conduct("made up", lambda *_: [])
 """
-PROGRAMS = {
-    "nvidia-smi": "echo 'Some GPU, 580.1, 81559 MiB'",
-    "python3": """\
-case "$*" in
-    -) cat >/dev/null; echo "torch 9.9"; exit $NO_GPU ;;
-    *xdist*) exit 1 ;;
-    *tests/gpu/test_distill.py) name=distill seconds=$DISTILL_S second=PASSED status=0 ;;
-    *) name=ops seconds=0 second=$OPS status=$([[ $OPS == PASSED ]] && echo 0 || echo 1) ;;
-esac
-"""
-    + PYTEST,
-    "env": 'echo "one layer 0.04 s"; echo "$*"; exit $BENCHMARKS_STATUS',
-}
 
 
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    """A folder for the front of PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, body in PROGRAMS.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
-    return folder
+def test_a_terminated_script_leaves_its_page(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
+    while not (tmp_path / "machine.log").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert "| machine | cut | the run was stopped |" in (tmp_path / "results.md").read_text()
 
 
-def run(programs: Path, out: Path, **environment: str) -> tuple[int, str]:
-    """Exit status and results.md."""
-    plain = {"OPS": "PASSED", "DISTILL_S": "0", "BENCHMARKS_STATUS": "0", "NO_GPU": "0"} | environment
-    plain |= {"PATH": f"{programs}:{os.environ['PATH']}", "OUT": str(out)}
-    script = ["/bin/bash", str(ROOT / "tests" / "gpu" / "run.sh")]
-    status = subprocess.run(script, env=plain, capture_output=True, timeout=60, check=False).returncode
-    return status, (out / "results.md").read_text()
+def test_a_broken_transformer_engine_is_as_if_it_were_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformer_engine.py").write_text("raise OSError('made up')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(run, "SITE", tmp_path / "site")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    run.hide_transformer_engine()
+    program = "from tests.gpu import te_is_there; assert not te_is_there()"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_all_is_well(programs: Path, tmp_path: Path) -> None:
-    status, results = run(programs, tmp_path / "out")
-    assert status == 0
-    assert "Some GPU, 580.1" in results
-    assert "torch 9.9" in results
-    assert "not passed: nothing" in results
-    assert results.count("2 tests passed") == 2
-    assert results.count("could not import 'transformer_engine'") == 2
-    assert "one layer 0.04 s\nDEVICE=cuda SETUP=0 bash benchmarks/run.sh" in results
-
-
-def test_what_fails_is_named_and_the_rest_is_run(programs: Path, tmp_path: Path) -> None:
-    status, results = run(programs, tmp_path / "out", OPS="FAILED", BENCHMARKS_STATUS="1")
-    assert status == 1
-    assert "not passed: ops benchmarks\n" in results
-    assert "one layer 0.04 s" in results
-
-
-def test_what_takes_too_long_is_cut_off(programs: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
-    status, results = run(programs, tmp_path / "out", DISTILL_S="50", BUDGET_S="2")
-    assert time.monotonic() - started < 20
-    assert status == 1
-    assert "not passed: distill (cut off: 2 s were over) benchmarks (cut off: 2 s were over)" in results
-    assert "## ops\n\n2 tests passed" in results
-    assert "## distill\n\n1 tests passed" in results
-
-
-def test_without_a_gpu_it_ends_at_once(programs: Path, tmp_path: Path) -> None:
-    status, results = run(programs, tmp_path / "out", NO_GPU="1")
-    assert status == 1
-    assert "## ops" not in results
-
-
-def test_benchmarks_can_be_left_out(programs: Path, tmp_path: Path) -> None:
-    status, results = run(programs, tmp_path / "out", BENCHMARKS="0")
-    assert status == 0
-    assert "## benchmarks" not in results
+def test_the_sections_are_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU, too: their modules and test files."""
+    monkeypatch.setenv("WORKERS", "8")
+    for section in run.sections("cuda", tmp_path / "lines", has_te=True):
+        for word in section.command:
+            if word.startswith("tests/"):
+                assert (ROOT / word).exists()
+            elif word.startswith(("tests.", "benchmarks.")):
+                assert (ROOT / f"{word.replace('.', '/')}.py").exists()

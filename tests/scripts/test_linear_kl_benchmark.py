@@ -1,4 +1,4 @@
-"""The benchmark of the losses: its implementations do the same work, and a tiny run ends well."""
+"""The benchmarks of the losses: their implementations do the same work, and tiny runs end well."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from benchmarks import linear_kl, linear_kl_steps, measure
+from benchmarks import delta_steps, interleaved, linear_kl, linear_kl_steps, lines, loss_groups, measure
 
 
 def test_implementations_that_differ_are_noticed() -> None:
@@ -44,3 +44,54 @@ def test_no_ratio_of_unsteady_times() -> None:
     assert "unsteady" not in measure.table({"a": steady}, "a")
     assert measure.table({"a": steady, "b": unsteady}, "a").count("unsteady") == 1
     assert measure.table({"a": unsteady, "b": steady}, "a").count("unsteady") == 2
+
+
+def test_variants_take_turns_and_a_later_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def broken(_size: linear_kl_steps.Size) -> linear_kl_steps.Step:
+        raise RuntimeError("made to fail")
+
+    def named(name: str) -> linear_kl_steps.Step:
+        return lambda: calls.append(name) or torch.zeros(())
+
+    size = linear_kl.SMOKE
+    first = loss_groups.Group(
+        "first",
+        (
+            loss_groups.Variant("floor", lambda: named("a"), size, work=1e9),
+            loss_groups.Variant("ours", lambda: named("b"), size, "floor"),
+            loss_groups.Variant("broken", lambda: broken(size), size, "floor"),
+        ),
+    )
+    second = loss_groups.Group("second", (loss_groups.Variant("ours", lambda: named("c"), size),))
+    monkeypatch.setattr(interleaved, "groups", lambda _scale: iter([first]))
+    path = tmp_path / "lines"
+    assert interleaved.main(["--lines", str(path), "--rounds", "3"]) == 1
+    assert calls == ["a", "a", "b", "b", *"ababab"], "to warm up, for the memory, then in turn"
+    floor, ours, failed = lines.read(path, "loss")
+    assert "ratio" not in floor
+    assert floor["rate"] == pytest.approx(1e9 / floor["seconds"])
+    assert ours["floor"] == "floor"
+    assert ours["ratio"] > 0
+    assert failed["error"] == "RuntimeError: made to fail"
+    monkeypatch.setattr(interleaved, "groups", lambda _scale: iter([first, second]))
+    assert interleaved.main(["--lines", str(path)]) == 0
+    assert [line["group"] for line in lines.read(path)] == ["first"] * 3 + ["second"]
+    capsys.readouterr()
+
+
+def test_the_deltas_products_are_the_same_in_every_way() -> None:
+    size = linear_kl.SMOKE
+    today, three = delta_steps.todays_products(size)(), delta_steps.bf16_products(size)()
+    torch.testing.assert_close(three, today, rtol=0, atol=1e-4 * float(today.abs().max()))
+
+
+def test_steps_of_a_size_share_their_inputs() -> None:
+    one, other = (linear_kl_steps.inputs(linear_kl.SMOKE, trains_head=trains) for trains in (False, True))
+    assert one.teacher_head_WT is other.teacher_head_WT
+    assert one.student_head_WS.data_ptr() == other.student_head_WS.data_ptr()
+    assert (one.student_head_WS.requires_grad, other.student_head_WS.requires_grad) == (False, True)
+    assert all(hidden.is_leaf and hidden.requires_grad for hidden in (*one.student, *other.student))

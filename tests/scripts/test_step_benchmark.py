@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import pytest
 
-from benchmarks import modelopt, step
+from benchmarks import lines, modelopt, step
 from benchmarks.step_flops import Model, StepFlops, step_flops
+from benchmarks.step_run import Watched
 from megatron_fdd.balance import ModelShape
 from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 from tests.oracle.model_shapes import (
@@ -69,11 +70,11 @@ def test_a_divided_shape_has_the_ratio_of_the_whole() -> None:
     assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
 
 
-def smoke(picture: Path) -> tuple[int, str, list[Any]]:
-    """Body on one rank: the command with every run in this process."""
+def smoke(picture: Path, rows: Path) -> tuple[int, str, list[Any]]:
+    """Body on one rank: the command with all four runs in this process."""
     runs = []
 
-    def here(function: Callable[..., Any], *arguments: Any) -> Any:
+    def here(_pool: None, function: Callable[..., Any], *arguments: Any) -> Any:
         result = function(*arguments)
         clean_megatron()
         if result is not None:
@@ -81,31 +82,37 @@ def smoke(picture: Path) -> tuple[int, str, list[Any]]:
         return result
 
     printed = io.StringIO()
-    with patch.object(step, "in_own_process", here), contextlib.redirect_stdout(printed):
-        status = step.main(["--smoke", "--profile", str(picture)])
+    with (
+        patch.object(step, "in_own_process", here),
+        patch.object(step, "new_process", lambda _device: contextlib.nullcontext()),
+        contextlib.redirect_stdout(printed),
+    ):
+        status = step.main(["--smoke", "--cross-entropy", "--profile", str(picture), "--lines", str(rows)])
     return status, printed.getvalue(), runs
 
 
 def test_tiny_run_does_the_products_that_the_arithmetic_says(tmp_path: Path) -> None:
-    picture = tmp_path / "profile.png"
-    [(status, printed, runs)] = run_on_ranks(smoke, Layout(ranks=1), {"picture": picture})
+    picture, rows = tmp_path / "profile.png", tmp_path / "rows.jsonl"
+    given = {"picture": picture, "rows": rows}
+    [(status, printed, runs)] = run_on_ranks(smoke, Layout(ranks=1), given)
     assert status == 0
-    assert all(name in printed for name in (step.STOCK, *step.WEIGHTS))
-    assert [set(losses) for _, losses, _ in runs] == [
-        set(),
-        {"ce"},
-        {"ce", "kd"},
-        {"ce", "kd", "trajectory", "delta"},
-    ]
+    names = [*step.WEIGHTS, step.STOCK]
+    assert names[:2] == ["FDD", "logit KD"], "what is most worth knowing comes first"
+    assert all(name in printed for name in names)
+    wanted = [{"ce", "kd", "trajectory", "delta"}, {"ce", "kd"}, {"ce"}, set()]
+    assert [set(losses) for _, losses, _ in runs] == wanted
+    written = lines.read(rows, "step")
+    assert [line["objective"] for line in written] == names
+    assert [(line["losses"], line["parts"]) for line in written] == [seen[1:] for seen in runs]
     args, _ = step.parse_args(["--smoke"])
     student, teacher = step.model_of(args, "student"), step.model_of(args, "teacher")
     tokens = args.seq_length * args.micro_batch_size
-    for (counted, _, _), name in zip(runs[1:], step.WEIGHTS, strict=True):
+    for (counted, _, _), name in zip(runs[:3], step.WEIGHTS, strict=True):
         flops = step_flops(student, teacher, name, num_taps=args.taps, step_tokens=tokens)
         # A rehearsal's attention computes the masked half too.
         assert counted == pytest.approx(tokens * (flops.total + flops.scores), rel=1e-9), name
     assert picture.stat().st_size > 5000
-    stock, entropy, kd, fdd = (parts for _, _, parts in runs)
+    fdd, kd, entropy, stock = (parts for _, _, parts in runs)
     assert stock == {}
     for parts, empty in (
         (entropy, {"teacher", "inner layers' losses"}),
@@ -132,3 +139,40 @@ def test_modelopt_is_left_out_where_it_is_missing(capsys: pytest.CaptureFixture[
     with patch.object(modelopt.importlib.util, "find_spec", return_value=None):
         assert modelopt.main([]) == 0
     assert "pip install nvidia-modelopt" in capsys.readouterr().out
+
+
+class Clock:
+    """A time that stands still but when it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def test_what_fails_or_does_not_fit_into_the_time_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, begun = Clock(), []
+
+    def here(_pool: None, function: Callable[..., Any], *arguments: Any) -> Any:
+        if function is step.make_checkpoint:
+            return None
+        clock.now_s += 40
+        begun.append(arguments[0])
+        if len(begun) == 1:
+            raise RuntimeError("made to fail")
+        return Watched(seconds=[1.0, 1.0], losses={"kd": 2.0})
+
+    monkeypatch.setattr(step, "time", clock)
+    monkeypatch.setattr(step, "in_own_process", here)
+    monkeypatch.setattr(step, "new_process", lambda _device: contextlib.nullcontext())
+    rows = tmp_path / "rows.jsonl"
+    flags = ["--smoke", "--cross-entropy", "--budget-s", "100", "--lines", str(rows)]
+    assert step.main([*flags, "--models", str(tmp_path)]) == 1
+    assert [job.repeats for job in begun] == [2, 2], "one set of repeats"
+    assert [line["objective"] for line in lines.read(rows)] == ["logit KD"]
+    printed = capsys.readouterr()
+    assert "FDD: made to fail" in printed.err
+    assert "cross-entropy: not begun: 20 s are left and the last run took 40 s" in printed.out

@@ -1,0 +1,105 @@
+"""What the benchmark of the losses measures of the delta and of the Gram matrices that it needs.
+
+Each function prepares inputs of a size and returns a step. Shapes: N tokens, T / S hidden width of teacher / student.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.linear_kl_steps import Inputs, Size, Step, inputs
+from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
+from megatron_fdd.ops.full_precision import product
+from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype
+
+
+def grams_of(given: Inputs, previous: HeadGrams | None = None) -> HeadGrams:
+    """Of the log-probability delta."""
+    heads = (given.teacher_head_WT, given.student_head_WS)
+    return head_grams(*heads, shard=given.shard, centred=False, previous=previous)
+
+
+def bare_grams(size: Size) -> Step:
+    """The student's two: what a training makes anew each step where the head is trained."""
+    given = inputs(size)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        given.teacher_head_WT.T @ given.student_head_WS
+        return given.student_head_WS.T @ given.student_head_WS
+
+    return run
+
+
+def our_grams(size: Size, *, keeps_teacher: bool) -> Step:
+    """Forward. With the teacher's own taken over from an earlier step, as in a training, or not."""
+    given = inputs(size)
+    previous = grams_of(given) if keeps_teacher else None
+    return lambda: grams_of(given, previous).student_student_SS
+
+
+def _factors(size: Size) -> list[tuple[Tensor, Tensor]]:
+    """Of one delta's three products, in float32: differences of features, Gram matrix."""
+    given = inputs(size)
+    grams = grams_of(given)
+    teacher_NT, student_NS = given.teacher[0].float(), given.student[0].detach().float()
+    return [
+        (teacher_NT, grams.teacher_teacher_TT),
+        (teacher_NT, grams.teacher_student_TS),
+        (student_NS, grams.student_student_SS),
+    ]
+
+
+def bare_delta(size: Size) -> Step:
+    """The three products of a delta, once each, in the dtype of the features."""
+    factors = [[tensor.to(getattr(torch, size.dtype)) for tensor in pair] for pair in _factors(size)]
+    return lambda: [left @ right for left, right in factors][-1]
+
+
+def todays_products(size: Size) -> Step:
+    """The same as the delta takes them: on a GPU as three products of TF32 parts."""
+    factors = _factors(size)
+    return lambda: [product(left, right) for left, right in factors][-1]
+
+
+def bf16_products(size: Size) -> Step:
+    """The same as three products of bf16 parts: a proposal, which asks for centred Gram matrices.
+
+    Its time alone: these matrices are not centred. Those are cut once a step, outside of what is timed.
+    """
+    factors = [(delta, _bf16_parts(gram)) for delta, gram in _factors(size)]
+
+    def run() -> Tensor:
+        for delta, (gram_high, gram_low) in factors:
+            high, low = _bf16_parts(delta)
+            total = delta.new_zeros(len(delta), gram_high.shape[1])
+            for left, right in ((low, gram_high), (high, gram_low), (high, gram_high)):
+                accumulate(total, left, right)
+        return total
+
+    return run
+
+
+def _bf16_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """What bf16 keeps of the numbers, and of the rest; widened where no bf16 is multiplied into float32."""
+    high = tensor.bfloat16()
+    dtype = product_dtype(high)
+    return high.to(dtype), (tensor - high).bfloat16().to(dtype)
+
+
+def our_delta(size: Size) -> Step:
+    """`delta_cosine` with its Gram matrices given, forward and backward."""
+    given = inputs(size)
+    grams = grams_of(given)
+    teacher_NT = given.teacher[0].float()
+    student_NS = given.student[0].detach().float().requires_grad_()
+    lse_N = torch.ones(size.tokens, device=size.device)
+
+    def run() -> Tensor:
+        cosine_N = delta_cosine(teacher_NT, student_NS, lse_N, lse_N, grams, shard=given.shard)
+        (1 - cosine_N).mean().backward()
+        student_NS.grad = None
+        return cosine_N.detach()
+
+    return run

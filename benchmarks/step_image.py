@@ -1,0 +1,10 @@
+"""What a process of the step benchmark has imported before its work comes; nothing here touches a GPU."""
+
+import megatron_fdd.rehearsal as rehearsal
+
+if rehearsal.is_wanted():
+    rehearsal.start()
+
+import megatron.training.training  # noqa: E402, F401
+
+import megatron_fdd.distill  # noqa: E402, F401

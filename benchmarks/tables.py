@@ -1,0 +1,194 @@
+"""Markdown tables from lines of results: those of docs/performance.md, and the page of a run on a GPU.
+
+    python -m benchmarks.tables runs/gpu/results.jsonl
+    python -m benchmarks.tables runs/gpu/results.jsonl --page     # and how each section ended
+
+Needs Python alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import lines
+from benchmarks.lines import Line
+
+# What the objective may cost on a GPU, over its matrix products.
+OBJECTIVE_BAR = 1.5
+NO_FIGURES = "Toy sizes on a CPU: no measurement."
+
+
+def page(found: Sequence[Line], title: str) -> str:
+    """All that is known: machine, how the sections ended, tables."""
+    parts = [f"# {title}", *machines(found), sections(found), tables(found)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def tables(found: Sequence[Line]) -> str:
+    """Every table that there are lines for."""
+    losses = _of(found, "loss")
+    parts = [loss_table(group, rows) for group, rows in _groups(losses).items()]
+    parts += [bar(losses), steps(_of(found, "step")), layouts(found), trainings(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def machines(found: Sequence[Line]) -> list[str]:
+    """A paragraph for each machine that lines are of."""
+    told = {}
+    for line in _of(found, "machine"):
+        words = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+        told[f"{line['machine']}; {line.get('more', '')}; Python {line['python']}, {words}."] = line
+    return [f"{line['date']}: {text}" + is_toy([line]) for text, line in told.items()]
+
+
+def sections(found: Sequence[Line]) -> str:
+    """How each ended, and what its log says of that."""
+    last = {line["name"]: line for line in _of(found, "section")}
+    if not last:
+        return ""
+    rows = [
+        (name, line["ending"], line["why"], f"{line['seconds']:.0f}" if "seconds" in line else "")
+        for name, line in last.items()
+    ]
+    text = table(("section", "ended", "why", "seconds"), rows, "llll")
+    told = {name: line["told"] for name, line in last.items() if line.get("told")}
+    return "\n\n".join([text, *(f"{name}:\n\n```\n{chr(10).join(said)}\n```" for name, said in told.items())])
+
+
+def loss_table(group: str, rows: Sequence[Line]) -> str:
+    """One group of `benchmarks.interleaved`."""
+    cells = []
+    for row in rows:
+        if "error" in row:
+            cells.append((row["row"], row["error"], "", "", ""))
+            continue
+        ratio = f"{row['ratio']:.2f} ± {row['ratio_spread'] / 2:.2f}" if "ratio" in row else ""
+        rate = f"{row['rate'] / 1e12:.4g} T{row['unit']}" if "rate" in row else ""
+        cells.append((row["row"], f"{1000 * row['seconds']:.4g}", ratio, f"{row['peak_mib']:.0f}", rate))
+    size = rows[0]["size"]
+    shape = (
+        f"{size['tokens']:,} tokens, widths {size['teacher_width']}/{size['student_width']}, {size['dtype']}; "
+        f"vocabulary {size['vocab']:,} unless a row says otherwise; {rows[0]['machine']}; median of "
+        f"{max(row.get('rounds', 0) for row in rows)} rounds{is_toy(rows)}"
+    )
+    return f"{shape}:\n\n" + table((group, "ms", "x floor", "MiB", "rate"), cells, "lrrrr")
+
+
+def bar(losses: Sequence[Line]) -> str:
+    """Whether the objective is within its bar."""
+    found = [row for row in losses if row["group"].startswith("objective") and "ratio" in row]
+    if not found or found[0]["device"] == "cpu":
+        return ""
+    ratio = found[0]["ratio"]
+    word = "met" if ratio <= OBJECTIVE_BAR else "missed"
+    return f"Objective over its products: {ratio:.2f}; at most {OBJECTIVE_BAR} is the bar: {word}."
+
+
+def steps(found: Sequence[Line]) -> str:
+    """Whole training steps, a table for each way to run them; and the parts of those that were watched."""
+    parts = []
+    for flags, rows in _groups(found, "flags").items():
+        base = next((row["seconds"] for row in rows if row["objective"] == "logit KD"), None)
+        cells = []
+        for row in rows:
+            ratio = f"{row['seconds'] / base:.2f}" if base else ""
+            loss = ", ".join(f"{name} {value:.4g}" for name, value in row["losses"].items())
+            seconds = f"{row['seconds']:.4g} (spread {row['spread']:.0%})"
+            cells.append((row["objective"], seconds, ratio, f"{row['whole_mib']:.0f}", loss))
+        size = rows[0]["size"]
+        shape = (
+            f"A step of {size['seq_length'] * size['micro_batch_size'] * size['micro_batches']:,} tokens, "
+            f"{size['teacher_layers']} x {size['teacher_width']} -> {size['student_layers']} x "
+            f"{size['student_width']}, vocabulary {size['vocab_size']:,}, `{flags}`; {rows[0]['machine']}"
+            f"{is_toy(rows)}:"
+        )
+        parts += [shape, table(("a step", "seconds", "x KD", "whole MiB", "losses"), cells, "lrrrl")]
+        if watched := [row for row in rows if row["parts"]]:
+            names = list(watched[0]["parts"])
+            cells = [(row["objective"], *(f"{row['parts'][name]:.4g}" for name in names)) for row in watched]
+            parts.append(table(("seconds of one step, watched", *names), cells, "l" + "r" * len(names)))
+    return "\n\n".join(parts)
+
+
+def layouts(found: Sequence[Line]) -> str:
+    """Steps at several layouts against float64."""
+    last = {line["name"]: line for line in _of(found, "layout")}
+    rows = [
+        (
+            name,
+            line["ranks"],
+            "bf16" if line["bf16"] else "float32",
+            line["ending"],
+            *_small(line, "terms", "gradients"),
+        )
+        for name, line in last.items()
+    ]
+    return table(("layout", "ranks", "in", "ended", "terms off by", "gradients off by"), rows, "lrllrr")
+
+
+def trainings(found: Sequence[Line]) -> str:
+    """Small ones: each curve beside another, and how they end when a rank does."""
+    rows = [
+        (line["name"], line["beside"], line["ending"], line["steps"], *_small(line, "farthest", "tolerance"))
+        for line in _of(found, "curve")
+    ]
+    curves = table(("training", "beside", "ended", "steps", "farthest apart", "allowed"), rows, "lllrrr")
+    rows = [
+        (line["name"], line["ending"], line["seconds"], line["left"], line["said"])
+        for line in _of(found, "ending")
+    ]
+    endings = table(("when", "the test", "seconds to the end", "processes left", "messages"), rows, "llrrr")
+    return "\n\n".join(part for part in (curves, endings) if part)
+
+
+def _small(line: Line, *names: str) -> list[str]:
+    """Numbers far below 1, where they are known."""
+    return [f"{line[name]:.1e}" if name in line else "" for name in names]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]], sides: str) -> str:
+    """Markdown; nothing without rows."""
+    rows = list(rows)
+    if not rows:
+        return ""
+    rule = ["--:" if side == "r" else "---" for side in sides]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, rule, *rows))
+
+
+def is_toy(rows: Sequence[Mapping[str, Any]]) -> str:
+    return f" ({NO_FIGURES})" if any(row.get("device") == "cpu" for row in rows) else ""
+
+
+def _of(found: Sequence[Line], kind: str) -> list[Line]:
+    return [line for line in found if line["kind"] == kind]
+
+
+def _groups(found: Sequence[Line], key: str = "group") -> dict[str, list[Line]]:
+    groups: dict[str, list[Line]] = {}
+    for line in found:
+        groups.setdefault(line[key], []).append(line)
+    return groups
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("lines", type=Path, metavar="FILE", help="lines of JSON")
+    parser.add_argument("--page", action="store_true", help="with the machine and how each section ended")
+    args = parser.parse_args(argv)
+    found = lines.read(args.lines)
+    if not found:
+        parser.error(f"{args.lines}: no lines of results")
+    print(page(found, f"Results of {args.lines}") if args.page else tables(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""Collectives that do nothing until they are waited for: nobody reads a result or overwrites an input too early.
+
+Over gloo a collective is often done before its `wait`; NCCL's runs beside what follows. So here each fills its output
+with NaN (whole numbers: the least) when it begins, and runs, inputs checked to be what they were, in `wait`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fdd.ops import vocab_shard
+from megatron_fdd.ops.delta import delta_cosine, head_grams
+from megatron_fdd.ops.head_loss import LossWeights, head_loss
+from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.linear_kl import Divergence
+from tests.harness.ranks import distributed
+from tests.ops.linear_kl_case import KINDS, RankPart, gradients, loss, make_case, tiles
+
+
+def poison(tensor: Tensor) -> float:
+    """What no result holds."""
+    return float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
+
+
+def is_poisoned(tensor: Tensor) -> bool:
+    return bool((tensor.isnan() if tensor.is_floating_point() else tensor == poison(tensor)).all())
+
+
+@dataclass(slots=True)
+class Late:
+    """In place of torch's `Work`."""
+
+    finish: Callable[[], None] | None
+
+    def wait(self) -> None:
+        assert self.finish is not None, "waited for twice"
+        self.finish()
+        self.finish = None
+
+
+@dataclass(slots=True)
+class LateCollectives:
+    """Those of `torch.distributed` that the operations begin without waiting, made late; counts them."""
+
+    count: int = 0
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[LateCollectives]:
+        with contextlib.ExitStack() as stack:
+            for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+                late = self._into_output(getattr(dist, name))
+                stack.enter_context(patch.object(vocab_shard.dist, name, late))
+            stack.enter_context(patch.object(vocab_shard.dist, "all_reduce", self._in_place(dist.all_reduce)))
+            yield self
+
+    def _into_output(self, collective: Callable[..., object]) -> Callable[..., Late | None]:
+        def begin(out: Tensor, given: Tensor, group: object = None, async_op: bool = False) -> Late | None:
+            before = given.clone()
+            out.fill_(poison(out))
+
+            def finish() -> None:
+                assert torch.equal(given, before), "an input changed before its collective was waited for"
+                assert is_poisoned(out), "an output was written before its collective was waited for"
+                collective(out, before, group=group)
+
+            return self._begun(finish, async_op)
+
+        return begin
+
+    def _in_place(self, collective: Callable[..., object]) -> Callable[..., Late | None]:
+        def begin(tensor: Tensor, group: object = None, async_op: bool = False) -> Late | None:
+            before = tensor.clone()
+            tensor.fill_(poison(tensor))
+
+            def finish() -> None:
+                assert is_poisoned(tensor), "a sum was written before its collective was waited for"
+                collective(before, group=group)
+                tensor.copy_(before)
+
+            return self._begun(finish, async_op)
+
+        return begin
+
+    def _begun(self, finish: Callable[[], None], async_op: bool) -> Late | None:
+        self.count += 1
+        if async_op:
+            return Late(finish)
+        finish()
+        return None
+
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+def assert_the_same_when_late(step: Step, at_least: int) -> None:
+    """Collectives late or at once: the same numbers."""
+    at_once = step()
+    with LateCollectives().installed() as late:
+        results = step()
+    assert late.count >= at_least
+    for result, wanted in zip(results, at_once, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def linear_kl_step(part: RankPart, divergence: Divergence, kernels: Kernels, *, live: bool) -> Step:
+    """Outputs and gradients of this rank's part."""
+
+    def step() -> tuple[Tensor, ...]:
+        inputs = part.inputs(live=live)
+        outputs = part.run(*inputs, divergence, kernels=kernels)
+        total = loss(outputs, part.case.upstream[:, part.tokens])
+        return (*outputs, *gradients(total, *inputs[: 1 + live]))
+
+    return step
+
+
+def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
+    """With so few logits held that every rank has several chunks."""
+    case = part.case
+    weights = LossWeights(case.upstream[0][part.tokens], case.upstream[2][part.tokens], 0.7, 0.3)
+
+    def step() -> tuple[Tensor, ...]:
+        hidden, head = part.inputs(live=True)
+        result = head_loss(
+            (case.teacher[part.tokens], case.teacher_head[part.rows]),
+            (hidden, head),
+            shard=part.shard,
+            divergence=divergence,
+            labels_N=case.labels[part.tokens],
+            weights=weights,
+            kernels=Kernels("torch", held_logits=4 * len(head)),
+        )
+        assert result.divergence is not None
+        assert result.cross_entropy is not None
+        total = 0.7 * result.divergence + 0.3 * result.cross_entropy
+        return (result.divergence, result.cross_entropy, *gradients(total, hidden, head))
+
+    return step
+
+
+def delta_step(part: RankPart, *, centred: bool) -> Step:
+    """Gram matrices, cosines, and their gradients to features and head."""
+    case = part.case
+
+    def step() -> tuple[Tensor, ...]:
+        student, head = part.inputs(live=True)
+        grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+        lse_N = torch.linspace(-1, 2, len(student), dtype=student.dtype)
+        given = (None, None) if centred else (lse_N, 2 * lse_N)
+        cosine_N = delta_cosine(case.teacher[part.tokens], student, *given, grams, shard=part.shard)
+        return (cosine_N, *gradients(cosine_N.sum(), student, head))
+
+    return step
+
+
+def assert_all_operations(*, sequence_parallel: bool) -> None:
+    """Twelve tokens in chunks of 4, tiles of 5; padding in the last rank's rows."""
+    size = dist.get_world_size()
+    part = RankPart.of(make_case(12, 31, padded=36 if size == 3 else 32), sequence_parallel=sequence_parallel)
+    for divergence in (*map(Divergence, KINDS), Divergence(temperature=2.0)):
+        for live in (False, True):
+            step = linear_kl_step(part, divergence, tiles(5, chunk_rows=4), live=live)
+            assert_the_same_when_late(step, at_least=6)
+        assert_the_same_when_late(head_loss_step(part, divergence), at_least=4)
+    for centred in (False, True):
+        assert_the_same_when_late(delta_step(part, centred=centred), at_least=2)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=2)
+def test_two_ranks(sequence_parallel: bool) -> None:
+    assert_all_operations(sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=3)
+def test_three_ranks(sequence_parallel: bool) -> None:
+    assert_all_operations(sequence_parallel=sequence_parallel)
+
+
+def dont_wait(self: vocab_shard.Pending) -> Tensor:
+    return self._tensor
+
+
+@distributed(ranks=2)
+def test_a_missing_wait_is_noticed() -> None:
+    part = RankPart.of(make_case(12, 31, padded=32), sequence_parallel=False)
+    step = linear_kl_step(part, Divergence(), tiles(5, chunk_rows=4), live=False)
+    step()
+    with (
+        LateCollectives().installed(),
+        patch.object(vocab_shard.Pending, "wait", dont_wait),
+    ):
+        results = step()
+    assert any(result.isnan().any() for result in results)
