@@ -61,17 +61,7 @@ def sections(device: str, lines: Path, has_te: bool) -> list[Section]:
 FP8 = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--teacher-fp8-format", "e4m3")
 # Both kernels of a row that is not aligned, and cuBLAS's products with it, by name, with bytes a second.
 PROFILER = (
-    *(
-        "ncu",
-        "--clock-control",
-        "none",
-        "--section",
-        "SpeedOfLight",
-        "--launch-skip",
-        "200",
-        "--launch-count",
-        "40",
-    ),
+    *"ncu --clock-control none --section SpeedOfLight --launch-skip 200 --launch-count 40".split(),
     *(*PYTHON, "benchmarks.interleaved", "--device", "cuda", "--rounds", "1"),
     *("--only", "final logits, vocabulary 50,257"),
 )
@@ -106,17 +96,7 @@ def install(wheels: str) -> None:
     given = sorted(path.name for path in Path(wheels).glob("*.whl"))
     done = SITE / "installed"
     if not done.exists() or done.read_text().split() != given:
-        pip = (
-            *PYTHON,
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--no-compile",
-            "--upgrade",
-            "--target",
-        )
+        pip = (*PYTHON, *"pip install -q --no-index --no-deps --no-compile --upgrade --target".split())
         subprocess.run([*pip, str(SITE), *(str(Path(wheels) / name) for name in given)], check=True)
         done.write_text("\n".join(given))
 
