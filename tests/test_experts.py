@@ -35,6 +35,7 @@ from tests.oracle.case import (
     relative,
     run_step,
     shard_vocab,
+    small,
 )
 from tests.oracle.models import build_student, full_gradients, model_config, padded_vocab
 from tests.oracle.reference import TEACHER, Terms, Weights
@@ -71,7 +72,7 @@ EXPERTS = {
 @pytest.mark.parametrize("name", EXPERTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
     """The router's balancing loss included."""
-    case = EXPERTS[name]
+    case = small(EXPERTS[name])
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)

@@ -19,8 +19,8 @@ from tests.oracle.case import (
     Case,
     assert_equal,
     expected,
-    few_micro_batches,
     run_step,
+    small,
 )
 from tests.oracle.reference import STUDENT, TEACHER, Terms
 
@@ -140,7 +140,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
-    case = few_micro_batches(LAYOUTS[name])
+    case = small(LAYOUTS[name])
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)
@@ -157,7 +157,7 @@ def test_every_option_works_across_stages(name: str) -> None:
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_equals_the_reference(name: str, sequence_parallel: bool) -> None:
-    case = few_micro_batches(Case(tp=2, sequence_parallel=sequence_parallel, terms=OPTIONS[name]))
+    case = small(Case(tp=2, sequence_parallel=sequence_parallel, terms=OPTIONS[name]))
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)

@@ -33,10 +33,10 @@ from tests.oracle.case import (
     Result,
     assert_equal,
     expected,
-    few_micro_batches,
     reference_result,
     relative,
     run_step,
+    small,
 )
 from tests.oracle.reference import STUDENT, Terms
 
@@ -207,7 +207,7 @@ def run_broken(case: Case, mutation: str) -> Result:
 
 @pytest.mark.parametrize("mutation", [*MUTATIONS, *PIPELINE_MUTATIONS])
 def test_the_central_test_catches(mutation: str) -> None:
-    case = few_micro_batches(Case(pp=2) if mutation in PIPELINE_MUTATIONS else Case(tp=2))
+    case = small(Case(pp=2) if mutation in PIPELINE_MUTATIONS else Case(tp=2))
     assert case.student.vocab % 8, "there must be padding"
     with pytest.raises(
         (AssertionError, pytest.fail.Exception), match="AssertionError|gradient off|comparison failed"
@@ -222,6 +222,6 @@ def check_broken(case: Case, mutation: str) -> None:
 
 
 def test_nothing_is_broken_without_a_mutation() -> None:
-    for case in (few_micro_batches(Case(tp=2)), Case(pp=2)):
+    for case in (small(Case(tp=2)), small(Case(pp=2))):
         for result in run_on_ranks(run_step, case.layout, {"case": case}):
             assert_equal(result, expected(case))
