@@ -102,9 +102,10 @@ def test_what_no_fork_can_do_is_done_by_an_interpreter_of_its_own(script: str, t
 
 
 def test_what_a_session_of_tests_sets_itself_is_no_reason(tmp_path: Path) -> None:
-    """Importing torch sets the folder, rehearsing in the test's own process the others."""
+    """Importing torch sets the folder, a benchmark MKL's threads, rehearsing in the test's own process the others."""
     own = {"TORCHINDUCTOR_CACHE_DIR": "/", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    assert bash(f"python -c '{TELL}'", tmp_path, **own).stdout == "True\n"
+    own["MKL_NUM_THREADS"] = "1"
+    assert bash(f"python -c '{TELL}'", tmp_path, **own).stdout == "True\n", forked_python.log()
 
 
 def test_threads_are_as_many_as_the_environment_says(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ IMAGE = (
 # what coverage measures.
 FRESH = ("megatron.training", "megatron_fdd")
 # Of these the image has read many while it was imported: with other values a program needs an interpreter of its own.
-READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MKL", "MPL", "LD_")
+READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MPL", "LD_")
 # Of torchrun, of Megatron; what importing torch sets; what rehearsal.start() sets and makes up for.
 READ_LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCH_DIST", "CUDA_DEVICE_MAX_CONNECTIONS")
 READ_LATER += ("TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE")
@@ -167,8 +167,12 @@ def _receive(connection: socket.socket, image: Mapping[str, bytes]) -> Request:
     if not data or len(data) < length:  # the launcher was killed
         return Request(None, "", {}, streams)
     command, folder, environment = marshal.loads(data)
-    program = parse(command, folder) if read_at_import(environment) == image else None
-    return Request(program, folder, environment, streams)
+    differing = sorted(name for name, _ in read_at_import(environment).items() ^ image.items())
+    if differing:
+        print(
+            f"an interpreter of its own, for {', '.join(differing)}: {command}", file=sys.stderr, flush=True
+        )
+    return Request(None if differing else parse(command, folder), folder, environment, streams)
 
 
 def _tell(connection: socket.socket, number: int) -> None:

@@ -35,6 +35,11 @@ def python() -> str:
     return str(_venv() / "bin/python") if is_wanted() else sys.executable
 
 
+def log() -> str:
+    """What the server has said, among it why a program got an interpreter of its own."""
+    return (_venv() / "log").read_text() if is_wanted() else ""
+
+
 def close() -> None:
     """End the server and with it what is left of its children (tests/conftest.py calls this at the session's end)."""
     if _SERVERS:

@@ -190,12 +190,22 @@ def shard_vocab(case: Case) -> int:
 def expected(case: Case) -> Result:
     """The float64 reference on all tokens at once; computed once for all layouts. Not to be changed by a caller."""
     free = ("terms", "student", "teacher", "micro_batches", "packed", "length")
-    return _reference(Case(**{name: getattr(case, name) for name in free}))
+    # What a test may have put in the place of these is another result.
+    sources = (reference.random_batches, reference.random_weights, reference.double)
+    return _reference(Case(**{name: getattr(case, name) for name in free}), sources)
 
 
 @functools.cache
-def _reference(case: Case) -> Result:
-    return reference_result(case)
+def _reference(case: Case, _sources: tuple[Callable[..., Any], ...]) -> Result:
+    student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
+    teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
+    batches = case_batches(case)
+    total, means = reference.distillation_loss(
+        case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
+    )
+    total.backward()
+    zero = {name: torch.zeros_like(value) for name, value in student.items()}
+    return Result(means, {name: zero[name] if w.grad is None else w.grad for name, w in student.items()})
 
 
 def small(case: Case) -> Case:
@@ -216,19 +226,6 @@ def small(case: Case) -> Case:
         teacher=replace(case.teacher, num_layers=6),
         terms=replace(case.terms, pairs=((1, 2), (2, 4), (3, 5))),
     )
-
-
-def reference_result(case: Case) -> Result:
-    """As `expected`, computed now."""
-    student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
-    teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
-    batches = case_batches(case)
-    total, means = reference.distillation_loss(
-        case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
-    )
-    total.backward()
-    zero = {name: torch.zeros_like(value) for name, value in student.items()}
-    return Result(means, {name: zero[name] if w.grad is None else w.grad for name, w in student.items()})
 
 
 def relative(difference: Tensor, value: Tensor) -> float:
