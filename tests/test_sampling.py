@@ -26,6 +26,7 @@ from tests.oracle.case import (
     join,
     run_step,
     schedule_step,
+    small,
     step_result,
 )
 from tests.oracle.reference import Terms
@@ -66,7 +67,8 @@ def run_iterations(case: Case, iterations: Sequence[int]) -> list[tuple[Result, 
 
 def expected_with_tap(case: Case, tap: int) -> Result:
     """The float64 reference of the loss with one tap, put together from two losses with all of their taps."""
-    terms, exact = case.terms, Case(terms=case.terms, student=case.student)
+    terms, names = case.terms, ("terms", "student", "teacher", "micro_batches")
+    exact = Case(**{name: getattr(case, name) for name in names})
     pairs, num_deltas = terms.pairs, len(terms.pairs) - 1
     count = len(pairs) if terms.alpha > 0 else num_deltas
     alone = replace(terms, pairs=(pairs[tap],), alpha=terms.alpha * count / len(pairs), beta=0.0)
@@ -110,6 +112,7 @@ ONE_TAP = {
 @pytest.mark.parametrize("name", ONE_TAP)
 def test_every_draw_of_a_tap_is_right_and_their_mean_is_the_whole(name: str) -> None:
     case = replace(ONE_TAP[name], sample_one_tap=True)
+    case = case if name == "pp2" else small(case)
     taps = iterations_by_tap(case)
     assert list(taps) == list(range(0 if case.terms.alpha > 0 else 1, len(case.terms.pairs)))
     ranks = run_on_ranks(run_iterations, case.layout, {"case": case, "iterations": list(taps.values())})
@@ -183,7 +186,7 @@ HALVES = {
 
 @pytest.mark.parametrize("name", HALVES)
 def test_two_halves_of_the_tokens_make_the_whole(name: str) -> None:
-    case = replace(HALVES[name], sample_tokens=0.5)
+    case = small(replace(HALVES[name], sample_tokens=0.5))
     iterations = list(iterations_by_tap(case).values()) if case.sample_one_tap else [5]
     with patch.object(reference, "random_batches", unmasked):
         wanted = expected(case)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "megatron_fdd"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "megatron_fdd"
 # What may import what: a module imports from its own room or from lower levels.
 LEVELS = {
     "config": 0, "ops": 0, "wheel": 0, "experts": 0, "stepped_adam": 0, "launch": 0, "local_norms": 0,
@@ -72,3 +73,25 @@ def test_accelerators_are_megatrons_business() -> None:
 
 def test_no_utils() -> None:
     assert not list(PACKAGE.rglob("util*.py"))
+
+
+def test_no_test_file_imports_another() -> None:
+    """So that each can be moved to another tier, or deleted, by itself."""
+    files = list(TESTS.rglob("*.py"))
+    assert len(files) > 100
+    found = [
+        f"{path.relative_to(TESTS)} imports {name}"
+        for path in files
+        for name in imports(path)
+        if any(
+            part.startswith("test_") and (TESTS.parent / module_file(name, part)).exists()
+            for part in name.split(".")
+        )
+    ]
+    assert found == []
+
+
+def module_file(name: str, part: str) -> str:
+    """Path of the module in a dotted name that ends with `part`."""
+    parts = name.split(".")
+    return "/".join(parts[: parts.index(part) + 1]) + ".py"

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,12 +15,17 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
 
+from megatron_fdd.data.batch import get_batch
 from megatron_fdd.teacher import loading
+from megatron_fdd.teacher.live import LiveTeacher
+from megatron_fdd.teacher.scales import fp8_linears
 from megatron_fdd.topology import Topology
-from tests.oracle.case import Case
-from tests.oracle.models import model_config, padded_vocab
-from tests.oracle.reference import STUDENT, TEACHER
+from tests.oracle.case import Case, case_batches, join, schedule_step
+from tests.oracle.models import build_student, model_config, padded_vocab
+from tests.oracle.reference import STUDENT, TEACHER, random_weights
 
 TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 HISTORY = 4
@@ -59,9 +65,83 @@ def load(case: Case, topology: Topology, *, checkpoint: Path) -> GPTModel:
     options = dict(case.teacher_options)
     args = Namespace(params_dtype=torch.float32, fp8=options.get("fp8"), fp8_recipe=options.get("fp8_recipe"))
     options |= {"fp8_param": "fp8" in options, "transformer_impl": case.transformer_impl}
+    topology = topology.with_experts(case.teacher_ep)
     config = model_config(case.teacher, topology, torch.float32, **options)
     config.vocab_size = padded_vocab(case.student, topology)
     with patch.object(loading, "model_config", lambda _args: config):
         model = loading.build_teacher(args, checkpoint, topology)
     assert any(is_float8tensor(parameter) for parameter in model.parameters()) == options["fp8_param"]
     return model
+
+
+TAPS = (2, 7)
+
+
+def trained_model(case: Case, num_steps: int) -> GPTModel:
+    """On every rank: the case's teacher after steps of plain training; after none it has run once."""
+    topology = Topology.from_megatron(sequence_parallel=False)
+    chunks = build_student(
+        case.teacher, random_weights(case.teacher, 2), topology, torch.float32,
+        transformer_impl="transformer_engine", **dict(case.teacher_options),
+    )  # fmt: skip
+    batches = case_batches(case)
+    for batch in batches[:num_steps]:
+        chunks[0].zero_grad_buffer()
+        unwrap_model(chunks)[0].set_is_first_microbatch()  # new weights, to be put in FP8 again
+        chunks[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean().backward()
+        descend(chunks, 0.1)
+    model = unwrap_model(chunks)[0].eval()
+    model.set_is_first_microbatch()
+    features(model, case)
+    return model
+
+
+def descend(chunks: list[torch.nn.Module], rate: float) -> None:
+    """Plain gradient descent."""
+    with torch.no_grad():
+        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+            parameter.sub_(rate * parameter.main_grad)
+
+
+def features(model: GPTModel, case: Case) -> list[Tensor]:
+    """On every rank, without a pipeline: hidden states of a batch that nobody has trained on."""
+    batch = get_batch(iter(case_batches(case)[-1:]), "cpu")
+    found = LiveTeacher(model, TAPS).features(0, batch)
+    return [found.final_SBT, *found.taps_SBT.values()]
+
+
+def loaded_features(case: Case, checkpoint: Path) -> list[Tensor]:
+    """Body on every rank."""
+    with trusted():
+        model = load(
+            case, Topology.from_megatron(sequence_parallel=case.sequence_parallel), checkpoint=checkpoint
+        )
+    return features(model, case)
+
+
+def scales(model: torch.nn.Module) -> dict[str, Tensor]:
+    """All that delayed scaling keeps between steps, for every linear."""
+    return {
+        f"{name} {way} {what}": getattr(module.fp8_meta[way], what).clone()
+        for name, module in fp8_linears(model)
+        for way in ("scaling_fwd", "scaling_bwd")
+        for what in ("scale", "amax_history")
+    }
+
+
+def train_beside(case: Case, checkpoint: Path) -> tuple[list[str], list[str], dict[str, float]]:
+    """Body on every rank: the teacher's scales that three steps change, the student's; the first step's means."""
+    with trusted():
+        chunks, teacher, steps = join(case, make_teacher=partial(load, checkpoint=checkpoint))
+    student, first = unwrap_model(chunks)[0], {}
+    before, changed = scales(teacher), []
+    for index in range(3):
+        means = schedule_step(case, chunks, steps)
+        descend(chunks, 1e-3)
+        first = first or {name: value.item() for name, value in (means[0] if means else {}).items()}
+        if index == 0 and dict(case.student_options)["fp8_recipe"] == "delayed":
+            changed = [name for name, value in scales(student).items() if bool((value != 1).any())]
+    after = scales(teacher)
+    assert before.keys() == after.keys()
+    assert before
+    return [name for name in before if not torch.equal(before[name], after[name])], changed, first

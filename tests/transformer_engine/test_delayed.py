@@ -8,82 +8,42 @@ from __future__ import annotations
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
-from megatron.core.models.gpt import GPTModel
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_fdd.data.batch import get_batch
 from megatron_fdd.teacher import loading
-from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.teacher.scales import check_scales, fp8_linears
 from megatron_fdd.topology import Topology
 from tests.harness.ranks import Layout, run_on_ranks
-from tests.oracle.case import FULL_BLOCK, FULL_UNIFORM, Case, case_batches, join, relative, schedule_step
-from tests.oracle.models import build_student
-from tests.oracle.reference import random_weights
+from tests.oracle.case import FULL_BLOCK, FULL_UNIFORM, Case, relative
 from tests.transformer_engine import IMAGE, needs_python
 from tests.transformer_engine.delayed import (
     CASE,
-    DELAYED,
     ORDER_TOLERANCE,
     TRUST,
     WRONG,
+    features,
     load,
+    loaded_features,
     save,
+    train_beside,
+    trained_model,
     trusted,
 )
 
 pytestmark = needs_python
 
-TAPS = (2, 7)
-
-
-def trained_model(options: tuple, num_steps: int) -> GPTModel:
-    """On every rank: the teacher's architecture after steps of plain training; after none it has run once."""
-    topology = Topology.from_megatron(sequence_parallel=False)
-    chunks = build_student(
-        CASE.teacher, random_weights(CASE.teacher, 2), topology, torch.float32,
-        transformer_impl="transformer_engine", **dict(options),
-    )  # fmt: skip
-    batches = case_batches(CASE)
-    for batch in batches[:num_steps]:
-        chunks[0].zero_grad_buffer()
-        unwrap_model(chunks)[0].set_is_first_microbatch()  # new weights, to be put in FP8 again
-        chunks[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean().backward()
-        step(chunks, 0.1)
-    model = unwrap_model(chunks)[0].eval()
-    model.set_is_first_microbatch()
-    features(model, CASE)
-    return model
-
-
-def step(chunks: list[torch.nn.Module], rate: float) -> None:
-    """Plain gradient descent."""
-    with torch.no_grad():
-        for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
-            parameter.sub_(rate * parameter.main_grad)
-
-
-def features(model: GPTModel, case: Case) -> list[Tensor]:
-    """On every rank, without a pipeline: hidden states of a batch that nobody has trained on."""
-    batch = get_batch(iter(case_batches(case)[-1:]), "cpu")
-    found = LiveTeacher(model, TAPS).features(0, batch)
-    return [found.final_SBT, *found.taps_SBT.values()]
-
 
 def make_checkpoints(folder: Path) -> list[Tensor]:
     """Body on every rank: one that carries scales and what is none; features of the first one's model."""
-    model = trained_model(DELAYED, 3)
+    model = trained_model(CASE, 3)
     save(model, folder / "scaled")
     save(model, folder / "converted", extra_state=False)
-    save(trained_model((), 0), folder / "empty")
-    save(trained_model(DELAYED, 0), folder / "ones")  # no step updated what it starts with
+    save(trained_model(replace(CASE, teacher_options=()), 0), folder / "empty")
+    save(trained_model(CASE, 0), folder / "ones")  # no step updated what it starts with
     return features(model, CASE)
 
 
@@ -91,15 +51,6 @@ def make_checkpoints(folder: Path) -> list[Tensor]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
     folder = tmp_path_factory.mktemp("delayed")
     return folder, run_on_ranks(make_checkpoints, Layout(tp=2), {"folder": folder}, image=IMAGE)[0]
-
-
-def loaded_features(case: Case, checkpoint: Path) -> list[Tensor]:
-    """Body on every rank."""
-    with trusted():
-        model = load(
-            case, Topology.from_megatron(sequence_parallel=case.sequence_parallel), checkpoint=checkpoint
-        )
-    return features(model, case)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -124,34 +75,6 @@ def test_with_scale_1_they_would_not_be(made: tuple[Path, list[Tensor]]) -> None
     for found in run_on_ranks(unscaled_features, Layout(tp=2), arguments, image=IMAGE):
         errors = [relative(mine - theirs, theirs) for mine, theirs in zip(found, wanted, strict=True)]
         assert min(errors) > WRONG
-
-
-def scales(model: torch.nn.Module) -> dict[str, Tensor]:
-    """All that delayed scaling keeps between steps, for every linear."""
-    return {
-        f"{name} {way} {what}": getattr(module.fp8_meta[way], what).clone()
-        for name, module in fp8_linears(model)
-        for way in ("scaling_fwd", "scaling_bwd")
-        for what in ("scale", "amax_history")
-    }
-
-
-def train_beside(case: Case, checkpoint: Path) -> tuple[list[str], list[str], dict[str, float]]:
-    """Body on every rank: the teacher's scales that three steps change, the student's; the first step's means."""
-    with trusted():
-        chunks, teacher, steps = join(case, make_teacher=partial(load, checkpoint=checkpoint))
-    student, first = unwrap_model(chunks)[0], {}
-    before, changed = scales(teacher), []
-    for index in range(3):
-        means = schedule_step(case, chunks, steps)
-        step(chunks, 1e-3)
-        first = first or {name: value.item() for name, value in (means[0] if means else {}).items()}
-        if index == 0 and dict(case.student_options)["fp8_recipe"] == "delayed":
-            changed = [name for name, value in scales(student).items() if bool((value != 1).any())]
-    after = scales(teacher)
-    assert before.keys() == after.keys()
-    assert before
-    return [name for name in before if not torch.equal(before[name], after[name])], changed, first
 
 
 TENSORWISE = (("fp8", "hybrid"), ("fp8_recipe", "tensorwise"))

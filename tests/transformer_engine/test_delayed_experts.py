@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_fdd.teacher import loading
-from megatron_fdd.topology import Topology
 from tests.harness.ranks import Layout, run_on_ranks
 from tests.oracle.case import Case, relative
-from tests.transformer_engine import IMAGE, needs_python, test_delayed
-from tests.transformer_engine.delayed import CASE, DELAYED, ORDER_TOLERANCE, WRONG
+from tests.transformer_engine import IMAGE, needs_python
+from tests.transformer_engine.delayed import (
+    CASE,
+    DELAYED,
+    ORDER_TOLERANCE,
+    WRONG,
+    features,
+    loaded_features,
+    save,
+    train_beside,
+    trained_model,
+)
 from tests.transformer_engine.steps import KINDS
 
 pytestmark = needs_python
@@ -25,10 +31,9 @@ pytestmark = needs_python
 SIZES = [pytest.param(1, id="1x1"), pytest.param(2, id="ep2")]
 
 
-@contextmanager
-def teacher_of_experts(kind: str, size: int) -> Iterator[Case]:
-    """The case of `test_delayed.py` with a teacher of experts, at an expert-parallel size."""
-    case = replace(
+def with_experts(kind: str, size: int) -> Case:
+    """A teacher of experts, at an expert-parallel size."""
+    return replace(
         CASE,
         dp=size,
         ep=size,
@@ -36,29 +41,22 @@ def teacher_of_experts(kind: str, size: int) -> Iterator[Case]:
         teacher=replace(CASE.teacher, experts=4, ffn=64),
         teacher_options=DELAYED + KINDS[kind],
     )
-    load = test_delayed.load
-
-    def load_with_experts(case: Case, topology: Topology, *, checkpoint: Path) -> GPTModel:
-        return load(case, topology.with_experts(size), checkpoint=checkpoint)
-
-    with patch.object(test_delayed, "CASE", case), patch.object(test_delayed, "load", load_with_experts):
-        yield case
 
 
 def make_checkpoint(folder: Path, kind: str, size: int) -> list[Tensor]:
     """Body on every rank: features of the trained model, which is saved."""
-    with teacher_of_experts(kind, size) as case:
-        model = test_delayed.trained_model(case.teacher_options, 3)
-        test_delayed.save(model, folder / "scaled")
-        return test_delayed.features(model, case)
+    case = with_experts(kind, size)
+    model = trained_model(case, 3)
+    save(model, folder / "scaled")
+    return features(model, case)
 
 
 def errors(folder: Path, kind: str, size: int, wanted: list[Tensor]) -> tuple[list[float], list[float]]:
     """Body on every rank: how far features are from the trained model's, with scales and without."""
-    with teacher_of_experts(kind, size) as case:
-        found = [test_delayed.loaded_features(case, folder / "scaled")]
-        with patch.object(loading, "uses_delayed_scaling", lambda _args: False):
-            found.append(test_delayed.loaded_features(case, folder / "scaled"))
+    case = with_experts(kind, size)
+    found = [loaded_features(case, folder / "scaled")]
+    with patch.object(loading, "uses_delayed_scaling", lambda _args: False):
+        found.append(loaded_features(case, folder / "scaled"))
     scaled, unscaled = (
         [relative(mine - theirs, theirs) for mine, theirs in zip(each, wanted, strict=True)] for each in found
     )
@@ -67,8 +65,7 @@ def errors(folder: Path, kind: str, size: int, wanted: list[Tensor]) -> tuple[li
 
 def changed_by_a_run(folder: Path, kind: str, size: int) -> list[str]:
     """Body on every rank."""
-    with teacher_of_experts(kind, size) as case:
-        changed, _, _ = test_delayed.train_beside(case, folder / "scaled")
+    changed, _, _ = train_beside(with_experts(kind, size), folder / "scaled")
     return changed
 
 
