@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -66,11 +67,22 @@ def refuse_in_fast(what: str) -> None:
         pytest.fail(f'{name} starts {what}: mark it `tier("default")`', pytrace=False)
 
 
+def _is_ours(frame: FrameType | None) -> bool:
+    """Whether code of this project has called `subprocess`."""
+    while frame is not None and frame.f_globals.get("__name__") == "subprocess":
+        frame = frame.f_back
+    path = frame.f_code.co_filename if frame is not None else ""
+    return path.startswith(str(ROOT.parent)) and "site-packages" not in path
+
+
 def watch_programs() -> None:
-    """From now on a test of tier `fast` that starts a program fails."""
+    """From now on a test of tier `fast` that starts a program fails, by itself or in this project's code.
+
+    What a library starts when it is first imported is no test's business.
+    """
 
     def hook(event: str, _arguments: tuple[Any, ...]) -> None:
-        if event == "subprocess.Popen":
+        if event == "subprocess.Popen" and _is_ours(sys._getframe(1)):
             refuse_in_fast("a program")
 
     sys.addaudithook(hook)
