@@ -128,6 +128,8 @@ def _same(tensor: torch.Tensor, *_args: Any, **_options: Any) -> torch.Tensor:
     return tensor
 
 
+# Not in torch's list of constructors, and take a device all the same.
+_OTHERS = "from_file normal"
 _LIKE = "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
 _NEW = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
 
@@ -144,7 +146,7 @@ def _redirect_tensors() -> None:
         for name, function in list(vars(module).items()):
             if callable(function) and function in constructors:
                 setattr(module, name, _on_cpu(function))
-    for owner, names in ((torch, _LIKE), (torch.Tensor, _NEW)):
+    for owner, names in ((torch, _OTHERS), (torch, _LIKE), (torch.Tensor, _NEW)):
         for name in names.split():
             setattr(owner, name, _on_cpu(getattr(owner, name)))
     tensor = torch.Tensor

@@ -75,6 +75,20 @@ def test_tensors_asked_for_on_cuda_are_on_the_cpu(cuda: str | torch.device | int
     assert host.to(cuda) is host
 
 
+def test_every_function_that_takes_a_device_is_redirected() -> None:
+    """By torch's own list of operators, but for what makes no tensor on it."""
+    rehearsal.start()
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")]
+    taking = {each.name[6:] for each in schemas if any(given.name == "device" for given in each.arguments)}
+    names = {name for name in taking if not name.startswith("_")} - {"Generator", "is_pinned"}
+    owned = [(owner, name) for name in names for owner in (torch, torch.Tensor) if hasattr(owner, name)]
+    assert len(owned) > 40
+    replaced = [name for owner, name in owned if getattr(owner, name).__module__ == device.__name__]
+    wrapped = [name for owner, name in owned if hasattr(getattr(owner, name), "__wrapped__")]
+    assert {name for _, name in owned} - {*replaced, *wrapped} == set()
+    assert torch.normal(0.0, 1.0, (2,), device="cuda").device.type == "cpu"
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "Float"), (torch.bfloat16, "BFloat16")])
 def test_tensors_bear_the_names_that_megatrons_optimizers_look_for(dtype: torch.dtype, name: str) -> None:
     rehearsal.start()
