@@ -140,8 +140,10 @@ def _redirect_tensors() -> None:
     They are replaced one by one: a `TorchFunctionMode` would do the same in three lines, and every call of torch would
     pay for it, a quarter to a half of a small model's time.
     """
-    # torch's own list, for `with torch.device(...)`; it is made when first asked for, and must hold torch's functions.
-    constructors = set(_device_constructors())
+    # torch's own list, for `with torch.device(...)`. It is kept as it was when first asked for, so ask before torch's
+    # functions are replaced; and make it anew, as it may have been asked for where another had replaced them (the
+    # `linspace` of transformers, while it makes a model).
+    constructors = {*_device_constructors(), *_device_constructors.__wrapped__()}
     for module in (torch, torch.fft, torch.nested):
         for name, function in list(vars(module).items()):
             if callable(function) and function in constructors:

@@ -89,6 +89,20 @@ def test_every_function_that_takes_a_device_is_redirected() -> None:
     assert torch.normal(0.0, 1.0, (2,), device="cuda").device.type == "cpu"
 
 
+@pytest.mark.tier("default")
+def test_functions_are_redirected_after_another_library_had_replaced_them() -> None:
+    """torch's list of constructors may be made in that while, and is kept."""
+    script = (
+        "import torch\nmine = torch.linspace\ntorch.linspace = lambda *args: mine(*args)\n"
+        "with torch.device('meta'): assert torch.ones(1).is_meta\n"
+        "torch.linspace = mine\n"
+        "from megatron_fdd import rehearsal\nrehearsal.start()\n"
+        "assert torch.linspace(0, 1, 3, device='cuda').device.type == 'cpu'\n"
+        "with torch.device('meta'): assert torch.ones(1).is_meta\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "Float"), (torch.bfloat16, "BFloat16")])
 def test_tensors_bear_the_names_that_megatrons_optimizers_look_for(dtype: torch.dtype, name: str) -> None:
     rehearsal.start()
