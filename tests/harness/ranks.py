@@ -33,7 +33,7 @@ PRELOAD = [
     "pytest",
     "megatron.training.training",
     "megatron.training.models.gpt",
-    "megatron.training.argument_utils",
+    "tests.harness.megatron_parser",
 ]
 # Beyond this many live processes the pool that has waited longest is closed (each starts with 30 MB of its own).
 MAX_LIVE_RANKS = 12
