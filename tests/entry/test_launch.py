@@ -78,6 +78,7 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@pytest.mark.tier("all")
 def test_a_killed_launch_resumes_bit_for_bit(toy: Toys, tmp_path: Path) -> None:
     def command(folder: Path) -> list[str]:
         places = ["--load", folder, "--save", folder, "--pretrained-checkpoint", toy.student]
