@@ -19,4 +19,5 @@ export OUT=${OUT:-runs/gpu-multi} STATE=${STATE:-${OUT:-runs/gpu-multi}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # Megatron demands it for tensor and context parallelism before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+source tests/gpu/python.sh
 exec python3 -m tests.gpu.multi

@@ -12,7 +12,8 @@
 #   FRESH=1                                 forget what earlier calls have done
 #   WORKERS=8                               pytest processes at a time, where pytest-xdist is installed
 #
-# Uses the python3 on PATH, with torch, pytest and the package's requirements (WHEELS may bring some). What it does and in
+# Uses the python3 on PATH, with torch, pytest and the package's requirements (WHEELS may bring some); on a CPU, where it
+# has no torch, the environment of tools/env.sh. What it does and in
 # which order: tests/gpu/run.py. Tables for docs/performance.md: python3 -m benchmarks.tables runs/gpu/results.jsonl.
 # The parts have been run on a CPU alone so far; on a GPU, none in this form.
 set -euo pipefail
@@ -21,4 +22,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export DEVICE=${DEVICE:-cuda} PART=${PART:-1} WHEELS=${WHEELS:-} OUT=${OUT:-runs/gpu} STATE=${STATE:-runs/gpu}
 export BUDGET_S=${BUDGET_S:-$([[ $PART == 2 ]] && echo 180 || echo 540)} FRESH=${FRESH:-0} WORKERS=${WORKERS:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+source tests/gpu/python.sh
 exec python3 -m tests.gpu.run
