@@ -134,7 +134,7 @@ def connect(
     topology: Topology,
     iteration: Callable[[], int] = lambda: 0,
     *,
-    seed: int = 0,
+    seed: int,
 ) -> DistillationSteps:
     """Join this stage's parts of both models into what Megatron's schedule runs.
 

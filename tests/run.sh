@@ -17,6 +17,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 declare -A budget_s=([fast]=90 [default]=600 [all]=1500)
 tier=default
+if [[ ${1:-} =~ ^[a-z]+$ && -z ${budget_s[$1]:-} && ! -e $1 ]]; then
+    echo "error: no tier is called '$1' (fast, all, or nothing for the default one)" >&2
+    exit 2
+fi
 if [[ -n ${1:-} && -n ${budget_s[$1]:-} ]]; then
     tier=$1
     shift

@@ -81,6 +81,7 @@ CONTEXTS = {
     "cp2-selective": Case(cp=2, recompute=SELECTIVE),
     "pp2-cp2-live": Case(pp=2, cp=2, terms=Terms(live=True)),
     "cp2-all-tokens": Case(cp=2, terms=Terms(all_tokens=True, ce=0.5)),
+    "dp2-all-tokens": Case(dp=2, terms=Terms(all_tokens=True, ce=0.5)),
     "packed": Case(packed=True),
     "packed-tp2-sp": Case(packed=True, tp=2, sequence_parallel=True),
     "packed-pp2": Case(packed=True, pp=2),

@@ -11,6 +11,7 @@ where a thread that wakes waits for its turn (`SCHED_BATCH`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from datetime import timedelta
 
@@ -35,7 +36,11 @@ class SharedLoopGloo(ProcessGroupGloo):
 def install_gloo() -> None:
     """Every gloo group that torch makes from now on is a `SharedLoopGloo`.
 
-    This thread, and every thread and process that it starts later, is scheduled as batch work.
+    This thread, and every thread and process that it starts later, is scheduled as batch work, if it may be and nobody
+    has chosen a policy.
     """
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # Not every system has it, and containers forbid it: then collectives are slower, and all else is the same.
+    with contextlib.suppress(AttributeError, OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     distributed_c10d.ProcessGroupGloo = SharedLoopGloo  # type: ignore[misc]

@@ -4,9 +4,10 @@ A test is in tier `fast` unless its folder or a mark says otherwise:
 
     pytestmark = pytest.mark.tier("default")      # above the tests of a file, or as a decorator
 
-`fast` is for what needs this process alone and about a second: a test in it that starts live ranks or another
-program fails, and says where it belongs. `default` proves the product right; `all` adds whole scripts, models at
-size, kills. `pytest --tier fast` runs one tier and those before it; without the flag everything is run.
+`fast` is for what needs this process alone and about a second: a test in it that starts live ranks, or another
+program by `subprocess`, fails and says where it belongs. `default` proves the product right; `all` adds whole scripts,
+models at size, kills. `pytest --tier fast` runs one tier and those before it; without the flag everything is run. A
+folder beyond the tier is not even imported, whatever the marks in it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ _running: list[str] = ["", "all"]
 def tier_of(item: pytest.Item) -> str:
     """The mark nearest to a test, or its folder's tier."""
     mark = item.get_closest_marker("tier")
-    return mark.args[0] if mark is not None else tier_of_folder(item.path)
+    if mark is None:
+        return tier_of_folder(item.path)
+    if len(mark.args) != 1 or mark.args[0] not in TIERS or mark.kwargs:
+        raise pytest.UsageError(f'{item.nodeid}: its tier is one of {", ".join(TIERS)}: tier("default")')
+    return mark.args[0]
 
 
 def tier_of_folder(path: Path) -> str:
@@ -64,7 +69,10 @@ def refuse_in_fast(what: str) -> None:
     """Fail a test of tier `fast` that does more than its tier allows."""
     name, tier = _running
     if tier == "fast":
-        pytest.fail(f'{name} starts {what}: mark it `tier("default")`', pytrace=False)
+        pytest.fail(
+            f'{name} starts {what}: mark it `@pytest.mark.tier("default")`, or its file '
+            '`pytestmark = pytest.mark.tier("default")` (tests/harness/tiers.py)'
+        )
 
 
 def _is_ours(frame: FrameType | None) -> bool:

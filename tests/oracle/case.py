@@ -137,7 +137,7 @@ def join(
         vocab_size=shard_vocab(case),
         padded_vocab_size=padded_vocab(case.student, topology),
     )
-    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration)
+    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
 
 
 def schedule_step(

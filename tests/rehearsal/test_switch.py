@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_fdd import rehearsal
-from megatron_fdd.rehearsal import device
+from megatron_fdd.rehearsal import device, gloo
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,24 @@ def test_one_generator_serves_cuda_and_cpu() -> None:
     assert torch.equal(torch.rand(3), first)
     torch.cuda.manual_seed(5)
     assert torch.initial_seed() == 5
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_IDLE])
+def test_threads_are_batch_work_unless_a_policy_was_chosen(
+    policy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _process: policy)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda _process, policy, _parameters: chosen.append(policy))
+    gloo.install_gloo()
+    assert chosen == ([os.SCHED_BATCH] if policy == os.SCHED_OTHER else [])
+
+
+def test_a_scheduler_that_may_not_be_chosen_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getscheduler", mock.Mock(side_effect=PermissionError))
+    gloo.install_gloo()
+    monkeypatch.delattr(os, "sched_getscheduler")
+    gloo.install_gloo()
 
 
 @pytest.mark.tier("default")
