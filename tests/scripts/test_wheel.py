@@ -47,10 +47,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = environment / "lib" / version / "site-packages"
     wheel = root / built.stdout.split()[-1]
-    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
-    subprocess.run(
-        [sys.executable, *install, "--python", str(environment / "bin/python"), str(wheel)], check=True
-    )
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)], check=True)
     # A folder in a .pth file is searched, and its own .pth files (an editable install is one) are not read.
     (site / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment
