@@ -16,7 +16,7 @@ LEVELS = {
     "fp8": 2, "lens": 2, "losses": 2, "arguments": 2, "rehearsal": 2, "convert": 3, "lens_copies": 3,
     "live_lens": 3, "sampling": 3, "data": 3, "teacher": 4, "objective": 5, "preflight": 5, "carry": 6,
     "student_memory": 5, "evaluate": 4, "metrics": 6, "dry_run": 6, "student": 7, "pipeline": 7, "run": 7,
-    "schedule": 8, "distill": 9,
+    "schedule": 8, "distill": 9, "doctor": 10, "cli": 11, "__main__": 12,
 }  # fmt: skip
 
 

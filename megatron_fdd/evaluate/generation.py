@@ -8,7 +8,6 @@ example draws its random numbers from a generator of its own.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -24,52 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_fdd.data.instructions import Instruction, Template
+from megatron_fdd.data.instructions import Instruction
 from megatron_fdd.evaluate.models import check_finite, end_ids, leading_ids, plain_generation
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationSettings:
-    """How models are asked; the defaults are those of MiniLLM, DistiLLM and FDD.
-
-    Attributes:
-        temperature: 0 takes the most probable token, with which all seeds would be the same: only the first is run.
-        max_prompt_tokens: a longer prompt loses its end, as in the field.
-    """
-
-    template: Template = "alpaca"
-    seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_prompt_tokens: int = 256
-    max_new_tokens: int = 256
-
-    def check(self) -> None:
-        """Refuse values without a meaning.
-
-        Raises:
-            ValueError: names the flag and the bound.
-        """
-        bounds = (
-            ("--temperature", self.temperature, 0 <= self.temperature < math.inf, "a number, 0 or more"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("--max-prompt-tokens", self.max_prompt_tokens, self.max_prompt_tokens >= 1, "at least 1"),
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            (
-                "--seeds",
-                self.seeds,
-                len(set(self.seeds)) == len(self.seeds) > 0,
-                "different ones, at least one",
-            ),
-        )
-        for flag, value, holds, bound in bounds:
-            if not holds:
-                raise ValueError(f"{flag} {value}: {bound}")
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """The seeds that make a difference."""
-        return self.seeds if self.temperature > 0 else self.seeds[:1]
+from megatron_fdd.evaluate.settings import GenerationSettings
 
 
 @dataclass(frozen=True, slots=True)

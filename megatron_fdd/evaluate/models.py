@@ -20,9 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda")
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:

@@ -5,77 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fdd.data.documents import input_bytes
 from megatron_fdd.evaluate.data_file import DataFile
-from megatron_fdd.evaluate.generation import GenerationSettings
 from megatron_fdd.evaluate.models import NamedModel, Placement
 from megatron_fdd.evaluate.rouge import scorer
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What models are scored on, and what they continue.
-
-    Attributes:
-        validation: JSONL file that is scored.
-        training: JSONL file whose word frequencies are the unigram model.
-        length: tokens in a window.
-        max_tokens: scored tokens at most.
-        prompts: what every model continues, greedily.
-        num_sample_tokens: how far.
-    """
-
-    validation: Path | None = None
-    training: Path | None = None
-    length: int = 128
-    max_tokens: int = 8192
-    prompts: tuple[str, ...] = ()
-    num_sample_tokens: int = 40
-
-    def check(self) -> None:
-        """Refuse before a model is loaded.
-
-        Raises:
-            ValueError: a file that is missing, a value without a meaning.
-        """
-        if self.training is not None and self.validation is None:
-            raise ValueError("--training-text is for the unigram model on --validation-text: give that too")
-        input_bytes([str(path) for path in (self.validation, self.training) if path is not None])
-        sizes = {
-            "length": self.length,
-            "max-tokens": self.max_tokens,
-            "sample-tokens": self.num_sample_tokens,
-        }
-        for flag, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"--{flag} {size}: at least 1")
-
-        if self.validation is not None and self.max_tokens < self.length:
-            raise ValueError(
-                f"--max-tokens {self.max_tokens}: less than one window of --length {self.length}; raise it or shorten "
-                "that"
-            )
-
-    @property
-    def is_asked(self) -> bool:
-        return self.validation is not None or bool(self.prompts)
-
-    def check_length(self, positions: float, prompt_lengths: list[int]) -> None:
-        """Refuse what one of the models has no positions for.
-
-        Raises:
-            ValueError: names lengths and flags.
-        """
-        if self.validation is not None and self.length > positions:
-            raise ValueError(
-                f"--length {self.length}: a model has {positions} positions; give as many or fewer"
-            )
-        longest = max(prompt_lengths, default=0)
-        if self.prompts and longest + self.num_sample_tokens > positions:
-            raise ValueError(
-                f"--prompt has {longest} tokens and --sample-tokens is {self.num_sample_tokens}: more than a model's "
-                f"{positions} positions"
-            )
+from megatron_fdd.evaluate.settings import GenerationSettings, Text
 
 
 @dataclass(frozen=True, slots=True)

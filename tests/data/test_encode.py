@@ -13,7 +13,8 @@ from megatron_fdd.data.documents import RawDocument
 from megatron_fdd.data.encode import Encoded, Encoder, EncodeSettings
 from megatron_fdd.data.instructions import TEMPLATES, Template, read_record
 from megatron_fdd.data.tokenizer import TokenizerSettings
-from megatron_fdd.evaluate.generation import GenerationSettings, encode_prompts
+from megatron_fdd.evaluate.generation import encode_prompts
+from megatron_fdd.evaluate.settings import GenerationSettings
 
 CHAT = [
     {"role": "system", "content": "The house."},

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_fdd.evaluate.data_file import Selection, read_data_file
 from megatron_fdd.evaluate.evaluation import evaluate
-from megatron_fdd.evaluate.generation import GenerationSettings, Generator, Prompt
+from megatron_fdd.evaluate.generation import Generator, Prompt
 from megatron_fdd.evaluate.models import NamedModel, Placement
-from megatron_fdd.evaluate.request import Request, Text
+from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.rouge import rouge_l
+from megatron_fdd.evaluate.settings import GenerationSettings, Text
 from megatron_fdd.evaluate.table import table
 from tests.convert.toys import make_llama
 from tests.harness import forked_python
@@ -275,7 +276,7 @@ def test_a_model_whose_tensors_are_not_all_there_is_refused(folder: Path, tmp_pa
 
 
 def command(folder: Path, out: Path, *more: str, python: str) -> list[str]:
-    sizes = "--max-prompt-tokens 20 --max-new-tokens 6 --batch-size 2 --seeds 10 20 --device cpu".split()
+    sizes = "--max-prompt-tokens 20 --max-new-tokens 6 --batch-size 2 --seeds 10,20 --device cpu".split()
     model, data = ["--hf-model", str(folder / "student")], ["--data", str(folder / "data.jsonl")]
     return [python, str(TOOL), *model, *data, "--out", str(out), *sizes, *more]
 

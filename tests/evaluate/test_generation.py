@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_fdd.data.instructions import Instruction
 from megatron_fdd.evaluate.generation import (
-    GenerationSettings,
     Generator,
     Prompt,
     Sampler,
@@ -21,6 +20,7 @@ from megatron_fdd.evaluate.generation import (
     example_seed,
 )
 from megatron_fdd.evaluate.models import Placement
+from megatron_fdd.evaluate.settings import GenerationSettings
 from tests.convert.toys import make_llama, write_json
 
 CPU = Placement("cpu", "float32")

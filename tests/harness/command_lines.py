@@ -15,8 +15,10 @@ from functools import cache
 from typing import NoReturn
 from unittest import mock
 
+import click
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_fdd import cli
 from megatron_fdd.config import add_fdd_args
 from tests.harness.markdown import ROOT
 
@@ -30,7 +32,7 @@ _FLAG = re.compile(r"--[a-zA-Z][\w-]*")
 
 @dataclass(frozen=True)
 class Command:
-    """A script (path from the root) or module of the project, and the flags that follow it."""
+    """A script (path from the root), module or `fdd` subcommand of the project, and the flags that follow it."""
 
     program: str
     flags: tuple[str, ...]
@@ -43,11 +45,21 @@ def commands(bash: str) -> Iterator[Command]:
         if at is not None:
             program = _program(words, at)
             assert program
-            flags = (_FLAG.match(word) for word in words[at + 1 :])
-            yield Command(program, tuple(match[0] for match in flags if match))
+            rest = words[at + 1 + program.startswith("fdd ") :]
+            if "--" in rest:  # what follows is the training's
+                yield Command(TRAINING, _flags(rest[rest.index("--") :]))
+                # What `fdd train` has before it is torchrun's.
+                rest = [] if program == "fdd train" else rest[: rest.index("--")]
+            yield Command(program, _flags(rest))
+
+
+def _flags(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple(match[0] for match in map(_FLAG.match, words) if match)
 
 
 def _program(words: list[str], index: int) -> str | None:
+    if words[index] == "fdd" and words[index + 1 :] and words[index + 1] in cli.COMMANDS:
+        return f"fdd {words[index + 1]}"
     if index and words[index - 1] == "-m" and _OUR_MODULE.fullmatch(words[index]):
         return words[index]
     return words[index] if _OUR_SCRIPT.fullmatch(words[index]) else None
@@ -88,13 +100,21 @@ def _filled(words: Iterable[str], arrays: dict[str, list[str]]) -> list[str]:
     return result
 
 
-class _Parsed(Exception):  # noqa: N818  (no error: it carries the parser out)
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
+class _Parsed(Exception):  # noqa: N818  (no error: it carries the flags out)
+    def __init__(self, flags: Iterable[str]) -> None:
+        self.flags = frozenset(flags)
 
 
 def _carry_out(parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
-    raise _Parsed(parser)
+    raise _Parsed(parser._option_string_actions)
+
+
+def _carry_out_click(command: click.Command, *_: object, **__: object) -> NoReturn:
+    raise _Parsed(_flags_of_click(command))
+
+
+def _flags_of_click(command: click.Command) -> list[str]:
+    return ["--help", *(flag for option in command.params for flag in option.opts if flag.startswith("--"))]
 
 
 @cache
@@ -108,11 +128,16 @@ def flags_of(program: str) -> frozenset[str]:
     """The flags that a script or module of this project knows: those of the parser that it makes."""
     if program == TRAINING:
         return frozenset(training_parser()._option_string_actions)
+    if program.startswith("fdd "):
+        subcommand = cli.main.get_command(click.Context(cli.main), program.removeprefix("fdd "))
+        assert subcommand is not None, program
+        return frozenset(_flags_of_click(subcommand))
     with (
         mock.patch.dict("os.environ"),  # benchmarks set the number of threads
         mock.patch.object(sys, "argv", [program]),
         mock.patch.object(argparse.ArgumentParser, "parse_args", _carry_out),
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", _carry_out),
+        mock.patch.object(click.Command, "main", _carry_out_click),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         try:
@@ -121,5 +146,5 @@ def flags_of(program: str) -> frozenset[str]:
             else:
                 runpy.run_module(program, run_name="__main__")
         except _Parsed as parsed:
-            return frozenset(parsed.parser._option_string_actions)
+            return parsed.flags
     raise AssertionError(f"{program} parses no command line")

@@ -30,7 +30,7 @@ from typing import Literal, NoReturn
 PR_SET_PDEATHSIG = 1
 IMAGE = (
     "megatron_fdd.distill",
-    "megatron_fdd.convert.command_line",
+    "click",
     "megatron_fdd.convert.to_mcore",
     "megatron_fdd.convert.to_hf",
     "megatron_fdd.data.prepare",

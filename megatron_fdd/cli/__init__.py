@@ -1,0 +1,65 @@
+"""The command `fdd`: one subcommand a step, from a Hugging Face teacher to a report on the student.
+
+A subcommand is a `click` command in the module of `COMMANDS` and imports torch only once it runs: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+# In the order of their use: the module, and the line in the list of `fdd --help`.
+COMMANDS = {
+    "doctor": ("doctor", "Is this machine fit for a training? Versions, Megatron's seams, limits."),
+    "student": ("init_student", "Make a student out of some of a teacher's layers."),
+    "import": ("hf_to_mcore", "Hugging Face model to Megatron checkpoint."),
+    "prepare": ("prepare_data", "Text or instructions to token files."),
+    "plan": ("plan", "Which rank does what, and the memory it needs; trains nothing."),
+    "train": ("train", "Distil: Megatron's training loop with a teacher beside the student."),
+    "export": ("mcore_to_hf", "Megatron checkpoint to Hugging Face model."),
+    "evaluate": ("evaluate", "ROUGE-L of answers, perplexity, distance to the teacher."),
+    "report": ("report", "Losses, layers, pace and scores of runs on one page."),
+}
+EXAMPLE = """\b
+example, from a teacher to its student:
+  fdd student --hf-model teacher-hf --num-layers 16 --hf-out student-hf
+  fdd import --hf-model teacher-hf --save teacher
+  fdd import --hf-model student-hf --save student
+  fdd prepare *.jsonl --output-prefix data/train --tokenizer-type HuggingFaceTokenizer \\
+      --tokenizer-model teacher-hf --append-eod
+  fdd train --nproc-per-node 8 -- --pretrained-checkpoint student --teacher-load teacher \\
+      --load run --save run --train-data-path data/train ...
+  fdd export --load run --hf-out distilled-hf
+  fdd evaluate --hf-model distilled-hf --teacher teacher-hf --validation-text valid.jsonl
+
+\b
+`fdd COMMAND --help` explains each."""
+
+
+class _Commands(click.Group):
+    """Imports a subcommand when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"megatron_fdd.cli.{COMMANDS[cmd_name][0]}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.command(cls=_Commands, epilog=EXAMPLE, context_settings={"max_content_width": 100})
+@click.version_option(package_name="megatron_fdd")
+def main() -> None:
+    """Distil a large language model into a smaller one on many GPUs, with Megatron-Core.
+
+    The student learns its teacher's predictions, the trajectory of predictions through the teacher's depth, and the
+    trajectory's first derivative (Feature Dynamics Distillation).
+    """

@@ -1,0 +1,73 @@
+"""What the conversion commands share: options, one closing line, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NoReturn, get_args
+
+import click
+
+from megatron_fdd.launch import is_first_rank, report_error
+
+# M_MMAP_THRESHOLD in <malloc.h>.
+_M_MMAP_THRESHOLD = -3
+FOLDER = click.Path(path_type=Path)
+Via = Literal["tables", "bridge"]
+
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["checkpoint", "float32", "bfloat16", "float16"]),
+    default="checkpoint",
+    show_default=True,
+    help="Of the weights; `checkpoint`: as they are stored.",
+)
+max_shard_size = click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest file of weights, such as 5GB or 500MB.",
+)
+via = click.option(
+    "--via",
+    type=click.Choice(get_args(Via)),
+    default="tables",
+    show_default=True,
+    help="bridge: let Megatron-Bridge convert a DeepSeek-V3, GLM-4.5, gpt-oss or Nemotron model, which our tables "
+    "lack. It must be installed, with TransformerEngine, on a machine with a GPU. One process then holds the whole "
+    "model in host memory.",
+)
+
+
+def convert(action: Callable[[], str]) -> NoReturn:
+    """Run it, print the line it returns (on rank 0) and exit.
+
+    An expected error is one line on stderr and status 1.
+    """
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    _give_memory_back()
+    try:
+        closing_line = action()
+    except (ValueError, OSError) as error:
+        report_error(f"error: {error}")
+        sys.exit(1)
+    if is_first_rank():
+        print(closing_line, flush=True)
+    sys.exit(0)
+
+
+def _give_memory_back() -> None:
+    """Let a tensor of a MiB or more leave memory when it is freed, for the rest of this process.
+
+    glibc by itself keeps freed blocks of up to 32 MiB in its heap once one has been freed: 100 MiB a process, more or
+    less from run to run. Other C libraries have no such knob.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -1,0 +1,70 @@
+"""`fdd import`: Hugging Face model folder to Megatron checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from megatron_fdd.cli import conversion
+
+EXAMPLES = """\b
+examples:
+  fdd import --hf-model Llama-3.2-1B --save checkpoints/teacher
+  torchrun --nproc-per-node 4 -m megatron_fdd import --hf-model Llama-3.1-70B --save checkpoints/teacher
+      (each of the 4 processes converts a quarter of the weights)
+  fdd import --hf-model Qwen3-235B-A22B --save plan/teacher --config-only"""
+
+
+@click.command("import", epilog=EXAMPLES)
+@click.option(
+    "--hf-model", type=conversion.FOLDER, required=True, help="Folder with config.json and safetensors."
+)
+@click.option("--save", type=conversion.FOLDER, required=True, help="New folder for the Megatron checkpoint.")
+@conversion.dtype
+@click.option(
+    "--make-vocab-size-divisible-by",
+    "vocabulary_divisor",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Pad the vocabulary to a multiple of N. Training with --use-checkpoint-args keeps the padded size, so its "
+    "tensor parallel size must divide it: for 3 or 6, give 384.",
+)
+@conversion.via
+@click.option("--config-only", is_flag=True, help="A checkpoint without weights, for `fdd plan` alone.")
+def command(
+    hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, via: conversion.Via, config_only: bool
+) -> None:
+    """Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2) as an ordinary Megatron
+    torch_dist checkpoint.
+
+    The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data parallel layout. Its
+    args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer are kept beside the
+    weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the SHA-256 of every tensor
+    (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
+
+    One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
+    processes on any number of nodes that share the file system, they read and write side by side.
+
+    With --config-only no weights are read or written, so that config.json is all the folder needs: enough for `fdd
+    plan` to tell what a run would take before the weights are downloaded. A run refuses such a checkpoint.
+    """
+    if config_only and via == "bridge":
+        raise click.UsageError(
+            "--config-only takes no --via bridge, which needs the weights: convert the model, then plan with it"
+        )
+
+    def action() -> str:
+        from megatron_fdd.convert import config_to_mcore, hf_to_mcore
+
+        if config_only:
+            config_to_mcore(hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor)
+            return f"{save}: the arguments of {hf_model} and no weights, for --fdd-dry-run"
+        parameters = hf_to_mcore(
+            hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True, via=via
+        )
+        return f"{save}: {parameters:,} parameters of {hf_model}, ready for --load {save}"
+
+    conversion.convert(action)

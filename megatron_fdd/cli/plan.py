@@ -1,0 +1,35 @@
+"""`fdd plan`: which rank does what, and the memory it needs."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from megatron_fdd.cli.train import run_here
+
+EXAMPLES = """\b
+examples:
+  fdd plan --world-size 64 -- --load student --teacher-load teacher --use-checkpoint-args \\
+      --tensor-model-parallel-size 8 ...
+  fdd import --hf-model Qwen3-235B-A22B --save plan/teacher --config-only
+      (a checkpoint to plan with, before the weights are downloaded)"""
+
+
+@click.command("plan", epilog=EXAMPLES, options_metavar="[--world-size N] -- [FLAGS OF TRAINING]")
+@click.option(
+    "--world-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ranks of the training that is planned; 1, or WORLD_SIZE where it is set.",
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[FLAGS OF TRAINING]...")
+def command(world_size: int | None, flags: tuple[str, ...]) -> None:
+    """Print what `fdd train -- FLAGS` would do: layers and taps of every stage, terms, estimated memory of a rank.
+
+    One process and no GPU are enough, whatever the size of the training; checkpoints without weights too. Nothing is
+    trained or written. Exits with status 1, and one line, where the training would be refused.
+    """
+    if world_size is not None:
+        os.environ["WORLD_SIZE"] = str(world_size)
+    run_here([*flags, "--fdd-dry-run"])

@@ -1,0 +1,44 @@
+"""`fdd report`: losses, layers, pace, scores and flags of one or more runs on one page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+EXAMPLES = """\b
+examples:
+  fdd report runs/distilled --out runs/report
+  fdd report fdd=runs/fdd kd=runs/kd teacher=runs/evaluation/teacher --out runs/report"""
+
+
+@click.command("report", epilog=EXAMPLES)
+@click.argument("runs", nargs=-1, required=True, metavar="[NAME=]RUN...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder for the report."
+)
+def command(runs: tuple[str, ...], out: Path) -> None:
+    """Show one or more runs side by side on one page: losses, layers, pace, scores, flags.
+
+    A RUN is a folder that holds metrics.jsonl (what --fdd-metrics-file wrote) or evaluation.json (what `fdd evaluate`
+    wrote, also found in RUN/evaluation/), or a metrics file of another name. Flags are read from the checkpoints of a
+    folder that was given to --save. NAME=RUN gives it a name; the same name twice joins both into one run, for
+    instance metrics here and an evaluation there.
+
+    Writes report.html (a single file), report.md and its PNG files. A run that is still going can be shown.
+    """
+    from megatron_fdd.evaluate.report import write_report
+
+    try:
+        report = write_report(runs, out)
+    except (ValueError, OSError) as error:
+        print(f"report: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"{out / 'report.html'}: {counted(report.runs, 'run')}, {counted(report.pictures, 'picture')}")
+
+
+def counted(things: Sequence[object], name: str) -> str:
+    """ "1 run", "2 runs"."""
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"

@@ -1,0 +1,59 @@
+"""`fdd train` and what it shares with `fdd plan`: the entry point `megatron_fdd.distill`, on one process or many."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+import click
+
+ENTRY_POINT = "megatron_fdd.distill"
+EXAMPLES = """\b
+examples:
+  fdd train --nproc-per-node 8 -- --load run --save run --pretrained-checkpoint student \\
+      --teacher-load teacher --train-data-path data/train ...
+      (killed? the same command goes on from the last checkpoint)
+  RANK=3 LOCAL_RANK=3 WORLD_SIZE=8 MASTER_ADDR=... MASTER_PORT=... fdd train -- --load run ...
+      (set by a scheduler for each process: runs here, as this rank)
+  fdd train -- --help
+      (all flags: Megatron's and --fdd-*, --teacher-*)"""
+
+
+class _Words(click.Command):
+    """A command whose words are another program's, but for its own --help."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--help" in args[: args.index("--") if "--" in args else len(args)]:
+            return super().parse_args(ctx, ["--help"])
+        ctx.params["words"] = args
+        return []
+
+
+@click.command("train", cls=_Words, epilog=EXAMPLES, options_metavar="[TORCHRUN'S FLAGS] -- [FLAGS]")
+def command(words: Sequence[str]) -> None:
+    """Distil: Megatron's own training loop with a teacher beside the student.
+
+    Before `--` stand torchrun's flags (--nproc-per-node, --nnodes, --rdzv-endpoint ...), after it any flag of
+    Megatron's pretrain_gpt.py and those of this package. Where RANK is set, by torchrun, Slurm or Kubernetes, the
+    training runs in this process and what stands before `--` is not needed.
+    """
+    if "--" not in words:
+        raise click.UsageError(
+            "`--` is missing: torchrun's flags stand before it, the training's after it: "
+            "fdd train --nproc-per-node 8 -- --load ..."
+        )
+    cut = list(words).index("--")
+    launching, flags = words[:cut], words[cut + 1 :]
+    if "RANK" in os.environ:
+        run_here(flags)
+    else:
+        launcher = [sys.executable, "-m", "torch.distributed.run", *launching, "-m", ENTRY_POINT]
+        os.execv(sys.executable, [*launcher, *flags])
+
+
+def run_here(flags: Sequence[str]) -> None:
+    """Be the entry point with these flags, as `python -m` would."""
+    sys.argv = [ENTRY_POINT, *flags]
+    runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)  # which exits

@@ -1,0 +1,98 @@
+"""The wheel in an environment that does not see the checkout, from an empty folder: from a teacher to a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.convert import toys
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 180
+TRAINING = (
+    "--use-checkpoint-args --seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3 "
+    "--lr-decay-iters 3 --eval-interval 100 --eval-iters 0 --fdd-layers 2 --hidden-dropout 0 --attention-dropout 0 "
+    "--tokenizer-type HuggingFaceTokenizer --save-interval 3"
+).split()
+
+
+def tracked_copy(folder: Path) -> Path:
+    """What git would check out here: building must leave the working tree alone."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
+    for name in listed.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel; all else it takes from the environment of the tests, without its checkout."""
+    root = tmp_path_factory.mktemp("wheel")
+    source = tracked_copy(root / "source")
+    build = f"from setuptools import build_meta\nprint(build_meta.build_wheel({str(root)!r}))"
+    built = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, check=True, capture_output=True, text=True
+    )
+    environment = root / "env"
+    venv.create(environment, with_pip=False)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = environment / "lib" / version / "site-packages"
+    wheel = root / built.stdout.split()[-1]
+    pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)], check=True)
+    # A folder in a .pth file is searched, and its own .pth files (an editable install is one) are not read.
+    (site / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return environment
+
+
+def fdd(environment: Path, folder: Path, words: str, **variables: str) -> str:
+    """Standard output of `fdd WORDS`, which must succeed."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
+    inherited |= {"OMP_NUM_THREADS": "1", "PATH": f"{environment}/bin:{os.environ['PATH']}", **variables}
+    command = [str(environment / "bin/fdd"), *words.split()]
+    done = subprocess.run(
+        command, cwd=folder, env=inherited, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_from_a_teacher_to_a_report(installed: Path, tmp_path: Path) -> None:
+    toys.make_llama(tmp_path / "teacher-hf", num_hidden_layers=6)
+    lines = [json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 4}) for _ in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+
+    def run(words: str) -> str:
+        return fdd(installed, tmp_path, words)
+
+    tokenizer = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model teacher-hf"
+    assert "4 layers of teacher-hf" in run("student --hf-model teacher-hf --num-layers 4 --hf-out student-hf")
+    run("import --hf-model teacher-hf --save teacher")
+    run("import --hf-model student-hf --save student")
+    assert "40 documents" in run(f"prepare text.jsonl --output-prefix text {tokenizer} --append-eod")
+    flags = " ".join(
+        [*TRAINING, "--tokenizer-model teacher-hf --teacher-load teacher --train-data-path text"]
+    )
+    assert "teacher" in run(f"plan --world-size 2 -- --load student {flags}")
+    places = "--load run --save run --pretrained-checkpoint student --fdd-metrics-file run/metrics.jsonl"
+    run(f"train --nproc-per-node 2 -- {places} {flags}")
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
+    assert "ready for from_pretrained" in run("export --load run --hf-out distilled-hf")
+    table = run(
+        "evaluate --hf-model distilled-hf --teacher teacher-hf --validation-text text.jsonl --length 16 "
+        "--max-tokens 64 --device cpu --out evaluation"
+    )
+    assert "distilled-hf" in table
+    assert "1 run" in run("report run --out report")
+    assert (tmp_path / "report/report.html").stat().st_size > 10_000
