@@ -65,7 +65,7 @@ def _has_no_fused_adam() -> bool:
     return all(importlib.util.find_spec(name) is None for name in ("transformer_engine", "apex"))
 
 
-# (when, why and what to do instead); design.md, section 2.
+# (when, why and what to do instead).
 REFUSALS: tuple[Refusal, ...] = (
     (
         lambda a: bool(a.mtp_num_layers),

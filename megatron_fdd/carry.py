@@ -1,7 +1,7 @@
 """What a pipeline stage's output carries beside the hidden states: the last sampled layer, for the next delta.
 
 The carry is appended on dim 0, so that hidden states and carry stay contiguous and every shape is known from
-the plan; nothing is exchanged or synchronised for it (pitfalls.md, B3).
+the plan; nothing is exchanged or synchronised for it (docs/gradients.md).
 
 Shapes: S sequence (this rank's part), B micro-batch, H the student's hidden width, N = S*B token rows,
 R rows of [B, H] that hold the log-sum-exps.

@@ -166,7 +166,7 @@ def plan_pairs(config: FddConfig, student_layers: int, teacher_layers: int) -> t
 
 
 def sample_blocks(rule: str, num_sampled: int, num_layers: int, model: str) -> list[int]:
-    """`num_sampled` 1-based block numbers of a model with `num_layers` (method.md, sections 2 and 6).
+    """`num_sampled` 1-based block numbers of a model with `num_layers` (docs/method.md).
 
     Raises:
         ValueError: the rule would need a block 0, or sample one block twice.

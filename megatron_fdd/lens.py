@@ -95,8 +95,8 @@ def read_final_norm(model: GPTModel) -> FinalNorm:
 def _wait_for(owner: torch.nn.Module) -> None:
     """Call what DDP calls before a module's forward: it waits for parameters that are still being gathered.
 
-    The fused losses never call the head's module, and read the norm's parameters outside it
-    (pitfalls.md, A5: training would go on with stale values, and small models would not show it).
+    The fused losses never call the head's module, and read the norm's parameters outside it: training would go on
+    with stale values, and small models would not show it (docs/gradients.md).
     """
     for hook in owner._forward_pre_hooks.values():
         hook(owner, ())

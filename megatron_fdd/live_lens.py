@@ -78,7 +78,7 @@ class LiveLens:
             embedding = model.shared_embedding_or_output_weight()
             total = torch.empty_like(embedding, dtype=torch.float32)
             dist.recv(total, group=group, group_src=owner)
-            embedding.main_grad.add_(total)  # type: ignore[attr-defined]
+            embedding.main_grad.add_(total)
 
     def _reduce(self) -> None:
         """Over the ranks that hold other tokens. The head is cut over the vocabulary: not over those ranks."""

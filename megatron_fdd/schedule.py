@@ -68,7 +68,9 @@ class DistillationSteps:
         """
         self._metrics_path, self._stop_at_nan = metrics_path, stop_at_nan
 
-    def run(self, schedule: Callable[..., list[dict]], **keywords: Any) -> list[dict[str, Tensor]]:
+    def run(
+        self, schedule: Callable[..., list[dict[str, Tensor]]], **keywords: Any
+    ) -> list[dict[str, Tensor]]:
         """Run one step's micro-batches; returns what Megatron logs.
 
         Collectives: those of `PipelineSteps.prepare`; one all-reduce of the token counts where two kinds of
@@ -184,7 +186,7 @@ def installed(steps: DistillationSteps) -> Iterator[None]:
     original_evaluation = megatron_training.evaluate_and_print_results
     signature, evaluation_signature = inspect.signature(original_log), inspect.signature(original_evaluation)
 
-    def lookup(*args: Any, **keywords: Any) -> Callable[..., list[dict]]:
+    def lookup(*args: Any, **keywords: Any) -> Callable[..., list[dict[str, Tensor]]]:
         schedule = original_lookup(*args, **keywords)
 
         def run(**call: Any) -> list[dict[str, Tensor]]:

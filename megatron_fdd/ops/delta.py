@@ -8,7 +8,7 @@ The centred form removes the mean over the vocabulary: no c, and Grams of heads 
 Shapes: N this rank's tokens, n those of them that it computes, T / S hidden width of teacher / student,
 V the vocabulary.
 
-Source: method.md, section 5. Precision (pitfalls.md, B1): differences, Grams and quadratic forms in float32,
+Source: docs/method.md. Precision: differences, Grams and quadratic forms in float32,
 without TF32 (1.5e-3 in the cosine) but as a sum of three of its products.
 """
 

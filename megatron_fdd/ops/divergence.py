@@ -1,4 +1,4 @@
-"""The divergences between two distributions over the vocabulary (method.md, section 6).
+"""The divergences between two distributions over the vocabulary (docs/method.md).
 
 Shapes: N tokens (any number of rows), C columns: the part of the vocabulary at hand.
 """

@@ -1,7 +1,7 @@
 """Float32 numbers through a tensor of a narrower dtype, without losing a bit either way.
 
 A pipeline sends tensors of one dtype. A log-sum-exp that travels in it must not be rounded: a bf16 one costs
-6.5e-2 in the delta's cosine (pitfalls.md, B1). So it travels as three numbers of that dtype whose scaled sum is
+6.5e-2 in the delta's cosine (docs/gradients.md). So it travels as three numbers of that dtype whose scaled sum is
 exact, and so does its gradient on the way back.
 
 Shapes: M float32 numbers, R rows of width D that hold them.

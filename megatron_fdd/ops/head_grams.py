@@ -2,7 +2,7 @@
 
 Shapes: T / S hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
 
-Precision (pitfalls.md, B1): products read the weights' dtype (centred: float32), sums are float32, without TF32.
+Precision: products read the weights' dtype (centred: float32), sums are float32, without TF32.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under se
 T / S hidden width of teacher / student, W rows of this rank's head shard (padding included),
 M rows = R per model, teacher's first (2R, or R without a teacher).
 
-Source: method.md, sections 5 and 6.
+Source: docs/method.md.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def linear_kl(
         jsd, sfkl and srkl add one all-reduce of [2, R]. All in float32. Backward: one all-reduce of [N, S] in the
         student's dtype. Sequence parallelism adds, forward, one all-gather each of teacher, student and labels,
         and backward, once, one of [N, 3]; the all-reduce becomes a reduce-scatter.
-    Source: method.md, section 5.
+    Source: docs/method.md.
     """
     assert (teacher_NT is None) == (teacher_head_WT is None), "a teacher has hidden states and a head"
     teacher: Model | None = None

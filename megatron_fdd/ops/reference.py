@@ -46,7 +46,7 @@ def reference_linear_kl(
 
 
 def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Of two models' logits, per token [N], with the factor T^2 (method.md, section 6)."""
+    """Of two models' logits, per token [N], with the factor T^2 (docs/method.md)."""
     heat, mix = divergence.temperature, divergence.mixture
     log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
 

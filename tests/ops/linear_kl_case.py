@@ -20,7 +20,7 @@ KINDS = ("fkl", "rkl", "jsd", "sfkl", "srkl")
 
 
 def reference_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Straight from method.md, section 6."""
+    """Straight from docs/method.md."""
     heat, mix, kind = divergence.temperature, divergence.mixture, divergence.kind
     log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
     t, s = log_t.exp(), log_s.exp()

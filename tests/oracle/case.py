@@ -27,7 +27,7 @@ from tests.oracle.models import build_frozen, build_student, full_gradients, pad
 from tests.oracle.reference import STUDENT, TEACHER, Shape, Terms, Weights
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
-# design.md, section 5.
+# What every layout must keep (docs/gradients.md).
 TERM_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
 

@@ -1,4 +1,4 @@
-"""What every layout must reproduce: the models and the losses of method.md in plain float64, on one process.
+"""What every layout must reproduce: the models and the losses of docs/method.md in plain float64, on one process.
 
 Nothing here is shared with the package: no tiles, no Gram matrices, no Megatron. Weights are dicts of full
 tensors under the names of a stock GPTModel.
@@ -168,7 +168,7 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Total (a mean over tokens) and the token mean of every term, for (student, teacher).
 
-    Source: method.md, sections 2, 3 and 6.
+    Source: docs/method.md.
     """
     (student_shape, teacher_shape), (student, teacher) = shapes, weights
     routers: list[Tensor] = []
