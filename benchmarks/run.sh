@@ -11,7 +11,7 @@
 # benchmarks/approximations.py. Liger-Kernel and ModelOpt are compared with where they are installed (pip install liger-kernel nvidia-modelopt).
 # An exit status of 1 means that a bar was missed, or that repeats differed too much for a ratio.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 SMOKE=${SMOKE:-}
 SETUP=${SETUP:-1}

@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2154  # layout, schedule and distillation are the recipe's
 # Sourced by the recipes that distil on instructions: the course that they share, from Hugging Face folders to a
 # report. A recipe sets what it is about, and calls, in this order,
 #   rehearse (only with REHEARSE=1), plan (only with PLAN=1), bring_in, train NAME ..., take_out NAME, compare.

@@ -6,6 +6,7 @@
 #
 # Every capital name below can be set in the environment. An interrupted run goes on where it was; a step
 # whose command has changed is done again, with all that follow. Needs about 10 GB of disk, half for .venv.
+# shellcheck disable=SC2329  # the steps call the functions by name
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 quickstart_started=$SECONDS

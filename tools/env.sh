@@ -51,7 +51,7 @@ fdd_set_up() {
     fi
     echo "set-up: installing megatron_fdd (a minute or two the first time)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint "$fdd_root/constraints.txt" --editable "$fdd_root[dev]" || return
+        --constraint "$fdd_root/constraints.txt" --editable "${fdd_root}[dev]" || return
     # TransformerEngine's Python without its kernels and out of the way, for tests/transformer_engine on CPUs.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
         --constraint "$fdd_root/constraints.txt" --target "$venv/transformer-engine" transformer-engine || return

@@ -100,6 +100,7 @@ score() {
 for student in $STUDENTS; do
     rates=${student^^}_RATES
     for rate in ${!rates}; do
+        # shellcheck disable=SC2086  # words on purpose
         printf "$student %s $rate $SCAN_SEED\n" $METHODS
     done
 done | train_all "learning rates"

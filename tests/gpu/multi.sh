@@ -15,7 +15,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export DEVICE=${DEVICE:-cuda} GPUS=${GPUS:-} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} BUDGET_S=${BUDGET_S:-1800} PART=${PART:-}
-export OUT=${OUT:-runs/gpu-multi} STATE=${STATE:-${OUT:-runs/gpu-multi}}
+export OUT=${OUT:-runs/gpu-multi}
+export STATE=${STATE:-$OUT}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # Megatron demands it for tensor and context parallelism before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

@@ -1,0 +1,98 @@
+"""The source distribution and the wheel: what is in them, and that a build leaves the source folder as it was."""
+
+from __future__ import annotations
+
+import email
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import megatron_fdd
+from tests.harness.markdown import ROOT
+
+NAME = f"megatron_fdd-{megatron_fdd.__version__}"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout: what git tracks, and what is new and not ignored."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(source: Path) -> set[Path]:
+    """All paths of the copy before anything was built in it."""
+    return set(source.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, before: set[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unpacked source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("sdist", source, folder)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / NAME
+
+
+@pytest.fixture(scope="module", params=["checkout", "sdist"])
+def wheel(
+    request: pytest.FixtureRequest, source: Path, sdist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = source if request.param == "checkout" else sdist
+    return build("wheel", folder, tmp_path_factory.mktemp("wheel"))
+
+
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a `sdist` or a `wheel` into `folder`, offline: with the setuptools that is installed."""
+    code = (
+        "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, kind, str(folder)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (built,) = folder.iterdir()
+    return built
+
+
+def package_files() -> set[str]:
+    """What an installation must have, by its path in the wheel."""
+    package = ROOT / "megatron_fdd"
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(ROOT).as_posix() for path in files}
+
+
+def test_wheel_holds_the_package_alone(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "megatron_fdd/py.typed" in names
+    assert {name for name in names if ".dist-info/" not in name} == package_files()
+
+
+def test_wheel_states_version_and_licence(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    metadata = email.message_from_bytes(archive.read(f"{NAME}.dist-info/METADATA"))
+    assert metadata["Version"] == megatron_fdd.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert archive.read(f"{NAME}.dist-info/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
+def test_sdist_holds_package_and_documentation(sdist: Path) -> None:
+    names = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert package_files() | pages | {"README.md", "LICENSE", "CHANGELOG.md", "SECURITY.md"} <= names
+    assert {path.name for path in sdist.iterdir() if path.is_dir()} == {"megatron_fdd", "docs"}
+
+
+def test_a_build_leaves_nothing_behind(source: Path, before: set[Path], sdist: Path, wheel: Path) -> None:
+    assert sorted(set(source.rglob("*")) - before) == []
