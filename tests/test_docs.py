@@ -16,8 +16,8 @@ from megatron_fdd.config import FddConfig
 from tests.harness.command_lines import commands, flags_of, training_parser
 from tests.harness.markdown import ROOT, Page, pages
 
-PAGES = pages("README.md", "docs/**/*.md", "examples/**/README.md")
-LINKING_PAGES = [*PAGES, *pages("benchmarks/LOG.md")]
+PAGES = pages("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/**/README.md")
+LINKING_PAGES = [*PAGES, *pages("benchmarks/LOG.md", "CHANGELOG.md")]
 # Named in the pages before they are there.
 PENDING: set[str] = set()
 # Its subject is other programs' flags and files.
