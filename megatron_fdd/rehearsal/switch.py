@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import dataloader
 
-from megatron_fdd.launch import is_first_rank
+from megatron_fdd import console
 from megatron_fdd.rehearsal import device
 from megatron_fdd.stepped_adam import install_adam
 
@@ -58,8 +58,7 @@ def start() -> None:
         warnings.filterwarnings("ignore", message=message)
     device.install()
     _stand_in_for_modules()
-    if is_first_rank():
-        print("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.", flush=True)
+    console.say("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.")
 
 
 def _turn_compiler_off() -> None:
