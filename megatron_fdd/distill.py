@@ -7,6 +7,7 @@ takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,9 @@ from megatron_fdd import console, rehearsal
 from megatron_fdd.launch import report_error
 
 if __name__ == "__main__":
-    if {"-h", "--help", "--fdd-verbose"}.isdisjoint(sys.argv):
+    if not {"-h", "--help"}.isdisjoint(sys.argv):
+        importlib.import_module("megatron_fdd.quiet")
+    elif "--fdd-verbose" not in sys.argv:
         console.divide()  # before anything of Megatron prints
     try:
         if rehearsal.is_wanted():

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
-# Megatron's import speaks of accelerators, which preparing data does not use.
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|transformer-engine|Apex)")
-
-from megatron_fdd.data.documents import JsonKeys, detect_format  # noqa: E402
-from megatron_fdd.data.encode import EncodeSettings  # noqa: E402
-from megatron_fdd.data.instructions import TEMPLATES, known_layouts  # noqa: E402
-from megatron_fdd.data.prepare import PrepareSettings, prepare  # noqa: E402
-from megatron_fdd.data.tokenizer import TOKENIZER_TYPES, TokenizerSettings  # noqa: E402
+from megatron_fdd.data.documents import JsonKeys, detect_format
+from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.instructions import TEMPLATES, known_layouts
+from megatron_fdd.data.prepare import PrepareSettings, prepare
+from megatron_fdd.data.tokenizer import TOKENIZER_TYPES, TokenizerSettings
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
