@@ -48,7 +48,7 @@ for each in "${expected[@]}"; do seconds_left=$((seconds_left + each)); done
 next() {
     EXPECTED_S=${expected[$1]}
     seconds_left=$((seconds_left - EXPECTED_S))
-    ABOUT="$2 (about $EXPECTED_S s; after it $(((seconds_left + 30) / 60)) min)"
+    ABOUT="$2 (about $EXPECTED_S s, after it $seconds_left s to go)"
 }
 
 make_teacher() { # FOLDER PACKAGE
@@ -97,10 +97,12 @@ pass_on() {
     done
 }
 
-echo "Quickstart: SmolLM2-135M-Instruct teaches a student made of ${STUDENT_LAYERS} of its layers (0-based), by its"
-echo "predictions and by the path that its features take through the layers. Both are then asked about unseen text."
-echo "All that is not shown here goes to $STEP_LOG"
-echo "set-up: Python packages into ${VENV:-.venv} (the first time about 2 min; everything after it $((seconds_left / 60)) min)"
+cat <<END
+Quickstart: a student made of some layers of its teacher ($STUDENT_LAYERS, from 0) learns the teacher's
+predictions and the path that its features take through the layers. Both then predict a text that they have not seen.
+What is not shown here goes to $STEP_LOG
+set-up: Python packages in ${VENV:-.venv} (about 100 s the first time, after it $seconds_left s to go)
+END
 setup_started=$SECONDS
 logged source tools/env.sh
 echo "set-up: $((SECONDS - setup_started)) s"
