@@ -173,7 +173,7 @@ class Runs:
             "megatron_fdd.distill",
             *(*self._flags, *STUDENT, *VARIANTS[variant], "--seed", seed, "--train-iters", steps),
             *("--lr", 3e-3, "--lr-warmup-iters", steps // 10, "--save", save, "--save-interval", steps),
-            *("--eval-interval", steps, "--eval-iters", 16),
+            *("--eval-interval", steps, "--eval-iters", 16, "--fdd-verbose"),
         )
         line = [line for line in out.splitlines() if "validation loss at iteration" in line][-1]
         found = dict(re.findall(r"\| ([\w :]+?) value: ([-\d.E+]+)", line))

@@ -2,10 +2,11 @@
 # Sourced by quickstart.sh and the recipes: steps that are done once, and training over several processes.
 
 recipe=
+STEP_LOG=${STEP_LOG:-} # a file: what the commands of steps print goes there, and descriptor 3 is the terminal
 
 # step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here have made
 # it before. With RESUMABLE=1, for what takes long, an interrupted COMMAND goes on with what it has left, and what
-# another COMMAND made is put aside.
+# another COMMAND made is put aside. ABOUT says what it is for.
 step() {
     local name=$1 output=$2 started=$SECONDS aside
     shift 2
@@ -14,7 +15,7 @@ step() {
         echo "== $name: done before ($output)"
         return
     fi
-    echo "== $name"
+    echo "== $name${ABOUT:+: $ABOUT}"
     rm -f "$output.done"
     if [[ ${RESUMABLE:-0} == 0 ]]; then
         rm -rf "$output"
@@ -25,9 +26,57 @@ step() {
     fi
     mkdir -p "$(dirname "$output")"
     echo "$recipe" >"$output.begun"
-    "$@"
+    if [[ -n $STEP_LOG ]]; then
+        logged "$@"
+    else
+        "$@"
+    fi
     mv "$output.begun" "$output.done"
     echo "-- $name: $((SECONDS - started)) s"
+}
+
+# logged COMMAND...: its output goes to STEP_LOG. Where it fails, `explain` knows it.
+logged() {
+    logged_command="$*"
+    echo "== $logged_command" >>"$STEP_LOG"
+    start_clock
+    "$@" >>"$STEP_LOG" 2>&1
+    stop_clock
+    logged_command=
+}
+logged_command=
+
+# explain: which logged command failed, and what it said last. For a trap on EXIT.
+explain() {
+    set +e
+    stop_clock
+    if [[ -n $logged_command ]]; then
+        {
+            echo "failed: $(cut -c 1-300 <<<"$logged_command")"
+            grep -aE '^(rank [0-9]+: )?[a-z_.]+: error: |^megatron_fdd: rank [0-9]+ failed: ' "$STEP_LOG" | tail -n 2
+            echo "the last lines of $STEP_LOG:"
+            tail -n 15 "$STEP_LOG" | cut -c 1-200 | sed 's/^/    /'
+        } >&2
+    fi
+}
+
+# On a terminal a running clock; nothing in a pipe.
+start_clock() {
+    [[ -t 3 ]] || return 0
+    (
+        began=$SECONDS
+        while sleep 1; do printf '\r   %d s%s' $((SECONDS - began)) "${EXPECTED_S:+ of about $EXPECTED_S}" >&3; done
+    ) &
+    clock=$!
+}
+clock=
+
+stop_clock() {
+    [[ -n $clock ]] || return 0
+    kill "$clock" 2>/dev/null || true
+    wait "$clock" 2>/dev/null || true
+    clock=
+    printf '\r\033[K' >&3
 }
 
 # show COMMAND...: print it as it could be typed, and run it.

@@ -51,6 +51,7 @@ class FddConfig:
     tap_dtype: Literal["bf16", "fp8"] = "bf16"
     metrics_file: str | None = None
     dry_run: bool = False
+    verbose: bool = False
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FddConfig:
@@ -173,6 +174,12 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="print the plan and memory estimates, load no weights, exit 0. Needs no launch: WORLD_SIZE=64 python -m "
         "megatron_fdd.distill ... plans 64 ranks in one process",
+    )
+    group.add_argument(
+        "--fdd-verbose",
+        action="store_true",
+        help="print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
+        "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
     )
     return parser
 

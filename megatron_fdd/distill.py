@@ -7,6 +7,7 @@ takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,14 +19,20 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd import rehearsal
+from megatron_fdd import console, rehearsal
+from megatron_fdd.launch import report_error
 
 if __name__ == "__main__":
+    if not {"-h", "--help"}.isdisjoint(sys.argv):
+        importlib.import_module("megatron_fdd.quiet")
+    elif "--fdd-verbose" not in sys.argv:
+        console.divide()  # before anything of Megatron prints
     try:
         if rehearsal.is_wanted():
             rehearsal.start()  # before Megatron looks for a GPU
     except ValueError as error:
-        sys.exit(f"megatron_fdd: error: {error}")
+        report_error(f"megatron_fdd: error: {error}")
+        sys.exit(1)
 
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -38,13 +45,14 @@ from megatron_fdd.checkpoint import cause_of
 from megatron_fdd.convert.companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
-from megatron_fdd.launch import is_first_rank, report_error
+from megatron_fdd.launch import is_first_rank
 from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import read_lens
 from megatron_fdd.local_norms import install_norms
 from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.progress import Progress
 from megatron_fdd.run import Run, prepare_run
 from megatron_fdd.sampling import Sampler
 from megatron_fdd.schedule import DistillationSteps, installed
@@ -65,12 +73,26 @@ class Distillation:
         self._run = run
         self._patches = ExitStack()
         self._student_step: StudentStep | None = None
+        config = run.config
+        weights = {
+            "ce": config.ce_weight,
+            "kd": config.kd_weight,
+            "trajectory": config.alpha,
+            "delta": config.beta,
+        }
+        terms = tuple(name for name, weight in weights.items() if weight > 0)
+        self._progress = Progress(lambda: run.args.train_iters, terms)
 
     def train(self) -> None:
         """Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
         run = self._run
+        log = console.keep_log(Path(run.args.save) / "logs" if run.args.save else Path("fdd-logs"))
         if is_first_rank():
-            print(describe_plan(run.plan, run.args, run.teacher), flush=True)
+            console.say(describe_plan(run.plan, run.args, run.teacher))
+            if log is not None:
+                console.say(
+                    f"loading the models and the data; Megatron's own output: {log.with_name('rank*.log')}"
+                )
             _carry_companions(run)
         use_built_helpers()
         install_adam()
@@ -84,6 +106,11 @@ class Distillation:
                 pretrain(
                     container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step
                 )
+            except SystemExit as end:  # of --exit-interval and the like, or Megatron's word on a failure
+                self._progress.end(run.args.save)
+                if end.code or (is_first_rank() and not self._progress.has_begun):
+                    console.show_end_of_log()
+                raise
             except AssertionError as error:
                 if not str(error).startswith("OptimizerParamScheduler"):
                     raise
@@ -98,6 +125,7 @@ class Distillation:
                     f"the student's checkpoint (--load {run.args.load}, --save {run.args.save}) "
                     f"could not be read or written: {cause_of(error)}"
                 ) from error
+        self._progress.end(run.args.save)
 
     def forward_step(self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
         """Megatron's `forward_step_func`."""
@@ -121,7 +149,11 @@ class Distillation:
             seed=run.args.seed,
         )
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
-        steps.report(run.config.metrics_file if writes_metrics else None, stop_at_nan=run.stop_at_nan)
+        steps.report(
+            run.config.metrics_file if writes_metrics else None,
+            self._progress if is_first_rank() else None,
+            stop_at_nan=run.stop_at_nan,
+        )
         self._patches.enter_context(installed(steps))
         self._student_step = steps.forward_step
         return chunks
@@ -197,10 +229,11 @@ def main() -> int:
         run = prepare_run()
         if run.config.dry_run:
             if is_first_rank():
-                print(describe_plan(run.plan, run.args, run.teacher))
+                console.say(describe_plan(run.plan, run.args, run.teacher))
             return 0
         Distillation(run).train()
     except (ValueError, FloatingPointError) as error:
+        console.log_traceback()
         report_error(f"megatron_fdd: error: {error}")
         return 1
     finally:

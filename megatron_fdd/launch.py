@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
+
+from megatron_fdd import console
 
 # How much later than another rank rank 0 may come to the same error: what its imports and reading differ by.
 PATIENCE_S = 15.0
@@ -24,4 +25,4 @@ def report_error(line: str) -> None:
     if not is_first_rank():
         time.sleep(PATIENCE_S)
         line = f"rank {os.environ['RANK']}: {line}"
-    print(line, file=sys.stderr, flush=True)
+    console.complain(line)

@@ -1,4 +1,4 @@
-"""Around Megatron's schedule and its log: the three names of `megatron.training.training` that we replace.
+"""Around Megatron's schedule and its log: the four names of `megatron.training.training` that we replace.
 
 All patches are in `installed`. Everything else of the training loop is Megatron's own.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_fdd.metrics import MetricsFile, step_means
 from megatron_fdd.objective import StepScale
 from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.progress import Progress, Step
 from megatron_fdd.sampling import EVERYTHING, Sampler
 from megatron_fdd.student import StudentStep
 from megatron_fdd.topology import Topology
@@ -50,23 +51,29 @@ class DistillationSteps:
         self._metrics_path: str | None = None
         self._stop_at_nan = True
         self._metrics_file: MetricsFile | None = None
+        self._progress: Progress | None = None
+        self._means: dict[str, Tensor] = {}
         self._label_tokens: Tensor | None = None
         self._evaluation: dict[str, Tensor] = {}
         self._started_s = 0.0
+        # Since the last line of `_progress`.
+        self._seconds = 0.0
+        self._tokens: Tensor | None = None
 
     @property
     def forward_step(self) -> StudentStep:
         """Megatron's `forward_step_func`."""
         return self._step
 
-    def report(self, metrics_path: str | None, *, stop_at_nan: bool) -> None:
+    def report(self, metrics_path: str | None, progress: Progress | None, *, stop_at_nan: bool) -> None:
         """Say what to do with the results.
 
         Args:
             metrics_path: file for one JSON object per iteration; None on ranks that do not write it.
+            progress: says what a person reads; None on ranks that say nothing.
             stop_at_nan: look at every step's loss before the optimizer does (one host synchronisation).
         """
-        self._metrics_path, self._stop_at_nan = metrics_path, stop_at_nan
+        self._metrics_path, self._progress, self._stop_at_nan = metrics_path, progress, stop_at_nan
 
     def run(
         self, schedule: Callable[..., list[dict[str, Tensor]]], **keywords: Any
@@ -101,18 +108,17 @@ class DistillationSteps:
         self._label_tokens, means = step_means(self._step.objective, self._step.take_sums(), self._topology)
         if self._stop_at_nan and not keywords.get("forward_only"):
             _check_finite(means)
-        if not self._topology.is_last_stage:
-            return []
         if keywords.get("forward_only"):
             # Megatron's evaluation weighs steps by the second element.
-            weighted = {
+            means = {
                 name: torch.stack([mean * self._label_tokens, self._label_tokens])
                 for name, mean in means.items()
                 if not name.startswith("share ")
             }
-            self._evaluation = {name: pair + self._evaluation.get(name, 0) for name, pair in weighted.items()}
-            return [weighted]
-        return [means]
+            self._evaluation = {name: pair + self._evaluation.get(name, 0) for name, pair in means.items()}
+        else:
+            self._means = means
+        return [means] if self._topology.is_last_stage else []
 
     def log(self, bound: inspect.BoundArguments) -> None:
         """Append the iteration to the metrics file; called with the arguments of Megatron's `training_log`.
@@ -123,6 +129,7 @@ class DistillationSteps:
         values = bound.arguments
         if self._stop_at_nan:
             _check_gradient(values["grad_norm"], values["iteration"])
+        self._say_step(values)
         if self._metrics_path is None or not values["loss_dict"]:
             return
         iteration = values["iteration"]
@@ -143,12 +150,54 @@ class DistillationSteps:
     def log_evaluation(self, bound: inspect.BoundArguments) -> None:
         """Append the validation's means; called with the arguments of Megatron's `evaluate_and_print_results`."""
         sums, self._evaluation = self._evaluation, {}
-        # Megatron gives each evaluation a title, and nothing else tells what it was on.
-        if self._metrics_file is None or not sums or "test set" in bound.arguments["prefix"]:
+        if not sums or (self._metrics_file is None and self._progress is None):
             return
         means = torch.stack([total / tokens.clamp(min=1) for total, tokens in sums.values()]).tolist()
-        names = [f"valid {name}" for name in sums]
-        self._metrics_file.write(bound.arguments["iteration"], dict(zip(names, means, strict=True)))
+        iteration = bound.arguments["iteration"]
+        # Megatron gives each evaluation a title, and nothing else tells what it was on.
+        what = "test" if "test set" in bound.arguments["prefix"] else "valid"
+        if self._progress is not None:
+            self._progress.evaluation(what, iteration, dict(zip(sums, means, strict=True)))
+        if self._metrics_file is not None and what == "valid":
+            names = [f"valid {name}" for name in sums]
+            self._metrics_file.write(iteration, dict(zip(names, means, strict=True)))
+
+    def log_checkpoint(self, iteration: int, seconds: float) -> None:
+        """Say that a checkpoint has been saved."""
+        if self._progress is not None:
+            args = get_args()
+            self._progress.saved(iteration, args.save, seconds, is_on_disk=not args.async_save)
+
+    def _say_step(self, values: dict[str, Any]) -> None:
+        """Add up this step, and say what came of it where Megatron logs a line and at the end.
+
+        Args:
+            values: arguments of Megatron's `training_log`.
+        """
+        if self._progress is None or self._label_tokens is None:
+            return
+        self._seconds += time.perf_counter() - self._started_s
+        self._tokens = self._label_tokens + (0 if self._tokens is None else self._tokens)
+        args, iteration = get_args(), values["iteration"]
+        if (
+            iteration % args.log_interval
+            and not values["is_first_iteration"]
+            and iteration < args.train_iters
+        ):
+            return
+        shown = [name for name in self._means if not name.startswith("share ")]
+        tokens, *numbers = torch.stack([self._tokens, *(self._means[name] for name in shown)]).tolist()
+        norm, rate = values["grad_norm"], values["learning_rate"]
+        step = Step(
+            iteration,
+            dict(zip(shown, numbers, strict=True)),
+            None if rate is None else float(rate),
+            None if norm is None else float(norm),
+            tokens,
+            self._seconds,
+        )
+        self._seconds, self._tokens = 0.0, None
+        self._progress.step(step)
 
     def _label_per_term_token(self, batches: list[dict[str, Tensor]]) -> float:
         """Global ratio of the two token counts. Collectives: one all-reduce of them, where they differ."""
@@ -180,10 +229,11 @@ _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step,
 
 @contextmanager
 def installed(steps: DistillationSteps) -> Iterator[None]:
-    """Marked patches 1 to 3: Megatron's schedule lookup (training and evaluation) and its two log functions."""
+    """Marked patches 1 to 4: Megatron's schedule lookup (training, evaluation), its two log functions, its save."""
     original_lookup = megatron_training.get_forward_backward_func
     original_log = megatron_training.training_log
     original_evaluation = megatron_training.evaluate_and_print_results
+    original_save = megatron_training.save_checkpoint
     signature, evaluation_signature = inspect.signature(original_log), inspect.signature(original_evaluation)
 
     def lookup(*args: Any, **keywords: Any) -> Callable[..., list[dict[str, Tensor]]]:
@@ -202,15 +252,22 @@ def installed(steps: DistillationSteps) -> Iterator[None]:
         original_evaluation(*args, **keywords)
         steps.log_evaluation(evaluation_signature.bind(*args, **keywords))
 
+    def save(iteration: int, *args: Any, **keywords: Any) -> None:
+        started_s = time.perf_counter()
+        original_save(iteration, *args, **keywords)
+        steps.log_checkpoint(iteration, time.perf_counter() - started_s)
+
     megatron_training.get_forward_backward_func = lookup
     megatron_training.training_log = log
     megatron_training.evaluate_and_print_results = evaluate
+    megatron_training.save_checkpoint = save
     try:
         yield
     finally:
         megatron_training.get_forward_backward_func = original_lookup
         megatron_training.training_log = original_log
         megatron_training.evaluate_and_print_results = original_evaluation
+        megatron_training.save_checkpoint = original_save
 
 
 def _check_finite(means: dict[str, Tensor]) -> None:

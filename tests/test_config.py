@@ -30,7 +30,7 @@ def test_every_flag_arrives() -> None:
         "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-offload-teacher-taps --fdd-metrics-file M "
         "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --fdd-teacher-expert-model-parallel-size 2 "
         "--fdd-sample-tokens 0.25 --fdd-sample-one-tap --fdd-tap-dtype fp8 --teacher-fp8-format hybrid "
-        "--teacher-fp8-recipe blockwise"
+        "--teacher-fp8-recipe blockwise --fdd-verbose"
     )
     config = parse(*argv.split())
     defaults = FddConfig()

@@ -8,3 +8,5 @@ Training: `sources` (which sets a run reads), `checks` (what is refused before i
 all these).
 
 """
+
+import megatron_fdd.quiet  # noqa: F401  # before Megatron is imported

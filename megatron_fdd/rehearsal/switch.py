@@ -13,19 +13,13 @@ from typing import Any
 import torch
 from torch.utils.data import dataloader
 
-from megatron_fdd.launch import is_first_rank
+from megatron_fdd import console
 from megatron_fdd.rehearsal import device
 from megatron_fdd.stepped_adam import install_adam
 
 VARIABLE = "FDD_REHEARSE"
 
-# About accelerators that a rehearsal does without on purpose.
-_EXPECTED_WARNINGS = (
-    ".*Apex is not installed",
-    ".*Transformer Engine and Apex are not installed",
-    "Only transformer-engine>=.* supports",
-    "'pin_memory' argument is set as true but no accelerator is found",
-)
+_NO_PINNED_MEMORY = "'pin_memory' argument is set as true but no accelerator is found"
 
 
 def is_wanted() -> bool:
@@ -54,12 +48,11 @@ def start() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _turn_compiler_off()
     _hide_gpu_packages()
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    importlib.import_module("megatron_fdd.quiet")
+    warnings.filterwarnings("ignore", message=_NO_PINNED_MEMORY)
     device.install()
     _stand_in_for_modules()
-    if is_first_rank():
-        print("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.", flush=True)
+    console.say("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.")
 
 
 def _turn_compiler_off() -> None:

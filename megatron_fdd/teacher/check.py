@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from megatron.training import print_rank_0
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_fdd import console
 from megatron_fdd.convert.tokenizer import compare_tokenizers, has_tokenizer, tokenizer_identity
 from megatron_fdd.lens import Lens
 from megatron_fdd.ops.head_loss import masked_sum
@@ -89,11 +89,11 @@ def report_cross_entropy(
     nats, uniform = float(sums[0] / sums[1].clamp(min=1)), math.log(vocab_size.item())
     if not math.isfinite(nats):
         raise ValueError(f"the teacher's cross-entropy on the first batch is {nats}: its weights are damaged")
-    print_rank_0(
+    console.say(
         f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})"
     )
     if nats > uniform:
-        print_rank_0(
+        console.say(
             f"WARNING: THE TEACHER IS WORSE THAN A UNIFORM GUESS ({nats:.4f} > {uniform:.4f} nats). "
             "Its weights, its tokenizer or its conversion is wrong; the student would learn that."
         )

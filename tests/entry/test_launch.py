@@ -35,6 +35,7 @@ def errors_of_a_launch(command: Sequence[object], *launch: str) -> list[str]:
         check=False,
     )
     assert result.returncode == 1
+    assert "The last lines" not in result.stderr  # of a log: these are the user's errors
     return [line for line in result.stderr.splitlines() if "megatron_fdd: error: " in line]
 
 

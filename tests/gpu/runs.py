@@ -18,7 +18,7 @@ COMMON = (
     f"--use-checkpoint-args --mock-data --tokenizer-type NullTokenizer --vocab-size {VOCABULARY} "
     f"--seq-length {SEQUENCE} --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-iters 8 "
     "--train-iters 6 --eval-interval 100 --eval-iters 0 --log-interval 1 --hidden-dropout 0 --attention-dropout 0 "
-    "--fdd-layers 2 --fdd-ce-weight 0.1 --seed 7"
+    "--fdd-layers 2 --fdd-ce-weight 0.1 --seed 7 --fdd-verbose"
 )
 TERMS = ("ce", "kd", "trajectory", "delta", "grad_norm")
 

@@ -39,6 +39,19 @@ def quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def check_terminal(shown: str, work: Path) -> None:
+    """A page that a person reads to its end; all the rest is in the log."""
+    lines = shown.replace("\r", "\n").splitlines()
+    assert len(lines) <= 60, shown
+    assert [line.split()[1] for line in lines if line.startswith("   step")] == ["1/4", "4/4"], shown
+    for wanted in ("to " + str(work / "quickstart.log"), "== comparison: ", "report: ", "quickstart: "):
+        assert wanted in shown, shown
+    assert "arning" not in shown, shown
+    log = (work / "quickstart.log").read_text()
+    assert "--fdd-metrics-file" in log
+    assert "end of arguments" in (work / "training/logs/rank0.log").read_text()
+
+
 def test_quickstart_at_toy_size(tmp_path: Path) -> None:
     make_llama(tmp_path / "teacher", num_hidden_layers=6, vocab_size=300, tokenizer=False)
     make_tokenizer(tmp_path / "teacher", added=(), vocab_size=80)
@@ -47,6 +60,7 @@ def test_quickstart_at_toy_size(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     assert "KL" in done.stdout, done.stdout + done.stderr
     assert "torchrun --standalone --nproc-per-node 2 -m megatron_fdd.distill" in done.stdout
+    check_terminal(done.stdout + done.stderr, tmp_path / "work")
     work = tmp_path / "work"
     texts = {
         name: json.loads((work / f"evaluation/{name}/evaluation.json").read_text())["text"]
@@ -68,3 +82,9 @@ def test_quickstart_at_toy_size(tmp_path: Path) -> None:
     assert again.returncode == 1
     assert "torchrun" not in again.stdout
     assert again.stdout.count("done before") == again.stdout.count("== ")
+
+    failed = quickstart(tmp_path, EXTRA_TRAIN_FLAGS="--fdd-layers 9")
+    assert failed.returncode == 1
+    assert "failed: train " in failed.stderr
+    assert "megatron_fdd: error: --fdd-layers 9 needs a student of at least 10 layers" in failed.stderr
+    assert len(failed.stderr.splitlines()) <= 20, failed.stderr

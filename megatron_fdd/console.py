@@ -1,0 +1,181 @@
+"""What a person sees of a run, apart from what Megatron, torch and NCCL print.
+
+In a process that has called `divide`, descriptors 1 and 2 lead to this rank's log, whoever writes to them and from
+whatever language; only the lines of this module reach the terminal. Elsewhere they are ordinary prints.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TextIO
+
+PACKAGE = str(Path(__file__).parent)
+TAIL_LINES = 30
+_TAIL_BYTES = 1 << 16
+
+
+class _Divided:
+    """The terminal's two streams, and what has taken their place: a file without a name until there is a log."""
+
+    def __init__(self) -> None:
+        self.out, self.err = _duplicate(sys.stdout, 1), _duplicate(sys.stderr, 2)
+        self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # until the process ends
+        self.path: Path | None = None
+        self.show_warning = warnings.showwarning
+        self._point_at(self.log.fileno(), self.log.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(line_buffering=True)
+
+    def keep(self, path: Path) -> None:
+        """Append what was printed so far to the file `path`, and from now on everything.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("a+b", buffering=0)
+        log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode())
+        log.write(self.printed())
+        self._point_at(log.fileno(), log.fileno())
+        self.log.close()
+        self.log, self.path = log, path
+
+    def undo(self) -> None:
+        """Give the terminal its descriptors back, with what was printed so far."""
+        held = self.printed()
+        self._point_at(self.out.fileno(), self.err.fileno())
+        self.out.write(held.decode(errors="replace"))
+        sys.excepthook, warnings.showwarning = sys.__excepthook__, self.show_warning
+
+    def printed(self, most: int | None = None) -> bytes:
+        """The end of the log, at most so many bytes; or all of it."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        size = os.fstat(self.log.fileno()).st_size
+        start = 0 if most is None else max(0, size - most)
+        # Not by moving the file's position: it is that of descriptors 1 and 2 too.
+        return os.pread(self.log.fileno(), size - start, start)
+
+    @staticmethod
+    def _point_at(out: int, err: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+
+
+_divided: _Divided | None = None
+
+
+def divide() -> None:
+    """From now on what this process prints is kept for `keep_log`; `say` and `complain` speak to the terminal.
+
+    Also from now on: a warning of this package is a line on the terminal, and an exception that ends the process shows
+    there what it is, with the end of the log.
+    """
+    global _divided
+    if sys.stdout is None or sys.stderr is None:  # a closed descriptor: nothing to divide
+        return
+    _divided = _Divided()
+    sys.excepthook, warnings.showwarning = _show_crash, _show_warning
+
+
+def keep_log(folder: Path) -> Path | None:
+    """Give what this rank prints a file in `folder`: its name, or None where everything goes to the terminal.
+
+    A file that is there, from an earlier start, is appended to.
+    """
+    global _divided
+    if _divided is None:
+        return None
+    path = folder / f"rank{_rank()}.log"
+    try:
+        _divided.keep(path)
+    except OSError as error:
+        complain(f"megatron_fdd: warning: no log {path} ({error.strerror}): everything is printed here")
+        _divided.undo()
+        _divided = None
+        return None
+    return path
+
+
+def say(text: str) -> None:
+    """Print on the terminal of rank 0."""
+    if _rank() == 0:
+        _print(text, None if _divided is None else _divided.out, sys.stdout)
+
+
+def complain(text: str) -> None:
+    """Print on stderr, from whatever rank."""
+    _print(text, None if _divided is None else _divided.err, sys.stderr)
+
+
+def log_traceback() -> None:
+    """Print where the exception that is being handled came from, in the log alone."""
+    if _divided is not None:
+        traceback.print_exc()
+
+
+def show_end_of_log() -> None:
+    """Print on stderr the last lines that this rank kept from the terminal; nothing where it kept none."""
+    if _divided is None:
+        return
+    lines = deque(_divided.printed(_TAIL_BYTES).decode(errors="replace").splitlines(), TAIL_LINES)
+    where = f" of {_divided.path}" if _divided.path is not None else ""
+    print(f"The last lines{where}:", *lines, sep="\n    ", file=_divided.err, flush=True)
+
+
+def _print(text: str, terminal: TextIO | None, stream: TextIO) -> None:
+    """On the terminal, and in the log in its place between Megatron's lines."""
+    print(text, file=stream, flush=True)
+    if terminal is not None:
+        print(text, file=terminal, flush=True)
+
+
+def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As `sys.excepthook`: the traceback to the log, its end to the terminal."""
+    sys.__excepthook__(kind, error, trace)
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    assert _divided is not None
+    first_line, *_ = str(error).splitlines() or [""]
+    print(
+        f"megatron_fdd: rank {_rank()} failed: {kind.__name__}: {first_line}", file=_divided.err, flush=True
+    )
+    show_end_of_log()
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """As `warnings.showwarning`: those of this package are meant for the user."""
+    assert _divided is not None
+    if filename.startswith(PACKAGE):
+        complain(f"megatron_fdd: warning: {message}")
+    else:
+        _divided.show_warning(message, category, filename, lineno, file, line)
+
+
+def _duplicate(stream: TextIO, descriptor: int) -> TextIO:
+    """Another stream to where `descriptor` leads now."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding=encoding, errors="replace")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
