@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES
 from tests.entry.command import Ending, run_commands
 
 _BEFORE: dict[str, Any] = {}
@@ -26,9 +27,12 @@ def replaced() -> set[str]:
     """Names that were loaded then and are now something else, but for Megatron's own state and the tests' changes."""
     now = _names()
     changed = {name for name, value in _BEFORE.items() if now.get(name, _MISSING) is not value}
-    # What was loaded later is as Megatron made it, unless it is ours.
-    changed |= {name for name, value in now.items() if _is_from(value, "megatron_fdd")}
-    return {name for name in changed - _own_state() if not _is_from(now.get(name), "tests")}
+    # What was loaded later, or before a rank remembered anything, is as Megatron made it, unless it is ours.
+    changed |= {
+        name for name, value in now.items() if _is_from(value, "megatron_fdd") and not _is_torchs(value)
+    }
+    changed -= _own_state() - {patch.target for patch in PATCHES + REHEARSAL_PATCHES}
+    return {name for name in changed if not _is_from(now.get(name), "tests")}
 
 
 def replaced_in_a_run(
@@ -68,6 +72,11 @@ def _modules() -> Iterator[ModuleType]:
 
 def _is_from(value: Any, package: str) -> bool:
     return str(getattr(value, "__module__", "")).split(".")[0] == package
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether Megatron has found it in torch, where a rehearsal had put it."""
+    return str(getattr(value, "__module__", "")) == "megatron_fdd.rehearsal.device"
 
 
 def _own_state() -> set[str]:
