@@ -77,7 +77,7 @@ def summed(backend: str, count: int) -> float:
     """Seconds of the second of two all-reduces of 64 MiB over `count` processes.
 
     Raises:
-        Exception: of the first process that failed, with its traceback; a wrong sum is such a failure.
+        Exception: torch's, of the first process that failed, with its traceback; a wrong sum is such a failure.
     """
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -85,7 +85,7 @@ def summed(backend: str, count: int) -> float:
     context = torch.multiprocessing.get_context("spawn")
     seconds = context.Array("d", count)
     torch.multiprocessing.spawn(_sum, (backend, count, port, seconds), nprocs=count)
-    return max(seconds)
+    return max(float(each) for each in seconds)
 
 
 def _sum(rank: int, backend: str, count: int, port: int, seconds: list[float]) -> None:
@@ -102,5 +102,5 @@ def _sum(rank: int, backend: str, count: int, port: int, seconds: list[float]) -
         wrong = int((message != count * (count + 1) / 2).sum())  # waits for the device
         seconds[rank] = time.perf_counter() - started
         if wrong:
-            raise ValueError(f"all-reduce over {count} processes: {wrong} of {len(message)} sums are wrong")
+            raise RuntimeError(f"all-reduce over {count} processes: {wrong} of {len(message)} sums are wrong")
     dist.destroy_process_group()
