@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,9 +84,9 @@ def summed(backend: str, count: int) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
-    seconds = context.Array("d", count)
+    seconds: Any = context.Array("d", count)
     torch.multiprocessing.spawn(_sum, (backend, count, port, seconds), nprocs=count)
-    return max(float(each) for each in seconds)
+    return max(seconds)
 
 
 def _sum(rank: int, backend: str, count: int, port: int, seconds: list[float]) -> None:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,22 @@ _REMEDY = f"install {tables.WRITTEN_FOR}, or adapt"
 
 def imported_names() -> Iterator[Finding]:
     """Every name that a module of this package imports from Megatron, read from the sources."""
-    users: dict[str, set[str]] = defaultdict(set)
-    for source in sorted(_PACKAGE.rglob("*.py")):
-        for name in names_imported(source):
-            users[name].add(str(source.relative_to(_PACKAGE)))
+    users = _users()
     missing = [name for name in sorted(users) if not _exists(name)]
     for name in missing:
-        yield Finding("FAIL", name, "not in this Megatron", f"{_REMEDY} {', '.join(sorted(users[name]))}")
+        yield Finding("FAIL", name, "not in this Megatron", f"{_REMEDY} {', '.join(users[name])}")
     if not missing:
         yield Finding("ok", "imports from Megatron", f"all {len(users)} names are there")
+
+
+@cache
+def _users() -> dict[str, list[str]]:
+    """Our files that import each name."""
+    users: dict[str, set[str]] = defaultdict(set)
+    for source in _PACKAGE.rglob("*.py"):
+        for name in names_imported(source):
+            users[name].add(str(source.relative_to(_PACKAGE)))
+    return {name: sorted(files) for name, files in users.items()}
 
 
 def names_imported(source: Path) -> Iterator[str]:
