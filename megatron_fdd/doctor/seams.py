@@ -15,12 +15,14 @@ from megatron_fdd import patches as tables
 from megatron_fdd.doctor.finding import Finding
 from megatron_fdd.doctor.seam_table import SEAMS, Seam
 
+_MEGATRON = "megatron.core"
 _PACKAGE = Path(__file__).parents[1]
 _REMEDY = f"install {tables.WRITTEN_FOR}, or adapt"
 
 
 def imported_names() -> Iterator[Finding]:
     """Every name that a module of this package imports from Megatron, read from the sources."""
+    importlib.import_module(_MEGATRON)  # one error, not one for each name, where it cannot be imported at all
     users = _users()
     missing = [name for name in sorted(users) if not _exists(name)]
     for name in missing:
@@ -53,6 +55,7 @@ def names_imported(source: Path) -> Iterator[str]:
 
 def signatures() -> Iterator[Finding]:
     """Each seam, and the parameters of it that are used."""
+    importlib.import_module(_MEGATRON)
     for seam in SEAMS:
         yield examined(seam)
 
@@ -75,6 +78,7 @@ def examined(seam: Seam) -> Finding:
 
 def patches() -> Iterator[Finding]:
     """Each name that a run replaces. Those of a rehearsal too: conversions on machines without a GPU need it."""
+    importlib.import_module(_MEGATRON)
     for patch in tables.PATCHES + tables.REHEARSAL_PATCHES:
         try:
             tables.current(patch.target)

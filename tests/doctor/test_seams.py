@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 
 import megatron.core.utils
@@ -11,7 +12,7 @@ import pytest
 from megatron.core.models.gpt import GPTModel
 
 from megatron_fdd import patches
-from megatron_fdd.doctor import seams
+from megatron_fdd.doctor import report, seams
 from megatron_fdd.doctor.finding import Finding
 
 
@@ -61,6 +62,14 @@ def test_a_patched_name_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_module_or_class_that_is_gone(gone: str) -> None:
     with pytest.raises(ValueError, match=f"this Megatron has no {gone}"):
         patches.current(gone)
+
+
+def test_a_megatron_that_cannot_be_imported_is_one_line_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.core", None)
+    checks = ["seams.imported_names", "seams.signatures", "seams.patches"]
+    found = list(report.findings(checks))
+    assert [each.level for each in found] == ["FAIL"] * len(checks)
+    assert all("ModuleNotFoundError" in each.text for each in found)
 
 
 def test_only_listed_names_are_replaced() -> None:
