@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from megatron.core.transformer import TransformerConfig, transformer_block
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor, nn
+
+from megatron_fdd.patches import replace, replaced
 
 
 class _Norm(nn.Module):
@@ -80,16 +83,20 @@ def install_norms() -> None:
     The constructor is the one place that all of Megatron's specs share; each imports the class by name. For a process
     whose models are all of local modules.
     """
-    WrappedTorchNorm.__new__ = build_norm
-    transformer_block.LayerNormImpl = WrappedTorchNorm  # not so beside apex or TransformerEngine
+    for target, stand_in in _stand_ins().items():
+        replace(target, stand_in)
 
 
 @contextmanager
 def plain_norms() -> Iterator[None]:
     """`install_norms` for a block in which a model of local modules is built, in a process with others."""
-    before = WrappedTorchNorm.__new__, transformer_block.LayerNormImpl
-    install_norms()
-    try:
+    with replaced(_stand_ins()):
         yield
-    finally:
-        WrappedTorchNorm.__new__, transformer_block.LayerNormImpl = before
+
+
+def _stand_ins() -> dict[str, Any]:
+    return {
+        "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": build_norm,
+        # Not so beside apex or TransformerEngine.
+        "megatron.core.transformer.transformer_block.LayerNormImpl": WrappedTorchNorm,
+    }

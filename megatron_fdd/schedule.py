@@ -1,6 +1,7 @@
 """Around Megatron's schedule and its log: the four names of `megatron.training.training` that we replace.
 
-All patches are in `installed`. Everything else of the training loop is Megatron's own.
+`installed` replaces them while a run trains (`megatron_fdd.patches` lists all that is replaced, here and elsewhere).
+Everything else of the training loop is Megatron's own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_fdd.metrics import MetricsFile, step_means
 from megatron_fdd.objective import StepScale
+from megatron_fdd.patches import replaced
 from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.progress import Progress, Step
 from megatron_fdd.sampling import EVERYTHING, Sampler
@@ -229,7 +231,7 @@ _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step,
 
 @contextmanager
 def installed(steps: DistillationSteps) -> Iterator[None]:
-    """Marked patches 1 to 4: Megatron's schedule lookup (training, evaluation), its two log functions, its save."""
+    """Replace Megatron's schedule lookup (training, evaluation), two log functions and its save, for a block."""
     original_lookup = megatron_training.get_forward_backward_func
     original_log = megatron_training.training_log
     original_evaluation = megatron_training.evaluate_and_print_results
@@ -257,17 +259,14 @@ def installed(steps: DistillationSteps) -> Iterator[None]:
         original_save(iteration, *args, **keywords)
         steps.log_checkpoint(iteration, time.perf_counter() - started_s)
 
-    megatron_training.get_forward_backward_func = lookup
-    megatron_training.training_log = log
-    megatron_training.evaluate_and_print_results = evaluate
-    megatron_training.save_checkpoint = save
-    try:
+    stand_ins: dict[str, Callable[..., Any]] = {
+        "megatron.training.training.get_forward_backward_func": lookup,
+        "megatron.training.training.training_log": log,
+        "megatron.training.training.evaluate_and_print_results": evaluate,
+        "megatron.training.training.save_checkpoint": save,
+    }
+    with replaced(stand_ins):
         yield
-    finally:
-        megatron_training.get_forward_backward_func = original_lookup
-        megatron_training.training_log = original_log
-        megatron_training.evaluate_and_print_results = original_evaluation
-        megatron_training.save_checkpoint = original_save
 
 
 def _check_finite(means: dict[str, Tensor]) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from megatron_fdd.patches import current, replace
+
 
 class FusedAdam(torch.optim.Optimizer):
     """torch's fused Adam or AdamW, to the last bit, with one `step` per param group."""
@@ -79,14 +81,10 @@ class FusedAdam(torch.optim.Optimizer):
 
 def install_adam() -> None:
     """Make Megatron take `FusedAdam` for the fused Adam of apex, where it has neither that nor TransformerEngine's."""
-    import megatron.core.optimizer as optimizers
-    from megatron.core.optimizer import distrib_optimizer
-
-    if not optimizers.USING_PYTORCH_OPTIMIZER:
+    if not current("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER"):
         return
-    optimizers.Adam = FusedAdam
-    optimizers.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.Adam = FusedAdam
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
-    distrib_optimizer.USING_TE_OPTIMIZER = False
+    replace("megatron.core.optimizer.Adam", FusedAdam)
+    replace("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
+    replace("megatron.core.optimizer.distrib_optimizer.Adam", FusedAdam)
+    replace("megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE", True)
+    replace("megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER", True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import megatron.core.datasets.utils as dataset_utils
 
+from megatron_fdd.patches import replace
+
 
 def use_built_helpers() -> None:
     """Let Megatron use the dataset index builder that the wheel holds ready.
@@ -16,4 +18,4 @@ def use_built_helpers() -> None:
     """
     has_makefile = (Path(dataset_utils.__file__).parent / "Makefile").is_file()
     if not has_makefile and find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        dataset_utils.compile_helpers = lambda: None
+        replace("megatron.core.datasets.utils.compile_helpers", lambda: None)

@@ -10,12 +10,13 @@ import copy
 from typing import Any
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_fdd.patches import replace
 
 
 class ContextAttention(DotProductAttention):
@@ -96,4 +97,4 @@ class ContextAttention(DotProductAttention):
 
 def install_attention() -> None:
     """Every `local` layer that Megatron specifies from now on has this attention."""
-    LocalSpecProvider.core_attention = lambda _self: ContextAttention
+    replace("megatron.core.models.backends.LocalSpecProvider.core_attention", lambda _self: ContextAttention)

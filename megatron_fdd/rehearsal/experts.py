@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import mappings
-from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_fdd.patches import current, replace
 
 Collective = Callable[..., Tensor]
 
 
 def install_experts() -> None:
     """Replace the dispatcher's way of reading sizes, and the two collectives. To be called once."""
-    for module, name, stand_in in (
-        (token_dispatcher, "maybe_move_tensor_to_cpu", lambda _original: to_host),
-        (mappings, "_gather_along_first_dim", uneven_gather),
-        (mappings, "_reduce_scatter_along_first_dim", uneven_reduce_scatter),
+    replace("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", to_host)
+    for name, stand_in in (
+        ("_gather_along_first_dim", uneven_gather),
+        ("_reduce_scatter_along_first_dim", uneven_reduce_scatter),
     ):
-        assert hasattr(module, name), f"{module}.{name}: not the Megatron that this was written for"
-        setattr(module, name, stand_in(getattr(module, name)))
+        target = f"megatron.core.tensor_parallel.mappings.{name}"
+        replace(target, stand_in(current(target)))
 
 
 def to_host(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -8,12 +8,12 @@ import os
 import queue
 import sys
 import warnings
-from typing import Any
 
 import torch
 from torch.utils.data import dataloader
 
 from megatron_fdd import console
+from megatron_fdd.patches import replace
 from megatron_fdd.rehearsal import device
 from megatron_fdd.stepped_adam import install_adam
 
@@ -76,18 +76,13 @@ def _stand_in_for_modules() -> None:
     from megatron_fdd.rehearsal.gloo import install_gloo
 
     generator = "megatron.core.tensor_parallel.random"
-    stand_ins: dict[tuple[str, str], Any] = {
-        (generator, "_get_cuda_rng_state"): device.rng_state,
-        (generator, "_set_cuda_rng_state"): device.set_rng_state,
-        # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
-        ("megatron.training.initialize", "_warmup_jit_function"): lambda **_options: None,
-        # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
-        ("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue"): queue.Queue(),
-    }
-    for (module, name), stand_in in stand_ins.items():
-        owner = importlib.import_module(module)
-        assert hasattr(owner, name), f"{module}.{name}: not the Megatron that this was written for"
-        setattr(owner, name, stand_in)
+    replace(f"{generator}._get_cuda_rng_state", device.rng_state)
+    replace(f"{generator}._set_cuda_rng_state", device.set_rng_state)
+    # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
+    replace("megatron.training.initialize._warmup_jit_function", lambda **_options: None)
+    # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
+    results_queue = "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue"
+    replace(results_queue, queue.Queue())
     device.shield_from(dataloader._BaseDataLoaderIter, "__init__")
     # There is one generator here, so Megatron's check that the host's stood still must fail.
     logging.getLogger(generator).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))

@@ -1,0 +1,90 @@
+"""What every name of Megatron's loaded modules and classes stands for, and which of them a run has replaced."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES
+from tests.entry.command import Ending, run_commands
+
+_BEFORE: dict[str, Any] = {}
+_MISSING = object()
+
+
+def remember() -> None:
+    """From now on `replaced` compares with this moment."""
+    _BEFORE.update(_names())
+
+
+def replaced() -> set[str]:
+    """Names that were loaded then and are now something else, but for Megatron's own state and the tests' changes."""
+    now = _names()
+    changed = {name for name, value in _BEFORE.items() if now.get(name, _MISSING) is not value}
+    # What was loaded later, or before a rank remembered anything, is as Megatron made it, unless it is ours.
+    changed |= {
+        name for name, value in now.items() if _is_from(value, "megatron_fdd") and not _is_torchs(value)
+    }
+    changed -= _own_state() - {patch.target for patch in PATCHES + REHEARSAL_PATCHES}
+    return {name for name in changed if not _is_from(now.get(name), "tests")}
+
+
+def replaced_in_a_run(
+    command: Sequence[str], environment: dict[str, str]
+) -> tuple[Ending, set[str], set[str]]:
+    """Body on a rank: the entry point's ending, and what is replaced while it trains and afterwards."""
+    from megatron_fdd.schedule import DistillationSteps
+
+    if not _BEFORE:
+        remember()
+    run, found = DistillationSteps.run, set[str]()
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        found.update(replaced())
+        return run(*arguments, **keywords)
+
+    with patch.object(DistillationSteps, "run", watched):
+        [ending] = run_commands([command], environment=environment)
+    return ending, found, replaced()
+
+
+def _names() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for module in _modules():
+        for name, value in vars(module).items():
+            found[f"{module.__name__}.{name}"] = value
+            if inspect.isclass(value) and value.__module__ == module.__name__:
+                found |= {f"{module.__name__}.{name}.{key}": each for key, each in vars(value).items()}
+    return found
+
+
+def _modules() -> Iterator[ModuleType]:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and isinstance(module, ModuleType):
+            yield module
+
+
+def _is_from(value: Any, package: str) -> bool:
+    return str(getattr(value, "__module__", "")).split(".")[0] == package
+
+
+def _is_torchs(value: Any) -> bool:
+    """Whether Megatron has found it in torch, where a rehearsal had put it."""
+    return str(getattr(value, "__module__", "")) == "megatron_fdd.rehearsal.device"
+
+
+def _own_state() -> set[str]:
+    """What Megatron's functions assign to with a `global` statement."""
+    found: set[str] = set()
+    for module in _modules():
+        with suppress(OSError, TypeError):
+            tree = ast.parse(inspect.getsource(module))
+            names = {each for node in ast.walk(tree) if isinstance(node, ast.Global) for each in node.names}
+            found |= {f"{module.__name__}.{name}" for name in names}
+    return found

@@ -1,0 +1,43 @@
+"""The tables of docs/megatron.md are the code's. To write them anew:
+
+DOCS=write python -m pytest tests/test_megatron_page.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+from megatron_fdd.doctor.seam_table import SEAMS
+from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES
+from tests.harness.markdown import ROOT
+from tests.harness.megatron_tables import filled
+
+PAGE = ROOT / "docs/megatron.md"
+
+
+def test_the_tables_are_the_codes() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    if os.environ.get("DOCS") == "write":
+        PAGE.write_text(filled(text), encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == filled(text)
+
+
+def test_every_file_that_uses_a_seam_names_it() -> None:
+    for seam in SEAMS:
+        for path in seam.where:
+            text = (ROOT / "megatron_fdd" / path).read_text(encoding="utf-8")
+            owner, name = seam.name.split(".")[-2:]
+            used = {owner, name, *seam.parameters} - {"forward", "args", "config", "model", "save", "load"}
+            assert any(word in text for word in used), f"{path} does not use {seam.name}"
+
+
+def test_every_patch_is_installed_by_the_function_named() -> None:
+    targets = [patch.target for patch in PATCHES + REHEARSAL_PATCHES]
+    assert len(set(targets)) == len(targets)
+    for patch in PATCHES + REHEARSAL_PATCHES:
+        module, _, function = patch.installed_by.rpartition(".")
+        loaded = importlib.import_module(f"megatron_fdd.{module}")
+        assert callable(getattr(loaded, function))
+        source = (ROOT / "megatron_fdd" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        assert patch.target.rpartition(".")[2] in source
