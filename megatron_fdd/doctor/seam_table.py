@@ -126,10 +126,17 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         f"{_TRAINING}.training.training_log",
-        ("loss_dict", "iteration", "grad_norm"),
-        "what is written to the metrics file",
+        ("loss_dict", "iteration", "grad_norm", "learning_rate", "is_first_iteration"),
+        "what is written to the metrics file and on the terminal",
         ("schedule.py",),
-        "`--fdd-metrics-file`, the check of the gradient's norm",
+        "`--fdd-metrics-file`, the line of a step, the check of the gradient's norm",
+    ),
+    Seam(
+        f"{_TRAINING}.training.save_checkpoint",
+        ("iteration",),
+        "the line that says that a checkpoint has been saved",
+        ("schedule.py",),
+        "every run with `--save`",
     ),
     Seam(
         f"{_TRAINING}.training.evaluate_and_print_results",
