@@ -142,12 +142,13 @@ class HuggingFaceText(TextTokenizer):
         return self.library.convert_tokens_to_string([token for token in tokens if token is not None])
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        return self.library.apply_chat_template(
+        text: Any = self.library.apply_chat_template(
             messages,
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
+        return text
 
     def marked_ids(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Ids of a chat, and 1 for each that the template marks with `{% generation %}`."""
