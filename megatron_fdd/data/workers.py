@@ -4,7 +4,7 @@ This module, and with it a worker, imports neither torch nor Megatron: a worker 
 place of six. Workers are spawned, not forked: their parent has imported torch and runs threads (the tokenizer's, the
 progress bar's, the pool's own), of which a fork would have one, and the locks of all. A fork server would share the
 one import among all workers, but it is one for the whole program, with whatever was imported there first, and outlives
-the pool; what it would save is a second of CPU time for 4 MB of input.
+the pool; it would save less than a second of CPU time for 4 MB of input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BATCH_BYTES = 64 * 1024
 _BATCH_DOCUMENTS = 512
 # Batches in flight per worker: reading stays ahead of encoding without reading the corpus into memory.
 _AHEAD = 4
-# A worker starts in 1 s of CPU time and encodes these in 1.7 s (benchmarks/LOG.md, "preparing data").
+# A worker starts in 0.9 s of CPU time and encodes these in 1.7 s (benchmarks/LOG.md, "preparing data").
 BYTES_OF_A_WORKER = 4 * 1024 * 1024
 
 EncodedBatch = tuple[int, list[Encoded | None]]
