@@ -76,7 +76,13 @@ examples:
     metavar="TRAIN,VALID[,TEST]",
     help="Shares of the documents: writes PREFIX_train, PREFIX_valid, ...",
 )
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes that tokenise.")
+@click.option(
+    "--workers",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Processes that tokenise, at most: one for each 4 MB of input.",
+)
 def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -> None:
     """Prepare training data: plain text, JSON lines or instructions to Megatron's indexed format.
 

@@ -12,12 +12,10 @@ import re
 
 import jinja2
 import numpy as np
-from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
-from megatron_fdd.data.tokenizer import plain_ids
+from megatron_fdd.data.tokenizer import HuggingFaceText, Message, TextTokenizer
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Message = dict[str, str]
 
 
 def parse_messages(value: object, where: str) -> list[Message]:
@@ -39,7 +37,7 @@ def parse_messages(value: object, where: str) -> list[Message]:
 
 
 def encode_chat(
-    tokenizer: MegatronTokenizerText, messages: list[Message], where: str
+    tokenizer: TextTokenizer, messages: list[Message], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids (int32) and loss mask (uint8, 1 where the assistant speaks), both of the same length.
 
@@ -53,28 +51,19 @@ def encode_chat(
             "--chat-template, or use the fields prompt and response"
         )
     try:
-        if tokenizer.library == "huggingface" and _GENERATION_MARK.search(tokenizer.chat_template):
-            return _encode_marked(tokenizer, messages)
+        if isinstance(tokenizer, HuggingFaceText) and _GENERATION_MARK.search(tokenizer.chat_template):
+            ids, mask = tokenizer.marked_ids(messages)
+            return np.array(ids, np.int32), np.array(mask, np.uint8)
         return _encode_by_prefixes(tokenizer, messages, where)
     except jinja2.TemplateError as error:
         raise ValueError(f"{where}: the chat template refuses this conversation: {error}") from error
 
 
-def _encode_marked(
-    tokenizer: MegatronTokenizerText, messages: list[Message]
-) -> tuple[np.ndarray, np.ndarray]:
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], np.uint8)
-
-
 def _encode_by_prefixes(
-    tokenizer: MegatronTokenizerText, messages: list[Message], where: str
+    tokenizer: TextTokenizer, messages: list[Message], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     def render(count: int, prompt: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        return plain_ids(tokenizer, text)
+        return tokenizer.plain_ids(tokenizer.render(messages[:count], add_generation_prompt=prompt))
 
     ids = render(len(messages), False)
     mask = np.zeros(len(ids), np.uint8)
@@ -92,16 +81,10 @@ def _encode_by_prefixes(
     return np.array(ids, np.int32), mask
 
 
-def _end_of_turn(tokenizer: MegatronTokenizerText, ids: list[int], start: int, end: int) -> int:
+def _end_of_turn(tokenizer: TextTokenizer, ids: list[int], start: int, end: int) -> int:
     """Leave out the white space that templates put after the closing token: no model has to produce it."""
     last = end
-    while last > start and not tokenizer.detokenize([ids[last - 1]]).strip():
+    while last > start and not tokenizer.text([ids[last - 1]]).strip():
         last -= 1
-    closed = last > start and ids[last - 1] in _special_ids(tokenizer)
+    closed = last > start and ids[last - 1] in tokenizer.special_ids()
     return last if closed else end
-
-
-def _special_ids(tokenizer: MegatronTokenizerText) -> set[int | None]:
-    if tokenizer.library == "huggingface":
-        return {*tokenizer._tokenizer.tokenizer.all_special_ids, tokenizer.eod}
-    return {tokenizer.eod}

@@ -18,9 +18,9 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
 from megatron_fdd.data.datasets import TextDataset
+from megatron_fdd.data.megatron_tokenizer import identify
 from megatron_fdd.data.prepared import PreparedSet, open_set
 from megatron_fdd.data.sources import blends, data_prefixes, evaluates
-from megatron_fdd.data.tokenizer import identify
 
 _PART_NAMES = ("training", "validation", "test")
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
 from megatron_fdd.data.chat import encode_chat, parse_messages
 from megatron_fdd.data.documents import DocumentFormat, JsonKeys, RawDocument
 from megatron_fdd.data.instructions import Instruction, Template, find_layout, known_layouts, read_record
-from megatron_fdd.data.tokenizer import TokenizerSettings, leading_ids, load_tokenizer, plain_ids
+from megatron_fdd.data.tokenizer import TextTokenizer, TokenizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +46,23 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents of one format with one tokenizer; every worker has its own."""
+    """Encodes documents of one format with one tokenizer; every worker has a copy."""
 
-    def __init__(self, settings: EncodeSettings) -> None:
-        """Load the tokenizer.
+    def __init__(self, settings: EncodeSettings, tokenizer: TextTokenizer) -> None:
+        """`tokenizer`: of `settings.tokenizer`.
 
         Raises:
-            ValueError: it cannot be loaded, or lacks the end-of-document token that is asked for.
+            ValueError: it lacks the end-of-document token that is asked for.
         """
         self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.tokenizer = tokenizer
         self._eod = self.tokenizer.eod
         needs_eod = settings.append_eod or settings.format == "instruction"
-        if needs_eod and (self._eod is None or self._eod < 0):
+        if needs_eod and self._eod < 0:
             raise ValueError(
                 f"--tokenizer-model {settings.tokenizer.tokenizer_model} has no end-of-sequence token, which "
                 "--append-eod and instruction data need; use a tokenizer that defines one"
             )
-        self._leading = leading_ids(self.tokenizer)
 
     def __call__(self, document: RawDocument) -> Encoded | None:
         """Encode one document; None when it is to be skipped (empty, or nothing in it is learned).
@@ -82,7 +80,7 @@ class Encoder:
     def _encode_text(self, text: str) -> Encoded | None:
         if not text.strip():
             return None
-        ids = self.tokenizer.tokenize(text)
+        ids = self.tokenizer.ids(text)
         if self.settings.append_eod and ids[-1:] != [self._eod]:
             ids = [*ids, self._eod]
         return Encoded(np.array(ids, np.int32)) if ids else None
@@ -109,7 +107,7 @@ class Encoder:
             keys = self.settings.keys
             prompt = document.text_field(fields, keys.prompt)
             response = document.text_field(fields, keys.response)
-            return _encode_pair(self.tokenizer, self._leading, prompt, response)
+            return _encode_pair(self.tokenizer, prompt, response)
         layout = find_layout(fields)
         if layout is None:
             raise ValueError(
@@ -124,7 +122,7 @@ class Encoder:
                 {"role": "assistant", "content": response},
             ]
             return encode_chat(self.tokenizer, messages, document.where)
-        return _encode_pair(self.tokenizer, self._leading, instruction.prompt(template), response)
+        return _encode_pair(self.tokenizer, instruction.prompt(template), response)
 
 
 def _only_one(instructions: list[Instruction], where: str) -> Instruction:
@@ -137,25 +135,23 @@ def _only_one(instructions: list[Instruction], where: str) -> Instruction:
     return instructions[0]
 
 
-def _encode_pair(
-    tokenizer: MegatronTokenizerText, leading: list[int], prompt: str, response: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _encode_pair(tokenizer: TextTokenizer, prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask of prompt and response, closed by the end-of-document token.
 
     The prompt is tokenised by itself, as it will be when the student is asked. The response is what the
     tokenizer makes of both together, less the prompt; where that does not begin with the prompt's ids (a
     token would reach over the border) it is tokenised by itself too.
     """
-    prompt_ids = plain_ids(tokenizer, prompt)
-    joint_ids = plain_ids(tokenizer, prompt + response)
+    prompt_ids = tokenizer.plain_ids(prompt)
+    joint_ids = tokenizer.plain_ids(prompt + response)
     if joint_ids[: len(prompt_ids)] == prompt_ids:
         response_ids = joint_ids[len(prompt_ids) :]
     else:
-        response_ids = plain_ids(tokenizer, response)
+        response_ids = tokenizer.plain_ids(response)
     if response_ids[-1:] != [tokenizer.eod]:
         response_ids = [*response_ids, tokenizer.eod]
-    num_prompt = len(leading) + len(prompt_ids)
-    ids = np.array([*leading, *prompt_ids, *response_ids], np.int32)
+    num_prompt = len(tokenizer.leading_ids) + len(prompt_ids)
+    ids = np.array([*tokenizer.leading_ids, *prompt_ids, *response_ids], np.int32)
     mask = np.ones(len(ids), np.uint8)
     mask[:num_prompt] = 0
     return ids, mask

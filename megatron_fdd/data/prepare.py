@@ -1,37 +1,26 @@
-"""Raw files to prepared sets: several workers, a progress bar, all or nothing on disk."""
+"""Raw files to prepared sets: a progress bar, all or nothing on disk."""
 
 from __future__ import annotations
 
 import glob
 import logging
-import multiprocessing
 import os
-import signal
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from megatron_fdd.data.documents import JsonKeys, RawDocument, input_bytes, read_documents
-from megatron_fdd.data.encode import Encoded, Encoder, EncodeSettings
+from megatron_fdd.data.documents import JsonKeys, input_bytes, read_documents
+from megatron_fdd.data.encode import Encoder, EncodeSettings
+from megatron_fdd.data.megatron_tokenizer import identify, load_tokenizer, text_tokenizer
 from megatron_fdd.data.prepared import SetKind, SetWriter, commit
-from megatron_fdd.data.tokenizer import identify
+from megatron_fdd.data.workers import encode_in_order, useful_workers
 
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("train", "valid", "test")
-# Large enough that handing a batch over costs nothing beside encoding it.
-_BATCH_BYTES = 64 * 1024
-_BATCH_DOCUMENTS = 512
-# Batches in flight per worker: reading stays ahead of encoding without reading the corpus into memory.
-_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +30,7 @@ class PrepareSettings:
     Attributes:
         split: shares of train, valid and (optionally) test documents; empty for one set.
         separator: where a document of a text file ends (`documents.read_documents`).
+        workers: processes that tokenise, at most; fewer where there is little to do (`workers.useful_workers`).
     """
 
     inputs: tuple[str, ...]
@@ -129,7 +119,8 @@ def prepare(settings: PrepareSettings) -> Summary:
     total_bytes = input_bytes(settings.inputs)
     folder = os.path.dirname(os.path.abspath(settings.output_prefix))
     os.makedirs(folder, exist_ok=True)
-    encoder = Encoder(settings.encode)
+    tokenizer = load_tokenizer(settings.encode.tokenizer)
+    encoder = Encoder(settings.encode, text_tokenizer(tokenizer))
     scratch_name = f".{os.path.basename(settings.output_prefix)}.partial-"
     for leftover in glob.glob(os.path.join(glob.escape(folder), glob.escape(scratch_name) + "*")):
         logger.warning("%s is left from a run that was interrupted (or still runs); delete it", leftover)
@@ -139,7 +130,7 @@ def prepare(settings: PrepareSettings) -> Summary:
             tqdm(total=total_bytes, unit="B", unit_scale=True, desc="preparing", disable=None)
         )
         kind: SetKind = "instruction" if settings.encode.format == "instruction" else "text"
-        identity = identify(encoder.tokenizer)
+        identity = identify(tokenizer)
         writers = [SetWriter(prefix, scratch, kind, identity) for prefix in settings.prefixes()]
         skipped = _write_all(settings, encoder, writers, bar)
         _check_documents(writers, skipped)
@@ -158,8 +149,9 @@ def _write_all(settings: PrepareSettings, encoder: Encoder, writers: list[SetWri
     """Feed the writers; returns how many documents were skipped."""
     documents = read_documents(settings.inputs, settings.encode.format, settings.separator)
     shares = _Shares(settings.split)
+    workers = useful_workers(settings.workers, settings.inputs)
     skipped = 0
-    for num_bytes, encoded_documents in _encode_in_order(_batches(documents), encoder, settings.workers):
+    for num_bytes, encoded_documents in encode_in_order(documents, encoder, workers):
         for encoded in encoded_documents:
             if encoded is None:
                 skipped += 1
@@ -178,78 +170,3 @@ def _check_documents(writers: list[SetWriter], skipped: int) -> None:
                 "or without anything to learn): give more documents, a larger share in --split, or "
                 "another --document-separator"
             )
-
-
-def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    batch: list[RawDocument] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.content)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-EncodedBatch = tuple[int, list[Encoded | None]]
-
-
-def _encode_in_order(
-    batches: Iterator[list[RawDocument]], encoder: Encoder, workers: int
-) -> Iterator[EncodedBatch]:
-    """Bytes consumed and encoded documents of each batch, in the order of the batches."""
-    if workers == 1:
-        for batch in batches:
-            yield _encode_batch(encoder, batch)
-        return
-    # Not multiprocessing.Pool: it reads the whole corpus ahead, and hangs when a worker dies.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (encoder.settings,)
-    )
-    pending: deque[Future[EncodedBatch]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch))
-            if len(pending) >= workers * _AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a worker process died, most likely for want of memory; try fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode_batch(encoder: Encoder, batch: list[RawDocument]) -> EncodedBatch:
-    return sum(document.num_bytes for document in batch), [encoder(document) for document in batch]
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(settings: EncodeSettings) -> None:
-    """Runs once in each worker process."""
-    global _worker_encoder
-    # Ctrl-C reaches the whole process group: the parent reports it, the workers just end with the pool.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # One process per worker already; the tokenizers' own threads would only compete.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_encoder = Encoder(settings)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(batch: list[RawDocument]) -> EncodedBatch:
-    assert _worker_encoder is not None
-    return _encode_batch(_worker_encoder, batch)

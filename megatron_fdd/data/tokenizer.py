@@ -1,15 +1,27 @@
-"""The tokenizer of a run: Megatron's own, and the identity by which two of them are compared."""
+"""The tokenizer of a run: its flags, its identity, and what preparing asks of it, all without Megatron.
+
+Training uses Megatron's tokenizer. So does preparing, except that a worker process should not spend seconds on
+importing Megatron: it gets the library's own object (Hugging Face's or SentencePiece's) as Megatron's class has set it
+up, and only the calls of that object are written down a second time, here. `megatron_tokenizer.text_tokenizer` makes
+these objects and refuses one whose ids are not Megatron's.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training.config import TokenizerConfig
+if TYPE_CHECKING:  # a library comes with its object, and is imported for that one only
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+# A text on which two copies of a tokenizer are compared: white space in every place, letters beyond ASCII and such as
+# are in few vocabularies, digits, control tokens as text.
+PROBE = "  The river,\n\n\ttwo  spaces; naïve 東京 🙂 \u2603 1234567 <s> </s> <|endoftext|> \n"
 
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",
@@ -72,55 +84,108 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
         )
 
 
-def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
-    """Megatron's tokenizer for these flags.
+@dataclass(frozen=True)
+class TextTokenizer(ABC):
+    """What preparing asks of a tokenizer; can be pickled into a process without torch and Megatron.
 
-    Raises:
-        ValueError: the files are missing or cannot be read.
+    Attributes:
+        chat_template: jinja text; None when there is none.
+        eod: id that ends a document; negative when there is none.
+        bos: id that may begin a sequence, likewise.
     """
-    check_tokenizer_files(settings.tokenizer_type, settings.tokenizer_model)
-    config = TokenizerConfig(
-        tokenizer_type=settings.tokenizer_type,
-        tokenizer_model=settings.tokenizer_model,
-        chat_template=settings.chat_template,
-        pad_vocab_size=False,
-    )
-    try:
-        tokenizer = build_tokenizer(config)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: "
-            f"{error}"
-        ) from error
-    if tokenizer.library == "huggingface":
-        # Documents are cut later; the warning about a model's longest input would only mislead.
-        tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
-    return tokenizer
+
+    chat_template: str | None
+    eod: int
+    bos: int
+
+    @abstractmethod
+    def ids(self, text: str) -> list[int]:
+        """What Megatron's `tokenize` gives: the tokens around a whole sequence included."""
+
+    @abstractmethod
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of `text` without the tokens that a Hugging Face tokenizer puts around a whole sequence."""
+
+    @abstractmethod
+    def text(self, ids: list[int]) -> str:
+        """What Megatron's `detokenize` gives."""
+
+    @abstractmethod
+    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        """The text that the chat template makes. Raises jinja2.TemplateError."""
+
+    @abstractmethod
+    def special_ids(self) -> set[int]:
+        """Ids of control tokens, the end of a document among them."""
+
+    @cached_property
+    def leading_ids(self) -> list[int]:
+        """What this tokenizer puts before a sequence: the beginning-of-sequence id, or nothing."""
+        first = self.ids("a")[:1]
+        return first if first and first[0] == self.bos else []
 
 
-def identify(tokenizer: MegatronTokenizerText, first_ids: int | None = None) -> TokenizerStamp:
-    """The identity of a tokenizer, or of its first `first_ids` ids (tokens added later are left out)."""
-    try:
-        vocabulary = tokenizer.inv_vocab
-    except (NotImplementedError, AttributeError):
-        vocabulary = None
-    digest = None
-    if vocabulary is not None:
-        limit = tokenizer.vocab_size if first_ids is None else first_ids
-        lines = (f"{i}\t{token!r}\n" for i, token in sorted(vocabulary.items()) if i < limit)
-        digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return TokenizerStamp(tokenizer.vocab_size, tokenizer.eod, digest)
+@dataclass(frozen=True)
+class HuggingFaceText(TextTokenizer):
+    """A tokenizer of transformers."""
+
+    library: PreTrainedTokenizerBase
+
+    def ids(self, text: str) -> list[int]:
+        return self.library(text).input_ids
+
+    def plain_ids(self, text: str) -> list[int]:
+        return self.library(text, add_special_tokens=False).input_ids
+
+    def text(self, ids: list[int]) -> str:
+        tokens = self.library.convert_ids_to_tokens(ids)
+        return self.library.convert_tokens_to_string([token for token in tokens if token is not None])
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        text: Any = self.library.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return text
+
+    def marked_ids(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Ids of a chat, and 1 for each that the template marks with `{% generation %}`."""
+        encoded: Any = self.library.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return encoded["input_ids"], encoded["assistant_masks"]
+
+    def special_ids(self) -> set[int]:
+        return {*self.library.all_special_ids, self.eod}
 
 
-def plain_ids(tokenizer: MegatronTokenizerText, text: str) -> list[int]:
-    """Ids of `text` without the tokens that a Hugging Face tokenizer puts around a whole sequence."""
-    library = tokenizer._tokenizer  # the wrapper offers no call without special tokens
-    if tokenizer.library == "huggingface":
-        return library.tokenizer(text, add_special_tokens=False).input_ids
-    return library.text_to_ids(text)
+@dataclass(frozen=True)
+class SentencePieceText(TextTokenizer):
+    """A SentencePiece model."""
 
+    library: SentencePieceProcessor
 
-def leading_ids(tokenizer: MegatronTokenizerText) -> list[int]:
-    """What this tokenizer puts before a sequence: the beginning-of-sequence id, or nothing."""
-    first = tokenizer.tokenize("a")[:1]
-    return first if first and first[0] == tokenizer.bos else []
+    def ids(self, text: str) -> list[int]:
+        return self.library.encode_as_ids(text)
+
+    def plain_ids(self, text: str) -> list[int]:
+        return self.ids(text)
+
+    def text(self, ids: list[int]) -> str:
+        return self.library.decode_ids(ids)
+
+    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
+        # As Megatron does; the public ways to render need a tokenizer of transformers.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template = _compile_jinja_template(self.chat_template)
+        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+    def special_ids(self) -> set[int]:
+        return {self.eod}

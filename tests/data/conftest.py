@@ -14,7 +14,8 @@ from megatron.training.arguments import parse_args
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.encode import Encoder, EncodeSettings
+from megatron_fdd.data.megatron_tokenizer import load_tokenizer, text_tokenizer
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
 
@@ -83,6 +84,11 @@ def hf(hf_folder: Path) -> TokenizerSettings:
 @pytest.fixture(scope="session")
 def sp(sp_model: Path) -> TokenizerSettings:
     return TokenizerSettings("SentencePieceTokenizer", str(sp_model))
+
+
+def make_encoder(settings: EncodeSettings) -> Encoder:
+    """As `prepare` makes it."""
+    return Encoder(settings, text_tokenizer(load_tokenizer(settings.tokenizer)))
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from megatron_fdd.data.datasets import InstructionDataset, TextDataset, instruction_sample
 from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.megatron_tokenizer import load_tokenizer
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.provider import (
     build_datasets,
@@ -24,7 +25,7 @@ from megatron_fdd.data.provider import (
     get_batch,
     train_valid_test_provider,
 )
-from megatron_fdd.data.tokenizer import TokenizerSettings, load_tokenizer
+from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import megatron_args, sentences, write_jsonl
 from tests.harness.ranks import distributed
 

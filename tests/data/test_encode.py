@@ -10,11 +10,12 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megatron_fdd.data.documents import RawDocument
-from megatron_fdd.data.encode import Encoded, Encoder, EncodeSettings
+from megatron_fdd.data.encode import Encoded, EncodeSettings
 from megatron_fdd.data.instructions import TEMPLATES, Template, read_record
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from megatron_fdd.evaluate.generation import encode_prompts
 from megatron_fdd.evaluate.settings import GenerationSettings
+from tests.data.conftest import make_encoder
 
 CHAT = [
     {"role": "system", "content": "The house."},
@@ -42,7 +43,7 @@ def document(row: dict[str, object]) -> RawDocument:
 def encode(
     tokenizer: TokenizerSettings, row: dict[str, object], seq_length: int | None = None
 ) -> Encoded | None:
-    return Encoder(EncodeSettings(tokenizer, "instruction", seq_length=seq_length))(document(row))
+    return make_encoder(EncodeSettings(tokenizer, "instruction", seq_length=seq_length))(document(row))
 
 
 def learned_text(tokenizer: TokenizerSettings, encoded: Encoded) -> str:
@@ -171,19 +172,21 @@ def test_text_ends_with_eod_only_when_asked(hf: TokenizerSettings) -> None:
     reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
     raw = RawDocument("a.txt", 1, b"the river", 9)
     ids = reference("the river").input_ids
-    assert Encoder(EncodeSettings(hf, "text"))(raw).ids.tolist() == ids
-    assert Encoder(EncodeSettings(hf, "text", append_eod=True))(raw).ids.tolist() == [
+    assert make_encoder(EncodeSettings(hf, "text"))(raw).ids.tolist() == ids
+    assert make_encoder(EncodeSettings(hf, "text", append_eod=True))(raw).ids.tolist() == [
         *ids,
         reference.eos_token_id,
     ]
-    assert Encoder(EncodeSettings(hf, "text", append_eod=True))(RawDocument("a.txt", 1, b" \n", 2)) is None
+    assert (
+        make_encoder(EncodeSettings(hf, "text", append_eod=True))(RawDocument("a.txt", 1, b" \n", 2)) is None
+    )
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("context", ["", "Near the house."])
 def test_a_student_is_asked_as_it_was_taught(hf: TokenizerSettings, template: Template, context: str) -> None:
     row = {"instruction": "Where is the river?", "context": context, "response": "Over there."}
-    encoded = Encoder(EncodeSettings(hf, "instruction", template=template))(document(row))
+    encoded = make_encoder(EncodeSettings(hf, "instruction", template=template))(document(row))
     tokenizer = AutoTokenizer.from_pretrained(hf.tokenizer_model)
     example = {0: read_record("dolly", row, "here")[0]}
     asked = encode_prompts(example, tokenizer, GenerationSettings(template=template, max_prompt_tokens=999))
@@ -196,7 +199,7 @@ def test_a_student_is_asked_as_it_was_taught(hf: TokenizerSettings, template: Te
 
 def test_a_ready_prompt_is_left_as_it_is(hf: TokenizerSettings) -> None:
     row = {"prompt": "the river ", "response": "play"}
-    templated = Encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
+    templated = make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
     assert templated.ids.tolist() == encode(hf, row).ids.tolist()
 
 
@@ -205,17 +208,17 @@ def test_a_template_knows_what_it_is_put_around(hf: TokenizerSettings) -> None:
     with pytest.raises(
         ValueError, match=r"line 7: .*'query', 'response'\], no layout that --template alpaca reads: dolly"
     ):
-        Encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
+        make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
 
 
 def test_several_instructions_in_a_line_are_refused(hf: TokenizerSettings) -> None:
     instance = {"input": "", "output": "play"}
     row = {"instruction": "Sing.", "instances": [instance, instance]}
     with pytest.raises(ValueError, match="x.jsonl, line 7: holds 2 instructions; training reads one a line"):
-        Encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
+        make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
 
 
 @pytest.mark.parametrize("name", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def test_missing_tokenizer(name: str) -> None:
     with pytest.raises(ValueError, match="--tokenizer-model ./nowhere does not exist"):
-        Encoder(EncodeSettings(TokenizerSettings(name, "./nowhere"), "text"))
+        make_encoder(EncodeSettings(TokenizerSettings(name, "./nowhere"), "text"))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megatron_fdd.data.batch import get_batch
+from megatron_fdd.data.megatron_tokenizer import load_tokenizer
 from megatron_fdd.data.packing import PackedInstructionDataset, pack, packed_sample
 from megatron_fdd.data.provider import build_datasets
-from megatron_fdd.data.tokenizer import TokenizerSettings, load_tokenizer
+from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import megatron_args, sets
 
 __all__ = ["sets"]  # the fixture

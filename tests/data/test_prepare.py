@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from megatron_fdd.data import prepared as prepared_module
+from megatron_fdd.data import workers
 from megatron_fdd.data.documents import JsonKeys
 from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.prepare import PrepareSettings, Summary, prepare
@@ -92,7 +93,10 @@ def test_instructions_have_a_mask_beside_the_ids(hf: TokenizerSettings, tmp_path
 
 
 @pytest.mark.tier("default")
-def test_error_in_a_worker_is_the_first_in_the_file(hf: TokenizerSettings, tmp_path: Path) -> None:
+def test_error_in_a_worker_is_the_first_in_the_file(
+    hf: TokenizerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "BYTES_OF_A_WORKER", 1)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "the river"}] * 3 + [{"other": "x"}, {"text": 3}])
     with pytest.raises(ValueError, match=r"a.jsonl, line 4: the field 'text' is missing"):
         run([path], tmp_path / "sets" / "out", EncodeSettings(hf, "jsonl"), workers=2)
@@ -229,12 +233,13 @@ def command(
 @pytest.mark.tier("default")
 def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_path: Path) -> None:
     """Documents of several batches, dealt to two sets: by two processes of the tool, and by this one."""
-    lines = [f"{number} {text}" for number, text in enumerate(sentences(1500))]
-    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(lines))
-    flags = ["--document-separator", "<|endoftext|>", "--split", "2,1", "--workers", "2"]
+    rows = [{"text": f"{number} {text}", "unread": "x" * 5700} for number, text in enumerate(sentences(1500))]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert workers.useful_workers(2, [source]) == 2
+    flags = ["--split", "2,1", "--workers", "2"]
     python = forked_python.python()
     done = subprocess.run(
-        command(hf, tmp_path / "a.txt", tmp_path / "2" / "out", *flags, python=python),
+        command(hf, tmp_path / "a.jsonl", tmp_path / "2" / "out", *flags, python=python),
         capture_output=True,
         text=True,
         timeout=120,
@@ -242,9 +247,8 @@ def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_
     )
     assert "out_valid: 1500 documents" in done.stdout
     assert len(done.stdout.splitlines()) == 1
-    encode = EncodeSettings(hf, "text")
     prefix = tmp_path / "1" / "out"
-    run([str(tmp_path / "a.txt")], prefix, encode, separator="<|endoftext|>", split=(2.0, 1.0))
+    run([source], prefix, EncodeSettings(hf, "jsonl"), split=(2.0, 1.0))
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert [len(documents_of(f"{prefix}_{part}")) for part in ("train", "valid")] == [1000, 500]
 

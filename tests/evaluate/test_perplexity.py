@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_fdd.data.documents import RawDocument
 from megatron_fdd.data.encode import Encoder, EncodeSettings
+from megatron_fdd.data.megatron_tokenizer import load_tokenizer, text_tokenizer
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from megatron_fdd.evaluate import perplexity
 
@@ -91,7 +92,9 @@ def test_texts_begin_and_end_as_in_training(tmp_path: Path) -> None:
     texts = ["a b c", "d e <end>", "a b"]
     windows = perplexity.cut_windows(texts, tokenizer, length=12)
     settings = TokenizerSettings("HuggingFaceTokenizer", str(tmp_path / "tokenizer"))
-    encoder = Encoder(EncodeSettings(settings, "jsonl", append_eod=True))
+    encoder = Encoder(
+        EncodeSettings(settings, "jsonl", append_eod=True), text_tokenizer(load_tokenizer(settings))
+    )
     taught: list[int] = []
     for text in texts:
         encoded = encoder(RawDocument("x", 1, json.dumps({"text": text}).encode(), 1))

@@ -1,0 +1,135 @@
+"""Processes that tokenise: how many are worth their start, and what they return, in order.
+
+This module, and with it a worker, imports neither torch nor Megatron: a worker is ready after a second of CPU time in
+place of six. Workers are spawned, not forked: their parent has imported torch and runs threads (the tokenizer's, the
+progress bar's, the pool's own), of which a fork would have one, and the locks of all. A fork server would share the
+one import among all workers, but it is one for the whole program, with whatever was imported there first, and outlives
+the pool; it would save less than a second of CPU time for 4 MB of input.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from megatron_fdd.data.documents import RawDocument, input_bytes
+from megatron_fdd.data.encode import Encoded, Encoder
+from megatron_fdd.data.tokenizer import PROBE
+
+# Large enough that handing a batch over costs nothing beside encoding it.
+_BATCH_BYTES = 64 * 1024
+_BATCH_DOCUMENTS = 512
+# Batches in flight per worker: reading stays ahead of encoding without reading the corpus into memory.
+_AHEAD = 4
+# A worker starts in 0.9 s of CPU time and encodes these in 1.7 s (benchmarks/LOG.md, "preparing data").
+BYTES_OF_A_WORKER = 4 * 1024 * 1024
+
+EncodedBatch = tuple[int, list[Encoded | None]]
+
+
+def useful_workers(asked: int, inputs: Sequence[str]) -> int:
+    """How many of the workers that were asked for have enough to do; 1: the parent encodes by itself.
+
+    An input without a size (a pipe) may be long: then all of them. The pool starts them one by one, as batches come.
+    """
+    if not all(os.path.isfile(path) for path in inputs):
+        return asked
+    return max(1, min(asked, input_bytes(inputs) // BYTES_OF_A_WORKER))
+
+
+def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    batch: list[RawDocument] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_in_order(
+    documents: Iterable[RawDocument], encoder: Encoder, workers: int
+) -> Iterator[EncodedBatch]:
+    """Bytes consumed and encoded documents of each batch, in the order of the documents.
+
+    Raises:
+        ValueError: what `encoder` raises for the first document that it refuses; a worker died.
+    """
+    batches = _batches(documents)
+    if workers == 1:
+        for batch in batches:
+            yield _encode_batch(encoder, batch)
+        return
+    # Not multiprocessing.Pool: it reads the whole corpus ahead, and hangs when a worker dies.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (_pickled(encoder),)
+    )
+    pending: deque[Future[EncodedBatch]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_encode_in_worker, batch))
+            if len(pending) >= workers * _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process died, most likely for want of memory; try fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode_batch(encoder: Encoder, batch: list[RawDocument]) -> EncodedBatch:
+    return sum(document.num_bytes for document in batch), [encoder(document) for document in batch]
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _pickled(encoder: Encoder) -> bytes:
+    """For the workers; refuse a tokenizer that would not give them the ids that it gives here."""
+    tokenizer = encoder.tokenizer
+    remedy = "prepare with --workers 1"
+    try:
+        content = pickle.dumps(encoder)
+        copy = pickle.loads(content).tokenizer
+    except Exception as error:  # whatever a library raises
+        raise ValueError(f"this tokenizer cannot be sent to workers ({error}); {remedy}") from error
+    if copy.ids(PROBE) != tokenizer.ids(PROBE):
+        raise ValueError(f"this tokenizer gives other ids after it was sent to a worker; {remedy}")
+    return content
+
+
+def _start_worker(encoder: bytes) -> None:
+    """Runs once in each worker process."""
+    global _worker_encoder
+    # Ctrl-C reaches the whole process group: the parent reports it, the workers just end with the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # One process per worker already; the tokenizers' own threads would only compete.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_encoder = pickle.loads(encoder)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: list[RawDocument]) -> EncodedBatch:
+    assert _worker_encoder is not None
+    return _encode_batch(_worker_encoder, batch)

@@ -1,0 +1,30 @@
+"""Encoders that run in workers under test; imports nothing that a worker would not."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from megatron_fdd.data.documents import RawDocument
+from megatron_fdd.data.encode import Encoded, Encoder
+
+
+@dataclass
+class Probe:
+    """An encoder in which something happens when it meets a word."""
+
+    encoder: Encoder
+
+    @property
+    def tokenizer(self):
+        return self.encoder.tokenizer
+
+    def __call__(self, document: RawDocument) -> Encoded | None:
+        encoded = self.encoder(document)
+        if b"report" in document.content:  # as an error, which comes back with its text
+            loaded = [name for name in ("torch", "megatron") if sys.modules.get(name)]
+            raise ValueError(f"process {os.getpid()} of {os.getppid()} has {loaded}")
+        if b"die" in document.content:
+            os._exit(9)
+        return encoded
