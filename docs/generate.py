@@ -32,7 +32,7 @@ BOXES = {
         "Megatron's state, its patches, CPUs",
         "topology checkpoint launch wheel stepped_adam local_norms rehearsal",
     ),
-    "settings": ("flags; which layers are paired", "config layer_plan"),
+    "settings": ("flags, and which layers are paired", "config layer_plan"),
     "ops": ("the fused mathematics", "ops"),
     "data": ("raw files to batches", "data"),
     "convert": ("Hugging Face and Megatron", "convert"),
