@@ -1,0 +1,162 @@
+"""Write the parts of the pages that are made from the code: the table of flags and the picture of the modules.
+
+python docs/generate.py      # writes them between their marks; tests/test_docs.py tests that they are up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import graphlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_fdd.config import add_fdd_args
+
+DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "megatron_fdd"
+# What each box of the picture is, and the modules and folders in it. Every module is in one of them.
+BOXES = {
+    "cli": ("the command fdd", "cli __main__"),
+    "distill": ("the entry point", "distill"),
+    "plan": ("all that is decided before a process group exists", "run preflight balance dry_run"),
+    "step": (
+        "all that runs inside of a training step",
+        "student objective sampling schedule pipeline carry attach lens_copies live_lens metrics",
+    ),
+    "teacher": ("the frozen model's features", "teacher"),
+    "losses": ("the terms, from features and heads", "losses lens"),
+    "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
+    "host": (
+        "Megatron's state, its patches, CPUs",
+        "topology checkpoint launch wheel stepped_adam local_norms rehearsal",
+    ),
+    "settings": ("flags, and which layers are paired", "config layer_plan"),
+    "ops": ("the fused mathematics", "ops"),
+    "data": ("raw files to batches", "data"),
+    "convert": ("Hugging Face and Megatron", "convert"),
+    "evaluate": ("exported students, the report", "evaluate"),
+}
+
+
+def main() -> None:
+    """Rewrite every generated part."""
+    for page, part in (("flags.md", "flags"), ("architecture.md", "modules")):
+        path = DOCS / page
+        text = path.read_text(encoding="utf-8")
+        start, end = _between_marks(text, part)
+        path.write_text(text[:start] + generated(part) + text[end:], encoding="utf-8")
+
+
+def generated(part: str) -> str:
+    """What the code says now, with empty lines around it."""
+    return f"\n\n{flags_table() if part == 'flags' else picture()}\n\n"
+
+
+def written(page: str, part: str) -> str:
+    """What a page's text has between a part's marks."""
+    start, end = _between_marks(page, part)
+    return page[start:end]
+
+
+def _between_marks(text: str, part: str) -> tuple[int, int]:
+    match = re.search(rf"<!-- {part}\b[^>]*-->(.*?)<!-- end of {part} -->", text, re.DOTALL)
+    if match is None:
+        raise ValueError(f"the page has no marks <!-- {part} --> ... <!-- end of {part} -->; put them back")
+    return match.span(1)
+
+
+def flags_table() -> str:
+    """One row a flag, in the order of --help."""
+    parser = add_fdd_args(argparse.ArgumentParser(add_help=False))
+    rows = ["| flag | default | |", "|---|---|---|"]
+    return "\n".join([*rows, *(_row(action) for action in parser._actions)])
+
+
+def _row(action: argparse.Action) -> str:
+    argument = f" {action.metavar}" if action.metavar else ""
+    values = ", ".join(f"`{value}`" for value in action.choices or ())
+    text = re.sub(r" \(%\(default\)s[^()]*\)$", "", action.help or "").replace("%%", "%").replace("|", r"\|")
+    text = re.sub(r"(?<!\S)(--[a-z][\w-]*[a-z0-9])", r"`\1`", text)
+    name = f"`{action.option_strings[0]}{argument}`"
+    return f"| {name} | {_default(action.default)} | {values + ': ' if values else ''}{text} |"
+
+
+def _default(value: object) -> str:
+    """Nothing for None, `off` for False."""
+    if value is None:
+        return ""
+    if value is False:
+        return "off"
+    return f"{value:g}" if isinstance(value, int | float) else f"`{value}`"
+
+
+def picture() -> str:
+    """Boxes and the imports between them as Mermaid; an import that follows from others is left out."""
+    lines = [f'    {name}["{_label(name)}"]' for name in BOXES]
+    lines += [f"    {start} --> {end}" for start, end in sorted(necessary(imports_between_boxes()))]
+    return "\n".join(["```mermaid", "flowchart TD", *lines, "```"])
+
+
+def _label(name: str) -> str:
+    meaning, modules = BOXES[name]
+    held = "" if modules == name else f"<br><i>{', '.join(modules.split())}</i>"
+    return f"<b>{name}</b>: {meaning}{held}"
+
+
+def imports_between_boxes() -> set[tuple[str, str]]:
+    """(box, box that it imports from).
+
+    Raises:
+        ValueError: a module that is in no box.
+    """
+    box_of = {module: name for name, (_, modules) in BOXES.items() for module in modules.split()}
+    imports = set(_imports())
+    homeless = {module for arrow in imports for module in arrow} - box_of.keys()
+    if homeless:
+        raise ValueError(
+            f"{sorted(homeless)}: in no box of the picture; add them to BOXES in docs/generate.py"
+        )
+    return {(box_of[start], box_of[end]) for start, end in imports if box_of[start] != box_of[end]}
+
+
+def _imports() -> Iterator[tuple[str, str]]:
+    """(module or folder, module or folder of this package that a file of it imports)."""
+    rooms = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            parts = (name.split(".") for name in names)
+            yield from ((own, part[1]) for part in parts if part[0] == PACKAGE.name and part[1] in rooms)
+
+
+def necessary(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Without those that another way, of two arrows or more, leads along.
+
+    Raises:
+        graphlib.CycleError: the arrows make a circle; it is named.
+    """
+    targets = {start: {end for begin, end in arrows if begin == start} for start, _ in arrows}
+    graphlib.TopologicalSorter(targets).prepare()
+
+    def reachable(start: str) -> set[str]:
+        ends = targets.get(start, set())
+        return ends.union(*(reachable(end) for end in ends))
+
+    return {
+        (start, end)
+        for start, end in arrows
+        if not any(end in reachable(middle) for middle in targets[start])
+    }
+
+
+if __name__ == "__main__":
+    main()
