@@ -29,14 +29,15 @@ BOXES = {
     "losses": ("the terms, from features and heads", "losses lens"),
     "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
     "host": (
-        "Megatron's state, its patches, CPUs",
-        "topology checkpoint launch wheel stepped_adam local_norms rehearsal",
+        "Megatron's state, its patches, the terminal, CPUs",
+        "topology checkpoint launch console progress quiet patches wheel stepped_adam local_norms rehearsal",
     ),
     "settings": ("flags, and which layers are paired", "config layer_plan"),
     "ops": ("the fused mathematics", "ops"),
     "data": ("raw files to batches", "data"),
     "convert": ("Hugging Face and Megatron", "convert"),
     "evaluate": ("exported students, the report", "evaluate"),
+    "doctor": ("is this machine fit for a training?", "doctor"),
 }
 
 

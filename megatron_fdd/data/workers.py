@@ -100,14 +100,17 @@ _worker_encoder: Encoder | None = None
 def _pickled(encoder: Encoder) -> bytes:
     """For the workers; refuse a tokenizer that would not give them the ids that it gives here."""
     tokenizer = encoder.tokenizer
-    remedy = "prepare with --workers 1"
     try:
         content = pickle.dumps(encoder)
         copy = pickle.loads(content).tokenizer
     except Exception as error:  # whatever a library raises
-        raise ValueError(f"this tokenizer cannot be sent to workers ({error}); {remedy}") from error
+        raise ValueError(
+            f"this tokenizer cannot be sent to workers ({error}); prepare with --workers 1"
+        ) from error
     if copy.ids(PROBE) != tokenizer.ids(PROBE):
-        raise ValueError(f"this tokenizer gives other ids after it was sent to a worker; {remedy}")
+        raise ValueError(
+            "this tokenizer gives other ids after it was sent to a worker; prepare with --workers 1"
+        )
     return content
 
 

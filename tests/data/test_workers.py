@@ -169,4 +169,4 @@ def test_a_copy_with_other_ids_is_refused(
 
 def test_the_threshold_is_what_the_tool_says() -> None:
     assert BYTES_OF_A_WORKER == 4 * 2**20
-    assert "one for each 4 MB of input" in (ROOT / "tools/prepare_data.py").read_text()
+    assert "one for each 4 MB of input" in (ROOT / "megatron_fdd/cli/prepare_data.py").read_text()
