@@ -18,26 +18,25 @@ DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "megatron_fdd"
 # What each box of the picture is, and the modules and folders in it. Every module is in one of them.
 BOXES = {
-    "cli": ("the command fdd", "cli __main__"),
+    "cli": ("the command fdd, the check of a machine", "cli doctor __main__"),
     "distill": ("the entry point", "distill"),
     "plan": ("all that is decided before a process group exists", "run preflight balance dry_run"),
     "step": (
         "all that runs inside of a training step",
-        "student objective sampling schedule pipeline carry attach lens_copies live_lens metrics",
+        "student objective sampling schedule pipeline carry attach lens_copies live_lens metrics progress",
     ),
     "teacher": ("the frozen model's features", "teacher"),
     "losses": ("the terms, from features and heads", "losses lens"),
     "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
     "host": (
-        "Megatron's state, its patches, the terminal, CPUs",
-        "topology checkpoint launch console progress quiet patches wheel stepped_adam local_norms rehearsal",
+        "Megatron's state, its patches, CPUs, the terminal",
+        "topology checkpoint launch wheel stepped_adam local_norms rehearsal patches console quiet",
     ),
     "settings": ("flags, and which layers are paired", "config layer_plan"),
     "ops": ("the fused mathematics", "ops"),
     "data": ("raw files to batches", "data"),
     "convert": ("Hugging Face and Megatron", "convert"),
     "evaluate": ("exported students, the report", "evaluate"),
-    "doctor": ("is this machine fit for a training?", "doctor"),
 }
 
 
