@@ -24,6 +24,7 @@ def test_the_tables_are_the_codes() -> None:
 
 
 def test_every_file_that_uses_a_seam_names_it() -> None:
+    assert len({seam.name for seam in SEAMS}) == len(SEAMS)
     for seam in SEAMS:
         for path in seam.where:
             text = (ROOT / "megatron_fdd" / path).read_text(encoding="utf-8")

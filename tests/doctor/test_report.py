@@ -48,8 +48,8 @@ def test_the_gpu_is_looked_at_only_when_asked_for(
 @pytest.mark.tier("default")
 def test_this_machine_is_fit() -> None:
     """In a process of its own: this one may be a rehearsal, in which torch claims a GPU."""
-    source = "import sys; from megatron_fdd.doctor import run; sys.exit(run(gpu=False))"
-    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "megatron_fdd", "doctor"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     assert [line for line in lines if line.startswith("FAIL")] == []
     assert result.returncode == 0, result.stderr
