@@ -21,7 +21,9 @@ def _on_ranks() -> None:
 
 
 def test_a_fast_test_starts_no_rank() -> None:
-    with pytest.raises(pytest.fail.Exception, match=r"starts live ranks: mark it `tier\(\"default\"\)`"):
+    with pytest.raises(
+        pytest.fail.Exception, match=r"starts live ranks: mark it `@pytest.mark.tier\(\"default\"\)`"
+    ):
         run_on_ranks(_nothing, Layout(ranks=1))
 
 

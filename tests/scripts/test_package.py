@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import email
-import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,21 +11,14 @@ import pytest
 
 import megatron_fdd
 from tests.harness.markdown import ROOT
+from tests.harness.packages import build, copy_checkout
 
 NAME = f"megatron_fdd-{megatron_fdd.__version__}"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: what git tracks, and what is new and not ignored."""
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    folder = tmp_path_factory.mktemp("checkout")
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    return folder
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +42,6 @@ def wheel(
 ) -> Path:
     folder = source if request.param == "checkout" else sdist
     return build("wheel", folder, tmp_path_factory.mktemp("wheel"))
-
-
-def build(kind: str, source: Path, folder: Path) -> Path:
-    """Build a `sdist` or a `wheel` into `folder`, offline: with the setuptools that is installed."""
-    code = (
-        "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
-    )
-    command = [sys.executable, "-c", code, kind, str(folder)]
-    result = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (built,) = folder.iterdir()
-    return built
 
 
 def package_files() -> set[str]:

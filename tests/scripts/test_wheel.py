@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.convert import toys
+from tests.harness.packages import build, copy_checkout
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 180
 TRAINING = (
     "--use-checkpoint-args --seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 3 "
@@ -23,30 +23,16 @@ TRAINING = (
 ).split()
 
 
-def tracked_copy(folder: Path) -> Path:
-    """What git would check out here: building must leave the working tree alone."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
-    for name in listed.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes((ROOT / name).read_bytes())
-    return folder
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel; all else it takes from the environment of the tests, without its checkout."""
     root = tmp_path_factory.mktemp("wheel")
-    source = tracked_copy(root / "source")
-    build = f"from setuptools import build_meta\nprint(build_meta.build_wheel({str(root)!r}))"
-    built = subprocess.run(
-        [sys.executable, "-c", build], cwd=source, check=True, capture_output=True, text=True
-    )
+    (root / "dist").mkdir()
+    wheel = build("wheel", copy_checkout(root / "source"), root / "dist")
     environment = root / "env"
     venv.create(environment, with_pip=False)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = environment / "lib" / version / "site-packages"
-    wheel = root / built.stdout.split()[-1]
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)], check=True)
     # A folder in a .pth file is searched, and its own .pth files (an editable install is one) are not read.
