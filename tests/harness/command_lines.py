@@ -58,7 +58,7 @@ def _flags(words: Iterable[str]) -> tuple[str, ...]:
 
 
 def _program(words: list[str], index: int) -> str | None:
-    if words[index] == "fdd" and words[index + 1 :] and words[index + 1] in cli.COMMANDS:
+    if words[index] in ("fdd", "megatron_fdd") and words[index + 1 :] and words[index + 1] in cli.COMMANDS:
         return f"fdd {words[index + 1]}"
     if index and words[index - 1] == "-m" and _OUR_MODULE.fullmatch(words[index]):
         return words[index]
