@@ -36,7 +36,7 @@ EXTRA_TRAIN_FLAGS=${EXTRA_TRAIN_FLAGS:-}
 
 mkdir -p "$WORK"
 STEP_LOG=$WORK/quickstart.log
-exec 3>&1
+exec 3>&1 4>&2
 trap explain EXIT
 
 # Seconds on two cores of an AMD EPYC, for the estimates.
