@@ -36,12 +36,12 @@ EXTRA_TRAIN_FLAGS=${EXTRA_TRAIN_FLAGS:-}
 
 mkdir -p "$WORK"
 STEP_LOG=$WORK/quickstart.log
-exec 3>&1
+exec 3>&1 4>&2
 trap explain EXIT
 
 # Seconds on two cores of an AMD EPYC, for the estimates.
-declare -A expected=([teacher]=12 [megatron]=15 [layers]=14 [text]=2 [data]=20 [training]=$((30 + 5 * TRAIN_ITERS))
-    [export]=20 [comparison]=30 [report]=4)
+declare -A expected=([teacher]=20 [megatron]=10 [layers]=8 [text]=3 [data]=16 [training]=$((25 + 8 * TRAIN_ITERS))
+    [export]=10 [comparison]=40 [report]=6)
 seconds_left=${expected[megatron]} # a second time, for the student
 for each in "${expected[@]}"; do seconds_left=$((seconds_left + each)); done
 

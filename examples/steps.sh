@@ -2,7 +2,7 @@
 # Sourced by quickstart.sh and the recipes: steps that are done once, and training over several processes.
 
 recipe=
-STEP_LOG=${STEP_LOG:-} # a file: what the commands of steps print goes there, and descriptor 3 is the terminal
+STEP_LOG=${STEP_LOG:-} # a file: what the commands of steps print goes there, and descriptors 3 and 4 are the terminal's
 
 # step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here have made
 # it before. With RESUMABLE=1, for what takes long, an interrupted COMMAND goes on with what it has left, and what
@@ -46,7 +46,8 @@ logged() {
 }
 logged_command=
 
-# explain: which logged command failed, and what it said last. For a trap on EXIT.
+# explain: which logged command failed, and what it said last. For a trap on EXIT, which may begin while the command's
+# descriptors are still the log's.
 explain() {
     set +e
     stop_clock
@@ -56,7 +57,7 @@ explain() {
             grep -aE '^(rank [0-9]+: )?[a-z_.]+: error: |^megatron_fdd: rank [0-9]+ failed: ' "$STEP_LOG" | tail -n 2
             echo "the last lines of $STEP_LOG:"
             tail -n 15 "$STEP_LOG" | cut -c 1-200 | sed 's/^/    /'
-        } >&2
+        } >&4
     fi
 }
 
