@@ -167,6 +167,6 @@ def test_a_copy_with_other_ids_is_refused(
         next(encode_in_order(documents("the river"), encoder, 2))
 
 
-def test_the_threshold_is_what_the_tool_says() -> None:
+def test_the_help_names_the_threshold() -> None:
     assert BYTES_OF_A_WORKER == 4 * 2**20
     assert "one for each 4 MB of input" in (ROOT / "megatron_fdd/cli/prepare_data.py").read_text()
