@@ -116,12 +116,14 @@ def main(argv: Sequence[str]) -> int:
     scale = SCALES[args.device]
     print(f"{measure.machine()}; {measure.versions()}; {args.rounds or scale.rounds} rounds", flush=True)
     before = lines.read(args.lines, "loss") if args.lines else []
-    there = {line["group"] for line in before if line["device"] == args.device}
+    there = {(line["group"], line["row"]) for line in before if line["device"] == args.device}
     if args.device == "cuda":
         warm_up(scale)
     is_good = True
     for group in groups(scale):
-        if group.name in there or (args.only and not group.name.startswith(tuple(args.only))):
+        if args.only and not group.name.startswith(tuple(args.only)):
+            continue
+        if all((group.name, variant.row) in there for variant in group.variants):
             continue
         taken = take_turns(group, args.rounds or scale.rounds, args.device)
         records = rows_of(group, taken, args.device)

@@ -15,27 +15,31 @@ Line = dict[str, Any]
 
 
 def write(path: Path | None, kind: str, *records: Mapping[str, Any]) -> None:
-    """Append records of a kind, in one piece; without a path, nothing."""
+    """Append records of a kind, in one piece, on lines of their own; without a path, nothing."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps({"kind": kind, **record}) + "\n" for record in records)
-    with path.open("a") as file:
-        file.write(text)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # the line before was cut off while it was written
+                text = "\n" + text
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(path: Path, kind: str | None = None) -> list[Line]:
-    """Every record, or those of a kind. A line that was cut off while it was written is left out."""
+    """Every record, or those of a kind. What is no record, as a line that was cut off, is left out."""
     if not path.exists():
         return []
     found = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             continue
-        if kind in (None, line.get("kind")):
+        if isinstance(line, dict) and kind in (None, line.get("kind")):
             found.append(line)
     return found

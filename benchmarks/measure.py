@@ -174,8 +174,9 @@ def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measureme
     lines.write(RESULTS, "benchmark", entry)
 
 
+@cache
 def origin() -> dict[str, Any]:
-    """When and where a result was made, and of what."""
+    """When and where a result was made, and of what. One date for a process: tables tell runs apart by it."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"date": date, "machine": machine(), "python": platform.python_version(), "versions": versions()}
 

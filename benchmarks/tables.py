@@ -29,10 +29,13 @@ def page(found: Sequence[Line], title: str) -> str:
 
 
 def tables(found: Sequence[Line]) -> str:
-    """Every table that there are lines for."""
-    losses = _of(found, "loss")
-    parts = [loss_table(group, rows) for group, rows in _groups(losses).items()]
-    parts += [bar(losses), steps(_of(found, "step")), layouts(found), trainings(found)]
+    """Every table that there are lines for; none has rows of two devices."""
+    losses, whole_steps = _of(found, "loss"), _of(found, "step")
+    parts = [loss_table(group, _last_run(rows)) for (_, group), rows in _groups(losses, "group").items()]
+    parts.append(bar(losses))
+    parts += [steps(flags, _last_run(rows)) for (_, flags), rows in _groups(whole_steps, "flags").items()]
+    for kind, make in (("layout", layouts), ("curve", curves), ("ending", endings)):
+        parts += [make(device, _last_of_each(rows)) for (device,), rows in _groups(_of(found, kind)).items()]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -79,70 +82,70 @@ def loss_table(group: str, rows: Sequence[Line]) -> str:
 
 
 def bar(losses: Sequence[Line]) -> str:
-    """Whether the objective is within its bar."""
-    found = [row for row in losses if row["group"].startswith("objective") and "ratio" in row]
-    if not found or found[0]["device"] == "cpu":
+    """Whether the objective is within its bar, on a GPU."""
+    found = [row for row in losses if row["group"].startswith("objective") and row["device"] != "cpu"]
+    ratio = next((row["ratio"] for row in _last_run(found) if "ratio" in row), None)
+    if ratio is None:
         return ""
-    ratio = found[0]["ratio"]
     word = "met" if ratio <= OBJECTIVE_BAR else "missed"
     return f"Objective over its products: {ratio:.2f}; at most {OBJECTIVE_BAR} is the bar: {word}."
 
 
-def steps(found: Sequence[Line]) -> str:
-    """Whole training steps, a table for each way to run them; and the parts of those that were watched."""
-    parts = []
-    for flags, rows in _groups(found, "flags").items():
-        base = next((row["seconds"] for row in rows if row["objective"] == "logit KD"), None)
-        cells = []
-        for row in rows:
-            ratio = f"{row['seconds'] / base:.2f}" if base else ""
-            loss = ", ".join(f"{name} {value:.4g}" for name, value in row["losses"].items())
-            seconds = f"{row['seconds']:.4g} (spread {row['spread']:.0%})"
-            cells.append((row["objective"], seconds, ratio, f"{row['whole_mib']:.0f}", loss))
-        size = rows[0]["size"]
-        shape = (
-            f"A step of {size['seq_length'] * size['micro_batch_size'] * size['micro_batches']:,} tokens, "
-            f"{size['teacher_layers']} x {size['teacher_width']} -> {size['student_layers']} x "
-            f"{size['student_width']}, vocabulary {size['vocab_size']:,}, `{flags}`; {rows[0]['machine']}"
-            f"{is_toy(rows)}:"
-        )
-        parts += [shape, table(("a step", "seconds", "x KD", "whole MiB", "losses"), cells, "lrrrl")]
-        if watched := [row for row in rows if row["parts"]]:
-            names = list(watched[0]["parts"])
-            cells = [(row["objective"], *(f"{row['parts'][name]:.4g}" for name in names)) for row in watched]
-            parts.append(table(("seconds of one step, watched", *names), cells, "l" + "r" * len(names)))
+def steps(flags: str, rows: Sequence[Line]) -> str:
+    """Whole training steps of one run; and the parts of those that were watched."""
+    base = next((row["seconds"] for row in rows if row["objective"] == "logit KD"), None)
+    cells = []
+    for row in rows:
+        ratio = f"{row['seconds'] / base:.2f}" if base else ""
+        loss = ", ".join(f"{name} {value:.4g}" for name, value in row["losses"].items())
+        seconds = f"{row['seconds']:.4g} (spread {row['spread']:.0%})"
+        cells.append((row["objective"], seconds, ratio, f"{row['whole_mib']:.0f}", loss))
+    size = rows[0]["size"]
+    shape = (
+        f"A step of {size['seq_length'] * size['micro_batch_size'] * size['micro_batches']:,} tokens, "
+        f"{size['teacher_layers']} x {size['teacher_width']} -> {size['student_layers']} x "
+        f"{size['student_width']}, vocabulary {size['vocab_size']:,}, `{flags}`; {rows[0]['machine']}"
+        f"{is_toy(rows)}:"
+    )
+    parts = [shape, table(("a step", "seconds", "x KD", "whole MiB", "losses"), cells, "lrrrl")]
+    if watched := [row for row in rows if row["parts"]]:
+        names = list(watched[0]["parts"])
+        cells = [(row["objective"], *(f"{row['parts'][name]:.4g}" for name in names)) for row in watched]
+        parts.append(table(("seconds of one step, watched", *names), cells, "l" + "r" * len(names)))
     return "\n\n".join(parts)
 
 
-def layouts(found: Sequence[Line]) -> str:
+def layouts(device: str, found: Sequence[Line]) -> str:
     """Steps at several layouts against float64."""
-    last = {line["name"]: line for line in _of(found, "layout")}
     rows = [
         (
-            name,
+            line["name"],
             line["ranks"],
             "bf16" if line["bf16"] else "float32",
             line["ending"],
             *_small(line, "terms", "gradients"),
         )
-        for name, line in last.items()
+        for line in found
     ]
-    return table(("layout", "ranks", "in", "ended", "terms off by", "gradients off by"), rows, "lrllrr")
+    heads = (f"layout on {device}", "ranks", "in", "ended", "terms off by", "gradients off by")
+    return table(heads, rows, "lrllrr")
 
 
-def trainings(found: Sequence[Line]) -> str:
-    """Small ones: each curve beside another, and how they end when a rank does."""
+def curves(device: str, found: Sequence[Line]) -> str:
+    """Small trainings, each beside another."""
     rows = [
         (line["name"], line["beside"], line["ending"], line["steps"], *_small(line, "farthest", "tolerance"))
-        for line in _of(found, "curve")
+        for line in found
     ]
-    curves = table(("training", "beside", "ended", "steps", "farthest apart", "allowed"), rows, "lllrrr")
-    rows = [
-        (line["name"], line["ending"], line["seconds"], line["left"], line["said"])
-        for line in _of(found, "ending")
-    ]
-    endings = table(("when", "the test", "seconds to the end", "processes left", "messages"), rows, "llrrr")
-    return "\n\n".join(part for part in (curves, endings) if part)
+    heads = (f"training on {device}", "beside", "ended", "steps", "farthest apart", "allowed")
+    return table(heads, rows, "lllrrr")
+
+
+def endings(device: str, found: Sequence[Line]) -> str:
+    """How small trainings end when a rank does."""
+    rows = [(line["name"], line["ending"], line["seconds"], line["left"], line["said"]) for line in found]
+    heads = (f"when, on {device}", "the test", "seconds to the end", "processes left", "messages")
+    return table(heads, rows, "llrrr")
 
 
 def _small(line: Line, *names: str) -> list[str]:
@@ -164,14 +167,25 @@ def is_toy(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of(found: Sequence[Line], kind: str) -> list[Line]:
-    return [line for line in found if line["kind"] == kind]
+    return [line for line in found if line.get("kind") == kind]
 
 
-def _groups(found: Sequence[Line], key: str = "group") -> dict[str, list[Line]]:
-    groups: dict[str, list[Line]] = {}
+def _groups(found: Sequence[Line], *keys: str) -> dict[tuple[str, ...], list[Line]]:
+    """By device and these."""
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for line in found:
-        groups.setdefault(line[key], []).append(line)
+        groups.setdefault(tuple(line[key] for key in ("device", *keys)), []).append(line)
     return groups
+
+
+def _last_run(rows: Sequence[Line]) -> list[Line]:
+    """Without rows of earlier runs, which may have been cut off: a process dates all its rows alike."""
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def _last_of_each(found: Sequence[Line]) -> list[Line]:
+    """The last line of each name."""
+    return list({line["name"]: line for line in found}.values())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -186,7 +200,12 @@ def main(argv: Sequence[str]) -> int:
     found = lines.read(args.lines)
     if not found:
         parser.error(f"{args.lines}: no lines of results")
-    print(page(found, f"Results of {args.lines}") if args.page else tables(found))
+    text = page(found, f"Results of {args.lines}") if args.page else tables(found)
+    if not text:
+        parser.error(
+            f"{args.lines}: no lines that a table is made of (no losses, steps, layouts or trainings)"
+        )
+    print(text)
     return 0
 
 

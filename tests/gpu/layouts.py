@@ -77,6 +77,8 @@ TOLERANCES = {
     ("cuda", False): (5e-5, 1e-3),
     ("cuda", True): (2e-2, 1e-1),
 }
+# A layout's line until it has ended; one that was cut off with the whole run keeps it, and is begun again.
+BEGUN = "begun"
 # Of a layout, after which the ranks are ended and started again.
 CASE_TIMEOUT_S = 120
 TRIES = 4
@@ -119,7 +121,7 @@ def run_case(name: str, device: str, path: Path) -> None:
         case = replace(case, transformer_impl="transformer_engine", bf16=True)
     about = {"name": name, "ranks": dist.get_world_size(), "bf16": case.bf16, "device": device}
     if rank == 0:
-        lines.write(path, "layout", {**about, "ending": "hung or ended by another"})
+        lines.write(path, "layout", {**about, "ending": BEGUN})
     faulthandler.dump_traceback_later(CASE_TIMEOUT_S, exit=True)
     outcome = run_call(Call(__name__, "errors_of", {"case": case}, case.layout), rank)
     faulthandler.cancel_dump_traceback_later()
@@ -137,9 +139,15 @@ def run_case(name: str, device: str, path: Path) -> None:
         print(f"{name}: {ending}; terms off by {terms:.1e}, gradients by {gradients:.1e}", flush=True)
 
 
+def last_lines(ranks: int, device: str, path: Path) -> dict[str, lines.Line]:
+    """What is known of each layout of so many ranks."""
+    found = lines.read(path, "layout")
+    return {line["name"]: line for line in found if (line["ranks"], line["device"]) == (ranks, device)}
+
+
 def to_do(ranks: int, device: str, path: Path) -> list[str]:
-    """Layouts of so many ranks that no line is about."""
-    done = {line["name"] for line in lines.read(path, "layout") if line["device"] == device}
+    """Layouts of so many ranks that have not ended."""
+    done = {name for name, line in last_lines(ranks, device, path).items() if line["ending"] != BEGUN}
     fitting = [name for name, case in CASES.items() if case.layout.world_size == ranks]
     if device == "cpu":
         fitting = [name for name in fitting if name in ON_CPUS]
@@ -155,8 +163,16 @@ def launch(ranks: int, device: str, path: Path) -> int:
         if not to_do(ranks, device, path):
             break
         subprocess.run([sys.executable, *command.split(), *sys.argv[1:]], check=False)
-    last = {line["name"]: line["ending"] for line in lines.read(path, "layout") if line["ranks"] == ranks}
-    return 0 if last and not to_do(ranks, device, path) and set(last.values()) == {"passed"} else 1
+        give_up(ranks, device, path)
+    endings = {line["ending"] for line in last_lines(ranks, device, path).values()}
+    return 0 if not to_do(ranks, device, path) and endings == {"passed"} else 1
+
+
+def give_up(ranks: int, device: str, path: Path) -> None:
+    """Once no rank runs: what began and has not ended is not tried again."""
+    for line in last_lines(ranks, device, path).values():
+        if line["ending"] == BEGUN:
+            lines.write(path, "layout", line | {"ending": "hung or ended by another"})
 
 
 def main() -> int:

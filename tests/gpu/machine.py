@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 from benchmarks import lines
 from benchmarks.measure import origin
+from tests.gpu.knobs import commit
 
 
 def more() -> str:
@@ -21,16 +20,6 @@ def more() -> str:
     free, total = (each / 2**30 for each in torch.cuda.mem_get_info())
     cuda, nccl = torch.version.cuda, ".".join(map(str, torch.cuda.nccl.version()))
     return f"{torch.cuda.device_count()} GPU of {total:.0f} GiB ({free:.0f} free), CUDA {cuda}, NCCL {nccl}"
-
-
-def commit() -> str:
-    """Of the tree, where it is a checkout."""
-    if shutil.which("git") is None:
-        return ""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
 
 
 def main() -> int:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tarfile
 from pathlib import Path
 
-from tests.gpu.run import PYTHON, conduct
+from tests.gpu.knobs import Knobs
+from tests.gpu.run import PYTHON, main
 from tests.gpu.sections import Section
 
 NEVER_RUN = "Several GPUs (this script was written on CPUs; before this run no GPU had seen it)"
 SENT = "results.tar.gz"
 
 
-def sections(device: str, lines: Path, has_te: bool) -> list[Section]:
+def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
     """Layouts of 2, 4 and 8 ranks as far as there are GPUs, then trainings on at most 4."""
-    count = num_ranks(device)
+    count = num_ranks(knobs)
     missing = f"{count} GPU: this needs at least 2" if count < 2 else ""
-    common = ("--device", device, "--lines", str(lines))
+    common = ("--device", knobs.device, "--lines", str(results))
     found = [
         Section(
             f"layouts-of-{ranks}",
@@ -32,39 +32,32 @@ def sections(device: str, lines: Path, has_te: bool) -> list[Section]:
     ]
     trainings = (*PYTHON, "tests.gpu.trainings", *common, "--ranks", str(4 if count >= 4 else 2))
     # On CPUs together: each waits much for its own processes.
-    return [*found, Section("trainings", trainings, 900, least_s=60, missing=missing, beside=device == "cpu")]
+    return [
+        *found,
+        Section("trainings", trainings, 900, least_s=60, missing=missing, beside=knobs.device == "cpu"),
+    ]
 
 
-def num_ranks(device: str) -> int:
+def num_ranks(knobs: Knobs) -> int:
     """GPUs that are used; two processes on a CPU."""
-    if device == "cpu":
+    if knobs.device == "cpu":
         return 2
-    if os.environ["GPUS"]:
-        return int(os.environ["GPUS"])
+    if knobs.gpus is not None:
+        return knobs.gpus
     import torch
 
     return torch.cuda.device_count()
 
 
-def pack(out: Path) -> Path:
+def pack(out: Path) -> None:
     """Everything that is worth sending, in one file."""
     path = out / SENT
     with tarfile.open(path, "w:gz") as archive:
         for name in ("results.md", "results.jsonl", "log.txt"):
             if (out / name).exists():
                 archive.add(out / name, name)
-    return path
-
-
-def main() -> int:
-    """Returns the exit status: 0 where everything that could run has passed."""
-    out = Path(os.environ["OUT"])
-    try:
-        return 0 if conduct(NEVER_RUN, sections) else 1
-    finally:
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"send this file: {pack(out)}", flush=True)
+    print(f"send this file: {path}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(NEVER_RUN, sections, pack))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -9,24 +11,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from benchmarks import lines
 from tests.gpu import te_is_there
-from tests.gpu.sections import Runner, Section
+from tests.gpu.knobs import Knobs, RefusedError, commit, refuse_absent_gpus
+from tests.gpu.sections import SIGNALS, Runner, Section
 
 PYTHON = (sys.executable, "-m")
 TESTS = (*PYTHON, "pytest", "-v", "-rs", "-p", "no:cacheprovider")
 SITE = Path(".gpu/site").resolve()
 # A package that cannot be imported is then as if it were not there, for this process and all that it starts.
 HIDING = "import sys\nsys.modules['transformer_engine'] = None\n"
+# Sections, given the file for lines and whether TransformerEngine can be imported.
+Plan = Callable[[Knobs, Path, bool], list[Section]]
 NO_TE = "TransformerEngine cannot be imported here"
 
 
-def beginnings(device: str, lines: Path) -> list[Section]:
+def beginnings(device: str, results: Path) -> list[Section]:
     """Whether anything can run here."""
-    machine = (*PYTHON, "tests.gpu.machine", "--device", device, "--lines", str(lines))
+    machine = (*PYTHON, "tests.gpu.machine", "--device", device, "--lines", str(results))
     te = (sys.executable, "-c", "import torch, transformer_engine.pytorch as te; print(te.__file__)")
     missing = "" if te_is_there() else "TransformerEngine is not installed"
     return [
@@ -35,11 +41,11 @@ def beginnings(device: str, lines: Path) -> list[Section]:
     ]
 
 
-def sections(device: str, lines: Path, has_te: bool) -> list[Section]:
+def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
     """In the order of what is most worth knowing. A toy's figures mean nothing."""
-    toy, workers = device == "cpu", os.environ["WORKERS"]
-    losses = (*PYTHON, "benchmarks.interleaved", "--device", device, "--lines", str(lines))
-    parallel = ("-n", workers) if importlib.util.find_spec("xdist") and not toy else ()
+    device, toy = knobs.device, knobs.device == "cpu"
+    losses = (*PYTHON, "benchmarks.interleaved", "--device", device, "--lines", str(results))
+    parallel = ("-n", str(knobs.workers)) if importlib.util.find_spec("xdist") and not toy else ()
     operations = (
         "tests/gpu/test_ops.py",
         "tests/gpu/test_late_streams.py",
@@ -50,8 +56,8 @@ def sections(device: str, lines: Path, has_te: bool) -> list[Section]:
         Section("losses", losses, 150, least_s=20),
         Section("operations", (*TESTS, *parallel, *operations), 120, least_s=20),
         Section("small-runs", (*TESTS, "tests/gpu/test_distill.py"), 200, least_s=60, beside=True),
-        Section("step", step(device, lines), 190, least_s=60),
-        Section("step-fp8", step(device, lines, *FP8), 150, least_s=60, missing=no_te),
+        Section("step", step(device, results), 190, least_s=60),
+        Section("step-fp8", step(device, results, *FP8), 150, least_s=60, missing=no_te),
         Section("kernels", PROFILER, 60, least_s=20, missing=without_gpu(toy, "ncu")),
         Section("memory-checks", SANITIZER, 90, least_s=30, missing=without_gpu(toy, "compute-sanitizer")),
         Section("more-tests", (*TESTS, *parallel, *MORE), 170, least_s=30, missing=without_gpu(toy)),
@@ -76,9 +82,9 @@ MORE = (
 )
 
 
-def step(device: str, lines: Path, *flags: str) -> tuple[str, ...]:
+def step(device: str, results: Path, *flags: str) -> tuple[str, ...]:
     """A whole step: FDD, then logit KD."""
-    command = (*PYTHON, "benchmarks.step", "--device", device, "--parts", "--lines", str(lines))
+    command = (*PYTHON, "benchmarks.step", "--device", device, "--parts", "--lines", str(results))
     if device == "cpu":
         return (*command, "--smoke", *flags)
     return (*command, "--bf16", "--budget-s", "160", "--models", "runs/gpu-models", *flags)
@@ -91,14 +97,15 @@ def without_gpu(toy: bool, program: str = "") -> str:
     return f"{program} is not on PATH" if program and shutil.which(program) is None else ""
 
 
-def install(wheels: str) -> None:
+def install(wheels: Sequence[Path]) -> None:
     """Unpack the wheels, unless an earlier call has; in front of what is installed."""
-    given = sorted(path.name for path in Path(wheels).glob("*.whl"))
+    names = [wheel.name for wheel in wheels]
     done = SITE / "installed"
-    if not done.exists() or done.read_text().split() != given:
+    if not done.exists() or done.read_text().split() != names:
         pip = (*PYTHON, *"pip install -q --no-index --no-deps --no-compile --upgrade --target".split())
-        subprocess.run([*pip, str(SITE), *(str(Path(wheels) / name) for name in given)], check=True)
-        done.write_text("\n".join(given))
+        subprocess.run([*pip, str(SITE), *map(str, wheels)], check=True)
+        done.write_text("\n".join(names))
+    put_in_front(SITE)
 
 
 def put_in_front(folder: Path) -> None:
@@ -116,48 +123,110 @@ def hide_transformer_engine() -> None:
 
 
 def stop(signal_number: int, _: FrameType | None) -> None:
+    """End all that runs and write the page, on the way out; a second signal does not disturb that."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if signal_number == signal.SIGHUP:  # nobody reads, and to print would fail
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     raise SystemExit(128 + signal_number)
 
 
-def conduct(title: str, sections: Callable[[str, Path, bool], list[Section]]) -> bool:
-    """Run what the environment says: `DEVICE`, `PART`, `BUDGET_S`, `OUT`, `STATE`, `FRESH` and `WHEELS`.
+def main(title: str, sections: Plan, at_end: Callable[[Path], None] = lambda _: None) -> int:
+    """Run what the environment says (`Knobs`), alone in its folder; what stops it is told in one line.
 
     Args:
-        sections: of a device and a file for lines; whether TransformerEngine can be imported.
+        at_end: is given the folder once sections have run, also after an interruption.
 
-    Returns whether everything that could run has passed.
+    Returns the exit status: 0 where all passed, 1 where not, 2 where it was refused or could not write.
+
+    Raises:
+        SystemExit: 128 + the signal that has ended it.
     """
-    deadline = time.monotonic() + float(os.environ["BUDGET_S"])
-    signal.signal(signal.SIGTERM, stop)
-    device, part, out = os.environ["DEVICE"], os.environ["PART"], Path(os.environ["OUT"])
-    runner = Runner(out, deadline, title, part, copy=Path(os.environ["STATE"]))
-    prepare(runner, fresh=os.environ["FRESH"] == "1")
-    if os.environ["WHEELS"]:
-        install(os.environ["WHEELS"])
-        put_in_front(SITE)
-    well = runner.run(beginnings(device, runner.results))
-    endings = runner.endings()
-    if endings["machine"] == "passed":
-        if endings["transformer-engine"] not in ("passed", "skipped"):
-            hide_transformer_engine()
-        has_te = endings["transformer-engine"] == "passed"
-        well &= runner.run(sections(device, runner.results, has_te))
-    print(f"\nresults: {out / 'results.md'}; {'all passed' if well else 'NOT ALL PASSED'}")
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, stop)
+    try:
+        knobs = Knobs.read(os.environ)
+        with alone_in(knobs.out):
+            try:
+                return 0 if conduct(knobs, title, sections, at_end) else 1
+            except SystemExit:
+                print(f"interrupted; the same command goes on; results so far: {knobs.out}/results.md")
+                raise
+    except (RefusedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Refuse a folder that cannot be written, or that another run writes to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("w")
+    except OSError as error:
+        raise RefusedError(f"OUT={out} cannot be written: {error}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(f"OUT={out}: another run writes there; wait for it, or set OUT") from None
+        yield
+
+
+def conduct(knobs: Knobs, title: str, sections: Plan, at_end: Callable[[Path], None]) -> bool:
+    """Returns whether everything that could run has passed."""
+    deadline = time.monotonic() + knobs.budget_s
+    if knobs.device == "cpu":
+        title = f"Rehearsal on a CPU: {title}"
+    runner = Runner(knobs.out, deadline, title, knobs.part, copy=knobs.state)
+    if knobs.wheels:
+        install(knobs.wheels)
+    refuse_absent_gpus(knobs)
+    prepare(knobs, runner.results)
+    try:
+        well = runner.run(beginnings(knobs.device, runner.results))
+        if runner.ended["machine"] == "passed":
+            if runner.ended["transformer-engine"] not in ("passed", "skipped"):
+                hide_transformer_engine()
+            has_te = runner.ended["transformer-engine"] == "passed"
+            well &= runner.run(sections(knobs, runner.results, has_te))
+        print(f"\nresults: {knobs.out}/results.md; {'all passed' if well else 'NOT ALL PASSED'}", flush=True)
+    finally:
+        at_end(knobs.out)
     return well
 
 
-def prepare(runner: Runner, *, fresh: bool) -> None:
-    """The folder for results, with those of an earlier call."""
-    runner.out.mkdir(parents=True, exist_ok=True)
-    assert runner.copy is not None
-    for folder in (runner.out, runner.copy) if fresh else ():
-        for name in ("results.jsonl", "results.md", "log.txt"):
-            (folder / name).unlink(missing_ok=True)
-    earlier = runner.copy / runner.results.name
+def forget(folder: Path) -> None:
+    """What earlier calls have left there."""
+    for name in ("results.jsonl", "results.md", "log.txt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def prepare(knobs: Knobs, results: Path) -> None:
+    """Results of an earlier call, which this one goes on from: of another device or commit they are put aside."""
+    if knobs.fresh:
+        forget(knobs.out)
+        try:
+            forget(knobs.state)
+        except OSError as error:
+            print(f"warning: STATE={knobs.state} keeps what it has: {error}", flush=True)
+    earlier = knobs.state / results.name
     # A first part never goes on from what lies about elsewhere.
-    if runner.part == "2" and earlier.exists() and not runner.results.exists():
-        shutil.copy(earlier, runner.results)
+    if knobs.part == "2" and earlier.exists() and not results.exists():
+        shutil.copy(earlier, results)
+    now = {"device": knobs.device, "commit": commit()}
+    before = [{name: line[name] for name in now} for line in lines.read(results, "call")]
+    if results.exists() and before[-1:] != [now]:
+        kept = results.with_name(time.strftime("results-%Y%m%d-%H%M%S.jsonl"))
+        results.rename(kept)
+        was = before[-1] if before else "unknown origin"
+        print(
+            f"{results} is of {was}, this call of {now}: it is kept as {kept}, and all begins anew",
+            flush=True,
+        )
+    lines.write(results, "call", now | {"part": knobs.part})
 
 
 if __name__ == "__main__":
-    sys.exit(0 if conduct(f"GPU results, part {os.environ['PART']}", sections) else 1)
+    sys.exit(main(f"GPU results, part {os.environ['PART']}", sections))

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from benchmarks import lines, tables
 # passed, failed and hung are for good: `hung` is the section's own limit. What was cut off by the end of the whole's
 # time, or skipped, is begun by a later call.
 FINISHED = ("passed", "failed", "hung")
+# What ends a run: Ctrl-C, the end of a job, an ssh that drops.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Of a section's log, in log.txt.
 MAX_LOG_BYTES = 2**21
 _TOLD = re.compile(
@@ -70,10 +72,28 @@ class Running:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals come afterwards: a process that starts is known by then, and ends with the run."""
+    held: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda held_back, _: held.append(held_back)) for number in SIGNALS
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
 def children(pid: int) -> list[int]:
     """Of a process, by /proc."""
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    return [int(word) for word in path.read_text().split()] if path.exists() else []
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it has ended
+        return []
 
 
 def descendants(pid: int) -> list[int]:
@@ -89,24 +109,24 @@ class Runner:
     Attributes:
         out: the folder of all three.
         deadline: of all sections, on the monotonic clock.
-        environment: of the commands, beside this process's own.
         copy: another folder that gets a copy of the results: where a later call looks for them.
         part: which call this is.
+        ended: how each section ended, of those that this call was asked for.
     """
 
     out: Path
     deadline: float
     title: str
     part: str = ""
-    environment: Mapping[str, str] = field(default_factory=dict)
     copy: Path | None = None
+    ended: dict[str, str] = field(default_factory=dict)
     _running: list[Running] = field(default_factory=list)
 
     @property
     def results(self) -> Path:
         return self.out / "results.jsonl"
 
-    def endings(self) -> dict[str, str]:
+    def before(self) -> dict[str, str]:
         """How each section ended last, in this call or an earlier one."""
         return {line["name"]: line["ending"] for line in lines.read(self.results, "section")}
 
@@ -125,25 +145,25 @@ class Runner:
                 self._wait()
         finally:
             self.stop()
-        endings = self.endings()
-        missing = {line["name"] for line in lines.read(self.results, "section") if line.get("missing")}
-        return all(endings.get(name) == "passed" or name in missing for name in names)
+        return all(self.ended[name] in ("passed", "skipped") for name in names)
 
     def stop(self) -> None:
         """End what runs, as cut off; write the page."""
-        for running in self._running:
+        cut, self._running = self._running, []
+        for running in cut:  # all, before one is recorded: a full disk stops that
             running.kill()
+        for running in cut:
             self._end(running, "cut", "the run was stopped")
-        self._running = []
         self._write_page()
 
     def _begin(self, group: list[Section]) -> None:
-        before = self.endings()
+        before = self.before()
         for section in group:
             if before.get(section.name) in FINISHED and not section.always:
+                self.ended[section.name] = before[section.name]
                 print(f"== {section.name}: {before[section.name]} before", flush=True)
             elif section.missing:
-                self._record(section.name, "skipped", section.missing, missing=True)
+                self._record(section.name, "skipped", section.missing)
             elif (left_s := self.deadline - time.monotonic()) < max(section.least_s, 1.0):
                 self._record(section.name, "cut", f"not begun: {left_s:.0f} s were left")
             else:
@@ -152,12 +172,12 @@ class Runner:
     def _start(self, section: Section) -> None:
         print(f"\n== {section.name}: {' '.join(section.command)}", flush=True)
         log = self.out / f"{section.name}.log"
-        environment = {**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"}
-        with log.open("w") as file:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        with log.open("w") as file, uninterrupted():
             process = subprocess.Popen(
                 section.command, env=environment, stdout=file, stderr=file, start_new_session=True
             )
-        self._running.append(Running(section, process, log, time.monotonic()))
+            self._running.append(Running(section, process, log, time.monotonic()))
 
     def _wait(self) -> None:
         while self._running:
@@ -166,20 +186,24 @@ class Runner:
                 status = running.process.poll()
                 took = now - running.started
                 if status is not None:
-                    self._end(running, "failed" if status else "passed", f"status {status}" if status else "")
+                    ending, why = ("failed", f"status {status}") if status else ("passed", "")
                 elif now > self.deadline:
-                    self._end(running, "cut", "the time of the whole was over")
+                    ending, why = "cut", "the time of the whole was over"
                 elif took > running.section.limit_s:
-                    self._end(running, "hung", f"longer than its {running.section.limit_s:.0f} s")
+                    ending, why = "hung", f"longer than its {running.section.limit_s:.0f} s"
                 else:
                     continue
+                running.kill()  # what it left behind, too
                 self._running.remove(running)
+                self._end(running, ending, why)
             time.sleep(0.05)
 
     def _end(self, running: Running, ending: str, why: str) -> None:
-        running.kill()  # what it left behind, too
-        text = running.log.read_bytes()[-MAX_LOG_BYTES:].decode(errors="replace")
-        running.log.unlink()
+        """Record a section whose process has ended."""
+        text = ""
+        if running.log.exists():
+            text = running.log.read_bytes()[-MAX_LOG_BYTES:].decode(errors="replace")
+            running.log.unlink()
         with (self.out / "log.txt").open("a") as file:
             file.write(f"\n== {running.section.name}, {ending} {why}\n{text}\n")
         print(text, end="", flush=True)
@@ -188,6 +212,7 @@ class Runner:
         self._record(running.section.name, ending, why, seconds=seconds, told=told)
 
     def _record(self, name: str, ending: str, why: str, **more: object) -> None:
+        self.ended[name] = ending
         record = {"name": name, "part": self.part, "ending": ending, "why": why, **more}
         lines.write(self.results, "section", record)
         print(f"-- {name}: {ending}{f' ({why})' if why else ''}", flush=True)
@@ -198,7 +223,14 @@ class Runner:
         page = tables.page(lines.read(self.results), self.title)
         (self.out / "results.md").write_text(page)
         if self.copy is not None and self.copy.resolve() != self.out.resolve():
-            self.copy.mkdir(parents=True, exist_ok=True)
-            for name in ("results.jsonl", "results.md"):
-                if (self.out / name).exists():
-                    shutil.copy(self.out / name, self.copy / name)
+            try:
+                self._copy_to(self.copy)
+            except OSError as error:
+                print(f"warning: STATE={self.copy} gets no more copies: {error}", flush=True)
+                self.copy = None
+
+    def _copy_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("results.jsonl", "results.md"):
+            if (self.out / name).exists():
+                shutil.copy(self.out / name, folder / name)

@@ -18,6 +18,7 @@ import torch
 from benchmarks import lines, tables
 from tests.gpu import run
 from tests.gpu.sections import Runner, Section
+from tests.scripts.test_gpu_knobs import knobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,13 +62,14 @@ def test_on_a_cpu_from_end_to_end(tmp_path: Path) -> None:
     page = (tmp_path / "results.md").read_text()
     assert tables.tables(lines.read(tmp_path / "results.jsonl")) in page
     assert tables.NO_FIGURES in page
+    assert page.startswith("# Rehearsal on a CPU: GPU results, part 1\n")
     before = (tmp_path / "results.jsonl").read_text()
     status, printed = call(tmp_path, DEVICE="cpu", PART="2")
     assert status == 0, printed
     assert "== losses: passed before" in printed
     assert (tmp_path / "results.jsonl").read_text().startswith(before)
     assert len(lines.read(tmp_path / "results.jsonl", "step")) == 2, "nothing is done twice"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "results.md", "log.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "results.md", "log.txt", "lock"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -148,20 +150,71 @@ import os, sys, time
 from pathlib import Path
 from tests.gpu import run
 os.environ |= {"BUDGET_S": "60", "DEVICE": "cpu", "PART": "1", "FRESH": "0", "WHEELS": "", "OUT": sys.argv[1]}
-os.environ["STATE"] = sys.argv[1]
+os.environ |= {"STATE": sys.argv[1], "WORKERS": "1"}
 long = run.Section("machine", ("sleep", "60"), 60)
 run.beginnings = lambda *_: [long]
-run.conduct("made up", lambda *_: [])
+sys.exit(run.main("made up", lambda *_: []))
 """
 
 
-def test_a_terminated_script_leaves_its_page(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
-    while not (tmp_path / "machine.log").exists():
+def start_program(out: Path) -> subprocess.Popen[str]:
+    """A run whose first section has begun."""
+    command = [sys.executable, "-c", PROGRAM, str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "machine.log").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_script_leaves_its_page(tmp_path: Path, number: signal.Signals) -> None:
+    process = start_program(tmp_path)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in printed
+    told = f"interrupted; the same command goes on; results so far: {tmp_path}/results.md"
+    assert printed.splitlines()[-1] == told
     assert "| machine | cut | the run was stopped |" in (tmp_path / "results.md").read_text()
+
+
+def test_when_the_terminal_is_gone_the_page_is_left(tmp_path: Path) -> None:
+    """As when an ssh drops: SIGHUP, and nobody reads what is printed."""
+    process = start_program(tmp_path)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 128 + signal.SIGHUP
+    assert "| machine | cut | the run was stopped |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    first = start_program(tmp_path)
+    status, printed = call(tmp_path, DEVICE="cpu")
+    first.terminate()
+    first.communicate(timeout=20)
+    assert status == 2
+    assert printed == f"error: OUT={tmp_path}: another run writes there; wait for it, or set OUT\n"
+
+
+@pytest.mark.tier("default")
+def test_on_a_full_disk_nothing_is_left_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("made up: no space left")
+
+    monkeypatch.setattr(lines, "write", fail)
+    children = [tmp_path / "first", tmp_path / "second"]
+    waiting = [bash(child.name, f"echo $$ >{child}; exec sleep 60", beside=True) for child in children]
+    both = " && ".join(f"[[ -s {child} ]]" for child in children)
+    ending = bash("ends", f"until {both}; do sleep 0.05; done", beside=True)
+    with pytest.raises(OSError, match="made up"):
+        runner(tmp_path / "out", 30).run([*waiting, ending])
+    assert all(ends(int(child.read_text())) for child in children)
+
+
+@pytest.mark.tier("default")
+def test_a_log_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    assert runner(tmp_path / "out", 30).run([bash("removes", f"rm {tmp_path}/out/removes.log")])
 
 
 def test_a_broken_transformer_engine_is_as_if_it_were_not_there(
@@ -176,10 +229,9 @@ def test_a_broken_transformer_engine_is_as_if_it_were_not_there(
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_sections_are_commands_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sections_are_commands_that_exist(tmp_path: Path) -> None:
     """Those of a GPU, too: their modules and test files."""
-    monkeypatch.setenv("WORKERS", "8")
-    for section in run.sections("cuda", tmp_path / "lines", has_te=True):
+    for section in run.sections(knobs(tmp_path, DEVICE="cuda"), tmp_path / "lines", has_te=True):
         for word in section.command:
             if word.startswith("tests/"):
                 assert (ROOT / word).exists()

@@ -80,6 +80,9 @@ def test_variants_take_turns_and_a_later_call_goes_on(
     monkeypatch.setattr(interleaved, "groups", lambda _scale: iter([first, second]))
     assert interleaved.main(["--lines", str(path)]) == 0
     assert [line["group"] for line in lines.read(path)] == ["first"] * 3 + ["second"]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert interleaved.main(["--lines", str(path)]) == 1
+    assert [line["group"] for line in lines.read(path)][3:] == ["first"] * 3, "a row was missing: all anew"
     capsys.readouterr()
 
 

@@ -62,3 +62,45 @@ def test_a_toy_is_no_measurement(tmp_path: Path) -> None:
 def test_needs_python_alone() -> None:
     program = f"import sys; from benchmarks import tables; tables.main(['{MADE_UP}']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+STEP = {
+    "size": {"seq_length": 8, "micro_batch_size": 1, "micro_batches": 1, "vocab_size": 8},
+    "machine": "made up",
+}
+STEP["size"] |= {f"{whose}_{what}": 4 for whose in ("teacher", "student") for what in ("layers", "width")}
+STEP |= {"flags": "", "spread": 0.0, "whole_mib": 1, "losses": {}, "parts": {}}
+
+
+def write_step(path: Path, device: str, date: str, objective: str, seconds: float) -> None:
+    row = {"device": device, "date": date, "objective": objective, "seconds": seconds}
+    lines.write(path, "step", STEP | row)
+
+
+@pytest.mark.tier("fast")
+def test_a_table_has_rows_of_one_run_and_one_device(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    write_step(path, "cuda", "1st", "FDD", 6)
+    write_step(path, "cuda", "1st", "logit KD", 3)
+    write_step(path, "cpu", "2nd", "logit KD", 1)
+    write_step(path, "cuda", "3rd", "FDD", 9)
+    for device, ending in (("cuda", "begun"), ("cpu", "passed"), ("cuda", "passed")):
+        lines.write(
+            path, "layout", {"device": device, "name": "tp2", "ranks": 2, "bf16": False, "ending": ending}
+        )
+    printed = tables.tables(lines.read(path))
+    assert [line for line in printed.splitlines() if line.startswith(("| FDD", "| logit"))] == [
+        "| FDD | 9 (spread 0%) |  | 1 |  |",
+        "| logit KD | 1 (spread 0%) | 1.00 | 1 |  |",
+    ]
+    assert printed.count("| tp2 | 2 | float32 | passed |") == 2
+    assert "begun" not in printed
+    assert ("| layout on cpu |" in printed, "| layout on cuda |" in printed) == (True, True)
+
+
+@pytest.mark.tier("fast")
+def test_a_file_without_tables_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lines").write_text('{"benchmark": "of another kind"}\n')
+    with pytest.raises(SystemExit, match="2"):
+        tables.main([str(tmp_path / "lines")])
+    assert "no lines that a table is made of" in capsys.readouterr().err.splitlines()[-1]
