@@ -15,7 +15,8 @@
 #
 # Ctrl-C, or an ssh that drops, leaves all that is known; the same command goes on. Uses the python3 on PATH, with torch,
 # pytest and the package's requirements (WHEELS may bring some); on a CPU, where it has no torch, the environment of
-# tools/env.sh. What it does and in which order: tests/gpu/run.py. Tables for docs/performance.md: python3 -m benchmarks.tables runs/gpu/results.jsonl.
+# tools/env.sh. What it does and in which order: tests/gpu/run.py. Tables for docs/performance.md:
+# python3 -m benchmarks.tables runs/gpu/results.jsonl.
 # The parts have been run on a CPU alone so far; on a GPU, none in this form.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -84,8 +84,8 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in held:
-            signal.raise_signal(number)
+        for each in held:
+            signal.raise_signal(each)
 
 
 def children(pid: int) -> list[int]:

@@ -15,6 +15,7 @@ from tests.gpu import layouts, multi, run
 from tests.gpu.knobs import Knobs, RefusedError, refuse_absent_gpus
 from tests.gpu.sections import Runner, Section, uninterrupted
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.tier("fast")
 
 
@@ -168,3 +169,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
     with run.alone_in(tmp_path):
         assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_the_sections_are_commands_that_exist(tmp_path: Path) -> None:
+    """Those of a GPU, too: their modules and test files."""
+    for section in run.sections(knobs(tmp_path, DEVICE="cuda"), tmp_path / "lines", has_te=True):
+        for word in section.command:
+            if word.startswith("tests/"):
+                assert (ROOT / word).exists()
+            elif word.startswith(("tests.", "benchmarks.")):
+                assert (ROOT / f"{word.replace('.', '/')}.py").exists()

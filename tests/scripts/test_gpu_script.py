@@ -18,7 +18,6 @@ import torch
 from benchmarks import lines, tables
 from tests.gpu import run
 from tests.gpu.sections import Runner, Section
-from tests.scripts.test_gpu_knobs import knobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,13 +226,3 @@ def test_a_broken_transformer_engine_is_as_if_it_were_not_there(
     run.hide_transformer_engine()
     program = "from tests.gpu import te_is_there; assert not te_is_there()"
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_the_sections_are_commands_that_exist(tmp_path: Path) -> None:
-    """Those of a GPU, too: their modules and test files."""
-    for section in run.sections(knobs(tmp_path, DEVICE="cuda"), tmp_path / "lines", has_te=True):
-        for word in section.command:
-            if word.startswith("tests/"):
-                assert (ROOT / word).exists()
-            elif word.startswith(("tests.", "benchmarks.")):
-                assert (ROOT / f"{word.replace('.', '/')}.py").exists()

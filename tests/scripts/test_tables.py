@@ -64,12 +64,10 @@ def test_needs_python_alone() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-STEP = {
-    "size": {"seq_length": 8, "micro_batch_size": 1, "micro_batches": 1, "vocab_size": 8},
-    "machine": "made up",
-}
-STEP["size"] |= {f"{whose}_{what}": 4 for whose in ("teacher", "student") for what in ("layers", "width")}
-STEP |= {"flags": "", "spread": 0.0, "whole_mib": 1, "losses": {}, "parts": {}}
+SIZE = {"seq_length": 8, "micro_batch_size": 1, "micro_batches": 1, "vocab_size": 8}
+SIZE |= {f"{whose}_{what}": 4 for whose in ("teacher", "student") for what in ("layers", "width")}
+COST: dict[str, object] = {"spread": 0.0, "whole_mib": 1, "losses": {}, "parts": {}}
+STEP: dict[str, object] = {"size": SIZE, "machine": "made up", "flags": "", **COST}
 
 
 def write_step(path: Path, device: str, date: str, objective: str, seconds: float) -> None:
