@@ -256,9 +256,9 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
         held["teacher's final hidden states, micro-batch(es)"] = num_bytes(self._final)
         assert not any(self._taps)
 
-    def connect(plan: Plan, *rest: Any) -> Any:
+    def connect(plan: Plan, *rest: Any, **options: Any) -> Any:
         plans.append(plan)
-        return real_connect(plan, *rest)
+        return real_connect(plan, *rest, **options)
 
     def inner(self: Objective, taps: Sequence[Tensor], carry: Any, lens: Any, *rest: Any) -> Any:
         held["student head"] = num_bytes([lens.head_WH])

@@ -16,7 +16,8 @@ examples:
 @click.option(
     "--gpu",
     is_flag=True,
-    help="Also an all-reduce over all visible GPUs, and 20 steps of a toy on one of them.",
+    help="Also an all-reduce over all visible GPUs, and 20 steps of a toy on one, held to a CPU's. "
+    "Has not run on a GPU yet.",
 )
 def command(gpu: bool) -> None:
     """Check what a training needs of this machine, one line each: ok, warn or FAIL, with the remedy.
