@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -44,7 +45,7 @@ class _Divided:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("a+b", buffering=0)
-        log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n".encode())
+        log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n".encode())
         log.write(self.printed())
         self._point_at(log.fileno(), log.fileno())
         self.log.close()
@@ -139,15 +140,21 @@ def _print(text: str, terminal: TextIO | None, stream: TextIO) -> None:
     """On the terminal, and in the log in its place between Megatron's lines."""
     print(text, file=stream, flush=True)
     if terminal is not None:
-        print(text, file=terminal, flush=True)
+        try:
+            print(text, file=terminal, flush=True)
+        except OSError:  # its reader has gone (`| head`, a hang-up): the log has it all, and the run goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.fileno())
 
 
 def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As `sys.excepthook`: the traceback to the log, its end to the terminal."""
-    sys.__excepthook__(kind, error, trace)
+    assert _divided is not None
+    # Not by sys.stderr: torch keeps back what its own hook, which calls this one, sees there.
+    sys.stderr.flush()
+    _divided.log.write("".join(traceback.format_exception(kind, error, trace)).encode())
+    _divided.log.flush()
     if issubclass(kind, KeyboardInterrupt):
         return
-    assert _divided is not None
     first_line, *_ = str(error).splitlines() or [""]
     print(
         f"megatron_fdd: rank {_rank()} failed: {kind.__name__}: {first_line}", file=_divided.err, flush=True

@@ -53,9 +53,13 @@ class Progress:
         """Whether a step has been made; on rank 0 alone."""
         return self._last_iteration is not None
 
+    def made(self, iteration: int) -> None:
+        """A step has been made, with a line or without."""
+        self._last_iteration = iteration
+
     def step(self, step: Step) -> None:
         """One line; time left as the steps since the first line took, with their validations and checkpoints."""
-        self._last_iteration = step.iteration
+        self.made(step.iteration)
         fields = [
             self._head("step", step.iteration),
             f"{_duration(self._seconds_left(step))} left",

@@ -181,6 +181,7 @@ class DistillationSteps:
         self._seconds += time.perf_counter() - self._started_s
         self._tokens = self._label_tokens + (0 if self._tokens is None else self._tokens)
         args, iteration = get_args(), values["iteration"]
+        self._progress.made(iteration)
         if (
             iteration % args.log_interval
             and not values["is_first_iteration"]

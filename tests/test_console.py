@@ -83,6 +83,26 @@ def test_a_crash_is_named_first_and_then_the_end_of_the_log(tmp_path: Path) -> N
     assert "    Traceback (most recent call last):" in lines
 
 
+def test_a_crash_of_a_process_group_shows_its_traceback(tmp_path: Path) -> None:
+    """torch then calls our hook from one of its own, with another stderr."""
+    init = f"import torch.distributed as dist; dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', "
+    done = rank(tmp_path, f"{init}rank=0, world_size=1)\nraise RuntimeError('no more')")
+    lines = done.stderr.splitlines()
+    assert "megatron_fdd: rank 0 failed: RuntimeError: no more" in lines
+    assert lines[-1] == "    RuntimeError: no more"
+    assert "    Traceback (most recent call last):" in lines
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
+    more = (
+        "import os; read, write = os.pipe(); os.close(read); os.dup2(write, console._divided.out.fileno())\n"
+    )
+    done = rank(tmp_path, f"{more}console.say('unheard'); console.say('too')\nprint('still here')")
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "rank0.log").read_text()
+    assert log.index("unheard") < log.index("too") < log.index("still here")
+
+
 def test_an_interruption_has_no_tail(tmp_path: Path) -> None:
     done = rank(tmp_path, "raise KeyboardInterrupt")
     assert done.returncode != 0

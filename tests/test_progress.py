@@ -54,3 +54,12 @@ def test_checkpoints_and_the_end() -> None:
         "ended without a training step; 00:01 in all; nothing saved (no --save)",
         "stopped after step 15 of 30; 1:01:40 in all; checkpoint: runs/x",
     ]
+
+
+def test_the_end_names_the_last_step_also_where_it_had_no_line() -> None:
+    said: list[str] = []
+    lines = progress(iter([0, 10, 16]), said, ("kd",))
+    lines.step(Step(1, LOSSES, None, None, 1024, 2.0))
+    lines.made(7)
+    lines.end("run")
+    assert said[-1].startswith("stopped after step 7 of ")

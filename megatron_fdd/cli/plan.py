@@ -16,7 +16,7 @@ examples:
       (a checkpoint to plan with, before the weights are downloaded)"""
 
 
-@click.command("plan", epilog=EXAMPLES, options_metavar="[--world-size N] -- [FLAGS OF TRAINING]")
+@click.command("plan", epilog=EXAMPLES, options_metavar="[--world-size N] --")
 @click.option(
     "--world-size",
     type=click.IntRange(min=1),
