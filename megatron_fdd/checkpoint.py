@@ -53,7 +53,7 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path
         what = "holds no Megatron checkpoint" if root.is_dir() else "does not exist"
         raise ValueError(
             f"{flag} {directory}: the folder {what} (no {TRACKER_FILE}); "
-            "make one with tools/hf_to_mcore.py or name the folder that a run gave to --save"
+            "make one with fdd import or name the folder that a run gave to --save"
         )
     label = (root / TRACKER_FILE).read_text().strip()
     if label != RELEASE and not label.isdigit():

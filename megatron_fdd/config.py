@@ -125,7 +125,7 @@ class FddConfig:
         if self.needs_teacher and self.teacher_load is None:
             raise ValueError(
                 "no teacher: give its Megatron checkpoint with --teacher-load DIR "
-                "(tools/hf_to_mcore.py makes one from a Hugging Face model)"
+                "(fdd import makes one from a Hugging Face model)"
             )
 
 

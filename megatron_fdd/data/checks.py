@@ -62,7 +62,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     refused = (
         (
             args.sft,
-            "--sft is Megatron's own instruction dataset; prepare the JSONL with tools/prepare_data.py and "
+            "--sft is Megatron's own instruction dataset; prepare the JSONL with fdd prepare and "
             "give it as --data-path: it is recognised",
         ),
         (args.fim_data, "--fim-data is not supported; leave it out"),

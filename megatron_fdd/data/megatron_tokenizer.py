@@ -75,6 +75,6 @@ def text_tokenizer(tokenizer: MegatronTokenizerText) -> TextTokenizer:
         if text.ids(probe) != ids or text.text(ids) != tokenizer.detokenize(ids):
             raise ValueError(
                 f"Megatron's {type(inner).__name__} gives {probe!r} other ids than its library by itself, which "
-                "tools/prepare_data.py uses; install the version of Megatron in constraints.txt"
+                "fdd prepare uses; install the version of Megatron in constraints.txt"
             )
     return text

@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 _MASK_SUFFIX = "_loss_mask"
 # Not plain `.json`: that may well be the name of the raw file.
 _INFO_SUFFIX = ".prepared.json"
-_PREPARE_AGAIN = "prepare the set again with tools/prepare_data.py"
+_PREPARE_AGAIN = "prepare the set again with fdd prepare"
 # How far a set of unknown origin is searched for ids that the tokenizer does not have.
 _SAMPLED_IDS = 1_000_000
 SetKind = Literal["text", "instruction"]
@@ -196,7 +196,7 @@ def _read_index(prefix: str) -> tuple[np.ndarray, type[np.number]]:
         if not os.path.exists(prefix + end):
             raise ValueError(
                 f"data file {prefix + end} does not exist; --data-path takes the prefix that "
-                "tools/prepare_data.py got as --output-prefix (with _train or _valid after --split)"
+                "fdd prepare got as --output-prefix (with _train or _valid after --split)"
             )
     try:
         dataset = IndexedDataset(prefix, mmap=False)

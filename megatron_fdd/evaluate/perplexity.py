@@ -48,7 +48,7 @@ def read_texts(path: Path) -> list[str]:
 def cut_windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
 ) -> Tensor:
-    """Texts one after the other, each begun and ended as by `tools/prepare_data.py --append-eod`, cut as in training.
+    """Texts one after the other, each begun and ended as by `fdd prepare --append-eod`, cut as in training.
 
     Returns:
         int64 [windows, length + 1], neighbours sharing one token, so that every token but the first is

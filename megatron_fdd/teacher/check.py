@@ -34,7 +34,7 @@ def check_tokenizers(teacher_load: str, args: argparse.Namespace) -> None:
     if not has_tokenizer(stored):
         _warn_once(
             f"--teacher-load {teacher_load} stores no tokenizer, so nobody checks that its ids mean what the "
-            "data's ids mean; if they do not, the student learns noise (tools/hf_to_mcore.py stores it)",
+            "data's ids mean; if they do not, the student learns noise (fdd import stores it)",
             args,
         )
         return

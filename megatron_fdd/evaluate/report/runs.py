@@ -23,7 +23,7 @@ class Run:
     Attributes:
         number: position among the runs; gives the colour.
         metrics: over training.
-        evaluation: scores of the exported model, as `tools/evaluate.py` writes them.
+        evaluation: scores of the exported model, as `fdd evaluate` writes them.
         flags: Megatron's arguments, as the newest checkpoint stores them; empty when unknown.
         remarks: what could not be read, for the reader of the report.
     """
@@ -76,7 +76,7 @@ def _read_part(name: str, path: Path) -> Run:
         raise ValueError(
             f"{path} holds neither {METRICS_FILE} nor {EVALUATION_FILE}"
             f"{f' ({remark})' if remark else ''}: name the folder or the file that a run gave to --fdd-metrics-file, "
-            "or the folder that tools/evaluate.py wrote"
+            "or the folder that fdd evaluate wrote"
         )
     return Run(
         name=name,
@@ -108,7 +108,7 @@ def _find_evaluation(name: str, folder: Path) -> Path | None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """What `tools/evaluate.py` wrote.
+    """What `fdd evaluate` wrote.
 
     Raises:
         ValueError: not JSON, or another kind or version of file.
@@ -118,9 +118,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: malformed JSON ({error}); evaluate the model again") from error
     if not isinstance(found, dict) or found.get("version") != 1:
-        raise ValueError(
-            f"{path} is no evaluation of version 1: write it with this package's tools/evaluate.py"
-        )
+        raise ValueError(f"{path} is no evaluation of version 1: write it with this package's fdd evaluate")
     return found
 
 
