@@ -18,9 +18,9 @@ from tests.entry.conftest import Toys
 WRONG_FLAGS = {
     "teacher folder missing": (
         "--teacher-load /nowhere",
-        r"--teacher-load /nowhere.*does not exist.*hf_to_mcore",
+        r"--teacher-load /nowhere.*does not exist.*fdd import",
     ),
-    "student folder missing": ("--load /nowhere", r"--load /nowhere.*does not exist.*hf_to_mcore"),
+    "student folder missing": ("--load /nowhere", r"--load /nowhere.*does not exist.*fdd import"),
     "tokenizer missing": ("--tokenizer-model /nowhere", r"--tokenizer-model /nowhere does not exist"),
     "data missing": ("--data-path /nowhere/text", r"/nowhere/text"),
     "K too large": (
