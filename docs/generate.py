@@ -30,7 +30,7 @@ BOXES = {
     "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
     "host": (
         "Megatron's state, its patches, CPUs, the terminal",
-        "topology checkpoint launch wheel stepped_adam local_norms rehearsal patches console quiet",
+        "topology checkpoint saving launch wheel stepped_adam local_norms rehearsal patches console quiet",
     ),
     "settings": ("flags, and which layers are paired", "config layer_plan"),
     "ops": ("the fused mathematics", "ops"),

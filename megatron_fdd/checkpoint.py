@@ -228,6 +228,8 @@ def weights_only(keys: Iterable[str]) -> list[str]:
 def cause_of(error: BaseException) -> str:
     """One line: what went wrong on the first rank that failed, without the tracebacks torch puts into it."""
     if isinstance(error, CheckpointException):
+        if not error.failures:  # Megatron's writer tells the first rank alone
+            return "rank 0 knows why"
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
         return "its bytes hold no saved tensors"

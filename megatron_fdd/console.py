@@ -6,6 +6,7 @@ whatever language; only the lines of this module reach the terminal. Elsewhere t
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shlex
@@ -60,8 +61,9 @@ class _Divided:
 
     def printed(self, most: int | None = None) -> bytes:
         """The end of the log, at most so many bytes; or all of it."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the log's disk is full
+            sys.stdout.flush()
+            sys.stderr.flush()
         size = os.fstat(self.log.fileno()).st_size
         start = 0 if most is None else max(0, size - most)
         # Not by moving the file's position: it is that of descriptors 1 and 2 too.
@@ -124,7 +126,8 @@ def complain(text: str) -> None:
 def log_traceback() -> None:
     """Print where the exception that is being handled came from, in the log alone."""
     if _divided is not None:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log's disk is full
+            traceback.print_exc()
 
 
 def show_end_of_log() -> None:
@@ -138,7 +141,12 @@ def show_end_of_log() -> None:
 
 def _print(text: str, terminal: TextIO | None, stream: TextIO) -> None:
     """On the terminal, and in the log in its place between Megatron's lines."""
-    print(text, file=stream, flush=True)
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        if terminal is None:
+            raise
+        # The log's disk is full: what is said of it must still be heard.
     if terminal is not None:
         try:
             print(text, file=terminal, flush=True)
@@ -150,9 +158,10 @@ def _show_crash(kind: type[BaseException], error: BaseException, trace: Tracebac
     """As `sys.excepthook`: the traceback to the log, its end to the terminal."""
     assert _divided is not None
     # Not by sys.stderr: torch keeps back what its own hook, which calls this one, sees there.
-    sys.stderr.flush()
-    _divided.log.write("".join(traceback.format_exception(kind, error, trace)).encode())
-    _divided.log.flush()
+    with contextlib.suppress(OSError):  # the log's disk is full
+        sys.stderr.flush()
+        _divided.log.write("".join(traceback.format_exception(kind, error, trace)).encode())
+        _divided.log.flush()
     if issubclass(kind, KeyboardInterrupt):
         return
     first_line, *_ = str(error).splitlines() or [""]

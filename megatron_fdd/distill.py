@@ -30,6 +30,7 @@ if __name__ == "__main__":
     try:
         if rehearsal.is_wanted():
             rehearsal.start()  # before Megatron looks for a GPU
+            console.say("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.")
     except ValueError as error:
         report_error(f"megatron_fdd: error: {error}")
         sys.exit(1)
@@ -55,6 +56,7 @@ from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.progress import Progress
 from megatron_fdd.run import Run, prepare_run
 from megatron_fdd.sampling import Sampler
+from megatron_fdd.saving import saved_iteration
 from megatron_fdd.schedule import DistillationSteps, installed
 from megatron_fdd.stepped_adam import install_adam
 from megatron_fdd.student import ChunkStep, StudentStep, Teacher
@@ -107,7 +109,7 @@ class Distillation:
                     container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step
                 )
             except SystemExit as end:  # of --exit-interval and the like, or Megatron's word on a failure
-                self._progress.end(run.args.save)
+                self._end()
                 if end.code or (is_first_rank() and not self._progress.has_begun):
                     console.show_end_of_log()
                 raise
@@ -121,11 +123,22 @@ class Distillation:
                     "follow the saved ones"
                 ) from error
             except CheckpointException as error:  # torch's; no Exception, and the same on every rank
+                folder, flag = student_checkpoint(run.args)
+                if hasattr(run.args, "curr_iteration"):  # the loop has begun: written in the background
+                    raise ValueError(
+                        f"--save {run.args.save}: a checkpoint could not be written: {cause_of(error)}"
+                    ) from error
                 raise ValueError(
-                    f"the student's checkpoint (--load {run.args.load}, --save {run.args.save}) "
-                    f"could not be read or written: {cause_of(error)}"
+                    f"{flag} {folder}: the student's checkpoint could not be read: {cause_of(error)}"
                 ) from error
-        self._progress.end(run.args.save)
+            except KeyboardInterrupt:
+                self._progress.interrupted(run.args.save, saved_iteration(run.args.save))
+                raise
+        self._end()
+
+    def _end(self) -> None:
+        args = self._run.args
+        self._progress.end(args.save, loaded_iteration=getattr(args, "iteration", 0))
 
     def forward_step(self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
         """Megatron's `forward_step_func`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import warnings
 from pathlib import Path
@@ -41,10 +42,46 @@ def check_given(args: argparse.Namespace) -> None:
         "--train-iters N or --train-samples N": (
             args.train_iters is None and args.train_samples is None and not args.skip_train
         ),
+        "--eval-interval N (even at --eval-iters 0; Megatron has no default for it)": (
+            args.eval_interval is None and not args.skip_train
+        ),
     }
     flags = [flag for flag, is_missing in missing.items() if is_missing]
     if flags:
         raise ValueError(f"not given: {'; '.join(flags)}")
+
+
+# The smallest value of what Megatron divides by, counts with or takes a root of, by the name in its namespace.
+_SMALLEST = {
+    **dict.fromkeys(("micro_batch_size", "global_batch_size", "seq_length", "train_samples"), 1),
+    **dict.fromkeys(
+        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"), 1
+    ),
+    **dict.fromkeys(("expert_model_parallel_size", "expert_tensor_parallel_size"), 1),
+    **dict.fromkeys(("log_interval", "eval_interval", "tensorboard_log_interval"), 1),
+    **dict.fromkeys(("save_interval", "save_retain_interval", "exit_interval"), 1),
+    **dict.fromkeys(("lr_decay_iters", "lr_decay_samples", "distributed_timeout_minutes"), 1),
+    **dict.fromkeys(("train_iters", "eval_iters", "num_workers", "seed"), 0),
+    **dict.fromkeys(("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_warmup_init"), 0),
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps"), 0),
+}
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Whether Megatron's numbers are numbers that a training can count with.
+
+    Raises:
+        ValueError: names the flags whose value is not finite or too small.
+    """
+    wrong = []
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, float) and not math.isfinite(value):
+            wrong.append(f"{flag}: must be a finite number")
+        elif isinstance(value, (int, float)) and value < _SMALLEST.get(name, -math.inf):
+            wrong.append(f"{flag}: must be at least {_SMALLEST[name]}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def check_local_attention(args: argparse.Namespace, whose: str) -> None:
@@ -227,7 +264,10 @@ def check_writable(path: str | None, flag: str) -> None:
         probe.touch()
         probe.unlink()
         if flag != "--save":
+            is_new = not Path(path).exists()
             with Path(path).open("a"):
                 pass
+            if is_new:  # a run that is refused leaves nothing
+                Path(path).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from error

@@ -79,15 +79,40 @@ class Progress:
         how = f"in {seconds:.0f} s" if is_on_disk else "in the background"
         self._say(f"{self._head('saved', iteration)} | {folder} | {how}")
 
-    def end(self, saved_in: str | None) -> None:
-        """The last line; `saved_in`: the folder of --save."""
+    def end(self, saved_in: str | None, *, loaded_iteration: int = 0) -> None:
+        """The last line.
+
+        Args:
+            saved_in: the folder of --save.
+            loaded_iteration: how many steps the checkpoint had that this start began with.
+        """
         num, last = self._num_iterations(), self._last_iteration
-        if last is None:
+        if last is None and loaded_iteration >= num > 0:
+            how = f"nothing left to do: {loaded_iteration} of {num} steps were done before this start"
+        elif last is None:
             how = "ended without a training step"
         else:
             how = f"done: {last} steps" if last >= num else f"stopped after step {last} of {num}"
         where = "nothing saved (no --save)" if saved_in is None else f"checkpoint: {saved_in}"
         self._say(f"{how}; {_duration(self._clock() - self._started_s)} in all; {where}")
+
+    def interrupted(self, saved_in: str | None, saved_iteration: int | None) -> None:
+        """The last line after Ctrl-C.
+
+        Args:
+            saved_in: the folder of --save.
+            saved_iteration: step of the newest checkpoint there; None where there is none.
+        """
+        after = (
+            "before the first step" if self._last_iteration is None else f"after step {self._last_iteration}"
+        )
+        if saved_in is None:
+            rest = "nothing saved (no --save)"
+        elif saved_iteration is None:
+            rest = f"no checkpoint yet in {saved_in}"
+        else:
+            rest = f"the same command goes on after step {saved_iteration}, from {saved_in}"
+        self._say(f"interrupted {after} of {self._num_iterations()}; {rest}")
 
     def _head(self, what: str, iteration: int) -> str:
         total = str(self._num_iterations())

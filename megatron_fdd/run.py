@@ -38,6 +38,7 @@ from megatron_fdd.preflight import (
     check_given,
     check_kernels,
     check_local_attention,
+    check_numbers,
     check_resume,
     check_splits,
     check_student_scales,
@@ -85,6 +86,7 @@ def prepare_run() -> Run:
 def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> Run:
     refuse(args)
     check_given(args)
+    check_numbers(args)
     check_kernels(config.kernels)
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad

@@ -24,6 +24,7 @@ from megatron_fdd.patches import replaced
 from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.progress import Progress, Step
 from megatron_fdd.sampling import EVERYTHING, Sampler
+from megatron_fdd.saving import heard_failures
 from megatron_fdd.student import StudentStep
 from megatron_fdd.topology import Topology
 
@@ -257,7 +258,8 @@ def installed(steps: DistillationSteps) -> Iterator[None]:
 
     def save(iteration: int, *args: Any, **keywords: Any) -> None:
         started_s = time.perf_counter()
-        original_save(iteration, *args, **keywords)
+        with heard_failures(get_args().save, iteration):
+            original_save(iteration, *args, **keywords)
         steps.log_checkpoint(iteration, time.perf_counter() - started_s)
 
     stand_ins: dict[str, Callable[..., Any]] = {

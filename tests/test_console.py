@@ -103,6 +103,15 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
     assert log.index("unheard") < log.index("too") < log.index("still here")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_below_the_log_hides_nothing_from_the_terminal(tmp_path: Path) -> None:
+    full = "import os; full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)\n"
+    more = "console._divided.log = os.fdopen(full, 'r+b', buffering=0)\n"
+    done = rank(tmp_path, f"{full}{more}console.say('heard')\nraise RuntimeError('no more')")
+    assert done.stdout.endswith("heard\n")
+    assert "megatron_fdd: rank 0 failed: RuntimeError: no more" in done.stderr
+
+
 def test_an_interruption_has_no_tail(tmp_path: Path) -> None:
     done = rank(tmp_path, "raise KeyboardInterrupt")
     assert done.returncode != 0

@@ -56,6 +56,29 @@ def test_checkpoints_and_the_end() -> None:
     ]
 
 
+def test_an_interruption_says_how_to_go_on() -> None:
+    said: list[str] = []
+    lines = progress(iter([0, 1]), said, ("kd",))
+    lines.interrupted("runs/x", None)
+    lines.made(7)
+    lines.interrupted("runs/x", 5)
+    lines.interrupted(None, None)
+    assert said == [
+        "interrupted before the first step of 30; no checkpoint yet in runs/x",
+        "interrupted after step 7 of 30; the same command goes on after step 5, from runs/x",
+        "interrupted after step 7 of 30; nothing saved (no --save)",
+    ]
+
+
+def test_a_finished_run_that_is_started_again_says_so() -> None:
+    said: list[str] = []
+    lines = progress(iter([0, 1]), said, ("kd",))
+    lines.end("runs/x", loaded_iteration=30)
+    assert said == [
+        "nothing left to do: 30 of 30 steps were done before this start; 00:01 in all; checkpoint: runs/x"
+    ]
+
+
 def test_the_end_names_the_last_step_also_where_it_had_no_line() -> None:
     said: list[str] = []
     lines = progress(iter([0, 10, 16]), said, ("kd",))

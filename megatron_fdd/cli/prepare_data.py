@@ -83,6 +83,7 @@ examples:
     show_default=True,
     help="Processes that tokenise, at most: one for each 4 MB of input.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace sets of the same names.")
 def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -> None:
     """Prepare training data: plain text, JSON lines or instructions to Megatron's indexed format.
 
@@ -144,4 +145,5 @@ def settings_from(inputs: tuple[str, ...], **given: Any) -> PrepareSettings:
         separator=given["document_separator"],
         split=shares,
         workers=given["workers"],
+        overwrite=given["overwrite"],
     )

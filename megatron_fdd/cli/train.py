@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -49,8 +51,32 @@ def command(words: Sequence[str]) -> None:
     if "RANK" in os.environ:
         run_here(flags)
     else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", *launching, "-m", ENTRY_POINT]
-        os.execv(sys.executable, [*launcher, *flags])
+        sys.exit(launch([*launching, "-m", ENTRY_POINT, *flags]))
+
+
+def launch(words: Sequence[str]) -> int:
+    """Be torchrun with these words, but for its last word on a failure: one line in place of a report of thirty.
+
+    The ranks have said themselves what went wrong. Returns the exit status.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    # It says of every rank that it is ended because another failed.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        torchrun(list(words))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        hint = "; out of memory?" if code == -signal.SIGKILL else ""
+        click.echo(f"fdd train: rank {rank} {how}{hint}; the other ranks were ended", err=True)
+        return 1
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
 
 
 def run_here(flags: Sequence[str]) -> None:

@@ -81,10 +81,6 @@ def _check_flags(args: argparse.Namespace) -> None:
             "--full-validation and --multiple-validation-sets: this Megatron fails at the first validation with one of "
             "them alone; give both (one set is enough) or neither",
         ),
-        (
-            args.eval_interval is None and not args.skip_train,
-            "--eval-interval is not set and Megatron has no default for it; give one, even at --eval-iters 0",
-        ),
     )
     for condition, message in refused:
         if condition:

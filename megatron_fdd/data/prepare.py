@@ -31,6 +31,7 @@ class PrepareSettings:
         split: shares of train, valid and (optionally) test documents; empty for one set.
         separator: where a document of a text file ends (`documents.read_documents`).
         workers: processes that tokenise, at most; fewer where there is little to do (`workers.useful_workers`).
+        overwrite: replace sets that are there.
     """
 
     inputs: tuple[str, ...]
@@ -39,6 +40,7 @@ class PrepareSettings:
     separator: str = "file"
     split: tuple[float, ...] = ()
     workers: int = 1
+    overwrite: bool = False
 
     def check(self) -> None:
         """Refuse what cannot work, before a file is written.
@@ -68,6 +70,12 @@ class PrepareSettings:
             )
         if not os.path.basename(self.output_prefix):
             raise ValueError(f"--output-prefix {self.output_prefix} is a folder; add a name for the files")
+        there = [prefix for prefix in self.prefixes() if os.path.exists(prefix + ".idx")]
+        if there and not self.overwrite:
+            raise ValueError(
+                f"{', '.join(there)}: a prepared set is there already; give another --output-prefix, or --overwrite "
+                "to replace it (not while a training reads it)"
+            )
 
     def prefixes(self) -> list[str]:
         """The set or sets to write."""
@@ -118,7 +126,7 @@ def prepare(settings: PrepareSettings) -> Summary:
     settings.check()
     total_bytes = input_bytes(settings.inputs)
     folder = os.path.dirname(os.path.abspath(settings.output_prefix))
-    os.makedirs(folder, exist_ok=True)
+    _make_folder(folder, settings.output_prefix)
     tokenizer = load_tokenizer(settings.encode.tokenizer)
     encoder = Encoder(settings.encode, text_tokenizer(tokenizer))
     scratch_name = f".{os.path.basename(settings.output_prefix)}.partial-"
@@ -143,6 +151,16 @@ def prepare(settings: PrepareSettings) -> Summary:
         truncated=sum(writer.truncated for writer in writers),
         seconds=time.monotonic() - started,
     )
+
+
+def _make_folder(folder: str, prefix: str) -> None:
+    """Make the folder of a prefix, and see that files can be made in it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output-prefix {prefix}: cannot be written ({error.strerror})") from error
 
 
 def _write_all(settings: PrepareSettings, encoder: Encoder, writers: list[SetWriter], bar: tqdm) -> int:

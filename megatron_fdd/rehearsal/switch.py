@@ -12,7 +12,6 @@ import warnings
 import torch
 from torch.utils.data import dataloader
 
-from megatron_fdd import console
 from megatron_fdd.patches import replace
 from megatron_fdd.rehearsal import device
 from megatron_fdd.stepped_adam import install_adam
@@ -40,7 +39,7 @@ def is_wanted() -> bool:
 def start() -> None:
     """Make Megatron's `cuda` mean `cpu` in this process, for good; later calls do nothing.
 
-    Best called before Megatron is imported; afterwards works too. Rank 0 says once that this is a rehearsal.
+    Best called before Megatron is imported; afterwards works too.
     """
     if device.is_installed():
         return
@@ -52,7 +51,6 @@ def start() -> None:
     warnings.filterwarnings("ignore", message=_NO_PINNED_MEMORY)
     device.install()
     _stand_in_for_modules()
-    console.say("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.")
 
 
 def _turn_compiler_off() -> None:

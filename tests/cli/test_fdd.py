@@ -61,9 +61,8 @@ class Started:
         self.words: list[str] = []
         self.environment: dict[str, str] = {}
 
-    def execv(self, program: str, words: Sequence[str]) -> None:
-        assert program == sys.executable
-        self.words = list(words[1:])
+    def torchrun(self, words: Sequence[str]) -> None:
+        self.words = list(words)
 
     def run_here(self, flags: Sequence[str]) -> None:
         self.words = ["here", *flags]
@@ -76,7 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     found = Started()
-    monkeypatch.setattr(os, "execv", found.execv)
+    monkeypatch.setattr("torch.distributed.run.main", found.torchrun)
     monkeypatch.setattr("megatron_fdd.cli.train.run_here", found.run_here)
     monkeypatch.setattr("megatron_fdd.cli.plan.run_here", found.run_here)
     return found
@@ -85,7 +84,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 def test_a_training_is_launched_with_torchruns_flags(started: Started) -> None:
     words = "train --nproc-per-node 2 --max-restarts=1 -- --load a -- --help".split()
     assert CliRunner().invoke(main, words).exit_code == 0
-    expected = "-m torch.distributed.run --nproc-per-node 2 --max-restarts=1 -m megatron_fdd.distill --load a -- --help"
+    expected = "--nproc-per-node 2 --max-restarts=1 -m megatron_fdd.distill --load a -- --help"
     assert started.words == expected.split()
 
 

@@ -128,7 +128,7 @@ def test_prepared_again_is_not_read_with_the_old_index(hf: TokenizerSettings, tm
     args = megatron_args("--data-path", str(tmp_path / "set"), "--split", "1,0,0", "--eval-iters", "0")
     for count in (50, 20):
         path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(count)])
-        prepare(PrepareSettings((path,), str(tmp_path / "set"), EncodeSettings(hf, "jsonl")))
+        prepare(PrepareSettings((path,), str(tmp_path / "set"), EncodeSettings(hf, "jsonl"), overwrite=True))
         train, _, _ = build_datasets(args, [5, 0, 0], tokenizer)
         assert sorted(train.document_index.tolist()) == list(range(count))
 
@@ -185,13 +185,6 @@ def test_mock_data(hf: TokenizerSettings) -> None:
 def test_refused(sets: Path, hf: TokenizerSettings, flags: list[str], message: str) -> None:
     args = megatron_args(*(flag.format(sets=sets) for flag in flags))
     with pytest.raises(ValueError, match=message):
-        check_data_args(args, load_tokenizer(hf))
-
-
-def test_evaluation_interval_is_needed(sets: Path, hf: TokenizerSettings) -> None:
-    args = megatron_args("--data-path", str(sets / "text"))
-    args.eval_interval = None
-    with pytest.raises(ValueError, match="--eval-interval is not set"):
         check_data_args(args, load_tokenizer(hf))
 
 

@@ -65,6 +65,28 @@ def test_jsonl_round_trip_with_sentencepiece(sp: TokenizerSettings, tmp_path: Pa
     assert summary.skipped == 1
 
 
+def test_a_set_that_is_there_is_replaced_only_when_asked(hf: TokenizerSettings, tmp_path: Path) -> None:
+    first, second = (
+        write_jsonl(tmp_path / f"{seed}.jsonl", [{"text": sentences(1, seed)[0]}]) for seed in (1, 2)
+    )
+    encode = EncodeSettings(hf, "jsonl")
+    run([first], tmp_path / "out", encode)
+    before = documents_of(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out: a prepared set is there already.*--overwrite"):
+        run([second], tmp_path / "out", encode)
+    assert documents_of(tmp_path / "out") == before
+    run([second], tmp_path / "out", encode, overwrite=True)
+    assert documents_of(tmp_path / "out") != before
+
+
+def test_a_prefix_where_nothing_can_be_written_is_named(hf: TokenizerSettings, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "file").touch()
+    for prefix in (Path("/proc/x"), tmp_path / "file" / "x"):
+        with pytest.raises(ValueError, match=rf"--output-prefix {prefix}: cannot be written"):
+            run([path], prefix, EncodeSettings(hf, "jsonl"))
+
+
 def instruction_rows(count: int) -> list[dict[str, object]]:
     return [
         {"prompt": a + " ", "response": b}
@@ -152,7 +174,12 @@ def test_failing_keeps_the_old_set(hf: TokenizerSettings, tmp_path: Path) -> Non
     run([good], tmp_path / "sets" / "out", EncodeSettings(hf, "jsonl"))
     before = contents(tmp_path / "sets")
     with pytest.raises(ValueError, match=r"bad.jsonl, line 3: malformed JSON"):
-        run([str(tmp_path / "bad.jsonl")], tmp_path / "sets" / "out", EncodeSettings(hf, "jsonl"))
+        run(
+            [str(tmp_path / "bad.jsonl")],
+            tmp_path / "sets" / "out",
+            EncodeSettings(hf, "jsonl"),
+            overwrite=True,
+        )
     assert contents(tmp_path / "sets") == before
 
 
@@ -176,17 +203,17 @@ def test_stopped_while_replacing_never_looks_whole(
 
     for renames in range(5):
         monkeypatch.undo()
-        run([text], prefix, EncodeSettings(hf, "jsonl"))
+        run([text], prefix, EncodeSettings(hf, "jsonl"), overwrite=True)
         stop_at(renames)
         with pytest.raises(KeyboardInterrupt):
-            run([path], prefix, EncodeSettings(hf, "instruction"))
+            run([path], prefix, EncodeSettings(hf, "instruction"), overwrite=True)
         with pytest.raises(ValueError, match=r"out.(idx|bin) does not exist"):
             open_set(str(prefix))
         assert not IndexedDataset.exists(str(prefix))
     monkeypatch.undo()
-    run([path], prefix, EncodeSettings(hf, "instruction"))
+    run([path], prefix, EncodeSettings(hf, "instruction"), overwrite=True)
     assert open_set(str(prefix)).info.documents == 3
-    run([text], prefix, EncodeSettings(hf, "jsonl"))
+    run([text], prefix, EncodeSettings(hf, "jsonl"), overwrite=True)
     assert open_set(str(prefix)).info.kind == "text"
 
 

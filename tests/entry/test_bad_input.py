@@ -34,7 +34,7 @@ WRONG_FLAGS = {
     "not a number": ("--fdd-alpha much", r"--fdd-alpha.*'much'"),
     "negative weight": ("--fdd-alpha -1", r"--fdd-alpha -1\.0: must be at least 0"),
     "batch does not divide": ("--global-batch-size 6", r"global_batch_size \(6\) must be divisible"),
-    "batch not given": ("--micro-batch-size 0", r"needed is args\.micro_batch_size > 0"),
+    "batch not given": ("--micro-batch-size 0", r"--micro-batch-size 0: must be at least 1"),
     "heads do not divide": ("--tensor-model-parallel-size 2 --num-attention-heads 3", r"num_attention_heads"),
     "metrics file is a folder": ("--fdd-metrics-file /tmp", r"--fdd-metrics-file /tmp.*folder"),
     "other epsilon": ("--norm-epsilon 1e-6", r"layernorm_epsilon is 1e-06 here and 0\.0003 there"),
@@ -114,7 +114,7 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
     ),
     "damaged student weights": (
         lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "embedding.")],
-        r"--load .*, --save None\) could not be read or written: its bytes hold no saved tensors",
+        r"--load .*: the student's checkpoint could not be read: its bytes hold no saved tensors",
     ),
     "damaged student arguments": (
         lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "common_state")],

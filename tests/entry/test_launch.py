@@ -1,8 +1,10 @@
-"""Under torchrun itself: an error ends all processes and is heard, and a `kill -9` at any moment costs nothing."""
+"""Real launches: an error ends all processes and is heard, Ctrl-C says how to go on, a `kill -9` costs nothing."""
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +17,9 @@ import pytest
 from tests.entry.command import read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-LAUNCH += ["-m", "megatron_fdd.distill"]
+RANKS = ["--standalone", "--nproc-per-node", "2"]
+LAUNCH = [sys.executable, "-m", "megatron_fdd", "train", *RANKS, "--"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *RANKS]
 TIMEOUT_S = 180
 
 
@@ -24,10 +27,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "FDD_REHEARSE": "1"}
 
 
-def errors_of_a_launch(command: Sequence[object], *launch: str) -> list[str]:
-    """The lines in which the ranks say why they ended."""
+def stderr_of_a_launch(launch: Sequence[str], command: Sequence[object]) -> list[str]:
+    """The lines of a launch that ends in a user's error."""
     result = subprocess.run(
-        [*(launch or LAUNCH), *map(str, command)],
+        [*launch, *map(str, command)],
         env=environment(),
         capture_output=True,
         text=True,
@@ -36,12 +39,13 @@ def errors_of_a_launch(command: Sequence[object], *launch: str) -> list[str]:
     )
     assert result.returncode == 1
     assert "The last lines" not in result.stderr  # of a log: these are the user's errors
-    return [line for line in result.stderr.splitlines() if "megatron_fdd: error: " in line]
+    return result.stderr.splitlines()
 
 
 def test_an_error_is_the_end_of_all_ranks(toy: Toys) -> None:
-    (line,) = errors_of_a_launch(toy.command("--fdd-layers", 9))
-    assert line.startswith("megatron_fdd: error: --fdd-layers 9 needs a student of at least 10 layers")
+    why, who = stderr_of_a_launch(LAUNCH, toy.command("--fdd-layers", 9))
+    assert why.startswith("megatron_fdd: error: --fdd-layers 9 needs a student of at least 10 layers")
+    assert re.fullmatch(r"fdd train: rank \d ended with status 1; the other ranks were ended", who)
 
 
 # What `python -m megatron_fdd.distill` does with an error, in a process that starts in no time.
@@ -67,7 +71,37 @@ sys.exit(1)
 def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: str, tmp_path: Path) -> None:
     script = tmp_path / "ending.py"
     script.write_text(ENDING)
-    assert errors_of_a_launch([script, case, patience_s], *LAUNCH[:-2]) == [said]
+    lines = stderr_of_a_launch(TORCHRUN, [script, case, patience_s])
+    assert [line for line in lines if "megatron_fdd: error: " in line] == [said]
+
+
+@pytest.mark.tier("default")
+def test_an_interruption_says_how_to_go_on(toy: Toys, tmp_path: Path) -> None:
+    places = ["--load", tmp_path, "--save", tmp_path, "--pretrained-checkpoint", toy.student]
+    command = toy.command(*places, *"--train-iters 4000 --save-interval 2 --log-interval 2".split())
+    process = subprocess.Popen(
+        [*LAUNCH, *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("saved") and len(lines) > 1:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            break
+    lines += process.stdout.readlines()
+    assert process.wait(TIMEOUT_S) == 128 + signal.SIGINT
+    saved = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
+    ending = re.fullmatch(
+        rf"interrupted after step (\d+) of 4000; the same command goes on after step {saved}, from {tmp_path}\n",
+        lines[-1],
+    )
+    assert ending is not None, lines[-1]
+    assert int(ending[1]) >= saved
 
 
 def kill(process: subprocess.Popen) -> None:

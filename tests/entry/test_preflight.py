@@ -16,6 +16,12 @@ MISTAKES = {
     "no iterations": ("--train-iters", "", r"not given: --train-iters N or --train-samples N"),
     "no micro-batch": ("--micro-batch-size", "", r"not given: --micro-batch-size N"),
     "no length": ("--seq-length", "", r"not given: --seq-length N"),
+    "no evaluation interval": ("--eval-interval", "", r"not given: --eval-interval N"),
+    "no numbers": (
+        "--log-interval",
+        "--log-interval 0 --lr nan",
+        r"--lr nan: must be a finite number; --log-interval 0: must be at least 1",
+    ),
     "odd length": (
         "--seq-length",
         "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel",

@@ -154,7 +154,7 @@ def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> Non
 
 
 @pytest.mark.tier("default")
-def test_it_may_start_after_megatron_was_imported_and_says_so_in_one_line() -> None:
+def test_it_may_start_after_megatron_was_imported_and_says_nothing() -> None:
     script = (
         "import os, megatron.core.fusions.fused_bias_swiglu as late\n"
         "from megatron_fdd import rehearsal\n"
@@ -174,5 +174,4 @@ def test_it_may_start_after_megatron_was_imported_and_says_so_in_one_line() -> N
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("\n") == 1
-    assert run.stdout.startswith("Rehearsal: ")
+    assert run.stdout == ""
