@@ -6,7 +6,7 @@ import os
 
 import click
 
-from megatron_fdd.cli.train import run_here
+from megatron_fdd.cli.train import Separated, run_here
 
 EXAMPLES = """\b
 examples:
@@ -16,14 +16,15 @@ examples:
       (a checkpoint to plan with, before the weights are downloaded)"""
 
 
-@click.command("plan", epilog=EXAMPLES, options_metavar="[--world-size N] --")
+@click.command(
+    "plan", cls=Separated, epilog=EXAMPLES, options_metavar="[--world-size N] -- [FLAGS OF TRAINING]"
+)
 @click.option(
     "--world-size",
     type=click.IntRange(min=1),
     metavar="N",
     help="Ranks of the training that is planned; 1, or WORLD_SIZE where it is set.",
 )
-@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[FLAGS OF TRAINING]...")
 def command(world_size: int | None, flags: tuple[str, ...]) -> None:
     """Print what `fdd train -- FLAGS` would do: layers and taps of every stage, terms, estimated memory of a rank.
 

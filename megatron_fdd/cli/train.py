@@ -23,31 +23,43 @@ examples:
       (all flags: Megatron's and --fdd-*, --teacher-*)"""
 
 
-class _Words(click.Command):
-    """A command whose words are another program's, but for its own --help."""
+class Separated(click.Command):
+    """A command whose function gets as `flags` all that stands behind `--`: the training's flags."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--help" in args[: args.index("--") if "--" in args else len(args)]:
-            return super().parse_args(ctx, ["--help"])
-        ctx.params["words"] = args
-        return []
+        """Give click what stands before `--`.
+
+        Raises:
+            click.UsageError: there is no `--`.
+        """
+        cut = args.index("--") if "--" in args else len(args)
+        own = args[:cut]
+        if "--help" in own:
+            own = ["--help"]
+        elif cut == len(args):
+            raise click.UsageError(
+                f"`--` is missing; the training's flags stand after it: fdd {ctx.info_name} ... -- --load ...",
+                ctx,
+            )
+        ctx.params["flags"] = tuple(args[cut + 1 :])
+        return super().parse_args(ctx, own)
 
 
-@click.command("train", cls=_Words, epilog=EXAMPLES, options_metavar="[TORCHRUN'S FLAGS] -- [FLAGS]")
-def command(words: Sequence[str]) -> None:
+@click.command(
+    "train",
+    cls=Separated,
+    epilog=EXAMPLES,
+    options_metavar="",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("launching", nargs=-1, type=click.UNPROCESSED, metavar="[TORCHRUN'S FLAGS] -- [FLAGS]")
+def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     """Distil: Megatron's own training loop with a teacher beside the student.
 
     Before `--` stand torchrun's flags (--nproc-per-node, --nnodes, --rdzv-endpoint ...), after it any flag of
     Megatron's pretrain_gpt.py and those of this package. Where RANK is set, by torchrun, Slurm or Kubernetes, the
     training runs in this process and what stands before `--` is not needed.
     """
-    if "--" not in words:
-        raise click.UsageError(
-            "`--` is missing: torchrun's flags stand before it, the training's after it: "
-            "fdd train --nproc-per-node 8 -- --load ..."
-        )
-    cut = list(words).index("--")
-    launching, flags = words[:cut], words[cut + 1 :]
     if "RANK" in os.environ:
         run_here(flags)
     else:

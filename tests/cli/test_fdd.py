@@ -94,10 +94,23 @@ def test_a_rank_trains_here(started: Started, monkeypatch: pytest.MonkeyPatch) -
     assert started.words == ["here", "--load", "a"]
 
 
-def test_a_training_without_the_separator_is_refused(started: Started) -> None:
-    result = CliRunner().invoke(main, "train --load a".split())
+@pytest.mark.parametrize("name", ["train", "plan"])
+@pytest.mark.parametrize("words", ["", "--load a", "--world-size 2 --load a"])
+def test_flags_of_a_training_without_the_separator_are_refused(
+    name: str, words: str, started: Started
+) -> None:
+    result = CliRunner().invoke(main, [name, *words.split()])
     assert result.exit_code == 2
-    assert "`--` is missing" in result.output
+    assert f"Usage: main {name} [" in result.output
+    assert f"`--` is missing; the training's flags stand after it: fdd {name} ... -- --load" in result.output
+    assert started.words == []
+
+
+@pytest.mark.parametrize("name", ["train", "plan"])
+def test_help_is_given_whatever_stands_beside_it(name: str, started: Started) -> None:
+    result = CliRunner().invoke(main, [name, "--load", "a", "--help"])
+    assert result.exit_code == 0
+    assert result.output == CliRunner().invoke(main, [name, "--help"]).output
     assert started.words == []
 
 
