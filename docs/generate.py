@@ -1,4 +1,4 @@
-"""Write the parts of the pages that are made from the code: the table of flags and the picture of the modules.
+"""Write the parts of the pages that are made from the code: table of flags, picture of modules, tables of Megatron.
 
 python docs/generate.py      # writes them between their marks; tests/test_docs.py tests that they are up to date
 """
@@ -9,13 +9,16 @@ import argparse
 import ast
 import graphlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_fdd.config import add_fdd_args
+from megatron_fdd.doctor.seam_table import SEAMS
+from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES, Patch
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "megatron_fdd"
+MARK = "<!-- {}: made by docs/generate.py -->"
 # What each box of the picture is, and the modules and folders in it. Every module is in one of them.
 BOXES = {
     "cli": ("the command fdd, the check of a machine", "cli doctor __main__"),
@@ -41,46 +44,42 @@ BOXES = {
 
 
 def main() -> None:
-    """Rewrite every generated part."""
-    for page, part in (("flags.md", "flags"), ("architecture.md", "modules")):
-        path = DOCS / page
-        text = path.read_text(encoding="utf-8")
-        start, end = _between_marks(text, part)
-        path.write_text(text[:start] + generated(part) + text[end:], encoding="utf-8")
+    """Rewrite every page that has a generated part."""
+    for name in sorted({page for page, _ in PARTS}):
+        path = DOCS / name
+        path.write_text(filled(name, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def generated(part: str) -> str:
-    """What the code says now, with empty lines around it."""
-    return f"\n\n{flags_table() if part == 'flags' else picture()}\n\n"
+def filled(name: str, text: str) -> str:
+    """The page `name`, whose text this is, with its parts as the code has them now.
 
-
-def written(page: str, part: str) -> str:
-    """What a page's text has between a part's marks."""
-    start, end = _between_marks(page, part)
-    return page[start:end]
-
-
-def _between_marks(text: str, part: str) -> tuple[int, int]:
-    match = re.search(rf"<!-- {part}\b[^>]*-->(.*?)<!-- end of {part} -->", text, re.DOTALL)
-    if match is None:
-        raise ValueError(f"the page has no marks <!-- {part} --> ... <!-- end of {part} -->; put them back")
-    return match.span(1)
+    Raises:
+        ValueError: the page lacks a part's marks.
+    """
+    for (page, part), made in PARTS.items():
+        if page == name:
+            marks = re.search(rf"{MARK.format(part)}(.*?)<!-- end of {part} -->", text, re.DOTALL)
+            if marks is None:
+                raise ValueError(
+                    f"docs/{name}: no marks {MARK.format(part)} ... <!-- end of {part} -->; put them back"
+                )
+            text = f"{text[: marks.start(1)]}\n\n{made()}\n\n{text[marks.end(1) :]}"
+    return text
 
 
 def flags_table() -> str:
     """One row a flag, in the order of --help."""
     parser = add_fdd_args(argparse.ArgumentParser(add_help=False))
-    rows = ["| flag | default | |", "|---|---|---|"]
-    return "\n".join([*rows, *(_row(action) for action in parser._actions)])
+    return _table(("flag", "default", ""), map(_flag, parser._actions))
 
 
-def _row(action: argparse.Action) -> str:
+def _flag(action: argparse.Action) -> tuple[str, str, str]:
     argument = f" {action.metavar}" if action.metavar else ""
     values = ", ".join(f"`{value}`" for value in action.choices or ())
     text = re.sub(r" \(%\(default\)s[^()]*\)$", "", action.help or "").replace("%%", "%").replace("|", r"\|")
     text = re.sub(r"(?<!\S)(--[a-z][\w-]*[a-z0-9])", r"`\1`", text)
     name = f"`{action.option_strings[0]}{argument}`"
-    return f"| {name} | {_default(action.default)} | {values + ': ' if values else ''}{text} |"
+    return name, _default(action.default), f"{values + ': ' if values else ''}{text}"
 
 
 def _default(value: object) -> str:
@@ -157,6 +156,47 @@ def necessary(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
         if not any(end in reachable(middle) for middle in targets[start])
     }
 
+
+def seam_table() -> str:
+    """One row a name of Megatron that `fdd doctor` looks at."""
+    rows = (
+        (
+            f"`{_short(seam.name)}` ({', '.join(f'`{name}`' for name in seam.parameters) or 'none'})",
+            seam.purpose,
+            ", ".join(f"`{path}`" for path in seam.where),
+            seam.breaks,
+        )
+        for seam in SEAMS
+    )
+    return _table(("seam", "what for", "where", "what breaks without it"), rows)
+
+
+def patch_table(patches: Iterable[Patch]) -> str:
+    """One row a name of Megatron that is replaced."""
+    rows = (
+        (f"`{_short(patch.target)}`", patch.when, patch.why, patch.until, f"`{patch.installed_by}`")
+        for patch in patches
+    )
+    return _table(("name", "when", "why", "until", "installed by"), rows)
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("megatron.")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+# (page, part): what writes it.
+PARTS = {
+    ("flags.md", "flags"): flags_table,
+    ("architecture.md", "modules"): picture,
+    ("megatron.md", "seams"): seam_table,
+    ("megatron.md", "patches"): lambda: patch_table(PATCHES),
+    ("megatron.md", "rehearsal patches"): lambda: patch_table(REHEARSAL_PATCHES),
+}
 
 if __name__ == "__main__":
     main()

@@ -60,11 +60,11 @@ plan() {
     vocabulary=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["vocab_size"])' \
         "$STUDENT_HF/config.json")
     # shellcheck disable=SC2086  # words on purpose
-    show env RANK=0 "WORLD_SIZE=$ranks" python -m megatron_fdd.distill \
+    show fdd plan --world-size "$ranks" -- \
         --pretrained-checkpoint "$WORK/plan/student" --use-checkpoint-args --teacher-load "$WORK/plan/teacher" \
         --mock-data --tokenizer-type NullTokenizer --vocab-size "$vocabulary" \
         "${layout[@]}" "${schedule[@]}" "${distillation[@]}" \
-        --train-iters 1 --save-interval 1 --eval-interval 1 --eval-iters 0 $EXTRA_TRAIN_FLAGS --fdd-dry-run
+        --train-iters 1 --save-interval 1 --eval-interval 1 --eval-iters 0 $EXTRA_TRAIN_FLAGS
     exit
 }
 

@@ -66,8 +66,8 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path
     _check_files(path, flag, index)
     if not to_plan and not _lists_tensors(index):
         raise ValueError(
-            f"{flag} {directory}: holds a model's arguments and no weights (hf_to_mcore.py --config-only), enough for "
-            "--fdd-dry-run alone; convert the model again without --config-only"
+            f"{flag} {directory}: holds a model's arguments and no weights (fdd import --config-only), enough for "
+            "fdd plan alone; convert the model again without --config-only"
         )
     return path
 

@@ -172,8 +172,8 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--fdd-dry-run",
         action="store_true",
-        help="print the plan and memory estimates, load no weights, exit 0. Needs no launch: WORLD_SIZE=64 python -m "
-        "megatron_fdd.distill ... plans 64 ranks in one process",
+        help="print the plan and memory estimates, load no weights, exit 0. fdd plan --world-size 64 -- FLAGS adds it "
+        "to FLAGS, and plans 64 ranks in one process",
     )
     group.add_argument(
         "--fdd-verbose",

@@ -61,7 +61,7 @@ def command(
 
         if config_only:
             config_to_mcore(hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor)
-            return f"{save}: the arguments of {hf_model} and no weights, for --fdd-dry-run"
+            return f"{save}: the arguments of {hf_model} and no weights, for fdd plan"
         parameters = hf_to_mcore(
             hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True, via=via
         )

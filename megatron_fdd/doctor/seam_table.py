@@ -227,6 +227,6 @@ SEAMS: tuple[Seam, ...] = (
         ("args",),
         "the student's part of the memory estimate",
         ("student_memory.py",),
-        "`--fdd-dry-run`",
+        "`fdd plan`",
     ),
 )

@@ -1,26 +1,12 @@
-"""The tables of docs/megatron.md are the code's. To write them anew:
-
-DOCS=write python -m pytest tests/test_megatron_page.py
-"""
+"""What the lists of seams and patches say of the code: which files use a seam, which functions install a patch."""
 
 from __future__ import annotations
 
 import importlib
-import os
 
 from megatron_fdd.doctor.seam_table import SEAMS
 from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES
 from tests.harness.markdown import ROOT
-from tests.harness.megatron_tables import filled
-
-PAGE = ROOT / "docs/megatron.md"
-
-
-def test_the_tables_are_the_codes() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    if os.environ.get("DOCS") == "write":
-        PAGE.write_text(filled(text), encoding="utf-8")
-    assert PAGE.read_text(encoding="utf-8") == filled(text)
 
 
 def test_every_file_that_uses_a_seam_names_it() -> None:
