@@ -35,6 +35,7 @@ BOXES = {
         "Megatron's state, its patches, CPUs, the terminal",
         "topology checkpoint saving launch wheel stepped_adam local_norms rehearsal patches console quiet",
     ),
+    "tokenizers": ("is it the same tokenizer", "tokenizer_identity json_file"),
     "settings": ("flags, and which layers are paired", "config layer_plan"),
     "ops": ("the fused mathematics", "ops"),
     "data": ("raw files to batches", "data"),

@@ -71,7 +71,7 @@ plan() {
 prepare_data() { # OUTPUT FILE TEMPLATE LENGTH
     mkdir -p "$1"
     python tools/prepare_data.py --input "$2" --output-prefix "$1/instructions" --format instruction \
-        ${3:+--template "$3"} --split 95,5 --seq-length "$4" --workers "${DATA_WORKERS:-1}" \
+        ${3:+--template "$3"} --split 95,5 --seq-length "$4" --skip-refused --workers "${DATA_WORKERS:-1}" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$STUDENT_HF"
 }
 

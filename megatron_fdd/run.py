@@ -23,10 +23,12 @@ from megatron_fdd.arguments import (
     force_values,
     planned_layers,
     refuse,
+    student_checkpoint,
 )
 from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.checks import check_data_args
+from megatron_fdd.data.pairing import check_checkpoint_tokenizer
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.experts import check_experts
 from megatron_fdd.fp8 import check_fp8_device, check_fp8_shapes, warn_of_pickled_scales
@@ -45,7 +47,6 @@ from megatron_fdd.preflight import (
     check_writable,
 )
 from megatron_fdd.teacher.arguments import teacher_args, uses_delayed_scaling
-from megatron_fdd.teacher.check import check_tokenizers
 from megatron_fdd.teacher.scales import check_scales
 
 
@@ -115,13 +116,16 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     if student is not None:
         check_same_model(args, student)
     check_data_args(args)
+    student_load, _ = student_checkpoint(args)
+    if student_load is not None:
+        check_checkpoint_tokenizer("student", student_load, args)
     check_approximations(config, args.rank)
     stored, checkpoint = None, None
     if config.needs_teacher and config.teacher_load is not None:
         checkpoint = find_checkpoint(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
         stored = read_checkpoint_args(checkpoint, "--teacher-load")
         refuse_teacher(stored)
-        check_tokenizers(config.teacher_load, args)
+        check_checkpoint_tokenizer("teacher", config.teacher_load, args)
     vocab_size = _common_vocabulary(args, stored)
     teacher = None
     if stored is not None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from megatron_fdd.cli.chat_options import CHAT_TEMPLATE, with_options
 from megatron_fdd.data.instructions import LAYOUTS, TEMPLATES, known_layouts
+from megatron_fdd.data.refusals import Refusal
 from megatron_fdd.evaluate.named_path import split_name
 from megatron_fdd.evaluate.settings import DEVICES, DTYPES, GenerationSettings, Text
 
@@ -97,6 +99,7 @@ INSTRUCTIONS = (
         show_default=True,
         help="alpaca leaves a `prompt` as it is; chat: the tokenizer's; none.",
     ),
+    *CHAT_TEMPLATE,
     click.option(
         "--seeds",
         default=",".join(map(str, _ASKED.seeds)),
@@ -151,14 +154,8 @@ TEXT = (
 )
 
 
-def _all_options(function: Any) -> Any:
-    for option in reversed((*MODELS, *INSTRUCTIONS, *TEXT)):
-        function = option(function)
-    return function
-
-
 @click.command("evaluate", epilog=EXAMPLES)
-@_all_options
+@with_options(*MODELS, *INSTRUCTIONS, *TEXT)
 def command(threads: int | None, batch_size: int, **given: Any) -> None:
     """Measure what Hugging Face models learned: ROUGE-L of their answers, perplexity, distance to the teacher, samples.
 
@@ -180,6 +177,8 @@ def command(threads: int | None, batch_size: int, **given: Any) -> None:
         torch.set_num_threads(threads)
     try:
         print(table(evaluate(request_from(batch_size=batch_size, **given))))
+    except Refusal as error:  # without its remedy: that is for fdd prepare
+        _end(f"error: {error.where}: {error.detail}", 1)
     except (ValueError, OSError) as error:
         _end(f"error: {error}", 1)
     except torch.OutOfMemoryError:

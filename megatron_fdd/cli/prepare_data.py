@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_fdd.data.documents import JsonKeys, detect_format
+from megatron_fdd.cli.chat_options import CHAT_TEMPLATE, with_options
+from megatron_fdd.data.documents import JsonKeys, detect_format, expand_inputs
 from megatron_fdd.data.instructions import TEMPLATES, known_layouts
 from megatron_fdd.data.tokenizer import TOKENIZER_TYPES
+from megatron_fdd.data.vanished import FIELDS
 
 if TYPE_CHECKING:
+    from megatron_fdd.data.chat_template import ChatSettings
     from megatron_fdd.data.prepare import PrepareSettings
 
 EXAMPLES = """\b
@@ -25,10 +28,12 @@ examples:
 
 
 @click.command("prepare", epilog=EXAMPLES)
-@click.argument("files", nargs=-1, metavar="[FILE]...")
-@click.option("--input", "more_files", multiple=True, metavar="FILE", help="One more file, repeatable.")
+@click.argument("files", nargs=-1, metavar="[FILE|FOLDER]...")
 @click.option(
-    "--output-prefix", required=True, help="Path and first part of the names of the files to write."
+    "--input", "more_files", multiple=True, metavar="FILE", help="One more file or folder, repeatable."
+)
+@click.option(
+    "--output-prefix", help="Path and first part of the names of the files to write; not needed with --show."
 )
 @click.option(
     "--tokenizer-type", required=True, type=click.Choice(TOKENIZER_TYPES), help="As in the training run."
@@ -42,7 +47,7 @@ examples:
     type=click.Choice(["auto", "text", "jsonl", "instruction"]),
     default="auto",
     show_default=True,
-    help="auto: by the files.",
+    help="auto: by the first bytes of the files and the fields of their first record.",
 )
 @click.option(
     "--document-separator",
@@ -56,9 +61,29 @@ examples:
     "--prompt-key", default="prompt", show_default=True, help="instruction: the field with the prompt."
 )
 @click.option(
-    "--response-key", default="response", show_default=True, help="instruction: the field with the response."
+    "--response-key",
+    default="response",
+    show_default=True,
+    help="instruction: the field with the response; chosen: of sets of preferences, conversations too.",
 )
-@click.option("--chat-template", metavar="FILE", help="A jinja template that replaces the tokenizer's own.")
+@with_options(*CHAT_TEMPLATE)
+@click.option(
+    "--chat-turns",
+    type=click.Choice(["all", "last"]),
+    default="all",
+    show_default=True,
+    help="Learn all answers of a conversation, or its last one.",
+)
+@click.option(
+    "--allow-dropped",
+    metavar="FIELD,...",
+    help=f"Accept that the chat template does not write these parts: {', '.join(FIELDS)}.",
+)
+@click.option(
+    "--skip-refused",
+    is_flag=True,
+    help="Leave out records that cannot be used, and count them by reason; without it the first one ends the run.",
+)
 @click.option(
     "--template",
     type=click.Choice(TEMPLATES),
@@ -66,6 +91,11 @@ examples:
     f"nothing around it. Recognised by their fields: {known_layouts()}.",
 )
 @click.option("--append-eod", is_flag=True, help="End each text document with the end-of-document token.")
+@click.option(
+    "--eod-token",
+    metavar="TOKEN",
+    help="The token of the vocabulary that ends documents and responses, in place of the tokenizer's end of sequence.",
+)
 @click.option(
     "--seq-length",
     type=int,
@@ -83,31 +113,49 @@ examples:
     show_default=True,
     help="Processes that tokenise, at most: one for each 4 MB of input.",
 )
+@click.option(
+    "--show",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Print the first N samples, what is learned in colour. With --output-prefix also on a page, "
+    "PREFIX.samples.html; without it nothing else is done.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace sets of the same names.")
 def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -> None:
     """Prepare training data: plain text, JSON lines or instructions to Megatron's indexed format.
 
-    Instructions are JSON lines with `prompt` and `response`, or a chat in `messages`; the prompt is masked out of the
-    loss, and training recognises such a set by itself. Published instruction sets are read as they are when a
-    --template is named, the same one that `fdd evaluate` then asks with.
+    Files are JSON lines, JSON arrays, parquet or text, compressed with gzip or zstd or not; in place of a folder all
+    data below it is read. Instructions are records with `prompt` and `response`, or a chat in one of the published
+    layouts (`messages`, ShareGPT's `conversations` and others); the prompt is masked out of the loss, and training
+    recognises such a set by itself. Published instruction sets are read as they are when a --template is named, the
+    same one that `fdd evaluate` then asks with.
     """
     inputs = (*more_files, *files)
     if not inputs:
         raise click.UsageError("no input: name one file or more")
-    from megatron_fdd.data.prepare import prepare
+    if given["output_prefix"] is None and not given["show"]:
+        raise click.UsageError("--output-prefix is missing; or look at samples first with --show 5")
+    from megatron_fdd.data.parts import kept_documents
+    from megatron_fdd.data.prepare import look, prepare
+    from megatron_fdd.data.show import shown
 
     try:
-        summary = prepare(settings_from(inputs, **given))
+        settings = settings_from(inputs, **given)
+        if settings.show:
+            print(*shown(*look(settings), in_colour=sys.stdout.isatty()), sep="\n")
+        if not settings.output_prefix:
+            return
+        summary = prepare(settings)
     except (ValueError, OSError) as error:
         print(f"prepare_data: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("prepare_data: interrupted, nothing written", file=sys.stderr)
+        kept = kept_documents(given["output_prefix"] or "")
+        how = f"the same command goes on after {kept:,} documents" if kept else "nothing written"
+        print(f"prepare_data: interrupted, {how}", file=sys.stderr)
         sys.exit(130)
-    print(
-        f"{', '.join(summary.prefixes)}: {summary.documents} documents, {summary.tokens} tokens "
-        f"({summary.skipped} skipped, {summary.truncated} truncated) in {summary.seconds:.1f} s"
-    )
+    print(*summary.lines(), sep="\n")
 
 
 def settings_from(inputs: tuple[str, ...], **given: Any) -> PrepareSettings:
@@ -120,8 +168,8 @@ def settings_from(inputs: tuple[str, ...], **given: Any) -> PrepareSettings:
     from megatron_fdd.data.prepare import PrepareSettings
     from megatron_fdd.data.tokenizer import TokenizerSettings
 
+    inputs = expand_inputs(inputs)
     keys = JsonKeys(given["json_key"], given["prompt_key"], given["response_key"])
-    chat_template = Path(given["chat_template"]).read_text("utf-8") if given["chat_template"] else None
     split = given["split"]
     try:
         shares = tuple(float(share) for share in split.split(",")) if split else ()
@@ -131,19 +179,35 @@ def settings_from(inputs: tuple[str, ...], **given: Any) -> PrepareSettings:
     if layout == "auto":
         layout = detect_format(inputs, keys, has_template=given["template"] is not None)
     encode = EncodeSettings(
-        tokenizer=TokenizerSettings(given["tokenizer_type"], given["tokenizer_model"], chat_template),
+        tokenizer=TokenizerSettings(
+            given["tokenizer_type"], given["tokenizer_model"], given["chat_template"], given["eod_token"]
+        ),
         format=layout,
         keys=keys,
         append_eod=given["append_eod"],
         seq_length=given["seq_length"],
         template=given["template"],
+        chat=_chat_settings(**given),
     )
     return PrepareSettings(
         inputs=inputs,
-        output_prefix=given["output_prefix"],
+        output_prefix=given["output_prefix"] or "",
         encode=encode,
         separator=given["document_separator"],
         split=shares,
         workers=given["workers"],
         overwrite=given["overwrite"],
+        skip_refused=given["skip_refused"],
+        show=given["show"],
     )
+
+
+def _chat_settings(**given: Any) -> ChatSettings:
+    from megatron_fdd.data.chat_template import ChatSettings
+
+    allowed = frozenset(filter(None, (given["allow_dropped"] or "").split(",")))
+    unknown = sorted(allowed - set(FIELDS))
+    if unknown:
+        raise ValueError(f"--allow-dropped {', '.join(unknown)}: must be of {', '.join(FIELDS)}")
+    date = given["chat_date"] or datetime.date.today()
+    return ChatSettings(given["chat_template_kwargs"], date, given["chat_turns"], allowed)

@@ -1,31 +1,20 @@
 """Hugging Face <-> Megatron, exactly: each family of models is a table that is run both ways."""
 
 import megatron_fdd.quiet  # noqa: F401  # before Megatron is imported
-from megatron_fdd.convert.companions import HF_FOLDER, TOKENIZER_FOLDER, carry_companions
+from megatron_fdd.convert.companions import HF_FOLDER, carry_companions
 from megatron_fdd.convert.config_only import config_to_mcore
 from megatron_fdd.convert.student import choose_layers, count_layers, init_student, parse_layers
 from megatron_fdd.convert.to_hf import mcore_to_hf
 from megatron_fdd.convert.to_mcore import hf_to_mcore
-from megatron_fdd.convert.tokenizer import (
-    TokenizerIdentity,
-    compare_tokenizers,
-    has_tokenizer,
-    tokenizer_identity,
-)
 
 __all__ = [
     "HF_FOLDER",
-    "TOKENIZER_FOLDER",
-    "TokenizerIdentity",
     "carry_companions",
     "choose_layers",
-    "compare_tokenizers",
     "config_to_mcore",
     "count_layers",
-    "has_tokenizer",
     "hf_to_mcore",
     "init_student",
     "mcore_to_hf",
     "parse_layers",
-    "tokenizer_identity",
 ]

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from megatron_fdd.checkpoint import RELEASE, TRACKER_FILE
 from megatron_fdd.convert.companions import set_tokenizer, write_companions
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.hf_folder import read_json
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args
 from megatron_fdd.convert.ranks import conversion_ranks, shared_new_folder, together
+from megatron_fdd.json_file import read_json
 
 
 def config_to_mcore(
@@ -51,9 +51,10 @@ def config_to_mcore(
                 target.mkdir()
             dist.barrier()
             dist_checkpointing.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, str(target))
-            if dist.get_rank() == 0:
-                (unfinished / TRACKER_FILE).write_text(RELEASE)
-                write_companions(hf_model, unfinished)
+            with together():
+                if dist.get_rank() == 0:
+                    (unfinished / TRACKER_FILE).write_text(RELEASE)
+                    write_companions(hf_model, unfinished)
 
 
 def _dtype(config: dict[str, object]) -> torch.dtype:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.mcore_model import DTYPES
+from megatron_fdd.json_file import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,24 +25,6 @@ CONFIG_FILES = ("config.json", "generation_config.json")
 # As safetensors names them.
 DTYPE_OF_NAME = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError names the file when it is missing, malformed or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write as Hugging Face does: two spaces, sorted as given, a newline at the end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:

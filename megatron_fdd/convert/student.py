@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
-from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files, write_json
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import (
     TensorSpec,
     new_folder,
@@ -24,6 +24,7 @@ from megatron_fdd.convert.hf_writer import (
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
+from megatron_fdd.json_file import write_json
 
 # A model suffers most when its first or last layers go.
 _KEPT_AT_EACH_END = 4

@@ -18,7 +18,7 @@ from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.companions import find_hf_config, find_tokenizer
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, Row
-from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files, read_json, write_json
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.hf_writer import (
     Shard,
     TensorSpec,
@@ -32,6 +32,7 @@ from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args,
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
 from megatron_fdd.convert.to_mcore import Via
 from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
+from megatron_fdd.json_file import read_json, write_json
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
     from megatron_fdd.convert.bridge_weights import BridgeExport

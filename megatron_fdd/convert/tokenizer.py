@@ -1,15 +1,19 @@
-"""The identity of a tokenizer: which token each id means, so that teacher and student can be compared."""
+"""A model folder's tokenizer files, copied so that they load as tokenizer.json says."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-from megatron_fdd.convert.hf_folder import copy_files, read_json, write_json
+from megatron_fdd.console import complain
+from megatron_fdd.convert.hf_folder import copy_files
+from megatron_fdd.json_file import read_json, write_json
+from megatron_fdd.tokenizer_identity import (
+    TokenizerIdentity,
+    difference_from_file,
+    identity_of_folder,
+    write_stamp,
+)
+from megatron_fdd.tokenizer_identity.own_file import PLAIN_CLASS
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,121 +26,44 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-IDENTITY_FILE = "fdd_tokenizer.json"
-# How many differing ids a message names.
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class TokenizerIdentity:
-    """What the ids of a tokenizer mean.
-
-    Attributes:
-        base: the trained vocabulary, token -> id.
-        added: tokens added to it later (chat markers and the like), token -> id.
-    """
-
-    base: Mapping[str, int] = field(repr=False)
-    added: Mapping[str, int] = field(repr=False)
-
-    @property
-    def num_tokens(self) -> int:
-        """Size of the vocabulary with added tokens."""
-        return len(self.base) + len(self.added)
-
-    @cached_property
-    def base_hash(self) -> str:
-        """SHA-256 over the sorted (token, id) pairs of the base vocabulary."""
-        pairs = json.dumps(sorted(self.base.items()), ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(pairs.encode("ascii")).hexdigest()
-
-
-def tokenizer_identity(folder: Path) -> TokenizerIdentity:
-    """Read it from a folder's tokenizer.json, tokenizer.model (SentencePiece), vocab.json or vocab.txt.
-
-    Raises:
-        ValueError: the folder holds none of them, or one that cannot be read.
-    """
-    folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        return _from_tokenizer_json(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
-        base = _sentencepiece_vocabulary(folder / "tokenizer.model")
-    elif (folder / "vocab.json").is_file():
-        base = read_json(folder / "vocab.json")
-    elif (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-        base = {token: index for index, token in enumerate(lines)}
-    else:
-        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARY_FILES)}")
-    return TokenizerIdentity(base, _without(base, _added_beside(folder)))
-
-
-def _without(base: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int]:
-    return {token: index for token, index in added.items() if token not in base}
-
-
-def _from_tokenizer_json(path: Path) -> TokenizerIdentity:
-    content = read_json(path)
-    vocabulary = content.get("model", {}).get("vocab")
-    if isinstance(vocabulary, list):  # Unigram: [token, score] in the order of ids
-        base = {token: index for index, (token, _) in enumerate(vocabulary)}
-    elif isinstance(vocabulary, dict):
-        base = vocabulary
-    else:
-        raise ValueError(f"{path} has no model.vocab")
-    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-    return TokenizerIdentity(base, _without(base, added))
-
-
-def _sentencepiece_vocabulary(path: Path) -> dict[str, int]:
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except RuntimeError:
-        raise ValueError(f"{path} is not a SentencePiece model") from None
-    return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
-
-
-def _added_beside(folder: Path) -> dict[str, int]:
-    """Added tokens of a slow tokenizer, from the two files that may hold them."""
-    added: dict[str, int] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added |= {entry["content"]: int(index) for index, entry in decoder.items()}
-    if (folder / "added_tokens.json").is_file():
-        added |= read_json(folder / "added_tokens.json")
-    return added
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether `tokenizer_identity` finds a vocabulary in the folder."""
-    return any((folder / name).is_file() for name in _VOCABULARY_FILES)
+_CONFIG = "tokenizer_config.json"
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a model folder's tokenizer files into the folder `target`, with the identity beside them."""
-    identity = tokenizer_identity(source)
-    copy_files(TOKENIZER_FILES, source, target)
-    write_json(target / IDENTITY_FILE, {"vocab_size": identity.num_tokens, "vocab_hash": identity.base_hash})
+    """Copy a model folder's tokenizer files into the folder `target`, with their identity beside them.
 
+    The copy is what training reads. Where transformers would load it by a class that does not do what tokenizer.json
+    says, the copy names a class that does, and a line says so.
 
-def compare_tokenizers(first: TokenizerIdentity, second: TokenizerIdentity) -> str | None:
-    """None when both give every id of the base vocabulary the same token, else what differs.
-
-    Other added tokens are an allowed difference, and so is another size because of them.
+    Raises:
+        ValueError: files that cannot be read, or that no class loads as they say.
     """
-    if first.base_hash == second.base_hash:
-        return None
-    token_of = [{index: token for token, index in side.base.items()} for side in (first, second)]
-    ids = sorted(set(token_of[0]) | set(token_of[1]))
-    differing = [index for index in ids if token_of[0].get(index) != token_of[1].get(index)]
-    shown = ", ".join(
-        f"{index}: {token_of[0].get(index)!r} / {token_of[1].get(index)!r}" for index in differing[:_SHOWN]
-    )
-    return (
-        f"base vocabularies of {len(first.base)} and {len(second.base)} tokens; "
-        f"{len(differing)} ids mean different tokens, first {shown}"
-    )
+    copy_files(TOKENIZER_FILES, source, target)
+    identity, found = _load(target)
+    if found is not None:
+        config = read_json(target / _CONFIG) if (target / _CONFIG).is_file() else {}
+        write_json(target / _CONFIG, {**config, "tokenizer_class": PLAIN_CLASS})
+        identity, left = _load(target)
+        if left is not None:
+            raise ValueError(
+                f"{source}: what transformers loads is not what its tokenizer.json says, with any class: {left}; make "
+                "tokenizer_config.json and tokenizer.json agree"
+            )
+        complain(
+            f"warning: {source}: its tokenizer does not load as its tokenizer.json says ({found}); the checkpoint's "
+            f"copy in tokenizer/ has the class {PLAIN_CLASS} and does: train with that one"
+        )
+    write_stamp(target, identity)
+
+
+def _load(folder: Path) -> tuple[TokenizerIdentity, str | None]:
+    """The identity of what transformers loads, or else of the files; and the first difference from tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    try:
+        library = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the code of a class raises; who needs to load it will say more
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        complain(f"warning: transformers cannot load this tokenizer, so only its files are known ({reason})")
+        return identity_of_folder(folder), None
+    return difference_from_file(library, library.eos_token_id)

@@ -18,11 +18,14 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
 from megatron_fdd.data.datasets import TextDataset
-from megatron_fdd.data.megatron_tokenizer import identify
+from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet, open_set
 from megatron_fdd.data.sources import blends, data_prefixes, evaluates
+from megatron_fdd.tokenizer_identity import FormerStamp, compare
 
 _PART_NAMES = ("training", "validation", "test")
+# All that training looks for the end-of-document token for.
+_FLAGS_OF_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +120,7 @@ def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None
             f"{kinds['text']} is plain text and {kinds['instruction']} is instructions; one run reads one "
             "kind, so give the sets to two runs"
         )
-    ignored = [
-        name
-        for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
-        if getattr(args, name)
-    ]
+    ignored = [name for name in _FLAGS_OF_ENDS if getattr(args, name)]
     if "instruction" in kinds and ignored:
         flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
         _warn(args, f"{flags}: no effect on instructions, whose samples are single documents")
@@ -148,20 +147,39 @@ def _check_tokenizer(
         )
     if prepared.info is None:
         return
-    theirs = prepared.info.tokenizer
-    # Tokens added since the data was prepared do no harm: only the ids that it may use are compared.
-    ours = identify(tokenizer, first_ids=theirs.vocab_size)
-    if None in (ours.vocabulary_sha256, theirs.vocabulary_sha256):
+    _check_end(args, prepared, tokenizer)
+    stamp, identity = prepared.info.tokenizer, identity_of(tokenizer)
+    if identity is None or (isinstance(stamp, FormerStamp) and stamp.vocabulary_sha256 is None):
         _warn(
             args,
             f"{prepared.prefix}: the tokenizer of this run has no vocabulary to compare; with another one "
             "than the data was prepared with, the run learns noise",
         )
-    elif ours.vocabulary_sha256 != theirs.vocabulary_sha256:
+        return
+    if isinstance(stamp, FormerStamp):
+        _warn(args, f"{prepared.prefix}: prepared by an older version: only its vocabulary is compared")
+        difference = None if stamp.matches(identity) else "not all ids mean the same (their hashes differ)"
+    else:
+        found = compare(stamp, identity, ("the data", "this run"))
+        difference = found.difference
+        for remark in found.remarks:
+            _warn(args, f"{prepared.prefix} and this run's tokenizer: {remark}")
+    if difference is not None:
         raise ValueError(
-            f"{prepared.prefix} was prepared with another tokenizer ({theirs.vocab_size} ids, vocabulary "
-            f"{str(theirs.vocabulary_sha256)[:12]}) than this run uses ({ours.vocab_size} ids, "
-            f"{str(ours.vocabulary_sha256)[:12]}); use the same --tokenizer-model, or prepare the data again"
+            f"{prepared.prefix} was prepared with another tokenizer than this run uses: {difference}; use the same "
+            "--tokenizer-model, or prepare the data again"
+        )
+
+
+def _check_end(args: argparse.Namespace, prepared: PreparedSet, tokenizer: MegatronTokenizerBase) -> None:
+    """Refuse flags that would look for another end of a document than the one in the text."""
+    assert prepared.info is not None
+    asked = [name for name in _FLAGS_OF_ENDS if getattr(args, name)]
+    stamp = prepared.info.tokenizer
+    if prepared.info.kind == "text" and asked and stamp.eod != tokenizer.eod:
+        raise ValueError(
+            f"--{asked[0].replace('_', '-')} looks for the end token of this run's tokenizer, id {tokenizer.eod}, and "
+            f"{prepared.prefix} was prepared with id {stamp.eod}; leave the flag out, or prepare without --eod-token"
         )
 
 

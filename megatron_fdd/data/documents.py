@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
-from megatron_fdd.data.instructions import find_layout, text_field
+from megatron_fdd.data.conversations import CHOSEN, conversation_layouts, is_conversation
+from megatron_fdd.data.instructions import find_layout
+from megatron_fdd.data.readers import Unit, json_unit, read_records
+from megatron_fdd.data.records import parse_json, text_field
+from megatron_fdd.data.refusals import Fault, Reason, Refusal, refusing
+from megatron_fdd.data.streams import HEAD_BYTES, START_BYTES, Stream, look, open_stream
 
 DocumentFormat = Literal["text", "jsonl", "instruction"]
 # The two `document_separator` values with a meaning of their own; anything else is the separating line.
 WHOLE_FILE = "file"
 BLANK_LINE = "blank-line"
-_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_UTF8_BOM = b"\xef\xbb\xbf"
+_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
+_SUFFIXES = (*_JSON_SUFFIXES, ".parquet", ".txt")
+_COMPRESSED = (".gz", ".zst", ".zstd")
+# Whole tables, and what datasets' save_to_disk writes.
+_TABLES = {
+    ".csv": "a table: write it as JSON lines or parquet (pandas: to_json with orient='records' and lines=True)",
+    ".tsv": "a table: write it as JSON lines or parquet (pandas: to_json with orient='records' and lines=True)",
+    ".arrow": "an Arrow file: write it as parquet (datasets: load_from_disk, then to_parquet)",
+}
+# What a folder of data holds beside its data.
+_NOTES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+# A first line that cannot be meant as text.
+_BEGINS_JSON = re.compile(rb"\s*(\[\s*)?\{\s*[\"}]")
+# So many of the first records may be malformed before the format of a file is told.
+_TRIED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,82 +44,113 @@ class RawDocument:
 
     Attributes:
         source: the file.
-        line: 1-based number of its first line.
-        content: its bytes, not yet decoded (the workers do that).
-        num_bytes: how much of the file reading it consumed, separators included.
+        number: of its first line, of its element of an array, or of its row of a table; from 1.
+        content: its bytes, not yet decoded (the workers do that); a row's are those of a JSON object.
+        num_bytes: how much of the file on disk reading it consumed, separators included.
+        unit: what `number` counts.
     """
 
     source: str
-    line: int
+    number: int
     content: bytes
     num_bytes: int
+    unit: Unit = "line"
 
     @property
     def where(self) -> str:
-        return f"{self.source}, line {self.line}"
+        return f"{self.source}, {self.unit} {self.number}"
 
     def text(self) -> str:
         """The decoded content.
 
         Raises:
-            ValueError: not UTF-8; names file and line.
+            Refusal: not UTF-8, or bytes that no text has; names file and line.
         """
-        try:
-            return self.content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = self.line + self.content[: error.start].count(b"\n")
-            raise ValueError(
-                f"{self.source}, line {line}: byte 0x{self.content[error.start]:02x} is not UTF-8; "
-                "convert the file to UTF-8 first"
-            ) from error
+        at = self.content.find(b"\0")
+        detail = "byte 0x00 is in no text; is the file UTF-16, or no text at all?"
+        if at < 0:
+            try:
+                return self.content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                at = error.start
+                detail = f"byte 0x{self.content[at]:02x} is not UTF-8; convert the file to UTF-8 first"
+        line = self.number + (self.content[:at].count(b"\n") if self.unit == "line" else 0)
+        raise Refusal(f"{self.source}, {self.unit} {line}", Reason.MALFORMED, detail)
 
     def json_object(self) -> dict[str, object]:
         """The content as one JSON object.
 
         Raises:
-            ValueError: malformed JSON, or JSON of another type; names file and line.
+            Refusal: malformed JSON, or JSON of another type; names file and line.
         """
-        try:
-            value = json.loads(self.text())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{self.where}: malformed JSON ({error.msg}, column {error.colno}); "
-                "each line must hold one JSON object"
-            ) from error
-        if not isinstance(value, dict):
-            raise ValueError(
-                f"{self.where}: a JSON {type(value).__name__}; each line must hold one JSON object"
-            )
-        return value
+        with refusing(self.where):
+            value = parse_json(self.text())
+            if not isinstance(value, dict):
+                raise Fault(f"a JSON {type(value).__name__}, not an object")
+            return value
 
     def text_field(self, fields: dict[str, object], key: str) -> str:
         """One of the fields of `json_object`.
 
         Raises:
-            ValueError: it is missing or no text; names file and line.
+            Refusal: it is missing or no text; names file and line.
         """
-        try:
+        with refusing(self.where):
             return text_field(fields, key)
-        except ValueError as error:
-            raise ValueError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class JsonKeys:
-    """The field names that a JSONL file uses. `messages` holds a chat and has no other name."""
+    """The field names that a JSON file uses; those of chats are fixed. The response `chosen` may be a chat too."""
 
     text: str = "text"
     prompt: str = "prompt"
     response: str = "response"
 
 
+def expand_inputs(paths: Iterable[str]) -> tuple[str, ...]:
+    """The files that are meant: each path, and in place of a folder all data below it, sorted by name.
+
+    Raises:
+        ValueError: a path that is not there, a folder without any data.
+    """
+    found: list[str] = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"input file {path} does not exist; give another path")
+        found += _files_below(path) if os.path.isdir(path) else [path]
+    return tuple(found)
+
+
+def _files_below(folder: str) -> list[str]:
+    """Data in a folder; hidden files and folders are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    data = [path for path in found if _suffix(path) in _SUFFIXES and os.path.basename(path) not in _NOTES]
+    if not data:
+        table = next((path for path in sorted(found) if _suffix(path) in _TABLES), None)
+        reason = f"{table} is {_TABLES[_suffix(table)]}" if table else "nothing in it is known"
+        raise ValueError(
+            f"no data in the folder {folder}: {reason}; names must end in {', '.join(_SUFFIXES)} (.gz, .zst)"
+        )
+    return sorted(data)
+
+
+def _suffix(path: str) -> str:
+    """The one that tells the format, in small letters."""
+    root, suffix = os.path.splitext(path.lower())
+    return os.path.splitext(root)[1] if suffix in _COMPRESSED else suffix
+
+
 def detect_format(paths: Iterable[str], keys: JsonKeys, *, has_template: bool = False) -> DocumentFormat:
-    """The one format of all files, from their suffix and the fields of their first line.
+    """The one format of all files, from their first bytes and the fields of their first record.
 
     With a template the layouts of `instructions.LAYOUTS` are instructions too.
 
     Raises:
-        ValueError: the files differ, or a JSONL file has none of the fields that are looked for.
+        ValueError: the files differ, or one has none of the fields that are looked for, or is no data.
     """
     formats: dict[DocumentFormat, str] = {}
     for path in paths:
@@ -113,13 +164,16 @@ def detect_format(paths: Iterable[str], keys: JsonKeys, *, has_template: bool = 
 
 
 def _detect_file_format(path: str, keys: JsonKeys, has_template: bool) -> DocumentFormat:
-    if not path.endswith(_JSON_SUFFIXES):
-        return "text"
-    first = next(_read_lines(path), None)
-    if first is None:
-        raise ValueError(f"{path} is empty; remove it from --input")
-    fields = first.json_object()
-    if "messages" in fields or {keys.prompt, keys.response} <= fields.keys():
+    if _suffix(path) in _TABLES:
+        raise ValueError(
+            f"{path} is {_TABLES[_suffix(path)]}; or give --format text, if it is text all the same"
+        )
+    with look(path) as stream:
+        is_json = stream.is_parquet or _suffix(path) in _JSON_SUFFIXES
+        if not is_json and not _BEGINS_JSON.match(stream.head(START_BYTES)[0]):
+            return "text"
+        first, fields = _first_record(stream)
+    if is_conversation(fields, keys.response) or {keys.prompt, keys.response} <= fields.keys():
         return "instruction"
     layout = find_layout(fields)
     if has_template and layout is not None:
@@ -127,10 +181,37 @@ def _detect_file_format(path: str, keys: JsonKeys, has_template: bool) -> Docume
     if keys.text in fields:
         return "jsonl"
     remedy = f"; or give --template: this is the layout {layout}" if layout else ""
+    if CHOSEN in fields:
+        remedy += f"; or give --response-key {CHOSEN}, to learn the better answers"
     raise ValueError(
-        f"{first.where}: has the fields {sorted(fields)}, none of which is known; name them with "
-        f"--json-key (text), or --prompt-key and --response-key (instructions; a chat is 'messages'){remedy}"
+        f"{first.where}: has the fields {sorted(fields)}, none of which is known; name them with --json-key (text), or "
+        f"--prompt-key and --response-key (instructions); a chat has {conversation_layouts()}{remedy}"
     )
+
+
+def _first_record(stream: Stream) -> tuple[RawDocument, dict[str, object]]:
+    """The first record that can be read, from the head of the file alone.
+
+    Raises:
+        ValueError: there is none.
+    """
+    unit = json_unit(stream)
+    source, is_whole = stream, True
+    if unit != "row":
+        head, is_whole = stream.head(HEAD_BYTES)
+        source = Stream(stream.path, io.BytesIO(head if is_whole else head[: head.rfind(b"\n") + 1]))
+    refusal: Refusal | None = None
+    for record in islice(read_records(source, unit), _TRIED):
+        document = RawDocument(stream.path, *record, unit)
+        try:
+            return document, document.json_object()
+        except Refusal as error:
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+    if is_whole:
+        raise ValueError(f"{stream.path} is empty; remove it from --input")
+    raise ValueError(f"{stream.path}: its first record is very long; say with --format what it is")
 
 
 def read_documents(
@@ -138,23 +219,52 @@ def read_documents(
 ) -> Iterator[RawDocument]:
     """Every document of the files, in order. Empty ones are left to the caller.
 
-    JSONL: one document a line, blank lines are skipped. Text: by `separator`, either "file" (a file is
-    one document), "blank-line" (one or more blank lines end a document), or any other string (a line
-    that equals it ends a document).
+    JSON: one document for each line, element of an array, or row of parquet. Text: by `separator`, either "file" (a
+    file is one document), "blank-line" (one or more blank lines end a document), or any other string (a line that
+    equals it ends a document).
+
+    Raises:
+        ValueError: a file as a whole cannot be read; names it.
     """
     for path in paths:
-        if document_format != "text":
-            yield from _read_lines(path)
-        elif separator == WHOLE_FILE:
-            with open(path, "rb") as file:
-                content = file.read()
-            yield RawDocument(path, 1, content.removeprefix(_UTF8_BOM), len(content))
-        else:
-            yield from _read_separated(path, separator.encode())
+        with open_stream(path) as stream:
+            if document_format != "text":
+                unit = json_unit(stream)
+                for number, content, num_bytes in read_records(stream, unit):
+                    yield RawDocument(path, number, content, num_bytes, unit)
+            else:
+                yield from _read_text(stream, separator)
+
+
+def _read_text(stream: Stream, separator: str) -> Iterator[RawDocument]:
+    if stream.is_parquet:
+        raise ValueError(f"{stream.path} is parquet, which is no text; leave out --format text")
+    stream.head(START_BYTES)  # refuses what is no text
+    if separator == WHOLE_FILE:
+        content = stream.bytes.read()
+        yield RawDocument(stream.path, 1, content, stream.share(len(content)))
+    else:
+        yield from _read_separated(stream, separator.encode())
+
+
+def _read_separated(stream: Stream, separator: bytes) -> Iterator[RawDocument]:
+    separator = b"" if separator == BLANK_LINE.encode() else separator.strip()
+    lines: list[bytes] = []
+    start, consumed = 1, 0
+    for number, line in enumerate(stream.bytes, 1):
+        consumed += stream.share(len(line))
+        if line.strip() != separator:
+            start = number if not lines else start
+            lines.append(line)
+        elif lines:
+            yield RawDocument(stream.path, start, b"".join(lines).strip(b"\r\n"), consumed)
+            lines, consumed = [], 0
+    if lines:
+        yield RawDocument(stream.path, start, b"".join(lines).strip(b"\r\n"), consumed)
 
 
 def input_bytes(paths: Iterable[str]) -> int:
-    """Total size of the input files.
+    """Total size of the input files on disk.
 
     Raises:
         ValueError: a file that is missing or is a folder.
@@ -166,31 +276,3 @@ def input_bytes(paths: Iterable[str]) -> int:
             raise ValueError(f"input file {path} {reason}")
         total += os.path.getsize(path)
     return total
-
-
-def _numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield number, line.removeprefix(_UTF8_BOM) if number == 1 else line
-
-
-def _read_lines(path: str) -> Iterator[RawDocument]:
-    for number, line in _numbered_lines(path):
-        if content := line.strip():
-            yield RawDocument(path, number, content, len(line))
-
-
-def _read_separated(path: str, separator: bytes) -> Iterator[RawDocument]:
-    separator = b"" if separator == BLANK_LINE.encode() else separator.strip()
-    lines: list[bytes] = []
-    start, consumed = 1, 0
-    for number, line in _numbered_lines(path):
-        consumed += len(line)
-        if line.strip() != separator:
-            start = number if not lines else start
-            lines.append(line)
-        elif lines:
-            yield RawDocument(path, start, b"".join(lines).strip(b"\r\n"), consumed)
-            lines, consumed = [], 0
-    if lines:
-        yield RawDocument(path, start, b"".join(lines).strip(b"\r\n"), consumed)

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_fdd.data.chat import encode_chat, parse_messages
+from megatron_fdd.data.chat import ChatSampler
+from megatron_fdd.data.chat_template import ChatSettings
+from megatron_fdd.data.conversations import Conversation, instruction_conversation, read_conversation
 from megatron_fdd.data.documents import DocumentFormat, JsonKeys, RawDocument
-from megatron_fdd.data.instructions import Instruction, Template, find_layout, known_layouts, read_record
+from megatron_fdd.data.instructions import (
+    Instruction,
+    Template,
+    find_layout,
+    known_layouts,
+    read_pair,
+    read_record,
+)
+from megatron_fdd.data.refusals import Reason, Refusal, refusing
+from megatron_fdd.data.sample_tokens import encode_sample
 from megatron_fdd.data.tokenizer import TextTokenizer, TokenizerSettings
+from megatron_fdd.tokenizer_identity import without_second_start
+
+# Notes of a document, besides those of `chat`.
+BORDER_TOKENS = "tokens that reach over the border of an answer"
+LAST_SAMPLES = "tokens of the last sample of each conversation"
+EMPTY_DOCUMENTS = "empty documents"
+UNKNOWN_FIELD = "unknown field "
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +39,7 @@ class EncodeSettings:
         append_eod: close each text document with the end-of-document token (a response always is).
         seq_length: instructions only: keep what one training sample of this length can hold.
         template: how records that have no prompt and response but one of the layouts of `instructions` are put.
+        chat: what holds for conversations.
     """
 
     tokenizer: TokenizerSettings
@@ -28,11 +48,12 @@ class EncodeSettings:
     append_eod: bool = False
     seq_length: int | None = None
     template: Template | None = None
+    chat: ChatSettings = field(default_factory=ChatSettings)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One document.
+    """One sample.
 
     Attributes:
         ids: int32.
@@ -43,6 +64,21 @@ class Encoded:
     ids: np.ndarray
     loss_mask: np.ndarray | None = None
     truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    """What became of a document.
+
+    Attributes:
+        samples: none where it is empty or refused; several of a chat whose template rewrites earlier answers.
+        refusal: why there are none; None where it is only empty.
+        notes: what the summary counts.
+    """
+
+    samples: tuple[Encoded, ...] = ()
+    refusal: Refusal | None = None
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 class Encoder:
@@ -57,6 +93,7 @@ class Encoder:
         self.settings = settings
         self.tokenizer = tokenizer
         self._eod = self.tokenizer.eod
+        self._sampler: ChatSampler | None = None
         needs_eod = settings.append_eod or settings.format == "instruction"
         if needs_eod and self._eod < 0:
             raise ValueError(
@@ -64,74 +101,98 @@ class Encoder:
                 "--append-eod and instruction data need; use a tokenizer that defines one"
             )
 
-    def __call__(self, document: RawDocument) -> Encoded | None:
-        """Encode one document; None when it is to be skipped (empty, or nothing in it is learned).
+    def __call__(self, document: RawDocument) -> EncodedDocument:
+        """Encode one document. Whatever stands in it, this raises nothing: at worst it is refused."""
+        notes: Counter[str] = Counter()
+        try:
+            return EncodedDocument(tuple(self._samples(document, notes)), notes=+notes)
+        except Refusal as refusal:
+            return EncodedDocument(refusal=refusal)
+        except Exception as error:  # of a JSON parser, a template, a tokenizer: of the data in any case
+            line = (str(error).splitlines() or ["no message"])[0][:200]
+            detail = f"cannot be encoded ({type(error).__name__}: {line})"
+            return EncodedDocument(refusal=Refusal(document.where, Reason.MALFORMED, detail))
 
-        Raises:
-            ValueError: malformed; names file and line.
-        """
+    def _samples(self, document: RawDocument, notes: Counter[str]) -> list[Encoded]:
         if self.settings.format == "instruction":
-            return self._encode_instruction(document)
+            return self._instruction_samples(document, notes)
         text = document.text()
         if self.settings.format == "jsonl":
             text = document.text_field(document.json_object(), self.settings.keys.text)
-        return self._encode_text(text)
-
-    def _encode_text(self, text: str) -> Encoded | None:
         if not text.strip():
-            return None
-        ids = self.tokenizer.ids(text)
+            notes[EMPTY_DOCUMENTS] += 1
+            return []
+        ids = without_second_start(self.tokenizer.ids(text), self.tokenizer.start)
         if self.settings.append_eod and ids[-1:] != [self._eod]:
             ids = [*ids, self._eod]
-        return Encoded(np.array(ids, np.int32)) if ids else None
+        return [Encoded(np.array(ids, np.int32))]
 
-    def _encode_instruction(self, document: RawDocument) -> Encoded | None:
-        """Chat or prompt and response; truncated on the right to `seq_length + 1` tokens.
+    def _instruction_samples(self, document: RawDocument, notes: Counter[str]) -> list[Encoded]:
+        """Chat or prompt and response, each truncated on the right to `seq_length + 1` tokens.
 
         One token more than the sequence, because a sample's inputs and labels are shifted by one.
         """
-        ids, mask = self._ids_and_mask(document)
-        limit = len(ids) if self.settings.seq_length is None else self.settings.seq_length + 1
-        truncated = len(ids) > limit
-        ids, mask = ids[:limit], mask[:limit]
-        # The first token is never a label: nothing stands before it to predict it from.
-        return Encoded(ids, mask, truncated) if mask[1:].any() else None
-
-    def _ids_and_mask(self, document: RawDocument) -> tuple[np.ndarray, np.ndarray]:
         fields, template = document.json_object(), self.settings.template
-        if "messages" in fields:
-            return encode_chat(
-                self.tokenizer, parse_messages(fields["messages"], document.where), document.where
-            )
+        keys = self.settings.keys
+        conversation = read_conversation(fields, document.where, response_key=keys.response)
+        if conversation is not None:
+            return self._chat_samples(conversation, document.where, notes)
         if template is None:
-            keys = self.settings.keys
-            prompt = document.text_field(fields, keys.prompt)
-            response = document.text_field(fields, keys.response)
-            return _encode_pair(self.tokenizer, prompt, response)
+            pair = read_pair(fields, keys.prompt, keys.response, document.where)
+            return [self._cut(*_encode_pair(self.tokenizer, *pair), document.where)]
         layout = find_layout(fields)
         if layout is None:
-            raise ValueError(
-                f"{document.where}: has the fields {sorted(fields)}, no layout that --template {template} reads: "
-                f"{known_layouts()}"
+            raise Refusal(
+                document.where,
+                Reason.FIELDS,
+                f"has the fields {sorted(fields)}, no layout that --template {template} reads: {known_layouts()}",
             )
         instruction = _only_one(read_record(layout, fields, document.where), document.where)
-        response = instruction.references[0]
         if template == "chat":
-            messages = [
-                {"role": "user", "content": instruction.message()},
-                {"role": "assistant", "content": response},
-            ]
-            return encode_chat(self.tokenizer, messages, document.where)
-        return _encode_pair(self.tokenizer, instruction.prompt(template), response)
+            conversation = instruction_conversation(instruction, document.where)
+            return self._chat_samples(conversation, document.where, notes)
+        with refusing(document.where):
+            prompt = instruction.prompt(template)
+        return [self._cut(*_encode_pair(self.tokenizer, prompt, instruction.references[0]), document.where)]
+
+    def _chat_samples(self, conversation: Conversation, where: str, notes: Counter[str]) -> list[Encoded]:
+        if self._sampler is None:
+            self._sampler = ChatSampler(self.tokenizer.chat(self.settings.chat), self.settings.chat)
+        for name in conversation.unknown_fields:
+            notes[UNKNOWN_FIELD + name] += 1
+        encoded = []
+        for sample in self._sampler.samples(conversation, where, notes):
+            ids, mask, num_crossing = encode_sample(self.tokenizer, sample)
+            notes[BORDER_TOKENS] += num_crossing
+            encoded.append(self._cut(ids, mask, where))
+        notes[LAST_SAMPLES] += len(encoded[-1].ids)
+        return encoded
+
+    def _cut(self, ids: np.ndarray, mask: np.ndarray, where: str) -> Encoded:
+        """A sample of at most `seq_length + 1` tokens."""
+        limit = len(ids) if self.settings.seq_length is None else self.settings.seq_length + 1
+        # The first token is never a label: nothing stands before it to predict it from.
+        if not mask[1:].any():
+            raise Refusal(where, Reason.NOTHING_LEARNED, "no token of it is learned")
+        if not mask[1:limit].any():
+            raise Refusal(
+                where,
+                Reason.TOO_LONG,
+                f"its prompt has {int(np.flatnonzero(mask[1:])[0]) + 1} tokens, --seq-length "
+                f"{self.settings.seq_length} leaves nothing of the answer",
+            )
+        return Encoded(ids[:limit], mask[:limit], truncated=len(ids) > limit)
 
 
 def _only_one(instructions: list[Instruction], where: str) -> Instruction:
     if len(instructions) != 1:
-        raise ValueError(
-            f"{where}: holds {len(instructions)} instructions; training reads one a line, so write a line for each"
+        raise Refusal(
+            where,
+            Reason.FIELDS,
+            f"holds {len(instructions)} instructions; training reads one a line, so write a line for each",
         )
     if not instructions[0].references:
-        raise ValueError(f"{where}: has no answer to learn")
+        raise Refusal(where, Reason.EMPTY, "has no answer to learn")
     return instructions[0]
 
 
@@ -150,8 +211,7 @@ def _encode_pair(tokenizer: TextTokenizer, prompt: str, response: str) -> tuple[
         response_ids = tokenizer.plain_ids(response)
     if response_ids[-1:] != [tokenizer.eod]:
         response_ids = [*response_ids, tokenizer.eod]
-    num_prompt = len(tokenizer.leading_ids) + len(prompt_ids)
-    ids = np.array([*tokenizer.leading_ids, *prompt_ids, *response_ids], np.int32)
-    mask = np.ones(len(ids), np.uint8)
-    mask[:num_prompt] = 0
-    return ids, mask
+    asked = without_second_start([*tokenizer.leading_ids, *prompt_ids], tokenizer.start)
+    mask = np.ones(len(asked) + len(response_ids), np.uint8)
+    mask[: len(asked)] = 0
+    return np.array([*asked, *response_ids], np.int32), mask

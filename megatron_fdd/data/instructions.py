@@ -6,13 +6,15 @@ templates are those of training and of evaluation alike, so that a student is as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+from megatron_fdd.data.records import Fields, parse_json, text_field
+from megatron_fdd.data.refusals import Fault, Reason, refusing
 
 Template = Literal["alpaca", "chat", "none"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
-Fields = Mapping[str, Any]
 
 # The two texts of Stanford's Alpaca, which MiniLLM and the work after it train and evaluate with.
 _ALPACA = (
@@ -39,19 +41,39 @@ class Instruction:
         input: what it is asked about, may be empty.
         references: answers that are right; may be empty where a layout keeps them elsewhere.
         is_prompt: `instruction` is the whole text as the model is to see it: no template is put around it.
+        system: what the system says before all; only a chat template has a place for it.
+        history: earlier questions and their answers, likewise.
     """
 
     instruction: str
     input: str
     references: tuple[str, ...]
     is_prompt: bool = False
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
     def message(self) -> str:
         """Without any template: for a chat template's user, and for models that are asked as they are."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
+    def messages(self) -> list[dict[str, Any]]:
+        """For a chat template, the answer left out."""
+        said = [("system", self.system)] if self.system else []
+        for question, answer in self.history:
+            said += [("user", question), ("assistant", answer)]
+        return [{"role": role, "content": text} for role, text in (*said, ("user", self.message()))]
+
     def prompt(self, template: Literal["alpaca", "none"]) -> str:
-        """The text after which the model answers."""
+        """The text after which the model answers.
+
+        Raises:
+            Fault: there is a system text or a history, for which the template has no place.
+        """
+        for name in ("system", "history"):
+            if getattr(self, name):
+                raise Fault(
+                    f"has the field {name!r}, for which only a chat template has a place", Reason.FIELDS
+                )
         if template == "none" or self.is_prompt:
             return self.message()
         text = _ALPACA_WITH_INPUT if self.input else _ALPACA
@@ -86,33 +108,32 @@ def known_layouts() -> str:
 
 
 def read_record(layout: str, fields: Fields, where: str) -> list[Instruction]:
-    """The instructions of one record.
+    """The instructions of one record, each with the system text and the history beside it.
 
     Raises:
-        ValueError: not laid out so, or a field of another type; names `where`.
+        Refusal: not laid out so, or a field of another type; names `where`.
     """
-    if not LAYOUTS[layout].matches(fields):
-        raise ValueError(
-            f"{where}: has the fields {sorted(fields)}, the layout {layout} needs {LAYOUTS[layout].fields}"
-        )
-    try:
-        return LAYOUTS[layout].read(fields)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    with refusing(where):
+        if not LAYOUTS[layout].matches(fields):
+            needed = LAYOUTS[layout].fields
+            raise Fault(f"has the fields {sorted(fields)}, the layout {layout} needs {needed}", Reason.FIELDS)
+        system, history = _optional_text(fields, "system"), _history(fields)
+        instructions = LAYOUTS[layout].read(fields)
+        return [replace(instruction, system=system, history=history) for instruction in instructions]
 
 
-def text_field(fields: Fields, key: str) -> str:
-    """One field that must be there and must be a text.
+def read_pair(fields: Fields, prompt_key: str, response_key: str, where: str) -> tuple[str, str]:
+    """Prompt and response of a record that has both ready.
 
     Raises:
-        ValueError: it is not.
+        Refusal: one is missing or no text; beside them stands what only a chat template has a place for.
     """
-    if key not in fields:
-        raise ValueError(f"the field {key!r} is missing; the line has {sorted(fields)}")
-    value = fields[key]
-    if not isinstance(value, str):
-        raise ValueError(f"the field {key!r} is a {type(value).__name__}, not a text")
-    return value
+    with refusing(where):
+        pair = text_field(fields, prompt_key), text_field(fields, response_key)
+        for name in ("system", "history", "tools", "images"):
+            if fields.get(name) and name not in (prompt_key, response_key):
+                raise Fault(f"has the field {name!r}, for which only a chat has a place", Reason.FIELDS)
+        return pair
 
 
 def _optional_text(fields: Fields, key: str) -> str:
@@ -123,8 +144,18 @@ def _texts(fields: Fields, key: str) -> tuple[str, ...]:
     """A text or a list of texts."""
     value = fields.get(key)
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-        return tuple(value)
+        return tuple(text_field({key: text}, key) for text in value)
     return (text_field(fields, key),)
+
+
+def _history(fields: Fields) -> tuple[tuple[str, str], ...]:
+    """Earlier turns: a list of pairs of texts, or the JSON text of one."""
+    given = fields.get("history") or []
+    pairs = parse_json(given) if isinstance(given, str) else given
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise Fault("'history' must be a list of pairs of texts")
+    texts = [text_field({"history": text}, "history") for pair in pairs for text in pair]
+    return tuple(zip(texts[::2], texts[1::2], strict=True))
 
 
 def _objects(fields: Fields, key: str) -> list[Fields]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
+from functools import lru_cache
 
+from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.config import TokenizerConfig
@@ -15,8 +16,13 @@ from megatron_fdd.data.tokenizer import (
     SentencePieceText,
     TextTokenizer,
     TokenizerSettings,
-    TokenizerStamp,
     check_tokenizer_files,
+)
+from megatron_fdd.tokenizer_identity import (
+    TokenizerIdentity,
+    TokenizerStamp,
+    checked_identity,
+    identity_of_sentencepiece,
 )
 
 
@@ -24,7 +30,8 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
     """Megatron's tokenizer for these flags.
 
     Raises:
-        ValueError: the files are missing or cannot be read.
+        ValueError: the files are missing or cannot be read; it does not do what its own tokenizer.json says; it
+            lacks the token that is to end documents.
     """
     check_tokenizer_files(settings.tokenizer_type, settings.tokenizer_model)
     config = TokenizerConfig(
@@ -43,25 +50,57 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
     if tokenizer.library == "huggingface":
         # Documents are cut later; the warning about a model's longest input would only mislead.
         tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
+    if settings.eod_token is not None:
+        _end_with(tokenizer, settings)
+    identity_of(tokenizer)
     return tokenizer
 
 
-def identify(tokenizer: MegatronTokenizerText, first_ids: int | None = None) -> TokenizerStamp:
-    """The identity of a tokenizer, or of its first `first_ids` ids (tokens added later are left out)."""
+def _end_with(tokenizer: MegatronTokenizerText, settings: TokenizerSettings) -> None:
+    """Let another token of the vocabulary end documents."""
+    if tokenizer.library != "huggingface":
+        raise ValueError(
+            f"--eod-token {settings.eod_token}: a SentencePiece model names its own end token; leave the flag out"
+        )
+    if settings.eod_token not in tokenizer._tokenizer.tokenizer.get_vocab():
+        raise ValueError(
+            f"--eod-token {settings.eod_token}: no token of {settings.tokenizer_model}; give one that it has"
+        )
+    tokenizer._tokenizer.eos_token = settings.eod_token  # where the wrapper looks for `eod`
+
+
+@lru_cache(maxsize=4)
+def identity_of(tokenizer: MegatronTokenizerBase) -> TokenizerIdentity | None:
+    """The identity of Megatron's tokenizer, made once; None where it has no vocabulary.
+
+    Raises:
+        ValueError: what transformers has loaded is not what the tokenizer.json says.
+    """
+    if getattr(tokenizer, "library", None) in ("huggingface", "sentencepiece"):
+        inner = tokenizer._tokenizer.tokenizer
+        if tokenizer.library == "huggingface":
+            return checked_identity(inner, tokenizer.eod)
+        if not tokenizer._tokenizer.special_token_to_id:
+            return identity_of_sentencepiece(inner, tokenizer.eod)
     try:
-        vocabulary = tokenizer.inv_vocab
+        vocabulary = {token: index for index, token in tokenizer.inv_vocab.items()}
     except (NotImplementedError, AttributeError):
-        vocabulary = None
-    digest = None
-    if vocabulary is not None:
-        limit = tokenizer.vocab_size if first_ids is None else first_ids
-        lines = (f"{i}\t{token!r}\n" for i, token in sorted(vocabulary.items()) if i < limit)
-        digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-    return TokenizerStamp(tokenizer.vocab_size, tokenizer.eod, digest)
+        return None
+    return TokenizerIdentity("words", vocabulary, {}, eod=tokenizer.eod)
 
 
-def text_tokenizer(tokenizer: MegatronTokenizerText) -> TextTokenizer:
+def identify(tokenizer: MegatronTokenizerText) -> TokenizerStamp:
+    """What a prepared set remembers of its tokenizer. ValueError as `identity_of`."""
+    identity = identity_of(tokenizer)
+    assert identity is not None, "every tokenizer that prepares has a vocabulary"
+    return identity.stamp
+
+
+def text_tokenizer(tokenizer: MegatronTokenizerText, stop_ids: tuple[int, ...] = ()) -> TextTokenizer:
     """The same tokenizer without Megatron's classes around it.
+
+    Args:
+        stop_ids: of the model, see `generation_stops`.
 
     Raises:
         ValueError: its ids are not those of Megatron's.
@@ -69,7 +108,7 @@ def text_tokenizer(tokenizer: MegatronTokenizerText) -> TextTokenizer:
     inner = tokenizer._tokenizer  # the wrapper has no name for the object of the library
     make = {"huggingface": HuggingFaceText, "sentencepiece": SentencePieceText}[tokenizer.library]
     eod, bos = (-1 if token_id is None else token_id for token_id in (tokenizer.eod, tokenizer.bos))
-    text = make(tokenizer.chat_template, eod, bos, inner.tokenizer)
+    text = make(tokenizer.chat_template, eod, bos, stop_ids, inner.tokenizer)
     for probe in (PROBE, PROBE.strip(), "a"):
         ids = tokenizer.tokenize(probe)
         if text.ids(probe) != ids or text.text(ids) != tokenizer.detokenize(ids):

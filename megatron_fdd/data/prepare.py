@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import glob
-import logging
+import hashlib
 import os
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 from tqdm import tqdm
 
+from megatron_fdd.data.chat import ANSWERS
+from megatron_fdd.data.chat_template import ChatTemplate
 from megatron_fdd.data.documents import JsonKeys, input_bytes, read_documents
-from megatron_fdd.data.encode import Encoder, EncodeSettings
+from megatron_fdd.data.encode import EMPTY_DOCUMENTS, Encoded, Encoder, EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import identify, load_tokenizer, text_tokenizer
-from megatron_fdd.data.prepared import SetKind, SetWriter, commit
+from megatron_fdd.data.parts import Done, Parts
+from megatron_fdd.data.prepared import SetKind
+from megatron_fdd.data.show import page
+from megatron_fdd.data.summary import summary_lines
+from megatron_fdd.data.tally import Tally
+from megatron_fdd.data.tokenizer import TextTokenizer, generation_stops
 from megatron_fdd.data.workers import encode_in_order, useful_workers
-
-logger = logging.getLogger(__name__)
+from megatron_fdd.tokenizer_identity import TokenizerStamp
 
 SPLIT_NAMES = ("train", "valid", "test")
 
@@ -32,6 +39,8 @@ class PrepareSettings:
         separator: where a document of a text file ends (`documents.read_documents`).
         workers: processes that tokenise, at most; fewer where there is little to do (`workers.useful_workers`).
         overwrite: replace sets that are there.
+        skip_refused: go on after a refused record, and count it.
+        show: how many samples go to a page beside the set, for people.
     """
 
     inputs: tuple[str, ...]
@@ -41,6 +50,8 @@ class PrepareSettings:
     split: tuple[float, ...] = ()
     workers: int = 1
     overwrite: bool = False
+    skip_refused: bool = False
+    show: int = 0
 
     def check(self) -> None:
         """Refuse what cannot work, before a file is written.
@@ -86,14 +97,28 @@ class PrepareSettings:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written. `skipped`: empty documents, and instructions in which nothing is learned."""
+    """What was written, and what was not.
+
+    Attributes:
+        template: of the conversations; None where there was none.
+        eod: the token that was put behind a document; None where none was.
+    """
 
     prefixes: tuple[str, ...]
-    documents: int
-    tokens: int
-    skipped: int
-    truncated: int
+    tally: Tally
+    template: ChatTemplate | None
+    eod: str | None
     seconds: float
+
+    def lines(self) -> list[str]:
+        """For people, the sets and the time in the first."""
+        counts, *more = summary_lines(self.tally, self.template)
+        if self.eod is not None:
+            more.insert(0, f"documents end with {self.eod} (--eod-token)")
+        return [
+            f"{', '.join(self.prefixes)}: {counts} in {self.seconds:.1f} s",
+            *(f"  {line}" for line in more),
+        ]
 
 
 class _Shares:
@@ -103,10 +128,13 @@ class _Shares:
     corpus is in all of them.
     """
 
-    def __init__(self, shares: tuple[float, ...]) -> None:
+    def __init__(self, shares: tuple[float, ...], dealt: list[int]) -> None:
+        """`dealt`: how many each set has; empty at first, and kept up to date."""
         total = sum(shares) or 1.0
         self._shares = [share / total for share in shares] or [1.0]
-        self._dealt = [0] * len(self._shares)
+        self._dealt = dealt
+        if not dealt:
+            dealt += [0] * len(self._shares)
 
     def next(self) -> int:
         number = sum(self._dealt) + 1
@@ -119,6 +147,9 @@ class _Shares:
 def prepare(settings: PrepareSettings) -> Summary:
     """Encode all inputs and write the set or sets; on any error nothing is left that looks whole.
 
+    A run that ended before its time goes on after the last minute that it worked, where settings and inputs are the
+    same (`parts`).
+
     Raises:
         ValueError: malformed input (file and line), missing files or tokenizer, a set without a document.
     """
@@ -128,29 +159,64 @@ def prepare(settings: PrepareSettings) -> Summary:
     folder = os.path.dirname(os.path.abspath(settings.output_prefix))
     _make_folder(folder, settings.output_prefix)
     tokenizer = load_tokenizer(settings.encode.tokenizer)
-    encoder = Encoder(settings.encode, text_tokenizer(tokenizer))
-    scratch_name = f".{os.path.basename(settings.output_prefix)}.partial-"
-    for leftover in glob.glob(os.path.join(glob.escape(folder), glob.escape(scratch_name) + "*")):
-        logger.warning("%s is left from a run that was interrupted (or still runs); delete it", leftover)
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix=scratch_name, dir=folder))
-        bar = stack.enter_context(
-            tqdm(total=total_bytes, unit="B", unit_scale=True, desc="preparing", disable=None)
+    encoder = _encoder(settings, tokenizer)
+    kind: SetKind = "instruction" if settings.encode.format == "instruction" else "text"
+    identity = identify(tokenizer)
+    name = os.path.basename(settings.output_prefix)
+    with Parts(settings.prefixes(), name, kind, identity, _fingerprint(settings, identity)) as parts:
+        done = parts.done
+        bar = tqdm(
+            total=total_bytes,
+            initial=done.num_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="preparing",
+            disable=None,
         )
-        kind: SetKind = "instruction" if settings.encode.format == "instruction" else "text"
-        identity = identify(tokenizer)
-        writers = [SetWriter(prefix, scratch, kind, identity) for prefix in settings.prefixes()]
-        skipped = _write_all(settings, encoder, writers, bar)
-        _check_documents(writers, skipped)
-        commit(writers)
+        with bar:
+            _write_all(settings, encoder, parts, bar)
+        _check_documents(settings, done)
+        has_chats = done.tally.notes[ANSWERS] > 0
+        template = encoder.tokenizer.chat(settings.encode.chat) if has_chats else None
+        parts.commit(_preparation(settings, done.tally, template))
+    if settings.show:
+        tokenizer_of_text, first = look(settings)
+        text = page(tokenizer_of_text, first, f"Samples of {settings.output_prefix}")
+        samples_page(settings.output_prefix).write_text(text, encoding="utf-8")
+    adds_eod = settings.encode.append_eod or (kind == "instruction" and template is None)
     return Summary(
-        prefixes=tuple(writer.prefix for writer in writers),
-        documents=sum(writer.documents for writer in writers),
-        tokens=sum(writer.tokens for writer in writers),
-        skipped=skipped,
-        truncated=sum(writer.truncated for writer in writers),
-        seconds=time.monotonic() - started,
+        tuple(settings.prefixes()),
+        done.tally,
+        template,
+        identity.eod_token if adds_eod else None,
+        time.monotonic() - started,
     )
+
+
+def _fingerprint(settings: PrepareSettings, identity: TokenizerStamp) -> str | None:
+    """Of all that decides what is in the sets; None for inputs that cannot be read again (pipes)."""
+    if not all(os.path.isfile(path) for path in settings.inputs):
+        return None
+    files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in settings.inputs]
+    decisive = (settings.encode, settings.separator, settings.split, identity, files)
+    return hashlib.sha256(repr(decisive).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _preparation(settings: PrepareSettings, tally: Tally, template: ChatTemplate | None) -> dict[str, object]:
+    """What `P.prepared.json` remembers of the run that made it."""
+    seen = {"seq_length": settings.encode.seq_length, **tally.as_json()}
+    if template is None:
+        return seen
+    chat = settings.encode.chat
+    return seen | {
+        "chat": {
+            "template_sha256": hashlib.sha256(repr(template.text).encode()).hexdigest(),
+            "kwargs": dict(chat.variables),
+            "date": str(template.date) if template.uses_date else None,
+            "turns": chat.turns,
+            "allowed": sorted(chat.allowed),
+        }
+    }
 
 
 def _make_folder(folder: str, prefix: str) -> None:
@@ -163,28 +229,69 @@ def _make_folder(folder: str, prefix: str) -> None:
         raise ValueError(f"--output-prefix {prefix}: cannot be written ({error.strerror})") from error
 
 
-def _write_all(settings: PrepareSettings, encoder: Encoder, writers: list[SetWriter], bar: tqdm) -> int:
-    """Feed the writers; returns how many documents were skipped."""
+def look(settings: PrepareSettings) -> tuple[TextTokenizer, list[Encoded]]:
+    """The first `show` samples, and what writes them as a text; nothing is written to a file.
+
+    Raises:
+        ValueError: as `prepare`, as far as it looks.
+    """
+    encoder = _encoder(settings, load_tokenizer(settings.encode.tokenizer))
+    first: list[Encoded] = []
+    for document in read_documents(settings.inputs, settings.encode.format, settings.separator):
+        encoded = encoder(document)
+        if encoded.refusal is not None and not settings.skip_refused:
+            raise encoded.refusal
+        first += encoded.samples
+        if len(first) >= settings.show:
+            break
+    return encoder.tokenizer, first[: settings.show]
+
+
+def _encoder(settings: PrepareSettings, tokenizer: MegatronTokenizerText) -> Encoder:
+    stops = generation_stops(settings.encode.tokenizer.tokenizer_model)
+    return Encoder(settings.encode, text_tokenizer(tokenizer, stops))
+
+
+def samples_page(prefix: str) -> Path:
+    """Where a set's page of samples lies."""
+    return Path(prefix + ".samples.html")
+
+
+def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: tqdm) -> None:
+    """Feed the writers with what is not done yet.
+
+    All samples of a record go to one set, so that no conversation is in training and in validation.
+
+    Raises:
+        Refusal: of the first refused record, unless they are skipped.
+    """
+    done = parts.done
     documents = read_documents(settings.inputs, settings.encode.format, settings.separator)
-    shares = _Shares(settings.split)
+    shares = _Shares(settings.split, done.dealt)
     workers = useful_workers(settings.workers, settings.inputs)
-    skipped = 0
-    for num_bytes, encoded_documents in encode_in_order(documents, encoder, workers):
+    for num_bytes, encoded_documents in encode_in_order(
+        islice(documents, done.documents, None), encoder, workers
+    ):
         for encoded in encoded_documents:
-            if encoded is None:
-                skipped += 1
-            else:
-                writers[shares.next()].add(encoded)
+            if encoded.refusal is not None and not settings.skip_refused:
+                raise encoded.refusal
+            done.tally.add(encoded)
+            if encoded.samples:
+                writer = parts.writers[shares.next()]
+                for sample in encoded.samples:
+                    writer.add(sample)
         bar.update(num_bytes)
-    return skipped
+        done.documents += len(encoded_documents)
+        done.num_bytes += num_bytes
+        if parts.is_due():
+            parts.keep()
 
 
-def _check_documents(writers: list[SetWriter], skipped: int) -> None:
-    for writer in writers:
-        if writer.documents == 0:
-            others = sum(other.documents for other in writers)
+def _check_documents(settings: PrepareSettings, done: Done) -> None:
+    for prefix, count in zip(settings.prefixes(), done.dealt, strict=True):
+        if count == 0:
             raise ValueError(
-                f"no document for {writer.prefix} ({others} for the other sets, {skipped} skipped as empty "
-                "or without anything to learn): give more documents, a larger share in --split, or "
-                "another --document-separator"
+                f"no document for {prefix} ({done.tally.documents} for the other sets, "
+                f"{done.tally.notes[EMPTY_DOCUMENTS]} empty, {done.tally.refused.total()} refused): give more "
+                "documents, a larger share in --split, or another --document-separator"
             )

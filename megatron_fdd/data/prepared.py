@@ -4,7 +4,7 @@
     P_loss_mask.bin, P_loss_mask.idx  instructions only: uint8, 1 for each token that is learned
     P.prepared.json                   `SetInfo`: kind, counts, tokenizer, hash of the content
 
-A set is whole exactly when `P.idx` exists: everything is written in a hidden folder beside it and renamed
+A set is whole exactly when `P.idx` exists: everything is written in a hidden folder beside it (`parts`) and renamed
 at the end, `P.idx` last, after the old set's has been removed. Sets without `P.prepared.json` are plain text
 made by Megatron's own tools.
 """
@@ -16,18 +16,20 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_fdd.data.encode import Encoded
-from megatron_fdd.data.tokenizer import TokenizerStamp
+from megatron_fdd.tokenizer_identity import FormerStamp, TokenizerStamp
 
 FORMAT_NAME = "megatron_fdd.data"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Its sets are read as they are: of their tokenizer they have less, of their ids the largest only.
+_FORMER_VERSION = 1
 _MASK_SUFFIX = "_loss_mask"
 # Not plain `.json`: that may well be the name of the raw file.
 _INFO_SUFFIX = ".prepared.json"
@@ -44,8 +46,10 @@ class SetInfo:
     Attributes:
         learned_tokens: tokens whose loss mask is 1 (for text: all).
         longest_document: in tokens.
+        smallest_token_id: 0 for a set of an older version.
         truncated: documents that were cut to the sequence length.
         content_sha256: of all ids and masks; tells two sets at the same place apart.
+        preparation: what the run that made it saw, for people and for the report; None in a part, and in older sets.
     """
 
     kind: SetKind
@@ -56,7 +60,9 @@ class SetInfo:
     largest_token_id: int
     truncated: int
     content_sha256: str
-    tokenizer: TokenizerStamp
+    tokenizer: TokenizerStamp | FormerStamp
+    smallest_token_id: int = 0
+    preparation: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +87,27 @@ def mask_prefix(prefix: str) -> str:
 
 
 class SetWriter:
-    """Writes one set into `folder` (an existing scratch folder beside its final place)."""
+    """Writes one set."""
 
-    def __init__(self, prefix: str, folder: str, kind: SetKind, tokenizer: TokenizerStamp) -> None:
+    def __init__(self, prefix: str, kind: SetKind, tokenizer: TokenizerStamp) -> None:
         self.prefix = prefix
-        self._scratch = os.path.join(folder, os.path.basename(prefix))
         self._kind = kind
         self._tokenizer = tokenizer
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self._ids = IndexedDatasetBuilder(self._scratch + ".bin", dtype=self._dtype)
+        self._dtype = DType.optimal_dtype(tokenizer.largest_id + 1)
+        self._ids = IndexedDatasetBuilder(prefix + ".bin", dtype=self._dtype)
         self._masks = None
         if kind == "instruction":
-            self._masks = IndexedDatasetBuilder(mask_prefix(self._scratch) + ".bin", dtype=np.uint8)
+            self._masks = IndexedDatasetBuilder(mask_prefix(prefix) + ".bin", dtype=np.uint8)
         self._digest = hashlib.sha256()
         self.documents = self.tokens = self.truncated = 0
         self._learned = self._longest = self._largest = 0
+        self._smallest = tokenizer.largest_id
 
     def add(self, encoded: Encoded) -> None:
         """Append one document."""
         count = len(encoded.ids)
         self._largest = max(self._largest, int(encoded.ids.max()))
+        self._smallest = min(self._smallest, int(encoded.ids.min()))
         assert self._largest <= np.iinfo(self._dtype).max, f"id {self._largest} in a {self._dtype} set"
         self._ids.add_document(encoded.ids, [count])
         self._digest.update(struct.pack("<q", count) + encoded.ids.tobytes())
@@ -116,13 +123,10 @@ class SetWriter:
         self._longest = max(self._longest, count)
         self.truncated += encoded.truncated
 
-    def finish(self) -> list[tuple[str, str]]:
-        """Close the files; returns (scratch path, final path) in the order in which to rename them."""
-        suffixes = [".bin"]
+    def finish(self, preparation: Mapping[str, Any] | None = None) -> None:
+        """Close the files; the set is whole."""
         if self._masks is not None:
-            self._masks.finalize(mask_prefix(self._scratch) + ".idx")
-            suffixes += [_MASK_SUFFIX + ".bin", _MASK_SUFFIX + ".idx"]
-        self._ids.finalize(self._scratch + ".idx")
+            self._masks.finalize(mask_prefix(self.prefix) + ".idx")
         info = SetInfo(
             kind=self._kind,
             documents=self.documents,
@@ -133,23 +137,40 @@ class SetWriter:
             truncated=self.truncated,
             content_sha256=self._digest.hexdigest(),
             tokenizer=self._tokenizer,
+            smallest_token_id=self._smallest,
+            preparation=preparation,
         )
-        with open(self._scratch + _INFO_SUFFIX, "w", encoding="utf-8") as file:
+        with open(self.prefix + _INFO_SUFFIX, "w", encoding="utf-8") as file:
             json.dump(
                 {"format": FORMAT_NAME, "version": FORMAT_VERSION, **dataclasses.asdict(info)}, file, indent=1
             )
-        return [(self._scratch + end, self.prefix + end) for end in (*suffixes, _INFO_SUFFIX, ".idx")]
+        self._ids.finalize(self.prefix + ".idx")
+
+    def add_set(self, prefix: str) -> None:
+        """Append all documents of another set of this kind."""
+        info = _read_info(prefix)
+        assert info is not None
+        if info.documents == 0:  # a file without bytes cannot be mapped
+            return
+        documents = IndexedDataset(prefix)
+        masks = IndexedDataset(mask_prefix(prefix)) if self._masks is not None else None
+        for index in range(len(documents)):
+            ids = documents[index].astype(np.int32)  # as they are hashed
+            self.add(Encoded(ids, None if masks is None else masks[index]))
+        self.truncated += info.truncated
 
 
-def commit(writers: Sequence[SetWriter]) -> None:
-    """Put finished sets in their places. Killed in between, no half-replaced set looks whole."""
-    moves = [move for writer in writers for move in writer.finish()]
-    for writer in writers:
-        for end in (".idx", _INFO_SUFFIX, _MASK_SUFFIX + ".idx", _MASK_SUFFIX + ".bin"):
-            if os.path.exists(writer.prefix + end):
-                os.remove(writer.prefix + end)
-    for scratch, final in moves:
-        os.replace(scratch, final)
+def move_sets(moves: Sequence[tuple[str, str]]) -> None:
+    """Put finished sets in their places, (from, to) each. Killed in between, no half-replaced set looks whole."""
+    ends = (".bin", _MASK_SUFFIX + ".bin", _MASK_SUFFIX + ".idx", _INFO_SUFFIX, ".idx")
+    for _, prefix in moves:
+        for end in reversed(ends[1:]):
+            if os.path.exists(prefix + end):
+                os.remove(prefix + end)
+    for source, prefix in moves:
+        for end in ends:
+            if os.path.exists(source + end):
+                os.replace(source + end, prefix + end)
 
 
 def set_kind(prefix: str) -> SetKind:
@@ -221,9 +242,10 @@ def _read_info(prefix: str) -> SetInfo | None:
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
-        if values.pop("format") != FORMAT_NAME or values["version"] != FORMAT_VERSION:
+        name, version = values.pop("format"), values.pop("version")
+        if name != FORMAT_NAME or version not in (FORMAT_VERSION, _FORMER_VERSION):
             raise ValueError(f"not {FORMAT_NAME} version {FORMAT_VERSION}")
-        del values["version"]
-        return SetInfo(**{**values, "tokenizer": TokenizerStamp(**values["tokenizer"])})
+        stamp = TokenizerStamp if version == FORMAT_VERSION else FormerStamp
+        return SetInfo(**{**values, "tokenizer": stamp(**values["tokenizer"])})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a prepared set ({error}); {_PREPARE_AGAIN}") from error

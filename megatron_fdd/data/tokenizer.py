@@ -1,4 +1,4 @@
-"""The tokenizer of a run: its flags, its identity, and what preparing asks of it, all without Megatron.
+"""The tokenizer of a run: its flags, and what preparing asks of it, all without Megatron.
 
 Training uses Megatron's tokenizer. So does preparing, except that a worker process should not spend seconds on
 importing Megatron: it gets the library's own object (Hugging Face's or SentencePiece's) as Megatron's class has set it
@@ -8,19 +8,24 @@ these objects and refuses one whose ids are not Megatron's.
 
 from __future__ import annotations
 
+import json
+import operator
 import os
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate
 
 if TYPE_CHECKING:  # a library comes with its object, and is imported for that one only
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-# A text on which two copies of a tokenizer are compared: white space in every place, letters beyond ASCII and such as
-# are in few vocabularies, digits, control tokens as text.
+# A text on which a tokenizer is compared with its copy in a worker: white space in every place, letters beyond ASCII
+# and such as are in few vocabularies, digits, control tokens as text.
 PROBE = "  The river,\n\n\ttwo  spaces; naïve 東京 🙂 \u2603 1234567 <s> </s> <|endoftext|> \n"
 
 TOKENIZER_TYPES = (
@@ -37,25 +42,13 @@ class TokenizerSettings:
 
     Attributes:
         chat_template: jinja text that replaces the tokenizer's own template.
+        eod_token: the token that ends a document; None for the tokenizer's own end of sequence.
     """
 
     tokenizer_type: str
     tokenizer_model: str
     chat_template: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerStamp:
-    """What a prepared set remembers of its tokenizer: for a run to tell that its own gives ids the same meaning.
-
-    Attributes:
-        vocab_size: number of ids, added tokens included, padding not.
-        vocabulary_sha256: hash of all (id, token) pairs; None when the tokenizer has no vocabulary.
-    """
-
-    vocab_size: int
-    eod: int | None
-    vocabulary_sha256: str | None
+    eod_token: str | None = None
 
 
 def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | None) -> None:
@@ -84,19 +77,39 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
         )
 
 
+def generation_stops(tokenizer_model: str) -> tuple[int, ...]:
+    """Ids at which the model of this folder ends a generation; none without `generation_config.json`.
+
+    Raises:
+        ValueError: the file is no JSON object, or names something else than ids.
+    """
+    path = os.path.join(tokenizer_model, "generation_config.json")
+    if not os.path.isfile(path):
+        return ()
+    try:
+        with open(path, encoding="utf-8") as file:
+            named = json.load(file).get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        return tuple(operator.index(each) for each in ids)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: eos_token_id cannot be read ({error})") from error
+
+
 @dataclass(frozen=True)
 class TextTokenizer(ABC):
     """What preparing asks of a tokenizer; can be pickled into a process without torch and Megatron.
 
     Attributes:
-        chat_template: jinja text; None when there is none.
+        chat_template: jinja text, or several by name; None when there is none.
         eod: id that ends a document; negative when there is none.
         bos: id that may begin a sequence, likewise.
+        stop_ids: ids at which the model's own `generation_config.json` ends a generation.
     """
 
-    chat_template: str | None
+    chat_template: str | Mapping[str, str] | None
     eod: int
     bos: int
+    stop_ids: tuple[int, ...]
 
     @abstractmethod
     def ids(self, text: str) -> list[int]:
@@ -107,22 +120,52 @@ class TextTokenizer(ABC):
         """Ids of `text` without the tokens that a Hugging Face tokenizer puts around a whole sequence."""
 
     @abstractmethod
+    def ids_and_places(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        """`plain_ids`, and of each the characters that it stands for (None: this tokenizer does not tell)."""
+
+    @abstractmethod
     def text(self, ids: list[int]) -> str:
         """What Megatron's `detokenize` gives."""
 
     @abstractmethod
-    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        """The text that the chat template makes. Raises jinja2.TemplateError."""
+    def added_tokens(self) -> dict[str, bool]:
+        """Texts that are a token wherever they stand: `<|im_end|>`. True: a control token."""
 
     @abstractmethod
-    def special_ids(self) -> set[int]:
-        """Ids of control tokens, the end of a document among them."""
+    def special_tokens(self) -> dict[str, Any]:
+        """What chat templates know by name: `bos_token`, `eos_token` and the like."""
+
+    def chat(self, settings: ChatSettings) -> ChatTemplate:
+        """The chat template with this tokenizer's tokens.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if not self.chat_template:
+            raise ValueError(
+                "a chat needs a chat template and this tokenizer has none; give one with --chat-template, or use "
+                "the fields prompt and response"
+            )
+        ends = {self.text([end]) for end in (self.eod, *self.stop_ids) if end >= 0}
+        return ChatTemplate(
+            self.chat_template,
+            self.special_tokens(),
+            self.added_tokens(),
+            frozenset(ends & self.added_tokens().keys()),
+            settings.variables,
+            settings.date,
+        )
 
     @cached_property
     def leading_ids(self) -> list[int]:
         """What this tokenizer puts before a sequence: the beginning-of-sequence id, or nothing."""
         first = self.ids("a")[:1]
         return first if first and first[0] == self.bos else []
+
+    @property
+    def start(self) -> int | None:
+        """The id of `leading_ids`; None where this tokenizer puts nothing before a sequence."""
+        return self.leading_ids[0] if self.leading_ids else None
 
 
 @dataclass(frozen=True)
@@ -137,32 +180,21 @@ class HuggingFaceText(TextTokenizer):
     def plain_ids(self, text: str) -> list[int]:
         return self.library(text, add_special_tokens=False).input_ids
 
+    def ids_and_places(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        if not self.library.is_fast:
+            return self.plain_ids(text), None
+        encoded = self.library(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded.input_ids, encoded["offset_mapping"]
+
     def text(self, ids: list[int]) -> str:
         tokens = self.library.convert_ids_to_tokens(ids)
         return self.library.convert_tokens_to_string([token for token in tokens if token is not None])
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        text: Any = self.library.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return text
+    def added_tokens(self) -> dict[str, bool]:
+        return {token.content: token.special for token in self.library.added_tokens_decoder.values()}
 
-    def marked_ids(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Ids of a chat, and 1 for each that the template marks with `{% generation %}`."""
-        encoded: Any = self.library.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return encoded["input_ids"], encoded["assistant_masks"]
-
-    def special_ids(self) -> set[int]:
-        return {*self.library.all_special_ids, self.eod}
+    def special_tokens(self) -> dict[str, Any]:
+        return dict(self.library.special_tokens_map)
 
 
 @dataclass(frozen=True)
@@ -177,15 +209,22 @@ class SentencePieceText(TextTokenizer):
     def plain_ids(self, text: str) -> list[int]:
         return self.ids(text)
 
+    def ids_and_places(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        library: Any = self.library  # its stubs lack these
+        if hasattr(library, "encode_as_offset_mapping"):
+            found = library.encode_as_offset_mapping(text)
+            return found["ids"], found["offsets"]
+        pieces = library.encode_as_immutable_proto(text).pieces  # sentencepiece up to 0.2.1
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
+
     def text(self, ids: list[int]) -> str:
         return self.library.decode_ids(ids)
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        # As Megatron does; the public ways to render need a tokenizer of transformers.
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+    def added_tokens(self) -> dict[str, bool]:
+        """Pieces such as `<|im_end|>` that the model was trained to keep whole; none of the control pieces."""
+        pieces = (self.library.id_to_piece(index) for index in range(self.library.get_piece_size()))
+        bracketed = [piece for piece in pieces if re.fullmatch(r"<.+>|\[.+\]", piece)]
+        return {piece: True for piece in bracketed if self.library.piece_to_id(piece) in self.ids(piece)}
 
-        template = _compile_jinja_template(self.chat_template)
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
-
-    def special_ids(self) -> set[int]:
-        return {self.eod}
+    def special_tokens(self) -> dict[str, Any]:
+        return {}

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from megatron_fdd.data.documents import RawDocument, input_bytes
-from megatron_fdd.data.encode import Encoded, Encoder
+from megatron_fdd.data.encode import EncodedDocument, Encoder
 from megatron_fdd.data.tokenizer import PROBE
 
 # Large enough that handing a batch over costs nothing beside encoding it.
@@ -31,7 +31,7 @@ _AHEAD = 4
 # A worker starts in 0.9 s of CPU time and encodes these in 1.7 s (benchmarks/LOG.md, "preparing data").
 BYTES_OF_A_WORKER = 4 * 1024 * 1024
 
-EncodedBatch = tuple[int, list[Encoded | None]]
+EncodedBatch = tuple[int, list[EncodedDocument]]
 
 
 def useful_workers(asked: int, inputs: Sequence[str]) -> int:
@@ -63,7 +63,7 @@ def encode_in_order(
     """Bytes consumed and encoded documents of each batch, in the order of the documents.
 
     Raises:
-        ValueError: what `encoder` raises for the first document that it refuses; a worker died.
+        ValueError: a worker died.
     """
     batches = _batches(documents)
     if workers == 1:

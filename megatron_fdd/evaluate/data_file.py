@@ -16,8 +16,8 @@ from megatron_fdd.data.instructions import (
     find_layout,
     known_layouts,
     read_record,
-    text_field,
 )
+from megatron_fdd.data.records import text_field
 
 
 @dataclass(frozen=True, slots=True)

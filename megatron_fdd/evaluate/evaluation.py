@@ -112,7 +112,12 @@ def _answers_file(model: NamedModel, data: DataFile, seed: int, request: Request
         "format": data.layout,
         "seed": seed,
         **asdict(request.placement),
-        **{key: value for key, value in asdict(request.generation).items() if key != "seeds"},
+        **{
+            key: value
+            for key, value in asdict(request.generation).items()
+            if key not in ("seeds", "chat_date")
+        },
+        "chat_date": str(request.generation.chat_date or ""),
     }
     return AnswersFile(request.out / model.name / "answers" / f"{data.name}.seed{seed}.jsonl", settings)
 
@@ -122,8 +127,29 @@ def _cut_all(request: Request) -> list[Windows]:
     if not request.text.is_asked:
         return []
     if request.teacher is not None:
-        return [_cut(request.teacher, request)] * len(request.models)
+        windows = _cut(request.teacher, request)
+        for model in request.models:
+            check_known_tokens(model, windows)
+        return [windows] * len(request.models)
     return [_cut(model, request) for model in request.models]
+
+
+def check_known_tokens(model: NamedModel, windows: Windows) -> None:
+    """Refuse a text with tokens that were added to the teacher's tokenizer and not to the model's.
+
+    Raises:
+        ValueError: names the first.
+    """
+    identity = model.identity()
+    if identity is None or windows.validation is None:
+        return
+    unknown = sorted(set(windows.validation.unique().tolist()) - identity.token_of.keys())
+    if unknown:
+        token = windows.tokenizer.convert_ids_to_tokens(unknown[0])
+        raise ValueError(
+            f"--validation-text holds {token!r}, id {unknown[0]} of the teacher, which {model.name} does not have; "
+            "leave such texts, --teacher or the model out"
+        )
 
 
 def _cut(model: NamedModel, request: Request) -> Windows:

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import (
@@ -23,8 +22,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_fdd.data.chat import ChatSampler
+from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.instructions import Instruction
-from megatron_fdd.evaluate.models import check_finite, end_ids, leading_ids, plain_generation
+from megatron_fdd.data.tokenizer import HuggingFaceText
+from megatron_fdd.evaluate.models import begun, check_finite, end_ids, leading_ids, plain_generation
 from megatron_fdd.evaluate.settings import GenerationSettings
 
 
@@ -46,13 +48,15 @@ def encode_prompts(
         ValueError: the chat template is missing or refuses an example; an example without any token.
     """
     leading = leading_ids(tokenizer)
+    sampler = _chat_sampler(tokenizer, settings) if settings.template == "chat" else None
     prompts = []
     for number, example in examples.items():
         if settings.template == "chat":
-            ids = _encode_chat(example, tokenizer)
+            assert sampler is not None
+            before, text = [], _chat_text(example, sampler)
         else:
-            text = example.prompt(settings.template)
-            ids = leading + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            before, text = leading, example.prompt(settings.template)
+        ids = begun(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], before)
         if not ids:
             raise ValueError(
                 f"example {number} (from 0) is empty, and the tokenizer puts nothing before it: there is nothing to "
@@ -63,15 +67,25 @@ def encode_prompts(
     return prompts
 
 
-def _encode_chat(example: Instruction, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError("--template chat: this tokenizer has no chat template; use alpaca or none")
-    messages = [{"role": "user", "content": example.message()}]
+def _chat_sampler(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> ChatSampler:
+    """What training makes conversations with."""
+    template = settings.chat_template or tokenizer.chat_template
+    if not template:
+        raise ValueError(
+            "--template chat: this tokenizer has no chat template; give one with --chat-template"
+        )
+    eod, bos = (-1 if each is None else each for each in (tokenizer.eos_token_id, tokenizer.bos_token_id))
+    text = HuggingFaceText(template, eod, bos, (), tokenizer)
+    return ChatSampler(text.chat(settings.chat), settings.chat)
+
+
+def _chat_text(example: Instruction, sampler: ChatSampler) -> str:
+    messages = example.messages()
+    asked = Conversation(tuple(messages), (False,) * len(messages))
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+        return sampler.prompt(asked)
+    except Exception as error:  # a template is a program from somewhere
         raise ValueError(f"--template chat: the chat template refuses an instruction: {error}") from error
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def check_length(prompts: Iterable[Prompt], max_new_tokens: int, positions: float) -> None:

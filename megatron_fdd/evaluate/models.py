@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from megatron_fdd.evaluate.tokenizer import load_tokenizer
+from megatron_fdd.tokenizer_identity import TokenizerIdentity, has_tokenizer, without_second_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +107,16 @@ class NamedModel:
             raise ValueError(f"{self.folder}/config.json cannot be read ({_first_line(error)})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own.
+        """The folder's own, doing what its tokenizer.json says whatever class it names.
 
         Raises:
-            ValueError: it has none.
+            ValueError: it has none, or none that does.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{self.folder} has no tokenizer that loads ({_first_line(error)}); "
-                "copy its teacher's files into it"
-            ) from error
+        return load_tokenizer(self.folder, self.fingerprint())[0]
 
-    def words(self) -> dict[int, str]:
-        """By id. Added ones are left out, as they differ between models of one family; none without a tokenizer."""
-        try:
-            tokenizer = self.tokenizer()
-        except ValueError:
-            return {}
-        added = tokenizer.get_added_vocab()
-        return {index: word for word, index in tokenizer.get_vocab().items() if word not in added}
+    def identity(self) -> TokenizerIdentity | None:
+        """Of the tokenizer; None where the folder has no files of one. ValueError as `tokenizer`."""
+        return load_tokenizer(self.folder, self.fingerprint())[1] if has_tokenizer(self.folder) else None
 
     def fingerprint(self) -> str:
         """Changes when any file of the folder does, by name, size and time: hashing weights would take minutes."""
@@ -147,6 +138,11 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What training puts before a text: the beginning-of-sequence token of a tokenizer that puts one, else nothing."""
     first: list[int] = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def begun(ids: list[int], leading: list[int]) -> list[int]:
+    """The ids of a text behind the `leading_ids`; one that begins with the literal start token gets no second one."""
+    return without_second_start([*leading, *ids], leading[0] if leading else None)
 
 
 def check_finite(model: PreTrainedModel, is_finite: bool) -> None:

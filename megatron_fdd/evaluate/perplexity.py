@@ -13,7 +13,7 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_fdd.data.documents import read_documents
-from megatron_fdd.evaluate.models import check_finite, end_ids, leading_ids, plain_generation
+from megatron_fdd.evaluate.models import begun, check_finite, end_ids, leading_ids, plain_generation
 
 # One batch's logits hold at most this many numbers (64 MiB in float32), unless one window has more.
 _MAX_LOGITS = 2**24
@@ -61,7 +61,7 @@ def cut_windows(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     tokens = torch.tensor(
-        [token for ids in encoded for token in [*leading, *ids, *(end if ids[-1:] != end else [])]]
+        [token for ids in encoded for token in [*begun(ids, leading), *(end if ids[-1:] != end else [])]]
     )
     if len(tokens) <= length:
         raise ValueError(f"the text has {len(tokens)} tokens, one window needs {length + 1}: give more text")
@@ -129,7 +129,8 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     Raises:
         ValueError: nothing is left of it.
     """
-    ids = leading_ids(tokenizer) + tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = begun(ids, leading_ids(tokenizer))
     if not ids:
         raise ValueError(f"--prompt {prompt!r} has no token to begin with; give a text")
     return ids

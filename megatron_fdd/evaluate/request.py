@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_fdd.console import complain
 from megatron_fdd.evaluate.data_file import DataFile
 from megatron_fdd.evaluate.models import NamedModel, Placement
 from megatron_fdd.evaluate.rouge import scorer
 from megatron_fdd.evaluate.settings import GenerationSettings, Text
+from megatron_fdd.tokenizer_identity import compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Request:
     def _check_vocabularies(self) -> None:
         if self.teacher is None or not self.text.is_asked:
             return
-        theirs, their_words = self.teacher.config().vocab_size, self.teacher.words()
+        theirs, identity = self.teacher.config().vocab_size, self.teacher.identity()
         for model in self.models:
             ours = model.config().vocab_size
             if ours != theirs:
@@ -73,11 +75,14 @@ class Request:
                     f"{model.name} has {ours} words and the teacher {theirs}: they are compared word by word and need "
                     "the same vocabulary"
                 )
-            words = model.words()
-            for index in sorted(words.keys() & their_words.keys()):
-                if words[index] != their_words[index]:
-                    raise ValueError(
-                        f"{model.name} and the teacher have different tokenizers, so a KL would compare different "
-                        f"words (at {index}: {words[index]!r} / {their_words[index]!r}); "
-                        "leave --teacher or the model out"
-                    )
+            its = model.identity()
+            if model is self.teacher or identity is None or its is None:
+                continue
+            found = compare(identity, its, ("the teacher", model.name))
+            if found.difference is not None:
+                raise ValueError(
+                    f"{model.name} and the teacher have different tokenizers, so a KL would compare different "
+                    f"words: {found.difference}; leave --teacher or the model out"
+                )
+            for remark in found.remarks:
+                complain(f"warning: the tokenizers of {model.name} and the teacher: {remark}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from megatron_fdd.data.chat_template import ChatSettings
 from megatron_fdd.data.documents import input_bytes
 from megatron_fdd.data.instructions import Template
 
@@ -20,6 +24,9 @@ class GenerationSettings:
     Attributes:
         temperature: 0 takes the most probable token, with which all seeds would be the same: only the first is run.
         max_prompt_tokens: a longer prompt loses its end, as in the field.
+        chat_template: jinja text in place of the tokenizer's; it and the next two are for the template `chat`.
+        chat_template_kwargs: its switches.
+        chat_date: what it writes as today's date; None: today's.
     """
 
     template: Template = "alpaca"
@@ -28,6 +35,9 @@ class GenerationSettings:
     top_p: float = 1.0
     max_prompt_tokens: int = 256
     max_new_tokens: int = 256
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_date: datetime.date | None = None
 
     def check(self) -> None:
         """Refuse values without a meaning.
@@ -50,6 +60,17 @@ class GenerationSettings:
         for flag, value, holds, bound in bounds:
             if not holds:
                 raise ValueError(f"{flag} {value}: {bound}")
+        if self.template != "chat" and (self.chat_template or self.chat_template_kwargs or self.chat_date):
+            raise ValueError(
+                f"--chat-template, --chat-template-kwargs and --chat-date are for --template chat, this is "
+                f"--template {self.template}: leave them out, or say --template chat"
+            )
+        _ = self.chat
+
+    @property
+    def chat(self) -> ChatSettings:
+        """What holds for conversations."""
+        return ChatSettings(self.chat_template_kwargs, self.chat_date or datetime.date.today())
 
     @property
     def runs(self) -> tuple[int, ...]:

@@ -1,56 +1,18 @@
-"""Is this the right teacher: the same tokenizer, and a sane loss on the first batch."""
+"""Is this the right teacher: a sane loss on the first batch."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_fdd import console
-from megatron_fdd.convert.tokenizer import compare_tokenizers, has_tokenizer, tokenizer_identity
 from megatron_fdd.lens import Lens
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.linear_kl import VocabShard, linear_kl
 from megatron_fdd.teacher import TeacherFeatures
-
-
-def check_tokenizers(teacher_load: str, args: argparse.Namespace) -> None:
-    """The data's tokenizer must be the teacher's; other added tokens and other padding are allowed.
-
-    Args:
-        teacher_load: checkpoint folder, with the tokenizer's files in `tokenizer/` if our conversion made it.
-        args: this run's arguments (`--tokenizer-model`).
-
-    Raises:
-        ValueError: ids that mean different tokens.
-    """
-    stored = Path(teacher_load) / "tokenizer"
-    model = Path(args.tokenizer_model) if args.tokenizer_model else None
-    if not has_tokenizer(stored):
-        _warn_once(
-            f"--teacher-load {teacher_load} stores no tokenizer, so nobody checks that its ids mean what the "
-            "data's ids mean; if they do not, the student learns noise (fdd import stores it)",
-            args,
-        )
-        return
-    if model is None or not has_tokenizer(_folder(model)):
-        _warn_once(
-            f"--tokenizer-type {args.tokenizer_type}: its vocabulary is not in files, so it cannot be compared "
-            f"with the teacher's ({stored}); make sure that the ids mean the same",
-            args,
-        )
-        return
-    difference = compare_tokenizers(tokenizer_identity(stored), tokenizer_identity(_folder(model)))
-    if difference is not None:
-        raise ValueError(
-            f"the teacher's tokenizer ({stored}) is not the data's (--tokenizer-model {model}): {difference}. "
-            "Teacher and student must share a vocabulary: prepare the data with the teacher's tokenizer"
-        )
 
 
 def report_cross_entropy(
@@ -97,13 +59,3 @@ def report_cross_entropy(
             f"WARNING: THE TEACHER IS WORSE THAN A UNIFORM GUESS ({nats:.4f} > {uniform:.4f} nats). "
             "Its weights, its tokenizer or its conversion is wrong; the student would learn that."
         )
-
-
-def _folder(path: Path) -> Path:
-    """A SentencePiece model is named by its file, everything else by its folder."""
-    return path.parent if path.is_file() else path
-
-
-def _warn_once(text: str, args: argparse.Namespace) -> None:
-    if args.rank == 0:
-        warnings.warn(text, stacklevel=3)

@@ -14,7 +14,7 @@ from megatron.training.arguments import parse_args
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_fdd.data.encode import Encoder, EncodeSettings
+from megatron_fdd.data.encode import Encoded, EncodedDocument, Encoder, EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import load_tokenizer, text_tokenizer
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
@@ -89,6 +89,14 @@ def sp(sp_model: Path) -> TokenizerSettings:
 def make_encoder(settings: EncodeSettings) -> Encoder:
     """As `prepare` makes it."""
     return Encoder(settings, text_tokenizer(load_tokenizer(settings.tokenizer)))
+
+
+def only_sample(document: EncodedDocument) -> Encoded:
+    """Of a document that gives one; raises its refusal."""
+    if document.refusal is not None:
+        raise document.refusal
+    [sample] = document.samples
+    return sample
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from megatron_fdd.data.documents import RawDocument
-from megatron_fdd.data.encode import Encoded, Encoder
+from megatron_fdd.data.encode import EncodedDocument, Encoder
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Probe:
     def tokenizer(self):
         return self.encoder.tokenizer
 
-    def __call__(self, document: RawDocument) -> Encoded | None:
+    def __call__(self, document: RawDocument) -> EncodedDocument:
         encoded = self.encoder(document)
         if b"report" in document.content:  # as an error, which comes back with its text
             loaded = [name for name in ("torch", "megatron") if sys.modules.get(name)]

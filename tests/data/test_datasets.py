@@ -199,27 +199,6 @@ def test_read_only_folder_is_refused_unless_the_cache_is_elsewhere(
     check_data_args(args, load_tokenizer(hf))
 
 
-def test_another_tokenizer_is_refused(
-    sets: Path, hf: TokenizerSettings, sp: TokenizerSettings, tmp_path: Path
-) -> None:
-    args = megatron_args("--data-path", str(sets / "text"), "--split", "90,10,0")
-    with pytest.raises(ValueError, match=r"has the token id \d+ and the tokenizer of this run 120 ids"):
-        check_data_args(args, load_tokenizer(sp))
-    larger = load_tokenizer(hf)
-    larger.add_special_tokens({"extra_special_tokens": ["<new>"]})
-    check_data_args(args, larger)
-    other = load_tokenizer(hf)
-    words = dict(other.inv_vocab)
-    words[300], words[301] = words[301], words[300]
-    other._tokenizer._inv_vocab_dict = words
-    with pytest.raises(ValueError, match="prepared with another tokenizer"):
-        check_data_args(args, other)
-    # A set of unknown origin has nothing but its ids to look at.
-    args.data_path = [as_megatron_makes_it(tmp_path / "own", [[1, 500]] * 30)]
-    with pytest.raises(ValueError, match="has the token id 500"):
-        check_data_args(args, load_tokenizer(hf))
-
-
 def test_flags_without_effect_are_named(sets: Path, hf: TokenizerSettings) -> None:
     args = megatron_args("--data-path", str(sets / "instruction"), "--split", "90,10,0", "--eod-mask-loss")
     with pytest.warns(UserWarning, match="--eod-mask-loss: no effect on instructions"):

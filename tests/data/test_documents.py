@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 
-from megatron_fdd.data.documents import JsonKeys, RawDocument, detect_format, read_documents
+from megatron_fdd.data.documents import JsonKeys, RawDocument, detect_format, expand_inputs, read_documents
 
 TEXT = "\nfirst\nstill first\n\n\nsecond\r\n---\nthird"
 
@@ -23,7 +24,7 @@ def test_text_documents(tmp_path: Path, separator: str, expected: list[tuple[int
     path = tmp_path / "a.txt"
     path.write_bytes(TEXT.encode())
     documents = list(read_documents([str(path)], "text", separator))
-    assert [(d.line, d.text()) for d in documents] == expected
+    assert [(d.number, d.text()) for d in documents] == expected
     assert sum(d.num_bytes for d in documents) == len(TEXT)
 
 
@@ -31,7 +32,8 @@ def test_jsonl_skips_blank_lines_and_keeps_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "x"}\n\n  \n{"text": "y"}\n')
     documents = list(read_documents([str(path)], "jsonl", "file"))
-    assert [(d.line, d.json_object()["text"]) for d in documents] == [(1, "x"), (4, "y")]
+    assert [(d.number, d.json_object()["text"]) for d in documents] == [(1, "x"), (4, "y")]
+    assert sum(d.num_bytes for d in documents) == path.stat().st_size - len("\n  \n")
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,107 @@ def test_bad_bytes_are_found_on_their_line() -> None:
     document = RawDocument("a.txt", 5, b"good\nbad \xff here", 15)
     with pytest.raises(ValueError, match=r"a.txt, line 6: byte 0xff is not UTF-8"):
         document.text()
+
+
+@pytest.mark.parametrize(
+    ("record", "response", "expected"),
+    [
+        ('{"conversations": [{"from": "human"}]}', "response", "instruction"),
+        ('{"prompt": [], "completion": []}', "response", "instruction"),
+        ('{"query": "x", "tools": "[]", "answers": "[]"}', "response", "instruction"),
+        ('{"chosen": [{}]}', "chosen", "instruction"),
+        ('{"prompt": "x", "chosen": "y"}', "chosen", "instruction"),
+        ('{"conversation": "A: x", "text": "y"}', "response", "jsonl"),
+    ],
+)
+def test_formats_of_published_layouts(tmp_path: Path, record: str, response: str, expected: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f"[{record}]")
+    assert detect_format([str(path)], JsonKeys(response=response)) == expected
+
+
+def test_chosen_answers_are_read_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"chosen": [], "rejected": []}')
+    with pytest.raises(ValueError, match="line 1: .*or give --response-key chosen"):
+        detect_format([str(path)], JsonKeys())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", '{"text": "x"}\n', "jsonl"),
+        ("a", '\n {"text": "x"}\n', "jsonl"),
+        ("a.TXT", '[\n {"text": "x"}]', "jsonl"),
+        ("a.JSONL", '{"text": "x"}', "jsonl"),
+        ("a.txt", "{ int x; }", "text"),
+        ("a.txt", "[1] A reference", "text"),
+        ("a.txt", "{{ jinja }}", "text"),
+        ("a.txt", "", "text"),
+    ],
+)
+def test_content_tells_the_format(tmp_path: Path, name: str, content: str, expected: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert detect_format([str(tmp_path / name)], JsonKeys()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "a,b", "is a table: write it as JSON lines"),
+        ("a.tsv.gz", "a\tb", "is a table: write it as JSON lines"),
+        ("a.arrow", "", "is an Arrow file: write it as parquet"),
+        ("a.json", " \n", "is empty; remove it"),
+        ("a.json", "[]", "is empty; remove it"),
+        ("a.json", "{\n", "a.json, line 1: malformed JSON"),
+        ("a.txt", '{"text": "' + "x" * 5_000_000, "its first record is very long; say with --format"),
+    ],
+)
+def test_files_without_a_format(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        detect_format([str(tmp_path / name)], JsonKeys())
+
+
+def test_a_malformed_first_record_does_not_hide_the_format(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": \n{"text": "x"}\n')
+    assert detect_format([str(path)], JsonKeys()) == "jsonl"
+
+
+def test_folders(tmp_path: Path) -> None:
+    names = ["b/2.jsonl.gz", "b/10.json", "a.parquet", "c.txt"]
+    others = ["README.md", "dataset_infos.json", ".hidden.json", ".cache/x.json", "d.csv", "state.json"]
+    for name in names + others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "z.jsonl").symlink_to(tmp_path / "b/10.json")  # as in the hub's cache
+    expected = ["a.parquet", "b/10.json", "b/2.jsonl.gz", "c.txt", "z.jsonl"]
+    assert expand_inputs([str(tmp_path)]) == tuple(str(tmp_path / name) for name in expected)
+    assert expand_inputs([str(tmp_path / "d.csv")]) == (str(tmp_path / "d.csv"),)
+
+
+def test_folders_without_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no data in the folder .*: nothing in it is known; names must end in"
+    ):
+        expand_inputs([str(tmp_path)])
+    (tmp_path / "data.arrow").touch()
+    with pytest.raises(ValueError, match=r"data\.arrow is an Arrow file: write it as parquet"):
+        expand_inputs([str(tmp_path)])
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        expand_inputs([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("separator", ["file", "blank-line"])
+def test_compressed_text(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbffirst\n\nsecond"))
+    assert detect_format([str(path)], JsonKeys()) == "text"
+    found = [document.text() for document in read_documents([str(path)], "text", separator)]
+    assert found == (["first\n\nsecond"] if separator == "file" else ["first", "second"])
+
+
+def test_nul_is_in_no_text() -> None:
+    with pytest.raises(ValueError, match=r"a.txt, line 2: byte 0x00 is in no text"):
+        RawDocument("a.txt", 1, b"good\nb\0", 7).text()

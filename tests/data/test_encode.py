@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-import sentencepiece
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megatron_fdd.data.documents import RawDocument
-from megatron_fdd.data.encode import Encoded, EncodeSettings
+from megatron_fdd.data.encode import EMPTY_DOCUMENTS, Encoded, EncodeSettings
 from megatron_fdd.data.instructions import TEMPLATES, Template, read_record
+from megatron_fdd.data.refusals import Reason, Refusal
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from megatron_fdd.evaluate.generation import encode_prompts
 from megatron_fdd.evaluate.settings import GenerationSettings
-from tests.data.conftest import make_encoder
+from tests.data.conftest import CHATML, make_encoder, only_sample
 
 CHAT = [
     {"role": "system", "content": "The house."},
@@ -25,14 +25,7 @@ CHAT = [
     {"role": "assistant", "content": "They play. "},
 ]
 SPOKEN = "Near the house, children sing.<|im_end|>They play. <|im_end|>"
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
-    "{{ '\n' }}"
-    "{% endfor %}"
-)
-# Like templates that drop the reasoning of earlier turns: a turn looks different once it is not the last.
-REWRITING = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if loop.last %}!{% endif %}\n{% endfor %}"
+MARKED = CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
 
 
 def document(row: dict[str, object]) -> RawDocument:
@@ -40,10 +33,9 @@ def document(row: dict[str, object]) -> RawDocument:
     return RawDocument("x.jsonl", 7, content, len(content))
 
 
-def encode(
-    tokenizer: TokenizerSettings, row: dict[str, object], seq_length: int | None = None
-) -> Encoded | None:
-    return make_encoder(EncodeSettings(tokenizer, "instruction", seq_length=seq_length))(document(row))
+def encode(tokenizer: TokenizerSettings, row: dict[str, object], seq_length: int | None = None) -> Encoded:
+    encoder = make_encoder(EncodeSettings(tokenizer, "instruction", seq_length=seq_length))
+    return only_sample(encoder(document(row)))
 
 
 def learned_text(tokenizer: TokenizerSettings, encoded: Encoded) -> str:
@@ -51,28 +43,26 @@ def learned_text(tokenizer: TokenizerSettings, encoded: Encoded) -> str:
     return hf.decode(encoded.ids[encoded.loss_mask == 1])
 
 
-@pytest.mark.parametrize("template", [None, MARKED], ids=["prefixes", "generation marks"])
-def test_chat_learns_every_assistant_turn_and_nothing_else(
-    hf: TokenizerSettings, template: str | None
-) -> None:
-    settings = TokenizerSettings(hf.tokenizer_type, hf.tokenizer_model, template)
-    encoded = encode(settings, {"messages": CHAT})
+def test_chat_learns_every_assistant_turn_and_nothing_else(hf: TokenizerSettings) -> None:
+    encoded = encode(hf, {"messages": CHAT})
     assert learned_text(hf, encoded) == SPOKEN
     reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
-    assert encoded.ids.tolist() == reference.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    text = reference.apply_chat_template(CHAT, tokenize=False)
+    assert text.endswith("<|im_end|>\n")  # which no model has to say
+    assert encoded.ids.tolist() == reference(text[:-1], add_special_tokens=False).input_ids
 
 
-def test_template_that_rewrites_turns_is_refused(hf: TokenizerSettings) -> None:
-    settings = TokenizerSettings(hf.tokenizer_type, hf.tokenizer_model, REWRITING)
-    with pytest.raises(ValueError, match=r"x.jsonl, line 7: .* message 3 differently .*generation"):
-        encode(settings, {"messages": CHAT})
+def test_marks_narrow_what_is_learned(hf: TokenizerSettings) -> None:
+    settings = TokenizerSettings(hf.tokenizer_type, hf.tokenizer_model, MARKED)
+    assert learned_text(hf, encode(settings, {"messages": CHAT})) == SPOKEN.replace("<|im_end|>", "")
 
 
 def test_template_that_refuses_is_reported(hf: TokenizerSettings) -> None:
     template = "{{ raise_exception('no system role') }}"
     settings = TokenizerSettings(hf.tokenizer_type, hf.tokenizer_model, template)
-    with pytest.raises(ValueError, match=r"line 7: the chat template refuses .*no system role"):
+    with pytest.raises(Refusal, match=r"line 7: the chat template refuses .*no system role") as caught:
         encode(settings, {"messages": CHAT})
+    assert caught.value.reason is Reason.RAISED
 
 
 def test_chat_without_template_is_refused(sp: TokenizerSettings) -> None:
@@ -80,32 +70,23 @@ def test_chat_without_template_is_refused(sp: TokenizerSettings) -> None:
         encode(sp, {"messages": CHAT})
 
 
-def test_sentencepiece_chat_with_a_template(sp: TokenizerSettings) -> None:
-    template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}" + (
-        "{% if add_generation_prompt %}assistant{% endif %}"
-    )
-    encoded = encode(
-        TokenizerSettings(sp.tokenizer_type, sp.tokenizer_model, template),
-        {"messages": [{"role": "user", "content": "sing"}, {"role": "assistant", "content": "the night"}]},
-    )
-    model = sentencepiece.SentencePieceProcessor(model_file=sp.tokenizer_model)
-    assert encoded.ids.tolist() == model.encode("user sing\nassistant the night\n")
-    assert model.decode(encoded.ids[encoded.loss_mask == 1].tolist()).strip() == "the night"
+def test_whatever_goes_wrong_is_a_refusal(hf: TokenizerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = make_encoder(EncodeSettings(hf, "jsonl"))
+    for error in (
+        TypeError("text input\nof the type"),
+        MemoryError(),
+        RecursionError("deep"),
+        ZeroDivisionError(),
+    ):
 
+        def raising(_text: str, error: Exception = error) -> list[int]:
+            raise error
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([], "at least one"),
-        ("hello", "must be a list"),
-        ([{"role": "user"}], "message 1 must have"),
-        ([{"role": "user", "content": ["parts"]}], "message 1 must have"),
-        ([{"role": "assistant", "content": "x"}], "begins with the assistant"),
-    ],
-)
-def test_malformed_messages(hf: TokenizerSettings, messages: object, message: str) -> None:
-    with pytest.raises(ValueError, match=f"x.jsonl, line 7: .*{message}"):
-        encode(hf, {"messages": messages})
+        monkeypatch.setattr(type(encoder.tokenizer), "ids", lambda self, text: raising(text))
+        refusal = encoder(document({"text": "the river"})).refusal
+        assert refusal is not None
+        assert str(refusal).startswith(f"x.jsonl, line 7: cannot be encoded ({type(error).__name__}: ")
+        assert "\n" not in str(refusal)
 
 
 def test_prompt_is_masked_and_response_is_closed(hf: TokenizerSettings) -> None:
@@ -142,6 +123,25 @@ def test_beginning_of_sequence_comes_once_and_is_not_learned(hf: TokenizerSettin
     assert learned_text(hf, encoded) == " sing<|endoftext|>"
 
 
+def test_a_literal_start_token_gets_no_second_one(hf: TokenizerSettings, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(hf.tokenizer_model)
+    tokenizer.bos_token = "<|im_start|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    settings = TokenizerSettings("HuggingFaceTokenizer", str(tmp_path))
+    text = make_encoder(EncodeSettings(settings, "jsonl"))
+    with_start, without = (only_sample(text(document({"text": t}))) for t in ("<|im_start|>sing", "sing"))
+    assert with_start.ids.tolist() == without.ids.tolist()
+    pairs = [
+        encode(settings, {"prompt": p, "response": " sing"}) for p in ("<|im_start|>the river", "the river")
+    ]
+    assert pairs[0].ids.tolist() == pairs[1].ids.tolist()
+    assert pairs[0].loss_mask.tolist() == pairs[1].loss_mask.tolist()
+
+
 def test_truncation_keeps_one_token_more_than_the_sequence(hf: TokenizerSettings) -> None:
     row = {"prompt": "the river ", "response": "play and sing until night comes"}
     whole = encode(hf, row)
@@ -154,9 +154,15 @@ def test_truncation_keeps_one_token_more_than_the_sequence(hf: TokenizerSettings
     assert not exact.truncated
 
 
-def test_nothing_left_to_learn_is_skipped(hf: TokenizerSettings) -> None:
-    assert encode(hf, {"prompt": "the small house near", "response": "river"}, seq_length=2) is None
-    assert encode(hf, {"messages": CHAT[:2]}) is None
+def test_nothing_left_to_learn_is_refused(hf: TokenizerSettings) -> None:
+    for row, seq_length, reason in (
+        ({"prompt": "the small house near", "response": "river"}, 2, Reason.TOO_LONG),
+        ({"messages": CHAT[:3]}, 5, Reason.TOO_LONG),
+        ({"messages": CHAT[:2]}, None, Reason.NOTHING_LEARNED),
+    ):
+        with pytest.raises(Refusal) as caught:
+            encode(hf, row, seq_length)
+        assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize(
@@ -172,21 +178,18 @@ def test_text_ends_with_eod_only_when_asked(hf: TokenizerSettings) -> None:
     reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
     raw = RawDocument("a.txt", 1, b"the river", 9)
     ids = reference("the river").input_ids
-    assert make_encoder(EncodeSettings(hf, "text"))(raw).ids.tolist() == ids
-    assert make_encoder(EncodeSettings(hf, "text", append_eod=True))(raw).ids.tolist() == [
-        *ids,
-        reference.eos_token_id,
-    ]
-    assert (
-        make_encoder(EncodeSettings(hf, "text", append_eod=True))(RawDocument("a.txt", 1, b" \n", 2)) is None
-    )
+    plain, closed = (make_encoder(EncodeSettings(hf, "text", append_eod=eod)) for eod in (False, True))
+    assert only_sample(plain(raw)).ids.tolist() == ids
+    assert only_sample(closed(raw)).ids.tolist() == [*ids, reference.eos_token_id]
+    empty = closed(RawDocument("a.txt", 1, b" \n", 2))
+    assert (empty.samples, empty.refusal, dict(empty.notes)) == ((), None, {EMPTY_DOCUMENTS: 1})
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("context", ["", "Near the house."])
 def test_a_student_is_asked_as_it_was_taught(hf: TokenizerSettings, template: Template, context: str) -> None:
     row = {"instruction": "Where is the river?", "context": context, "response": "Over there."}
-    encoded = make_encoder(EncodeSettings(hf, "instruction", template=template))(document(row))
+    encoded = only_sample(make_encoder(EncodeSettings(hf, "instruction", template=template))(document(row)))
     tokenizer = AutoTokenizer.from_pretrained(hf.tokenizer_model)
     example = {0: read_record("dolly", row, "here")[0]}
     asked = encode_prompts(example, tokenizer, GenerationSettings(template=template, max_prompt_tokens=999))
@@ -199,7 +202,7 @@ def test_a_student_is_asked_as_it_was_taught(hf: TokenizerSettings, template: Te
 
 def test_a_ready_prompt_is_left_as_it_is(hf: TokenizerSettings) -> None:
     row = {"prompt": "the river ", "response": "play"}
-    templated = make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
+    templated = only_sample(make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row)))
     assert templated.ids.tolist() == encode(hf, row).ids.tolist()
 
 
@@ -208,14 +211,14 @@ def test_a_template_knows_what_it_is_put_around(hf: TokenizerSettings) -> None:
     with pytest.raises(
         ValueError, match=r"line 7: .*'query', 'response'\], no layout that --template alpaca reads: dolly"
     ):
-        make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
+        only_sample(make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row)))
 
 
 def test_several_instructions_in_a_line_are_refused(hf: TokenizerSettings) -> None:
     instance = {"input": "", "output": "play"}
     row = {"instruction": "Sing.", "instances": [instance, instance]}
     with pytest.raises(ValueError, match="x.jsonl, line 7: holds 2 instructions; training reads one a line"):
-        make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row))
+        only_sample(make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row)))
 
 
 @pytest.mark.parametrize("name", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from megatron_fdd.data import prepared as prepared_module
 from megatron_fdd.data import workers
 from megatron_fdd.data.documents import JsonKeys
-from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.encode import EMPTY_DOCUMENTS, EncodeSettings
 from megatron_fdd.data.prepare import PrepareSettings, Summary, prepare
 from megatron_fdd.data.prepared import mask_prefix, open_set
 from megatron_fdd.data.tokenizer import TokenizerSettings
@@ -50,7 +50,7 @@ def test_text_round_trip(hf: TokenizerSettings, tmp_path: Path) -> None:
     reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
     expected = [[*reference(text).input_ids, reference.eos_token_id] for text in texts]
     assert documents_of(tmp_path / "out") == expected
-    assert (summary.documents, summary.tokens) == (4, sum(map(len, expected)))
+    assert (summary.tally.documents, summary.tally.tokens) == (4, sum(map(len, expected)))
     found = open_set(str(tmp_path / "out"))
     assert found.info.largest_token_id == found.largest_token_id == max(map(max, expected))
     assert found.info.longest_document == max(map(len, expected))
@@ -62,7 +62,7 @@ def test_jsonl_round_trip_with_sentencepiece(sp: TokenizerSettings, tmp_path: Pa
     summary = run([path], tmp_path / "out", EncodeSettings(sp, "jsonl"))
     model = sentencepiece.SentencePieceProcessor(model_file=sp.tokenizer_model)
     assert documents_of(tmp_path / "out") == model.encode(texts)
-    assert summary.skipped == 1
+    assert summary.tally.notes[EMPTY_DOCUMENTS] == 1
 
 
 def test_a_set_that_is_there_is_replaced_only_when_asked(hf: TokenizerSettings, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_instructions_have_a_mask_beside_the_ids(hf: TokenizerSettings, tmp_path
             expected_masks.append(([0] * len(prompt) + [1] * (len(ids) - len(prompt)))[:21])
     assert documents_of(tmp_path / "out") == expected_ids
     assert documents_of(mask_prefix(str(tmp_path / "out"))) == expected_masks
-    assert summary.truncated == truncated > 0
+    assert summary.tally.truncated == truncated > 0
     info = open_set(str(tmp_path / "out")).info
     assert (info.kind, info.learned_tokens) == ("instruction", sum(map(sum, expected_masks)))
 
@@ -272,8 +272,8 @@ def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_
         timeout=120,
         check=True,
     )
-    assert "out_valid: 1500 documents" in done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    assert "out_valid: 1,500 documents" in done.stdout
+    assert done.stderr == ""
     prefix = tmp_path / "1" / "out"
     run([source], prefix, EncodeSettings(hf, "jsonl"), split=(2.0, 1.0))
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -290,10 +290,10 @@ def test_killed_in_the_middle_leaves_nothing_whole(hf: TokenizerSettings, tmp_pa
     )
     try:
         with open(tmp_path / "a.jsonl", "wb") as pipe:
-            pipe.write(b'{"text": "the river"}\n' * 4000)
+            pipe.write(b'{"text": "the river"}\n' * 400_000)  # more than is looked at to tell a format
             pipe.flush()
             deadline = time.monotonic() + 120
-            while not any(path.stat().st_size for path in sets.glob(".out.partial-*/out.bin")):
+            while not any(path.stat().st_size for path in sets.glob(".out.partial/part-*/out.bin")):
                 assert time.monotonic() < deadline
                 assert tool.poll() is None
                 time.sleep(0.02)

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from megatron_fdd.data import workers
+from megatron_fdd.data.chat_template import ChatSettings
+from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.documents import RawDocument
 from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import load_tokenizer, text_tokenizer
@@ -25,7 +27,8 @@ from tests.data.conftest import CHATML, make_encoder, sentences
 from tests.data.probes import Probe
 
 ROOT = Path(__file__).parents[2]
-MARKED = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} {% endfor %}"
+# For a tokenizer that has no other control token.
+CLOSED = "{% for m in messages %}{{ m.content }}{{ '[SEP]' if m.role == 'assistant' }} {% endfor %}"
 CHAT = [
     {"role": "user", "content": "the river"},
     {"role": "assistant", "content": "play  "},
@@ -56,7 +59,7 @@ def settings(
     PreTrainedTokenizerFast(tokenizer_object=pieces, **marks).save_pretrained(folder / "pieces")
     ByT5Tokenizer().save_pretrained(folder / "bytes")
     found = {name: TokenizerSettings(name, str(sp_model), CHATML) for name in TOKENIZER_TYPES[1:]}
-    for name, template in (("pieces", MARKED), ("bytes", CHATML)):
+    for name, template in (("pieces", CLOSED), ("bytes", CHATML)):
         found[name] = TokenizerSettings("HuggingFaceTokenizer", str(folder / name), template)
     return {"HuggingFaceTokenizer": hf, **found}
 
@@ -74,7 +77,9 @@ def test_ids_are_megatrons(settings: dict[str, TokenizerSettings], name: str) ->
                 assert tokenizer.text([token_id]) == megatron.detokenize([token_id])
         for prompt in (False, True):
             expected = megatron.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=prompt)
-            assert tokenizer.render(CHAT, add_generation_prompt=prompt) == expected
+            template = tokenizer.chat(ChatSettings())
+            conversation = Conversation(tuple(CHAT), (False, True))
+            assert template.render(conversation, len(CHAT), prompt=prompt) == expected
         assert (tokenizer.eod, tokenizer.bos) == (megatron.eod, -1 if megatron.bos is None else megatron.bos)
         assert tokenizer.chat_template == megatron.chat_template
 

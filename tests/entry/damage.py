@@ -78,8 +78,8 @@ def _convert_filled(hf: Path, to: Path, name: str, value: float) -> None:
 
 
 def other_tokenizer(folder: Path, *, added: int = 1) -> Path:
-    """A tokenizer with `added` tokens beyond the toys' own base vocabulary."""
-    toys.make_tokenizer(folder, added=tuple(f"<|{index}|>" for index in range(added)))
+    """A tokenizer with `added` tokens beyond the toys' own base vocabulary, theirs among them."""
+    toys.make_tokenizer(folder, added=("<|chat|>", *(f"<|{index}|>" for index in range(1, added))))
     return folder
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fdd.data.encode import EncodeSettings
+from megatron_fdd.data.prepare import PrepareSettings, prepare
+from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.convert import toys
 from tests.entry import damage
 from tests.entry.checks import assert_refused
@@ -179,8 +182,44 @@ def test_teacher_with_another_tokenizer(toy: Toys, tmp_path: Path) -> None:
     toys.write_json(path, content)
     [endings] = run(toy.command("--teacher-load", teacher))
     assert_refused(
-        endings, r"teacher's tokenizer .* is not the data's .*2 ids mean different tokens, first 40: "
+        endings,
+        r"the teacher's tokenizer .* is not the run's .*: id 40 is '.*' in the teacher and '.*' in this run "
+        r"\(2 ids mean different tokens\)",
     )
+
+
+def test_data_and_student_of_another_tokenizer(toy: Toys, tmp_path: Path) -> None:
+    """Of every pair that must agree, the first difference; the same on both ranks."""
+    student = damage.copied(toy.student, tmp_path / "s")
+    path = student / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|chat|>", "<|User|>"))
+    apart = damage.other_tokenizer(tmp_path / "apart", added=1)
+    content = toys.read_json(apart / "tokenizer.json")
+    content["normalizer"] = {"type": "Lowercase"}
+    toys.write_json(apart / "tokenizer.json", content)
+    larger = damage.other_tokenizer(tmp_path / "larger", added=2)
+    for name, tokenizer in (("apart", apart), ("larger", larger)):
+        (tmp_path / "text.txt").write_text("the quick brown fox <|1|>\n\n" * 200)
+        encode = EncodeSettings(TokenizerSettings("HuggingFaceTokenizer", str(tokenizer)), "text")
+        files = (str(tmp_path / "text.txt"),)
+        prepare(PrepareSettings(files, str(tmp_path / f"text-{name}"), encode, separator="blank-line"))
+    results = run(
+        toy.command("--load", student),
+        toy.command("--data-path", tmp_path / "text-apart"),
+        toy.command("--data-path", tmp_path / "text-larger", "--tokenizer-model", larger),
+    )
+    for endings, pattern in zip(
+        results,
+        (
+            r"the student's tokenizer .*id 90 is '<\|User\|>' in the student and '<\|chat\|>' in this run",
+            r'text-apart was prepared with another tokenizer than this run uses: the probe line "case" gets '
+            r"other ids: .*tokenizer.json differ: normaliser",
+            r"id 91 of the data .* is not in the teacher's vocabulary of 91",
+        ),
+        strict=True,
+    ):
+        assert len(endings) == 2
+        assert_refused(endings, pattern)
 
 
 def test_flags_without_use_checkpoint_args_must_describe_the_checkpoint(toy: Toys) -> None:

@@ -26,7 +26,7 @@ from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.rouge import rouge_l
 from megatron_fdd.evaluate.settings import GenerationSettings, Text
 from megatron_fdd.evaluate.table import table
-from tests.convert.toys import make_llama
+from tests.convert.toys import make_llama, make_tokenizer
 from tests.harness import forked_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
@@ -59,6 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = tokenizer["model"]["vocab"]
     words["\u2581lazy"], words["\u2581over"] = words["\u2581over"], words["\u2581lazy"]
     (folder / "renamed/tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "chat").mkdir()
+    make_tokenizer(folder / "chat", added=("<|chat|>", "<|new|>"))
+    (folder / "chat/config.json").write_text(json.dumps(config))
+    (folder / "new.jsonl").write_text(json.dumps({"text": " ".join(["<|new|>", *WORDS * 12])}) + "\n")
     (folder / "text.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 12)}) + "\n")
     return folder
 
@@ -251,7 +255,16 @@ def test_refused_before_a_model_is_loaded(
                 "has_teacher": True,
                 "text": Text(folder / "text.jsonl"),
             },
-            "student and the teacher have different tokenizers, so .*85: '\u2581lazy' / '\u2581over'.; leave",
+            r"student and the teacher have different tokenizers, so .*: id 85 is '\u2581over' in the teacher and "
+            r"'\u2581lazy' in student \(2 ids mean different tokens\); leave",
+        ),
+        (
+            {
+                "models": (one, NamedModel("teacher", folder / "chat")),
+                "has_teacher": True,
+                "text": Text(folder / "new.jsonl", length=16),
+            },
+            "holds '<.new.>', id 91 of the teacher, which student does not have",
         ),
         ({"models": (NamedModel("x", folder / "unknown"),)}, "unknown/config.json cannot be read"),
     ):

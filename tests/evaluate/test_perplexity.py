@@ -97,13 +97,15 @@ def test_texts_begin_and_end_as_in_training(tmp_path: Path) -> None:
     )
     taught: list[int] = []
     for text in texts:
-        encoded = encoder(RawDocument("x", 1, json.dumps({"text": text}).encode(), 1))
-        assert encoded is not None
+        [encoded] = encoder(RawDocument("x", 1, json.dumps({"text": text}).encode(), 1)).samples
         taught += encoded.ids.tolist()
     assert windows.tolist() == [taught]
     assert taught[:6] == [1, 2, 3, 4, 0, 1]
     assert perplexity.encode_sample(tokenizer, "a") == [1, 2]
     assert perplexity.encode_sample(tokenizer, "") == [1]
+    # A literal start token is the start; one further on is the text's own.
+    assert perplexity.encode_sample(tokenizer, "<unk> a <unk>") == [1, 2, 1]
+    assert perplexity.cut_windows(["<unk> a", "b"], tokenizer, length=5).tolist() == [[1, 2, 0, 1, 3, 0]]
     with pytest.raises(ValueError, match="--prompt '' has no token"):
         perplexity.encode_sample(tiny_tokenizer(), "")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from megatron_fdd.evaluate.report.data import data_facts
 from megatron_fdd.evaluate.report.facts import flag_facts, run_facts, sample_facts, setting_facts
 from megatron_fdd.evaluate.report.heat_maps import draw_heat_map
 from megatron_fdd.evaluate.report.page import Report, to_html, to_markdown
@@ -45,6 +46,7 @@ def make_report(runs: Sequence[Run]) -> Report:
     facts = [
         ("Runs", run_facts(runs)),
         ("Flags", flag_facts(runs)),
+        ("Training data, as it was prepared", data_facts(runs)),
         ("Settings of the evaluation", setting_facts(runs)),
         ("What the models write", sample_facts(runs)),
     ]

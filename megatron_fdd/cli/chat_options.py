@@ -1,0 +1,72 @@
+"""Options about chat templates, for whatever asks a model or prepares what it is asked."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path} cannot be read as UTF-8 ({error})") from error
+
+
+def _object(_ctx: click.Context, _option: click.Parameter, text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(f"{text}: no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise click.BadParameter(
+            f"{text}: must be a JSON object, for example '{{\"enable_thinking\": false}}'"
+        )
+    return value
+
+
+def _date(
+    _ctx: click.Context, _option: click.Parameter, given: datetime.datetime | None
+) -> datetime.date | None:
+    return None if given is None else given.date()
+
+
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A decorator that adds these options, in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+CHAT_TEMPLATE = (
+    click.option(
+        "--chat-template",
+        metavar="FILE",
+        callback=_text_of_file,
+        help="A jinja template that replaces the tokenizer's own.",
+    ),
+    click.option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        callback=_object,
+        help="Switches of the chat template: '{\"enable_thinking\": false}'. A record's own win.",
+    ),
+    click.option(
+        "--chat-date",
+        type=click.DateTime(["%Y-%m-%d"]),
+        metavar="YYYY-MM-DD",
+        callback=_date,
+        help="What a chat template writes as today's date. [default: today]",
+    ),
+)

@@ -1,0 +1,289 @@
+"""A chat template at work: what it writes for a conversation, which marks it has, and what ends a turn in it.
+
+The text is what transformers' `apply_chat_template` gives, whose renderer is used; this module adds the date (a
+template may ask for today's), templates by name, and a call's arguments as a text where a template takes no objects.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_fdd.data.conversations import Conversation
+from megatron_fdd.data.messages import Message
+
+if TYPE_CHECKING:
+    from jinja2 import Template, nodes
+
+Turns = Literal["all", "last"]
+Spans = list[tuple[int, int]]
+_OURS = {
+    "messages",
+    "conversations",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+}
+# Texts for probes, which no template looks for.
+_ASKED, _SAID = "qkzj", "vxwq"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _ASKED,
+        "description": _SAID,
+        "parameters": {"type": "object", "properties": {_SAID: {"type": "string"}}},
+    },
+}
+_CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": _ASKED, "arguments": {_SAID: _SAID}}}
+_USER: Message = {"role": "user", "content": _ASKED}
+_ANSWER: Message = {"role": "assistant", "content": _SAID}
+_CALLING: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Message = {"role": "tool", "name": _ASKED, "tool_call_id": "a1b2c3d4e", "content": _SAID}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """What a user says of chats besides the template itself.
+
+    Attributes:
+        variables: --chat-template-kwargs: switches of the template, such as `enable_thinking`.
+        date: --chat-date: what a template that writes today's date writes.
+        turns: --chat-turns: learn all answers, or the last one of a conversation.
+        allowed: --allow-dropped: fields that the template may drop (`vanished.FIELDS`).
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime.date = field(default_factory=datetime.date.today)
+    turns: Turns = "all"
+    allowed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse variables that every chat has already.
+
+        Raises:
+            ValueError: names them.
+        """
+        taken = sorted(self.variables.keys() & _OURS)
+        if taken:
+            raise ValueError(f"--chat-template-kwargs: {', '.join(taken)} come from the data; leave them out")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template with all that it is given besides a conversation; can be pickled.
+
+    Attributes:
+        text: jinja; or several by name, of which `tool_use` is for conversations with tools.
+        special_tokens: variables such as `bos_token`, as the tokenizer has them.
+        added_tokens: texts of the tokenizer's added tokens; true: a special one.
+        stop_tokens: texts at which a generation stops: the tokenizer's end, the model's `generation_config.json`.
+        variables: --chat-template-kwargs; those of a record win.
+        date: what `strftime_now` gives.
+    """
+
+    text: str | Mapping[str, str]
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)
+    added_tokens: Mapping[str, bool] = field(default_factory=dict)
+    stop_tokens: frozenset[str] = frozenset()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    date: datetime.date = field(default_factory=datetime.date.today)
+
+    def render(self, conversation: Conversation, count: int, *, prompt: bool) -> str:
+        """The text of the first `count` messages; with `prompt` up to where the model begins to answer.
+
+        Raises:
+            Exception: whatever the template raises: it is a program from somewhere.
+        """
+        text, _ = self._render(conversation, count, add_generation_prompt=prompt)
+        return text
+
+    def marks(self, conversation: Conversation) -> Spans:
+        """Characters of the whole conversation between `{% generation %}` and `{% endgeneration %}`.
+
+        Raises:
+            ValueError: the template has marks where their place in the text cannot be known.
+        """
+        source = self.source(conversation.tools is not None)
+        if _mark_places(source) == "apart":
+            raise ValueError(
+                "its {% generation %} marks stand in a macro or a captured block, where their place in the text is lost"
+            )
+        _, spans = self._render(conversation, len(conversation.messages), return_assistant_tokens_mask=True)
+        return spans
+
+    def has_marks(self, *, with_tools: bool) -> bool:
+        """Whether the template marks what the assistant says; one in a comment is none."""
+        return _mark_places(self.source(with_tools)) != "none"
+
+    def source(self, with_tools: bool) -> str:
+        """The template that is used.
+
+        Raises:
+            ValueError: there are several by name, and none is the default.
+        """
+        if isinstance(self.text, str):
+            return self.text
+        for name in ("tool_use", "default") if with_tools else ("default",):
+            if name in self.text:
+                return self.text[name]
+        raise ValueError(f"the tokenizer has the chat templates {sorted(self.text)} and none called default")
+
+    @property
+    def uses_date(self) -> bool:
+        """Whether the day stands in every sample."""
+        sources = [self.text] if isinstance(self.text, str) else self.text.values()
+        return any("strftime_now" in source for source in sources)
+
+    @cached_property
+    def ends(self) -> frozenset[str]:
+        """Tokens that end an answer: those of the tokenizer and the model, and what this template writes last.
+
+        Special tokens behind the words of an answer are (`<|im_end|>`, `<end_of_turn>`), and one behind a call
+        (`<|call|>`): others behind a call may close the call itself.
+        """
+        found = set(self.stop_tokens)
+        said = self._probe([_USER, _ANSWER], None) or ""
+        rest = said[max(said.rfind(_SAID), 0) :]
+        while (token := self._special_at_end(rest.rstrip())) is not None:
+            found.add(token)
+            rest = rest.rstrip().removesuffix(token)
+        called = self._probe([_USER, _CALLING], (_TOOL,)) or ""
+        return frozenset((found | {self._special_at_end(called.rstrip()) or ""}) - {""})
+
+    def opening(self, *, after_call: bool) -> str | None:
+        """The token with which the next turn opens: what ends an answer in a template that has no end of its own.
+
+        With the white space that the template writes before it; None where it opens with no token.
+        """
+        first, second = ([_USER, _CALLING], _RESULT) if after_call else ([_USER, _ANSWER], _USER)
+        tools = (_TOOL,) if after_call else None
+        before, after = self._probe(first, tools), self._probe([*first, second], tools)
+        if before is None or after is None or not after.startswith(before):
+            return None
+        rest = after[len(before) :]
+        opened = rest.lstrip()
+        tokens = [token for token in self.added_tokens if opened.startswith(token)]
+        return rest[: len(rest) - len(opened)] + max(tokens, key=len) if tokens else None
+
+    @cached_property
+    def preamble(self) -> str:
+        """What the template writes before a conversation by itself: a default system text, a date; mostly nothing."""
+        text = self._probe([_USER, _ANSWER, _USER], None) or ""
+        before = text[: max(text.find(_ASKED), 0)].removeprefix(str(self.special_tokens.get("bos_token", "")))
+        header = text[text.rfind(_SAID) + len(_SAID) : max(text.rfind(_ASKED), 0)]  # of any later question
+        return before.removesuffix(os.path.commonprefix([before[::-1], header[::-1]])[::-1])
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """False where arguments of a call must be a JSON text: the template would add an object to a text."""
+        if self._probe([_USER, _CALLING], (_TOOL,)) is not None:
+            return True
+        return self._probe([_USER, _with_text_arguments(_CALLING)], (_TOOL,)) is None
+
+    def _special_at_end(self, text: str) -> str | None:
+        special = (token for token, is_special in self.added_tokens.items() if is_special)
+        return max((token for token in special if text.endswith(token)), key=len, default=None)
+
+    def _probe(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str | None:
+        """The text of a conversation of ours; None where the template refuses it."""
+        source = self.source(tools is not None)
+        try:
+            text, _ = self._render_source(source, messages, tools, {})
+        except Exception:  # a template that has no calls, or no such roles
+            return None
+        return text
+
+    def _render(self, conversation: Conversation, count: int, **options: bool) -> tuple[str, Spans]:
+        messages: Sequence[Message] = conversation.messages[:count]
+        if any("tool_calls" in message for message in messages) and not self._takes_objects:
+            messages = [_with_text_arguments(message) for message in messages]
+        source = self.source(conversation.tools is not None)
+        return self._render_source(
+            source, messages, conversation.tools, conversation.template_kwargs, **options
+        )
+
+    def _render_source(
+        self,
+        source: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        own: Mapping[str, Any],
+        **options: bool,
+    ) -> tuple[str, Spans]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _compiled(source).environment.globals["strftime_now"] = self.date.strftime
+        variables: dict[str, Any] = {**self.special_tokens, **self.variables, **own, **options}
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            tools=None if tools is None else list(tools),
+            chat_template=source,
+            **variables,
+        )
+        texts, spans = rendered  # one of each for a conversation; of spans none where they were not asked for
+        return texts[0], spans[0] if spans else []
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _compiled(source: str) -> Template:
+    """transformers' own, which it caches: what is set in its environment is set for rendering."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(source)
+
+
+@functools.cache
+def _mark_places(source: str) -> Literal["none", "in order", "apart"]:
+    """Where a template has its marks; apart: in what is rendered first and written later.
+
+    There their place is lost: transformers counts the characters that were written before.
+    """
+    from jinja2 import nodes
+
+    apart = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock)
+    found: Literal["none", "in order", "apart"] = "none"
+    if re.search(r"\bgeneration\b", source) is None:
+        return found
+    stack: list[tuple[nodes.Node, bool]] = [(_compiled(source).environment.parse(source), False)]
+    while stack:
+        node, is_apart = stack.pop()
+        if _is_generation(node):
+            if is_apart:
+                return "apart"
+            found = "in order"
+        inside = is_apart or isinstance(node, apart)
+        stack.extend((child, inside) for child in node.iter_child_nodes())
+    return found
+
+
+def _is_generation(node: nodes.Node) -> bool:
+    from jinja2 import nodes
+
+    return (
+        isinstance(node, nodes.CallBlock)
+        and isinstance(node.call.node, nodes.ExtensionAttribute)
+        and node.call.node.name == "_generation_support"
+    )

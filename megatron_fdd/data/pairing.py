@@ -1,0 +1,108 @@
+"""Teacher, student, run and data must share a tokenizer: what a checkpoint stores against what the run uses."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.tokenizers import MegatronTokenizerBase
+from megatron.training import get_tokenizer
+
+from megatron_fdd.data.megatron_tokenizer import identity_of
+from megatron_fdd.data.prepared import open_set
+from megatron_fdd.data.sources import data_prefixes
+from megatron_fdd.tokenizer_identity import (
+    TOKENIZER_FOLDER,
+    Comparison,
+    TokenizerIdentity,
+    TokenizerStamp,
+    compare,
+    identity_of_folder,
+    stored_identity,
+)
+
+Role = Literal["teacher", "student"]
+
+
+def check_checkpoint_tokenizer(
+    role: Role, load: str, args: argparse.Namespace, tokenizer: MegatronTokenizerBase | None = None
+) -> None:
+    """Refuse a checkpoint whose tokenizer is not the run's, and data with ids that the teacher's does not have.
+
+    Tokens that were added to one of them are no difference while no data holds them.
+
+    Args:
+        load: its folder, with the tokenizer's files in `tokenizer/` if our conversion made it.
+        args: this run's arguments.
+        tokenizer: the run's; Megatron's global one unless given.
+
+    Collectives: none.
+
+    Raises:
+        ValueError: the first difference. The same on every rank.
+    """
+    folder = Path(load) / TOKENIZER_FOLDER
+    stored = stored_identity(folder)
+    ours = identity_of(get_tokenizer() if tokenizer is None else tokenizer)
+    if stored is None:
+        if role == "teacher":
+            _warn(
+                args,
+                f"--teacher-load {load} stores no tokenizer, so nobody checks that its ids mean what the data's ids "
+                "mean; if they do not, the student learns noise (fdd import stores it)",
+            )
+        return
+    if ours is None:
+        _warn(
+            args,
+            f"--tokenizer-type {args.tokenizer_type} has no vocabulary, so it cannot be compared with the {role}'s "
+            f"({folder}); make sure that the ids mean the same",
+        )
+        return
+    found = _compare(folder, stored, ours, (f"the {role}", "this run"))
+    if found.difference is not None:
+        raise ValueError(
+            f"the {role}'s tokenizer ({folder}) is not the run's (--tokenizer-model {args.tokenizer_model}): "
+            f"{found.difference}. Teacher, student and data must share a tokenizer: give the one that the {role} was "
+            "trained with, and prepare the data with it"
+        )
+    for remark in found.remarks:
+        _warn(args, f"the {role}'s tokenizer ({folder}) and the run's: {remark}")
+    if role == "teacher" and not args.mock_data:
+        _check_ids(args, stored)
+
+
+def _compare(
+    folder: Path, stored: TokenizerStamp | TokenizerIdentity, ours: TokenizerIdentity, names: tuple[str, str]
+) -> Comparison:
+    """By the stamp where there is one; its files then name ids, of which it has only hashes.
+
+    Files alone do not say how added tokens take white space along: tokenizer_config.json may overrule them.
+    """
+    if not isinstance(stored, TokenizerStamp):
+        return compare(stored, ours, names, with_added_texts=False)
+    found = compare(stored, ours, names)
+    if found.difference is None:
+        return found
+    by_files = compare(identity_of_folder(folder), ours, names, with_added_texts=False)
+    return found if by_files.difference is None else by_files
+
+
+def _check_ids(args: argparse.Namespace, teacher: TokenizerStamp | TokenizerIdentity) -> None:
+    """What the student alone knows the teacher cannot teach."""
+    stamp = teacher if isinstance(teacher, TokenizerStamp) else teacher.stamp
+    for prefix in data_prefixes(args):
+        largest = -1 if is_object_storage_path(prefix) else open_set(prefix).largest_token_id
+        if largest > stamp.largest_id:
+            raise ValueError(
+                f"id {largest} of the data ({prefix}) is not in the teacher's vocabulary of {stamp.num_ids}: the "
+                "teacher does not know that added token; prepare the data with the teacher's tokenizer"
+            )
+
+
+def _warn(args: argparse.Namespace, message: str) -> None:
+    if args.rank == 0:
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,89 @@
+"""A record that is not used: where it stands, why, and what to do about all of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+
+class Reason(Enum):
+    """Why records are refused, in the words of the summary; each with its remedy."""
+
+    MALFORMED = "malformed", "mend the file, or leave these records out with --skip-refused"
+    FIELDS = "fields that no layout has", "name or rename the fields (fdd prepare --help lists the layouts)"
+    MEDIA = "images or other parts that are no text", "leave these records out with --skip-refused"
+    EMPTY = "empty", "leave these records out with --skip-refused"
+    NOTHING_LEARNED = "nothing in it is learned", "leave these records out with --skip-refused"
+    TOO_LONG = (
+        "its prompt fills --seq-length",
+        "raise --seq-length, or leave these records out with --skip-refused",
+    )
+    DROPPED = (
+        "the chat template drops a field",
+        "give a template that writes it (--chat-template FILE), or allow it with --allow-dropped",
+    )
+    NOT_FOLLOWED = (
+        "the answer does not follow its generation prompt",
+        "set the template's own switches with --chat-template-kwargs, or give another with --chat-template FILE",
+    )
+    RAISED = (
+        "the chat template refuses it",
+        "change the record, or give another template with --chat-template FILE",
+    )
+    NO_STOP = "no token ends the answer", "give a template that ends a turn with one (--chat-template FILE)"
+
+    @property
+    def title(self) -> str:
+        return self.value[0]
+
+    @property
+    def remedy(self) -> str:
+        return self.value[1]
+
+
+class Refusal(ValueError):  # noqa: N818
+    """A record that cannot be used.
+
+    Args:
+        where: file and line (or row) of the record.
+        reason: of its kind, for counting.
+        detail: what is wrong with this one.
+    """
+
+    def __init__(self, where: str, reason: Reason, detail: str) -> None:
+        super().__init__(f"{where}: {detail}; {reason.remedy}")
+        self.where, self.reason, self.detail = where, reason, detail
+
+    def __reduce__(self) -> tuple[type[Refusal], tuple[str, Reason, str]]:
+        return Refusal, (self.where, self.reason, self.detail)  # it crosses from a worker to its parent
+
+
+class Fault(ValueError):  # noqa: N818
+    """What is wrong with a record, said where it is not known where the record stands (`refusing` adds that)."""
+
+    def __init__(self, detail: str, reason: Reason = Reason.MALFORMED) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """Turn whatever goes wrong with the record at `where` into its refusal.
+
+    Raises:
+        Refusal: instead of any exception but that one and want of memory.
+    """
+    try:
+        yield
+    except (Refusal, MemoryError):
+        raise
+    except Fault as error:
+        raise Refusal(where, error.reason, str(error)) from error
+    except RecursionError as error:
+        raise Refusal(where, Reason.MALFORMED, "is nested too deeply") from error
+    except ValueError as error:
+        raise Refusal(where, Reason.MALFORMED, str(error)) from error
+    except Exception as error:  # a record is anything that somebody wrote
+        detail = f"cannot be read ({type(error).__name__}: {error})"
+        raise Refusal(where, Reason.MALFORMED, detail) from error

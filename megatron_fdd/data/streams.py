@@ -1,0 +1,219 @@
+"""Files and pipes as bytes: decompressed, told by their first bytes rather than by their names, read once."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Buffer, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, BinaryIO, Literal
+
+Compression = Literal["gzip", "zstd"]
+# How much of a file is looked at to tell what it is; its first record should be within.
+HEAD_BYTES = 4 * 1024 * 1024
+# Enough to tell what is no text.
+START_BYTES = 4096
+_BUFFER_BYTES = 1024 * 1024
+_DISK_BYTES = 64 * 1024
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_UTF8_MARK = b"\xef\xbb\xbf"
+# What is no text, and what to do about it.
+_REFUSED: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (
+        re.compile(rb"ARROW1|\xff{4}"),
+        "an Arrow file, as datasets' save_to_disk makes: write it with to_parquet",
+    ),
+    (
+        re.compile(rb"PK\x03\x04|7z\xbc\xaf|.{257}ustar", re.DOTALL),
+        "an archive: unpack it and give its files",
+    ),
+    (re.compile(rb"BZh\d1AY&SY|\xfd7zXZ\0"), "compressed in a way that is not read here: use gzip or zstd"),
+    (
+        re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|PAR1"),
+        "compressed twice, or parquet in a compressed file: decompress it",
+    ),
+    (
+        re.compile(rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff"),
+        "UTF-16 or UTF-32: convert it to UTF-8 (iconv -t UTF-8)",
+    ),
+)
+
+
+class Stream:
+    """The bytes of a file from its beginning, decompressed, without a byte order mark.
+
+    Attributes:
+        bytes: what is left to read.
+        is_parquet: it is a parquet file, which is read by its path, not from here.
+    """
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        """`file`: open, unbuffered.
+
+        Raises:
+            ValueError: compressed with zstd, and pyarrow is not there.
+        """
+        self.path = path
+        self._disk = self._begun = _Begun(file)
+        self._taken = 0
+        magic = self._disk.head(4)
+        self.is_parquet = magic == _PARQUET
+        self._is_compressed = magic[:2] == _GZIP or magic == _ZSTD
+        if self._is_compressed:
+            compressed = io.BufferedReader(self._disk, _DISK_BYTES)
+            self._begun = _Begun(_decompressed(path, compressed, "gzip" if magic[:2] == _GZIP else "zstd"))
+        has_mark = self._begun.head(3) == _UTF8_MARK
+        self._mark_bytes = self._begun.skip(3) if has_mark else 0
+        self.bytes = io.BufferedReader(self._begun, _BUFFER_BYTES)
+
+    def head(self, num_bytes: int) -> tuple[bytes, bool]:
+        """The first bytes, before any of them was read, and whether they are all. They stay to be read.
+
+        Args:
+            num_bytes: so many, or less at the end; a pipe is waited for.
+
+        Raises:
+            ValueError: they are those of a file that is no text.
+        """
+        head = self._begun.head(num_bytes)
+        for pattern, remedy in _REFUSED:
+            if pattern.match(head):
+                raise ValueError(f"{self.path} is {remedy}; only UTF-8 text, JSON and parquet are read")
+        return head, len(head) < num_bytes
+
+    def share(self, num_bytes: int) -> int:
+        """How much of the file on disk was taken for the next `num_bytes`: those, or compressed ones as they come."""
+        if self._is_compressed:
+            before, self._taken = self._taken, self._disk.count
+            return self._taken - before
+        num_bytes, self._mark_bytes = num_bytes + self._mark_bytes, 0
+        return num_bytes
+
+    def close(self) -> None:
+        self.bytes.close()
+        self._disk.close()  # the decompressors leave it open
+
+
+# A pipe cannot be opened twice: what was looked at waits here for its reader.
+_looked_at: dict[str, Stream] = {}
+
+
+@contextmanager
+def open_stream(path: str) -> Iterator[Stream]:
+    """The stream of a file, closed in the end.
+
+    Raises:
+        ValueError: `Stream`.
+        OSError: it cannot be opened.
+    """
+    stream = _looked_at.pop(path, None) or _open(path)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+@contextmanager
+def look(path: str) -> Iterator[Stream]:
+    """As `open_stream`, to look at the head alone: the stream of a pipe stays open for its reader."""
+    stream = _looked_at.pop(path, None) or _open(path)
+    try:
+        yield stream
+    finally:
+        if os.path.isfile(path):
+            stream.close()
+        else:
+            _looked_at[path] = stream
+
+
+def _open(path: str) -> Stream:
+    return Stream(path, open(path, "rb", buffering=0))  # closed with the stream
+
+
+def pyarrow_for(path: str, kind: str) -> ModuleType:
+    """The library, imported where it is needed first.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(f"{path}: {kind} needs pyarrow: pip install 'megatron_fdd[parquet]'") from error
+    return pyarrow
+
+
+class _Begun(io.RawIOBase):
+    """A file whose beginning can be looked at before it is read; of a pipe, what is there is read without waiting.
+
+    Attributes:
+        count: how much was taken from the file.
+    """
+
+    def __init__(self, file: Any) -> None:
+        """`file`: anything with `readinto` and `close`."""
+        self._file = file
+        self._kept = bytearray()
+        self.count = 0
+
+    def head(self, num_bytes: int) -> bytes:
+        """The next bytes, which stay; fewer at the end."""
+        while (missing := num_bytes - len(self._kept)) > 0:
+            buffer = bytearray(missing)
+            count = self._file.readinto(buffer)
+            if not count:
+                break
+            self.count += count
+            self._kept += buffer[:count]
+        return bytes(self._kept[:num_bytes])
+
+    def skip(self, num_bytes: int) -> int:
+        """Drop bytes that `head` gave; returns how many."""
+        del self._kept[:num_bytes]
+        return num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        if self._kept:
+            count = min(len(view), len(self._kept))
+            view[:count] = self._kept[:count]
+            return self.skip(count)
+        count = self._file.readinto(view)
+        self.count += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Decompressed:
+    """A decompressor, whose errors name the file."""
+
+    def __init__(self, path: str, compression: Compression, file: Any) -> None:
+        self._path, self._compression, self._file = path, compression, file
+
+    def readinto(self, buffer: Buffer) -> int:
+        try:
+            return self._file.readinto(buffer)
+        except (EOFError, OSError, zlib.error, ValueError) as error:
+            raise ValueError(
+                f"{self._path}: damaged, or cut off ({self._compression}: {error}); make or copy it anew"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _decompressed(path: str, file: BinaryIO, compression: Compression) -> _Decompressed:
+    if compression == "gzip":
+        return _Decompressed(path, compression, gzip.GzipFile(fileobj=file))
+    pyarrow = pyarrow_for(path, "zstd")
+    return _Decompressed(path, compression, pyarrow.CompressedInputStream(file, "zstd"))

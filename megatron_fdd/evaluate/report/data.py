@@ -1,0 +1,67 @@
+"""What a run's training data was: what `fdd prepare` saw when it made the sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fdd.evaluate.report.facts import UNKNOWN, Facts
+from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.json_file import read_json
+
+_INFO = ".prepared.json"  # as `data.prepared` names it, which imports Megatron
+_COUNTS = {
+    "documents": "documents",
+    "samples": "samples",
+    "tokens": "tokens",
+    "learned": "learned tokens",
+    "truncated": "samples cut to the sequence length",
+}
+
+
+def data_facts(runs: Sequence[Run]) -> Facts:
+    """By set and number; nothing of sets that are no longer there, or that an older version made."""
+    seen = [_preparations(run) for run in runs]
+    names = list(dict.fromkeys(name for found in seen for name in found))
+    facts: Facts = []
+    for name in names:
+        told = [_facts_of(found[name]) if name in found else {} for found in seen]
+        for key in dict.fromkeys(key for each in told for key in each):
+            facts.append((f"{name}: {key}", [each.get(key, UNKNOWN) for each in told]))
+    return facts
+
+
+def _preparations(run: Run) -> dict[str, Mapping[str, Any]]:
+    """By prefix of the set."""
+    flags = [run.flags.get(name) or () for name in ("train_data_path", "data_path")]
+    found: dict[str, Mapping[str, Any]] = {}
+    for prefix in (str(word) for flag in flags for word in flag):  # weights of a blend among them
+        path = Path(prefix + _INFO)
+        if not path.is_file():
+            continue
+        try:
+            preparation = read_json(path).get("preparation")
+        except ValueError:
+            continue  # a training refuses it; a report goes on without it
+        if isinstance(preparation, dict):
+            found[prefix] = preparation
+    return found
+
+
+def _facts_of(preparation: Mapping[str, Any]) -> dict[str, str]:
+    told = {text: f"{preparation.get(key, 0):,}" for key, text in _COUNTS.items() if preparation.get(key)}
+    if preparation.get("lengths"):
+        told["samples by length, up to so many tokens"] = _counts(preparation["lengths"])
+    if preparation.get("refused"):
+        told["records refused"] = _counts(preparation["refused"])
+    if preparation.get("notes"):
+        told["noticed"] = _counts(preparation["notes"])
+    for key, value in (preparation.get("chat") or {}).items():
+        if value:
+            told[f"chat {key.replace('_', ' ')}"] = str(value)
+    return told
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{name}: {count:,}" for name, count in counts.items())

@@ -1,0 +1,42 @@
+"""The tokenizer of a model folder, doing what its tokenizer.json says."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from megatron_fdd.console import complain
+from megatron_fdd.tokenizer_identity import TokenizerIdentity, difference_from_file
+
+
+@lru_cache(maxsize=16)
+def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizerBase, TokenizerIdentity]:
+    """A folder's own tokenizer, and its identity, read once while its files (the fingerprint) stay the same.
+
+    For some model types transformers builds normaliser and pre-tokenizer anew, whatever tokenizer.json has, and no
+    flag prevents it: then the file itself is loaded, and a line says so. The student was trained on its ids.
+
+    Raises:
+        ValueError: the folder has none, or none that does what its file says.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{folder} has no tokenizer that loads ({reason}); copy its teacher's files into it"
+        ) from error
+    identity, difference = difference_from_file(tokenizer, tokenizer.eos_token_id)
+    if difference is None:
+        return tokenizer, identity
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    identity, left = difference_from_file(tokenizer, tokenizer.eos_token_id)
+    if left is not None:
+        raise ValueError(
+            f"{folder}: what transformers loads is not what its tokenizer.json says: {left}; make "
+            "tokenizer_config.json and tokenizer.json agree"
+        )
+    complain(f"warning: {folder}: tokenizer.json is read as it stands, because {difference}")
+    return tokenizer, identity

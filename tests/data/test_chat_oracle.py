@@ -1,0 +1,739 @@
+"""What is learned of conversations, written by hand: for each behaviour of a template and each kind of conversation.
+
+An expected text is what the model sees at inference, and between ⟦ and ⟧ what it has to say itself, with the token at
+which it stops. It was worked out from the template and from that sentence, never from what the code gave.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_fdd.data.chat import ChatSampler
+from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate, Turns
+from megatron_fdd.data.conversations import Conversation, Message
+from megatron_fdd.data.refusals import Reason, Refusal
+from tests.data.chat_templates import CHATML, FAMILIES, QWEN2_5, chat_template, joined
+
+WHERE = "x.jsonl, line 1"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "w",
+        "description": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+# Short for what would fill the lines.
+SHORT = {
+    "‹": "<|im_start|>",
+    "›": "<|im_end|>",
+    "«": "<|start_header_id|>",
+    "»": "<|end_header_id|>\n\n",
+    "◂": "<|begin_of_text|>",
+    "◆": "<|eot_id|>",
+    "{tool}": '{"type": "function", "function": {"name": "w", "description": "weather", '
+    '"parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}',
+    "{oslo}": '<tool_call>{"name": "w", "arguments": {"city": "Oslo"}}</tool_call>',
+    "{rome}": '<tool_call>{"name": "w", "arguments": {"city": "Rome"}}</tool_call>',
+    "{none}": "<think>\n\n</think>\n\n",
+    "{rain}": "‹user\n<tool_response>rain</tool_response>›\n‹assistant\n",
+}
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str, reasoning: str | None = None, calls: list[Message] | None = None) -> Message:
+    message: Message = {"role": "assistant", "content": text}
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    if calls is not None:
+        message["tool_calls"] = calls
+    return message
+
+
+def call(city: str, call_id: str = "abcdefgh1") -> Message:
+    return {"type": "function", "id": call_id, "function": {"name": "w", "arguments": {"city": city}}}
+
+
+def result(text: str, call_id: str = "abcdefgh1") -> Message:
+    return {"role": "tool", "name": "w", "tool_call_id": call_id, "content": text}
+
+
+def conversation(
+    *messages: Message, skipped: tuple[int, ...] = (), tools: bool = False, **variables: Any
+) -> Conversation:
+    learned = tuple(m["role"] == "assistant" and i not in skipped for i, m in enumerate(messages))
+    return Conversation(messages, learned, (TOOL,) if tools else None, variables)
+
+
+BRIEF: Message = {"role": "system", "content": "Be brief."}
+WHERE_THERE = (user("Where?"), answer("There."))
+NOW_HERE = (user("Now?"), answer("Here."))
+OSLO = (user("Oslo?"), answer("", calls=[call("Oslo")]), result("rain"))
+RAINS = answer("It rains.")
+TWO_CALLS = (
+    user("Both?"),
+    answer("", calls=[call("Oslo"), call("Rome", "abcdefgh2")]),
+    result("rain"),
+    result("sun", "abcdefgh2"),
+)
+SUMS = (user("2+2?"), answer("4", "add"), user("3+3?"), answer("6", "again"))
+INLINE = (
+    user("2+2?"),
+    answer("<think>\nadd\n</think>\n\n4"),
+    user("3+3?"),
+    answer("<think>\nagain\n</think>\n\n6"),
+)
+THREE = (*WHERE_THERE, *NOW_HERE, user("Then?"), answer("Gone."))
+
+KINDS = {
+    "single": conversation(*WHERE_THERE),
+    "multi": conversation(*WHERE_THERE, *NOW_HERE),
+    "system": conversation(BRIEF, *WHERE_THERE),
+    "system multi": conversation(BRIEF, *WHERE_THERE, *NOW_HERE),
+    "call": conversation(*OSLO, RAINS, tools=True),
+    "call without schema": conversation(*OSLO, RAINS),
+    "call, system": conversation(BRIEF, *OSLO, RAINS, tools=True),
+    "call, then a question": conversation(*OSLO, RAINS, *NOW_HERE, tools=True),
+    "calls": conversation(*TWO_CALLS, answer("Wet, dry."), tools=True),
+    "call beside words": conversation(user("Oslo?"), answer("Looking.", calls=[call("Oslo")])),
+    "call not in ascii": conversation(user("?"), answer("", calls=[call("Zürich 🙂")])),
+    "call, short id": conversation(user("Oslo?"), answer("", calls=[call("Oslo", "1")]), tools=True),
+    "result only": conversation(user("Oslo?"), answer("Looking."), result("rain"), RAINS),
+    "schema only": conversation(*WHERE_THERE, tools=True),
+    "schema only, multi": conversation(*WHERE_THERE, *NOW_HERE, tools=True),
+    "reasoning": conversation(*SUMS),
+    "reasoning, first skipped": conversation(*SUMS, skipped=(1,)),
+    "reasoning inline": conversation(*INLINE),
+    "reasoning, call": conversation(
+        user("Oslo?"),
+        answer("", "ask", [call("Oslo")]),
+        result("rain"),
+        answer("Rain.", "told"),
+        tools=True,
+    ),
+    "empty": conversation(user("Where?"), answer("")),
+    "empty, then one": conversation(user("Where?"), answer(""), *NOW_HERE),
+    "blank": conversation(user("Where?"), answer(" \n")),
+    "twice": conversation(*WHERE_THERE, answer("Really.")),
+    "ends with a question": conversation(*WHERE_THERE, user("Now?")),
+    "no answer": conversation(user("Where?")),
+    "begins with an answer": conversation(answer("Hi."), *WHERE_THERE),
+    "an answer alone": conversation(answer("Hi.")),
+    "middle skipped": conversation(*THREE, skipped=(3,)),
+    "last skipped": conversation(*WHERE_THERE, *NOW_HERE, skipped=(3,)),
+    "all skipped": conversation(*WHERE_THERE, skipped=(1,)),
+    "white space around": conversation(user("Where?"), answer("  There. \n")),
+    "line break first": conversation(user("Where?"), answer("\n\nThere.")),
+    "unicode": conversation(
+        user("e\u0301 🙂"), answer("🙂\u0301 and e\u0301"), user("\u0301"), answer("\u0301東")
+    ),
+    "same words": conversation(user("a"), answer("a"), user("a"), answer("a")),
+    "control in a question": conversation(user("say <|im_end|>\n<|im_start|>assistant\n"), answer("There.")),
+    "control in an answer": conversation(user("Where?"), answer("a<|im_end|>b")),
+    "control last": conversation(user("Where?"), answer("There.<|im_end|>")),
+    "no thinking": conversation(*WHERE_THERE, enable_thinking=False),
+    "no thinking, multi": conversation(*WHERE_THERE, *NOW_HERE, enable_thinking=False),
+    "no thinking, reasoning": conversation(*SUMS, enable_thinking=False),
+    "date": conversation(*WHERE_THERE, date_string="3 Mar 2030"),
+}
+
+Expected = str | tuple[str, ...] | Reason
+DROPPED = {
+    field: f"drops {field}" for field in ("system", "tool", "tools", "content", "reasoning", "tool_calls")
+}
+
+KIND = "‹system\nBe kind.›\n"
+Q = "‹user\nWhere?›\n‹assistant\n"
+Q2 = "‹user\nNow?›\n‹assistant\n"
+KIND_OSLO = "‹system\nBe kind.\n{tool}›\n‹user\nOslo?›\n‹assistant\n"
+OSLO_Q = "‹system\nTools:\n{tool}›\n‹user\nOslo?›\n‹assistant\n"
+SUM, SUM2 = "‹user\n2+2?›\n‹assistant\n", "‹user\n3+3?›\n‹assistant\n"
+LLAMA_Q = "«user»Where?◆«assistant»"
+TODAY = "◂«system»Today: 26 Jul 2024\n"
+V3_OSLO = "[AVAILABLE_TOOLS]\n{tool}[/AVAILABLE_TOOLS][INST]Oslo?[/INST]"
+V3_CALL = '[TOOL_CALLS]{"name": "w", "arguments": {"city": "Oslo"}, "id": "abcdefgh1"}</s>'
+GEMMA_Q = "<start_of_turn>user\nWhere?<end_of_turn>\n<start_of_turn>model\n"
+GEMMA_Q2 = "\n<start_of_turn>user\nNow?<end_of_turn>\n<start_of_turn>model\n"
+PHI_Q = "<|user|>\nWhere?<|end|>\n<|assistant|>\n"
+DEEP, DEEP_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+DEEP_OSLO = '<｜tool▁call▁begin｜>w\n{"city": "Oslo"}<｜tool▁call▁end｜>' + DEEP_END
+OSS = "<|start|>system<|message|>2026-01-02<|end|>"
+OSS_Q = OSS + "<|start|>user<|message|>Where?<|end|><|start|>assistant"
+OSS_OSLO = (
+    OSS + "<|start|>developer<|message|>\n{tool}<|end|><|start|>user<|message|>Oslo?<|end|><|start|>assistant"
+)
+OSS_CALL = ' to=functions.w<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
+OSS_RAIN = "<|start|>functions.w to=assistant<|message|>rain<|end|><|start|>assistant"
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+GLM = "[gMASK]<sop><|user|>\nWhere?<|assistant|>"
+GLM_CALL = "<tool_call>w\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|observation|>"
+ROLE, END_ROLE, GRANITE_END = "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"
+GRANITE_Q = f"{ROLE}user{END_ROLE}Where?{GRANITE_END}\n{ROLE}assistant{END_ROLE}"
+XML = "<tool_call><function=w><parameter=city>Oslo</tool_call>"
+
+# A default system text; earlier answers are kept; the field of the reasoning is not known.
+QWEN2_5_ROWS: dict[str, Expected] = {
+    "single": KIND + Q + "⟦There.›⟧",
+    "multi": KIND + Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧",
+    "system": "‹system\nBe brief.›\n" + Q + "⟦There.›⟧",
+    "call": KIND_OSLO + "⟦{oslo}›⟧\n{rain}⟦It rains.›⟧",
+    "calls": "‹system\nBe kind.\n{tool}›\n‹user\nBoth?›\n‹assistant\n⟦{oslo}\n{rome}›⟧\n‹user\n<tool_response>rain"
+    "</tool_response>\n<tool_response>sun</tool_response>›\n‹assistant\n⟦Wet, dry.›⟧",
+    "call beside words": KIND + "‹user\nOslo?›\n‹assistant\n⟦Looking.\n{oslo}›⟧",
+    "call not in ascii": KIND
+    + '‹user\n?›\n‹assistant\n⟦<tool_call>{"name": "w", "arguments": {"city": "Zürich 🙂"}}</tool_call>›⟧',
+    "schema only": "‹system\nBe kind.\n{tool}›\n" + Q + "⟦There.›⟧",
+    "reasoning": DROPPED["reasoning"],
+    "reasoning inline": KIND
+    + SUM
+    + "⟦<think>\nadd\n</think>\n\n4›⟧\n"
+    + SUM2
+    + "⟦<think>\nagain\n</think>\n\n6›⟧",
+    "empty": Reason.EMPTY,
+    "empty, then one": Reason.EMPTY,
+    "twice": KIND + Q + "⟦There.›⟧\n‹assistant\n⟦Really.›⟧",
+    "ends with a question": KIND + Q + "⟦There.›⟧",
+    "no answer": Reason.NOTHING_LEARNED,
+    "begins with an answer": KIND + "‹assistant\nHi.›\n" + Q + "⟦There.›⟧",
+    "an answer alone": Reason.NOTHING_LEARNED,
+    "middle skipped": KIND + Q + "⟦There.›⟧\n" + Q2 + "Here.›\n‹user\nThen?›\n‹assistant\n⟦Gone.›⟧",
+    "last skipped": KIND + Q + "⟦There.›⟧",
+    "all skipped": Reason.NOTHING_LEARNED,
+    "white space around": KIND + Q + "⟦  There. \n›⟧",
+    "line break first": KIND + Q + "⟦\n\nThere.›⟧",
+    "unicode": KIND
+    + "‹user\ne\u0301 🙂›\n‹assistant\n⟦🙂\u0301 and e\u0301›⟧\n‹user\n\u0301›\n‹assistant\n⟦\u0301東›⟧",
+    "same words": KIND + "‹user\na›\n‹assistant\n⟦a›⟧\n‹user\na›\n‹assistant\n⟦a›⟧",
+    "control in a question": KIND + "‹user\nsay ›\n‹assistant\n›\n‹assistant\n⟦There.›⟧",
+    "control in an answer": KIND + Q + "⟦a›b›⟧",
+    "control last": KIND + Q + "⟦There.›⟧",
+}
+# Earlier reasoning is rewritten, and the empty block goes as soon as the message is not the last.
+QWEN3_ROWS: dict[str, Expected] = {
+    "single": Q + "⟦{none}There.›⟧",
+    "no thinking": Q + "{none}⟦There.›⟧",
+    "multi": (Q + "⟦{none}There.›⟧", Q + "There.›\n" + Q2 + "⟦{none}Here.›⟧"),
+    "no thinking, multi": (Q + "{none}⟦There.›⟧", Q + "There.›\n" + Q2 + "{none}⟦Here.›⟧"),
+    "no thinking, reasoning": Reason.NOT_FOLLOWED,
+    "reasoning": (
+        SUM + "⟦<think>\nadd\n</think>\n\n4›⟧",
+        SUM + "4›\n" + SUM2 + "⟦<think>\nagain\n</think>\n\n6›⟧",
+    ),
+    "reasoning inline": (
+        SUM + "⟦<think>\nadd\n</think>\n\n4›⟧",
+        SUM + "4›\n" + SUM2 + "⟦<think>\nagain\n</think>\n\n6›⟧",
+    ),
+    "reasoning, first skipped": SUM + "4›\n" + SUM2 + "⟦<think>\nagain\n</think>\n\n6›⟧",
+    "reasoning, call": OSLO_Q
+    + "⟦<think>\nask\n</think>\n\n{oslo}›⟧\n{rain}⟦<think>\ntold\n</think>\n\nRain.›⟧",
+    "call": (OSLO_Q + "⟦{none}{oslo}›⟧", OSLO_Q + "{oslo}›\n{rain}⟦{none}It rains.›⟧"),
+    # The first one is the last message of the second one's prompt, and keeps its block there.
+    "twice": Q + "⟦{none}There.›⟧\n‹assistant\n⟦{none}Really.›⟧",
+    "middle skipped": (
+        Q + "⟦{none}There.›⟧",
+        Q + "There.›\n" + Q2 + "Here.›\n‹user\nThen?›\n‹assistant\n⟦{none}Gone.›⟧",
+    ),
+    "ends with a question": Q + "⟦{none}There.›⟧",
+    "begins with an answer": "‹assistant\nHi.›\n" + Q + "⟦{none}There.›⟧",
+    "empty": Reason.EMPTY,
+}
+ROWS: dict[str, dict[str, Expected]] = {
+    "qwen2.5": QWEN2_5_ROWS,
+    "qwen3": QWEN3_ROWS,
+    # The prompt opens the block.
+    "qwen3-thinking": {
+        "single": Q + "<think>\n⟦\n</think>\n\nThere.›⟧",
+        "multi": (
+            Q + "<think>\n⟦\n</think>\n\nThere.›⟧",
+            Q + "There.›\n" + Q2 + "<think>\n⟦\n</think>\n\nHere.›⟧",
+        ),
+        "reasoning": (
+            SUM + "<think>\n⟦add\n</think>\n\n4›⟧",
+            SUM + "4›\n" + SUM2 + "<think>\n⟦again\n</think>\n\n6›⟧",
+        ),
+    },
+    # Inside a loop of tools nothing is rewritten, not even the empty block.
+    "qwen3.5": {
+        "multi": (
+            Q + "<think>\n⟦\n</think>\n\nThere.›⟧",
+            Q + "There.›\n" + Q2 + "<think>\n⟦\n</think>\n\nHere.›⟧",
+        ),
+        "no thinking, multi": (Q + "{none}⟦There.›⟧", Q + "There.›\n" + Q2 + "{none}⟦Here.›⟧"),
+        "call": OSLO_Q + f"<think>\n⟦\n</think>\n\n{XML}›⟧\n" + "{rain}<think>\n⟦\n</think>\n\nIt rains.›⟧",
+        "reasoning, call": OSLO_Q
+        + f"<think>\n⟦ask\n</think>\n\n{XML}›⟧\n"
+        + "{rain}<think>\n⟦told\n</think>\n\nRain.›⟧",
+        "call, then a question": (
+            OSLO_Q + f"<think>\n⟦\n</think>\n\n{XML}›⟧\n" + "{rain}<think>\n⟦\n</think>\n\nIt rains.›⟧",
+            OSLO_Q + XML + "›\n{rain}It rains.›\n" + Q2 + "<think>\n⟦\n</think>\n\nHere.›⟧",
+        ),
+    },
+    "qwq": {
+        "single": Reason.NOT_FOLLOWED,
+        "reasoning inline": (
+            SUM + "<think>\n⟦add\n</think>\n\n4›⟧",
+            SUM + "4›\n" + SUM2 + "<think>\n⟦again\n</think>\n\n6›⟧",
+        ),
+    },
+    # The tokenizer's end is another than the turn's; texts are trimmed.
+    "llama3": {
+        "single": "◂" + LLAMA_Q + "⟦There.◆⟧",
+        "multi": "◂" + LLAMA_Q + "⟦There.◆⟧«user»Now?◆«assistant»⟦Here.◆⟧",
+        "system": "◂«system»Be brief.◆" + LLAMA_Q + "⟦There.◆⟧",
+        "white space around": "◂" + LLAMA_Q + "⟦There.◆⟧",
+        "unicode": "◂«user»e\u0301 🙂◆«assistant»⟦🙂\u0301 and e\u0301◆⟧«user»\u0301◆«assistant»⟦\u0301東◆⟧",
+        "blank": Reason.EMPTY,
+        "schema only": DROPPED["tools"],
+        "call beside words": DROPPED["tool_calls"],
+        "call without schema": DROPPED["tool_calls"],
+        "twice": "◂" + LLAMA_Q + "⟦There.◆⟧«assistant»⟦Really.◆⟧",
+    },
+    "llama3.1": {
+        "single": TODAY + "◆" + LLAMA_Q + "⟦There.◆⟧",
+        "date": "◂«system»Today: 3 Mar 2030\n◆" + LLAMA_Q + "⟦There.◆⟧",
+        "system": TODAY + "Be brief.◆" + LLAMA_Q + "⟦There.◆⟧",
+        "call": TODAY
+        + '◆«user»Tools:\n{tool}\nOslo?◆«assistant»⟦{"name": "w", "parameters": {"city": "Oslo"}}◆⟧'
+        + "«ipython»rain◆«assistant»⟦It rains.◆⟧",
+        "calls": Reason.RAISED,
+        "call beside words": DROPPED["content"],
+    },
+    "llama3.2": {"single": "◂«system»Today: 02 Jan 2026\n◆" + LLAMA_Q + "⟦There.◆⟧"},
+    "mistral-v0.1": {
+        "single": "<s>[INST] Where? [/INST]⟦There.</s>⟧",
+        "multi": "<s>[INST] Where? [/INST]⟦There.</s>⟧ [INST] Now? [/INST]⟦Here.</s>⟧",
+        "ends with a question": "<s>[INST] Where? [/INST]⟦There.</s>⟧",
+        "system": Reason.RAISED,
+        "twice": Reason.RAISED,
+        "begins with an answer": Reason.RAISED,
+    },
+    # Tools move to the last question.
+    "mistral-v0.3": {
+        "single": "<s>[INST]Where?[/INST]⟦There.</s>⟧",
+        "system": DROPPED["system"],
+        "call": f"<s>{V3_OSLO}⟦{V3_CALL}⟧[TOOL_RESULTS]rain[/TOOL_RESULTS]⟦It rains.</s>⟧",
+        "call beside words": DROPPED["content"],
+        "call, short id": Reason.RAISED,
+        "schema only, multi": (
+            "<s>[AVAILABLE_TOOLS]\n{tool}[/AVAILABLE_TOOLS][INST]Where?[/INST]⟦There.</s>⟧",
+            "<s>[INST]Where?[/INST]There.</s>[AVAILABLE_TOOLS]\n{tool}[/AVAILABLE_TOOLS][INST]Now?[/INST]⟦Here.</s>⟧",
+        ),
+    },
+    # The system text is gone from every text that ends with an answer, but not from the prompts.
+    "nemo": {
+        "multi": "<s>[INST]Where?[/INST]⟦There.</s>⟧[INST]Now?[/INST]⟦Here.</s>⟧",
+        "system": "<s>[INST]Be brief.\n\nWhere?[/INST]⟦There.</s>⟧",
+        "system multi": (
+            "<s>[INST]Be brief.\n\nWhere?[/INST]⟦There.</s>⟧",
+            "<s>[INST]Where?[/INST]There.</s>[INST]Be brief.\n\nNow?[/INST]⟦Here.</s>⟧",
+        ),
+        "call, system": (
+            "<s>" + V3_OSLO.replace("Oslo?", "Be brief.\n\nOslo?") + f"⟦{V3_CALL}⟧",
+            f"<s>{V3_OSLO}{V3_CALL}[TOOL_RESULTS]rain[/TOOL_RESULTS]⟦It rains.</s>⟧",
+        ),
+    },
+    "gemma2": {
+        "single": "<bos>" + GEMMA_Q + "⟦There.<end_of_turn>⟧",
+        "multi": "<bos>" + GEMMA_Q + "⟦There.<end_of_turn>⟧" + GEMMA_Q2 + "⟦Here.<end_of_turn>⟧",
+        "white space around": "<bos>" + GEMMA_Q + "⟦There.<end_of_turn>⟧",
+        "system": Reason.RAISED,
+        "twice": Reason.RAISED,
+        "call": Reason.RAISED,
+    },
+    "gemma3": {
+        "system multi": "<bos>"
+        + GEMMA_Q.replace("Where?", "Be brief.\n\nWhere?")
+        + "⟦There.<end_of_turn>⟧"
+        + GEMMA_Q2
+        + "⟦Here.<end_of_turn>⟧",
+    },
+    # Behind the last answer stands a second end, which is not learned.
+    "phi3": {
+        "single": PHI_Q + "⟦There.<|end|>⟧",
+        "multi": PHI_Q + "⟦There.<|end|>⟧\n<|user|>\nNow?<|end|>\n<|assistant|>\n⟦Here.<|end|>⟧",
+        "system": "<|system|>\nBe brief.<|end|>\n" + PHI_Q + "⟦There.<|end|>⟧",
+        "result only": DROPPED["tool"],
+        "schema only": DROPPED["tools"],
+        "call beside words": DROPPED["tool_calls"],
+    },
+    "phi4": {
+        "multi": "‹user<|im_sep|>Where?›‹assistant<|im_sep|>⟦There.›⟧‹user<|im_sep|>Now?›‹assistant<|im_sep|>⟦Here.›⟧",
+        "result only": DROPPED["tool"],
+    },
+    "phi4-first": {
+        "multi": "‹user<|im_sep|>Where?›‹assistant<|im_sep|>⟦There.›⟧‹user<|im_sep|>Now?›‹assistant<|im_sep|>⟦Here.›⟧",
+        "system": "‹system<|im_sep|>Be brief.›‹user<|im_sep|>Where?›‹assistant<|im_sep|>⟦There.›⟧",
+    },
+    # Arguments are a text; nothing is shown of a schema; reasoning is cut off even from the last answer.
+    "deepseek": {
+        "single": DEEP + f"<｜User｜>Where?<｜Assistant｜>⟦There.{DEEP_END}⟧",
+        "system": DEEP + f"Be brief.<｜User｜>Where?<｜Assistant｜>⟦There.{DEEP_END}⟧",
+        "call without schema": DEEP
+        + f"<｜User｜>Oslo?<｜Assistant｜>⟦{DEEP_OSLO}⟧<｜tool▁output▁begin｜>rain<｜tool▁output▁end｜>"
+        + f"⟦It rains.{DEEP_END}⟧",
+        "call not in ascii": DEEP + f"<｜User｜>?<｜Assistant｜>⟦{DEEP_OSLO}⟧".replace("Oslo", "Zürich 🙂"),
+        "call": DROPPED["tools"],
+        "reasoning": DROPPED["reasoning"],
+        "reasoning inline": DROPPED["reasoning"],
+    },
+    "r1-distill": {"single": Reason.NOT_FOLLOWED, "reasoning inline": Reason.NOT_FOLLOWED},
+    "smollm2": {
+        "multi": "‹system\nI am small.›\n" + Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧",
+        "system": "‹system\nBe brief.›\n" + Q + "⟦There.›⟧",
+        "call beside words": DROPPED["tool_calls"],
+        "schema only": DROPPED["tools"],
+    },
+    # Its marks enclose the header and the line break behind the end.
+    "smollm3": {
+        "multi": "‹system\nDate: 02 January 2026›\n" + Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧",
+        "system": "‹system\nDate: 02 January 2026\nBe brief.›\n" + Q + "⟦There.›⟧",
+        "schema only": "‹system\nDate: 02 January 2026\n{tool}›\n" + Q + "⟦There.›⟧",
+        "twice": "‹system\nDate: 02 January 2026›\n" + Q + "⟦There.›⟧\n‹assistant\n⟦Really.›⟧",
+        "call beside words": DROPPED["tool_calls"],
+    },
+    # <|return|> is <|end|> in a history; a call's analysis is in its prompt and gone from the text with the answer.
+    "gpt-oss": {
+        "single": f"{OSS_Q}⟦{FINAL}There.<|return|>⟧",
+        "multi": (
+            f"{OSS_Q}⟦{FINAL}There.<|return|>⟧",
+            f"{OSS_Q}{FINAL}There.<|end|><|start|>user<|message|>Now?<|end|><|start|>assistant⟦{FINAL}Here.<|return|>⟧",
+        ),
+        "reasoning": (
+            f"{OSS_Q}⟦{ANALYSIS}add<|end|><|start|>assistant{FINAL}4<|return|>⟧".replace("Where?", "2+2?"),
+            f"{OSS_Q}{FINAL}4<|end|><|start|>user<|message|>3+3?<|end|><|start|>assistant".replace(
+                "Where?", "2+2?"
+            )
+            + f"⟦{ANALYSIS}again<|end|><|start|>assistant{FINAL}6<|return|>⟧",
+        ),
+        "call": f"{OSS_OSLO}⟦{OSS_CALL}⟧{OSS_RAIN}⟦{FINAL}It rains.<|return|>⟧",
+        "reasoning, call": f"{OSS_OSLO}⟦{ANALYSIS}ask<|end|><|start|>assistant{OSS_CALL}⟧{OSS_RAIN}"
+        + f"⟦{ANALYSIS}told<|end|><|start|>assistant{FINAL}Rain.<|return|>⟧",
+        "calls": DROPPED["tool_calls"],
+        "call beside words": DROPPED["content"],
+    },
+    # Nothing ends an answer: the marker of the next role is appended and learned.
+    "glm": {
+        "single": GLM + "⟦\n<think></think>\nThere.<|user|>⟧",
+        "no thinking": GLM + "\n<think></think>⟦\nThere.<|user|>⟧",
+        "multi": GLM
+        + "⟦\n<think></think>\nThere.<|user|>⟧\nNow?<|assistant|>⟦\n<think></think>\nHere.<|user|>⟧",
+        "ends with a question": GLM + "⟦\n<think></think>\nThere.<|user|>⟧",
+        "reasoning": (
+            "[gMASK]<sop><|user|>\n2+2?<|assistant|>⟦\n<think>add</think>\n4<|user|>⟧",
+            "[gMASK]<sop><|user|>\n2+2?<|assistant|>\n<think></think>\n4<|user|>\n3+3?<|assistant|>"
+            "⟦\n<think>again</think>\n6<|user|>⟧",
+        ),
+        "call": "[gMASK]<sop><|system|>\nTools:\n{tool}<|user|>\nOslo?<|assistant|>⟦\n<think></think>\n"
+        + GLM_CALL
+        + "⟧\n<r>rain</r><|assistant|>⟦\n<think></think>\nIt rains.<|user|>⟧",
+        "call beside words": "[gMASK]<sop><|user|>\nOslo?<|assistant|>⟦\n<think></think>\nLooking.\n"
+        + GLM_CALL
+        + "⟧",
+        "twice": (
+            GLM + "⟦\n<think></think>\nThere.<|user|>⟧",
+            GLM + "\n<think></think>\nThere.<|assistant|>⟦\n<think></think>\nReally.<|user|>⟧",
+        ),
+    },
+    # The token that begins a text also ends an answer.
+    "olmo2": {
+        "multi": "<|endoftext|><|user|>\nWhere?\n<|assistant|>\n⟦There.<|endoftext|>⟧\n"
+        "<|user|>\nNow?\n<|assistant|>\n⟦Here.<|endoftext|>⟧",
+        "system": "<|endoftext|><|system|>\nBe brief.\n<|user|>\nWhere?\n<|assistant|>\n⟦There.<|endoftext|>⟧",
+        "call beside words": DROPPED["tool_calls"],
+    },
+    # Two tokens end a turn; generation stops at the second.
+    "cohere2": {
+        "multi": "<|USER|>Where?<|END_OF_TURN|><|BOT|>⟦There.<|END_RESPONSE|><|END_OF_TURN|>⟧"
+        "<|USER|>Now?<|END_OF_TURN|><|BOT|>⟦Here.<|END_RESPONSE|><|END_OF_TURN|>⟧",
+    },
+    "granite": {
+        "single": f"{ROLE}system{END_ROLE}January 02, 2026{GRANITE_END}\n{GRANITE_Q}⟦There.{GRANITE_END}⟧",
+        "system": f"{ROLE}system{END_ROLE}Be brief.{GRANITE_END}\n{GRANITE_Q}⟦There.{GRANITE_END}⟧",
+        "call beside words": DROPPED["tool_calls"],
+    },
+}
+
+
+def written_out(text: str) -> str:
+    for short, long in SHORT.items():
+        text = text.replace(short, long)
+    for short in "‹›":  # {rain} holds them
+        text = text.replace(short, SHORT[short])
+    return text
+
+
+def outcome(
+    template: ChatTemplate, chat: Conversation, turns: Turns = "all", allowed: frozenset[str] = frozenset()
+) -> Expected:
+    """The samples with ⟦ ⟧ around what is learned, one alone as a text; or why there are none."""
+    settings = ChatSettings(turns=turns, allowed=allowed)
+    try:
+        samples = ChatSampler(template, settings).samples(chat, WHERE, Counter())
+    except Refusal as refusal:
+        if refusal.reason is Reason.DROPPED:
+            (field,) = re.findall(r"\((\w+)\): the chat template does not write it$", refusal.detail)
+            return f"drops {field}"
+        return refusal.reason
+    shown = []
+    for sample in samples:
+        text, done = "", 0
+        for start, end in sample.learned:
+            text += sample.text[done:start] + "⟦" + sample.text[start:end] + "⟧"
+            done = end
+        shown.append(text + sample.text[done:])
+    return shown[0] if len(shown) == 1 else tuple(shown)
+
+
+def expected(row: Expected) -> Expected:
+    if isinstance(row, str):
+        return written_out(row)
+    return tuple(map(written_out, row)) if isinstance(row, tuple) else row
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [(family, kind) for family, rows in ROWS.items() for kind in rows], ids="{0}".format
+)
+def test_samples_are_those_worked_out_by_hand(family: str, kind: str) -> None:
+    got = outcome(FAMILIES[family].template(), KINDS[kind])
+    assert got == expected(ROWS[family][kind])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "row"),
+    [
+        ("qwen2.5", "multi", KIND + Q + "There.›\n" + Q2 + "⟦Here.›⟧"),
+        ("qwen2.5", "ends with a question", KIND + Q + "⟦There.›⟧"),
+        ("qwen2.5", "last skipped", KIND + Q + "⟦There.›⟧"),
+        ("qwen2.5", "empty, then one", KIND + "‹user\nWhere?›\n‹assistant\n›\n" + Q2 + "⟦Here.›⟧"),
+        # What the template drops of an earlier answer is dropped at inference, too.
+        ("qwen3", "reasoning", SUM + "4›\n" + SUM2 + "⟦<think>\nagain\n</think>\n\n6›⟧"),
+        ("qwq", "reasoning inline", SUM + "4›\n" + SUM2 + "<think>\n⟦again\n</think>\n\n6›⟧"),
+        ("mistral-v0.3", "system", DROPPED["system"]),
+        ("nemo", "system multi", "<s>[INST]Where?[/INST]There.</s>[INST]Be brief.\n\nNow?[/INST]⟦Here.</s>⟧"),
+        ("glm", "multi", GLM + "\n<think></think>\nThere.<|user|>\nNow?<|assistant|>"
+         "⟦\n<think></think>\nHere.<|user|>⟧"),
+    ],
+)  # fmt: skip
+def test_the_last_answer_alone(family: str, kind: str, row: Expected) -> None:
+    got = outcome(FAMILIES[family].template(), KINDS[kind], turns="last")
+    assert got == expected(row)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "allowed", "row"),
+    [
+        ("qwen2.5", "reasoning", "reasoning", KIND + SUM + "⟦4›⟧\n" + SUM2 + "⟦6›⟧"),
+        ("llama3", "call beside words", "tool_calls", "◂«user»Oslo?◆«assistant»⟦Looking.◆⟧"),
+        ("llama3", "call", "tools", DROPPED["tool_calls"]),
+        ("llama3.1", "call beside words", "tool_calls", DROPPED["content"]),
+        ("llama3.1", "call beside words", "content", TODAY
+         + '◆«user»Oslo?◆«assistant»⟦{"name": "w", "parameters": {"city": "Oslo"}}◆⟧'),
+        ("mistral-v0.3", "system", "system", "<s>[INST]Where?[/INST]⟦There.</s>⟧"),
+        ("phi3", "result only", "tool", "<|user|>\nOslo?<|end|>\n<|assistant|>\n⟦Looking.<|end|>⟧\n"
+         "<|assistant|>\n⟦It rains.<|end|>⟧"),
+        ("deepseek", "reasoning", "reasoning", DEEP
+         + f"<｜User｜>2+2?<｜Assistant｜>⟦4{DEEP_END}⟧<｜User｜>3+3?<｜Assistant｜>⟦6{DEEP_END}⟧"),
+        ("deepseek", "call", "tools", DEEP
+         + f"<｜User｜>Oslo?<｜Assistant｜>⟦{DEEP_OSLO}⟧<｜tool▁output▁begin｜>rain<｜tool▁output▁end｜>"
+         f"⟦It rains.{DEEP_END}⟧"),
+        ("r1-distill", "reasoning inline", "reasoning", Reason.NOT_FOLLOWED),
+        # Without its call nothing is left to learn but the end.
+        ("llama3", "call without schema", "tool_calls", Reason.EMPTY),
+    ],
+)  # fmt: skip
+def test_what_may_be_dropped(family: str, kind: str, allowed: str, row: Expected) -> None:
+    got = outcome(FAMILIES[family].template(), KINDS[kind], allowed=frozenset({allowed}))
+    assert got == expected(row)
+
+
+def test_a_switch_of_the_record_wins_over_the_flag() -> None:
+    flagged = FAMILIES["qwen3"].template(enable_thinking=True)
+    assert outcome(flagged, KINDS["no thinking"]) == written_out(Q + "{none}⟦There.›⟧")
+    assert outcome(flagged, KINDS["single"]) == written_out(Q + "⟦{none}There.›⟧")
+    flagged = FAMILIES["qwen3"].template(enable_thinking=False)
+    assert outcome(flagged, KINDS["single"]) == written_out(Q + "{none}⟦There.›⟧")
+    asked = conversation(*WHERE_THERE, enable_thinking=True)
+    assert outcome(flagged, asked) == written_out(Q + "⟦{none}There.›⟧")
+
+
+def test_a_field_that_only_a_switch_writes_is_looked_for_under_each_setting_of_it() -> None:
+    """Two conversations alike but for the switch, one after the other with the same sampler."""
+    text = CHATML.replace(
+        "m.content", '(m.reasoning_content + "=" if keep and m.reasoning_content else "") + m.content'
+    )
+    sampler = ChatSampler(chat_template(text), ChatSettings())
+    (kept,) = sampler.samples(conversation(*SUMS[:2], keep=True), WHERE, Counter())
+    assert kept.text.endswith("add=4<|im_end|>")
+    with pytest.raises(Refusal, match=r"reasoning of message 2"):
+        sampler.samples(conversation(*SUMS[:2], keep=False), WHERE, Counter())
+
+
+def test_a_schema_beyond_the_first_that_is_not_written_is_missed_at_once() -> None:
+    """As gpt-oss writes the first call only: what held for one schema says nothing of two."""
+    text = "{{ tools[0].function.name if tools }}" + CHATML
+    sampler = ChatSampler(chat_template(text), ChatSettings())
+    one = conversation(*WHERE_THERE, tools=True)
+    assert sampler.samples(one, WHERE, Counter())
+    other = {"type": "function", "function": {"name": "v", "description": "", "parameters": {}}}
+    with pytest.raises(Refusal, match=r"schema of 'v' \(tools\)"):
+        sampler.samples(replace(one, tools=(TOOL, other)), WHERE, Counter())
+
+
+# A template that ends no turn, and opens the next one with a line break.
+NO_END = joined(r"""
+{% for m in messages %}{{ "\n" if not loop.first }}{{ "<|" + m.role + "|>" + m.content }}{% endfor %}
+{{ "\n<|assistant|>" if add_generation_prompt }}
+""")
+
+
+def test_what_stands_before_the_next_marker_is_said_with_it() -> None:
+    template = chat_template(NO_END, "<|user|> <|assistant|>", "<|endoftext|>")
+    got = outcome(template, KINDS["multi"])
+    assert got == "<|user|>Where?\n<|assistant|>⟦There.\n<|user|>⟧Now?\n<|assistant|>⟦Here.\n<|user|>⟧"
+
+
+def test_an_answer_behind_a_header_does_not_stand_in_for_one_behind_none() -> None:
+    """A result's prompt has no header here, and once there is an answer no end of turn (as in Gemma's newest)."""
+    text = joined(r"""
+    {% for m in messages %}{{ "<|im_start|>" + m.role + "\n" + m.content }}
+    {{ "<|im_end|>\n" if m.role != "tool" or loop.last }}{% endfor %}
+    {{ "<|im_start|>assistant\n" if add_generation_prompt and messages[-1].role != "tool" }}
+    """)
+    assert outcome(chat_template(text), KINDS["result only"]) is Reason.NOT_FOLLOWED
+
+
+def test_no_end_and_no_marker_is_refused() -> None:
+    template = chat_template(NO_END, "<|im_start|>", "<|endoftext|>")
+    assert outcome(template, KINDS["single"]) is Reason.NO_STOP
+
+
+def marked(before: str, after: str) -> str:
+    """ChatML in which marks stand where `before` and `after` of `‹role\\n`, `text` and `›\\n` say."""
+    return joined(
+        r"""
+    {% for m in messages %}{% if m.role == "assistant" %}
+    """
+        + before
+        + r"""
+    {% else %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endif %}{% endfor %}
+    """
+        + after
+    )
+
+
+PROMPT = r"""{{ "<|im_start|>assistant\n" if add_generation_prompt }}"""
+ON, OFF = "{% generation %}", "{% endgeneration %}"
+HEADER, WORDS, END = r"""{{ "<|im_start|>assistant\n" }}""", "{{ m.content }}", r"""{{ "<|im_end|>\n" }}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "row"),
+    [
+        # Marks narrow what follows the generation prompt.
+        (marked(HEADER + ON + WORDS + OFF + END, PROMPT), "multi",
+         Q + "⟦There.⟧›\n" + Q2 + "⟦Here.⟧›"),
+        (marked(ON + HEADER + WORDS + END + OFF, PROMPT), "multi",
+         Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧"),
+        (marked(ON + HEADER + WORDS + END + OFF, PROMPT), "middle skipped",
+         Q + "⟦There.›⟧\n" + Q2 + "Here.›\n‹user\nThen?›\n‹assistant\n⟦Gone.›⟧"),
+        (marked(HEADER + "{% if loop.last %}" + ON + WORDS + END + OFF + "{% else %}" + WORDS + END + "{% endif %}",
+                PROMPT), "multi",
+         Q + "There.›\n" + Q2 + "⟦Here.›⟧"),
+        (marked(HEADER + ON + WORDS[:-2] + "[:2] }}" + OFF + WORDS[:-2] + "[2:] }}" + END, PROMPT), "unicode",
+         "‹user\ne\u0301 🙂›\n‹assistant\n⟦🙂\u0301⟧ and e\u0301›\n‹user\n\u0301›\n‹assistant\n⟦\u0301東⟧›"),
+        (marked(HEADER + ON + OFF + WORDS + END, PROMPT), "single", Reason.NOTHING_LEARNED),
+        # Marks that touch are one.
+        (marked(HEADER + ON + WORDS + OFF + ON + END + OFF, PROMPT), "single", Q + "⟦There.›⟧"),
+        # One in a comment is none.
+        (marked(HEADER + "{# " + ON + WORDS + OFF + " #}" + WORDS + END, PROMPT), "single", Q + "⟦There.›⟧"),
+        # Rendered first and written later: where the marks would be is not known.
+        ("{% macro say(m) %}" + ON + WORDS + END + OFF + "{% endmacro %}" + marked(HEADER + "{{ say(m) }}", PROMPT),
+         "single", Reason.RAISED),
+        (marked("{% set all %}" + ON + WORDS + END + OFF + "{% endset %}" + HEADER + "{{ all }}", PROMPT),
+         "single", Reason.RAISED),
+        # The prompt is not followed: the marks are all there is.
+        (marked(HEADER + ON + WORDS + END + OFF, PROMPT + "{{ 'Now: ' if add_generation_prompt }}"), "multi",
+         Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧"),
+        (marked(HEADER + ON + WORDS + END + OFF, PROMPT + "{{ 'Now: ' if add_generation_prompt }}"), "middle skipped",
+         Q + "⟦There.›⟧\n" + Q2 + "Here.›\n‹user\nThen?›\n‹assistant\n⟦Gone.›⟧"),
+        (marked("{% if loop.last %}" + ON + HEADER + WORDS + END + OFF + "{% else %}" + HEADER + WORDS + END
+                + "{% endif %}", PROMPT + "{{ 'Now: ' if add_generation_prompt }}"), "multi",
+         Reason.NOT_FOLLOWED),
+    ],
+    ids="narrow wide skipped last-only inside empty touching comment macro set alone alone-skipped alone-few".split(),
+)  # fmt: skip
+def test_generation_marks(template: str, kind: str, row: Expected) -> None:
+    got = outcome(chat_template(template), KINDS[kind])
+    assert got == expected(row)
+
+
+def test_marks_alone_learn_the_last_answer_alone() -> None:
+    template = marked(HEADER + ON + WORDS + END + OFF, PROMPT + "{{ 'Now: ' if add_generation_prompt }}")
+    got = outcome(chat_template(template), KINDS["multi"], turns="last")
+    assert got == expected(Q + "There.›\n" + Q2 + "⟦Here.›⟧")
+
+
+def test_marks_narrow_an_answer_that_no_token_ends() -> None:
+    """As in templates of GLM that were edited for training."""
+    template = NO_END.replace(
+        '{{ "<|" + m.role + "|>" + m.content }}',
+        '{{ "<|" + m.role + "|>" }}{% if m.role == "assistant" %}{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}'
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+    )
+    got = outcome(chat_template(template, "<|user|> <|assistant|>", "<|endoftext|>"), KINDS["single"])
+    assert got == "<|user|>Where?\n<|assistant|>Th⟦ere.\n<|user|>⟧"
+
+
+def test_a_template_for_tools_is_used_with_tools_only() -> None:
+    named = chat_template({"default": CHATML, "tool_use": QWEN2_5})
+    assert outcome(named, KINDS["single"]) == written_out(Q + "⟦There.›⟧")
+    assert outcome(named, KINDS["schema only"]) == written_out(
+        "‹system\nBe kind.\n{tool}›\n" + Q + "⟦There.›⟧"
+    )
+    assert outcome(chat_template({"default": QWEN2_5}), KINDS["schema only"]) == outcome(
+        named, KINDS["schema only"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ m.content + 1 }}", "TypeError: can only concatenate"),
+        (
+            "{{ 'a' * 10 ** 17 }}",
+            "MemoryError: no message",
+        ),  # more than any address space: nothing is allocated
+        ("{{ 'a' * 10 ** 30 }}", "OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: maximum recursion depth"),
+        ("{{ nothing.more }}", "UndefinedError: 'nothing' is undefined"),
+        ("{{ raise_exception('not this') }}", "TemplateError: not this"),
+        ("{{ messages.append(1) }}", "SecurityError"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+    ids=lambda text: text.split(":")[0].replace(" ", ""),
+)
+def test_whatever_a_template_raises_is_a_refusal_with_the_place(line: str, said: str) -> None:
+    template = "{% for m in messages %}" + line + "{% endfor %}"
+    with pytest.raises(Refusal, match=rf"^x\.jsonl, line 1: the chat template refuses it \({said}") as caught:
+        ChatSampler(chat_template(template), ChatSettings()).samples(KINDS["single"], WHERE, Counter())
+    assert caught.value.reason is Reason.RAISED
+
+
+def test_what_is_raised_for_one_conversation_leaves_the_next_one_alone() -> None:
+    template = chat_template(
+        "{% for m in messages if m.role == 'user' %}{{ m.content.index('W') }}{% endfor %}" + CHATML
+    )
+    sampler = ChatSampler(template, ChatSettings())
+    with pytest.raises(Refusal, match="ValueError: substring not found"):
+        sampler.samples(KINDS["same words"], WHERE, Counter())
+    (sample,) = sampler.samples(KINDS["single"], WHERE, Counter())
+    assert sample.text.startswith("0<|im_start|>user\nWhere?")
