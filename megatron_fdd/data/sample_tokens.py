@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_fdd.data.chat import Sample
+from megatron_fdd.data.answers import Sample
 from megatron_fdd.data.tokenizer import TextTokenizer
 
 

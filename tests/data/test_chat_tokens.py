@@ -26,7 +26,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from megatron_fdd.data.chat import Sample
+from megatron_fdd.data.answers import Sample
 from megatron_fdd.data.sample_tokens import encode_sample
 from megatron_fdd.data.tokenizer import HuggingFaceText, SentencePieceText, TextTokenizer
 from tests.data.conftest import sentences
