@@ -33,12 +33,14 @@ class Answer:
         start: where the generation prompt ends and the answer begins.
         end: the token that ends the turn, which is learned too; empty where only marks tell what is learned, and none
             of them encloses it.
+        by_marks: it does not follow its generation prompt, and only the template's marks tell where it is.
     """
 
     number: int
     text: str
     start: int
     end: str = ""
+    by_marks: bool = False
 
     @property
     def words(self) -> str:
@@ -224,7 +226,7 @@ def _by_marks_alone(written: Written, learned: Sequence[int]) -> list[Answer]:
         start, marked_end = places[index]
         # An author may have marked the line break behind the end too.
         end, token = _end_of_turn(written.template, text[:marked_end], start)
-        answers.append(Answer(index + 1, text[:end], start, token))
+        answers.append(Answer(index + 1, text[:end], start, token, by_marks=True))
     return answers
 
 

@@ -24,6 +24,7 @@ from megatron_fdd.data.vanished import Vanished, find_vanished, shape
 EMPTY_THINKING = "answers that begin with an empty block of reasoning"
 CONTROL_TOKENS = "texts of messages that hold a control token"
 REWRITTEN = "answers in a sample of their own, as the template writes them differently later"
+MARKS_ALONE = "answers that only the template's marks tell"
 ANSWERS = "answers"
 ENDS_WITH = "ends with "
 _EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>")
@@ -35,7 +36,7 @@ class ChatSampler:
     def __init__(self, template: ChatTemplate, settings: ChatSettings) -> None:
         self.template = template
         self._settings = settings
-        self._vanished: dict[object, Vanished | None] = {}
+        self._vanished: dict[object, tuple[Vanished, ...]] = {}
 
     def samples(self, conversation: Conversation, where: str, notes: Counter[str]) -> list[Sample]:
         """The samples of one conversation, in the order of their answers.
@@ -60,6 +61,7 @@ class ChatSampler:
                 )
             notes[ANSWERS] += 1
             notes[ENDS_WITH + answer.end] += 1
+            notes[MARKS_ALONE] += answer.by_marks
             notes[EMPTY_THINKING] += bool(_EMPTY_BLOCK.match(answer.words))
         notes[CONTROL_TOKENS] += self._texts_with_control_tokens(conversation)
         samples = shared(answers)
@@ -105,8 +107,9 @@ class ChatSampler:
 
             self._vanished[key] = find_vanished(written.conversation, answers, self._settings.allowed)
         vanished = self._vanished[key]
-        if vanished is not None:
-            detail = f"{vanished.where} ({vanished.field}): the chat template does not write it"
+        if vanished:
+            places = ", ".join(f"{each.where} ({each.field})" for each in vanished)
+            detail = f"{places}: the chat template does not write {'it' if len(vanished) == 1 else 'them'}"
             raise Refusal(written.where, Reason.DROPPED, detail)
 
     def _texts_with_control_tokens(self, conversation: Conversation) -> int:

@@ -56,6 +56,11 @@ def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
         yield f"without a system text the template itself begins with {template.preamble[:_SHOWN_PREAMBLE]!r}"
     if template.uses_date:
         yield f"the template writes the date: {template.date} (--chat-date)"
+    if notes[chat.MARKS_ALONE]:
+        yield (
+            f"{notes[chat.MARKS_ALONE]:,} answers do not follow their generation prompt: only the template's marks "
+            "tell where they are, and the student learns them behind another text than it will see"
+        )
     if notes[chat.EMPTY_THINKING]:
         yield (
             f"{notes[chat.EMPTY_THINKING]:,} answers begin with an empty block of reasoning, which is learned: the "

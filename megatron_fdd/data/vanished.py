@@ -32,8 +32,8 @@ def find_vanished(
     conversation: Conversation,
     answers: Callable[[Conversation], Answers],
     allowed: Collection[str] = (),
-) -> Vanished | None:
-    """The first part of a conversation that is not written.
+) -> tuple[Vanished, ...]:
+    """What is not written: the first place of each field.
 
     Args:
         answers: what the template makes of a conversation of this shape; the same messages of it are learned.
@@ -45,10 +45,11 @@ def find_vanished(
     if conversation.tools is not None:
         tools = tuple(_marked_tool(tool, marker) for tool in conversation.tools)
     found = answers(replace(conversation, messages=messages, tools=tools))
+    dropped: dict[str, Vanished] = {}
     for mark in marker.marks:
         if mark.field not in allowed and not _is_written(mark, conversation.messages, found):
-            return Vanished(mark.field, mark.where)
-    return None
+            dropped.setdefault(mark.field, Vanished(mark.field, mark.where))
+    return tuple(dropped.values())
 
 
 def shape(conversation: Conversation) -> object:
@@ -82,8 +83,8 @@ def _is_written(mark: _Mark, messages: Sequence[Message], answers: Answers) -> b
         return not answers or mark.text in next(iter(answers.values()))[0]
     if mark.message in answers:
         return mark.text in answers[mark.message][1]
-    if messages[mark.message]["role"] == "assistant" and mark.field != "content":
-        return True  # reasoning and calls of earlier turns may go; what is not learned is only context
+    if messages[mark.message]["role"] == "assistant" and mark.field == "reasoning":
+        return True  # that of earlier turns may go
     later = [before for index, (before, _) in sorted(answers.items()) if index > mark.message]
     return not later or mark.text in later[0]
 

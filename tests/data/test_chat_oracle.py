@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fdd.data.chat import ChatSampler
+from megatron_fdd.data.chat import ANSWERS, MARKS_ALONE, ChatSampler
 from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate, Turns
 from megatron_fdd.data.conversations import Conversation, Message
 from megatron_fdd.data.refusals import Reason, Refusal
@@ -737,3 +737,25 @@ def test_what_is_raised_for_one_conversation_leaves_the_next_one_alone() -> None
         sampler.samples(KINDS["same words"], WHERE, Counter())
     (sample,) = sampler.samples(KINDS["single"], WHERE, Counter())
     assert sample.text.startswith("0<|im_start|>user\nWhere?")
+
+
+def test_every_field_that_is_dropped_is_named_once() -> None:
+    chat = conversation(user("Oslo?"), answer("", "Hm.", [call("Oslo"), call("Rome")]), tools=True)
+    with pytest.raises(Refusal) as refused:
+        ChatSampler(chat_template(CHATML), ChatSettings(allowed=frozenset({"content"}))).samples(
+            chat, WHERE, Counter()
+        )
+    assert re.findall(r"\((\w+)\)[,:]", refused.value.detail) == ["reasoning", "tool_calls", "tools"]
+    assert refused.value.detail.endswith("the chat template does not write them")
+
+
+def test_a_call_that_is_only_context_must_be_written_too() -> None:
+    chat = conversation(*OSLO, RAINS, skipped=(1,))
+    assert outcome(chat_template(CHATML), chat) == "drops tool_calls"
+
+
+def test_answers_that_only_marks_tell_are_counted() -> None:
+    template = marked(HEADER + ON + WORDS + END + OFF, PROMPT + "{{ 'Now: ' if add_generation_prompt }}")
+    notes: Counter[str] = Counter()
+    ChatSampler(chat_template(template), ChatSettings()).samples(KINDS["multi"], WHERE, notes)
+    assert notes[MARKS_ALONE] == notes[ANSWERS] == 2
