@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 ENTRY_POINT = "megatron_fdd.distill"
+# torchrun's, where no flag names one.
+_PORT = 29500
 EXAMPLES = """\b
 examples:
   fdd train --nproc-per-node 8 -- --load run --save run --pretrained-checkpoint student \\
@@ -58,7 +63,8 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
 
     Before `--` stand torchrun's flags (--nproc-per-node, --nnodes, --rdzv-endpoint ...), after it any flag of
     Megatron's pretrain_gpt.py and those of this package. Where RANK is set, by torchrun, Slurm or Kubernetes, the
-    training runs in this process and what stands before `--` is not needed.
+    training runs in this process and what stands before `--` is not needed. On one node a free port is taken, unless
+    --master-port names one.
     """
     if "RANK" in os.environ:
         run_here(flags)
@@ -71,14 +77,38 @@ def launch(words: Sequence[str]) -> int:
 
     The ranks have said themselves what went wrong. Returns the exit status.
     """
+    try:
+        return _torchrun(words)
+    except KeyboardInterrupt:  # before it minds signals, which takes seconds
+        return 128 + signal.SIGINT
+
+
+def _torchrun(words: Sequence[str]) -> int:
+    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     # It says of every rank that it is ended because another failed.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(
+        logging.ERROR
+    )  # and of every signal
+    parser = run.get_args_parser()
+    parser.error = _usage_error  # type: ignore[method-assign]
+    args = parser.parse_args(list(words))
+    num_processes, num_nodes = _counts(args)
+    if num_processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a box of stars
+    if (
+        num_nodes == 1
+        and args.rdzv_backend == "static"
+        and not args.rdzv_endpoint
+        and args.master_port == _PORT
+    ):
+        args.standalone = True  # a free port, so that a machine takes several runs
     try:
-        torchrun(list(words))
+        run.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
@@ -88,7 +118,45 @@ def launch(words: Sequence[str]) -> int:
         return 1
     except SignalException as error:
         return 128 + error.sigval
+    except (AssertionError, ValueError, RuntimeError, RendezvousError) as error:
+        first_line, *_ = str(error).splitlines() or [type(error).__name__]
+        click.echo(f"fdd train: torchrun cannot start the ranks: {first_line}", err=True)
+        return 1
     return 0
+
+
+def _counts(args: argparse.Namespace) -> tuple[int, int]:
+    """Processes of this node, and nodes at most, from torchrun's flags.
+
+    Raises:
+        click.UsageError: names the flag with a value that torchrun would end on in a traceback.
+    """
+    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
+
+    num_processes, fewest, most = 0, 0, 0
+    with contextlib.suppress(ValueError):
+        num_processes = determine_local_world_size(args.nproc_per_node)
+    with contextlib.suppress(ValueError, RuntimeError):
+        fewest, most = parse_min_max_nnodes(args.nnodes)
+    for flag, value, is_right, wanted in (
+        (
+            "nproc-per-node",
+            args.nproc_per_node,
+            num_processes > 0,
+            "a number of at least 1, or auto, cpu or gpu",
+        ),
+        ("nnodes", args.nnodes, 0 < fewest <= most, "a number of at least 1, or MIN:MAX"),
+        ("node-rank", args.node_rank, 0 <= args.node_rank < max(most, 1), "from 0 to --nnodes less 1"),
+        ("master-port", args.master_port, 0 <= args.master_port < 2**16, "from 0 to 65535"),
+        ("max-restarts", args.max_restarts, args.max_restarts >= 0, "at least 0"),
+    ):
+        if not is_right:
+            _usage_error(f"--{flag} {value!r}: must be {wanted}")
+    return num_processes, most
+
+
+def _usage_error(message: str) -> NoReturn:
+    raise click.UsageError(message)
 
 
 def run_here(flags: Sequence[str]) -> None:

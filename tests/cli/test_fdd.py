@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -59,10 +60,12 @@ class Started:
 
     def __init__(self) -> None:
         self.words: list[str] = []
+        self.args = argparse.Namespace()
         self.environment: dict[str, str] = {}
 
-    def torchrun(self, words: Sequence[str]) -> None:
-        self.words = list(words)
+    def torchrun(self, args: argparse.Namespace) -> None:
+        self.words = [args.training_script, *args.training_script_args]
+        self.args, self.environment = args, dict(os.environ)
 
     def run_here(self, flags: Sequence[str]) -> None:
         self.words = ["here", *flags]
@@ -72,10 +75,11 @@ class Started:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     """Without a rank's environment."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone
+        monkeypatch.delenv(name)
     found = Started()
-    monkeypatch.setattr("torch.distributed.run.main", found.torchrun)
+    monkeypatch.setattr("torch.distributed.run.run", found.torchrun)
     monkeypatch.setattr("megatron_fdd.cli.train.run_here", found.run_here)
     monkeypatch.setattr("megatron_fdd.cli.plan.run_here", found.run_here)
     return found
@@ -84,8 +88,72 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
 def test_a_training_is_launched_with_torchruns_flags(started: Started) -> None:
     words = "train --nproc-per-node 2 --max-restarts=1 -- --load a -- --help".split()
     assert CliRunner().invoke(main, words).exit_code == 0
-    expected = "--nproc-per-node 2 --max-restarts=1 -m megatron_fdd.distill --load a -- --help"
-    assert started.words == expected.split()
+    assert started.words == "megatron_fdd.distill --load a -- --help".split()
+    given = started.args.module, started.args.nproc_per_node, started.args.max_restarts
+    assert given == (True, "2", 1)
+    assert started.environment["OMP_NUM_THREADS"] == "1"  # without it torchrun prints a box
+
+
+@pytest.mark.parametrize(
+    ("words", "takes_a_free_port"),
+    [
+        ("", True),
+        ("--nproc-per-node 2 --nnodes 1:1", True),
+        ("--standalone", True),
+        ("--master-port 29501", False),
+        ("--nnodes 2", False),
+        ("--nnodes 1:2", False),
+        ("--rdzv-endpoint host:1", False),
+        ("--rdzv_backend c10d", False),
+    ],
+)
+def test_runs_on_one_node_do_not_share_a_port(words: str, takes_a_free_port: bool, started: Started) -> None:
+    result = CliRunner().invoke(main, ["train", *words.split(), "--", "--load", "a"])
+    assert result.exit_code == 0, result.output
+    assert started.args.standalone == takes_a_free_port
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nproc-per-node", "0"], "--nproc-per-node '0': must be a number of at least 1"),
+        (["--nproc-per-node", "x"], "--nproc-per-node 'x': must be"),
+        (["--nproc-per-node", ""], "--nproc-per-node '': must be"),
+        (["--nproc-per-node=-1"], "--nproc-per-node '-1': must be"),
+        (["--nnodes", "0"], "--nnodes '0': must be a number of at least 1, or MIN:MAX"),
+        (["--nnodes", "2:1"], "--nnodes '2:1': must be"),
+        (["--nnodes", "1:2:3"], "--nnodes '1:2:3': must be"),
+        (["--nnodes", "2", "--node-rank", "2"], "--node-rank 2: must be from 0 to --nnodes less 1"),
+        (["--master-port", "99999999"], "--master-port 99999999: must be from 0 to 65535"),
+        (["--master-port", "x"], "argument --master-port/--master_port: invalid int value: 'x'"),
+        (["--max-restarts", "-1"], "--max-restarts -1: must be at least 0"),
+        (["--nproc_per_nod"], "--nproc"),
+    ],
+)
+def test_a_wrong_value_of_torchruns_flags_is_named(words: list[str], message: str, started: Started) -> None:
+    result = CliRunner().invoke(main, ["train", *words, "--", "--load", "a"])
+    assert result.exit_code == 2, result.output
+    assert f"Error: {message}" in result.output or message in result.output.splitlines()[-1]
+    assert started.words == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (RuntimeError("no port\nmore"), 1, "fdd train: torchrun cannot start the ranks: no port\n"),
+        (AssertionError(), 1, "fdd train: torchrun cannot start the ranks: AssertionError\n"),
+    ],
+)
+def test_torchruns_end_is_one_line_at_most(
+    error: BaseException, status: int, said: str, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(_args: argparse.Namespace) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.distributed.run.run", end)
+    result = CliRunner().invoke(main, "train -- --load a".split())
+    assert (result.exit_code, result.output) == (status, said)
 
 
 def test_a_rank_trains_here(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
