@@ -19,7 +19,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_fdd.checkpoint import find_checkpoint, has_checkpoint, read_checkpoint_args
+from megatron_fdd.checkpoint import find_checkpoint, has_checkpoint, is_same_folder, read_checkpoint_args
 
 # What shapes a GPT's function beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half of it.
 ARCHITECTURE = (
@@ -321,7 +321,7 @@ def student_checkpoint(args: argparse.Namespace) -> tuple[str | None, str]:
     if args.pretrained_checkpoint is not None:
         return args.pretrained_checkpoint, "--pretrained-checkpoint"
     # `--load X --save X` is how Megatron's scripts start afresh and resume with one command.
-    starts_afresh = args.load is None or args.load == args.save
+    starts_afresh = args.load is None or is_same_folder(args.load, args.save)
     return (None if starts_afresh else args.load), "--load"
 
 

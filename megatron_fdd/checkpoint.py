@@ -38,6 +38,11 @@ def has_checkpoint(directory: str) -> bool:
     return (Path(directory) / TRACKER_FILE).is_file()
 
 
+def is_same_folder(one: str | None, other: str | None) -> bool:
+    """Whether both name one folder, however they are written; it need not exist. None names nothing."""
+    return None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve()
+
+
 def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path:
     """The newest checkpoint under `directory`, every file present in full length.
 

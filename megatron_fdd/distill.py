@@ -8,19 +8,24 @@ takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from megatron_fdd.launch import end_at_interrupt, ended_by_sigterm, raise_at_interrupt, report_error
+
+if __name__ == "__main__":
+    end_at_interrupt()
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fdd import console, rehearsal
-from megatron_fdd.launch import report_error
 
 if __name__ == "__main__":
     if not {"-h", "--help"}.isdisjoint(sys.argv):
@@ -56,6 +61,7 @@ from megatron_fdd.pipeline import PipelineSteps
 from megatron_fdd.progress import Progress
 from megatron_fdd.run import Run, prepare_run
 from megatron_fdd.sampling import Sampler
+from megatron_fdd.save_folder import held
 from megatron_fdd.saving import saved_iteration
 from megatron_fdd.schedule import DistillationSteps, installed
 from megatron_fdd.stepped_adam import install_adam
@@ -132,9 +138,14 @@ class Distillation:
                     f"{flag} {folder}: the student's checkpoint could not be read: {cause_of(error)}"
                 ) from error
             except KeyboardInterrupt:
-                self._progress.interrupted(run.args.save, saved_iteration(run.args.save))
+                self.say_interrupted()
                 raise
         self._end()
+
+    def say_interrupted(self) -> None:
+        """The last line of a run that is stopped from outside: how to go on."""
+        save = self._run.args.save
+        self._progress.interrupted(save, saved_iteration(save))
 
     def _end(self) -> None:
         args = self._run.args
@@ -244,7 +255,17 @@ def main() -> int:
             if is_first_rank():
                 console.say(describe_plan(run.plan, run.args, run.teacher))
             return 0
-        Distillation(run).train()
+        distillation = Distillation(run)
+        # With --exit-signal-handler Megatron finishes the step and saves.
+        is_ours = is_first_rank() and not run.args.exit_signal_handler
+        with (
+            held(run.args.save),
+            ended_by_sigterm(distillation.say_interrupted) if is_ours else nullcontext(),
+        ):
+            distillation.train()
+    except KeyboardInterrupt:
+        console.log_traceback()
+        return 128 + signal.SIGINT
     except (ValueError, FloatingPointError) as error:
         console.log_traceback()
         report_error(f"megatron_fdd: error: {error}")
@@ -256,4 +277,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    raise_at_interrupt()
     sys.exit(main())

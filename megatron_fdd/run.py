@@ -42,10 +42,12 @@ from megatron_fdd.preflight import (
     check_local_attention,
     check_numbers,
     check_resume,
+    check_schedule,
     check_splits,
     check_student_scales,
     check_writable,
 )
+from megatron_fdd.save_folder import check_nothing_lost
 from megatron_fdd.teacher.arguments import teacher_args, uses_delayed_scaling
 from megatron_fdd.teacher.scales import check_scales
 
@@ -88,6 +90,8 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     refuse(args)
     check_given(args)
     check_numbers(args)
+    check_schedule(args)
+    check_nothing_lost(args)
     check_kernels(config.kernels)
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad
@@ -202,6 +206,7 @@ def _parse() -> tuple[argparse.Namespace, dict[str, object]]:
         add_fdd_args(parser)
         for action in parser._actions:
             defaults.setdefault(action.dest, action.default)  # argparse takes the first, of several for one
+            _refuse_empty(action)
         _mend_help(parser)
         # argparse would print its usage and exit on every rank; one error, by the same way as all others.
         parser.error = _argument_error  # type: ignore[method-assign]
@@ -210,6 +215,23 @@ def _parse() -> tuple[argparse.Namespace, dict[str, object]]:
         return parser
 
     return parse_args(add_args), defaults
+
+
+def _refuse_empty(action: argparse.Action) -> None:
+    """Let a flag refuse an empty value by its name, which is what an unset variable of a shell leaves of one."""
+    read = action.type
+    if read in (int, float) or action.nargs == 0 or action.default == "":  # numbers do it themselves
+        return
+
+    def text(value: str) -> object:
+        if not value:
+            raise argparse.ArgumentTypeError(
+                "its value is empty (an unset variable?); give one, or leave the flag out"
+            )
+        return read(value) if callable(read) else value
+
+    text.__name__ = getattr(read, "__name__", "text")  # argparse puts it into its message
+    action.type = text
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,14 @@ def test_every_flag_arrives() -> None:
     ("argv", "message"),
     [
         ("--fdd-alpha -1", "--fdd-alpha -1.0: must be at least 0"),
-        ("--fdd-temperature 0", "--fdd-temperature 0.0: must be above 0"),
+        ("--fdd-temperature 0", "--fdd-temperature 0.0: must be from 0.01 to 100"),
+        ("--fdd-temperature 1e-30", "--fdd-temperature 1e-30: must be from 0.01 to 100"),
+        ("--fdd-temperature 101", "--fdd-temperature 101.0: must be from 0.01 to 100"),
+        ("--fdd-temperature nan", "--fdd-temperature nan: must be from 0.01 to 100"),
+        (
+            "--fdd-kd-weight 0 --fdd-alpha 0 --fdd-beta 0",
+            "--fdd-ce-weight are all 0, so that nothing is trained",
+        ),
         ("--fdd-divergence-mix 1", "--fdd-divergence-mix 1.0: must be between 0 and 1"),
         ("--fdd-layers 0", "--fdd-layers 0: must be at least 1"),
         ("--fdd-beta nan", "--fdd-beta nan: must be at least 0"),

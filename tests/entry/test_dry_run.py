@@ -126,7 +126,8 @@ def test_a_plan_of_experts_in_fp8_needs_no_transformer_engine(toy: Toys, tmp_pat
 
 
 def test_without_a_teacher_there_is_a_plan_too(toy: Toys) -> None:
-    [endings] = trained(toy.command("--fdd-dry-run", *"--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0".split()))
+    weights = "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1".split()
+    [endings] = trained(toy.command("--fdd-dry-run", *weights))
     assert "no inner layers" in endings[0].out
 
 

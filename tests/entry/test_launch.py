@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_fdd.cli.train import ENTRY_POINT
+from megatron_fdd.save_folder import held
 from tests.entry.command import read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
 
@@ -75,15 +77,16 @@ def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: 
     assert [line for line in lines if "megatron_fdd: error: " in line] == [said]
 
 
-@pytest.mark.tier("default")
-def test_an_interruption_says_how_to_go_on(toy: Toys, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_path: Path) -> None:
+    """And while it is at work, no other run gets its folder."""
     places = ["--load", tmp_path, "--save", tmp_path, "--pretrained-checkpoint", toy.student]
     command = toy.command(*places, *"--train-iters 4000 --save-interval 2 --log-interval 2".split())
     process = subprocess.Popen(
         [*LAUNCH, *command],
         env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -91,10 +94,16 @@ def test_an_interruption_says_how_to_go_on(toy: Toys, tmp_path: Path) -> None:
     for line in process.stdout:
         lines.append(line)
         if line.startswith("saved") and len(lines) > 1:
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            with pytest.raises(ValueError, match="another run saves there"), held(str(tmp_path)):
+                pass
+            if end == signal.SIGINT:
+                os.killpg(process.pid, end)  # as a terminal does
+            else:
+                process.send_signal(end)
             break
     lines += process.stdout.readlines()
-    assert process.wait(TIMEOUT_S) == 128 + signal.SIGINT
+    assert process.wait(TIMEOUT_S) == 128 + end
+    assert process.stderr.read() == ""
     saved = int((tmp_path / "latest_checkpointed_iteration.txt").read_text())
     ending = re.fullmatch(
         rf"interrupted after step (\d+) of 4000; the same command goes on after step {saved}, from {tmp_path}\n",
@@ -102,6 +111,26 @@ def test_an_interruption_says_how_to_go_on(toy: Toys, tmp_path: Path) -> None:
     )
     assert ending is not None, lines[-1]
     assert int(ending[1]) >= saved
+
+
+def test_an_interruption_of_the_imports_is_quiet(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*LAUNCH, "--save", tmp_path],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    launcher = psutil.Process(process.pid)
+    while len(ranks := [child for child in launcher.children() if ENTRY_POINT in child.cmdline()]) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    while not all(any("libtorch_cpu" in file.path for file in rank.memory_maps()) for rank in ranks):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=TIMEOUT_S) == ("", "")
+    assert process.returncode == 128 + signal.SIGINT
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -153,7 +153,6 @@ SWITCHED_OFF = {
     "inner layers": ("--fdd-alpha 0 --fdd-beta 0", {"kd", "ce"}, 1, 0),
     "all but centred delta": ("--fdd-alpha 0 --fdd-kd-weight 0 --fdd-delta centred", {"delta"}, 0, 2),
     "teacher": ("--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1", {"ce"}, 1, 0),
-    "everything": ("--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0", set(), 0, 0),
 }
 
 
@@ -173,4 +172,4 @@ def test_a_weight_of_zero_switches_a_term_off(name: str, toy: Toys, tmp_path: Pa
     for record in read_metrics(path):
         assert {group for group in GROUPS if record[group] is not None} == kept
         assert {layer for layer in LAYERS if layer in record} == {x for x in LAYERS if x.split()[0] in kept}
-        assert record["total"] > 0 if kept else record["total"] == record["grad_norm"] == 0
+        assert record["total"] > 0

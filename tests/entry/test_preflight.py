@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.entry.checks import assert_refused
 from tests.entry.command import run
 from tests.entry.conftest import Toys
 
@@ -22,6 +23,7 @@ MISTAKES = {
         "--log-interval 0 --lr nan",
         r"--lr nan: must be a finite number; --log-interval 0: must be at least 1",
     ),
+    "a rise downwards": ("--lr", "--lr 0.1 --min-lr 0.2", r"--min-lr 0.2: must be at most --lr 0.1"),
     "odd length": (
         "--seq-length",
         "--seq-length 15 --tensor-model-parallel-size 2 --sequence-parallel",
@@ -68,6 +70,14 @@ def test_a_place_that_cannot_be_written(flag: str, toy: Toys, tmp_path: Path) ->
     [endings] = run(toy.command(flag, in_the_way / "below"))
     assert [ending.status for ending in endings] == [1, 1]
     assert re.search(rf"{flag} .*cannot be written", endings[0].err)
+
+
+def test_a_finished_run_is_not_begun_again(toy: Toys, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("400")
+    command = toy.saving_command(tmp_path)
+    for endings in run(command, [*command, "--fdd-dry-run"]):
+        assert_refused(endings, rf"--save {tmp_path}: holds a checkpoint of iteration 400")
+    assert [path.name for path in tmp_path.iterdir()] == ["latest_checkpointed_iteration.txt"]
 
 
 def test_nothing_to_take_the_architecture_from(toy: Toys, tmp_path: Path) -> None:
