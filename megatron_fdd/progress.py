@@ -71,7 +71,7 @@ class Progress:
         self._say(" | ".join(fields))
 
     def evaluation(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
-        """One line; `name`: valid or test."""
+        """One line; `name`: valid, after the last step final, or test."""
         self._say(" | ".join([self._head(name, iteration), *self._losses(values)]))
 
     def saved(self, iteration: int, folder: str, seconds: float, *, is_on_disk: bool = True) -> None:
@@ -97,7 +97,7 @@ class Progress:
         self._say(f"{how}; {_duration(self._clock() - self._started_s)} in all; {where}")
 
     def interrupted(self, saved_in: str | None, saved_iteration: int | None) -> None:
-        """The last line after Ctrl-C.
+        """The last line after Ctrl-C or SIGTERM.
 
         Args:
             saved_in: the folder of --save.

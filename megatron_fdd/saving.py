@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,11 @@ from megatron_fdd.checkpoint import TRACKER_FILE, cause_of
 # Megatron's writer logs what the system said and raises an error that has only its type.
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 _VAGUE = "Worker failure"
+# What a rank says of a collective that another has left (NCCL, the store; gloo), as `cause_of` gives it.
+_LOST = re.compile(
+    r"^(Dist\w+Error: |RuntimeError: .*(gloo|nccl|connection (reset|closed|refused)|broken pipe))",
+    re.IGNORECASE,
+)
 
 
 class _LastError(logging.Handler):
@@ -46,10 +52,18 @@ def heard_failures(folder: str, iteration: int) -> Iterator[None]:
         if heard.text is not None and _VAGUE in cause:
             cause = heard.text
         last = saved_iteration(folder)
+        whole = (
+            f"the last whole checkpoint ({'there is none yet' if last is None else f'of iteration {last}'})"
+        )
+        if _LOST.search(cause):
+            raise ValueError(
+                f"--save {folder}: another rank ended while the checkpoint of iteration {iteration} was written; see "
+                f"what that rank says. The same command goes on from {whole}"
+            ) from error
         raise ValueError(
             f"--save {folder}: the checkpoint of iteration {iteration} could not be written: {cause} "
             f"({shutil.disk_usage(folder).free >> 20} MiB free there). Once it can be, the same command goes on from "
-            f"the last whole checkpoint ({'there is none yet' if last is None else f'of iteration {last}'})"
+            f"{whole}"
         ) from error
     finally:
         logger.removeHandler(heard)

@@ -158,10 +158,13 @@ class DistillationSteps:
         means = torch.stack([total / tokens.clamp(min=1) for total, tokens in sums.values()]).tolist()
         iteration = bound.arguments["iteration"]
         # Megatron gives each evaluation a title, and nothing else tells what it was on.
-        what = "test" if "test set" in bound.arguments["prefix"] else "valid"
+        prefix = bound.arguments["prefix"]
+        # After the last step the validation set once more, on other samples of it than the last `valid` where that fell
+        # on the same step.
+        what = "test" if "test set" in prefix else "final" if "validation set" in prefix else "valid"
         if self._progress is not None:
             self._progress.evaluation(what, iteration, dict(zip(sums, means, strict=True)))
-        if self._metrics_file is not None and what == "valid":
+        if self._metrics_file is not None and what != "test":
             names = [f"valid {name}" for name in sums]
             self._metrics_file.write(iteration, dict(zip(names, means, strict=True)))
 

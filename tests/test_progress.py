@@ -31,10 +31,12 @@ def test_a_step_is_one_line_of_at_most_120_columns() -> None:
 def test_a_weight_of_zero_is_not_shown_and_a_tap_that_was_not_drawn_is_a_dash() -> None:
     said: list[str] = []
     progress(iter([0, 1]), said, ("kd",)).evaluation("valid", 15, LOSSES)
+    progress(iter([0, 1]), said, ("kd",)).evaluation("final", 30, LOSSES)
     progress(iter([0, 1]), said, ()).evaluation("test", 30, {"total": 0.0})
     progress(iter([0, 1]), said, ("delta",)).evaluation("test", 30, {"total": 1234.5, "delta": 1.5e-5})
     assert said == [
         "valid 15/30 | total 3.214 | kd 1.802",
+        "final 30/30 | total 3.214 | kd 1.802",
         "test  30/30 | total 0.000",
         "test  30/30 | total 1.23e+03 | delta 1.50e-05",
     ]

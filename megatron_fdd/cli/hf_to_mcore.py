@@ -40,8 +40,9 @@ def command(
     """Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2) as an ordinary Megatron
     torch_dist checkpoint.
 
-    The folder is what --load and --teacher-load take; it loads at every tensor, pipeline and data parallel layout. Its
-    args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer are kept beside the
+    Give a student's folder as --pretrained-checkpoint, a teacher's as --teacher-load; --load and --save name the
+    folder of the run, from which the same command goes on. It loads at every tensor, pipeline and data parallel layout.
+    Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer are kept beside the
     weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the SHA-256 of every tensor
     (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
 
@@ -65,6 +66,9 @@ def command(
         parameters = hf_to_mcore(
             hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True, via=via
         )
-        return f"{save}: {parameters:,} parameters of {hf_model}, ready for --load {save}"
+        return (
+            f"{save}: {parameters:,} parameters of {hf_model}; a student: --pretrained-checkpoint {save}, "
+            f"a teacher: --teacher-load {save}"
+        )
 
     conversion.convert(action)

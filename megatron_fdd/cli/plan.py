@@ -10,8 +10,8 @@ from megatron_fdd.cli.train import Separated, run_here
 
 EXAMPLES = """\b
 examples:
-  fdd plan --world-size 64 -- --load student --teacher-load teacher --use-checkpoint-args \\
-      --tensor-model-parallel-size 8 ...
+  fdd plan --world-size 64 -- --pretrained-checkpoint student --teacher-load teacher \\
+      --use-checkpoint-args --tensor-model-parallel-size 8 ...
   fdd import --hf-model Qwen3-235B-A22B --save plan/teacher --config-only
       (a checkpoint to plan with, before the weights are downloaded)"""
 

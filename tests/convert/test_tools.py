@@ -46,7 +46,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     saved, back = tmp_path / "mcore", tmp_path / "back"
     there = _run("hf_to_mcore.py", "--hf-model", source, "--save", saved)
     assert there.returncode == 0, there.stderr
-    assert there.stdout.splitlines()[-1].endswith(f"ready for --load {saved}")
+    assert there.stdout.splitlines()[-1].endswith(
+        f"a student: --pretrained-checkpoint {saved}, a teacher: --teacher-load {saved}"
+    )
     again = _run("mcore_to_hf.py", "--load", saved, "--hf-out", back, "--max-shard-size", "50KB")
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-1] == (

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_fdd.saving import saved_iteration
+import pytest
+import torch
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_fdd.saving import heard_failures, saved_iteration
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
 
@@ -36,3 +40,27 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
         tracker.write_text(text)
         found.append(saved_iteration(str(tmp_path)))
     assert found == [None, None, None, 12]
+
+
+def test_a_lost_connection_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    lost = [
+        RuntimeError(
+            "[../gloo/transport/tcp/pair.cc:547] Read error [127.0.0.1]:51: Connection reset by peer"
+        ),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:17"),
+        torch.distributed.DistBackendError("NCCL error in: NCCLUtils.hpp:133, remote process exited"),
+        torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed"),
+    ]
+    for error in lost:
+        with pytest.raises(ValueError, match="another rank ended while the checkpoint of iteration 4 was"):
+            fail_to_write(tmp_path, error)
+        with pytest.raises(ValueError, match="another rank ended while"):
+            fail_to_write(tmp_path, CheckpointException("", {1: (error, None)}))
+    for error in (ConnectionResetError("Connection reset by peer"), RuntimeError("unexpected pos 64 vs 3")):
+        with pytest.raises(ValueError, match="could not be written: .* MiB free there"):
+            fail_to_write(tmp_path, error)
+
+
+def fail_to_write(folder: Path, error: BaseException) -> None:
+    with heard_failures(str(folder), 4):
+        raise error

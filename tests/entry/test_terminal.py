@@ -48,7 +48,7 @@ def test_the_terminal_of_a_launch(toy: Toys, tmp_path: Path) -> None:
         f"saved 2/3 \\| {tmp_path} \\| in ",
         "step  3/3 ",
         "saved 3/3 ",
-        "valid 3/3 ",
+        "final 3/3 ",
         f"done: 3 steps; .* checkpoint: {tmp_path}$",
     ]
     assert len(lines) == len(wanted), done.stdout
@@ -75,10 +75,8 @@ def test_a_line_has_the_numbers_of_the_metrics_file(toy: Toys, tmp_path: Path) -
         for name, value in shown.items():
             wanted = record["grad_norm" if name == "grad" else name]
             assert float(value) == pytest.approx(wanted, rel=2e-3, abs=5e-3), (name, line)
-    assert [line[:9] for line in first.out.splitlines() if line.startswith("valid ")] == [
-        "valid 2/3",
-        "valid 3/3",
-    ]
+    shown = [line[:9] for line in first.out.splitlines() if line.startswith(("valid ", "final "))]
+    assert shown == ["valid 2/3", "final 3/3"]
 
 
 def run_with_writers(command: list[str]) -> tuple[Ending, list[dict[str, float]]]:
