@@ -15,6 +15,8 @@ for message in (
     "Only transformer-engine>=.* supports",
 ):
     warnings.filterwarnings("ignore", message=message)
+# It tells of every file of token ids that it opens.
+logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)
 logging.getLogger("torch.utils.cpp_extension").addFilter(
     lambda record: "No CUDA runtime is found" not in str(record.msg)
 )

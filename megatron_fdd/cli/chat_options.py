@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+
+from megatron_fdd.data.records import parse_json
 
 
 def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:
@@ -22,8 +23,8 @@ def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | Non
 
 def _object(_ctx: click.Context, _option: click.Parameter, text: str | None) -> dict[str, Any]:
     try:
-        value = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        value = parse_json(text or "{}")
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{text}: no JSON ({error})") from error
     if not isinstance(value, dict):
         raise click.BadParameter(

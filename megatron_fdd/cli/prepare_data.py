@@ -139,11 +139,14 @@ def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -
     from megatron_fdd.data.parts import kept_documents
     from megatron_fdd.data.prepare import look, prepare
     from megatron_fdd.data.show import shown
+    from megatron_fdd.data.summary import refusal_lines
 
     try:
         settings = settings_from(inputs, **given)
         if settings.show:
-            print(*shown(*look(settings), in_colour=sys.stdout.isatty()), sep="\n")
+            tokenizer, samples, seen = look(settings)
+            lines = [*shown(tokenizer, samples, in_colour=sys.stdout.isatty()), *refusal_lines(seen)]
+            print(*lines, sep="\n")
         if not settings.output_prefix:
             return
         summary = prepare(settings)

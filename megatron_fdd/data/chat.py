@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_fdd.data.answers import Sample, Written, find_answers, narrowed, shared
+from megatron_fdd.data.answers import Answer, Sample, Written, find_answers, narrowed, shared
 from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.refusals import Reason, Refusal
-from megatron_fdd.data.vanished import Vanished, find_vanished, shape
+from megatron_fdd.data.vanished import Answers, find_vanished
 
 # What a summary counts besides samples; the rest of a note is its own text.
 EMPTY_THINKING = "answers that begin with an empty block of reasoning"
@@ -36,7 +36,6 @@ class ChatSampler:
     def __init__(self, template: ChatTemplate, settings: ChatSettings) -> None:
         self.template = template
         self._settings = settings
-        self._vanished: dict[object, tuple[Vanished, ...]] = {}
 
     def samples(self, conversation: Conversation, where: str, notes: Counter[str]) -> list[Sample]:
         """The samples of one conversation, in the order of their answers.
@@ -51,14 +50,11 @@ class ChatSampler:
         learned = self._learned(conversation, where)
         written = Written(self.template, conversation, where)
         answers = find_answers(written, learned)
-        self._check_vanished(written, learned)
+        self._check_vanished(written, learned, answers)
         for answer in answers:
             if not answer.words.removesuffix(answer.end).strip():
-                raise Refusal(
-                    where,
-                    Reason.EMPTY,
-                    f"message {answer.number}, an answer, is empty in the template's text",
-                )
+                detail = f"message {answer.number}, an answer, is empty in the template's text"
+                raise Refusal(where, Reason.EMPTY, detail)
             notes[ANSWERS] += 1
             notes[ENDS_WITH + answer.end] += 1
             notes[MARKS_ALONE] += answer.by_marks
@@ -91,22 +87,18 @@ class ChatSampler:
             found = found[-1:]
         for index in found:
             message = conversation.messages[index]
-            said = message.get("content") or "", message.get("reasoning_content") or ""
-            if not any(text.strip() for text in said) and not message.get("tool_calls"):
-                raise Refusal(where, Reason.EMPTY, f"message {index + 1}, an answer, is empty")
+            said = message.get("content", "").rpartition("</think>")[2].strip()
+            if not said and not message.get("tool_calls"):
+                raise Refusal(where, Reason.EMPTY, f"message {index + 1}, an answer, says nothing")
         return found
 
-    def _check_vanished(self, written: Written, learned: Sequence[int]) -> None:
-        """Refuse what the template drops; looked at once for each shape of a conversation."""
-        key = shape(written.conversation), tuple(learned)
-        if key not in self._vanished:
+    def _check_vanished(self, written: Written, learned: Sequence[int], answers: Sequence[Answer]) -> None:
+        """Refuse what the template drops."""
 
-            def answers(marked: Conversation) -> dict[int, tuple[str, str]]:
-                found = find_answers(replace(written, conversation=marked), learned)
-                return {each.number - 1: (each.text[: each.start], each.words) for each in found}
+        def again(marked: Conversation) -> Answers:
+            return _by_message(find_answers(replace(written, conversation=marked), learned))
 
-            self._vanished[key] = find_vanished(written.conversation, answers, self._settings.allowed)
-        vanished = self._vanished[key]
+        vanished = find_vanished(written.conversation, _by_message(answers), again, self._settings.allowed)
         if vanished:
             places = ", ".join(f"{each.where} ({each.field})" for each in vanished)
             detail = f"{places}: the chat template does not write {'it' if len(vanished) == 1 else 'them'}"
@@ -116,3 +108,7 @@ class ChatSampler:
         special = [token for token, is_special in self.template.added_tokens.items() if is_special]
         texts = [str(message.get("content", "")) for message in conversation.messages]
         return sum(any(token in text for token in special) for text in texts if "<" in text or "[" in text)
+
+
+def _by_message(answers: Sequence[Answer]) -> Answers:
+    return {each.number - 1: (each.text[: each.start], each.words) for each in answers}

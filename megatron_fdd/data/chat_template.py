@@ -71,9 +71,16 @@ class ChatSettings:
         Raises:
             ValueError: names them.
         """
-        taken = sorted(self.variables.keys() & _OURS)
+        taken = sorted(name for name in self.variables if name in _OURS or name.endswith("_token"))
         if taken:
-            raise ValueError(f"--chat-template-kwargs: {', '.join(taken)} come from the data; leave them out")
+            raise ValueError(
+                f"--chat-template-kwargs: {', '.join(taken)} come from the data or the tokenizer; leave them out"
+            )
+        thinking = self.variables.get("enable_thinking", False)
+        if not isinstance(thinking, bool):
+            raise ValueError(
+                f"--chat-template-kwargs: enable_thinking is {thinking!r}; it must be true or false"
+            )
 
 
 @dataclass(frozen=True)

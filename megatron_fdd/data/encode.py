@@ -29,6 +29,8 @@ BORDER_TOKENS = "tokens that reach over the border of an answer"
 LAST_SAMPLES = "tokens of the last sample of each conversation"
 EMPTY_DOCUMENTS = "empty documents"
 UNKNOWN_FIELD = "unknown field "
+LEFT_OUT = "samples left out of a conversation: their prompt fills --seq-length"
+PAIRS = "prompts and responses, which get no chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,7 @@ class Encoder:
             return self._chat_samples(conversation, document.where, notes)
         if template is None:
             pair = read_pair(fields, keys.prompt, keys.response, document.where)
+            notes[PAIRS] += 1
             return [self._cut(*_encode_pair(self.tokenizer, *pair), document.where)]
         layout = find_layout(fields)
         if layout is None:
@@ -156,15 +159,27 @@ class Encoder:
         return [self._cut(*_encode_pair(self.tokenizer, prompt, instruction.references[0]), document.where)]
 
     def _chat_samples(self, conversation: Conversation, where: str, notes: Counter[str]) -> list[Encoded]:
+        if not self.tokenizer.chat_template:
+            raise Refusal(
+                where, Reason.NO_TEMPLATE, "a chat needs a chat template and the tokenizer has none"
+            )
         if self._sampler is None:
             self._sampler = ChatSampler(self.tokenizer.chat(self.settings.chat), self.settings.chat)
         for name in conversation.unknown_fields:
             notes[UNKNOWN_FIELD + name] += 1
-        encoded = []
+        encoded: list[Encoded] = []
+        too_long: Refusal | None = None
         for sample in self._sampler.samples(conversation, where, notes):
             ids, mask, num_crossing = encode_sample(self.tokenizer, sample)
             notes[BORDER_TOKENS] += num_crossing
-            encoded.append(self._cut(ids, mask, where))
+            try:
+                encoded.append(self._cut(ids, mask, where))
+            except Refusal as refusal:  # the other samples of the conversation are as good as before
+                too_long = refusal
+                notes[LEFT_OUT] += 1
+        if not encoded:
+            assert too_long is not None
+            raise too_long
         notes[LAST_SAMPLES] += len(encoded[-1].ids)
         return encoded
 

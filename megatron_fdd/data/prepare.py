@@ -21,7 +21,7 @@ from megatron_fdd.data.megatron_tokenizer import identify, load_tokenizer, text_
 from megatron_fdd.data.parts import Done, Parts
 from megatron_fdd.data.prepared import SetKind
 from megatron_fdd.data.show import page
-from megatron_fdd.data.summary import summary_lines
+from megatron_fdd.data.summary import refusal_lines, summary_lines
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer import TextTokenizer, generation_stops
 from megatron_fdd.data.workers import encode_in_order, useful_workers
@@ -180,7 +180,7 @@ def prepare(settings: PrepareSettings) -> Summary:
         template = encoder.tokenizer.chat(settings.encode.chat) if has_chats else None
         parts.commit(_preparation(settings, done.tally, template))
     if settings.show:
-        tokenizer_of_text, first = look(settings)
+        tokenizer_of_text, first, _ = look(settings)
         text = page(tokenizer_of_text, first, f"Samples of {settings.output_prefix}")
         samples_page(settings.output_prefix).write_text(text, encoding="utf-8")
     adds_eod = settings.encode.append_eod or (kind == "instruction" and template is None)
@@ -229,22 +229,26 @@ def _make_folder(folder: str, prefix: str) -> None:
         raise ValueError(f"--output-prefix {prefix}: cannot be written ({error.strerror})") from error
 
 
-def look(settings: PrepareSettings) -> tuple[TextTokenizer, list[Encoded]]:
-    """The first `show` samples, and what writes them as a text; nothing is written to a file.
+def look(settings: PrepareSettings) -> tuple[TextTokenizer, list[Encoded], Tally]:
+    """The first `show` samples, what writes them as a text, and what was seen on the way; nothing goes to a file.
 
     Raises:
         ValueError: as `prepare`, as far as it looks.
     """
     encoder = _encoder(settings, load_tokenizer(settings.encode.tokenizer))
     first: list[Encoded] = []
+    tally = Tally()
     for document in read_documents(settings.inputs, settings.encode.format, settings.separator):
         encoded = encoder(document)
         if encoded.refusal is not None and not settings.skip_refused:
             raise encoded.refusal
+        tally.add(encoded)
         first += encoded.samples
         if len(first) >= settings.show:
             break
-    return encoder.tokenizer, first[: settings.show]
+    if tally.refused and not first:
+        raise ValueError("\n".join(["nothing is left to show", *refusal_lines(tally)]))
+    return encoder.tokenizer, first[: settings.show], tally
 
 
 def _encoder(settings: PrepareSettings, tokenizer: MegatronTokenizerText) -> Encoder:
@@ -290,6 +294,8 @@ def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: t
 def _check_documents(settings: PrepareSettings, done: Done) -> None:
     for prefix, count in zip(settings.prefixes(), done.dealt, strict=True):
         if count == 0:
+            if done.tally.refused and not done.tally.documents:
+                raise ValueError("\n".join(["nothing is left to write", *refusal_lines(done.tally)]))
             raise ValueError(
                 f"no document for {prefix} ({done.tally.documents} for the other sets, "
                 f"{done.tally.notes[EMPTY_DOCUMENTS]} empty, {done.tally.refused.total()} refused): give more "

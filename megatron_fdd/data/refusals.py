@@ -31,6 +31,10 @@ class Reason(Enum):
         "the chat template refuses it",
         "change the record, or give another template with --chat-template FILE",
     )
+    NO_TEMPLATE = (
+        "the tokenizer has no chat template",
+        "give one with --chat-template FILE, or use the fields prompt and response",
+    )
     NO_STOP = "no token ends the answer", "give a template that ends a turn with one (--chat-template FILE)"
 
     @property

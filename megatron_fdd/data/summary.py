@@ -29,7 +29,7 @@ def summary_lines(tally: Tally, template: ChatTemplate | None) -> list[str]:
         lines.append(f"{tally.notes[encode.EMPTY_DOCUMENTS]:,} empty documents left out")
     if tally.truncated:
         lines.append(f"{tally.truncated:,} samples cut to --seq-length")
-    return [*lines, *_refusals(tally)]
+    return [*lines, *refusal_lines(tally)]
 
 
 def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
@@ -56,6 +56,9 @@ def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
         yield f"without a system text the template itself begins with {template.preamble[:_SHOWN_PREAMBLE]!r}"
     if template.uses_date:
         yield f"the template writes the date: {template.date} (--chat-date)"
+    for note in (encode.LEFT_OUT, encode.PAIRS):
+        if notes[note]:
+            yield f"{notes[note]:,} {note}"
     if notes[chat.MARKS_ALONE]:
         yield (
             f"{notes[chat.MARKS_ALONE]:,} answers do not follow their generation prompt: only the template's marks "
@@ -92,7 +95,8 @@ def _histogram(tally: Tally) -> Iterator[str]:
         yield f"  up to {length:>7,} {count:>9,} {bar}"
 
 
-def _refusals(tally: Tally) -> Iterator[str]:
+def refusal_lines(tally: Tally) -> Iterator[str]:
+    """How many records were refused, by reason, with the first places of each."""
     if tally.refused:
         yield f"{tally.refused.total():,} records refused:"
     for reason, count in tally.refused.most_common():

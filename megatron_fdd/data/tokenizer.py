@@ -139,12 +139,19 @@ class TextTokenizer(ABC):
         """The chat template with this tokenizer's tokens.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none; it has no variable that the settings set.
         """
         if not self.chat_template:
             raise ValueError(
                 "a chat needs a chat template and this tokenizer has none; give one with --chat-template, or use "
                 "the fields prompt and response"
+            )
+        sources = [self.chat_template] if isinstance(self.chat_template, str) else self.chat_template.values()
+        unknown = [name for name in settings.variables if not any(name in source for source in sources)]
+        if unknown:
+            raise ValueError(
+                f"--chat-template-kwargs: the chat template has no variable {', '.join(unknown)}; look for its "
+                "switches in chat_template.jinja or tokenizer_config.json"
             )
         ends = {self.text([end]) for end in (self.eod, *self.stop_ids) if end >= 0}
         return ChatTemplate(

@@ -1,11 +1,14 @@
 """Does a chat template write all of a conversation? Some drop reasoning, calls, schemas or the system's text silently.
 
-A copy of the conversation gets a mark at the end of each of its texts. What a message of the assistant says must be in
-what is learned of it, everything else in what is before the next answer.
+What a message of the assistant says must be in what is learned of it; everything before an answer must be in the text
+before it. Texts are looked for as they stand, and as JSON writes them. One that is not found so (a template may write
+it in another form) is looked for by marks: a copy of the conversation gets some in it, and is written once more.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +18,10 @@ from megatron_fdd.data.messages import Message
 
 # What --allow-dropped takes.
 FIELDS = ("system", "user", "tool", "tools", "content", "reasoning", "tool_calls")
-_END_OF_REASONING = "</think>"
+_THINKING = re.compile(r"(</?think>)")
 # By index of its message: the text before an answer, and the answer.
 Answers = Mapping[int, tuple[str, str]]
+Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,118 +32,155 @@ class Vanished:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A text of a conversation that must be written.
+
+    Attributes:
+        place: of the text in the messages or tools: keys and indices, then the number of the piece of it.
+        message: index of its message; None for a schema.
+        is_key: a name of an argument or a parameter.
+    """
+
+    text: str
+    field: str
+    where: str
+    place: Path
+    message: int | None
+    is_key: bool = False
+
+
 def find_vanished(
     conversation: Conversation,
+    found: Answers,
     answers: Callable[[Conversation], Answers],
     allowed: Collection[str] = (),
 ) -> tuple[Vanished, ...]:
     """What is not written: the first place of each field.
 
     Args:
-        answers: what the template makes of a conversation of this shape; the same messages of it are learned.
+        found: what the template makes of the conversation.
+        answers: what it makes of another of the same messages.
         allowed: fields that may be dropped.
     """
-    marker = _Marker()
-    messages = tuple(_marked(message, index, marker) for index, message in enumerate(conversation.messages))
-    tools = None
-    if conversation.tools is not None:
-        tools = tuple(_marked_tool(tool, marker) for tool in conversation.tools)
-    found = answers(replace(conversation, messages=messages, tools=tools))
+    parts = [part for part in _parts(conversation) if part.field not in allowed]
+    missing = [part for part in parts if not _is_written(part, part.text, conversation.messages, found)]
+    if missing:
+        marks = {part: (f"qz{number}aq", f"qz{number}oq") for number, part in enumerate(missing)}
+        again = answers(_marked(conversation, marks))
+        missing = [
+            part
+            for part, pair in marks.items()
+            if not all(_is_written(part, mark, conversation.messages, again) for mark in pair)
+        ]
     dropped: dict[str, Vanished] = {}
-    for mark in marker.marks:
-        if mark.field not in allowed and not _is_written(mark, conversation.messages, found):
-            dropped.setdefault(mark.field, Vanished(mark.field, mark.where))
+    for part in missing:
+        dropped.setdefault(part.field, Vanished(part.field, part.where))
     return tuple(dropped.values())
 
 
-def shape(conversation: Conversation) -> object:
-    """Equal for conversations of which a template writes the same parts."""
-    messages = tuple(_shape_of(message) for message in conversation.messages)
-    return messages, len(conversation.tools or ()), repr(sorted(conversation.template_kwargs.items()))
+def _is_written(part: _Part, text: str, messages: Sequence[Message], answers: Answers) -> bool:
+    """In the answer that it is a part of, or else in every text before a later answer."""
+    first = -1
+    if part.message is not None:
+        first, is_answer = part.message, part.message in answers
+        if is_answer and not _is_in(text, answers[first][1]):
+            return False
+        # Reasoning of earlier turns may go; a call was written once.
+        if messages[first]["role"] == "assistant" and (
+            part.field == "reasoning" or (part.field == "tool_calls" and is_answer)
+        ):
+            return True
+    return all(_is_in(text, before) for index, (before, _) in answers.items() if index > first)
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
-    text: str
-    field: str
-    where: str
-    message: int | None  # None: a tool's schema
+def _is_in(text: str, written: str) -> bool:
+    """As it stands, or as JSON writes it."""
+    if text in written:
+        return True
+    return any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in written for ascii_only in (False, True))
 
 
-class _Marker:
-    """Hands out marks: ordinary letters that no text has, none of them a part of another."""
-
-    def __init__(self) -> None:
-        self.marks: list[_Mark] = []
-
-    def mark(self, field: str, where: str, message: int | None) -> str:
-        text = f"qz{len(self.marks)}zq"
-        self.marks.append(_Mark(text, field, where, message))
-        return text
+def _parts(conversation: Conversation) -> Iterator[_Part]:
+    for index, message in enumerate(conversation.messages):
+        yield from _parts_of_message(message, index)
+    for index, tool in enumerate(conversation.tools or ()):
+        yield from _parts_of_tool(tool, index)
 
 
-def _is_written(mark: _Mark, messages: Sequence[Message], answers: Answers) -> bool:
-    if mark.message is None:
-        return not answers or mark.text in next(iter(answers.values()))[0]
-    if mark.message in answers:
-        return mark.text in answers[mark.message][1]
-    if messages[mark.message]["role"] == "assistant" and mark.field == "reasoning":
-        return True  # that of earlier turns may go
-    later = [before for index, (before, _) in sorted(answers.items()) if index > mark.message]
-    return not later or mark.text in later[0]
-
-
-def _marked(message: Message, index: int, marker: _Marker) -> Message:
-    """A copy of a message with a mark behind each of its texts."""
-    is_answer = message["role"] == "assistant"
-    marked = dict(message)
-    for key, field in (("reasoning_content", "reasoning"), ("content", "content")):
-        if message.get(key):
-            parts = list(_parts(message[key], field if is_answer else message["role"], index, marker))
-            marked[key] = "".join(parts)
-    if message.get("tool_calls"):
-        marked["tool_calls"] = [_marked_call(call, index, marker) for call in message["tool_calls"]]
-    return marked
-
-
-def _parts(text: str, field: str, index: int, marker: _Marker) -> Iterator[str]:
-    """The text with marks; with one more before an end of reasoning in an answer's content."""
-    number = index + 1
-    if field == "content" and _END_OF_REASONING in text:
-        thought, text = text.split(_END_OF_REASONING, 1)
-        if thought.removeprefix("<think>").strip():
-            yield thought.rstrip() + " " + marker.mark("reasoning", f"reasoning of message {number}", index)
-            yield "\n"
-        else:
-            yield thought
-        yield _END_OF_REASONING
-    yield text
-    if text.strip():
-        name = "reasoning" if field == "reasoning" else "text"
-        yield " " + marker.mark(field, f"{name} of message {number}", index)
-
-
-def _marked_call(call: Mapping[str, Any], index: int, marker: _Marker) -> dict[str, Any]:
-    function = call["function"]
-    where = f"of message {index + 1}"
-    name = function["name"] + marker.mark("tool_calls", f"name of a call {where}", index)
-    arguments = {
-        key: (value + " " if isinstance(value, str) else "")
-        + marker.mark("tool_calls", f"argument {key!r} of a call {where}", index)
-        for key, value in function["arguments"].items()
-    }
-    return {**call, "function": {**function, "name": name, "arguments": arguments}}
-
-
-def _marked_tool(tool: Mapping[str, Any], marker: _Marker) -> dict[str, Any]:
-    function = tool["function"]
-    name = function["name"] + marker.mark("tools", f"schema of {function['name']!r}", None)
-    return {**tool, "function": {**function, "name": name}}
-
-
-def _shape_of(message: Message) -> object:
+def _parts_of_message(message: Message, index: int) -> Iterator[_Part]:
+    number, is_answer = index + 1, message["role"] == "assistant"
+    if message.get("reasoning_content", "").strip():
+        text = message["reasoning_content"].strip()
+        yield _Part(
+            text, "reasoning", f"reasoning of message {number}", (index, "reasoning_content", 0), index
+        )
     content = message.get("content", "")
-    thought, mark, said = content.rpartition(_END_OF_REASONING)
-    calls = tuple(tuple(sorted(call["function"]["arguments"])) for call in message.get("tool_calls", ()))
-    texts = bool(thought.removeprefix("<think>").strip()), bool(mark), bool(said.strip())
-    return message["role"], tuple(sorted(message)), texts, bool(message.get("reasoning_content")), calls
+    pieces = _THINKING.split(content) if is_answer and "</think>" in content else [content]
+    for at, piece in enumerate(pieces):
+        if not piece.strip() or at % 2:  # a tag
+            continue
+        # What stands before an end of reasoning is reasoning, whether it was opened or not.
+        is_thought = at + 1 < len(pieces) and pieces[at + 1] == "</think>"
+        field = "reasoning" if is_thought else "content" if is_answer else message["role"]
+        name = "reasoning" if is_thought else "text"
+        yield _Part(piece.strip(), field, f"{name} of message {number}", (index, "content", at), index)
+    for number_of_call, call in enumerate(message.get("tool_calls", ())):
+        place: Path = (index, "tool_calls", number_of_call, "function")
+        where = f"call of message {number}"
+        function = call["function"]
+        yield _Part(function["name"], "tool_calls", f"name of a {where}", (*place, "name", 0), index)
+        for key, value in function["arguments"].items():
+            text = value.strip() if isinstance(value, str) else ""
+            inside = f"argument {key!r} of a {where}"
+            yield _Part(key, "tool_calls", inside, (*place, "arguments", key), index, is_key=True)
+            if text:
+                yield _Part(text, "tool_calls", inside, (*place, "arguments", key, 0), index)
+
+
+def _parts_of_tool(tool: Mapping[str, Any], index: int) -> Iterator[_Part]:
+    function = tool["function"]
+    where = f"schema of {function['name']!r}"
+    place: Path = (index, "function")
+    for key in ("name", "description"):
+        text = function.get(key)
+        if isinstance(text, str) and text.strip():
+            yield _Part(text.strip(), "tools", where, (*place, key, 0), None)
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    for key in properties if isinstance(properties, dict) else ():
+        yield _Part(key, "tools", where, (*place, "parameters", "properties", key), None, is_key=True)
+
+
+def _marked(conversation: Conversation, marks: Mapping[_Part, tuple[str, str]]) -> Conversation:
+    """A copy in which each of these texts begins and ends with a mark of its own; a name, all of it."""
+    messages: Any = json.loads(json.dumps(list(conversation.messages)))
+    tools: Any = json.loads(json.dumps([dict(tool) for tool in conversation.tools or ()]))
+    renamed = []
+    for part, pair in marks.items():
+        within = tools if part.message is None else messages
+        if part.is_key:
+            renamed.append((within, part.place, " ".join(pair)))
+            continue
+        *path, key, piece = part.place
+        for step in path:
+            within = within[step]
+        within[key] = _with_marks(within[key], int(piece), pair, is_name=key == "name")
+    for within, (*path, key), name in renamed:  # last: places are found by the names of before
+        for step in path:
+            within = within[step]
+        within[name] = within.pop(key)
+    kept = None if conversation.tools is None else tuple(tools)
+    return replace(conversation, messages=tuple(messages), tools=kept)
+
+
+def _with_marks(text: str, piece: int, pair: tuple[str, str], *, is_name: bool) -> str:
+    if is_name:
+        return text + "".join(pair)
+    pieces = _THINKING.split(text)
+    if piece >= len(pieces) or piece == 0 and len(pieces) > 1 and "</think>" not in text:
+        pieces = [text]
+    words = pieces[piece]
+    start, end = len(words) - len(words.lstrip()), len(words.rstrip())
+    pieces[piece] = f"{words[:start]}{pair[0]} {words[start:end]} {pair[1]}{words[end:]}"
+    return "".join(pieces)

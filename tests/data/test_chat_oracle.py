@@ -335,10 +335,8 @@ ROWS: dict[str, dict[str, Expected]] = {
             "<s>[INST]Be brief.\n\nWhere?[/INST]⟦There.</s>⟧",
             "<s>[INST]Where?[/INST]There.</s>[INST]Be brief.\n\nNow?[/INST]⟦Here.</s>⟧",
         ),
-        "call, system": (
-            "<s>" + V3_OSLO.replace("Oslo?", "Be brief.\n\nOslo?") + f"⟦{V3_CALL}⟧",
-            f"<s>{V3_OSLO}{V3_CALL}[TOOL_RESULTS]rain[/TOOL_RESULTS]⟦It rains.</s>⟧",
-        ),
+        # What a model sees behind a tool's result has no system text any more.
+        "call, system": "drops system",
     },
     "gemma2": {
         "single": "<bos>" + GEMMA_Q + "⟦There.<end_of_turn>⟧",
@@ -578,7 +576,7 @@ def test_a_field_that_only_a_switch_writes_is_looked_for_under_each_setting_of_i
 
 def test_a_schema_beyond_the_first_that_is_not_written_is_missed_at_once() -> None:
     """As gpt-oss writes the first call only: what held for one schema says nothing of two."""
-    text = "{{ tools[0].function.name if tools }}" + CHATML
+    text = "{{ tools[0] | tojson if tools }}" + CHATML
     sampler = ChatSampler(chat_template(text), ChatSettings())
     one = conversation(*WHERE_THERE, tools=True)
     assert sampler.samples(one, WHERE, Counter())
@@ -759,3 +757,84 @@ def test_answers_that_only_marks_tell_are_counted() -> None:
     notes: Counter[str] = Counter()
     ChatSampler(chat_template(template), ChatSettings()).samples(KINDS["multi"], WHERE, notes)
     assert notes[MARKS_ALONE] == notes[ANSWERS] == 2
+
+
+LONG = " ".join(f"word{number}" for number in range(60))
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ("m.content[:20] + m.content[-20:]", None),  # both ends are there, and a mark at each: not noticed
+        ("m.content[:20]", "user content"),
+        ("m.content[-20:]", "user content"),
+        ("m.content.split('###')[-1]", "user content"),
+        ("m.content | lower", None),
+        ("m.content | tojson", None),
+        ("m.content if loop.index0 > 1 else m.content[:3]", "user content"),
+    ],
+)
+def test_a_long_text_must_be_written_from_its_beginning_to_its_end(content: str, field: str | None) -> None:
+    text = CHATML.replace("m.content", "(" + content + ")")
+    long = LONG.replace("word30", "### word30")
+    chat = conversation(user(long), answer(long), user(long.upper()), answer(long.title()))
+    got = outcome_of_fields(chat_template(text), chat)
+    assert got == (None if field is None else field.split())
+
+
+def outcome_of_fields(template: ChatTemplate, chat: Conversation) -> list[str] | None:
+    try:
+        ChatSampler(template, ChatSettings()).samples(chat, WHERE, Counter())
+    except Refusal as refusal:
+        if refusal.reason is not Reason.DROPPED:
+            raise
+        return re.findall(r"\((\w+)\)[,:]", refusal.detail)
+    return None
+
+
+def test_one_record_says_nothing_of_the_next() -> None:
+    """A short text is written whole, a long one is not: in whatever order they come."""
+    text = CHATML.replace("m.content", "m.content[:40]")
+    short, long = conversation(user("a"), answer("b")), conversation(user("a"), answer(LONG))
+    for chats in ((short, long, short), (long, short, long)):
+        sampler = ChatSampler(chat_template(text), ChatSettings())
+        taken = []
+        for chat in chats:
+            try:
+                sampler.samples(chat, WHERE, Counter())
+                taken.append("short")
+            except Refusal:
+                taken.append("long")
+        assert taken == ["short" if chat is short else "long" for chat in chats]
+
+
+def test_what_is_written_before_the_first_answer_must_stay_before_the_later_ones() -> None:
+    window = CHATML.replace("for m in messages", "for m in messages[-3:]")
+    chat = conversation(BRIEF, *WHERE_THERE, *NOW_HERE)
+    assert outcome_of_fields(chat_template(window), chat) == ["system"]
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [("Before <think>r</think> after", "content"), ("<think>a</think>b</think>c", "reasoning")],
+)
+def test_words_around_reasoning_must_be_written(content: str, field: str) -> None:
+    """A template that takes what stands before the last end of reasoning, behind the last begin, as Qwen3 does."""
+    text = CHATML.replace(
+        "m.content",
+        "((m.content.split('</think>')[0].split('<think>')[-1] + '</think>' + m.content.split('</think>')[-1])"
+        " if '</think>' in m.content else m.content)",
+    )
+    assert outcome_of_fields(chat_template(text), conversation(user("?"), answer(content))) == [field]
+
+
+@pytest.mark.parametrize(
+    "content", ["</think>", "<think></think>", "<think>only</think>", "<think>\n</think>\n\n "]
+)
+def test_an_answer_without_a_word_is_refused(content: str) -> None:
+    assert outcome(chat_template(CHATML), conversation(user("?"), answer(content))) is Reason.EMPTY
+
+
+def test_all_of_a_schema_must_be_written() -> None:
+    names = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + CHATML
+    assert outcome(chat_template(names), conversation(*WHERE_THERE, tools=True)) == "drops tools"
