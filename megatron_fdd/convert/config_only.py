@@ -35,8 +35,10 @@ def config_to_mcore(
     with conversion_ranks():
         from megatron.core import dist_checkpointing
 
+        from megatron_fdd.convert.mcore_checkpoint import told_causes
+
         with together():
-            check_new_folder(save)
+            check_new_folder(save, "--save")
             config = read_json(hf_model / "config.json")
             family = family_of(config)
             args = complete_args(
@@ -45,12 +47,15 @@ def config_to_mcore(
                 vocabulary_divisor=vocabulary_divisor,
             )
             set_tokenizer(args, hf_model, save)
-        with shared_new_folder(save) as unfinished:
+        with shared_new_folder(save, "--save") as unfinished:
             target = unfinished / RELEASE
             if dist.get_rank() == 0:
                 target.mkdir()
             dist.barrier()
-            dist_checkpointing.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, str(target))
+            with told_causes():
+                dist_checkpointing.save(
+                    {"args": args, "checkpoint_version": 3.0, "iteration": 0}, str(target)
+                )
             with together():
                 if dist.get_rank() == 0:
                     (unfinished / TRACKER_FILE).write_text(RELEASE)
