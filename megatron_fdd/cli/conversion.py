@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import sys
 import warnings
@@ -57,6 +58,7 @@ def convert(action: Callable[[], str]) -> NoReturn:
     try:
         closing_line = action()
     except (ValueError, OSError) as error:
+        gc.freeze()  # torch's writer of a file that found no room crashes when it is collected
         report_error(f"error: {explain(error)}")
         sys.exit(1)
     if is_first_rank():

@@ -36,6 +36,8 @@ def config_to_mcore(
         from megatron.core import dist_checkpointing
 
         from megatron_fdd.convert.mcore_checkpoint import told_causes
+        from megatron_fdd.convert.pieces import Pieces
+        from megatron_fdd.convert.streaming_save import StreamingSave
 
         with together():
             check_new_folder(save, "--save")
@@ -52,14 +54,17 @@ def config_to_mcore(
             if dist.get_rank() == 0:
                 target.mkdir()
             dist.barrier()
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
             with told_causes():
-                dist_checkpointing.save(
-                    {"args": args, "checkpoint_version": 3.0, "iteration": 0}, str(target)
-                )
+                dist_checkpointing.save(state, str(target), StreamingSave(Pieces({}, ()), _read_nothing))
             with together():
                 if dist.get_rank() == 0:
                     (unfinished / TRACKER_FILE).write_text(RELEASE)
                     write_companions(hf_model, unfinished)
+
+
+def _read_nothing(name: str) -> torch.Tensor:
+    raise AssertionError(f"{name} is not to be written")
 
 
 def _dtype(config: dict[str, object]) -> torch.dtype:

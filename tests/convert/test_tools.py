@@ -287,8 +287,31 @@ def test_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
 def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with new_folder(tmp_path / "link") as unfinished:  # as if the name behind the link had been given
+    with new_folder(
+        tmp_path / "link", "--save"
+    ) as unfinished:  # as if the name behind the link had been given
         (unfinished / "config.json").touch()
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["config.json"]
     with mock.patch("os.path.ismount", return_value=True), pytest.raises(ValueError, match="mount point"):
-        check_new_folder(tmp_path / "new")
+        check_new_folder(tmp_path / "new", "--save")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("inline_container.cc: pos")]
+)
+def test_a_full_disk_is_named_with_its_flag(tmp_path: Path, error: Exception) -> None:
+    """torch's writer tells it in words of its own, and dist_checkpointing without either's type."""
+    source = toys.make_llama(tmp_path / "source", tokenizer=False)
+    with (
+        mock.patch("megatron_fdd.convert.streaming_save._write_item", side_effect=error),
+        pytest.raises(ValueError, match=rf"^--save {tmp_path}/new: cannot be written: .*; make room there"),
+    ):
+        convert.hf_to_mcore(source, tmp_path / "new")
+    with (
+        mock.patch(
+            "megatron_fdd.convert.hf_writer.bytes_of", side_effect=OSError(28, "No space left on device")
+        ),
+        pytest.raises(ValueError, match=rf"^--hf-out {tmp_path}/new: cannot be written: .*; make room there"),
+    ):
+        convert.init_student(source, [0], tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -112,4 +112,8 @@ def test_the_tool_says_what_it_wrote_or_what_is_wrong(
     assert capsys.readouterr().out == f"{tmp_path}/out/report.html: 1 run, 5 pictures\n"
     with pytest.raises(SystemExit, match="1"):
         report("nothing")
-    assert capsys.readouterr().err.splitlines()[-1].endswith("nothing: no such file or folder")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("nothing: no such file or folder; give another path")
+    )
