@@ -10,10 +10,10 @@ import torch.distributed as dist
 from megatron_fdd.checkpoint import RELEASE, TRACKER_FILE
 from megatron_fdd.convert.companions import set_tokenizer, write_companions
 from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args
 from megatron_fdd.convert.ranks import conversion_ranks, shared_new_folder, together
-from megatron_fdd.json_file import read_json
 
 
 def config_to_mcore(
@@ -41,7 +41,7 @@ def config_to_mcore(
 
         with together():
             check_new_folder(save, "--save")
-            config = read_json(hf_model / "config.json")
+            config = HfFolder(hf_model).config
             family = family_of(config)
             args = complete_args(
                 {**family.fixed, **family.megatron_args(config)},

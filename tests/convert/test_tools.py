@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -301,17 +302,38 @@ def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
 )
 def test_a_full_disk_is_named_with_its_flag(tmp_path: Path, error: Exception) -> None:
     """torch's writer tells it in words of its own, and dist_checkpointing without either's type."""
-    source = toys.make_llama(tmp_path / "source", tokenizer=False)
+    source, new = toys.make_llama(tmp_path / "source"), tmp_path / "new"
     with (
         mock.patch("megatron_fdd.convert.streaming_save._write_item", side_effect=error),
-        pytest.raises(ValueError, match=rf"^--save {tmp_path}/new: cannot be written: .*; make room there"),
+        pytest.raises(ValueError, match=rf"^--save {new}: cannot be written: .*; make room there"),
     ):
-        convert.hf_to_mcore(source, tmp_path / "new")
-    with (
-        mock.patch(
-            "megatron_fdd.convert.hf_writer.bytes_of", side_effect=OSError(28, "No space left on device")
-        ),
-        pytest.raises(ValueError, match=rf"^--hf-out {tmp_path}/new: cannot be written: .*; make room there"),
+        convert.hf_to_mcore(source, new)
+    convert.hf_to_mcore(source, tmp_path / "mcore")
+    full = mock.patch(
+        "megatron_fdd.convert.hf_writer.bytes_of", side_effect=OSError(28, "No space left on device")
+    )
+    for write in (
+        lambda: convert.init_student(source, [0], new),
+        lambda: convert.mcore_to_hf(tmp_path / "mcore", new),
     ):
-        convert.init_student(source, [0], tmp_path / "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        with (
+            full,
+            pytest.raises(ValueError, match=rf"^--hf-out {new}: cannot be written: .*; make room there"),
+        ):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mcore", "source"]
+
+
+@pytest.mark.tier("default")
+def test_a_file_that_found_no_room_does_not_crash_the_end(tmp_path: Path) -> None:
+    """torch's broken writer does when Python collects it."""
+    source = toys.make_llama(tmp_path / "source", tokenizer=False)
+    words = ["import", "--hf-model", str(source), "--save", str(tmp_path / "new"), "--config-only"]
+    script = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        f"from megatron_fdd.cli import main\nmain({words}, prog_name='fdd')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: --save {tmp_path}/new: cannot be written: File too large (")
+    assert result.returncode == 1
