@@ -126,7 +126,8 @@ def _exports(load: Path, out: Path, message: str, **options: str | Path) -> None
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     mcore.make_checkpoint(tmp_path, "plain")
     load, out, source = tmp_path / "mcore", tmp_path / "out", tmp_path / "source"
-    _exports(tmp_path / "nowhere", out, f"no {TRACKER_FILE}")
+    _exports(tmp_path / "nowhere", out, f"the folder does not exist .no {TRACKER_FILE}")
+    _exports(source / "config.json", out, f"a file, not a folder .no {TRACKER_FILE}")
     _exports(load, out, "5GB", max_shard_size="huge")
     _exports(load, out, "--hf-config .*no such file", hf_config=tmp_path / "nowhere")
     _exports(load, out, "--tokenizer .*not a folder with a tokenizer", tokenizer=tmp_path)

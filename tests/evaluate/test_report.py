@@ -99,6 +99,16 @@ def test_a_long_run_stays_small_and_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.tier("default")
+def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    make_run(tmp_path / "run")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ValueError, match=rf"^--out {tmp_path}/out: cannot be written: .*; make room there"):
+        write_report([str(tmp_path / "run")], tmp_path / "out")
+
+
 def test_the_tool_says_what_it_wrote_or_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
