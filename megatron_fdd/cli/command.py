@@ -48,7 +48,7 @@ class Command(Interruptible):
             values = value if isinstance(value, list | tuple) else (value,)
             if "" in values and option.name not in self._may_be_empty:
                 raise click.BadParameter(
-                    "it is empty; is a variable of the shell unset? Give a value",
+                    "its value is empty (an unset variable?); give one, or leave the flag out",
                     ctx,
                     option,
                 )

@@ -14,5 +14,5 @@ def split_name(value: str) -> tuple[str, str]:
     name, separator, path = value.partition("=")
     has_name = separator and "/" not in name and not Path(value).exists()
     if has_name and not (name and path):
-        raise ValueError(f"{value}: must be NAME=PATH; is a variable of the shell unset?")
+        raise ValueError(f"{value}: must be NAME=PATH (an unset variable?)")
     return (name, path) if has_name else ("", value)

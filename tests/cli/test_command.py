@@ -47,7 +47,7 @@ def test_an_empty_value_is_refused(name: str, flag: str) -> None:
     """As `--save "$UNSET"` gives it, whatever else is missing."""
     result = CliRunner().invoke(command_of(name), [flag, ""] if flag else [""])
     assert result.exit_code == 2, result.output
-    is_refused = "it is empty; is a variable of the shell unset?" in result.output
+    is_refused = "its value is empty (an unset variable?); give one" in result.output
     assert is_refused == ((name, flag) not in MEANT)
     assert not is_refused or f"Invalid value for '{flag}" in result.output
 
