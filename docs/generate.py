@@ -33,7 +33,8 @@ BOXES = {
     "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
     "host": (
         "Megatron's state, its patches, CPUs, the terminal",
-        "topology checkpoint saving save_folder launch wheel stepped_adam local_norms rehearsal patches console quiet",
+        "topology checkpoint saving save_folder disk launch wheel stepped_adam local_norms rehearsal patches console "
+        "quiet",
     ),
     "tokenizers": ("is it the same tokenizer", "tokenizer_identity json_file"),
     "settings": ("flags, and which layers are paired", "config layer_plan"),

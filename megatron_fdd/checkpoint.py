@@ -55,9 +55,11 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path
     """
     root = Path(directory)
     if not has_checkpoint(directory):
-        what = "holds no Megatron checkpoint" if root.is_dir() else "does not exist"
+        what = "the folder does not exist"
+        if root.exists():
+            what = "the folder holds no Megatron checkpoint" if root.is_dir() else "a file, not a folder"
         raise ValueError(
-            f"{flag} {directory}: the folder {what} (no {TRACKER_FILE}); "
+            f"{flag} {directory}: {what} (no {TRACKER_FILE}); "
             "make one with fdd import or name the folder that a run gave to --save"
         )
     label = (root / TRACKER_FILE).read_text().strip()

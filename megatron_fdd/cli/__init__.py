@@ -9,6 +9,8 @@ import importlib
 
 import click
 
+from megatron_fdd.cli.command import Interruptible
+
 # In the order of their use: the module, and the line in the list of `fdd --help`.
 COMMANDS = {
     "doctor": ("doctor", "Is this machine fit for a training? Versions, Megatron's seams, limits."),
@@ -37,7 +39,7 @@ example, from a teacher to its student:
 `fdd COMMAND --help` explains each."""
 
 
-class _Commands(click.Group):
+class _Commands(Interruptible, click.Group):
     """Imports a subcommand when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

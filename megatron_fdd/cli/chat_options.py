@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from megatron_fdd.data.records import parse_json
+from megatron_fdd.disk import explain
 
 
 def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:
@@ -17,8 +18,10 @@ def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | Non
         return None
     try:
         return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} cannot be read as UTF-8 ({error})") from error
+    except OSError as error:
+        raise click.BadParameter(explain(error)) from error
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{path}: cannot be read as UTF-8 ({error}); convert it") from error
 
 
 def _object(_ctx: click.Context, _option: click.Parameter, text: str | None) -> dict[str, Any]:

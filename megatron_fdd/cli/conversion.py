@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Literal, NoReturn, get_args
 
 import click
 
+from megatron_fdd.disk import explain
 from megatron_fdd.launch import is_first_rank, report_error
 
 # M_MMAP_THRESHOLD in <malloc.h>.
@@ -56,7 +58,8 @@ def convert(action: Callable[[], str]) -> NoReturn:
     try:
         closing_line = action()
     except (ValueError, OSError) as error:
-        report_error(f"error: {error}")
+        gc.freeze()  # torch's writer of a file that found no room crashes when it is collected
+        report_error(f"error: {explain(error)}")
         sys.exit(1)
     if is_first_rank():
         print(closing_line, flush=True)

@@ -6,13 +6,15 @@ import sys
 
 import click
 
+from megatron_fdd.cli.command import Command
+
 EXAMPLES = """\b
 examples:
   fdd doctor
   fdd doctor --gpu      (before renting a week)"""
 
 
-@click.command("doctor", epilog=EXAMPLES)
+@click.command("doctor", cls=Command, epilog=EXAMPLES)
 @click.option(
     "--gpu",
     is_flag=True,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from megatron_fdd.cli.chat_options import CHAT_TEMPLATE, with_options
+from megatron_fdd.cli.command import Command, few_threads
 from megatron_fdd.data.instructions import LAYOUTS, TEMPLATES, known_layouts
 from megatron_fdd.data.refusals import Refusal
+from megatron_fdd.disk import explain
 from megatron_fdd.evaluate.named_path import split_name
 from megatron_fdd.evaluate.settings import DEVICES, DTYPES, GenerationSettings, Text
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
     from megatron_fdd.evaluate.request import Request
 
 TEACHER = "teacher"
-PATH = click.Path(path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXAMPLES = """\b
 examples:
   fdd evaluate --hf-model fdd=runs/distilled-hf --teacher teacher-hf --data dolly=dolly/valid.jsonl \\
@@ -28,16 +32,21 @@ examples:
 _ASKED, _SCORED = GenerationSettings(), Text()
 
 
-def _named_folder(value: str) -> tuple[str, Path]:
-    """[NAME=]DIR."""
-    name, folder = split_name(value)
-    return name or Path(folder).resolve().name, Path(folder)
+def _named(kind: click.Path) -> Callable[..., tuple[tuple[str, Path], ...]]:
+    """A callback for [NAME=]PATH, repeatable; without a name a path has its own."""
 
+    def read(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
+        found = []
+        for value in values:
+            try:
+                name, given = split_name(value)
+            except ValueError as error:
+                raise click.BadParameter(str(error)) from error
+            path = Path(str(kind.convert(given, option, ctx)))
+            found.append((name or (path.resolve().name if path.is_dir() else path.stem), path))
+        return tuple(found)
 
-def _named_file(value: str) -> tuple[str, Path]:
-    """[NAME=]FILE."""
-    name, file = split_name(value)
-    return name or Path(file).stem, Path(file)
+    return read
 
 
 def _numbers(_ctx: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
@@ -53,25 +62,36 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str) -> tuple
 MODELS = (
     click.option(
         "--hf-model",
-        type=_named_folder,
+        callback=_named(FOLDER),
         multiple=True,
         required=True,
         metavar="[NAME=]DIR",
         help="Hugging Face folder of a student (`fdd export` makes one), repeatable.",
     ),
     click.option(
-        "--teacher", type=PATH, metavar="DIR", help="Evaluated too, and what distances are measured to."
+        "--teacher", type=FOLDER, metavar="DIR", help="Evaluated too, and what distances are measured to."
     ),
-    click.option("--out", type=PATH, default=Path("runs/evaluation"), show_default=True),
+    click.option(
+        "--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True
+    ),
     click.option(
         "--device", type=click.Choice(DEVICES), help="Default: all visible GPUs, where there are any."
     ),
     click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on GPUs, float32 on CPUs."),
-    click.option("--threads", type=click.IntRange(min=1), help="Of torch; default: torch's own choice."),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        callback=few_threads,
+        help="Of torch; default: torch's own choice.",
+    ),
 )
 INSTRUCTIONS = (
     click.option(
-        "--data", type=_named_file, multiple=True, metavar="[NAME=]FILE", help="JSON lines, repeatable."
+        "--data",
+        callback=_named(FILE),
+        multiple=True,
+        metavar="[NAME=]FILE",
+        help="JSON lines, repeatable.",
     ),
     click.option(
         "--format",
@@ -81,7 +101,7 @@ INSTRUCTIONS = (
     ),
     click.option(
         "--vicuna-answers",
-        type=PATH,
+        type=FILE,
         metavar="FILE",
         help="References for Vicuna's questions, as FastChat's.",
     ),
@@ -133,11 +153,11 @@ INSTRUCTIONS = (
 )
 TEXT = (
     click.option(
-        "--validation-text", type=PATH, metavar="FILE", help='JSON lines with "text", for the perplexity.'
+        "--validation-text", type=FILE, metavar="FILE", help='JSON lines with "text", for the perplexity.'
     ),
     click.option(
         "--training-text",
-        type=PATH,
+        type=FILE,
         metavar="FILE",
         help="Its word frequencies are one more row, to be beaten.",
     ),
@@ -154,7 +174,7 @@ TEXT = (
 )
 
 
-@click.command("evaluate", epilog=EXAMPLES)
+@click.command("evaluate", cls=Command, may_be_empty=("prompt",), epilog=EXAMPLES)
 @with_options(*MODELS, *INSTRUCTIONS, *TEXT)
 def command(threads: int | None, batch_size: int, **given: Any) -> None:
     """Measure what Hugging Face models learned: ROUGE-L of their answers, perplexity, distance to the teacher, samples.
@@ -180,7 +200,7 @@ def command(threads: int | None, batch_size: int, **given: Any) -> None:
     except Refusal as error:  # without its remedy: that is for fdd prepare
         _end(f"error: {error.where}: {error.detail}", 1)
     except (ValueError, OSError) as error:
-        _end(f"error: {error}", 1)
+        _end(f"error: {explain(error)}", 1)
     except torch.OutOfMemoryError:
         _end(
             f"error: out of memory with --batch-size {batch_size}: give the same command with a smaller one, it goes "

@@ -7,7 +7,10 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli import conversion
+from megatron_fdd.cli.command import Command
 
+# More than the tensor parallel size of any run times Megatron's 128.
+MOST_PADDING = 65536
 EXAMPLES = """\b
 examples:
   fdd import --hf-model Llama-3.2-1B --save checkpoints/teacher
@@ -16,7 +19,7 @@ examples:
   fdd import --hf-model Qwen3-235B-A22B --save plan/teacher --config-only"""
 
 
-@click.command("import", epilog=EXAMPLES)
+@click.command("import", cls=Command, epilog=EXAMPLES)
 @click.option(
     "--hf-model", type=conversion.FOLDER, required=True, help="Folder with config.json and safetensors."
 )
@@ -25,7 +28,7 @@ examples:
 @click.option(
     "--make-vocab-size-divisible-by",
     "vocabulary_divisor",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_PADDING),
     default=128,
     show_default=True,
     metavar="N",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli import conversion
+from megatron_fdd.cli.command import Command
 
 EXAMPLES = """\b
 examples:
@@ -15,7 +16,7 @@ examples:
   fdd student --hf-model SmolLM2-135M --layers 0-3,8,16,24,26-29 --hf-out student"""
 
 
-@click.command("student", epilog=EXAMPLES)
+@click.command("student", cls=Command, epilog=EXAMPLES)
 @click.option("--hf-model", type=conversion.FOLDER, required=True, help="The teacher's folder.")
 @click.option("--hf-out", type=conversion.FOLDER, required=True, help="New folder for the student.")
 @click.option("--layers", metavar="LIST", help="0-based layers and ranges, increasing: 0-3,8,26-29.")
@@ -37,11 +38,12 @@ def command(
     def action() -> str:
         from megatron_fdd import convert
 
+        teacher_layers = convert.count_layers(hf_model)
         if layers is not None:
-            chosen = convert.parse_layers(layers)
+            chosen = convert.parse_layers(layers, teacher_layers)
         else:
             assert num_layers is not None
-            chosen = convert.choose_layers(num_layers, convert.count_layers(hf_model))
+            chosen = convert.choose_layers(num_layers, teacher_layers)
         parameters = convert.init_student(
             hf_model, chosen, hf_out, max_shard_size=max_shard_size, progress=True
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli import conversion
+from megatron_fdd.cli.command import Command
 
 EXAMPLES = """\b
 examples:
@@ -17,7 +18,7 @@ examples:
       (four processes write the files)"""
 
 
-@click.command("export", epilog=EXAMPLES)
+@click.command("export", cls=Command, epilog=EXAMPLES)
 @click.option("--load", type=conversion.FOLDER, required=True, help="Megatron checkpoint folder.")
 @click.option(
     "--hf-out", type=conversion.FOLDER, required=True, help="New folder for the Hugging Face model."

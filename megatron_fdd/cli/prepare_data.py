@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from megatron_fdd.cli.chat_options import CHAT_TEMPLATE, with_options
+from megatron_fdd.cli.command import Command
 from megatron_fdd.data.documents import JsonKeys, detect_format, expand_inputs
 from megatron_fdd.data.instructions import TEMPLATES, known_layouts
 from megatron_fdd.data.tokenizer import TOKENIZER_TYPES
 from megatron_fdd.data.vanished import FIELDS
+from megatron_fdd.disk import explain
 
 if TYPE_CHECKING:
     from megatron_fdd.data.chat_template import ChatSettings
@@ -27,7 +29,7 @@ examples:
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model teacher-hf"""
 
 
-@click.command("prepare", epilog=EXAMPLES)
+@click.command("prepare", cls=Command, epilog=EXAMPLES)
 @click.argument("files", nargs=-1, metavar="[FILE|FOLDER]...")
 @click.option(
     "--input", "more_files", multiple=True, metavar="FILE", help="One more file or folder, repeatable."
@@ -151,7 +153,7 @@ def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -
             return
         summary = prepare(settings)
     except (ValueError, OSError) as error:
-        print(f"prepare_data: error: {error}", file=sys.stderr)
+        print(f"prepare_data: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         kept = kept_documents(given["output_prefix"] or "")

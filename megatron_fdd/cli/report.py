@@ -8,13 +8,16 @@ from pathlib import Path
 
 import click
 
+from megatron_fdd.cli.command import Command
+from megatron_fdd.disk import explain
+
 EXAMPLES = """\b
 examples:
   fdd report runs/distilled --out runs/report
   fdd report fdd=runs/fdd kd=runs/kd teacher=runs/evaluation/teacher --out runs/report"""
 
 
-@click.command("report", epilog=EXAMPLES)
+@click.command("report", cls=Command, epilog=EXAMPLES)
 @click.argument("runs", nargs=-1, required=True, metavar="[NAME=]RUN...")
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder for the report."
@@ -34,7 +37,7 @@ def command(runs: tuple[str, ...], out: Path) -> None:
     try:
         report = write_report(runs, out)
     except (ValueError, OSError) as error:
-        print(f"report: error: {error}", file=sys.stderr)
+        print(f"report: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
     print(f"{out / 'report.html'}: {counted(report.runs, 'run')}, {counted(report.pictures, 'picture')}")
 

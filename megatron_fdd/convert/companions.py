@@ -55,7 +55,9 @@ def find_hf_config(load: Path, args: Namespace, given: Path | None) -> Path:
     if given is not None:
         path = Path(given) / CONFIG_FILES[0] if Path(given).is_dir() else Path(given)
         if not path.is_file():
-            raise ValueError(f"--hf-config {given}: no such file, nor a folder with {CONFIG_FILES[0]}")
+            raise ValueError(
+                f"--hf-config {given}: no such file, nor a folder with {CONFIG_FILES[0]}; give another"
+            )
         return path
     candidates = [folder / HF_FOLDER / CONFIG_FILES[0] for folder in (load, *_started_from(args))]
     for path in candidates:
@@ -75,7 +77,7 @@ def find_tokenizer(load: Path, args: Namespace, given: Path | None) -> Path:
     """
     if given is not None:
         if not has_tokenizer(Path(given)):
-            raise ValueError(f"--tokenizer {given}: not a folder with a tokenizer")
+            raise ValueError(f"--tokenizer {given}: not a folder with a tokenizer; give another")
         return Path(given)
     candidates = [folder / TOKENIZER_FOLDER for folder in (load, *_started_from(args))]
     if getattr(args, "tokenizer_model", None):

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from megatron_fdd.checkpoint import RELEASE, TRACKER_FILE
 from megatron_fdd.convert.companions import set_tokenizer, write_companions
 from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args
 from megatron_fdd.convert.ranks import conversion_ranks, shared_new_folder, together
-from megatron_fdd.json_file import read_json
 
 
 def config_to_mcore(
@@ -35,9 +35,13 @@ def config_to_mcore(
     with conversion_ranks():
         from megatron.core import dist_checkpointing
 
+        from megatron_fdd.convert.mcore_checkpoint import told_causes
+        from megatron_fdd.convert.pieces import Pieces
+        from megatron_fdd.convert.streaming_save import StreamingSave
+
         with together():
-            check_new_folder(save)
-            config = read_json(hf_model / "config.json")
+            check_new_folder(save, "--save")
+            config = HfFolder(hf_model).config
             family = family_of(config)
             args = complete_args(
                 {**family.fixed, **family.megatron_args(config)},
@@ -45,16 +49,22 @@ def config_to_mcore(
                 vocabulary_divisor=vocabulary_divisor,
             )
             set_tokenizer(args, hf_model, save)
-        with shared_new_folder(save) as unfinished:
+        with shared_new_folder(save, "--save") as unfinished:
             target = unfinished / RELEASE
             if dist.get_rank() == 0:
                 target.mkdir()
             dist.barrier()
-            dist_checkpointing.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, str(target))
+            state = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+            with told_causes():
+                dist_checkpointing.save(state, str(target), StreamingSave(Pieces({}, ()), _read_nothing))
             with together():
                 if dist.get_rank() == 0:
                     (unfinished / TRACKER_FILE).write_text(RELEASE)
                     write_companions(hf_model, unfinished)
+
+
+def _read_nothing(name: str) -> torch.Tensor:
+    raise AssertionError(f"{name} is not to be written")
 
 
 def _dtype(config: dict[str, object]) -> torch.dtype:

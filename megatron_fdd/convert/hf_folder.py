@@ -63,8 +63,14 @@ class HfFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"{self.path} is not a folder with a Hugging Face model")
-        self.config: HfConfig = read_json(self.path / "config.json")
+            raise ValueError(
+                f"--hf-model {self.path} is not a folder with a Hugging Face model; give another"
+            )
+        if not (self.path / CONFIG_FILES[0]).is_file():
+            raise ValueError(
+                f"--hf-model {self.path}: the folder has no config.json; give one with a whole model"
+            )
+        self.config: HfConfig = read_json(self.path / CONFIG_FILES[0])
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:

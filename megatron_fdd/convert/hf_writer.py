@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_fdd.convert.checksums import bytes_of
 from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE
+from megatron_fdd.disk import writing
 from megatron_fdd.json_file import write_json
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -45,39 +46,42 @@ def unfinished_name(final: Path) -> Path:
     return real.with_name(f".{real.name}.incomplete")
 
 
-def check_new_folder(final: Path) -> None:
-    """ValueError unless nothing, or an empty folder that can be replaced, is at `final`."""
+def check_new_folder(final: Path, flag: str) -> None:
+    """ValueError unless nothing, or an empty folder that can be replaced, is at `final`, the value of `flag`."""
     real = Path(os.path.realpath(final))
     if real.exists() and (not real.is_dir() or any(real.iterdir())):
-        raise ValueError(f"{final} exists already and is not empty; give a new folder or remove it first")
+        raise ValueError(
+            f"{flag} {final}: exists already and is not empty; give a new folder or remove it first"
+        )
     if os.path.ismount(real):
-        raise ValueError(f"{final} is a mount point, which cannot be replaced; give a folder inside it")
+        raise ValueError(f"{flag} {final}: a mount point, which cannot be replaced; give a folder inside it")
 
 
 @contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, flag: str) -> Iterator[Path]:
     """A folder to write into that appears as `final` only when the block has ended well, all of it on disk.
 
     A killed process leaves the hidden `.NAME.incomplete` behind, which the next run replaces.
 
     Raises:
-        ValueError: `final` exists and is not empty.
+        ValueError: `final`, the value of `flag`, exists and is not empty, or cannot be written.
     """
-    check_new_folder(final)
+    check_new_folder(final, flag)
     unfinished, real = unfinished_name(final), Path(os.path.realpath(final))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _to_disk(path)
-        if real.exists():
-            real.rmdir()
-        unfinished.rename(real)
-        _to_disk(real.parent)
-    except BaseException:
+    with writing(flag, final):
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            for path in [*unfinished.rglob("*"), unfinished]:
+                _to_disk(path)
+            if real.exists():
+                real.rmdir()
+            unfinished.rename(real)
+            _to_disk(real.parent)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def _to_disk(path: Path) -> None:

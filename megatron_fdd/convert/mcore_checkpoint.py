@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megatron_fdd.checkpoint import (
 from megatron_fdd.convert.pieces import Pieces, entries_of, is_before_experts, pieces_of, tensors_of
 from megatron_fdd.convert.ranks import together
 from megatron_fdd.convert.streaming_save import Reader, StreamingSave
+from megatron_fdd.disk import is_torchs_writer
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
@@ -48,7 +50,7 @@ def save_model(
     Collectives: those of `dist_checkpointing.save` over all ranks.
 
     Raises:
-        ValueError: `read` or a file failed on some rank; the same on every rank.
+        ValueError, OSError, RuntimeError: as `told_causes`.
     """
     rank_zero = dist.get_rank() == 0
     target = folder / RELEASE
@@ -68,12 +70,27 @@ def save_model(
         "num_floating_point_operations_so_far": 0,
         "model": stored,
     }
-    try:
+    with told_causes():
         dist_checkpointing.save(state, str(target), StreamingSave(weights, read), content_metadata=_CONTENT)
-    except CheckpointException as error:  # the same on every rank
-        raise ValueError(cause_of(error)) from error
     if rank_zero:
         (folder / TRACKER_FILE).write_text(RELEASE)
+
+
+@contextmanager
+def told_causes() -> Iterator[None]:
+    """While a checkpoint is saved by all ranks.
+
+    Raises:
+        OSError, RuntimeError: a file could not be written, as the system or torch's writer says it.
+        ValueError: anything else that went wrong on some rank. The same on every rank.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, OSError) or is_torchs_writer(failure):
+                raise failure from error
+        raise ValueError(cause_of(error)) from error
 
 
 class StoredWeights:

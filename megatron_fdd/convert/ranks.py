@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_fdd import rehearsal
 from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
+from megatron_fdd.disk import writing
 
 # Ranks wait for one that writes a large file; torchrun sees those that died.
 _PATIENCE = timedelta(days=1)
@@ -72,40 +73,45 @@ def together() -> Iterator[None]:
     Collectives: one all-gather over all ranks at the end of the block.
 
     Raises:
-        ValueError: what the first rank with an error says.
+        OSError: of the first rank with an error, where that is the system's.
+        ValueError: else, what that rank says.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as failure:
         error = failure
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else _one_line(error))
-    first = next((text for text in told if text is not None), None)
+    told: list[str | OSError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if error is None else _message(error))
+    first = next((each for each in told if each is not None), None)
+    if isinstance(first, OSError):
+        raise first from error
     if first is not None:
         raise ValueError(first) from error
 
 
-def _one_line(error: Exception) -> str:
-    """Our own messages as they are, others with their type."""
+def _message(error: Exception) -> str | OSError:
+    """The system's errors and our own messages as they are, others with their type."""
+    if isinstance(error, OSError) and error.errno is not None:  # plain, so that every rank can read it
+        return OSError(error.errno, error.strerror, error.filename, None, error.filename2)
     return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
-def shared_new_folder(final: Path) -> Iterator[Path]:
+def shared_new_folder(final: Path, flag: str) -> Iterator[Path]:
     """`new_folder` for all ranks together; it appears when every rank has ended its part.
 
     Collectives: a broadcast and all-gathers over all ranks.
 
     Raises:
-        ValueError: `final` exists and is not empty, or lies where some rank cannot see it; an error of `new_folder`
-            on rank 0. The same on every rank.
+        ValueError: `final`, the value of `flag`, exists and is not empty, cannot be written, or lies where some rank
+            cannot see it; an error of `new_folder` on rank 0. The same on every rank.
     """
     rank_zero = dist.get_rank() == 0
-    with ExitStack() as stack:
+    with writing(flag, final), ExitStack() as stack:
         token = [uuid.uuid4().hex]
         with together():
-            folder = stack.enter_context(new_folder(final)) if rank_zero else unfinished_name(final)
+            folder = stack.enter_context(new_folder(final, flag)) if rank_zero else unfinished_name(final)
             if rank_zero:
                 (folder / _TOKEN_FILE).write_text(token[0])
         dist.broadcast_object_list(token, src=0)
@@ -113,7 +119,8 @@ def shared_new_folder(final: Path) -> Iterator[Path]:
             seen = folder / _TOKEN_FILE
             if not seen.is_file() or seen.read_text() != token[0]:
                 raise ValueError(
-                    f"{final} is not the same folder for every rank: give a path on a file system that all nodes share"
+                    f"{flag} {final} is not the same folder for every rank: give a path on a file system that all "
+                    "nodes share"
                 )
         if rank_zero:
             (folder / _TOKEN_FILE).unlink()

@@ -30,11 +30,11 @@ from megatron_fdd.json_file import write_json
 _KEPT_AT_EACH_END = 4
 
 
-def parse_layers(text: str) -> list[int]:
+def parse_layers(text: str, teacher_layers: int) -> list[int]:
     """ "0-3,6,9" -> [0, 1, 2, 3, 6, 9].
 
     Raises:
-        ValueError: not a list of 0-based layers and ranges, or not increasing.
+        ValueError: not a list of 0-based layers and ranges of the teacher, or not increasing.
     """
     layers: list[int] = []
     for item in text.split(","):
@@ -42,6 +42,10 @@ def parse_layers(text: str) -> list[int]:
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:
             raise ValueError(f"--layers {text}: {item!r} is neither a layer number nor a range such as 0-3")
+        if span[-1] >= teacher_layers:
+            raise ValueError(
+                f"--layers {text}: {item.strip()} must lie within the teacher's 0-{teacher_layers - 1}"
+            )
         layers.extend(span)
     if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"--layers {text}: layers must increase")
@@ -94,7 +98,8 @@ def init_student(
     teacher_layers = family.megatron_args(folder.config)["num_layers"]
     outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if outside or not layers:
-        raise ValueError(f"layers {outside or 'none'}: {hf_model} has the layers 0 to {teacher_layers - 1}")
+        first = f"layer {outside[0]}" if outside else "no layer"
+        raise ValueError(f"{first}: {hf_model} has the layers 0 to {teacher_layers - 1}; choose from them")
     check_names(family, folder)
     renamed = _student_names(folder, family, layers)
     shards = plan_shards(
@@ -105,7 +110,7 @@ def init_student(
     expected = Checksums.read(folder.path)
     total = sum(shard.num_bytes for shard in shards)
     with (
-        new_folder(Path(hf_out)) as unfinished,
+        new_folder(Path(hf_out), "--hf-out") as unfinished,
         tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         for shard in shards:

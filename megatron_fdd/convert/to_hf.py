@@ -90,7 +90,7 @@ def mcore_to_hf(
         from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 
         with together():
-            check_new_folder(hf_out)
+            check_new_folder(hf_out, "--hf-out")
             max_shard_bytes = parse_size(max_shard_size)
             checkpoint = find_checkpoint(str(load), "--load")
             args = read_checkpoint_args(checkpoint, "--load")
@@ -100,7 +100,7 @@ def mcore_to_hf(
             shards = plan_shards(export.specs(), max_shard_bytes)
             # Beside a config of the user's own lies no report of what was imported.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
-        with shared_new_folder(hf_out) as unfinished:
+        with shared_new_folder(hf_out, "--hf-out") as unfinished:
             written = Checksums(name_of(export.dtype), _write_own(unfinished, shards, export, progress))
             with together():
                 if dist.get_rank() == 0:

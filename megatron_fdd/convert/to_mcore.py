@@ -60,12 +60,12 @@ def hf_to_mcore(
         from megatron_fdd.convert.mcore_checkpoint import save_model
 
         with together():
-            check_new_folder(save)
+            check_new_folder(save, "--save")
             source = _source(hf_model, dtype, vocabulary_divisor, groups, via)
             args, parameters = source.args, source.parameters
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
-        with shared_new_folder(save) as unfinished:
+        with shared_new_folder(save, "--save") as unfinished:
             with _progress_bar([parameters[name] for name in owned], progress) as bar:
 
                 def read(name: str) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +24,7 @@ from megatron_fdd.data.summary import refusal_lines, summary_lines
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer import TextTokenizer, generation_stops
 from megatron_fdd.data.workers import encode_in_order, useful_workers
+from megatron_fdd.disk import make_folder, writing
 from megatron_fdd.tokenizer_identity import TokenizerStamp
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -157,13 +157,16 @@ def prepare(settings: PrepareSettings) -> Summary:
     settings.check()
     total_bytes = input_bytes(settings.inputs)
     folder = os.path.dirname(os.path.abspath(settings.output_prefix))
-    _make_folder(folder, settings.output_prefix)
+    make_folder("--output-prefix", settings.output_prefix, folder)
     tokenizer = load_tokenizer(settings.encode.tokenizer)
     encoder = _encoder(settings, tokenizer)
     kind: SetKind = "instruction" if settings.encode.format == "instruction" else "text"
     identity = identify(tokenizer)
     name = os.path.basename(settings.output_prefix)
-    with Parts(settings.prefixes(), name, kind, identity, _fingerprint(settings, identity)) as parts:
+    with (
+        writing("--output-prefix", settings.output_prefix),
+        Parts(settings.prefixes(), name, kind, identity, _fingerprint(settings, identity)) as parts,
+    ):
         done = parts.done
         bar = tqdm(
             total=total_bytes,
@@ -182,7 +185,8 @@ def prepare(settings: PrepareSettings) -> Summary:
     if settings.show:
         tokenizer_of_text, first, _ = look(settings)
         text = page(tokenizer_of_text, first, f"Samples of {settings.output_prefix}")
-        samples_page(settings.output_prefix).write_text(text, encoding="utf-8")
+        with writing("--output-prefix", settings.output_prefix):
+            samples_page(settings.output_prefix).write_text(text, encoding="utf-8")
     adds_eod = settings.encode.append_eod or (kind == "instruction" and template is None)
     return Summary(
         tuple(settings.prefixes()),
@@ -217,16 +221,6 @@ def _preparation(settings: PrepareSettings, tally: Tally, template: ChatTemplate
             "allowed": sorted(chat.allowed),
         }
     }
-
-
-def _make_folder(folder: str, prefix: str) -> None:
-    """Make the folder of a prefix, and see that files can be made in it."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output-prefix {prefix}: cannot be written ({error.strerror})") from error
 
 
 def look(settings: PrepareSettings) -> tuple[TextTokenizer, list[Encoded], Tally]:

@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from megatron_fdd.data.documents import RawDocument, input_bytes
+from megatron_fdd.data.documents import RawDocument
 from megatron_fdd.data.encode import EncodedDocument, Encoder
+from megatron_fdd.data.streams import about_bytes
 from megatron_fdd.data.tokenizer import PROBE
 
 # Large enough that handing a batch over costs nothing beside encoding it.
@@ -30,6 +31,8 @@ _BATCH_DOCUMENTS = 512
 _AHEAD = 4
 # A worker starts in 0.9 s of CPU time and encodes these in 1.7 s (benchmarks/LOG.md, "preparing data").
 BYTES_OF_A_WORKER = 4 * 1024 * 1024
+# More would only wait for each other.
+_WORKERS_A_CORE = 4
 
 EncodedBatch = tuple[int, list[EncodedDocument]]
 
@@ -39,9 +42,11 @@ def useful_workers(asked: int, inputs: Sequence[str]) -> int:
 
     An input without a size (a pipe) may be long: then all of them. The pool starts them one by one, as batches come.
     """
+    most = min(asked, _WORKERS_A_CORE * (os.cpu_count() or 1))
     if not all(os.path.isfile(path) for path in inputs):
-        return asked
-    return max(1, min(asked, input_bytes(inputs) // BYTES_OF_A_WORKER))
+        return most
+    # What is compressed counts as the text in it: that is what a worker has to do.
+    return max(1, min(most, sum(map(about_bytes, inputs)) // BYTES_OF_A_WORKER))
 
 
 def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_fdd.disk import make_folder, writing
 from megatron_fdd.evaluate.answers import Answer, AnswersFile, batches_by_length
 from megatron_fdd.evaluate.data_file import DataFile
 from megatron_fdd.evaluate.generation import Generator, Prompt, check_length, encode_prompts
@@ -38,20 +39,23 @@ def evaluate(request: Request) -> list[Evaluation]:
     """Evaluate all models and write their files; one model is in memory at a time, with the teacher on texts.
 
     Raises:
-        ValueError: what the request's parts refuse; answers that were made with other settings.
+        ValueError: what the request's parts refuse; answers that were made with other settings; --out cannot be
+            written.
     """
     request.check()
     evaluations = [Evaluation(model) for model in request.models]
     # What a tokenizer alone can refuse is refused before hours of answers.
     prompts = [_encode_all(model, request) for model in request.models]
     windows = _cut_all(request)
-    for evaluation, encoded in zip(evaluations, prompts, strict=True):
-        if request.data:
-            _answer_all(evaluation, encoded, request)
-    if request.text.is_asked:
-        _read_texts(evaluations, windows, request)
-    for evaluation in evaluations:
-        evaluation.write(request)
+    make_folder("--out", request.out, request.out)
+    with writing("--out", request.out):
+        for evaluation, encoded in zip(evaluations, prompts, strict=True):
+            if request.data:
+                _answer_all(evaluation, encoded, request)
+        if request.text.is_asked:
+            _read_texts(evaluations, windows, request)
+        for evaluation in evaluations:
+            evaluation.write(request)
     return evaluations
 
 

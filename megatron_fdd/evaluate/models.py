@@ -88,7 +88,9 @@ class NamedModel:
             ValueError: there is no model in that folder, or of no known kind.
         """
         if not (self.folder / "config.json").is_file():
-            raise ValueError(f"{self.folder} is no Hugging Face model folder: it has no config.json")
+            raise ValueError(
+                f"{self.folder} is no Hugging Face model folder: it has no config.json; give another"
+            )
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(
                 f"{self.name!r} cannot be the name of a folder for results; give one as NAME={self.folder}"

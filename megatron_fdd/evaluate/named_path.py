@@ -6,7 +6,13 @@ from pathlib import Path
 
 
 def split_name(value: str) -> tuple[str, str]:
-    """Name ("" for none) and path. A path may have an equals sign too: a name has no slash, and is no path itself."""
+    """Name ("" for none) and path. A path may have an equals sign too: a name has no slash, and is no path itself.
+
+    Raises:
+        ValueError: nothing stands on one side of the equals sign.
+    """
     name, separator, path = value.partition("=")
     has_name = separator and "/" not in name and not Path(value).exists()
+    if has_name and not (name and path):
+        raise ValueError(f"{value}: must be NAME=PATH (an unset variable?)")
     return (name, path) if has_name else ("", value)

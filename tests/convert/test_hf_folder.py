@@ -89,7 +89,7 @@ def test_a_missing_a_truncated_and_a_disagreeing_shard(tmp_path: Path) -> None:
 def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         HfFolder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="config.json does not exist"):
+    with pytest.raises(ValueError, match="the folder has no config.json; give"):
         HfFolder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -104,7 +104,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 def test_new_folder_appears_when_complete_and_never_half(tmp_path: Path) -> None:
     final = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), new_folder(final) as unfinished:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), new_folder(final, "--hf-out") as unfinished:  # noqa: PT012
         (unfinished / "config.json").write_text("{}")
         assert not final.exists()
         raise KeyboardInterrupt
@@ -112,11 +112,14 @@ def test_new_folder_appears_when_complete_and_never_half(tmp_path: Path) -> None
     (tmp_path / ".out.incomplete").mkdir()  # as a killed process leaves it
     (tmp_path / ".out.incomplete" / "stale").touch()
     final.mkdir()
-    with new_folder(final) as unfinished:
+    with new_folder(final, "--hf-out") as unfinished:
         (unfinished / "config.json").write_text("{}")
     assert [path.name for path in final.iterdir()] == ["config.json"]
     assert list(tmp_path.iterdir()) == [final]
-    with pytest.raises(ValueError, match="not empty"), new_folder(final):
+    with (
+        pytest.raises(ValueError, match=rf"^--hf-out {final}: exists already and is not empty"),
+        new_folder(final, "--hf-out"),
+    ):
         pass
 
 

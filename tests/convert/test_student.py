@@ -40,16 +40,18 @@ def test_impossible_depths(num_layers: int) -> None:
 
 
 def test_layer_lists() -> None:
-    assert convert.parse_layers("0-3, 6,9,26-29") == [0, 1, 2, 3, 6, 9, 26, 27, 28, 29]
+    assert convert.parse_layers("0-3, 6,9,26-29", 30) == [0, 1, 2, 3, 6, 9, 26, 27, 28, 29]
     for text, message in {
         "0,x": "'x'",
         "3,3": "increase",
         "4-2": "'4-2' is neither",
         "": "neither",
         "1-": "'1-'",
+        "28-30": "28-30 must lie within the teacher's 0-29",
+        "0-9999999999": "0-9999999999 must lie",  # a list of them fills the memory
     }.items():
         with pytest.raises(ValueError, match=message):
-            convert.parse_layers(text)
+            convert.parse_layers(text, 30)
 
 
 @pytest.mark.parametrize("variant", ["plain", "tied"])
@@ -96,8 +98,8 @@ def test_a_student_of_layers_that_differ(tmp_path: Path, variant: str) -> None:
 def test_a_layer_that_the_teacher_lacks(tmp_path: Path) -> None:
     teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
     assert convert.count_layers(teacher) == 3
-    with pytest.raises(ValueError, match=r"layers \[3\]: .* has the layers 0 to 2"):
-        convert.init_student(teacher, [0, 3], tmp_path / "student")
+    with pytest.raises(ValueError, match=r"^layer 3: .* has the layers 0 to 2; choose"):
+        convert.init_student(teacher, [0, *range(3, 99)], tmp_path / "student")
     assert not (tmp_path / "student").exists()
 
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -125,7 +126,8 @@ def _exports(load: Path, out: Path, message: str, **options: str | Path) -> None
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
     mcore.make_checkpoint(tmp_path, "plain")
     load, out, source = tmp_path / "mcore", tmp_path / "out", tmp_path / "source"
-    _exports(tmp_path / "nowhere", out, f"no {TRACKER_FILE}")
+    _exports(tmp_path / "nowhere", out, f"the folder does not exist .no {TRACKER_FILE}")
+    _exports(source / "config.json", out, f"a file, not a folder .no {TRACKER_FILE}")
     _exports(load, out, "5GB", max_shard_size="huge")
     _exports(load, out, "--hf-config .*no such file", hf_config=tmp_path / "nowhere")
     _exports(load, out, "--tokenizer .*not a folder with a tokenizer", tokenizer=tmp_path)
@@ -287,8 +289,52 @@ def test_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
 def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with new_folder(tmp_path / "link") as unfinished:  # as if the name behind the link had been given
+    with new_folder(
+        tmp_path / "link", "--save"
+    ) as unfinished:  # as if the name behind the link had been given
         (unfinished / "config.json").touch()
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["config.json"]
     with mock.patch("os.path.ismount", return_value=True), pytest.raises(ValueError, match="mount point"):
-        check_new_folder(tmp_path / "new")
+        check_new_folder(tmp_path / "new", "--save")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("inline_container.cc: pos")]
+)
+def test_a_full_disk_is_named_with_its_flag(tmp_path: Path, error: Exception) -> None:
+    """torch's writer tells it in words of its own, and dist_checkpointing without either's type."""
+    source, new = toys.make_llama(tmp_path / "source"), tmp_path / "new"
+    with (
+        mock.patch("megatron_fdd.convert.streaming_save._write_item", side_effect=error),
+        pytest.raises(ValueError, match=rf"^--save {new}: cannot be written: .*; make room there"),
+    ):
+        convert.hf_to_mcore(source, new)
+    convert.hf_to_mcore(source, tmp_path / "mcore")
+    full = mock.patch(
+        "megatron_fdd.convert.hf_writer.bytes_of", side_effect=OSError(28, "No space left on device")
+    )
+    for write in (
+        lambda: convert.init_student(source, [0], new),
+        lambda: convert.mcore_to_hf(tmp_path / "mcore", new),
+    ):
+        with (
+            full,
+            pytest.raises(ValueError, match=rf"^--hf-out {new}: cannot be written: .*; make room there"),
+        ):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mcore", "source"]
+
+
+@pytest.mark.tier("default")
+def test_a_file_that_found_no_room_does_not_crash_the_end(tmp_path: Path) -> None:
+    """torch's broken writer does when Python collects it."""
+    source = toys.make_llama(tmp_path / "source", tokenizer=False)
+    words = ["import", "--hf-model", str(source), "--save", str(tmp_path / "new"), "--config-only"]
+    script = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        f"from megatron_fdd.cli import main\nmain({words}, prog_name='fdd')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: --save {tmp_path}/new: cannot be written: File too large (")
+    assert result.returncode == 1

@@ -87,6 +87,20 @@ def test_a_prefix_where_nothing_can_be_written_is_named(hf: TokenizerSettings, t
             run([path], prefix, EncodeSettings(hf, "jsonl"))
 
 
+def test_a_full_disk_names_the_prefix(
+    hf: TokenizerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(prepared_module.SetWriter, "add", full)
+    with pytest.raises(
+        ValueError, match=rf"^--output-prefix {tmp_path}/out: cannot be written: .*; make room there"
+    ):
+        run([path], tmp_path / "out", EncodeSettings(hf, "jsonl"))
+
+
 def instruction_rows(count: int) -> list[dict[str, object]]:
     return [
         {"prompt": a + " ", "response": b}

@@ -95,16 +95,28 @@ def test_other_ids_than_megatrons_are_refused(hf: TokenizerSettings, monkeypatch
 @pytest.mark.parametrize(
     ("megabytes", "asked", "expected"), [(0, 8, 1), (7, 8, 1), (8, 8, 2), (8, 1, 1), (17, 8, 4), (99, 8, 8)]
 )
-def test_no_more_workers_than_work(tmp_path: Path, megabytes: int, asked: int, expected: int) -> None:
+def test_no_more_workers_than_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, megabytes: int, asked: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for name, share in (("a", 1), ("b", 2)):
         with open(tmp_path / name, "wb") as file:
             file.truncate(megabytes * share * 2**20 // 3 + 1)
     assert useful_workers(asked, [str(tmp_path / "a"), str(tmp_path / "b")]) == expected
 
 
+@pytest.mark.parametrize("magic", [b"\x1f\x8b\x08\x00", b"\x28\xb5\x2f\xfd", b"PAR1"])
+def test_what_is_compressed_counts_three_times(tmp_path: Path, magic: bytes) -> None:
+    path = tmp_path / "packed"
+    path.write_bytes(magic)
+    os.truncate(path, BYTES_OF_A_WORKER)
+    assert useful_workers(4, [str(path)]) == 3
+
+
 def test_a_pipe_may_be_long(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert useful_workers(8, [str(tmp_path / "pipe")]) == 8
+    assert useful_workers(4, [str(tmp_path / "pipe")]) == 4
+    assert useful_workers(10**9, [str(tmp_path / "pipe")]) == 4 * (os.cpu_count() or 1)
 
 
 def documents(*texts: str) -> Iterator[RawDocument]:

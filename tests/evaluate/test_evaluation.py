@@ -162,6 +162,18 @@ def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, num_ba
             evaluate(request(folder, out))
 
 
+def test_a_full_disk_names_the_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ValueError, match=rf"^--out {tmp_path}/out: cannot be written: .*; make room there"):
+        evaluate(request(folder, tmp_path / "out"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"^--out {tmp_path}/file: .* is a file"):
+        evaluate(request(folder, tmp_path / "file"))
+
+
 def test_an_interrupted_run_ends_like_one_that_was_not(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,16 @@ def test_a_long_run_stays_small_and_quick(tmp_path: Path) -> None:
 
 
 @pytest.mark.tier("default")
+def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    make_run(tmp_path / "run")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ValueError, match=rf"^--out {tmp_path}/out: cannot be written: .*; make room there"):
+        write_report([str(tmp_path / "run")], tmp_path / "out")
+
+
 def test_the_tool_says_what_it_wrote_or_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,4 +122,8 @@ def test_the_tool_says_what_it_wrote_or_what_is_wrong(
     assert capsys.readouterr().out == f"{tmp_path}/out/report.html: 1 run, 5 pictures\n"
     with pytest.raises(SystemExit, match="1"):
         report("nothing")
-    assert capsys.readouterr().err.splitlines()[-1].endswith("nothing: no such file or folder")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("nothing: no such file or folder; give another path")
+    )

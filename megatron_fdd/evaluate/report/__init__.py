@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from megatron_fdd.disk import make_folder, writing
 from megatron_fdd.evaluate.report.data import data_facts
 from megatron_fdd.evaluate.report.facts import flag_facts, run_facts, sample_facts, setting_facts
 from megatron_fdd.evaluate.report.heat_maps import draw_heat_map
@@ -22,14 +23,15 @@ def write_report(arguments: Sequence[str], folder: Path) -> Report:
     """Read the runs (`[NAME=]PATH` each) and write report.html, report.md and its pictures into `folder`.
 
     Raises:
-        ValueError: a run that cannot be read; names the file and the remedy. Nothing is written then.
+        ValueError: a run that cannot be read, with nothing written then; or `folder` cannot be.
     """
     report = make_report(read_runs(arguments))
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in report.pictures:
-        _write(folder / f"{picture.name}.png", picture.light)
-    _write(folder / "report.md", to_markdown(report).encode())
-    _write(folder / "report.html", to_html(report).encode())
+    make_folder("--out", folder, folder)
+    with writing("--out", folder):
+        for picture in report.pictures:
+            _write(folder / f"{picture.name}.png", picture.light)
+        _write(folder / "report.md", to_markdown(report).encode())
+        _write(folder / "report.html", to_html(report).encode())
     return report
 
 

@@ -68,7 +68,7 @@ def _read_part(name: str, path: Path) -> Run:
     if path.is_file():
         return Run(name, metrics=read_metrics(path), metrics_path=path)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
+        raise ValueError(f"{path}: no such file or folder; give another path")
     metrics_path, evaluation_path = path / METRICS_FILE, _find_evaluation(name, path)
     has_metrics = metrics_path.is_file()
     flags, remark = _read_flags(path)

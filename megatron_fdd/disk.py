@@ -1,0 +1,98 @@
+"""Files that cannot be written or read: the place, what the system said of it, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# How torch's writer says, as a RuntimeError, that a file took less than it was given.
+_TORCHS_WRITER = ("inline_container.cc", "PytorchStreamWriter")
+_ROOM = "make room there, or give another place"
+_RIGHTS = "give a place that you may use"
+_REMEDIES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+}
+
+
+@contextmanager
+def writing(flag: str, given: str | Path) -> Iterator[None]:
+    """While files are written to `given`, the value of `flag`: a folder, or the beginning of names.
+
+    Raises:
+        ValueError: they could not be. What went wrong with other files is raised as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not _is_about(error, Path(given)):
+            raise
+        raise _refusal(flag, given, error) from error
+    except RuntimeError as error:
+        if not is_torchs_writer(error):
+            raise
+        raise _refusal(flag, given, error) from error
+
+
+def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
+    """Make the folder that `given`, the value of `flag`, needs, and see that files can be made in it.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _refusal(flag, given, error) from error
+
+
+def is_torchs_writer(error: BaseException) -> bool:
+    """Whether torch could not write a file: its writer raises no OSError."""
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCHS_WRITER)
+
+
+def explain(error: Exception) -> str:
+    """What a command says of an error; to one of the system's are added the file and what to do."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'give another path')}"
+
+
+def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> ValueError:
+    there = _nearest(Path(given))
+    if isinstance(error, OSError):
+        said, remedy = error.strerror, _REMEDIES.get(error.errno or 0, "give another place")
+    else:
+        said, remedy = f"torch's writer failed: {str(error).splitlines()[0]}", _ROOM
+    if not there.is_dir():
+        remedy = f"{there} is a file: give another place"
+    free = shutil.disk_usage(there).free >> 20
+    return ValueError(f"{flag} {given}: cannot be written: {said} ({free} MiB free there); {remedy}")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or what is there of the folders above it."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def _is_about(error: OSError, given: Path) -> bool:
+    """Whether an error names no file, or one at `given`, above it or beside it with a name made of its name."""
+    names = [Path(os.path.realpath(name)) for name in (error.filename, error.filename2) if name is not None]
+    real = Path(os.path.realpath(given))
+    return not names or any(
+        real.is_relative_to(name)
+        or (name.is_relative_to(real.parent) and real.name in name.relative_to(real.parent).parts[0])
+        for name in names
+    )

@@ -1,0 +1,105 @@
+"""What all subcommands do alike."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from megatron_fdd.cli import COMMANDS, main
+from megatron_fdd.cli.command import Command
+from megatron_fdd.cli.train import Separated
+
+# They pass flags on, which are checked where the training starts.
+OWN = sorted(COMMANDS.keys() - {"train", "plan"})
+# A text of its own.
+MEANT = {("evaluate", "--prompt")}
+
+
+def command_of(name: str) -> click.Command:
+    command: click.Command = importlib.import_module(f"megatron_fdd.cli.{COMMANDS[name][0]}").command
+    return command
+
+
+def test_every_command_is_one_of_the_two_kinds() -> None:
+    for name in COMMANDS:
+        assert isinstance(command_of(name), Command if name in OWN else Separated), name
+
+
+def empty_values() -> list[tuple[str, str]]:
+    """(command, option or argument that takes a value)."""
+    options = [(name, option) for name in OWN for option in command_of(name).params]
+    return [
+        (name, option.opts[0] if isinstance(option, click.Option) else "")
+        for name, option in options
+        if not (isinstance(option, click.Option) and option.is_flag)
+    ]
+
+
+@pytest.mark.parametrize(("name", "flag"), empty_values())
+def test_an_empty_value_is_refused(name: str, flag: str) -> None:
+    """As `--save "$UNSET"` gives it, whatever else is missing."""
+    result = CliRunner().invoke(command_of(name), [flag, ""] if flag else [""])
+    assert result.exit_code == 2, result.output
+    is_refused = "its value is empty (an unset variable?); give one" in result.output
+    assert is_refused == ((name, flag) not in MEANT)
+    assert not is_refused or f"Invalid value for '{flag}" in result.output
+
+
+@pytest.mark.parametrize("value", ["fdd=", "=folder"])
+def test_half_a_name_is_refused(value: str, tmp_path: Path) -> None:
+    for words in (["evaluate", "--hf-model", value], ["report", value, "--out", str(tmp_path / "out")]):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == (2 if words[0] == "evaluate" else 1)
+        assert f"{value}: must be NAME=PATH" in result.output
+
+
+@pytest.mark.parametrize(
+    "flag", ["--teacher", "--hf-model", "--data", "--vicuna-answers", "--validation-text"]
+)
+def test_what_is_not_there_is_refused_with_its_flag(flag: str) -> None:
+    result = CliRunner().invoke(main, ["evaluate", "--hf-model", ".", flag, "nowhere"])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flag}': " in result.output
+    assert "'nowhere' does not exist" in result.output
+
+
+def test_numbers_that_fill_a_machine_are_refused() -> None:
+    most = 4 * (os.cpu_count() or 1)
+    result = CliRunner().invoke(main, ["evaluate", "--hf-model", ".", "--threads", str(most + 1)])
+    assert result.exit_code == 2
+    assert f"'--threads': {most + 1}: at most {most}" in result.output
+    result = CliRunner().invoke(
+        main, "import --hf-model . --save x --make-vocab-size-divisible-by 999999999999".split()
+    )
+    assert result.exit_code == 2
+    assert "'--make-vocab-size-divisible-by': 999999999999 is not in the range" in result.output
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("words", [[], ["doctor"]])
+def test_an_interrupted_command_says_so_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script of tools/ (a command by itself), and `fdd` while it imports the command."""
+    if words:
+        monkeypatch.setattr(type(main), "get_command", interrupted)
+    command = main if words else Command("prepare", callback=interrupted)
+    result = CliRunner().invoke(command, words, prog_name="fdd")
+    assert result.exit_code == 130
+    assert result.output == "fdd: interrupted\n"
+
+
+def test_other_packages_are_quiet_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.delitem(sys.modules, "megatron_fdd.quiet", raising=False)
+    assert CliRunner().invoke(Command("x", callback=lambda: None)).exit_code == 0
+    assert not logger.filter(logging.LogRecord(logger.name, 30, "", 0, "No CUDA runtime is found", (), None))
