@@ -26,12 +26,14 @@ from megatron_fdd.preflight import check_numbers
 )
 def test_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_numbers(argparse.Namespace(**values))
+        check_numbers(argparse.Namespace(skip_train=False, **values))
 
 
 def test_taken() -> None:
     check_numbers(
-        argparse.Namespace(lr=0.0, eval_iters=0, seed=0, seq_length=1, save_interval=None, bf16=False)
+        argparse.Namespace(
+            skip_train=False, lr=0.0, eval_iters=0, seed=0, seq_length=1, save_interval=None, bf16=False
+        )
     )
 
 

@@ -150,8 +150,8 @@ class TextTokenizer(ABC):
         unknown = [name for name in settings.variables if not any(name in source for source in sources)]
         if unknown:
             raise ValueError(
-                f"--chat-template-kwargs: the chat template has no variable {', '.join(unknown)}; look for its "
-                "switches in chat_template.jinja or tokenizer_config.json"
+                f"--chat-template-kwargs: the chat template has no variable {', '.join(unknown)}; use its own "
+                "switches (chat_template.jinja or tokenizer_config.json has them)"
             )
         ends = {self.text([end]) for end in (self.eod, *self.stop_ids) if end >= 0}
         return ChatTemplate(

@@ -8,8 +8,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from megatron_fdd.data.chat_template import ChatSettings
 from megatron_fdd.data.documents import RawDocument
-from megatron_fdd.data.encode import EMPTY_DOCUMENTS, Encoded, EncodeSettings
+from megatron_fdd.data.encode import EMPTY_DOCUMENTS, LEFT_OUT, PAIRS, Encoded, EncodeSettings
 from megatron_fdd.data.instructions import TEMPLATES, Template, read_record
 from megatron_fdd.data.refusals import Reason, Refusal
 from megatron_fdd.data.tokenizer import TokenizerSettings
@@ -163,6 +164,38 @@ def test_nothing_left_to_learn_is_refused(hf: TokenizerSettings) -> None:
         with pytest.raises(Refusal) as caught:
             encode(hf, row, seq_length)
         assert caught.value.reason is reason
+
+
+def test_of_a_conversation_only_the_samples_that_do_not_fit_are_left_out(hf: TokenizerSettings) -> None:
+    """A template that drops the words of earlier answers makes two samples of this; the second is too long."""
+    template = CHATML.replace(
+        "m.content", "m.content if loop.last or m.role != 'assistant' else m.content[:0]"
+    )
+    settings = TokenizerSettings(hf.tokenizer_type, hf.tokenizer_model, template)
+    chat = ChatSettings(allowed=frozenset({"content"}))
+    encoders = [
+        make_encoder(EncodeSettings(settings, "instruction", seq_length=length, chat=chat))
+        for length in (None, 50)
+    ]
+    both, one = (encoder(document({"messages": CHAT})) for encoder in encoders)
+    assert [len(both.samples), len(one.samples)] == [2, 1]
+    assert one.samples[0].ids.tolist() == both.samples[0].ids.tolist()
+    assert both.notes[LEFT_OUT] == 0
+    assert one.notes[LEFT_OUT] == 1
+
+
+def test_a_chat_without_a_template_and_a_pair_among_chats(
+    hf: TokenizerSettings, sp: TokenizerSettings
+) -> None:
+    refusal = make_encoder(EncodeSettings(sp, "instruction"))(document({"messages": CHAT})).refusal
+    assert refusal is not None
+    assert refusal.reason is Reason.NO_TEMPLATE
+    assert (
+        make_encoder(EncodeSettings(hf, "instruction"))(document({"prompt": "the", "response": "x"})).notes[
+            PAIRS
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from megatron_fdd.data import prepared as prepared_module
 from megatron_fdd.data import workers
 from megatron_fdd.data.documents import JsonKeys
 from megatron_fdd.data.encode import EMPTY_DOCUMENTS, EncodeSettings
-from megatron_fdd.data.prepare import PrepareSettings, Summary, prepare
+from megatron_fdd.data.prepare import PrepareSettings, Summary, look, prepare
 from megatron_fdd.data.prepared import mask_prefix, open_set
+from megatron_fdd.data.show import shown
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import sentences, write_jsonl
 from tests.harness import forked_python
@@ -77,6 +78,32 @@ def test_a_set_that_is_there_is_replaced_only_when_asked(hf: TokenizerSettings, 
     assert documents_of(tmp_path / "out") == before
     run([second], tmp_path / "out", encode, overwrite=True)
     assert documents_of(tmp_path / "out") != before
+
+
+def test_when_all_are_refused_the_reasons_are_told(hf: TokenizerSettings, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 3)
+    encode = EncodeSettings(hf, "instruction")
+    told = (
+        r"(?s)nothing is left to .*3: nothing in it is learned.*a\.jsonl, line 1: no message of the assistant"
+    )
+    with pytest.raises(ValueError, match=told):
+        run([path], tmp_path / "out", encode, skip_refused=True)
+    with pytest.raises(ValueError, match=told):
+        look(PrepareSettings((path,), "", encode, skip_refused=True, show=2))
+
+
+def test_what_is_shown_names_what_was_refused_on_the_way(hf: TokenizerSettings, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x"}, *instruction_rows(3)])
+    encode = EncodeSettings(hf, "instruction")
+    tokenizer, samples, seen = look(PrepareSettings((path,), "", encode, skip_refused=True, show=2))
+    assert (len(samples), seen.refused.total()) == (2, 1)
+    plain, coloured = ("\n".join(shown(tokenizer, samples, in_colour=colour)) for colour in (False, True))
+    row = instruction_rows(1)[0]
+    assert f"{row['prompt']}[[{row['response']}<|endoftext|>]]" in plain
+    assert f"\033[32m{row['response']}<|endoftext|>\033[0m" in coloured
+    run([path], tmp_path / "out", encode, skip_refused=True, show=2)
+    written = (tmp_path / "out.samples.html").read_text()
+    assert f"<b>{row['response']}&lt;|endoftext|&gt;</b>" in written
 
 
 def test_a_prefix_where_nothing_can_be_written_is_named(hf: TokenizerSettings, tmp_path: Path) -> None:
