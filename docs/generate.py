@@ -28,7 +28,7 @@ BOXES = {
         "all that runs inside of a training step",
         "student objective sampling schedule pipeline carry attach lens_copies live_lens metrics progress",
     ),
-    "teacher": ("the frozen model's features", "teacher"),
+    "teacher": ("one forward pass with taps; the frozen model's features", "teacher taps"),
     "losses": ("the terms, from features and heads", "losses lens"),
     "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
     "host": (

@@ -9,12 +9,26 @@ R rows of [B, H] that hold the log-sum-exps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_fdd.losses import TapStatistics
-from megatron_fdd.objective import Carry
 from megatron_fdd.ops.exact_cast import from_rows, rows_needed, to_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """A sampled layer's student side on its way to the next sampled layer's chunk.
+
+    Attributes:
+        hidden_SBS: output of the sampled block, before the norm.
+        statistics: its log-sum-exps, for the log-probability delta; else None.
+    """
+
+    hidden_SBS: Tensor
+    statistics: TapStatistics | None
 
 
 def carried_rows(sequence: int, micro_batch: int, width: int, dtype: torch.dtype, *, with_lse: bool) -> int:

@@ -65,7 +65,8 @@ from megatron_fdd.save_folder import held
 from megatron_fdd.saving import saved_iteration
 from megatron_fdd.schedule import DistillationSteps, installed
 from megatron_fdd.stepped_adam import install_adam
-from megatron_fdd.student import ChunkStep, StudentStep, Teacher
+from megatron_fdd.student import ChunkStep, StudentStep
+from megatron_fdd.teacher import Teacher
 from megatron_fdd.teacher.check import report_cross_entropy
 from megatron_fdd.teacher.live import LiveTeacher
 from megatron_fdd.teacher.loading import build_teacher

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_fdd.carry import Carry
 from megatron_fdd.config import FddConfig
 from megatron_fdd.layer_plan import ChunkPlan, LayerPair
 from megatron_fdd.lens import Lens
@@ -19,7 +20,6 @@ from megatron_fdd.losses import (
     HeadPair,
     LossTerm,
     Tap,
-    TapStatistics,
     TokenWeights,
     delta_terms,
     final_terms,
@@ -48,19 +48,6 @@ class StepScale:
     inner: float = 1.0
     label_per_term_token: float = 1.0
     draw: StepDraw = EVERYTHING
-
-
-@dataclass(frozen=True, slots=True)
-class Carry:
-    """A sampled layer's student side on its way to the next sampled layer's chunk.
-
-    Attributes:
-        hidden_SBS: output of the sampled block, before the norm.
-        statistics: its log-sum-exps, for the log-probability delta; else None.
-    """
-
-    hidden_SBS: Tensor
-    statistics: TapStatistics | None
 
 
 class StepGrams:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,18 +16,14 @@ from torch import Tensor
 
 from megatron_fdd import carry
 from megatron_fdd.attach import attach_loss, loss_scale
+from megatron_fdd.carry import Carry
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.lens import Lens, read_head, read_lens
 from megatron_fdd.losses import LossTerm, TokenWeights
-from megatron_fdd.objective import Carry, Objective, StepScale
-from megatron_fdd.teacher import TeacherFeatures
+from megatron_fdd.objective import Objective, StepScale
+from megatron_fdd.taps import forward_with_taps, hidden_and_taps
+from megatron_fdd.teacher import Teacher, TeacherFeatures
 from megatron_fdd.topology import Topology
-
-
-class Teacher(Protocol):
-    """Gives the features of each micro-batch of a step, by its index."""
-
-    def features(self, index: int, batch: Batch) -> TeacherFeatures: ...
 
 
 class StudentStep:
@@ -109,16 +105,10 @@ class ChunkStep:
         student = unwrap_model(model)
         carried = self._split_input(student, batch)
         teacher = self._teacher_features(batch)
-        output = model(
-            batch.tokens_BS,
-            batch.position_ids_BS,
-            batch.attention_mask,
-            packed_seq_params=batch.packed,
-            extra_block_kwargs={"extract_layer_indices": self._layers},
-            output_processor=partial(self._loss, student, batch, teacher, carried),
-        )
+        processor = partial(self._loss, student, batch, teacher, carried)
+        output, taps_SBH = forward_with_taps(model, batch, self._layers, processor)
         if not self.objective.chunk.is_last:
-            output = self._stage_output(student, batch, teacher, carried, *hidden_and_taps(output))
+            output = self._stage_output(student, batch, teacher, carried, output, taps_SBH)
         return output, partial(_report, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
 
     def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
@@ -244,11 +234,6 @@ class ChunkStep:
         if self._topology.sequence_parallel:
             value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
         return value_SB.flatten()
-
-
-def hidden_and_taps(output: Tensor | tuple[Tensor, list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """The decoder returns a pair only when it was asked for taps."""
-    return output if isinstance(output, tuple) else (output, [])
 
 
 def _report(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -15,10 +15,10 @@ LEVELS = {
     "launch": 1, "tokenizer_identity": 1, "progress": 1, "wheel": 1, "stepped_adam": 1, "local_norms": 1,
     "parameters": 1, "layer_plan": 1, "balance": 1, "topology": 1, "checkpoint": 1, "attach": 1, "saving": 2,
     "save_folder": 2,
-    "fp8": 2, "lens": 2, "losses": 2, "arguments": 2, "rehearsal": 2, "convert": 3, "lens_copies": 3,
-    "live_lens": 3, "sampling": 3, "data": 3, "teacher": 4, "objective": 5, "preflight": 5, "carry": 6,
-    "student_memory": 5, "evaluate": 4, "metrics": 6, "dry_run": 6, "student": 7, "pipeline": 7, "run": 7,
-    "schedule": 8, "distill": 9, "doctor": 10, "cli": 11, "__main__": 12,
+    "fp8": 2, "lens": 2, "losses": 2, "arguments": 2, "rehearsal": 2, "carry": 3, "convert": 3, "lens_copies": 3,
+    "live_lens": 3, "sampling": 3, "data": 3, "taps": 4, "evaluate": 4, "teacher": 5, "objective": 6, "preflight": 6,
+    "student_memory": 6, "metrics": 7, "dry_run": 7, "student": 8, "pipeline": 8, "run": 8, "schedule": 9,
+    "distill": 10, "doctor": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

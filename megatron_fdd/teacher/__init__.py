@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+from megatron_fdd.data.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +22,9 @@ class TeacherFeatures:
 
     final_SBT: Tensor | None
     taps_SBT: Mapping[int, Tensor]
+
+
+class Teacher(Protocol):
+    """Gives the features of each micro-batch of a step, by its index."""
+
+    def features(self, index: int, batch: Batch) -> TeacherFeatures: ...

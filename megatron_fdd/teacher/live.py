@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor
 
 from megatron_fdd.data.batch import Batch
+from megatron_fdd.taps import forward_with_taps, stop_before_head
 from megatron_fdd.teacher import TeacherFeatures
 from megatron_fdd.teacher.tap_format import TapFormat
 
@@ -30,19 +30,6 @@ class LiveTeacher:
     @torch.no_grad()
     def features(self, _index: int, batch: Batch) -> TeacherFeatures:
         """Hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
-        output = self.model(
-            batch.tokens_BS,
-            batch.position_ids_BS,
-            batch.attention_mask,
-            packed_seq_params=batch.packed,
-            extra_block_kwargs={"extract_layer_indices": set(self._layers)},
-            output_processor=stop_before_head,
-        )
-        final_SBT, taps_SBT = output if self._layers else (output, ())
+        final_SBT, taps_SBT = forward_with_taps(self.model, batch, self._layers, stop_before_head)
         taps = (self._format.unpack(self._format.pack(tap_SBT)) for tap_SBT in taps_SBT)
         return TeacherFeatures(final_SBT, dict(enumerate(taps)))
-
-
-def stop_before_head(*, hidden_states: Tensor, **_: object) -> Tensor:
-    """GPTModel's `output_processor`: no logits of the teacher are ever formed."""
-    return hidden_states

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.layer_plan import Plan
+from megatron_fdd.taps import forward_with_taps, stop_before_head
 from megatron_fdd.teacher import TeacherFeatures
-from megatron_fdd.teacher.live import stop_before_head
 from megatron_fdd.teacher.tap_format import TapFormat
 from megatron_fdd.topology import Topology
 
@@ -89,15 +89,8 @@ class PipelinedTeacher:
 
     def _forward_step(self, data_iterator: Iterator[Mapping[str, Tensor]], model: GPTModel) -> Any:
         batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
-        output = model(
-            batch.tokens_BS,
-            batch.position_ids_BS,
-            batch.attention_mask,
-            packed_seq_params=batch.packed,
-            extra_block_kwargs={"extract_layer_indices": {self._layers[index] for index in self._mine}},
-            output_processor=stop_before_head,
-        )
-        hidden_SBT, taps_SBT = output if self._mine else (output, ())
+        layers = [self._layers[index] for index in self._mine]
+        hidden_SBT, taps_SBT = forward_with_taps(model, batch, layers, stop_before_head)
         self._taps.append(
             {
                 index: self._keep(self._format.pack(tap_SBT))
