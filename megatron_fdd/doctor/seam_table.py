@@ -37,14 +37,14 @@ SEAMS: tuple[Seam, ...] = (
         f"{_CORE}.models.gpt.GPTModel.forward",
         ("packed_seq_params", "extra_block_kwargs", "output_processor"),
         "hidden states of inner layers come out, and the loss is computed in place of logits",
-        ("student.py", "teacher/live.py", "teacher/pipelined.py"),
+        ("taps.py",),
         "no tap and no loss: nothing can be distilled",
     ),
     Seam(
         f"{_CORE}.transformer.transformer_block.TransformerBlock.forward",
         ("extract_layer_indices",),
         "which layers are tapped, by global index from 0",
-        ("student.py", "teacher/live.py", "teacher/pipelined.py"),
+        ("taps.py",),
         "no taps",
     ),
     Seam(

@@ -47,7 +47,7 @@ def test_a_parameter_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name == "megatron.core.models.gpt.GPTModel.forward"
     assert "no parameter output_processor any more" in finding.text
     assert "packed_seq_params" not in finding.text
-    assert "student.py" in finding.remedy
+    assert "taps.py" in finding.remedy
 
 
 def test_a_patched_name_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
