@@ -13,6 +13,7 @@ for message in (
     ".*Apex is not installed",
     ".*Transformer Engine and Apex are not installed",
     "Only transformer-engine>=.* supports",
+    "Could not determine rank from torch.distributed",
 ):
     warnings.filterwarnings("ignore", message=message)
 # It tells of every file of token ids that it opens.

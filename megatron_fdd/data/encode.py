@@ -90,12 +90,14 @@ class Encoder:
         """`tokenizer`: of `settings.tokenizer`.
 
         Raises:
-            ValueError: it lacks the end-of-document token that is asked for.
+            ValueError: it lacks the end-of-document token that is asked for; its chat template has no such variable.
         """
         self.settings = settings
         self.tokenizer = tokenizer
         self._eod = self.tokenizer.eod
         self._sampler: ChatSampler | None = None
+        if settings.format == "instruction" and tokenizer.chat_template:
+            self._sampler = ChatSampler(tokenizer.chat(settings.chat), settings.chat)
         needs_eod = settings.append_eod or settings.format == "instruction"
         if needs_eod and self._eod < 0:
             raise ValueError(
@@ -159,12 +161,10 @@ class Encoder:
         return [self._cut(*_encode_pair(self.tokenizer, prompt, instruction.references[0]), document.where)]
 
     def _chat_samples(self, conversation: Conversation, where: str, notes: Counter[str]) -> list[Encoded]:
-        if not self.tokenizer.chat_template:
+        if self._sampler is None:
             raise Refusal(
                 where, Reason.NO_TEMPLATE, "a chat needs a chat template and the tokenizer has none"
             )
-        if self._sampler is None:
-            self._sampler = ChatSampler(self.tokenizer.chat(self.settings.chat), self.settings.chat)
         for name in conversation.unknown_fields:
             notes[UNKNOWN_FIELD + name] += 1
         encoded: list[Encoded] = []

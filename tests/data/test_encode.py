@@ -184,6 +184,16 @@ def test_of_a_conversation_only_the_samples_that_do_not_fit_are_left_out(hf: Tok
     assert one.notes[LEFT_OUT] == 1
 
 
+def test_a_switch_that_the_template_has_not_is_refused_before_any_record(hf: TokenizerSettings) -> None:
+    for variables, message in (
+        ({"enable_thinkin": False}, "the chat template has no variable enable_thinkin"),
+        ({"bos_token": "x"}, "bos_token come from the data or the tokenizer"),
+        ({"enable_thinking": "false"}, "enable_thinking is 'false'; it must be true or false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_encoder(EncodeSettings(hf, "instruction", chat=ChatSettings(variables)))
+
+
 def test_a_chat_without_a_template_and_a_pair_among_chats(
     hf: TokenizerSettings, sp: TokenizerSettings
 ) -> None:
