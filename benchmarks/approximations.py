@@ -30,7 +30,7 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.layer_plan import ChunkPlan, LayerPair
 from megatron_fdd.lens import Lens
 from megatron_fdd.losses import TokenWeights
-from megatron_fdd.objective import Objective, StepGrams, StepScale
+from megatron_fdd.objective import Objective, StepGrams, StepSettings
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.sampling import Sampler, StepDraw
 from megatron_fdd.teacher import TeacherFeatures
@@ -118,7 +118,7 @@ def timed_step(config: FddConfig) -> Callable[[], None]:
     weights = TokenWeights(torch.ones(tokens), torch.ones(tokens))
 
     def step(draw: StepDraw) -> None:
-        objective.scale = StepScale(
+        objective.scale = StepSettings(
             draw=draw
         )  # no new step: its Gram matrices are made once for many micro-batches
         terms, _ = objective.inner(

@@ -1,6 +1,6 @@
 """What the benchmark of the losses measures of the delta and of the Gram matrices that it needs.
 
-Each function prepares inputs of a size and returns a step. Shapes: N tokens, T / S hidden width of teacher / student.
+Each function prepares inputs of a size and returns a step. Shapes: N tokens, T / D hidden width of teacher / student.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from benchmarks.linear_kl_steps import Inputs, Size, Step, inputs
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
-from megatron_fdd.ops.full_precision import product
+from megatron_fdd.ops.full_precision import exact_product
 from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype
 
 
 def grams_of(given: Inputs, previous: HeadGrams | None = None) -> HeadGrams:
     """Of the log-probability delta."""
-    heads = (given.teacher_head_WT, given.student_head_WS)
+    heads = (given.teacher_head_WT, given.student_head_WD)
     return head_grams(*heads, shard=given.shard, centred=False, previous=previous)
 
 
@@ -26,8 +26,8 @@ def bare_grams(size: Size) -> Step:
 
     @torch.no_grad()
     def run() -> Tensor:
-        given.teacher_head_WT.T @ given.student_head_WS
-        return given.student_head_WS.T @ given.student_head_WS
+        given.teacher_head_WT.T @ given.student_head_WD
+        return given.student_head_WD.T @ given.student_head_WD
 
     return run
 
@@ -36,18 +36,18 @@ def our_grams(size: Size, *, keeps_teacher: bool) -> Step:
     """Forward. With the teacher's own taken over from an earlier step, as in a training, or not."""
     given = inputs(size)
     previous = grams_of(given) if keeps_teacher else None
-    return lambda: grams_of(given, previous).student_student_SS
+    return lambda: grams_of(given, previous).student_student_DD
 
 
 def _factors(size: Size) -> list[tuple[Tensor, Tensor]]:
     """Of one delta's three products, in float32: differences of features, Gram matrix."""
     given = inputs(size)
     grams = grams_of(given)
-    teacher_NT, student_NS = given.teacher[0].float(), given.student[0].detach().float()
+    teacher_NT, student_ND = given.teacher[0].float(), given.student[0].detach().float()
     return [
         (teacher_NT, grams.teacher_teacher_TT),
-        (teacher_NT, grams.teacher_student_TS),
-        (student_NS, grams.student_student_SS),
+        (teacher_NT, grams.teacher_student_TD),
+        (student_ND, grams.student_student_DD),
     ]
 
 
@@ -60,7 +60,7 @@ def bare_delta(size: Size) -> Step:
 def todays_products(size: Size) -> Step:
     """The same as the delta takes them: on a GPU as three products of TF32 parts."""
     factors = _factors(size)
-    return lambda: [product(left, right) for left, right in factors][-1]
+    return lambda: [exact_product(left, right) for left, right in factors][-1]
 
 
 def bf16_products(size: Size) -> Step:
@@ -93,13 +93,13 @@ def our_delta(size: Size) -> Step:
     given = inputs(size)
     grams = grams_of(given)
     teacher_NT = given.teacher[0].float()
-    student_NS = given.student[0].detach().float().requires_grad_()
+    student_ND = given.student[0].detach().float().requires_grad_()
     lse_N = torch.ones(size.tokens, device=size.device)
 
     def run() -> Tensor:
-        cosine_N = delta_cosine(teacher_NT, student_NS, lse_N, lse_N, grams, shard=given.shard)
+        cosine_N = delta_cosine(teacher_NT, student_ND, lse_N, lse_N, grams, shard=given.shard)
         (1 - cosine_N).mean().backward()
-        student_NS.grad = None
+        student_ND.grad = None
         return cosine_N.detach()
 
     return run

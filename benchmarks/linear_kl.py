@@ -36,7 +36,7 @@ from benchmarks.linear_kl_steps import (
     plain_objective,
 )
 from benchmarks.measure import MIB, Measurement, machine, measure, record, table
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.implementation import Implementation
 
 Maker = Callable[[Size], Step]
 FLOOR, PLAIN, OURS = "bare matrix products", "plain torch", "megatron_fdd"
@@ -81,7 +81,7 @@ def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measure
     if not all(row.is_steady for row in [*objective.values(), *final.values()]):
         return False
     floor, ours = objective[FLOOR], objective[OURS]
-    tile = Kernels().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype)))
+    tile = Implementation().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype)))
     allowed = 4 * (3 * size.tokens * tile + 2 * size.layers * size.tokens * size.student_width) / MIB
     doubled = measure(partial(our_objective, replace(size, vocab=2 * size.vocab)), repeats)
     growth = abs(doubled.peak_mib / ours.peak_mib - 1)

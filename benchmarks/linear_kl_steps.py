@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fdd.ops.chunks import LinearKL
+from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import (
+    DEFAULT_IMPLEMENTATION,
+    Divergence,
+    Implementation,
+    VocabShard,
+    linear_kl,
+)
 
 Step = Callable[[], Tensor]
 
@@ -40,7 +46,7 @@ class Inputs:
     """Both heads, and the features of every sampled layer, student's with gradient."""
 
     teacher_head_WT: Tensor
-    student_head_WS: Tensor
+    student_head_WD: Tensor
     teacher: list[Tensor]
     student: list[Tensor]
 
@@ -51,7 +57,7 @@ class Inputs:
     def differentiated(self, total: Tensor) -> Tensor:
         """The loss, after its backward pass; gradients are dropped, so that each call's count as made in it."""
         total.backward()
-        for tensor in (self.student_head_WS, *self.student):
+        for tensor in (self.student_head_WD, *self.student):
             tensor.grad = None
         return total.detach()
 
@@ -63,8 +69,8 @@ def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
     """
     made = _made(size)
     student = [hidden.detach().requires_grad_() for hidden in made.student]
-    head = made.student_head_WS.detach().requires_grad_(trains_head)
-    return replace(made, student_head_WS=head, student=student)
+    head = made.student_head_WD.detach().requires_grad_(trains_head)
+    return replace(made, student_head_WD=head, student=student)
 
 
 # Of two sizes: those that are compared.
@@ -91,8 +97,8 @@ def bare_products(size: Size) -> Step:
     def run() -> Tensor:
         for teacher, student in zip(given.teacher, given.student, strict=True):
             teacher_logits = teacher @ given.teacher_head_WT.T
-            student_logits = student @ given.student_head_WS.T
-            last = teacher_logits @ given.student_head_WS + student_logits @ given.student_head_WS
+            student_logits = student @ given.student_head_WD.T
+            last = teacher_logits @ given.student_head_WD + student_logits @ given.student_head_WD
         return last
 
     return run
@@ -100,7 +106,7 @@ def bare_products(size: Size) -> Step:
 
 def plain_terms(given: Inputs, dtype: torch.dtype) -> Tensor:
     """Trajectory and delta as one writes them down: log-probabilities of every layer and model."""
-    teacher_head, student_head = given.teacher_head_WT.to(dtype), given.student_head_WS.to(dtype)
+    teacher_head, student_head = given.teacher_head_WT.to(dtype), given.student_head_WD.to(dtype)
     teacher = [F.log_softmax((hidden.to(dtype) @ teacher_head.T).to(dtype), -1) for hidden in given.teacher]
     student = [F.log_softmax((hidden.to(dtype) @ student_head.T).to(dtype), -1) for hidden in given.student]
     pairs = zip(student, teacher, strict=True)
@@ -129,18 +135,18 @@ def bare_tap(size: Size) -> Step:
 def first_layer(given: Inputs, **options: Any) -> LinearKL:
     """`linear_kl` of it."""
     teacher, student = given.teacher[0], given.student[0]
-    heads = (given.teacher_head_WT, given.student_head_WS)
+    heads = (given.teacher_head_WT, given.student_head_WD)
     return linear_kl(
         teacher, heads[0], student, heads[1], shard=given.shard, divergence=Divergence(), **options
     )
 
 
-def our_tap(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
+def our_tap(size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Step:
     """`linear_kl` of one layer, whose divergence and log-sum-exp both have a gradient."""
     given = inputs(size)
 
     def run() -> Tensor:
-        result = first_layer(given, kernels=kernels)
+        result = first_layer(given, implementation=implementation)
         assert result.divergence_N is not None
         assert result.student_lse_N is not None
         given.differentiated(result.divergence_N.mean() + result.student_lse_N.mean())
@@ -149,21 +155,29 @@ def our_tap(size: Size, kernels: Kernels = DEFAULT_KERNELS) -> Step:
     return run
 
 
-def our_objective(size: Size, kernels: Kernels = DEFAULT_KERNELS, *, keeps_teacher: bool = False) -> Step:
+def our_objective(
+    size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION, *, keeps_teacher: bool = False
+) -> Step:
     """The same terms by the package's operations, Gram matrices (once a step) included.
 
     Args:
         keeps_teacher: as in a training: the teacher's own Gram matrix is one from an earlier step.
     """
     given = inputs(size)
-    heads, shard = (given.teacher_head_WT, given.student_head_WS), given.shard
+    heads, shard = (given.teacher_head_WT, given.student_head_WD), given.shard
     previous = head_grams(*heads, shard=shard, centred=False) if keeps_teacher else None
 
     def run() -> Tensor:
         grams = head_grams(*heads, shard=shard, centred=False, previous=previous)
         outputs = [
             linear_kl(
-                teacher, heads[0], student, heads[1], shard=shard, divergence=Divergence(), kernels=kernels
+                teacher,
+                heads[0],
+                student,
+                heads[1],
+                shard=shard,
+                divergence=Divergence(),
+                implementation=implementation,
             )
             for teacher, student in zip(given.teacher, given.student, strict=True)
         ]
@@ -193,9 +207,9 @@ def bare_final(size: Size) -> Step:
     def run() -> Tensor:
         teacher, student = given.teacher[0], given.student[0]
         teacher @ given.teacher_head_WT.T
-        logits = student @ given.student_head_WS.T
+        logits = student @ given.student_head_WD.T
         logits.T @ student
-        return logits @ given.student_head_WS
+        return logits @ given.student_head_WD
 
     return run
 
@@ -206,14 +220,16 @@ def plain_final(size: Size) -> Step:
 
     def run() -> Tensor:
         teacher = F.log_softmax((given.teacher[0] @ given.teacher_head_WT.T).float(), -1)
-        student = F.log_softmax((given.student[0] @ given.student_head_WS.T).float(), -1)
+        student = F.log_softmax((given.student[0] @ given.student_head_WD.T).float(), -1)
         total = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean()
         return given.differentiated(total)
 
     return run
 
 
-def our_final(size: Size, kernels: Kernels = DEFAULT_KERNELS, *, trains: bool = False) -> Step:
+def our_final(
+    size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION, *, trains: bool = False
+) -> Step:
     """`head_loss`: the weights of the tokens are known, so one pass does.
 
     Args:
@@ -223,19 +239,19 @@ def our_final(size: Size, kernels: Kernels = DEFAULT_KERNELS, *, trains: bool = 
     weight = torch.full((size.tokens,), 1 / size.tokens, device=size.device)
     factor = None
     if trains:
-        factor, head = torch.ones((), device=size.device), given.student_head_WS
+        factor, head = torch.ones((), device=size.device), given.student_head_WD
         head.main_grad = torch.zeros_like(head, dtype=torch.float32)  # type: ignore[attr-defined]
         head.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
     def run() -> Tensor:
         result = head_loss(
             (given.teacher[0], given.teacher_head_WT),
-            (given.student[0], given.student_head_WS),
+            (given.student[0], given.student_head_WD),
             shard=given.shard,
             divergence=Divergence(),
             labels_N=None,
             weights=LossWeights(weight, weight, divergence=1.0, entropy=0.0, factor=factor),
-            kernels=kernels,
+            implementation=implementation,
         )
         assert result.divergence is not None
         return given.differentiated(result.divergence)
@@ -265,7 +281,7 @@ def liger_final(size: Size) -> Step:
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=size.device == "cuda"
     )
     labels = torch.zeros(size.tokens, dtype=torch.int64, device=size.device)
-    heads = (given.student_head_WS, given.teacher_head_WT)
+    heads = (given.student_head_WD, given.teacher_head_WT)
 
     def run() -> Tensor:
         total = loss(given.student[0], heads[0], given.teacher[0], heads[1], labels)

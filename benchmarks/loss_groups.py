@@ -12,7 +12,7 @@ import torch
 from benchmarks import delta_steps, measure
 from benchmarks import linear_kl_steps as steps
 from benchmarks.linear_kl_steps import Size, Step
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.implementation import Implementation
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def trained_final(size: Size, more: str = "") -> tuple[Variant, ...]:
 
 def held_final(size: Size, tokens: int) -> Step:
     """The same with the logits of so many tokens held."""
-    return steps.our_final(size, Kernels(held_logits=tokens * size.vocab), trains=True)
+    return steps.our_final(size, Implementation(held_logits=tokens * size.vocab), trains=True)
 
 
 def deltas(size: Size) -> tuple[Variant, ...]:
@@ -185,11 +185,14 @@ def others(size: Size) -> tuple[Variant, ...]:
     return (
         Variant(of_a_tap, partial(steps.bare_tap, size), size),
         Variant(
-            "one layer, --fdd-kernels torch", partial(steps.our_tap, size, Kernels("torch")), size, of_a_tap
+            "one layer, --fdd-kernels torch",
+            partial(steps.our_tap, size, Implementation("torch")),
+            size,
+            of_a_tap,
         ),
         Variant(
             "one layer, --fdd-skip-below 1e-5 that skips nothing",
-            partial(steps.our_tap, size, Kernels(skip_below=1e-5)),
+            partial(steps.our_tap, size, Implementation(skip_below=1e-5)),
             size,
             of_a_tap,
         ),
@@ -197,7 +200,10 @@ def others(size: Size) -> tuple[Variant, ...]:
         Variant("gradient to autograd", partial(steps.our_final, size), size, floor),
         Variant("linear_kl (gradient per token)", partial(steps.our_final_per_token, size), size, floor),
         Variant(
-            "--fdd-kernels torch", partial(steps.our_final, size, Kernels("torch"), trains=True), size, floor
+            "--fdd-kernels torch",
+            partial(steps.our_final, size, Implementation("torch"), trains=True),
+            size,
+            floor,
         ),
         Variant("plain torch", partial(steps.plain_final, size), size, floor),
     )

@@ -39,7 +39,7 @@ FULL, TOP_K, OURS, FLOOR = "ModelOpt, all logits", "ModelOpt, top k", "ours", "b
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """N tokens, V vocabulary, T and S width of teacher and student; k of the teacher's largest logits."""
+    """N tokens, V vocabulary, T and D width of teacher and student; k of the teacher's largest logits."""
 
     tokens: int
     vocab: int
@@ -58,8 +58,8 @@ class Tensors:
 
     teacher_NT: Tensor
     teacher_head_WT: Tensor
-    student_NS: Tensor
-    student_head_WS: Tensor
+    student_ND: Tensor
+    student_head_WD: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,13 @@ def make_tensors(size: Size, rank: int = 0, num_ranks: int = 1, device: str = "c
     generator = torch.Generator().manual_seed(0)
     widths = (size.teacher, size.student)
     shapes = [(rows, width) for width in widths for rows in (size.tokens, size.vocab)]
-    teacher_NT, teacher_head, student_NS, student_head = (
+    teacher_NT, teacher_head, student_ND, student_head = (
         torch.randn(shape, generator=generator).to(device) for shape in shapes
     )
     # Logits of size 2: neither a uniform nor a one-hot distribution.
     teacher_head, student_head = teacher_head * 2 / size.teacher**0.5, student_head * 2 / size.student**0.5
     parts = [head.chunk(num_ranks)[rank].contiguous() for head in (teacher_head, student_head)]
-    return Tensors(teacher_NT, parts[0], student_NS.requires_grad_(), parts[1].requires_grad_())
+    return Tensors(teacher_NT, parts[0], student_ND.requires_grad_(), parts[1].requires_grad_())
 
 
 def modelopt_loss(tensors: Tensors, top_k: int | None, num_ranks: int) -> tuple[Tensor, bool]:
@@ -105,22 +105,22 @@ def modelopt_loss(tensors: Tensors, top_k: int | None, num_ranks: int) -> tuple[
         num_layers=1, hidden_size=8, num_attention_heads=num_ranks, tensor_model_parallel_size=num_ranks
     )
     criterion = LogitsKLLoss(config) if top_k is None else TopKLogitsKLLoss(config, top_k=top_k)
-    student_NS = tensors.student_NS
+    student_ND = tensors.student_ND
     if num_ranks > 1:
-        student_NS = copy_to_tensor_model_parallel_region(student_NS)
+        student_ND = copy_to_tensor_model_parallel_region(student_ND)
     with torch.no_grad():
         teacher_NW = tensors.teacher_NT @ tensors.teacher_head_WT.T
-    student_NW = student_NS @ tensors.student_head_WS.T
+    student_NW = student_ND @ tensors.student_head_WD.T
     loss_1N, adds_ranks, _ = criterion(student_NW[:, None], teacher_NW[:, None])
     return loss_1N.sum(), adds_ranks and num_ranks > 1
 
 
 def our_loss(tensors: Tensors, shard: VocabShard) -> Tensor:
     """The same sum on every rank. Collectives: those of `head_loss`."""
-    ones_N = torch.ones(len(tensors.student_NS), device=tensors.student_NS.device)
+    ones_N = torch.ones(len(tensors.student_ND), device=tensors.student_ND.device)
     result = head_loss(
         (tensors.teacher_NT, tensors.teacher_head_WT),
-        (tensors.student_NS, tensors.student_head_WS),
+        (tensors.student_ND, tensors.student_head_WD),
         shard=shard,
         divergence=Divergence("fkl"),
         labels_N=None,
@@ -140,13 +140,13 @@ def make_step(name: str, size: Size, device: str) -> Callable[[], None]:
         else:
             modelopt_loss(tensors, size.top_k if name == TOP_K else None, 1)[0].backward()
         # Now, so that gradients count as made in each call, not as there before it.
-        tensors.student_NS.grad = tensors.student_head_WS.grad = None
+        tensors.student_ND.grad = tensors.student_head_WD.grad = None
 
     def products() -> None:
         with torch.no_grad():
             _ = tensors.teacher_NT @ tensors.teacher_head_WT.T
-            student_NV = tensors.student_NS @ tensors.student_head_WS.T
-            _ = student_NV @ tensors.student_head_WS, student_NV.T @ tensors.student_NS
+            student_NV = tensors.student_ND @ tensors.student_head_WD.T
+            _ = student_NV @ tensors.student_head_WD, student_NV.T @ tensors.student_ND
 
     return products if name == FLOOR else step
 
@@ -155,18 +155,18 @@ def reference(size: Size, top_k: int | None) -> tuple[float, Tensor, Tensor]:
     """Loss and its gradients to the student's hidden states and head, in float64."""
     drawn = make_tensors(size)
     teacher_NV = drawn.teacher_NT.double() @ drawn.teacher_head_WT.double().T
-    student_NS = drawn.student_NS.detach().double().requires_grad_()
-    head_VS = drawn.student_head_WS.detach().double().requires_grad_()
-    student_NV = student_NS @ head_VS.T
+    student_ND = drawn.student_ND.detach().double().requires_grad_()
+    head_VD = drawn.student_head_WD.detach().double().requires_grad_()
+    student_NV = student_ND @ head_VD.T
     if top_k is not None:
         teacher_NV, chosen = teacher_NV.topk(top_k)
         student_NV = student_NV.gather(1, chosen)
     teacher_log, student_log = teacher_NV.log_softmax(1), student_NV.log_softmax(1)
     loss = (teacher_log.exp() * (teacher_log - student_log)).sum()
     loss.backward()
-    assert student_NS.grad is not None
-    assert head_VS.grad is not None
-    return loss.item(), student_NS.grad, head_VS.grad
+    assert student_ND.grad is not None
+    assert head_VD.grad is not None
+    return loss.item(), student_ND.grad, head_VD.grad
 
 
 def gradient_errors(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, GradientError]:
@@ -200,9 +200,9 @@ def gradient_errors(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, Gr
 def _compare(
     tensors: Tensors, loss: Tensor, expected: tuple[float, Tensor, Tensor], first_row: int
 ) -> GradientError:
-    assert tensors.student_NS.grad is not None
-    assert tensors.student_head_WS.grad is not None
-    hidden, head = tensors.student_NS.grad.double(), tensors.student_head_WS.grad.double()
+    assert tensors.student_ND.grad is not None
+    assert tensors.student_head_WD.grad is not None
+    hidden, head = tensors.student_ND.grad.double(), tensors.student_head_WD.grad.double()
     right_hidden = expected[1]
     right_head = expected[2][first_row : first_row + len(head)]
     return GradientError(

@@ -21,7 +21,7 @@ if __name__ == "__main__" and rehearsal.is_wanted():
     rehearsal.start()  # before Megatron looks for a GPU
 
 from megatron_fdd import distill
-from megatron_fdd.schedule import DistillationSteps
+from megatron_fdd.schedule import StepHooks
 
 STAND_STILL = "--lr 0 --min-lr 0 --weight-decay 0 --clip-grad 0 --eval-iters 0 --eval-interval 100000".split()
 
@@ -33,9 +33,9 @@ def main() -> int:
     means: list[dict[str, Tensor]] = []
     gradients: list[Tensor] = []
     batches: list[Any] = []
-    real_run = DistillationSteps.run
+    real_run = StepHooks.run
 
-    def run(self: DistillationSteps, schedule: Callable[..., list[dict]], **keywords: Any) -> list[dict]:
+    def run(self: StepHooks, schedule: Callable[..., list[dict]], **keywords: Any) -> list[dict]:
         for _ in range(keywords["num_microbatches"] - len(batches)):
             batches.append(next(keywords["data_iterator"]))
         result = real_run(self, schedule, **keywords | {"data_iterator": iter(batches)})
@@ -44,7 +44,7 @@ def main() -> int:
         gradients.append(torch.cat(parts).float().cpu().clone())
         return result
 
-    with patch.object(DistillationSteps, "run", run):
+    with patch.object(StepHooks, "run", run):
         status = distill.main()
     torch.save({"means": means, "gradient_DP": torch.stack(gradients) if gradients else None}, out)
     return status

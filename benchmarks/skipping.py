@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.measure import Measurement, machine, measure, record, table
 from megatron_fdd.layer_plan import sample_blocks
 from megatron_fdd.ops import torch_sweeps
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
 
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 TILES = (2048, 512)
@@ -35,7 +35,7 @@ class Features:
     teacher: list[Tensor]
     student: list[Tensor]
     teacher_head_WT: Tensor
-    student_head_WS: Tensor
+    student_head_WD: Tensor
 
 
 @torch.no_grad()
@@ -53,15 +53,21 @@ def lens_features(folder: Path, text: str, tokens: int, layers: int) -> tuple[li
     return [model.model.norm(states[block]).flatten(0, 1) for block in blocks], model.lm_head.weight.detach()
 
 
-def gradients(given: Features, kernels: Kernels) -> list[Tensor]:
+def gradients(given: Features, implementation: Implementation) -> list[Tensor]:
     """Of every layer's trajectory and log-sum-exp, to the student's features."""
     found = []
     for teacher, student in zip(given.teacher, given.student, strict=True):
         leaf = student.clone().requires_grad_()
         shard = VocabShard(0, len(given.teacher_head_WT), None)
-        heads = (given.teacher_head_WT, given.student_head_WS)
+        heads = (given.teacher_head_WT, given.student_head_WD)
         out = linear_kl(
-            teacher, heads[0], leaf, heads[1], shard=shard, divergence=Divergence(), kernels=kernels
+            teacher,
+            heads[0],
+            leaf,
+            heads[1],
+            shard=shard,
+            divergence=Divergence(),
+            implementation=implementation,
         )
         assert out.divergence_N is not None
         assert out.student_lse_N is not None
@@ -69,7 +75,7 @@ def gradients(given: Features, kernels: Kernels) -> list[Tensor]:
     return found
 
 
-def kept_share(given: Features, kernels: Kernels) -> float:
+def kept_share(given: Features, implementation: Implementation) -> float:
     """Of the rows of both models and all tiles, those whose product is taken."""
     seen = kept = 0
     original = torch_sweeps.kept_rows
@@ -81,12 +87,12 @@ def kept_share(given: Features, kernels: Kernels) -> float:
         return rows
 
     with patch.object(torch_sweeps, "kept_rows", count):
-        gradients(given, kernels)
+        gradients(given, implementation)
     return kept / seen if seen else 1.0
 
 
-def make(given: Features, kernels: Kernels) -> Callable[[], object]:
-    return lambda: gradients(given, kernels)
+def make(given: Features, implementation: Implementation) -> Callable[[], object]:
+    return lambda: gradients(given, implementation)
 
 
 def main() -> int:
@@ -106,18 +112,18 @@ def main() -> int:
     given = Features(teacher, student, teacher_head, student_head)
     rows: dict[str, Measurement] = {}
     errors: dict[str, list[float]] = {}
-    exact = torch.stack(gradients(given, Kernels("torch")))
+    exact = torch.stack(gradients(given, Implementation("torch")))
     for tile in TILES:
         for threshold in THRESHOLDS:
-            kernels = Kernels("torch", tile_size=tile, skip_below=threshold)
+            implementation = Implementation("torch", tile_size=tile, skip_below=threshold)
             name = f"tile {tile}, " + (f"skip below {threshold:.0e}" if threshold else "nothing skipped")
-            found = torch.stack(gradients(given, kernels))
+            found = torch.stack(gradients(given, implementation))
             error = ((found - exact).norm() / exact.norm()).item()
             cosine = torch.nn.functional.cosine_similarity(
                 found.double().flatten(), exact.double().flatten(), 0
             ).item()
-            errors[name] = [kept_share(given, kernels) if threshold else 1.0, error, 1 - cosine]
-            rows[name] = measure(partial(make, given, kernels), args.repeats)
+            errors[name] = [kept_share(given, implementation) if threshold else 1.0, error, 1 - cosine]
+            rows[name] = measure(partial(make, given, implementation), args.repeats)
     base = next(iter(rows))
     print(f"{machine()}; torch {torch.__version__}; {args.tokens} tokens, vocabulary {len(teacher_head)}\n")
     print(table(rows, base, "x exact"))

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 STEP = "whole step"
 # By part: marks in the forward pass, and nodes of autograd.
 PARTS = {
-    "teacher": ("LiveTeacher.features",),
+    "teacher": ("BesideTeacher.features",),
     "inner layers' losses": ("Objective.inner", "_LinearKL", "_DeltaCosine", "_HeadGrams"),
     "final losses": ("Objective.final", "_HeadLoss"),
     "optimizer": ("Optimizer.step",),
@@ -66,10 +66,10 @@ def parts_of(events: Any, device: str) -> dict[str, float]:
 def marked() -> Iterator[None]:
     """Forward passes of teacher and losses carry their names in the profile."""
     from megatron_fdd.objective import Objective
-    from megatron_fdd.teacher.live import LiveTeacher
+    from megatron_fdd.teacher.live import BesideTeacher
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((LiveTeacher, "features"), (Objective, "inner"), (Objective, "final")):
+        for owner, name in ((BesideTeacher, "features"), (Objective, "inner"), (Objective, "final")):
             plain = getattr(owner, name)
             stack.enter_context(patch.object(owner, name, record(plain, f"{owner.__name__}.{name}")))
         yield

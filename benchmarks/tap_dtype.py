@@ -54,7 +54,7 @@ def terms(
     ones_N = torch.ones(len(leaves[0]))
     weights = TokenWeights(ones_N, ones_N)
     found = [trajectory_term(tap, heads, Divergence(), weights, with_lse=form == "logprob") for tap in taps]
-    grams = head_grams(heads.teacher_WT, heads.student_WS, shard=heads.shard, centred=form == "centred")
+    grams = head_grams(heads.teacher_WT, heads.student_WD, shard=heads.shard, centred=form == "centred")
     deltas = delta_terms(
         taps, [each for _, each in found], grams, weights, detach_previous=False, shard=heads.shard
     )

@@ -12,9 +12,9 @@ DivergenceName = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
 _DIVERGENCES = get_args(DivergenceName)
 KernelName = Literal["auto", "reference", "torch", "triton"]
 TeacherRecipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
-# Beyond them float32 is too coarse: above, for the difference of two log-probabilities that T^2 multiplies (a loss is
-# off by a few thousandths at 100, by a twentieth and more at 1000); below, for the gradient of jsd (by a few hundredths
-# at 0.001).
+# Beyond them float32 is too coarse: above, for the difference of two log-probabilities times temperature**2 (a
+# loss is off by a few thousandths at 100, by a twentieth and more at 1000); below, for the gradient of jsd (by a few
+# hundredths at 0.001).
 _COLDEST, _HOTTEST = 0.01, 100
 
 
@@ -273,7 +273,7 @@ def _add_loss_args(group: argparse._ArgumentGroup) -> None:
         default=None,
         help="beta of jsd (0.5), lambda of sfkl and srkl (0.1), for both terms",
     )
-    value("temperature", "heats final-logit and trajectory divergences, with the T^2 factor")
+    value("temperature", "heats final-logit and trajectory divergences, with the temperature**2 factor")
     choice("lens-norm", ("final", "none"), "norm in front of the head when a layer is read through it")
     choice("lens-head", ("detached", "live"), "whether head and final norm learn from the inner layers")
     choice("delta", ("logprob", "centred"), "space of the delta: log-probabilities (paper) or centred logits")

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_fdd.launch import end_at_interrupt, ended_by_sigterm, raise_at_interrupt, report_error
+from megatron_fdd.launch import end_at_interrupt, ended_by_sigterm, print_error, raise_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()
@@ -37,7 +37,7 @@ if __name__ == "__main__":
             rehearsal.start()  # before Megatron looks for a GPU
             console.say("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.")
     except ValueError as error:
-        report_error(f"megatron_fdd: error: {error}")
+        print_error(f"megatron_fdd: error: {error}")
         sys.exit(1)
 
 from megatron.core.enums import ModelType
@@ -48,7 +48,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_fdd.arguments import model_config, student_checkpoint
 from megatron_fdd.checkpoint import cause_of
-from megatron_fdd.convert.companions import carry_companions
+from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.dry_run import describe_plan
 from megatron_fdd.launch import is_first_rank
@@ -57,18 +57,18 @@ from megatron_fdd.lens import read_lens
 from megatron_fdd.local_norms import install_norms
 from megatron_fdd.objective import Objective, StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
-from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.pipeline import PipelineWork
 from megatron_fdd.progress import Progress
-from megatron_fdd.run import Run, prepare_run
+from megatron_fdd.run import PreparedRun, prepare_run
 from megatron_fdd.sampling import Sampler
 from megatron_fdd.save_folder import held
 from megatron_fdd.saving import saved_iteration
-from megatron_fdd.schedule import DistillationSteps, installed
+from megatron_fdd.schedule import StepHooks, installed
 from megatron_fdd.stepped_adam import install_adam
-from megatron_fdd.student import ChunkStep, StudentStep
+from megatron_fdd.student import ChunkForward, StudentForward
 from megatron_fdd.teacher import Teacher
-from megatron_fdd.teacher.check import report_cross_entropy
-from megatron_fdd.teacher.live import LiveTeacher
+from megatron_fdd.teacher.check import log_cross_entropy
+from megatron_fdd.teacher.live import BesideTeacher
 from megatron_fdd.teacher.loading import build_teacher
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
@@ -78,10 +78,10 @@ from megatron_fdd.wheel import use_built_helpers
 class Distillation:
     """A prepared run with its models: what Megatron's `pretrain` is given."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PreparedRun) -> None:
         self._run = run
         self._patches = ExitStack()
-        self._student_step: StudentStep | None = None
+        self._student_step: StudentForward | None = None
         config = run.config
         weights = {
             "ce": config.ce_weight,
@@ -174,7 +174,7 @@ class Distillation:
             seed=run.args.seed,
         )
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
-        steps.report(
+        steps.write_metrics_to(
             run.config.metrics_file if writes_metrics else None,
             self._progress if is_first_rank() else None,
             stop_at_nan=run.stop_at_nan,
@@ -192,7 +192,7 @@ def connect(
     iteration: Callable[[], int] = lambda: 0,
     *,
     seed: int,
-) -> DistillationSteps:
+) -> StepHooks:
     """Join this stage's parts of both models into what Megatron's schedule runs.
 
     Args:
@@ -201,7 +201,7 @@ def connect(
         iteration: how many steps have been done.
         seed: of the draws of `Sampler`.
 
-    Collectives: with several pipeline stages those of `PipelineSteps.add_teacher`.
+    Collectives: with several pipeline stages those of `PipelineWork.add_teacher`.
     """
     shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
     grams = StepGrams(plan.config, shard)
@@ -211,27 +211,27 @@ def connect(
     features: Teacher | None = None
     pipeline = None
     if topology.num_stages > 1:
-        pipeline = PipelineSteps(students, objectives, plan, topology)
+        pipeline = PipelineWork(students, objectives, plan, topology)
         if teacher is not None:
             features = PipelinedTeacher(teacher, plan, topology)
             pipeline.add_teacher(features)
     elif teacher is not None:
         layers = [pair.teacher_layer for pair in plan.pairs]
-        features = LiveTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
+        features = BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
         with_norm = plan.config.lens_norm == "final"
         objectives[0].teacher_lens = read_lens(teacher, with_norm=with_norm, detached=True)
-    step = StudentStep(
-        [ChunkStep(each, features, topology, has_one_width=plan.has_one_width) for each in objectives]
+    step = StudentForward(
+        [ChunkForward(each, features, topology, has_one_width=plan.has_one_width) for each in objectives]
     )
     if objectives[-1].teacher_lens is not None and objectives[-1].chunk.is_last:
         step.chunks[-1].first_batch_check = partial(
-            report_cross_entropy, lens=objectives[-1].teacher_lens, shard=shard, group=topology.rows_group
+            log_cross_entropy, lens=objectives[-1].teacher_lens, shard=shard, group=topology.rows_group
         )
     sampler = Sampler(plan.config, len(plan.pairs), seed=seed, place=topology.rows_rank)
-    return DistillationSteps(step, topology, pipeline, sampler, iteration)
+    return StepHooks(step, topology, pipeline, sampler, iteration)
 
 
-def _carry_companions(run: Run) -> None:
+def _carry_companions(run: PreparedRun) -> None:
     """So that the trained checkpoint can be exported wherever its folder goes."""
     source, _ = student_checkpoint(run.args)
     if source is not None and run.args.save is not None:
@@ -269,7 +269,7 @@ def main() -> int:
         return 128 + signal.SIGINT
     except (ValueError, FloatingPointError) as error:
         console.log_traceback()
-        report_error(f"megatron_fdd: error: {error}")
+        print_error(f"megatron_fdd: error: {error}")
         return 1
     finally:
         if torch.distributed.is_initialized() and __name__ == "__main__":

@@ -21,7 +21,7 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def report_error(line: str) -> None:
+def print_error(line: str) -> None:
     """Print `line` on stderr before this rank ends: once for all ranks, whichever of them is the quickest.
 
     As soon as one rank has ended torchrun ends the others, rank 0 with its message perhaps among them. So another

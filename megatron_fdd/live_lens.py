@@ -19,7 +19,7 @@ from megatron_fdd.lens import FinalNorm, Lens
 from megatron_fdd.topology import Topology
 
 
-class LiveLens:
+class TrainedLens:
     """Collects this stage's lens gradients over a step, in float32, and brings all stages' to the owner.
 
     Args:

@@ -1,6 +1,6 @@
 """The terms of the distillation loss, from features and heads. Usable without Megatron.
 
-Shape letters: N this rank's token rows, T and S hidden width of teacher and student,
+Shape letters: N this rank's token rows, T and D hidden width of teacher and student,
 W this rank's slice of the vocabulary, K sampled layers.
 """
 
@@ -13,8 +13,14 @@ from torch import Tensor
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine
 from megatron_fdd.ops.head_loss import LossWeights, head_loss, masked_sum
-from megatron_fdd.ops.linear_kl import DEFAULT_KERNELS, Divergence, Kernels, VocabShard, linear_kl
-from megatron_fdd.ops.plan import Model
+from megatron_fdd.ops.linear_kl import (
+    DEFAULT_IMPLEMENTATION,
+    Divergence,
+    Implementation,
+    VocabShard,
+    linear_kl,
+)
+from megatron_fdd.ops.request import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,9 @@ class HeadPair:
     """Both models' heads at this rank: rows of the same vocabulary slice."""
 
     teacher_WT: Tensor | None
-    student_WS: Tensor
+    student_WD: Tensor
     shard: VocabShard
-    kernels: Kernels = DEFAULT_KERNELS
+    implementation: Implementation = DEFAULT_IMPLEMENTATION
 
     def teacher(self, hidden_NT: Tensor | None) -> Model:
         """Hidden states with their head."""
@@ -61,7 +67,7 @@ class Tap:
 
     name: str
     teacher_NT: Tensor
-    student_NS: Tensor
+    student_ND: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ class TapStatistics:
 
 def final_terms(
     teacher_NT: Tensor | None,
-    student_NS: Tensor,
+    student_ND: Tensor,
     labels_N: Tensor,
     heads: HeadPair,
     divergence: Divergence | None,
@@ -83,7 +89,7 @@ def final_terms(
     """Final-logit distillation (unless `divergence` is None) and cross-entropy, in one pass over the head.
 
     Args:
-        teacher_NT, student_NS: final hidden states, normed, in the heads' dtypes.
+        teacher_NT, student_ND: final hidden states, normed, in the heads' dtypes.
         labels_N: vocabulary ids; negative where there is no label.
         weights: of the tokens, and of both terms in the loss.
 
@@ -91,12 +97,12 @@ def final_terms(
     """
     result = head_loss(
         None if divergence is None else heads.teacher(teacher_NT),
-        (student_NS, heads.student_WS),
+        (student_ND, heads.student_WD),
         shard=heads.shard,
         divergence=divergence,
         labels_N=labels_N,
         weights=weights,
-        kernels=heads.kernels,
+        implementation=heads.implementation,
     )
     assert result.cross_entropy is not None
     terms = [LossTerm("ce", result.cross_entropy, counts_labels=True)]
@@ -118,9 +124,9 @@ def trajectory_term(
         return None, None
     assert heads.teacher_WT is not None
     teacher = heads.teacher(tap.teacher_NT.to(heads.teacher_WT.dtype))
-    student = (tap.student_NS.to(heads.student_WS.dtype), heads.student_WS)
-    name, shard, kernels = f"trajectory {tap.name}", heads.shard, heads.kernels
-    if not with_lse and not heads.student_WS.requires_grad:
+    student = (tap.student_ND.to(heads.student_WD.dtype), heads.student_WD)
+    name, shard, implementation = f"trajectory {tap.name}", heads.shard, heads.implementation
+    if not with_lse and not heads.student_WD.requires_grad:
         # A trained head's gradient would be kept until the backward pass, for every tap.
         alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
         summed = head_loss(
@@ -130,12 +136,17 @@ def trajectory_term(
             divergence=divergence,
             labels_N=None,
             weights=alone,
-            kernels=kernels,
+            implementation=implementation,
         )
         assert summed.divergence is not None
         return LossTerm(name, summed.divergence), None
     result = linear_kl(
-        *teacher, *student, shard=shard, divergence=divergence, needs_lse=with_lse, kernels=kernels
+        *teacher,
+        *student,
+        shard=shard,
+        divergence=divergence,
+        needs_lse=with_lse,
+        implementation=implementation,
     )
     statistics = None
     if result.teacher_lse_N is not None and result.student_lse_N is not None:
@@ -164,9 +175,9 @@ def delta_terms(
     terms = []
     for index in range(1, len(taps)):
         previous, current = taps[index - 1], taps[index]
-        student_previous_NS = previous.student_NS
+        student_previous_ND = previous.student_ND
         if detach_previous:
-            student_previous_NS = student_previous_NS.detach()
+            student_previous_ND = student_previous_ND.detach()
         teacher_lse_delta_N = student_lse_delta_N = None
         before, after = statistics[index - 1], statistics[index]
         if before is not None and after is not None:
@@ -175,7 +186,7 @@ def delta_terms(
             student_lse_delta_N = after.student_lse_N - student_lse_before_N
         cosine_N = delta_cosine(
             current.teacher_NT - previous.teacher_NT,
-            current.student_NS - student_previous_NS,
+            current.student_ND - student_previous_ND,
             teacher_lse_delta_N,
             student_lse_delta_N,
             grams,

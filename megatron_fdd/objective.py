@@ -1,7 +1,7 @@
 """All terms of one micro-batch on the model chunk that holds its taps, weighted and summed.
 
 Shape letters: S sequence (this rank's part), B micro-batch, N = S*B token rows in sequence-major order,
-T and S (as a last letter) hidden width of teacher and student.
+T and D hidden width of teacher and student.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_fdd.losses import (
 )
 from megatron_fdd.ops.delta import HeadGrams, head_grams
 from megatron_fdd.ops.head_loss import LossWeights
-from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, Kernels, VocabShard
+from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, Implementation, VocabShard
 from megatron_fdd.sampling import EVERYTHING, RowSample, StepDraw
 from megatron_fdd.teacher import TeacherFeatures
 
@@ -35,7 +35,7 @@ COUNTS = ("label_tokens", "term_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class StepScale:
+class StepSettings:
     """What changes from step to step.
 
     Attributes:
@@ -74,7 +74,7 @@ class StepGrams:
         assert heads.teacher_WT is not None
         self._grams = head_grams(
             heads.teacher_WT,
-            heads.student_WS,
+            heads.student_WD,
             shard=self._shard,
             centred=self._config.delta == "centred",
             previous=self._grams,
@@ -104,7 +104,7 @@ class Objective:
         self.chunk = chunk
         self.shard = shard
         self.teacher_lens: Lens | None = None
-        self.scale = StepScale()
+        self.scale = StepSettings()
         self._grams = grams
 
     @property
@@ -124,7 +124,7 @@ class Objective:
         """Whether a carry holds log-sum-exps."""
         return self.config.delta == "logprob"
 
-    def begin_step(self, scale: StepScale) -> None:
+    def begin_step(self, scale: StepSettings) -> None:
         """Start an optimizer (or evaluation) step."""
         self.scale = scale
         self._grams.begin_step()
@@ -175,8 +175,8 @@ class Objective:
 
     def final(
         self,
-        final_SBS: Tensor,
-        head_WS: Tensor,
+        final_SBD: Tensor,
+        head_WD: Tensor,
         teacher: TeacherFeatures | None,
         labels_N: Tensor,
         weights: TokenWeights,
@@ -185,8 +185,8 @@ class Objective:
         """Final-logit distillation and cross-entropy, on the last chunk.
 
         Args:
-            final_SBS: hidden states after the final norm.
-            head_WS: output weight, which these terms train.
+            final_SBD: hidden states after the final norm.
+            head_WD: output weight, which these terms train.
             labels_N: vocabulary ids of this rank's rows, negative where there is none.
             loss_scale: what `total` will be multiplied with in the backward pass, where that is known.
 
@@ -209,12 +209,12 @@ class Objective:
             factor=loss_scale,
         )
         return final_terms(
-            teacher_NT, final_SBS.flatten(0, 1), labels_N, self._heads(head_WS), divergence, loss_weights
+            teacher_NT, final_SBD.flatten(0, 1), labels_N, self._heads(head_WD), divergence, loss_weights
         )
 
     def inner(
         self,
-        taps_SBS: Sequence[Tensor],
+        taps_SBD: Sequence[Tensor],
         carry: Carry | None,
         lens: Lens,
         teacher: TeacherFeatures,
@@ -223,7 +223,7 @@ class Objective:
         """Trajectory and delta of this chunk's sampled layers, and what the next chunk needs of them.
 
         Args:
-            taps_SBS: outputs of the sampled blocks, before the norm, in depth order.
+            taps_SBD: outputs of the sampled blocks, before the norm, in depth order.
             carry: from the chunk before, as the plan says.
             lens: the student's, detached or live.
             sample: which token rows count, and how much (`StepDraw.rows`).
@@ -233,19 +233,19 @@ class Objective:
         matrices.
         """
         chunk, config, draw = self.chunk, self.config, self.scale.draw
-        assert len(taps_SBS) == len(chunk.pairs), "a tap was lost"
+        assert len(taps_SBD) == len(chunk.pairs), "a tap was lost"
         divergence = self._divergence(config.trajectory_divergence) if config.alpha > 0 else None
         with_lse = config.beta > 0 and config.delta == "logprob" and draw.has_delta
         heads = self._heads(lens.head_WH)
         taps, statistics, terms = [], [], []
         if carry is not None and draw.counts(chunk.pairs[0]):
             assert chunk.carry_in is not None
-            taps.append(self._tap(chunk.carry_in, carry.hidden_SBS, lens, teacher, sample))
+            taps.append(self._tap(chunk.carry_in, carry.hidden_SBD, lens, teacher, sample))
             statistics.append(sample.gather(carry.statistics))
-        for index, hidden_SBS in zip(chunk.pairs, taps_SBS, strict=True):
+        for index, hidden_SBD in zip(chunk.pairs, taps_SBD, strict=True):
             if not draw.looks_at(index):
                 continue
-            taps.append(self._tap(index, hidden_SBS, lens, teacher, sample))
+            taps.append(self._tap(index, hidden_SBD, lens, teacher, sample))
             wanted = divergence if draw.counts(index) else None
             term, tap_statistics = trajectory_term(taps[-1], heads, wanted, sample.weights, with_lse=with_lse)
             terms += [] if term is None else [term]
@@ -263,19 +263,19 @@ class Objective:
         if chunk.carry_out is None:
             return terms, None
         last = statistics[-1] if draw.looks_at(chunk.pairs[-1]) else None
-        return terms, Carry(taps_SBS[-1], sample.scatter(last) if self.carries_lse else None)
+        return terms, Carry(taps_SBD[-1], sample.scatter(last) if self.carries_lse else None)
 
     def _tap(
-        self, index: int, hidden_SBS: Tensor, lens: Lens, teacher: TeacherFeatures, sample: RowSample
+        self, index: int, hidden_SBD: Tensor, lens: Lens, teacher: TeacherFeatures, sample: RowSample
     ) -> Tap:
         assert self.teacher_lens is not None
         teacher_NT = self.teacher_lens.features(sample.hidden(teacher.taps_SBT[index]))
-        return Tap(self.pairs[index].name, teacher_NT, lens.features(sample.hidden(hidden_SBS)))
+        return Tap(self.pairs[index].name, teacher_NT, lens.features(sample.hidden(hidden_SBD)))
 
-    def _heads(self, student_WS: Tensor) -> HeadPair:
+    def _heads(self, student_WD: Tensor) -> HeadPair:
         teacher_WT = None if self.teacher_lens is None else self.teacher_lens.head_WH
-        kernels = Kernels(self.config.kernels, skip_below=self.config.skip_below)
-        return HeadPair(teacher_WT, student_WS, self.shard, kernels)
+        implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)
+        return HeadPair(teacher_WT, student_WD, self.shard, implementation)
 
     def _divergence(self, kind: DivergenceKind) -> Divergence:
         return Divergence(kind, self.config.divergence_mix, self.config.temperature)

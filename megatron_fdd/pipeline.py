@@ -18,15 +18,15 @@ from megatron_fdd.carry import carried_rows
 from megatron_fdd.layer_plan import Plan
 from megatron_fdd.lens import Lens, read_lens
 from megatron_fdd.lens_copies import LensCopies, empty_lens
-from megatron_fdd.live_lens import LiveLens
+from megatron_fdd.live_lens import TrainedLens
 from megatron_fdd.objective import Objective
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
 
-Shape = tuple[int, int, int]
+BoundaryShape = tuple[int, int, int]
 
 
-class PipelineSteps:
+class PipelineWork:
     """Prepares one step on this rank's stage, and tells Megatron's schedule the shapes that are sent.
 
     Args:
@@ -43,10 +43,10 @@ class PipelineSteps:
         self._topology = topology
         self._copies = LensCopies(plan.tapping_stages, topology.pipeline_group)
         self._teacher: PipelinedTeacher | None = None
-        self._live: LiveLens | None = None
+        self._live: TrainedLens | None = None
         if plan.config.lens_head == "live" and plan.copying_stages:
             with_norm = plan.config.lens_norm == "final"
-            self._live = LiveLens(plan.copying_stages, topology, with_norm=with_norm)
+            self._live = TrainedLens(plan.copying_stages, topology, with_norm=with_norm)
             # The official place for what comes after Megatron's own reduction; the training loop keeps it.
             config = students[0].config
             config.finalize_model_grads_func = partial(
@@ -98,7 +98,9 @@ class PipelineSteps:
         sequence, _, _ = self._wider((seq_length // parts, 1, self._student.config.hidden_size))
         return {"seq_length": sequence * parts}
 
-    def _adjust_shapes(self, received: list[Shape], sent: list[Shape]) -> tuple[list[Shape], list[Shape]]:
+    def _adjust_shapes(
+        self, received: list[BoundaryShape], sent: list[BoundaryShape]
+    ) -> tuple[list[BoundaryShape], list[BoundaryShape]]:
         """Megatron's `adjust_tensor_shapes_fn`."""
         (objective,) = self._objectives
         chunk = objective.chunk
@@ -107,7 +109,7 @@ class PipelineSteps:
             sent if chunk.carry_out is None else [self._wider(shape) for shape in sent],
         )
 
-    def _wider(self, shape: Shape) -> Shape:
+    def _wider(self, shape: BoundaryShape) -> BoundaryShape:
         sequence, micro_batch, width = shape
         dtype = self._student.config.pipeline_dtype
         with_lse = self._objectives[0].carries_lse
@@ -127,7 +129,7 @@ class PipelineSteps:
 
 def _finalize(
     finalize: Callable[..., None],
-    live: LiveLens,
+    live: TrainedLens,
     students: Sequence[GPTModel],
     model: list[torch.nn.Module],
     num_tokens: Tensor | None = None,

@@ -53,7 +53,7 @@ from megatron_fdd.teacher.scales import check_scales
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PreparedRun:
     """A checked command line.
 
     Attributes:
@@ -73,7 +73,7 @@ class Run:
         return self.plan.config
 
 
-def prepare_run() -> Run:
+def prepare_run() -> PreparedRun:
     """Read `sys.argv` and check all that can be wrong without talking to other ranks.
 
     Raises:
@@ -86,7 +86,7 @@ def prepare_run() -> Run:
         return _check(args, defaults, config)
 
 
-def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> Run:
+def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> PreparedRun:
     refuse(args)
     check_given(args)
     check_numbers(args)
@@ -151,7 +151,7 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         vocab_size,
         args.padded_vocab_size,
     )
-    return Run(plan, args, teacher, checkpoint, stop_at_nan)
+    return PreparedRun(plan, args, teacher, checkpoint, stop_at_nan)
 
 
 def _check_teacher(teacher: argparse.Namespace, args: argparse.Namespace, config: FddConfig) -> None:

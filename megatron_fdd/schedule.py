@@ -19,17 +19,17 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_fdd.metrics import MetricsFile, step_means
-from megatron_fdd.objective import StepScale
+from megatron_fdd.objective import StepSettings
 from megatron_fdd.patches import replaced
-from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.pipeline import PipelineWork
 from megatron_fdd.progress import Progress, Step
 from megatron_fdd.sampling import EVERYTHING, Sampler
 from megatron_fdd.saving import heard_failures
-from megatron_fdd.student import StudentStep
+from megatron_fdd.student import StudentForward
 from megatron_fdd.topology import Topology
 
 
-class DistillationSteps:
+class StepHooks:
     """What happens before and after each call of a schedule, and at each log line.
 
     Args:
@@ -40,9 +40,9 @@ class DistillationSteps:
 
     def __init__(
         self,
-        step: StudentStep,
+        step: StudentForward,
         topology: Topology,
-        pipeline: PipelineSteps | None,
+        pipeline: PipelineWork | None,
         sampler: Sampler,
         iteration: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -64,11 +64,13 @@ class DistillationSteps:
         self._tokens: Tensor | None = None
 
     @property
-    def forward_step(self) -> StudentStep:
+    def forward_step(self) -> StudentForward:
         """Megatron's `forward_step_func`."""
         return self._step
 
-    def report(self, metrics_path: str | None, progress: Progress | None, *, stop_at_nan: bool) -> None:
+    def write_metrics_to(
+        self, metrics_path: str | None, progress: Progress | None, *, stop_at_nan: bool
+    ) -> None:
         """Say what to do with the results.
 
         Args:
@@ -83,7 +85,7 @@ class DistillationSteps:
     ) -> list[dict[str, Tensor]]:
         """Run one step's micro-batches; returns what Megatron logs.
 
-        Collectives: those of `PipelineSteps.prepare`; one all-reduce of the token counts where two kinds of
+        Collectives: those of `PipelineWork.prepare`; one all-reduce of the token counts where two kinds of
         tokens are in use; the schedule's; those of `step_means`.
 
         Raises:
@@ -104,7 +106,7 @@ class DistillationSteps:
         iteration = self._iteration()
         inner = self._step.objective.config.weight_scale(iteration)
         draw = EVERYTHING if keywords.get("forward_only") else self._sampler.draw(iteration)
-        self._step.begin_step(StepScale(inner, ratio, draw), lens)
+        self._step.begin_step(StepSettings(inner, ratio, draw), lens)
         dicts = schedule(**keywords)
         if keywords.get("collect_non_loss_data"):
             return dicts
@@ -235,7 +237,7 @@ _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step,
 
 
 @contextmanager
-def installed(steps: DistillationSteps) -> Iterator[None]:
+def installed(steps: StepHooks) -> Iterator[None]:
     """Replace Megatron's schedule lookup (training, evaluation), two log functions and its save, for a block."""
     original_lookup = megatron_training.get_forward_backward_func
     original_log = megatron_training.training_log

@@ -1,6 +1,7 @@
 """The student's forward step: a stock GPTModel, driven so that taps and losses come out of it.
 
-Shape letters: B micro-batch, S sequence, N token rows of this rank in sequence-major order, H hidden.
+Shape letters: B micro-batch, S sequence, N token rows of this rank in sequence-major order, D the student's
+hidden width.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from megatron_fdd.carry import Carry
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.lens import Lens, read_head, read_lens
 from megatron_fdd.losses import LossTerm, TokenWeights
-from megatron_fdd.objective import Objective, StepScale
+from megatron_fdd.objective import Objective, StepSettings
 from megatron_fdd.taps import forward_with_taps, hidden_and_taps
 from megatron_fdd.teacher import Teacher, TeacherFeatures
 from megatron_fdd.topology import Topology
 
 
-class StudentStep:
+class StudentForward:
     """Megatron's `forward_step_func`: one micro-batch through the teacher and one chunk of the student.
 
     Args:
         chunks: of this rank, by virtual stage.
     """
 
-    def __init__(self, chunks: Sequence[ChunkStep]) -> None:
+    def __init__(self, chunks: Sequence[ChunkForward]) -> None:
         self.chunks = list(chunks)
 
     @property
@@ -41,7 +42,7 @@ class StudentStep:
         """Of any chunk: names and weights of the terms are the same for all."""
         return self.chunks[-1].objective
 
-    def begin_step(self, scale: StepScale, lens: Lens | None) -> None:
+    def begin_step(self, scale: StepSettings, lens: Lens | None) -> None:
         """Forget the last step.
 
         Args:
@@ -61,7 +62,7 @@ class StudentStep:
         return self.chunks[unwrap_model(model).vp_stage or 0](data_iterator, model)
 
 
-class ChunkStep:
+class ChunkForward:
     """One micro-batch through one chunk.
 
     Args:
@@ -87,7 +88,7 @@ class ChunkStep:
         # Called once, with the features and the labels of the rows of the first batch, where the head is.
         self.first_batch_check: Callable[[TeacherFeatures, Tensor], None] | None = None
 
-    def begin_step(self, scale: StepScale, lens: Lens | None) -> None:
+    def begin_step(self, scale: StepSettings, lens: Lens | None) -> None:
         """Forget the last step. The chunk with the head reads its lens itself, once the new value has arrived."""
         self.objective.begin_step(scale)
         self._lens, self._micro_batches, self._sums = lens, 0, None
@@ -100,16 +101,16 @@ class ChunkStep:
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
-        """As `StudentStep.__call__`."""
+        """As `StudentForward.__call__`."""
         batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
         student = unwrap_model(model)
         carried = self._split_input(student, batch)
         teacher = self._teacher_features(batch)
         processor = partial(self._loss, student, batch, teacher, carried)
-        output, taps_SBH = forward_with_taps(model, batch, self._layers, processor)
+        output, taps_SBD = forward_with_taps(model, batch, self._layers, processor)
         if not self.objective.chunk.is_last:
-            output = self._stage_output(student, batch, teacher, carried, output, taps_SBH)
-        return output, partial(_report, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
+            output = self._stage_output(student, batch, teacher, carried, output, taps_SBD)
+        return output, partial(_loss_function, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
 
     def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
         """Take off what comes behind the hidden states, so that the decoder sees those only."""
@@ -150,19 +151,19 @@ class ChunkStep:
     ) -> Tensor:
         """GPTModel's `output_processor` on the last stage: the loss in place of logits."""
         objective, config = self.objective, self.objective.config
-        final_SBH, taps_SBH = hidden_and_taps(hidden_states)
+        final_SBD, taps_SBD = hidden_and_taps(hidden_states)
         self._lens = read_lens(
             student, with_norm=config.lens_norm == "final", detached=config.lens_head == "detached"
         )
         weights = self.token_weights(batch)
-        scale = loss_scale(student.config.grad_scale_func, final_SBH.device)
+        scale = loss_scale(student.config.grad_scale_func, final_SBD.device)
         labels_N = self.label_rows(batch)
-        terms = objective.final(final_SBH, read_head(student), teacher, labels_N, weights, scale)
-        terms += self._inner_terms(taps_SBH, teacher, carried, weights)[0]
+        terms = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
+        terms += self._inner_terms(taps_SBD, teacher, carried, weights)[0]
         self._add_sums(terms, weights)
         total = objective.total(terms)
         # A schedule without a gradient for the stage's input would hang (all weights 0).
-        anchor = final_SBH.flatten()[0].float() * 0.0
+        anchor = final_SBD.flatten()[0].float() * 0.0
         if not config.uses_final_head:
             # Megatron's overlapped reduction waits for a gradient of every parameter, in every step.
             anchor = anchor + read_head(student).flatten()[0].float() * 0.0
@@ -174,8 +175,8 @@ class ChunkStep:
         batch: Batch,
         teacher: TeacherFeatures | None,
         carried: Carry | None,
-        hidden_SBH: Tensor,
-        taps_SBH: Sequence[Tensor],
+        hidden_SBD: Tensor,
+        taps_SBD: Sequence[Tensor],
     ) -> Tensor:
         """Hidden states for the next stage, with this stage's loss attached and the carry behind them."""
         chunk = self.objective.chunk
@@ -183,25 +184,25 @@ class ChunkStep:
         terms: list[LossTerm] = []
         passed_on = carried
         if chunk.pairs:
-            terms, passed_on = self._inner_terms(taps_SBH, teacher, carried, weights)
+            terms, passed_on = self._inner_terms(taps_SBD, teacher, carried, weights)
         self._add_sums(terms, weights)
         total = self.objective.total(terms)
         if total is not None and total.requires_grad:
-            hidden_SBH = attach_loss(hidden_SBH, total, student.config.grad_scale_func)
+            hidden_SBD = attach_loss(hidden_SBD, total, student.config.grad_scale_func)
         if chunk.carry_out is not None:
             assert passed_on is not None
-            return carry.append(hidden_SBH, passed_on)
+            return carry.append(hidden_SBD, passed_on)
         if self._has_one_width:
-            sequence, micro_batch, width = hidden_SBH.shape
+            sequence, micro_batch, width = hidden_SBD.shape
             rows = carry.carried_rows(
-                sequence, micro_batch, width, hidden_SBH.dtype, with_lse=self.objective.carries_lse
+                sequence, micro_batch, width, hidden_SBD.dtype, with_lse=self.objective.carries_lse
             )
-            return carry.append_nothing(hidden_SBH, rows)
-        return hidden_SBH
+            return carry.append_nothing(hidden_SBD, rows)
+        return hidden_SBD
 
     def _inner_terms(
         self,
-        taps_SBH: Sequence[Tensor],
+        taps_SBD: Sequence[Tensor],
         teacher: TeacherFeatures | None,
         carried: Carry | None,
         weights: TokenWeights,
@@ -211,7 +212,7 @@ class ChunkStep:
         assert teacher is not None
         assert self._lens is not None
         sample = self.objective.scale.draw.rows(weights, self._micro_batches)
-        return self.objective.inner(taps_SBH, carried, self._lens, teacher, sample)
+        return self.objective.inner(taps_SBD, carried, self._lens, teacher, sample)
 
     def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
         sums = self.objective.sums(terms, weights)
@@ -229,13 +230,13 @@ class ChunkStep:
         return self.rows(torch.where(batch.loss_mask_BS > 0, batch.labels_BS, -100))
 
     def rows(self, value_BS: Tensor) -> Tensor:
-        """[B, S] -> [N] of this rank: Megatron's hidden states are [S, B, H], cut along S when sequence parallel."""
+        """[B, S] -> [N] of this rank: Megatron's hidden states are [S, B, D], cut along S when sequence parallel."""
         value_SB = value_BS.transpose(0, 1)
         if self._topology.sequence_parallel:
             value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
         return value_SB.flatten()
 
 
-def _report(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss_function(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Megatron's loss function: with `--calculate-per-token-loss` gradients are divided by the step's tokens."""
     return loss, num_tokens, {}

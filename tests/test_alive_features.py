@@ -41,9 +41,9 @@ class Alive:
         """Sampled layers as they reach the terms, and what the student's stages receive."""
         real_inner, real_set = Objective.inner, GPTModel.set_input_tensor
 
-        def inner(objective: Objective, taps_SBS: Sequence[Tensor], *rest: Any) -> Any:
-            self.register("taps", taps_SBS)
-            return real_inner(objective, taps_SBS, *rest)
+        def inner(objective: Objective, taps_SBD: Sequence[Tensor], *rest: Any) -> Any:
+            self.register("taps", taps_SBD)
+            return real_inner(objective, taps_SBD, *rest)
 
         def set_input(model: GPTModel, tensors: Any) -> None:
             if model.training and not model.pre_process:
@@ -68,9 +68,9 @@ def keeping_taps() -> Iterator[None]:
     kept: list[Sequence[Tensor]] = []
     real_inner = Objective.inner
 
-    def inner(objective: Objective, taps_SBS: Sequence[Tensor], *rest: Any) -> Any:
-        kept.append(taps_SBS)
-        return real_inner(objective, taps_SBS, *rest)
+    def inner(objective: Objective, taps_SBD: Sequence[Tensor], *rest: Any) -> Any:
+        kept.append(taps_SBD)
+        return real_inner(objective, taps_SBD, *rest)
 
     with patch.object(Objective, "inner", inner):
         yield

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fdd import distill, losses, schedule
 from megatron_fdd.lens_copies import LensCopies
-from megatron_fdd.live_lens import LiveLens
+from megatron_fdd.live_lens import TrainedLens
 from megatron_fdd.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.topology import Topology
 from tests.harness.ranks import run_on_ranks
@@ -54,13 +54,13 @@ def named_phases(traffic: Traffic) -> Iterator[None]:
         return traffic.in_phase("student", get_forward_backward_func())
 
     places = [
-        (schedule.DistillationSteps, "run", "step"),
+        (schedule.StepHooks, "run", "step"),
         (PipelinedTeacher, "run", "teacher"),
         (PipelinedTeacher, "_exchange", "exchange"),
         (LensCopies, "refresh", "lens"),
-        (LiveLens, "send_home", "live"),
+        (TrainedLens, "send_home", "live"),
         (schedule, "step_means", "means"),
-        (distill, "report_cross_entropy", "first batch"),
+        (distill, "log_cross_entropy", "first batch"),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, phase in places:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.schedule import DistillationSteps
+from megatron_fdd.schedule import StepHooks
 
 
 def test_steps_count_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = SimpleNamespace(config=FddConfig())
     step: Any = SimpleNamespace(objective=objective, begin_step=mock.Mock(), take_sums=mock.Mock())
-    steps = DistillationSteps(step, mock.Mock(is_last_stage=True), None, mock.Mock(), lambda: 0)
+    steps = StepHooks(step, mock.Mock(is_last_stage=True), None, mock.Mock(), lambda: 0)
     found = iter([(torch.tensor(10.0), 1.0), (torch.tensor(30.0), 2.0)])
 
     def step_means(*_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -268,7 +268,7 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     def current(self: StepGrams, heads: Any) -> Any:
         grams = real_current(self, heads)
         held["Gram matrices, float32"] = num_bytes(
-            [grams.teacher_teacher_TT, grams.teacher_student_TS, grams.student_student_SS]
+            [grams.teacher_teacher_TT, grams.teacher_student_TD, grams.student_student_DD]
         )
         return grams
 

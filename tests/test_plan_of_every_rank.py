@@ -17,7 +17,7 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import vocab_shard
 from megatron_fdd.layer_plan import Plan, plan_pairs
 from megatron_fdd.objective import Objective, StepGrams
-from megatron_fdd.pipeline import PipelineSteps
+from megatron_fdd.pipeline import PipelineWork
 from megatron_fdd.topology import Topology
 
 STAGES, TENSOR, DATA, VIRTUAL = 8, 2, 4, 4
@@ -52,16 +52,14 @@ def topology_of(tensor_rank: int, stage: int, data_rank: int) -> Topology:
     return Topology(**cast(Any, values))
 
 
-def steps_of(plan: Plan, topology: Topology) -> PipelineSteps:
+def steps_of(plan: Plan, topology: Topology) -> PipelineWork:
     shard = vocab_shard(PADDED, VOCAB, topology)
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, hidden_size=WIDTH)
     chunks = plan.chunks_on(topology.stage)
     objectives = [
         Objective(plan.config, plan.pairs, chunk, shard, StepGrams(plan.config, shard)) for chunk in chunks
     ]
-    return PipelineSteps(
-        [cast(Any, SimpleNamespace(config=config))] * len(chunks), objectives, plan, topology
-    )
+    return PipelineWork([cast(Any, SimpleNamespace(config=config))] * len(chunks), objectives, plan, topology)
 
 
 @pytest.mark.parametrize("pairs", PAIRS)

@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_fdd.lens import Lens
 from megatron_fdd.lens_copies import LensCopies
-from megatron_fdd.live_lens import LiveLens
+from megatron_fdd.live_lens import TrainedLens
 from megatron_fdd.teacher.arguments import even_layout
 from tests.harness.ranks import run_on_ranks
 from tests.oracle import models, reference
@@ -89,17 +89,17 @@ def test_both_copies_of_a_tied_embedding_stay_bit_identical(live: bool) -> None:
         assert totals == pytest.approx(wanted, rel=1e-5)
 
 
-def forget_the_first_stage(self: LiveLens, model: GPTModel, num_tokens: torch.Tensor) -> None:
+def forget_the_first_stage(self: TrainedLens, model: GPTModel, num_tokens: torch.Tensor) -> None:
     with patch.object(model, "share_embeddings_and_output_weights", False):
         real_send_home(self, model, num_tokens)
 
 
-real_send_home = LiveLens.send_home
+real_send_home = TrainedLens.send_home
 
 
 def train_forgetting(case: Case) -> tuple[list[float], bool]:
     """As `train`, the first stage's copy never hearing of the inner layers."""
-    with patch.object(LiveLens, "send_home", forget_the_first_stage):
+    with patch.object(TrainedLens, "send_home", forget_the_first_stage):
         return train(case)
 
 

@@ -22,9 +22,9 @@ from megatron_fdd.ops import head_loss
 from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.ops.vocab_shard import Pending
-from megatron_fdd.student import ChunkStep
+from megatron_fdd.student import ChunkForward
 from megatron_fdd.teacher import TeacherFeatures
-from megatron_fdd.teacher.live import LiveTeacher
+from megatron_fdd.teacher.live import BesideTeacher
 from tests.harness.ranks import run_on_ranks
 from tests.oracle import case as layouts
 from tests.oracle import reference
@@ -119,8 +119,8 @@ def reduce_nothing(self: VocabShard, tensor: Tensor) -> Pending:
     return Pending(self.own_tokens(tensor))
 
 
-def also_for_autograd(head_WS: Tensor) -> Tensor:
-    return head_WS.main_grad.to(head_WS.dtype)
+def also_for_autograd(head_WD: Tensor) -> Tensor:
+    return head_WD.main_grad.to(head_WD.dtype)
 
 
 def join_nothing(self: VocabShard, share: Tensor, num_tokens: int) -> Tensor:
@@ -129,7 +129,7 @@ def join_nothing(self: VocabShard, share: Tensor, num_tokens: int) -> Tensor:
     )
 
 
-def batch_major_rows(self: ChunkStep, value_BS: Tensor) -> Tensor:
+def batch_major_rows(self: ChunkForward, value_BS: Tensor) -> Tensor:
     return value_BS.flatten()
 
 
@@ -146,7 +146,7 @@ def rounded_rows(value_M: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return to_rows(value_M.bfloat16().float(), width, dtype)
 
 
-def ignore_mask(self: ChunkStep, batch: Batch) -> TokenWeights:
+def ignore_mask(self: ChunkForward, batch: Batch) -> TokenWeights:
     weights = real_token_weights(self, batch)
     if self.objective.chunk.is_last:
         return weights
@@ -158,12 +158,12 @@ def send_other_head(self: LensCopies, lens: Lens | None, empty: Any) -> Lens | N
     return copy if copy is None or lens is not None else replace(copy, head_WH=copy.head_WH * 1.01)
 
 
-def keep_the_last_sums(self: ChunkStep, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
+def keep_the_last_sums(self: ChunkForward, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
     self._sums = None
     real_add_sums(self, terms, weights)
 
 
-def features_of_the_first(self: LiveTeacher, _index: int, batch: Batch) -> TeacherFeatures:
+def features_of_the_first(self: BesideTeacher, _index: int, batch: Batch) -> TeacherFeatures:
     if id(self) not in FIRST_BATCHES:
         FIRST_BATCHES.clear()
         FIRST_BATCHES[id(self)] = batch
@@ -171,8 +171,8 @@ def features_of_the_first(self: LiveTeacher, _index: int, batch: Batch) -> Teach
 
 
 FIRST_BATCHES: dict[int, Batch] = {}
-real_token_weights, real_refresh = ChunkStep.token_weights, LensCopies.refresh
-real_add_sums, real_features = ChunkStep._add_sums, LiveTeacher.features
+real_token_weights, real_refresh = ChunkForward.token_weights, LensCopies.refresh
+real_add_sums, real_features = ChunkForward._add_sums, BesideTeacher.features
 
 # What to break, by the name of what it breaks.
 MUTATIONS = {
@@ -181,18 +181,18 @@ MUTATIONS = {
     "shares of tokens are not joined": (VocabShard, "join_shares", join_nothing),
     "layer off by one": (LayerPair, "student_layer", property(lambda pair: pair.student_block)),
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
-    "mask in the wrong order": (ChunkStep, "rows", batch_major_rows),
+    "mask in the wrong order": (ChunkForward, "rows", batch_major_rows),
     "head gradient is autograd's too": (head_loss, "dummy", also_for_autograd),
     "padded rows counted": (distill, "vocab_shard", count_padding),
-    "only the last micro-batch is summed": (ChunkStep, "_add_sums", keep_the_last_sums),
-    "the teacher sees the first micro-batch alone": (LiveTeacher, "features", features_of_the_first),
+    "only the last micro-batch is summed": (ChunkForward, "_add_sums", keep_the_last_sums),
+    "the teacher sees the first micro-batch alone": (BesideTeacher, "features", features_of_the_first),
 }
 
 
 PIPELINE_MUTATIONS = {
     "the loss is attached twice": (student, "attach_loss", attach_twice),
     "the carried lse is bf16": (carry, "to_rows", rounded_rows),
-    "the mask is on the last stage only": (ChunkStep, "token_weights", ignore_mask),
+    "the mask is on the last stage only": (ChunkForward, "token_weights", ignore_mask),
     "the copy of the head is another": (LensCopies, "refresh", send_other_head),
 }
 

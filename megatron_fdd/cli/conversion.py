@@ -15,7 +15,7 @@ from typing import Literal, NoReturn, get_args
 import click
 
 from megatron_fdd.disk import explain
-from megatron_fdd.launch import is_first_rank, report_error
+from megatron_fdd.launch import is_first_rank, print_error
 
 # M_MMAP_THRESHOLD in <malloc.h>.
 _M_MMAP_THRESHOLD = -3
@@ -59,7 +59,7 @@ def convert(action: Callable[[], str]) -> NoReturn:
         closing_line = action()
     except (ValueError, OSError) as error:
         gc.freeze()  # torch's writer of a file that found no room crashes when it is collected
-        report_error(f"error: {explain(error)}")
+        print_error(f"error: {explain(error)}")
         sys.exit(1)
     if is_first_rank():
         print(closing_line, flush=True)

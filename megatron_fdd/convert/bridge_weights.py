@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fdd.convert.bridge import Bridge
+from megatron_fdd.convert.checkpoint_entries import tensors_of
 from megatron_fdd.convert.checksums import Checksums, digest
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import Shard, TensorSpec
 from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args, name_of
-from megatron_fdd.convert.pieces import tensors_of
 
 # Names of tensors with another dtype than the weights end so: routers' biases are float32 in every model.
 _NOT_WEIGHTS = ("e_score_correction_bias", "rotary_emb.inv_freq")

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_fdd.checkpoint import RELEASE, TRACKER_FILE
-from megatron_fdd.convert.companions import set_tokenizer, write_companions
 from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.hf_companions import set_tokenizer, write_companions
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args
@@ -35,8 +35,8 @@ def config_to_mcore(
     with conversion_ranks():
         from megatron.core import dist_checkpointing
 
+        from megatron_fdd.convert.checkpoint_entries import Pieces
         from megatron_fdd.convert.mcore_checkpoint import told_causes
-        from megatron_fdd.convert.pieces import Pieces
         from megatron_fdd.convert.streaming_save import StreamingSave
 
         with together():

@@ -119,7 +119,7 @@ class HfFolder:
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """DecoderShape of a tensor."""
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:

@@ -29,7 +29,13 @@ from megatron_fdd.checkpoint import (
     use_stored_names,
     weights_only,
 )
-from megatron_fdd.convert.pieces import Pieces, entries_of, is_before_experts, pieces_of, tensors_of
+from megatron_fdd.convert.checkpoint_entries import (
+    Pieces,
+    entries_of,
+    is_before_experts,
+    pieces_of,
+    tensors_of,
+)
 from megatron_fdd.convert.ranks import together
 from megatron_fdd.convert.streaming_save import Reader, StreamingSave
 from megatron_fdd.disk import is_torchs_writer

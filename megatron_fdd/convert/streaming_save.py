@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_fdd.convert.pieces import Pieces, place_of
+from megatron_fdd.convert.checkpoint_entries import Pieces, place_of
 
 Reader = Callable[[str], Tensor]
 """Name of a parameter -> its value on the CPU."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums
-from megatron_fdd.convert.companions import find_hf_config, find_tokenizer
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.families.family import Family, HfConfig, Row
+from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
+from megatron_fdd.convert.hf_companions import find_hf_config, find_tokenizer
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.hf_writer import (
     Shard,
@@ -31,7 +31,7 @@ from megatron_fdd.convert.hf_writer import (
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
 from megatron_fdd.convert.to_mcore import Via
-from megatron_fdd.convert.tokenizer import TOKENIZER_FILES
+from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
 from megatron_fdd.json_file import read_json, write_json
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
@@ -122,17 +122,17 @@ class _Export:
 
     weights: StoredWeights
     parameters: dict[str, Tensor]
-    rows: list[Row]
+    rows: list[WeightRow]
     config: HfConfig
     vocab_size: int
     dtype: torch.dtype
 
     @property
-    def _row_of(self) -> dict[str, Row]:
+    def _row_of(self) -> dict[str, WeightRow]:
         """Hugging Face name -> its row."""
         return {name: row for row in self.rows for name in row.sources}
 
-    def split(self, row: Row, whole: Tensor) -> list[Tensor]:
+    def split(self, row: WeightRow, whole: Tensor) -> list[Tensor]:
         """The Hugging Face tensors in a Megatron parameter, in the order of the row's sources."""
         parts = row.transform.split(whole)
         return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
@@ -148,7 +148,7 @@ class _Export:
     def read(self, shard: Shard) -> Iterator[Tensor]:
         """The tensors of one file; a parameter is read once for all that follow one another."""
         row_of = self._row_of
-        current: Row | None = None
+        current: WeightRow | None = None
         parts: dict[str, Tensor] = {}
         for spec in shard.tensors:
             if row_of[spec.name] is not current:
@@ -233,7 +233,7 @@ def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: st
         raise ValueError(f"the checkpoint's model is not of the shape of a {model_type}: {told}")
 
 
-def _check_absent_are_zero(weights: StoredWeights, rows: list[Row], family: Family) -> None:
+def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family: Family) -> None:
     """A parameter without a place in the Hugging Face model may only hold zeros. Every rank looks at all."""
     trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
     if trained:

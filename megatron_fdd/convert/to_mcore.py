@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums, digest
-from megatron_fdd.convert.companions import HF_FOLDER, set_tokenizer, write_companions
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
+from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_companions
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of

@@ -65,7 +65,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_CORE}.models.gpt.GPTModel.sharded_state_dict",
         ("metadata",),
         "where each weight lies in a checkpoint",
-        ("checkpoint.py", "convert/pieces.py"),
+        ("checkpoint.py", "convert/checkpoint_entries.py"),
         "loading a teacher, every conversion",
     ),
     Seam(

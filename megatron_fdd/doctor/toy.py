@@ -38,16 +38,16 @@ _FLAGS = (
     "--hidden-dropout 0 --attention-dropout 0 --fdd-layers 2 --fdd-ce-weight 0.5"
 ).split()
 
-Row = Mapping[str, float]
+CurveRow = Mapping[str, float]
 
 
-def committed() -> list[Row]:
+def committed() -> list[CurveRow]:
     """The curve that a CPU wrote."""
     text = (resources.files("megatron_fdd.doctor") / "curve.txt").read_text(encoding="utf-8")
     return [dict(zip(COLUMNS, map(float, line.split()), strict=True)) for line in text.splitlines()[1:]]
 
 
-def distance(found: Sequence[Row], wanted: Sequence[Row]) -> float:
+def distance(found: Sequence[CurveRow], wanted: Sequence[CurveRow]) -> float:
     """The largest relative difference of any column in any step; infinite where a number is not finite.
 
     Raises:
@@ -62,7 +62,7 @@ def distance(found: Sequence[Row], wanted: Sequence[Row]) -> float:
     return max(each if math.isfinite(each) else math.inf for each in differences)
 
 
-def steps(device: Literal["cuda", "cpu"]) -> list[Row]:
+def steps(device: Literal["cuda", "cpu"]) -> list[CurveRow]:
     """Train, in a folder that is gone afterwards, with one process of torchrun.
 
     On CPUs this process becomes a rehearsal: Megatron's `cuda` means `cpu` in it from then on.

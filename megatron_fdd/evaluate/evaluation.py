@@ -27,7 +27,7 @@ from megatron_fdd.evaluate.rouge import SeedScores, rouge_l
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class TextWindows:
     """What one model is scored on: int64 [windows, length + 1]; `training` is for the unigram model."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def _answers_file(model: NamedModel, data: DataFile, seed: int, request: Request
     return AnswersFile(request.out / model.name / "answers" / f"{data.name}.seed{seed}.jsonl", settings)
 
 
-def _cut_all(request: Request) -> list[Windows]:
+def _cut_all(request: Request) -> list[TextWindows]:
     """What each model is scored on and what it continues, checked; with a teacher all have the teacher's tokens."""
     if not request.text.is_asked:
         return []
@@ -138,7 +138,7 @@ def _cut_all(request: Request) -> list[Windows]:
     return [_cut(model, request) for model in request.models]
 
 
-def check_known_tokens(model: NamedModel, windows: Windows) -> None:
+def check_known_tokens(model: NamedModel, windows: TextWindows) -> None:
     """Refuse a text with tokens that were added to the teacher's tokenizer and not to the model's.
 
     Raises:
@@ -156,20 +156,20 @@ def check_known_tokens(model: NamedModel, windows: Windows) -> None:
         )
 
 
-def _cut(model: NamedModel, request: Request) -> Windows:
+def _cut(model: NamedModel, request: Request) -> TextWindows:
     text, tokenizer = request.text, model.tokenizer()
     positions = min(num_positions(each.config()) for each in request.models)
     text.check_length(positions, [len(encode_sample(tokenizer, prompt)) for prompt in text.prompts])
     if text.validation is None:
-        return Windows(tokenizer)
+        return TextWindows(tokenizer)
     validation = cut_windows(read_texts(text.validation), tokenizer, text.length, text.max_tokens)
     training = None
     if text.training is not None:
         training = cut_windows(read_texts(text.training), tokenizer, text.length)
-    return Windows(tokenizer, validation, training)
+    return TextWindows(tokenizer, validation, training)
 
 
-def _read_texts(evaluations: list[Evaluation], windows: list[Windows], request: Request) -> None:
+def _read_texts(evaluations: list[Evaluation], windows: list[TextWindows], request: Request) -> None:
     """Scores and samples; the teacher stays in memory while the others come and go."""
     teacher = request.placement.load(request.teacher.folder) if request.teacher else None
     for evaluation, cut in zip(evaluations, windows, strict=True):
@@ -177,7 +177,7 @@ def _read_texts(evaluations: list[Evaluation], windows: list[Windows], request: 
 
 
 def _read_text(
-    evaluation: Evaluation, teacher: PreTrainedModel | None, windows: Windows, request: Request
+    evaluation: Evaluation, teacher: PreTrainedModel | None, windows: TextWindows, request: Request
 ) -> None:
     if teacher is not None and evaluation.model == request.teacher:
         model = teacher

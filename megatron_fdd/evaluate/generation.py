@@ -114,7 +114,7 @@ class NanCheck(LogitsProcessor):
         return scores
 
 
-class Sampler(LogitsProcessor):
+class SamplingProcessor(LogitsProcessor):
     """Makes the most probable token a random one, drawn with the probabilities that the scores mean.
 
     p / e with e ~ Exp(1) is largest at each token with its probability p (as in torch.multinomial); each row has
@@ -180,7 +180,7 @@ class Generator:
         if self.settings.top_p < 1:
             processors.append(TopPLogitsWarper(self.settings.top_p))
         seeds = [example_seed(seed, prompt.number) for prompt in batch]
-        processors.append(Sampler(seeds, self.model.device))
+        processors.append(SamplingProcessor(seeds, self.model.device))
         return processors
 
     def _decode(self, ids: list[int]) -> str:

@@ -20,7 +20,7 @@ _MAX_LOGITS = 2**24
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class PerplexityScore:
     """Means per predicted token, in nats; `kl_to_teacher` is KL(teacher || model), NaN without a teacher."""
 
     cross_entropy: float
@@ -74,8 +74,8 @@ def cut_windows(
 @torch.inference_mode()
 def score_models(
     teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], windows: Tensor
-) -> dict[str, Score]:
-    """Score several models on the same windows; the teacher, if any, runs once for all of them.
+) -> dict[str, PerplexityScore]:
+    """PerplexityScore several models on the same windows; the teacher, if any, runs once for all of them.
 
     Logits are compared in float32 whatever the models' dtype, a few windows at a time.
 
@@ -103,7 +103,7 @@ def score_models(
     for name, (ce, kl) in sums.items():
         check_finite(models[name], math.isfinite(ce) and (teacher is None or math.isfinite(kl)))
     count = len(windows) * length
-    return {name: Score(ce / count, kl / count) for name, (ce, kl) in sums.items()}
+    return {name: PerplexityScore(ce / count, kl / count) for name, (ce, kl) in sums.items()}
 
 
 def _log_probs(model: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_fdd.evaluate.data_file import DataFile
 from megatron_fdd.evaluate.models import NamedModel
-from megatron_fdd.evaluate.perplexity import Score
+from megatron_fdd.evaluate.perplexity import PerplexityScore
 from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.rouge import SeedScores
 
@@ -48,7 +48,7 @@ class TextResult:
     file: Path
     length: int
     num_tokens: int
-    score: Score
+    score: PerplexityScore
     teacher: str | None
     unigram_cross_entropy: float | None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_fdd.evaluate.perplexity import Score
+from megatron_fdd.evaluate.perplexity import PerplexityScore
 from megatron_fdd.evaluate.results import Evaluation
 
 UNIGRAM = "unigram model"
@@ -56,7 +56,7 @@ def _texts(evaluations: Sequence[Evaluation], width: int) -> list[str]:
             f"{evaluation.model.name:{width}}  {score.perplexity:10.1f}  {score.cross_entropy:13.3f}{distance}"
         )
     if first.unigram_cross_entropy is not None:
-        unigram = Score(first.unigram_cross_entropy, float("nan"))
+        unigram = PerplexityScore(first.unigram_cross_entropy, float("nan"))
         lines.append(f"{UNIGRAM:{width}}  {unigram.perplexity:10.1f}  {unigram.cross_entropy:13.3f}")
     return lines
 

@@ -1,11 +1,11 @@
 """Cosine of two models' log-probability differences from Gram matrices of their heads, without any logits.
 
 With a = N(h(l_j)) - N(h(l_j-1)) and c = lse(l_j) - lse(l_j-1), a difference of log-probabilities is W a - c 1, so
-    <D^T, D^S> = a_T' G_TS a_S - c_S (a_T . u_T) - c_T (a_S . u_S) + V c_T c_S,    G_TS = W_T' W_S,  u = W' 1
+    <D^T, D^S> = a_T' G_TD a_S - c_S (a_T . u_T) - c_T (a_S . u_S) + V c_T c_S,    G_TD = W_T' W_S,  u = W' 1
     |D|^2      = a' G a - 2 c (a . u) + V c^2
 The centred form removes the mean over the vocabulary: no c, and Grams of heads whose column means are removed.
 
-Shapes: N this rank's tokens, n those of them that it computes, T / S hidden width of teacher / student,
+Shapes: N this rank's tokens, n those of them that it computes, T / D hidden width of teacher / student,
 V the vocabulary.
 
 Source: docs/method.md. Precision: differences, Grams and quadratic forms in float32,
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.full_precision import full_precision, product
+from megatron_fdd.ops.full_precision import exact_product, full_precision
 from megatron_fdd.ops.head_grams import HeadGrams, head_grams
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
@@ -34,7 +34,7 @@ ZERO_SHARE = 16.0
 
 def delta_cosine(
     teacher_delta_NT: Tensor,
-    student_delta_NS: Tensor,
+    student_delta_ND: Tensor,
     teacher_lse_delta_N: Tensor | None,
     student_lse_delta_N: Tensor | None,
     grams: HeadGrams,
@@ -47,18 +47,18 @@ def delta_cosine(
     tokens that this rank computes. Where either difference is zero, or zero up to rounding, there is no
     direction to compare: the cosine is 1 with zero gradient, never NaN. Not differentiable twice.
 
-    Three products a token, [T, T], [T, S] and [S, S], and backward two outer products for a trained head. Kept
-    for the backward pass: [n, S], and for a trained head the differences, [n, T + S].
+    Three products a token, [T, T], [T, D] and [D, D], and backward two outer products for a trained head. Kept
+    for the backward pass: [n, D], and for a trained head the differences, [n, T + D].
 
     Args:
-        teacher_delta_NT, student_delta_NS: differences of normed hidden states, taken in float32.
+        teacher_delta_NT, student_delta_ND: differences of normed hidden states, taken in float32.
         teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1; both None
             exactly with centred Grams.
         shard: under sequence parallelism ranks have tokens of their own. Otherwise all pass the same N, rank r
             computes those from r * ceil(N / ranks) on, and all must hand back the same upstream gradient.
 
     Collectives over `shard.group` without sequence parallelism (with it, or one rank: none). Forward: one
-        all-gather of [n]. Backward: one all-gather of [n, S + 1] ([n, S] centred), n = ceil(N / ranks). In
+        all-gather of [n]. Backward: one all-gather of [n, D + 1] ([n, D] centred), n = ceil(N / ranks). In
         float32, which is the inputs' dtype: a narrower one would round what one rank would not round.
     """
     assert (teacher_lse_delta_N is None) == (student_lse_delta_N is None) == grams.centred, (
@@ -66,11 +66,11 @@ def delta_cosine(
     )
     teacher_lse_delta_N = None if teacher_lse_delta_N is None else teacher_lse_delta_N.detach()
     return _DeltaCosine.apply(
-        student_delta_NS,
+        student_delta_ND,
         student_lse_delta_N,
-        grams.teacher_student_TS,
-        grams.student_student_SS,
-        grams.student_sum_S,
+        grams.teacher_student_TD,
+        grams.student_student_DD,
+        grams.student_sum_D,
         _Constants(teacher_delta_NT.detach(), teacher_lse_delta_N, grams, shard),
     )
 
@@ -92,29 +92,29 @@ class _DeltaCosine(torch.autograd.Function):
     @full_precision()
     def forward(
         ctx: Any,
-        student_delta_NS: Tensor,
+        student_delta_ND: Tensor,
         student_lse_delta_N: Tensor | None,
-        teacher_student_TS: Tensor,
-        student_student_SS: Tensor,
-        student_sum_S: Tensor,
+        teacher_student_TD: Tensor,
+        student_student_DD: Tensor,
+        student_sum_D: Tensor,
         constants: _Constants,
     ) -> Tensor:
         grams, shard = constants.grams, constants.shard
-        dtype = statistics_dtype(student_delta_NS)
+        dtype = statistics_dtype(student_delta_ND)
         teacher_nT = shard.token_share(constants.teacher_delta_NT).to(dtype)
-        student_nS = shard.token_share(student_delta_NS).to(dtype)
+        student_nD = shard.token_share(student_delta_ND).to(dtype)
         teacher_c_n, student_c_n = (
-            student_nS.new_zeros(len(student_nS)) if delta_N is None else shard.token_share(delta_N).to(dtype)
+            student_nD.new_zeros(len(student_nD)) if delta_N is None else shard.token_share(delta_N).to(dtype)
             for delta_N in (constants.teacher_lse_delta_N, student_lse_delta_N)
         )
-        from_teacher_nS = product(teacher_nT, teacher_student_TS)
-        from_student_nS = product(student_nS, student_student_SS)
-        teacher_u_n, student_u_n = teacher_nT @ grams.teacher_sum_T, student_nS @ student_sum_S
+        from_teacher_nD = exact_product(teacher_nT, teacher_student_TD)
+        from_student_nD = exact_product(student_nD, student_student_DD)
+        teacher_u_n, student_u_n = teacher_nT @ grams.teacher_sum_T, student_nD @ student_sum_D
         size = grams.vocab_size
-        dot_n = (from_teacher_nS * student_nS).sum(1) + size * teacher_c_n * student_c_n
+        dot_n = (from_teacher_nD * student_nD).sum(1) + size * teacher_c_n * student_c_n
         dot_n -= student_c_n * teacher_u_n + teacher_c_n * student_u_n
-        teacher_form_n = (product(teacher_nT, grams.teacher_teacher_TT) * teacher_nT).sum(1)
-        student_form_n = (from_student_nS * student_nS).sum(1)
+        teacher_form_n = (exact_product(teacher_nT, grams.teacher_teacher_TT) * teacher_nT).sum(1)
+        student_form_n = (from_student_nD * student_nD).sum(1)
         cosine_n, scale_n, shrink_n = _cosine(
             dot_n,
             _square(teacher_form_n, teacher_c_n, teacher_u_n, size),
@@ -122,39 +122,39 @@ class _DeltaCosine(torch.autograd.Function):
         )
         # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric.
         tilt_n = scale_n * teacher_c_n - shrink_n * student_c_n
-        gradient_nS = from_teacher_nS.mul_(scale_n[:, None]).sub_(from_student_nS.mul_(shrink_n[:, None]))
-        gradient_nS.addr_(tilt_n, student_sum_S, alpha=-1)
+        gradient_nD = from_teacher_nD.mul_(scale_n[:, None]).sub_(from_student_nD.mul_(shrink_n[:, None]))
+        gradient_nD.addr_(tilt_n, student_sum_D, alpha=-1)
         lse_gradient_n = size * tilt_n - scale_n * teacher_u_n + shrink_n * student_u_n
-        kept = (teacher_nT, student_nS, scale_n, shrink_n, tilt_n) if any(ctx.needs_input_grad[2:5]) else ()
-        ctx.save_for_backward(gradient_nS, lse_gradient_n[:, None], *kept)
+        kept = (teacher_nT, student_nD, scale_n, shrink_n, tilt_n) if any(ctx.needs_input_grad[2:5]) else ()
+        ctx.save_for_backward(gradient_nD, lse_gradient_n[:, None], *kept)
         ctx.shard = shard
-        return shard.join_shares(cosine_n, len(student_delta_NS))
+        return shard.join_shares(cosine_n, len(student_delta_ND))
 
     @staticmethod
     @once_differentiable
     @full_precision()
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
-        gradient_nS, lse_gradient_n1, *kept = ctx.saved_tensors
+        gradient_nD, lse_gradient_n1, *kept = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         upstream_n1 = shard.token_share(upstream_N)[:, None]
-        gradient_NS = lse_gradient_N = None
+        gradient_ND = lse_gradient_N = None
         if ctx.needs_input_grad[1]:
-            gradient_NS, lse_gradient_N1 = _all_tokens(
-                [upstream_n1 * gradient_nS, upstream_n1 * lse_gradient_n1], len(upstream_N), shard
+            gradient_ND, lse_gradient_N1 = _all_tokens(
+                [upstream_n1 * gradient_nD, upstream_n1 * lse_gradient_n1], len(upstream_N), shard
             )
             lse_gradient_N = lse_gradient_N1[:, 0]
         elif ctx.needs_input_grad[0]:
-            (gradient_NS,) = _all_tokens([upstream_n1 * gradient_nS], len(upstream_N), shard)
+            (gradient_ND,) = _all_tokens([upstream_n1 * gradient_nD], len(upstream_N), shard)
         if not kept:
-            return gradient_NS, lse_gradient_N, None, None, None, None
-        teacher_nT, student_nS, scale_n, shrink_n, tilt_n = kept
+            return gradient_ND, lse_gradient_N, None, None, None, None
+        teacher_nT, student_nD, scale_n, shrink_n, tilt_n = kept
         upstream_n = upstream_n1[:, 0]
         return (
-            gradient_NS,
+            gradient_ND,
             lse_gradient_N,
-            product(teacher_nT.T, (upstream_n * scale_n)[:, None] * student_nS),
-            product(student_nS.T, (upstream_n * shrink_n / -2)[:, None] * student_nS),
-            student_nS.T @ (upstream_n * tilt_n).neg(),
+            exact_product(teacher_nT.T, (upstream_n * scale_n)[:, None] * student_nD),
+            exact_product(student_nD.T, (upstream_n * shrink_n / -2)[:, None] * student_nD),
+            student_nD.T @ (upstream_n * tilt_n).neg(),
             None,
         )
 

@@ -49,14 +49,14 @@ class Divergence:
         return self.kind == "rkl"
 
     @property
-    def mixture(self) -> float:
+    def mix_weight(self) -> float:
         """`mix`, or the default that belongs to the kind."""
         if self.mix is not None:
             return self.mix
         return 0.5 if self.kind == "jsd" else 0.1
 
     def score(self, teacher_NC: Tensor, student_NC: Tensor) -> Tensor:
-        """Gradient of the divergence, column by column, from log-probabilities (without T^2).
+        """Gradient of the divergence, column by column, from log-probabilities (without temperature**2).
 
         With centre = sum over the vocabulary of score, the gradient with respect to the student's logit v is
         score_v - centre * p_v, p = exp(student). Any multiple of p may be added to it: but for fkl it is chosen so
@@ -67,7 +67,7 @@ class Divergence:
         return self.summands(teacher_NC, student_NC)[1]
 
     def summands(self, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and `score`, column by column, from log-probabilities (without T^2).
+        """Value and `score`, column by column, from log-probabilities (without temperature**2).
 
         The value's sum over the vocabulary is the divergence.
         """
@@ -77,7 +77,7 @@ class Divergence:
         if self.kind == "rkl":
             score = student_NC.exp() * (student_NC - teacher_NC)
             return score, score
-        mix = self.mixture
+        mix = self.mix_weight
         first, second = (student_NC, teacher_NC) if self.kind == "srkl" else (teacher_NC, student_NC)
         mixed_NC = torch.logaddexp(first + math.log(mix), second + math.log1p(-mix))
         student_gap = student_NC - mixed_NC

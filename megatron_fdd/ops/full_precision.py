@@ -25,7 +25,7 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def add_exact_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right, in float32 (float64 stays that). Returns `total`.
 
     On a GPU as three products of TF32 parts, which its tensor cores multiply, in 0.6 of float32's time. They round
@@ -40,9 +40,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, as `add_product`."""
-    return add_product(left.new_zeros(left.shape[0], right.shape[1]), left, right)
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, as `add_exact_product`."""
+    return add_exact_product(left.new_zeros(left.shape[0], right.shape[1]), left, right)
 
 
 def _tf32_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:

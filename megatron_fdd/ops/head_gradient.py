@@ -6,7 +6,7 @@ then gets a dummy, as from Megatron's own fused layers: DDP's hook asserts that 
 when `grad_added_to_main_grad` is set, and does add it when the parameter is also an embedding (`zero_out_wgrad`: then
 the dummy is zero). Every contribution to a parameter must come this way.
 
-Shapes: W rows of the head shard, S the student's width.
+Shapes: W rows of the head shard, D the student's width.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from torch import Tensor
 
 
 class HeadGradient:
-    """Collects a head's gradient in `sum_WS`, to which the caller adds; then `finish` gives what autograd gets."""
+    """Collects a head's gradient in `sum_WD`, to which the caller adds; then `finish` gives what autograd gets."""
 
-    def __init__(self, head_WS: Tensor, *, parts: int) -> None:
+    def __init__(self, head_WD: Tensor, *, parts: int) -> None:
         """`parts`: how many additions a row receives; several are summed in float32."""
-        self._head_WS = head_WS
-        if has_main_grad(head_WS):
-            self.sum_WS: Tensor = head_WS.main_grad  # type: ignore[attr-defined]
+        self._head_WS = head_WD
+        if has_main_grad(head_WD):
+            self.sum_WD: Tensor = head_WD.main_grad  # type: ignore[attr-defined]
         else:
-            wide = parts > 1 and head_WS.dtype != torch.float64
-            self.sum_WS = torch.zeros_like(head_WS, dtype=torch.float32 if wide else head_WS.dtype)
+            wide = parts > 1 and head_WD.dtype != torch.float64
+            self.sum_WD = torch.zeros_like(head_WD, dtype=torch.float32 if wide else head_WD.dtype)
 
     def finish(self) -> Tensor:
-        """The gradient for autograd, [W, S] in the head's dtype."""
+        """The gradient for autograd, [W, D] in the head's dtype."""
         if has_main_grad(self._head_WS):
             return dummy(self._head_WS)
-        return self.sum_WS.to(self._head_WS.dtype)
+        return self.sum_WD.to(self._head_WS.dtype)
 
 
-def deliver(head_WS: Tensor, gradient_WS: Tensor, factor: Tensor) -> Tensor:
+def deliver(head_WD: Tensor, gradient_WD: Tensor, factor: Tensor) -> Tensor:
     """Hand over factor * gradient, computed before; returns what autograd gets. `factor` is 0-dim."""
-    if not has_main_grad(head_WS):
+    if not has_main_grad(head_WD):
         # Written in the head's dtype at once. Not 0-dim: CUDA would round the factor to that first.
-        return torch.mul(gradient_WS, factor.view(1, 1), out=torch.empty_like(head_WS))
-    head_WS.main_grad.addcmul_(gradient_WS, factor)  # type: ignore[attr-defined]
-    return dummy(head_WS)
+        return torch.mul(gradient_WD, factor.view(1, 1), out=torch.empty_like(head_WD))
+    head_WD.main_grad.addcmul_(gradient_WD, factor)  # type: ignore[attr-defined]
+    return dummy(head_WD)
 
 
-def collected(head_WS: Tensor) -> Tensor:
+def collected(head_WD: Tensor) -> Tensor:
     """The same head, whose gradient from autograd's own operations is handed over in the same way."""
-    return _Collected.apply(head_WS) if head_WS.requires_grad else head_WS
+    return _Collected.apply(head_WD) if head_WD.requires_grad else head_WD
 
 
-def has_main_grad(head_WS: Tensor, dtype: torch.dtype | None = None) -> bool:
+def has_main_grad(head_WD: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether it is a parameter in Megatron's DDP, and its gradient is summed in `dtype`."""
-    if not (hasattr(head_WS, "grad_added_to_main_grad") and hasattr(head_WS, "main_grad")):
+    if not (hasattr(head_WD, "grad_added_to_main_grad") and hasattr(head_WD, "main_grad")):
         return False
-    return dtype is None or head_WS.main_grad.dtype == dtype
+    return dtype is None or head_WD.main_grad.dtype == dtype
 
 
-def dummy(head_WS: Tensor) -> Tensor:
-    """What autograd gets for a head whose gradient is in its `main_grad`, [W, S]; also tells DDP so."""
-    head_WS.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if getattr(head_WS, "zero_out_wgrad", False):
-        return torch.zeros_like(head_WS)
-    return torch.empty_like(head_WS)
+def dummy(head_WD: Tensor) -> Tensor:
+    """What autograd gets for a head whose gradient is in its `main_grad`, [W, D]; also tells DDP so."""
+    head_WD.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(head_WD, "zero_out_wgrad", False):
+        return torch.zeros_like(head_WD)
+    return torch.empty_like(head_WD)
 
 
 class _Collected(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, head_WS: Tensor) -> Tensor:
-        ctx.head_WS = head_WS
-        return head_WS.view_as(head_WS)
+    def forward(ctx: Any, head_WD: Tensor) -> Tensor:
+        ctx.head_WD = head_WD
+        return head_WD.view_as(head_WD)
 
     @staticmethod
-    def backward(ctx: Any, gradient_WS: Tensor) -> Tensor:
-        return deliver(ctx.head_WS, gradient_WS, gradient_WS.new_ones(()))
+    def backward(ctx: Any, gradient_WD: Tensor) -> Tensor:
+        return deliver(ctx.head_WD, gradient_WD, gradient_WD.new_ones(()))

@@ -1,6 +1,6 @@
 """Gram matrices of two vocabulary-parallel heads: all that the delta needs to know of the vocabulary.
 
-Shapes: T / S hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
+Shapes: T / D hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
 
 Precision: products read the weights' dtype (centred: float32), sums are float32, without TF32.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.full_precision import add_product, full_precision, product
+from megatron_fdd.ops.full_precision import add_exact_product, exact_product, full_precision
 from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype, statistics_dtype
@@ -31,17 +31,17 @@ class HeadGrams:
     """
 
     teacher_teacher_TT: Tensor
-    teacher_student_TS: Tensor
-    student_student_SS: Tensor
+    teacher_student_TD: Tensor
+    student_student_DD: Tensor
     teacher_sum_T: Tensor
-    student_sum_S: Tensor
+    student_sum_D: Tensor
     vocab_size: Tensor
     centred: bool
 
 
 def head_grams(
     teacher_head_WT: Tensor,
-    student_head_WS: Tensor,
+    student_head_WD: Tensor,
     *,
     shard: VocabShard,
     centred: bool,
@@ -56,49 +56,49 @@ def head_grams(
 
     Collectives over `shard.group` (one rank: none). Forward: one all-reduce of the matrices, packed with the
         sums and the vocabulary's size; centred: of those two before, by itself. Backward, for a student's head
-        that requires a gradient: one all-reduce of [T S + S S + S] numbers. All float32.
+        that requires a gradient: one all-reduce of [T D + D D + D] numbers. All float32.
     """
     assert previous is None or previous.centred == centred, "the earlier Grams are of the other form"
-    teacher_student_TS, student_student_SS, student_sum_S, *teacher = _HeadGrams.apply(
-        collected(student_head_WS), teacher_head_WT.detach(), shard, centred, previous
+    teacher_student_TD, student_student_DD, student_sum_D, *teacher = _HeadGrams.apply(
+        collected(student_head_WD), teacher_head_WT.detach(), shard, centred, previous
     )
     if previous is not None:
         teacher = [previous.teacher_teacher_TT, previous.teacher_sum_T, previous.vocab_size]
     return HeadGrams(
         teacher_teacher_TT=teacher[0],
-        teacher_student_TS=teacher_student_TS,
-        student_student_SS=student_student_SS,
+        teacher_student_TD=teacher_student_TD,
+        student_student_DD=student_student_DD,
         teacher_sum_T=teacher[1],
-        student_sum_S=student_sum_S,
+        student_sum_D=student_sum_D,
         vocab_size=teacher[2],
         centred=centred,
     )
 
 
 class _HeadGrams(torch.autograd.Function):
-    """Gradient for the first input. Outputs: G_TS, G_SS, u_S and, without `previous`, G_TT, u_T, V."""
+    """Gradient for the first input. Outputs: G_TD, G_SS, u_S and, without `previous`, G_TT, u_T, V."""
 
     @staticmethod
     @full_precision()
     def forward(
         ctx: Any,
-        student_head_WS: Tensor,
+        student_head_WD: Tensor,
         teacher_head_WT: Tensor,
         shard: VocabShard,
         centred: bool,
         previous: HeadGrams | None,
     ) -> tuple[Tensor, ...]:
-        dtype = statistics_dtype(student_head_WS)
-        sums = [_column_sum(student_head_WS, shard, dtype)]
+        dtype = statistics_dtype(student_head_WD)
+        sums = [_column_sum(student_head_WD, shard, dtype)]
         if previous is None:
             sums += [_column_sum(teacher_head_WT, shard, dtype), sums[0].new_tensor(shard.num_valid)]
         means = None
         if centred:
             sums = _all_reduce_packed(sums, shard)
             known = [previous.teacher_sum_T, previous.vocab_size] if previous is not None else []
-            student_sum_S, teacher_sum_T, size = sums + known
-            means = (teacher_sum_T / size, student_sum_S / size)
-        rows = _HeadRows(teacher_head_WT, student_head_WS, shard.num_valid, means)
+            student_sum_D, teacher_sum_T, size = sums + known
+            means = (teacher_sum_T / size, student_sum_D / size)
+        rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, means)
         matrices = rows.products(with_teacher=previous is None)
         if centred:
             matrices = _all_reduce_packed(matrices, shard)
@@ -106,7 +106,7 @@ class _HeadGrams(torch.autograd.Function):
             reduced = _all_reduce_packed(sums + matrices, shard)
             sums, matrices = reduced[: len(sums)], reduced[len(sums) :]
         ctx.shard, ctx.dtype = shard, dtype
-        ctx.save_for_backward(teacher_head_WT, student_head_WS, *(means or ()))
+        ctx.save_for_backward(teacher_head_WT, student_head_WD, *(means or ()))
         ctx.mark_non_differentiable(*matrices[2:], *sums[1:])
         return (*matrices[:2], sums[0], *matrices[2:], *sums[1:])
 
@@ -114,18 +114,18 @@ class _HeadGrams(torch.autograd.Function):
     @once_differentiable
     @full_precision()
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        teacher_head_WT, student_head_WS, *means = ctx.saved_tensors
+        teacher_head_WT, student_head_WD, *means = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         # Sums over this rank's tokens: of each token one rank alone knows.
-        teacher_student_TS, student_student_SS, student_sum_S = _all_reduce_packed(list(upstream[:3]), shard)
-        both_SS = student_student_SS + student_student_SS.T
-        gradient_WS = torch.zeros_like(student_head_WS)
-        rows = _HeadRows(teacher_head_WT, student_head_WS, shard.num_valid, tuple(means) or None)
-        for columns, teacher_CT, student_CS in rows.tiles():
-            gradient_CS = product(teacher_CT.to(ctx.dtype), teacher_student_TS)
-            add_product(gradient_CS, student_CS.to(ctx.dtype), both_SS).add_(student_sum_S)
-            gradient_WS[columns] = gradient_CS
-        return gradient_WS, None, None, None, None
+        teacher_student_TD, student_student_DD, student_sum_D = _all_reduce_packed(list(upstream[:3]), shard)
+        both_DD = student_student_DD + student_student_DD.T
+        gradient_WD = torch.zeros_like(student_head_WD)
+        rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, tuple(means) or None)
+        for columns, teacher_CT, student_CD in rows.tiles():
+            gradient_CD = exact_product(teacher_CT.to(ctx.dtype), teacher_student_TD)
+            add_exact_product(gradient_CD, student_CD.to(ctx.dtype), both_DD).add_(student_sum_D)
+            gradient_WD[columns] = gradient_CD
+        return gradient_WD, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,34 +133,34 @@ class _HeadRows:
     """Both heads' rows that are vocabulary, tile by tile; without their column means where those are given."""
 
     teacher_head_WT: Tensor
-    student_head_WS: Tensor
+    student_head_WD: Tensor
     num_valid: int
     means: tuple[Tensor, ...] | None
 
     def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, teacher's [C, T], student's [C, S]), in the dtype that both are multiplied in."""
-        heads = (self.teacher_head_WT, self.student_head_WS)
+        """(rows, teacher's [C, T], student's [C, D]), in the dtype that both are multiplied in."""
+        heads = (self.teacher_head_WT, self.student_head_WD)
         dtype = torch.promote_types(product_dtype(heads[0]), product_dtype(heads[1]))
         for start in range(0, self.num_valid, ROWS_PER_TILE):
             rows = slice(start, min(start + ROWS_PER_TILE, self.num_valid))
             if self.means is None:
-                teacher_CT, student_CS = (head[rows].to(dtype) for head in heads)
+                teacher_CT, student_CD = (head[rows].to(dtype) for head in heads)
             else:
                 # Subtracted here and not from the Gram: G - u u'/V would lose what the means outweigh.
                 pairs = zip(heads, self.means, strict=True)
-                teacher_CT, student_CS = (head[rows].to(mean.dtype) - mean for head, mean in pairs)
-            yield rows, teacher_CT, student_CS
+                teacher_CT, student_CD = (head[rows].to(mean.dtype) - mean for head, mean in pairs)
+            yield rows, teacher_CT, student_CD
 
     def products(self, *, with_teacher: bool) -> list[Tensor]:
-        """This rank's part of G_TS, G_SS and, if asked, G_TT."""
-        widths = self.teacher_head_WT.shape[1], self.student_head_WS.shape[1]
+        """This rank's part of G_TD, G_SS and, if asked, G_TT."""
+        widths = self.teacher_head_WT.shape[1], self.student_head_WD.shape[1]
         shapes = [widths, (widths[1], widths[1]), (widths[0], widths[0])]
-        dtype = statistics_dtype(self.student_head_WS)
-        totals = [self.student_head_WS.new_zeros(shape, dtype=dtype) for shape in shapes[: 2 + with_teacher]]
-        for _, teacher_CT, student_CS in self.tiles():
-            add = add_product if teacher_CT.dtype == totals[0].dtype else accumulate
-            add(totals[0], teacher_CT.T, student_CS)
-            add(totals[1], student_CS.T, student_CS)
+        dtype = statistics_dtype(self.student_head_WD)
+        totals = [self.student_head_WD.new_zeros(shape, dtype=dtype) for shape in shapes[: 2 + with_teacher]]
+        for _, teacher_CT, student_CD in self.tiles():
+            add = add_exact_product if teacher_CT.dtype == totals[0].dtype else accumulate
+            add(totals[0], teacher_CT.T, student_CD)
+            add(totals[1], student_CD.T, student_CD)
             if with_teacher:
                 add(totals[2], teacher_CT.T, teacher_CT)
         return totals

@@ -2,10 +2,10 @@
 
 `linear_kl` does not know what its backward pass will be given for each token, and sweeps a trained head again for it
 (or keeps two tensors of the student's size for a constant one). Where the loss is a sum with known weights, the
-gradient of a chunk of tokens follows as soon as its logits and their normalisers are there: the least possible number
+gradient of a block of tokens follows as soon as its logits and their normalisers are there: the least possible number
 of products, two for the logits, one for the hidden states, one for a trained head.
 
-Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N), T / S
+Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N), T / D
 hidden width of teacher / student, W rows of this rank's head shard.
 """
 
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.chunks import Chunk, LinearKL, finished_chunks
+from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import deliver, dummy, has_main_grad
-from megatron_fdd.ops.kernels import DEFAULT_KERNELS, Kernels
+from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
 from megatron_fdd.ops.kl_gradients import Upstream, normalisers_of
-from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.reference import reference_linear_kl
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
@@ -35,7 +35,7 @@ _ROUNDING = 1e-3
 class HeadLoss(NamedTuple):
     """Weighted sums over this rank's tokens, 0-dim float32 (float64 for float64); None where not asked for."""
 
-    divergence: Tensor | None  # includes the factor T^2
+    divergence: Tensor | None  # includes the factor temperature**2
     cross_entropy: Tensor | None  # tokens with a label
 
 
@@ -47,7 +47,7 @@ class LossWeights:
         divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
         divergence, entropy: the loss is a common factor times (divergence * the one sum + entropy * the other).
         factor: that factor, one number, where it is known before the backward pass: a head with a float32
-            `main_grad` then gets its gradient in the forward pass, and no [W, S] is kept between the two.
+            `main_grad` then gets its gradient in the forward pass, and no [W, D] is kept between the two.
     """
 
     divergence_N: Tensor
@@ -65,46 +65,46 @@ def head_loss(
     divergence: Divergence | None,
     labels_N: Tensor | None,
     weights: LossWeights,
-    kernels: Kernels = DEFAULT_KERNELS,
+    implementation: Implementation = DEFAULT_IMPLEMENTATION,
 ) -> HeadLoss:
     """Sums over tokens of the divergence of two linear heads and of the student's cross-entropy.
 
     Gradient flows to the student's hidden states and, where it requires one, head; never to the teacher. It is
     right for a loss as `weights` says, and for no other combination of the two sums. Memory beside inputs and
-    outputs: two buffers of `kernels.held_logits` numbers, and kept for the backward pass [N, S] and, for a
-    trained head unless `weights.factor` says otherwise, [W, S] in float32. Not differentiable twice.
+    outputs: two buffers of `implementation.held_logits` numbers, and kept for the backward pass [N, D] and, for a
+    trained head unless `weights.factor` says otherwise, [W, D] in float32. Not differentiable twice.
 
     Args:
         teacher: hidden states [N, T] and head [W, T]; None: no divergence.
-        student: hidden states [N, S] and head [W, S].
+        student: hidden states [N, D] and head [W, D].
         labels_N: vocabulary ids; negative: no label. None: no cross-entropy.
 
-    Collectives over `shard.group` (one rank: none), all forward. For each chunk of tokens: one all-gather of the
+    Collectives over `shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
         packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 2 at another temperature
         than 1 with labels; plus 1 with labels); jsd, sfkl and srkl: one all-reduce of [2, R]; one all-reduce of
-        the gradient [R, S] in the student's dtype. Sequence parallelism adds one all-gather each of teacher,
+        the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather each of teacher,
         student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a reduce-scatter.
     """
     assert divergence is None or teacher is not None, "a divergence needs a teacher"
     assert divergence is not None or labels_N is not None, "nothing is asked for"
     if teacher is not None:
         teacher = None if divergence is None else (teacher[0].detach(), teacher[1].detach())
-    chosen = kernels.chosen(student[1])
+    chosen = implementation.chosen(student[1])
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
-    plan = Plan(
+    request = Request(
         shard=shard,
         divergence=divergence,
         needs_lse=False,
         has_labels=labels_N is not None,
-        kernels=kernels,
+        implementation=implementation,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=kernels.held_rows(student[1]) if has_gradient else None,
+        held_rows=implementation.held_rows(student[1]) if has_gradient else None,
     )
     if chosen == "reference":
-        outputs = LinearKL(*reference_linear_kl(plan, teacher, student, labels_N))
+        outputs = LinearKL(*reference_linear_kl(request, teacher, student, labels_N))
         return HeadLoss(*_weighted_sums(outputs, weights, slice(None)))
-    return HeadLoss(*_HeadLoss.apply(*student, teacher, labels_N, weights, plan))
+    return HeadLoss(*_HeadLoss.apply(*student, teacher, labels_N, weights, request))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -113,35 +113,35 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        student_NS: Tensor,
-        student_head_WS: Tensor,
+        student_ND: Tensor,
+        student_head_WD: Tensor,
         teacher: Model | None,
         labels_N: Tensor | None,
         weights: LossWeights,
-        plan: Plan,
+        request: Request,
     ) -> tuple[Tensor | None, ...]:
-        dtype = statistics_dtype(student_NS)
-        stacked = _stack_weights(plan, weights, dtype)
-        head_gradient_WS, ctx.adds_at_once = None, False
-        if plan.head_gradient and ctx.needs_input_grad[1]:  # the latter also in evaluation
-            ctx.adds_at_once = weights.factor is not None and has_main_grad(student_head_WS, dtype)
+        dtype = statistics_dtype(student_ND)
+        stacked = _stack_weights(request, weights, dtype)
+        head_gradient_WD, ctx.adds_at_once = None, False
+        if request.head_gradient and ctx.needs_input_grad[1]:  # the latter also in evaluation
+            ctx.adds_at_once = weights.factor is not None and has_main_grad(student_head_WD, dtype)
             if ctx.adds_at_once:
-                head_gradient_WS = student_head_WS.main_grad  # type: ignore[attr-defined]
+                head_gradient_WD = student_head_WD.main_grad  # type: ignore[attr-defined]
             else:
-                head_gradient_WS = torch.zeros_like(student_head_WS, dtype=dtype)
+                head_gradient_WD = torch.zeros_like(student_head_WD, dtype=dtype)
         sums: list[tuple[Tensor | None, ...]] = []
         reductions: list[Pending] = []
-        for chunk in finished_chunks(plan, teacher, (student_NS, student_head_WS), labels_N):
-            sums.append(_weighted_sums(chunk.outputs(plan), weights, chunk.swept.rows))
-            if plan.head_gradient:
-                gradient_RS = _chunk_gradient(plan, chunk, stacked, head_gradient_WS)
-                reductions.append(plan.shard.start_reduce(gradient_RS.to(student_NS.dtype)))
+        for block in finished_blocks(request, teacher, (student_ND, student_head_WD), labels_N):
+            sums.append(_weighted_sums(block.outputs(request), weights, block.swept.rows))
+            if request.head_gradient:
+                gradient_RD = _block_gradient(request, block, stacked, head_gradient_WD)
+                reductions.append(request.shard.start_reduce(gradient_RD.to(student_ND.dtype)))
         if reductions:
-            ctx.head_WS, ctx.scale = student_head_WS, weights.divergence * (plan.divergence is not None)
-            ctx.scale += weights.entropy * plan.has_labels
+            ctx.head_WD, ctx.scale = student_head_WD, weights.divergence * (request.divergence is not None)
+            ctx.scale += weights.entropy * request.has_labels
             ctx.factor = weights.factor
-            kept_WS = None if ctx.adds_at_once else head_gradient_WS
-            ctx.save_for_backward(torch.cat([part.wait() for part in reductions]), kept_WS)
+            kept_WD = None if ctx.adds_at_once else head_gradient_WD
+            ctx.save_for_backward(torch.cat([part.wait() for part in reductions]), kept_WD)
         return tuple(
             None if parts[0] is None else torch.stack(parts).sum() for parts in zip(*sums, strict=True)
         )
@@ -149,7 +149,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient_NS, head_gradient_WS = ctx.saved_tensors
+        gradient_ND, head_gradient_WD = ctx.saved_tensors
         # Each is the common factor times its own weight in the loss.
         total = torch.stack([given for given in upstream if given is not None]).sum()
         factor = total / ctx.scale if ctx.scale else torch.zeros_like(total)
@@ -159,32 +159,34 @@ class _HeadLoss(torch.autograd.Function):
             torch._assert_async(is_told, "the loss has another factor than LossWeights")
         gradient_head = None
         if ctx.adds_at_once:
-            gradient_head = dummy(ctx.head_WS)
-        elif head_gradient_WS is not None:
-            gradient_head = deliver(ctx.head_WS, head_gradient_WS, factor)
+            gradient_head = dummy(ctx.head_WD)
+        elif head_gradient_WD is not None:
+            gradient_head = deliver(ctx.head_WD, head_gradient_WD, factor)
         # Not 0-dim: CUDA would round the factor to bf16 first.
-        scaled_NS = torch.mul(gradient_NS, factor.view(1, 1), out=torch.empty_like(gradient_NS))
-        return scaled_NS, gradient_head, None, None, None, None
+        scaled_ND = torch.mul(gradient_ND, factor.view(1, 1), out=torch.empty_like(gradient_ND))
+        return scaled_ND, gradient_head, None, None, None, None
 
 
-def _chunk_gradient(plan: Plan, chunk: Chunk, stacked: Tensor, head_gradient_WS: Tensor | None) -> Tensor:
-    """Hidden states' gradient [R, S], this rank's part, for a common factor of 1; adds the head's."""
-    divergence_R, entropy_R = stacked[:, chunk.swept.rows].flatten(0, 1).unbind(1)
-    labels_R = chunk.swept.labels_R
+def _block_gradient(
+    request: Request, block: TokenBlock, stacked: Tensor, head_gradient_WD: Tensor | None
+) -> Tensor:
+    """Hidden states' gradient [R, D], this rank's part, for a common factor of 1; adds the head's."""
+    divergence_R, entropy_R = stacked[:, block.swept.rows].flatten(0, 1).unbind(1)
+    labels_R = block.swept.labels_R
     if labels_R is not None:
         entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)
-    upstream = Upstream(divergence_R * plan.temperature, entropy_R, entropy_R)
-    normalisers = normalisers_of(plan, chunk.statistics, chunk.mixture)
-    return chunk.swept.sweeps.gradients(upstream, normalisers, labels_R, head_gradient_WS)
+    upstream = Upstream(divergence_R * request.temperature, entropy_R, entropy_R)
+    normalisers = normalisers_of(request, block.statistics, block.second)
+    return block.swept.sweeps.gradients(upstream, normalisers, labels_R, head_gradient_WD)
 
 
-def _stack_weights(plan: Plan, weights: LossWeights, dtype: torch.dtype) -> Tensor:
+def _stack_weights(request: Request, weights: LossWeights, dtype: torch.dtype) -> Tensor:
     """Every rank's, [ranks, N, 2]. Collectives: one all-gather under sequence parallelism."""
     scaled = (weights.divergence_N * weights.divergence, weights.entropy_N * weights.entropy)
     stacked = torch.stack(scaled, dim=1).to(dtype)
     if weights.factor is not None:
         stacked = stacked * weights.factor.to(dtype)
-    return plan.shard.start_stack(stacked).wait() if plan.shard.splits_tokens else stacked[None]
+    return request.shard.start_stack(stacked).wait() if request.shard.splits_tokens else stacked[None]
 
 
 def _weighted_sums(outputs: LinearKL, weights: LossWeights, rows: slice) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """Divergence, log-sum-exp and cross-entropy of vocabulary-parallel heads, without materialising logits.
 
 Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N),
-T / S hidden width of teacher / student, W rows of this rank's head shard (padding included),
+T / D hidden width of teacher / student, W rows of this rank's head shard (padding included),
 M rows = R per model, teacher's first (2R, or R without a teacher).
 
 Source: docs/method.md.
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.chunks import Chunk, LinearKL, finished_chunks, make_sweeps
+from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks, make_sweeps
 from megatron_fdd.ops.divergence import Divergence, DivergenceKind
 from megatron_fdd.ops.head_gradient import HeadGradient
-from megatron_fdd.ops.kernels import DEFAULT_KERNELS, Kernels
+from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
 from megatron_fdd.ops.kl_gradients import (
     Normalisers,
     Pulls,
@@ -28,15 +28,15 @@ from megatron_fdd.ops.kl_gradients import (
     pulled_gradient,
     pulls_of,
 )
-from megatron_fdd.ops.plan import Model, Plan
 from megatron_fdd.ops.reference import reference_linear_kl
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 __all__ = [
-    "DEFAULT_KERNELS",
+    "DEFAULT_IMPLEMENTATION",
     "Divergence",
     "DivergenceKind",
-    "Kernels",
+    "Implementation",
     "LinearKL",
     "VocabShard",
     "linear_kl",
@@ -46,37 +46,37 @@ __all__ = [
 def linear_kl(
     teacher_NT: Tensor | None,
     teacher_head_WT: Tensor | None,
-    student_NS: Tensor,
-    student_head_WS: Tensor,
+    student_ND: Tensor,
+    student_head_WD: Tensor,
     *,
     shard: VocabShard,
     divergence: Divergence | None,
     labels_N: Tensor | None = None,
     needs_lse: bool = True,
-    kernels: Kernels = DEFAULT_KERNELS,
+    implementation: Implementation = DEFAULT_IMPLEMENTATION,
 ) -> LinearKL:
     """Per-token divergence, log-sum-exps and cross-entropy of two linear heads.
 
-    Gradient flows to `student_NS` and, where it requires one, to `student_head_WS`; never to the teacher.
+    Gradient flows to `student_ND` and, where it requires one, to `student_head_WD`; never to the teacher.
     A constant head gets its hidden states' gradient from sums of the forward sweep (backward: scaled adds);
     a trained head is swept again backward. Memory beside inputs and outputs: two [R, tile] buffers, the
-    copy of hidden states in the products' dtype, and kept for the backward pass at most two [R, S] (constant
+    copy of hidden states in the products' dtype, and kept for the backward pass at most two [R, D] (constant
     head) or the gathered hidden states (trained head). Not differentiable twice.
 
     Args:
         teacher_NT, teacher_head_WT: both None: no teacher (then `divergence` must be None).
-        student_NS, student_head_WS: the heads' rows are this rank's part of the vocabulary, as `shard` says;
+        student_ND, student_head_WD: the heads' rows are this rank's part of the vocabulary, as `shard` says;
             the two heads may be padded differently beyond `shard.num_valid`. N may be 0.
         divergence: None: no divergence.
         labels_N: vocabulary ids (of the whole vocabulary); negative: no label. None: no cross-entropy.
         needs_lse: whether the log-sum-exps are outputs. At another temperature than 1 they cost an
             exponential, and with a constant head one product for their gradient.
-        kernels: which implementation runs, and how it cuts its work.
+        implementation: which implementation runs, and how it cuts its work.
 
-    Collectives over `shard.group` (one rank: none), for each chunk of `kernels.chunk_rows` tokens, under way during
-        the products of the next. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and rkl,
+    Collectives over `shard.group` (one rank: none), for each block of `implementation.block_rows` tokens, under way
+        during the products of the next. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and rkl,
         else 4 (2 without a teacher), plus 2 for lse or labels at another temperature than 1, plus 1 for labels;
-        jsd, sfkl and srkl add one all-reduce of [2, R]. All in float32. Backward: one all-reduce of [N, S] in the
+        jsd, sfkl and srkl add one all-reduce of [2, R]. All in float32. Backward: one all-reduce of [N, D] in the
         student's dtype. Sequence parallelism adds, forward, one all-gather each of teacher, student and labels,
         and backward, once, one of [N, 3]; the all-reduce becomes a reduce-scatter.
     Source: docs/method.md.
@@ -87,20 +87,20 @@ def linear_kl(
         teacher = (teacher_NT.detach(), teacher_head_WT.detach())
     assert divergence is None or teacher is not None, "a divergence needs a teacher"
     assert divergence is not None or needs_lse or labels_N is not None, "nothing is asked for"
-    _check_shapes(teacher, (student_NS, student_head_WS), labels_N, shard)
-    head_gradient = torch.is_grad_enabled() and student_head_WS.requires_grad
-    plan = Plan(
+    _check_shapes(teacher, (student_ND, student_head_WD), labels_N, shard)
+    head_gradient = torch.is_grad_enabled() and student_head_WD.requires_grad
+    request = Request(
         shard=shard,
         divergence=divergence,
         needs_lse=needs_lse,
         has_labels=labels_N is not None,
-        kernels=kernels,
-        body_gradient=torch.is_grad_enabled() and student_NS.requires_grad and not head_gradient,
+        implementation=implementation,
+        body_gradient=torch.is_grad_enabled() and student_ND.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
-    if kernels.chosen(student_head_WS) == "reference":
-        return LinearKL(*reference_linear_kl(plan, teacher, (student_NS, student_head_WS), labels_N))
-    return LinearKL(*_LinearKL.apply(student_NS, student_head_WS, teacher, labels_N, plan))
+    if implementation.chosen(student_head_WD) == "reference":
+        return LinearKL(*reference_linear_kl(request, teacher, (student_ND, student_head_WD), labels_N))
+    return LinearKL(*_LinearKL.apply(student_ND, student_head_WD, teacher, labels_N, request))
 
 
 def _check_shapes(teacher: Model | None, student: Model, labels_N: Tensor | None, shard: VocabShard) -> None:
@@ -123,20 +123,20 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        student_NS: Tensor,
-        student_head_WS: Tensor,
+        student_ND: Tensor,
+        student_head_WD: Tensor,
         teacher: Model | None,
         labels_N: Tensor | None,
-        plan: Plan,
+        request: Request,
     ) -> tuple[Tensor | None, ...]:
         outputs: list[LinearKL] = []
         kept: list[tuple[Tensor | None, ...]] = []
-        for chunk in finished_chunks(plan, teacher, (student_NS, student_head_WS), labels_N):
-            outputs.append(chunk.outputs(plan))
-            kept.append(_kept(plan, chunk))
-        ctx.plan, ctx.head_WS, ctx.num_kept = plan, student_head_WS, len(kept[0])
-        ctx.student_dtype, ctx.num_tokens = student_NS.dtype, len(student_NS)
-        heads = (student_head_WS, None if teacher is None else teacher[1])
+        for block in finished_blocks(request, teacher, (student_ND, student_head_WD), labels_N):
+            outputs.append(block.outputs(request))
+            kept.append(_kept(request, block))
+        ctx.request, ctx.head_WD, ctx.num_kept = request, student_head_WD, len(kept[0])
+        ctx.student_dtype, ctx.num_tokens = student_ND.dtype, len(student_ND)
+        heads = (student_head_WD, None if teacher is None else teacher[1])
         ctx.save_for_backward(*heads, *itertools.chain.from_iterable(kept))
         joined = LinearKL(
             *(None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -148,53 +148,53 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        head_WS, teacher_head_WT, *kept = ctx.saved_tensors
-        pieces = plan.pieces(ctx.num_tokens)
-        head_gradient = HeadGradient(ctx.head_WS, parts=len(pieces)) if plan.head_gradient else None
+        request: Request = ctx.request
+        head_WD, teacher_head_WT, *kept = ctx.saved_tensors
+        pieces = request.blocks(ctx.num_tokens)
+        head_gradient = HeadGradient(ctx.head_WD, parts=len(pieces)) if request.head_gradient else None
         reductions = []
-        stacked = _stack_upstream(plan, upstream_N)
+        stacked = _stack_upstream(request, upstream_N)
         for index, rows in enumerate(pieces):
             labels_R, *state = kept[index * ctx.num_kept : (index + 1) * ctx.num_kept]
-            upstream = _upstream(plan, stacked, rows, labels_R)
+            upstream = _upstream(request, stacked, rows, labels_R)
             if head_gradient is None:
-                gradient_RS = pulled_gradient(upstream, Pulls(*state), head_WS, labels_R, plan.shard)
+                gradient_RD = pulled_gradient(upstream, Pulls(*state), head_WD, labels_R, request.shard)
             else:
-                student_RS, teacher_RT, *normalisers = state
+                student_RD, teacher_RT, *normalisers = state
                 teacher = None if teacher_RT is None else (teacher_RT, teacher_head_WT)
-                sweeps = make_sweeps(plan, teacher, (student_RS, head_WS))
-                gradient_RS = sweeps.gradients(
-                    upstream, Normalisers(*normalisers), labels_R, head_gradient.sum_WS
+                sweeps = make_sweeps(request, teacher, (student_RD, head_WD))
+                gradient_RD = sweeps.gradients(
+                    upstream, Normalisers(*normalisers), labels_R, head_gradient.sum_WD
                 )
             if ctx.needs_input_grad[0]:
-                reductions.append(plan.shard.start_reduce(gradient_RS.to(ctx.student_dtype)))
+                reductions.append(request.shard.start_reduce(gradient_RD.to(ctx.student_dtype)))
         parts = [reduction.wait() for reduction in reductions]
-        gradient_NS = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
-        return gradient_NS, None if head_gradient is None else head_gradient.finish(), None, None, None
+        gradient_ND = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+        return gradient_ND, None if head_gradient is None else head_gradient.finish(), None, None, None
 
 
-def _kept(plan: Plan, chunk: Chunk) -> tuple[Tensor | None, ...]:
-    """What a chunk's backward pass needs."""
-    swept = chunk.swept
-    if plan.head_gradient:
+def _kept(request: Request, block: TokenBlock) -> tuple[Tensor | None, ...]:
+    """What a block's backward pass needs."""
+    swept = block.swept
+    if request.head_gradient:
         hiddens = (swept.student[0], None if swept.teacher is None else swept.teacher[0])
-        return swept.labels_R, *hiddens, *normalisers_of(plan, chunk.statistics, chunk.mixture)
-    if plan.body_gradient:
-        return swept.labels_R, *pulls_of(plan, swept.sums, chunk.statistics, chunk.mixture)
+        return swept.labels_R, *hiddens, *normalisers_of(request, block.statistics, block.second)
+    if request.body_gradient:
+        return swept.labels_R, *pulls_of(request, swept.sums, block.statistics, block.second)
     return ()
 
 
-def _stack_upstream(plan: Plan, upstream_N: tuple[Tensor | None, ...]) -> Tensor:
+def _stack_upstream(request: Request, upstream_N: tuple[Tensor | None, ...]) -> Tensor:
     """All tokens' upstream gradients, [ranks, N, 3]. Collectives: one all-gather under sequence parallelism."""
     like = next(gradient for gradient in upstream_N if gradient is not None)
     divergence, _, lse, entropy = (torch.zeros_like(like) if g is None else g for g in upstream_N)
     stacked = torch.stack([divergence, lse, entropy], dim=1)
-    return plan.shard.start_stack(stacked).wait() if plan.shard.splits_tokens else stacked[None]
+    return request.shard.start_stack(stacked).wait() if request.shard.splits_tokens else stacked[None]
 
 
-def _upstream(plan: Plan, stacked: Tensor, rows: slice, labels_R: Tensor | None) -> Upstream:
-    """Those of a chunk."""
+def _upstream(request: Request, stacked: Tensor, rows: slice, labels_R: Tensor | None) -> Upstream:
+    """Those of a block."""
     divergence_R, lse_R, entropy_R = stacked[:, rows].flatten(0, 1).unbind(1)
     if labels_R is not None:
         entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)
-    return Upstream(divergence_R * plan.temperature, lse_R + entropy_R, entropy_R)
+    return Upstream(divergence_R * request.temperature, lse_R + entropy_R, entropy_R)

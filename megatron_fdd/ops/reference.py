@@ -16,38 +16,38 @@ from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import collected
-from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 
 def reference_linear_kl(
-    plan: Plan, teacher: Model | None, student: Model, labels_N: Tensor | None
+    request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The fields of `LinearKL`. Memory: several [R, V] tensors, on every tensor-parallel rank.
 
     Collectives over the tensor-parallel group: an all-gather of both models' logits, and more; synchronises.
     """
-    shard = plan.shard
+    shard = request.shard
     student = (student[0], collected(student[1]))
     student_NV = _own_logits(*student, shard)
     teacher_NV = None if teacher is None else _own_logits(*teacher, shard).detach()
     divergence_N = entropy_N = None
-    if plan.divergence is not None:
+    if request.divergence is not None:
         assert teacher_NV is not None
-        divergence_N = plain_divergence(teacher_NV, student_NV, plan.divergence)
+        divergence_N = plain_divergence(teacher_NV, student_NV, request.divergence)
     if labels_N is not None:
         labels_N = labels_N.masked_fill(labels_N < 0, -100)
         entropy_N = cross_entropy(student_NV, labels_N, ignore_index=-100, reduction="none")
-    if not plan.needs_lse:
+    if not request.needs_lse:
         return divergence_N, None, None, entropy_N
     teacher_lse_N = None if teacher_NV is None else teacher_NV.logsumexp(-1)
     return divergence_N, teacher_lse_N, student_NV.logsumexp(-1), entropy_N
 
 
 def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Of two models' logits, per token [N], with the factor T^2 (docs/method.md)."""
-    heat, mix = divergence.temperature, divergence.mixture
+    """Of two models' logits, per token [N], with the factor temperature**2 (docs/method.md)."""
+    heat, mix = divergence.temperature, divergence.mix_weight
     log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
 
     def kl(first: Tensor, second: Tensor) -> Tensor:

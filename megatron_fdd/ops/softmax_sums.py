@@ -1,6 +1,6 @@
 """What forward sweeps sum up, and how the ranks' sums become statistics of the whole vocabulary.
 
-Shapes: R tokens, M rows = R per model (teacher's first, student's last), S the student's width.
+Shapes: R tokens, M rows = R per model (teacher's first, student's last), D the student's width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
@@ -23,8 +23,8 @@ class SoftmaxSums:
     With e = exp(logits - peak), z the logits over the temperature:
     peak_M, mass_M = sum e; unit_mass_M = sum e^temperature;
     cross_R = sum e_lead (z_S - z_T), lead = T for fkl, S for rkl;
-    rows_MS: sum e_T W_S, then sum e_S W_S (for rkl, sum e_S (z_S - z_T) W_S comes first);
-    without a divergence it is sum e_S W_S alone; unit_rows_RS = sum e_S^temperature W_S.
+    rows_MD: sum e_T W_S, then sum e_S W_S (for rkl, sum e_S (z_S - z_T) W_S comes first);
+    without a divergence it is sum e_S W_S alone; unit_rows_RD = sum e_S^temperature W_S.
     """
 
     num_models: int
@@ -34,31 +34,33 @@ class SoftmaxSums:
     mass_M: Tensor
     unit_mass_M: Tensor | None
     cross_R: Tensor | None
-    rows_MS: Tensor | None
-    unit_rows_RS: Tensor | None
+    rows_MD: Tensor | None
+    unit_rows_RD: Tensor | None
 
     @classmethod
-    def nothing_seen(cls, plan: Plan, teacher: Model | None, student: Model) -> SoftmaxSums:
-        """What `plan` asks for, over an empty part of the vocabulary."""
-        hidden_RS = student[0]
-        count, width = hidden_RS.shape
+    def nothing_seen(cls, request: Request, teacher: Model | None, student: Model) -> SoftmaxSums:
+        """What `request` asks for, over an empty part of the vocabulary."""
+        hidden_RD = student[0]
+        count, width = hidden_RD.shape
         num_models = 1 if teacher is None else 2
         total = num_models * count
 
         def zeros(*shape: int) -> Tensor:
-            return hidden_RS.new_zeros(shape, dtype=statistics_dtype(hidden_RS))
+            return hidden_RD.new_zeros(shape, dtype=statistics_dtype(hidden_RD))
 
-        has_rows = plan.body_gradient and not plan.mixture
+        has_rows = request.body_gradient and not request.two_sweep
         return cls(
             num_models=num_models,
-            temperature=plan.temperature,
-            student_leads=plan.crossing is not None and plan.crossing.student_leads,
+            temperature=request.temperature,
+            student_leads=request.one_sweep is not None and request.one_sweep.student_leads,
             peak_M=zeros(total).fill_(-torch.inf),
             mass_M=zeros(total),
-            unit_mass_M=zeros(total) if plan.heated else None,
-            cross_R=zeros(count) if plan.crossing else None,
-            rows_MS=zeros(total if plan.crossing else count, width) if has_rows else None,
-            unit_rows_RS=zeros(count, width) if plan.body_gradient and plan.heated else None,
+            unit_mass_M=zeros(total) if request.needs_both_temperatures else None,
+            cross_R=zeros(count) if request.one_sweep else None,
+            rows_MD=zeros(total if request.one_sweep else count, width) if has_rows else None,
+            unit_rows_RD=zeros(count, width)
+            if request.body_gradient and request.needs_both_temperatures
+            else None,
         )
 
     @property
@@ -86,7 +88,7 @@ class VocabStatistics:
     scale_M: Tensor  # turns this rank's sums of exponentials into sums of probabilities
     unit_lse_M: Tensor  # at temperature 1
     unit_scale_M: Tensor
-    kl_R: Tensor | None  # of a one-sweep divergence, without T^2
+    kl_R: Tensor | None  # of a one-sweep divergence, without temperature**2
     cross_R: Tensor | None  # expectation of z_S - z_T under the leading model
     label_logit_R: Tensor | None
 
@@ -134,9 +136,9 @@ def merge(sums: SoftmaxSums, packed: Pending, shard: VocabShard, *, has_labels: 
     )
 
 
-class MixtureSums(NamedTuple):
+class SecondSums(NamedTuple):
     """What the second sweep gives: over the whole vocabulary, but `rows` this rank's part."""
 
-    value_R: Tensor  # the divergence, without T^2
+    value_R: Tensor  # the divergence, without temperature**2
     centre_R: Tensor  # of its score, see Divergence.summands
-    rows_MS: Tensor | None  # sum of score * W_S, then sum of p_S * W_S
+    rows_MD: Tensor | None  # sum of score * W_S, then sum of p_S * W_S

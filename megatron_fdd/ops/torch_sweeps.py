@@ -1,6 +1,6 @@
 """The sweeps over the vocabulary in plain torch, tile by tile: the path of CPUs, and of float64.
 
-Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile, S the student's
+Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile, D the student's
 width, W rows of the head shard.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks, statistics_dtype
 
@@ -24,39 +24,39 @@ HEAD_PIECE = 4096
 
 
 class TorchSweeps:
-    """The sweeps of one chunk of tokens (`ops.sweeps.Sweeps`).
+    """The sweeps of one block of tokens (`ops.blocks.Sweeps`).
 
-    A sweep has two [R, tile] buffers. With `plan.held_rows` the tile is the whole vocabulary and its logits stay
+    A sweep has two [R, tile] buffers. With `request.held_rows` the tile is the whole vocabulary and its logits stay
     until the last sweep: later ones cost no product of their own.
     """
 
-    def __init__(self, plan: Plan, teacher: Model | None, student: Model) -> None:
-        self._plan, self._models = plan, (teacher, student)
+    def __init__(self, request: Request, teacher: Model | None, student: Model) -> None:
+        self._request, self._models = request, (teacher, student)
         self._tiles = LogitTiles(
             teacher,
             student,
-            num_valid=plan.shard.num_valid,
-            tile_size=plan.kernels.tile_columns(student[1])
-            if plan.held_rows is None
-            else plan.shard.num_valid,
-            temperature=plan.temperature,
+            num_valid=request.shard.num_valid,
+            tile_size=request.implementation.tile_columns(student[1])
+            if request.held_rows is None
+            else request.shard.num_valid,
+            temperature=request.temperature,
         )
         self._held: list[Tile] | None = None
 
     def softmax_sums(self) -> SoftmaxSums:
         """Online softmax over this rank's part of the vocabulary."""
-        sums = SoftmaxSums.nothing_seen(self._plan, *self._models)
+        sums = SoftmaxSums.nothing_seen(self._request, *self._models)
         for tile in self._sweep():
-            _add(self._plan, sums, tile)
+            _add(self._request, sums, tile)
         return sums
 
-    def mixture_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, S]."""
-        tiles, divergence = self._tiles, self._plan.mixture
+    def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
+        tiles, divergence = self._tiles, self._request.two_sweep
         assert divergence is not None
         count = tiles.num_tokens
         sums_2R = tiles.zeros(2, count)
-        rows_MS = tiles.zeros(2 * count, tiles.student_width) if self._plan.body_gradient else None
+        rows_MD = tiles.zeros(2 * count, tiles.student_width) if self._request.body_gradient else None
         teacher_lse_R, student_lse_R = lse_M[:count, None], lse_M[count:, None]
         for tile in self._sweep():
             assert tile.teacher_RC is not None
@@ -66,72 +66,72 @@ class TorchSweeps:
                 value, score = divergence.summands(teacher_log, student_log)
                 sums_2R[0, rows] += value.sum(1)
                 sums_2R[1, rows] += score.sum(1)
-                if rows_MS is not None:
+                if rows_MD is not None:
                     tile.teacher_RC[rows] = score
                     torch.exp(student_log, out=tile.student_RC[rows])
-            if rows_MS is not None:
-                accumulate(rows_MS, tile.logits_MC, tile.head_CS)
-        return sums_2R, rows_MS
+            if rows_MD is not None:
+                accumulate(rows_MD, tile.logits_MC, tile.head_CD)
+        return sums_2R, rows_MD
 
     def gradients(
         self,
         upstream: Upstream,
         normalisers: Normalisers,
         labels_R: Tensor | None,
-        head_gradient_WS: Tensor | None,
+        head_gradient_WD: Tensor | None,
     ) -> Tensor:
-        """The hidden states' gradient [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
-        tiles, plan = self._tiles, self._plan
-        gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
+        """The hidden states' gradient [R, D], this rank's part; the head's is added to `head_gradient_WD`."""
+        tiles, request = self._tiles, self._request
+        gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
         for tile in self._sweep():
             for rows in row_blocks(tile.student_RC):
-                tile.student_RC[rows] = _logit_gradient(plan, tile, rows, upstream, normalisers)
+                tile.student_RC[rows] = _logit_gradient(request, tile, rows, upstream, normalisers)
             if labels_R is not None:
-                _subtract_labels(tile, labels_R - plan.shard.first, upstream.label_R)
-            accumulate(gradient_RS, tile.student_RC, tile.head_CS)
-            if head_gradient_WS is not None:
-                add_head_gradient(head_gradient_WS[tile.columns], tile.student_RC, tiles.hiddens[-1])
+                _subtract_labels(tile, labels_R - request.shard.first, upstream.label_R)
+            accumulate(gradient_RD, tile.student_RC, tile.head_CD)
+            if head_gradient_WD is not None:
+                add_head_gradient(head_gradient_WD[tile.columns], tile.student_RC, tiles.hiddens[-1])
         self._held = None
-        return gradient_RS
+        return gradient_RD
 
     def _sweep(self) -> Iterable[Tile]:
-        if self._plan.held_rows is None:
+        if self._request.held_rows is None:
             return self._tiles
         if self._held is None:
             self._held = list(self._tiles)
         return self._held
 
 
-def add_head_gradient(rows_CS: Tensor, gradient_RC: Tensor, hidden_RS: Tensor) -> None:
+def add_head_gradient(rows_CD: Tensor, gradient_RC: Tensor, hidden_RD: Tensor) -> None:
     """rows += gradient.T @ hidden; half-precision rows in pieces: no second tensor of their size."""
-    dtype = statistics_dtype(rows_CS)
-    if rows_CS.dtype == dtype:
-        accumulate(rows_CS, gradient_RC.T, hidden_RS)
+    dtype = statistics_dtype(rows_CD)
+    if rows_CD.dtype == dtype:
+        accumulate(rows_CD, gradient_RC.T, hidden_RD)
         return
-    for part_CS, part_RC in zip(rows_CS.split(HEAD_PIECE), gradient_RC.split(HEAD_PIECE, dim=1), strict=True):
-        part_CS += product(part_RC.T, hidden_RS, dtype)
+    for part_CD, part_RC in zip(rows_CD.split(HEAD_PIECE), gradient_RC.split(HEAD_PIECE, dim=1), strict=True):
+        part_CD += product(part_RC.T, hidden_RD, dtype)
 
 
-def _add(plan: Plan, sums: SoftmaxSums, tile: Tile) -> None:
+def _add(request: Request, sums: SoftmaxSums, tile: Tile) -> None:
     """One tile into the sums. Its weights take the logits' place where gradients are made of them."""
     old_peak_M, tile_peak_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
     for rows in row_blocks(tile.student_RC):
         _add_rows(sums, tile, rows, tile_peak_M)
-    if sums.rows_MS is None:
+    if sums.rows_MD is None:
         return
     shrink_M, gap_M = old_peak_M.sub_(sums.peak_M).exp_(), tile_peak_M.sub_(sums.peak_M)
     weights_MC = tile.logits_MC
-    if plan.crossing is None:
+    if request.one_sweep is None:
         weights_MC, shrink_M, gap_M = tile.student_RC, shrink_M[sums.student], gap_M[sums.student]
     elif sums.student_leads:
         shrink_M, gap_M = shrink_M[sums.student].repeat(2), gap_M[sums.student].repeat(2)
-    sums.rows_MS.mul_(shrink_M[:, None])
-    accumulate_kept(sums.rows_MS, weights_MC, tile.head_CS, gap_M, plan.kernels.skip_below)
+    sums.rows_MD.mul_(shrink_M[:, None])
+    accumulate_kept(sums.rows_MD, weights_MC, tile.head_CD, gap_M, request.implementation.skip_below)
 
 
 def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -> None:
-    """Some tokens of a tile into all sums but `rows_MS`. Temporaries of that size."""
-    in_place = sums.rows_MS is not None
+    """Some tokens of a tile into all sums but `rows_MD`. Temporaries of that size."""
+    in_place = sums.rows_MD is not None
     difference = None
     if sums.cross_R is not None:
         assert tile.teacher_RC is not None
@@ -165,13 +165,13 @@ def _add_unit(
     assert sums.unit_mass_M is not None
     weights = (shifted * sums.temperature).exp_()
     sums.unit_mass_M[model][rows].mul_(shrink).add_(weights.sum(1))
-    if sums.unit_rows_RS is not None and model == sums.student:
-        sums.unit_rows_RS[rows].mul_(shrink[:, None])
-        accumulate(sums.unit_rows_RS[rows], weights, tile.head_CS)
+    if sums.unit_rows_RD is not None and model == sums.student:
+        sums.unit_rows_RD[rows].mul_(shrink[:, None])
+        accumulate(sums.unit_rows_RD[rows], weights, tile.head_CD)
 
 
 def accumulate_kept(
-    rows_MS: Tensor, weights_MC: Tensor, head_CS: Tensor, gap_M: Tensor, skip_below: float
+    rows_MD: Tensor, weights_MC: Tensor, head_CD: Tensor, gap_M: Tensor, skip_below: float
 ) -> None:
     """rows += weights @ head, without rows whose every weight in this tile is at most exp(gap) < `skip_below`.
 
@@ -180,9 +180,9 @@ def accumulate_kept(
     if skip_below > 0:
         kept = kept_rows(gap_M, skip_below)
         if len(kept) < WORTH_SKIPPING * len(gap_M):
-            rows_MS.index_add_(0, kept, product(weights_MC[kept], head_CS, rows_MS.dtype))
+            rows_MD.index_add_(0, kept, product(weights_MC[kept], head_CD, rows_MD.dtype))
             return
-    accumulate(rows_MS, weights_MC, head_CS)
+    accumulate(rows_MD, weights_MC, head_CD)
 
 
 def kept_rows(gap_M: Tensor, skip_below: float) -> Tensor:
@@ -191,27 +191,27 @@ def kept_rows(gap_M: Tensor, skip_below: float) -> Tensor:
 
 
 def _logit_gradient(
-    plan: Plan, tile: Tile, rows: slice, upstream: Upstream, normalisers: Normalisers
+    request: Request, tile: Tile, rows: slice, upstream: Upstream, normalisers: Normalisers
 ) -> Tensor:
     """Gradient of some tokens' student logits, labels apart. Temporaries of that size."""
     student = tile.student_RC[rows]
     unit = upstream.unit_R[rows, None]
-    if plan.divergence is None:
+    if request.divergence is None:
         return (student - normalisers.unit_lse_R[rows, None]).exp_().mul_(unit)
     assert tile.teacher_RC is not None
     assert normalisers.centre_R is not None
     teacher_lse, student_lse = normalisers.lse_M.view(2, -1)[:, rows, None]
     student_log = student - student_lse
-    score = plan.divergence.score(tile.teacher_RC[rows] - teacher_lse, student_log)
+    score = request.divergence.score(tile.teacher_RC[rows] - teacher_lse, student_log)
     # score * up + p * (unit - centre * up), in as few passes as may be.
     probability = student_log.exp_()
     scale = upstream.divergence_R[rows, None]
     own = -normalisers.centre_R[rows, None] * scale
-    if plan.unit and not plan.heated:
+    if request.needs_temperature_one and not request.needs_both_temperatures:
         own = own + unit
     gradient = score.mul_(scale).addcmul_(probability, own)
-    if plan.heated:
-        unit_log = student.mul(plan.temperature).sub_(normalisers.unit_lse_R[rows, None])
+    if request.needs_both_temperatures:
+        unit_log = student.mul(request.temperature).sub_(normalisers.unit_lse_R[rows, None])
         gradient.addcmul_(unit_log.exp_(), unit)
     return gradient
 

@@ -1,7 +1,7 @@
 """How a head's rows are spread over tensor-parallel ranks, and the few collectives that this needs.
 
 Shapes: N this rank's tokens, R tokens after the gather (N, or N * ranks under sequence parallelism),
-S hidden width, W rows of the head shard.
+D hidden width, W rows of the head shard.
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ def _flatten(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, 1)
 
 
-def label_rows(head_WS: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
-    """The head's row of each label in float32 (or float64), [R, S]; zeros where this rank does not have it."""
+def label_rows(head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
+    """The head's row of each label in float32 (or float64), [R, D]; zeros where this rank does not have it."""
     local_R = labels_R - shard.first
     elsewhere_R = (labels_R < 0) | (local_R < 0) | (local_R >= shard.num_valid)
-    rows_RS = head_WS[local_R.masked_fill(elsewhere_R, 0)].to(statistics_dtype(head_WS))
-    return rows_RS.masked_fill_(elsewhere_R[:, None], 0.0)
+    rows_RD = head_WD[local_R.masked_fill(elsewhere_R, 0)].to(statistics_dtype(head_WD))
+    return rows_RD.masked_fill_(elsewhere_R[:, None], 0.0)
 
 
-def label_logits(hidden_RS: Tensor, head_WS: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
+def label_logits(hidden_RD: Tensor, head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
     """This rank's part of each label's logit, [R]: its sum over ranks is the logit (0 without a label)."""
-    return label_rows(head_WS, labels_R, shard).mul_(hidden_RS).sum(1)
+    return label_rows(head_WD, labels_R, shard).mul_(hidden_RD).sum(1)

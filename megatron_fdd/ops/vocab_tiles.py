@@ -1,7 +1,7 @@
 """Logits of teacher and student, tile by tile of the vocabulary: they appear and are gone again.
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile,
-T / S hidden width of teacher / student, W rows of the head shard.
+T / D hidden width of teacher / student, W rows of the head shard.
 
 Products run in the weights' dtype with float32 results; everything else is float32 (float64 stays float64).
 """
@@ -76,7 +76,7 @@ class Tile(NamedTuple):
     teacher_RC: Tensor | None  # logits / temperature
     student_RC: Tensor
     logits_MC: Tensor  # both of them, one buffer
-    head_CS: Tensor  # the student's rows, in `product_dtype`
+    head_CD: Tensor  # the student's rows, in `product_dtype`
 
 
 class LogitTiles:

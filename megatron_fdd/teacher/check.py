@@ -15,7 +15,7 @@ from megatron_fdd.ops.linear_kl import VocabShard, linear_kl
 from megatron_fdd.teacher import TeacherFeatures
 
 
-def report_cross_entropy(
+def log_cross_entropy(
     features: TeacherFeatures, labels_N: Tensor, *, lens: Lens, shard: VocabShard, group: ProcessGroup
 ) -> None:
     """Log the teacher's cross-entropy on the first batch; warn loudly when a uniform guess would be better.

@@ -13,7 +13,7 @@ from megatron_fdd.teacher import TeacherFeatures
 from megatron_fdd.teacher.tap_format import TapFormat
 
 
-class LiveTeacher:
+class BesideTeacher:
     """Runs a frozen GPTModel forward. Keeps nothing between micro-batches.
 
     Args:

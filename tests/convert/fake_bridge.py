@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_fdd.convert.families.family import Row
+from megatron_fdd.convert.families.family import WeightRow
 from megatron_fdd.convert.families.transforms import GroupedQkv, Stacked
 
 
@@ -143,42 +143,42 @@ class AutoBridge:
             parts += zip(row.sources, row.transform.split(sources[row.mcore]), strict=True)
         yield from type(self).lists(parts)
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[WeightRow]:
         hf = self.hf_config
         rows = [
-            Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-            Row("output_layer.weight", ("lm_head.weight",)),
-            Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+            WeightRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+            WeightRow("output_layer.weight", ("lm_head.weight",)),
+            WeightRow("decoder.final_layernorm.weight", ("model.norm.weight",)),
         ]
         for layer in range(hf.num_hidden_layers):
             rows += self._layer(layer, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
         return rows
 
-    def _layer(self, layer: int, own: str, theirs: str) -> list[Row]:
+    def _layer(self, layer: int, own: str, theirs: str) -> list[WeightRow]:
         hf = self.hf_config
         qkv = GroupedQkv(hf.num_attention_heads // hf.num_key_value_heads, hf.head_dim)
         queries = tuple(f"{theirs}self_attn.{one}_proj.weight" for one in "qkv")
         rows = [
-            Row(f"{own}input_layernorm.weight", (f"{theirs}input_layernorm.weight",)),
-            Row(f"{own}self_attention.linear_qkv.weight", queries, qkv),
-            Row(f"{own}self_attention.linear_proj.weight", (f"{theirs}self_attn.o_proj.weight",)),
-            Row(f"{own}pre_mlp_layernorm.weight", (f"{theirs}post_attention_layernorm.weight",)),
+            WeightRow(f"{own}input_layernorm.weight", (f"{theirs}input_layernorm.weight",)),
+            WeightRow(f"{own}self_attention.linear_qkv.weight", queries, qkv),
+            WeightRow(f"{own}self_attention.linear_proj.weight", (f"{theirs}self_attn.o_proj.weight",)),
+            WeightRow(f"{own}pre_mlp_layernorm.weight", (f"{theirs}post_attention_layernorm.weight",)),
         ]
         if layer < hf.first_k_dense_replace:
             return rows + _mlp(f"{own}mlp.", f"{theirs}mlp.")
-        bias = Row(f"{own}mlp.router.expert_bias", (f"{theirs}mlp.gate.e_score_correction_bias",))
-        rows += [Row(f"{own}mlp.router.weight", (f"{theirs}mlp.gate.weight",)), bias]
+        bias = WeightRow(f"{own}mlp.router.expert_bias", (f"{theirs}mlp.gate.e_score_correction_bias",))
+        rows += [WeightRow(f"{own}mlp.router.weight", (f"{theirs}mlp.gate.weight",)), bias]
         rows += _mlp(f"{own}mlp.shared_experts.", f"{theirs}mlp.shared_experts.")
         for one in range(hf.n_routed_experts):
             rows += _mlp(f"{own}mlp.experts.local_experts.{one}.", f"{theirs}mlp.experts.{one}.")
         return rows
 
 
-def _mlp(own: str, theirs: str) -> list[Row]:
+def _mlp(own: str, theirs: str) -> list[WeightRow]:
     gate_and_up = (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight")
     return [
-        Row(f"{own}linear_fc1.weight", gate_and_up, Stacked(2)),
-        Row(f"{own}linear_fc2.weight", (f"{theirs}down_proj.weight",)),
+        WeightRow(f"{own}linear_fc1.weight", gate_and_up, Stacked(2)),
+        WeightRow(f"{own}linear_fc2.weight", (f"{theirs}down_proj.weight",)),
     ]
 
 

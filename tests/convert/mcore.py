@@ -70,8 +70,8 @@ def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
     """A checkpoint of a model that is whole on the one rank there is."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_fdd.convert.checkpoint_entries import tensors_of
     from megatron_fdd.convert.mcore_checkpoint import save_model
-    from megatron_fdd.convert.pieces import tensors_of
 
     values = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     groups = ProcessGroupCollection.use_mpu_process_groups()

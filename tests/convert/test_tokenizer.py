@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_fdd.convert.tokenizer import copy_tokenizer
+from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.tokenizer_identity import TokenizerStamp, difference_from_file, stored_identity
 from tests.convert import toys
 from tests.tokenizer_identity import variants

@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"torch_dtype": "bfloat16"},
     "float16": {"torch_dtype": "float16"},
     "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
-    # Windows are shorter than the texts.
+    # AttentionWindows are shorter than the texts.
     "mistral_window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7},
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen2_window": {

@@ -10,7 +10,7 @@ import pytest
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.config import TokenizerConfig
 
-from megatron_fdd.convert.tokenizer import copy_tokenizer
+from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import load_tokenizer
 from megatron_fdd.data.pairing import Role, check_checkpoint_tokenizer

@@ -39,17 +39,17 @@ def replaced_in_a_run(
     command: Sequence[str], environment: dict[str, str]
 ) -> tuple[Ending, set[str], set[str]]:
     """Body on a rank: the entry point's ending, and what is replaced while it trains and afterwards."""
-    from megatron_fdd.schedule import DistillationSteps
+    from megatron_fdd.schedule import StepHooks
 
     if not _BEFORE:
         remember()
-    run, found = DistillationSteps.run, set[str]()
+    run, found = StepHooks.run, set[str]()
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
         found.update(replaced())
         return run(*arguments, **keywords)
 
-    with patch.object(DistillationSteps, "run", watched):
+    with patch.object(StepHooks, "run", watched):
         [ending] = run_commands([command], environment=environment)
     return ending, found, replaced()
 

@@ -58,7 +58,7 @@ rank, case = int(os.environ["RANK"]), sys.argv[1]
 launch.PATIENCE_S = float(sys.argv[2])
 if rank == 0:
     time.sleep(1 if case == "late" else 30)
-launch.report_error(f"megatron_fdd: error: {case}")
+launch.print_error(f"megatron_fdd: error: {case}")
 sys.exit(1)
 """
 

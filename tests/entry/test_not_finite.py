@@ -66,10 +66,10 @@ def test_gradient_that_exploded(toy: Toys, tmp_path: Path) -> None:
     assert_stopped(endings, tmp_path, "error: iteration 2: the norm of the gradient is nan")
 
 
-real_take_sums = student.StudentStep.take_sums
+real_take_sums = student.StudentForward.take_sums
 
 
-def nan_on_last_rank(step: student.StudentStep) -> Tensor:
+def nan_on_last_rank(step: student.StudentForward) -> Tensor:
     """The step's sums; in iteration 2 one rank's numbers are bad."""
     sums = real_take_sums(step)
     if get_args().curr_iteration == 1 and get_args().rank == get_args().world_size - 1:
@@ -80,7 +80,7 @@ def nan_on_last_rank(step: student.StudentStep) -> Tensor:
 def test_loss_of_one_rank_stops_all(toy: Toys, tmp_path: Path) -> None:
     [endings] = run(
         command(toy, tmp_path),
-        patches=[Patch("megatron_fdd.student.StudentStep", "take_sums", nan_on_last_rank)],
+        patches=[Patch("megatron_fdd.student.StudentForward", "take_sums", nan_on_last_rank)],
     )
     assert_stopped(endings, tmp_path, "error: iteration 2: total, ")
 

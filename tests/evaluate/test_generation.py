@@ -14,7 +14,7 @@ from megatron_fdd.data.instructions import Instruction
 from megatron_fdd.evaluate.generation import (
     Generator,
     Prompt,
-    Sampler,
+    SamplingProcessor,
     check_length,
     encode_prompts,
     example_seed,
@@ -102,7 +102,7 @@ def test_little_of_the_distribution_is_greedy(folder: Path) -> None:
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     count = 4000
-    sampler = Sampler((example_seed(10, number) for number in range(count)), torch.device("cpu"))
+    sampler = SamplingProcessor((example_seed(10, number) for number in range(count)), torch.device("cpu"))
     scores = probabilities.log().expand(count, -1)
     for _ in range(2):  # every row's generator goes on
         drawn = sampler(None, scores).argmax(-1).bincount(minlength=4) / count

@@ -72,7 +72,7 @@ def test_what_is_no_number_is_refused_and_what_is_too_large_is_infinite() -> Non
         perplexity.score_models(None, {"broken": broken}, windows)
     with pytest.raises(ValueError, match="predicts what is no number"):
         perplexity.score_models(broken, {"student": tiny_model(2)}, windows)
-    assert perplexity.Score(800.0, math.nan).perplexity == math.inf
+    assert perplexity.PerplexityScore(800.0, math.nan).perplexity == math.inf
 
 
 def test_windows_predict_every_token_once_and_close_documents() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_fdd.evaluate.report.runs import Run, read_runs
-from megatron_fdd.evaluate.report.scores import Row, Score, evaluation_rows, term_rows
+from megatron_fdd.evaluate.report.scores import Score, ScoreRow, evaluation_rows, term_rows
 from tests.evaluate.report_files import evaluation, make_run, record, write
 
 
@@ -27,12 +27,12 @@ from tests.evaluate.report_files import evaluation, make_run, record, write
     ],
 )
 def test_best_is_beyond_the_spread(scores: list[Score | None], conditions: Any, best: int | None) -> None:
-    assert Row("x", scores, list(conditions), higher_is_better=True).best == best
+    assert ScoreRow("x", scores, list(conditions), higher_is_better=True).best == best
 
 
 def test_lower_is_better_for_losses() -> None:
-    assert Row("x", [Score(2, 0.1), Score(1, 0.1)], [0, 0]).best == 1
-    assert Row("x", [Score(2, 0.1), Score(1, 0.1)], [0, 0], higher_is_better=None).best is None
+    assert ScoreRow("x", [Score(2, 0.1), Score(1, 0.1)], [0, 0]).best == 1
+    assert ScoreRow("x", [Score(2, 0.1), Score(1, 0.1)], [0, 0], higher_is_better=None).best is None
 
 
 def scored(*evaluations: dict[str, Any]) -> list[Run]:

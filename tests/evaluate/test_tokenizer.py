@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fdd.evaluate.evaluation import Windows, check_known_tokens
+from megatron_fdd.evaluate.evaluation import TextWindows, check_known_tokens
 from megatron_fdd.evaluate.models import NamedModel
 from megatron_fdd.tokenizer_identity import identity_of_folder
 from tests.tokenizer_identity import variants
@@ -43,9 +43,9 @@ def test_a_text_with_a_token_of_the_teacher_alone_is_refused(tmp_path: Path) -> 
     student = model(tmp_path / "student")
     tokenizer = teacher.tokenizer()
     ids = tokenizer("two <|im_end|> three")["input_ids"]
-    check_known_tokens(student, Windows(tokenizer, torch.tensor([ids])))
+    check_known_tokens(student, TextWindows(tokenizer, torch.tensor([ids])))
     ids = tokenizer("two <|new|> three")["input_ids"]
     with pytest.raises(
         ValueError, match=r"holds '<.new.>', id \d+ of the teacher, which student does not have; leave"
     ):
-        check_known_tokens(student, Windows(tokenizer, torch.tensor([ids])))
+        check_known_tokens(student, TextWindows(tokenizer, torch.tensor([ids])))

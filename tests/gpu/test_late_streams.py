@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
 from tests.ops.linear_kl_case import gradients, loss, make_case
 
@@ -127,7 +127,7 @@ def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...
         shard=shard,
         divergence=Divergence("jsd"),
         labels_N=labels,
-        kernels=Kernels(tile_size=512, chunk_rows=64),
+        implementation=Implementation(tile_size=512, block_rows=64),
     )
     found = [*outputs, *gradients(loss(outputs, upstream), student, head)]
     final = head_loss(
@@ -137,7 +137,7 @@ def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...
         divergence=Divergence(),
         labels_N=labels,
         weights=LossWeights(upstream[0], upstream[2], 1.0, 1.0),
-        kernels=Kernels(held_logits=64 * 3000),
+        implementation=Implementation(held_logits=64 * 3000),
     )
     found += [*final, *gradients(final.divergence + final.cross_entropy, student, head)]
     grams = head_grams(teacher_head, head, shard=shard, centred=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
 from tests.ops.head_loss_case import FACTOR, weighted, weights_of
 from tests.ops.head_loss_case import reference as head_reference
 from tests.ops.linear_kl_case import (
@@ -40,7 +40,9 @@ def on_gpu(size: tuple[int, int, int, tuple[int, int]], dtype: torch.dtype) -> C
     return replace(case, **tensors)
 
 
-def assert_linear_kl(case: Case, divergence: Divergence | None, kernels: Kernels, *, live: bool) -> None:
+def assert_linear_kl(
+    case: Case, divergence: Divergence | None, implementation: Implementation, *, live: bool
+) -> None:
     hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_(live)
     outputs = linear_kl(
         case.teacher,
@@ -50,7 +52,7 @@ def assert_linear_kl(case: Case, divergence: Divergence | None, kernels: Kernels
         shard=VocabShard(0, case.vocab_size, None),
         divergence=divergence,
         labels_N=case.labels,
-        kernels=kernels,
+        implementation=implementation,
     )
     leaves = (hidden, head) if live else (hidden,)
     ours = gradients(loss(outputs, case.upstream), *leaves)
@@ -63,7 +65,7 @@ def assert_linear_kl(case: Case, divergence: Divergence | None, kernels: Kernels
         assert error(gradient, wanted) < in_gradient
 
 
-def assert_head_loss(case: Case, divergence: Divergence | None, kernels: Kernels) -> None:
+def assert_head_loss(case: Case, divergence: Divergence | None, implementation: Implementation) -> None:
     weights = weights_of(case)
     hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_()
     ours = head_loss(
@@ -73,7 +75,7 @@ def assert_head_loss(case: Case, divergence: Divergence | None, kernels: Kernels
         divergence=divergence,
         labels_N=case.labels,
         weights=weights,
-        kernels=kernels,
+        implementation=implementation,
     )
     double = case.to(torch.float64)
     leaves = [x.clone().requires_grad_() for x in (double.student, double.student_head)]
@@ -89,30 +91,30 @@ def assert_head_loss(case: Case, divergence: Divergence | None, kernels: Kernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_divergence(kind: str, temperature: float, kernels: str, dtype: torch.dtype) -> None:
+def test_every_divergence(kind: str, temperature: float, implementation: str, dtype: torch.dtype) -> None:
     case, divergence = on_gpu(ODD, dtype), Divergence(kind, temperature=temperature)
     for live in (False, True):
-        assert_linear_kl(case, divergence, Kernels(kernels, tile_size=256), live=live)
-    assert_head_loss(case, divergence, Kernels(kernels))
+        assert_linear_kl(case, divergence, Implementation(implementation, tile_size=256), live=live)
+    assert_head_loss(case, divergence, Implementation(implementation))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 @pytest.mark.parametrize("size", [SEVERAL_TILES, LARGE], ids=["17k", "152k"])
-def test_large_vocabularies(size: tuple, kernels: str, dtype: torch.dtype) -> None:
+def test_large_vocabularies(size: tuple, implementation: str, dtype: torch.dtype) -> None:
     case = on_gpu(size, dtype)
-    assert_linear_kl(case, Divergence("fkl"), Kernels(kernels), live=False)
-    assert_linear_kl(case, Divergence("rkl"), Kernels(kernels), live=True)
-    assert_head_loss(case, Divergence("fkl"), Kernels(kernels))
-    assert_head_loss(case, None, Kernels(kernels))
+    assert_linear_kl(case, Divergence("fkl"), Implementation(implementation), live=False)
+    assert_linear_kl(case, Divergence("rkl"), Implementation(implementation), live=True)
+    assert_head_loss(case, Divergence("fkl"), Implementation(implementation))
+    assert_head_loss(case, None, Implementation(implementation))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_trained_heads_gradient_added_at_once(kernels: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_trained_heads_gradient_added_at_once(implementation: str, dtype: torch.dtype) -> None:
     case = on_gpu(SEVERAL_TILES, dtype)
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR, device="cuda"))
     hidden, head = case.student.clone().requires_grad_(), parameter_of_ddp(case.student_head)
@@ -123,7 +125,7 @@ def test_a_trained_heads_gradient_added_at_once(kernels: str, dtype: torch.dtype
         divergence=Divergence(),
         labels_N=case.labels,
         weights=weights,
-        kernels=Kernels(kernels),
+        implementation=Implementation(implementation),
     )
     weighted(result, weights).backward()
     double = case.to(torch.float64)
@@ -134,8 +136,8 @@ def test_a_trained_heads_gradient_added_at_once(kernels: str, dtype: torch.dtype
     assert error(head.main_grad - 3.0, wanted[1]) < tolerance
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_the_same_result_every_time(kernels: str) -> None:
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_the_same_result_every_time(implementation: str) -> None:
     case = on_gpu(SEVERAL_TILES, torch.bfloat16)
 
     def once() -> tuple[Tensor, ...]:
@@ -148,7 +150,7 @@ def test_the_same_result_every_time(kernels: str) -> None:
             head,
             shard=shard,
             divergence=Divergence(),
-            kernels=Kernels(kernels),
+            implementation=Implementation(implementation),
         )
         return gradients(loss(outputs, case.upstream), hidden, head)
 

@@ -1,6 +1,6 @@
 """One case of linear_kl with its float64 reference, whole or as the shards of tensor-parallel ranks.
 
-Shapes: N tokens, V vocabulary, T / S hidden width of teacher / student, P rows of the padded vocabulary.
+Shapes: N tokens, V vocabulary, T / D hidden width of teacher / student, P rows of the padded vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, LinearKL, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, LinearKL, VocabShard, linear_kl
 
 KINDS = ("fkl", "rkl", "jsd", "sfkl", "srkl")
 
 
 def reference_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
     """Straight from docs/method.md."""
-    heat, mix, kind = divergence.temperature, divergence.mixture, divergence.kind
+    heat, mix, kind = divergence.temperature, divergence.mix_weight, divergence.kind
     log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
     t, s = log_t.exp(), log_s.exp()
     first, second = (s, t) if kind == "srkl" else (t, s)
@@ -81,9 +81,9 @@ def make_case(
     return Case(teacher, heads[0], student, heads[1], labels, upstream, vocab_size)
 
 
-def tiles(tile_size: int, chunk_rows: int = 8192) -> Kernels:
+def tiles(tile_size: int, block_rows: int = 8192) -> Implementation:
     """The path in plain torch, cut small enough that several tiles and chunks are crossed."""
-    return Kernels("torch", tile_size=tile_size, chunk_rows=chunk_rows)
+    return Implementation("torch", tile_size=tile_size, block_rows=block_rows)
 
 
 def loss(outputs: LinearKL, upstream: Tensor) -> Tensor:

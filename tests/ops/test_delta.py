@@ -57,7 +57,7 @@ def test_gradcheck(centred: bool) -> None:
 def test_bf16_heads_are_multiplied_in_float32(centred: bool) -> None:
     layers = make_layers(40, 300, padded=310, dtype=torch.bfloat16)
     grams = whole_grams(layers, centred=centred)
-    assert grams.teacher_student_TS.dtype == torch.float32
+    assert grams.teacher_student_TD.dtype == torch.float32
     exact = [layer.to(torch.float32) for layer in (layers.earlier, layers.later)]
     assert (Layers(*exact).cosine(grams) - layers.reference(centred=centred)).abs().max() < 1e-5
     (gradient,) = gradients(Layers(*exact).cosine(grams).sum(), layers.earlier.student_head)
@@ -72,7 +72,7 @@ def test_centred_grams_do_not_cancel() -> None:
         layers.earlier.student_head.add_(1000)
         layers.earlier.teacher_head.add_(1000)
     shifted = whole_grams(layers, centred=True)
-    for name in ("teacher_teacher_TT", "teacher_student_TS", "student_student_SS"):
+    for name in ("teacher_teacher_TT", "teacher_student_TD", "student_student_DD"):
         assert error(getattr(shifted, name), getattr(expected, name).double()) < 1e-3
 
 

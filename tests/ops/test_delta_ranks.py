@@ -114,7 +114,7 @@ def test_gradcheck(centred: bool) -> None:
 
 @distributed(ranks=2)
 def test_collectives() -> None:
-    """T = 12, S = 7, float32; 5 tokens (so 3 a rank), or 2 a rank under sequence parallelism."""
+    """T = 12, D = 7, float32; 5 tokens (so 3 a rank), or 2 a rank under sequence parallelism."""
     student = 12 * 7 + 7 * 7
     for sequence_parallel, centred, live in [
         (False, False, True),

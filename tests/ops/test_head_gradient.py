@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.delta import head_grams
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
 from tests.ops.linear_kl_case import Case, error, make_case, parameter_of_ddp, tiles
 
 
-def loss(case: Case, head: Tensor, kernels: Kernels) -> Tensor:
+def loss(case: Case, head: Tensor, implementation: Implementation) -> Tensor:
     shard = VocabShard(0, case.vocab_size, None)
     result = linear_kl(
         case.teacher,
@@ -21,20 +21,20 @@ def loss(case: Case, head: Tensor, kernels: Kernels) -> Tensor:
         shard=shard,
         divergence=Divergence(),
         labels_N=case.labels,
-        kernels=kernels,
+        implementation=implementation,
     )
     grams = head_grams(case.teacher_head, head, shard=shard, centred=False)
-    return result.divergence_N.sum() + result.cross_entropy_N.sum() + grams.student_student_SS.sum() / 100
+    return result.divergence_N.sum() + result.cross_entropy_N.sum() + grams.student_student_DD.sum() / 100
 
 
-@pytest.mark.parametrize("kernels", [tiles(16), tiles(16, chunk_rows=5), Kernels("reference")])
-def test_all_contributions_are_added_to_main_grad(kernels: Kernels) -> None:
+@pytest.mark.parametrize("implementation", [tiles(16), tiles(16, block_rows=5), Implementation("reference")])
+def test_all_contributions_are_added_to_main_grad(implementation: Implementation) -> None:
     case = make_case(13, 53, padded=61).to(torch.float32)
     plain = case.student_head.clone().requires_grad_()
-    loss(case, plain, kernels).backward()
+    loss(case, plain, implementation).backward()
     head = parameter_of_ddp(case.student_head)
     for micro_batch in range(1, 3):
-        loss(case, head, kernels).backward()
+        loss(case, head, implementation).backward()
         assert head.grad_added_to_main_grad
         assert head.grad is not None, "DDP asserts that there is one"
         assert error(head.main_grad - 3.0, micro_batch * plain.grad.double()) < 1e-6

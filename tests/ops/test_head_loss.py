@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.measure import MIB, peak_of
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard
 from tests.harness.ranks import distributed
 from tests.ops.head_loss_case import FACTOR, reference, weighted, weights_of
 from tests.ops.linear_kl_case import (
@@ -26,11 +26,13 @@ from tests.ops.linear_kl_case import (
     parameter_of_ddp,
 )
 
-FEW = Kernels("torch", held_logits=53 * 5)  # 5 tokens of a vocabulary of 53 at a time
-PATHS = (FEW, Kernels("torch"), Kernels("reference"))
+FEW = Implementation("torch", held_logits=53 * 5)  # 5 tokens of a vocabulary of 53 at a time
+PATHS = (FEW, Implementation("torch"), Implementation("reference"))
 
 
-def assert_matches(case: Case, divergence: Divergence | None, kernels: Kernels, *, trained: bool) -> None:
+def assert_matches(
+    case: Case, divergence: Divergence | None, implementation: Implementation, *, trained: bool
+) -> None:
     weights, teacher = weights_of(case), (case.teacher, case.teacher_head)
     hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_(trained)
     ours = head_loss(
@@ -40,7 +42,7 @@ def assert_matches(case: Case, divergence: Divergence | None, kernels: Kernels, 
         divergence=divergence,
         labels_N=case.labels,
         weights=weights,
-        kernels=kernels,
+        implementation=implementation,
     )
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
     expected = reference(case, divergence, weights, *leaves)
@@ -59,8 +61,8 @@ def assert_matches(case: Case, divergence: Divergence | None, kernels: Kernels, 
 def test_sums_and_gradients(kind: str | None, temperature: float, trained: bool) -> None:
     case = make_case(13, 53, padded=61).to(torch.float32)
     divergence = None if kind is None else Divergence(kind, temperature=temperature)
-    for kernels in PATHS:
-        assert_matches(case, divergence, kernels, trained=trained)
+    for implementation in PATHS:
+        assert_matches(case, divergence, implementation, trained=trained)
 
 
 @pytest.mark.parametrize("summed_in", [torch.float32, torch.bfloat16])
@@ -75,7 +77,7 @@ def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: tor
     tolerance = 1e-6 if summed_in == torch.float32 else 2e-2
     for micro_batch in range(1, 3):
         shard = VocabShard(0, 53, None)
-        options = {"labels_N": case.labels, "weights": weights, "kernels": FEW}
+        options = {"labels_N": case.labels, "weights": weights, "implementation": FEW}
         teacher = (case.teacher, case.teacher_head)
         result = head_loss(teacher, (hidden, head), shard=shard, divergence=Divergence(), **options)
         in_forward = factor is not None and summed_in == torch.float32
@@ -167,7 +169,7 @@ def test_no_product_beyond_the_least_possible(kind: str, trained: bool) -> None:
             divergence=Divergence(kind),
             labels_N=case.labels,
             weights=weights,
-            kernels=FEW,
+            implementation=FEW,
         )
         weighted(result, weights).backward()
     assert products.total == 13 * 53 * (12 + 7 * (2 + trained))
@@ -179,8 +181,10 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
     whole, rows = weights_of(case), part.tokens
     weights = LossWeights(whole.divergence_N[rows], whole.entropy_N[rows], whole.divergence, whole.entropy)
     # Ranks with fewer valid rows than others must cut the tokens like them.
-    few = Kernels("torch", held_logits=2 * len(case.student_head) // dist.get_world_size())
-    for kind, kernels in itertools.product((*KINDS, None), (few, Kernels("torch"), Kernels("reference"))):
+    few = Implementation("torch", held_logits=2 * len(case.student_head) // dist.get_world_size())
+    for kind, implementation in itertools.product(
+        (*KINDS, None), (few, Implementation("torch"), Implementation("reference"))
+    ):
         divergence = None if kind is None else Divergence(kind, temperature=2.0)
         leaves = [x.clone().requires_grad_() for x in (case.student, case.student_head)]
         expected = reference(case, divergence, whole, *leaves)
@@ -193,17 +197,17 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
             divergence=divergence,
             labels_N=case.labels[rows],
             weights=weights,
-            kernels=kernels,
+            implementation=implementation,
         )
         for value, reference_value in zip(ours, expected, strict=True):
             if value is not None:
                 total = value.detach().clone()
                 if sequence_parallel:
                     dist.all_reduce(total)
-                assert error(total, reference_value) < 1e-12, (kind, kernels)
+                assert error(total, reference_value) < 1e-12, (kind, implementation)
         found = gradients(weighted(ours, weights), hidden, head)
-        assert error(found[0], wanted[0][rows]) < 1e-12, (kind, kernels)
-        assert error(found[1], wanted[1][part.rows]) < 1e-12, (kind, kernels)
+        assert error(found[0], wanted[0][rows]) < 1e-12, (kind, implementation)
+        assert error(found[1], wanted[1][part.rows]) < 1e-12, (kind, implementation)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -232,7 +236,7 @@ def test_one_chunk_of_logits_is_held_at_a_time() -> None:
             divergence=Divergence(),
             labels_N=case.labels,
             weights=weights,
-            kernels=Kernels("torch", held_logits=rows * vocab_size),
+            implementation=Implementation("torch", held_logits=rows * vocab_size),
         )
         weighted(result, weights).backward()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_fdd.ops import vocab_shard
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence
 from tests.harness.ranks import distributed
 from tests.ops.linear_kl_case import KINDS, RankPart, gradients, loss, make_case, tiles
@@ -110,12 +110,14 @@ def assert_the_same_when_late(step: Step, at_least: int) -> None:
         assert torch.equal(result, wanted)
 
 
-def linear_kl_step(part: RankPart, divergence: Divergence, kernels: Kernels, *, live: bool) -> Step:
+def linear_kl_step(
+    part: RankPart, divergence: Divergence, implementation: Implementation, *, live: bool
+) -> Step:
     """Outputs and gradients of this rank's part."""
 
     def step() -> tuple[Tensor, ...]:
         inputs = part.inputs(live=live)
-        outputs = part.run(*inputs, divergence, kernels=kernels)
+        outputs = part.run(*inputs, divergence, implementation=implementation)
         total = loss(outputs, part.case.upstream[:, part.tokens])
         return (*outputs, *gradients(total, *inputs[: 1 + live]))
 
@@ -136,7 +138,7 @@ def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
             divergence=divergence,
             labels_N=case.labels[part.tokens],
             weights=weights,
-            kernels=Kernels("torch", held_logits=4 * len(head)),
+            implementation=Implementation("torch", held_logits=4 * len(head)),
         )
         assert result.divergence is not None
         assert result.cross_entropy is not None
@@ -167,7 +169,7 @@ def assert_all_operations(*, sequence_parallel: bool) -> None:
     part = RankPart.of(make_case(12, 31, padded=36 if size == 3 else 32), sequence_parallel=sequence_parallel)
     for divergence in (*map(Divergence, KINDS), Divergence(temperature=2.0)):
         for live in (False, True):
-            step = linear_kl_step(part, divergence, tiles(5, chunk_rows=4), live=live)
+            step = linear_kl_step(part, divergence, tiles(5, block_rows=4), live=live)
             assert_the_same_when_late(step, at_least=6)
         assert_the_same_when_late(head_loss_step(part, divergence), at_least=4)
     for centred in (False, True):
@@ -193,7 +195,7 @@ def dont_wait(self: vocab_shard.Pending) -> Tensor:
 @distributed(ranks=2)
 def test_a_missing_wait_is_noticed() -> None:
     part = RankPart.of(make_case(12, 31, padded=32), sequence_parallel=False)
-    step = linear_kl_step(part, Divergence(), tiles(5, chunk_rows=4), live=False)
+    step = linear_kl_step(part, Divergence(), tiles(5, block_rows=4), live=False)
     step()
     with (
         LateCollectives().installed(),

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_fdd.ops.linear_kl import Divergence, Kernels, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -27,7 +27,7 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options):
     """Outputs and student inputs on one rank; by default everything is asked for, in several tiles."""
     hidden = case.student.clone().requires_grad_()
     head = case.student_head.clone().requires_grad_(live)
-    options = {"labels_N": case.labels, "kernels": tiles(16)} | options
+    options = {"labels_N": case.labels, "implementation": tiles(16)} | options
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
     shard = VocabShard(0, case.vocab_size, None)
     return linear_kl(*teacher, hidden, head, shard=shard, divergence=divergence, **options), hidden, head
@@ -51,9 +51,11 @@ def assert_matches(case: Case, divergence: Divergence | None, *, live: bool, kee
 def test_values_and_gradients(kind: str, temperature: float, live: bool) -> None:
     case = make_case(13, 53, padded=61).to(torch.float32)
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
-    in_chunks = tiles(16, chunk_rows=5)  # 5, 5 and 3 tokens
-    assert_matches(case, Divergence(kind, temperature=temperature), live=live, kernels=in_chunks)
-    assert_matches(case, Divergence(kind, temperature=temperature), live=live, kernels=Kernels("reference"))
+    in_chunks = tiles(16, block_rows=5)  # 5, 5 and 3 tokens
+    assert_matches(case, Divergence(kind, temperature=temperature), live=live, implementation=in_chunks)
+    assert_matches(
+        case, Divergence(kind, temperature=temperature), live=live, implementation=Implementation("reference")
+    )
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
@@ -84,8 +86,8 @@ def test_without_divergence_and_without_teacher(live: bool) -> None:
 def test_odd_shapes(num_tokens: int, vocab_size: int, tile_size: int) -> None:
     case = make_case(num_tokens, vocab_size, padded=vocab_size + 3)
     for kind in ("fkl", "jsd"):
-        assert_matches(case, Divergence(kind), live=False, kernels=tiles(tile_size))
-        assert_matches(case, Divergence(kind), live=True, kernels=tiles(tile_size))
+        assert_matches(case, Divergence(kind), live=False, implementation=tiles(tile_size))
+        assert_matches(case, Divergence(kind), live=True, implementation=tiles(tile_size))
 
 
 @pytest.mark.parametrize("kind", ["jsd", "sfkl", "srkl"])
@@ -111,7 +113,7 @@ def test_gradcheck(kind: str, live: bool) -> None:
             shard=shard,
             divergence=divergence,
             labels_N=case.labels,
-            kernels=tiles(3),
+            implementation=tiles(3),
         )
         return result.divergence_N, result.student_lse_N, result.cross_entropy_N
 
@@ -235,7 +237,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> 
     num_tokens, vocab_size, tile_size = 256, 1000, 50
     case = make_case(num_tokens, vocab_size).to(torch.float32)
     with LargestTensor() as largest:
-        outputs, *_ = run(case, Divergence(kind, temperature=2.0), live=live, kernels=tiles(tile_size))
+        outputs, *_ = run(case, Divergence(kind, temperature=2.0), live=live, implementation=tiles(tile_size))
         loss(outputs, case.upstream).backward()
     # The buffer of both models' logits is the largest.
     assert largest.numel == 2 * num_tokens * tile_size
@@ -244,7 +246,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> 
 def peak_bytes(case: Case, divergence: Divergence, tile_size: int) -> int:
     """Most memory allocated at a time, above the start, of a forward and backward pass with constant head."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
-        outputs, *_ = run(case, divergence, live=False, kernels=tiles(tile_size), labels_N=None)
+        outputs, *_ = run(case, divergence, live=False, implementation=tiles(tile_size), labels_N=None)
         loss(outputs, case.upstream).backward()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
@@ -313,9 +315,9 @@ def test_skipped_tiles_change_the_gradient_little_and_nothing_else(kind: str) ->
     exact, hidden, _ = run(case, Divergence(kind), live=False)
     (wanted,) = gradients(loss(exact, case.upstream), hidden)
     for skip_below in (1e-30, 1e-6, 1e-3, 0.3):
-        kernels = Kernels("torch", tile_size=16, skip_below=skip_below)
+        implementation = Implementation("torch", tile_size=16, skip_below=skip_below)
         with Products() as products:
-            ours, hidden, _ = run(case, Divergence(kind), live=False, kernels=kernels)
+            ours, hidden, _ = run(case, Divergence(kind), live=False, implementation=implementation)
         for value, reference in zip(ours, exact, strict=True):
             assert torch.equal(value, reference)
         (gradient,) = gradients(loss(ours, case.upstream), hidden)

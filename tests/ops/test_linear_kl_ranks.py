@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fdd.ops.linear_kl import Divergence, Kernels
+from megatron_fdd.ops.linear_kl import Divergence, Implementation
 from megatron_fdd.ops.torch_sweeps import TorchSweeps
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from tests.harness.ranks import distributed
 from tests.ops.collectives import Copied, expect
 from tests.ops.linear_kl_case import KINDS, RankPart, error, gradients, loss, make_case, tiles
 
-PATHS = (tiles(5), tiles(5, chunk_rows=4), Kernels("reference"))
+PATHS = (tiles(5), tiles(5, block_rows=4), Implementation("reference"))
 
 
 def assert_matches_reference(
@@ -35,9 +35,9 @@ def assert_matches_reference(
             expected = full.reference(divergence)
             expected_gradients = gradients(loss(expected, full.upstream), *leaves)
             own_gradients = expected_gradients[0][part.tokens], expected_gradients[1][part.rows]
-            for live, kernels in itertools.product((False, True), PATHS):
+            for live, implementation in itertools.product((False, True), PATHS):
                 inputs = part.inputs(live=live)
-                outputs = part.run(*inputs, divergence, kernels=kernels)
+                outputs = part.run(*inputs, divergence, implementation=implementation)
                 for value, reference in zip(outputs, expected, strict=True):
                     assert error(value, reference[part.tokens]) < 1e-12, (kind, temperature, live)
                 total = loss(outputs, case.upstream[:, part.tokens])
@@ -103,7 +103,7 @@ def test_gradcheck(kind: str, sequence_parallel: bool) -> None:
     def outputs(student: Tensor, *trained: Tensor) -> tuple[Tensor, ...]:
         head = Copied.apply(trained[0]) if trained else case.student_head
         student = Copied.apply(student) if sequence_parallel else student
-        result = part.run(student[part.tokens], head[part.rows], Divergence(kind), kernels=tiles(2))
+        result = part.run(student[part.tokens], head[part.rows], Divergence(kind), implementation=tiles(2))
         fields = (result.divergence_N, result.student_lse_N, result.cross_entropy_N)
         return tuple(_Gathered.apply(field) if sequence_parallel else field for field in fields)
 
@@ -171,7 +171,7 @@ def test_collectives_are_under_way_during_the_neighbours_products() -> None:
         noted(TorchSweeps, "gradients", "sweep"),
     ):
         hidden, head = part.inputs(live=True)
-        outputs = part.run(hidden, head, Divergence(), kernels=tiles(5, chunk_rows=4))
+        outputs = part.run(hidden, head, Divergence(), implementation=tiles(5, block_rows=4))
         forward = events.copy()
         events.clear()
         loss(outputs, part.case.upstream[:, part.tokens]).backward()

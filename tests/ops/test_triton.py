@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.chunks import LinearKL
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.blocks import LinearKL
+from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
 from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_gradients
 
@@ -25,7 +25,7 @@ from megatron_fdd.ops.gpu import sweeps  # noqa: E402
 # NumPy would warn in the interpreter of what is a NaN on a GPU.
 pytestmark = [pytest.mark.filterwarnings("error::RuntimeWarning"), pytest.mark.tier("default")]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-TRITON = Kernels("triton", tile_size=16)
+TRITON = Implementation("triton", tile_size=16)
 WIDTHS = (40, 37)
 # In values and in gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before they are summed.
 TOLERANCES = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 6e-3)}
@@ -55,7 +55,7 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     teacher = [None if x is None else x.to(DEVICE) for x in teacher]
     options = {
         "shard": VocabShard(0, case.vocab_size, None),
-        "kernels": TRITON,
+        "implementation": TRITON,
         "labels_N": case.labels,
     } | options
     labels_N = options.pop("labels_N")
@@ -111,9 +111,9 @@ def test_fewer_outputs(live: bool) -> None:
 )
 def test_odd_and_even_shapes(num_tokens: int, vocab_size: int, widths: tuple[int, int]) -> None:
     case = make_case(num_tokens, vocab_size, padded=vocab_size + 3, widths=widths).to(torch.float32)
-    kernels = replace(TRITON, tile_size=100)
-    assert_matches(case, Divergence("fkl"), live=False, kernels=kernels)
-    assert_matches(case, Divergence("jsd", mix=0.3), live=True, kernels=kernels)
+    implementation = replace(TRITON, tile_size=100)
+    assert_matches(case, Divergence("fkl"), live=False, implementation=implementation)
+    assert_matches(case, Divergence("jsd", mix=0.3), live=True, implementation=implementation)
 
 
 def test_the_models_may_have_different_dtypes() -> None:
@@ -135,7 +135,9 @@ def test_a_shard_with_labels_elsewhere(kind: str, live: bool) -> None:
     labels_N[::4] = -100
     options = {"shard": VocabShard(25, 40, None), "labels_N": labels_N}
     ours, our_gradients = run(case, Divergence(kind), live=live, **options)
-    theirs, their_gradients = run(case, Divergence(kind), live=live, kernels=Kernels("torch"), **options)
+    theirs, their_gradients = run(
+        case, Divergence(kind), live=live, implementation=Implementation("torch"), **options
+    )
     for value, reference in zip(ours, theirs, strict=True):
         assert error(value, reference.double()) < 1e-6
     for gradient, reference in zip(our_gradients, their_gradients, strict=True):
@@ -158,22 +160,22 @@ def test_a_rank_of_padding_alone_contributes_nothing() -> None:
             sums = sweeps_of(case, divergence, num_valid=0, body_gradient=body_gradient).softmax_sums()
             assert (sums.peak_M == -math.inf).all()
             assert not sums.mass_M.any()
-            assert (sums.rows_MS is not None) == (body_gradient and divergence.one_sweep)
-            assert sums.rows_MS is None or not sums.rows_MS.any()
+            assert (sums.rows_MD is not None) == (body_gradient and divergence.one_sweep)
+            assert sums.rows_MD is None or not sums.rows_MD.any()
 
 
 def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradient: bool):
-    plan = sweeps.Plan(
+    request = sweeps.Request(
         shard=VocabShard(0, num_valid, None),
         divergence=divergence,
         needs_lse=True,
         has_labels=False,
-        kernels=TRITON,
+        implementation=TRITON,
         body_gradient=body_gradient,
         head_gradient=False,
     )
     models = [(case.teacher, case.teacher_head), (case.student, case.student_head)]
-    return sweeps.TritonSweeps(plan, *([x.to(DEVICE) for x in model] for model in models))
+    return sweeps.TritonSweeps(request, *([x.to(DEVICE) for x in model] for model in models))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.2])
@@ -220,7 +222,7 @@ def concentrated_case() -> Case:
 def test_skipped_tiles_cost_at_most_their_probabilities(kind: str, temperature: float) -> None:
     case, divergence = concentrated_case(), Divergence(kind, temperature=temperature)
     exact_outputs, (exact,) = run(case, divergence, live=False)
-    outputs, (gradient,) = run(case, divergence, live=False, kernels=replace(TRITON, skip_below=1e-2))
+    outputs, (gradient,) = run(case, divergence, live=False, implementation=replace(TRITON, skip_below=1e-2))
     for ours, theirs in zip(outputs, exact_outputs, strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(gradient[:4], exact[:4])

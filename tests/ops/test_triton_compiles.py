@@ -31,7 +31,7 @@ def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: s
     """No thread spills; logits are read and weights written many bytes at a time."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "megatron_fdd.ops.gpu.report", "--capability", capability]
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--capability", capability]
     command += ["--temperatures", "1", *arguments.split()]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -19,7 +19,7 @@ from megatron_fdd.arguments import chunk_layers
 from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
 from megatron_fdd.layer_plan import LayerPair, Plan
-from megatron_fdd.schedule import DistillationSteps
+from megatron_fdd.schedule import StepHooks
 from megatron_fdd.topology import Topology
 from tests.harness.ranks import Layout
 from tests.oracle import reference
@@ -113,7 +113,7 @@ def join(
     ddp: dict[str, Any] | None = None,
     iteration: Callable[[], int] = lambda: 0,
     make_teacher: Callable[[Case, Topology], GPTModel] = frozen_teacher,
-) -> tuple[list[torch.nn.Module], GPTModel, DistillationSteps]:
+) -> tuple[list[torch.nn.Module], GPTModel, StepHooks]:
     """On every rank: the student's chunks, the teacher, and what Megatron's schedule runs of both."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
@@ -140,9 +140,7 @@ def join(
     return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
 
 
-def schedule_step(
-    case: Case, chunks: list[torch.nn.Module], steps: DistillationSteps
-) -> list[dict[str, Tensor]]:
+def schedule_step(case: Case, chunks: list[torch.nn.Module], steps: StepHooks) -> list[dict[str, Tensor]]:
     """Forward and backward of this rank's share of the batches; gradients are zero before."""
     mine = case_batches(case)[parallel_state.get_data_parallel_rank() :: case.dp]
     for chunk in chunks:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_fdd.data.batch import get_batch
 from megatron_fdd.teacher import loading
-from megatron_fdd.teacher.live import LiveTeacher
+from megatron_fdd.teacher.live import BesideTeacher
 from megatron_fdd.teacher.scales import fp8_linears
 from megatron_fdd.topology import Topology
 from tests.oracle.case import Case, case_batches, join, schedule_step
@@ -106,7 +106,7 @@ def descend(chunks: list[torch.nn.Module], rate: float) -> None:
 def features(model: GPTModel, case: Case) -> list[Tensor]:
     """On every rank, without a pipeline: hidden states of a batch that nobody has trained on."""
     batch = get_batch(iter(case_batches(case)[-1:]), "cpu")
-    found = LiveTeacher(model, TAPS).features(0, batch)
+    found = BesideTeacher(model, TAPS).features(0, batch)
     return [found.final_SBT, *found.taps_SBT.values()]
 
 

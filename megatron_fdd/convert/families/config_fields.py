@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_fdd.convert.families.family import refuse
+from megatron_fdd.convert.families.family import refuse_field
 
 # Fields that leave a model's function alone.
 _HARMLESS = {
@@ -68,12 +68,12 @@ def check_fields(
     neutral = {**_NEUTRAL, **neutral}
     for field, values in neutral.items():
         if field in config and config[field] not in values:
-            refuse(
+            refuse_field(
                 field, config[field], f"which Megatron's GPTModel cannot express; only {values[0]!r} converts"
             )
     architectures = config.get("architectures") or [architecture]
     if architectures != [architecture]:
-        refuse("architectures", architectures, f"only {architecture} converts")
+        refuse_field("architectures", architectures, f"only {architecture} converts")
     unknown = sorted(set(config).difference(mapped, harmless, neutral, _HARMLESS))
     if unknown:
         raise ValueError(

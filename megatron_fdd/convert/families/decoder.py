@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
 from megatron_fdd.convert.families.decoder_rows import decoder_rows
-from megatron_fdd.convert.families.decoder_shape import Dialect, Experts, Shape, Windows
-from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse
+from megatron_fdd.convert.families.decoder_shape import AttentionWindows, DecoderShape, Dialect, Experts
+from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
 from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 
 # Fields that change the function, each with the values under which it does not.
@@ -53,7 +53,7 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
     neutral = {**_NEUTRAL, **dialect.neutral}
     if "use_sliding_window" not in dialect.window_fields:
         neutral["use_sliding_window"] = (False, None)
-    mapped = {*Shape.plain_fields(), *ROPE_FIELDS, *dialect.window_fields, *dialect.expert_fields}
+    mapped = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dialect.window_fields, *dialect.expert_fields}
     check_fields(
         config,
         model_type=dialect.model_type,
@@ -64,7 +64,7 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
     )
 
 
-def _read(dialect: Dialect, raw: HfConfig) -> Shape:
+def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     """config.json -> shape, everything not understood refused."""
     config = {**dialect.defaults, **raw}
     _check_fields(dialect, config)
@@ -73,7 +73,7 @@ def _read(dialect: Dialect, raw: HfConfig) -> Shape:
         "head_dim": lambda: config["hidden_size"] // config["num_attention_heads"],
     }
     plain = {}
-    for field in Shape.plain_fields():
+    for field in DecoderShape.plain_fields():
         value = config.get(field)
         if value is None and field not in derived:
             raise ValueError(f'config.json lacks "{field}"')
@@ -81,31 +81,33 @@ def _read(dialect: Dialect, raw: HfConfig) -> Shape:
     layers = plain["num_hidden_layers"]
     windows = _read_windows(dialect, config, layers)
     experts = _read_experts(dialect, config, layers)
-    shape = Shape(**plain, rope=read_rope(config), windows=windows, experts=experts)
+    shape = DecoderShape(**plain, rope=read_rope(config), windows=windows, experts=experts)
     if shape.num_attention_heads % shape.num_key_value_heads:
-        refuse("num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads")
+        refuse_field(
+            "num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads"
+        )
     return shape
 
 
-def _read_windows(dialect: Dialect, config: Mapping[str, Any], layers: int) -> Windows:
+def _read_windows(dialect: Dialect, config: Mapping[str, Any], layers: int) -> AttentionWindows:
     size = config.get("sliding_window")
     if not dialect.window_fields and size is not None:
-        refuse("sliding_window", size, f"which a {dialect.model_type} does not have; remove the field")
+        refuse_field("sliding_window", size, f"which a {dialect.model_type} does not have; remove the field")
     if "use_sliding_window" in dialect.window_fields and not config["use_sliding_window"]:
         size = None
     slides = size is not None
     kinds = config.get("layer_types")
     if kinds is None and "max_window_layers" in dialect.window_fields:
         first = config["max_window_layers"]
-        return Windows(size, tuple(slides and layer >= first for layer in range(layers))).effective
+        return AttentionWindows(size, tuple(slides and layer >= first for layer in range(layers))).effective
     kinds = kinds or [_SLIDING if slides else _FULL] * layers
     allowed = {_FULL, _SLIDING} if slides and "layer_types" in dialect.window_fields else {_FULL}
     if slides and "layer_types" not in dialect.window_fields:
         allowed = {_SLIDING}
     if len(kinds) != layers or not set(kinds) <= allowed:
         only = " and ".join(f'"{kind}"' for kind in sorted(allowed))
-        refuse("layer_types", kinds, f"where this config allows {layers} layers of {only}")
-    return Windows(size, tuple(kind == _SLIDING for kind in kinds)).effective
+        refuse_field("layer_types", kinds, f"where this config allows {layers} layers of {only}")
+    return AttentionWindows(size, tuple(kind == _SLIDING for kind in kinds)).effective
 
 
 def _read_experts(dialect: Dialect, config: Mapping[str, Any], layers: int) -> Experts | None:
@@ -114,7 +116,7 @@ def _read_experts(dialect: Dialect, config: Mapping[str, Any], layers: int) -> E
         return None
     counts = [config[field] for field in naming.count_fields if config.get(field) is not None]
     if not counts or any(count != counts[0] for count in counts):
-        refuse(naming.count_fields[0], counts, "one number of experts is needed")
+        refuse_field(naming.count_fields[0], counts, "one number of experts is needed")
     return Experts(
         count=counts[0],
         per_token=config["num_experts_per_tok"],
@@ -157,7 +159,7 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
     }
 
 
-def _shape_of_args(dialect: Dialect, args: Namespace, seed: Shape) -> Shape:
+def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> DecoderShape:
     """Megatron's args -> shape. What Megatron does not keep (which of two biases, tokens) is the seed's."""
     biased = args.add_bias_linear
     if args.add_qkv_bias != (biased or dialect.qkv_bias) or (biased and dialect.qkv_bias):
@@ -183,7 +185,7 @@ def _shape_of_args(dialect: Dialect, args: Namespace, seed: Shape) -> Shape:
         mlp_bias=biased and which[1],
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         rope=Rope(args.rotary_base, args.rope_scaling_factor if args.use_rope_scaling else None),
-        windows=Windows.of_args(args),
+        windows=AttentionWindows.of_args(args),
         experts=Experts.of_args(args) if dialect.experts else None,
     )
 
@@ -198,10 +200,10 @@ def _keep_layers(dialect: Dialect, config: HfConfig, layers: Sequence[int]) -> H
     return _write(dialect, config, before, before.keep_layers(layers))
 
 
-def _write(dialect: Dialect, seed: HfConfig, before: Shape, after: Shape) -> HfConfig:
+def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: DecoderShape) -> HfConfig:
     """`seed` with the fields in which the two shapes differ; the others stay as they are spelled."""
     config = dict(seed)
-    for field in Shape.plain_fields():
+    for field in DecoderShape.plain_fields():
         if getattr(before, field) != getattr(after, field):
             config[field] = getattr(after, field)
     if before.rope != after.rope:
@@ -213,7 +215,9 @@ def _write(dialect: Dialect, seed: HfConfig, before: Shape, after: Shape) -> HfC
     again = _read(dialect, config)
     if again != after:
         wrong = [
-            f.name for f in dataclasses.fields(Shape) if getattr(again, f.name) != getattr(after, f.name)
+            f.name
+            for f in dataclasses.fields(DecoderShape)
+            if getattr(again, f.name) != getattr(after, f.name)
         ]
         raise ValueError(
             f"a {dialect.model_type} config cannot say what the checkpoint has: {', '.join(wrong)}; pass "
@@ -222,7 +226,9 @@ def _write(dialect: Dialect, seed: HfConfig, before: Shape, after: Shape) -> HfC
     return config
 
 
-def _write_windows(dialect: Dialect, config: HfConfig, before: Windows, after: Windows) -> None:
+def _write_windows(
+    dialect: Dialect, config: HfConfig, before: AttentionWindows, after: AttentionWindows
+) -> None:
     kinds = [_SLIDING if slides else _FULL for slides in after.slides]
     if before.size is None and after.size is None:
         if config.get("layer_types") is not None:

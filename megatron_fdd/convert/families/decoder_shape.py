@@ -76,7 +76,7 @@ class Dialect:
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class AttentionWindows:
     """Sliding windows of attention.
 
     Attributes:
@@ -97,7 +97,7 @@ class Windows:
         }
 
     @classmethod
-    def of_args(cls, args: Namespace) -> Windows:
+    def of_args(cls, args: Namespace) -> AttentionWindows:
         """From Megatron's args. ValueError for windows that look ahead."""
         if args.window_size is None:
             return cls(None, (False,) * args.num_layers)
@@ -114,9 +114,9 @@ class Windows:
         return cls(left + 1, tuple(slides))
 
     @property
-    def effective(self) -> Windows:
+    def effective(self) -> AttentionWindows:
         """Without a size that no layer uses."""
-        return self if any(self.slides) else Windows(None, self.slides)
+        return self if any(self.slides) else AttentionWindows(None, self.slides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DecoderShape:
     """What both sides say about a model, under the names of config.json."""
 
     num_hidden_layers: int
@@ -184,15 +184,17 @@ class Shape:
     attention_dropout: float
     initializer_range: float
     rope: Rope
-    windows: Windows
+    windows: AttentionWindows
     experts: Experts | None
 
     @staticmethod
     def plain_fields() -> list[str]:
         """Names that config.json has too, with the same values."""
-        return [f.name for f in dataclasses.fields(Shape) if f.name not in ("rope", "windows", "experts")]
+        return [
+            f.name for f in dataclasses.fields(DecoderShape) if f.name not in ("rope", "windows", "experts")
+        ]
 
-    def keep_layers(self, layers: Sequence[int]) -> Shape:
+    def keep_layers(self, layers: Sequence[int]) -> DecoderShape:
         """The shape of a model with only these layers (0-based)."""
         slides = tuple(self.windows.slides[layer] for layer in layers)
         experts = self.experts

@@ -19,13 +19,13 @@ MegatronArgs = dict[str, Any]
 """Megatron's argparse destinations and their values; plain values only."""
 
 
-def refuse(field: str, value: Any, why: str) -> NoReturn:
+def refuse_field(field: str, value: Any, why: str) -> NoReturn:
     """ValueError about one field of a config.json."""
     raise ValueError(f'config.json has "{field}": {value!r}, {why}')
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class WeightRow:
     """One Megatron parameter and where it comes from.
 
     Attributes:
@@ -65,7 +65,7 @@ class Family:
     fixed: Mapping[str, Any]
     hf_config: Callable[[HfConfig, Namespace], HfConfig]
     keep_layers: Callable[[HfConfig, Sequence[int]], HfConfig]
-    rows: Callable[[HfConfig], list[Row]]
+    rows: Callable[[HfConfig], list[WeightRow]]
     layer_prefix: str
     ignored: tuple[str, ...]
     tied: tuple[str, str]
@@ -79,7 +79,7 @@ class Family:
         def bare(name: str) -> str:
             return name.removeprefix(self.prefix)
 
-        def rows(config: HfConfig) -> list[Row]:
+        def rows(config: HfConfig) -> list[WeightRow]:
             return [replace(row, sources=tuple(map(bare, row.sources))) for row in self.rows(config)]
 
         head, embedding = self.tied

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
-from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, Row, refuse
+from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, WeightRow, refuse_field
 from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv, Same, Transform, Transposed
 
 # What transformers assumes for a field that config.json leaves out.
@@ -66,14 +66,14 @@ def _check_fields(config: Mapping[str, Any]) -> None:
         neutral=_NEUTRAL,
     )
     if config.get("n_ctx") not in (None, config["n_positions"]):
-        refuse("n_ctx", config["n_ctx"], f"which must equal n_positions ({config['n_positions']})")
+        refuse_field("n_ctx", config["n_ctx"], f"which must equal n_positions ({config['n_positions']})")
     if config["activation_function"] not in _GELU_IS_FUSED:
         known = ", ".join(_GELU_IS_FUSED)
-        refuse("activation_function", config["activation_function"], f"only {known} convert")
+        refuse_field("activation_function", config["activation_function"], f"only {known} convert")
     if config["n_embd"] % config["n_head"]:
-        refuse("n_head", config["n_head"], f"which must divide n_embd ({config['n_embd']})")
+        refuse_field("n_head", config["n_head"], f"which must divide n_embd ({config['n_embd']})")
     if config["embd_pdrop"] != config["resid_pdrop"]:
-        refuse(
+        refuse_field(
             "embd_pdrop",
             config["embd_pdrop"],
             f"but resid_pdrop is {config['resid_pdrop']}; Megatron has one hidden dropout for both. Set them "
@@ -139,21 +139,21 @@ def _hf_config(seed: HfConfig, args: Namespace) -> HfConfig:
     return config
 
 
-def _rows(raw: HfConfig) -> list[Row]:
+def _rows(raw: HfConfig) -> list[WeightRow]:
     config = _completed(raw)
     rows = [
-        Row("embedding.word_embeddings.weight", ("transformer.wte.weight",), vocabulary=True),
-        Row("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
+        WeightRow("embedding.word_embeddings.weight", ("transformer.wte.weight",), vocabulary=True),
+        WeightRow("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
     ]
     for layer in range(config["n_layer"]):
         rows += _layer_rows(layer, head_dim=config["n_embd"] // config["n_head"])
     rows += _pair("decoder.final_layernorm", "transformer.ln_f", Same(), Same())
     if not config["tie_word_embeddings"]:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary=True))
+        rows.append(WeightRow("output_layer.weight", ("lm_head.weight",), vocabulary=True))
     return rows
 
 
-def _layer_rows(layer: int, head_dim: int) -> list[Row]:
+def _layer_rows(layer: int, head_dim: int) -> list[WeightRow]:
     hf, mcore = f"transformer.h.{layer}.", f"decoder.layers.{layer}."
     qkv = FusedQkv(GroupedQkv(queries_per_group=1, head_dim=head_dim))
     conv = Transposed(Same())
@@ -167,10 +167,10 @@ def _layer_rows(layer: int, head_dim: int) -> list[Row]:
     ]
 
 
-def _pair(mcore: str, hf: str, weight: Transform, bias: Transform) -> list[Row]:
+def _pair(mcore: str, hf: str, weight: Transform, bias: Transform) -> list[WeightRow]:
     return [
-        Row(f"{mcore}.weight", (f"{hf}.weight",), weight),
-        Row(f"{mcore}.bias", (f"{hf}.bias",), bias),
+        WeightRow(f"{mcore}.weight", (f"{hf}.weight",), weight),
+        WeightRow(f"{mcore}.bias", (f"{hf}.bias",), bias),
     ]
 
 

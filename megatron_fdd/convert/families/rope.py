@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, refuse
+from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, refuse_field
 
 ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 # Megatron's RotaryEmbedding has these built in; only the factor can be chosen.
@@ -42,24 +42,24 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
         ValueError: whatever Megatron's rotary embedding cannot do, by name.
     """
     if config.get("rope_parameters") and config.get("rope_scaling"):
-        refuse("rope_scaling", config["rope_scaling"], "and rope_parameters too: remove one of them")
+        refuse_field("rope_scaling", config["rope_scaling"], "and rope_parameters too: remove one of them")
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     if theta != int(theta):
-        refuse("rope_theta", theta, "Megatron's rotary base is a whole number")
+        refuse_field("rope_theta", theta, "Megatron's rotary base is a whole number")
     legacy_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", legacy_kind)
     partial = rope.pop("partial_rotary_factor", 1.0)
     if partial != 1.0:
-        refuse("partial_rotary_factor", partial, "only 1.0 converts")
+        refuse_field("partial_rotary_factor", partial, "only 1.0 converts")
     if kind not in ("default", "llama3"):
-        refuse("rope_type", kind, "only 'default' and 'llama3' convert")
+        refuse_field("rope_type", kind, "only 'default' and 'llama3' convert")
     if kind == "default":
         _check_constants(kind, rope, {})
         return Rope(int(theta), None)
     factor = rope.pop("factor", None)
     if factor is None:
-        refuse("rope_type", kind, "but no factor")
+        refuse_field("rope_type", kind, "but no factor")
     _check_constants(kind, rope, _LLAMA3_CONSTANTS)
     return Rope(int(theta), float(factor))
 
@@ -68,12 +68,12 @@ def _check_constants(kind: str, rope: Mapping[str, Any], expected: Mapping[str, 
     """What is left of the rope fields is just what Megatron has built in."""
     for field, value in rope.items():
         if field not in expected:
-            refuse(field, value, f"which rope type {kind!r} has no use for")
+            refuse_field(field, value, f"which rope type {kind!r} has no use for")
         if value != expected[field]:
-            refuse(field, value, f"Megatron's Llama-3 rope scaling has {expected[field]} built in")
+            refuse_field(field, value, f"Megatron's Llama-3 rope scaling has {expected[field]} built in")
     absent = sorted(set(expected) - set(rope))
     if absent:
-        refuse("rope_type", kind, f"but no {', '.join(absent)}")
+        refuse_field("rope_type", kind, f"but no {', '.join(absent)}")
 
 
 def write_rope(config: HfConfig, rope: Rope) -> None:

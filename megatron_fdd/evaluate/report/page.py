@@ -13,7 +13,7 @@ from markupsafe import Markup
 from megatron_fdd.evaluate.report.facts import Facts, differs
 from megatron_fdd.evaluate.report.pictures import Picture, color_of
 from megatron_fdd.evaluate.report.runs import Run
-from megatron_fdd.evaluate.report.scores import Row
+from megatron_fdd.evaluate.report.scores import ScoreRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Report:
     """
 
     runs: Sequence[Run]
-    scores: Sequence[tuple[str, Sequence[Row]]]
+    scores: Sequence[tuple[str, Sequence[ScoreRow]]]
     pictures: Sequence[Picture]
     facts: Sequence[tuple[str, Facts]]
     made: str
@@ -219,7 +219,7 @@ def to_markdown(report: Report) -> str:
     return environment.from_string(_MARKDOWN).render(report=report, note=SCORE_NOTE, cell=_markdown_cell)
 
 
-def _markdown_cell(row: Row, position: int) -> str:
+def _markdown_cell(row: ScoreRow, position: int) -> str:
     score = row.scores[position]
     if score is None:
         return "–"

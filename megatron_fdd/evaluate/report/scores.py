@@ -48,7 +48,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScoreRow:
     """One number of every run.
 
     Attributes:
@@ -81,7 +81,7 @@ class Row:
         return position if abs(first.value - second.value) > max(first.spread, second.spread) else None
 
 
-def evaluation_rows(runs: Sequence[Run]) -> list[Row]:
+def evaluation_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     """ROUGE-L of each data file, and what a validation text says. The teacher is shown and does not compete."""
     evaluations = [run.evaluation or {} for run in runs]
     texts = [found.get("text") or {} for found in evaluations]
@@ -102,15 +102,15 @@ def evaluation_rows(runs: Sequence[Run]) -> list[Row]:
         title = names[0] if len(names) == 1 else "mean of the files"
         scores = [_rouge(found, names) for found in evaluations]
         conditions = among_students(_asked(found, names) for found in evaluations)
-        rows.append(Row(f"ROUGE-L, {title}", scores, conditions, higher_is_better=True))
+        rows.append(ScoreRow(f"ROUGE-L, {title}", scores, conditions, higher_is_better=True))
     read = among_students((text.get("file"), text.get("num_tokens")) for text in texts)
     for key, title in _TEXT_SCORES.items():
         better = None if key == "unigram_cross_entropy" else False
-        rows.append(Row(title, [_score(text.get(key)) for text in texts], read, better))
+        rows.append(ScoreRow(title, [_score(text.get(key)) for text in texts], read, better))
     return [row for row in rows if any(row.scores)]
 
 
-def term_rows(runs: Sequence[Run]) -> list[Row]:
+def term_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     """Last validation value and last training values of every loss term."""
     rows = []
     for term in TERMS:
@@ -122,7 +122,7 @@ def term_rows(runs: Sequence[Run]) -> list[Row]:
         ):
             curves = [run.metrics.curves.get(key) if run.metrics else None for run in runs]
             scores = [None if curve is None else score(curve) for curve in curves]
-            rows.append(Row(name, scores, conditions, better))
+            rows.append(ScoreRow(name, scores, conditions, better))
     return [row for row in rows if any(row.scores)]
 
 

@@ -131,20 +131,20 @@ def softmax_kernel(
 
 
 @triton.jit
-def rescale_kernel(rows_MS, drop_M, width, power, COLUMNS: tl.constexpr):
+def rescale_kernel(rows_MD, drop_M, width, power, COLUMNS: tl.constexpr):
     """rows *= exp(drop * power), where the drop is not 0."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     drop = tl.load(drop_M + row)
     if drop != 0.0:
         factor = tl.exp(drop * power)
         for start in range(0, width, COLUMNS):
-            places = rows_MS + row.to(tl.int64) * width + start + column
+            places = rows_MD + row.to(tl.int64) * width + start + column
             inside = start + column < width
             tl.store(places, tl.load(places, mask=inside, other=0.0) * factor, mask=inside)
 
 
 @triton.jit
-def mixture_kernel(
+def second_kernel(
     teacher_RC, student_RC, lse_M,
     score_RC, weights_RC,  # out: weights of the rows to sum; None: not wanted
     value_R, score_R,  # sums, in place

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.gpu import kernels as kernels
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
@@ -32,7 +32,7 @@ WARPS = 8
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel with all that it needs to run, or to be compiled for a GPU that is not here (gpu/report.py)."""
+    """A kernel with all that it needs to run, or to be compiled ahead of time (benchmarks/kernel_report.py)."""
 
     kernel: Any
     num_programs: int
@@ -45,31 +45,31 @@ class Launch:
 
 
 class TritonSweeps:
-    """See `chunks.Sweeps`. Without tokens nothing is launched."""
+    """See `blocks.Sweeps`. Without tokens nothing is launched."""
 
-    def __init__(self, plan: Plan, teacher: Model | None, student: Model) -> None:
-        self._plan, self._models = plan, (teacher, student)
-        held = plan.held_rows is not None
-        tile_size = min(plan.kernels.tile_columns(student[1]), MOST_COLUMNS)
+    def __init__(self, request: Request, teacher: Model | None, student: Model) -> None:
+        self._request, self._models = request, (teacher, student)
+        held = request.held_rows is not None
+        tile_size = min(request.implementation.tile_columns(student[1]), MOST_COLUMNS)
         self._tiles = LogitTiles(
             teacher,
             student,
-            num_valid=plan.shard.num_valid,
-            tile_size=plan.shard.num_valid if held else tile_size,
+            num_valid=request.shard.num_valid,
+            tile_size=request.shard.num_valid if held else tile_size,
             temperature=1.0,
         )
         self._held: list[Tile] | None = None
 
     def softmax_sums(self) -> SoftmaxSums:
         """Online softmax over this rank's part of the vocabulary."""
-        plan = self._plan
-        sums = SoftmaxSums.nothing_seen(plan, *self._models)
+        request = self._request
+        sums = SoftmaxSums.nothing_seen(request, *self._models)
         reference_M = drop_M = gap_M = None
-        if sums.rows_MS is not None or sums.unit_rows_RS is not None:
+        if sums.rows_MD is not None or sums.unit_rows_RD is not None:
             reference_M, drop_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
-            gap_M = torch.empty_like(sums.peak_M) if plan.kernels.skip_below > 0 else None
+            gap_M = torch.empty_like(sums.peak_M) if request.implementation.skip_below > 0 else None
         for tile in self._sweep():
-            weights = _Weights(sums, tile, plan)
+            weights = _Weights(sums, tile, request)
             arguments = {
                 "first_RC": weights.first_RC,
                 "weights_RC": weights.student_RC,
@@ -82,26 +82,26 @@ class TritonSweeps:
                 "reference_M": reference_M,
                 "drop_M": drop_M,
                 "gap_M": gap_M,
-                "temperature": plan.temperature,
-                "limit": _leap_limit(self._models[1][1].dtype, plan.temperature),
-                "LEAD": None if plan.crossing is None else "student" if sums.student_leads else "teacher",
+                "temperature": request.temperature,
+                "limit": _leap_limit(self._models[1][1].dtype, request.temperature),
+                "LEAD": None if request.one_sweep is None else "student" if sums.student_leads else "teacher",
             }
             for piece in _pieces(tile):
                 self._launch(kernels.softmax_kernel, piece, arguments)
             if drop_M is not None:
                 self._add_rows(sums, weights, drop_M, gap_M)
-        if reference_M is not None and plan.shard.num_valid > 0:
+        if reference_M is not None and request.shard.num_valid > 0:
             _scale(sums, reference_M.sub_(sums.peak_M).exp_())
         return sums
 
-    def mixture_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, S]."""
-        plan, tiles = self._plan, self._tiles
-        assert plan.mixture is not None
+    def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
+        request, tiles = self._request, self._tiles
+        assert request.two_sweep is not None
         sums_2R = tiles.zeros(2, tiles.num_tokens)
-        rows_MS = tiles.zeros(2 * tiles.num_tokens, tiles.student_width) if plan.body_gradient else None
+        rows_MD = tiles.zeros(2 * tiles.num_tokens, tiles.student_width) if request.body_gradient else None
         for tile in self._sweep():
-            weights_MC = _in_place(tile.logits_MC, tile.head_CS.dtype) if rows_MS is not None else None
+            weights_MC = _in_place(tile.logits_MC, tile.head_CD.dtype) if rows_MD is not None else None
             arguments = {
                 "lse_M": lse_M,
                 "score_RC": None if weights_MC is None else weights_MC[: tiles.num_tokens],
@@ -111,40 +111,40 @@ class TritonSweeps:
                 "out_stride": 0 if weights_MC is None else weights_MC.stride(0),
             }
             for piece in _pieces(tile):
-                self._launch(kernels.mixture_kernel, piece, arguments | _kind(plan.mixture))
-            if rows_MS is not None and weights_MC is not None:
-                accumulate(rows_MS, weights_MC, tile.head_CS)
-        return sums_2R, rows_MS
+                self._launch(kernels.second_kernel, piece, arguments | _kind(request.two_sweep))
+            if rows_MD is not None and weights_MC is not None:
+                accumulate(rows_MD, weights_MC, tile.head_CD)
+        return sums_2R, rows_MD
 
     def gradients(
         self,
         upstream: Upstream,
         normalisers: Normalisers,
         labels_R: Tensor | None,
-        head_gradient_WS: Tensor | None,
+        head_gradient_WD: Tensor | None,
     ) -> Tensor:
-        """The hidden states' gradient [R, S], this rank's part; the head's is added to `head_gradient_WS`."""
-        plan, tiles = self._plan, self._tiles
-        gradient_RS = tiles.zeros(tiles.num_tokens, tiles.student_width)
-        arguments = _factors(plan, upstream, normalisers, labels_R) | _kind(plan.divergence)
+        """The hidden states' gradient [R, D], this rank's part; the head's is added to `head_gradient_WD`."""
+        request, tiles = self._request, self._tiles
+        gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
+        arguments = _factors(request, upstream, normalisers, labels_R) | _kind(request.divergence)
         for tile in self._sweep():
-            gradient_RC = _in_place(tile.student_RC, tile.head_CS.dtype)
+            gradient_RC = _in_place(tile.student_RC, tile.head_CD.dtype)
             for piece in _pieces(tile):
                 own: dict[str, Any] = {
                     "gradient_RC": gradient_RC[:, piece.columns.start - tile.columns.start :]
                 }
                 own |= {"out_stride": gradient_RC.stride(0), "first": piece.columns.start}
                 self._launch(kernels.gradient_kernel, piece, arguments | own)
-            accumulate(gradient_RS, gradient_RC, tile.head_CS)
-            if head_gradient_WS is not None:
-                add_head_gradient(head_gradient_WS[tile.columns], gradient_RC, tiles.hiddens[-1])
+            accumulate(gradient_RD, gradient_RC, tile.head_CD)
+            if head_gradient_WD is not None:
+                add_head_gradient(head_gradient_WD[tile.columns], gradient_RC, tiles.hiddens[-1])
         self._held = None
-        return gradient_RS
+        return gradient_RD
 
     def _sweep(self) -> Iterable[Tile]:
         if self._tiles.num_tokens == 0:
             return ()
-        if self._plan.held_rows is None:
+        if self._request.held_rows is None:
             return self._tiles
         if self._held is None:
             self._held = list(self._tiles)
@@ -158,28 +158,32 @@ class TritonSweeps:
             "stride": piece.student_RC.stride(0),
             "num_rows": self._tiles.num_tokens,
             "num_columns": num_columns,
-            "inverse_temperature": 1 / self._plan.temperature,
+            "inverse_temperature": 1 / self._request.temperature,
             "COLUMNS": triton.next_power_of_2(num_columns),
         }
         Launch(kernel, self._tiles.num_tokens, arguments, WARPS).run()
 
     def _add_rows(self, sums: SoftmaxSums, weights: _Weights, drop_M: Tensor, gap_M: Tensor | None) -> None:
         """Add a tile's part of every sum of rows."""
-        if sums.unit_rows_RS is not None and weights.unit_RC is not None:
-            _rescale(sums.unit_rows_RS, drop_M[sums.student], sums.temperature)
-            accumulate(sums.unit_rows_RS, weights.unit_RC, weights.head_CS)
-        if sums.rows_MS is None or weights.weights_MC is None:
+        if sums.unit_rows_RD is not None and weights.unit_RC is not None:
+            _rescale(sums.unit_rows_RD, drop_M[sums.student], sums.temperature)
+            accumulate(sums.unit_rows_RD, weights.unit_RC, weights.head_CD)
+        if sums.rows_MD is None or weights.weights_MC is None:
             return
         own = sums.student if sums.cross_R is None else slice(None)
         if sums.student_leads:
             drop_M = drop_M[sums.student].repeat(2)
             gap_M = None if gap_M is None else gap_M[sums.student].repeat(2)
-        _rescale(sums.rows_MS, drop_M[own], 1.0)
+        _rescale(sums.rows_MD, drop_M[own], 1.0)
         if gap_M is None:
-            accumulate(sums.rows_MS, weights.weights_MC, weights.head_CS)
+            accumulate(sums.rows_MD, weights.weights_MC, weights.head_CD)
             return
         accumulate_kept(
-            sums.rows_MS, weights.weights_MC, weights.head_CS, gap_M[own], self._plan.kernels.skip_below
+            sums.rows_MD,
+            weights.weights_MC,
+            weights.head_CD,
+            gap_M[own],
+            self._request.implementation.skip_below,
         )
 
 
@@ -191,18 +195,18 @@ def _leap_limit(dtype: torch.dtype, temperature: float) -> float:
 class _Weights:
     """Where a tile's weights appear: in the place of its logits."""
 
-    def __init__(self, sums: SoftmaxSums, tile: Tile, plan: Plan) -> None:
-        self.head_CS = tile.head_CS
+    def __init__(self, sums: SoftmaxSums, tile: Tile, request: Request) -> None:
+        self.head_CD = tile.head_CD
         self.weights_MC = self.first_RC = self.student_RC = self.unit_RC = None
         self.stride = 0
-        if sums.unit_rows_RS is not None:
+        if sums.unit_rows_RD is not None:
             self.unit_RC = torch.empty(
-                tile.student_RC.shape, dtype=tile.head_CS.dtype, device=tile.head_CS.device
+                tile.student_RC.shape, dtype=tile.head_CD.dtype, device=tile.head_CD.device
             )
-        if sums.rows_MS is None:
+        if sums.rows_MD is None:
             return
-        logits = tile.student_RC if plan.crossing is None else tile.logits_MC
-        self.weights_MC = _in_place(logits, tile.head_CS.dtype)
+        logits = tile.student_RC if request.one_sweep is None else tile.logits_MC
+        self.weights_MC = _in_place(logits, tile.head_CD.dtype)
         self.stride = self.weights_MC.stride(0)
         count = len(tile.student_RC)
         self.student_RC = self.weights_MC[-count:]
@@ -225,44 +229,46 @@ def _pieces(tile: Tile) -> Iterator[Tile]:
         yield tile._replace(columns=columns, teacher_RC=teacher_RC, student_RC=tile.student_RC[:, inner])
 
 
-def _rescale(rows_MS: Tensor, drop_M: Tensor, power: float) -> None:
-    width = rows_MS.shape[1]
-    arguments: dict[str, Any] = {"rows_MS": rows_MS, "drop_M": drop_M, "width": width, "power": power}
+def _rescale(rows_MD: Tensor, drop_M: Tensor, power: float) -> None:
+    width = rows_MD.shape[1]
+    arguments: dict[str, Any] = {"rows_MD": rows_MD, "drop_M": drop_M, "width": width, "power": power}
     arguments["COLUMNS"] = min(2048, triton.next_power_of_2(width))
-    Launch(kernels.rescale_kernel, len(rows_MS), arguments).run()
+    Launch(kernels.rescale_kernel, len(rows_MD), arguments).run()
 
 
 def _scale(sums: SoftmaxSums, factor_M: Tensor) -> None:
     """Make the rows relative to the peaks, as the other sums are."""
-    if sums.unit_rows_RS is not None:
-        sums.unit_rows_RS.mul_((factor_M[sums.student] ** sums.temperature)[:, None])
-    if sums.rows_MS is None:
+    if sums.unit_rows_RD is not None:
+        sums.unit_rows_RD.mul_((factor_M[sums.student] ** sums.temperature)[:, None])
+    if sums.rows_MD is None:
         return
     if sums.student_leads:
         factor_M = factor_M[sums.student].repeat(2)
     elif sums.cross_R is None:
         factor_M = factor_M[sums.student]
-    sums.rows_MS.mul_(factor_M[:, None])
+    sums.rows_MD.mul_(factor_M[:, None])
 
 
 def _factors(
-    plan: Plan, upstream: Upstream, normalisers: Normalisers, labels_R: Tensor | None
+    request: Request, upstream: Upstream, normalisers: Normalisers, labels_R: Tensor | None
 ) -> dict[str, Tensor | None]:
     """score * up + p * (unit - centre * up) - label, as rows' factors; None: left out."""
     scale_R = own_R = None
-    if plan.divergence is not None:
+    if request.divergence is not None:
         assert normalisers.centre_R is not None
         scale_R = upstream.divergence_R.contiguous()
         own_R = -normalisers.centre_R * scale_R
-        if plan.unit and not plan.heated:
+        if request.needs_temperature_one and not request.needs_both_temperatures:
             own_R = own_R + upstream.unit_R
     return {
-        "lse_M": None if plan.divergence is None else normalisers.lse_M,
+        "lse_M": None if request.divergence is None else normalisers.lse_M,
         "unit_lse_R": normalisers.unit_lse_R,
         "scale_R": scale_R,
         "own_R": own_R,
-        "unit_R": upstream.unit_R.contiguous() if plan.divergence is None or plan.heated else None,
-        "label_R": None if labels_R is None else labels_R - plan.shard.first,
+        "unit_R": upstream.unit_R.contiguous()
+        if request.divergence is None or request.needs_both_temperatures
+        else None,
+        "label_R": None if labels_R is None else labels_R - request.shard.first,
         "label_scale_R": None if labels_R is None else upstream.label_R.contiguous(),
     }
 
@@ -270,5 +276,5 @@ def _factors(
 def _kind(divergence: Divergence | None) -> dict[str, Any]:
     if divergence is None:
         return {"KIND": None, "mix": 0.5, "log_mix": 0.0, "log_rest": 0.0}
-    mix = divergence.mixture
+    mix = divergence.mix_weight
     return {"KIND": divergence.kind, "mix": mix, "log_mix": math.log(mix), "log_rest": math.log1p(-mix)}

@@ -8,11 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-KernelKind = Literal["auto", "reference", "torch", "triton"]
+ImplementationKind = Literal["auto", "reference", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kernels:
+class Implementation:
     """The choices that change cost and rounding, never the meaning.
 
     Attributes:
@@ -21,7 +21,7 @@ class Kernels:
             torch.
         tile_size: columns of the vocabulary that exist at a time; None: 4096 for triton, else 2048, on a GPU 8192
             (each of its many small launches then has more to do). Triton cuts larger ones.
-        chunk_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A chunk's
+        block_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A block's
             collectives run during the products of its neighbours.
         held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`); None
             for what keeps the products busy: 2^27 on a GPU (512 MiB), else 2^23, but at least 256 tokens'.
@@ -29,21 +29,23 @@ class Kernels:
             approximation: the loss stays exact, and of each token's probabilities those left out are smaller.
     """
 
-    kind: KernelKind = "auto"
+    kind: ImplementationKind = "auto"
     tile_size: int | None = None
-    chunk_rows: int = 8192
+    block_rows: int = 8192
     held_logits: int | None = None
     skip_below: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(KernelKind):
-            raise ValueError(f"kernels {self.kind!r} are unknown: use one of {get_args(KernelKind)}")
+        if self.kind not in get_args(ImplementationKind):
+            raise ValueError(
+                f"implementation {self.kind!r} is unknown: use one of {get_args(ImplementationKind)}"
+            )
         if not 0 <= self.skip_below < 1:
             raise ValueError(f"tiles are skipped below {self.skip_below}: it must be at least 0 and below 1")
         assert self.tile_size is None or self.tile_size > 0, f"tile_size {self.tile_size}"
-        assert self.chunk_rows > 0, f"chunk_rows {self.chunk_rows}"
+        assert self.block_rows > 0, f"block_rows {self.block_rows}"
 
-    def chosen(self, head: Tensor) -> KernelKind:
+    def chosen(self, head: Tensor) -> ImplementationKind:
         """What runs for a head like this."""
         if self.kind == "auto":
             return "triton" if head.is_cuda and head.dtype != torch.float64 else "torch"
@@ -64,4 +66,4 @@ class Kernels:
         return max(256, 2**23 // len(head))
 
 
-DEFAULT_KERNELS = Kernels()
+DEFAULT_IMPLEMENTATION = Implementation()

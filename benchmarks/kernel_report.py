@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, for a GPU that need not be here: registers, spills, shared memory.
 
-    python -m megatron_fdd.ops.gpu.report --capability 90
+    python -m benchmarks.kernel_report --capability 90
 
 Not under TRITON_INTERPRET. A program that spills, or needs more shared memory than a multiprocessor has, is slow
 or does not start at all: whoever changes a kernel or its blocks looks here first, and then measures.
@@ -28,9 +28,9 @@ from megatron_fdd.ops import vocab_tiles
 from megatron_fdd.ops.divergence import Divergence, DivergenceKind
 from megatron_fdd.ops.gpu import sweeps as sweeps
 from megatron_fdd.ops.gpu.sweeps import Launch, TritonSweeps
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.plan import Model, Plan
+from megatron_fdd.ops.request import Model, Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 
@@ -117,12 +117,12 @@ class Shape:
 
 def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: bool) -> list[Launch]:
     """What one call of linear_kl launches, everything asked for. `divergence` None: without a teacher."""
-    plan = Plan(
+    request = Request(
         shard=VocabShard(0, shape.vocab_size, None),
         divergence=divergence,
         needs_lse=True,
         has_labels=True,
-        kernels=Kernels("triton"),
+        implementation=Implementation("triton"),
         body_gradient=not head_gradient,
         head_gradient=head_gradient,
     )
@@ -135,10 +135,10 @@ def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: b
         patch.object(vocab_tiles, "product_dtype", lambda tensor: tensor.dtype),
         patch.object(sweeps, "accumulate"),
     ):
-        sweeping = TritonSweeps(plan, teacher, student)
+        sweeping = TritonSweeps(request, teacher, student)
         sums = sweeping.softmax_sums()
-        if plan.mixture is not None:
-            sweeping.mixture_sums(sums.mass_M)
+        if request.two_sweep is not None:
+            sweeping.second_sums(sums.mass_M)
         if head_gradient:
             row_R = sums.mass_M[sums.student]
             upstream, normalisers = Upstream(row_R, row_R, row_R), Normalisers(sums.mass_M, row_R, row_R)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
-from megatron_fdd.ops.kernels import Kernels
+from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 Model = tuple[Tensor, Tensor]
@@ -15,17 +15,17 @@ Model = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Request:
     """The call's options, and what follows from them."""
 
     shard: VocabShard
     divergence: Divergence | None
     needs_lse: bool
     has_labels: bool
-    kernels: Kernels
+    implementation: Implementation
     body_gradient: bool  # the head is constant: the hidden states' gradient comes from sums of forward sweeps
     head_gradient: bool  # the head is trained: one more sweep, after the normalisers, gives both gradients
-    # Where set, a chunk's logits stay for that sweep: at most so many tokens, the whole vocabulary.
+    # Where set, a block's logits stay for that sweep: at most so many tokens, the whole vocabulary.
     held_rows: int | None = None
 
     @property
@@ -34,28 +34,28 @@ class Plan:
         return self.divergence.temperature if self.divergence else 1.0
 
     @property
-    def unit(self) -> bool:
+    def needs_temperature_one(self) -> bool:
         """Whether anything at temperature 1 (log-sum-exp, cross-entropy) is an output."""
         return self.needs_lse or self.has_labels
 
     @property
-    def heated(self) -> bool:
+    def needs_both_temperatures(self) -> bool:
         """Whether temperature 1 needs normalisers of its own."""
-        return self.unit and self.temperature != 1.0
+        return self.needs_temperature_one and self.temperature != 1.0
 
     @property
-    def crossing(self) -> Divergence | None:
+    def one_sweep(self) -> Divergence | None:
         """The divergence, where the first sweep gives it."""
         return self.divergence if self.divergence is not None and self.divergence.one_sweep else None
 
     @property
-    def mixture(self) -> Divergence | None:
+    def two_sweep(self) -> Divergence | None:
         """The divergence, where it needs a second sweep, after the normalisers."""
         return self.divergence if self.divergence is not None and not self.divergence.one_sweep else None
 
-    def pieces(self, num_tokens: int) -> list[slice]:
-        """This rank's tokens in equal chunks, of at most `chunk_rows` with the other ranks'; at least one."""
-        limit = self.kernels.chunk_rows
+    def blocks(self, num_tokens: int) -> list[slice]:
+        """This rank's tokens in equal blocks, of at most `block_rows` with the other ranks'; at least one."""
+        limit = self.implementation.block_rows
         if self.held_rows is not None:
             limit = min(limit, self.held_rows)
         ranks = self.shard.num_ranks if self.shard.splits_tokens else 1

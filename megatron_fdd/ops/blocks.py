@@ -1,9 +1,9 @@
-"""The forward pass of the fused losses: chunks of tokens, each gathered, swept and merged over the ranks.
+"""The forward pass of the fused losses: blocks of tokens, each gathered, swept and merged over the ranks.
 
-A chunk's collectives run during its neighbours' products: while it is swept, the next one's tokens are gathered;
+A block's collectives run during its neighbours' products: while it is swept, the next one's tokens are gathered;
 while the next one is swept, its own sums travel.
 
-Shapes: N this rank's tokens, R tokens of a chunk (all ranks' under sequence parallelism), T / S hidden width of
+Shapes: N this rank's tokens, R tokens of a block (all ranks' under sequence parallelism), T / D hidden width of
 teacher / student.
 """
 
@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.plan import Model, Plan
-from megatron_fdd.ops.softmax_sums import MixtureSums, SoftmaxSums, VocabStatistics, merge, start_merge
+from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.softmax_sums import SecondSums, SoftmaxSums, VocabStatistics, merge, start_merge
 from megatron_fdd.ops.torch_sweeps import TorchSweeps
 from megatron_fdd.ops.vocab_shard import Pending, label_logits
 
@@ -26,24 +26,24 @@ from megatron_fdd.ops.vocab_shard import Pending, label_logits
 class LinearKL(NamedTuple):
     """Numbers per token, [N], float32 (float64 for float64 input); None where not asked for."""
 
-    divergence_N: Tensor | None  # includes the factor T^2
+    divergence_N: Tensor | None  # includes the factor temperature**2
     teacher_lse_N: Tensor | None  # at temperature 1; never carries gradient
     student_lse_N: Tensor | None  # at temperature 1
     cross_entropy_N: Tensor | None  # at temperature 1; 0 without gradient where the label is negative
 
 
 class Sweeps(Protocol):
-    """A chunk's passes over this rank's part of the vocabulary. No collectives."""
+    """A block's passes over this rank's part of the vocabulary. No collectives."""
 
     def softmax_sums(self) -> SoftmaxSums:
         """The first: online softmax, and with a constant head the sums that its gradient is made of."""
 
-    def mixture_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
+    def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
         """The second, of divergences that need both normalisers first.
 
         Returns:
             Sums of value and score (`Divergence.summands`), [2, R]; and, with a constant head, the sum of
-            score * W_S above the sum of p_S * W_S, [M, S].
+            score * W_S above the sum of p_S * W_S, [M, D].
         """
 
     def gradients(
@@ -51,18 +51,18 @@ class Sweeps(Protocol):
         upstream: Upstream,
         normalisers: Normalisers,
         labels_R: Tensor | None,
-        head_gradient_WS: Tensor | None,
+        head_gradient_WD: Tensor | None,
     ) -> Tensor:
-        """The last: the hidden states' gradient [R, S]; adds the head's to `head_gradient_WS`."""
+        """The last: the hidden states' gradient [R, D]; adds the head's to `head_gradient_WD`."""
 
 
-def make_sweeps(plan: Plan, teacher: Model | None, student: Model) -> Sweeps:
-    """Of the implementation that `plan.kernels` chooses."""
-    if plan.kernels.chosen(student[1]) == "triton":
+def make_sweeps(request: Request, teacher: Model | None, student: Model) -> Sweeps:
+    """Of the implementation that `request.implementation` chooses."""
+    if request.implementation.chosen(student[1]) == "triton":
         from megatron_fdd.ops.gpu.sweeps import TritonSweeps  # Triton is installed where there is a GPU
 
-        return TritonSweeps(plan, teacher, student)
-    return TorchSweeps(plan, teacher, student)
+        return TritonSweeps(request, teacher, student)
+    return TorchSweeps(request, teacher, student)
 
 
 class Swept(NamedTuple):
@@ -78,70 +78,70 @@ class Swept(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class TokenBlock:
     """Some tokens, with what the whole vocabulary says of them."""
 
     swept: Swept
     statistics: VocabStatistics
-    mixture: MixtureSums | None
+    second: SecondSums | None
 
-    def outputs(self, plan: Plan) -> LinearKL:
+    def outputs(self, request: Request) -> LinearKL:
         """What is asked for, of this rank's tokens."""
         statistics, labels_R = self.statistics, self.swept.labels_R
-        value_R = statistics.kl_R if self.mixture is None else self.mixture.value_R
+        value_R = statistics.kl_R if self.second is None else self.second.value_R
         *teacher_lse, student_lse_R = statistics.unit_lse_M.view(statistics.num_models, -1)
         entropy_R = None
         if labels_R is not None and statistics.label_logit_R is not None:
             entropy_R = (student_lse_R - statistics.label_logit_R).masked_fill_(labels_R < 0, 0.0)
         outputs = (
-            None if value_R is None else value_R * plan.temperature**2,
-            teacher_lse[0] if teacher_lse and plan.needs_lse else None,
-            student_lse_R if plan.needs_lse else None,
+            None if value_R is None else value_R * request.temperature**2,
+            teacher_lse[0] if teacher_lse and request.needs_lse else None,
+            student_lse_R if request.needs_lse else None,
             entropy_R,
         )
-        return LinearKL(*(None if output is None else plan.shard.own_tokens(output) for output in outputs))
+        return LinearKL(*(None if output is None else request.shard.own_tokens(output) for output in outputs))
 
 
-def finished_chunks(
-    plan: Plan, teacher: Model | None, student: Model, labels_N: Tensor | None
-) -> Iterator[Chunk]:
-    """The chunks of this rank's tokens, in order.
+def finished_blocks(
+    request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None
+) -> Iterator[TokenBlock]:
+    """The blocks of this rank's tokens, in order.
 
     Collectives for each: under sequence parallelism one all-gather each of student, teacher and labels; one
     all-gather of the packed statistics; one all-reduce of [2, R] for divergences that need a second sweep.
     """
-    shard = plan.shard
+    shard = request.shard
     is_alone = shard.num_ranks == 1
-    for swept in _one_behind(_swept_chunks(plan, teacher, student, labels_N), is_alone=is_alone):
+    for swept in _one_behind(_swept_blocks(request, teacher, student, labels_N), is_alone=is_alone):
         statistics = merge(swept.sums, swept.packed, shard, has_labels=swept.labels_R is not None)
-        mixture = None
-        if plan.mixture is not None:
-            sums_2R, rows_MS = swept.sweeps.mixture_sums(statistics.lse_M)
+        second = None
+        if request.two_sweep is not None:
+            sums_2R, rows_MD = swept.sweeps.second_sums(statistics.lse_M)
             value_R, centre_R = shard.all_reduce(sums_2R)
-            mixture = MixtureSums(value_R, centre_R, rows_MS)
-        yield Chunk(swept, statistics, mixture)
+            second = SecondSums(value_R, centre_R, rows_MD)
+        yield TokenBlock(swept, statistics, second)
 
 
-def _swept_chunks(
-    plan: Plan, teacher: Model | None, student: Model, labels_N: Tensor | None
+def _swept_blocks(
+    request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None
 ) -> Iterator[Swept]:
-    shard = plan.shard
+    shard = request.shard
     tensors = (student[0], None if teacher is None else teacher[0], labels_N)
 
     def gathers() -> Iterator[tuple[slice, list[Pending | None]]]:
-        for rows in plan.pieces(len(student[0])):
+        for rows in request.blocks(len(student[0])):
             yield rows, [None if tensor is None else shard.start_gather(tensor[rows]) for tensor in tensors]
 
     for rows, pending in _one_behind(gathers(), is_alone=shard.num_ranks == 1):
-        student_RS, teacher_RT, labels_R = (None if each is None else each.wait() for each in pending)
-        assert student_RS is not None
-        chunk_student = (student_RS, student[1])
-        chunk_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
-        sweeps = make_sweeps(plan, chunk_teacher, chunk_student)
+        student_RD, teacher_RT, labels_R = (None if each is None else each.wait() for each in pending)
+        assert student_RD is not None
+        block_student = (student_RD, student[1])
+        block_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
+        sweeps = make_sweeps(request, block_teacher, block_student)
         sums = sweeps.softmax_sums()
-        label_logit_R = None if labels_R is None else label_logits(*chunk_student, labels_R, shard)
+        label_logit_R = None if labels_R is None else label_logits(*block_student, labels_R, shard)
         packed = start_merge(sums, label_logit_R, shard)
-        yield Swept(rows, chunk_teacher, chunk_student, labels_R, sweeps, sums, packed)
+        yield Swept(rows, block_teacher, block_student, labels_R, sweeps, sums, packed)
 
 
 def _one_behind[Item](items: Iterable[Item], *, is_alone: bool) -> Iterator[Item]:
