@@ -27,13 +27,13 @@ from torch import Tensor
 
 from benchmarks.measure import Measurement, measure, record, table
 from megatron_fdd.config import FddConfig, add_fdd_args
-from megatron_fdd.layer_plan import ChunkPlan, LayerPair
-from megatron_fdd.lens import Lens
-from megatron_fdd.losses import TokenWeights
-from megatron_fdd.objective import Objective, StepGrams, StepSettings
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.layer_plan import ChunkPlan, LayerPair
+from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.objective import Objective, StepGrams, StepSettings
+from megatron_fdd.losses.sampling import Sampler, StepDraw
+from megatron_fdd.losses.terms import TokenWeights
 from megatron_fdd.ops.linear_kl import VocabShard
-from megatron_fdd.sampling import Sampler, StepDraw
-from megatron_fdd.teacher import TeacherFeatures
 
 EXACT = "exact"
 VARIANTS: dict[str, list[str]] = {

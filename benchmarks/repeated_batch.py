@@ -15,13 +15,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from megatron_fdd import rehearsal
+from megatron_fdd.host import rehearsal
 
 if __name__ == "__main__" and rehearsal.is_wanted():
     rehearsal.start()  # before Megatron looks for a GPU
 
 from megatron_fdd import distill
-from megatron_fdd.schedule import StepHooks
+from megatron_fdd.step.schedule import StepHooks
 
 STAND_STILL = "--lr 0 --min-lr 0 --weight-decay 0 --clip-grad 0 --eval-iters 0 --eval-interval 100000".split()
 

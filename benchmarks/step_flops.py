@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from megatron_fdd.balance import ModelShape, head_loss_flops, layer_flops, linear_kl_flops
+from megatron_fdd.plan.balance import ModelShape, head_loss_flops, layer_flops, linear_kl_flops
 
 Objective = Literal["cross-entropy", "logit KD", "FDD"]
 

@@ -1,6 +1,6 @@
 """What a process of the step benchmark has imported before its work comes; nothing here touches a GPU."""
 
-import megatron_fdd.rehearsal as rehearsal
+import megatron_fdd.host.rehearsal as rehearsal
 
 if rehearsal.is_wanted():
     rehearsal.start()

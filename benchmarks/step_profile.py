@@ -65,8 +65,8 @@ def parts_of(events: Any, device: str) -> dict[str, float]:
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
     """Forward passes of teacher and losses carry their names in the profile."""
-    from megatron_fdd.objective import Objective
-    from megatron_fdd.teacher.live import BesideTeacher
+    from megatron_fdd.losses.objective import Objective
+    from megatron_fdd.step.teacher.beside import BesideTeacher
 
     with contextlib.ExitStack() as stack:
         for owner, name in ((BesideTeacher, "features"), (Objective, "inner"), (Objective, "final")):

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from benchmarks import measure
 from benchmarks.step_profile import marked, profiled
-from megatron_fdd import rehearsal
+from megatron_fdd.host import rehearsal
 
 WARM_UP_STEPS = 2
 # Two steps are not timed: one is watched for its memory, one for its flops.
@@ -193,10 +193,10 @@ def _train_stock() -> int:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_fdd.arguments import model_config
     from megatron_fdd.data.provider import train_valid_test_provider
-    from megatron_fdd.run import prepare_run
-    from megatron_fdd.wheel import use_built_helpers
+    from megatron_fdd.host.model import model_config
+    from megatron_fdd.host.patches.helpers import use_built_helpers
+    from megatron_fdd.plan.run import prepare_run
 
     if rehearsal.is_wanted():
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron_fdd.layer_plan import sample_blocks
-from megatron_fdd.losses import HeadPair, Tap, TokenWeights, delta_terms, trajectory_term
+from megatron_fdd.losses.layer_plan import sample_blocks
+from megatron_fdd.losses.terms import HeadPair, Tap, TokenWeights, delta_terms, trajectory_term
 from megatron_fdd.ops.delta import head_grams
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard
-from megatron_fdd.teacher.tap_format import TapFormat
+from megatron_fdd.step.teacher.tap_format import TapFormat
 
 FORMS = ("logprob", "centred")
 FP8 = TapFormat(torch.bfloat16, is_fp8=True)

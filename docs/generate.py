@@ -14,34 +14,25 @@ from pathlib import Path
 
 from megatron_fdd.config import add_fdd_args
 from megatron_fdd.doctor.seam_table import SEAMS
-from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES, Patch
+from megatron_fdd.host.patches.table import PATCHES, REHEARSAL_PATCHES, Patch
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "megatron_fdd"
 MARK = "<!-- {}: made by docs/generate.py -->"
-# What each box of the picture is, and the modules and folders in it. Every module is in one of them.
-BOXES = {
-    "cli": ("the command fdd, the check of a machine", "cli doctor __main__"),
-    "distill": ("the entry point", "distill"),
-    "plan": ("all that is decided before a process group exists", "run preflight balance dry_run"),
-    "step": (
-        "all that runs inside of a training step",
-        "student objective sampling schedule pipeline carry attach lens_copies live_lens metrics progress",
-    ),
-    "teacher": ("one forward pass with taps; the frozen model's features", "teacher taps"),
-    "losses": ("the terms, from features and heads", "losses lens"),
-    "models": ("what a checkpoint's arguments say", "arguments experts fp8 parameters student_memory"),
-    "host": (
-        "Megatron's state, its patches, CPUs, the terminal",
-        "topology checkpoint saving save_folder disk launch wheel stepped_adam local_norms rehearsal patches console "
-        "quiet",
-    ),
-    "tokenizers": ("is it the same tokenizer", "tokenizer_identity json_file"),
-    "settings": ("flags, and which layers are paired", "config layer_plan"),
-    "ops": ("the fused mathematics", "ops"),
-    "data": ("raw files to batches", "data"),
-    "convert": ("Hugging Face and Megatron", "convert"),
-    "evaluate": ("exported students, the report", "evaluate"),
+# What each room of the package is: the boxes of the picture.
+ROOMS = {
+    "cli": "the command fdd",
+    "doctor": "the check of a machine",
+    "distill": "the entry point",
+    "plan": "all that is decided before a process group exists",
+    "step": "all that runs inside a training step, and the teacher",
+    "convert": "Hugging Face and Megatron",
+    "evaluate": "exported students, the report",
+    "losses": "what is minimised; no Megatron",
+    "data": "raw files to batches",
+    "ops": "the fused mathematics; torch alone",
+    "host": "Megatron's state, its patches, CPUs, the terminal",
+    "config": "the flags",
 }
 
 
@@ -94,49 +85,37 @@ def _default(value: object) -> str:
 
 
 def picture() -> str:
-    """Boxes and the imports between them as Mermaid; an import that follows from others is left out."""
-    lines = [f'    {name}["{_label(name)}"]' for name in BOXES]
-    lines += [f"    {start} --> {end}" for start, end in sorted(necessary(imports_between_boxes()))]
+    """Rooms and the imports between them as Mermaid; an import that follows from others is left out."""
+    lines = [f'    {name}["<b>{name}</b>: {meaning}"]' for name, meaning in ROOMS.items()]
+    lines += [f"    {start} --> {end}" for start, end in sorted(necessary(set(imports_between_rooms())))]
     return "\n".join(["```mermaid", "flowchart TD", *lines, "```"])
 
 
-def _label(name: str) -> str:
-    meaning, modules = BOXES[name]
-    held = "" if modules == name else f"<br><i>{', '.join(modules.split())}</i>"
-    return f"<b>{name}</b>: {meaning}{held}"
-
-
-def imports_between_boxes() -> set[tuple[str, str]]:
-    """(box, box that it imports from).
+def imports_between_rooms() -> Iterator[tuple[str, str]]:
+    """(room, room that a file of it imports from).
 
     Raises:
-        ValueError: a module that is in no box.
+        ValueError: a room that `ROOMS` does not know.
     """
-    box_of = {module: name for name, (_, modules) in BOXES.items() for module in modules.split()}
-    imports = set(_imports())
-    homeless = {module for arrow in imports for module in arrow} - box_of.keys()
-    if homeless:
-        raise ValueError(
-            f"{sorted(homeless)}: in no box of the picture; add them to BOXES in docs/generate.py"
-        )
-    return {(box_of[start], box_of[end]) for start, end in imports if box_of[start] != box_of[end]}
-
-
-def _imports() -> Iterator[tuple[str, str]]:
-    """(module or folder, module or folder of this package that a file of it imports)."""
-    rooms = {
-        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
     for path in PACKAGE.rglob("*.py"):
         own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        own = "cli" if own == "__main__" else own
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names: list[str] = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-            parts = (name.split(".") for name in names)
-            yield from ((own, part[1]) for part in parts if part[0] == PACKAGE.name and part[1] in rooms)
+            for name in names:
+                package, _, rest = name.partition(".")
+                room = rest.split(".")[0]
+                if package != PACKAGE.name or room in (own, "__version__"):
+                    continue
+                if not {own, room} <= ROOMS.keys():
+                    raise ValueError(f"{own} imports {name}: add its room to ROOMS in docs/generate.py")
+                yield own, room
 
 
 def necessary(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:

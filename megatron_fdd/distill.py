@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_fdd.launch import end_at_interrupt, ended_by_sigterm, print_error, raise_at_interrupt
+from megatron_fdd.host.process import end_at_interrupt, ended_by_sigterm, print_error, raise_at_interrupt
 
 if __name__ == "__main__":
     end_at_interrupt()
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd import console, rehearsal
+from megatron_fdd.host import console, rehearsal
 
 if __name__ == "__main__":
     if not {"-h", "--help"}.isdisjoint(sys.argv):
-        importlib.import_module("megatron_fdd.quiet")
+        importlib.import_module("megatron_fdd.host.quiet")
     elif "--fdd-verbose" not in sys.argv:
         console.divide()  # before anything of Megatron prints
     try:
@@ -46,33 +46,34 @@ from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from megatron_fdd.arguments import model_config, student_checkpoint
-from megatron_fdd.checkpoint import cause_of
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
-from megatron_fdd.dry_run import describe_plan
-from megatron_fdd.launch import is_first_rank
-from megatron_fdd.layer_plan import Plan
-from megatron_fdd.lens import read_lens
-from megatron_fdd.local_norms import install_norms
-from megatron_fdd.objective import Objective, StepGrams
+from megatron_fdd.host.checkpoint import cause_of
+from megatron_fdd.host.model import model_config
+from megatron_fdd.host.patches.adam import install_adam
+from megatron_fdd.host.patches.helpers import use_built_helpers
+from megatron_fdd.host.patches.norms import install_norms
+from megatron_fdd.host.process import is_first_rank
+from megatron_fdd.host.saving import saved_iteration
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.losses.objective import Objective, StepGrams
+from megatron_fdd.losses.sampling import Sampler
 from megatron_fdd.ops.linear_kl import VocabShard
-from megatron_fdd.pipeline import PipelineWork
-from megatron_fdd.progress import Progress
-from megatron_fdd.run import PreparedRun, prepare_run
-from megatron_fdd.sampling import Sampler
-from megatron_fdd.save_folder import held
-from megatron_fdd.saving import saved_iteration
-from megatron_fdd.schedule import StepHooks, installed
-from megatron_fdd.stepped_adam import install_adam
-from megatron_fdd.student import ChunkForward, StudentForward
-from megatron_fdd.teacher import Teacher
-from megatron_fdd.teacher.check import log_cross_entropy
-from megatron_fdd.teacher.live import BesideTeacher
-from megatron_fdd.teacher.loading import build_teacher
-from megatron_fdd.teacher.pipelined import PipelinedTeacher
-from megatron_fdd.topology import Topology
-from megatron_fdd.wheel import use_built_helpers
+from megatron_fdd.plan.describe import describe_plan
+from megatron_fdd.plan.run import PreparedRun, prepare_run
+from megatron_fdd.plan.save_folder import held
+from megatron_fdd.plan.student_arguments import student_checkpoint
+from megatron_fdd.step.lens import read_lens
+from megatron_fdd.step.pipeline import PipelineWork
+from megatron_fdd.step.progress import Progress
+from megatron_fdd.step.schedule import StepHooks, installed
+from megatron_fdd.step.student import ChunkForward, StudentForward
+from megatron_fdd.step.teacher.beside import BesideTeacher
+from megatron_fdd.step.teacher.check import log_cross_entropy
+from megatron_fdd.step.teacher.loading import build_teacher
+from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
+from megatron_fdd.step.teacher.teacher import Teacher
 
 
 class Distillation:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "megatron_fdd"
-# What may import what: a module imports from its own room or from lower levels.
-LEVELS = {
-    "config": 0, "ops": 0, "patches": 0, "experts": 0, "console": 0, "quiet": 0, "json_file": 0, "disk": 0,
-    "launch": 1, "tokenizer_identity": 1, "progress": 1, "wheel": 1, "stepped_adam": 1, "local_norms": 1,
-    "parameters": 1, "layer_plan": 1, "balance": 1, "topology": 1, "checkpoint": 1, "attach": 1, "saving": 2,
-    "save_folder": 2,
-    "fp8": 2, "lens": 2, "losses": 2, "arguments": 2, "rehearsal": 2, "carry": 3, "convert": 3, "lens_copies": 3,
-    "live_lens": 3, "sampling": 3, "data": 3, "taps": 4, "evaluate": 4, "teacher": 5, "objective": 6, "preflight": 6,
-    "student_memory": 6, "metrics": 7, "dry_run": 7, "student": 8, "pipeline": 8, "run": 8, "schedule": 9,
-    "distill": 10, "doctor": 11, "cli": 12, "__main__": 13,
-}  # fmt: skip
+# What may import what: a module imports from its own room or from lower floors.
+FLOORS = (
+    ("config", "ops", "host"),
+    ("data", "losses"),
+    ("convert", "evaluate", "step"),
+    ("plan",),
+    ("distill", "doctor"),
+    ("cli",),
+)
+LEVELS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms} | {"__main__": len(FLOORS)}
 
 
 def modules() -> list[Path]:
@@ -56,6 +57,46 @@ def test_imports_point_downwards() -> None:
     assert violations == []
 
 
+def test_no_two_modules_import_each_other() -> None:
+    graph = {name_of(path): {own for name in imports(path) if (own := module_of(name))} for path in modules()}
+    graphlib.TopologicalSorter({name: ends - {name} for name, ends in graph.items()}).prepare()
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def module_of(name: str) -> str | None:
+    """The module of this package that a dotted name is, or is in; a folder that holds others is none."""
+    own = {name_of(path): path.name for path in modules()}
+    while name not in own:
+        name = name.rpartition(".")[0]
+        if not name:
+            return None
+    return name if own[name] != "__init__.py" else None
+
+
+def test_losses_and_ops_know_no_megatron() -> None:
+    """They can be used in any trainer: torch, and what of this package has no Megatron either."""
+    for path in modules():
+        own = path.relative_to(PACKAGE).parts[0]
+        if own in ("ops", "losses"):
+            top = {name.split(".")[0] for name in imports(path)}
+            assert top <= {*sys.stdlib_module_names, "torch", "triton", "megatron_fdd"}, path
+            rooms = {room(name) for name in imports(path) if name.startswith("megatron_fdd.")}
+            assert rooms <= ({"ops"} if own == "ops" else {"ops", "losses", "config"}), path
+    assert not any(name.startswith("megatron.") for name in imports(PACKAGE / "config.py"))
+
+
+def test_rooms_are_on_a_floor() -> None:
+    rooms = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in modules()}
+    assert rooms == LEVELS.keys()
+    assert len(FLOORS) <= 6
+    assert sum(map(len, FLOORS)) <= 12
+
+
 def test_one_module_reads_parallel_state() -> None:
     readers = {
         str(path.relative_to(PACKAGE))
@@ -63,7 +104,7 @@ def test_one_module_reads_parallel_state() -> None:
         if any(name.startswith("megatron.core.parallel_state") for name in imports(path))
     }
     # A conversion makes its own groups where no run has made any.
-    assert readers == {"topology.py", "convert/ranks.py"}
+    assert readers == {"host/topology.py", "convert/ranks.py"}
 
 
 def test_accelerators_are_megatrons_business() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from megatron_fdd.data.records import parse_json
-from megatron_fdd.disk import explain
+from megatron_fdd.host.disk import explain
 
 
 def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from megatron_fdd.console import complain
+from megatron_fdd.host.console import complain
 
 _THREADS_A_CORE = 4
 
@@ -56,7 +56,7 @@ class Command(Interruptible):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
-        importlib.import_module("megatron_fdd.quiet")  # before the command imports torch
+        importlib.import_module("megatron_fdd.host.quiet")  # before the command imports torch
         return super().invoke(ctx)
 
 

@@ -14,8 +14,8 @@ from typing import Literal, NoReturn, get_args
 
 import click
 
-from megatron_fdd.disk import explain
-from megatron_fdd.launch import is_first_rank, print_error
+from megatron_fdd.host.disk import explain
+from megatron_fdd.host.process import is_first_rank, print_error
 
 # M_MMAP_THRESHOLD in <malloc.h>.
 _M_MMAP_THRESHOLD = -3

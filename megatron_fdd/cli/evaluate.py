@@ -14,9 +14,9 @@ from megatron_fdd.cli.chat_options import CHAT_TEMPLATE, with_options
 from megatron_fdd.cli.command import Command, few_threads
 from megatron_fdd.data.instructions import LAYOUTS, TEMPLATES, known_layouts
 from megatron_fdd.data.refusals import Refusal
-from megatron_fdd.disk import explain
 from megatron_fdd.evaluate.named_path import split_name
 from megatron_fdd.evaluate.settings import DEVICES, DTYPES, GenerationSettings, Text
+from megatron_fdd.host.disk import explain
 
 if TYPE_CHECKING:
     from megatron_fdd.evaluate.request import Request

@@ -14,7 +14,7 @@ from megatron_fdd.data.documents import JsonKeys, detect_format, expand_inputs
 from megatron_fdd.data.instructions import TEMPLATES, known_layouts
 from megatron_fdd.data.tokenizer import TOKENIZER_TYPES
 from megatron_fdd.data.vanished import FIELDS
-from megatron_fdd.disk import explain
+from megatron_fdd.host.disk import explain
 
 if TYPE_CHECKING:
     from megatron_fdd.data.chat_template import ChatSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli.command import Command
-from megatron_fdd.disk import explain
+from megatron_fdd.host.disk import explain
 
 EXAMPLES = """\b
 examples:

@@ -1,6 +1,6 @@
 """Hugging Face <-> Megatron, exactly: each family of models is a table that is run both ways."""
 
-import megatron_fdd.quiet  # noqa: F401  # before Megatron is imported
+import megatron_fdd.host.quiet  # noqa: F401  # before Megatron is imported
 from megatron_fdd.convert.config_only import config_to_mcore
 from megatron_fdd.convert.hf_companions import HF_FOLDER, carry_companions
 from megatron_fdd.convert.student import choose_layers, count_layers, init_student, parse_layers

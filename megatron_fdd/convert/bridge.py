@@ -16,13 +16,13 @@ import torch
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from megatron_fdd.checkpoint import listing
 from megatron_fdd.convert.bridge_config import architecture_of, check_same, check_trained
 from megatron_fdd.convert.checkpoint_entries import tensors_of
 from megatron_fdd.convert.families import FAMILIES
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.mcore_model import build_model
-from megatron_fdd.json_file import read_json
+from megatron_fdd.host.checkpoint import listing
+from megatron_fdd.host.json_file import read_json
 
 
 def _alternate(layer_types: list[str]) -> bool:

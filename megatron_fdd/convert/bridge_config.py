@@ -13,9 +13,9 @@ from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_fdd.arguments import model_config
 from megatron_fdd.convert.families.family import MegatronArgs
 from megatron_fdd.convert.mcore_model import argument_names
+from megatron_fdd.host.model import model_config
 
 # Fields that say where and how a model runs or how its training begins. All others say what it computes.
 _HOW_IT_RUNS = re.compile(

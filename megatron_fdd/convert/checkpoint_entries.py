@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_fdd.checkpoint import other_name
+from megatron_fdd.host.checkpoint import other_name
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:

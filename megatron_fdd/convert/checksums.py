@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fdd.json_file import read_json, write_json
+from megatron_fdd.host.json_file import read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 _ALGORITHM = "sha256"

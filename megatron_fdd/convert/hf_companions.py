@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.vocabulary import copy_tokenizer
-from megatron_fdd.tokenizer_identity import TOKENIZER_FOLDER, has_tokenizer
+from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, has_tokenizer
 
 HF_FOLDER = "hf"
 

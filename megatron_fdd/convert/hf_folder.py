@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.mcore_model import DTYPES
-from megatron_fdd.json_file import read_json
+from megatron_fdd.host.json_file import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_fdd.convert.checksums import bytes_of
 from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE
-from megatron_fdd.disk import writing
-from megatron_fdd.json_file import write_json
+from megatron_fdd.host.disk import writing
+from megatron_fdd.host.json_file import write_json
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

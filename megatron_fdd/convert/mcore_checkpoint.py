@@ -19,16 +19,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd.checkpoint import (
-    DAMAGE,
-    RELEASE,
-    TRACKER_FILE,
-    cause_of,
-    listing,
-    other_name,
-    use_stored_names,
-    weights_only,
-)
 from megatron_fdd.convert.checkpoint_entries import (
     Pieces,
     entries_of,
@@ -38,7 +28,17 @@ from megatron_fdd.convert.checkpoint_entries import (
 )
 from megatron_fdd.convert.ranks import together
 from megatron_fdd.convert.streaming_save import Reader, StreamingSave
-from megatron_fdd.disk import is_torchs_writer
+from megatron_fdd.host.checkpoint import (
+    DAMAGE,
+    RELEASE,
+    TRACKER_FILE,
+    cause_of,
+    listing,
+    other_name,
+    use_stored_names,
+    weights_only,
+)
+from megatron_fdd.host.disk import is_torchs_writer
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 

@@ -100,7 +100,7 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_fdd.local_norms import plain_norms
+    from megatron_fdd.host.patches.norms import plain_norms
 
     config = gpt_config_from_args(args)
     # gpt_config_from_args (0.19.2) passes the switch on and forgets the factor.

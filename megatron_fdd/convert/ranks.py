@@ -13,9 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_fdd import rehearsal
 from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
-from megatron_fdd.disk import writing
+from megatron_fdd.host import rehearsal
+from megatron_fdd.host.disk import writing
 
 # Ranks wait for one that writes a large file; torchrun sees those that died.
 _PATIENCE = timedelta(days=1)

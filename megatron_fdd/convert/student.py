@@ -24,7 +24,7 @@ from megatron_fdd.convert.hf_writer import (
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
-from megatron_fdd.json_file import write_json
+from megatron_fdd.host.json_file import write_json
 
 # A model suffers most when its first or last layers go.
 _KEPT_AT_EACH_END = 4

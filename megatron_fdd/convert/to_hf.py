@@ -32,7 +32,7 @@ from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args,
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
 from megatron_fdd.convert.to_mcore import Via
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
-from megatron_fdd.json_file import read_json, write_json
+from megatron_fdd.host.json_file import read_json, write_json
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
     from megatron_fdd.convert.bridge_weights import BridgeExport
@@ -87,7 +87,7 @@ def mcore_to_hf(
     """
     load, hf_out = Path(load), Path(hf_out)
     with conversion_ranks() as groups:
-        from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
+        from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 
         with together():
             check_new_folder(hf_out, "--hf-out")

@@ -21,7 +21,7 @@ from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
-from megatron_fdd.json_file import read_json, write_json
+from megatron_fdd.host.json_file import read_json, write_json
 
 if TYPE_CHECKING:  # it imports Megatron, and a rehearsal starts before that
     from megatron_fdd.convert.bridge_weights import BridgeSource

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_fdd.console import complain
 from megatron_fdd.convert.hf_folder import copy_files
-from megatron_fdd.json_file import read_json, write_json
-from megatron_fdd.tokenizer_identity import (
+from megatron_fdd.data.tokenizer_identity import (
     TokenizerIdentity,
     difference_from_file,
     identity_of_folder,
     write_stamp,
 )
-from megatron_fdd.tokenizer_identity.own_file import PLAIN_CLASS
+from megatron_fdd.data.tokenizer_identity.own_file import PLAIN_CLASS
+from megatron_fdd.host.console import complain
+from megatron_fdd.host.json_file import read_json, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -12,4 +12,4 @@ Training: `checks` and `pairing` (what is refused before it starts), `sources` (
 `packing` (Megatron datasets), `batch` (one micro-batch on the device), `provider` (what `pretrain` calls).
 """
 
-import megatron_fdd.quiet  # noqa: F401  # before Megatron is imported
+import megatron_fdd.host.quiet  # noqa: F401  # before Megatron is imported

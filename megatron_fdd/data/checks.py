@@ -21,7 +21,7 @@ from megatron_fdd.data.datasets import TextDataset
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet, open_set
 from megatron_fdd.data.sources import blends, data_prefixes, evaluates
-from megatron_fdd.tokenizer_identity import FormerStamp, compare
+from megatron_fdd.data.tokenizer_identity import FormerStamp, compare
 
 _PART_NAMES = ("training", "validation", "test")
 # All that training looks for the end-of-document token for.

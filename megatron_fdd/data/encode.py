@@ -22,7 +22,7 @@ from megatron_fdd.data.instructions import (
 from megatron_fdd.data.refusals import Reason, Refusal, refusing
 from megatron_fdd.data.sample_tokens import encode_sample
 from megatron_fdd.data.tokenizer import TextTokenizer, TokenizerSettings
-from megatron_fdd.tokenizer_identity import without_second_start
+from megatron_fdd.data.tokenizer_identity import without_second_start
 
 # Notes of a document, besides those of `chat`.
 BORDER_TOKENS = "tokens that reach over the border of an answer"

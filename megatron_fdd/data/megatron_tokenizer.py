@@ -18,7 +18,7 @@ from megatron_fdd.data.tokenizer import (
     TokenizerSettings,
     check_tokenizer_files,
 )
-from megatron_fdd.tokenizer_identity import (
+from megatron_fdd.data.tokenizer_identity import (
     TokenizerIdentity,
     TokenizerStamp,
     checked_identity,

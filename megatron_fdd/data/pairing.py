@@ -14,7 +14,7 @@ from megatron.training import get_tokenizer
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import open_set
 from megatron_fdd.data.sources import data_prefixes
-from megatron_fdd.tokenizer_identity import (
+from megatron_fdd.data.tokenizer_identity import (
     TOKENIZER_FOLDER,
     Comparison,
     TokenizerIdentity,

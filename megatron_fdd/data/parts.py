@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from megatron_fdd.data.prepared import SetKind, SetWriter, move_sets
 from megatron_fdd.data.tally import Tally
-from megatron_fdd.tokenizer_identity import TokenizerStamp
+from megatron_fdd.data.tokenizer_identity import TokenizerStamp
 
 # What a kill costs at most, in work done again.
 PART_SECONDS = 60.0

@@ -23,9 +23,9 @@ from megatron_fdd.data.show import page
 from megatron_fdd.data.summary import refusal_lines, summary_lines
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer import TextTokenizer, generation_stops
+from megatron_fdd.data.tokenizer_identity import TokenizerStamp
 from megatron_fdd.data.workers import encode_in_order, useful_workers
-from megatron_fdd.disk import make_folder, writing
-from megatron_fdd.tokenizer_identity import TokenizerStamp
+from megatron_fdd.host.disk import make_folder, writing
 
 SPLIT_NAMES = ("train", "valid", "test")
 

@@ -24,7 +24,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_fdd.data.encode import Encoded
-from megatron_fdd.tokenizer_identity import FormerStamp, TokenizerStamp
+from megatron_fdd.data.tokenizer_identity import FormerStamp, TokenizerStamp
 
 FORMAT_NAME = "megatron_fdd.data"
 FORMAT_VERSION = 2

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_fdd import patches as tables
 from megatron_fdd.doctor.finding import Finding
 from megatron_fdd.doctor.seam_table import SEAMS, Seam
+from megatron_fdd.host.patches import table as tables
 
 _MEGATRON = "megatron.core"
 _PACKAGE = Path(__file__).parents[1]

@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from megatron_fdd.disk import make_folder, writing
 from megatron_fdd.evaluate.answers import Answer, AnswersFile, batches_by_length
 from megatron_fdd.evaluate.data_file import DataFile
 from megatron_fdd.evaluate.generation import Generator, Prompt, check_length, encode_prompts
@@ -24,6 +23,7 @@ from megatron_fdd.evaluate.perplexity import (
 from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.results import VERSION, Evaluation, FileResult, TextResult
 from megatron_fdd.evaluate.rouge import SeedScores, rouge_l
+from megatron_fdd.host.disk import make_folder, writing
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, has_tokenizer, without_second_start
 from megatron_fdd.evaluate.tokenizer import load_tokenizer
-from megatron_fdd.tokenizer_identity import TokenizerIdentity, has_tokenizer, without_second_start
 
 
 @dataclass(frozen=True, slots=True)

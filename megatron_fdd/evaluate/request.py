@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_fdd.console import complain
+from megatron_fdd.data.tokenizer_identity import compare
 from megatron_fdd.evaluate.data_file import DataFile
 from megatron_fdd.evaluate.models import NamedModel, Placement
 from megatron_fdd.evaluate.rouge import scorer
 from megatron_fdd.evaluate.settings import GenerationSettings, Text
-from megatron_fdd.tokenizer_identity import compare
+from megatron_fdd.host.console import complain
 
 
 @dataclass(frozen=True, slots=True)

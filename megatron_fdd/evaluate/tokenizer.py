@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_fdd.console import complain
-from megatron_fdd.tokenizer_identity import TokenizerIdentity, difference_from_file
+from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, difference_from_file
+from megatron_fdd.host.console import complain
 
 
 @lru_cache(maxsize=16)

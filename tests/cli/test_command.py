@@ -100,6 +100,6 @@ def test_an_interrupted_command_says_so_once(words: list[str], monkeypatch: pyte
 def test_other_packages_are_quiet_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("torch.utils.cpp_extension")
     monkeypatch.setattr(logger, "filters", [])
-    monkeypatch.delitem(sys.modules, "megatron_fdd.quiet", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_fdd.host.quiet", raising=False)
     assert CliRunner().invoke(Command("x", callback=lambda: None)).exit_code == 0
     assert not logger.filter(logging.LogRecord(logger.name, 30, "", 0, "No CUDA runtime is found", (), None))

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fdd import convert, rehearsal
-from megatron_fdd.checkpoint import find_checkpoint, load_weights, read_checkpoint_args
+from megatron_fdd import convert
 from megatron_fdd.convert.mcore_model import build_model
+from megatron_fdd.host import rehearsal
+from megatron_fdd.host.checkpoint import find_checkpoint, load_weights, read_checkpoint_args
 from tests.convert import toys
 
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fdd import convert
-from megatron_fdd.checkpoint import RELEASE
 from megatron_fdd.convert.bridge import CHECKED
 from megatron_fdd.convert.families import FAMILIES, VIA_BRIDGE, family_of
 from megatron_fdd.convert.mcore_checkpoint import stored_layout
-from megatron_fdd.teacher.arguments import teacher_args
+from megatron_fdd.host.checkpoint import RELEASE
+from megatron_fdd.step.teacher.arguments import teacher_args
 from tests.convert import fake_bridge, mcore, toys
 from tests.harness.ranks import distributed
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_fdd import convert
-from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 from tests.convert import mcore, toys
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fdd import convert
-from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.convert.hf_folder import SINGLE_FILE
+from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 from tests.convert import toys
 from tests.harness.ranks import Layout, run_on_ranks
 

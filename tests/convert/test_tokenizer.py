@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_fdd.convert.vocabulary import copy_tokenizer
-from megatron_fdd.tokenizer_identity import TokenizerStamp, difference_from_file, stored_identity
+from megatron_fdd.data.tokenizer_identity import TokenizerStamp, difference_from_file, stored_identity
 from tests.convert import toys
-from tests.tokenizer_identity import variants
+from tests.data.tokenizer_identity import variants
 
 
 def test_copies_carry_their_identity(tmp_path: Path) -> None:

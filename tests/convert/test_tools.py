@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
-from megatron_fdd.checkpoint import TRACKER_FILE
 from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
+from megatron_fdd.host.checkpoint import TRACKER_FILE
 from tests.convert import mcore, toys
 from tests.harness import forked_python
 from tests.harness.ranks import Layout, distributed, run_on_ranks

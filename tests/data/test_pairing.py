@@ -17,8 +17,8 @@ from megatron_fdd.data.pairing import Role, check_checkpoint_tokenizer
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import megatron_args, write_jsonl
-from tests.tokenizer_identity import variants
-from tests.tokenizer_identity.variants import Content
+from tests.data.tokenizer_identity import variants
+from tests.data.tokenizer_identity.variants import Content
 
 
 def checkpoint(folder: Path, content: Content | None = None) -> str:

@@ -11,9 +11,9 @@ import megatron.training.training as megatron_training
 import pytest
 from megatron.core.models.gpt import GPTModel
 
-from megatron_fdd import patches
 from megatron_fdd.doctor import report, seams
 from megatron_fdd.doctor.finding import Finding
+from megatron_fdd.host.patches import table as patches
 
 
 def failed() -> dict[str, Finding]:
@@ -34,8 +34,8 @@ def test_a_function_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     by_import, by_seam = [
         each for check in (seams.imported_names, seams.signatures) for each in check() if each.level == "FAIL"
     ]
-    assert "attach.py" in by_import.remedy
-    assert "attach.py" in by_seam.remedy
+    assert "injection.py" in by_import.remedy
+    assert "injection.py" in by_seam.remedy
     assert "losses on inner pipeline stages" in by_seam.text
 
 

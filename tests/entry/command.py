@@ -71,7 +71,7 @@ def call_main(command: Sequence[str]) -> Ending:
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["distill", *command]),
-        patch("megatron_fdd.launch.PATIENCE_S", 0),  # no launcher ends these ranks: every one speaks
+        patch("megatron_fdd.host.process.PATIENCE_S", 0),  # no launcher ends these ranks: every one speaks
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES
+from megatron_fdd.host.patches.table import PATCHES, REHEARSAL_PATCHES
 from tests.entry.command import Ending, run_commands
 
 _BEFORE: dict[str, Any] = {}
@@ -39,7 +39,7 @@ def replaced_in_a_run(
     command: Sequence[str], environment: dict[str, str]
 ) -> tuple[Ending, set[str], set[str]]:
     """Body on a rank: the entry point's ending, and what is replaced while it trains and afterwards."""
-    from megatron_fdd.schedule import StepHooks
+    from megatron_fdd.step.schedule import StepHooks
 
     if not _BEFORE:
         remember()
@@ -76,7 +76,7 @@ def _is_from(value: Any, package: str) -> bool:
 
 def _is_torchs(value: Any) -> bool:
     """Whether Megatron has found it in torch, where a rehearsal had put it."""
-    return str(getattr(value, "__module__", "")) == "megatron_fdd.rehearsal.device"
+    return str(getattr(value, "__module__", "")) == "megatron_fdd.host.rehearsal.device"
 
 
 def _own_state() -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fdd import convert
-from megatron_fdd.teacher.scales import check_scales
+from megatron_fdd.plan.fp8 import check_scales
 from tests.convert import toys
 from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run, trained

@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_fdd import convert, preflight
+from megatron_fdd import convert
+from megatron_fdd.plan import checks as preflight
 from tests.convert import toys
 from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained, without_seconds

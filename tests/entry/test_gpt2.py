@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_fdd import convert
-from megatron_fdd.lens import read_lens
+from megatron_fdd.step.lens import read_lens
 from tests.convert import mcore, toy_gpt2, toys
 from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained, without_seconds

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_fdd.cli.train import ENTRY_POINT
-from megatron_fdd.save_folder import held
+from megatron_fdd.plan.save_folder import held
 from tests.entry.command import read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
 
@@ -53,7 +53,7 @@ def test_an_error_is_the_end_of_all_ranks(toy: Toys) -> None:
 # What `python -m megatron_fdd.distill` does with an error, in a process that starts in no time.
 ENDING = """
 import os, sys, time
-from megatron_fdd import launch
+from megatron_fdd.host import process as launch
 rank, case = int(os.environ["RANK"]), sys.argv[1]
 launch.PATIENCE_S = float(sys.argv[2])
 if rank == 0:

@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_fdd.metrics import check_metrics_file
 from megatron_fdd.ops import chunks
 from megatron_fdd.ops.vocab_shard import VocabShard
+from megatron_fdd.step.metrics import check_metrics_file
 from tests.entry.command import Ending, call_main, read_metrics, run, trained
 from tests.entry.conftest import Toys
 from tests.harness.ranks import Layout, run_on_ranks

@@ -9,7 +9,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_fdd import student
+from megatron_fdd.step import student
 from tests.entry.command import Ending, Patch, read_metrics, run
 from tests.entry.conftest import Toys
 
@@ -51,7 +51,7 @@ class BadGradient(torch.autograd.Function):
         return gradient * float("nan")
 
 
-real_report = student._report
+real_report = student._loss_function
 
 
 def bad_report(loss: Tensor, **keywords: Any) -> Any:
@@ -62,7 +62,9 @@ def bad_report(loss: Tensor, **keywords: Any) -> Any:
 
 
 def test_gradient_that_exploded(toy: Toys, tmp_path: Path) -> None:
-    [endings] = run(command(toy, tmp_path), patches=[Patch("megatron_fdd.student", "_report", bad_report)])
+    [endings] = run(
+        command(toy, tmp_path), patches=[Patch("megatron_fdd.step.student", "_loss_function", bad_report)]
+    )
     assert_stopped(endings, tmp_path, "error: iteration 2: the norm of the gradient is nan")
 
 
@@ -80,7 +82,7 @@ def nan_on_last_rank(step: student.StudentForward) -> Tensor:
 def test_loss_of_one_rank_stops_all(toy: Toys, tmp_path: Path) -> None:
     [endings] = run(
         command(toy, tmp_path),
-        patches=[Patch("megatron_fdd.student.StudentForward", "take_sums", nan_on_last_rank)],
+        patches=[Patch("megatron_fdd.step.student.StudentForward", "take_sums", nan_on_last_rank)],
     )
     assert_stopped(endings, tmp_path, "error: iteration 2: total, ")
 

@@ -1,8 +1,8 @@
-"""The tables of `megatron_fdd.patches` against what live runs replace."""
+"""The tables of `megatron_fdd.host.patches.table` against what live runs replace."""
 
 from __future__ import annotations
 
-from megatron_fdd.patches import PATCHES, REHEARSAL_PATCHES
+from megatron_fdd.host.patches.table import PATCHES, REHEARSAL_PATCHES
 from tests.entry.conftest import Toys
 from tests.entry.megatron_names import replaced_in_a_run
 from tests.harness.ranks import Layout, run_on_ranks

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megatron_fdd.arguments import REFUSALS, refuse
+from megatron_fdd.plan.refusals import REFUSALS, refuse
 from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
@@ -108,7 +108,7 @@ def in_delayed_scaling(args: argparse.Namespace) -> bool:
 
 
 def test_a_converted_teacher_has_no_scales(toy: Toys) -> None:
-    patch = Patch("megatron_fdd.run", "uses_delayed_scaling", in_delayed_scaling)
+    patch = Patch("megatron_fdd.plan.run", "uses_delayed_scaling", in_delayed_scaling)
     for endings in run(toy.command(), toy.command("--fdd-dry-run"), patches=[patch]):
         assert_refused(
             endings, r"--teacher-fp8-recipe delayed: .*teacher/release holds no scales .*use tensorwise"

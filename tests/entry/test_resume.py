@@ -116,8 +116,8 @@ def stale_head(model: GPTModel) -> Tensor:
 def run_stale(arguments: list[str]) -> bool:
     """Body on a rank: whether Megatron itself noticed that a bucket was never waited for."""
     with (
-        patch("megatron_fdd.lens.read_head", stale_head),
-        patch("megatron_fdd.student.read_head", stale_head),
+        patch("megatron_fdd.step.lens.read_head", stale_head),
+        patch("megatron_fdd.step.student.read_head", stale_head),
     ):
         try:
             call_main(arguments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd.saving import heard_failures, saved_iteration
+from megatron_fdd.host.saving import heard_failures, saved_iteration
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
 

@@ -10,7 +10,7 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 
 from megatron_fdd import convert
-from megatron_fdd.teacher.loading import build_teacher
+from megatron_fdd.step.teacher.loading import build_teacher
 from tests.convert.toys import tensor_hashes
 from tests.entry import damage
 from tests.entry.checks import assert_refused

@@ -24,7 +24,7 @@ for module in MODULES:
 transformer_block.LayerNormImpl = type("NormOfApex", (), {})
 megatron_names.remember()
 
-from megatron_fdd import rehearsal  # noqa: E402
+from megatron_fdd.host import rehearsal  # noqa: E402
 
-with patch("megatron_fdd.local_norms.install_norms"):
+with patch("megatron_fdd.host.patches.norms.install_norms"):
     rehearsal.start()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fdd.data.tokenizer_identity import identity_of_folder
 from megatron_fdd.evaluate.evaluation import TextWindows, check_known_tokens
 from megatron_fdd.evaluate.models import NamedModel
-from megatron_fdd.tokenizer_identity import identity_of_folder
-from tests.tokenizer_identity import variants
+from tests.data.tokenizer_identity import variants
 
 
 def model(folder: Path, content: variants.Content | None = None) -> NamedModel:

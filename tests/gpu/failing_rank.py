@@ -11,7 +11,8 @@ MESSAGE = "made to fail"
 
 
 def main() -> None:
-    from megatron_fdd import launch, rehearsal
+    from megatron_fdd.host import process as launch
+    from megatron_fdd.host import rehearsal
 
     if rehearsal.is_wanted():
         rehearsal.start()

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import lines
-from megatron_fdd import rehearsal
+from megatron_fdd.host import rehearsal
 from tests.gpu import te_is_there
 from tests.harness.rank_process import Call, remember_no_layout, run_call
 from tests.oracle.case import (
@@ -70,7 +70,7 @@ CASES = {
     "tp2-pp4-sp": Case(tp=2, pp=4, sequence_parallel=True, micro_batches=6),
     "tp2-pp2-cp2-sp": Case(tp=2, pp=2, cp=2, sequence_parallel=True, **ATTENTION),
 }
-# A rehearsal of this file; the rest is in tests/test_layouts.py.
+# A rehearsal of this file; the rest is in tests/step/test_layouts.py.
 ON_CPUS = ("tp2-sp", "pp2-vpp3", "cp2", "ep2")
 TOLERANCES = {
     ("cpu", False): (TERM_TOLERANCE, GRADIENT_TOLERANCE),

@@ -2,7 +2,7 @@
 
 from unittest.mock import patch
 
-from megatron_fdd import rehearsal
+from megatron_fdd.host import rehearsal
 
-with patch("megatron_fdd.local_norms.install_norms"):
+with patch("megatron_fdd.host.patches.norms.install_norms"):
     rehearsal.start()

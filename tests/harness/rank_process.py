@@ -106,7 +106,7 @@ def _join(rank: int, size: int, rendezvous: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from megatron_fdd import rehearsal
+    from megatron_fdd.host import rehearsal
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}

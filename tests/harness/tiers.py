@@ -27,7 +27,7 @@ LONGEST = (
     "scripts",
     "convert/test_at_size",
     "entry/test_transformer_engine",
-    "test_layouts",
+    "step/test_layouts",
     "entry",
     "transformer_engine",
 )

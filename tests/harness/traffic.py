@@ -120,7 +120,7 @@ class Traffic:
 
 def _is_ours(module: str) -> bool:
     """The rehearsal only stands in for what the hardware of Megatron's own calls would do."""
-    return module.startswith("megatron_fdd.") and not module.startswith("megatron_fdd.rehearsal.")
+    return module.startswith("megatron_fdd.") and not module.startswith("megatron_fdd.host.rehearsal.")
 
 
 def _caller() -> str:

@@ -15,12 +15,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_fdd.arguments import chunk_layers
 from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
-from megatron_fdd.layer_plan import LayerPair, Plan
-from megatron_fdd.schedule import StepHooks
-from megatron_fdd.topology import Topology
+from megatron_fdd.host.model import chunk_layers
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.layer_plan import LayerPair, Plan
+from megatron_fdd.step.schedule import StepHooks
 from tests.harness.ranks import Layout
 from tests.oracle import reference
 from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fdd.balance import (
+from megatron_fdd.plan.balance import (
     ModelShape,
 )
 

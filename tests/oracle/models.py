@@ -17,9 +17,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
-from megatron_fdd.teacher.arguments import even_layout
-from megatron_fdd.teacher.loading import build_stage
-from megatron_fdd.topology import Topology
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.step.teacher.arguments import even_layout
+from megatron_fdd.step.teacher.loading import build_stage
 from tests.oracle.reference import Shape, Weights
 
 # Padding of the vocabulary: a multiple of this times the tensor-parallel size.

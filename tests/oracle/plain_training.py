@@ -9,7 +9,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_fdd.topology import Topology
+from megatron_fdd.host.topology import Topology
 from tests.oracle import reference
 from tests.oracle.case import LENGTH, MICRO_BATCH, Case
 from tests.oracle.models import build_student

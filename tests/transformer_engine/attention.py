@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from torch import Tensor
 
-from megatron_fdd.rehearsal.attention import ContextAttention
+from megatron_fdd.host.rehearsal.attention import ContextAttention
 
 
 def install_attention() -> None:

@@ -9,8 +9,8 @@ from unittest.mock import MagicMock, patch
 
 import torch._dynamo  # noqa: F401  (looks for onnx, before there is a wrong one)
 
-from megatron_fdd import rehearsal
-from megatron_fdd.rehearsal import device
+from megatron_fdd.host import rehearsal
+from megatron_fdd.host.rehearsal import device
 from tests.transformer_engine import PYTHON, kernels
 
 sys.path.append(str(PYTHON))
@@ -51,7 +51,7 @@ te_distributed._set_cuda_rng_state = device.set_rng_state
 del sys.modules["onnx"], sys.modules["onnxscript"]
 rehearsal.start()
 
-from megatron_fdd.rehearsal import flags  # noqa: E402
+from megatron_fdd.host.rehearsal import flags  # noqa: E402
 from tests.transformer_engine.attention import install_attention  # noqa: E402
 
 install_attention()

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 from megatron.core.transformer.mlp import MLP
 
-from megatron_fdd.objective import Objective
-from megatron_fdd.teacher.tap_format import TapFormat
+from megatron_fdd.losses.objective import Objective
+from megatron_fdd.step.teacher.tap_format import TapFormat
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import Case, join, schedule_step
 from tests.transformer_engine import IMAGE, needs_python

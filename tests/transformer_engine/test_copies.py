@@ -10,8 +10,8 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_fdd.arguments import chunk_layers
-from megatron_fdd.fp8 import frozen_weight_bytes, weight_copies_bytes
+from megatron_fdd.host.model import chunk_layers
+from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import FULL_BLOCK, Case, join, schedule_step
 from tests.oracle.reference import Shape, Terms

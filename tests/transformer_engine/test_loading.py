@@ -11,7 +11,7 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_fdd.topology import Topology
+from megatron_fdd.host.topology import Topology
 from tests.harness.ranks import Layout, run_on_ranks
 from tests.oracle.case import Case, frozen_teacher
 from tests.oracle.models import build_student

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fdd.fp8 import check_fp8_shapes
+from megatron_fdd.plan.fp8 import check_fp8_shapes
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import MICRO_BATCH, Case, join, schedule_step
 from tests.oracle.reference import Shape, Terms

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from megatron_fdd.disk import make_folder, writing
 from megatron_fdd.evaluate.report.data import data_facts
 from megatron_fdd.evaluate.report.facts import flag_facts, run_facts, sample_facts, setting_facts
 from megatron_fdd.evaluate.report.heat_maps import draw_heat_map
@@ -15,6 +14,7 @@ from megatron_fdd.evaluate.report.page import Report, to_html, to_markdown
 from megatron_fdd.evaluate.report.panels import draw_losses, draw_progress, draw_shares
 from megatron_fdd.evaluate.report.runs import Run, read_runs
 from megatron_fdd.evaluate.report.scores import evaluation_rows, term_rows
+from megatron_fdd.host.disk import make_folder, writing
 
 __all__ = ["make_report", "write_report"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_fdd.evaluate.report.facts import UNKNOWN, Facts
 from megatron_fdd.evaluate.report.runs import Run
-from megatron_fdd.json_file import read_json
+from megatron_fdd.host.json_file import read_json
 
 _INFO = ".prepared.json"  # as `data.prepared` names it, which imports Megatron
 _COUNTS = {

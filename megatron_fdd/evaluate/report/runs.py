@@ -129,7 +129,7 @@ def _read_flags(folder: Path) -> tuple[dict[str, Any], str | None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about kernels that a reader of arguments has no use for
         # Megatron takes seconds to import, and a report of metrics alone does without.
-        from megatron_fdd.checkpoint import find_checkpoint, read_checkpoint_args
+        from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 
         try:
             return vars(read_checkpoint_args(find_checkpoint(str(folder), "RUN"), "RUN")), None

@@ -1,0 +1,150 @@
+"""Identities of what a tokenizer can come as: a folder, a file, an object of transformers or SentencePiece."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity
+from megatron_fdd.host.json_file import read_json
+
+if TYPE_CHECKING:  # each comes with its object
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_PARTS = {
+    "normaliser": "normalizer",
+    "pre-tokenizer": "pre_tokenizer",
+    "post-processor": "post_processor",
+    "added tokens": "added_tokens",
+}
+# Entries of `model` that have their own place: the words are in the vocabulary.
+_OWN_PLACE = ("vocab", "merges")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `identity_of_folder` finds a vocabulary in the folder."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def identity_of_folder(folder: Path) -> TokenizerIdentity:
+    """Read it from a folder's tokenizer.json, tokenizer.model (SentencePiece), vocab.json or vocab.txt.
+
+    Raises:
+        ValueError: the folder holds none of them, or one that cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        identity = identity_of_file(folder / "tokenizer.json")
+    elif (folder / "tokenizer.model").is_file():
+        identity = identity_of_sentencepiece(_sentencepiece(folder / "tokenizer.model"))
+    elif (folder / "vocab.json").is_file():
+        identity = TokenizerIdentity("words", read_json(folder / "vocab.json"), {})
+    elif (folder / "vocab.txt").is_file():
+        lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+        identity = TokenizerIdentity("words", {token: index for index, token in enumerate(lines)}, {})
+    else:
+        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
+    return _with_added(identity, _added_beside(folder))
+
+
+def identity_of_file(path: Path) -> TokenizerIdentity:
+    """Of a tokenizer.json, by the library that it is made for.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import tokenizers
+
+    content = read_json(path)
+    if not content.get("model", {}).get("vocab"):
+        raise ValueError(f"{path} has no model.vocab")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer that can be read ({error}); fetch it again") from error
+    return TokenizerIdentity(
+        "tokenizers",
+        backend.get_vocab(with_added_tokens=True),
+        {token.content: index for index, token in backend.get_added_tokens_decoder().items()},
+        lambda text: backend.encode(text, add_special_tokens=False).ids,
+        parts_of(content),
+    )
+
+
+def identity_of_transformers(
+    library: PreTrainedTokenizerBase, eod: int | None, *, parts: Mapping[str, str] | None = None
+) -> TokenizerIdentity:
+    """Of a tokenizer as transformers has loaded it.
+
+    Args:
+        parts: of its own tokenizer.json, where that has been read.
+    """
+    return TokenizerIdentity(
+        "tokenizers" if library.is_fast else "python",
+        library.get_vocab(),
+        {token.content: index for index, token in library.added_tokens_decoder.items()},
+        lambda text: list(library(text, add_special_tokens=False, verbose=False)["input_ids"]),
+        parts or {},
+        eod,
+    )
+
+
+def identity_of_sentencepiece(library: SentencePieceProcessor, eod: int | None = None) -> TokenizerIdentity:
+    """Of a SentencePiece model. None of its tokens is looked for in a text, so none counts as added."""
+    vocabulary = {library.id_to_piece(index): index for index in range(library.get_piece_size())}
+    return TokenizerIdentity("sentencepiece", vocabulary, {}, library.encode_as_ids, {}, eod)
+
+
+def parts_of(content: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of each part of a tokenizer.json but the words."""
+    model = content.get("model") or {}
+    parts = {name: content.get(key) for name, key in _PARTS.items()}
+    parts["merges"] = [
+        pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []
+    ]
+    parts["model"] = {key: value for key, value in model.items() if key not in _OWN_PLACE}
+    return {name: _hash(value) for name, value in parts.items()}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sentencepiece(path: Path) -> SentencePieceProcessor:
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError:
+        raise ValueError(f"{path} is not a SentencePiece model") from None
+
+
+def _added_beside(folder: Path) -> dict[str, int]:
+    """Added tokens from the two files that may hold them beside the vocabulary."""
+    added: dict[str, int] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        added |= {entry["content"]: int(index) for index, entry in decoder.items()}
+    if (folder / "added_tokens.json").is_file():
+        added |= read_json(folder / "added_tokens.json")
+    return added
+
+
+def _with_added(identity: TokenizerIdentity, beside: Mapping[str, int]) -> TokenizerIdentity:
+    """With tokens that only the files beside the vocabulary name."""
+    new = {token: index for token, index in beside.items() if token not in identity.vocabulary}
+    if not new:
+        return identity
+    return TokenizerIdentity(
+        identity.library,
+        {**identity.vocabulary, **new},
+        {**identity.added, **new},
+        identity.encode,
+        identity.parts,
+        identity.eod,
+    )

@@ -1,0 +1,59 @@
+"""The identity that lies beside a checkpoint's tokenizer, so that a run need not make it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity, TokenizerStamp
+from megatron_fdd.data.tokenizer_identity.sources import VOCABULARY_FILES, has_tokenizer, identity_of_folder
+from megatron_fdd.host.json_file import read_json, write_json
+
+IDENTITY_FILE = "fdd_tokenizer.json"
+# In the folder of a checkpoint.
+TOKENIZER_FOLDER = "tokenizer"
+_VERSION = 2
+_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "added_tokens.json")
+
+
+def write_stamp(folder: Path, identity: TokenizerIdentity) -> None:
+    """Put the identity of what is loaded from a tokenizer's folder into it."""
+    values = {
+        "version": _VERSION,
+        "files_sha256": _files_sha256(folder),
+        **dataclasses.asdict(identity.stamp),
+    }
+    write_json(folder / IDENTITY_FILE, values)
+
+
+def stored_identity(folder: Path) -> TokenizerStamp | TokenizerIdentity | None:
+    """What the tokenizer in a checkpoint's `tokenizer/` is; None where there is none.
+
+    The stamp is only believed while the files are those that it was made of.
+
+    Raises:
+        ValueError: files that cannot be read.
+    """
+    if not has_tokenizer(folder):
+        return None
+    if (folder / IDENTITY_FILE).is_file():
+        values = read_json(folder / IDENTITY_FILE)
+        version, files = values.pop("version", None), values.pop("files_sha256", None)
+        if version == _VERSION and files == _files_sha256(folder):
+            try:
+                return TokenizerStamp(**values)
+            except TypeError as error:
+                raise ValueError(
+                    f"{folder / IDENTITY_FILE} is no identity of a tokenizer ({error}); delete it"
+                ) from error
+    return identity_of_folder(folder)
+
+
+def _files_sha256(folder: Path) -> str:
+    """Of the bytes of all files that decide the identity."""
+    total = hashlib.sha256()
+    for name in _FILES:
+        if (folder / name).is_file():
+            total.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return total.hexdigest()

@@ -1,0 +1,70 @@
+"""The model that Megatron's arguments describe: which of them shape it, its configuration, its layers by chunk."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+# What shapes a GPT's function beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half of it.
+ARCHITECTURE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "group_query_attention", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent",
+    "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
+    "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings",
+    "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int",
+    "no_rope_freq", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu", "bias_gelu_fusion",
+    "untie_embeddings_and_output_weights", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma",
+    "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm",
+    "softmax_type", "window_size", "window_attn_skip_freq", "glu_linear_offset", "activation_func_clamp_value",
+    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
+    "attention_output_gate",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
+    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
+    "moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_latent_size", "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_shared_expert_glu_interleave_size",
+)  # fmt: skip
+
+
+def model_config(args: argparse.Namespace) -> GPTModelConfig:
+    """Megatron's model configuration of these arguments, with what `gpt_config_from_args` forgets.
+
+    0.19.2 passes `--use-rope-scaling` on and leaves the factor at its default.
+    """
+    config = gpt_config_from_args(args)
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
+
+
+def planned_layers(args: argparse.Namespace) -> tuple[int, ...]:
+    """`chunk_layers` of these arguments, wherever the plan is made.
+
+    Without TransformerEngine Megatron's configuration refuses FP8 of experts, which has no part in how layers are cut.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        args = argparse.Namespace(**{**vars(args), "fp8": None, "fp8_param_gather": False})
+    return chunk_layers(model_config(args).transformer)
+
+
+def chunk_layers(config: TransformerConfig) -> tuple[int, ...]:
+    """How many layers each chunk holds of a model with this configuration, in depth order.
+
+    With virtual stages chunk c is on pipeline stage c % stages.
+    """
+    stages = config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
+    layout = config.pipeline_model_parallel_layout
+    order = [(stage, part) for part in range(virtual or 1) for stage in range(stages)]
+    if layout is None:
+        return tuple(
+            get_num_layers_to_build(config, None if virtual is None else part, stage) for stage, part in order
+        )
+    # With a layout Megatron's function answers for the calling rank, whatever stage it is asked about.
+    assert isinstance(layout, PipelineParallelLayerLayout)
+    return tuple(layout.layout[stage][part].count(LayerType.decoder) for stage, part in order)

@@ -1,0 +1,102 @@
+"""Norms for Megatron's local modules: torch's own refuse sequence parallelism and zero-centred weights.
+
+So that `--transformer-impl local` runs without apex and TransformerEngine, on GPUs and in a rehearsal. For RMSNorm also
+beside apex, whose fused norm is a LayerNorm.
+
+Shapes: ... any leading dims, H hidden (or head) size. Statistics in float32, output in the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from torch import Tensor, nn
+
+from megatron_fdd.host.patches.table import replace, replaced
+
+
+class _Norm(nn.Module):
+    """What both norms share: their weight, and the mark by which Megatron sums its gradient over ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.hidden_size = hidden_size
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = self._parameter(config, 0.0 if self.zero_centered else 1.0)
+
+    def _parameter(self, config: TransformerConfig, value: float) -> nn.Parameter:
+        parameter = nn.Parameter(torch.full((self.hidden_size,), value, dtype=config.params_dtype))
+        # With sequence parallelism every rank sees its own tokens only.
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    @property
+    def gain(self) -> Tensor:
+        return self.weight + 1 if self.zero_centered else self.weight
+
+
+class RMSNorm(_Norm):
+    """x / sqrt(mean(x^2) + eps) * gain, rounded to the input's dtype before the gain, as in Llama."""
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        x32_H = x_H.float()
+        inverse_rms = torch.rsqrt(x32_H.square().mean(-1, keepdim=True) + self.eps)
+        return ((x32_H * inverse_rms).to(x_H.dtype) * self.gain).to(x_H.dtype)
+
+
+class LayerNorm(_Norm):
+    """(x - mean) / sqrt(variance + eps) * gain + bias."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.bias = self._parameter(config, 0.0)
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        shape = (self.hidden_size,)
+        out_H = nn.functional.layer_norm(x_H.float(), shape, self.gain.float(), self.bias.float(), self.eps)
+        return out_H.to(x_H.dtype)
+
+
+def build_norm(
+    _cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object
+) -> RMSNorm | LayerNorm:
+    """The norm that `config.normalization` names; stands in for `WrappedTorchNorm.__new__`.
+
+    Raises:
+        ValueError: a normalization other than RMSNorm and LayerNorm.
+    """
+    norms: dict[str, type[RMSNorm] | type[LayerNorm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+    if config.normalization not in norms:
+        raise ValueError(f"--normalization {config.normalization}: local modules have {', '.join(norms)}")
+    return norms[config.normalization](config, hidden_size, eps)
+
+
+def install_norms() -> None:
+    """Every norm that Megatron would leave to torch, and the final one, is made by `build_norm` from now on.
+
+    The constructor is the one place that all of Megatron's specs share; each imports the class by name. For a process
+    whose models are all of local modules.
+    """
+    for target, stand_in in _stand_ins().items():
+        replace(target, stand_in)
+
+
+@contextmanager
+def plain_norms() -> Iterator[None]:
+    """`install_norms` for a block in which a model of local modules is built, in a process with others."""
+    with replaced(_stand_ins()):
+        yield
+
+
+def _stand_ins() -> dict[str, Any]:
+    return {
+        "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": build_norm,
+        # Not so beside apex or TransformerEngine.
+        "megatron.core.transformer.transformer_block.LayerNormImpl": WrappedTorchNorm,
+    }

@@ -1,0 +1,91 @@
+"""Whether this process rehearses, and turning the rehearsal on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import queue
+import sys
+import warnings
+
+import torch
+from torch.utils.data import dataloader
+
+from megatron_fdd.host.patches.adam import install_adam
+from megatron_fdd.host.patches.table import replace
+from megatron_fdd.host.rehearsal import device
+
+VARIABLE = "FDD_REHEARSE"
+
+_NO_PINNED_MEMORY = "'pin_memory' argument is set as true but no accelerator is found"
+
+
+def is_wanted() -> bool:
+    """True when torch sees no CUDA device; the environment's FDD_REHEARSE=1 or 0 decides over that.
+
+    Raises:
+        ValueError: FDD_REHEARSE is neither 1 nor 0.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE}={asked!r}: set 1 to rehearse on CPUs, 0 never to, or unset it")
+    if asked:
+        return asked == "1"
+    # Once started, torch.cuda claims a device.
+    return device.is_installed() or not torch.cuda.is_available()
+
+
+def start() -> None:
+    """Make Megatron's `cuda` mean `cpu` in this process, for good; later calls do nothing.
+
+    Best called before Megatron is imported; afterwards works too.
+    """
+    if device.is_installed():
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _turn_compiler_off()
+    _hide_gpu_packages()
+    importlib.import_module("megatron_fdd.host.quiet")
+    warnings.filterwarnings("ignore", message=_NO_PINNED_MEMORY)
+    device.install()
+    _stand_in_for_modules()
+
+
+def _turn_compiler_off() -> None:
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if "torch._dynamo" in sys.modules:  # it has read the variable already
+        torch.compiler.set_stance("force_eager")
+
+
+def _hide_gpu_packages() -> None:
+    """As where they are not installed: Megatron takes their optimizers and norms wherever they can be imported."""
+    for name in ("transformer_engine", "apex", "amp_C"):
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError
+
+
+def _stand_in_for_modules() -> None:
+    """Replace what Megatron 0.19.2 has no CPU form of."""
+    from megatron_fdd.host.patches.norms import install_norms
+    from megatron_fdd.host.rehearsal.attention import install_attention
+    from megatron_fdd.host.rehearsal.experts import install_experts
+    from megatron_fdd.host.rehearsal.gloo import install_gloo
+
+    generator = "megatron.core.tensor_parallel.random"
+    replace(f"{generator}._get_cuda_rng_state", device.rng_state)
+    replace(f"{generator}._set_cuda_rng_state", device.set_rng_state)
+    # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
+    replace("megatron.training.initialize._warmup_jit_function", lambda **_options: None)
+    # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
+    results_queue = "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue"
+    replace(results_queue, queue.Queue())
+    device.shield_from(dataloader._BaseDataLoaderIter, "__init__")
+    # There is one generator here, so Megatron's check that the host's stood still must fail.
+    logging.getLogger(generator).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+    install_gloo()
+    install_attention()
+    install_norms()
+    install_adam()
+    install_experts()

@@ -1,0 +1,76 @@
+"""A checkpoint that cannot be written says why; and which one a run would go on from."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_fdd.host.checkpoint import TRACKER_FILE, cause_of
+
+# Megatron's writer logs what the system said and raises an error that has only its type.
+_WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+_VAGUE = "Worker failure"
+# What a rank says of a collective that another has left (NCCL, the store; gloo), as `cause_of` gives it.
+_LOST = re.compile(
+    r"^(Dist\w+Error: |RuntimeError: .*(gloo|nccl|connection (reset|closed|refused)|broken pipe))",
+    re.IGNORECASE,
+)
+
+
+class _LastError(logging.Handler):
+    """Keeps the last error that a logger was given."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text: str | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.text is None:  # the first is the cause, the others are its consequences
+            self.text = record.getMessage()
+
+
+@contextmanager
+def heard_failures(folder: str, iteration: int) -> Iterator[None]:
+    """While Megatron writes a checkpoint to `folder`, on every rank.
+
+    Raises:
+        ValueError: it could not; names the folder, what the system said, and how to go on.
+    """
+    heard = _LastError()
+    logger = logging.getLogger(_WRITER)
+    logger.addHandler(heard)
+    try:
+        yield
+    except (CheckpointException, OSError, RuntimeError) as error:
+        cause = cause_of(error)
+        if heard.text is not None and _VAGUE in cause:
+            cause = heard.text
+        last = saved_iteration(folder)
+        whole = (
+            f"the last whole checkpoint ({'there is none yet' if last is None else f'of iteration {last}'})"
+        )
+        if _LOST.search(cause):
+            raise ValueError(
+                f"--save {folder}: another rank ended while the checkpoint of iteration {iteration} was written; see "
+                f"what that rank says. The same command goes on from {whole}"
+            ) from error
+        raise ValueError(
+            f"--save {folder}: the checkpoint of iteration {iteration} could not be written: {cause} "
+            f"({shutil.disk_usage(folder).free >> 20} MiB free there). Once it can be, the same command goes on from "
+            f"{whole}"
+        ) from error
+    finally:
+        logger.removeHandler(heard)
+
+
+def saved_iteration(folder: str | None) -> int | None:
+    """Step of the newest whole checkpoint in a folder of --save; None where there is none."""
+    tracker = Path(folder or "") / TRACKER_FILE
+    text = tracker.read_text(encoding="utf-8").strip() if folder and tracker.is_file() else ""
+    return int(text) if text.isdecimal() else None

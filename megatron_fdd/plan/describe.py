@@ -1,0 +1,206 @@
+"""The plan of a run, as `--fdd-dry-run` prints it: pairs, who holds what, and estimated memory."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.layer_plan import LayerPair, Plan
+from megatron_fdd.plan.balance import ModelShape, describe_balance, token_flops
+from megatron_fdd.plan.experts import active_ffn_width, expert_tensor_size, num_expert_layers
+from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
+from megatron_fdd.plan.sizes import student_bytes
+from megatron_fdd.step.teacher.tap_format import TapFormat
+
+_MIB = 2**20
+
+
+def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> str:
+    """The plan as text: one line a fact, memory in MiB per rank.
+
+    Args:
+        args: the student's (this run's) validated arguments.
+        teacher: the teacher's, None without one.
+    """
+    lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
+    lines += _pairs(plan.config, plan.pairs)
+    lines += _ranks(plan, args)
+    lines += _experts(args, "student") + ([] if teacher is None else _experts(teacher, "teacher"))
+    lines += _memory(plan, args, teacher)
+    lines += _balance(plan, args, teacher)
+    return "\n".join(lines)
+
+
+def _weights(config: FddConfig) -> list[str]:
+    sampled = [] if config.sample_tokens == 1 else [f"{config.sample_tokens:g} of the tokens"]
+    sampled += ["one random tap a step"] if config.sample_one_tap else []
+    drawn = [f"  trajectory and delta of a training step: {', '.join(sampled)}"] if sampled else []
+    return [
+        f"  loss = {config.kd_weight:g} kd ({config.kd_divergence}) + {config.alpha:g} trajectory "
+        f"({config.trajectory_divergence}) + {config.beta:g} delta ({config.delta}) "
+        f"+ {config.ce_weight:g} cross-entropy; tokens: {config.tokens}; temperature {config.temperature:g}; "
+        f"lens: norm {config.lens_norm}, head {config.lens_head}",
+        *drawn,
+    ]
+
+
+def _pairs(config: FddConfig, pairs: Sequence[LayerPair]) -> list[str]:
+    if not pairs:
+        return ["  no inner layers: alpha and beta are 0"]
+    rule = config.layer_rule if config.layer_pairs is None else "given"
+    return [f"  layer pairs ({rule}), output of block, student <- teacher:"] + [
+        f"    {pair.student_block} <- {pair.teacher_block}" for pair in pairs
+    ]
+
+
+def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    shard = args.padded_vocab_size // tensor
+    lines = [
+        f"  {args.world_size} rank(s) = tensor {tensor} x context {args.context_parallel_size} x pipeline {stages} x "
+        f"data {args.data_parallel_size}, sequence parallel {'on' if args.sequence_parallel else 'off'}; of each head:"
+    ]
+    for rank in range(tensor):
+        first, last = rank * shard, min((rank + 1) * shard, plan.vocab_size)
+        held = f"vocabulary {first}..{last - 1}" if first < last else "padding only"
+        lines.append(f"    tensor rank {rank}: {held}, {shard} rows with padding")
+    first_layer = 0
+    for index, (chunk, count) in enumerate(zip(plan.chunks, plan.student_layers, strict=True)):
+        stage = index % plan.num_stages
+        taps = ", ".join(plan.pairs[index].name for index in chunk.pairs) or "nothing"
+        carried = "" if chunk.carry_out is None else f"; sends on {plan.pairs[chunk.carry_out].name}"
+        heads = "; holds both heads" if chunk.is_last or chunk.pairs else ""
+        lines.append(
+            f"    stage {stage}: student blocks {first_layer + 1}..{first_layer + count}, taps {taps}{heads}{carried}"
+        )
+        first_layer += count
+    return lines
+
+
+def _experts(args: argparse.Namespace, whose: str) -> list[str]:
+    if not args.num_experts:
+        return []
+    held = args.num_experts // args.expert_model_parallel_size
+    tensor = expert_tensor_size(args)
+    return [
+        f"  experts of the {whose}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
+        f"{args.moe_router_topk} to a token; {held} on a rank"
+        + (f", cut {tensor} ways" if tensor > 1 else "")
+    ]
+
+
+def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
+    """Estimates for the stage that holds most, and their sum."""
+    figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
+    if copies := weight_copies_bytes(args, plan.student_layers):
+        figures["student weights, copies in FP8"] = copies
+    figures |= _distillation_bytes(plan, args, teacher)
+    # Heads are copies where there are several stages.
+    elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
+    counted = [size for name, size in figures.items() if not any(part in name for part in elsewhere)]
+    return [
+        "  estimated memory per rank, MiB:",
+        *(f"    {name}: {size / _MIB:.1f}" for name, size in figures.items()),
+        f"    sum: {sum(counted) / _MIB:.1f}",
+        "    (not in it: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
+    ]
+
+
+def _distillation_bytes(
+    plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None
+) -> dict[str, int]:
+    """What the teacher and the terms take on the stage that holds most."""
+    config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
+    rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
+    own_rows = rows // (tensor if args.sequence_parallel else 1)
+    bytes_each, width = args.params_dtype.itemsize, args.hidden_size
+    figures = {"student head": args.padded_vocab_size // tensor * width * bytes_each}
+    if teacher is not None:
+        taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(stages))
+        held = max(len(plan.teacher_pairs(stage)) for stage in range(stages))
+        figures["teacher weights"], in_fp8 = frozen_weight_bytes(teacher)
+        if in_fp8:
+            figures["teacher weights in FP8"] = in_fp8
+        figures["teacher head (with one stage part of its weights)"] = (
+            args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
+        )
+        tap = TapFormat(args.params_dtype, config.tap_dtype == "fp8" and stages > 1)
+        # Under a pipeline the teacher runs all micro-batches of a step first; else one at a time.
+        kept = _micro_batches(args) if stages > 1 else 1
+        where = " in host memory" if config.offload_teacher_taps and stages > 1 else ""
+        figures[f"teacher taps{where}, {held} x {kept} micro-batch(es)"] = (
+            held * kept * own_rows * tap.token_bytes(teacher.hidden_size)
+        )
+        if stages > 1:
+            figures[f"teacher's final hidden states{where}, {kept} micro-batch(es)"] = (
+                kept * own_rows * teacher.hidden_size * bytes_each
+            )
+        # What a step looks at: a part of the rows; with one tap, the one drawn and the one before it.
+        looked_at = min(taps, 2) if config.sample_one_tap else taps
+        own_drawn, drawn = (math.ceil(config.sample_tokens * each) for each in (own_rows, rows))
+        figures[f"features of {looked_at} tap(s), both models, float32"] = (
+            looked_at * own_drawn * (teacher.hidden_size + width) * 4
+        )
+        # [N, d_S] sums a tap from the forward pass, kept until the backward pass of the same micro-batch.
+        sums = 2 if config.beta > 0 and config.delta == "logprob" else 1
+        figures["gradients kept from the forward pass, float32"] = (
+            sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
+        )
+        if config.beta > 0:
+            grams = teacher.hidden_size**2 + teacher.hidden_size * width + width**2
+            figures["Gram matrices, float32"] = 4 * grams
+    return figures
+
+
+def _kept_taps(plan: Plan, micro_batches: int) -> int:
+    """Taps of micro-batches whose backward pass is still to come, on the stage that has most of them."""
+    stages = plan.num_stages
+
+    def in_flight(stage: int) -> int:
+        if len(plan.student_layers) > stages:
+            return min(micro_batches, 2 * stages)  # of an interleaved schedule the most that a chunk can have
+        return min(micro_batches, stages - stage)
+
+    most = 2 if plan.config.sample_one_tap else len(plan.pairs)
+    return max(
+        sum(min(len(chunk.pairs), most) * in_flight(stage) for chunk in plan.chunks_on(stage))
+        for stage in range(stages)
+    )
+
+
+def _layers_of_fullest_stage(plan: Plan) -> int:
+    return max(sum(plan.student_layers[stage :: plan.num_stages]) for stage in range(plan.num_stages))
+
+
+def _micro_batches(args: argparse.Namespace) -> int:
+    return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+
+
+def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
+    """Load of each pipeline stage with and without its taps, and a split that evens it out."""
+    if plan.num_stages == 1:
+        return []
+    shapes = [
+        None if each is None else _shape(each, plan.vocab_size, args.seq_length) for each in (args, teacher)
+    ]
+    assert shapes[0] is not None
+    flops = token_flops(shapes[0], shapes[1], plan.config)
+    layers = [pair.student_layer for pair in plan.pairs]
+    split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]
+    return describe_balance(flops, split, layers, _micro_batches(args))
+
+
+def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelShape:
+    heads = args.num_attention_heads
+    return ModelShape(
+        hidden=args.hidden_size,
+        ffn=active_ffn_width(args),
+        heads=heads,
+        groups=args.num_query_groups if args.group_query_attention else heads,
+        head_width=args.kv_channels or args.hidden_size // heads,
+        vocab=vocab_size,
+        gated=args.swiglu,
+        seq_length=seq_length,
+    )

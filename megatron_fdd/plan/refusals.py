@@ -1,0 +1,139 @@
+"""Flags of Megatron with which a distillation would silently learn nothing, or something else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+
+_FP8_FLAGS = "--fp8-format, --teacher-fp8-format, --te-precision-config-file"
+
+
+_GET_TE = "install it (docs/support.md says how)"
+
+
+Refusal = tuple[Callable[[argparse.Namespace], bool], str]
+
+
+def _uses_fp8(args: argparse.Namespace) -> bool:
+    return bool(args.fp8 or args.teacher_fp8_format or args.te_precision_config_file)
+
+
+def _lacks_transformer_engine(args: argparse.Namespace) -> bool:
+    """A plan can be made anywhere."""
+    return not args.fdd_dry_run and importlib.util.find_spec("transformer_engine") is None
+
+
+def _has_no_fused_adam() -> bool:
+    return all(importlib.util.find_spec(name) is None for name in ("transformer_engine", "apex"))
+
+
+# (when, why and what to do instead).
+REFUSALS: tuple[Refusal, ...] = (
+    (
+        lambda a: bool(a.mtp_num_layers),
+        "--mtp-num-layers: multi-token prediction does not pass taps on (Megatron fails inside it); "
+        "train the student without it",
+    ),
+    (
+        lambda a: bool(a.overlap_moe_expert_parallel_comm),
+        "--overlap-moe-expert-parallel-comm: its schedule never asks the layers for taps; leave it out",
+    ),
+    (
+        lambda a: a.cuda_graph_impl == "full_iteration",
+        "--cuda-graph-impl full_iteration: would capture the teacher inside the student's graph; "
+        "use local, transformer_engine or none",
+    ),
+    (
+        lambda a: a.moe_expert_rank_capacity_factor is not None,
+        "--moe-expert-rank-capacity-factor: re-runs the step, teacher and losses included; leave it out",
+    ),
+    (
+        lambda a: bool(a.use_megatron_fsdp or a.use_torch_fsdp2),
+        "--use-megatron-fsdp, --use-torch-fsdp2: the head that the losses read is sharded away; "
+        "use --use-distributed-optimizer",
+    ),
+    (
+        lambda a: bool(a.defer_embedding_wgrad_compute),
+        "--defer-embedding-wgrad-compute: expects the output layer's own backward pass; leave it out",
+    ),
+    (
+        lambda a: bool(a.hybrid_context_parallel),
+        "--hybrid-context-parallel: moves tokens between ranks behind the teacher's back; leave it out",
+    ),
+    (
+        lambda a: a.logits_load_dir is not None or a.logits_save_dir is not None,
+        "--logits-load-dir, --logits-save-dir: Megatron's own offline distillation; "
+        "use it without --teacher-load, through Megatron's pretrain script",
+    ),
+    (
+        lambda a: bool(a.use_mup),
+        "--use-mup: scales logits outside the head that the lens reads; train without it",
+    ),
+    (
+        lambda a: _uses_fp8(a) and a.transformer_impl != "transformer_engine",
+        f"{_FP8_FLAGS}: Megatron's local modules would compute in bf16 without a word; "
+        "use --transformer-impl transformer_engine",
+    ),
+    (
+        lambda a: _uses_fp8(a) and _lacks_transformer_engine(a),
+        f"{_FP8_FLAGS}: TransformerEngine is not installed, and without it Megatron would compute in bf16 without a "
+        f"word; {_GET_TE}",
+    ),
+    (
+        lambda a: bool(a.fp8_param_gather),
+        "--fp8-param-gather: Megatron would take the optimizer's float32 weights from the rounded ones when it starts "
+        "from weights alone, as every distillation does; leave it out",
+    ),
+    (
+        lambda a: a.fp4 is not None,
+        "--fp4-format: nothing here knows it yet; use --fp8-format",
+    ),
+    (
+        lambda a: a.transformer_impl not in (None, "local") and _lacks_transformer_engine(a),
+        "--transformer-impl transformer_engine (Megatron's default): TransformerEngine is not installed; "
+        f"{_GET_TE}, or give --transformer-impl local",
+    ),
+    (
+        lambda a: bool(a.optimizer_cuda_graph) and _has_no_fused_adam(),
+        "--optimizer-cuda-graph: neither TransformerEngine nor apex is installed, and the Adam that takes their place "
+        "cannot be captured; leave it out",
+    ),
+    (
+        lambda a: bool(a.fp8_output_proj),
+        "--fp8-output-proj: the fused losses multiply with the head in its own precision; leave it out",
+    ),
+    (
+        lambda a: getattr(a, "final_logit_softcapping", None) is not None,
+        "a soft-capped head (final_logit_softcapping) is not linear, which Gram matrices and fused losses "
+        "rely on; models of such a family cannot be distilled yet",
+    ),
+    (
+        lambda a: a.hybrid_layer_pattern is not None,
+        "--hybrid-layer-pattern: only GPTModel offers taps; use a GPT-style student",
+    ),
+    (
+        lambda a: bool(a.fp16),
+        "--fp16: the losses' gradients are formed before the loss scale and would underflow; use --bf16",
+    ),
+    (
+        lambda a: a.context_parallel_size > 1 and a.dataloader_inter_document_masking,
+        "--dataloader-inter-document-masking with --context-parallel-size above 1: every document would have "
+        "to be a multiple of twice that size; use one of the two",
+    ),
+)
+
+
+def refuse(args: argparse.Namespace, whose: str = "") -> None:
+    """Refuse what would silently distil nothing, or something else.
+
+    Args:
+        args: parsed, not necessarily validated.
+        whose: put before the message, when the arguments are not the command line's.
+
+    Raises:
+        ValueError: the first refusal that applies.
+    """
+    for applies, message in REFUSALS:
+        if applies(args):
+            raise ValueError(whose + message)

@@ -1,0 +1,71 @@
+"""The folder of --save: no run takes another's, be that one finished or at work."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE, has_checkpoint, is_same_folder
+from megatron_fdd.host.process import is_first_rank
+
+LOCK_FILE = "run.lock"
+
+
+def check_nothing_lost(args: argparse.Namespace) -> None:
+    """Refuse to begin at step 0 in a folder that holds a checkpoint: its tracker and its metrics would be lost.
+
+    Args:
+        args: parsed, not necessarily validated.
+
+    Raises:
+        ValueError: names the folder, what it holds, and the ways to go on.
+    """
+    if args.save is None or args.skip_train or not has_checkpoint(args.save):
+        return
+    is_read = is_same_folder(args.load, args.save)
+    if is_read and not args.finetune:
+        return
+    label = (Path(args.save) / TRACKER_FILE).read_text(encoding="utf-8").strip()
+    held = "a converted model" if label == RELEASE else f"a checkpoint of iteration {label}"
+    go_on = "leave --finetune out" if is_read else f"give --load {args.save}"
+    raise ValueError(
+        f"--save {args.save}: holds {held}, and this run would begin at step 0 and take its place. To go on from it "
+        f"{go_on}; for a new run give another --save, or delete {args.save}"
+    )
+
+
+@contextmanager
+def held(folder: str | None) -> Iterator[None]:
+    """Keep other runs out of `folder` for a block; rank 0 does it for all ranks.
+
+    The kernel takes the lock back when rank 0 ends, however it ends; processes forked from it have no part in it. A
+    file system without locks keeps nobody out.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    if folder is None or not is_first_rank():
+        yield
+        return
+    with (Path(folder) / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX leaves the choice to the system
+            file.seek(0)
+            raise ValueError(
+                f"--save {folder}: another run saves there ({file.readline().strip()}); give another --save, or wait "
+                "for its end. If it was killed, end what is left of it"
+            ) from error
+        except OSError:
+            pass
+        with contextlib.suppress(OSError):  # a full disk is somebody else's to report
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield

@@ -1,0 +1,142 @@
+"""The student's arguments: its architecture as its checkpoint has it, and the values that distillation forces."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_fdd.host.checkpoint import find_checkpoint, has_checkpoint, is_same_folder, read_checkpoint_args
+from megatron_fdd.host.model import ARCHITECTURE
+
+# On by default, and Megatron fails in the first step where apex, whose kernels they are, has not been built.
+_APEX_KERNELS = {
+    "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
+    "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda",
+}
+
+
+def complete_student_args(
+    args: argparse.Namespace, defaults: Mapping[str, object]
+) -> argparse.Namespace | None:
+    """Take what `--use-checkpoint-args` forgets of the student's architecture from its checkpoint.
+
+    Args:
+        args: parsed, not yet validated; changed in place.
+        defaults: the parser's default of every flag.
+
+    Returns:
+        The arguments in the checkpoint that the student starts from; None when it starts from scratch.
+
+    Raises:
+        ValueError: no checkpoint where one is named, one that is not whole, or a flag that contradicts it.
+    """
+    directory, flag = student_checkpoint(args)
+    if directory is None:
+        if args.use_checkpoint_args:
+            raise ValueError(
+                f"--use-checkpoint-args has nothing to read: --load {args.load} holds no checkpoint yet; "
+                "name the student to start from with --pretrained-checkpoint DIR"
+            )
+        return None
+    stored = read_checkpoint_args(find_checkpoint(directory, flag, to_plan=args.fdd_dry_run), flag)
+    given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
+    # Of a vocabulary that Megatron took from a tokenizer, a checkpoint keeps the padded size only.
+    fixed = ARCHITECTURE + ("vocab_size",) * (getattr(stored, "vocab_size", None) is not None)
+    check_same_model(args, stored, [name for name in fixed if name in given])
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
+        for name in ARCHITECTURE:
+            if hasattr(stored, name):
+                setattr(args, name, getattr(stored, name))
+        # Megatron lets the checkpoint overrule --tokenizer-model, --hidden-dropout and more.
+        vars(args).update(given)
+    _set_vocabulary(args, stored)
+    return stored
+
+
+def check_same_model(
+    args: argparse.Namespace, stored: argparse.Namespace, names: Sequence[str] = ARCHITECTURE
+) -> None:
+    """Compare the student that the flags describe with the one in its checkpoint.
+
+    Raises:
+        ValueError: any of the fields `names` differs; a checkpoint that lacks a field cannot contradict it.
+    """
+    differences = [
+        f"{name} is {getattr(args, name)} here and {getattr(stored, name)} there"
+        for name in names
+        if hasattr(stored, name)
+        and getattr(stored, name) != getattr(args, name)
+        # Without a plain GELU it is a matter of speed.
+        and (name != "bias_gelu_fusion" or has_plain_gelu(stored))
+    ]
+    if differences:
+        directory, flag = student_checkpoint(args)
+        raise ValueError(
+            f"{flag} {directory}: the flags and the checkpoint describe different models: "
+            f"{'; '.join(differences)}. Leave those flags out and give --use-checkpoint-args"
+        )
+
+
+def has_plain_gelu(args: argparse.Namespace) -> bool:
+    """Whether `bias_gelu_fusion` shapes the model: fused, Megatron's GELU has tanh, else erf."""
+    other = any(getattr(args, name, False) for name in ("swiglu", "squared_relu", "quick_geglu"))
+    return not other and getattr(args, "add_bias_linear", True)
+
+
+def force_values(args: argparse.Namespace) -> None:
+    """What distillation relies on, whatever the flags say. Plain values: they go into the checkpoint."""
+    # One divisor for every stage and rank, and no factor of data or context parallelism in any gradient.
+    args.calculate_per_token_loss = True
+    # So that a run can go on at another layout.
+    args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer
+    # Megatron's check would stop one rank inside a collective; ours stops all, before the optimizer.
+    args.check_for_nan_in_loss_and_grad = False
+    for fusion, kernel in _APEX_KERNELS.items():
+        if importlib.util.find_spec(kernel) is None:
+            setattr(args, fusion, False)
+    if rope_utils.fused_apply_rotary_pos_emb is None:  # TransformerEngine's
+        args.apply_rope_fusion = False
+
+
+def check_length(args: argparse.Namespace, whose: str, positions: int | None) -> None:
+    """Refuse sequences longer than a model takes.
+
+    Args:
+        whose: names the model.
+        positions: its bound; None when it is not known yet.
+
+    Raises:
+        ValueError: names the length, the bound and whose it is.
+    """
+    if None not in (args.seq_length, positions) and args.seq_length > positions:
+        raise ValueError(
+            f"--seq-length {args.seq_length} is longer than {whose} takes ({positions} positions); lower it"
+        )
+
+
+def student_checkpoint(args: argparse.Namespace) -> tuple[str | None, str]:
+    """The folder to start from, and the flag that names it."""
+    if args.load is not None and has_checkpoint(args.load):
+        return args.load, "--load"
+    if args.pretrained_checkpoint is not None:
+        return args.pretrained_checkpoint, "--pretrained-checkpoint"
+    # `--load X --save X` is how Megatron's scripts start afresh and resume with one command.
+    starts_afresh = args.load is None or is_same_folder(args.load, args.save)
+    return (None if starts_afresh else args.load), "--load"
+
+
+def _set_vocabulary(args: argparse.Namespace, stored: argparse.Namespace) -> None:
+    """Keep the model's own vocabulary size; pad it for this run's tensor-parallel size."""
+    vocab_size = getattr(stored, "vocab_size", None)
+    if vocab_size is None:
+        return
+    args.vocab_size = vocab_size
+    args.padded_vocab_size = calculate_padded_vocab_size(
+        vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
+    )

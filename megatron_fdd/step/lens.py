@@ -1,0 +1,63 @@
+"""Reading a model's lens: its final norm and language-model head as the weights are now.
+
+Shape letters: H hidden, W this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_fdd.losses.lens import FinalNorm, Lens
+
+
+def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
+    """The lens of a model that owns its head (the last pipeline stage), as the weights are now.
+
+    Args:
+        model: an unwrapped GPTModel.
+        detached: head and norm are constants of the step; else both receive the lens gradient.
+
+    Collectives: none of its own. Under `--overlap-param-gather` it waits for the parameters that the
+    output layer's bucket is still gathering, as a call of the layer would.
+    """
+    head_WH = read_head(model)
+    norm = read_final_norm(model) if with_norm else None
+    if not detached:
+        return Lens(head_WH, norm)
+    if norm is not None:
+        bias_H = None if norm.bias_H is None else norm.bias_H.detach()
+        norm = FinalNorm(norm.weight_H.detach(), bias_H, norm.epsilon)
+    return Lens(head_WH.detach(), norm)
+
+
+def read_head(model: GPTModel) -> Tensor:
+    """The output weight [W, H] of this rank, tied or not, once its new value has arrived."""
+    if model.share_embeddings_and_output_weights:
+        if model.pre_process:
+            _wait_for(model.embedding.word_embeddings)
+        else:
+            _wait_for(model.output_layer)
+        return model.shared_embedding_or_output_weight()
+    _wait_for(model.output_layer)
+    return model.output_layer.weight
+
+
+def read_final_norm(model: GPTModel) -> FinalNorm:
+    """The final norm's parameters, once their new values have arrived."""
+    config, norm = model.config, model.decoder.final_layernorm
+    _wait_for(norm)
+    weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
+    bias_H = norm.bias if config.normalization == "LayerNorm" else None
+    return FinalNorm(weight_H, bias_H, config.layernorm_epsilon)
+
+
+def _wait_for(owner: torch.nn.Module) -> None:
+    """Call what DDP calls before a module's forward: it waits for parameters that are still being gathered.
+
+    The fused losses never call the head's module, and read the norm's parameters outside it: training would go on
+    with stale values, and small models would not show it (docs/gradients.md).
+    """
+    for hook in owner._forward_pre_hooks.values():
+        hook(owner, ())

@@ -1,0 +1,72 @@
+"""The lens on pipeline stages that have a tap and no head: copies, sent by the stage that owns it.
+
+The teacher's is sent once; the student's once per step, before its micro-batches. Copies are constants: they
+are in no module, no optimizer, no checkpoint and no gradient norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fdd.losses.lens import FinalNorm, Lens
+
+
+class LensCopies:
+    """Sends one model's lens from the last stage to those that tap, over the pipeline group.
+
+    Args:
+        stages: who needs a copy, without the last stage; the same on every rank.
+        group: this rank's pipeline group.
+    """
+
+    def __init__(self, stages: Sequence[int], group: ProcessGroup) -> None:
+        self._stages = [stage for stage in stages if stage != group.size() - 1]
+        self._group = group
+        self._copy: Lens | None = None
+
+    def refresh(self, lens: Lens | None, empty: Callable[[], Lens]) -> Lens | None:
+        """The lens of this stage: the owner's own, a fresh copy, or None where nothing is tapped.
+
+        Args:
+            lens: on the owner, its lens now.
+            empty: makes a lens of the same shapes and dtypes to receive into; called once, where one is needed.
+
+        Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
+        """
+        owner, stage = self._group.size() - 1, self._group.rank()
+        if stage == owner:
+            assert lens is not None
+            tensors = [tensor.contiguous() for tensor in _tensors(lens)]
+            for target in self._stages:
+                for tensor in tensors:
+                    dist.send(tensor, group=self._group, group_dst=target)
+            return lens
+        if stage not in self._stages:
+            return None
+        if self._copy is None:
+            self._copy = empty()
+        for tensor in _tensors(self._copy):
+            dist.recv(tensor, group=self._group, group_src=owner)
+        return self._copy
+
+
+def empty_lens(config: TransformerConfig, rows: int, *, with_norm: bool) -> Lens:
+    """A lens of a model to receive into: head [rows, H], norm weight and bias [H]."""
+    device, width, dtype = torch.cuda.current_device(), config.hidden_size, config.params_dtype
+    norm = None
+    if with_norm:
+        has_bias = config.normalization == "LayerNorm"
+        bias_H = torch.empty(width, dtype=dtype, device=device) if has_bias else None
+        norm = FinalNorm(torch.empty(width, dtype=dtype, device=device), bias_H, config.layernorm_epsilon)
+    return Lens(torch.empty(rows, width, dtype=dtype, device=device), norm)
+
+
+def _tensors(lens: Lens) -> list[Tensor]:
+    norm = [] if lens.norm is None else [lens.norm.weight_H, lens.norm.bias_H]
+    return [tensor.detach() for tensor in (lens.head_WH, *norm) if tensor is not None]

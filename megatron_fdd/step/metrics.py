@@ -1,0 +1,108 @@
+"""What a step reports: means of every term, the share of each in the total, and the metrics file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.objective import COUNTS, Objective
+
+# How every record begins, and with it every file that may be cut back.
+_RECORD_START = b'{"iteration": '
+_GROUPS = ("ce", "kd", "trajectory", "delta")
+
+
+def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[Tensor, dict[str, Tensor]]:
+    """Token means over the whole step, on every rank.
+
+    Args:
+        sums: float32, packed as `Objective.sums` does, added up over this rank's micro-batches.
+
+    Returns:
+        label_tokens: how many tokens had a label.
+        means: "total", "kd", "ce", "trajectory", "delta", each layer's term ("trajectory s4:t9"), and each
+            group's share of the total ("share kd"). 0-dim tensors; no host synchronisation.
+
+    Collectives: one all-reduce of `sums` over the ranks whose rows differ; with several stages one more over
+    the pipeline group.
+    """
+    torch.distributed.all_reduce(sums, group=topology.rows_group)
+    if topology.num_stages > 1:
+        torch.distributed.all_reduce(sums, group=topology.pipeline_group)
+    label_tokens, term_tokens = sums[0], sums[1]
+    means: dict[str, Tensor] = {}
+    for name, value in zip(objective.term_names, sums[len(COUNTS) :], strict=True):
+        means[name] = value / (label_tokens if name == "ce" else term_tokens).clamp(min=1)
+    weighted = {name: objective.weight_of(name) * mean for name, mean in means.items()}
+    total = sum(weighted.values(), start=torch.zeros_like(label_tokens))
+    groups: dict[str, Tensor] = {}
+    shares: dict[str, Tensor] = {}
+    for group_name in _GROUPS:
+        members = [name for name in means if name.split()[0] == group_name]
+        if members:
+            groups[group_name] = torch.stack([means[name] for name in members]).mean()
+            part = torch.stack([weighted[name] for name in members]).sum()
+            shares[f"share {group_name}"] = torch.where(total > 0, part / total, 0.0)
+    layers = {name: mean for name, mean in means.items() if name not in groups}
+    return label_tokens, {"total": total, **groups, **layers, **shares}
+
+
+def check_metrics_file(path: str | None) -> None:
+    """Refuse a file that holds something else, which a run would cut to nothing.
+
+    Raises:
+        ValueError: names the file.
+    """
+    if path is None or not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(_RECORD_START))
+    # A killed run may have left less than a record.
+    if not _RECORD_START.startswith(start):
+        raise ValueError(
+            f"--fdd-metrics-file {path}: holds something else than metrics, which would be lost; give another name"
+        )
+
+
+class MetricsFile:
+    """One JSON object per iteration, and one per validation, on disk at once.
+
+    A run that starts at iteration i drops what the file holds from i on: after a kill the lines behind the
+    last checkpoint belong to steps that are done again.
+    """
+
+    def __init__(self, path: str, first_iteration: int) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._cut_back(first_iteration)
+
+    def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
+        """Append one record. A value that is not finite is written as null: JSON has no NaN."""
+        record = {"iteration": iteration} | {
+            name: value if value is None or math.isfinite(value) else None for name, value in values.items()
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _cut_back(self, first_iteration: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the last line of a killed run
+            if record["iteration"] >= first_iteration:
+                break
+            kept.append(line + "\n")
+        replacement = self._path.with_name(self._path.name + ".tmp")
+        replacement.write_text("".join(kept))
+        os.replace(replacement, self._path)

@@ -1,0 +1,244 @@
+"""The student's forward step: a stock GPTModel, driven so that taps and losses come out of it.
+
+Shape letters: B micro-batch, S sequence, N token rows of this rank in sequence-major order, D the student's
+hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_fdd.data.batch import Batch, get_batch
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses import carry
+from megatron_fdd.losses.carry import Carry
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.objective import Objective, StepSettings
+from megatron_fdd.losses.terms import LossTerm, TokenWeights
+from megatron_fdd.step.injection import attach_loss, loss_scale
+from megatron_fdd.step.lens import read_head, read_lens
+from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
+from megatron_fdd.step.teacher.teacher import Teacher
+
+
+class StudentForward:
+    """Megatron's `forward_step_func`: one micro-batch through the teacher and one chunk of the student.
+
+    Args:
+        chunks: of this rank, by virtual stage.
+    """
+
+    def __init__(self, chunks: Sequence[ChunkForward]) -> None:
+        self.chunks = list(chunks)
+
+    @property
+    def objective(self) -> Objective:
+        """Of any chunk: names and weights of the terms are the same for all."""
+        return self.chunks[-1].objective
+
+    def begin_step(self, scale: StepSettings, lens: Lens | None) -> None:
+        """Forget the last step.
+
+        Args:
+            lens: the student's lens where the stage has a tap and several stages exist.
+        """
+        for chunk in self.chunks:
+            chunk.begin_step(scale, lens)
+
+    def take_sums(self) -> Tensor:
+        """This rank's packed sums (`Objective.sums`) over the step's micro-batches and chunks."""
+        return torch.stack([chunk.take_sums() for chunk in self.chunks]).sum(0)
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        """Returns the loss (a sum over tokens) or the chunk's output, and what Megatron's schedule calls with it."""
+        return self.chunks[unwrap_model(model).vp_stage or 0](data_iterator, model)
+
+
+class ChunkForward:
+    """One micro-batch through one chunk.
+
+    Args:
+        has_one_width: whether every boundary has the room of a carry (`Plan.has_one_width`).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        teacher: Teacher | None,
+        topology: Topology,
+        *,
+        has_one_width: bool = False,
+    ) -> None:
+        self.objective = objective
+        self._teacher = teacher
+        self._topology = topology
+        self._has_one_width = has_one_width
+        self._layers = {objective.pairs[index].student_layer for index in objective.chunk.pairs}
+        self._lens: Lens | None = None
+        self._micro_batches = 0
+        self._sums: Tensor | None = None
+        # Called once, with the features and the labels of the rows of the first batch, where the head is.
+        self.first_batch_check: Callable[[TeacherFeatures, Tensor], None] | None = None
+
+    def begin_step(self, scale: StepSettings, lens: Lens | None) -> None:
+        """Forget the last step. The chunk with the head reads its lens itself, once the new value has arrived."""
+        self.objective.begin_step(scale)
+        self._lens, self._micro_batches, self._sums = lens, 0, None
+
+    def take_sums(self) -> Tensor:
+        """This chunk's packed sums over the step's micro-batches."""
+        assert self._sums is not None
+        return self._sums
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        """As `StudentForward.__call__`."""
+        batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
+        student = unwrap_model(model)
+        carried = self._split_input(student, batch)
+        teacher = self._teacher_features(batch)
+        processor = partial(self._loss, student, batch, teacher, carried)
+        output, taps_SBD = forward_with_taps(model, batch, self._layers, processor)
+        if not self.objective.chunk.is_last:
+            output = self._stage_output(student, batch, teacher, carried, output, taps_SBD)
+        return output, partial(_loss_function, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
+
+    def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
+        """Take off what comes behind the hidden states, so that the decoder sees those only."""
+        chunk, received = self.objective.chunk, student.decoder.input_tensor
+        if chunk.is_first or (chunk.carry_in is None and not self._has_one_width):
+            return None
+        sequence = batch.tokens_BS.shape[1]
+        if self._topology.sequence_parallel:
+            sequence //= self._topology.tensor_size
+        if chunk.carry_in is None:
+            student.decoder.input_tensor = received[:sequence]
+            return None
+        student.decoder.input_tensor, carried = carry.split(
+            received, sequence, with_lse=self.objective.carries_lse
+        )
+        return carried
+
+    def _teacher_features(self, batch: Batch) -> TeacherFeatures | None:
+        index = self._micro_batches
+        self._micro_batches += 1
+        if self._teacher is None:
+            return None
+        features = self._teacher.features(index, batch)
+        if self.first_batch_check is not None and features.final_SBT is not None:
+            check, self.first_batch_check = self.first_batch_check, None
+            check(features, self.label_rows(batch))
+        return features
+
+    def _loss(
+        self,
+        student: GPTModel,
+        batch: Batch,
+        teacher: TeacherFeatures | None,
+        carried: Carry | None,
+        *,
+        hidden_states: Tensor | tuple[Tensor, list[Tensor]],
+        **_: object,
+    ) -> Tensor:
+        """GPTModel's `output_processor` on the last stage: the loss in place of logits."""
+        objective, config = self.objective, self.objective.config
+        final_SBD, taps_SBD = hidden_and_taps(hidden_states)
+        self._lens = read_lens(
+            student, with_norm=config.lens_norm == "final", detached=config.lens_head == "detached"
+        )
+        weights = self.token_weights(batch)
+        scale = loss_scale(student.config.grad_scale_func, final_SBD.device)
+        labels_N = self.label_rows(batch)
+        terms = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
+        terms += self._inner_terms(taps_SBD, teacher, carried, weights)[0]
+        self._add_sums(terms, weights)
+        total = objective.total(terms)
+        # A schedule without a gradient for the stage's input would hang (all weights 0).
+        anchor = final_SBD.flatten()[0].float() * 0.0
+        if not config.uses_final_head:
+            # Megatron's overlapped reduction waits for a gradient of every parameter, in every step.
+            anchor = anchor + read_head(student).flatten()[0].float() * 0.0
+        return anchor if total is None else total + anchor
+
+    def _stage_output(
+        self,
+        student: GPTModel,
+        batch: Batch,
+        teacher: TeacherFeatures | None,
+        carried: Carry | None,
+        hidden_SBD: Tensor,
+        taps_SBD: Sequence[Tensor],
+    ) -> Tensor:
+        """Hidden states for the next stage, with this stage's loss attached and the carry behind them."""
+        chunk = self.objective.chunk
+        weights = self.token_weights(batch)
+        terms: list[LossTerm] = []
+        passed_on = carried
+        if chunk.pairs:
+            terms, passed_on = self._inner_terms(taps_SBD, teacher, carried, weights)
+        self._add_sums(terms, weights)
+        total = self.objective.total(terms)
+        if total is not None and total.requires_grad:
+            hidden_SBD = attach_loss(hidden_SBD, total, student.config.grad_scale_func)
+        if chunk.carry_out is not None:
+            assert passed_on is not None
+            return carry.append(hidden_SBD, passed_on)
+        if self._has_one_width:
+            sequence, micro_batch, width = hidden_SBD.shape
+            rows = carry.carried_rows(
+                sequence, micro_batch, width, hidden_SBD.dtype, with_lse=self.objective.carries_lse
+            )
+            return carry.append_nothing(hidden_SBD, rows)
+        return hidden_SBD
+
+    def _inner_terms(
+        self,
+        taps_SBD: Sequence[Tensor],
+        teacher: TeacherFeatures | None,
+        carried: Carry | None,
+        weights: TokenWeights,
+    ) -> tuple[list[LossTerm], Carry | None]:
+        if not self.objective.chunk.pairs:
+            return [], None
+        assert teacher is not None
+        assert self._lens is not None
+        sample = self.objective.scale.draw.rows(weights, self._micro_batches)
+        return self.objective.inner(taps_SBD, carried, self._lens, teacher, sample)
+
+    def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
+        sums = self.objective.sums(terms, weights)
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def token_weights(self, batch: Batch) -> TokenWeights:
+        """Which of this rank's rows count, for the cross-entropy and for the other terms."""
+        label_N = self.rows(batch.loss_mask_BS).float()
+        if self.objective.config.tokens == "labels":
+            return TokenWeights(label_N, label_N)
+        return TokenWeights(label_N, self.rows(batch.token_mask_BS).float())
+
+    def label_rows(self, batch: Batch) -> Tensor:
+        """Labels of this rank's rows; -100 where there is none."""
+        return self.rows(torch.where(batch.loss_mask_BS > 0, batch.labels_BS, -100))
+
+    def rows(self, value_BS: Tensor) -> Tensor:
+        """[B, S] -> [N] of this rank: Megatron's hidden states are [S, B, D], cut along S when sequence parallel."""
+        value_SB = value_BS.transpose(0, 1)
+        if self._topology.sequence_parallel:
+            value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
+        return value_SB.flatten()
+
+
+def _loss_function(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Megatron's loss function: with `--calculate-per-token-loss` gradients are divided by the step's tokens."""
+    return loss, num_tokens, {}

@@ -1,0 +1,35 @@
+"""A teacher that runs beside the student on the same ranks, without a pipeline: one micro-batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_fdd.data.batch import Batch
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.step.taps import forward_with_taps, stop_before_head
+from megatron_fdd.step.teacher.tap_format import TapFormat
+
+
+class BesideTeacher:
+    """Runs a frozen GPTModel forward. Keeps nothing between micro-batches.
+
+    Args:
+        model: from `build_teacher`.
+        layers: the sampled layer of each pair, 0-based, in depth order.
+        uses_fp8: take taps through FP8 although none is kept, so that every layout trains on the same numbers.
+    """
+
+    def __init__(self, model: GPTModel, layers: Sequence[int], *, uses_fp8: bool = False) -> None:
+        self.model = model
+        self._layers = list(layers)
+        self._format = TapFormat(model.config.params_dtype, uses_fp8)
+
+    @torch.no_grad()
+    def features(self, _index: int, batch: Batch) -> TeacherFeatures:
+        """Hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
+        final_SBT, taps_SBT = forward_with_taps(self.model, batch, self._layers, stop_before_head)
+        taps = (self._format.unpack(self._format.pack(tap_SBT)) for tap_SBT in taps_SBT)
+        return TeacherFeatures(final_SBT, dict(enumerate(taps)))

@@ -1,0 +1,61 @@
+"""Is this the right teacher: a sane loss on the first batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fdd.host import console
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.lens import Lens
+from megatron_fdd.ops.head_loss import masked_sum
+from megatron_fdd.ops.linear_kl import VocabShard, linear_kl
+
+
+def log_cross_entropy(
+    features: TeacherFeatures, labels_N: Tensor, *, lens: Lens, shard: VocabShard, group: ProcessGroup
+) -> None:
+    """Log the teacher's cross-entropy on the first batch; warn loudly when a uniform guess would be better.
+
+    Args:
+        features: of that batch; its head is `lens.head_WH`.
+        labels_N: of this rank's rows, negative where there is none.
+        group: ranks whose rows differ.
+
+    Collectives: those of `linear_kl` once; one all-reduce of two numbers over `group`, one of the vocabulary's
+    size over the tensor-parallel group.
+
+    Raises:
+        ValueError: the cross-entropy is not finite. The same on every rank.
+    """
+    assert features.final_SBT is not None
+    result = linear_kl(
+        None,
+        None,
+        features.final_SBT.flatten(0, 1),
+        lens.head_WH,
+        shard=shard,
+        divergence=None,
+        labels_N=labels_N,
+        needs_lse=False,
+    )
+    assert result.cross_entropy_N is not None
+    counts_N = (labels_N >= 0).float()
+    assert result.cross_entropy_N is not None
+    sums = torch.stack([masked_sum(result.cross_entropy_N, counts_N), counts_N.sum()])
+    torch.distributed.all_reduce(sums, group=group)
+    vocab_size = shard.all_reduce(sums.new_tensor([shard.num_valid]))
+    nats, uniform = float(sums[0] / sums[1].clamp(min=1)), math.log(vocab_size.item())
+    if not math.isfinite(nats):
+        raise ValueError(f"the teacher's cross-entropy on the first batch is {nats}: its weights are damaged")
+    console.say(
+        f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})"
+    )
+    if nats > uniform:
+        console.say(
+            f"WARNING: THE TEACHER IS WORSE THAN A UNIFORM GUESS ({nats:.4f} > {uniform:.4f} nats). "
+            "Its weights, its tokenizer or its conversion is wrong; the student would learn that."
+        )

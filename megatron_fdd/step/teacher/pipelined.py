@@ -1,0 +1,140 @@
+"""A teacher under a pipeline: all micro-batches of a step before the student's schedule, then taps to their users.
+
+Teacher and student cut their layers at different places, so a sampled layer of the teacher may lie on another
+stage than its partner in the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
+from torch import Tensor
+
+from megatron_fdd.data.batch import Batch, get_batch
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.step.taps import forward_with_taps, stop_before_head
+from megatron_fdd.step.teacher.tap_format import TapFormat
+
+
+class PipelinedTeacher:
+    """Runs a frozen GPTModel's stage forward and holds what this stage's student needs, for one step.
+
+    With `--fdd-offload-teacher-taps` what is held waits in host memory: on the device are then the taps of one
+    micro-batch at a time. With `--fdd-tap-dtype fp8` taps wait and travel in FP8; the final hidden states never do.
+
+    Args:
+        model: this stage's part, from `build_teacher`.
+        plan: the run's; it says where each pair's layers are.
+    """
+
+    def __init__(self, model: GPTModel, plan: Plan, topology: Topology) -> None:
+        self.model = model
+        self._layers = [pair.teacher_layer for pair in plan.pairs]
+        self._stages = list(plan.teacher_stages)
+        self._users = [
+            [stage for stage in range(plan.num_stages) if index in plan.teacher_pairs(stage)]
+            for index in range(len(plan.pairs))
+        ]
+        self._topology = topology
+        self._communicator = P2PCommunicator(topology.pipeline_group, model.config)
+        self._offloads = plan.config.offload_teacher_taps
+        self._format = TapFormat(model.config.params_dtype, plan.config.tap_dtype == "fp8")
+        self._mine = [index for index, stage in enumerate(self._stages) if stage == topology.stage]
+        # By micro-batch: packed taps of this stage's teacher and for this stage's student, final hidden states.
+        self._taps: list[dict[int, Tensor]] = []
+        self._received: list[dict[int, Tensor]] = []
+        self._final: list[Tensor] = []
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Mapping[str, Tensor]], seq_length: int, micro_batch_size: int) -> None:
+        """Forward of all micro-batches through Megatron's own forward-only schedule, then the exchange.
+
+        Collectives over the pipeline group: the schedule's sends; for each micro-batch and pair one send of
+        [S, B, T] (FP8: [S, B, T + 4] bytes) from the teacher's stage to each other stage whose student needs it.
+        """
+        self._taps, self._received, self._final = [], [], []
+        forward_backward_pipelining_without_interleaving(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+            p2p_communicator=self._communicator,
+            pg_collection=self._topology.collection,
+        )
+        rows = seq_length // self._topology.sequence_parts
+        shape = (rows, micro_batch_size, self._format.packed_width(self.model.config.hidden_size))
+        for index in range(len(batches)):
+            self._received.append(self._exchange(self._taps[index], shape))
+            self._taps[index] = {}
+
+    def features(self, index: int, _batch: Batch) -> TeacherFeatures:
+        """What this stage's student needs of micro-batch `index`."""
+        final_SBT = _on_device(self._final[index]) if self._topology.is_last_stage else None
+        return TeacherFeatures(
+            final_SBT,
+            {pair: self._format.unpack(_on_device(tap)) for pair, tap in self._received[index].items()},
+        )
+
+    def _forward_step(self, data_iterator: Iterator[Mapping[str, Tensor]], model: GPTModel) -> Any:
+        batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
+        layers = [self._layers[index] for index in self._mine]
+        hidden_SBT, taps_SBT = forward_with_taps(model, batch, layers, stop_before_head)
+        self._taps.append(
+            {
+                index: self._keep(self._format.pack(tap_SBT))
+                for index, tap_SBT in zip(self._mine, taps_SBT, strict=True)
+            }
+        )
+        if self._topology.is_last_stage:
+            self._final.append(self._keep(hidden_SBT))
+        return hidden_SBT, _nothing
+
+    def _exchange(self, taps: Mapping[int, Tensor], shape: tuple[int, int, int]) -> dict[int, Tensor]:
+        """Bring a micro-batch's packed taps to the stages that need them; every stage walks the pairs in one order."""
+        group, me = self._topology.pipeline_group, self._topology.stage
+        operations: list[dist.P2POp] = []
+        received: dict[int, Tensor] = {}
+        kept: dict[int, Tensor] = {}
+        for index, (source, users) in enumerate(zip(self._stages, self._users, strict=True)):
+            if source == me:
+                others = [user for user in users if user != me]
+                tap = _on_device(taps[index]).contiguous() if others else taps[index]
+                operations += [dist.P2POp(dist.isend, tap, group=group, group_peer=user) for user in others]
+                if me in users:
+                    kept[index] = taps[index]
+            elif me in users:
+                incoming = torch.empty(
+                    shape, dtype=self._format.packed_dtype, device=torch.cuda.current_device()
+                )
+                received[index] = incoming
+                operations.append(dist.P2POp(dist.irecv, incoming, group=group, group_peer=source))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return kept | {index: self._keep(tap) for index, tap in received.items()}
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """To wait for its micro-batch: where it is, or in pinned host memory."""
+        if not self._offloads:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.cuda.current_device(), non_blocking=True)
+
+
+def _nothing(_output: Tensor, non_loss_data: bool = False) -> None:
+    """The schedule asks the last stage for something to collect."""

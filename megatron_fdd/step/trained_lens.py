@@ -1,0 +1,125 @@
+"""A live lens across pipeline stages: what inner layers teach the head and the final norm goes home to them.
+
+The stages that tap differentiate their copies. The gradients are added to the owner's after Megatron's own
+reduction: its last stage is done first, and may be reducing already while earlier stages still compute.
+
+Shapes: head [W, H], norm weight and bias [H].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.lens import FinalNorm, Lens
+
+
+class TrainedLens:
+    """Collects this stage's lens gradients over a step, in float32, and brings all stages' to the owner.
+
+    Args:
+        sources: stages whose taps use a copy (on the owner's stage: chunks without the head); the same on every
+            rank.
+        with_norm: whether the lens has the final norm.
+    """
+
+    def __init__(self, sources: Sequence[int], topology: Topology, *, with_norm: bool) -> None:
+        self._sources = list(sources)
+        self._topology = topology
+        self._num_tensors = None if with_norm else 1
+        self._sums: list[Tensor] = []
+
+    def open(self, lens: Lens) -> Lens:
+        """The same values as leaves of this step's graphs; their gradients add up here."""
+        norm = lens.norm
+        tensors = [lens.head_WH] if norm is None else [lens.head_WH, norm.weight_H, norm.bias_H]
+        present = [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
+        self._sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in present]
+        for tensor, total in zip(present, self._sums, strict=True):
+            tensor.register_post_accumulate_grad_hook(_move_gradient_to(total))
+        if norm is None:
+            return Lens(present[0], None)
+        bias_H = present[2] if len(present) == 3 else None
+        return Lens(present[0], FinalNorm(present[1], bias_H, norm.epsilon))
+
+    @torch.no_grad()
+    def send_home(self, model: GPTModel, num_tokens: Tensor) -> None:
+        """Add the step's lens gradients to the owner's `main_grad`, and to the first stage's tied embedding.
+
+        Args:
+            model: this stage's chunk with the head, on the last stage; with the embedding, on the first.
+            num_tokens: the step's divisor, which Megatron's reduction leaves here.
+
+        Collectives: on each source one all-reduce of each tensor over the data-parallel group, of the norm's over
+        the tensor-parallel group too when sequence parallel; over the pipeline group one send of each tensor from
+        each source to the owner, and one of the head's from the owner to the first stage when tied.
+        """
+        topology, group = self._topology, self._topology.pipeline_group
+        owner = topology.num_stages - 1
+        if topology.stage in self._sources:
+            self._reduce()
+            if topology.stage != owner:
+                for total in self._sums:
+                    dist.send(total, group=group, group_dst=owner)
+        tied = model.share_embeddings_and_output_weights
+        if topology.stage == owner:
+            parameters = _lens_parameters(model)[: self._num_tensors]
+            totals = self._collect(parameters)
+            for parameter, total in zip(parameters, totals, strict=False):
+                parameter.main_grad.add_(total.div_(num_tokens.clamp(min=1)))  # type: ignore[attr-defined]
+            if tied:
+                dist.send(totals[0], group=group, group_dst=0)
+        elif topology.stage == 0 and tied:
+            embedding = model.shared_embedding_or_output_weight()
+            total = torch.empty_like(embedding, dtype=torch.float32)
+            dist.recv(total, group=group, group_src=owner)
+            embedding.main_grad.add_(total)
+
+    def _reduce(self) -> None:
+        """Over the ranks that hold other tokens. The head is cut over the vocabulary: not over those ranks."""
+        for total in self._sums:
+            dist.all_reduce(total, group=self._topology.collection.dp_cp)
+        if self._topology.sequence_parallel:
+            for total in self._sums[1:]:
+                dist.all_reduce(total, group=self._topology.tensor_group)
+
+    def _collect(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """On the owner: the sum over all sources, its own chunks among them."""
+        owner = self._topology.num_stages - 1
+        totals = self._sums if owner in self._sources else []
+        for source in self._sources:
+            if source == owner:
+                continue
+            received = [torch.empty_like(each, dtype=torch.float32) for each in parameters]
+            for total in received:
+                dist.recv(total, group=self._topology.pipeline_group, group_src=source)
+            totals = received if not totals else [a.add_(b) for a, b in zip(totals, received, strict=True)]
+        return totals
+
+
+def _lens_parameters(model: GPTModel) -> list[Tensor]:
+    """Head, norm weight and, where it has one, norm bias of the model that owns them."""
+    norm = model.decoder.final_layernorm
+    head = (
+        model.shared_embedding_or_output_weight()
+        if model.share_embeddings_and_output_weights
+        else model.output_layer.weight
+    )
+    bias = [norm.bias] if model.config.normalization == "LayerNorm" else []
+    return [head, norm.weight, *bias]
+
+
+def _move_gradient_to(total: Tensor) -> Callable[[Tensor], None]:
+    """A hook for a leaf: several micro-batches in bf16 would round every time they are added up."""
+
+    def move(tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        total.add_(tensor.grad)
+        tensor.grad = None
+
+    return move

@@ -1,0 +1,85 @@
+"""Files that cannot be written: the flag, what the system said, the room that is left, the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_fdd.host.disk import explain, make_folder, writing
+
+TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+
+
+def system_error(number: int, *names: Path) -> OSError:
+    """As the system raises it: about no file, one, or one that is copied to another."""
+    first, second = [*map(str, names), None, None][:2]
+    return OSError(number, os.strerror(number), first, None, second)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (system_error(errno.ENOSPC), r"No space left on device \(\d+ MiB free there\); make room"),
+        (system_error(errno.EDQUOT), r"Disk quota exceeded .*; make room"),
+        (system_error(errno.EROFS), r"Read-only file system .*; give a place that you may use"),
+        (system_error(errno.EIO), r"Input/output error .*; give another place"),
+        (RuntimeError(TORCHS), r"torch's writer failed: .*unexpected pos 704.*; make room"),
+    ],
+)
+def test_what_cannot_be_written_names_the_flag(tmp_path: Path, error: Exception, expected: str) -> None:
+    given = tmp_path / "new" / "x"
+    with (
+        pytest.raises(ValueError, match=f"^--save {given}: cannot be written: {expected}"),
+        writing("--save", given),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("name", ["x/a", ".x.incomplete/a", "x_train.bin", "."])
+def test_a_name_that_nobody_gave_is_not_said(tmp_path: Path, name: str) -> None:
+    given, elsewhere = tmp_path / "x", tmp_path / "source"
+    for names in ([tmp_path / name], [elsewhere, tmp_path / name]):
+        with pytest.raises(ValueError, match=f"^--save {given}: ") as raised, writing("--save", given):
+            raise system_error(errno.ENOSPC, *names)
+        assert "incomplete" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        system_error(errno.EACCES, Path("/elsewhere/source")),
+        OSError("what a library says of a model"),
+        RuntimeError("anything"),
+        ValueError("ours"),
+    ],
+)
+def test_what_goes_wrong_with_others_stays(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match=re.escape(str(error))) as raised, writing("--save", tmp_path / "x"):
+        raise error
+    assert raised.value is error
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for given in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(
+            ValueError, match=f"^--out {given}: .*; {tmp_path}/file is a file: give another place"
+        ):
+            make_folder("--out", given, given)
+    make_folder("--out", tmp_path / "a" / "b", tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_other_errors_get_a_remedy() -> None:
+    missing = system_error(errno.ENOENT, Path("/nowhere"))
+    assert explain(missing) == "/nowhere: No such file or directory; give another path"
+    assert (
+        explain(system_error(errno.ENOSPC))
+        == "No space left on device; make room there, or give another place"
+    )
+    assert explain(ValueError("ours")) == "ours"
+    assert explain(OSError("a library's")) == "a library's"

@@ -1,0 +1,73 @@
+"""The end of a rank that is told to end: its last words, at once, and nobody else's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from megatron_fdd.host.process import end_at_interrupt, ended_by_sigterm, raise_at_interrupt
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def status_of(child: int) -> int:
+    """Exit status of a forked process; -N where signal N ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_sigterm_ends_a_rank_with_its_last_words() -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with ended_by_sigterm(lambda: os.write(writing, b"goes on after step 3")):
+            os.write(writing, b"ready ")
+            time.sleep(60)
+            os._exit(0)
+    assert os.read(reading, 100) == b"ready "
+    os.kill(child, signal.SIGTERM)
+    assert status_of(child) == 143
+    assert os.read(reading, 100) == b"goes on after step 3"
+
+
+def test_a_worker_that_is_ended_ends_alone() -> None:
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        with ended_by_sigterm(lambda: None):
+            worker = os.fork()
+            if worker == 0:
+                os.write(writing, b"ready")
+                time.sleep(60)
+                os._exit(0)
+            os.read(reading, 100)
+            os.kill(worker, signal.SIGTERM)
+            is_killed = status_of(worker) == -signal.SIGTERM
+            time.sleep(0.05)
+            os._exit(0 if is_killed else 1)
+    assert status_of(rank) == 0
+
+
+def test_a_block_leaves_sigterm_as_it_was() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with ended_by_sigterm(lambda: None):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_interrupt_is_quiet_during_imports_alone() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        end_at_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        raise_at_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a shell's `command &`
+        end_at_interrupt()
+        raise_at_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

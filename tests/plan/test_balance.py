@@ -1,0 +1,317 @@
+"""The load of each pipeline chunk, the bubble, and the layout which evens it out: checked against counted products,
+closed forms, brute force and Megatron's own schedule and layout parser."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from torch.utils.flop_counter import FlopCounterMode, mm_flop
+
+from megatron_fdd.config import DivergenceName, FddConfig
+from megatron_fdd.ops.head_loss import LossWeights, head_loss
+from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.plan.balance import (
+    ModelShape,
+    TokenFlops,
+    balanced_split,
+    bubble_fraction,
+    chunk_loads,
+    describe_balance,
+    even_split,
+    head_loss_flops,
+    layer_flops,
+    layout_string,
+    linear_kl_flops,
+    stage_tasks,
+    token_flops,
+)
+from tests.oracle.model_shapes import (
+    GPT2,
+    GPT2_XL,
+    LLAMA2_13B,
+    LLAMA3_8B,
+    LLAMA3_70B,
+    QWEN3_2B,
+    QWEN3_32B,
+    SMOLLM2,
+    TINY_LLAMA,
+)
+
+FDD = FddConfig(teacher_load="somewhere")
+# (student, teacher, layers of the student, stages, virtual stages)
+SIZES = [
+    (LLAMA3_8B, LLAMA3_70B, 32, 2, 1),
+    (LLAMA3_8B, LLAMA3_70B, 32, 4, 1),
+    (LLAMA3_8B, LLAMA3_70B, 32, 4, 2),
+    (LLAMA3_8B, LLAMA3_70B, 32, 8, 4),
+    (LLAMA3_70B, LLAMA3_70B, 80, 8, 1),
+    (LLAMA3_70B, LLAMA3_70B, 80, 4, 2),
+    (QWEN3_2B, QWEN3_32B, 28, 4, 1),
+    (GPT2, GPT2_XL, 12, 4, 1),
+]
+
+
+def sampled(num_layers: int) -> list[int]:
+    return [step * (num_layers // 5) - 1 for step in range(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layers"),
+    [
+        (GPT2, GPT2_XL, 9.2),
+        (SMOLLM2, SMOLLM2, 10.7),
+        (QWEN3_2B, QWEN3_32B, 11.3),
+        (TINY_LLAMA, LLAMA2_13B, 2.7),
+        (LLAMA3_8B, LLAMA3_70B, 4.0),
+    ],
+)
+def test_a_tap_weighs_several_student_layers(student: ModelShape, teacher: ModelShape, layers: float) -> None:
+    flops = token_flops(student, teacher, FDD)
+    assert flops.tap / flops.layer == pytest.approx(layers, abs=0.05)
+
+
+def test_a_layer_by_hand() -> None:
+    shape = ModelShape(8, 20, heads=4, groups=2, head_width=3, vocab=9, gated=True, seq_length=10)
+    qkv, projection, feed_forward = 8 * (12 + 6 + 6), 12 * 8, 3 * 8 * 20
+    scores_and_values = 2 * 12 * (10 / 2)  # the average token sees half the sequence
+    assert layer_flops(shape) == 2 * (qkv + projection + feed_forward + scores_and_values)
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("divergence", [None, "fkl", "rkl", "jsd"])
+def test_head_flops_are_those_of_the_products_done(
+    divergence: DivergenceName | None, trains_head: bool
+) -> None:
+    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
+    teacher_head_WT, teacher_NT = torch.randn(vocab, teacher_width), torch.randn(tokens, teacher_width)
+    student_head_WS = torch.randn(vocab, student_width, requires_grad=trains_head)
+    student_NS = torch.randn(tokens, student_width, requires_grad=True)
+    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        result = linear_kl(
+            teacher_NT, teacher_head_WT, student_NS, student_head_WS,
+            shard=VocabShard(0, vocab, None), divergence=divergence and Divergence(divergence), needs_lse=True,
+        )  # fmt: skip
+        outputs = (result.divergence_N, result.student_lse_N)
+        torch.stack([output.sum() for output in outputs if output is not None]).sum().backward()
+    teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    student = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    expected = tokens * linear_kl_flops(student, teacher, divergence, trains_head=trains_head)
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.parametrize("divergence", [None, "fkl", "jsd"])
+def test_flops_of_a_summed_loss_are_those_of_the_products_done(
+    divergence: DivergenceName | None, trains_head: bool
+) -> None:
+    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
+    teacher = (torch.randn(tokens, teacher_width), torch.randn(vocab, teacher_width))
+    head_WS = torch.randn(vocab, student_width, requires_grad=trains_head)
+    ones = torch.ones(tokens)
+    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        result = head_loss(
+            teacher, (torch.randn(tokens, student_width, requires_grad=True), head_WS),
+            shard=VocabShard(0, vocab, None), divergence=divergence and Divergence(divergence),
+            labels_N=torch.zeros(tokens, dtype=torch.int64), weights=LossWeights(ones, ones, 1.0, 1.0),
+        )  # fmt: skip
+        torch.stack([total for total in result if total is not None]).sum().backward()
+    teacher_shape = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    student_shape = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    expected = head_loss_flops(student_shape, teacher_shape if divergence else None, trains_head=trains_head)
+    assert counter.get_total_flops() == tokens * expected
+
+
+@pytest.mark.parametrize(
+    ("config", "tap", "head"),
+    [
+        (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=0), 0, 0),
+        (FddConfig(alpha=0, delta="centred", kd_weight=0, teacher_load="x"), 0, 0),
+        (FddConfig(beta=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
+        (FddConfig(beta=0, lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
+        (FddConfig(alpha=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
+        (FddConfig(lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
+        (FddConfig(kd_weight=0, teacher_load="x", sample_tokens=0.5), (2 * (7 + 5) + 4 * 5) / 2, 0),
+        (FddConfig(beta=0, kd_weight=0, teacher_load="x", sample_one_tap=True), (2 * (7 + 5) + 2 * 5) / 4, 0),
+        # In three of four steps the log-sum-exps of the tap before, too.
+        (
+            FddConfig(kd_weight=0, teacher_load="x", sample_one_tap=True, sample_tokens=0.8),
+            0.2 * (44 + 0.75 * 34),
+            0,
+        ),
+        (FddConfig(alpha=0, beta=0, teacher_load="x"), 0, 2 * (7 + 5) + 4 * 5),
+        (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1), 0, 2 * 5 + 4 * 5),
+    ],
+)
+def test_only_wanted_terms_cost(config: FddConfig, tap: float, head: int) -> None:
+    student = ModelShape(5, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
+    teacher = ModelShape(7, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
+    flops = token_flops(student, teacher if config.needs_teacher else None, config)
+    assert (flops.tap, flops.head) == (round(100 * tap), 100 * head)
+    assert flops.layer == 3 * layer_flops(student)
+
+
+def test_chunks_run_through_all_stages_of_a_virtual_stage_first() -> None:
+    loads = chunk_loads(TokenFlops(layer=10, tap=3, head=7), [[1, 2], [3, 1]], tapped_layers=[0, 4, 5, 6])
+    assert [(load.stage, load.virtual, load.layers, load.taps) for load in loads] == [
+        (0, 0, 1, 1), (1, 0, 3, 0), (0, 1, 2, 2), (1, 1, 1, 1),
+    ]  # fmt: skip
+    assert [load.flops for load in loads] == [13, 30, 26, 20]
+    assert [load.head_flops for load in loads] == [0, 0, 0, 7]
+
+
+@pytest.mark.parametrize(("num_stages", "virtual", "microbatches"), [(4, 1, 6), (4, 2, 8), (3, 2, 11)])
+def test_a_stage_runs_megatrons_order(num_stages: int, virtual: int, microbatches: int) -> None:
+    num_chunks = num_stages * virtual
+    table = get_schedule_table(microbatches, virtual, num_stages)
+    if virtual == 1:
+        assert table == [(microbatch, 0) for microbatch in range(microbatches)]
+    for stage in range(num_stages):
+        group = SimpleNamespace(size=lambda: num_stages, rank=lambda stage=stage: stage)
+        communicator = SimpleNamespace(
+            pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
+        )
+        _, _, num_ahead, _ = get_pp_rank_microbatches(
+            microbatches, virtual, num_stages, p2p_communicator=communicator
+        )
+        tasks = stage_tasks(stage, num_stages, num_chunks, microbatches)
+        forward = [(step, microbatch) for step, microbatch in tasks if step < num_chunks]
+        backward = [(step, microbatch) for step, microbatch in tasks if step >= num_chunks]
+        assert forward == [(chunk * num_stages + stage, microbatch) for microbatch, chunk in table]
+        assert backward == [
+            (2 * num_chunks - 1 - ((virtual - 1 - chunk) * num_stages + stage), microbatch)
+            for microbatch, chunk in table
+        ]
+        # After the warm-up forward and backward take turns until no forward is left.
+        kinds = "".join("f" if step < num_chunks else "b" for step, _ in tasks)
+        assert re.fullmatch(f"f{{{num_ahead}}}(fb)*b{{{num_ahead}}}", kinds)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "virtual", "microbatches"), [(1, 1, 3), (2, 1, 2), (4, 1, 9), (2, 2, 8), (4, 3, 12)]
+)
+def test_equal_chunks_wait_only_to_fill_and_drain(num_stages: int, virtual: int, microbatches: int) -> None:
+    loads = chunk_loads(TokenFlops(6, 0, 0), even_split(num_stages * virtual * 2, num_stages, virtual), ())
+    waiting_per_busy = (num_stages - 1) / (microbatches * virtual)
+    assert bubble_fraction(loads, microbatches) == pytest.approx(waiting_per_busy / (1 + waiting_per_busy))
+
+
+def test_the_heaviest_stage_sets_the_pace_of_1f1b() -> None:
+    loads = chunk_loads(TokenFlops(6, 12, 18), [[2], [2], [2], [2]], tapped_layers=[0])
+    assert [load.flops for load in loads] == [24, 12, 12, 30]
+    step = 200 * 30 + 24 + 12 + 12
+    assert bubble_fraction(loads, 200) == pytest.approx(1 - 200 * 78 / 4 / step, abs=1e-3)
+
+
+def test_equal_stages_of_unequal_chunks_wait() -> None:
+    """Why the heaviest chunk counts: both splits give each stage 12 layers."""
+    flops = TokenFlops(6, 0, 0)
+    even = bubble_fraction(chunk_loads(flops, [[6, 6], [6, 6]], ()), 8)
+    assert bubble_fraction(chunk_loads(flops, [[1, 11], [1, 11]], ()), 8) > 3 * even
+
+
+def test_nothing_to_do_is_no_bubble() -> None:
+    assert bubble_fraction(chunk_loads(TokenFlops(0, 0, 0), [[1], [1]], ()), 4) == 0
+
+
+@pytest.mark.parametrize(("student", "teacher", "num_layers", "num_stages", "virtual"), SIZES)
+def test_megatron_reads_the_layout(
+    student: ModelShape, teacher: ModelShape, num_layers: int, num_stages: int, virtual: int
+) -> None:
+    flops, taps = token_flops(student, teacher, FDD), sampled(num_layers)
+    split = balanced_split(flops, num_layers, num_stages, virtual, taps)
+    layout = PipelineParallelLayerLayout.from_str(layout_string(split), num_stages)
+    layout.validate_layer_layout(num_layers, None)
+    assert layout.virtual_pipeline_model_parallel_size == virtual
+    decoders = [[chunk.count(LayerType.decoder) for chunk in stage] for stage in layout.layout]
+    assert decoders == split
+    assert min(itertools.chain(*split)) >= 1
+    # Megatron's order of layers is the one that places the taps.
+    order = [(stage, chunk) for chunk in range(virtual) for stage in range(num_stages)]
+    owners = [owner for owner in order for _ in range(decoders[owner[0]][owner[1]])]
+    for load in chunk_loads(flops, split, taps):
+        assert load.taps == [owners[tap] for tap in taps].count((load.stage, load.virtual))
+
+
+@pytest.mark.parametrize(("student", "teacher", "num_layers", "num_stages", "virtual"), SIZES)
+def test_the_heaviest_chunk_is_never_heavier_than_the_even_splits(
+    student: ModelShape, teacher: ModelShape, num_layers: int, num_stages: int, virtual: int
+) -> None:
+    flops, taps = token_flops(student, teacher, FDD), sampled(num_layers)
+    heaviest = [
+        max(load.flops for load in chunk_loads(flops, split, taps))
+        for split in (
+            balanced_split(flops, num_layers, num_stages, virtual, taps),
+            even_split(num_layers, num_stages, virtual),
+        )
+    ]
+    assert heaviest[0] <= heaviest[1]
+
+
+def all_splits(num_layers: int, num_stages: int, virtual: int) -> Iterator[list[list[int]]]:
+    for cuts in itertools.combinations(range(1, num_layers), num_stages * virtual - 1):
+        ends = (0, *cuts, num_layers)
+        sizes = [end - start for start, end in itertools.pairwise(ends)]
+        yield [sizes[stage::num_stages] for stage in range(num_stages)]
+
+
+@pytest.mark.parametrize(("num_stages", "virtual"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
+def test_no_split_has_a_lighter_heaviest_chunk(num_stages: int, virtual: int) -> None:
+    for taps, (tap, head) in itertools.product(
+        ([], [0], [3], [7], [0, 1], [2, 3], [0, 4, 7]), ((0, 0), (35, 0), (15, 25), (7, 55), (120, 160))
+    ):
+        flops = TokenFlops(layer=10, tap=tap, head=head)
+
+        def heaviest(split: list[list[int]], flops: TokenFlops = flops, taps: list[int] = taps) -> int:
+            return max(load.flops for load in chunk_loads(flops, split, taps))
+
+        found = heaviest(balanced_split(flops, 8, num_stages, virtual, taps))
+        lightest = min(heaviest(split) for split in all_splits(8, num_stages, virtual))
+        assert found == lightest, (taps, tap, head)
+
+
+def test_the_smallest_maximum_wins_over_the_smallest_spread() -> None:
+    split = balanced_split(TokenFlops(layer=10, tap=15, head=25), 6, 3, 1, tapped_layers=[0, 1])
+    assert [load.flops for load in chunk_loads(TokenFlops(10, 15, 25), split, [0, 1])] == [25, 45, 45]
+
+
+def test_of_equally_heavy_splits_an_even_one_wins() -> None:
+    split = balanced_split(TokenFlops(layer=10, tap=120, head=0), 8, 4, 1, tapped_layers=[0])
+    assert sorted(size for (size,) in split) == [1, 2, 2, 3]
+
+
+def test_fewer_layers_than_chunks_leaves_chunks_empty() -> None:
+    split = balanced_split(TokenFlops(10, 0, 15), 3, 2, 2, ())
+    assert layout_string(split) == "Et|t|t|L"
+
+
+def test_the_dry_run_names_loads_bubbles_and_the_flag() -> None:
+    flops, split = TokenFlops(layer=10**9, tap=4 * 10**9, head=3 * 10**9), [[2, 2], [2, 2]]
+    lines = describe_balance(flops, split, tapped_layers=[0, 5], num_microbatches=8)
+    assert "stage 0: 2+2 layer(s), 2 tap(s): 12 with taps, 4 without" in lines[1]
+    assert "stage 1: 2+2 layer(s), 0 tap(s): 7 with taps, 7 without" in lines[2]
+    bubble, without = (float(share) for share in re.findall(r"([\d.]+)%", lines[3]))
+    assert bubble == pytest.approx(100 * bubble_fraction(chunk_loads(flops, split, [0, 5]), 8), abs=0.05)
+    assert without == pytest.approx(100 * bubble_fraction(chunk_loads(flops, split, ()), 8), abs=0.05)
+    suggestion = re.fullmatch(r" +([\d.]+)% with --pipeline-model-parallel-layout '([EtL|]+)'", lines[4])
+    assert suggestion is not None
+    layout = PipelineParallelLayerLayout.from_str(suggestion[2], 2).layout
+    better = [[chunk.count(LayerType.decoder) for chunk in stage] for stage in layout]
+    better_bubble = 100 * bubble_fraction(chunk_loads(flops, better, [0, 5]), 8)
+    assert float(suggestion[1]) == pytest.approx(better_bubble, abs=0.05)
+    assert better_bubble < bubble
+
+
+def test_the_dry_run_suggests_nothing_where_nothing_helps() -> None:
+    even = describe_balance(TokenFlops(10, 0, 0), [[2], [2]], (), num_microbatches=4)
+    assert even[-1].strip() == "no better split into as many chunks was found"
+    assert describe_balance(TokenFlops(10, 3, 3), [[4]], [1], num_microbatches=4) == []

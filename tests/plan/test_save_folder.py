@@ -1,0 +1,113 @@
+"""The folder of --save: a run that would begin afresh in another's is refused, and so is a second one at work."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_fdd.plan import save_folder
+from megatron_fdd.plan.save_folder import LOCK_FILE, check_nothing_lost, held
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def flags(save: object, load: object = None, **more: bool) -> argparse.Namespace:
+    names = {"finetune": False, "skip_train": False} | more
+    return argparse.Namespace(
+        save=save if save is None else str(save), load=load if load is None else str(load), **names
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A folder with a checkpoint of step 400."""
+    folder = tmp_path / "R"
+    folder.mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("400")
+    return folder
+
+
+@pytest.mark.parametrize("load", [None, "elsewhere", "R/iter_0000400"])
+def test_a_finished_run_is_not_begun_again(load: str | None, run: Path) -> None:
+    load = load and str(run.parent / load)
+    with pytest.raises(ValueError, match="holds a checkpoint of iteration 400") as error:
+        check_nothing_lost(flags(run, load))
+    for way in (f"give --load {run};", "give another --save", f"delete {run}"):
+        assert way in str(error.value)
+
+
+def test_a_run_goes_on_however_its_folder_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.parent / "link").symlink_to(run)
+    monkeypatch.chdir(run.parent)
+    for load in (run, f"{run}/", "R", "./R", "link"):
+        check_nothing_lost(flags(run, load))
+
+
+def test_nothing_is_lost(run: Path) -> None:
+    check_nothing_lost(flags(None))
+    check_nothing_lost(flags(run.parent / "new"))
+    check_nothing_lost(flags(run.parent))
+    check_nothing_lost(flags(run, skip_train=True))
+
+
+def test_weights_alone_begin_at_step_0_again(run: Path) -> None:
+    with pytest.raises(ValueError, match="To go on from it leave --finetune out"):
+        check_nothing_lost(flags(run, run, finetune=True))
+
+
+def test_a_converted_model_is_named_as_one(run: Path) -> None:
+    (run / "latest_checkpointed_iteration.txt").write_text("release\n")
+    with pytest.raises(ValueError, match="holds a converted model"):
+        check_nothing_lost(flags(run))
+    check_nothing_lost(flags(run, run))
+
+
+def in_another_process(action: Callable[[], object]) -> str:
+    """What the ValueError says that `action` raises in a fork of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except ValueError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        return said.read()
+
+
+def hold(folder: Path) -> None:
+    with held(str(folder)):
+        pass
+
+
+def test_two_runs_do_not_save_into_one_folder(run: Path) -> None:
+    with held(str(run)):
+        said = in_another_process(lambda: hold(run))
+        assert said.startswith(f"--save {run}: another run saves there (process {os.getpid()} on ")
+        assert in_another_process(lambda: hold(run.parent)) == ""
+    assert in_another_process(lambda: hold(run)) == ""
+
+
+def test_only_rank_0_holds_the_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with held(str(run)), held(None):
+        assert not (run / LOCK_FILE).exists()
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(save_folder.fcntl, "lockf", refuse)
+    assert save_folder.fcntl is fcntl
+    hold(run)
