@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_fdd.step.teacher.teacher import loading
+from megatron_fdd.step.teacher import loading
 from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_fdd.ops import chunks
+from megatron_fdd.ops import blocks
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.step.metrics import check_metrics_file
 from tests.entry.command import Ending, call_main, read_metrics, run, trained
@@ -141,7 +141,7 @@ def count_collectives(command: list[str]) -> tuple[Ending, int]:
 
         return patch.object(owner, name, call)
 
-    with counted(chunks, "start_merge"), counted(VocabShard, "all_reduce"):
+    with counted(blocks, "start_merge"), counted(VocabShard, "all_reduce"):
         return call_main(command), len(calls)
 
 

@@ -24,7 +24,7 @@ MOST_REGISTERS = 80
     ("capability", "arguments", "kernels"),
     [
         ("90", "--kinds fkl", {"softmax", "gradient", "rescale"}),
-        ("80", "--kinds jsd", {"softmax", "mixture", "gradient"}),
+        ("80", "--kinds jsd", {"softmax", "second", "gradient"}),
     ],
 )
 def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: set[str]) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_fdd.data.batch import get_batch
 from megatron_fdd.host.topology import Topology
+from megatron_fdd.step.teacher import loading
 from megatron_fdd.step.teacher.beside import BesideTeacher
 from megatron_fdd.step.teacher.scales import fp8_linears
-from megatron_fdd.step.teacher.teacher import loading
 from tests.oracle.case import Case, case_batches, join, schedule_step
 from tests.oracle.models import build_student, model_config, padded_vocab
 from tests.oracle.reference import STUDENT, TEACHER, random_weights

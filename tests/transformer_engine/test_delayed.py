@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.plan.fp8 import check_scales
+from megatron_fdd.step.teacher import loading
 from megatron_fdd.step.teacher.scales import fp8_linears
-from megatron_fdd.step.teacher.teacher import loading
 from tests.harness.ranks import Layout, run_on_ranks
 from tests.oracle.case import FULL_BLOCK, FULL_UNIFORM, Case, relative
 from tests.transformer_engine import IMAGE, needs_python

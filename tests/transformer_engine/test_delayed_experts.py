@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-from megatron_fdd.step.teacher.teacher import loading
+from megatron_fdd.step.teacher import loading
 from tests.harness.ranks import Layout, run_on_ranks
 from tests.oracle.case import Case, relative
 from tests.transformer_engine import IMAGE, needs_python

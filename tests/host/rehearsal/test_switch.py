@@ -97,7 +97,7 @@ def test_functions_are_redirected_after_another_library_had_replaced_them() -> N
         "import torch\nmine = torch.linspace\ntorch.linspace = lambda *args: mine(*args)\n"
         "with torch.device('meta'): assert torch.ones(1).is_meta\n"
         "torch.linspace = mine\n"
-        "from megatron_fdd import rehearsal\nrehearsal.start()\n"
+        "from megatron_fdd.host import rehearsal\nrehearsal.start()\n"
         "assert torch.linspace(0, 1, 3, device='cuda').device.type == 'cpu'\n"
         "with torch.device('meta'): assert torch.ones(1).is_meta\n"
     )
@@ -144,7 +144,7 @@ def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> Non
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise OSError('needs a GPU')")
     script = (
-        "from megatron_fdd import rehearsal\nrehearsal.start()\n"
+        "from megatron_fdd.host import rehearsal\nrehearsal.start()\n"
         "from megatron.core.optimizer import clip_grads\n"
         "from megatron.core.utils import local_multi_tensor_applier\n"
         "assert clip_grads.multi_tensor_applier is local_multi_tensor_applier\n"
@@ -157,7 +157,7 @@ def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> Non
 def test_it_may_start_after_megatron_was_imported_and_says_nothing() -> None:
     script = (
         "import os, megatron.core.fusions.fused_bias_swiglu as late\n"
-        "from megatron_fdd import rehearsal\n"
+        "from megatron_fdd.host import rehearsal\n"
         "import torch\n"
         "rehearsal.start()\n"
         "rehearsal.start()\n"
