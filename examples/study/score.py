@@ -30,7 +30,7 @@ from transformers.utils import logging
 from megatron_fdd import convert
 from megatron_fdd.config import parse_layer_pairs
 from megatron_fdd.evaluate.perplexity import (
-    Score,
+    PerplexityScore,
     cut_windows,
     read_texts,
     score_models,
@@ -105,7 +105,7 @@ def inner_terms(
     return {name: total / count for name, total in sums.items()}
 
 
-def as_json(score: Score) -> dict[str, float]:
+def as_json(score: PerplexityScore) -> dict[str, float]:
     return {"cross_entropy": score.cross_entropy, "kl_to_teacher": score.kl_to_teacher}
 
 
