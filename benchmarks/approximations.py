@@ -28,11 +28,12 @@ from torch import Tensor
 from benchmarks.measure import Measurement, measure, record, table
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses.features import TeacherFeatures
-from megatron_fdd.losses.layer_plan import ChunkPlan, LayerPair
+from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens
 from megatron_fdd.losses.objective import Objective, StepGrams, StepSettings
+from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import Sampler, StepDraw
-from megatron_fdd.losses.terms import TokenWeights
+from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.ops.linear_kl import VocabShard
 
 EXACT = "exact"
@@ -108,25 +109,23 @@ def timed_step(config: FddConfig) -> Callable[[], None]:
     shard = VocabShard(0, TIMED["vocabulary"], None)
     chunk = ChunkPlan(tuple(range(num_taps)), None, None, is_first=True, is_last=True)
     pairs = [LayerPair(layer, layer) for layer in range(1, num_taps + 1)]
-    objective = Objective(config, pairs, chunk, shard, StepGrams(config, shard))
     teacher_head, student_head = (
         torch.randn(TIMED["vocabulary"], TIMED[model]) * 0.05 for model in ("teacher", "student")
     )
-    objective.teacher_lens = Lens(teacher_head, None)
+    grams = StepGrams(config, shard)
+    objective = Objective(config, pairs, chunk, shard, grams, Lens(teacher_head, None))
     taps = {index: torch.randn(tokens, 1, TIMED["teacher"]) for index in range(num_taps)}
     hidden = [torch.randn(tokens, 1, TIMED["student"], requires_grad=True) for _ in range(num_taps)]
     weights = TokenWeights(torch.ones(tokens), torch.ones(tokens))
 
     def step(draw: StepDraw) -> None:
-        objective.scale = StepSettings(
-            draw=draw
-        )  # no new step: its Gram matrices are made once for many micro-batches
-        terms, _ = objective.inner(
+        # No new step: its Gram matrices are made once for many micro-batches.
+        objective.settings = StepSettings(draw=draw)
+        loss, _ = objective.inner(
             hidden, None, Lens(student_head, None), TeacherFeatures(None, taps), draw.rows(weights, 0)
         )
-        total = objective.total(terms)
-        assert total is not None
-        total.backward()
+        assert loss.total is not None
+        loss.total.backward()
 
     sampler = Sampler(config, num_taps, seed=0, place=0)
     draws = {draw.tap: draw for draw in map(sampler.draw, range(100))}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Measurement, machine, measure, record, table
-from megatron_fdd.losses.layer_plan import sample_blocks
+from megatron_fdd.losses.pairs import sample_blocks
 from megatron_fdd.ops import torch_sweeps
 from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
 

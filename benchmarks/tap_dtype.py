@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron_fdd.losses.layer_plan import sample_blocks
-from megatron_fdd.losses.terms import HeadPair, Tap, TokenWeights, delta_terms, trajectory_term
+from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.pairs import LayerPair, sample_blocks
+from megatron_fdd.losses.tap import Features, HeadPair, Tap, TapWindow, TokenWeights, measure
+from megatron_fdd.losses.term import TapContext
+from megatron_fdd.losses.terms import Delta
 from megatron_fdd.ops.delta import head_grams
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard
 from megatron_fdd.step.teacher.tap_format import TapFormat
@@ -47,21 +50,22 @@ def terms(
     """Mean over tokens of trajectory and delta, and the gradient of each to the student's normed features."""
     assert heads.teacher_WT is not None
     leaves = [each.flatten(0, 1).detach().requires_grad_() for each in student]
-    taps = [
-        Tap(str(i), each.flatten(0, 1), leaf)
-        for i, (each, leaf) in enumerate(zip(teacher, leaves, strict=True))
-    ]
     ones_N = torch.ones(len(leaves[0]))
     weights = TokenWeights(ones_N, ones_N)
-    found = [trajectory_term(tap, heads, Divergence(), weights, with_lse=form == "logprob") for tap in taps]
     grams = head_grams(heads.teacher_WT, heads.student_WD, shard=heads.shard, centred=form == "centred")
-    deltas = delta_terms(
-        taps, [each for _, each in found], grams, weights, detach_previous=False, shard=heads.shard
-    )
-    totals = {
-        "trajectory": torch.stack([term.total for term, _ in found if term is not None]).mean(),
-        "delta": torch.stack([term.total for term in deltas]).mean(),
-    }
+    context = TapContext(FddConfig(delta=form), heads, weights, lambda: grams)
+    divergences, deltas, previous = [], [], None
+    for index, (each, leaf) in enumerate(zip(teacher, leaves, strict=True), start=1):
+        rows = each.flatten(0, 1)
+        features = Features(rows, leaf, rows, leaf)
+        divergence, statistics = measure(features, heads, Divergence(), weights, with_lse=form == "logprob")
+        assert divergence is not None
+        divergences.append(divergence)
+        tap = Tap(LayerPair(index, index), features, divergence, statistics)
+        if previous is not None:
+            deltas.append(Delta().compute(TapWindow(tap, previous), context))
+        previous = tap
+    totals = {"trajectory": torch.stack(divergences).mean(), "delta": torch.stack(deltas).mean()}
     values = {name: total.item() / len(ones_N) for name, total in totals.items()}
     gradients = {
         name: torch.cat(torch.autograd.grad(total, leaves, retain_graph=True))

@@ -59,16 +59,17 @@ from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective, StepGrams
 from megatron_fdd.losses.sampling import Sampler
+from megatron_fdd.losses.terms import active_terms
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.plan.describe import describe_plan
 from megatron_fdd.plan.run import PreparedRun, prepare_run
 from megatron_fdd.plan.save_folder import held
 from megatron_fdd.plan.student_arguments import student_checkpoint
-from megatron_fdd.step.lens import read_lens
-from megatron_fdd.step.pipeline import PipelineWork
+from megatron_fdd.step.pipeline import PipelineWork, finalize_with_lens
 from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.schedule import StepHooks, installed
 from megatron_fdd.step.student import ChunkForward, StudentForward
+from megatron_fdd.step.student_lens import StudentLens, send_teacher_lens
 from megatron_fdd.step.teacher.beside import BesideTeacher
 from megatron_fdd.step.teacher.check import log_cross_entropy
 from megatron_fdd.step.teacher.loading import build_teacher
@@ -83,14 +84,7 @@ class Distillation:
         self._run = run
         self._patches = ExitStack()
         self._student_step: StudentForward | None = None
-        config = run.config
-        weights = {
-            "ce": config.ce_weight,
-            "kd": config.kd_weight,
-            "trajectory": config.alpha,
-            "delta": config.beta,
-        }
-        terms = tuple(name for name, weight in weights.items() if weight > 0)
+        terms = tuple(term.kind for term in active_terms(run.config))
         self._progress = Progress(lambda: run.args.train_iters, terms)
 
     def train(self) -> None:
@@ -202,32 +196,41 @@ def connect(
         iteration: how many steps have been done.
         seed: of the draws of `Sampler`.
 
-    Collectives: with several pipeline stages those of `PipelineWork.add_teacher`.
+    Collectives: with several pipeline stages those of `send_teacher_lens`.
     """
     shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
     grams = StepGrams(plan.config, shard)
-    objectives = [
-        Objective(plan.config, plan.pairs, chunk, shard, grams) for chunk in plan.chunks_on(topology.stage)
-    ]
+    lens = StudentLens(students, plan, topology)
+    teacher_lens = None if teacher is None else send_teacher_lens(teacher, plan, topology)
+    chunks = plan.chunks_on(topology.stage)
+    objectives = [Objective(plan.config, plan.pairs, chunk, shard, grams, teacher_lens) for chunk in chunks]
     features: Teacher | None = None
     pipeline = None
     if topology.num_stages > 1:
-        pipeline = PipelineWork(students, objectives, plan, topology)
-        if teacher is not None:
-            features = PipelinedTeacher(teacher, plan, topology)
-            pipeline.add_teacher(features)
+        features = None if teacher is None else PipelinedTeacher(teacher, plan, topology)
+        pipeline = PipelineWork(students, objectives, plan, topology, features)
+        if lens.is_sent_home:
+            finalize_with_lens(students[0].config, lens)
     elif teacher is not None:
         layers = [pair.teacher_layer for pair in plan.pairs]
         features = BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
-        with_norm = plan.config.lens_norm == "final"
-        objectives[0].teacher_lens = read_lens(teacher, with_norm=with_norm, detached=True)
+    check = None
+    if teacher_lens is not None:
+        check = partial(log_cross_entropy, lens=teacher_lens, shard=shard, group=topology.rows_group)
     step = StudentForward(
-        [ChunkForward(each, features, topology, has_one_width=plan.has_one_width) for each in objectives]
+        [
+            ChunkForward(
+                objective,
+                features,
+                lens,
+                topology,
+                has_one_width=plan.has_one_width,
+                first_batch_check=check if objective.chunk.is_last else None,
+            )
+            for objective in objectives
+        ],
+        lens,
     )
-    if objectives[-1].teacher_lens is not None and objectives[-1].chunk.is_last:
-        step.chunks[-1].first_batch_check = partial(
-            log_cross_entropy, lens=objectives[-1].teacher_lens, shard=shard, group=topology.rows_group
-        )
     sampler = Sampler(plan.config, len(plan.pairs), seed=seed, place=topology.rows_rank)
     return StepHooks(step, topology, pipeline, sampler, iteration)
 

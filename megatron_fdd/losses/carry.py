@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_fdd.losses.terms import TapStatistics
+from megatron_fdd.losses.tap import TapStatistics
 from megatron_fdd.ops.exact_cast import from_rows, rows_needed, to_rows
 
 

@@ -1,4 +1,4 @@
-"""Which layers are compared with which, and what it costs. Integers only: no torch, no ranks."""
+"""What each chunk of the student does for the losses: which taps it holds, what it sends on. No ranks."""
 
 from __future__ import annotations
 
@@ -8,29 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_fdd.config import FddConfig
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPair:
-    """A sampled layer of each model, as the paper counts: output of block l, l = 1..L."""
-
-    student_block: int
-    teacher_block: int
-
-    @property
-    def student_layer(self) -> int:
-        """Megatron's 0-based global layer index of the student's block."""
-        return self.student_block - 1
-
-    @property
-    def teacher_layer(self) -> int:
-        """Megatron's 0-based global layer index of the teacher's block."""
-        return self.teacher_block - 1
-
-    @property
-    def name(self) -> str:
-        """`s4:t9`: how logs name the pair."""
-        return f"s{self.student_block}:t{self.teacher_block}"
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.terms import compares_taps
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +62,7 @@ class Plan:
     @property
     def chunks(self) -> tuple[ChunkPlan, ...]:
         """The student's chunks, in depth order."""
-        return plan_chunks(self.pairs, self.student_layers, with_delta=self.config.beta > 0)
+        return plan_chunks(self.pairs, self.student_layers, with_carry=compares_taps(self.config))
 
     def chunks_on(self, stage: int) -> tuple[ChunkPlan, ...]:
         """A stage's chunks, by virtual stage."""
@@ -123,13 +102,13 @@ class Plan:
 
 
 def plan_chunks(
-    pairs: Sequence[LayerPair], chunk_layers: Sequence[int], *, with_delta: bool
+    pairs: Sequence[LayerPair], chunk_layers: Sequence[int], *, with_carry: bool
 ) -> tuple[ChunkPlan, ...]:
     """One plan per chunk of the student, in depth order.
 
     Args:
         chunk_layers: how many layers each chunk holds, in depth order.
-        with_delta: adjacent pairs are compared, so features travel between their chunks.
+        with_carry: adjacent pairs are compared, so features travel between their chunks.
     """
     edges = [sum(chunk_layers[:count]) for count in range(len(chunk_layers) + 1)]
     held = [
@@ -140,81 +119,9 @@ def plan_chunks(
     carries: list[int | None] = [None]  # over each chunk's lower edge
     for last in edges[1:]:
         before = [index for index, pair in enumerate(pairs) if pair.student_layer < last]
-        needed = with_delta and 0 < len(before) < len(pairs)
+        needed = with_carry and 0 < len(before) < len(pairs)
         carries.append(before[-1] if needed else None)
     return tuple(
         ChunkPlan(chunk, carries[index], carries[index + 1], index == 0, index == len(held) - 1)
         for index, chunk in enumerate(held)
     )
-
-
-def plan_pairs(config: FddConfig, student_layers: int, teacher_layers: int) -> tuple[LayerPair, ...]:
-    """The layer pairs of a run, in depth order; empty when no term looks at an inner layer.
-
-    Raises:
-        ValueError: pairs out of range or not increasing, or more sampled layers than a model has.
-    """
-    if not config.uses_taps:
-        return ()
-    if config.layer_pairs is None:
-        students = sample_blocks(config.layer_rule, config.layers, student_layers, "student")
-        teachers = sample_blocks(config.layer_rule, config.layers, teacher_layers, "teacher")
-        return tuple(LayerPair(s, t) for s, t in zip(students, teachers, strict=True))
-    for column, num_layers, model in ((0, student_layers, "student"), (1, teacher_layers, "teacher")):
-        _check_blocks([pair[column] for pair in config.layer_pairs], num_layers, model)
-    return tuple(LayerPair(s, t) for s, t in config.layer_pairs)
-
-
-def sample_blocks(rule: str, num_sampled: int, num_layers: int, model: str) -> list[int]:
-    """`num_sampled` 1-based block numbers of a model with `num_layers` (docs/method.md).
-
-    Raises:
-        ValueError: the rule would need a block 0, or sample one block twice.
-    """
-    if num_sampled + 1 > num_layers:
-        raise ValueError(
-            f"--fdd-layers {num_sampled} needs a {model} of at least {num_sampled + 1} layers, "
-            f"it has {num_layers}: "
-            f"lower --fdd-layers to at most {num_layers - 1}, or name the layers with --fdd-layer-pairs"
-        )
-    steps = range(1, num_sampled + 1)
-    if rule == "paper":
-        return [step * (num_layers // (num_sampled + 1)) for step in steps]
-    return [step * num_layers // (num_sampled + 1) for step in steps]
-
-
-def check_recompute_keeps_taps(
-    layers: Sequence[int], stage_layers: Sequence[int], recompute: tuple[str | None, str | None, int | None]
-) -> None:
-    """Refuse full/uniform recompute that would drop a tap without a word: Megatron returns group ends only.
-
-    Args:
-        layers: tapped layers, 0-based.
-        stage_layers: how many layers each pipeline stage holds; groups begin anew on each.
-        recompute: Megatron's recompute granularity, method and number of layers.
-
-    Raises:
-        ValueError: a tap lies inside a recomputed group.
-    """
-    granularity, method, group = recompute
-    if granularity != "full" or method != "uniform" or not group:
-        return
-    ends: set[int] = set()
-    for last in accumulate(stage_layers):
-        first = max(ends, default=0)
-        ends |= {*range(first + group, last, group), last}
-    hidden = [layer + 1 for layer in layers if layer + 1 not in ends]
-    if hidden:
-        raise ValueError(
-            f"--recompute-method uniform --recompute-num-layers {group} hides the tapped blocks {hidden} "
-            "(Megatron returns the last block of each recomputed group only): use --recompute-num-layers 1, "
-            "--recompute-method block, or pairs whose student blocks end a group"
-        )
-
-
-def _check_blocks(blocks: Sequence[int], num_layers: int, model: str) -> None:
-    for block in blocks:
-        if not 1 <= block <= num_layers:
-            raise ValueError(f"--fdd-layer-pairs: {model} block {block} is not in 1..{num_layers}")
-    if any(later <= earlier for earlier, later in zip(blocks, blocks[1:], strict=False)):
-        raise ValueError(f"--fdd-layer-pairs: {model} blocks {list(blocks)} must increase")

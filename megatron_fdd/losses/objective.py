@@ -1,4 +1,4 @@
-"""All terms of one micro-batch on the model chunk that holds its taps, weighted and summed.
+"""The loss of one micro-batch on the model chunk that holds its taps: all terms, weighted and summed.
 
 Shape letters: S sequence (this rank's part), B micro-batch, N = S*B token rows in sequence-major order,
 T and D hidden width of teacher and student.
@@ -6,8 +6,8 @@ T and D hidden width of teacher and student.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,21 +15,16 @@ from torch import Tensor
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.carry import Carry
 from megatron_fdd.losses.features import TeacherFeatures
-from megatron_fdd.losses.layer_plan import ChunkPlan, LayerPair
+from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
-from megatron_fdd.losses.terms import (
-    HeadPair,
-    LossTerm,
-    Tap,
-    TokenWeights,
-    delta_terms,
-    final_terms,
-    trajectory_term,
-)
+from megatron_fdd.losses.tap import Features, HeadPair, Tap, TapWindow, TokenWeights, measure
+from megatron_fdd.losses.term import TapContext
+from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
 from megatron_fdd.ops.delta import HeadGrams, head_grams
-from megatron_fdd.ops.head_loss import LossWeights
-from megatron_fdd.ops.linear_kl import Divergence, DivergenceKind, Implementation, VocabShard
+from megatron_fdd.ops.head_loss import LossWeights, head_loss
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard
 
 COUNTS = ("label_tokens", "term_tokens")
 
@@ -39,10 +34,10 @@ class StepSettings:
     """What changes from step to step.
 
     Attributes:
-        inner: factor of alpha and beta (warm-up, decay).
-        label_per_term_token: global count of label tokens over the count that kd, trajectory and delta use.
+        inner: factor of the weights of inner layers' terms (warm-up, decay).
+        label_per_term_token: global count of label tokens over the count that all terms but the cross-entropy use.
             Megatron divides every gradient by one number, the label tokens of the step.
-        draw: what trajectory and delta look at.
+        draw: what the terms of inner layers look at.
     """
 
     inner: float = 1.0
@@ -60,11 +55,11 @@ class StepGrams:
         self._are_fresh = False
 
     def begin_step(self) -> None:
-        """The student's head may have changed since the last one."""
+        """Forget that they are fresh: the student's head may have changed since the last step."""
         self._are_fresh = False
 
     def current(self, heads: HeadPair) -> HeadGrams:
-        """Of the heads as they are in this step; for a live head with a graph of their own each time.
+        """Return those of the heads as they are in this step; for a live head with a graph of their own each time.
 
         Collectives over the tensor-parallel group: those of `head_grams`, once per step.
         """
@@ -83,12 +78,34 @@ class StepGrams:
         return self._grams
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkLoss:
+    """What a micro-batch adds to the loss on one chunk.
+
+    Attributes:
+        parts: weighted, float32 scalars over this rank's rows; their sum is what is back-propagated.
+        sums: unweighted and detached, by the name of the part, for the log.
+    """
+
+    parts: tuple[Tensor, ...] = ()
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: ChunkLoss) -> ChunkLoss:
+        return ChunkLoss(self.parts + other.parts, {**self.sums, **other.sums})
+
+    @property
+    def total(self) -> Tensor | None:
+        """The loss, float32; None without a term."""
+        return torch.stack(self.parts).sum() if self.parts else None
+
+
 class Objective:
     """The terms of one chunk and their weighted sum.
 
     Args:
         pairs: all of the run's; `chunk` says which of them this chunk holds.
         grams: shared by the chunks of a stage.
+        teacher_lens: None where no term needs the teacher.
     """
 
     def __init__(
@@ -98,80 +115,52 @@ class Objective:
         chunk: ChunkPlan,
         shard: VocabShard,
         grams: StepGrams,
+        teacher_lens: Lens | None,
     ) -> None:
         self.config = config
         self.pairs = tuple(pairs)
         self.chunk = chunk
-        self.shard = shard
-        self.teacher_lens: Lens | None = None
-        self.scale = StepSettings()
+        self.parts = parts_of(config, pairs)
+        self.needs = needs_of(config)
+        self.settings = StepSettings()
+        self._shard = shard
         self._grams = grams
+        self._teacher_lens = teacher_lens
+        self._tap_terms = tap_terms(config)
+        self._parts = {part.name: part for part in self.parts}
 
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        """Names of the run's terms, in the order of the packed sums; the same for every chunk."""
-        config, names = self.config, []
-        if config.uses_final_head:
-            names += ["ce"] + ["kd"] * (config.kd_weight > 0)
-        if config.alpha > 0:
-            names += [f"trajectory {pair.name}" for pair in self.pairs]
-        if config.beta > 0:
-            names += [f"delta {pair.name}" for pair in self.pairs[1:]]
-        return tuple(names)
-
-    @property
-    def carries_lse(self) -> bool:
-        """Whether a carry holds log-sum-exps."""
-        return self.config.delta == "logprob"
-
-    def begin_step(self, scale: StepSettings) -> None:
+    def begin_step(self, settings: StepSettings) -> None:
         """Start an optimizer (or evaluation) step."""
-        self.scale = scale
+        self.settings = settings
         self._grams.begin_step()
 
-    def weight_of(self, name: str) -> float:
-        """Factor of a term's token mean in the reported total."""
-        config = self.config
-        kind = name.split()[0]
-        if kind == "trajectory":
-            return config.alpha * self.scale.inner / len(self.pairs)
-        if kind == "delta":
-            return config.beta * self.scale.inner / (len(self.pairs) - 1)
-        return config.ce_weight if kind == "ce" else config.kd_weight
+    def weight_of(self, part: Part) -> float:
+        """Return the factor of a part's token mean in the reported total."""
+        inner = self.settings.inner if part.pair is not None else 1.0
+        return part.term.weight(self.config) * inner / part.count
 
     def measured(self, name: str, value: float) -> float | None:
-        """What a step saw of a reported mean: with one tap a step, a layer's term is that tap's own, or None.
+        """Return what a step saw of a reported mean: with one tap a step, that tap's own value, or None.
 
         Args:
+            name: of a part or of anything else that is reported.
             value: the mean as reported, in which a tap counts for those that were not looked at.
         """
-        draw, (kind, _, pair) = self.scale.draw, name.partition(" ")
-        if draw.tap is None or kind not in ("trajectory", "delta") or not pair:
+        draw, part = self.settings.draw, self._parts.get(name)
+        if draw.tap is None or part is None or part.pair is None:
             return value
-        is_drawn = pair == self.pairs[draw.tap].name
-        return value / draw.factor if is_drawn else None
+        return value / draw.factor if part.pair == self.pairs[draw.tap] else None
 
-    def total(self, terms: Sequence[LossTerm]) -> Tensor | None:
-        """The weighted sum to back-propagate, float32, over this rank's rows; None without a term."""
-        parts = []
-        for term in terms:
-            factor = self.weight_of(term.name)
-            if not term.counts_labels:
-                factor *= self.scale.label_per_term_token
-            parts.append(factor * term.total)
-        return torch.stack(parts).sum() if parts else None
-
-    def sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> Tensor:
-        """Unweighted, detached sums, float32 [len(COUNTS) + len(term_names)]; 0 for other chunks' terms.
+    def packed_sums(self, loss: ChunkLoss, weights: TokenWeights) -> Tensor:
+        """Pack counts and unweighted sums, float32 [len(COUNTS) + len(parts)]; 0 for other chunks' parts.
 
         Tokens are counted by the last chunk only.
         """
         counts = [weights.label_N.sum(), weights.term_N.sum()]
         if not self.chunk.is_last:
             counts = [torch.zeros_like(count) for count in counts]
-        by_name = {term.name: term.total.detach() for term in terms}
         zero = torch.zeros_like(counts[0])
-        return torch.stack(counts + [by_name.get(name, zero) for name in self.term_names])
+        return torch.stack(counts + [loss.sums.get(part.name, zero) for part in self.parts])
 
     def final(
         self,
@@ -181,36 +170,48 @@ class Objective:
         labels_N: Tensor,
         weights: TokenWeights,
         loss_scale: Tensor | None = None,
-    ) -> list[LossTerm]:
-        """Final-logit distillation and cross-entropy, on the last chunk.
+    ) -> ChunkLoss:
+        """Compute the terms of the final logits, on the last chunk, in one pass over the head.
 
         Args:
             final_SBD: hidden states after the final norm.
             head_WD: output weight, which these terms train.
             labels_N: vocabulary ids of this rank's rows, negative where there is none.
-            loss_scale: what `total` will be multiplied with in the backward pass, where that is known.
+            loss_scale: what the total will be multiplied with in the backward pass, where that is known.
 
         Collectives over the tensor-parallel group: those of `head_loss` once.
         """
         config = self.config
-        if not config.uses_final_head:
-            return []
-        divergence = teacher_NT = None
+        if not uses_final_head(config):
+            return ChunkLoss()
+        divergence = teacher_model = None
+        heads = self._heads(head_WD)
         if config.kd_weight > 0:
             assert teacher is not None
             assert teacher.final_SBT is not None
             divergence = self._divergence(config.kd_divergence)
-            teacher_NT = teacher.final_SBT.flatten(0, 1)
+            teacher_model = heads.teacher(teacher.final_SBT.flatten(0, 1))
         loss_weights = LossWeights(
             weights.term_N,
             weights.label_N,
-            divergence=config.kd_weight * self.scale.label_per_term_token,
+            divergence=config.kd_weight * self.settings.label_per_term_token,
             entropy=config.ce_weight,
             factor=loss_scale,
         )
-        return final_terms(
-            teacher_NT, final_SBD.flatten(0, 1), labels_N, self._heads(head_WD), divergence, loss_weights
+        found = head_loss(
+            teacher_model,
+            (final_SBD.flatten(0, 1), head_WD),
+            shard=heads.shard,
+            divergence=divergence,
+            labels_N=labels_N,
+            weights=loss_weights,
+            implementation=heads.implementation,
         )
+        assert found.cross_entropy is not None
+        totals = {"ce": found.cross_entropy}
+        if found.divergence is not None:
+            totals["kd"] = found.divergence
+        return self._weighted(totals)
 
     def inner(
         self,
@@ -219,8 +220,8 @@ class Objective:
         lens: Lens,
         teacher: TeacherFeatures,
         sample: RowSample,
-    ) -> tuple[list[LossTerm], Carry | None]:
-        """Trajectory and delta of this chunk's sampled layers, and what the next chunk needs of them.
+    ) -> tuple[ChunkLoss, Carry | None]:
+        """Compute the terms of this chunk's sampled layers, and what the next chunk needs of them.
 
         Args:
             taps_SBD: outputs of the sampled blocks, before the norm, in depth order.
@@ -228,54 +229,75 @@ class Objective:
             lens: the student's, detached or live.
             sample: which token rows count, and how much (`StepDraw.rows`).
 
-        Collectives over the tensor-parallel group: those of `linear_kl` (or `head_loss`) once per tap that the step
-        looks at and of `delta_cosine` once per delta; in the first micro-batch of a step the all-reduce of the Gram
-        matrices.
+        Collectives over the tensor-parallel group: those of `measure` once per tap that the step looks at and of each
+        term's `compute` once per tap; in the first micro-batch of a step the all-reduce of the Gram matrices, where a
+        term needs them.
         """
-        chunk, config, draw = self.chunk, self.config, self.scale.draw
+        chunk, draw = self.chunk, self.settings.draw
         assert len(taps_SBD) == len(chunk.pairs), "a tap was lost"
-        divergence = self._divergence(config.trajectory_divergence) if config.alpha > 0 else None
-        with_lse = config.beta > 0 and config.delta == "logprob" and draw.has_delta
         heads = self._heads(lens.head_WH)
-        taps, statistics, terms = [], [], []
+        previous = None
         if carry is not None and draw.counts(chunk.pairs[0]):
             assert chunk.carry_in is not None
-            taps.append(self._tap(chunk.carry_in, carry.hidden_SBD, lens, teacher, sample))
-            statistics.append(sample.gather(carry.statistics))
+            features = self._features(chunk.carry_in, carry.hidden_SBD, lens, teacher, sample)
+            statistics = sample.gather(carry.statistics)
+            previous = Tap(self.pairs[chunk.carry_in], features, statistics=statistics)
+        windows: dict[int, TapWindow] = {}
         for index, hidden_SBD in zip(chunk.pairs, taps_SBD, strict=True):
-            if not draw.looks_at(index):
-                continue
-            taps.append(self._tap(index, hidden_SBD, lens, teacher, sample))
-            wanted = divergence if draw.counts(index) else None
-            term, tap_statistics = trajectory_term(taps[-1], heads, wanted, sample.weights, with_lse=with_lse)
-            terms += [] if term is None else [term]
-            statistics.append(tap_statistics)
-        if config.beta > 0 and len(taps) > 1:
-            grams = self._grams.current(heads)
-            terms += delta_terms(
-                taps,
-                statistics,
-                grams,
-                sample.weights,
-                detach_previous=config.delta_detach_previous,
-                shard=heads.shard,
-            )
+            if draw.looks_at(index):
+                features = self._features(index, hidden_SBD, lens, teacher, sample)
+                tap = self._tap(index, features, heads, sample.weights)
+                windows[index] = TapWindow(tap, previous)
+                previous = tap
+        context = TapContext(self.config, heads, sample.weights, lambda: self._grams.current(heads))
+        totals = {
+            f"{term.kind} {window.current.pair.name}": term.compute(window, context)
+            for term in self._tap_terms
+            for index, window in windows.items()
+            if draw.counts(index) and (window.previous is not None or not term.reach)
+        }
+        loss = self._weighted(totals)
         if chunk.carry_out is None:
-            return terms, None
-        last = statistics[-1] if draw.looks_at(chunk.pairs[-1]) else None
-        return terms, Carry(taps_SBD[-1], sample.scatter(last) if self.carries_lse else None)
+            return loss, None
+        last = windows.get(chunk.pairs[-1])
+        sent = sample.scatter(None if last is None else last.current.statistics) if self.needs.lse else None
+        return loss, Carry(taps_SBD[-1], sent)
 
-    def _tap(
+    def _tap(self, index: int, features: Features, heads: HeadPair, weights: TokenWeights) -> Tap:
+        draw, wanted = self.settings.draw, None
+        if self.needs.divergence and draw.counts(index):
+            wanted = self._divergence(self.config.trajectory_divergence)
+        with_lse = self.needs.lse and draw.compares
+        divergence, statistics = measure(features, heads, wanted, weights, with_lse=with_lse)
+        return Tap(self.pairs[index], features, divergence, statistics)
+
+    def _features(
         self, index: int, hidden_SBD: Tensor, lens: Lens, teacher: TeacherFeatures, sample: RowSample
-    ) -> Tap:
-        assert self.teacher_lens is not None
-        teacher_NT = self.teacher_lens.features(sample.hidden(teacher.taps_SBT[index]))
-        return Tap(self.pairs[index].name, teacher_NT, lens.features(sample.hidden(hidden_SBD)))
+    ) -> Features:
+        assert self._teacher_lens is not None
+        teacher_hidden, student_hidden = sample.hidden(teacher.taps_SBT[index]), sample.hidden(hidden_SBD)
+        return Features(
+            teacher_hidden.flatten(0, 1),
+            student_hidden.flatten(0, 1),
+            self._teacher_lens.features(teacher_hidden),
+            lens.features(student_hidden),
+        )
+
+    def _weighted(self, totals: Mapping[str, Tensor]) -> ChunkLoss:
+        """Weigh sums that carry gradient."""
+        parts = []
+        for name, total in totals.items():
+            part = self._parts[name]
+            factor = self.weight_of(part)
+            if part.term.tokens == "term":
+                factor *= self.settings.label_per_term_token
+            parts.append(factor * total)
+        return ChunkLoss(tuple(parts), {name: total.detach() for name, total in totals.items()})
 
     def _heads(self, student_WD: Tensor) -> HeadPair:
-        teacher_WT = None if self.teacher_lens is None else self.teacher_lens.head_WH
+        teacher_WT = None if self._teacher_lens is None else self._teacher_lens.head_WH
         implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)
-        return HeadPair(teacher_WT, student_WD, self.shard, implementation)
+        return HeadPair(teacher_WT, student_WD, self._shard, implementation)
 
-    def _divergence(self, kind: DivergenceKind) -> Divergence:
-        return Divergence(kind, self.config.divergence_mix, self.config.temperature)
+    def _divergence(self, kind: str) -> Divergence:
+        return Divergence(kind, self.config.divergence_mix, self.config.temperature)  # type: ignore[arg-type]

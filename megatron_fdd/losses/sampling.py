@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.terms import TapStatistics, TokenWeights
+from megatron_fdd.losses.tap import TapStatistics, TokenWeights
+from megatron_fdd.losses.terms import compares_taps, first_tap
 
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
-    """The token rows of a micro-batch that trajectory and delta look at.
+    """The token rows of a micro-batch that the terms of inner layers look at.
 
     Attributes:
         weights: of those rows. They hold, beside the mask, how much each row and tap counts for others.
@@ -67,16 +68,16 @@ class StepDraw:
     """What the inner terms of a step look at; the default is everything.
 
     Attributes:
-        tap: index of the only pair whose trajectory, and whose delta from the pair before, are computed.
+        tap: index of the only pair whose terms are computed.
         factor: how often these count.
-        with_delta: a delta is in use, so the pair before `tap` is looked at too.
+        with_previous: a term compares a tap with the one before it, so that one is looked at too.
         token_fraction: which part of each micro-batch's rows.
         key: what the rows follow from, with the index of the micro-batch.
     """
 
     tap: int | None = None
     factor: int = 1
-    with_delta: bool = True
+    with_previous: bool = True
     token_fraction: float = 1.0
     key: tuple[int, ...] = ()
 
@@ -85,13 +86,13 @@ class StepDraw:
         return self.tap is None or pair == self.tap
 
     def looks_at(self, pair: int) -> bool:
-        """Whether this pair's terms, or a delta that begins at it, are computed."""
-        return self.counts(pair) or (self.with_delta and self.counts(pair + 1))
+        """Whether this pair's terms are computed, or one that compares the next pair with it."""
+        return self.counts(pair) or (self.with_previous and self.counts(pair + 1))
 
     @property
-    def has_delta(self) -> bool:
-        """Whether a delta is computed at all: none ends at the first pair."""
-        return self.with_delta and self.tap != 0
+    def compares(self) -> bool:
+        """Whether any tap is compared with the one before it: the first pair has none."""
+        return self.with_previous and self.tap != 0
 
     def rows(self, weights: TokenWeights, micro_batch: int) -> RowSample:
         """This rank's rows of a micro-batch: ceil(fraction * N) of them, those that count first.
@@ -127,8 +128,7 @@ class Sampler:
 
     def __init__(self, config: FddConfig, num_pairs: int, *, seed: int, place: int) -> None:
         self._config = config
-        # Without a trajectory nothing ends at the first pair.
-        self._taps = range(0 if config.alpha > 0 else 1, num_pairs)
+        self._taps = range(first_tap(config), num_pairs)
         self._seed = seed
         self._place = place
 
@@ -143,7 +143,7 @@ class Sampler:
         return StepDraw(
             tap=tap,
             factor=1 if tap is None else len(self._taps),
-            with_delta=config.beta > 0,
+            with_previous=compares_taps(config),
             token_fraction=config.sample_tokens,
             key=(self._seed, iteration, self._place),
         )

@@ -1,196 +1,200 @@
-"""The terms of the distillation loss, from features and heads. Usable without Megatron.
-
-Shape letters: N this rank's token rows, T and D hidden width of teacher and student,
-W this rank's slice of the vocabulary, K sampled layers.
-"""
+"""The table of terms: what the loss is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from torch import Tensor
 
-from megatron_fdd.ops.delta import HeadGrams, delta_cosine
-from megatron_fdd.ops.head_loss import LossWeights, head_loss, masked_sum
-from megatron_fdd.ops.linear_kl import (
-    DEFAULT_IMPLEMENTATION,
-    Divergence,
-    Implementation,
-    VocabShard,
-    linear_kl,
-)
-from megatron_fdd.ops.request import Model
+from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.tap import TapWindow
+from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term
+from megatron_fdd.ops.delta import delta_cosine
+from megatron_fdd.ops.head_loss import masked_sum
 
 
-@dataclass(frozen=True, slots=True)
-class LossTerm:
-    """One term of the loss, summed over this rank's token rows.
+class CrossEntropy(Term):
+    """Cross-entropy with the data, from the final logits."""
 
-    Attributes:
-        total: float32 scalar; carries gradient.
-        counts_labels: its mean is over tokens with a label (else over the tokens that `--fdd-tokens` chose).
+    kind = "ce"
+    title = "cross-entropy with the data"
+    color = "#94a3b8"
+    tokens = "labels"
+    is_always_logged = True
+
+    def weight(self, config: FddConfig) -> float:
+        return config.ce_weight
+
+    def needs(self, _config: FddConfig) -> Needs:
+        return Needs()
+
+
+class LogitKD(Term):
+    """Divergence of the final predictions."""
+
+    kind = "kd"
+    title = "divergence from the teacher's prediction"
+    color = "#4f7cac"
+    settings = ("kd_divergence", "divergence_mix", "temperature", "tokens")
+
+    def weight(self, config: FddConfig) -> float:
+        return config.kd_weight
+
+    def variant(self, config: FddConfig) -> str:
+        return config.kd_divergence
+
+
+class Trajectory(TapTerm):
+    """Divergence of each sampled layer's prediction through the lens."""
+
+    kind = "trajectory"
+    title = "divergence, mean of the layers"
+    color = "#3aa17e"
+    settings = ("trajectory_divergence", "divergence_mix", "temperature", "tokens", "lens_norm")
+    caption = "How far the student's prediction at each sampled layer is from the teacher's."
+
+    def weight(self, config: FddConfig) -> float:
+        return config.alpha
+
+    def needs(self, _config: FddConfig) -> Needs:
+        return Needs(teacher=True, divergence=True)
+
+    def variant(self, config: FddConfig) -> str:
+        return config.trajectory_divergence
+
+    def compute(self, window: TapWindow, _context: TapContext) -> Tensor:
+        assert window.current.divergence is not None
+        return window.current.divergence
+
+
+class Delta(TapTerm):
+    """1 - cosine of both models' change of prediction since the sampled layer before.
+
+    Collectives over the tensor-parallel group: those of `delta_cosine`, once a tap.
     """
 
-    name: str
-    total: Tensor
-    counts_labels: bool = False
+    kind = "delta"
+    title = "first derivative, mean of the layers"
+    unit = "1 - cosine"
+    color = "#e0a458"
+    settings = ("delta", "tokens", "lens_norm")
+    caption = "How far the change of prediction since the sampled layer before is from the teacher's change."
+    reach = 1
 
+    def weight(self, config: FddConfig) -> float:
+        return config.beta
 
-@dataclass(frozen=True, slots=True)
-class TokenWeights:
-    """1 for a row that counts, else 0; float32 [N]. `term_N` is for kd, trajectory and delta."""
+    def needs(self, config: FddConfig) -> Needs:
+        return Needs(teacher=True, lse=config.delta == "logprob", grams=True)
 
-    label_N: Tensor
-    term_N: Tensor
+    def variant(self, config: FddConfig) -> str:
+        return config.delta
 
-
-@dataclass(frozen=True, slots=True)
-class HeadPair:
-    """Both models' heads at this rank: rows of the same vocabulary slice."""
-
-    teacher_WT: Tensor | None
-    student_WD: Tensor
-    shard: VocabShard
-    implementation: Implementation = DEFAULT_IMPLEMENTATION
-
-    def teacher(self, hidden_NT: Tensor | None) -> Model:
-        """Hidden states with their head."""
-        assert hidden_NT is not None
-        assert self.teacher_WT is not None
-        return hidden_NT, self.teacher_WT
-
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """Features of a sampled layer pair, after each model's final norm (float32)."""
-
-    name: str
-    teacher_NT: Tensor
-    student_ND: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TapStatistics:
-    """What the delta needs of a tap beside its features: log-sum-exp of both models, float32 [N]."""
-
-    teacher_lse_N: Tensor
-    student_lse_N: Tensor
-
-
-def final_terms(
-    teacher_NT: Tensor | None,
-    student_ND: Tensor,
-    labels_N: Tensor,
-    heads: HeadPair,
-    divergence: Divergence | None,
-    weights: LossWeights,
-) -> list[LossTerm]:
-    """Final-logit distillation (unless `divergence` is None) and cross-entropy, in one pass over the head.
-
-    Args:
-        teacher_NT, student_ND: final hidden states, normed, in the heads' dtypes.
-        labels_N: vocabulary ids; negative where there is no label.
-        weights: of the tokens, and of both terms in the loss.
-
-    Collectives: those of `head_loss`, once.
-    """
-    result = head_loss(
-        None if divergence is None else heads.teacher(teacher_NT),
-        (student_ND, heads.student_WD),
-        shard=heads.shard,
-        divergence=divergence,
-        labels_N=labels_N,
-        weights=weights,
-        implementation=heads.implementation,
-    )
-    assert result.cross_entropy is not None
-    terms = [LossTerm("ce", result.cross_entropy, counts_labels=True)]
-    return terms if result.divergence is None else [*terms, LossTerm("kd", result.divergence)]
-
-
-def trajectory_term(
-    tap: Tap, heads: HeadPair, divergence: Divergence | None, weights: TokenWeights, *, with_lse: bool
-) -> tuple[LossTerm | None, TapStatistics | None]:
-    """One sampled layer's divergence through the lens, and what its deltas need.
-
-    Args:
-        divergence: None when only the log-sum-exps are wanted (alpha 0).
-        with_lse: a log-probability delta follows, so the log-sum-exp must carry gradient.
-
-    Collectives: those of `linear_kl`, once; without lse, and for a constant head, those of `head_loss`.
-    """
-    if divergence is None and not with_lse:
-        return None, None
-    assert heads.teacher_WT is not None
-    teacher = heads.teacher(tap.teacher_NT.to(heads.teacher_WT.dtype))
-    student = (tap.student_ND.to(heads.student_WD.dtype), heads.student_WD)
-    name, shard, implementation = f"trajectory {tap.name}", heads.shard, heads.implementation
-    if not with_lse and not heads.student_WD.requires_grad:
-        # A trained head's gradient would be kept until the backward pass, for every tap.
-        alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
-        summed = head_loss(
-            teacher,
-            student,
-            shard=shard,
-            divergence=divergence,
-            labels_N=None,
-            weights=alone,
-            implementation=implementation,
-        )
-        assert summed.divergence is not None
-        return LossTerm(name, summed.divergence), None
-    result = linear_kl(
-        *teacher,
-        *student,
-        shard=shard,
-        divergence=divergence,
-        needs_lse=with_lse,
-        implementation=implementation,
-    )
-    statistics = None
-    if result.teacher_lse_N is not None and result.student_lse_N is not None:
-        statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
-    if result.divergence_N is None:
-        return None, statistics
-    return LossTerm(name, masked_sum(result.divergence_N, weights.term_N)), statistics
-
-
-def delta_terms(
-    taps: Sequence[Tap],
-    statistics: Sequence[TapStatistics | None],
-    grams: HeadGrams,
-    weights: TokenWeights,
-    *,
-    detach_previous: bool,
-    shard: VocabShard,
-) -> list[LossTerm]:
-    """1 - cos of both models' change of prediction between adjacent sampled layers; named by the later one.
-
-    Args:
-        statistics: one per tap for the log-probability delta; None for the centred one.
-
-    Collectives over the tensor-parallel group: those of `delta_cosine`, once per term.
-    """
-    terms = []
-    for index in range(1, len(taps)):
-        previous, current = taps[index - 1], taps[index]
-        student_previous_ND = previous.student_ND
-        if detach_previous:
-            student_previous_ND = student_previous_ND.detach()
+    def compute(self, window: TapWindow, context: TapContext) -> Tensor:
+        assert window.previous is not None
+        current, previous = window.current.features, window.previous.features
+        detaches = context.config.delta_detach_previous
+        student_previous_MD = previous.student_MD.detach() if detaches else previous.student_MD
         teacher_lse_delta_N = student_lse_delta_N = None
-        before, after = statistics[index - 1], statistics[index]
+        before, after = window.previous.statistics, window.current.statistics
         if before is not None and after is not None:
-            student_lse_before_N = before.student_lse_N.detach() if detach_previous else before.student_lse_N
+            student_lse_before_N = before.student_lse_N.detach() if detaches else before.student_lse_N
             teacher_lse_delta_N = after.teacher_lse_N - before.teacher_lse_N
             student_lse_delta_N = after.student_lse_N - student_lse_before_N
         cosine_N = delta_cosine(
-            current.teacher_NT - previous.teacher_NT,
-            current.student_ND - student_previous_ND,
+            current.teacher_MT - previous.teacher_MT,
+            current.student_MD - student_previous_MD,
             teacher_lse_delta_N,
             student_lse_delta_N,
-            grams,
-            shard=shard,
+            context.grams(),
+            shard=context.heads.shard,
         )
-        terms.append(LossTerm(f"delta {current.name}", masked_sum(1 - cosine_N, weights.term_N)))
-    return terms
+        return masked_sum(1 - cosine_N, context.weights.term_N)
+
+
+TERMS: list[Term] = [CrossEntropy(), LogitKD(), Trajectory(), Delta()]
+"""Every kind, in the order in which logs and files have them."""
+
+
+def add_term(term: TapTerm) -> None:
+    """Add a kind of one's own, from the module that `--fdd-plugin` names.
+
+    Raises:
+        ValueError: a kind of that name exists, or the name is not one word.
+    """
+    if term.kind in {each.kind for each in TERMS} | {"total", "valid", "share"}:
+        raise ValueError(f"a term {term.kind!r} exists already: give this one another name")
+    if not term.kind.isprintable() or not term.kind or set(term.kind) & set(" :=,"):
+        raise ValueError(
+            f"a term cannot be called {term.kind!r}: use one word without spaces, ':', '=' and ','"
+        )
+    TERMS.append(term)
+
+
+def active_terms(config: FddConfig) -> tuple[Term, ...]:
+    """The terms whose weight is not 0."""
+    return tuple(term for term in TERMS if term.weight(config) > 0)
+
+
+def tap_terms(config: FddConfig) -> tuple[TapTerm, ...]:
+    """Those of them that are of inner layers."""
+    return tuple(term for term in active_terms(config) if isinstance(term, TapTerm))
+
+
+def needs_of(config: FddConfig) -> Needs:
+    """What a run has to provide for all of its terms."""
+    return reduce(Needs.__or__, (term.needs(config) for term in active_terms(config)), Needs())
+
+
+def first_tap(config: FddConfig) -> int:
+    """The first pair at which any term has a value: 1 where all compare a tap with the one before it."""
+    return min((term.reach for term in tap_terms(config)), default=0)
+
+
+def uses_taps(config: FddConfig) -> bool:
+    """Whether any term looks at an inner layer."""
+    return bool(tap_terms(config))
+
+
+def uses_final_head(config: FddConfig) -> bool:
+    """Whether any term looks at the final logits."""
+    return len(tap_terms(config)) < len(active_terms(config))
+
+
+def compares_taps(config: FddConfig) -> bool:
+    """Whether any term compares a tap with the one before it."""
+    return any(term.reach for term in tap_terms(config))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One number of the log: a term of the final logits, or a term's value at one layer pair.
+
+    Attributes:
+        count: how many parts the term has; the total has their mean.
+    """
+
+    term: Term
+    pair: LayerPair | None
+    count: int
+
+    @property
+    def name(self) -> str:
+        """`kd`, `trajectory s4:t9`."""
+        return self.term.kind if self.pair is None else f"{self.term.kind} {self.pair.name}"
+
+
+def parts_of(config: FddConfig, pairs: Sequence[LayerPair]) -> tuple[Part, ...]:
+    """All parts of a run, in the order in which their sums are packed; the same on every stage."""
+    parts: list[Part] = []
+    for term in TERMS:
+        if isinstance(term, TapTerm):
+            if term.weight(config) > 0:
+                own = pairs[term.reach :]
+                parts += [Part(term, pair, len(own)) for pair in own]
+        elif term.weight(config) > 0 or (term.is_always_logged and uses_final_head(config)):
+            parts.append(Part(term, None, 1))
+    return tuple(parts)

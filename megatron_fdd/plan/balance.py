@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_fdd.config import DivergenceName, FddConfig
+from megatron_fdd.losses.terms import first_tap, needs_of, tap_terms, uses_final_head
 
 Split = Sequence[Sequence[int]]
 
@@ -98,22 +99,23 @@ def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConf
     So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. Of random taps
     it is the mean over steps.
     """
-    tap = head = 0
-    live = config.lens_head == "live"
-    if config.beta > 0 and config.delta == "logprob":
-        divergence = config.trajectory_divergence if config.alpha > 0 else None
+    tap, head = 0.0, 0
+    needs, live = needs_of(config), config.lens_head == "live"
+    divergence = config.trajectory_divergence if needs.divergence else None
+    if needs.lse:
         flops = float(linear_kl_flops(student, teacher, divergence, trains_head=live))
         if config.sample_one_tap:  # the tap before, unless the first is drawn
             before = linear_kl_flops(student, teacher, None, trains_head=live)
-            flops += before * ((config.num_pairs - 1) / config.num_pairs if config.alpha > 0 else 1)
-        tap = _sampled(flops, config)
-    elif config.alpha > 0:
-        divergence = config.trajectory_divergence
+            flops += before * ((config.num_pairs - 1) / config.num_pairs if first_tap(config) == 0 else 1)
+        tap = flops
+    elif needs.divergence:
         whole = linear_kl_flops(student, teacher, divergence, trains_head=True)
-        tap = _sampled(whole if live else head_loss_flops(student, teacher, trains_head=False), config)
-    if config.uses_final_head:
+        tap = whole if live else head_loss_flops(student, teacher, trains_head=False)
+    if teacher is not None:
+        tap += sum(term.flops((student.hidden, teacher.hidden), config) for term in tap_terms(config))
+    if uses_final_head(config):
         head = head_loss_flops(student, teacher if config.kd_weight > 0 else None, trains_head=True)
-    return TokenFlops(layer=3 * layer_flops(student), tap=tap, head=head)
+    return TokenFlops(layer=3 * layer_flops(student), tap=_sampled(tap, config), head=head)
 
 
 def _sampled(flops: float, config: FddConfig) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import RELEASE, find_checkpoint
 from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
+from megatron_fdd.losses.terms import first_tap
 from megatron_fdd.plan.experts import STUDENT_FLAG, has_expert_optimizer
 from megatron_fdd.plan.fp8 import check_expert_scales, check_trusted, holds_scales
 from megatron_fdd.plan.student_arguments import student_checkpoint
@@ -250,7 +251,7 @@ def check_approximations(config: FddConfig, rank: int) -> None:
     flags += ["--fdd-sample-one-tap"] if config.sample_one_tap else []
     if flags and not config.uses_taps:
         warnings.warn(f"{', '.join(flags)}: no effect, --fdd-alpha and --fdd-beta are 0", stacklevel=2)
-    elif config.sample_one_tap and config.num_pairs - (config.alpha == 0) == 1:
+    elif config.sample_one_tap and config.num_pairs - first_tap(config) == 1:
         warnings.warn(
             "--fdd-sample-one-tap: no effect, there is one tap to draw from; raise --fdd-layers", stacklevel=2
         )

@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.layer_plan import LayerPair, Plan
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.terms import TERMS, needs_of
 from megatron_fdd.plan.balance import ModelShape, describe_balance, token_flops
 from megatron_fdd.plan.experts import active_ffn_width, expert_tensor_size, num_expert_layers
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
@@ -36,11 +38,13 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
 def _weights(config: FddConfig) -> list[str]:
     sampled = [] if config.sample_tokens == 1 else [f"{config.sample_tokens:g} of the tokens"]
     sampled += ["one random tap a step"] if config.sample_one_tap else []
-    drawn = [f"  trajectory and delta of a training step: {', '.join(sampled)}"] if sampled else []
+    drawn = [f"  inner layers of a training step: {', '.join(sampled)}"] if sampled else []
+    terms = []
+    for term in TERMS:
+        variant = term.variant(config)
+        terms.append(f"{term.weight(config):g} {term.kind}" + (f" ({variant})" if variant else ""))
     return [
-        f"  loss = {config.kd_weight:g} kd ({config.kd_divergence}) + {config.alpha:g} trajectory "
-        f"({config.trajectory_divergence}) + {config.beta:g} delta ({config.delta}) "
-        f"+ {config.ce_weight:g} cross-entropy; tokens: {config.tokens}; temperature {config.temperature:g}; "
+        f"  loss = {' + '.join(terms)}; tokens: {config.tokens}; temperature {config.temperature:g}; "
         f"lens: norm {config.lens_norm}, head {config.lens_head}",
         *drawn,
     ]
@@ -48,7 +52,7 @@ def _weights(config: FddConfig) -> list[str]:
 
 def _pairs(config: FddConfig, pairs: Sequence[LayerPair]) -> list[str]:
     if not pairs:
-        return ["  no inner layers: alpha and beta are 0"]
+        return ["  no inner layers: no term of theirs has a weight"]
     rule = config.layer_rule if config.layer_pairs is None else "given"
     return [f"  layer pairs ({rule}), output of block, student <- teacher:"] + [
         f"    {pair.student_block} <- {pair.teacher_block}" for pair in pairs
@@ -113,6 +117,7 @@ def _distillation_bytes(
 ) -> dict[str, int]:
     """What the teacher and the terms take on the stage that holds most."""
     config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
+    needs = needs_of(config)
     rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
     own_rows = rows // (tensor if args.sequence_parallel else 1)
     bytes_each, width = args.params_dtype.itemsize, args.hidden_size
@@ -144,11 +149,11 @@ def _distillation_bytes(
             looked_at * own_drawn * (teacher.hidden_size + width) * 4
         )
         # [N, d_S] sums a tap from the forward pass, kept until the backward pass of the same micro-batch.
-        sums = 2 if config.beta > 0 and config.delta == "logprob" else 1
+        sums = 2 if needs.lse else 1
         figures["gradients kept from the forward pass, float32"] = (
             sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
         )
-        if config.beta > 0:
+        if needs.grams:
             grams = teacher.hidden_size**2 + teacher.hidden_size * width + width**2
             figures["Gram matrices, float32"] = 4 * grams
     return figures

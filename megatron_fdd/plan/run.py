@@ -23,7 +23,9 @@ from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.host.model import planned_layers
 from megatron_fdd.host.process import is_first_rank
-from megatron_fdd.losses.layer_plan import Plan, check_recompute_keeps_taps, plan_pairs
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.losses.pairs import LayerPair, check_recompute_keeps_taps, plan_pairs
+from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.plan.checks import (
     check_approximations,
     check_given,
@@ -136,7 +138,9 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
         _check_teacher(teacher, args, config)
         if uses_delayed_scaling(teacher) and checkpoint is not None:
             check_scales(checkpoint, stored, teacher)
-    pairs = () if teacher is None else plan_pairs(config, args.num_layers, teacher.num_layers)
+    pairs: tuple[LayerPair, ...] = ()
+    if teacher is not None and uses_taps(config):
+        pairs = plan_pairs(config, args.num_layers, teacher.num_layers)
     with _megatrons_errors("the teacher of these flags"):
         teacher_layers = () if teacher is None else planned_layers(teacher)
     recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,19 +17,18 @@ from megatron_fdd.losses.objective import COUNTS, Objective
 
 # How every record begins, and with it every file that may be cut back.
 _RECORD_START = b'{"iteration": '
-_GROUPS = ("ce", "kd", "trajectory", "delta")
 
 
 def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[Tensor, dict[str, Tensor]]:
     """Token means over the whole step, on every rank.
 
     Args:
-        sums: float32, packed as `Objective.sums` does, added up over this rank's micro-batches.
+        sums: float32, packed as `Objective.packed_sums` does, added up over this rank's micro-batches.
 
     Returns:
         label_tokens: how many tokens had a label.
-        means: "total", "kd", "ce", "trajectory", "delta", each layer's term ("trajectory s4:t9"), and each
-            group's share of the total ("share kd"). 0-dim tensors; no host synchronisation.
+        means: "total", the mean of each kind of term ("kd", "trajectory"), each layer's ("trajectory s4:t9"), and
+            each kind's share of the total ("share kd"). 0-dim tensors; no host synchronisation.
 
     Collectives: one all-reduce of `sums` over the ranks whose rows differ; with several stages one more over
     the pipeline group.
@@ -38,20 +38,26 @@ def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[
         torch.distributed.all_reduce(sums, group=topology.pipeline_group)
     label_tokens, term_tokens = sums[0], sums[1]
     means: dict[str, Tensor] = {}
-    for name, value in zip(objective.term_names, sums[len(COUNTS) :], strict=True):
-        means[name] = value / (label_tokens if name == "ce" else term_tokens).clamp(min=1)
-    weighted = {name: objective.weight_of(name) * mean for name, mean in means.items()}
-    total = sum(weighted.values(), start=torch.zeros_like(label_tokens))
-    groups: dict[str, Tensor] = {}
-    shares: dict[str, Tensor] = {}
-    for group_name in _GROUPS:
-        members = [name for name in means if name.split()[0] == group_name]
-        if members:
-            groups[group_name] = torch.stack([means[name] for name in members]).mean()
-            part = torch.stack([weighted[name] for name in members]).sum()
-            shares[f"share {group_name}"] = torch.where(total > 0, part / total, 0.0)
-    layers = {name: mean for name, mean in means.items() if name not in groups}
-    return label_tokens, {"total": total, **groups, **layers, **shares}
+    groups: dict[str, list[Tensor]] = defaultdict(list)
+    weighted: dict[str, list[Tensor]] = defaultdict(list)
+    for part, value in zip(objective.parts, sums[len(COUNTS) :], strict=True):
+        tokens = label_tokens if part.term.tokens == "labels" else term_tokens
+        mean = means[part.name] = value / tokens.clamp(min=1)
+        groups[part.term.kind].append(mean)
+        weighted[part.term.kind].append(objective.weight_of(part) * mean)
+    every = [value for values in weighted.values() for value in values]
+    total = sum(every, start=torch.zeros_like(label_tokens))
+    shares = {
+        f"share {kind}": torch.where(total > 0, torch.stack(values).sum() / total, 0.0)
+        for kind, values in weighted.items()
+    }
+    of_kinds = {kind: torch.stack(values).mean() for kind, values in groups.items()}
+    return label_tokens, {
+        "total": total,
+        **of_kinds,
+        **{k: v for k, v in means.items() if k not in of_kinds},
+        **shares,
+    }
 
 
 def check_metrics_file(path: str | None) -> None:

@@ -1,28 +1,25 @@
-"""What a pipeline of several stages adds to a step: the teacher first, lens copies, and wider sends.
+"""What a pipeline of several stages adds to a step: the teacher first, wider sends, and lens gradients that go home.
 
 Nothing of it runs with one stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.carry import carried_rows
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.losses.lens import Lens
 from megatron_fdd.losses.objective import Objective
-from megatron_fdd.step.lens import read_lens
-from megatron_fdd.step.lens_copies import LensCopies, empty_lens
+from megatron_fdd.step.student_lens import StudentLens
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
-from megatron_fdd.step.trained_lens import TrainedLens
 
 BoundaryShape = tuple[int, int, int]
 
@@ -33,57 +30,32 @@ class PipelineWork:
     Args:
         students: this stage's unwrapped chunks, by virtual stage.
         objectives: one for each.
+        teacher: None where no term needs it.
     """
 
     def __init__(
-        self, students: Sequence[GPTModel], objectives: Sequence[Objective], plan: Plan, topology: Topology
+        self,
+        students: Sequence[GPTModel],
+        objectives: Sequence[Objective],
+        plan: Plan,
+        topology: Topology,
+        teacher: PipelinedTeacher | None,
     ) -> None:
-        self._student = students[-1]
+        self._config = students[-1].config
         self._objectives = list(objectives)
         self._plan = plan
         self._topology = topology
-        self._copies = LensCopies(plan.tapping_stages, topology.pipeline_group)
-        self._teacher: PipelinedTeacher | None = None
-        self._live: TrainedLens | None = None
-        if plan.config.lens_head == "live" and plan.copying_stages:
-            with_norm = plan.config.lens_norm == "final"
-            self._live = TrainedLens(plan.copying_stages, topology, with_norm=with_norm)
-            # The official place for what comes after Megatron's own reduction; the training loop keeps it.
-            config = students[0].config
-            config.finalize_model_grads_func = partial(
-                _finalize, config.finalize_model_grads_func or finalize_model_grads, self._live, students
-            )
-
-    def add_teacher(self, teacher: PipelinedTeacher) -> None:
-        """Run this teacher before the student, and bring its lens to the stages that tap.
-
-        Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
-        """
         self._teacher = teacher
-        copies = LensCopies(self._plan.tapping_stages, self._topology.pipeline_group)
-        lens = copies.refresh(self._own_lens(teacher.model), partial(self._empty_lens, teacher.model))
-        for objective in self._objectives:
-            objective.teacher_lens = lens
 
     def prepare(
         self, batches: Sequence[Mapping[str, Tensor]], seq_length: int, micro_batch_size: int
-    ) -> Lens | None:
-        """Run the teacher on all micro-batches and bring the student's lens to the stages that tap.
+    ) -> None:
+        """Run the teacher on all micro-batches.
 
-        Returns: the student's lens for this stage, None on one without a tap.
-        Collectives over the pipeline group: those of `PipelinedTeacher.run` and `LensCopies.refresh`.
+        Collectives over the pipeline group: those of `PipelinedTeacher.run`.
         """
         if self._teacher is not None:
             self._teacher.run(batches, seq_length, micro_batch_size)
-        if not self._plan.pairs:
-            return None
-        with torch.no_grad():
-            lens = self._copies.refresh(
-                self._own_lens(self._student), partial(self._empty_lens, self._student)
-            )
-        if self._live is None or lens is None or self._topology.stage not in self._plan.copying_stages:
-            return lens
-        return self._live.open(lens)
 
     def schedule_keywords(self, seq_length: int) -> dict[str, Any]:
         """Keywords for Megatron's schedule: how much wider than hidden states a boundary is on dim 0.
@@ -96,7 +68,7 @@ class PipelineWork:
         if not self._plan.has_one_width:
             return {}
         parts = self._topology.sequence_parts
-        sequence, _, _ = self._wider((seq_length // parts, 1, self._student.config.hidden_size))
+        sequence, _, _ = self._wider((seq_length // parts, 1, self._config.hidden_size))
         return {"seq_length": sequence * parts}
 
     def _adjust_shapes(
@@ -112,31 +84,22 @@ class PipelineWork:
 
     def _wider(self, shape: BoundaryShape) -> BoundaryShape:
         sequence, micro_batch, width = shape
-        dtype = self._student.config.pipeline_dtype
-        with_lse = self._objectives[0].carries_lse
+        dtype = self._config.pipeline_dtype
+        with_lse = self._objectives[0].needs.lse
         extra = carried_rows(sequence, micro_batch, width, dtype, with_lse=with_lse)
         return (sequence + extra, micro_batch, width)
 
-    def _own_lens(self, model: GPTModel) -> Lens | None:
-        """The model's lens as it is now, on the stage that owns it."""
-        if not self._topology.is_last_stage:
-            return None
-        return read_lens(model, with_norm=self._plan.config.lens_norm == "final", detached=True)
 
-    def _empty_lens(self, model: GPTModel) -> Lens:
-        rows = self._plan.padded_vocab_size // self._topology.tensor_size
-        return empty_lens(model.config, rows, with_norm=self._plan.config.lens_norm == "final")
+def finalize_with_lens(config: TransformerConfig, lens: StudentLens) -> None:
+    """Have the lens gradients of other stages sent home after Megatron's own reduction of gradients.
 
+    Megatron's training loop keeps a `finalize_model_grads_func` that is there: the official place for it.
+    """
+    own = config.finalize_model_grads_func or finalize_model_grads
 
-def _finalize(
-    finalize: Callable[..., None],
-    live: TrainedLens,
-    students: Sequence[GPTModel],
-    model: list[torch.nn.Module],
-    num_tokens: Tensor | None = None,
-    **keywords: Any,
-) -> None:
-    """Megatron's `finalize_model_grads`, then the lens gradients of other stages."""
-    finalize(model, num_tokens, **keywords)
-    assert num_tokens is not None, "--calculate-per-token-loss is forced"
-    live.send_home(students[-1] if students[-1].post_process else students[0], num_tokens)
+    def finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **keywords: Any) -> None:
+        own(model, num_tokens, **keywords)
+        assert num_tokens is not None, "--calculate-per-token-loss is forced"
+        lens.send_gradients_home(num_tokens)
+
+    config.finalize_model_grads_func = finalize

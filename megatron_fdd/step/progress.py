@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from megatron_fdd.host import console
 
-_TERMS = ("ce", "kd", "trajectory", "delta")
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -29,7 +27,7 @@ class Progress:
     Args:
         num_iterations: how many steps the whole run has, those before a resumption included; asked at each line, as
             Megatron computes it late where `--train-samples` is given.
-        terms: the groups of terms that have a weight.
+        terms: the kinds of terms that have a weight, in the order in which they are told.
         clock: seconds of a clock that never goes back.
     """
 
@@ -42,7 +40,7 @@ class Progress:
         say: Callable[[str], None] = console.say,
     ) -> None:
         self._num_iterations = num_iterations
-        self._terms = tuple(name for name in _TERMS if name in terms)
+        self._terms = terms
         self._clock, self._say = clock, say
         self._started_s = clock()
         self._first: tuple[int, float] | None = None

@@ -23,6 +23,7 @@ from megatron_fdd.host.saving import heard_failures
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
+from megatron_fdd.losses.terms import TERMS
 from megatron_fdd.step.metrics import MetricsFile, step_means
 from megatron_fdd.step.pipeline import PipelineWork
 from megatron_fdd.step.progress import Progress, Step
@@ -85,14 +86,14 @@ class StepHooks:
     ) -> list[dict[str, Tensor]]:
         """Run one step's micro-batches; returns what Megatron logs.
 
-        Collectives: those of `PipelineWork.prepare`; one all-reduce of the token counts where two kinds of
-        tokens are in use; the schedule's; those of `step_means`.
+        Collectives: those of `PipelineWork.prepare` and `StudentForward.begin_step`; one all-reduce of the token
+        counts where two kinds of tokens are in use; the schedule's; those of `step_means`.
 
         Raises:
             FloatingPointError: the loss is not finite; on every rank, before the optimizer sees the gradients.
         """
         self._started_s = time.perf_counter()
-        lens, ratio = None, 1.0
+        ratio = 1.0
         if self._pipeline is not None or self._step.objective.config.tokens == "all":
             # What comes before the first gradient needs all of the step's batches.
             batches, keywords["data_iterator"] = _read_ahead(**keywords)
@@ -101,12 +102,12 @@ class StepHooks:
                 keywords["seq_length"] *= keywords["micro_batch_size"]
                 keywords["micro_batch_size"] = 1
             if self._pipeline is not None:
-                lens = self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
+                self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
                 keywords |= self._pipeline.schedule_keywords(keywords["seq_length"])
         iteration = self._iteration()
         inner = self._step.objective.config.weight_scale(iteration)
         draw = EVERYTHING if keywords.get("forward_only") else self._sampler.draw(iteration)
-        self._step.begin_step(StepSettings(inner, ratio, draw), lens)
+        self._step.begin_step(StepSettings(inner, ratio, draw))
         dicts = schedule(**keywords)
         if keywords.get("collect_non_loss_data"):
             return dicts
@@ -144,7 +145,7 @@ class StepHooks:
         names = list(values["loss_dict"])
         numbers = torch.stack([self._label_tokens, *(values["loss_dict"][name] for name in names)]).tolist()
         record: dict[str, float | None] = {"tokens": int(numbers[0])}
-        record |= dict.fromkeys(("total", "ce", "kd", "trajectory", "delta"))
+        record |= dict.fromkeys(("total", *(term.kind for term in TERMS)))
         measured = self._step.objective.measured
         record |= {name: measured(name, value) for name, value in zip(names, numbers[1:], strict=True)}
         grad_norm = values["grad_norm"]

@@ -20,13 +20,16 @@ from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses import carry
 from megatron_fdd.losses.carry import Carry
 from megatron_fdd.losses.features import TeacherFeatures
-from megatron_fdd.losses.lens import Lens
-from megatron_fdd.losses.objective import Objective, StepSettings
-from megatron_fdd.losses.terms import LossTerm, TokenWeights
+from megatron_fdd.losses.objective import ChunkLoss, Objective, StepSettings
+from megatron_fdd.losses.tap import TokenWeights
+from megatron_fdd.losses.terms import uses_final_head
 from megatron_fdd.step.injection import attach_loss, loss_scale
-from megatron_fdd.step.lens import read_head, read_lens
+from megatron_fdd.step.lens import read_head
+from megatron_fdd.step.student_lens import StudentLens
 from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
 from megatron_fdd.step.teacher.teacher import Teacher
+
+FirstBatchCheck = Callable[[TeacherFeatures, Tensor], None]
 
 
 class StudentForward:
@@ -34,24 +37,26 @@ class StudentForward:
 
     Args:
         chunks: of this rank, by virtual stage.
+        lens: the student's, of this stage; the chunks have it too.
     """
 
-    def __init__(self, chunks: Sequence[ChunkForward]) -> None:
+    def __init__(self, chunks: Sequence[ChunkForward], lens: StudentLens) -> None:
         self.chunks = list(chunks)
+        self._lens = lens
 
     @property
     def objective(self) -> Objective:
         """Of any chunk: names and weights of the terms are the same for all."""
         return self.chunks[-1].objective
 
-    def begin_step(self, scale: StepSettings, lens: Lens | None) -> None:
-        """Forget the last step.
+    def begin_step(self, settings: StepSettings) -> None:
+        """Forget the last step, and bring the student's lens to where it is used.
 
-        Args:
-            lens: the student's lens where the stage has a tap and several stages exist.
+        Collectives: those of `StudentLens.begin_step`.
         """
+        self._lens.begin_step()
         for chunk in self.chunks:
-            chunk.begin_step(scale, lens)
+            chunk.begin_step(settings)
 
     def take_sums(self) -> Tensor:
         """This rank's packed sums (`Objective.sums`) over the step's micro-batches and chunks."""
@@ -68,32 +73,37 @@ class ChunkForward:
     """One micro-batch through one chunk.
 
     Args:
+        teacher: None where no term needs it.
+        lens: the student's, of this stage.
         has_one_width: whether every boundary has the room of a carry (`Plan.has_one_width`).
+        first_batch_check: called once, with the teacher's features and the labels of the rows of the first batch, where
+            the teacher's final hidden states are.
     """
 
     def __init__(
         self,
         objective: Objective,
         teacher: Teacher | None,
+        lens: StudentLens,
         topology: Topology,
         *,
         has_one_width: bool = False,
+        first_batch_check: FirstBatchCheck | None = None,
     ) -> None:
         self.objective = objective
         self._teacher = teacher
+        self._lens = lens
         self._topology = topology
         self._has_one_width = has_one_width
+        self._first_batch_check = first_batch_check
         self._layers = {objective.pairs[index].student_layer for index in objective.chunk.pairs}
-        self._lens: Lens | None = None
-        self._micro_batches = 0
+        self._num_started = 0
         self._sums: Tensor | None = None
-        # Called once, with the features and the labels of the rows of the first batch, where the head is.
-        self.first_batch_check: Callable[[TeacherFeatures, Tensor], None] | None = None
 
-    def begin_step(self, scale: StepSettings, lens: Lens | None) -> None:
-        """Forget the last step. The chunk with the head reads its lens itself, once the new value has arrived."""
-        self.objective.begin_step(scale)
-        self._lens, self._micro_batches, self._sums = lens, 0, None
+    def begin_step(self, settings: StepSettings) -> None:
+        """Forget the last step."""
+        self.objective.begin_step(settings)
+        self._num_started, self._sums = 0, None
 
     def take_sums(self) -> Tensor:
         """This chunk's packed sums over the step's micro-batches."""
@@ -105,6 +115,7 @@ class ChunkForward:
     ) -> tuple[Tensor, Any]:
         """As `StudentForward.__call__`."""
         batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
+        self._num_started += 1
         student = unwrap_model(model)
         carried = self._split_input(student, batch)
         teacher = self._teacher_features(batch)
@@ -126,18 +137,16 @@ class ChunkForward:
             student.decoder.input_tensor = received[:sequence]
             return None
         student.decoder.input_tensor, carried = carry.split(
-            received, sequence, with_lse=self.objective.carries_lse
+            received, sequence, with_lse=self.objective.needs.lse
         )
         return carried
 
     def _teacher_features(self, batch: Batch) -> TeacherFeatures | None:
-        index = self._micro_batches
-        self._micro_batches += 1
         if self._teacher is None:
             return None
-        features = self._teacher.features(index, batch)
-        if self.first_batch_check is not None and features.final_SBT is not None:
-            check, self.first_batch_check = self.first_batch_check, None
+        features = self._teacher.features(self._num_started - 1, batch)
+        if self._first_batch_check is not None and features.final_SBT is not None:
+            check, self._first_batch_check = self._first_batch_check, None
             check(features, self.label_rows(batch))
         return features
 
@@ -152,24 +161,20 @@ class ChunkForward:
         **_: object,
     ) -> Tensor:
         """GPTModel's `output_processor` on the last stage: the loss in place of logits."""
-        objective, config = self.objective, self.objective.config
+        objective = self.objective
         final_SBD, taps_SBD = hidden_and_taps(hidden_states)
-        self._lens = read_lens(
-            student, with_norm=config.lens_norm == "final", detached=config.lens_head == "detached"
-        )
         weights = self.token_weights(batch)
         scale = loss_scale(student.config.grad_scale_func, final_SBD.device)
         labels_N = self.label_rows(batch)
-        terms = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
-        terms += self._inner_terms(taps_SBD, teacher, carried, weights)[0]
-        self._add_sums(terms, weights)
-        total = objective.total(terms)
+        loss = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
+        loss += self._inner_loss(student, taps_SBD, teacher, carried, weights)[0]
+        self._add_sums(loss, weights)
         # A schedule without a gradient for the stage's input would hang (all weights 0).
         anchor = final_SBD.flatten()[0].float() * 0.0
-        if not config.uses_final_head:
+        if not uses_final_head(objective.config):
             # Megatron's overlapped reduction waits for a gradient of every parameter, in every step.
             anchor = anchor + read_head(student).flatten()[0].float() * 0.0
-        return anchor if total is None else total + anchor
+        return anchor if loss.total is None else loss.total + anchor
 
     def _stage_output(
         self,
@@ -183,41 +188,40 @@ class ChunkForward:
         """Hidden states for the next stage, with this stage's loss attached and the carry behind them."""
         chunk = self.objective.chunk
         weights = self.token_weights(batch)
-        terms: list[LossTerm] = []
-        passed_on = carried
+        loss, passed_on = ChunkLoss(), carried
         if chunk.pairs:
-            terms, passed_on = self._inner_terms(taps_SBD, teacher, carried, weights)
-        self._add_sums(terms, weights)
-        total = self.objective.total(terms)
-        if total is not None and total.requires_grad:
-            hidden_SBD = attach_loss(hidden_SBD, total, student.config.grad_scale_func)
+            loss, passed_on = self._inner_loss(student, taps_SBD, teacher, carried, weights)
+        self._add_sums(loss, weights)
+        if loss.total is not None and loss.total.requires_grad:
+            hidden_SBD = attach_loss(hidden_SBD, loss.total, student.config.grad_scale_func)
         if chunk.carry_out is not None:
             assert passed_on is not None
             return carry.append(hidden_SBD, passed_on)
         if self._has_one_width:
             sequence, micro_batch, width = hidden_SBD.shape
             rows = carry.carried_rows(
-                sequence, micro_batch, width, hidden_SBD.dtype, with_lse=self.objective.carries_lse
+                sequence, micro_batch, width, hidden_SBD.dtype, with_lse=self.objective.needs.lse
             )
             return carry.append_nothing(hidden_SBD, rows)
         return hidden_SBD
 
-    def _inner_terms(
+    def _inner_loss(
         self,
+        student: GPTModel,
         taps_SBD: Sequence[Tensor],
         teacher: TeacherFeatures | None,
         carried: Carry | None,
         weights: TokenWeights,
-    ) -> tuple[list[LossTerm], Carry | None]:
+    ) -> tuple[ChunkLoss, Carry | None]:
         if not self.objective.chunk.pairs:
-            return [], None
+            return ChunkLoss(), None
         assert teacher is not None
-        assert self._lens is not None
-        sample = self.objective.scale.draw.rows(weights, self._micro_batches)
-        return self.objective.inner(taps_SBD, carried, self._lens, teacher, sample)
+        # Draws are keyed by the number of the micro-batch, which begins with 1.
+        sample = self.objective.settings.draw.rows(weights, self._num_started)
+        return self.objective.inner(taps_SBD, carried, self._lens.for_micro_batch(student), teacher, sample)
 
-    def _add_sums(self, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
-        sums = self.objective.sums(terms, weights)
+    def _add_sums(self, loss: ChunkLoss, weights: TokenWeights) -> None:
+        sums = self.objective.packed_sums(loss, weights)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def token_weights(self, batch: Batch) -> TokenWeights:

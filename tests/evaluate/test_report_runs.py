@@ -11,6 +11,7 @@ from megatron_fdd.evaluate.report.facts import run_facts
 from megatron_fdd.evaluate.report.heat_maps import draw_heat_map, make_heat_map
 from megatron_fdd.evaluate.report.metrics import Curve, bin_width, cut_into_bins, in_digits, read_metrics
 from megatron_fdd.evaluate.report.runs import read_runs
+from megatron_fdd.evaluate.report.terms import kinds_of
 from tests.evaluate.report_files import PAIRS, make_run, record, write, write_evaluation
 
 
@@ -118,7 +119,7 @@ def test_steps_that_draw_one_tap_fill_wider_cells(tmp_path: Path) -> None:
     write(tmp_path / "run/metrics.jsonl", lines)
     [run] = read_runs([str(tmp_path / "run")])
     assert np.isnan(make_heat_map(run, "trajectory", 1).values).mean() == 0.5
-    picture = draw_heat_map([run], "trajectory")
+    picture = draw_heat_map([run], next(kind for kind in kinds_of([run]) if kind.name == "trajectory"))
     assert picture is not None
     assert "mean of 2 iterations" in picture.caption
     assert "(one drawn a step)" in dict(run_facts([run]))["layer pairs, student : teacher"][0]

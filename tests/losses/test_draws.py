@@ -14,7 +14,7 @@ import torch
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses import sampling
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, Sampler, StepDraw
-from megatron_fdd.losses.terms import TapStatistics, TokenWeights
+from megatron_fdd.losses.tap import TapStatistics, TokenWeights
 from megatron_fdd.plan.checks import check_approximations
 
 

@@ -1,37 +1,90 @@
-"""All that lists the terms of the loss by name lists the same ones, in the same order."""
+"""The table of terms, and an own kind of term in all that tells of terms."""
 
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+from torch import Tensor
+
 from megatron_fdd.config import FddConfig, add_fdd_args
-from megatron_fdd.distill import Distillation
-from megatron_fdd.evaluate.report import heat_maps, panels, scores
-from megatron_fdd.evaluate.report.metrics import TERMS
-from megatron_fdd.losses.layer_plan import LayerPair
-from megatron_fdd.losses.objective import Objective
-from megatron_fdd.step import metrics
+from megatron_fdd.losses import terms
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.tap import TapWindow
+from megatron_fdd.losses.term import TapContext, TapTerm
+from megatron_fdd.losses.terms import TERMS, active_terms, add_term, first_tap, needs_of, parts_of
 
 PAIRS = (LayerPair(1, 2), LayerPair(2, 4))
 
 
-def with_every_term() -> FddConfig:
-    """Every flag that is the weight of a term is 1."""
+class Length(TapTerm):
+    """A kind of one's own."""
+
+    kind = "length"
+    title = "difference of lengths"
+    caption = "How much longer one is."
+
+    def weight(self, _config: FddConfig) -> float:
+        return 0.5
+
+    def compute(self, window: TapWindow, _context: TapContext) -> Tensor:
+        return window.current.features.student_MD.sum()
+
+
+@pytest.fixture
+def own_term(monkeypatch: pytest.MonkeyPatch) -> Length:
+    """The kind in the table, for one test."""
+    monkeypatch.setattr(terms, "TERMS", own := [*TERMS])
+    add_term(Length())
+    assert len(own) == len(TERMS) + 1
+    return cast(Length, own[-1])
+
+
+def test_every_weight_switches_a_term_on() -> None:
+    """Every flag that is the weight of a term."""
     flags = add_fdd_args(argparse.ArgumentParser())._actions
     weights = [flag.dest.removeprefix("fdd_") for flag in flags if (flag.help or "").startswith("weight of ")]
     assert len(weights) >= 4
-    return FddConfig(**cast(dict[str, Any], dict.fromkeys(weights, 1.0)))
+    off = cast(dict[str, Any], dict.fromkeys(weights, 0.0))
+    found = [active_terms(FddConfig(**{**off, weight: 1.0})) for weight in weights]
+    assert {term.kind for (term,) in found} == {term.kind for term in TERMS}
 
 
-def test_every_list_of_terms_is_that_of_the_objective() -> None:
-    config, unused = with_every_term(), cast(Any, None)
-    names = Objective(config, PAIRS, unused, unused, unused).term_names
-    kinds = tuple(dict.fromkeys(name.split()[0] for name in names))
-    assert kinds == metrics._GROUPS
-    assert Distillation(cast(Any, SimpleNamespace(config=config)))._progress._terms == kinds
-    assert ("total", *kinds) == TERMS == tuple(panel.key for panel in panels.LOSSES)
-    assert tuple(scores._DEFINITION) == tuple(panels._TERM_COLORS) == kinds
-    of_layers = [kind for kind in kinds if f"{kind} {PAIRS[1].name}" in names]
-    assert [*heat_maps._UNITS] == [*heat_maps._TITLES] == [*heat_maps._WHAT] == of_layers
+def test_parts_of_a_run_in_their_order() -> None:
+    names = [part.name for part in parts_of(FddConfig(ce_weight=1.0), PAIRS)]
+    assert names == ["ce", "kd", "trajectory s1:t2", "trajectory s2:t4", "delta s2:t4"]
+    assert [part.count for part in parts_of(FddConfig(), PAIRS)] == [1, 1, 2, 2, 1]
+
+
+def test_the_cross_entropy_is_measured_with_the_final_logits() -> None:
+    assert [part.name for part in parts_of(FddConfig(alpha=0, beta=0), PAIRS)] == ["ce", "kd"]
+    assert parts_of(FddConfig(alpha=0, beta=0, kd_weight=0), PAIRS) == ()
+
+
+def test_needs_are_those_of_all_terms() -> None:
+    whole, centred = needs_of(FddConfig()), needs_of(FddConfig(delta="centred", alpha=0))
+    assert whole.teacher
+    assert whole.divergence
+    assert whole.lse
+    assert whole.grams
+    assert centred.grams
+    assert not centred.lse
+    assert not centred.divergence
+    assert not needs_of(FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1)).teacher
+    assert (first_tap(FddConfig()), first_tap(FddConfig(alpha=0))) == (0, 1)
+
+
+@pytest.mark.usefixtures("own_term")
+def test_an_own_term_has_its_parts_and_makes_the_first_tap_count() -> None:
+    config = FddConfig(alpha=0)
+    assert [part.name for part in parts_of(config, PAIRS)][-2:] == ["length s1:t2", "length s2:t4"]
+    assert first_tap(config) == 0
+
+
+@pytest.mark.parametrize("kind", ["kd", "total", "two words", "", "a=b", "valid"])
+def test_a_name_that_cannot_be_is_refused(kind: str) -> None:
+    term = type("Named", (Length,), {"kind": kind})()
+    with pytest.raises(ValueError, match="give this one another name|use one word"):
+        add_term(term)
+    assert len(TERMS) == 4

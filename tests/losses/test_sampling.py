@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fdd.losses import sampling
-from megatron_fdd.losses import terms as losses
+from megatron_fdd.losses import objective, sampling
+from megatron_fdd.losses import tap as tap_module
 from megatron_fdd.losses.sampling import Sampler
 from tests.harness.ranks import run_on_ranks
 from tests.oracle import reference
@@ -58,11 +58,14 @@ def run_iterations(case: Case, iterations: Sequence[int]) -> list[tuple[Result, 
     results = []
     for now[0] in iterations:
         with (
-            patch.object(losses, "linear_kl", wraps=losses.linear_kl) as taps,
-            patch.object(losses, "head_loss", wraps=losses.head_loss) as sums,
+            patch.object(tap_module, "linear_kl", wraps=tap_module.linear_kl) as taps,
+            patch.object(tap_module, "head_loss", wraps=tap_module.head_loss) as sums,
+            patch.object(objective, "head_loss", wraps=objective.head_loss) as final,
         ):
             means = schedule_step(case, chunks, steps)
-        results.append((step_result(case, chunks, means), taps.call_count + sums.call_count))
+        results.append(
+            (step_result(case, chunks, means), taps.call_count + sums.call_count + final.call_count)
+        )
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -15,9 +14,10 @@ from megatron_fdd import distill
 from megatron_fdd.data.batch import Batch
 from megatron_fdd.losses import carry
 from megatron_fdd.losses.features import TeacherFeatures
-from megatron_fdd.losses.layer_plan import LayerPair
 from megatron_fdd.losses.lens import Lens
-from megatron_fdd.losses.terms import LossTerm, TokenWeights
+from megatron_fdd.losses.objective import ChunkLoss
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.ops import head_loss
 from megatron_fdd.ops.exact_cast import to_rows
 from megatron_fdd.ops.linear_kl import VocabShard
@@ -160,9 +160,9 @@ def send_other_head(self: LensCopies, lens: Lens | None, empty: Any) -> Lens | N
     return copy if copy is None or lens is not None else replace(copy, head_WH=copy.head_WH * 1.01)
 
 
-def keep_the_last_sums(self: ChunkForward, terms: Sequence[LossTerm], weights: TokenWeights) -> None:
+def keep_the_last_sums(self: ChunkForward, loss: ChunkLoss, weights: TokenWeights) -> None:
     self._sums = None
-    real_add_sums(self, terms, weights)
+    real_add_sums(self, loss, weights)
 
 
 def features_of_the_first(self: BesideTeacher, _index: int, batch: Batch) -> TeacherFeatures:

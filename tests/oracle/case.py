@@ -19,7 +19,9 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
 from megatron_fdd.host.model import chunk_layers
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.losses.layer_plan import LayerPair, Plan
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.step.schedule import StepHooks
 from tests.harness.ranks import Layout
 from tests.oracle import reference
@@ -127,7 +129,7 @@ def join(
         case.student, student_weights, topology, dtype, ddp=ddp, virtual=case.vpp, **options
     )
     teacher = make_teacher(case, topology)
-    pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if config.uses_taps else ()
+    pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if uses_taps(config) else ()
     plan = Plan(
         config,
         pairs,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megatron_fdd import distill
 from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.layer_plan import Plan, plan_pairs
+from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective, StepGrams
+from megatron_fdd.losses.pairs import plan_pairs
 from megatron_fdd.plan import describe as dry_run
 from megatron_fdd.plan.sizes import student_bytes
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
@@ -263,7 +264,7 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
 
     def inner(self: Objective, taps: Sequence[Tensor], carry: Any, lens: Any, *rest: Any) -> Any:
         held["student head"] = num_bytes([lens.head_WH])
-        held["teacher head (with one stage part of its weights)"] = num_bytes([self.teacher_lens.head_WH])
+        held["teacher head (with one stage part of its weights)"] = num_bytes([self._teacher_lens.head_WH])
         return real_inner(self, taps, carry, lens, *rest)
 
     def current(self: StepGrams, heads: Any) -> Any:

@@ -16,8 +16,9 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import vocab_shard
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.carry import carried_rows
-from megatron_fdd.losses.layer_plan import Plan, plan_pairs
+from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective, StepGrams
+from megatron_fdd.losses.pairs import plan_pairs
 from megatron_fdd.step.pipeline import PipelineWork
 
 STAGES, TENSOR, DATA, VIRTUAL = 8, 2, 4, 4
@@ -57,9 +58,11 @@ def steps_of(plan: Plan, topology: Topology) -> PipelineWork:
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, hidden_size=WIDTH)
     chunks = plan.chunks_on(topology.stage)
     objectives = [
-        Objective(plan.config, plan.pairs, chunk, shard, StepGrams(plan.config, shard)) for chunk in chunks
+        Objective(plan.config, plan.pairs, chunk, shard, StepGrams(plan.config, shard), None)
+        for chunk in chunks
     ]
-    return PipelineWork([cast(Any, SimpleNamespace(config=config))] * len(chunks), objectives, plan, topology)
+    students = [cast(Any, SimpleNamespace(config=config))] * len(chunks)
+    return PipelineWork(students, objectives, plan, topology, None)
 
 
 @pytest.mark.parametrize("pairs", PAIRS)

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fdd import distill
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.losses import terms as losses
+from megatron_fdd.losses import objective, tap
 from megatron_fdd.step import schedule
 from megatron_fdd.step.lens_copies import LensCopies
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
@@ -254,11 +254,12 @@ def test_collectives_of_the_tensor_group(
 def count_sweeps(case: Case) -> int:
     """Body on every rank: how often the vocabulary is swept in a step."""
     with (
-        patch.object(losses, "linear_kl", wraps=losses.linear_kl) as taps,
-        patch.object(losses, "head_loss", wraps=losses.head_loss) as final,
+        patch.object(tap, "linear_kl", wraps=tap.linear_kl) as taps,
+        patch.object(tap, "head_loss", wraps=tap.head_loss) as sums,
+        patch.object(objective, "head_loss", wraps=objective.head_loss) as final,
     ):
         run_step(case)
-    return taps.call_count + final.call_count
+    return taps.call_count + sums.call_count + final.call_count
 
 
 def test_no_projection_is_done_twice() -> None:

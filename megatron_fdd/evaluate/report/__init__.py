@@ -14,6 +14,7 @@ from megatron_fdd.evaluate.report.page import Report, to_html, to_markdown
 from megatron_fdd.evaluate.report.panels import draw_losses, draw_progress, draw_shares
 from megatron_fdd.evaluate.report.runs import Run, read_runs
 from megatron_fdd.evaluate.report.scores import evaluation_rows, term_rows
+from megatron_fdd.evaluate.report.terms import kinds_of
 from megatron_fdd.host.disk import make_folder, writing
 
 __all__ = ["make_report", "write_report"]
@@ -39,8 +40,7 @@ def make_report(runs: Sequence[Run]) -> Report:
     """Tables and pictures of what the runs have; what none of them has is left out."""
     pictures = [
         draw_losses(runs),
-        draw_heat_map(runs, "trajectory"),
-        draw_heat_map(runs, "delta"),
+        *(draw_heat_map(runs, kind) for kind in kinds_of(runs)),
         draw_shares(runs),
         draw_progress(runs),
     ]

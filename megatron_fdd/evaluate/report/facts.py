@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.evaluate.report.terms import kinds_of
 
 Facts = list[tuple[str, list[str]]]
 
@@ -131,7 +132,7 @@ def _time(run: Run) -> str:
 
 def _pairs(run: Run) -> str:
     assert run.metrics is not None
-    pairs = run.metrics.layer_pairs("trajectory") or run.metrics.layer_pairs("delta")
+    pairs = max((run.metrics.layer_pairs(kind.name) for kind in kinds_of([run])), key=len)
     text = ", ".join(pair.replace("s", "").replace(":t", ":") for pair in pairs) or UNKNOWN
     return text + (" (one drawn a step)" if run.metrics.has_gaps else "")
 

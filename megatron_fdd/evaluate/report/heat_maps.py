@@ -1,4 +1,4 @@
-"""Trajectory and delta of every layer pair over training: one map a run, one colour scale for all."""
+"""A term of every layer pair over training: one map a run, one colour scale for all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from megatron_fdd.evaluate.report.pictures import (
     short,
 )
 from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.evaluate.report.terms import Kind
 
 _MOST_COLUMNS = 120
 # With fewer, a map is no longer one over training.
@@ -34,12 +35,6 @@ _MOST_EMPTY = 0.02
 _MOST_ROW_LABELS = 16
 # Values that spread further need a logarithmic scale, or all late steps would look alike.
 _WIDE = 8
-_UNITS = {"trajectory": "nats per token", "delta": "1 - cosine"}
-_TITLES = {"trajectory": "Trajectory by layer", "delta": "Delta by layer"}
-_WHAT = {
-    "trajectory": "How far the student's prediction at each sampled layer is from the teacher's.",
-    "delta": "How far the change of prediction since the sampled layer before is from the teacher's change.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +54,17 @@ class HeatMap:
     edges: NDArray[np.float64]
 
 
-def draw_heat_map(runs: Sequence[Run], term: str) -> Picture | None:
-    """`term` is "trajectory" or "delta"; None when no run has a layer of it."""
-    shown = [run for run in runs if run.metrics and run.metrics.layer_pairs(term)]
+def draw_heat_map(runs: Sequence[Run], kind: Kind) -> Picture | None:
+    """Draw a term of inner layers; None when no run has a layer of it."""
+    shown = [run for run in runs if run.metrics and run.metrics.layer_pairs(kind.name)]
     if not shown:
         return None
-    maps = [_filled_heat_map(run, term) for run in shown]
-    light, dark = draw(lambda theme: _figure(maps, term, theme))
+    maps = [_filled_heat_map(run, kind.name) for run in shown]
+    light, dark = draw(lambda theme: _figure(maps, kind.unit, theme))
     return Picture(
-        name=term,
-        title=_TITLES[term],
-        caption=_caption(maps, term),
+        name=kind.name,
+        title=f"{kind.name.capitalize()} by layer",
+        caption=_caption(maps, kind.caption),
         alternative=f"Heat maps, layer pairs as rows, iterations as columns. {_ends(maps)}",
         light=light,
         dark=dark,
@@ -100,8 +95,8 @@ def _filled_heat_map(run: Run, term: str) -> HeatMap:
     return heat_map
 
 
-def _caption(maps: Sequence[HeatMap], term: str) -> str:
-    caption = f"{_WHAT[term]} All maps have the same colour scale; dark blue is closest."
+def _caption(maps: Sequence[HeatMap], what: str) -> str:
+    caption = f"{what} All maps have the same colour scale; dark blue is closest."
     widths = {heat_map.width for heat_map in maps}
     if widths != {1}:
         caption += " Smoothed: each cell is the mean of "
@@ -126,7 +121,7 @@ def _ends(maps: Sequence[HeatMap]) -> str:
     return f"At the end: {'; '.join(ends)}."
 
 
-def _figure(maps: Sequence[HeatMap], term: str, theme: Theme) -> Figure:
+def _figure(maps: Sequence[HeatMap], unit: str, theme: Theme) -> Figure:
     columns = min(2, len(maps))
     rows = math.ceil(len(maps) / columns)
     tallest = max(len(heat_map.pairs) for heat_map in maps)
@@ -143,7 +138,7 @@ def _figure(maps: Sequence[HeatMap], term: str, theme: Theme) -> Figure:
         axes.set_visible(False)
     scale = "\n(log scale)" if isinstance(norm, LogNorm) else ""
     bar = figure.colorbar(grid.flat[0].collections[0], ax=grid, pad=0.015, aspect=14 * rows, fraction=0.05)
-    bar.set_label(_UNITS[term] + scale)
+    bar.set_label(unit + scale)
     bar.outline.set_visible(False)
     plain_ticks(bar.ax.yaxis)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-# Groups of terms in the order in which they are told; a layer's own term is "trajectory s4:t9".
-TERMS = ("total", "ce", "kd", "trajectory", "delta")
+TOTAL = "total"
+# The key of a term at one layer pair.
+_OF_A_LAYER = r"\S+ s\d+:t\d+"
 VALIDATION = "valid "
 SHARE = "share "
 TOKENS_PER_SECOND = "tokens per second"
@@ -69,7 +71,7 @@ class Metrics:
         return self.last - self.first + 1
 
     def layer_pairs(self, term: str) -> list[str]:
-        """ "s4:t9" of every layer of "trajectory" or "delta", from the first to the last block."""
+        """ "s4:t9" of every layer of a term such as "trajectory", from the first to the last block."""
         pairs = [key.removeprefix(term + " ") for key in self.curves if key.startswith(term + " ")]
         return sorted(pairs, key=_block_numbers)
 
@@ -77,9 +79,9 @@ class Metrics:
     def has_gaps(self) -> bool:
         """Whether some steps have no value of some layer (`--fdd-sample-one-tap`)."""
         return any(
-            len(self.curves[f"{term} {pair}"]) < len(self.curves.get(term, ()))
-            for term in ("trajectory", "delta")
-            for pair in self.layer_pairs(term)
+            len(curve) < len(self.curves.get(key.split()[0], ()))
+            for key, curve in self.curves.items()
+            if re.fullmatch(_OF_A_LAYER, key)
         )
 
 
@@ -122,8 +124,8 @@ def read_metrics(path: Path) -> Metrics:
     if not num_records:
         raise ValueError(f"{path} holds no finished record: train for at least one iteration")
     curves = {key: Curve(np.array(i), np.array(v)) for key, (i, v) in columns.items()}
-    if not any(key.removeprefix(VALIDATION) in TERMS for key in curves):
-        raise ValueError(f"{path} holds none of {', '.join(TERMS)}: is it a metrics file?")
+    if not any(key.removeprefix(VALIDATION) == TOTAL for key in curves):
+        raise ValueError(f"{path} holds no {TOTAL!r}: is it a metrics file?")
     return Metrics(_with_pace(curves), first, last, num_records, malformed is not None)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron_fdd.evaluate.report.metrics import (
     SHARE,
     TOKENS_PER_SECOND,
+    TOTAL,
     VALIDATION,
     Metrics,
     bin_width,
@@ -35,6 +36,7 @@ from megatron_fdd.evaluate.report.pictures import (
     short,
 )
 from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.evaluate.report.terms import kinds_of
 
 # More points than this only make a line thick.
 _MOST_POINTS = 150
@@ -43,7 +45,6 @@ _MANY_EVALUATIONS = 30
 # Values that spread further need a logarithmic scale to be seen.
 _WIDE = 50
 # In the order of stacking.
-_TERM_COLORS = {"ce": "#94a3b8", "kd": "#4f7cac", "trajectory": "#3aa17e", "delta": "#e0a458"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,6 @@ class Panel:
     cuts_peaks: bool = False
 
 
-LOSSES = (
-    Panel("total", "total: the weighted sum that is trained on", "nats per token"),
-    Panel("ce", "ce: cross-entropy with the data", "nats per token"),
-    Panel("kd", "kd: divergence from the teacher's prediction", "nats per token"),
-    Panel("trajectory", "trajectory: divergence, mean of the layers", "nats per token"),
-    Panel("delta", "delta: first derivative, mean of the layers", "1 - cosine"),
-)
 PROGRESS = (
     Panel("grad_norm", "gradient norm, before clipping", "norm"),
     Panel("seconds", "time of a step", "seconds per iteration", cuts_peaks=True),
@@ -76,7 +70,12 @@ PROGRESS = (
 
 def draw_losses(runs: Sequence[Run]) -> Picture | None:
     """Every loss term; None when no run has any."""
-    return _draw_lines(runs, LOSSES, "losses", "Loss terms over training")
+    panels = [Panel(TOTAL, f"{TOTAL}: the weighted sum that is trained on", "nats per token")]
+    panels += [
+        Panel(kind.name, f"{kind.name}: {kind.title}".removesuffix(": "), kind.unit)
+        for kind in kinds_of(runs)
+    ]
+    return _draw_lines(runs, panels, "losses", "Loss terms over training")
 
 
 def draw_progress(runs: Sequence[Run]) -> Picture | None:
@@ -194,12 +193,13 @@ def _scale(axes: Axes, panel: Panel, drawn: Sequence[NDArray[np.float64]]) -> st
 def _share_figure(runs: Sequence[Run], theme: Theme) -> Figure:
     columns = min(2, len(runs))
     rows = math.ceil(len(runs) / columns)
+    colors = {kind.name: kind.color for kind in kinds_of(runs)}
     figure = Figure(figsize=(WIDTH_INCHES, 0.5 + 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, run in zip(grid.flat, runs, strict=False):
         assert run.metrics is not None
         centre, parts = _stack(run.metrics, bin_width(longest([run]), _MOST_POINTS))
-        axes.stackplot(centre, *parts.values(), colors=[_TERM_COLORS[term] for term in parts], linewidth=0)
+        axes.stackplot(centre, *parts.values(), colors=[colors[term] for term in parts], linewidth=0)
         axes.set_title(short(run.name))
         axes.set_ylim(0, 1)
         axes.margins(x=0)
@@ -209,11 +209,9 @@ def _share_figure(runs: Sequence[Run], theme: Theme) -> Figure:
     for axes in grid.flat[len(runs) :]:
         axes.set_visible(False)
     in_use = [
-        term
-        for term in _TERM_COLORS
-        if any(run.metrics and term in _shared_terms(run.metrics) for run in runs)
+        term for term in colors if any(run.metrics and term in _shared_terms(run.metrics) for run in runs)
     ]
-    patches = [Patch(color=_TERM_COLORS[term]) for term in in_use]
+    patches = [Patch(color=colors[term]) for term in in_use]
     figure.legend(patches, in_use, loc="outside upper left", ncols=len(in_use))
     return figure
 
@@ -234,8 +232,11 @@ def _stack(metrics: Metrics, width: int) -> tuple[NDArray[np.float64], dict[str,
 
 def _shared_terms(metrics: Metrics) -> list[str]:
     """Terms that have a part in the total at some time."""
-    shares = {term: metrics.curves.get(SHARE + term) for term in _TERM_COLORS}
-    return [term for term, curve in shares.items() if curve is not None and curve.values.any()]
+    return [
+        key.removeprefix(SHARE)
+        for key, curve in metrics.curves.items()
+        if key.startswith(SHARE) and curve.values.any()
+    ]
 
 
 def _has(run: Run, key: str, *, training: bool = True) -> bool:

@@ -7,22 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fdd.evaluate.report.metrics import TERMS, VALIDATION, Curve, in_digits
+from megatron_fdd.evaluate.report.metrics import TOTAL, VALIDATION, Curve, in_digits
 from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.evaluate.report.terms import kinds_of
 
 # The usual name of the one that the others are compared with.
 TEACHER = "teacher"
 # Last training values are means over this part of the run, of so many iterations at most.
 _TAIL_PART, _LONGEST_TAIL = 20, 100
-# What a term's value depends on beside the models. `total` is never compared: it depends on every weight.
-_DEFINITION = {
-    "ce": ("fdd_tokens",),
-    "kd": ("fdd_kd_divergence", "fdd_divergence_mix", "fdd_temperature", "fdd_tokens"),
-    "trajectory": (
-        "fdd_trajectory_divergence", "fdd_divergence_mix", "fdd_temperature", "fdd_tokens", "fdd_lens_norm",
-    ),
-    "delta": ("fdd_delta", "fdd_tokens", "fdd_lens_norm"),
-}  # fmt: skip
 _TEXT_SCORES = {
     "perplexity": "validation perplexity",
     "cross_entropy": "validation cross-entropy, nats",
@@ -113,9 +105,11 @@ def evaluation_rows(runs: Sequence[Run]) -> list[ScoreRow]:
 def term_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     """Last validation value and last training values of every loss term."""
     rows = []
-    for term in TERMS:
-        conditions = [_term_conditions(run, term) for run in runs]
-        better = None if term == "total" else False
+    # The total is never compared: it depends on every weight.
+    flags = {TOTAL: ()} | {kind.name: kind.flags for kind in kinds_of(runs)}
+    for term, definition in flags.items():
+        conditions = [_term_conditions(run, term, definition) for run in runs]
+        better = None if term == TOTAL else False
         for key, name, score in (
             (VALIDATION + term, f"{term}, validation", _last),
             (term, f"{term}, training", _tail),
@@ -166,9 +160,9 @@ def _tail(curve: Curve) -> Score:
     return Score(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _term_conditions(run: Run, term: str) -> tuple[Any, ...] | None:
+def _term_conditions(run: Run, term: str, flags: Sequence[str]) -> tuple[Any, ...] | None:
     """After how many iterations, of which layers, by which definition where the flags are known."""
     if run.metrics is None:
         return None
-    definition = tuple(run.flags.get(flag) for flag in _DEFINITION.get(term, ()))
+    definition = tuple(run.flags.get(flag) for flag in flags)
     return run.metrics.last, tuple(run.metrics.layer_pairs(term)), definition

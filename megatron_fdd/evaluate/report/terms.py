@@ -1,0 +1,41 @@
+"""Which kinds of terms the runs have, and how the report tells of each: by the table of terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_fdd.evaluate.report.metrics import SHARE
+from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.losses.term import TapTerm
+from megatron_fdd.losses.terms import TERMS
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a kind of term is told; see `Term`. A kind of a plug-in that is not loaded has its name alone."""
+
+    name: str
+    title: str = ""
+    unit: str = ""
+    color: str = "#b07aa1"
+    caption: str = "Its value at each sampled layer."
+    flags: tuple[str, ...] = ()
+
+
+def kinds_of(runs: Sequence[Run]) -> list[Kind]:
+    """Every kind of the table, then those that the metrics files have beside."""
+    known = [
+        Kind(
+            term.kind,
+            term.title,
+            term.unit,
+            term.color,
+            term.caption if isinstance(term, TapTerm) else "",
+            tuple(f"fdd_{name}" for name in term.settings),
+        )
+        for term in TERMS
+    ]
+    shares = {key for run in runs if run.metrics for key in run.metrics.curves if key.startswith(SHARE)}
+    others = {key.removeprefix(SHARE) for key in shares} - {kind.name for kind in known}
+    return known + [Kind(name) for name in sorted(others)]

@@ -1,0 +1,145 @@
+"""One sampled pair of layers in one micro-batch: features of both models, and what is known of their predictions.
+
+Shape letters: M token rows of this rank that are looked at, T and D hidden width of teacher and student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.ops.head_loss import LossWeights, head_loss, masked_sum
+from megatron_fdd.ops.linear_kl import (
+    DEFAULT_IMPLEMENTATION,
+    Divergence,
+    Implementation,
+    VocabShard,
+    linear_kl,
+)
+from megatron_fdd.ops.request import Model
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """1 for a row that counts, else 0; float32 [M]. `term_N` is for kd and the terms of inner layers."""
+
+    label_N: Tensor
+    term_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPair:
+    """Both models' heads at this rank: rows of the same vocabulary slice."""
+
+    teacher_WT: Tensor | None
+    student_WD: Tensor
+    shard: VocabShard
+    implementation: Implementation = DEFAULT_IMPLEMENTATION
+
+    def teacher(self, hidden_NT: Tensor | None) -> Model:
+        """Hidden states with their head."""
+        assert hidden_NT is not None
+        assert self.teacher_WT is not None
+        return hidden_NT, self.teacher_WT
+
+
+@dataclass(frozen=True, slots=True)
+class TapStatistics:
+    """Log-sum-exp of both models' predictions from a tap, float32 [M]; the student's carries gradient."""
+
+    teacher_lse_N: Tensor
+    student_lse_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """A layer's output of both models, on the rows that are looked at.
+
+    Attributes:
+        teacher_hidden_MT, student_hidden_MD: before the norm, in the models' dtype.
+        teacher_MT, student_MD: after each model's lens norm, float32.
+    """
+
+    teacher_hidden_MT: Tensor
+    student_hidden_MD: Tensor
+    teacher_MT: Tensor
+    student_MD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A sampled layer pair.
+
+    Attributes:
+        divergence: of the predictions through the lens, summed over the rows; None where no term asks for it.
+        statistics: None where no term asks for them.
+    """
+
+    pair: LayerPair
+    features: Features
+    divergence: Tensor | None = None
+    statistics: TapStatistics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TapWindow:
+    """A tap, and the one before it where there is one: what the terms of inner layers see."""
+
+    current: Tap
+    previous: Tap | None
+
+
+def measure(
+    features: Features,
+    heads: HeadPair,
+    divergence: Divergence | None,
+    weights: TokenWeights,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor | None, TapStatistics | None]:
+    """Compare both models' predictions from a tap, through the lens, in one pass over the vocabulary.
+
+    Args:
+        divergence: None: not asked for.
+        with_lse: whether log-sum-exps are asked for, the student's with gradient.
+
+    Returns:
+        The divergence's sum over the rows, float32 with gradient, and the log-sum-exps.
+
+    Collectives: those of `linear_kl`, once; without lse, and for a constant head, those of `head_loss`.
+    """
+    if divergence is None and not with_lse:
+        return None, None
+    assert heads.teacher_WT is not None
+    teacher = heads.teacher(features.teacher_MT.to(heads.teacher_WT.dtype))
+    student = (features.student_MD.to(heads.student_WD.dtype), heads.student_WD)
+    shard, implementation = heads.shard, heads.implementation
+    if not with_lse and not heads.student_WD.requires_grad:
+        # A trained head's gradient would be kept until the backward pass, for every tap.
+        alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
+        summed = head_loss(
+            teacher,
+            student,
+            shard=shard,
+            divergence=divergence,
+            labels_N=None,
+            weights=alone,
+            implementation=implementation,
+        )
+        return summed.divergence, None
+    result = linear_kl(
+        *teacher,
+        *student,
+        shard=shard,
+        divergence=divergence,
+        needs_lse=with_lse,
+        implementation=implementation,
+    )
+    statistics = None
+    if result.teacher_lse_N is not None and result.student_lse_N is not None:
+        statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)
+    if result.divergence_N is None:
+        return None, statistics
+    return masked_sum(result.divergence_N, weights.term_N), statistics

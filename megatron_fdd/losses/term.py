@@ -1,0 +1,115 @@
+"""One kind of term of the loss: all that objective, log, plan, report and documentation know of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.tap import HeadPair, TapWindow, TokenWeights
+from megatron_fdd.ops.delta import HeadGrams
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a step has to provide for a term.
+
+    Attributes:
+        teacher: the teacher's features.
+        divergence: `Tap.divergence`.
+        lse: `Tap.statistics`.
+        grams: Gram matrices of both heads.
+    """
+
+    teacher: bool = False
+    divergence: bool = False
+    lse: bool = False
+    grams: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.teacher or other.teacher,
+            self.divergence or other.divergence,
+            self.lse or other.lse,
+            self.grams or other.grams,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TapContext:
+    """What a term of inner layers may use beside the taps.
+
+    Attributes:
+        weights: of the rows that are looked at.
+        grams: makes the Gram matrices of both heads once a step; its collectives are those of `head_grams`.
+    """
+
+    config: FddConfig
+    heads: HeadPair
+    weights: TokenWeights
+    grams: Callable[[], HeadGrams]
+
+
+class Term(ABC):
+    """A kind of term.
+
+    Attributes:
+        kind: one word; how flags, logs and files name it.
+        title: what it is, in the report.
+        unit: of its mean over tokens.
+        color: of its share in the report's picture.
+        tokens: whether its mean is over tokens with a label, or over those that `--fdd-tokens` chose.
+        is_always_logged: measured wherever the final logits are there, be its weight 0.
+        settings: names of `FddConfig` on which its value depends, beside the models.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    unit: ClassVar[str] = "nats per token"
+    color: ClassVar[str] = "#b07aa1"
+    tokens: ClassVar[Literal["labels", "term"]] = "term"
+    is_always_logged: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    @abstractmethod
+    def weight(self, config: FddConfig) -> float:
+        """Factor of its mean in the total; 0 switches it off."""
+
+    def needs(self, _config: FddConfig) -> Needs:
+        """What it needs where its weight is not 0."""
+        return Needs(teacher=True)
+
+    def variant(self, _config: FddConfig) -> str:
+        """Which form of it a run uses, for the plan; empty where there is one."""
+        return ""
+
+
+class TapTerm(Term):
+    """A term of inner layers: one value for each tap, and their mean in the total.
+
+    Attributes:
+        caption: what a layer's value says, in the report.
+        reach: 1 where a tap is compared with the one before it, so that the first tap has no value; else 0.
+    """
+
+    caption: ClassVar[str]
+    reach: ClassVar[Literal[0, 1]] = 0
+
+    @abstractmethod
+    def compute(self, window: TapWindow, context: TapContext) -> Tensor:
+        """Sum the term over this rank's rows, float32, each weighted with `context.weights.term_N`.
+
+        Under tensor parallelism without sequence parallelism all its ranks have the same rows, and the same result.
+        """
+
+    def flops(self, _widths: tuple[int, int], _config: FddConfig) -> int:
+        """Count flops for a token and a tap, forward and backward, beside those of `measure`.
+
+        Args:
+            _widths: hidden width of student and teacher.
+        """
+        return 0
