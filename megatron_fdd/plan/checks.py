@@ -11,8 +11,9 @@ from pathlib import Path
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import RELEASE, find_checkpoint
 from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
+from megatron_fdd.host.role import Role
 from megatron_fdd.losses.terms import first_tap
-from megatron_fdd.plan.experts import STUDENT_FLAG, has_expert_optimizer
+from megatron_fdd.plan.experts import has_expert_optimizer
 from megatron_fdd.plan.fp8 import check_expert_scales, check_trusted, holds_scales
 from megatron_fdd.plan.student_arguments import student_checkpoint
 from megatron_fdd.step.teacher.arguments import even_layout
@@ -110,7 +111,7 @@ def check_schedule(args: argparse.Namespace) -> None:
         raise ValueError(f"{flags[0]}: must be {'below' if is_below else 'at most'} {flags[1]}")
 
 
-def check_local_attention(args: argparse.Namespace, whose: str) -> None:
+def check_local_attention(args: argparse.Namespace, role: Role) -> None:
     """What Megatron's local attention lacks; a rehearsal's has all of it.
 
     Of a sliding window it forgets the window where it is fused, and the mask where it is not.
@@ -135,18 +136,16 @@ def check_local_attention(args: argparse.Namespace, whose: str) -> None:
         remedies.append("leave out --reset-attention-mask, which the windows would overrule")
     if remedies:
         raise ValueError(
-            f"{whose} has sliding windows and --transformer-impl is local: {' and '.join(remedies)}, or use "
+            f"{role.label} has sliding windows and --transformer-impl is local: {' and '.join(remedies)}, or use "
             "--transformer-impl transformer_engine"
         )
 
 
-def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool = False) -> None:
+def check_splits(args: argparse.Namespace, role: Role) -> None:
     """Whether the parallel sizes divide the model.
 
     Args:
         args: with the model's architecture; not necessarily validated.
-        whose: "the student" or "the teacher", for the message.
-        has_own_layout: its layers are cut evenly whatever the flags say.
 
     Raises:
         ValueError: names both numbers and the remedy.
@@ -158,9 +157,10 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
         raise ValueError(
-            f"--tensor-model-parallel-size {tensor} does not divide {whose}'s {args.num_attention_heads} attention "
-            f"heads in {groups} query groups: use one that does"
+            f"--tensor-model-parallel-size {tensor} does not divide {role.label}'s {args.num_attention_heads} "
+            f"attention heads in {groups} query groups: use one that does"
         )
+    is_cut = role is Role.TEACHER  # as evenly as can be, whatever the flags say
     given = (
         args.pipeline_model_parallel_layout,
         args.decoder_first_pipeline_num_layers,
@@ -168,9 +168,9 @@ def check_splits(args: argparse.Namespace, whose: str, *, has_own_layout: bool =
         args.num_virtual_stages_per_pipeline_rank,
         args.num_layers_per_virtual_pipeline_stage,
     )
-    if stages > 1 and args.num_layers % stages and not has_own_layout and not any(given):
+    if stages > 1 and args.num_layers % stages and not is_cut and not any(given):
         raise ValueError(
-            f"--pipeline-model-parallel-size {stages} does not divide {whose}'s {args.num_layers} layers: say how "
+            f"--pipeline-model-parallel-size {stages} does not divide {role.label}'s {args.num_layers} layers: say how "
             f"to cut them, for example --pipeline-model-parallel-layout '{even_layout(args.num_layers, stages)}'"
         )
 
@@ -191,7 +191,7 @@ def check_student_scales(args: argparse.Namespace, stored: argparse.Namespace) -
     checkpoint = find_checkpoint(directory, flag, to_plan=args.fdd_dry_run)
     if holds_scales(checkpoint, flag):
         check_trusted(checkpoint, flag)
-        check_expert_scales(args, stored, "the student")
+        check_expert_scales(args, stored, Role.STUDENT)
 
 
 def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:
@@ -211,11 +211,11 @@ def check_resume(args: argparse.Namespace, stored: argparse.Namespace) -> None:
         return
     if find_checkpoint(directory, flag, to_plan=args.fdd_dry_run).name == RELEASE:
         return
-    sizes = "of at least 2" if there else "1"
+    sizes, flag_of_experts = "of at least 2" if there else "1", Role.STUDENT.experts_flag
     raise ValueError(
-        f"--load {directory} was saved with {STUDENT_FLAG} {stored.expert_model_parallel_size}, this run has "
+        f"--load {directory} was saved with {flag_of_experts} {stored.expert_model_parallel_size}, this run has "
         f"{args.expert_model_parallel_size}: Megatron cannot resume across that, its optimizer has other parts. "
-        f"Use {STUDENT_FLAG} {sizes}, or take the weights alone with --finetune"
+        f"Use {flag_of_experts} {sizes}, or take the weights alone with --finetune"
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.terms import TERMS, needs_of
@@ -29,7 +30,7 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += _pairs(plan.config, plan.pairs)
     lines += _ranks(plan, args)
-    lines += _experts(args, "student") + ([] if teacher is None else _experts(teacher, "teacher"))
+    lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
     lines += _memory(plan, args, teacher)
     lines += _balance(plan, args, teacher)
     return "\n".join(lines)
@@ -83,13 +84,13 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _experts(args: argparse.Namespace, whose: str) -> list[str]:
+def _experts(args: argparse.Namespace, role: Role) -> list[str]:
     if not args.num_experts:
         return []
     held = args.num_experts // args.expert_model_parallel_size
     tensor = expert_tensor_size(args)
     return [
-        f"  experts of the {whose}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
+        f"  experts of {role.label}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
         f"{args.moe_router_topk} to a token; {held} on a rank"
         + (f", cut {tensor} ways" if tensor > 1 else "")
     ]

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 
-STUDENT_FLAG = "--expert-model-parallel-size"
-TEACHER_FLAG = "--fdd-teacher-expert-model-parallel-size"
+from megatron_fdd.host.role import Role
 
 
-def check_experts(args: argparse.Namespace, whose: str) -> None:
-    """Whether a model's experts can be spread as asked. Megatron says these late, or without a remedy.
+def check_experts(args: argparse.Namespace, role: Role) -> None:
+    """Refuse parallel sizes over which a model's experts cannot be spread; Megatron does it late, or without a remedy.
 
     Args:
         args: with the model's architecture and `world_size`; not necessarily validated.
-        whose: "the student" or "the teacher", for the message.
 
     Raises:
         ValueError: names the size, the bound and the remedy.
     """
-    is_student = whose == "the student"
-    flag, size = STUDENT_FLAG if is_student else TEACHER_FLAG, args.expert_model_parallel_size
+    whose, flag, size = role.label, role.experts_flag, args.expert_model_parallel_size
     if not args.num_experts:
         if size > 1:
-            remedy = f"leave it out; {TEACHER_FLAG} is for the teacher's" if is_student else "leave it out"
-            raise ValueError(f"{flag} {size}: {whose} has no experts: {remedy}")
+            other = f"; {Role.TEACHER.experts_flag} is for the teacher's" if role is Role.STUDENT else ""
+            raise ValueError(f"{flag} {size}: {whose} has no experts: leave it out{other}")
         return
     if size < 1 or args.num_experts % size:
         raise ValueError(
@@ -39,16 +36,17 @@ def check_experts(args: argparse.Namespace, whose: str) -> None:
             "more ranks, or a lower --expert-tensor-parallel-size"
         )
     if args.add_bias_linear and expert_tensor > 1:
-        remedy = " (or, for a new student, --disable-bias-linear)" if is_student else ""
+        remedy = " (or, for a new student, --disable-bias-linear)" if role is Role.STUDENT else ""
         raise ValueError(
             f"{whose}'s experts have biases, which Megatron cannot cut {expert_tensor} ways: "
             f"use --expert-tensor-parallel-size 1{remedy}"
         )
-    if is_student:
+    if role.is_trained:
         _check_training(args)
 
 
 def _check_training(args: argparse.Namespace) -> None:
+    """Refuse experts under tensor parallelism where Megatron cannot train them."""
     tensor = args.tensor_model_parallel_size
     if tensor > 1 and not args.sequence_parallel:
         raise ValueError(

@@ -11,9 +11,8 @@ from pathlib import Path
 from megatron.core import fp8_utils
 
 from megatron_fdd.host.checkpoint import holds_weights, read_extra_states
+from megatron_fdd.host.role import Role
 from megatron_fdd.plan.experts import (
-    STUDENT_FLAG,
-    TEACHER_FLAG,
     expert_layers,
     expert_tensor_size,
     expert_width,
@@ -37,12 +36,11 @@ def fp8_layers(args: argparse.Namespace) -> range:
     return range(args.num_layers_at_start_in_bf16, args.num_layers - args.num_layers_at_end_in_bf16)
 
 
-def check_fp8_device(args: argparse.Namespace, whose: str) -> None:
+def check_fp8_device(args: argparse.Namespace, role: Role) -> None:
     """Refuse a recipe that this rank's GPU does not multiply, as TransformerEngine knows. No collectives.
 
     Args:
-        args: of a model in this run. `refuse` has passed, so that TransformerEngine is installed.
-        whose: "the student" or "the teacher".
+        args: a model's in this run. Call after `refuse`, which guarantees TransformerEngine.
 
     Raises:
         ValueError: with TransformerEngine's reason.
@@ -54,12 +52,12 @@ def check_fp8_device(args: argparse.Namespace, whose: str) -> None:
     is_available, reason = by_recipe.get(args.fp8_recipe, manager.is_fp8_available)()
     if not is_available:
         raise ValueError(
-            f"FP8 with recipe {args.fp8_recipe} for {whose}: {reason} Use another recipe, or leave "
-            f"{_format_flag(whose)} out"
+            f"FP8 with recipe {args.fp8_recipe} for {role.label}: {reason} Use another recipe, or leave "
+            f"{role.fp8_flag} out"
         )
 
 
-def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
+def check_fp8_shapes(args: argparse.Namespace, role: Role) -> None:
     """Refuse what TransformerEngine's FP8 products would refuse in the first step.
 
     A product takes a dimension that it sums over in multiples of 16 and any other in multiples of 8; MXFP8 takes all
@@ -69,16 +67,14 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
 
     Args:
         args: with the model's architecture; not necessarily validated. `check_splits` has passed.
-        whose: "the student", which is trained, or "the teacher", which is frozen.
 
     Raises:
         ValueError: names every number that does not fit.
     """
     if None in (args.num_layers, args.hidden_size, args.num_attention_heads) or not fp8_layers(args):
         return  # Megatron names these well
-    is_student = whose == "the student"
     summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
-    in_backward = summed if is_student else other
+    in_backward = summed if role.is_trained else other
     tokens = [
         f"{tokens} {name} (of {divisor})"
         for name, tokens, divisor in _tokens(args, in_backward, other)
@@ -93,17 +89,13 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
         flags = ["--seq-length, --micro-batch-size"] if tokens else []
         if widths and args.tensor_model_parallel_size > 1:
             flags.append("--tensor-model-parallel-size")
-        remedy = f"leave {_format_flag(whose)} out"
+        remedy = f"leave {role.fp8_flag} out"
         if flags:
             remedy = f"change {', '.join(flags)}, or {remedy}"
         raise ValueError(
-            f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(tokens + widths)}. "
+            f"FP8 with recipe {args.fp8_recipe} for {role.label}: not a multiple: {', '.join(tokens + widths)}. "
             f"{remedy.capitalize()}"
         )
-
-
-def _format_flag(whose: str) -> str:
-    return "--fp8-format" if whose == "the student" else "--teacher-fp8-format"
 
 
 def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tuple[str, int, int]]:
@@ -220,7 +212,7 @@ def warn_of_pickled_scales(args: argparse.Namespace) -> None:
         )
 
 
-def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, whose: str) -> None:
+def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, role: Role) -> None:
     """Whether each expert will get its own scales of delayed scaling.
 
     What Megatron (0.19.2) stores for one of several experts that a module multiplies together are scales of other
@@ -229,7 +221,6 @@ def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, wh
     Args:
         args: the model's in this run.
         stored: those of its checkpoint, which holds scales.
-        whose: "the student" or "the teacher".
 
     Raises:
         ValueError: there are more experts to a rank, or fewer, than in training.
@@ -237,12 +228,11 @@ def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, wh
     if not (args.fp8 and args.fp8_recipe == "delayed" and args.num_experts and args.moe_grouped_gemm):
         return
     wanted, given = stored.expert_model_parallel_size, args.expert_model_parallel_size
-    flag = STUDENT_FLAG if whose == "the student" else TEACHER_FLAG
     if given != wanted:
         raise ValueError(
-            f"FP8 with recipe delayed for {whose}: its checkpoint was trained with expert-parallel size {wanted}; at "
-            f"{given} Megatron gives experts the scales of others; use {flag} {wanted}, or the recipe tensorwise, "
-            "blockwise or mxfp8"
+            f"FP8 with recipe delayed for {role.label}: its checkpoint was trained with expert-parallel size {wanted}; "
+            f"at {given} Megatron gives experts the scales of others; use {role.experts_flag} {wanted}, or the recipe "
+            "tensorwise, blockwise or mxfp8"
         )
 
 
@@ -266,4 +256,4 @@ def check_scales(checkpoint: Path, stored: argparse.Namespace, teacher: argparse
             "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
         )
     check_trusted(checkpoint, "--teacher-load")
-    check_expert_scales(teacher, stored, "the teacher")
+    check_expert_scales(teacher, stored, Role.TEACHER)

@@ -23,6 +23,7 @@ from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.host.model import planned_layers
 from megatron_fdd.host.process import is_first_rank
+from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair, check_recompute_keeps_taps, plan_pairs
 from megatron_fdd.losses.terms import uses_taps
@@ -97,13 +98,13 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     student = complete_student_args(args, defaults)
     stop_at_nan = args.check_for_nan_in_loss_and_grad
     force_values(args)
-    check_length(args, "the student", args.max_position_embeddings)
-    check_splits(args, "the student")
-    check_local_attention(args, "the student")
-    check_fp8_shapes(args, "the student")
+    check_length(args, Role.STUDENT.label, args.max_position_embeddings)
+    check_splits(args, Role.STUDENT)
+    check_local_attention(args, Role.STUDENT)
+    check_fp8_shapes(args, Role.STUDENT)
     if not config.dry_run:  # a plan can be made anywhere
-        check_fp8_device(args, "the student")
-    check_experts(args, "the student")
+        check_fp8_device(args, Role.STUDENT)
+    check_experts(args, Role.STUDENT)
     if student is not None:
         check_resume(args, student)
         check_student_scales(args, student)
@@ -123,14 +124,14 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
     check_data_args(args)
     student_load, _ = student_checkpoint(args)
     if student_load is not None:
-        check_checkpoint_tokenizer("student", student_load, args)
+        check_checkpoint_tokenizer(Role.STUDENT, student_load, args)
     check_approximations(config, args.rank)
     stored, checkpoint = None, None
     if config.needs_teacher and config.teacher_load is not None:
         checkpoint = find_checkpoint(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
         stored = read_checkpoint_args(checkpoint, "--teacher-load")
         refuse_teacher(stored)
-        check_checkpoint_tokenizer("teacher", config.teacher_load, args)
+        check_checkpoint_tokenizer(Role.TEACHER, config.teacher_load, args)
     vocab_size = _common_vocabulary(args, stored)
     teacher = None
     if stored is not None:
@@ -160,12 +161,12 @@ def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddCon
 def _check_teacher(teacher: argparse.Namespace, args: argparse.Namespace, config: FddConfig) -> None:
     """What its arguments in this run can tell."""
     check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
-    check_splits(teacher, "the teacher", has_own_layout=True)
-    check_local_attention(teacher, "the teacher")
-    check_fp8_shapes(teacher, "the teacher")
+    check_splits(teacher, Role.TEACHER)
+    check_local_attention(teacher, Role.TEACHER)
+    check_fp8_shapes(teacher, Role.TEACHER)
     if not config.dry_run:
-        check_fp8_device(teacher, "the teacher")
-    check_experts(teacher, "the teacher")
+        check_fp8_device(teacher, Role.TEACHER)
+    check_experts(teacher, Role.TEACHER)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_fdd.host.checkpoint import read_extra_states
+from megatron_fdd.host.role import Role
 from megatron_fdd.plan.fp8 import check_expert_scales, check_fp8_shapes
 from megatron_fdd.step.teacher.arguments import teacher_args
 
@@ -89,19 +90,19 @@ def model(**changes: object) -> Namespace:
     ],
 )
 def test_shapes_that_fit(changes: dict[str, object]) -> None:
-    check_fp8_shapes(model(**changes), "the student")
-    check_fp8_shapes(model(**changes), "the teacher")
+    check_fp8_shapes(model(**changes), Role.STUDENT)
+    check_fp8_shapes(model(**changes), Role.TEACHER)
 
 
 @pytest.mark.parametrize(
     "changes", [{"seq_length": 24}, {"seq_length": 48, "context_parallel_size": 2}, ONE_GROUP]
 )
 def test_shapes_that_fit_a_frozen_model_alone(changes: dict[str, object]) -> None:
-    check_fp8_shapes(model(**changes), "the teacher")
+    check_fp8_shapes(model(**changes), Role.TEACHER)
     with pytest.raises(
         ValueError, match=r"for the student: .* (24|40) .*\(of 16\)\. .* leave --fp8-format out"
     ):
-        check_fp8_shapes(model(**changes), "the student")
+        check_fp8_shapes(model(**changes), Role.STUDENT)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +132,9 @@ def test_shapes_that_fit_a_frozen_model_alone(changes: dict[str, object]) -> Non
 )  # fmt: skip
 def test_shapes_that_do_not(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_fp8_shapes(model(**changes), "the teacher")
+        check_fp8_shapes(model(**changes), Role.TEACHER)
     with pytest.raises(ValueError, match="for the student"):
-        check_fp8_shapes(model(**changes), "the student")
+        check_fp8_shapes(model(**changes), Role.STUDENT)
 
 
 EXPERTS = Namespace(
@@ -142,17 +143,17 @@ EXPERTS = Namespace(
 
 
 def test_a_student_resumes_grouped_experts_scales_as_they_were_cut() -> None:
-    check_expert_scales(EXPERTS, EXPERTS, "the student")
+    check_expert_scales(EXPERTS, EXPERTS, Role.STUDENT)
     other = {**vars(EXPERTS), "expert_model_parallel_size": 4}
     with pytest.raises(ValueError, match="size 2; at 4 .* use --expert-model-parallel-size 2, or the recipe"):
-        check_expert_scales(Namespace(**other), EXPERTS, "the student")
+        check_expert_scales(Namespace(**other), EXPERTS, Role.STUDENT)
     for harmless in (
         {"fp8": None},
         {"fp8_recipe": "tensorwise"},
         {"moe_grouped_gemm": False},
         {"num_experts": None},
     ):
-        check_expert_scales(Namespace(**{**other, **harmless}), EXPERTS, "the student")
+        check_expert_scales(Namespace(**{**other, **harmless}), EXPERTS, Role.STUDENT)
 
 
 def test_extra_states_are_read_from_files_opened_once(tmp_path: Path) -> None:
