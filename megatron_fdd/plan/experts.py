@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_fdd.host.checkpoint import RELEASE
 from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Context, Model
 
 
-def check_experts(args: argparse.Namespace, role: Role) -> None:
+def check_experts(model: Model) -> None:
     """Refuse parallel sizes over which a model's experts cannot be spread; Megatron does it late, or without a remedy.
-
-    Args:
-        args: with the model's architecture and `world_size`; not necessarily validated.
 
     Raises:
         ValueError: names the size, the bound and the remedy.
     """
+    args, role = model.args, model.role
     whose, flag, size = role.label, role.experts_flag, args.expert_model_parallel_size
     if not args.num_experts:
         if size > 1:
@@ -55,12 +55,32 @@ def _check_training(args: argparse.Namespace) -> None:
         )
 
 
+def check_resume(context: Context) -> None:
+    """Refuse to resume an optimizer whose state has other parts than this layout's.
+
+    Raises:
+        ValueError: experts had an optimizer of their own in the checkpoint and have none here, or the reverse.
+    """
+    args, stored = context.args, context.stored_student
+    if stored is None or stored.flag != "--load" or args.finetune or args.no_load_optim:
+        return
+    there, here = _has_expert_optimizer(stored.args), _has_expert_optimizer(args)
+    if there == here or stored.path.name == RELEASE:
+        return
+    flag, sizes = Role.STUDENT.experts_flag, "of at least 2" if there else "1"
+    raise ValueError(
+        f"--load {stored.folder} was saved with {flag} {stored.args.expert_model_parallel_size}, this run has "
+        f"{args.expert_model_parallel_size}: Megatron cannot resume across that, its optimizer has other parts. "
+        f"Use {flag} {sizes}, or take the weights alone with --finetune"
+    )
+
+
 def expert_tensor_size(args: argparse.Namespace) -> int:
     """Over how many ranks each expert's matrices are cut; Megatron's default is the tensor-parallel size."""
     return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
 
 
-def has_expert_optimizer(args: argparse.Namespace) -> bool:
+def _has_expert_optimizer(args: argparse.Namespace) -> bool:
     """Whether Megatron keeps experts in an optimizer of their own: where their data-parallel ranks are other ones."""
     cut_otherwise = expert_tensor_size(args) != args.tensor_model_parallel_size
     return bool(args.num_experts) and (args.expert_model_parallel_size > 1 or cut_otherwise)

@@ -1,30 +1,18 @@
-"""FP8 by TransformerEngine: which shapes its products take, what its copies of the weights hold, stored scales."""
+"""FP8 by TransformerEngine: which shapes its products take, what its copies of the weights hold."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron.core import fp8_utils
 
-from megatron_fdd.host.checkpoint import holds_weights, read_extra_states
-from megatron_fdd.host.role import Role
-from megatron_fdd.plan.experts import (
-    expert_layers,
-    expert_tensor_size,
-    expert_width,
-)
+from megatron_fdd.plan.context import Model
+from megatron_fdd.plan.experts import expert_layers, expert_tensor_size, expert_width
 from megatron_fdd.plan.sizes import held_parameters, matrix_parameters, stage_layers
 
 # Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
 _SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
-# How TransformerEngine names a module's scales in the bytes of its extra state.
-_MARK = b"scale_fwd"
-# TransformerEngine (2.20) unpickles extra state only where this is 1.
-_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def fp8_layers(args: argparse.Namespace) -> range:
@@ -36,15 +24,15 @@ def fp8_layers(args: argparse.Namespace) -> range:
     return range(args.num_layers_at_start_in_bf16, args.num_layers - args.num_layers_at_end_in_bf16)
 
 
-def check_fp8_device(args: argparse.Namespace, role: Role) -> None:
+def check_fp8_device(model: Model) -> None:
     """Refuse a recipe that this rank's GPU does not multiply, as TransformerEngine knows. No collectives.
 
-    Args:
-        args: a model's in this run. Call after `refuse`, which guarantees TransformerEngine.
+    Call after `check_refusals`, which guarantees TransformerEngine.
 
     Raises:
         ValueError: with TransformerEngine's reason.
     """
+    args, role = model.args, model.role
     if not args.fp8:
         return
     manager = fp8_utils.FP8GlobalStateManager  # TransformerEngine's, as Megatron has it
@@ -57,7 +45,7 @@ def check_fp8_device(args: argparse.Namespace, role: Role) -> None:
         )
 
 
-def check_fp8_shapes(args: argparse.Namespace, role: Role) -> None:
+def check_fp8_shapes(model: Model) -> None:
     """Refuse what TransformerEngine's FP8 products would refuse in the first step.
 
     A product takes a dimension that it sums over in multiples of 16 and any other in multiples of 8; MXFP8 takes all
@@ -65,12 +53,12 @@ def check_fp8_shapes(args: argparse.Namespace, role: Role) -> None:
     frozen model does not have. Tokens are counted with sequence parallelism before they are gathered too. Experts pad
     their tokens. Not looked at: the attention's widths where it is multi-latent.
 
-    Args:
-        args: with the model's architecture; not necessarily validated. `check_splits` has passed.
+    Call after `check_splits`.
 
     Raises:
         ValueError: names every number that does not fit.
     """
+    args, role = model.args, model.role
     if None in (args.num_layers, args.hidden_size, args.num_attention_heads) or not fp8_layers(args):
         return  # Megatron names these well
     summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
@@ -177,83 +165,3 @@ def frozen_weight_bytes(args: argparse.Namespace) -> tuple[int, int]:
 def _bytes_each(args: argparse.Namespace) -> float:
     """Of a weight in FP8, scales included."""
     return 1 + _SCALES.get(args.fp8_recipe, 0)
-
-
-def holds_scales(checkpoint: Path, flag: str) -> bool:
-    """Whether a checkpoint has scales of delayed scaling; other recipes store none. No collectives.
-
-    Raises:
-        ValueError: its index cannot be read.
-    """
-    return any(_MARK in state for state in read_extra_states(checkpoint, flag))
-
-
-def check_trusted(checkpoint: Path, flag: str) -> None:
-    """Whether TransformerEngine will load a checkpoint with scales of delayed scaling.
-
-    Raises:
-        ValueError: it has not been told to.
-    """
-    if os.environ.get(_TRUST) != "1":
-        raise ValueError(
-            f"{flag}: the scales of delayed scaling in {checkpoint} are pickled, and unpickling can run code; if you "
-            f"trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to load them"
-        )
-
-
-def warn_of_pickled_scales(args: argparse.Namespace) -> None:
-    """A run with delayed scaling can be started without what it needs to go on from its own checkpoint."""
-    saves_scales = args.fp8 and args.fp8_recipe == "delayed" and args.save is not None
-    if saves_scales and os.environ.get(_TRUST) != "1":
-        warnings.warn(
-            f"--fp8-recipe delayed (the default): to go on from a checkpoint of this run set {_TRUST}=1, or choose the "
-            "recipe tensorwise, blockwise or mxfp8, which store no scales",
-            stacklevel=2,
-        )
-
-
-def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, role: Role) -> None:
-    """Whether each expert will get its own scales of delayed scaling.
-
-    What Megatron (0.19.2) stores for one of several experts that a module multiplies together are scales of other
-    experts and other tensors too, which only a module of as many experts puts in order again.
-
-    Args:
-        args: the model's in this run.
-        stored: those of its checkpoint, which holds scales.
-
-    Raises:
-        ValueError: there are more experts to a rank, or fewer, than in training.
-    """
-    if not (args.fp8 and args.fp8_recipe == "delayed" and args.num_experts and args.moe_grouped_gemm):
-        return
-    wanted, given = stored.expert_model_parallel_size, args.expert_model_parallel_size
-    if given != wanted:
-        raise ValueError(
-            f"FP8 with recipe delayed for {role.label}: its checkpoint was trained with expert-parallel size {wanted}; "
-            f"at {given} Megatron gives experts the scales of others; use {role.experts_flag} {wanted}, or the recipe "
-            "tensorwise, blockwise or mxfp8"
-        )
-
-
-def check_scales(checkpoint: Path, stored: argparse.Namespace, teacher: argparse.Namespace) -> None:
-    """Whether a checkpoint has scales of delayed scaling, and they will be read and be right. No collectives.
-
-    One without weights passes; it is enough to plan with.
-
-    Args:
-        stored: the checkpoint's own arguments.
-        teacher: the teacher's in this run.
-
-    Raises:
-        ValueError: it has none, reading them is not allowed, or Megatron would give them to other experts.
-    """
-    if not holds_weights(checkpoint, "--teacher-load"):
-        return
-    if not holds_scales(checkpoint, "--teacher-load"):
-        raise ValueError(
-            f"--teacher-fp8-recipe delayed: {checkpoint} holds no scales (a run with --fp8-recipe delayed saves them), "
-            "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
-        )
-    check_trusted(checkpoint, "--teacher-load")
-    check_expert_scales(teacher, stored, Role.TEACHER)

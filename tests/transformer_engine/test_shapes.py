@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Model
 from megatron_fdd.plan.fp8 import check_fp8_shapes
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import MICRO_BATCH, Case, join, schedule_step
@@ -83,7 +84,7 @@ def arguments(case: Case, shape: Shape, recipe: str) -> Namespace:
 def refusal_of_the_check(case: Case, recipe: str, role: Role) -> str | None:
     shape = case.student if role is Role.STUDENT else case.teacher
     try:
-        check_fp8_shapes(arguments(case, shape, recipe), role)
+        check_fp8_shapes(Model(role, arguments(case, shape, recipe), None))
     except ValueError as error:
         return str(error)
     return None
