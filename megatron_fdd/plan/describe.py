@@ -11,9 +11,9 @@ from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.terms import TERMS, needs_of
-from megatron_fdd.plan.balance import ModelShape, describe_balance, token_flops
-from megatron_fdd.plan.experts import active_ffn_width, expert_tensor_size, num_expert_layers
+from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
+from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -85,14 +85,13 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
 
 
 def _experts(args: argparse.Namespace, role: Role) -> list[str]:
-    if not args.num_experts:
+    experts, sizes = ModelShape.of_args(args).experts, ParallelSizes.of_args(args)
+    if experts is None:
         return []
-    held = args.num_experts // args.expert_model_parallel_size
-    tensor = expert_tensor_size(args)
     return [
-        f"  experts of {role.label}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
-        f"{args.moe_router_topk} to a token; {held} on a rank"
-        + (f", cut {tensor} ways" if tensor > 1 else "")
+        f"  experts of {role.label}: {experts.count} in each of {len(experts.layers)} layer(s), "
+        f"{experts.top_k} to a token; {experts.count // sizes.expert} on a rank"
+        + (f", cut {sizes.expert_tensor} ways" if sizes.expert_tensor > 1 else "")
     ]
 
 
@@ -188,25 +187,9 @@ def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace |
     """Load of each pipeline stage with and without its taps, and a split that evens it out."""
     if plan.num_stages == 1:
         return []
-    shapes = [
-        None if each is None else _shape(each, plan.vocab_size, args.seq_length) for each in (args, teacher)
-    ]
-    assert shapes[0] is not None
-    flops = token_flops(shapes[0], shapes[1], plan.config)
+    shape = ModelShape.of_args(args, vocab=plan.vocab_size)
+    teachers = None if teacher is None else ModelShape.of_args(teacher, vocab=plan.vocab_size)
+    flops = token_flops(shape, teachers, plan.config)
     layers = [pair.student_layer for pair in plan.pairs]
     split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]
     return describe_balance(flops, split, layers, _micro_batches(args))
-
-
-def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelShape:
-    heads = args.num_attention_heads
-    return ModelShape(
-        hidden=args.hidden_size,
-        ffn=active_ffn_width(args),
-        heads=heads,
-        groups=args.num_query_groups if args.group_query_attention else heads,
-        head_width=args.kv_channels or args.hidden_size // heads,
-        vocab=vocab_size,
-        gated=args.swiglu,
-        seq_length=seq_length,
-    )

@@ -1,4 +1,4 @@
-"""Mixtures of experts: what the parallel sizes must divide, and how wide and how large the feed-forward layers are."""
+"""Mixtures of experts: what the parallel sizes must divide, and what an optimizer can go on from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 from megatron_fdd.host.checkpoint import RELEASE
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.context import Context, Model
+from megatron_fdd.plan.model_shape import ParallelSizes
 
 
 def check_experts(model: Model) -> None:
@@ -26,8 +27,8 @@ def check_experts(model: Model) -> None:
         raise ValueError(
             f"{flag} {size} does not divide {whose}'s {args.num_experts} experts: use one that does"
         )
-    stages = args.pipeline_model_parallel_size
-    expert_tensor = expert_tensor_size(args)
+    sizes = ParallelSizes.of_args(args)
+    stages, expert_tensor = sizes.pipeline, sizes.expert_tensor
     ranks = args.world_size // stages
     if ranks % (size * expert_tensor):
         raise ValueError(
@@ -75,42 +76,9 @@ def check_resume(context: Context) -> None:
     )
 
 
-def expert_tensor_size(args: argparse.Namespace) -> int:
-    """Over how many ranks each expert's matrices are cut; Megatron's default is the tensor-parallel size."""
-    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-
-
 def _has_expert_optimizer(args: argparse.Namespace) -> bool:
     """Whether Megatron keeps experts in an optimizer of their own: where their data-parallel ranks are other ones."""
-    cut_otherwise = expert_tensor_size(args) != args.tensor_model_parallel_size
-    return bool(args.num_experts) and (args.expert_model_parallel_size > 1 or cut_otherwise)
-
-
-def expert_layers(args: argparse.Namespace) -> list[int]:
-    """The layers that have experts, of a model with or without them."""
     if not args.num_experts:
-        return []
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        return list(range(0, args.num_layers, pattern))
-    return [layer for layer, has_experts in enumerate(pattern) if has_experts]
-
-
-def num_expert_layers(args: argparse.Namespace) -> int:
-    return len(expert_layers(args))
-
-
-def active_ffn_width(args: argparse.Namespace) -> int:
-    """Width of the feed-forward matrices that one token passes, on average over the layers. Routers are left out."""
-    with_experts = num_expert_layers(args)
-    if not with_experts:
-        return args.ffn_hidden_size
-    routed = args.moe_router_topk * expert_width(args)
-    dense = args.num_layers - with_experts
-    shared = args.moe_shared_expert_intermediate_size or 0
-    return (with_experts * (routed + shared) + dense * args.ffn_hidden_size) // args.num_layers
-
-
-def expert_width(args: argparse.Namespace) -> int:
-    """Width of one routed expert."""
-    return args.moe_ffn_hidden_size or args.ffn_hidden_size
+        return False
+    sizes = ParallelSizes.of_args(args)
+    return sizes.expert > 1 or sizes.expert_tensor != sizes.tensor

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from megatron.core import fp8_utils
 
 from megatron_fdd.plan.context import Model
-from megatron_fdd.plan.experts import expert_layers, expert_tensor_size, expert_width
-from megatron_fdd.plan.sizes import held_parameters, matrix_parameters, stage_layers
+from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
+from megatron_fdd.plan.sizes import held_parameters, stage_layers
 
 # Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
 _SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
@@ -98,30 +98,21 @@ def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tupl
 
 def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tuple[str, int, int]]:
     """(name, number, divisor) of the matrices of the layers in FP8."""
-    layers, tensor = fp8_layers(args), args.tensor_model_parallel_size
-    heads, cut = args.num_attention_heads, f" / tensor parallel {tensor}"
-    widths = [("hidden size", args.hidden_size, summed)]
+    shape, sizes, layers = ModelShape.of_args(args), ParallelSizes.of_args(args), fp8_layers(args)
+    cut = f" / tensor parallel {sizes.tensor}"
+    widths = [("hidden size", shape.hidden, summed)]
     if not args.multi_latent_attention:
-        head_width = args.kv_channels or args.hidden_size // heads
-        groups = args.num_query_groups if args.group_query_attention else heads
-        all_heads = heads * (2 if args.attention_output_gate else 1) + 2 * groups
-        widths.append((f"attention width{cut}", heads * head_width // tensor, summed))
-        widths.append(
-            (f"width of queries, keys and values{cut}", all_heads * head_width // tensor, in_backward)
-        )
-    with_experts = set(expert_layers(args)).intersection(layers)
-    if args.ffn_hidden_size is not None and len(with_experts) < len(layers):
-        widths.append((f"feed-forward width{cut}", args.ffn_hidden_size // tensor, summed))
-    if not with_experts:
+        qkv = shape.qkv_width // sizes.tensor
+        widths.append((f"attention width{cut}", shape.attention_width // sizes.tensor, summed))
+        widths.append((f"width of queries, keys and values{cut}", qkv, in_backward))
+    with_experts = set(shape.expert_layers).intersection(layers)
+    if len(with_experts) < len(layers):
+        widths.append((f"feed-forward width{cut}", shape.ffn // sizes.tensor, summed))
+    if shape.experts is None or not with_experts:
         return widths
-    if expert_width(args) is not None:
-        expert_tensor = expert_tensor_size(args)
-        name = f"experts' width / expert tensor parallel {expert_tensor}"
-        widths.append((name, expert_width(args) // expert_tensor, summed))
-    if args.moe_shared_expert_intermediate_size:
-        widths.append(
-            (f"shared experts' width{cut}", args.moe_shared_expert_intermediate_size // tensor, summed)
-        )
+    name = f"experts' width / expert tensor parallel {sizes.expert_tensor}"
+    widths.append((name, shape.experts.width // sizes.expert_tensor, summed))
+    widths.append((f"shared experts' width{cut}", shape.experts.shared_width // sizes.tensor, summed))
     if args.moe_latent_size:
         widths.append(("experts' latent width", args.moe_latent_size, summed))
     return widths
@@ -143,7 +134,8 @@ def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int]) -> int:
     for chunk, count in enumerate(counts):
         held[chunk % stages] += [layer for layer in range(first, first + count) if layer in fp8_layers(args)]
         first += count
-    most = max(matrix_parameters(args, layers) for layers in held)
+    shape, sizes = ModelShape.of_args(args), ParallelSizes.of_args(args)
+    most = max(shape.matrix_parameters(layers, sizes) for layers in held)
     return int(2 * most * _bytes_each(args))
 
 
@@ -153,15 +145,16 @@ def frozen_weight_bytes(args: argparse.Namespace) -> tuple[int, int]:
     The matrices of layers in FP8 are held in FP8 alone. What is counted: `held_parameters`.
     """
     layers = fp8_layers(args)
+    matrices = ModelShape.of_args(args).matrix_parameters(layers, ParallelSizes.of_args(args))
     of_stages = []
     for stage in range(args.pipeline_model_parallel_size):
         count = len(set(layers).intersection(stage_layers(args, stage)))
-        in_fp8 = matrix_parameters(args, layers) * count // max(len(layers), 1)
+        in_fp8 = matrices * count // max(len(layers), 1)
         others = held_parameters(args, stage) - in_fp8
         of_stages.append((others * args.params_dtype.itemsize, int(in_fp8 * _bytes_each(args))))
     return max(of_stages, key=sum)
 
 
 def _bytes_each(args: argparse.Namespace) -> float:
-    """Of a weight in FP8, scales included."""
+    """Bytes of a weight in FP8, scales included."""
     return 1 + _SCALES.get(args.fp8_recipe, 0)

@@ -52,7 +52,8 @@ MODEL = Namespace(
     ffn_hidden_size=160, seq_length=48, micro_batch_size=1, tensor_model_parallel_size=1, context_parallel_size=1,
     sequence_parallel=False, num_experts=None, moe_layer_freq=1, moe_ffn_hidden_size=None, moe_latent_size=None,
     moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=None, first_last_layers_bf16=False,
-    num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1,
+    num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1, swiglu=True, moe_router_topk=2,
+    pipeline_model_parallel_size=1, expert_model_parallel_size=1,
 )  # fmt: skip
 
 

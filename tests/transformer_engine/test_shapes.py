@@ -78,6 +78,7 @@ def arguments(case: Case, shape: Shape, recipe: str) -> Namespace:
         num_query_groups=shape.groups, ffn_hidden_size=shape.ffn, num_experts=shape.experts,
         multi_latent_attention=False, attention_output_gate=False, moe_layer_freq=1, moe_ffn_hidden_size=shape.ffn,
         moe_latent_size=None, moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=None,
+        pipeline_model_parallel_size=case.pp, expert_model_parallel_size=case.ep, swiglu=True, moe_router_topk=2,
     )  # fmt: skip
 
 
