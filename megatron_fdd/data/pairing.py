@@ -90,7 +90,7 @@ def _compare(
 
 
 def _check_ids(args: argparse.Namespace, teacher: TokenizerStamp | TokenizerIdentity) -> None:
-    """What the student alone knows the teacher cannot teach."""
+    """Refuse data with a token id that the teacher does not have; the teacher cannot teach it."""
     stamp = teacher if isinstance(teacher, TokenizerStamp) else teacher.stamp
     for prefix in data_prefixes(args):
         largest = -1 if is_object_storage_path(prefix) else open_set(prefix).largest_token_id
