@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_flops import Model, Objective
-from megatron_fdd.plan.balance import ModelShape
+from megatron_fdd.plan.model_shape import ModelShape
 
 WEIGHTS: dict[Objective, str] = {
     "FDD": "--fdd-alpha 1 --fdd-beta 1 --fdd-kd-weight 1 --fdd-ce-weight 0",

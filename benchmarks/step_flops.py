@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from megatron_fdd.plan.balance import ModelShape, head_loss_flops, layer_flops, linear_kl_flops
+from megatron_fdd.plan.balance import head_loss_flops, layer_flops, linear_kl_flops
+from megatron_fdd.plan.model_shape import ModelShape
 
 Objective = Literal["cross-entropy", "logit KD", "FDD"]
 

@@ -195,6 +195,23 @@ def test_every_refusal_has_a_remedy() -> None:
     assert sorted(text for text in bare if not any(quote in text for quote in quotes)) == []
 
 
+def test_a_check_begins_with_what_it_does() -> None:
+    """A function that raises or warns, and returns nothing, is not described as if it answered a question."""
+    begins = {"check": ("Refuse", "Warn"), "refuse": ("Refuse",), "warn": ("Warn",)}
+    told, others = 0, []
+    for source in (ROOT / "megatron_fdd").rglob("*.py"):
+        for node in ast.walk(tree_of(source)):
+            if not isinstance(node, ast.FunctionDef) or not isinstance(node.returns, ast.Constant):
+                continue
+            verb, _, rest = node.name.lstrip("_").partition("_")
+            if rest and verb in begins and node.returns.value is None:
+                told += 1
+                if not (ast.get_docstring(node) or "").startswith(begins[verb]):
+                    others.append(f"{source.relative_to(ROOT)}: {node.name}")
+    assert others == []
+    assert told > 70
+
+
 def troubleshooting() -> list[tuple[str, str]]:
     """Quoted messages, each with the foreign file that says it ("" for ours)."""
     return page_at(ROOT / "docs/troubleshooting.md").quotes

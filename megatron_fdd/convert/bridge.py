@@ -85,7 +85,7 @@ class Bridge:
         self.values = architecture_of(self._provider)
 
     def check_trained(self, args: Namespace) -> None:
-        """ValueError unless the args of a checkpoint describe the model of the config."""
+        """Refuse a checkpoint unless its args describe the model of the config."""
         check_trained(self._provider, self.values, args, self._model_type)
 
     def build(self, args: Namespace, groups: Any) -> torch.nn.Module:
@@ -191,7 +191,7 @@ def _checked_type(config: HfConfig) -> str:
 
 
 def _check_settings(settings: HfConfig, model_type: str) -> None:
-    """ValueError names a field with a value that Megatron-Bridge does not read."""
+    """Refuse a field with a value that Megatron-Bridge does not read."""
     for path, allowed in CHECKED[model_type].items():
         value: Any = settings
         for key in path.split("."):

@@ -100,7 +100,7 @@ def _yarn_args(provider: Any, known: set[str]) -> MegatronArgs:
 
 
 def check_trained(provider: Any, values: MegatronArgs, args: Namespace, model_type: str) -> None:
-    """ValueError unless the args of a checkpoint are those of the provider's model; `values`: `architecture_of` it."""
+    """Refuse args of a checkpoint that are not the provider's model's; `values`: `architecture_of` it."""
     defaults = {field.name: field.default for field in dataclasses.fields(provider)}
     # Where the model has Megatron's default, a run may have had its reasons to change it.
     told = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
@@ -117,7 +117,7 @@ def check_trained(provider: Any, values: MegatronArgs, args: Namespace, model_ty
 
 
 def check_same(provider: Any, args: Namespace, model_type: str) -> None:
-    """Compare the model that a training run will build from `args` with the provider's, which is changed.
+    """Refuse another model than the provider's, as training would build it from `args`. Changes the provider.
 
     Raises:
         ValueError: they differ in a field that says what the model computes; all of these are named.

@@ -68,7 +68,7 @@ class BridgeSource:
         return self.parameters[name].detach()
 
     def _check_way_back(self, bridge: Bridge, *, keep_dtype: bool) -> None:
-        """Every tensor of the folder must come out of the model again; keeps their digests."""
+        """Refuse a folder unless every tensor comes out of the model again as it was; keeps their digests."""
         expected = Checksums.read(self._folder.path)
         left = set(self._names)
         for name, tensor in bridge.export(self.model):
@@ -127,6 +127,7 @@ class BridgeExport:
 
 
 def _check_alone() -> None:
+    """Refuse more than one rank."""
     if dist.get_world_size() > 1:
         raise ValueError("--via bridge holds the whole model in one process: start it without torchrun")
 

@@ -47,7 +47,7 @@ def unfinished_name(final: Path) -> Path:
 
 
 def check_new_folder(final: Path, flag: str) -> None:
-    """ValueError unless nothing, or an empty folder that can be replaced, is at `final`, the value of `flag`."""
+    """Refuse `final`, the value of `flag`, unless nothing is there, or an empty folder that can be replaced."""
     real = Path(os.path.realpath(final))
     if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise ValueError(

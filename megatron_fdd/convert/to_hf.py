@@ -225,7 +225,7 @@ def _by_table(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, gro
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
-    """ValueError unless the checkpoint's args have the values that all models of a family have."""
+    """Refuse a checkpoint unless its args have the values that all models of a family have."""
     wrong = {name: getattr(args, name, value) for name, value in fixed.items()}
     wrong = {name: value for name, value in wrong.items() if value != fixed[name]}
     if wrong:
@@ -234,7 +234,7 @@ def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: st
 
 
 def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family: Family) -> None:
-    """A parameter without a place in the Hugging Face model may only hold zeros. Every rank looks at all."""
+    """Refuse values other than 0 that have no place in the Hugging Face model. Every rank looks at all."""
     trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
     if trained:
         raise ValueError(

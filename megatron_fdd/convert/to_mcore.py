@@ -132,7 +132,7 @@ class _Source:
         return found.pop() if len(found) == 1 else "mixed"
 
     def _check_tensors(self, vocab_size: int) -> None:
-        """ValueError when the files hold no floats, or other shapes than the model that config.json describes."""
+        """Refuse files that hold no floats, or other shapes than the model that config.json describes."""
         for row in self._row_of.values():
             parts = row.transform.split(self.parameters[row.mcore]) if row.sources else []
             for name, part in zip(row.sources, parts, strict=True):
@@ -192,7 +192,7 @@ def _progress_bar(owned: Iterable[Tensor], wanted: bool) -> tqdm:
 
 
 def check_names(family: Family, folder: HfFolder) -> None:
-    """ValueError that lists every tensor the table needs and the folder lacks, or the other way round."""
+    """Refuse a folder that lacks tensors the table needs, or has others; lists them all."""
     needed = [source for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"

@@ -39,9 +39,10 @@ class _Part:
 
 
 def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase | None = None) -> None:
-    """Look at flags and files on every rank; `tokenizer` is Megatron's global one unless given.
+    """Refuse flags and data files that this run cannot train with; every rank looks for itself.
 
-    Collectives: none. Sets in object storage are only looked at when they are read.
+    `tokenizer` is Megatron's global one unless given. Sets in object storage are looked at only when they are read.
+    Collectives: none.
 
     Raises:
         ValueError: names the value, the bound and the remedy.
@@ -61,6 +62,7 @@ def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase |
 
 
 def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other or that no data set here knows."""
     has_data = bool(data_prefixes(args))
     refused = (
         (
@@ -97,7 +99,10 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _check_cache_folders(args: argparse.Namespace) -> None:
-    """Rank 0 writes Megatron's index cache; failing there leaves the others waiting at a barrier."""
+    """Refuse a folder for Megatron's index cache that cannot be written.
+
+    Rank 0 writes the cache; if it failed there, the other ranks would wait at a barrier.
+    """
     if args.dataloader_fast_cache_load:
         return
     for prefix in data_prefixes(args):
@@ -114,6 +119,7 @@ def _check_cache_folders(args: argparse.Namespace) -> None:
 
 
 def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None:
+    """Refuse text and instructions in one run."""
     kinds = {"text" if s.info is None else s.info.kind: s.prefix for s in sets.values()}
     if len(kinds) > 1:
         raise ValueError(
@@ -127,6 +133,7 @@ def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None
 
 
 def _check_sequence_length(args: argparse.Namespace, prepared: PreparedSet) -> None:
+    """Refuse a prepared set with instructions longer than a sequence."""
     info = prepared.info
     if info is None or info.kind != "instruction" or info.longest_document <= args.seq_length + 1:
         return
@@ -140,6 +147,7 @@ def _check_sequence_length(args: argparse.Namespace, prepared: PreparedSet) -> N
 def _check_tokenizer(
     args: argparse.Namespace, prepared: PreparedSet, tokenizer: MegatronTokenizerBase
 ) -> None:
+    """Refuse data that was prepared with another tokenizer."""
     if prepared.largest_token_id >= tokenizer.vocab_size:
         raise ValueError(
             f"{prepared.prefix} has the token id {prepared.largest_token_id} and the tokenizer of this run "
@@ -211,7 +219,7 @@ def _no_data(name: str, is_split: bool, split: str) -> str:
 
 
 def _check_part(args: argparse.Namespace, part: _Part, prepared: PreparedSet) -> None:
-    """A part without a token would make Megatron's dataset count epochs for ever."""
+    """Refuse a part without a token: Megatron's dataset would count its epochs for ever."""
     if np.any(prepared.document_lengths[part.first : part.last]):
         return
     raise ValueError(

@@ -139,7 +139,7 @@ def _read_message(given: object, turns: Turns) -> None:
 
 
 def check_content(text: str) -> None:
-    """`check_text`, for the content of a message."""
+    """Refuse the content of a message that `check_text` refuses."""
     try:
         check_text(text)
     except Fault as error:
@@ -219,6 +219,7 @@ def _flag(given: Fields) -> bool | None:
 
 
 def _refuse_media(given: Fields) -> None:
+    """Refuse a message with a picture, a sound or the like."""
     for key in MEDIA:
         if given.get(key):
             raise Fault(f"has {key!r}", Reason.MEDIA)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
-from typing import Literal
 
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers import MegatronTokenizerBase
@@ -23,8 +22,7 @@ from megatron_fdd.data.tokenizer_identity import (
     identity_of_folder,
     stored_identity,
 )
-
-Role = Literal["teacher", "student"]
+from megatron_fdd.host.role import Role
 
 
 def check_checkpoint_tokenizer(
@@ -48,7 +46,7 @@ def check_checkpoint_tokenizer(
     stored = stored_identity(folder)
     ours = identity_of(get_tokenizer() if tokenizer is None else tokenizer)
     if stored is None:
-        if role == "teacher":
+        if role is Role.TEACHER:
             _warn(
                 args,
                 f"--teacher-load {load} stores no tokenizer, so nobody checks that its ids mean what the data's ids "
@@ -58,20 +56,20 @@ def check_checkpoint_tokenizer(
     if ours is None:
         _warn(
             args,
-            f"--tokenizer-type {args.tokenizer_type} has no vocabulary, so it cannot be compared with the {role}'s "
+            f"--tokenizer-type {args.tokenizer_type} has no vocabulary, so it cannot be compared with {role.label}'s "
             f"({folder}); make sure that the ids mean the same",
         )
         return
-    found = _compare(folder, stored, ours, (f"the {role}", "this run"))
+    found = _compare(folder, stored, ours, (role.label, "this run"))
     if found.difference is not None:
         raise ValueError(
-            f"the {role}'s tokenizer ({folder}) is not the run's (--tokenizer-model {args.tokenizer_model}): "
-            f"{found.difference}. Teacher, student and data must share a tokenizer: give the one that the {role} was "
+            f"{role.label}'s tokenizer ({folder}) is not the run's (--tokenizer-model {args.tokenizer_model}): "
+            f"{found.difference}. Teacher, student and data must share a tokenizer: give the one that {role.label} was "
             "trained with, and prepare the data with it"
         )
     for remark in found.remarks:
-        _warn(args, f"the {role}'s tokenizer ({folder}) and the run's: {remark}")
-    if role == "teacher" and not args.mock_data:
+        _warn(args, f"{role.label}'s tokenizer ({folder}) and the run's: {remark}")
+    if role is Role.TEACHER and not args.mock_data:
         _check_ids(args, stored)
 
 
@@ -92,7 +90,7 @@ def _compare(
 
 
 def _check_ids(args: argparse.Namespace, teacher: TokenizerStamp | TokenizerIdentity) -> None:
-    """What the student alone knows the teacher cannot teach."""
+    """Refuse data with a token id that the teacher does not have; the teacher cannot teach it."""
     stamp = teacher if isinstance(teacher, TokenizerStamp) else teacher.stamp
     for prefix in data_prefixes(args):
         largest = -1 if is_object_storage_path(prefix) else open_set(prefix).largest_token_id

@@ -286,6 +286,7 @@ def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: t
 
 
 def _check_documents(settings: PrepareSettings, done: Done) -> None:
+    """Refuse to write a set without a document."""
     for prefix, count in zip(settings.prefixes(), done.dealt, strict=True):
         if count == 0:
             if done.tally.refused and not done.tally.documents:

@@ -163,7 +163,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_TRAINING}.arguments.parse_args",
         ("extra_args_provider",),
         "our argument group beside Megatron's",
-        ("plan/run.py",),
+        ("plan/command_line.py",),
         "every run",
     ),
     Seam(

@@ -65,6 +65,7 @@ class Request:
         self._check_vocabularies()
 
     def _check_vocabularies(self) -> None:
+        """Refuse models that cannot be compared with the teacher word by word."""
         if self.teacher is None or not self.text.is_asked:
             return
         theirs, identity = self.teacher.config().vocab_size, self.teacher.identity()

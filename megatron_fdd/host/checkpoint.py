@@ -262,7 +262,7 @@ def _lists_tensors(index: Metadata) -> bool:
 
 
 def _check_files(path: Path, flag: str, index: Metadata) -> None:
-    """Every byte that the index points to must be on disk."""
+    """Refuse a checkpoint unless every byte to which its index points is on disk."""
     needed: dict[str, int] = {}
     for item in index.storage_data.values():
         needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)

@@ -95,6 +95,7 @@ def check_recompute_keeps_taps(
 
 
 def _check_blocks(blocks: Sequence[int], num_layers: int, model: str) -> None:
+    """Refuse block numbers that a model does not have, or that do not increase."""
     for block in blocks:
         if not 1 <= block <= num_layers:
             raise ValueError(f"--fdd-layer-pairs: {model} block {block} is not in 1..{num_layers}")

@@ -104,6 +104,7 @@ def linear_kl(
 
 
 def _check_shapes(teacher: Model | None, student: Model, labels_N: Tensor | None, shard: VocabShard) -> None:
+    """Refuse, by an assertion, tensors of shapes that do not belong together."""
     num_tokens = len(student[0])
     for hidden, head in (student,) if teacher is None else (teacher, student):
         assert hidden.ndim == head.ndim == 2, (

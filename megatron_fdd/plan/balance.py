@@ -12,30 +12,9 @@ from dataclasses import dataclass
 
 from megatron_fdd.config import DivergenceName, FddConfig
 from megatron_fdd.losses.terms import first_tap, needs_of, tap_terms, uses_final_head
+from megatron_fdd.plan.model_shape import ModelShape
 
 Split = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """One model, enough to count its matrix products.
-
-    Attributes:
-        ffn: width of the feed-forward layer that a token passes; of a mixture of experts, all it is routed to,
-            on average over the layers.
-        groups: key-value heads.
-        vocab: rows of the head that count, over all tensor ranks.
-        gated: whether the feed-forward layer has three matrices.
-    """
-
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    head_width: int
-    vocab: int
-    gated: bool
-    seq_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +46,9 @@ class ChunkLoad:
 
 def layer_flops(shape: ModelShape) -> int:
     """One layer forward: its matrices, and the scores and values of causal attention."""
-    attention = shape.hidden * shape.head_width * (2 * shape.heads + 2 * shape.groups)
-    feed_forward = shape.hidden * shape.ffn * (3 if shape.gated else 2)
+    matrices = shape.attention_parameters + shape.active_ffn * shape.parameters_per_width
     # Two products of 2 * seq_length * width, of which the causal mask leaves half.
-    return 2 * (attention + feed_forward) + 2 * shape.seq_length * shape.heads * shape.head_width
+    return 2 * matrices + 2 * shape.seq_length * shape.attention_width
 
 
 def linear_kl_flops(

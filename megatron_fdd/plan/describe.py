@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.terms import TERMS, needs_of
-from megatron_fdd.plan.balance import ModelShape, describe_balance, token_flops
-from megatron_fdd.plan.experts import active_ffn_width, expert_tensor_size, num_expert_layers
+from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
+from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -29,7 +30,7 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += _pairs(plan.config, plan.pairs)
     lines += _ranks(plan, args)
-    lines += _experts(args, "student") + ([] if teacher is None else _experts(teacher, "teacher"))
+    lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
     lines += _memory(plan, args, teacher)
     lines += _balance(plan, args, teacher)
     return "\n".join(lines)
@@ -83,15 +84,14 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _experts(args: argparse.Namespace, whose: str) -> list[str]:
-    if not args.num_experts:
+def _experts(args: argparse.Namespace, role: Role) -> list[str]:
+    experts, sizes = ModelShape.of_args(args).experts, ParallelSizes.of_args(args)
+    if experts is None:
         return []
-    held = args.num_experts // args.expert_model_parallel_size
-    tensor = expert_tensor_size(args)
     return [
-        f"  experts of the {whose}: {args.num_experts} in each of {num_expert_layers(args)} layer(s), "
-        f"{args.moe_router_topk} to a token; {held} on a rank"
-        + (f", cut {tensor} ways" if tensor > 1 else "")
+        f"  experts of {role.label}: {experts.count} in each of {len(experts.layers)} layer(s), "
+        f"{experts.top_k} to a token; {experts.count // sizes.expert} on a rank"
+        + (f", cut {sizes.expert_tensor} ways" if sizes.expert_tensor > 1 else "")
     ]
 
 
@@ -187,25 +187,9 @@ def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace |
     """Load of each pipeline stage with and without its taps, and a split that evens it out."""
     if plan.num_stages == 1:
         return []
-    shapes = [
-        None if each is None else _shape(each, plan.vocab_size, args.seq_length) for each in (args, teacher)
-    ]
-    assert shapes[0] is not None
-    flops = token_flops(shapes[0], shapes[1], plan.config)
+    shape = ModelShape.of_args(args, vocab=plan.vocab_size)
+    teachers = None if teacher is None else ModelShape.of_args(teacher, vocab=plan.vocab_size)
+    flops = token_flops(shape, teachers, plan.config)
     layers = [pair.student_layer for pair in plan.pairs]
     split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]
     return describe_balance(flops, split, layers, _micro_batches(args))
-
-
-def _shape(args: argparse.Namespace, vocab_size: int, seq_length: int) -> ModelShape:
-    heads = args.num_attention_heads
-    return ModelShape(
-        hidden=args.hidden_size,
-        ffn=active_ffn_width(args),
-        heads=heads,
-        groups=args.num_query_groups if args.group_query_attention else heads,
-        head_width=args.kv_channels or args.hidden_size // heads,
-        vocab=vocab_size,
-        gated=args.swiglu,
-        seq_length=seq_length,
-    )

@@ -1,36 +1,34 @@
-"""Mixtures of experts: what the parallel sizes must divide, and how wide and how large the feed-forward layers are."""
+"""Mixtures of experts: what the parallel sizes must divide, and what an optimizer can go on from."""
 
 from __future__ import annotations
 
 import argparse
 
-STUDENT_FLAG = "--expert-model-parallel-size"
-TEACHER_FLAG = "--fdd-teacher-expert-model-parallel-size"
+from megatron_fdd.host.checkpoint import RELEASE
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Context, Model
+from megatron_fdd.plan.model_shape import ParallelSizes
 
 
-def check_experts(args: argparse.Namespace, whose: str) -> None:
-    """Whether a model's experts can be spread as asked. Megatron says these late, or without a remedy.
-
-    Args:
-        args: with the model's architecture and `world_size`; not necessarily validated.
-        whose: "the student" or "the teacher", for the message.
+def check_experts(model: Model) -> None:
+    """Refuse parallel sizes over which a model's experts cannot be spread; Megatron does it late, or without a remedy.
 
     Raises:
         ValueError: names the size, the bound and the remedy.
     """
-    is_student = whose == "the student"
-    flag, size = STUDENT_FLAG if is_student else TEACHER_FLAG, args.expert_model_parallel_size
+    args, role = model.args, model.role
+    whose, flag, size = role.label, role.experts_flag, args.expert_model_parallel_size
     if not args.num_experts:
         if size > 1:
-            remedy = f"leave it out; {TEACHER_FLAG} is for the teacher's" if is_student else "leave it out"
-            raise ValueError(f"{flag} {size}: {whose} has no experts: {remedy}")
+            other = f"; {Role.TEACHER.experts_flag} is for the teacher's" if role is Role.STUDENT else ""
+            raise ValueError(f"{flag} {size}: {whose} has no experts: leave it out{other}")
         return
     if size < 1 or args.num_experts % size:
         raise ValueError(
             f"{flag} {size} does not divide {whose}'s {args.num_experts} experts: use one that does"
         )
-    stages = args.pipeline_model_parallel_size
-    expert_tensor = expert_tensor_size(args)
+    sizes = ParallelSizes.of_args(args)
+    stages, expert_tensor = sizes.pipeline, sizes.expert_tensor
     ranks = args.world_size // stages
     if ranks % (size * expert_tensor):
         raise ValueError(
@@ -39,16 +37,17 @@ def check_experts(args: argparse.Namespace, whose: str) -> None:
             "more ranks, or a lower --expert-tensor-parallel-size"
         )
     if args.add_bias_linear and expert_tensor > 1:
-        remedy = " (or, for a new student, --disable-bias-linear)" if is_student else ""
+        remedy = " (or, for a new student, --disable-bias-linear)" if role is Role.STUDENT else ""
         raise ValueError(
             f"{whose}'s experts have biases, which Megatron cannot cut {expert_tensor} ways: "
             f"use --expert-tensor-parallel-size 1{remedy}"
         )
-    if is_student:
+    if role.is_trained:
         _check_training(args)
 
 
 def _check_training(args: argparse.Namespace) -> None:
+    """Refuse experts under tensor parallelism where Megatron cannot train them."""
     tensor = args.tensor_model_parallel_size
     if tensor > 1 and not args.sequence_parallel:
         raise ValueError(
@@ -57,42 +56,29 @@ def _check_training(args: argparse.Namespace) -> None:
         )
 
 
-def expert_tensor_size(args: argparse.Namespace) -> int:
-    """Over how many ranks each expert's matrices are cut; Megatron's default is the tensor-parallel size."""
-    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+def check_resume(context: Context) -> None:
+    """Refuse to resume an optimizer whose state has other parts than this layout's.
+
+    Raises:
+        ValueError: experts had an optimizer of their own in the checkpoint and have none here, or the reverse.
+    """
+    args, stored = context.args, context.stored_student
+    if stored is None or stored.flag != "--load" or args.finetune or args.no_load_optim:
+        return
+    there, here = _has_expert_optimizer(stored.args), _has_expert_optimizer(args)
+    if there == here or stored.path.name == RELEASE:
+        return
+    flag, sizes = Role.STUDENT.experts_flag, "of at least 2" if there else "1"
+    raise ValueError(
+        f"--load {stored.folder} was saved with {flag} {stored.args.expert_model_parallel_size}, this run has "
+        f"{args.expert_model_parallel_size}: Megatron cannot resume across that, its optimizer has other parts. "
+        f"Use {flag} {sizes}, or take the weights alone with --finetune"
+    )
 
 
-def has_expert_optimizer(args: argparse.Namespace) -> bool:
+def _has_expert_optimizer(args: argparse.Namespace) -> bool:
     """Whether Megatron keeps experts in an optimizer of their own: where their data-parallel ranks are other ones."""
-    cut_otherwise = expert_tensor_size(args) != args.tensor_model_parallel_size
-    return bool(args.num_experts) and (args.expert_model_parallel_size > 1 or cut_otherwise)
-
-
-def expert_layers(args: argparse.Namespace) -> list[int]:
-    """The layers that have experts, of a model with or without them."""
     if not args.num_experts:
-        return []
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        return list(range(0, args.num_layers, pattern))
-    return [layer for layer, has_experts in enumerate(pattern) if has_experts]
-
-
-def num_expert_layers(args: argparse.Namespace) -> int:
-    return len(expert_layers(args))
-
-
-def active_ffn_width(args: argparse.Namespace) -> int:
-    """Width of the feed-forward matrices that one token passes, on average over the layers. Routers are left out."""
-    with_experts = num_expert_layers(args)
-    if not with_experts:
-        return args.ffn_hidden_size
-    routed = args.moe_router_topk * expert_width(args)
-    dense = args.num_layers - with_experts
-    shared = args.moe_shared_expert_intermediate_size or 0
-    return (with_experts * (routed + shared) + dense * args.ffn_hidden_size) // args.num_layers
-
-
-def expert_width(args: argparse.Namespace) -> int:
-    """Width of one routed expert."""
-    return args.moe_ffn_hidden_size or args.ffn_hidden_size
+        return False
+    sizes = ParallelSizes.of_args(args)
+    return sizes.expert > 1 or sizes.expert_tensor != sizes.tensor

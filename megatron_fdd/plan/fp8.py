@@ -1,31 +1,18 @@
-"""FP8 by TransformerEngine: which shapes its products take, what its copies of the weights hold, stored scales."""
+"""FP8 by TransformerEngine: which shapes its products take, what its copies of the weights hold."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron.core import fp8_utils
 
-from megatron_fdd.host.checkpoint import holds_weights, read_extra_states
-from megatron_fdd.plan.experts import (
-    STUDENT_FLAG,
-    TEACHER_FLAG,
-    expert_layers,
-    expert_tensor_size,
-    expert_width,
-)
-from megatron_fdd.plan.sizes import held_parameters, matrix_parameters, stage_layers
+from megatron_fdd.plan.context import Model
+from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
+from megatron_fdd.plan.sizes import held_parameters, stage_layers
 
 # Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
 _SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
-# How TransformerEngine names a module's scales in the bytes of its extra state.
-_MARK = b"scale_fwd"
-# TransformerEngine (2.20) unpickles extra state only where this is 1.
-_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def fp8_layers(args: argparse.Namespace) -> range:
@@ -37,16 +24,15 @@ def fp8_layers(args: argparse.Namespace) -> range:
     return range(args.num_layers_at_start_in_bf16, args.num_layers - args.num_layers_at_end_in_bf16)
 
 
-def check_fp8_device(args: argparse.Namespace, whose: str) -> None:
+def check_fp8_device(model: Model) -> None:
     """Refuse a recipe that this rank's GPU does not multiply, as TransformerEngine knows. No collectives.
 
-    Args:
-        args: of a model in this run. `refuse` has passed, so that TransformerEngine is installed.
-        whose: "the student" or "the teacher".
+    Call after `check_refusals`, which guarantees TransformerEngine.
 
     Raises:
         ValueError: with TransformerEngine's reason.
     """
+    args, role = model.args, model.role
     if not args.fp8:
         return
     manager = fp8_utils.FP8GlobalStateManager  # TransformerEngine's, as Megatron has it
@@ -54,12 +40,12 @@ def check_fp8_device(args: argparse.Namespace, whose: str) -> None:
     is_available, reason = by_recipe.get(args.fp8_recipe, manager.is_fp8_available)()
     if not is_available:
         raise ValueError(
-            f"FP8 with recipe {args.fp8_recipe} for {whose}: {reason} Use another recipe, or leave "
-            f"{_format_flag(whose)} out"
+            f"FP8 with recipe {args.fp8_recipe} for {role.label}: {reason} Use another recipe, or leave "
+            f"{role.fp8_flag} out"
         )
 
 
-def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
+def check_fp8_shapes(model: Model) -> None:
     """Refuse what TransformerEngine's FP8 products would refuse in the first step.
 
     A product takes a dimension that it sums over in multiples of 16 and any other in multiples of 8; MXFP8 takes all
@@ -67,18 +53,16 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
     frozen model does not have. Tokens are counted with sequence parallelism before they are gathered too. Experts pad
     their tokens. Not looked at: the attention's widths where it is multi-latent.
 
-    Args:
-        args: with the model's architecture; not necessarily validated. `check_splits` has passed.
-        whose: "the student", which is trained, or "the teacher", which is frozen.
+    Call after `check_splits`.
 
     Raises:
         ValueError: names every number that does not fit.
     """
+    args, role = model.args, model.role
     if None in (args.num_layers, args.hidden_size, args.num_attention_heads) or not fp8_layers(args):
         return  # Megatron names these well
-    is_student = whose == "the student"
     summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
-    in_backward = summed if is_student else other
+    in_backward = summed if role.is_trained else other
     tokens = [
         f"{tokens} {name} (of {divisor})"
         for name, tokens, divisor in _tokens(args, in_backward, other)
@@ -93,17 +77,13 @@ def check_fp8_shapes(args: argparse.Namespace, whose: str) -> None:
         flags = ["--seq-length, --micro-batch-size"] if tokens else []
         if widths and args.tensor_model_parallel_size > 1:
             flags.append("--tensor-model-parallel-size")
-        remedy = f"leave {_format_flag(whose)} out"
+        remedy = f"leave {role.fp8_flag} out"
         if flags:
             remedy = f"change {', '.join(flags)}, or {remedy}"
         raise ValueError(
-            f"FP8 with recipe {args.fp8_recipe} for {whose}: not a multiple: {', '.join(tokens + widths)}. "
+            f"FP8 with recipe {args.fp8_recipe} for {role.label}: not a multiple: {', '.join(tokens + widths)}. "
             f"{remedy.capitalize()}"
         )
-
-
-def _format_flag(whose: str) -> str:
-    return "--fp8-format" if whose == "the student" else "--teacher-fp8-format"
 
 
 def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tuple[str, int, int]]:
@@ -118,30 +98,21 @@ def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tupl
 
 def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tuple[str, int, int]]:
     """(name, number, divisor) of the matrices of the layers in FP8."""
-    layers, tensor = fp8_layers(args), args.tensor_model_parallel_size
-    heads, cut = args.num_attention_heads, f" / tensor parallel {tensor}"
-    widths = [("hidden size", args.hidden_size, summed)]
+    shape, sizes, layers = ModelShape.of_args(args), ParallelSizes.of_args(args), fp8_layers(args)
+    cut = f" / tensor parallel {sizes.tensor}"
+    widths = [("hidden size", shape.hidden, summed)]
     if not args.multi_latent_attention:
-        head_width = args.kv_channels or args.hidden_size // heads
-        groups = args.num_query_groups if args.group_query_attention else heads
-        all_heads = heads * (2 if args.attention_output_gate else 1) + 2 * groups
-        widths.append((f"attention width{cut}", heads * head_width // tensor, summed))
-        widths.append(
-            (f"width of queries, keys and values{cut}", all_heads * head_width // tensor, in_backward)
-        )
-    with_experts = set(expert_layers(args)).intersection(layers)
-    if args.ffn_hidden_size is not None and len(with_experts) < len(layers):
-        widths.append((f"feed-forward width{cut}", args.ffn_hidden_size // tensor, summed))
-    if not with_experts:
+        qkv = shape.qkv_width // sizes.tensor
+        widths.append((f"attention width{cut}", shape.attention_width // sizes.tensor, summed))
+        widths.append((f"width of queries, keys and values{cut}", qkv, in_backward))
+    with_experts = set(shape.expert_layers).intersection(layers)
+    if len(with_experts) < len(layers):
+        widths.append((f"feed-forward width{cut}", shape.ffn // sizes.tensor, summed))
+    if shape.experts is None or not with_experts:
         return widths
-    if expert_width(args) is not None:
-        expert_tensor = expert_tensor_size(args)
-        name = f"experts' width / expert tensor parallel {expert_tensor}"
-        widths.append((name, expert_width(args) // expert_tensor, summed))
-    if args.moe_shared_expert_intermediate_size:
-        widths.append(
-            (f"shared experts' width{cut}", args.moe_shared_expert_intermediate_size // tensor, summed)
-        )
+    name = f"experts' width / expert tensor parallel {sizes.expert_tensor}"
+    widths.append((name, shape.experts.width // sizes.expert_tensor, summed))
+    widths.append((f"shared experts' width{cut}", shape.experts.shared_width // sizes.tensor, summed))
     if args.moe_latent_size:
         widths.append(("experts' latent width", args.moe_latent_size, summed))
     return widths
@@ -163,7 +134,8 @@ def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int]) -> int:
     for chunk, count in enumerate(counts):
         held[chunk % stages] += [layer for layer in range(first, first + count) if layer in fp8_layers(args)]
         first += count
-    most = max(matrix_parameters(args, layers) for layers in held)
+    shape, sizes = ModelShape.of_args(args), ParallelSizes.of_args(args)
+    most = max(shape.matrix_parameters(layers, sizes) for layers in held)
     return int(2 * most * _bytes_each(args))
 
 
@@ -173,97 +145,16 @@ def frozen_weight_bytes(args: argparse.Namespace) -> tuple[int, int]:
     The matrices of layers in FP8 are held in FP8 alone. What is counted: `held_parameters`.
     """
     layers = fp8_layers(args)
+    matrices = ModelShape.of_args(args).matrix_parameters(layers, ParallelSizes.of_args(args))
     of_stages = []
     for stage in range(args.pipeline_model_parallel_size):
         count = len(set(layers).intersection(stage_layers(args, stage)))
-        in_fp8 = matrix_parameters(args, layers) * count // max(len(layers), 1)
+        in_fp8 = matrices * count // max(len(layers), 1)
         others = held_parameters(args, stage) - in_fp8
         of_stages.append((others * args.params_dtype.itemsize, int(in_fp8 * _bytes_each(args))))
     return max(of_stages, key=sum)
 
 
 def _bytes_each(args: argparse.Namespace) -> float:
-    """Of a weight in FP8, scales included."""
+    """Bytes of a weight in FP8, scales included."""
     return 1 + _SCALES.get(args.fp8_recipe, 0)
-
-
-def holds_scales(checkpoint: Path, flag: str) -> bool:
-    """Whether a checkpoint has scales of delayed scaling; other recipes store none. No collectives.
-
-    Raises:
-        ValueError: its index cannot be read.
-    """
-    return any(_MARK in state for state in read_extra_states(checkpoint, flag))
-
-
-def check_trusted(checkpoint: Path, flag: str) -> None:
-    """Whether TransformerEngine will load a checkpoint with scales of delayed scaling.
-
-    Raises:
-        ValueError: it has not been told to.
-    """
-    if os.environ.get(_TRUST) != "1":
-        raise ValueError(
-            f"{flag}: the scales of delayed scaling in {checkpoint} are pickled, and unpickling can run code; if you "
-            f"trust the checkpoint, set {_TRUST}=1, without which TransformerEngine refuses to load them"
-        )
-
-
-def warn_of_pickled_scales(args: argparse.Namespace) -> None:
-    """A run with delayed scaling can be started without what it needs to go on from its own checkpoint."""
-    saves_scales = args.fp8 and args.fp8_recipe == "delayed" and args.save is not None
-    if saves_scales and os.environ.get(_TRUST) != "1":
-        warnings.warn(
-            f"--fp8-recipe delayed (the default): to go on from a checkpoint of this run set {_TRUST}=1, or choose the "
-            "recipe tensorwise, blockwise or mxfp8, which store no scales",
-            stacklevel=2,
-        )
-
-
-def check_expert_scales(args: argparse.Namespace, stored: argparse.Namespace, whose: str) -> None:
-    """Whether each expert will get its own scales of delayed scaling.
-
-    What Megatron (0.19.2) stores for one of several experts that a module multiplies together are scales of other
-    experts and other tensors too, which only a module of as many experts puts in order again.
-
-    Args:
-        args: the model's in this run.
-        stored: those of its checkpoint, which holds scales.
-        whose: "the student" or "the teacher".
-
-    Raises:
-        ValueError: there are more experts to a rank, or fewer, than in training.
-    """
-    if not (args.fp8 and args.fp8_recipe == "delayed" and args.num_experts and args.moe_grouped_gemm):
-        return
-    wanted, given = stored.expert_model_parallel_size, args.expert_model_parallel_size
-    flag = STUDENT_FLAG if whose == "the student" else TEACHER_FLAG
-    if given != wanted:
-        raise ValueError(
-            f"FP8 with recipe delayed for {whose}: its checkpoint was trained with expert-parallel size {wanted}; at "
-            f"{given} Megatron gives experts the scales of others; use {flag} {wanted}, or the recipe tensorwise, "
-            "blockwise or mxfp8"
-        )
-
-
-def check_scales(checkpoint: Path, stored: argparse.Namespace, teacher: argparse.Namespace) -> None:
-    """Whether a checkpoint has scales of delayed scaling, and they will be read and be right. No collectives.
-
-    One without weights passes; it is enough to plan with.
-
-    Args:
-        stored: the checkpoint's own arguments.
-        teacher: the teacher's in this run.
-
-    Raises:
-        ValueError: it has none, reading them is not allowed, or Megatron would give them to other experts.
-    """
-    if not holds_weights(checkpoint, "--teacher-load"):
-        return
-    if not holds_scales(checkpoint, "--teacher-load"):
-        raise ValueError(
-            f"--teacher-fp8-recipe delayed: {checkpoint} holds no scales (a run with --fp8-recipe delayed saves them), "
-            "and without gradients TransformerEngine never finds any; use tensorwise, blockwise or mxfp8"
-        )
-    check_trusted(checkpoint, "--teacher-load")
-    check_expert_scales(teacher, stored, "the teacher")

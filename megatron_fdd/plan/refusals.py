@@ -6,11 +6,10 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 
+from megatron_fdd.plan.context import Context
+
 _FP8_FLAGS = "--fp8-format, --teacher-fp8-format, --te-precision-config-file"
-
-
 _GET_TE = "install it (docs/support.md says how)"
-
 
 Refusal = tuple[Callable[[argparse.Namespace], bool], str]
 
@@ -124,16 +123,12 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def refuse(args: argparse.Namespace, whose: str = "") -> None:
+def check_refusals(context: Context) -> None:
     """Refuse what would silently distil nothing, or something else.
 
-    Args:
-        args: parsed, not necessarily validated.
-        whose: put before the message, when the arguments are not the command line's.
-
     Raises:
-        ValueError: the first refusal that applies.
+        ValueError: the first of `REFUSALS` that applies.
     """
     for applies, message in REFUSALS:
-        if applies(args):
-            raise ValueError(whose + message)
+        if applies(context.args):
+            raise ValueError(message)

@@ -5,52 +5,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import re
-import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
-from megatron.training import get_tokenizer
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
-from megatron_fdd.config import FddConfig, add_fdd_args
-from megatron_fdd.data.checks import check_data_args
-from megatron_fdd.data.pairing import check_checkpoint_tokenizer
-from megatron_fdd.data.tokenizer import check_tokenizer_files
-from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.config import FddConfig
 from megatron_fdd.host.model import planned_layers
-from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.losses.pairs import LayerPair, check_recompute_keeps_taps, plan_pairs
+from megatron_fdd.losses.pairs import LayerPair, plan_pairs
 from megatron_fdd.losses.terms import uses_taps
-from megatron_fdd.plan.checks import (
-    check_approximations,
-    check_given,
-    check_kernels,
-    check_local_attention,
-    check_numbers,
-    check_resume,
-    check_schedule,
-    check_splits,
-    check_student_scales,
-    check_writable,
-)
-from megatron_fdd.plan.experts import check_experts
-from megatron_fdd.plan.fp8 import check_fp8_device, check_fp8_shapes, check_scales, warn_of_pickled_scales
-from megatron_fdd.plan.refusals import refuse
-from megatron_fdd.plan.save_folder import check_nothing_lost
-from megatron_fdd.plan.student_arguments import (
-    check_length,
-    check_same_model,
-    complete_student_args,
-    force_values,
-    student_checkpoint,
-)
-from megatron_fdd.step.metrics import check_metrics_file
-from megatron_fdd.step.teacher.arguments import teacher_args, uses_delayed_scaling
+from megatron_fdd.plan import checks
+from megatron_fdd.plan.command_line import parse_command_line
+from megatron_fdd.plan.context import Context
+from megatron_fdd.plan.megatron_errors import megatrons_errors
+from megatron_fdd.plan.student_arguments import complete_student_args, force_values
+from megatron_fdd.plan.teacher_checkpoint import find_teacher
+from megatron_fdd.plan.vocabulary import common_vocab_size, set_vocab_size
+from megatron_fdd.step.teacher.arguments import teacher_args
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,207 +55,66 @@ def prepare_run() -> PreparedRun:
     Raises:
         ValueError: names the value and the remedy.
     """
-    args, defaults = _parse()
+    args, defaults = parse_command_line()
     config = FddConfig.from_args(args)
     # Megatron prints a thousand lines of arguments; a dry run is for its plan.
     with contextlib.redirect_stdout(io.StringIO()) if config.dry_run else contextlib.nullcontext():
-        return _check(args, defaults, config)
+        return _prepare(Context(config, args), defaults)
 
 
-def _check(args: argparse.Namespace, defaults: dict[str, object], config: FddConfig) -> PreparedRun:
-    refuse(args)
-    check_given(args)
-    check_numbers(args)
-    check_schedule(args)
-    check_nothing_lost(args)
-    check_kernels(config.kernels)
-    student = complete_student_args(args, defaults)
+def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
+    """Take what is known from the command line to the plan, and make each phase of checks on the way."""
+    config, args = known.config, known.args
+    make_checks = partial(checks.make_checks, to_plan=config.dry_run)
+
+    make_checks(checks.BEFORE_MEGATRON, known)
+    known = replace(known, stored_student=complete_student_args(args, defaults))
     stop_at_nan = args.check_for_nan_in_loss_and_grad
     force_values(args)
-    check_length(args, "the student", args.max_position_embeddings)
-    check_splits(args, "the student")
-    check_local_attention(args, "the student")
-    check_fp8_shapes(args, "the student")
-    if not config.dry_run:  # a plan can be made anywhere
-        check_fp8_device(args, "the student")
-    check_experts(args, "the student")
-    if student is not None:
-        check_resume(args, student)
-        check_student_scales(args, student)
-    if args.rank == 0:
-        warn_of_pickled_scales(args)
-    if not config.dry_run:
-        check_writable(config.metrics_file, "--fdd-metrics-file")
-        check_metrics_file(config.metrics_file)
-        check_writable(args.save, "--save")
-    check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
-    with _megatrons_errors("these flags"):
+    make_checks(checks.OF_EACH_MODEL, known.student)
+    make_checks(checks.WITH_STUDENT, known)
+
+    with megatrons_errors("these flags"):
         validate_args(args, {})
         set_global_variables(args)
         student_layers = planned_layers(args)
-    if student is not None:
-        check_same_model(args, student)
-    check_data_args(args)
-    student_load, _ = student_checkpoint(args)
-    if student_load is not None:
-        check_checkpoint_tokenizer("student", student_load, args)
-    check_approximations(config, args.rank)
-    stored, checkpoint = None, None
-    if config.needs_teacher and config.teacher_load is not None:
-        checkpoint = find_checkpoint(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
-        stored = read_checkpoint_args(checkpoint, "--teacher-load")
-        refuse_teacher(stored)
-        check_checkpoint_tokenizer("teacher", config.teacher_load, args)
-    vocab_size = _common_vocabulary(args, stored)
-    teacher = None
-    if stored is not None:
-        teacher = teacher_args(stored, args, expert_size=config.teacher_expert_model_parallel_size)
-        _check_teacher(teacher, args, config)
-        if uses_delayed_scaling(teacher) and checkpoint is not None:
-            check_scales(checkpoint, stored, teacher)
+    set_vocab_size(args)
+    make_checks(checks.AFTER_MEGATRON, known)
+
+    known = replace(known, stored_teacher=find_teacher(config))
+    make_checks(checks.WITH_STORED_TEACHER, known)
+    if known.stored_teacher is not None:
+        size = config.teacher_expert_model_parallel_size
+        known = replace(known, teacher_args=teacher_args(known.stored_teacher.args, args, expert_size=size))
+    if known.teacher is not None:
+        make_checks(checks.OF_EACH_MODEL, known.teacher)
+        make_checks(checks.WITH_TEACHER, known.teacher)
+
+    known = replace(known, plan=_plan(known, student_layers))
+    make_checks(checks.OF_BOTH_MODELS, known)
+    assert known.plan is not None
+    teacher_path = None if known.stored_teacher is None else known.stored_teacher.path
+    return PreparedRun(known.plan, args, known.teacher_args, teacher_path, stop_at_nan)
+
+
+def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:
+    """Pair the layers of both models and place them on the stages.
+
+    Raises:
+        ValueError: the pairs do not fit the models, or Megatron cannot cut the teacher as the flags say.
+    """
+    args, teacher = known.args, known.teacher_args
     pairs: tuple[LayerPair, ...] = ()
-    if teacher is not None and uses_taps(config):
-        pairs = plan_pairs(config, args.num_layers, teacher.num_layers)
-    with _megatrons_errors("the teacher of these flags"):
+    if teacher is not None and uses_taps(known.config):
+        pairs = plan_pairs(known.config, args.num_layers, teacher.num_layers)
+    with megatrons_errors("the teacher of these flags"):
         teacher_layers = () if teacher is None else planned_layers(teacher)
-    recompute = (args.recompute_granularity, args.recompute_method, args.recompute_num_layers)
-    check_recompute_keeps_taps([pair.student_layer for pair in pairs], student_layers, recompute)
-    plan = Plan(
-        config,
+    return Plan(
+        known.config,
         pairs,
         args.pipeline_model_parallel_size,
         student_layers,
         teacher_layers,
-        vocab_size,
+        common_vocab_size(known),
         args.padded_vocab_size,
     )
-    return PreparedRun(plan, args, teacher, checkpoint, stop_at_nan)
-
-
-def _check_teacher(teacher: argparse.Namespace, args: argparse.Namespace, config: FddConfig) -> None:
-    """What its arguments in this run can tell."""
-    check_length(args, f"the teacher ({config.teacher_load})", teacher.max_position_embeddings)
-    check_splits(teacher, "the teacher", has_own_layout=True)
-    check_local_attention(teacher, "the teacher")
-    check_fp8_shapes(teacher, "the teacher")
-    if not config.dry_run:
-        check_fp8_device(teacher, "the teacher")
-    check_experts(teacher, "the teacher")
-
-
-@contextlib.contextmanager
-def _megatrons_errors(what: str) -> Iterator[None]:
-    """How Megatron says that a flag or a file is wrong, as a ValueError."""
-    try:
-        yield
-    except (AssertionError, ValueError, OSError) as error:
-        raise ValueError(f"Megatron refuses {what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The message, or where there is none the condition that Megatron asserts."""
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    missing = re.fullmatch(r"assert args\.(\w+) is not None,?", line.strip())
-    if missing and not str(error):
-        return f"--{missing[1].replace('_', '-')} is missing"
-    return str(error) or f"needed is {line.removeprefix('assert ')}"
-
-
-def refuse_teacher(stored: argparse.Namespace) -> None:
-    """Refuse a teacher that this version cannot run.
-
-    Raises:
-        ValueError: a model that is not a GPTModel with a linear head.
-    """
-    if getattr(stored, "hybrid_layer_pattern", None) is not None:
-        raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
-    if getattr(stored, "final_logit_softcapping", None) is not None:
-        raise ValueError(
-            "--teacher-load: a soft-capped head is not linear, which Gram matrices and fused losses rely on; "
-            "models of such a family cannot be distilled yet"
-        )
-
-
-def _parse() -> tuple[argparse.Namespace, dict[str, object]]:
-    """Megatron's parser with ours; and the default of every flag."""
-    defaults: dict[str, object] = {}
-
-    def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        add_fdd_args(parser)
-        for action in parser._actions:
-            defaults.setdefault(action.dest, action.default)  # argparse takes the first, of several for one
-            _refuse_empty(action)
-        _mend_help(parser)
-        # argparse would print its usage and exit on every rank; one error, by the same way as all others.
-        parser.error = _argument_error  # type: ignore[method-assign]
-        if not is_first_rank():
-            parser.print_help = _print_nothing  # type: ignore[method-assign, assignment]
-        return parser
-
-    return parse_args(add_args), defaults
-
-
-def _refuse_empty(action: argparse.Action) -> None:
-    """Let a flag refuse an empty value by its name, which is what an unset variable of a shell leaves of one."""
-    read = action.type
-    if read in (int, float) or action.nargs == 0 or action.default == "":  # numbers do it themselves
-        return
-
-    def text(value: str) -> object:
-        if not value:
-            raise argparse.ArgumentTypeError(
-                "its value is empty (an unset variable?); give one, or leave the flag out"
-            )
-        return read(value) if callable(read) else value
-
-    text.__name__ = getattr(read, "__name__", "text")  # argparse puts it into its message
-    action.type = text
-
-
-def _mend_help(parser: argparse.ArgumentParser) -> None:
-    """Escape the bare % in one of Megatron's help texts (0.19.2), on which `--help` would fail."""
-    for action in parser._actions:
-        try:
-            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
-        except ValueError:
-            action.help = str(action.help).replace("%", "%%")
-
-
-def _print_nothing(_file: object = None) -> None:
-    """Thousands of lines of help are enough once."""
-
-
-def _argument_error(message: str) -> NoReturn:
-    raise ValueError(f"{message} (see --help)")
-
-
-def _common_vocabulary(args: argparse.Namespace, stored: argparse.Namespace | None) -> int:
-    """Size of the vocabulary that tokenizer, student and teacher share.
-
-    Raises:
-        ValueError: the tokenizer has ids that the student has no embedding for, or the teacher lacks more of
-            them than added tokens explain.
-    """
-    tokenizer_size = get_tokenizer().vocab_size
-    args.vocab_size = args.vocab_size or min(tokenizer_size, args.padded_vocab_size)
-    if tokenizer_size > args.vocab_size:
-        raise ValueError(
-            f"vocabulary mismatch: the tokenizer ({args.tokenizer_model or args.tokenizer_type}) has "
-            f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "
-            "use the tokenizer that the student was made with"
-        )
-    shared = min(tokenizer_size, args.vocab_size)
-    if stored is None:
-        return shared
-    teacher_size = getattr(stored, "vocab_size", None) or stored.padded_vocab_size
-    if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
-        raise ValueError(
-            f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
-            f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "
-            "teacher and student must share a vocabulary"
-        )
-    return min(shared, teacher_size)
-
-
-# More than this is no longer "tokens that were added to the same vocabulary".
-_MAX_ADDED_TOKENS = 1024

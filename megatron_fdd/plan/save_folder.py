@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -13,19 +12,18 @@ from pathlib import Path
 
 from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE, has_checkpoint, is_same_folder
 from megatron_fdd.host.process import is_first_rank
+from megatron_fdd.plan.context import Context
 
 LOCK_FILE = "run.lock"
 
 
-def check_nothing_lost(args: argparse.Namespace) -> None:
+def check_nothing_lost(context: Context) -> None:
     """Refuse to begin at step 0 in a folder that holds a checkpoint: its tracker and its metrics would be lost.
-
-    Args:
-        args: parsed, not necessarily validated.
 
     Raises:
         ValueError: names the folder, what it holds, and the ways to go on.
     """
+    args = context.args
     if args.save is None or args.skip_train or not has_checkpoint(args.save):
         return
     is_read = is_same_folder(args.load, args.save)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
 
 from megatron.training.theoretical_memory_usage import (
     compute_activation_memory,
@@ -12,7 +11,7 @@ from megatron.training.theoretical_memory_usage import (
     compute_weight_and_optimizer_memory,
 )
 
-from megatron_fdd.plan.experts import expert_layers, expert_tensor_size, expert_width, num_expert_layers
+from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 
 
 def held_parameters(args: argparse.Namespace, stage: int = 0) -> int:
@@ -21,12 +20,12 @@ def held_parameters(args: argparse.Namespace, stage: int = 0) -> int:
     Matrices and embeddings, the head's only where there is one stage; norms are left out. Of its experts a rank holds
     those of its expert-parallel share; mixed layers count as their mean.
     """
-    has_head = args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size == 1
-    embeddings = ((stage == 0) + has_head) * args.padded_vocab_size * args.hidden_size
-    routers = num_expert_layers(args) * (args.num_experts or 0) * args.hidden_size
-    layers = matrix_parameters(args, range(args.num_layers)) + routers
+    shape, sizes = ModelShape.of_args(args), ParallelSizes.of_args(args)
+    has_head = args.untie_embeddings_and_output_weights and sizes.pipeline == 1
+    embeddings = ((stage == 0) + has_head) * args.padded_vocab_size * shape.hidden
+    layers = shape.matrix_parameters(range(shape.num_layers), sizes) + shape.router_parameters
     held = len(stage_layers(args, stage))
-    return layers * held // args.num_layers + embeddings // args.tensor_model_parallel_size
+    return layers * held // shape.num_layers + embeddings // sizes.tensor
 
 
 def stage_layers(args: argparse.Namespace, stage: int) -> range:
@@ -34,22 +33,6 @@ def stage_layers(args: argparse.Namespace, stage: int) -> range:
     each, more = divmod(args.num_layers, args.pipeline_model_parallel_size)
     first = stage * each + min(stage, more)
     return range(first, first + each + (stage < more))
-
-
-def matrix_parameters(args: argparse.Namespace, layers: Sequence[int]) -> int:
-    """Parameters of the matrices of these layers on a rank; routers are left out."""
-    heads = args.num_attention_heads
-    head_width = args.kv_channels or args.hidden_size // heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    attention = args.hidden_size * head_width * (2 * heads + 2 * groups)
-    per_width = args.hidden_size * (3 if args.swiglu else 2)
-    with_experts = len(set(expert_layers(args)).intersection(layers))
-    dense_widths = (len(layers) - with_experts) * args.ffn_hidden_size
-    dense_widths += with_experts * (args.moe_shared_expert_intermediate_size or 0)
-    cut = len(layers) * attention + dense_widths * per_width
-    experts = with_experts * (args.num_experts or 0) * expert_width(args) * per_width
-    expert_ranks = expert_tensor_size(args) * args.expert_model_parallel_size
-    return cut // args.tensor_model_parallel_size + experts // expert_ranks
 
 
 def student_bytes(args: argparse.Namespace, micro_batches: int, stage_layers: int) -> dict[str, int]:

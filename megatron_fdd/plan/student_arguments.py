@@ -10,8 +10,9 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_fdd.host.checkpoint import find_checkpoint, has_checkpoint, is_same_folder, read_checkpoint_args
+from megatron_fdd.host.checkpoint import has_checkpoint, is_same_folder
 from megatron_fdd.host.model import ARCHITECTURE
+from megatron_fdd.plan.context import Context, StoredModel
 
 # On by default, and Megatron fails in the first step where apex, whose kernels they are, has not been built.
 _APEX_KERNELS = {
@@ -20,9 +21,7 @@ _APEX_KERNELS = {
 }
 
 
-def complete_student_args(
-    args: argparse.Namespace, defaults: Mapping[str, object]
-) -> argparse.Namespace | None:
+def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, object]) -> StoredModel | None:
     """Take what `--use-checkpoint-args` forgets of the student's architecture from its checkpoint.
 
     Args:
@@ -30,7 +29,7 @@ def complete_student_args(
         defaults: the parser's default of every flag.
 
     Returns:
-        The arguments in the checkpoint that the student starts from; None when it starts from scratch.
+        The checkpoint that the student starts from; None when it starts from scratch.
 
     Raises:
         ValueError: no checkpoint where one is named, one that is not whole, or a flag that contradicts it.
@@ -43,11 +42,12 @@ def complete_student_args(
                 "name the student to start from with --pretrained-checkpoint DIR"
             )
         return None
-    stored = read_checkpoint_args(find_checkpoint(directory, flag, to_plan=args.fdd_dry_run), flag)
+    model = StoredModel.find(directory, flag, to_plan=args.fdd_dry_run)
+    stored = model.args
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
-    # Of a vocabulary that Megatron took from a tokenizer, a checkpoint keeps the padded size only.
+    # Where Megatron took the vocabulary from a tokenizer, a checkpoint keeps the padded size only.
     fixed = ARCHITECTURE + ("vocab_size",) * (getattr(stored, "vocab_size", None) is not None)
-    check_same_model(args, stored, [name for name in fixed if name in given])
+    _check_same(args, model, [name for name in fixed if name in given])
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
         for name in ARCHITECTURE:
@@ -56,17 +56,22 @@ def complete_student_args(
         # Megatron lets the checkpoint overrule --tokenizer-model, --hidden-dropout and more.
         vars(args).update(given)
     _set_vocabulary(args, stored)
-    return stored
+    return model
 
 
-def check_same_model(
-    args: argparse.Namespace, stored: argparse.Namespace, names: Sequence[str] = ARCHITECTURE
-) -> None:
-    """Compare the student that the flags describe with the one in its checkpoint.
+def check_same_model(context: Context) -> None:
+    """Refuse flags that describe another student than its checkpoint.
 
     Raises:
-        ValueError: any of the fields `names` differs; a checkpoint that lacks a field cannot contradict it.
+        ValueError: names every field that differs; a checkpoint that lacks a field cannot contradict it.
     """
+    if context.stored_student is not None:
+        _check_same(context.args, context.stored_student, ARCHITECTURE)
+
+
+def _check_same(args: argparse.Namespace, model: StoredModel, names: Sequence[str]) -> None:
+    """Refuse a difference in any of the fields `names`."""
+    stored = model.args
     differences = [
         f"{name} is {getattr(args, name)} here and {getattr(stored, name)} there"
         for name in names
@@ -76,9 +81,8 @@ def check_same_model(
         and (name != "bias_gelu_fusion" or has_plain_gelu(stored))
     ]
     if differences:
-        directory, flag = student_checkpoint(args)
         raise ValueError(
-            f"{flag} {directory}: the flags and the checkpoint describe different models: "
+            f"{model.flag} {model.folder}: the flags and the checkpoint describe different models: "
             f"{'; '.join(differences)}. Leave those flags out and give --use-checkpoint-args"
         )
 
@@ -90,7 +94,7 @@ def has_plain_gelu(args: argparse.Namespace) -> bool:
 
 
 def force_values(args: argparse.Namespace) -> None:
-    """What distillation relies on, whatever the flags say. Plain values: they go into the checkpoint."""
+    """Set what distillation relies on, whatever the flags say. Plain values: they go into the checkpoint."""
     # One divisor for every stage and rank, and no factor of data or context parallelism in any gradient.
     args.calculate_per_token_loss = True
     # So that a run can go on at another layout.
@@ -104,24 +108,8 @@ def force_values(args: argparse.Namespace) -> None:
         args.apply_rope_fusion = False
 
 
-def check_length(args: argparse.Namespace, whose: str, positions: int | None) -> None:
-    """Refuse sequences longer than a model takes.
-
-    Args:
-        whose: names the model.
-        positions: its bound; None when it is not known yet.
-
-    Raises:
-        ValueError: names the length, the bound and whose it is.
-    """
-    if None not in (args.seq_length, positions) and args.seq_length > positions:
-        raise ValueError(
-            f"--seq-length {args.seq_length} is longer than {whose} takes ({positions} positions); lower it"
-        )
-
-
 def student_checkpoint(args: argparse.Namespace) -> tuple[str | None, str]:
-    """The folder to start from, and the flag that names it."""
+    """Find the folder to start from, and the flag that names it."""
     if args.load is not None and has_checkpoint(args.load):
         return args.load, "--load"
     if args.pretrained_checkpoint is not None:

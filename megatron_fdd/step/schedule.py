@@ -279,6 +279,7 @@ def installed(steps: StepHooks) -> Iterator[None]:
 
 
 def _check_finite(means: dict[str, Tensor]) -> None:
+    """Refuse to go on when a mean is not finite."""
     values = torch.stack(list(means.values())).tolist()
     bad = [name for name, value in zip(means, values, strict=True) if not math.isfinite(value)]
     if bad:
@@ -289,6 +290,6 @@ def _check_finite(means: dict[str, Tensor]) -> None:
 
 
 def _check_gradient(norm: float | None, iteration: int) -> None:
-    """`norm` is None where Megatron skipped the step itself (loss scaling)."""
+    """Refuse to go on when the gradient's norm is not finite; None where Megatron skipped the step itself."""
     if norm is not None and not math.isfinite(norm):
         raise FloatingPointError(f"iteration {iteration}: the norm of the gradient is {norm}. {_REMEDY}")

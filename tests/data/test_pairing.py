@@ -13,9 +13,10 @@ from megatron.training.config import TokenizerConfig
 from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import load_tokenizer
-from megatron_fdd.data.pairing import Role, check_checkpoint_tokenizer
+from megatron_fdd.data.pairing import check_checkpoint_tokenizer
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
+from megatron_fdd.host.role import Role
 from tests.data.conftest import megatron_args, write_jsonl
 from tests.data.tokenizer_identity import variants
 from tests.data.tokenizer_identity.variants import Content
@@ -28,7 +29,7 @@ def checkpoint(folder: Path, content: Content | None = None) -> str:
     return str(folder)
 
 
-def check(load: str, own: Path, *flags: str, role: Role = "teacher") -> None:
+def check(load: str, own: Path, *flags: str, role: Role = Role.TEACHER) -> None:
     """As a run does whose --tokenizer-model is `own`."""
     args = megatron_args(*(flags or ("--mock-data",)))
     args.tokenizer_model, args.tokenizer_type = str(own), "HuggingFaceTokenizer"
@@ -45,9 +46,9 @@ def own(tmp_path: Path) -> Path:
 def test_the_same_tokenizer_says_nothing(own: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        for role in ("teacher", "student"):
-            check(checkpoint(tmp_path / role), own, role=role)
-        check(str(tmp_path), own, role="student")  # a checkpoint that stores none
+        for role in Role:
+            check(checkpoint(tmp_path / role.value), own, role=role)
+        check(str(tmp_path), own, role=Role.STUDENT)  # a checkpoint that stores none
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_the_same_tokenizer_says_nothing(own: Path, tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(content: Content, message: str, own: Path, tmp_path: Path) -> None:
     whole = rf"the student's tokenizer \(.*\) is not the run's \(--tokenizer-model {own}\): .*{message}.*must share"
     with pytest.raises(ValueError, match=whole):
-        check(checkpoint(tmp_path / "student", content), own, role="student")
+        check(checkpoint(tmp_path / "student", content), own, role=Role.STUDENT)
 
 
 def test_files_of_an_older_import_are_read_themselves(own: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_what_cannot_be_compared_is_said(own: Path, tmp_path: Path) -> None:
         TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=500, pad_vocab_size=False)
     )
     with pytest.warns(UserWarning, match="--tokenizer-type NullTokenizer has no vocabulary"):
-        check_checkpoint_tokenizer("student", str(tmp_path / "merges"), args, null)
+        check_checkpoint_tokenizer(Role.STUDENT, str(tmp_path / "merges"), args, null)
 
 
 def test_a_token_that_only_the_student_has_must_not_be_in_the_data(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_token_that_only_the_student_has_must_not_be_in_the_data(tmp_path: Pat
         source = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text}] * 5)
         prepare(PrepareSettings((source,), str(tmp_path / name), encode))
     check(teacher, larger, "--data-path", str(tmp_path / "without"))
-    check(teacher, larger, "--data-path", str(tmp_path / "with"), role="student")
+    check(teacher, larger, "--data-path", str(tmp_path / "with"), role=Role.STUDENT)
     ids = len(variants.base()["model"]["vocab"]) + len(variants.ADDED)
     with pytest.raises(
         ValueError, match=rf"id {ids} of the data .*/with. is not in the teacher's vocabulary of {ids}"

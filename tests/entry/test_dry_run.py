@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fdd import convert
-from megatron_fdd.plan.fp8 import check_scales
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Model, StoredModel
+from megatron_fdd.plan.fp8_scales import check_teacher_scales
 from tests.convert import toys
 from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run, trained
@@ -79,9 +81,9 @@ def test_a_plan_of_many_ranks_before_there_are_weights(toy: Toys, tmp_path: Path
     assert "64 rank(s) = tensor 2 x context 1 x pipeline 4 x data 8" in planned.out
     assert "experts of the teacher: 8 in each of 10 layer(s), 3 to a token; 1 on a rank" in planned.out
     assert re.search(r"^    sum: \d+\.\d$", planned.out, re.MULTILINE)
-    check_scales(
-        teacher / "plan" / "release", Namespace(), Namespace()
-    )  # what has no weights is not asked for scales
+    # What has no weights is not asked for scales.
+    stored = StoredModel("T", "--teacher-load", teacher / "plan" / "release", Namespace())
+    check_teacher_scales(Model(Role.TEACHER, Namespace(fp8="e4m3", fp8_recipe="delayed"), stored))
     [[refused]] = run(command, ranks=1, patches=[*NO_RUN, *launch])
     assert refused.status == 1
     assert "--load" in refused.err

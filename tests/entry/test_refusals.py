@@ -8,7 +8,9 @@ import re
 
 import pytest
 
-from megatron_fdd.plan.refusals import REFUSALS, refuse
+from megatron_fdd.config import FddConfig
+from megatron_fdd.plan.context import Context
+from megatron_fdd.plan.refusals import REFUSALS, check_refusals
 from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
@@ -71,6 +73,10 @@ class Unset(argparse.Namespace):
         return None
 
 
+def refuse(args: argparse.Namespace) -> None:
+    check_refusals(Context(FddConfig(), args))
+
+
 @pytest.mark.parametrize("flag", ["fp8", "teacher_fp8_format"])
 def test_fp8(flag: str) -> None:
     """Without TransformerEngine Megatron takes the flag and computes in bf16."""
@@ -108,7 +114,7 @@ def in_delayed_scaling(args: argparse.Namespace) -> bool:
 
 
 def test_a_converted_teacher_has_no_scales(toy: Toys) -> None:
-    patch = Patch("megatron_fdd.plan.run", "uses_delayed_scaling", in_delayed_scaling)
+    patch = Patch("megatron_fdd.plan.fp8_scales", "uses_delayed_scaling", in_delayed_scaling)
     for endings in run(toy.command(), toy.command("--fdd-dry-run"), patches=[patch]):
         assert_refused(
             endings, r"--teacher-fp8-recipe delayed: .*teacher/release holds no scales .*use tensorwise"

@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses import sampling
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, Sampler, StepDraw
 from megatron_fdd.losses.tap import TapStatistics, TokenWeights
-from megatron_fdd.plan.checks import check_approximations
 
 
 def test_every_row_counts_on_average_what_it_weighs() -> None:
@@ -85,46 +82,3 @@ def test_off_is_what_there_was_before() -> None:
     assert sample.gather(statistics) is statistics
     assert sample.scatter(statistics) is statistics
     assert sample.weights.term_N is weights.term_N
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"alpha": 0.0, "beta": 0.0, "sample_tokens": 0.5},
-        {"alpha": 0.0, "layers": 2, "sample_one_tap": True},
-        {"beta": 0.0, "layers": 1, "sample_one_tap": True},
-    ],
-)
-def test_a_flag_without_effect_is_named(options: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match="--fdd-sample.*no effect"):
-        check_approximations(FddConfig(teacher_load="T", **options), 0)
-
-
-def test_a_recipe_without_a_format_is_named() -> None:
-    with pytest.warns(UserWarning, match="--teacher-fp8-recipe blockwise: no effect"):
-        check_approximations(FddConfig(teacher_load="T", teacher_fp8_recipe="blockwise"), 0)
-
-
-@pytest.mark.filterwarnings("error")
-def test_no_warning_where_it_has_one_or_on_other_ranks() -> None:
-    in_fp8 = {"teacher_fp8_recipe": "blockwise", "teacher_fp8_format": "e4m3"}
-    check_approximations(FddConfig(teacher_load="T", **in_fp8), 0)
-    check_approximations(FddConfig(teacher_load="T", teacher_fp8_recipe="blockwise"), 1)
-    check_approximations(FddConfig(teacher_load="T", sample_one_tap=True, sample_tokens=0.5), 0)
-    check_approximations(FddConfig(teacher_load="T", skip_below=1e-5), 0)
-    check_approximations(FddConfig(teacher_load="T", alpha=0.0, beta=0.0, sample_tokens=0.5), 1)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lens_head": "live"},
-        {"beta": 0.0},
-        {"delta": "centred"},
-        {"kernels": "reference"},
-        {"trajectory_divergence": "jsd"},
-    ],
-)
-def test_a_bound_below_which_nothing_can_be_skipped_warns(options: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match="--fdd-skip-below 1e-05: no effect, "):
-        check_approximations(FddConfig(teacher_load="T", skip_below=1e-5, **options), 0)

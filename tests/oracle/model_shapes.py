@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fdd.plan.balance import (
-    ModelShape,
-)
+from megatron_fdd.plan.model_shape import ModelShape
 
 GPT2 = ModelShape(768, 3072, 12, 12, 64, 50257, gated=False, seq_length=0)
 GPT2_XL = ModelShape(1600, 6400, 25, 25, 64, 50257, gated=False, seq_length=0)

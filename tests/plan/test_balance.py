@@ -19,7 +19,6 @@ from megatron_fdd.config import DivergenceName, FddConfig
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
 from megatron_fdd.plan.balance import (
-    ModelShape,
     TokenFlops,
     balanced_split,
     bubble_fraction,
@@ -33,6 +32,7 @@ from megatron_fdd.plan.balance import (
     stage_tasks,
     token_flops,
 )
+from megatron_fdd.plan.model_shape import ModelShape
 from tests.oracle.model_shapes import (
     GPT2,
     GPT2_XL,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_fdd.data.batch import get_batch
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.plan.experts import active_ffn_width
+from megatron_fdd.plan.model_shape import ModelShape
 from megatron_fdd.plan.sizes import held_parameters
 from megatron_fdd.step.teacher.arguments import teacher_args
 from megatron_fdd.step.teacher.loading import build_stage
@@ -164,7 +164,7 @@ QWEN3_30B_A3B = Namespace(
     kv_channels=128, swiglu=True, padded_vocab_size=151936, untie_embeddings_and_output_weights=True,
     ffn_hidden_size=6144, num_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8, moe_layer_freq=1,
     moe_shared_expert_intermediate_size=None, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
-    expert_tensor_parallel_size=None, expert_model_parallel_size=1,
+    expert_tensor_parallel_size=None, expert_model_parallel_size=1, attention_output_gate=False, seq_length=4096,
 )  # fmt: skip
 
 
@@ -175,7 +175,9 @@ def changed(args: Namespace, **changes: object) -> Namespace:
 def test_a_known_model_has_its_published_size() -> None:
     assert held_parameters(QWEN3_30B_A3B) == pytest.approx(30.5e9, rel=2e-3)
     # 3.3 billion are active: a dense model as wide as what a token passes.
-    dense = changed(QWEN3_30B_A3B, num_experts=None, ffn_hidden_size=active_ffn_width(QWEN3_30B_A3B))
+    dense = changed(
+        QWEN3_30B_A3B, num_experts=None, ffn_hidden_size=ModelShape.of_args(QWEN3_30B_A3B).active_ffn
+    )
     assert held_parameters(dense) == pytest.approx(3.3e9, rel=2e-2)
 
 
@@ -189,9 +191,9 @@ def test_widths_of_mixed_layers() -> None:
         moe_router_topk=6,
         moe_shared_expert_intermediate_size=2816,
     )
-    assert active_ffn_width(deepseek) == (10944 + 26 * (6 * 1408 + 2816)) // 27
+    assert ModelShape.of_args(deepseek).active_ffn == (10944 + 26 * (6 * 1408 + 2816)) // 27
     every_second = changed(QWEN3_30B_A3B, num_layers=5, moe_layer_freq=2, ffn_hidden_size=100)
-    assert active_ffn_width(every_second) == (3 * 8 * 768 + 2 * 100) // 5
+    assert ModelShape.of_args(every_second).active_ffn == (3 * 8 * 768 + 2 * 100) // 5
 
 
 SHARED_WIDTH, PATTERN = 20, [0, 1, 1, 0, 1, 1]

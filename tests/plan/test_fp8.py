@@ -11,8 +11,13 @@ import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import read_extra_states
-from megatron_fdd.plan.fp8 import check_expert_scales, check_fp8_shapes
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan import fp8_scales
+from megatron_fdd.plan.context import Context, Model, StoredModel
+from megatron_fdd.plan.fp8 import check_fp8_shapes
+from megatron_fdd.plan.fp8_scales import check_student_scales
 from megatron_fdd.step.teacher.arguments import teacher_args
 
 RUN = Namespace(
@@ -47,7 +52,8 @@ MODEL = Namespace(
     ffn_hidden_size=160, seq_length=48, micro_batch_size=1, tensor_model_parallel_size=1, context_parallel_size=1,
     sequence_parallel=False, num_experts=None, moe_layer_freq=1, moe_ffn_hidden_size=None, moe_latent_size=None,
     moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=None, first_last_layers_bf16=False,
-    num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1,
+    num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1, swiglu=True, moe_router_topk=2,
+    pipeline_model_parallel_size=1, expert_model_parallel_size=1,
 )  # fmt: skip
 
 
@@ -89,19 +95,19 @@ def model(**changes: object) -> Namespace:
     ],
 )
 def test_shapes_that_fit(changes: dict[str, object]) -> None:
-    check_fp8_shapes(model(**changes), "the student")
-    check_fp8_shapes(model(**changes), "the teacher")
+    check_fp8_shapes(Model(Role.STUDENT, model(**changes), None))
+    check_fp8_shapes(Model(Role.TEACHER, model(**changes), None))
 
 
 @pytest.mark.parametrize(
     "changes", [{"seq_length": 24}, {"seq_length": 48, "context_parallel_size": 2}, ONE_GROUP]
 )
 def test_shapes_that_fit_a_frozen_model_alone(changes: dict[str, object]) -> None:
-    check_fp8_shapes(model(**changes), "the teacher")
+    check_fp8_shapes(Model(Role.TEACHER, model(**changes), None))
     with pytest.raises(
         ValueError, match=r"for the student: .* (24|40) .*\(of 16\)\. .* leave --fp8-format out"
     ):
-        check_fp8_shapes(model(**changes), "the student")
+        check_fp8_shapes(Model(Role.STUDENT, model(**changes), None))
 
 
 @pytest.mark.parametrize(
@@ -131,28 +137,37 @@ def test_shapes_that_fit_a_frozen_model_alone(changes: dict[str, object]) -> Non
 )  # fmt: skip
 def test_shapes_that_do_not(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_fp8_shapes(model(**changes), "the teacher")
+        check_fp8_shapes(Model(Role.TEACHER, model(**changes), None))
     with pytest.raises(ValueError, match="for the student"):
-        check_fp8_shapes(model(**changes), "the student")
+        check_fp8_shapes(Model(Role.STUDENT, model(**changes), None))
 
 
 EXPERTS = Namespace(
-    fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2
-)
+    fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2,
+    transformer_impl="transformer_engine",
+)  # fmt: skip
 
 
-def test_a_student_resumes_grouped_experts_scales_as_they_were_cut() -> None:
-    check_expert_scales(EXPERTS, EXPERTS, "the student")
-    other = {**vars(EXPERTS), "expert_model_parallel_size": 4}
+def test_a_student_resumes_grouped_experts_scales_as_they_were_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_scales, "_holds_scales", lambda _stored: True)
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+
+    def check(**changes: object) -> None:
+        args = Namespace(**vars(EXPERTS) | changes)
+        stored = StoredModel("S", "--load", Path("S/iter_0000001"), EXPERTS)
+        check_student_scales(Context(FddConfig(), args, stored_student=stored))
+
+    check()
+    other = {"expert_model_parallel_size": 4}
     with pytest.raises(ValueError, match="size 2; at 4 .* use --expert-model-parallel-size 2, or the recipe"):
-        check_expert_scales(Namespace(**other), EXPERTS, "the student")
+        check(**other)
     for harmless in (
         {"fp8": None},
         {"fp8_recipe": "tensorwise"},
         {"moe_grouped_gemm": False},
         {"num_experts": None},
     ):
-        check_expert_scales(Namespace(**{**other, **harmless}), EXPERTS, "the student")
+        check(**other, **harmless)
 
 
 def test_extra_states_are_read_from_files_opened_once(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def arguments(shape: Shape, case: Case, padded_vocab: int, **more: object) -> ar
         "group_query_attention": True,
         "kv_channels": shape.head_width,
         "swiglu": True,
+        "attention_output_gate": False,
         "num_experts": None,
         "moe_layer_freq": 1,
         "moe_shared_expert_intermediate_size": None,

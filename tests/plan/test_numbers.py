@@ -1,43 +1,70 @@
-"""Megatron's numbers that a training cannot count with are refused before anything is built."""
+"""Numbers and schedules that no training can count with are refused before anything is built."""
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
-from megatron.training.arguments import add_megatron_arguments
 
-from megatron_fdd.plan import checks as preflight
-from megatron_fdd.plan.checks import check_numbers
+from megatron_fdd.config import FddConfig
+from megatron_fdd.plan import numbers
+from megatron_fdd.plan.context import Context
+from megatron_fdd.plan.numbers import check_numbers, check_schedule
+from tests.harness.command_lines import training_parser
+
+
+def given(words: str) -> Context:
+    return Context(FddConfig(), training_parser().parse_args(words.split()))
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("words", "message"),
     [
-        ({"lr": float("nan")}, "--lr nan: must be a finite number"),
-        ({"clip_grad": float("-inf")}, "--clip-grad -inf: must be a finite number"),
-        ({"init_method_std": float("inf")}, "--init-method-std inf: must be a finite number"),
+        ("--lr nan", "--lr nan: must be a finite number"),
+        ("--clip-grad=-inf", "--clip-grad -inf: must be a finite number"),
+        ("--init-method-std inf", "--init-method-std inf: must be a finite number"),
         (
-            {"seq_length": -1, "log_interval": 0},
-            "--seq-length -1: must be at least 1; --log-interval 0: must be",
+            "--seq-length -1 --log-interval 0",
+            "--seq-length -1: must be at least 1; --log-interval 0: must be at least 1",
         ),
-        ({"eval_iters": -1}, "--eval-iters -1: must be at least 0"),
+        ("--eval-iters -1", "--eval-iters -1: must be at least 0"),
+        ("--train-iters 0", "--train-iters 0: must be at least 1"),
+        ("--hidden-dropout 1.5", "--hidden-dropout 1.5: must be below 1"),
+        ("--attention-dropout -1", "--attention-dropout -1.0: must be at least 0"),
+        ("--attention-dropout 1", "--attention-dropout 1.0: must be below 1"),
+        ("--lr-warmup-fraction 2", "--lr-warmup-fraction 2.0: must be below 1"),
+        ("--adam-beta1 1", "--adam-beta1 1.0: must be below 1"),
+        ("--adam-beta2 1.1", "--adam-beta2 1.1: must be below 1"),
     ],
 )
-def test_refused(values: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_numbers(argparse.Namespace(skip_train=False, **values))
+def test_numbers_out_of_bounds_are_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match="^--") as error:
+        check_numbers(given(words))
+    assert {*message.split("; ")} == {*str(error.value).split("; ")}
 
 
-def test_taken() -> None:
-    check_numbers(
-        argparse.Namespace(
-            skip_train=False, lr=0.0, eval_iters=0, seed=0, seq_length=1, save_interval=None, bf16=False
-        )
-    )
+@pytest.mark.parametrize(
+    "words", ["", "--lr 0 --eval-iters 0 --seed 0 --seq-length 1", "--train-iters 0 --skip-train"]
+)
+def test_numbers_within_bounds_pass(words: str) -> None:
+    check_numbers(given(words))
 
 
 def test_every_name_with_a_bound_is_megatrons() -> None:
-    parser = argparse.ArgumentParser()
-    add_megatron_arguments(parser)
-    assert set(preflight._SMALLEST) <= {action.dest for action in parser._actions}
+    assert {*numbers._SMALLEST, *numbers._PARTS} <= {action.dest for action in training_parser()._actions}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--min-lr 1", "--min-lr 1.0: must be at most --lr 0.1"),
+        ("--lr-warmup-init 0.2", "--lr-warmup-init 0.2: must be at most --lr 0.1"),
+        ("--start-weight-decay 2 --end-weight-decay 1", "--start-weight-decay 2.0: must be at most --end-w"),
+        ("--lr-warmup-iters 10", "--lr-warmup-iters 10: must be below --train-iters 10"),
+        ("--lr-warmup-iters 5 --lr-decay-iters 5", "--lr-warmup-iters 5: must be below --lr-decay-iters 5"),
+        ("--lr-warmup-samples 9 --train-samples 9", "--lr-warmup-samples 9: must be below --train-samples 9"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_schedule(given(f"--lr 0.1 --train-iters 10 {words}"))
+    check_schedule(given("--lr 0.1 --train-iters 10 --min-lr 0.1 --lr-warmup-iters 9"))
+    check_schedule(given(f"--lr 0.1 --train-iters 10 {words} --skip-train"))

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fdd.config import FddConfig
 from megatron_fdd.plan import save_folder
+from megatron_fdd.plan.context import Context
 from megatron_fdd.plan.save_folder import LOCK_FILE, check_nothing_lost, held
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def flags(save: object, load: object = None, **more: bool) -> argparse.Namespace:
+def flags(save: object, load: object = None, **more: bool) -> Context:
     names = {"finetune": False, "skip_train": False} | more
-    return argparse.Namespace(
-        save=save if save is None else str(save), load=load if load is None else str(load), **names
-    )
+    folders = {"save": save, "load": load}
+    given = {name: folder if folder is None else str(folder) for name, folder in folders.items()}
+    return Context(FddConfig(), argparse.Namespace(**given, **names))
 
 
 @pytest.fixture

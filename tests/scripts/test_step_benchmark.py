@@ -17,7 +17,7 @@ import pytest
 from benchmarks import lines, modelopt, step
 from benchmarks.step_flops import Model, StepFlops, step_flops
 from benchmarks.step_run import Watched
-from megatron_fdd.plan.balance import ModelShape
+from megatron_fdd.plan.model_shape import ModelShape
 from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 from tests.oracle.model_shapes import (
     GPT2,

@@ -107,6 +107,7 @@ def arguments_of(case: Case, model: torch.nn.Module) -> Namespace:
         expert_tensor_parallel_size=None, expert_model_parallel_size=case.ep, hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads, num_query_groups=config.num_query_groups,
         group_query_attention=True, kv_channels=config.kv_channels, ffn_hidden_size=config.ffn_hidden_size,
+        seq_length=case.length, attention_output_gate=False, moe_router_topk=config.moe_router_topk,
         swiglu=True, num_experts=config.num_moe_experts, moe_shared_expert_intermediate_size=None,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size, moe_layer_freq=1,
         params_dtype=torch.float32, padded_vocab_size=0, untie_embeddings_and_output_weights=False,

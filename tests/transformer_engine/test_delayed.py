@@ -14,8 +14,10 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
+from megatron_fdd.host.role import Role
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.plan.fp8 import check_scales
+from megatron_fdd.plan.context import Model, StoredModel
+from megatron_fdd.plan.fp8_scales import check_teacher_scales
 from megatron_fdd.step.teacher import loading
 from megatron_fdd.step.teacher.scales import fp8_linears
 from tests.harness.ranks import Layout, run_on_ranks
@@ -134,17 +136,22 @@ STORED = Namespace(
 )
 
 
+def check(checkpoint: Path, teacher: Namespace = STORED) -> None:
+    stored = StoredModel(str(checkpoint.parent), "--teacher-load", checkpoint, STORED)
+    check_teacher_scales(Model(Role.TEACHER, teacher, stored))
+
+
 @pytest.mark.parametrize("kind", ["converted", "empty"])
 def test_a_checkpoint_without_scales_is_refused_unloaded(kind: str, made: tuple[Path, list[Tensor]]) -> None:
     with trusted(), pytest.raises(ValueError, match="holds no scales .* use tensorwise, blockwise or mxfp8"):
-        check_scales(made[0] / kind, STORED, STORED)
+        check(made[0] / kind)
 
 
 def test_scales_are_read_from_trusted_checkpoints_alone(made: tuple[Path, list[Tensor]]) -> None:
     with trusted():
-        check_scales(made[0] / "scaled", STORED, STORED)
+        check(made[0] / "scaled")
     with trusted("0"), pytest.raises(ValueError, match=f"if you trust the checkpoint, set {TRUST}=1"):
-        check_scales(made[0] / "scaled", STORED, STORED)
+        check(made[0] / "scaled")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,7 @@ def test_scales_of_grouped_experts_want_as_many_to_a_rank(
         "with expert-parallel size 2; at 4 .* use --fdd-teacher-expert-model-parallel-size 2, or the rec"
     )
     with trusted(), pytest.raises(ValueError, match=message) if is_refused else nullcontext():
-        check_scales(made[0] / "scaled", STORED, changed)
+        check(made[0] / "scaled", changed)
 
 
 def loads_untrusted(case: Case, checkpoint: Path) -> bool:

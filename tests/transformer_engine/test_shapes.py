@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Model
 from megatron_fdd.plan.fp8 import check_fp8_shapes
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import MICRO_BATCH, Case, join, schedule_step
@@ -76,13 +78,14 @@ def arguments(case: Case, shape: Shape, recipe: str) -> Namespace:
         num_query_groups=shape.groups, ffn_hidden_size=shape.ffn, num_experts=shape.experts,
         multi_latent_attention=False, attention_output_gate=False, moe_layer_freq=1, moe_ffn_hidden_size=shape.ffn,
         moe_latent_size=None, moe_shared_expert_intermediate_size=None, expert_tensor_parallel_size=None,
+        pipeline_model_parallel_size=case.pp, expert_model_parallel_size=case.ep, swiglu=True, moe_router_topk=2,
     )  # fmt: skip
 
 
-def refusal_of_the_check(case: Case, recipe: str, whose: str) -> str | None:
-    shape = case.student if whose == "the student" else case.teacher
+def refusal_of_the_check(case: Case, recipe: str, role: Role) -> str | None:
+    shape = case.student if role is Role.STUDENT else case.teacher
     try:
-        check_fp8_shapes(arguments(case, shape, recipe), whose)
+        check_fp8_shapes(Model(role, arguments(case, shape, recipe), None))
     except ValueError as error:
         return str(error)
     return None
@@ -99,48 +102,47 @@ def refusal_in_a_step(case: Case) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("whose", "recipe"), [("student", "tensorwise"), ("student", "blockwise"), ("teacher", "tensorwise")]
+    ("role", "recipe"),
+    [(Role.STUDENT, "tensorwise"), (Role.STUDENT, "blockwise"), (Role.TEACHER, "tensorwise")],
 )
 @pytest.mark.parametrize("name", CASES)
-def test_the_check_refuses_what_transformer_engine_refuses(name: str, recipe: str, whose: str) -> None:
+def test_the_check_refuses_what_transformer_engine_refuses(name: str, recipe: str, role: Role) -> None:
     layout, changes, *wanted = CASES[name]
-    assert_both_refuse(layout, changes, wanted[whose == "teacher"], recipe, whose)
+    assert_both_refuse(layout, changes, wanted[role is Role.TEACHER], recipe, role)
 
 
-# (whose, recipe): the recipe whose rule is the same.
-SAME_RULE = {("student", "delayed"): "tensorwise", ("teacher", "blockwise"): "tensorwise"}
+# (role, recipe): the recipe whose rule is the same.
+SAME_RULE = {(Role.STUDENT, "delayed"): "tensorwise", (Role.TEACHER, "blockwise"): "tensorwise"}
 
 
-@pytest.mark.parametrize(("whose", "recipe"), SAME_RULE)
-def test_recipes_with_the_same_rule(whose: str, recipe: str) -> None:
+@pytest.mark.parametrize(("role", "recipe"), SAME_RULE)
+def test_recipes_with_the_same_rule(role: Role, recipe: str) -> None:
     """The check says the same in every case; a step agrees in one that fits and where each rule refuses."""
     for layout, changes, *_ in CASES.values():
-        case = replace(CASE, **layout, **{whose: replace(FITS, **changes)})
-        told = [
-            refusal_of_the_check(case, each, f"the {whose}") for each in (recipe, SAME_RULE[whose, recipe])
-        ]
-        assert told[0] == (told[1] and told[1].replace(SAME_RULE[whose, recipe], recipe))
+        case = replace(CASE, **layout, **{role.value: replace(FITS, **changes)})
+        told = [refusal_of_the_check(case, each, role) for each in (recipe, SAME_RULE[role, recipe])]
+        assert told[0] == (told[1] and told[1].replace(SAME_RULE[role, recipe], recipe))
     for name in ("fits", "20 tokens", "hidden", "odd queries, keys, values"):
         layout, changes, *wanted = CASES[name]
-        assert_both_refuse(layout, changes, wanted[whose == "teacher"], recipe, whose)
+        assert_both_refuse(layout, changes, wanted[role is Role.TEACHER], recipe, role)
 
 
-@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize("name", MX_CASES)
-def test_the_check_refuses_what_mxfp8_cannot_hold(name: str, whose: str) -> None:
-    assert_both_refuse(*MX_CASES[name], "mxfp8", whose)
+def test_the_check_refuses_what_mxfp8_cannot_hold(name: str, role: Role) -> None:
+    assert_both_refuse(*MX_CASES[name], "mxfp8", role)
 
 
 def assert_both_refuse(
-    layout: dict[str, Any], changes: dict[str, Any], said: str | None, recipe: str, whose: str
+    layout: dict[str, Any], changes: dict[str, Any], said: str | None, recipe: str, role: Role
 ) -> None:
     """The check what is `said`, and a step anything; or neither where nothing is."""
-    case = replace(CASE, **layout, **{whose: replace(FITS, **changes)})
-    refused = refusal_of_the_check(case, recipe, f"the {whose}")
+    case = replace(CASE, **layout, **{role.value: replace(FITS, **changes)})
+    refused = refusal_of_the_check(case, recipe, role)
     assert refused is None if said is None else refused is not None and said in refused
     for grouped in (False, True) if "experts" in changes else (False,):
         options = (("fp8", "hybrid"), ("fp8_recipe", recipe), ("moe_grouped_gemm", grouped))
-        case = replace(case, **{f"{whose}_options": options})
+        case = replace(case, **{f"{role.value}_options": options})
         for late in run_on_ranks(refusal_in_a_step, case.layout, {"case": case}, image=IMAGE):
             assert (late is None) == (refused is None), late
             assert late is None or "FP8" in late

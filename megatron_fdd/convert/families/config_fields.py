@@ -56,7 +56,7 @@ def check_fields(
     harmless: Collection[str],
     neutral: Mapping[str, tuple[Any, ...]],
 ) -> None:
-    """Every field is mapped, harmless, or at a value that changes nothing.
+    """Refuse a field unless it is mapped, harmless, or at a value that changes nothing.
 
     Args:
         mapped: fields that the family reads.

@@ -50,6 +50,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
+    """Refuse fields that the dialect does not know."""
     neutral = {**_NEUTRAL, **dialect.neutral}
     if "use_sliding_window" not in dialect.window_fields:
         neutral["use_sliding_window"] = (False, None)

@@ -57,6 +57,7 @@ _FIXED: dict[str, Any] = {
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
+    """Refuse fields and values that Megatron has no GPT-2 for."""
     check_fields(
         config,
         model_type="gpt2",

@@ -65,7 +65,7 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
 
 
 def _check_constants(kind: str, rope: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """What is left of the rope fields is just what Megatron has built in."""
+    """Refuse rope fields that are not just what Megatron has built in."""
     for field, value in rope.items():
         if field not in expected:
             refuse_field(field, value, f"which rope type {kind!r} has no use for")

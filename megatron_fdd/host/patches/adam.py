@@ -30,7 +30,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         """The signature that Megatron calls; `capturable` (`--optimizer-cuda-graph`) must be False."""
-        assert not capturable, "refused in megatron_fdd.plan.student_arguments"
+        assert not capturable, "refused in megatron_fdd.plan.refusals"
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults["bias_correction"] = True  # theirs, which read it from a checkpoint of this one

@@ -73,7 +73,7 @@ def build_stage(config: GPTModelConfig, topology: Topology) -> GPTModel:
 
 
 def _check_weights(weights: Mapping[str, Tensor], checkpoint: Path, topology: Topology) -> None:
-    """No weight may be all zero over its shards, or hold a value that is not finite."""
+    """Refuse a weight that is all zero over its shards, or holds a value that is not finite."""
     names, sizes = [], []
     for name, weight in sorted(weights.items()):
         if weight.dim() > 1:  # a bias may well be zero

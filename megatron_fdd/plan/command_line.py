@@ -1,0 +1,94 @@
+"""The command line of a run: Megatron's parser with our flags, whose every mistake is one ValueError."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import os
+from typing import NoReturn
+
+from megatron.training.arguments import parse_args
+
+from megatron_fdd.config import add_fdd_args
+from megatron_fdd.host.process import is_first_rank
+
+# Megatron reads them before any flag.
+_COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+
+
+def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
+    """Parse `sys.argv`.
+
+    Returns:
+        The namespace, and the default of every flag.
+
+    Raises:
+        ValueError: names the flag or the variable of the launcher with a wrong value.
+    """
+    _check_launch()
+    defaults: dict[str, object] = {}
+
+    def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_fdd_args(parser)
+        for action in parser._actions:
+            defaults.setdefault(action.dest, action.default)  # argparse takes the first, of several for one
+            _name_wrong_values(action)
+        _mend_help(parser)
+        # argparse would print its usage and exit on every rank; one error, by the same way as all others.
+        parser.error = _argument_error  # type: ignore[method-assign]
+        if not is_first_rank():
+            parser.print_help = _print_nothing  # type: ignore[method-assign, assignment]
+        return parser
+
+    return parse_args(add_args), defaults
+
+
+def _check_launch() -> None:
+    """Refuse an environment whose ranks are not numbers."""
+    for name in _COUNTS:
+        value, least = os.environ.get(name, "1"), int(name == "WORLD_SIZE")
+        if not value.isdecimal() or int(value) < least:
+            raise ValueError(
+                f"{name}={value}: must be a whole number of at least {least}; torchrun and fdd train set it"
+            )
+
+
+def _name_wrong_values(action: argparse.Action) -> None:
+    """Let a flag refuse by its name an empty value, which is what an unset variable of a shell leaves of one.
+
+    And an unknown member of an enum, on which Megatron's parser (0.19.2) ends with a bare KeyError.
+    """
+    read = action.type
+    if read in (int, float) or action.nargs == 0 or action.default == "":  # numbers do it themselves
+        return
+
+    def text(value: str) -> object:
+        if not value:
+            raise argparse.ArgumentTypeError(
+                "its value is empty (an unset variable?); give one, or leave the flag out"
+            )
+        try:
+            return read(value) if callable(read) else value
+        except KeyError as error:
+            names = [each.name for each in action.choices or () if isinstance(each, enum.Enum)]
+            raise argparse.ArgumentTypeError(f"{value!r}: must be one of {', '.join(names)}") from error
+
+    text.__name__ = getattr(read, "__name__", "text")  # argparse puts it into its message
+    action.type = text
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escape the bare % in one of Megatron's help texts (0.19.2), on which `--help` would fail."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except ValueError:
+            action.help = str(action.help).replace("%", "%%")
+
+
+def _print_nothing(_file: object = None) -> None:
+    """Thousands of lines of help are enough once."""
+
+
+def _argument_error(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see --help)")

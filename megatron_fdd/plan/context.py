@@ -1,0 +1,87 @@
+"""What is known of a run while it is planned: all that a check may read."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.role import Role
+from megatron_fdd.losses.layer_plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model's checkpoint, found whole.
+
+    Attributes:
+        folder: as the user gave it.
+        flag: the flag that named it.
+        path: the newest checkpoint in the folder.
+        args: Megatron's arguments as stored there.
+    """
+
+    folder: str
+    flag: str
+    path: Path
+    args: argparse.Namespace
+
+    @classmethod
+    def find(cls, folder: str, flag: str, *, to_plan: bool) -> StoredModel:
+        """Look for the newest checkpoint in a folder and read its arguments. No collectives.
+
+        Args:
+            to_plan: its arguments are enough; it need not hold weights.
+
+        Raises:
+            ValueError: there is none, or it is not whole.
+        """
+        path = find_checkpoint(folder, flag, to_plan=to_plan)
+        return cls(folder, flag, path, read_checkpoint_args(path, flag))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of the two models as this run builds it.
+
+    Attributes:
+        args: its architecture at this run's layout and precision; the student's are not validated yet.
+        stored: what its weights come from; None for a student from scratch.
+    """
+
+    role: Role
+    args: argparse.Namespace
+    stored: StoredModel | None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a phase of checks knows; a later one knows more (`plan/checks.py` says when).
+
+    Attributes:
+        args: the command line's, which describe the student too. Completed, forced and validated in place.
+        stored_student: what the student starts from; None from scratch.
+        stored_teacher: None without a teacher.
+        teacher_args: the teacher's in this run.
+        plan: layer pairs, layers of every chunk, vocabulary.
+    """
+
+    config: FddConfig
+    args: argparse.Namespace
+    stored_student: StoredModel | None = None
+    stored_teacher: StoredModel | None = None
+    teacher_args: argparse.Namespace | None = None
+    plan: Plan | None = None
+
+    @property
+    def student(self) -> Model:
+        return Model(Role.STUDENT, self.args, self.stored_student)
+
+    @property
+    def teacher(self) -> Model | None:
+        """None without a teacher, and before its arguments in this run are known."""
+        if self.teacher_args is None:
+            return None
+        return Model(Role.TEACHER, self.teacher_args, self.stored_teacher)

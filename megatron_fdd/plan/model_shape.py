@@ -1,0 +1,163 @@
+"""The shape of a GPT and the sizes that cut it, from Megatron's arguments: widths, parameters and flops follow."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSizes:
+    """Over how many ranks a model is cut.
+
+    Attributes:
+        expert: ranks that share the experts of a layer.
+        expert_tensor: ranks that share the matrices of one expert.
+    """
+
+    tensor: int
+    pipeline: int
+    expert: int
+    expert_tensor: int
+
+    @classmethod
+    def of_args(cls, args: argparse.Namespace) -> ParallelSizes:
+        """Take them from a model's arguments in this run, not necessarily validated."""
+        tensor = args.tensor_model_parallel_size
+        return cls(
+            tensor,
+            args.pipeline_model_parallel_size,
+            args.expert_model_parallel_size,
+            args.expert_tensor_parallel_size or tensor,  # Megatron's default
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The mixtures of experts of one model.
+
+    Attributes:
+        count: experts of a layer.
+        width: of the feed-forward layer that one expert is.
+        top_k: experts that a token is routed to.
+        shared_width: of what every token passes beside them; 0 for nothing.
+        layers: those with experts, 0-based.
+    """
+
+    count: int
+    width: int
+    top_k: int
+    shared_width: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """One model, enough to count its matrices and their products.
+
+    Attributes:
+        hidden: width of the hidden states.
+        ffn: width of a feed-forward layer without experts; 0 where Megatron has not filled it in yet.
+        heads: query heads.
+        groups: key-value heads.
+        vocab: rows of the head that count, over all tensor ranks; 0 where no head is looked at.
+        gated: whether a feed-forward layer has three matrices.
+        num_layers: may be left out where only one layer is looked at.
+        has_output_gate: the attention's first matrix makes a gate beside each query.
+        experts: None for a dense model.
+    """
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_width: int
+    vocab: int
+    gated: bool
+    seq_length: int
+    num_layers: int = 1
+    has_output_gate: bool = False
+    experts: ExpertShape | None = None
+
+    @classmethod
+    def of_args(cls, args: argparse.Namespace, *, vocab: int = 0) -> ModelShape:
+        """Take it from a model's arguments in this run, not necessarily validated."""
+        heads = args.num_attention_heads
+        return cls(
+            hidden=args.hidden_size,
+            ffn=args.ffn_hidden_size or 0,
+            heads=heads,
+            groups=args.num_query_groups if args.group_query_attention else heads,
+            head_width=args.kv_channels or args.hidden_size // heads,
+            vocab=vocab,
+            gated=args.swiglu,
+            seq_length=args.seq_length,
+            num_layers=args.num_layers,
+            has_output_gate=args.attention_output_gate,
+            experts=_experts(args),
+        )
+
+    @property
+    def attention_width(self) -> int:
+        """Width of what attention puts out, all heads together."""
+        return self.heads * self.head_width
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of queries, keys and values together, gates included."""
+        return self.head_width * (self.heads * (2 if self.has_output_gate else 1) + 2 * self.groups)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of the two matrices of one attention; multi-latent attention, which has others, is not known."""
+        return self.hidden * (self.qkv_width + self.attention_width)
+
+    @property
+    def parameters_per_width(self) -> int:
+        """Parameters of a feed-forward layer for each unit of its width."""
+        return self.hidden * (3 if self.gated else 2)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers with experts, 0-based; none of a dense model."""
+        return () if self.experts is None else self.experts.layers
+
+    @property
+    def active_ffn(self) -> int:
+        """Width of the feed-forward matrices that one token passes, on average over the layers; without routers."""
+        if self.experts is None:
+            return self.ffn
+        experts = self.experts
+        routed = len(experts.layers) * (experts.top_k * experts.width + experts.shared_width)
+        return (routed + (self.num_layers - len(experts.layers)) * self.ffn) // self.num_layers
+
+    def matrix_parameters(self, layers: Sequence[int], sizes: ParallelSizes) -> int:
+        """Parameters of the matrices of these layers on a rank, without routers."""
+        with_experts = len(set(self.expert_layers).intersection(layers))
+        widths, routed = (len(layers) - with_experts) * self.ffn, 0
+        if self.experts is not None:
+            widths += with_experts * self.experts.shared_width
+            routed = with_experts * self.experts.count * self.experts.width * self.parameters_per_width
+        cut = len(layers) * self.attention_parameters + widths * self.parameters_per_width
+        return cut // sizes.tensor + routed // (sizes.expert_tensor * sizes.expert)
+
+    @property
+    def router_parameters(self) -> int:
+        """Parameters of all routers, which every rank holds whole."""
+        return 0 if self.experts is None else len(self.experts.layers) * self.experts.count * self.hidden
+
+
+def _experts(args: argparse.Namespace) -> ExpertShape | None:
+    if not args.num_experts:
+        return None
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, int):  # every so many layers
+        pattern = [layer % pattern == 0 for layer in range(args.num_layers)]
+    return ExpertShape(
+        count=args.num_experts,
+        width=args.moe_ffn_hidden_size or args.ffn_hidden_size or 0,
+        top_k=args.moe_router_topk,
+        shared_width=args.moe_shared_expert_intermediate_size or 0,
+        layers=tuple(layer for layer, has_experts in enumerate(pattern) if has_experts),
+    )

@@ -1,0 +1,49 @@
+"""What the modules and kernels that a run chooses cannot do: Megatron's local attention, Triton without a GPU."""
+
+from __future__ import annotations
+
+from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
+from megatron_fdd.plan.context import Context, Model
+
+
+def check_kernels(context: Context) -> None:
+    """Refuse Triton's kernels in a rehearsal: they run on a GPU.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if context.config.kernels == "triton" and is_rehearsal_wanted():
+        raise ValueError(
+            "--fdd-kernels triton needs a GPU, and this run rehearses on CPUs: leave the flag out (auto chooses)"
+        )
+
+
+def check_local_attention(model: Model) -> None:
+    """Refuse what Megatron's local attention lacks; a rehearsal's has all of it.
+
+    With sliding windows its fused kernel ignores the window, and its unfused one the mask.
+
+    Raises:
+        ValueError: the run shares or packs sequences, or the model has windows of which a part would be forgotten.
+    """
+    args = model.args
+    if args.transformer_impl != "local" or is_rehearsal_wanted():
+        return
+    needed = ["--context-parallel-size above 1"] if args.context_parallel_size > 1 else []
+    needed += ["--dataloader-inter-document-masking"] if args.dataloader_inter_document_masking else []
+    if needed:
+        raise ValueError(
+            f"{', '.join(needed)}: Megatron's local attention cannot; use --transformer-impl transformer_engine"
+        )
+    if args.window_size is None:
+        return
+    remedies = []
+    if args.masked_softmax_fusion:
+        remedies.append("give --no-masked-softmax-fusion, whose fused kernel would ignore the windows")
+    if args.reset_attention_mask:
+        remedies.append("leave out --reset-attention-mask, which the windows would overrule")
+    if remedies:
+        raise ValueError(
+            f"{model.role.label} has sliding windows and --transformer-impl is local: {' and '.join(remedies)}, or use "
+            "--transformer-impl transformer_engine"
+        )

@@ -1,0 +1,75 @@
+"""The length of a sequence and the parallel sizes that a model can take."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Model
+from megatron_fdd.step.teacher.arguments import even_layout
+
+
+def check_length(model: Model) -> None:
+    """Refuse sequences longer than a model takes.
+
+    Raises:
+        ValueError: names the length, the bound and whose it is.
+    """
+    length, positions = model.args.seq_length, model.args.max_position_embeddings
+    if None in (length, positions) or length <= positions:
+        return  # without a bound Megatron asks for one
+    whose = model.role.label
+    if model.role is Role.TEACHER and model.stored is not None:
+        whose = f"{whose} ({model.stored.folder})"
+    raise ValueError(f"--seq-length {length} is longer than {whose} takes ({positions} positions); lower it")
+
+
+def check_splits(model: Model) -> None:
+    """Refuse parallel sizes that do not divide the model or its sequences.
+
+    Raises:
+        ValueError: names both numbers and the remedy.
+    """
+    args, whose = model.args, model.role.label
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if args.num_layers is None or args.num_attention_heads is None:
+        return  # Megatron names these well
+    _check_sequence(args)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor} does not divide {whose}'s {args.num_attention_heads} attention "
+            f"heads in {groups} query groups: use one that does"
+        )
+    is_cut = model.role is Role.TEACHER or any(  # the teacher's as evenly as can be, whatever the flags say
+        (
+            args.pipeline_model_parallel_layout,
+            args.decoder_first_pipeline_num_layers,
+            args.decoder_last_pipeline_num_layers,
+            args.num_virtual_stages_per_pipeline_rank,
+            args.num_layers_per_virtual_pipeline_stage,
+        )
+    )
+    if stages > 1 and args.num_layers % stages and not is_cut:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages} does not divide {whose}'s {args.num_layers} layers: say how "
+            f"to cut them, for example --pipeline-model-parallel-layout '{even_layout(args.num_layers, stages)}'"
+        )
+
+
+def _check_sequence(args: argparse.Namespace) -> None:
+    """Refuse a length that the ranks which share a sequence cannot cut."""
+    tensor = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    context = args.context_parallel_size
+    factors = []
+    if context > 1:
+        factors.append(f"twice --context-parallel-size {context}")
+    if tensor > 1:
+        factors.append(f"--tensor-model-parallel-size {tensor} (for --sequence-parallel)")
+    divisor = (2 * context if context > 1 else 1) * tensor
+    if args.seq_length % divisor:
+        below = args.seq_length // divisor * divisor
+        raise ValueError(
+            f"--seq-length {args.seq_length} is not a multiple of {' times '.join(factors)}: "
+            f"use {' or '.join(str(length) for length in (below, below + divisor) if length)}"
+        )

@@ -1,0 +1,35 @@
+"""The teacher's checkpoint: where it is, and whether this version can run what is in it."""
+
+from __future__ import annotations
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.plan.context import Context, StoredModel
+
+
+def find_teacher(config: FddConfig) -> StoredModel | None:
+    """Look for the teacher's checkpoint; None where no term needs a teacher.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    if not config.needs_teacher or config.teacher_load is None:
+        return None
+    return StoredModel.find(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
+
+
+def check_teacher_model(context: Context) -> None:
+    """Refuse a teacher that this version cannot run.
+
+    Raises:
+        ValueError: a model that is not a GPTModel with a linear head.
+    """
+    if context.stored_teacher is None:
+        return
+    stored = context.stored_teacher.args
+    if getattr(stored, "hybrid_layer_pattern", None) is not None:
+        raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
+    if getattr(stored, "final_logit_softcapping", None) is not None:
+        raise ValueError(
+            "--teacher-load: a soft-capped head is not linear, which Gram matrices and fused losses rely on; "
+            "models of such a family cannot be distilled yet"
+        )

@@ -1,0 +1,68 @@
+"""The tokenizer and the vocabulary that run, student and teacher share."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron.training import get_tokenizer
+
+from megatron_fdd.data.pairing import check_checkpoint_tokenizer
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan.context import Context
+
+# More than this is no longer "tokens that were added to the same vocabulary".
+_MAX_ADDED_TOKENS = 1024
+
+
+def check_student_tokenizer(context: Context) -> None:
+    """Refuse a student's checkpoint whose tokenizer is not the run's."""
+    if context.stored_student is not None:
+        check_checkpoint_tokenizer(Role.STUDENT, context.stored_student.folder, context.args)
+
+
+def check_teacher_tokenizer(context: Context) -> None:
+    """Refuse a teacher's checkpoint whose tokenizer is not the run's."""
+    if context.stored_teacher is not None:
+        check_checkpoint_tokenizer(Role.TEACHER, context.stored_teacher.folder, context.args)
+
+
+def set_vocab_size(args: argparse.Namespace) -> None:
+    """Give a student from scratch the tokenizer's vocabulary."""
+    args.vocab_size = args.vocab_size or min(get_tokenizer().vocab_size, args.padded_vocab_size)
+
+
+def check_vocabularies(context: Context) -> None:
+    """Refuse models whose embeddings are not for the run's tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has ids that the student has no embedding for, or the teacher lacks more of
+            them than added tokens explain.
+    """
+    args, tokenizer_size = context.args, get_tokenizer().vocab_size
+    if tokenizer_size > args.vocab_size:
+        raise ValueError(
+            f"vocabulary mismatch: the tokenizer ({args.tokenizer_model or args.tokenizer_type}) has "
+            f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "
+            "use the tokenizer that the student was made with"
+        )
+    if context.stored_teacher is None:
+        return
+    teacher_size = _stored_size(context.stored_teacher.args)
+    if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
+        raise ValueError(
+            f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
+            f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "
+            "teacher and student must share a vocabulary"
+        )
+
+
+def common_vocab_size(context: Context) -> int:
+    """Count the ids that tokenizer, student and teacher all have."""
+    shared = min(get_tokenizer().vocab_size, context.args.vocab_size)
+    if context.stored_teacher is None:
+        return shared
+    return min(shared, _stored_size(context.stored_teacher.args))
+
+
+def _stored_size(stored: argparse.Namespace) -> int:
+    return getattr(stored, "vocab_size", None) or stored.padded_vocab_size

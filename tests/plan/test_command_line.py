@@ -1,0 +1,62 @@
+"""A command line that cannot be read: empty texts, unknown choices, ranks that are no numbers."""
+
+from __future__ import annotations
+
+import argparse
+from functools import cache
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_fdd.plan import command_line
+
+
+@cache
+def parser() -> argparse.ArgumentParser:
+    """Megatron's with our flags, as a run makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        megatrons = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        patch.setattr(command_line, "parse_args", lambda add_args: add_args(megatrons))
+        command_line.parse_command_line()
+    return megatrons
+
+
+def test_every_flag_refuses_an_empty_value_by_name() -> None:
+    flags = [
+        action.option_strings[-1]
+        for action in parser()._actions
+        if action.option_strings and action.nargs != 0 and action.default != ""
+    ]
+    assert {"--save", "--load", "--split", "--teacher-load", "--fdd-metrics-file", "--data-path"} < {*flags}
+    for flag in flags:
+        with pytest.raises(
+            ValueError, match=rf"{flag}\b.*(its value is empty|invalid (int|float) value: ''|expected)"
+        ):
+            parser().parse_args([f"{flag}="])
+
+
+def test_an_empty_value_among_others_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--data-path: its value is empty \(an unset variable\?\)"):
+        parser().parse_args(["--data-path", "0.5", "", "0.5", "b"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "known"), [("--attention-backend", "flash, fused, unfused"), ("--exit-signal", ".*SIGTERM")]
+)
+def test_an_unknown_member_of_an_enum_is_refused(flag: str, known: str) -> None:
+    """Megatron's parser ends with a KeyError."""
+    with pytest.raises(ValueError, match=rf"{flag}: 'typo': must be one of {known}.* \(see --help\)"):
+        parser().parse_args([flag, "typo"])
+    assert vars(parser().parse_args(["--attention-backend", "flash"]))["attention_backend"].name == "flash"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("WORLD_SIZE", "abc", 1), ("WORLD_SIZE", "0", 1), ("RANK", "-1", 0), ("RANK", "", 0)],
+)
+def test_a_rank_that_is_no_number_is_refused(
+    name: str, value: str, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}: must be a whole number of at least {least}; "):
+        command_line.parse_command_line()
