@@ -54,7 +54,7 @@ def test_the_plan_of_a_pipeline_says_who_does_what(toy: Toys) -> None:
     sampled = "--fdd-sample-tokens 0.25 --fdd-sample-one-tap".split()
     [endings] = trained(toy.command(*flags, *sampled))
     for wanted in (
-        r"trajectory and delta of a training step: 0\.25 of the tokens, one random tap a step$",
+        r"inner layers of a training step: 0\.25 of the tokens, one random tap a step$",
         r"stage 0: student blocks 1\.\.2, taps s1:t2; holds both heads; sends on s1:t2$",
         r"stage 1: student blocks 3\.\.4, taps s4:t6; holds both heads$",
         r"teacher taps, 2 x 4 micro-batch\(es\): \d+\.\d",

@@ -125,7 +125,7 @@ def read_metrics(path: Path) -> Metrics:
         raise ValueError(f"{path} holds no finished record: train for at least one iteration")
     curves = {key: Curve(np.array(i), np.array(v)) for key, (i, v) in columns.items()}
     if not any(key.removeprefix(VALIDATION) == TOTAL for key in curves):
-        raise ValueError(f"{path} holds no {TOTAL!r}: is it a metrics file?")
+        raise ValueError(f'{path} holds no "total": is it a metrics file?')
     return Metrics(_with_pace(curves), first, last, num_records, malformed is not None)
 
 
