@@ -1,12 +1,12 @@
-"""What each approximation of the inner terms buys and costs: its time, its error on every term, a short training.
+"""What each approximation of the inner terms gains and costs: its time, its error on every term, a short training.
 
     python -m benchmarks.approximations --teacher-hf DIR --text FILE
 
 prints three tables and appends to the results file. DIR is a small Llama with a SentencePiece or Hugging Face
-tokenizer, FILE stories between lines `<|endoftext|>`. Time is that of trajectory and delta at the size of the
-project's bar. Errors are those of one step of a trained student, over many draws on one batch. Students are trained
-from scratch through the real entry point and evaluated with all tokens and all taps. Memory on a CPU is no fit
-comparison here: what was freed stays resident.
+tokenizer; FILE has stories between lines `<|endoftext|>`. The time is that of trajectory and delta at the size of
+the project's bar. The errors are those of one step of a trained student, over many draws on one batch. Students are
+trained from scratch through the real entry point and evaluated with all tokens and all taps. Memory is not
+compared, because on a CPU freed memory stays resident.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TERMS = ("total", "kd", "trajectory", "delta")
 
 
 def main() -> int:
-    """Measure, print, record; returns the exit status."""
+    """Measure, print and record; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -97,14 +97,17 @@ def config_of(variant: str) -> FddConfig:
 
 
 def time_of(variant: str) -> Measurement:
-    """Of one micro-batch; with one tap, the mean over all that can be drawn."""
+    """Measure one micro-batch; with one tap, the mean over all taps that can be drawn."""
     config = config_of(variant)
     found = measure(lambda: timed_step(config), repeats=3)
     return replace(found, seconds=found.seconds / (TIMED["taps"] if config.sample_one_tap else 1))
 
 
 def timed_step(config: FddConfig) -> Callable[[], None]:
-    """All taps on one chunk, heads whose Gram matrices are there; where one tap is drawn, each of them once."""
+    """Return a step of all taps on one chunk, with existing Gram matrices.
+
+    If one tap is drawn, the step runs each of them once.
+    """
     num_taps, tokens = TIMED["taps"], TIMED["tokens"]
     shard = VocabShard(0, TIMED["vocabulary"], None)
     chunk = ChunkPlan(tuple(range(num_taps)), None, None, is_first=True, is_last=True)
@@ -141,7 +144,7 @@ class Runs:
     """Runs of the entry point on one teacher, one text and one student.
 
     Args:
-        folder: for everything that is made.
+        folder: where all files are made.
     """
 
     def __init__(self, folder: Path, teacher_hf: Path, text: Path) -> None:
@@ -161,12 +164,12 @@ class Runs:
         self._flags = [*RUN, *tokenizer, "--teacher-load", teacher, "--data-path", folder / "text"]
 
     def entry(self, module: str, *words: object) -> str:
-        """Run a module on one rank; returns what it printed."""
+        """Run a module on one rank; return what it printed."""
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", module)
         return call(sys.executable, *launch, *words)
 
     def train(self, variant: str, steps: int, seed: int) -> dict[str, float]:
-        """Train a student from scratch; returns its terms on validation data, with all tokens and all taps."""
+        """Train a student from scratch; return its terms on validation data, with all tokens and all taps."""
         save = self.folder / f"{variant.replace(' ', '-').replace('/', '-')}-{seed}"
         out = self.entry(
             "megatron_fdd.distill",
@@ -179,7 +182,7 @@ class Runs:
         return {name: float(found[name]) for name in TERMS}
 
     def repeat(self, variant: str, student: Path, draws: int) -> dict[str, Any]:
-        """Means and gradients of as many draws on one batch, the student standing still."""
+        """Return means and gradients of so many draws on one batch, with an unchanged student."""
         file = self.folder / "repeated.pt"
         self.entry(
             "benchmarks.repeated_batch",
@@ -197,10 +200,10 @@ class Runs:
 
 
 def call(*words: object) -> str:
-    """Run a command at the root of the checkout; its standard output.
+    """Run a command at the root of the checkout; return its standard output.
 
     Raises:
-        RuntimeError: it failed; with its last lines.
+        RuntimeError: the command failed; holds its last lines.
     """
     done = subprocess.run(
         [str(word) for word in words], capture_output=True, text=True, cwd=Path(__file__).parents[1]
@@ -211,7 +214,7 @@ def call(*words: object) -> str:
 
 
 def trainings(runs: Runs, steps: int, seeds: int) -> dict[str, dict[str, list[float]]]:
-    """For each variant and term, the final value of each seed."""
+    """Return, for each variant and term, the final value of each seed."""
     results: dict[str, dict[str, list[float]]] = {}
     for name in VARIANTS:
         ends = [runs.train(name, steps, seed) for seed in range(1, seeds + 1)]
@@ -220,7 +223,7 @@ def trainings(runs: Runs, steps: int, seeds: int) -> dict[str, dict[str, list[fl
 
 
 def print_training(results: dict[str, dict[str, list[float]]], steps: int) -> None:
-    """Mean over seeds, and of the difference from the exact run of the same seed the mean and spread."""
+    """Print the mean over seeds, and mean and spread of the difference from the exact run with the same seed."""
     print(f"\nafter {steps} steps of {BATCH * LENGTH} tokens; validation with all tokens and taps:")
     print(f"{'':<20}" + "".join(f"{term:>14}" for term in TERMS) + f"{'total - exact':>22}")
     for name, terms in results.items():
@@ -231,18 +234,18 @@ def print_training(results: dict[str, dict[str, list[float]]], steps: int) -> No
 
 
 def step_errors(runs: Runs, draws: int) -> dict[str, dict[str, float]]:
-    """For each variant the errors of `draws` draws, at the student that the exact run of seed 1 ended with."""
+    """Return, for each variant, the errors of `draws` draws, at the final student of the exact run with seed 1."""
     student = runs.folder / f"{EXACT}-1"
     exact = runs.repeat(EXACT, student, 2)
     return {name: errors_of(runs.repeat(name, student, draws), exact) for name in VARIANTS}
 
 
 def errors_of(drawn: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
-    """Relative to the exact step.
+    """Return the errors of draws, relative to the exact step.
 
     Returns: for each term the standard deviation of its value ("kd") and the error of its mean over the draws ("kd
-        bias"); of the gradient the deviation ("gradient"), the error of the mean gradient ("gradient bias"), the
-        deviation of its norm ("norm") and mean and smallest cosine with the exact gradient ("cosine", "smallest").
+        bias"); for the gradient its deviation ("gradient"), the error of the mean gradient ("gradient bias"), the
+        deviation of its norm ("norm"), and mean and smallest cosine with the exact gradient ("cosine", "smallest").
     """
     errors: dict[str, float] = {}
     whole = exact["means"][0]
@@ -266,7 +269,7 @@ def relative(length: Tensor, vector: Tensor) -> float:
 
 
 def print_errors(errors: dict[str, dict[str, float]], draws: int) -> None:
-    """Rows: terms and gradient; columns: variants."""
+    """Print terms and gradient as rows, variants as columns."""
     print(f"\nerror of a step of {BATCH * LENGTH} tokens, {draws} draws, relative to the exact step;")
     print(f"a bias of less than about {2 / draws**0.5:.2f} of its error is none:")
     print(f"{'':<26}" + "".join(f"{name:>20}" for name in errors))

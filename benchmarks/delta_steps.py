@@ -1,6 +1,7 @@
-"""What the benchmark of the losses measures of the delta and of the Gram matrices that it needs.
+"""The steps of the delta, and of the Gram matrices that it needs, for the benchmark of the losses.
 
-Each function prepares inputs of a size and returns a step. Shapes: N tokens, T / D hidden width of teacher / student.
+Each function prepares inputs of a size and returns a step. Shapes: N tokens, T / D hidden width of teacher /
+student.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype
 
 
 def grams_of(given: Inputs, previous: HeadGrams | None = None) -> HeadGrams:
-    """Of the log-probability delta."""
+    """Return the Gram matrices of the log-probability delta."""
     heads = (given.teacher_head_WT, given.student_head_WD)
     return head_grams(*heads, shard=given.shard, centred=False, previous=previous)
 
 
 def bare_grams(size: Size) -> Step:
-    """The student's two: what a training makes anew each step where the head is trained."""
+    """Return a step with the student's two products: a training repeats them in each step if the head is trained."""
     given = inputs(size)
 
     @torch.no_grad()
@@ -33,14 +34,17 @@ def bare_grams(size: Size) -> Step:
 
 
 def our_grams(size: Size, *, keeps_teacher: bool) -> Step:
-    """Forward. With the teacher's own taken over from an earlier step, as in a training, or not."""
+    """Return a step of the Gram matrices, forward only.
+
+    With `keeps_teacher` the teacher's own matrix comes from an earlier step, as in a training.
+    """
     given = inputs(size)
     previous = grams_of(given) if keeps_teacher else None
     return lambda: grams_of(given, previous).student_student_DD
 
 
 def _factors(size: Size) -> list[tuple[Tensor, Tensor]]:
-    """Of one delta's three products, in float32: differences of features, Gram matrix."""
+    """Return the factors of one delta's three products, in float32: differences of features, Gram matrix."""
     given = inputs(size)
     grams = grams_of(given)
     teacher_NT, student_ND = given.teacher[0].float(), given.student[0].detach().float()
@@ -52,21 +56,25 @@ def _factors(size: Size) -> list[tuple[Tensor, Tensor]]:
 
 
 def bare_delta(size: Size) -> Step:
-    """The three products of a delta, once each, in the dtype of the features."""
+    """Return a step with the three products of a delta, once each, in the dtype of the features."""
     factors = [[tensor.to(getattr(torch, size.dtype)) for tensor in pair] for pair in _factors(size)]
     return lambda: [left @ right for left, right in factors][-1]
 
 
 def todays_products(size: Size) -> Step:
-    """The same as the delta takes them: on a GPU as three products of TF32 parts."""
+    """Return a step with the same products as the delta takes them.
+
+    On a GPU, each is three products of TF32 parts.
+    """
     factors = _factors(size)
     return lambda: [exact_product(left, right) for left, right in factors][-1]
 
 
 def bf16_products(size: Size) -> Step:
-    """The same as three products of bf16 parts: a proposal, which asks for centred Gram matrices.
+    """Return a step with the same products, each as three products of bf16 parts.
 
-    Its time alone: these matrices are not centred. Those are cut once a step, outside of what is timed.
+    This is a proposal, which would need centred Gram matrices. Only its time is measured: these matrices are not
+    centred. They are cut once for a step, outside the measured time.
     """
     factors = [(delta, _bf16_parts(gram)) for delta, gram in _factors(size)]
 
@@ -82,14 +90,17 @@ def bf16_products(size: Size) -> Step:
 
 
 def _bf16_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """What bf16 keeps of the numbers, and of the rest; widened where no bf16 is multiplied into float32."""
+    """Return the bf16 part of the numbers and the bf16 part of the rest.
+
+    Both are widened where bf16 cannot multiply into float32.
+    """
     high = tensor.bfloat16()
     dtype = product_dtype(high)
     return high.to(dtype), (tensor - high).bfloat16().to(dtype)
 
 
 def our_delta(size: Size) -> Step:
-    """`delta_cosine` with its Gram matrices given, forward and backward."""
+    """Return a step of `delta_cosine` with its Gram matrices given, forward and backward."""
     given = inputs(size)
     grams = grams_of(given)
     teacher_NT = given.teacher[0].float()

@@ -1,13 +1,14 @@
 """The losses on a GPU, each beside its bare matrix products: one process, the variants of a group in turn, A B A B.
 
     python -m benchmarks.interleaved --device cuda --lines runs/gpu/results.jsonl
-    python -m benchmarks.interleaved --only delta "final logits"        # these groups alone; here at a toy size
+    python -m benchmarks.interleaved --only delta "final logits"        # only these groups; here at a toy size
 
-A GPU's clock drifts by some 10 % within minutes. So no two figures that are compared are taken one after the other:
-every round calls each variant of a group once, and a ratio is the median of the rounds' own. Device time on a GPU, else
-process CPU time at a toy size, whose figures mean nothing. The groups run in the order of what is most worth knowing;
-of each its lines are in the file as soon as it ends, and a later call with the same file leaves out what is there.
-`python -m benchmarks.tables FILE` makes tables of them. A new variant is a line in `benchmarks/loss_groups.py`.
+A GPU's clock drifts by some 10 % within minutes. So two figures that are compared are never taken one after the
+other: every round calls each variant of a group once, and a ratio is the median of the rounds' ratios. On a GPU the
+time is device time, else process CPU time at a toy size, whose figures mean nothing. The groups run in the order of
+their importance. The lines of a group are in the file as soon as it ends, and a later call with the same file
+leaves out what is there. `python -m benchmarks.tables FILE` makes tables of them. A new variant is a line in
+`benchmarks/loss_groups.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from benchmarks.loss_groups import SCALES, Group, Scale, groups, square
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a group's rounds gave: by row seconds of each round, peak memory, or the error that ended it."""
+    """The results of a group's rounds.
+
+    For each row: the seconds of each round, the peak memory, or the error that ended it.
+    """
 
     seconds: dict[str, list[float]]
     peak_mib: dict[str, float]
@@ -38,7 +42,7 @@ class Taken:
 
 
 def take_turns(group: Group, rounds: int, device: str) -> Taken:
-    """Call every variant once to warm up, once for its memory, then once a round; one that fails is left out."""
+    """Call every variant once to warm up, once for its memory, then once in each round; leave out one that fails."""
     timed = measure.device_seconds if device == "cuda" else measure.cpu_seconds
     taken, ready = Taken({}, {}, {}), {}
     for variant in group.variants:
@@ -56,7 +60,7 @@ def take_turns(group: Group, rounds: int, device: str) -> Taken:
 
 
 def rows_of(group: Group, taken: Taken, device: str) -> list[dict[str, Any]]:
-    """A record for each variant."""
+    """Return a record for each variant."""
     found = []
     for variant in group.variants:
         record: dict[str, Any] = {"group": group.name, "row": variant.row, "size": asdict(variant.size)}
@@ -79,6 +83,7 @@ def rows_of(group: Group, taken: Taken, device: str) -> list[dict[str, Any]]:
 
 
 def show(record: dict[str, Any]) -> None:
+    """Print a record."""
     if "error" in record:
         print(f"    {record['row']:<58} {record['error']}", flush=True)
         return
@@ -89,7 +94,7 @@ def show(record: dict[str, Any]) -> None:
 
 
 def warm_up(scale: Scale) -> None:
-    """Once in the process: until the GPU's clock has come down to what its power allows for long."""
+    """Warm up once in the process, until the GPU's clock has come down to what its power allows for long."""
     step = square(scale.size, scale.square)
     started = time.perf_counter()
     while time.perf_counter() - started < measure.WARM_UP_S:
@@ -99,7 +104,7 @@ def warm_up(scale: Scale) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 1 where a variant failed."""
+    """Measure the groups; return the exit status, 1 if a variant failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.interleaved",
         description=__doc__,

@@ -1,9 +1,9 @@
-"""What the compiler makes of the Triton kernels, for a GPU that need not be here: registers, spills, shared memory.
+"""The compiler's figures for the Triton kernels, on a GPU that need not be present: registers, spills, shared memory.
 
     python -m benchmarks.kernel_report --capability 90
 
-Not under TRITON_INTERPRET. A program that spills, or needs more shared memory than a multiprocessor has, is slow
-or does not start at all: whoever changes a kernel or its blocks looks here first, and then measures.
+Do not run it under TRITON_INTERPRET. A program that spills, or needs more shared memory than a multiprocessor has,
+is slow or does not start at all. After changing a kernel or its tiles, look here first, and then measure.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_fdd.ops.vocab_shard import VocabShard
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel as compiled."""
+    """One compiled kernel."""
 
     registers: int
     spilled_bytes: int
@@ -73,7 +73,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
 
 
 def _specialised(launch: Launch) -> dict[str, tuple[str, Any]]:
-    """Type and hint of each argument, or "constexpr" and its value."""
+    """Return type and hint of each argument, or "constexpr" and its value."""
     return {
         parameter.name: ("constexpr", launch.arguments[parameter.name])
         if parameter.is_constexpr
@@ -83,7 +83,7 @@ def _specialised(launch: Launch) -> dict[str, tuple[str, Any]]:
 
 
 def _resources(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers of a thread and bytes it spills, as the assembler says."""
+    """Return the registers of a thread and the bytes that it spills, as the assembler reports them."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -101,7 +101,7 @@ def _resources(ptx: str, capability: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of the models that a report is about."""
+    """The sizes of the models in a report."""
 
     num_tokens: int = 8192
     vocab_size: int = 128 * 1024
@@ -110,13 +110,16 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
 
     def model(self, width: int) -> Model:
-        """Hidden states and head without memory."""
+        """Return hidden states and head without memory."""
         hidden = torch.empty(self.num_tokens, width, dtype=self.dtype, device="meta")
         return hidden, torch.empty(self.vocab_size, width, dtype=self.dtype, device="meta")
 
 
 def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: bool) -> list[Launch]:
-    """What one call of linear_kl launches, everything asked for. `divergence` None: without a teacher."""
+    """Return the launches of one call of linear_kl with everything requested.
+
+    `divergence` None: without a teacher.
+    """
     request = Request(
         shard=VocabShard(0, shape.vocab_size, None),
         divergence=divergence,
@@ -131,7 +134,7 @@ def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: b
     recorded: list[Launch] = []
     with (
         patch.object(Launch, "run", lambda launch: recorded.append(launch)),
-        # As on a GPU; what these tensors are multiplied into matters to nobody.
+        # As on a GPU; nothing depends on the products of these tensors.
         patch.object(vocab_tiles, "product_dtype", lambda tensor: tensor.dtype),
         patch.object(sweeps, "accumulate"),
     ):
@@ -147,7 +150,7 @@ def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: b
 
 
 def distinct(recorded: list[Launch]) -> list[Launch]:
-    """One launch of each program that the compiler would see."""
+    """Return one launch of each program that the compiler would see."""
     return list({(launch.kernel.fn, str(_specialised(launch))): launch for launch in recorded}.values())
 
 

@@ -42,7 +42,7 @@ Maker = Callable[[Size], Step]
 FLOOR, PLAIN, OURS = "bare matrix products", "plain torch", "megatron_fdd"
 PER_TOKEN, LIGER = "megatron_fdd, gradient per token", "Liger LigerFusedLinearJSDLoss"
 IN_TRAINING = "megatron_fdd, into main_grad"
-# Bars at the default size.
+# The bars at the default size.
 OBJECTIVE_BAR, PLAIN_BAR, VOCAB_BAR = 1.25, 0.5, 0.05
 
 DEFAULT = Size(1024, 32000, 768, 384, 4)
@@ -50,7 +50,7 @@ SMOKE = Size(64, 500, 24, 16, 2)
 
 
 def check(makers: dict[str, Maker], size: Size, *, whole: bool) -> None:
-    """Each implementation's loss against float64, at few tokens and a small vocabulary."""
+    """Check each implementation's loss against float64, at few tokens and a small vocabulary."""
     small = replace(size, tokens=min(size.tokens, 64), vocab=min(size.vocab, 4000))
     wanted = exact(small, whole=whole)
     for name, make in makers.items():
@@ -63,7 +63,7 @@ def check(makers: dict[str, Maker], size: Size, *, whole: bool) -> None:
 
 
 def compare(title: str, makers: dict[str, Maker], size: Size, repeats: int) -> dict[str, Measurement]:
-    """Measure, print and, unless it is a trial, record."""
+    """Measure, print and, unless this is a trial, record."""
     rows: dict[str, Measurement] = {}
     for name, make in makers.items():
         try:
@@ -77,7 +77,7 @@ def compare(title: str, makers: dict[str, Maker], size: Size, repeats: int) -> d
 
 
 def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measurement], repeats: int) -> bool:
-    """Print what is wanted at the default size and what was found. Returns whether all of it holds."""
+    """Print the bars at the default size and what was measured; return whether all of them hold."""
     if not all(row.is_steady for row in [*objective.values(), *final.values()]):
         return False
     floor, ours = objective[FLOOR], objective[OURS]
@@ -104,7 +104,7 @@ def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measure
 
 
 def sizes(base: Size) -> list[Size]:
-    """One thing at a time changed from the default."""
+    """Return the default and sizes that differ from it in one thing each."""
     changes: list[dict[str, int]] = [{"vocab": 128000}, {"vocab": 152000}]
     changes += [{"tokens": base.tokens // 4}, {"tokens": 2 * base.tokens}]
     changes += [{"teacher_width": 2 * base.teacher_width, "student_width": 2 * base.student_width}]
@@ -112,6 +112,7 @@ def sizes(base: Size) -> list[Size]:
 
 
 def main(argv: list[str]) -> int:
+    """Measure the losses; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the benchmark of the losses measures: the same work by plain torch, by ours, by Liger, and its matrix products.
+"""The steps of the benchmark of the losses: the same work by plain torch, by ours, by Liger, and its matrix products.
 
 Each function prepares inputs of a size and returns a step, forward and backward, which returns the loss.
 """
@@ -30,7 +30,7 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """What is computed: K sampled layers of both models."""
+    """The size of the work: K sampled layers of both models."""
 
     tokens: int
     vocab: int
@@ -43,7 +43,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Both heads, and the features of every sampled layer, student's with gradient."""
+    """Both heads, and the features of every sampled layer; the student's features have a gradient."""
 
     teacher_head_WT: Tensor
     student_head_WD: Tensor
@@ -52,10 +52,14 @@ class Inputs:
 
     @property
     def shard(self) -> VocabShard:
+        """The shard that holds the whole vocabulary."""
         return VocabShard(0, len(self.teacher_head_WT), None)
 
     def differentiated(self, total: Tensor) -> Tensor:
-        """The loss, after its backward pass; gradients are dropped, so that each call's count as made in it."""
+        """Return the loss after its backward pass.
+
+        Gradients are dropped, so that each call's gradients count as made in it.
+        """
         total.backward()
         for tensor in (self.student_head_WD, *self.student):
             tensor.grad = None
@@ -63,9 +67,9 @@ class Inputs:
 
 
 def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
-    """Random features whose logits have a standard deviation of 2; the same numbers every time.
+    """Return random features whose logits have a standard deviation of 2; the same numbers every time.
 
-    Made once and shared by the steps of a size; what has a gradient is a leaf of its own.
+    They are made once and shared by the steps of a size; a tensor with a gradient is a leaf of its own.
     """
     made = _made(size)
     student = [hidden.detach().requires_grad_() for hidden in made.student]
@@ -73,7 +77,7 @@ def inputs(size: Size, *, trains_head: bool = False) -> Inputs:
     return replace(made, student_head_WD=head, student=student)
 
 
-# Of two sizes: those that are compared.
+# Two sizes are kept: those that are compared.
 @lru_cache(maxsize=2)
 def _made(size: Size) -> Inputs:
     generator = torch.Generator(size.device).manual_seed(0)
@@ -90,7 +94,10 @@ def _made(size: Size) -> Inputs:
 
 
 def bare_products(size: Size) -> Step:
-    """Four products a layer: both logits, and what each expectation of the student's head costs."""
+    """Return a step of four products for each layer.
+
+    They are both logits, and one product for each expectation of the student's head.
+    """
     given = inputs(size)
 
     @torch.no_grad()
@@ -105,7 +112,7 @@ def bare_products(size: Size) -> Step:
 
 
 def plain_terms(given: Inputs, dtype: torch.dtype) -> Tensor:
-    """Trajectory and delta as one writes them down: log-probabilities of every layer and model."""
+    """Return trajectory and delta by their plain definition: log-probabilities of every layer and model."""
     teacher_head, student_head = given.teacher_head_WT.to(dtype), given.student_head_WD.to(dtype)
     teacher = [F.log_softmax((hidden.to(dtype) @ teacher_head.T).to(dtype), -1) for hidden in given.teacher]
     student = [F.log_softmax((hidden.to(dtype) @ student_head.T).to(dtype), -1) for hidden in given.student]
@@ -118,6 +125,7 @@ def plain_terms(given: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 def plain_objective(size: Size) -> Step:
+    """Return a step of these terms, forward and backward."""
     given = inputs(size)
 
     def run() -> Tensor:
@@ -128,12 +136,12 @@ def plain_objective(size: Size) -> Step:
 
 
 def bare_tap(size: Size) -> Step:
-    """The same of one layer."""
+    """Return a step with the bare products of one layer."""
     return bare_products(replace(size, layers=1))
 
 
 def first_layer(given: Inputs, **options: Any) -> LinearKL:
-    """`linear_kl` of it."""
+    """Return `linear_kl` of the first layer."""
     teacher, student = given.teacher[0], given.student[0]
     heads = (given.teacher_head_WT, given.student_head_WD)
     return linear_kl(
@@ -142,7 +150,7 @@ def first_layer(given: Inputs, **options: Any) -> LinearKL:
 
 
 def our_tap(size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Step:
-    """`linear_kl` of one layer, whose divergence and log-sum-exp both have a gradient."""
+    """Return a step of `linear_kl` on one layer, whose divergence and log-sum-exp both have a gradient."""
     given = inputs(size)
 
     def run() -> Tensor:
@@ -158,10 +166,10 @@ def our_tap(size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION)
 def our_objective(
     size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION, *, keeps_teacher: bool = False
 ) -> Step:
-    """The same terms by the package's operations, Gram matrices (once a step) included.
+    """Return a step of the same terms by the package's operations, with their Gram matrices (once for a step).
 
     Args:
-        keeps_teacher: as in a training: the teacher's own Gram matrix is one from an earlier step.
+        keeps_teacher: take the teacher's own Gram matrix from an earlier step, as in a training.
     """
     given = inputs(size)
     heads, shard = (given.teacher_head_WT, given.student_head_WD), given.shard
@@ -200,7 +208,7 @@ def our_objective(
 
 
 def bare_final(size: Size) -> Step:
-    """Both logits, and one product for each gradient, of hidden states and head."""
+    """Return a step with both logits, and one product for each gradient, of hidden states and head."""
     given = inputs(size)
 
     @torch.no_grad()
@@ -215,7 +223,7 @@ def bare_final(size: Size) -> Step:
 
 
 def plain_final(size: Size) -> Step:
-    """Final-logit distillation as one writes it down."""
+    """Return a step of final-logit distillation by its plain definition."""
     given = inputs(size, trains_head=True)
 
     def run() -> Tensor:
@@ -230,10 +238,10 @@ def plain_final(size: Size) -> Step:
 def our_final(
     size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION, *, trains: bool = False
 ) -> Step:
-    """`head_loss`: the weights of the tokens are known, so one pass does.
+    """Return a step of `head_loss`: the weights of the tokens are known, so one pass is enough.
 
     Args:
-        trains: as in a training: the head's gradient is added to what Megatron holds for it.
+        trains: add the head's gradient to the one that Megatron holds, as in a training.
     """
     given = inputs(size, trains_head=True)
     weight = torch.full((size.tokens,), 1 / size.tokens, device=size.device)
@@ -260,7 +268,7 @@ def our_final(
 
 
 def our_final_per_token(size: Size) -> Step:
-    """`linear_kl`: any gradient per token may come back, so the head is swept again."""
+    """Return a step of `linear_kl`: any gradient for each token may come back, so the head is swept again."""
     given = inputs(size, trains_head=True)
 
     def run() -> Tensor:
@@ -273,7 +281,7 @@ def our_final_per_token(size: Size) -> Step:
 
 
 def liger_final(size: Size) -> Step:
-    """Liger's fused linear JSD at beta 0, which is forward KL; a GPU compiles it, as it does by itself."""
+    """Return a step of Liger's fused linear JSD at beta 0, which is forward KL; on a GPU Liger compiles it itself."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     given = inputs(size, trains_head=True)
@@ -292,7 +300,7 @@ def liger_final(size: Size) -> Step:
 
 
 def exact(size: Size, *, whole: bool) -> float:
-    """The loss in float64: of the objective (`whole`), or of the final logits, which are the first layer's."""
+    """Return the loss in float64: of the objective (`whole`), or of the final logits, which are the first layer's."""
     given = inputs(size)
     count = size.layers if whole else 1
     return plain_terms(

@@ -1,6 +1,6 @@
-"""Results as lines of JSON, each on the disk as soon as it is known: a run that is cut off leaves all before it.
+"""Results as lines of JSON, each on the disk as soon as it is known: a run that is cut off keeps its earlier lines.
 
-Needs Python alone, so that it works where torch does not.
+This file needs only Python, so it works where torch does not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Line = dict[str, Any]
 
 
 def write(path: Path | None, kind: str, *records: Mapping[str, Any]) -> None:
-    """Append records of a kind, in one piece, on lines of their own; without a path, nothing."""
+    """Append records of a kind, in one piece, each on its own line; do nothing without a path."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def write(path: Path | None, kind: str, *records: Mapping[str, Any]) -> None:
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the line before was cut off while it was written
+            if file.read(1) != b"\n":  # the previous line was cut off while it was written
                 text = "\n" + text
         file.write(text.encode())
         file.flush()
@@ -31,14 +31,14 @@ def write(path: Path | None, kind: str, *records: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, kind: str | None = None) -> list[Line]:
-    """Every record, or those of a kind. What is no record, as a line that was cut off, is left out."""
+    """Return every record, or those of a kind; leave out what is not a record, such as a line that was cut off."""
     if not path.exists():
         return []
     found = []
     for text in path.read_bytes().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # no JSON, or no UTF-8
+        except ValueError:  # not JSON, or not UTF-8
             continue
         if isinstance(line, dict) and kind in (None, line.get("kind")):
             found.append(line)

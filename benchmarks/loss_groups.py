@@ -1,4 +1,4 @@
-"""What `benchmarks.interleaved` measures: groups of variants, at the sizes of a GPU or at a toy's."""
+"""The groups of variants that `benchmarks.interleaved` measures, at the sizes of a GPU or of a toy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_fdd.ops.implementation import Implementation
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes that a device is measured at; the first of two vocabularies has rows that are not aligned."""
+    """The sizes at which a device is measured; the first of two vocabularies has rows that are not aligned."""
 
     size: Size
     vocabularies: tuple[tuple[int, int], ...]
@@ -56,7 +56,7 @@ class Variant:
 
     Attributes:
         make: prepares its inputs and returns the step.
-        floor: the row of its group that its time is divided by.
+        floor: the row of its group by whose time its time is divided.
         work: floating-point operations or bytes of a call, for a rate.
     """
 
@@ -80,7 +80,7 @@ FLOOR, OURS = "bare matrix products", "megatron_fdd"
 
 
 def groups(scale: Scale) -> Iterator[Group]:
-    """In the order of what is most worth knowing."""
+    """Yield the groups in the order of their importance."""
     size, one = scale.size, replace(scale.size, layers=1)
     yield Group("ceilings", ceilings(scale))
     yield Group("one layer's divergence", tap(one))
@@ -116,7 +116,7 @@ def groups(scale: Scale) -> Iterator[Group]:
 
 
 def ceilings(scale: Scale) -> tuple[Variant, ...]:
-    """What this chip multiplies and copies."""
+    """Return variants that show how fast this chip multiplies and copies."""
     size, side = scale.size, scale.square
     work = 2.0 * side**3
     copied = 2.0 * scale.copied_mib * measure.MIB
@@ -134,34 +134,34 @@ def ceilings(scale: Scale) -> tuple[Variant, ...]:
 
 
 def flops(size: Size) -> float:
-    """Of the floor: both logits, and two more products with the student's head; all layers."""
+    """Return the operations of the floor: both logits, and two more products with the student's head; all layers."""
     return 2.0 * size.layers * size.tokens * size.vocab * (size.teacher_width + 3 * size.student_width)
 
 
 def bare(size: Size, make: Callable[[Size], Step], more: str = "") -> Variant:
-    """The floor of a group."""
+    """Return the floor of a group."""
     return Variant(FLOOR + more, partial(make, size), size, work=flops(size))
 
 
 def tap(size: Size, more: str = "") -> tuple[Variant, ...]:
-    """One layer's divergence and its floor."""
+    """Return one layer's divergence and its floor."""
     ours = Variant(OURS + more, partial(steps.our_tap, size), size, FLOOR + more)
     return (bare(size, steps.bare_tap, more), ours)
 
 
 def trained_final(size: Size, more: str = "") -> tuple[Variant, ...]:
-    """The final logits as in a training, and their floor."""
+    """Return the final logits as in a training, and their floor."""
     ours = Variant(OURS + more, partial(steps.our_final, size, trains=True), size, FLOOR + more)
     return (bare(size, steps.bare_final, more), ours)
 
 
 def held_final(size: Size, tokens: int) -> Step:
-    """The same with the logits of so many tokens held."""
+    """Return a step of the same with the logits of so many tokens held."""
     return steps.our_final(size, Implementation(held_logits=tokens * size.vocab), trains=True)
 
 
 def deltas(size: Size) -> tuple[Variant, ...]:
-    """One delta, its products in two ways, and the Gram matrices of a step."""
+    """Return one delta, its products in two ways, and the Gram matrices of a step."""
     floor, grams = "one product each, of a delta", "one product each, of the Gram matrices"
     return (
         Variant(floor, partial(delta_steps.bare_delta, size), size),
@@ -180,7 +180,7 @@ def deltas(size: Size) -> tuple[Variant, ...]:
 
 
 def others(size: Size) -> tuple[Variant, ...]:
-    """Other implementations of the final logits, and options; the slow ones, so they come last."""
+    """Return other implementations of the final logits, and options; the slow ones come last."""
     floor, of_a_tap = f"{FLOOR}, final logits", f"{FLOOR}, one layer"
     return (
         Variant(of_a_tap, partial(steps.bare_tap, size), size),
@@ -210,12 +210,13 @@ def others(size: Size) -> tuple[Variant, ...]:
 
 
 def liger(size: Size) -> tuple[Variant, ...]:
-    """Liger's loss beside ours, where it is installed; by itself, for a GPU compiles it first."""
+    """Return Liger's loss beside ours, if it is installed; in a group of its own, because a GPU compiles it first."""
     theirs = Variant("Liger LigerFusedLinearJSDLoss", partial(steps.liger_final, size), size, FLOOR)
     return (*trained_final(size), theirs)
 
 
 def square(size: Size, side: int) -> Step:
+    """Return a step of one product of square matrices."""
     left, right = (
         torch.ones(side, side, dtype=getattr(torch, size.dtype), device=size.device) for _ in range(2)
     )
@@ -223,6 +224,7 @@ def square(size: Size, side: int) -> Step:
 
 
 def copy(size: Size, mib: int) -> Step:
+    """Return a step that copies so many MiB."""
     given = torch.zeros(mib * measure.MIB, dtype=torch.uint8, device=size.device)
     target = torch.empty_like(given)
     return lambda: target.copy_(given)

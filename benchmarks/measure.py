@@ -1,7 +1,7 @@
-"""Time and memory of a function, fit to be compared: one thread, process CPU time, medians, a process for each.
+"""Time and memory of a function, fit for comparison: one thread, process CPU time, medians, a process for each.
 
-Wall times of several threads on a shared machine differ tenfold for the same code; CPU time of one thread repeats to
-a percent or so. Where it does not, no ratio is given. On a GPU: device time, and the allocator's peak.
+Wall times of several threads on a shared machine differ tenfold for the same code; CPU time of one thread repeats
+to about a percent. If it does not, no ratio is given. On a GPU: device time, and the allocator's peak.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import torch
 from benchmarks import lines
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-# Repeats that differ by more make no ratio.
+# If repeats differ by more, no ratio is given.
 MAX_SPREAD = 0.05
-# Sets of repeats that are tried for a steady one.
+# How many sets of repeats are tried in search of a steady one.
 ATTEMPTS = 3
 WARM_UP_S = 1.5
 MIB = 2**20
@@ -41,8 +41,8 @@ class Measurement:
 
     Attributes:
         seconds: median time of a call: process CPU time, or device time on a GPU.
-        spread: largest less smallest repeat, over the median.
-        peak_mib: most memory during a call beyond what was there before it.
+        spread: largest minus smallest repeat, divided by the median.
+        peak_mib: the most memory during a call, beyond what was in use before it.
     """
 
     seconds: float
@@ -51,16 +51,19 @@ class Measurement:
 
     @property
     def is_steady(self) -> bool:
+        """Whether the repeats agree well enough for a ratio."""
         return self.spread <= MAX_SPREAD
 
 
 def measure(make: Callable[[], Callable[[], object]], repeats: int, device: str = "cpu") -> Measurement:
-    """Run in a process of its own (on a GPU in this one): `make` prepares the inputs and returns what is measured.
+    """Measure in a separate process (on a GPU in this one).
+
+    `make` prepares the inputs and returns the measured function.
 
     Raises:
         RuntimeError: the process failed; its own traceback is on stderr. Or the GPU's memory is too small.
     """
-    if device == "cuda":  # whose allocator knows what a call takes, whatever was there before
+    if device == "cuda":  # its allocator knows what a call takes, whatever was there before
         gc.collect()
         torch.cuda.empty_cache()
         return _measured(make, repeats, device)
@@ -86,7 +89,7 @@ def _run(
 
 def _measured(make: Callable[[], Callable[[], object]], repeats: int, device: str) -> Measurement:
     function = make()
-    function()  # makes what is made once
+    function()  # creates what is created only once
     if device == "cuda":
         _warm_up(function)
     timed = device_seconds if device == "cuda" else cpu_seconds
@@ -99,7 +102,7 @@ def _measured(make: Callable[[], Callable[[], object]], repeats: int, device: st
 
 
 def _warm_up(function: Callable[[], object]) -> None:
-    """Until the GPU's clock has come down to what its power allows for long."""
+    """Call the function until the GPU's clock has come down to what its power allows for long."""
     started = time.perf_counter()
     while time.perf_counter() - started < WARM_UP_S:
         function()
@@ -107,13 +110,13 @@ def _warm_up(function: Callable[[], object]) -> None:
 
 
 def summary(times: list[float], peak_mib: float) -> Measurement:
-    """Median and spread of the repeats."""
+    """Return median and spread of the repeats."""
     median = statistics.median(times)
     return Measurement(median, (max(times) - min(times)) / median, peak_mib)
 
 
 def first_steady(times: list[float], repeats: int, peak_mib: float) -> Measurement:
-    """Of so many repeats in a row, the first that are steady; else the last."""
+    """Return the first steady measurement of so many repeats in a row; else the last one."""
     for start in range(0, len(times), repeats):
         found = summary(times[start : start + repeats], peak_mib)
         if found.is_steady:
@@ -122,14 +125,14 @@ def first_steady(times: list[float], repeats: int, peak_mib: float) -> Measureme
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
-    """Process CPU time of a call."""
+    """Return the process CPU time of a call."""
     started = time.process_time()
     function()
     return time.process_time() - started
 
 
 def device_seconds(function: Callable[[], object]) -> float:
-    """Time that a call keeps the GPU."""
+    """Return how long a call keeps the GPU busy."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -140,14 +143,14 @@ def device_seconds(function: Callable[[], object]) -> float:
 
 
 def peak_of(function: Callable[[], object], device: str = "cpu") -> float:
-    """Most MiB that torch's allocator has given out during a call, beyond what was there before."""
+    """Return the most MiB that torch's allocator has given out during a call, beyond what was in use before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    # Not from /proc: that sees what the C library keeps for later, which changes from run to run.
+    # /proc is not used: it includes what the C library keeps for later, which changes from run to run.
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         function()
     assert profile.profiler is not None
@@ -161,7 +164,7 @@ def peak_of(function: Callable[[], object], device: str = "cpu") -> float:
 
 
 def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measurement], **more: Any) -> None:
-    """Append to the results file: machine, versions, date, and every row."""
+    """Append machine, versions, date and every row to the results file."""
     entry = {
         **origin(),
         "benchmark": benchmark,
@@ -176,13 +179,13 @@ def record(benchmark: str, size: Mapping[str, Any], rows: Mapping[str, Measureme
 
 @cache
 def origin() -> dict[str, Any]:
-    """When and where a result was made, and of what. One date for a process: tables tell runs apart by it."""
+    """Return when, where and from what a result was made. A process has one date, by which tables tell runs apart."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"date": date, "machine": machine(), "python": platform.python_version(), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
-    """Of what is measured and what it is measured against."""
+    """Return the versions of everything that is measured or compared."""
     names = ("torch", "triton", "megatron-core", "transformer-engine", "liger-kernel", "nvidia-modelopt")
     found = {}
     for name in names:
@@ -193,7 +196,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def machine() -> str:
-    """What the figures are of: the GPU's name and driver, or the processor's and that one thread of it was used."""
+    """Return the machine of the figures: the GPU's name and driver, or the processor's, with one thread."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, driver {_driver()}"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -210,7 +213,7 @@ def _driver() -> str:
 
 
 def table(rows: Mapping[str, Measurement], base: str, heading: str = "x floor") -> str:
-    """One line an implementation; ratios to `base` where both are steady."""
+    """Return one line for each implementation; with ratios to `base` if both are steady."""
     lines = [f"{'':<36}{'seconds':>9}{'spread':>9}{heading:>10}{'peak MiB':>10}"]
     for name, row in rows.items():
         is_steady = row.is_steady and rows[base].is_steady

@@ -3,11 +3,11 @@
     python -m benchmarks.modelopt
 
 ModelOpt is not a dependency: `pip install nvidia-modelopt` (0.47 needs neither TransformerEngine nor apex). Its
-losses take logits, so the two head products and their backward passes are counted on its side too, as Megatron would
-have to do them; ours is `head_loss` with a trained head. Time and memory (gradients included) are of one rank without
-tensor parallelism. Gradients are compared with float64 at one rank and at two, where each rank has half of both heads:
-Megatron's own column-parallel input (its backward all-reduces), and the loss reduced as Megatron-LM's loss function
-does (a plain all-reduce of the value, which no gradient passes).
+losses take logits, so the two head products and their backward passes count on its side too, because Megatron would
+have to do them; ours is `head_loss` with a trained head. Time and memory (gradients included) are those of one rank
+without tensor parallelism. Gradients are compared with float64 on one rank and on two, where each rank has half of both
+heads. The input is Megatron's own column-parallel one (its backward all-reduces). The loss is reduced as in
+Megatron-LM's loss function (a plain all-reduce of the value, through which no gradient passes).
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ FULL, TOP_K, OURS, FLOOR = "ModelOpt, all logits", "ModelOpt, top k", "ours", "b
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """N tokens, V vocabulary, T and D width of teacher and student; k of the teacher's largest logits."""
+    """N tokens, V vocabulary, T and D width of teacher and student.
+
+    `k`: how many of the teacher's largest logits are used.
+    """
 
     tokens: int
     vocab: int
@@ -48,13 +51,13 @@ class Size:
     top_k: int
 
 
-# Large enough for float32 to round as it would in a run, small enough for float64.
+# Large enough that float32 rounds as in a run, small enough for float64.
 GRADIENT_SIZE = Size(tokens=64, vocab=1024, teacher=96, student=64, top_k=64)
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Hidden states and (a rank's part of) the heads. The student's require gradient."""
+    """Hidden states, and a rank's part of the heads. The student's require a gradient."""
 
     teacher_NT: Tensor
     teacher_head_WT: Tensor
@@ -64,12 +67,12 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class GradientError:
-    """Of one loss at one number of ranks, against float64.
+    """Errors of one loss at one number of ranks, against float64.
 
     Attributes:
-        loss: relative.
-        hidden, head: of the gradients, relative to their norm; the worst rank's.
-        scale: hidden gradient's component along the right one, in units of it.
+        loss: relative error of the loss.
+        hidden, head: errors of the gradients, relative to their norm; the worst rank's.
+        scale: the hidden gradient's component along the right one, in units of the right one.
     """
 
     loss: float
@@ -79,23 +82,23 @@ class GradientError:
 
 
 def make_tensors(size: Size, rank: int = 0, num_ranks: int = 1, device: str = "cpu") -> Tensors:
-    """The same on every rank, but each with its rows of the heads."""
+    """Return tensors that are the same on every rank, except that each has its own rows of the heads."""
     generator = torch.Generator().manual_seed(0)
     widths = (size.teacher, size.student)
     shapes = [(rows, width) for width in widths for rows in (size.tokens, size.vocab)]
     teacher_NT, teacher_head, student_ND, student_head = (
         torch.randn(shape, generator=generator).to(device) for shape in shapes
     )
-    # Logits of size 2: neither a uniform nor a one-hot distribution.
+    # Logits of size 2 give neither a uniform nor a one-hot distribution.
     teacher_head, student_head = teacher_head * 2 / size.teacher**0.5, student_head * 2 / size.student**0.5
     parts = [head.chunk(num_ranks)[rank].contiguous() for head in (teacher_head, student_head)]
     return Tensors(teacher_NT, parts[0], student_ND.requires_grad_(), parts[1].requires_grad_())
 
 
 def modelopt_loss(tensors: Tensors, top_k: int | None, num_ranks: int) -> tuple[Tensor, bool]:
-    """This rank's loss, summed over tokens, and whether the ranks' values are to be added.
+    """Return this rank's loss, summed over tokens, and whether the ranks' values are to be added.
 
-    Collectives: with several ranks those of Megatron's column-parallel input and of ModelOpt.
+    Collectives: with several ranks, those of Megatron's column-parallel input and of ModelOpt.
     """
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
     from megatron.core.transformer import TransformerConfig
@@ -116,7 +119,7 @@ def modelopt_loss(tensors: Tensors, top_k: int | None, num_ranks: int) -> tuple[
 
 
 def our_loss(tensors: Tensors, shard: VocabShard) -> Tensor:
-    """The same sum on every rank. Collectives: those of `head_loss`."""
+    """Return the sum, the same on every rank. Collectives: those of `head_loss`."""
     ones_N = torch.ones(len(tensors.student_ND), device=tensors.student_ND.device)
     result = head_loss(
         (tensors.teacher_NT, tensors.teacher_head_WT),
@@ -131,7 +134,7 @@ def our_loss(tensors: Tensors, shard: VocabShard) -> Tensor:
 
 
 def make_step(name: str, size: Size, device: str) -> Callable[[], None]:
-    """Forward and backward of one of the rows, on tensors that exist already."""
+    """Return forward and backward of one of the rows, on tensors that exist already."""
     tensors = make_tensors(size, device=device)
 
     def step() -> None:
@@ -139,7 +142,7 @@ def make_step(name: str, size: Size, device: str) -> Callable[[], None]:
             our_loss(tensors, VocabShard(0, size.vocab, None)).backward()
         else:
             modelopt_loss(tensors, size.top_k if name == TOP_K else None, 1)[0].backward()
-        # Now, so that gradients count as made in each call, not as there before it.
+        # Dropped now, so that gradients count as made in each call, not as existing before it.
         tensors.student_ND.grad = tensors.student_head_WD.grad = None
 
     def products() -> None:
@@ -152,7 +155,7 @@ def make_step(name: str, size: Size, device: str) -> Callable[[], None]:
 
 
 def reference(size: Size, top_k: int | None) -> tuple[float, Tensor, Tensor]:
-    """Loss and its gradients to the student's hidden states and head, in float64."""
+    """Return the loss and its gradients to the student's hidden states and head, in float64."""
     drawn = make_tensors(size)
     teacher_NV = drawn.teacher_NT.double() @ drawn.teacher_head_WT.double().T
     student_ND = drawn.student_ND.detach().double().requires_grad_()
@@ -170,7 +173,7 @@ def reference(size: Size, top_k: int | None) -> tuple[float, Tensor, Tensor]:
 
 
 def gradient_errors(rank: int, num_ranks: int, rendezvous: Path) -> dict[str, GradientError]:
-    """One rank of several: every loss against the reference. Collectives: those of the losses."""
+    """Compare every loss with the reference on one rank of several. Collectives: those of the losses."""
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)
@@ -214,7 +217,7 @@ def _compare(
 
 
 def errors_at(num_ranks: int) -> dict[str, GradientError]:
-    """The worst rank's, each in a process of its own."""
+    """Return the worst rank's errors; each rank is a separate process."""
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(num_ranks, multiprocessing.get_context("spawn")) as pool,
@@ -230,14 +233,14 @@ def errors_at(num_ranks: int) -> dict[str, GradientError]:
 
 
 def print_errors(num_ranks: int, errors: dict[str, GradientError]) -> None:
-    """One line a loss."""
+    """Print one line for each loss."""
     print(f"\n{f'tensor parallel {num_ranks}':<36}{'loss':>9}{'d hidden':>10}{'times':>8}{'d head':>10}")
     for name, error in errors.items():
         print(f"{name:<36}{error.loss:>9.1e}{error.hidden:>10.1e}{error.scale:>8.4f}{error.head:>10.1e}")
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0 also where ModelOpt is missing, 1 when a measurement is unsteady."""
+    """Measure and compare; return the exit status: 1 if a measurement is unsteady, 0 also if ModelOpt is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.modelopt",
         description=__doc__,
@@ -275,7 +278,7 @@ def main(argv: list[str]) -> int:
     if args.smoke:
         return 0
     measure.record("modelopt", vars(args), rows, hidden_gradient_times_and_error=scales)
-    # A ratio of unsteady times was not printed.
+    # Ratios of unsteady times were not printed.
     return 0 if all(row.is_steady for row in rows.values()) else 1
 
 

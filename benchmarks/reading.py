@@ -1,10 +1,10 @@
-"""How fast conversations are read, of every kind of file: no rendering, no tokenizer.
+"""The speed of reading conversations from files of every kind, without rendering and without a tokenizer.
 
     python -m benchmarks.reading [--megabytes 16]
 
 "read" is what the parent of the workers does: files to records. "understand" is what each worker does before it
-renders: JSON, the layout, normalised messages, refusals (one record in fifty is malformed). CPU seconds of this
-process; megabytes are those of the same records as JSON lines, whatever the file.
+renders: JSON, the layout, normalised messages, refusals (one record in fifty is malformed). Times are CPU seconds
+of this process; megabytes are those of the same records as JSON lines, whatever the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MALFORMED_EACH = 50
 
 
 def conversations(num_bytes: int, calls: bool) -> Iterator[dict[str, object]]:
-    """Made-up ones of five messages, with so many bytes of JSON in all."""
+    """Yield made-up conversations of five messages, with so many bytes of JSON in all."""
     rng = random.Random(0)
 
     def text() -> str:
@@ -55,7 +55,7 @@ def conversations(num_bytes: int, calls: bool) -> Iterator[dict[str, object]]:
 
 
 def write_files(folder: Path, records: list[dict[str, object]]) -> dict[str, Path]:
-    """The same records in every kind of file."""
+    """Write the same records in every kind of file; return the files."""
     import pyarrow
     from pyarrow import parquet
 
@@ -74,7 +74,7 @@ def write_files(folder: Path, records: list[dict[str, object]]) -> dict[str, Pat
 
 
 def measure(path: Path) -> tuple[float, float, Counter[str]]:
-    """CPU seconds to read, CPU seconds to understand, and how many records of each outcome."""
+    """Return CPU seconds to read, CPU seconds to understand, and how many records have each outcome."""
     before = time.process_time()
     documents = list(read_documents([str(path)], "instruction", ""))
     between = time.process_time()

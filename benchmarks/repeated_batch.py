@@ -1,4 +1,4 @@
-"""The entry point on one batch again and again, with weights that stand still: what a step's draw does to its result.
+"""The entry point on one batch again and again, with constant weights: how a step's draw changes its result.
 
     torchrun --nproc-per-node 1 -m benchmarks.repeated_batch OUT [flags of megatron_fdd.distill]
 
@@ -27,7 +27,7 @@ STAND_STILL = "--lr 0 --min-lr 0 --weight-decay 0 --clip-grad 0 --eval-iters 0 -
 
 
 def main() -> int:
-    """Run the entry point; returns its exit status."""
+    """Run the entry point; return its exit status."""
     out = sys.argv.pop(1)
     sys.argv += STAND_STILL
     means: list[dict[str, Tensor]] = []

@@ -1,4 +1,4 @@
-"""What skipping vocabulary tiles of negligible probability buys and costs on a real pair of models and real text.
+"""What skipping vocabulary tiles of negligible probability gains and costs, on a real pair of models and real text.
 
     python -m benchmarks.skipping --teacher-hf DIR --student-hf DIR --text FILE
 
@@ -40,7 +40,7 @@ class Features:
 
 @torch.no_grad()
 def lens_features(folder: Path, text: str, tokens: int, layers: int) -> tuple[list[Tensor], Tensor]:
-    """Of a Hugging Face model of the Llama family, for the first tokens of the text; 256 at a time."""
+    """Return features and head of a Hugging Face Llama for the first tokens of the text, 256 at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -54,7 +54,7 @@ def lens_features(folder: Path, text: str, tokens: int, layers: int) -> tuple[li
 
 
 def gradients(given: Features, implementation: Implementation) -> list[Tensor]:
-    """Of every layer's trajectory and log-sum-exp, to the student's features."""
+    """Return the gradients of every layer's trajectory and log-sum-exp to the student's features."""
     found = []
     for teacher, student in zip(given.teacher, given.student, strict=True):
         leaf = student.clone().requires_grad_()
@@ -76,7 +76,7 @@ def gradients(given: Features, implementation: Implementation) -> list[Tensor]:
 
 
 def kept_share(given: Features, implementation: Implementation) -> float:
-    """Of the rows of both models and all tiles, those whose product is taken."""
+    """Return the share of tiles, over the rows of both models, whose product is computed."""
     seen = kept = 0
     original = torch_sweeps.kept_rows
 
@@ -92,10 +92,12 @@ def kept_share(given: Features, implementation: Implementation) -> float:
 
 
 def make(given: Features, implementation: Implementation) -> Callable[[], object]:
+    """Return a function that computes the gradients."""
     return lambda: gradients(given, implementation)
 
 
 def main() -> int:
+    """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

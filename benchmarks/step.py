@@ -3,14 +3,14 @@
     python -m benchmarks.step                # on one CPU thread, minutes
     python -m benchmarks.step --device cuda --bf16    # undivided, 8 x 1,024 tokens
     python -m benchmarks.step --cross-entropy         # and cross-entropy: ours, and stock Megatron's
-    python -m benchmarks.step --profile docs/step-profile.png    # watch one step more, and draw where its time goes
+    python -m benchmarks.step --profile docs/step-profile.png    # profile one more step, and draw where its time goes
     python -m benchmarks.step --smoke        # seconds; its figures mean nothing
 
 The default shape is GPT-2 XL -> GPT-2 0.1B (the paper's hardest: a small student with a large vocabulary), on a CPU
 with widths and vocabulary divided by four and all layers kept, which leaves the ratios of its flops as they are.
 Weights are random, the data made up. "logit KD" is our own entry point with the weights of trajectory and delta at 0,
-hence already fused; "stock Megatron" has none of our objective, and a [tokens, vocabulary] tensor. On a GPU the modules
-are TransformerEngine's where it is installed. A flag that is not listed here is passed on to Megatron.
+hence fused already; "stock Megatron" has no part of our objective, and a [tokens, vocabulary] tensor. On a GPU the
+modules are TransformerEngine's if it is installed. Flags that are not listed here are passed on to Megatron.
 
 Exit status 1: a run failed, a measurement was too unsteady for a ratio, or FDD costs more than the bar.
 """
@@ -31,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# One thread: of several, on a shared machine, the times do not repeat. Before torch is imported, here and in the runs.
+# One thread: times of several do not repeat on a shared machine. Set before torch is imported, here and in the runs.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch
@@ -41,14 +41,14 @@ from benchmarks.step_command import SIZES, SMOKE, WEIGHTS, architecture, command
 from benchmarks.step_flops import Objective, StepFlops, step_flops
 from benchmarks.step_run import Job, Watched, make_checkpoint, run_job
 
-# FDD over logit KD in time, at most this much more than in flops.
+# The ratio of FDD to logit KD in time may exceed the ratio in flops by this factor.
 BAR = 1.15
 IMAGE = "benchmarks.step_image"
 STOCK = "cross-entropy, stock Megatron"
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Ours, and the rest for Megatron."""
+    """Return our arguments, and the remaining words for Megatron."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step",
         description=__doc__,
@@ -97,13 +97,13 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def watch_all(
     args: argparse.Namespace, rest: list[str], folder: Path, flops: Mapping[str, StepFlops]
 ) -> dict[str, Watched]:
-    """Every row of the table, one process after the other; what fails or does not fit into the time is left out."""
+    """Run every row of the table, one process after the other; leave out what fails or does not fit into the time."""
     deadline = time.monotonic() + (args.budget_s or float("inf"))
     runs: list[tuple[str, Objective]] = [("FDD", "FDD"), ("logit KD", "logit KD")]
     runs += [("cross-entropy", "cross-entropy"), (STOCK, "cross-entropy")] * args.cross_entropy
     watched: dict[str, Watched] = {}
     with contextlib.ExitStack() as stack:
-        # All begin at once: when their turn comes their imports, most of a short run, are done.
+        # All start at once, so that their imports, most of a short run, are done when their turn comes.
         pools = iter([stack.enter_context(new_process(args.device)) for _ in range(2 + len(runs))])
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         for whose in ("teacher", "student"):
@@ -124,7 +124,7 @@ def watch_all(
             job = Job(words, is_stock, repeats, args.device, log, args.parts and not is_stock)
             try:
                 watched[name] = in_own_process(next(pools), run_job, job)
-            except Exception as error:  # whatever it is, the next run may work
+            except Exception as error:  # whatever went wrong, the next run may work
                 print(f"{name}: {error}\n{error.__cause__ or ''}", file=sys.stderr, flush=True)
                 continue
             took_s = time.monotonic() - started
@@ -133,7 +133,7 @@ def watch_all(
 
 
 def tell(args: argparse.Namespace, rest: list[str], name: str, seen: Watched, own: StepFlops | None) -> None:
-    """Print a row and add its line, at once: what comes after may fail."""
+    """Print a row and add its line at once, because a later row may fail."""
     middle = statistics.median(seen.seconds)
     losses = ", ".join(f"{term} {value:.6g}" for term, value in seen.losses.items())
     print(f"{name}: {middle:.3f} s, {seen.whole_mib:.0f} MiB; {losses}", flush=True)
@@ -152,7 +152,7 @@ def tell(args: argparse.Namespace, rest: list[str], name: str, seen: Watched, ow
 
 
 def print_parts(parts: Mapping[str, float], step_s: float, device: str) -> None:
-    """The share of each; on a GPU also how much of a step no kernel runs."""
+    """Print the share of each part; on a GPU also the share of a step in which no kernel runs."""
     if not parts:
         return
     whole = sum(parts.values())
@@ -163,7 +163,7 @@ def print_parts(parts: Mapping[str, float], step_s: float, device: str) -> None:
 
 
 def draw_parts(args: argparse.Namespace, watched: Mapping[str, Watched], step_tokens: int) -> None:
-    """The picture of --profile."""
+    """Draw the picture of --profile."""
     title = (
         f"One step of {step_tokens} tokens, {args.teacher_layers} x {args.teacher_width} -> {args.student_layers} x "
         f"{args.student_width}, vocabulary {args.vocab_size}\n{measure.machine()}; torch {torch.__version__}"
@@ -173,9 +173,10 @@ def draw_parts(args: argparse.Namespace, watched: Mapping[str, Watched], step_to
 
 
 def new_process(device: str) -> ProcessPoolExecutor:
-    """One that has imported Megatron when its work comes, and allocated nothing.
+    """Return a process that has imported Megatron when its work comes, and has allocated nothing.
 
-    A copy of a server that has; on a GPU, whose context no process must inherit, one that begins to import by itself.
+    It is a copy of a server that has imported it; on a GPU, whose context no process may inherit, it imports by
+    itself.
     """
     context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
     if device == "cpu":
@@ -186,7 +187,7 @@ def new_process(device: str) -> ProcessPoolExecutor:
 
 
 def in_own_process(pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it there, and end the process; an error comes back with its traceback."""
+    """Call a function in a process, and end the process; an error comes back with its traceback."""
     with pool:
         return pool.submit(function, *arguments).result()
 
@@ -199,9 +200,9 @@ def report(
     *,
     in_fp8: bool,
 ) -> bool:
-    """Print the table, the arithmetic and the bar; returns whether all is steady and within the bar.
+    """Print the table, the arithmetic and the bar; return whether all rows are steady and within the bar.
 
-    In FP8 there is no bar: a flop of the layers is a cheaper one than a flop of the losses.
+    In FP8 there is no bar: a flop of the layers is cheaper than a flop of the losses.
     """
     if not {"logit KD", "FDD"} <= set(rows):
         print("missed: FDD and logit KD have not both ended, so there is no ratio")
@@ -240,7 +241,7 @@ def report(
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status."""
+    """Measure; return the exit status."""
     args, rest = parse_args(argv)
     os.environ["FDD_REHEARSE"] = "1" if args.device == "cpu" else "0"  # the runs inherit it
     step_tokens = args.seq_length * args.micro_batch_size * args.micro_batches

@@ -15,7 +15,7 @@ WEIGHTS: dict[Objective, str] = {
     "logit KD": "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 1 --fdd-ce-weight 0",
     "cross-entropy": "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1",
 }
-# Modules that need no package beside Megatron. A rehearsal puts its own flags over these.
+# Modules that need no package beside Megatron. A rehearsal overrides these with its own flags.
 PLAIN_MODULES = "--transformer-impl local " + " ".join(
     f"--no-{name}" for name in ("persist-layer-norm", "gradient-accumulation-fusion", "masked-softmax-fusion")
 )
@@ -34,14 +34,14 @@ SMOKE = {
 
 
 def modules(device: str) -> str:
-    """Flags that choose Megatron's modules: on a GPU TransformerEngine's where it is installed."""
+    """Return flags that choose Megatron's modules: on a GPU TransformerEngine's, if it is installed."""
     if device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
         return "--transformer-impl transformer_engine"
     return PLAIN_MODULES
 
 
 def architecture(args: argparse.Namespace, whose: str) -> dict[str, Any]:
-    """A GPT-2 in Megatron's arguments: learned positions, LayerNorm, biases, tied embeddings."""
+    """Return a GPT-2 in Megatron's arguments: learned positions, LayerNorm, biases, tied embeddings."""
     width = getattr(args, f"{whose}_width")
     return {
         "num_layers": getattr(args, f"{whose}_layers"),
@@ -57,7 +57,7 @@ def architecture(args: argparse.Namespace, whose: str) -> dict[str, Any]:
 
 
 def model_of(args: argparse.Namespace, whose: str) -> Model:
-    """The same for the arithmetic."""
+    """Return the same model for the arithmetic."""
     names = architecture(args, whose)
     width, heads = names["hidden_size"], names["num_attention_heads"]
     shape = ModelShape(
@@ -74,7 +74,7 @@ def model_of(args: argparse.Namespace, whose: str) -> Model:
 
 
 def command(args: argparse.Namespace, folder: Path, objective: Objective, rest: list[str]) -> tuple[str, ...]:
-    """Flags of `megatron_fdd.distill`."""
+    """Return the flags of `megatron_fdd.distill`."""
     flags = (
         f"--load {folder / 'student'} --use-checkpoint-args --mock-data --tokenizer-type NullTokenizer "
         f"--seq-length {args.seq_length} --micro-batch-size {args.micro_batch_size} "

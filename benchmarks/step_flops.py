@@ -1,7 +1,7 @@
-"""How many flops of matrix products a training step needs: the arithmetic that a measured ratio is held against.
+"""The flops of matrix products that a training step needs: the arithmetic with which a measured ratio is compared.
 
-Of each product the two or three that a step cannot do without: forward, and backward to input and weight. Cosines,
-softmaxes, norms and the optimizer have no matrix products and are not in it.
+Each product counts with the two or three passes that a step cannot avoid: forward, and backward to input and
+weight. Cosines, softmaxes, norms and the optimizer have no matrix products and are not included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Objective = Literal["cross-entropy", "logit KD", "FDD"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A GPT and its depth."""
+    """The sizes of a GPT that decide its flops."""
 
     shape: ModelShape
     num_layers: int
@@ -31,9 +31,9 @@ class StepFlops:
         teacher, student: all layers; the teacher forward only.
         scores: scores and values of causal attention in both models.
         final: z_S, and its gradients to features and head; with a teacher z_T too.
-        taps: z_T, z_S, p_T W_S and p_S W_S of each.
-        grams: of the heads, W_S' W_S and W_T' W_S: once per step, whatever its tokens. The teacher's own is made once
-            in a run and is not in it.
+        taps: z_T, z_S, p_T W_S and p_S W_S of each tap.
+        grams: products of the heads, W_S' W_S and W_T' W_S, once for a step, however many tokens it has. The teacher's
+            own is made once in a run and is not included.
         forms: the three quadratic forms of each delta; their gradient needs no further product.
     """
 
@@ -47,18 +47,18 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """What our step does, where attention leaves out the masked half and the losses run in torch."""
+        """What our step does if attention leaves out the masked half and the losses run in torch."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def step_flops(
     student: Model, teacher: Model, objective: Objective, *, num_taps: int, step_tokens: int
 ) -> StepFlops:
-    """Of the forward divergence, the log-probability delta and a constant lens head (the defaults).
+    """Return the flops of the forward divergence, the log-probability delta and a constant lens head (the defaults).
 
     Args:
         num_taps: K, sampled layers of each model.
-        step_tokens: of all micro-batches of a step.
+        step_tokens: tokens of all micro-batches of a step.
     """
     with_teacher, with_taps = objective != "cross-entropy", objective == "FDD"
     size, wide = student.shape.hidden, teacher.shape.hidden
@@ -82,6 +82,6 @@ def step_flops(
 
 
 def _body_flops(model: Model) -> tuple[int, int]:
-    """Forward, of all layers: their matrices, and attention's scores and values."""
+    """Return the forward flops of all layers: their matrices, and attention's scores and values."""
     matrices = layer_flops(replace(model.shape, seq_length=0))
     return model.num_layers * matrices, model.num_layers * (layer_flops(model.shape) - matrices)

@@ -1,4 +1,4 @@
-"""What a process of the step benchmark has imported before its work comes; nothing here touches a GPU."""
+"""The imports that a process of the step benchmark has done before its work comes; nothing here touches a GPU."""
 
 import megatron_fdd.host.rehearsal as rehearsal
 

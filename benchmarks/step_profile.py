@@ -1,7 +1,7 @@
-"""Where the time of a step goes: teacher, student, losses, optimizer, as torch's profiler sees it.
+"""The parts of a step's time: teacher, student, losses, optimizer, as torch's profiler sees them.
 
-Host time on a CPU, time of kernels on a GPU (gaps between them are in no part). The profiler makes steps slower.
-`python -m benchmarks.step --profile FILE.png` is the command.
+This is host time on a CPU, and time of kernels on a GPU (gaps between them belong to no part). The profiler makes
+steps slower. `python -m benchmarks.step --profile FILE.png` is the command.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 STEP = "whole step"
-# By part: marks in the forward pass, and nodes of autograd.
+# For each part: its marks in the forward pass, and its autograd nodes.
 PARTS = {
     "teacher": ("BesideTeacher.features",),
     "inner layers' losses": ("Objective.inner", "_LinearKL", "_DeltaCosine", "_HeadGrams"),
@@ -29,7 +29,7 @@ STUDENT = "student, and all else"
 
 
 def profiled(step: Callable[[], Any], device: str) -> dict[str, float]:
-    """Run a step under the profiler; seconds of each part."""
+    """Run a step under the profiler; return the seconds of each part."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities, acc_events=True) as profiler:
         with record_function(STEP):
@@ -40,7 +40,10 @@ def profiled(step: Callable[[], Any], device: str) -> dict[str, float]:
 
 
 def parts_of(events: Any, device: str) -> dict[str, float]:
-    """Seconds of each part; what a step has beside them is the student's. An event within a counted one is not."""
+    """Return the seconds of each part; the rest of the step is the student's.
+
+    An event inside a counted one does not count.
+    """
 
     def part(name: str) -> str | None:
         name = name.removeprefix("autograd::engine::evaluate_function: ")
@@ -64,7 +67,7 @@ def parts_of(events: Any, device: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
-    """Forward passes of teacher and losses carry their names in the profile."""
+    """Give the forward passes of teacher and losses their names in the profile."""
     from megatron_fdd.losses.objective import Objective
     from megatron_fdd.step.teacher.beside import BesideTeacher
 
@@ -76,6 +79,8 @@ def marked() -> Iterator[None]:
 
 
 def record(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Wrap a function so that the profile shows it under this name."""
+
     @functools.wraps(function)
     def recorded(*arguments: Any, **keywords: Any) -> Any:
         with record_function(name):
@@ -85,7 +90,7 @@ def record(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def draw(profiles: Mapping[str, Mapping[str, float]], title: str, out: Path) -> None:
-    """A bar an objective, cut into its parts."""
+    """Draw a bar for each objective, divided into its parts."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""One training run of the real entry point with its steps measured. Each runs in a process of its own.
+"""One training run of the real entry point with its steps measured, in a separate process.
 
-Megatron's `train_step` is wrapped: micro-batches from the data loader, teacher, student, losses, backward pass,
-gradient clipping and optimizer are in it; the log is not.
+Megatron's `train_step` is wrapped: it contains micro-batches from the data loader, teacher, student, losses,
+backward pass, gradient clipping and optimizer, but not the log.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from benchmarks.step_profile import marked, profiled
 from megatron_fdd.host import rehearsal
 
 WARM_UP_STEPS = 2
-# Two steps are not timed: one is watched for its memory, one for its flops.
+# Two steps are not timed: one measures memory, one counts flops.
 WATCHED_STEPS = 2
-# One: its events take seconds to sort.
+# One step, because its events take seconds to sort.
 PROFILED_STEPS = 1
 # Products that torch's counter does not know.
 IN_PLACE = {torch.ops.aten.addmm_: lambda _total, left, right, **_options: mm_flop(left, right)}
@@ -43,10 +43,10 @@ class Job:
     """A run to measure.
 
     Attributes:
-        command: of `megatron_fdd.distill`, without a number of iterations.
-        is_stock: Megatron's own cross-entropy, through the model's own head, in place of our objective.
-        log: takes what the run prints.
-        is_profiled: one more step follows, under torch's profiler.
+        command: flags of `megatron_fdd.distill`, without a number of iterations.
+        is_stock: true for Megatron's own cross-entropy, through the model's own head, in place of our objective.
+        log: the file for what the run prints.
+        is_profiled: true if one more step follows, under torch's profiler.
     """
 
     command: tuple[str, ...]
@@ -58,20 +58,21 @@ class Job:
 
     @property
     def num_steps(self) -> int:
+        """All steps of the run, timed or not."""
         return WARM_UP_STEPS + self.repeats + WATCHED_STEPS + PROFILED_STEPS * self.is_profiled
 
 
 @dataclass(slots=True)
 class Watched:
-    """What was seen of a run's steps.
+    """The measurements of a run's steps.
 
     Attributes:
-        seconds: of each timed step: process CPU time, on a GPU device time.
-        peak_mib: most memory during a step beyond what is there between steps.
-        whole_mib: that and all tensors that are there between steps (weights, gradients, optimizer).
-        flops: of matrix products in one step, counted as they ran; None on a GPU, whose kernels are not counted.
+        seconds: time of each timed step: process CPU time, on a GPU device time.
+        peak_mib: the most memory during a step, beyond what is in use between steps.
+        whole_mib: that and all tensors that exist between steps (weights, gradients, optimizer).
+        flops: flops of matrix products in one step, counted as they ran; None on a GPU, where they are not counted.
         losses: the last step's terms; empty for stock Megatron.
-        parts: seconds of each part of a step under the profiler (`step_profile.parts_of`); empty without.
+        parts: seconds of each part of a step under the profiler (`step_profile.parts_of`); empty without a profile.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -83,7 +84,7 @@ class Watched:
 
 
 class StepWatch:
-    """Stands in for Megatron's `train_step`."""
+    """A stand-in for Megatron's `train_step` that measures it."""
 
     def __init__(self, train_step: Callable[..., Any], repeats: int, device: str) -> None:
         self.watched = Watched()
@@ -126,20 +127,23 @@ class StepWatch:
 
 
 def held_bytes() -> int:
-    """Of all tensors in host memory; the interpreter and its modules, which a GPU does not hold, are not in it."""
+    """Return the bytes of all tensors in host memory.
+
+    The interpreter and its modules, which a GPU does not hold, are not included.
+    """
     tensors = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
     storages = [each.untyped_storage() for each in tensors if each.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def run_job(job: Job) -> Watched:
-    """Train as the job says.
+    """Train as the job says, and return the measurements.
 
     Raises:
         RuntimeError: the run failed; the message ends with what it printed last.
     """
     _be_one_rank()
-    # As under torchrun: a data loader's workers cannot begin in the way this process did.
+    # As under torchrun: a data loader's workers cannot start in the way this process did.
     multiprocessing.set_start_method("fork", force=True)
     metrics = job.log.with_suffix(".metrics.jsonl")
     steps = str(job.num_steps)
@@ -172,7 +176,11 @@ def run_job(job: Job) -> Watched:
 
 @contextlib.contextmanager
 def _everything_into(file: TextIO) -> Iterator[None]:
-    """What is printed or logged. Handlers remember the stream that they were made with: before, or meanwhile."""
+    """Send everything that is printed or logged inside a `with` statement to a file.
+
+    Log handlers remember the stream with which they were made, before or inside, so these streams are redirected
+    too.
+    """
 
     def redirect(stream: TextIO) -> None:
         for handler in logging.getLogger().handlers:
@@ -188,7 +196,7 @@ def _everything_into(file: TextIO) -> Iterator[None]:
 
 
 def _train_stock() -> int:
-    """The same run without anything of ours but the data and, on a CPU, the rehearsal."""
+    """Run the same without anything of ours except the data and, on a CPU, the rehearsal."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -210,7 +218,7 @@ def _train_stock() -> int:
 def _stock_step(
     data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    """Megatron's `forward_step_func` of a language model."""
+    """Run a forward step: Megatron's `forward_step_func` of a language model."""
     from megatron_fdd.data.batch import get_batch
 
     batch = get_batch(data_iterator, torch.cuda.current_device())
@@ -226,7 +234,7 @@ def _stock_step(
 def make_checkpoint(
     folder: Path, architecture: Mapping[str, Any], log: Path, dtype: torch.dtype = torch.float32
 ) -> None:
-    """A GPT with random weights as a Megatron checkpoint, unless the folder is there."""
+    """Write a GPT with random weights as a Megatron checkpoint, unless the folder exists."""
     if folder.exists():
         return
     unfinished = folder.with_suffix(".unfinished")
@@ -253,6 +261,6 @@ def make_checkpoint(
 
 
 def _be_one_rank() -> None:
-    """As torchrun would say it; port 0 lets the store choose."""
+    """Set the environment that torchrun would give a single rank; port 0 lets the store choose."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -3,7 +3,7 @@
     python -m benchmarks.tables runs/gpu/results.jsonl
     python -m benchmarks.tables runs/gpu/results.jsonl --page     # and how each section ended
 
-Needs Python alone.
+This file needs only Python.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 from benchmarks import lines
 from benchmarks.lines import Line
 
-# What the objective may cost on a GPU, over its matrix products.
+# The most that the objective may cost on a GPU, as a multiple of its matrix products.
 OBJECTIVE_BAR = 1.5
 NO_FIGURES = "Toy sizes on a CPU: no measurement."
 
 
 def page(found: Sequence[Line], title: str) -> str:
-    """All that is known: machine, how the sections ended, tables."""
+    """Return everything that is known: machine, how the sections ended, tables."""
     parts = [f"# {title}", *machines(found), sections(found), tables(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def tables(found: Sequence[Line]) -> str:
-    """Every table that there are lines for; none has rows of two devices."""
+    """Return every table for which there are lines; no table has rows of two devices."""
     losses, whole_steps = _of(found, "loss"), _of(found, "step")
     parts = [loss_table(group, _last_run(rows)) for (_, group), rows in _groups(losses, "group").items()]
     parts.append(bar(losses))
@@ -40,7 +40,7 @@ def tables(found: Sequence[Line]) -> str:
 
 
 def machines(found: Sequence[Line]) -> list[str]:
-    """A paragraph for each machine that lines are of."""
+    """Return a paragraph for each machine in the lines."""
     told = {}
     for line in _of(found, "machine"):
         words = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
@@ -49,7 +49,7 @@ def machines(found: Sequence[Line]) -> list[str]:
 
 
 def sections(found: Sequence[Line]) -> str:
-    """How each ended, and what its log says of that."""
+    """Return how each section ended, and what its log says about that."""
     last = {line["name"]: line for line in _of(found, "section")}
     if not last:
         return ""
@@ -63,7 +63,7 @@ def sections(found: Sequence[Line]) -> str:
 
 
 def loss_table(group: str, rows: Sequence[Line]) -> str:
-    """One group of `benchmarks.interleaved`."""
+    """Return the table of one group of `benchmarks.interleaved`."""
     cells = []
     for row in rows:
         if "error" in row:
@@ -82,7 +82,7 @@ def loss_table(group: str, rows: Sequence[Line]) -> str:
 
 
 def bar(losses: Sequence[Line]) -> str:
-    """Whether the objective is within its bar, on a GPU."""
+    """Return whether the objective is within its bar, on a GPU, as a sentence."""
     found = [row for row in losses if row["group"].startswith("objective") and row["device"] != "cpu"]
     ratio = next((row["ratio"] for row in _last_run(found) if "ratio" in row), None)
     if ratio is None:
@@ -92,7 +92,7 @@ def bar(losses: Sequence[Line]) -> str:
 
 
 def steps(flags: str, rows: Sequence[Line]) -> str:
-    """Whole training steps of one run; and the parts of those that were watched."""
+    """Return the table of one run's whole training steps, and the parts of profiled ones."""
     base = next((row["seconds"] for row in rows if row["objective"] == "logit KD"), None)
     cells = []
     for row in rows:
@@ -116,7 +116,7 @@ def steps(flags: str, rows: Sequence[Line]) -> str:
 
 
 def layouts(device: str, found: Sequence[Line]) -> str:
-    """Steps at several layouts against float64."""
+    """Return the table of steps at several layouts against float64."""
     rows = [
         (
             line["name"],
@@ -132,7 +132,7 @@ def layouts(device: str, found: Sequence[Line]) -> str:
 
 
 def curves(device: str, found: Sequence[Line]) -> str:
-    """Small trainings, each beside another."""
+    """Return the table of small trainings, each beside another."""
     rows = [
         (line["name"], line["beside"], line["ending"], line["steps"], *_small(line, "farthest", "tolerance"))
         for line in found
@@ -142,19 +142,19 @@ def curves(device: str, found: Sequence[Line]) -> str:
 
 
 def endings(device: str, found: Sequence[Line]) -> str:
-    """How small trainings end when a rank does."""
+    """Return how small trainings end when a rank ends."""
     rows = [(line["name"], line["ending"], line["seconds"], line["left"], line["said"]) for line in found]
     heads = (f"when, on {device}", "the test", "seconds to the end", "processes left", "messages")
     return table(heads, rows, "llrrr")
 
 
 def _small(line: Line, *names: str) -> list[str]:
-    """Numbers far below 1, where they are known."""
+    """Return numbers far below 1, where they are known."""
     return [f"{line[name]:.1e}" if name in line else "" for name in names]
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]], sides: str) -> str:
-    """Markdown; nothing without rows."""
+    """Return a Markdown table; "" without rows."""
     rows = list(rows)
     if not rows:
         return ""
@@ -163,6 +163,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]], sides: str) ->
 
 
 def is_toy(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a remark if the rows were measured at a toy size."""
     return f" ({NO_FIGURES})" if any(row.get("device") == "cpu" for row in rows) else ""
 
 
@@ -171,7 +172,7 @@ def _of(found: Sequence[Line], kind: str) -> list[Line]:
 
 
 def _groups(found: Sequence[Line], *keys: str) -> dict[tuple[str, ...], list[Line]]:
-    """By device and these."""
+    """Return the lines by device and by these keys."""
     groups: dict[tuple[str, ...], list[Line]] = {}
     for line in found:
         groups.setdefault(tuple(line[key] for key in ("device", *keys)), []).append(line)
@@ -179,16 +180,20 @@ def _groups(found: Sequence[Line], *keys: str) -> dict[tuple[str, ...], list[Lin
 
 
 def _last_run(rows: Sequence[Line]) -> list[Line]:
-    """Without rows of earlier runs, which may have been cut off: a process dates all its rows alike."""
+    """Return the rows of the last run: a process dates all its rows alike.
+
+    Earlier runs may have been cut off.
+    """
     return [row for row in rows if row["date"] == rows[-1]["date"]]
 
 
 def _last_of_each(found: Sequence[Line]) -> list[Line]:
-    """The last line of each name."""
+    """Return the last line of each name."""
     return list({line["name"]: line for line in found}.values())
 
 
 def main(argv: Sequence[str]) -> int:
+    """Print the tables or the page; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tables",
         description=__doc__,

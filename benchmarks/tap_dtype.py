@@ -1,9 +1,9 @@
-"""What rounding the teacher's taps to bf16 or FP8 does to every inner term and its gradient, on a real pair and text.
+"""How rounding the teacher's taps to bf16 or FP8 changes every inner term and its gradient, on a real pair and text.
 
     python -m benchmarks.tap_dtype --teacher-hf DIR --student-hf DIR --text FILE
 
-Taps of K sampled layers in float32 are rounded as `--fdd-tap-dtype` does before the lens norms them; everything
-behind them is float32. A term's error is relative to its value, a gradient's (to the student's features of all
+Taps of K sampled layers in float32 are rounded as `--fdd-tap-dtype` does, before the lens norms them; everything
+after that is float32. A term's error is relative to its value, a gradient's (to the student's features of all
 layers) to its norm. A bf16 run rounds its taps to bf16 whatever the flag says: that row is the yardstick.
 """
 
@@ -38,7 +38,7 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @torch.no_grad()
 def features(model: PreTrainedModel, rows: Tensor, layers: int, folder: Path) -> list[Tensor]:
-    """[S, B, width] of each sampled layer, before the norm."""
+    """Return [S, B, width] of each sampled layer, before the norm."""
     states = model.model(rows, output_hidden_states=True).hidden_states
     blocks = sample_blocks("paper", layers, model.config.num_hidden_layers, str(folder))
     return [states[block].transpose(0, 1) for block in blocks]
@@ -47,7 +47,7 @@ def features(model: PreTrainedModel, rows: Tensor, layers: int, folder: Path) ->
 def terms(
     teacher: list[Tensor], student: list[Tensor], heads: HeadPair, form: str
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Mean over tokens of trajectory and delta, and the gradient of each to the student's normed features."""
+    """Return the means over tokens of trajectory and delta, and their gradients to the student's normed features."""
     assert heads.teacher_WT is not None
     leaves = [each.flatten(0, 1).detach().requires_grad_() for each in student]
     ones_N = torch.ones(len(leaves[0]))
@@ -75,6 +75,7 @@ def terms(
 
 
 def main() -> int:
+    """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

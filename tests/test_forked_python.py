@@ -37,7 +37,7 @@ def bash(script: str, folder: Path, text: str = "", **more: str) -> subprocess.C
 
 
 def is_fork(pid: int) -> bool:
-    """Of a live process."""
+    """Whether a live process is a fork of the server."""
     return b"fork_server" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 

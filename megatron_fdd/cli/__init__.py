@@ -1,6 +1,7 @@
-"""The command `fdd`: one subcommand a step, from a Hugging Face teacher to a report on the student.
+"""The command `fdd`: one subcommand for each step, from a Hugging Face teacher to a report on the student.
 
-A subcommand is a `click` command in the module of `COMMANDS` and imports torch only once it runs: `--help` is quick.
+A subcommand is a `click` command in the module that `COMMANDS` names. It imports torch only when it runs, so that
+`--help` is quick.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import click
 
 from megatron_fdd.cli.command import Interruptible
 
-# In the order of their use: the module, and the line in the list of `fdd --help`.
+# In the order of use; each with its module and its line in `fdd --help`.
 COMMANDS = {
     "doctor": ("doctor", "Is this machine fit for a training? Versions, Megatron's seams, limits."),
     "student": ("init_student", "Make a student out of some of a teacher's layers."),
@@ -36,11 +37,11 @@ example, from a teacher to its student:
   fdd evaluate --hf-model distilled-hf --teacher teacher-hf --validation-text valid.jsonl
 
 \b
-`fdd COMMAND --help` explains each."""
+`fdd COMMAND --help` explains a command."""
 
 
 class _Commands(Interruptible, click.Group):
-    """Imports a subcommand when it is asked for."""
+    """The group of subcommands, each imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -1,4 +1,4 @@
-"""Options about chat templates, for whatever asks a model or prepares what it is asked."""
+"""Options about chat templates, for every command that asks a model or prepares data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _object(_ctx: click.Context, _option: click.Parameter, text: str | None) -> 
     try:
         value = parse_json(text or "{}")
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"{text}: no JSON ({error})") from error
+        raise click.BadParameter(f"{text}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise click.BadParameter(
             f"{text}: must be a JSON object, for example '{{\"enable_thinking\": false}}'"
@@ -43,7 +43,7 @@ def _date(
 
 
 def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A decorator that adds these options, in this order."""
+    """Return a decorator that adds these options, in this order."""
 
     def add(command: Any) -> Any:
         for option in reversed(options):
@@ -64,13 +64,13 @@ CHAT_TEMPLATE = (
         "--chat-template-kwargs",
         metavar="JSON",
         callback=_object,
-        help="Switches of the chat template: '{\"enable_thinking\": false}'. A record's own win.",
+        help="Switches of the chat template: '{\"enable_thinking\": false}'. A record's own override them.",
     ),
     click.option(
         "--chat-date",
         type=click.DateTime(["%Y-%m-%d"]),
         metavar="YYYY-MM-DD",
         callback=_date,
-        help="What a chat template writes as today's date. [default: today]",
+        help="The date that a chat template writes as today's. [default: today]",
     ),
 )

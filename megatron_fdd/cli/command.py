@@ -1,4 +1,4 @@
-"""What all subcommands do alike: refuse values that are empty, keep other packages quiet, end when interrupted."""
+"""What all subcommands share: they refuse empty values, keep other packages quiet, and end when interrupted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ _THREADS_A_CORE = 4
 
 
 class Interruptible(click.Command):
-    """Ctrl-C ends it with one line and status 130, also while it still imports; click alone would say "Aborted!"."""
+    """A command that Ctrl-C ends with one line and status 130, even while it imports.
+
+    click alone would print "Aborted!".
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
+        """Run the command; Ctrl-C ends it with status 130."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -26,7 +29,7 @@ class Interruptible(click.Command):
 
 
 class Command(Interruptible):
-    """A command of its own options, unlike `train`, which passes others' on.
+    """A command that has only options of its own, unlike `train`, which passes others on.
 
     Args:
         may_be_empty: names of options for which an empty text has a meaning.
@@ -37,10 +40,10 @@ class Command(Interruptible):
         self._may_be_empty = may_be_empty
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse empty values, as an unset variable of the shell leaves them: a path would mean the current folder.
+        """Refuse empty values, which an unset shell variable leaves: as a path, one would mean the current folder.
 
         Raises:
-            click.BadParameter: there is one.
+            click.BadParameter: a value is empty.
         """
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         for option in self.get_params(ctx):
@@ -55,16 +58,16 @@ class Command(Interruptible):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
+        """Run the command, with other packages quiet."""
         importlib.import_module("megatron_fdd.host.quiet")  # before the command imports torch
         return super().invoke(ctx)
 
 
 def few_threads(_ctx: click.Context, _option: click.Parameter, given: int | None) -> int | None:
-    """The value of an option, which with very many threads would seem to hang.
+    """Return the value of an option for threads; with very many threads a command would seem to hang.
 
     Raises:
-        click.BadParameter: it is above four a core.
+        click.BadParameter: the value is above four for each core.
     """
     most = _THREADS_A_CORE * (os.cpu_count() or 1)
     if given is not None and given > most:

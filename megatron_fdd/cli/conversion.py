@@ -1,4 +1,4 @@
-"""What the conversion commands share: options, one closing line, or one line that says what is wrong."""
+"""The shared parts of the conversion commands: options, and an end with one closing line or one line of error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ dtype = click.option(
     type=click.Choice(["checkpoint", "float32", "bfloat16", "float16"]),
     default="checkpoint",
     show_default=True,
-    help="Of the weights; `checkpoint`: as they are stored.",
+    help="Dtype of the weights; `checkpoint`: as they are stored.",
 )
 max_shard_size = click.option(
     "--max-shard-size",
@@ -48,7 +48,7 @@ via = click.option(
 
 
 def convert(action: Callable[[], str]) -> NoReturn:
-    """Run it, print the line it returns (on rank 0) and exit.
+    """Run `action`, print the line that it returns (on rank 0) and exit.
 
     An expected error is one line on stderr and status 1.
     """
@@ -58,7 +58,7 @@ def convert(action: Callable[[], str]) -> NoReturn:
     try:
         closing_line = action()
     except (ValueError, OSError) as error:
-        gc.freeze()  # torch's writer of a file that found no room crashes when it is collected
+        gc.freeze()  # torch's writer crashes when it is collected after its disk was full
         print_error(f"error: {explain(error)}")
         sys.exit(1)
     if is_first_rank():
@@ -67,10 +67,10 @@ def convert(action: Callable[[], str]) -> NoReturn:
 
 
 def _give_memory_back() -> None:
-    """Let a tensor of a MiB or more leave memory when it is freed, for the rest of this process.
+    """Make a tensor of one MiB or more leave memory when it is freed, for the rest of this process.
 
-    glibc by itself keeps freed blocks of up to 32 MiB in its heap once one has been freed: 100 MiB a process, more or
-    less from run to run. Other C libraries have no such knob.
+    By default glibc keeps freed blocks of up to 32 MiB in its heap once one has been freed: about 100 MiB for a
+    process, differently from run to run. Other C libraries have no such setting.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)

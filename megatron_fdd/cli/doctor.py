@@ -1,4 +1,4 @@
-"""`fdd doctor`: is this machine fit for a training?"""
+"""`fdd doctor`: whether this machine is fit for a training run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ examples:
 @click.option(
     "--gpu",
     is_flag=True,
-    help="Also an all-reduce over all visible GPUs, and 20 steps of a toy on one, held to a CPU's. "
+    help="Also run an all-reduce over all visible GPUs, and 20 steps of a toy on one GPU, compared with a CPU's. "
     "Has not run on a GPU yet.",
 )
 def command(gpu: bool) -> None:
-    """Check what a training needs of this machine, one line each: ok, warn or FAIL, with the remedy.
+    """Check what a training needs of this machine, with one line for each check: ok, warn or FAIL, and the remedy.
 
-    Versions; each place of Megatron that this package calls or replaces, by its signature in the Megatron that is
-    installed; TransformerEngine, NCCL, shared memory, limits. Ends with status 1 where something fails.
+    The checks: versions; each place of Megatron that this package calls or replaces, by its signature in the installed
+    Megatron; TransformerEngine, NCCL, shared memory, limits. The exit status is 1 if a check fails.
     """
     from megatron_fdd.doctor import run
 

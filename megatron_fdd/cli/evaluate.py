@@ -33,7 +33,7 @@ _ASKED, _SCORED = GenerationSettings(), Text()
 
 
 def _named(kind: click.Path) -> Callable[..., tuple[tuple[str, Path], ...]]:
-    """A callback for [NAME=]PATH, repeatable; without a name a path has its own."""
+    """Return a callback that reads [NAME=]PATH, repeatable; a path without a name gives its own."""
 
     def read(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> Any:
         found = []
@@ -50,7 +50,7 @@ def _named(kind: click.Path) -> Callable[..., tuple[tuple[str, Path], ...]]:
 
 
 def _numbers(_ctx: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
-    """10,20,30."""
+    """Read numbers such as 10,20,30."""
     try:
         return tuple(int(number) for number in value.split(","))
     except ValueError as error:
@@ -69,20 +69,18 @@ MODELS = (
         help="Hugging Face folder of a student (`fdd export` makes one), repeatable.",
     ),
     click.option(
-        "--teacher", type=FOLDER, metavar="DIR", help="Evaluated too, and what distances are measured to."
+        "--teacher", type=FOLDER, metavar="DIR", help="Evaluated too; distances are measured to it."
     ),
     click.option(
         "--out", type=click.Path(path_type=Path), default=Path("runs/evaluation"), show_default=True
     ),
-    click.option(
-        "--device", type=click.Choice(DEVICES), help="Default: all visible GPUs, where there are any."
-    ),
+    click.option("--device", type=click.Choice(DEVICES), help="Default: all visible GPUs, if there are any."),
     click.option("--dtype", type=click.Choice(DTYPES), help="Default: bfloat16 on GPUs, float32 on CPUs."),
     click.option(
         "--threads",
         type=click.IntRange(min=1),
         callback=few_threads,
-        help="Of torch; default: torch's own choice.",
+        help="Threads of torch; default: torch's own choice.",
     ),
 )
 INSTRUCTIONS = (
@@ -97,27 +95,29 @@ INSTRUCTIONS = (
         "--format",
         "layout",
         type=click.Choice(LAYOUTS),
-        help=f"Layout of all files; by default recognised by the fields of the first line: {known_layouts()}.",
+        help=f"Layout of all files; by default, the fields of the first line tell it: {known_layouts()}.",
     ),
     click.option(
         "--vicuna-answers",
         type=FILE,
         metavar="FILE",
-        help="References for Vicuna's questions, as FastChat's.",
+        help="References for Vicuna's questions, in FastChat's form.",
     ),
     click.option(
         "--min-answer-words",
         type=int,
-        help="Leave out examples whose first reference has fewer words; default: 11 for s-ni and unni as MiniLLM "
+        help="Leave out examples whose first reference has fewer words; default: 11 for s-ni and unni, as MiniLLM "
         "evaluates them, 0 for others.",
     ),
-    click.option("--limit", type=int, help="The first N examples of each file (MiniLLM: 10000 of unni)."),
+    click.option(
+        "--limit", type=int, help="Take the first N examples of each file (MiniLLM: 10000 of unni)."
+    ),
     click.option(
         "--template",
         type=click.Choice(TEMPLATES),
         default=_ASKED.template,
         show_default=True,
-        help="alpaca leaves a `prompt` as it is; chat: the tokenizer's; none.",
+        help="alpaca: Alpaca's text, except around a ready `prompt`; chat: the tokenizer's template; none: nothing.",
     ),
     *CHAT_TEMPLATE,
     click.option(
@@ -132,7 +132,7 @@ INSTRUCTIONS = (
         type=float,
         default=_ASKED.temperature,
         show_default=True,
-        help="0: greedy, one pass.",
+        help="0: greedy, with one seed only.",
     ),
     click.option("--top-p", type=float, default=_ASKED.top_p, show_default=True),
     click.option(
@@ -148,7 +148,7 @@ INSTRUCTIONS = (
         type=int,
         default=32,
         show_default=True,
-        help="Prompts at once; may change when a run goes on.",
+        help="Prompts at once; may be another when a run continues.",
     ),
 )
 TEXT = (
@@ -159,17 +159,24 @@ TEXT = (
         "--training-text",
         type=FILE,
         metavar="FILE",
-        help="Its word frequencies are one more row, to be beaten.",
+        help="Its word frequencies are one more row, which every model should beat.",
     ),
     click.option("--length", type=int, default=_SCORED.length, show_default=True, help="Tokens in a window."),
     click.option(
-        "--max-tokens", type=int, default=_SCORED.max_tokens, show_default=True, help="Scored at most."
+        "--max-tokens", type=int, default=_SCORED.max_tokens, show_default=True, help="Tokens scored at most."
     ),
     click.option(
-        "--prompt", multiple=True, help="What every model continues greedily; repeatable.", metavar="TEXT"
+        "--prompt",
+        multiple=True,
+        help="Text that every model continues greedily; repeatable.",
+        metavar="TEXT",
     ),
     click.option(
-        "--sample-tokens", type=int, default=_SCORED.num_sample_tokens, show_default=True, help="How far."
+        "--sample-tokens",
+        type=int,
+        default=_SCORED.num_sample_tokens,
+        show_default=True,
+        help="Tokens added to it.",
     ),
 )
 
@@ -181,10 +188,10 @@ def command(threads: int | None, batch_size: int, **given: Any) -> None:
 
     Each model answers each --data file with five seeds, as MiniLLM, DistiLLM and FDD are evaluated: Alpaca's prompt
     cut after 256 tokens, at most 256 new ones, temperature 1, ROUGE-L with stemming against the best reference.
-    Results go to OUT/NAME/evaluation.json, answers to OUT/NAME/answers/; a killed run goes on when the same command is
-    given again. With --validation-text the models are also scored on plain text, with --teacher against the teacher
-    too. evaluation.json holds what the last command asked for: to add a file or a text, give the earlier ones again too
-    (their answers are kept, and not made anew).
+    Results go to OUT/NAME/evaluation.json, answers to OUT/NAME/answers/; a killed run continues when the same command
+    is given again. With --validation-text the models are also scored on plain text, and with --teacher against the
+    teacher too. evaluation.json holds what the last command asked for: to add a file or a text, give the earlier ones
+    again too (their answers are kept, not generated again).
     """
     import torch
     from transformers.utils import logging
@@ -197,25 +204,25 @@ def command(threads: int | None, batch_size: int, **given: Any) -> None:
         torch.set_num_threads(threads)
     try:
         print(table(evaluate(request_from(batch_size=batch_size, **given))))
-    except Refusal as error:  # without its remedy: that is for fdd prepare
+    except Refusal as error:  # without its remedy, which is for fdd prepare
         _end(f"error: {error.where}: {error.detail}", 1)
     except (ValueError, OSError) as error:
         _end(f"error: {explain(error)}", 1)
     except torch.OutOfMemoryError:
         _end(
-            f"error: out of memory with --batch-size {batch_size}: give the same command with a smaller one, it goes "
-            "on where it was",
+            f"error: out of memory with --batch-size {batch_size}: give the same command with a smaller one; it "
+            "continues where it was",
             1,
         )
     except KeyboardInterrupt:
-        _end("interrupted; the same command goes on where it was", 130)
+        _end("interrupted; the same command continues where it was", 130)
 
 
 def request_from(**given: Any) -> Request:
-    """What a command line means: values of all options but --threads, by name.
+    """Return the request that a command line means: values of all options but --threads, by name.
 
     Raises:
-        ValueError: a file that cannot be read as instructions, a device that is not there.
+        ValueError: a file cannot be read as instructions, or a device does not exist.
     """
     from megatron_fdd.evaluate.data_file import Selection, read_data_files
     from megatron_fdd.evaluate.models import NamedModel, Placement

@@ -1,4 +1,4 @@
-"""`fdd import`: Hugging Face model folder to Megatron checkpoint."""
+"""`fdd import`: from a Hugging Face model folder to a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from megatron_fdd.cli import conversion
 from megatron_fdd.cli.command import Command
 
-# More than the tensor parallel size of any run times Megatron's 128.
+# More than Megatron's 128 times the tensor parallel size of any run.
 MOST_PADDING = 65536
 EXAMPLES = """\b
 examples:
@@ -43,16 +43,16 @@ def command(
     """Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2) as an ordinary Megatron
     torch_dist checkpoint.
 
-    Give a student's folder as --pretrained-checkpoint, a teacher's as --teacher-load; --load and --save name the
-    folder of the run, from which the same command goes on. It loads at every tensor, pipeline and data parallel layout.
-    Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer are kept beside the
-    weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the SHA-256 of every tensor
-    (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
+    Give a student's folder as --pretrained-checkpoint and a teacher's as --teacher-load; --load and --save name the
+    folder of the run, from which the same command continues. The checkpoint loads at every tensor, pipeline and data
+    parallel layout. Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer
+    are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the
+    SHA-256 of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
 
     One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
     processes on any number of nodes that share the file system, they read and write side by side.
 
-    With --config-only no weights are read or written, so that config.json is all the folder needs: enough for `fdd
+    With --config-only no weights are read or written, so the model folder needs only config.json: enough for `fdd
     plan` to tell what a run would take before the weights are downloaded. A run refuses such a checkpoint.
     """
     if config_only and via == "bridge":
@@ -65,7 +65,7 @@ def command(
 
         if config_only:
             config_to_mcore(hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor)
-            return f"{save}: the arguments of {hf_model} and no weights, for fdd plan"
+            return f"{save}: the arguments of {hf_model} without weights, for fdd plan"
         parameters = hf_to_mcore(
             hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True, via=via
         )

@@ -1,4 +1,4 @@
-"""`fdd student`: a student model folder out of a teacher's chosen layers."""
+"""`fdd student`: a student model folder from chosen layers of a teacher."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ examples:
 @click.option("--hf-model", type=conversion.FOLDER, required=True, help="The teacher's folder.")
 @click.option("--hf-out", type=conversion.FOLDER, required=True, help="New folder for the student.")
 @click.option("--layers", metavar="LIST", help="0-based layers and ranges, increasing: 0-3,8,26-29.")
-@click.option("--num-layers", type=int, metavar="N", help="How many; the rule above chooses which.")
+@click.option("--num-layers", type=int, metavar="N", help="Number of layers; the rule above chooses which.")
 @conversion.max_shard_size
 def command(
     hf_model: Path, hf_out: Path, layers: str | None, num_layers: int | None, max_shard_size: str
 ) -> None:
-    """Write a Hugging Face model that keeps only some layers of another: of --layers and --num-layers give one.
+    """Write a Hugging Face model that keeps only some layers of another; give either --layers or --num-layers.
 
-    Embeddings, final norm, head, config, generation config and tokenizer are carried over; num_hidden_layers changes.
+    Embeddings, final norm, head, config, generation config and tokenizer are carried over; num_hidden_layers
+    changes.
 
-    The first and last layers matter most: with --num-layers N of at least 8 the first four, the last four and N - 8
-    spread evenly between them are kept; with fewer, N spread evenly from the first to the last.
+    The first and last layers matter most: with --num-layers N of at least 8, the first four, the last four and N - 8
+    layers spread evenly between them are kept; with fewer, N layers spread evenly from the first to the last.
     """
     if (layers is None) == (num_layers is None):
         raise click.UsageError("give one of --layers and --num-layers")

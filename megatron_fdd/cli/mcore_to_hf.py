@@ -1,4 +1,4 @@
-"""`fdd export`: Megatron checkpoint to Hugging Face model folder."""
+"""`fdd export`: from a Megatron checkpoint to a Hugging Face model folder."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ examples:
     "--world-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Ranks of the training that is planned; 1, or WORLD_SIZE where it is set.",
+    help="Ranks of the planned training; default: WORLD_SIZE if it is set, else 1.",
 )
 def command(world_size: int | None, flags: tuple[str, ...]) -> None:
     """Print what `fdd train -- FLAGS` would do: layers and taps of every stage, terms, estimated memory of a rank.
 
-    One process and no GPU are enough, whatever the size of the training; checkpoints without weights too. Nothing is
-    trained or written. Exits with status 1, and one line, where the training would be refused.
+    One process without a GPU is enough, whatever the size of the training, and so are checkpoints without weights.
+    Nothing is trained or written. If the training would be refused, one line says why, and the exit status is 1.
     """
     if world_size is not None:
         os.environ["WORLD_SIZE"] = str(world_size)

@@ -1,4 +1,4 @@
-"""`fdd prepare`: plain text, JSON lines or instructions to Megatron's indexed format."""
+"""`fdd prepare`: from plain text, JSON lines or instructions to Megatron's indexed format."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ examples:
     default="file",
     show_default=True,
     metavar="{file,blank-line,LINE}",
-    help="text: each file is one document; or blank lines end one; or a line that equals LINE does.",
+    help="For text: each file is one document; or blank lines end a document; or a line that equals LINE does.",
 )
-@click.option("--json-key", default="text", show_default=True, help="jsonl: the field with the text.")
+@click.option("--json-key", default="text", show_default=True, help="For jsonl: the field with the text.")
 @click.option(
-    "--prompt-key", default="prompt", show_default=True, help="instruction: the field with the prompt."
+    "--prompt-key", default="prompt", show_default=True, help="For instructions: the field with the prompt."
 )
 @click.option(
     "--response-key",
     default="response",
     show_default=True,
-    help="instruction: the field with the response; chosen: of sets of preferences, conversations too.",
+    help="For instructions: the field with the response. `chosen`: the better answer of a preference set, also a chat.",
 )
 @with_options(*CHAT_TEMPLATE)
 @click.option(
@@ -74,7 +74,7 @@ examples:
     type=click.Choice(["all", "last"]),
     default="all",
     show_default=True,
-    help="Learn all answers of a conversation, or its last one.",
+    help="Learn all answers of a conversation, or only its last one.",
 )
 @click.option(
     "--allow-dropped",
@@ -89,19 +89,19 @@ examples:
 @click.option(
     "--template",
     type=click.Choice(TEMPLATES),
-    help="instruction: how to put records without a ready prompt: Alpaca's text, the tokenizer's chat template, or "
-    f"nothing around it. Recognised by their fields: {known_layouts()}.",
+    help="For instructions without a ready prompt: put Alpaca's text, the tokenizer's chat template, or nothing "
+    f"around them. Their fields tell the layout: {known_layouts()}.",
 )
 @click.option("--append-eod", is_flag=True, help="End each text document with the end-of-document token.")
 @click.option(
     "--eod-token",
     metavar="TOKEN",
-    help="The token of the vocabulary that ends documents and responses, in place of the tokenizer's end of sequence.",
+    help="Token of the vocabulary that ends documents and responses, in place of the tokenizer's end of sequence.",
 )
 @click.option(
     "--seq-length",
     type=int,
-    help="instruction: cut what is longer than a sample of this length, on the right.",
+    help="For instructions: cut a record that is longer than a sample of this length, on the right.",
 )
 @click.option(
     "--split",
@@ -113,29 +113,29 @@ examples:
     type=int,
     default=1,
     show_default=True,
-    help="Processes that tokenise, at most: one for each 4 MB of input.",
+    help="Processes that tokenise; at most one for each 4 MB of input is started.",
 )
 @click.option(
     "--show",
     type=click.IntRange(min=0),
     default=0,
     metavar="N",
-    help="Print the first N samples, what is learned in colour. With --output-prefix also on a page, "
-    "PREFIX.samples.html; without it nothing else is done.",
+    help="Print the first N samples, with the learned text in colour. With --output-prefix also write a page, "
+    "PREFIX.samples.html; without it do nothing else.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace sets of the same names.")
 def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -> None:
-    """Prepare training data: plain text, JSON lines or instructions to Megatron's indexed format.
+    """Prepare training data: from plain text, JSON lines or instructions to Megatron's indexed format.
 
-    Files are JSON lines, JSON arrays, parquet or text, compressed with gzip or zstd or not; in place of a folder all
-    data below it is read. Instructions are records with `prompt` and `response`, or a chat in one of the published
-    layouts (`messages`, ShareGPT's `conversations` and others); the prompt is masked out of the loss, and training
-    recognises such a set by itself. Published instruction sets are read as they are when a --template is named, the
-    same one that `fdd evaluate` then asks with.
+    Files are JSON lines, JSON arrays, parquet or text, plain or compressed with gzip or zstd; for a folder, all data
+    below it is read. Instructions are records with `prompt` and `response`, or chats in one of the published layouts
+    (`messages`, ShareGPT's `conversations` and others); the prompt is masked out of the loss, and training recognises
+    such a set by itself. Published instruction sets can be read directly if --template is given; `fdd evaluate` must
+    then ask with the same template.
     """
     inputs = (*more_files, *files)
     if not inputs:
-        raise click.UsageError("no input: name one file or more")
+        raise click.UsageError("no input: name at least one file")
     if given["output_prefix"] is None and not given["show"]:
         raise click.UsageError("--output-prefix is missing; or look at samples first with --show 5")
     from megatron_fdd.data.parts import kept_documents
@@ -157,17 +157,17 @@ def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -
         sys.exit(1)
     except KeyboardInterrupt:
         kept = kept_documents(given["output_prefix"] or "")
-        how = f"the same command goes on after {kept:,} documents" if kept else "nothing written"
+        how = f"the same command continues after {kept:,} documents" if kept else "nothing written"
         print(f"prepare_data: interrupted, {how}", file=sys.stderr)
         sys.exit(130)
     print(*summary.lines(), sep="\n")
 
 
 def settings_from(inputs: tuple[str, ...], **given: Any) -> PrepareSettings:
-    """The settings that a command line means: values of the options by name.
+    """Return the settings that a command line means: values of the options by name.
 
     Raises:
-        ValueError: a value that cannot be read.
+        ValueError: a value cannot be read.
     """
     from megatron_fdd.data.encode import EncodeSettings
     from megatron_fdd.data.prepare import PrepareSettings
@@ -213,6 +213,6 @@ def _chat_settings(**given: Any) -> ChatSettings:
     allowed = frozenset(filter(None, (given["allow_dropped"] or "").split(",")))
     unknown = sorted(allowed - set(FIELDS))
     if unknown:
-        raise ValueError(f"--allow-dropped {', '.join(unknown)}: must be of {', '.join(FIELDS)}")
+        raise ValueError(f"--allow-dropped {', '.join(unknown)}: must be among {', '.join(FIELDS)}")
     date = given["chat_date"] or datetime.date.today()
     return ChatSettings(given["chat_template_kwargs"], date, given["chat_turns"], allowed)

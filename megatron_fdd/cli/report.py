@@ -27,8 +27,8 @@ def command(runs: tuple[str, ...], out: Path) -> None:
 
     A RUN is a folder that holds metrics.jsonl (what --fdd-metrics-file wrote) or evaluation.json (what `fdd evaluate`
     wrote, also found in RUN/evaluation/), or a metrics file of another name. Flags are read from the checkpoints of a
-    folder that was given to --save. NAME=RUN gives it a name; the same name twice joins both into one run, for
-    instance metrics here and an evaluation there.
+    folder that was given to --save. NAME=RUN gives a run a name; the same name twice joins both into one run, for
+    example metrics at one place and an evaluation at another.
 
     Writes report.html (a single file), report.md and its PNG files. A run that is still going can be shown.
     """
@@ -43,5 +43,5 @@ def command(runs: tuple[str, ...], out: Path) -> None:
 
 
 def counted(things: Sequence[object], name: str) -> str:
-    """ "1 run", "2 runs"."""
+    """Return a count with its noun, such as "1 run" or "2 runs"."""
     return f"{len(things)} {name}{'s' * (len(things) != 1)}"

@@ -1,4 +1,4 @@
-"""`fdd train` and what it shares with `fdd plan`: the entry point `megatron_fdd.distill`, on one process or many."""
+"""`fdd train`, and what it shares with `fdd plan`: the entry point `megatron_fdd.distill`, on one process or many."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import NoReturn
 import click
 
 ENTRY_POINT = "megatron_fdd.distill"
-# torchrun's, where no flag names one.
+# torchrun's default port.
 _PORT = 29500
 EXAMPLES = """\b
 examples:
   fdd train --nproc-per-node 8 -- --load run --save run --pretrained-checkpoint student \\
       --teacher-load teacher --train-data-path data/train ...
-      (killed? the same command goes on from the last checkpoint)
+      (killed? the same command continues from the last checkpoint)
   RANK=3 LOCAL_RANK=3 WORLD_SIZE=8 MASTER_ADDR=... MASTER_PORT=... fdd train -- --load run ...
       (set by a scheduler for each process: runs here, as this rank)
   fdd train -- --help
@@ -29,10 +29,10 @@ examples:
 
 
 class Separated(click.Command):
-    """A command whose function gets as `flags` all that stands behind `--`: the training's flags."""
+    """A command whose function gets the words after `--` as `flags`: the training's flags."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Give click what stands before `--`.
+        """Give click only the words before `--`.
 
         Raises:
             click.UsageError: there is no `--`.
@@ -62,8 +62,8 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     """Distil: Megatron's own training loop with a teacher beside the student.
 
     Before `--` stand torchrun's flags (--nproc-per-node, --nnodes, --rdzv-endpoint ...), after it any flag of
-    Megatron's pretrain_gpt.py and those of this package. Where RANK is set, by torchrun, Slurm or Kubernetes, the
-    training runs in this process and what stands before `--` is not needed. On one node a free port is taken, unless
+    Megatron's pretrain_gpt.py and those of this package. If RANK is set, by torchrun, Slurm or Kubernetes, the
+    training runs in this process, and no flags are needed before `--`. On one node a free port is taken, unless
     --master-port names one.
     """
     if "RANK" in os.environ:
@@ -73,13 +73,14 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
 
 
 def launch(words: Sequence[str]) -> int:
-    """Be torchrun with these words, but for its last word on a failure: one line in place of a report of thirty.
+    """Run torchrun with these words and return the exit status.
 
-    The ranks have said themselves what went wrong. Returns the exit status.
+    A failure ends with one line in place of torchrun's report of thirty: the ranks have already printed what went
+    wrong.
     """
     try:
         return _torchrun(words)
-    except KeyboardInterrupt:  # before it minds signals, which takes seconds
+    except KeyboardInterrupt:  # before torchrun handles signals itself, which takes seconds
         return 128 + signal.SIGINT
 
 
@@ -89,24 +90,24 @@ def _torchrun(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    # It says of every rank that it is ended because another failed.
+    # It logs for every rank that the rank is ended because another one failed.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(
         logging.ERROR
-    )  # and of every signal
+    )  # and for every signal
     parser = run.get_args_parser()
     parser.error = _usage_error  # type: ignore[method-assign]
     args = parser.parse_args(list(words))
     num_processes, num_nodes = _counts(args)
     if num_processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a box of stars
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a long warning
     if (
         num_nodes == 1
         and args.rdzv_backend == "static"
         and not args.rdzv_endpoint
         and args.master_port == _PORT
     ):
-        args.standalone = True  # a free port, so that a machine takes several runs
+        args.standalone = True  # a free port, so that one machine can hold several runs
     try:
         run.run(args)
     except ChildFailedError as error:
@@ -126,10 +127,10 @@ def _torchrun(words: Sequence[str]) -> int:
 
 
 def _counts(args: argparse.Namespace) -> tuple[int, int]:
-    """Processes of this node, and nodes at most, from torchrun's flags.
+    """Return the processes of this node, and the largest number of nodes, from torchrun's flags.
 
     Raises:
-        click.UsageError: names the flag with a value that torchrun would end on in a traceback.
+        click.UsageError: a value would end torchrun with a traceback; names its flag.
     """
     from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
 
@@ -160,6 +161,6 @@ def _usage_error(message: str) -> NoReturn:
 
 
 def run_here(flags: Sequence[str]) -> None:
-    """Be the entry point with these flags, as `python -m` would."""
+    """Run the entry point in this process with these flags, as `python -m` would."""
     sys.argv = [ENTRY_POINT, *flags]
     runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)  # which exits

@@ -1,4 +1,7 @@
-"""Where the answers are in what a chat template writes: what follows a generation prompt, up to the end of the turn."""
+"""The places of the answers in the text of a chat template.
+
+An answer is what follows a generation prompt, up to the end of the turn.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from megatron_fdd.data.refusals import Reason, Refusal
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One document.
+    """One document to tokenise, with the parts of it that are learned.
 
     Attributes:
-        text: to be tokenised as a whole, without the tokens that a tokenizer puts around a text.
+        text: is tokenised as a whole, without the tokens that a tokenizer puts around a text.
         learned: ranges of characters, in order, without overlap.
     """
 
@@ -28,12 +31,13 @@ class Answer:
     """One message of the assistant, in the text that ends with it.
 
     Attributes:
-        number: of the message, from 1.
-        text: up to and with the token that ends the turn.
-        start: where the generation prompt ends and the answer begins.
-        end: the token that ends the turn, which is learned too; empty where only marks tell what is learned, and none
-            of them encloses it.
-        by_marks: it does not follow its generation prompt, and only the template's marks tell where it is.
+        number: the number of the message, from 1.
+        text: the text up to and with the token that ends the turn.
+        start: the character where the generation prompt ends and the answer begins.
+        end: the token that ends the turn, which is learned too; empty where only marks tell what is learned and the
+            marks enclose no such token.
+        by_marks: true if the answer does not follow its generation prompt, so that only the template's marks tell
+            where it is.
     """
 
     number: int
@@ -44,20 +48,23 @@ class Answer:
 
     @property
     def words(self) -> str:
-        """What the model is to say."""
+        """The answer itself: the text that the model is to say."""
         return self.text[self.start :]
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A conversation as a template writes it; whatever the template raises is a refusal of the record at `where`."""
+    """A conversation as a template writes it.
+
+    Whatever the template raises becomes a refusal of the record at `where`.
+    """
 
     template: ChatTemplate
     conversation: Conversation
     where: str
 
     def text(self, count: int, *, prompt: bool = False) -> str:
-        """Of the first `count` messages; with `prompt` up to where the model begins to answer."""
+        """Return the text of the first `count` messages; with `prompt` it ends where the model begins to answer."""
         try:
             return self.template.render(self.conversation, count, prompt=prompt)
         except (
@@ -66,7 +73,7 @@ class Written:
             raise self._refused(error) from error
 
     def marks(self) -> Spans:
-        """Characters between `{% generation %}` and `{% endgeneration %}`."""
+        """Return the ranges of characters between `{% generation %}` and `{% endgeneration %}`."""
         try:
             return self.template.marks(self.conversation)
         except Exception as error:
@@ -81,14 +88,14 @@ class Written:
             raise self._refused(error) from error
 
     def first(self, count: int) -> Written:
-        """Without the messages behind the first `count`."""
+        """Return a copy that has only the first `count` messages."""
         messages, is_learned = self.conversation.messages[:count], self.conversation.is_learned[:count]
         return replace(
             self, conversation=replace(self.conversation, messages=messages, is_learned=is_learned)
         )
 
     def behind_a_question(self, index: int) -> Written:
-        """One message alone, behind a question of ours."""
+        """Return a copy in which one message stands alone, after a question of ours."""
         messages = {"role": "user", "content": "?"}, self.conversation.messages[index]
         alone = replace(self.conversation, messages=messages, is_learned=(False, True))
         return replace(self, conversation=alone)
@@ -100,10 +107,10 @@ class Written:
 
 
 def find_answers(written: Written, learned: Sequence[int]) -> list[Answer]:
-    """The answers in these messages.
+    """Return the answers in these messages.
 
     Raises:
-        Refusal: an answer does not follow its generation prompt, and no marks tell it; no token ends it.
+        Refusal: an answer does not follow its generation prompt and no marks show where it is; or no token ends it.
     """
     try:
         return [_answer(written, index) for index in learned]
@@ -114,7 +121,7 @@ def find_answers(written: Written, learned: Sequence[int]) -> list[Answer]:
 
 
 def shared(answers: Sequence[Answer]) -> list[Sample]:
-    """From the last answer backwards: into the sample of a later one where that begins with this one's text."""
+    """Return samples that share text: an answer joins the sample of a later one whose text begins with its own."""
     samples: list[tuple[str, list[tuple[int, int]]]] = []
     for answer in reversed(answers):
         span = answer.start, len(answer.text)
@@ -128,16 +135,18 @@ def shared(answers: Sequence[Answer]) -> list[Sample]:
 
 
 def narrowed(sample: Sample, written: Written, learned: Sequence[int]) -> Sample:
-    """What of a sample is also marked, in the text of the conversation up to the sample's last answer.
+    """Return a sample in which only what the template marks is learned.
+
+    The marks are those of the conversation up to the sample's last answer.
 
     Raises:
-        Refusal: nothing is.
+        Refusal: the marks leave nothing to learn.
     """
     for index in reversed(learned):
         part = written.first(index + 1)
         text = part.text(index + 1)
         if text.startswith(sample.text) or sample.text.startswith(text):
-            # What is appended to an answer that no token ends (`opening`) goes with the last of its words.
+            # If no token ends an answer, `opening` is appended to it; that text counts with the answer's last word.
             marks = [(start, len(sample.text) if end == len(text) else end) for start, end in part.marks()]
             kept = tuple(_intersection(sample.learned, marks))
             if not kept:
@@ -145,7 +154,7 @@ def narrowed(sample: Sample, written: Written, learned: Sequence[int]) -> Sample
                     written.where, Reason.NOTHING_LEARNED, "the template marks nothing in its answers"
                 )
             return Sample(sample.text, kept)
-    return sample  # put behind a stand-in: no text of the template has the marks at their places
+    return sample  # answered a stand-in question: no text of the template has the marks at these places
 
 
 def _answer(written: Written, index: int) -> Answer:
@@ -161,17 +170,17 @@ def _answer(written: Written, index: int) -> Answer:
         raise Refusal(
             written.where,
             Reason.NO_STOP,
-            f"behind message {index + 1} the chat template writes {_quoted(text[-40:])}, which ends with no special "
+            f"after message {index + 1} the chat template writes {_quoted(text[-40:])}, which ends with no special "
             "token of the tokenizer",
         )
     return Answer(index + 1, text + opening, len(prompt), opening.strip())
 
 
 def _behind_a_stand_in(written: Written, index: int, prompt: str) -> str:
-    """The prompt with the answer as the template writes it behind a question of ours.
+    """Return the prompt, followed by the answer as the template writes it after a question of ours.
 
-    For templates that put the system's text, or the tools, elsewhere once the answer is there (Mistral's). Both
-    prompts must end alike: an answer behind a header is not one behind none.
+    Some templates (Mistral's) put the system text or the tools elsewhere once the answer is there. The prompts of
+    both conversations must end alike: an answer after a header differs from one without a header.
     """
     alone = written.behind_a_question(index)
     asked, text = alone.text(1, prompt=True), alone.text(2)
@@ -190,10 +199,10 @@ def _behind_a_stand_in(written: Written, index: int, prompt: str) -> str:
 
 
 def _end_of_turn(template: ChatTemplate, text: str, start: int) -> tuple[int, str]:
-    """Where the first of the tokens that end the text ends, and which it is; an empty one where none does.
+    """Return where the first of the tokens that end the text ends, and that token; an empty token if there is none.
 
-    One directly before the tokenizer's or the model's own end only closes the words (Cohere's <|END_RESPONSE|>):
-    nothing would stop there.
+    A token directly before the tokenizer's or the model's own end token only closes the words (Cohere's
+    <|END_RESPONSE|>): generation would not stop there.
     """
     found, rest, own = (len(text), ""), text, template.stop_tokens
     while True:
@@ -208,7 +217,7 @@ def _end_of_turn(template: ChatTemplate, text: str, start: int) -> tuple[int, st
 
 
 def _by_marks_alone(written: Written, learned: Sequence[int]) -> list[Answer]:
-    """The marks' word is all there is: the n-th mark is the n-th message of the assistant."""
+    """Return the answers as the template's marks give them: the n-th mark is the n-th message of the assistant."""
     messages = written.conversation.messages
     marks = written.marks()
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -224,7 +233,7 @@ def _by_marks_alone(written: Written, learned: Sequence[int]) -> list[Answer]:
     answers = []
     for index in learned:
         start, marked_end = places[index]
-        # An author may have marked the line break behind the end too.
+        # An author may have marked the line break after the end too.
         end, token = _end_of_turn(written.template, text[:marked_end], start)
         answers.append(Answer(index + 1, text[:end], start, token, by_marks=True))
     return answers
@@ -233,7 +242,10 @@ def _by_marks_alone(written: Written, learned: Sequence[int]) -> list[Answer]:
 def _intersection(
     first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, int]]:
-    """What lies in both; of marks that touch, one range: a token may stand for the end of one and the next's begin."""
+    """Yield what lies in ranges of both.
+
+    Ranges of `second` that touch are joined first: one token may hold the end of one and the start of the next.
+    """
     joined: list[tuple[int, int]] = []
     for start, end in second:
         touches = bool(joined) and joined[-1][1] == start

@@ -16,16 +16,16 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What every stage and every tensor-parallel rank reads for itself.
+    """One micro-batch; every stage and every tensor-parallel rank reads its own.
 
     Attributes:
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32, 1 where the label counts.
-        token_mask_BS: float32, 1 where the input is a token and no padding (`--fdd-tokens all`).
+        token_mask_BS: float32, 1 where the input is a token, not padding (`--fdd-tokens all`).
         attention_mask: None for causal attention; bool [B, 1, S, whole sequence], true where attention is
             forbidden, with `--reset-attention-mask`.
-        packed: where documents begin, when attention stays inside of each
-            (`--dataloader-inter-document-masking`); all of a micro-batch is one row then.
+        packed: where documents begin, when attention stays inside each document
+            (`--dataloader-inter-document-masking`); the whole micro-batch is then one row.
     """
 
     tokens_BS: Tensor
@@ -42,11 +42,11 @@ def get_batch(
     device: torch.device | str | int,
     context_group: ProcessGroup | None = None,
 ) -> Batch:
-    """Take this rank's part of the next micro-batch to `device`.
+    """Move this rank's part of the next micro-batch to `device`.
 
-    The iterator's dict is left as it is: Megatron may hand the same one out again (it re-runs steps).
-    Of C context-parallel ranks each has two of 2 C equal pieces of the sequence (Megatron's zig-zag).
-    Collectives: none.
+    The iterator's dict is not changed: Megatron may return the same dict again (it re-runs steps). With C
+    context-parallel ranks, each has two of 2 C equal pieces of the sequence (Megatron's zig-zag). Collectives:
+    none.
     """
     sample = dict(next(data_iterator))
     boundaries = None
@@ -72,7 +72,7 @@ def get_batch(
 
 
 def _packed(boundaries: Tensor, longest: int) -> PackedSeqParams:
-    """Megatron's carrier of document boundaries, int32 [documents + 1]."""
+    """Return Megatron's carrier of document boundaries, int32 [documents + 1]."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,

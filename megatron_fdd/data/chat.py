@@ -1,10 +1,10 @@
-"""Conversations to samples: texts, and which of their characters the model is to learn.
+"""From conversations to samples: texts, and the characters in them that the model learns.
 
-An answer is what follows its generation prompt. For each message of the assistant the template writes the conversation
-before it with the generation prompt (what a model sees at inference) and the conversation with it; the second text must
-begin with the first, and what follows, up to the token that ends the turn, is learned. Each answer is learned once:
-answers behind which the conversation goes on unchanged share one sample; an answer that the template writes differently
-later (Qwen3 drops earlier reasoning) gets a sample of its own, which ends with it.
+An answer is what follows its generation prompt. For each message of the assistant the template writes two texts:
+the conversation before it with the generation prompt (what a model sees at inference), and the conversation with
+it. The second text must begin with the first. The rest of it, up to the token that ends the turn, is learned. Each
+answer is learned once. Answers after which the conversation goes on unchanged share one sample; an answer that the
+template writes differently later (Qwen3 drops earlier reasoning) gets a sample of its own, which ends with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.refusals import Reason, Refusal
 from megatron_fdd.data.vanished import Answers, find_vanished
 
-# What a summary counts besides samples; the rest of a note is its own text.
+# Notes: what a summary counts besides samples. The text of a note is printed as it is.
 EMPTY_THINKING = "answers that begin with an empty block of reasoning"
 CONTROL_TOKENS = "texts of messages that hold a control token"
 REWRITTEN = "answers in a sample of their own, as the template writes them differently later"
@@ -31,21 +31,21 @@ _EMPTY_BLOCK = re.compile(r"\s*<think>\s*</think>")
 
 
 class ChatSampler:
-    """Makes the samples of conversations with one template; every worker has a copy."""
+    """Makes samples of conversations with one template; every worker has a copy."""
 
     def __init__(self, template: ChatTemplate, settings: ChatSettings) -> None:
         self.template = template
         self._settings = settings
 
     def samples(self, conversation: Conversation, where: str, notes: Counter[str]) -> list[Sample]:
-        """The samples of one conversation, in the order of their answers.
+        """Return the samples of one conversation, in the order of their answers.
 
         Args:
-            where: file and line, for a refusal.
-            notes: counts go here, by the constants of this module; `ENDS_WITH` with the token behind it.
+            where: file and line, named in a refusal.
+            notes: the counts to add to; keys are the constants of this module, `ENDS_WITH` with the token after it.
 
         Raises:
-            Refusal: the answers cannot be told from what was asked, or a part of the conversation is lost.
+            Refusal: the answers cannot be told from the questions, or a part of the conversation is lost.
         """
         learned = self._learned(conversation, where)
         written = Written(self.template, conversation, where)
@@ -67,7 +67,7 @@ class ChatSampler:
         return samples
 
     def prompt(self, conversation: Conversation) -> str:
-        """What a model is given to answer a conversation that ends with somebody else's message.
+        """Return the prompt that a model gets to answer a conversation; somebody else's message ends it.
 
         Raises:
             Exception: whatever the template raises.
@@ -75,9 +75,9 @@ class ChatSampler:
         return self.template.render(conversation, len(conversation.messages), prompt=True)
 
     def _learned(self, conversation: Conversation, where: str) -> list[int]:
-        """Indices of the messages to learn."""
+        """Return the indices of the messages to learn."""
         found = [index for index, is_learned in enumerate(conversation.is_learned) if is_learned]
-        # Nothing prompts a first message.
+        # A first message has nothing before it that prompts it.
         found = [
             index for index in found if any(m["role"] != "system" for m in conversation.messages[:index])
         ]
@@ -93,7 +93,7 @@ class ChatSampler:
         return found
 
     def _check_vanished(self, written: Written, learned: Sequence[int], answers: Sequence[Answer]) -> None:
-        """Refuse what the template drops."""
+        """Refuse a conversation that the template does not write completely."""
 
         def again(marked: Conversation) -> Answers:
             return _by_message(find_answers(replace(written, conversation=marked), learned))

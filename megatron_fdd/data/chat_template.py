@@ -1,7 +1,7 @@
-"""A chat template at work: what it writes for a conversation, which marks it has, and what ends a turn in it.
+"""A chat template at work: what it writes for a conversation, which marks it has, and which tokens end a turn.
 
-The text is what transformers' `apply_chat_template` gives, whose renderer is used; this module adds the date (a
-template may ask for today's), templates by name, and a call's arguments as a text where a template takes no objects.
+The text is the one of transformers' `apply_chat_template`, whose renderer is used. This module adds the date (a
+template may ask for today's), templates by name, and a call's arguments as text where a template takes no objects.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OURS = {
     "add_generation_prompt",
     "continue_final_message",
 }
-# Texts for probes, which no template looks for.
+# Texts for probes. No template looks for them.
 _ASKED, _SAID = "qkzj", "vxwq"
 _TOOL = {
     "type": "function",
@@ -51,12 +51,12 @@ _RESULT: Message = {"role": "tool", "name": _ASKED, "tool_call_id": "a1b2c3d4e",
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """What a user says of chats besides the template itself.
+    """A user's settings for chats, apart from the template itself.
 
     Attributes:
         variables: --chat-template-kwargs: switches of the template, such as `enable_thinking`.
-        date: --chat-date: what a template that writes today's date writes.
-        turns: --chat-turns: learn all answers, or the last one of a conversation.
+        date: --chat-date: the day that a template writes if it writes today's date.
+        turns: --chat-turns: learn all answers, or only the last one of a conversation.
         allowed: --allow-dropped: fields that the template may drop (`vanished.FIELDS`).
     """
 
@@ -66,10 +66,10 @@ class ChatSettings:
     allowed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse variables that every chat has already.
+        """Refuse variables that every chat has already, and an `enable_thinking` that is neither true nor false.
 
         Raises:
-            ValueError: names them.
+            ValueError: names the variables.
         """
         taken = sorted(name for name in self.variables if name in _OURS or name.endswith("_token"))
         if taken:
@@ -85,15 +85,16 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with all that it is given besides a conversation; can be pickled.
+    """A template with everything it is given besides a conversation; can be pickled.
 
     Attributes:
-        text: jinja; or several by name, of which `tool_use` is for conversations with tools.
+        text: jinja; or several templates by name, of which `tool_use` serves conversations with tools.
         special_tokens: variables such as `bos_token`, as the tokenizer has them.
-        added_tokens: texts of the tokenizer's added tokens; true: a special one.
-        stop_tokens: texts at which a generation stops: the tokenizer's end, the model's `generation_config.json`.
-        variables: --chat-template-kwargs; those of a record win.
-        date: what `strftime_now` gives.
+        added_tokens: texts of the tokenizer's added tokens; true means a special token.
+        stop_tokens: texts at which a generation stops: the tokenizer's end token, and those of the model's
+            `generation_config.json`.
+        variables: --chat-template-kwargs; a record's own variables override them.
+        date: the day that `strftime_now` formats.
     """
 
     text: str | Mapping[str, str]
@@ -104,19 +105,19 @@ class ChatTemplate:
     date: datetime.date = field(default_factory=datetime.date.today)
 
     def render(self, conversation: Conversation, count: int, *, prompt: bool) -> str:
-        """The text of the first `count` messages; with `prompt` up to where the model begins to answer.
+        """Return the text of the first `count` messages; with `prompt` it ends where the model begins to answer.
 
         Raises:
-            Exception: whatever the template raises: it is a program from somewhere.
+            Exception: whatever the template raises; a template is somebody else's program.
         """
         text, _ = self._render(conversation, count, add_generation_prompt=prompt)
         return text
 
     def marks(self, conversation: Conversation) -> Spans:
-        """Characters of the whole conversation between `{% generation %}` and `{% endgeneration %}`.
+        """Return where text between `{% generation %}` and `{% endgeneration %}` is in the whole conversation.
 
         Raises:
-            ValueError: the template has marks where their place in the text cannot be known.
+            ValueError: the template has marks whose place in the text cannot be known.
         """
         source = self.source(conversation.tools is not None)
         if _mark_places(source) == "apart":
@@ -127,14 +128,14 @@ class ChatTemplate:
         return spans
 
     def has_marks(self, *, with_tools: bool) -> bool:
-        """Whether the template marks what the assistant says; one in a comment is none."""
+        """Whether the template marks what the assistant says; a mark inside a comment does not count."""
         return _mark_places(self.source(with_tools)) != "none"
 
     def source(self, with_tools: bool) -> str:
-        """The template that is used.
+        """Return the template that is used.
 
         Raises:
-            ValueError: there are several by name, and none is the default.
+            ValueError: there are several templates by name, and none is called default.
         """
         if isinstance(self.text, str):
             return self.text
@@ -145,16 +146,16 @@ class ChatTemplate:
 
     @property
     def uses_date(self) -> bool:
-        """Whether the day stands in every sample."""
+        """Whether every sample contains the date."""
         sources = [self.text] if isinstance(self.text, str) else self.text.values()
         return any("strftime_now" in source for source in sources)
 
     @cached_property
     def ends(self) -> frozenset[str]:
-        """Tokens that end an answer: those of the tokenizer and the model, and what this template writes last.
+        """Tokens that end an answer: those of the tokenizer and the model, and those that this template writes last.
 
-        Special tokens behind the words of an answer are (`<|im_end|>`, `<end_of_turn>`), and one behind a call
-        (`<|call|>`): others behind a call may close the call itself.
+        Special tokens after the words of an answer count (`<|im_end|>`, `<end_of_turn>`), and the last one after a
+        call (`<|call|>`): other tokens after a call may close the call itself.
         """
         found = set(self.stop_tokens)
         said = self._probe([_USER, _ANSWER], None) or ""
@@ -166,9 +167,10 @@ class ChatTemplate:
         return frozenset((found | {self._special_at_end(called.rstrip()) or ""}) - {""})
 
     def opening(self, *, after_call: bool) -> str | None:
-        """The token with which the next turn opens: what ends an answer in a template that has no end of its own.
+        """Return the token with which the next turn opens, with the white space that the template writes before it.
 
-        With the white space that the template writes before it; None where it opens with no token.
+        It ends an answer in a template that has no end token of its own. None where the next turn opens with no
+        token.
         """
         first, second = ([_USER, _CALLING], _RESULT) if after_call else ([_USER, _ANSWER], _USER)
         tools = (_TOOL,) if after_call else None
@@ -182,15 +184,20 @@ class ChatTemplate:
 
     @cached_property
     def preamble(self) -> str:
-        """What the template writes before a conversation by itself: a default system text, a date; mostly nothing."""
+        """What the template itself writes before a conversation: a default system text, a date; mostly nothing."""
         text = self._probe([_USER, _ANSWER, _USER], None) or ""
         before = text[: max(text.find(_ASKED), 0)].removeprefix(str(self.special_tokens.get("bos_token", "")))
-        header = text[text.rfind(_SAID) + len(_SAID) : max(text.rfind(_ASKED), 0)]  # of any later question
+        header = text[
+            text.rfind(_SAID) + len(_SAID) : max(text.rfind(_ASKED), 0)
+        ]  # a later question's header
         return before.removesuffix(os.path.commonprefix([before[::-1], header[::-1]])[::-1])
 
     @cached_property
     def _takes_objects(self) -> bool:
-        """False where arguments of a call must be a JSON text: the template would add an object to a text."""
+        """Whether a call's arguments may be an object.
+
+        False where the template adds them to a text and needs JSON text.
+        """
         if self._probe([_USER, _CALLING], (_TOOL,)) is not None:
             return True
         return self._probe([_USER, _with_text_arguments(_CALLING)], (_TOOL,)) is None
@@ -200,11 +207,11 @@ class ChatTemplate:
         return max((token for token in special if text.endswith(token)), key=len, default=None)
 
     def _probe(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str | None:
-        """The text of a conversation of ours; None where the template refuses it."""
+        """Return the text of a conversation of ours; None where the template refuses it."""
         source = self.source(tools is not None)
         try:
             text, _ = self._render_source(source, messages, tools, {})
-        except Exception:  # a template that has no calls, or no such roles
+        except Exception:  # the template has no calls, or not these roles
             return None
         return text
 
@@ -235,7 +242,7 @@ class ChatTemplate:
             chat_template=source,
             **variables,
         )
-        texts, spans = rendered  # one of each for a conversation; of spans none where they were not asked for
+        texts, spans = rendered  # one entry for each conversation; no spans unless they were asked for
         return texts[0], spans[0] if spans else []
 
 
@@ -256,7 +263,10 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def _compiled(source: str) -> Template:
-    """transformers' own, which it caches: what is set in its environment is set for rendering."""
+    """Return transformers' compiled template.
+
+    transformers caches it, so its environment is the one used for rendering.
+    """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)
@@ -264,9 +274,9 @@ def _compiled(source: str) -> Template:
 
 @functools.cache
 def _mark_places(source: str) -> Literal["none", "in order", "apart"]:
-    """Where a template has its marks; apart: in what is rendered first and written later.
+    """Return where a template has its marks; "apart" means in a part that is rendered first and written later.
 
-    There their place is lost: transformers counts the characters that were written before.
+    The place of such a mark is lost: transformers counts the characters that were written before it.
     """
     from jinja2 import nodes
 

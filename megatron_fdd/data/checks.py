@@ -1,4 +1,4 @@
-"""Everything about the data of a run that can be refused before the first collective."""
+"""Checks of a run's data: everything that can be refused before the first collective."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from megatron_fdd.data.sources import blends, data_prefixes, evaluates
 from megatron_fdd.data.tokenizer_identity import FormerStamp, compare
 
 _PART_NAMES = ("training", "validation", "test")
-# All that training looks for the end-of-document token for.
+# The flags for which training looks for the end-of-document token.
 _FLAGS_OF_ENDS = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """The documents [first, last) of one set that one of training, validation, test reads."""
+    """The documents [first, last) of one set that training, validation or test reads."""
 
     name: str
     prefix: str
@@ -73,8 +73,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         (args.fim_data, "--fim-data is not supported; leave it out"),
         (
             args.dataloader_inter_document_masking and args.reset_attention_mask,
-            "--reset-attention-mask and --dataloader-inter-document-masking keep attention inside of documents "
-            "in two ways; leave one out (the latter needs no mask of --seq-length x --seq-length)",
+            "--reset-attention-mask and --dataloader-inter-document-masking both keep attention inside documents, "
+            "in different ways; leave one out (the latter needs no mask of --seq-length x --seq-length)",
         ),
         (has_data and args.mock_data, "--mock-data and a data path exclude each other; leave one out"),
         (
@@ -94,7 +94,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         _warn(
             args,
             f"--reset-attention-mask has no effect with --transformer-impl {args.transformer_impl}: its "
-            "attention is causal whatever the mask says",
+            "attention is causal, whatever the mask says",
         )
 
 
@@ -106,7 +106,7 @@ def _check_cache_folders(args: argparse.Namespace) -> None:
     if args.dataloader_fast_cache_load:
         return
     for prefix in data_prefixes(args):
-        # The second is Megatron's default for text: a folder named as the prefix.
+        # The second is Megatron's default for text: a folder with the name of the prefix.
         folder = args.data_cache_path or os.path.join(prefix, "cache", f"{TextDataset.__name__}_indices")
         existing = os.path.abspath(folder)
         while not os.path.exists(existing):
@@ -123,7 +123,7 @@ def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None
     kinds = {"text" if s.info is None else s.info.kind: s.prefix for s in sets.values()}
     if len(kinds) > 1:
         raise ValueError(
-            f"{kinds['text']} is plain text and {kinds['instruction']} is instructions; one run reads one "
+            f"{kinds['text']} is plain text and {kinds['instruction']} holds instructions; one run reads one "
             "kind, so give the sets to two runs"
         )
     ignored = [name for name in _FLAGS_OF_ENDS if getattr(args, name)]
@@ -174,7 +174,7 @@ def _check_tokenizer(
             _warn(args, f"{prepared.prefix} and this run's tokenizer: {remark}")
     if difference is not None:
         raise ValueError(
-            f"{prepared.prefix} was prepared with another tokenizer than this run uses: {difference}; use the same "
+            f"{prepared.prefix} was prepared with a tokenizer that is not this run's: {difference}; use the same "
             "--tokenizer-model, or prepare the data again"
         )
 
@@ -192,7 +192,7 @@ def _check_end(args: argparse.Namespace, prepared: PreparedSet, tokenizer: Megat
 
 
 def _parts(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> Iterator[_Part]:
-    """What each of training, validation and test reads of each local set."""
+    """Yield the documents that each of training, validation and test reads of each local set."""
     blend, per_part = blends(args)
     ranges: list[tuple[float, float] | None] = [(0.0, 1.0)] * len(_PART_NAMES)
     if blend is not None:

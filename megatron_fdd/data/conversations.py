@@ -1,4 +1,4 @@
-"""Conversations in all the layouts in which they are published, as one: what a chat template is given."""
+"""Conversations in every layout in which they are published, read into the one form that a chat template takes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from megatron_fdd.data.messages import (
 from megatron_fdd.data.records import Fields, check_values, text_field
 from megatron_fdd.data.refusals import Fault, Reason, refusing
 
-# The name under which the better of two answers is published; read only when it is asked for.
+# The field in which the better of two answers is published; it is read only on request.
 CHOSEN = "chosen"
 _LISTS = ("messages", "conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
 _KWARGS = ("chat_template_kwargs", "enable_thinking", "documents")
-# What a record cannot set for the template: it is said elsewhere, or decides what is learned.
+# Variables of the template that a record cannot set: they come from elsewhere, or decide what is learned.
 _RESERVED = (
     "messages conversation tools chat_template add_generation_prompt continue_final_message tokenize return_dict "
     "return_tensors return_assistant_tokens_mask"
 ).split()
-# Notes beside a conversation that no template reads.
+# Fields beside a conversation that no template reads.
 _IGNORED = frozenset(
     "id _id uid uuid idx index ids prompt_id conversation_id session_id question_id example_id message_id hash source "
     "sources dataset dataset_name subset split origin metadata meta meta_data info category categories topic task type "
@@ -37,19 +37,20 @@ _IGNORED = frozenset(
     "model_name generator score scores score_chosen score_rejected rating quality difficulty length num_turns turn "
     "num_tokens token_count title __index_level_0__".split()
 )
-# What any layout may have beside its messages.
+# Fields that any layout may have beside its messages.
 _BESIDE = _IGNORED.union(_SYSTEM, _KWARGS, MEDIA, ["tools", "functions"])
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a record says.
+    """One record, in the form that a chat template takes.
 
     Attributes:
-        messages: normalised: every content is a text, arguments of calls are objects.
-        is_learned: by message; true for the assistant's, unless the record says otherwise or it is the first.
-        tools: schemas as {"type": "function", "function": {...}}; None without.
-        template_kwargs: further variables of the template that the record itself sets (`enable_thinking`, `documents`).
+        messages: normalised: every content is a text, and the arguments of calls are objects.
+        is_learned: one entry for each message; true for the assistant's, unless the record says otherwise
+            or the message is the first.
+        tools: schemas as {"type": "function", "function": {...}}; None without tools.
+        template_kwargs: further variables of the template that the record sets (`enable_thinking`, `documents`).
         unknown_fields: fields of the record, and of messages as "messages[].NAME", that nobody reads; sorted.
     """
 
@@ -65,10 +66,10 @@ class _Layout:
     """One way to publish conversations.
 
     Attributes:
-        text: what a record has, for people.
-        matches: whether a record is laid out so.
-        read: its messages.
-        known: fields that are read, or knowingly left.
+        text: the fields of a record, in words.
+        matches: whether a record has this layout.
+        read: returns the messages of a record.
+        known: fields that are read, or left out on purpose.
     """
 
     text: str
@@ -78,23 +79,23 @@ class _Layout:
 
 
 def is_conversation(fields: Fields, response_key: str | None = None) -> bool:
-    """Whether a record is laid out as a conversation; not whether it is a good one."""
+    """Whether a record has the layout of a conversation; it may still be malformed."""
     return _layout(fields, response_key) is not None
 
 
 def conversation_layouts() -> str:
-    """All layouts and their fields, for messages and help."""
+    """Return all layouts and their fields in words, for messages and help."""
     return "; ".join(layout.text for layout in (*_LAYOUTS, _PREFERENCE))
 
 
 def read_conversation(fields: Fields, where: str, *, response_key: str | None = None) -> Conversation | None:
-    """The conversation of a record; None when its fields are those of no layout of conversations.
+    """Return the conversation of a record; None if its fields belong to no layout of conversations.
 
     Args:
         response_key: "chosen" reads the better of two answers.
 
     Raises:
-        Refusal: it is one, and malformed; names `where`, the message and the field.
+        Refusal: the conversation is malformed; names `where`, the message and the field.
     """
     layout = _layout(fields, response_key)
     if layout is None:
@@ -105,10 +106,10 @@ def read_conversation(fields: Fields, where: str, *, response_key: str | None = 
 
 
 def instruction_conversation(instruction: Instruction, where: str) -> Conversation:
-    """An instruction with its first reference, as a conversation: system text, earlier turns, and this one.
+    """Return an instruction and its first reference as a conversation: system text, earlier turns, and this turn.
 
     Raises:
-        Refusal: it has no reference; a text that is none.
+        Refusal: the instruction has no reference, or has characters that no tokenizer takes.
     """
     with refusing(where):
         if not instruction.references:
@@ -146,7 +147,7 @@ def _assemble(fields: Fields, turns: Turns, known: frozenset[str]) -> Conversati
 
 
 def _with_system(fields: Fields, turns: Turns) -> Turns:
-    """The messages behind the system text that stands beside them, where there is one."""
+    """Return the messages, preceded by the system text that stands beside them, if there is one."""
     for name in _SYSTEM:
         text = fields.get(name)
         if text is None or text == "":
@@ -166,7 +167,7 @@ def _with_system(fields: Fields, turns: Turns) -> Turns:
 
 
 def _template_kwargs(fields: Fields) -> dict[str, Any]:
-    """What the record sets for the template by itself."""
+    """Return the variables of the template that the record itself sets."""
     given = fields.get("chat_template_kwargs")
     kwargs = {} if given in (None, "") else decoded(given, "chat_template_kwargs")
     if not isinstance(kwargs, dict):
@@ -182,7 +183,7 @@ def _template_kwargs(fields: Fields) -> dict[str, Any]:
         raise Fault("'documents' must be a list")
     for key in _RESERVED:
         if key in found:
-            raise Fault(f"'chat_template_kwargs' must not hold {key!r}; that is not for a record to say")
+            raise Fault(f"'chat_template_kwargs' must not hold {key!r}, which a record cannot set")
     check_values(found)
     return found
 
@@ -192,14 +193,14 @@ def _messages_of(name: str) -> _Layout:
         value = fields.get(name)
         if name == "messages":
             return value is not None
-        # A transcript may be called so too.
+        # A transcript in plain text may have this name too.
         return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
 
     return _Layout(name, matches, lambda fields: read_messages(fields[name], name), _BESIDE | {name})
 
 
 def _read_completion(fields: Fields) -> Turns:
-    """Only the answers of the completion are learned."""
+    """Return prompt and completion; only the answers of the completion are learned."""
     turns = Turns()
     if fields["prompt"]:
         turns.extend(read_messages(fields["prompt"], "prompt"), learn=False)
@@ -208,7 +209,10 @@ def _read_completion(fields: Fields) -> Turns:
 
 
 def _read_chosen(fields: Fields) -> Turns:
-    """Behind its prompt; a list that begins with the prompt itself is the whole, and its last answer learned."""
+    """Return the chosen answer, after its prompt.
+
+    A list that begins with the prompt itself is the whole conversation, and its last answer is learned.
+    """
     chosen = read_messages(fields[CHOSEN], CHOSEN)
     if chosen.messages[-1]["role"] != "assistant":
         raise Fault("'chosen' must end with the assistant's answer")
@@ -226,7 +230,7 @@ def _read_chosen(fields: Fields) -> Turns:
 
 
 def _read_calls(fields: Fields) -> Turns:
-    """A question and the calls that answer it."""
+    """Return a question and the calls that answer it."""
     answers = decoded(fields["answers"], "answers")
     if answers == []:
         raise Fault("'answers' must hold at least one call")
@@ -238,7 +242,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
-# Looked through in this order.
+# The first layout that matches is taken.
 _LAYOUTS = (
     *map(_messages_of, _LISTS),
     _Layout(

@@ -1,13 +1,13 @@
-"""Megatron datasets whose samples carry a second mask: which positions hold a token at all.
+"""Megatron datasets whose samples have a second mask, which tells tokens from padding.
 
 Every sample has `tokens`, `labels`, `position_ids` (int64 [S]), `loss_mask` and `token_mask` (float32 [S]).
-`loss_mask` is 1 where the label counts, `token_mask` where the input is no padding: prompts and, with
-`--eod-mask-loss`, ends of documents have a token but no loss, and `--fdd-tokens all` needs to tell them from
+`loss_mask` is 1 where the label counts, `token_mask` where the input is not padding. Prompts and, with
+`--eod-mask-loss`, ends of documents have a token but no loss; `--fdd-tokens all` must be able to tell them from
 padding.
 
-Why not Megatron's own `--sft` dataset: it tokenises while training, knows two prompt formats by name instead
-of the tokenizer's chat template, needs one more package, finds padding by its token id (which is often that
-of the end of a turn, so closing tokens lose their loss), and always packs (here: packing.py, when asked).
+Why this is not Megatron's own `--sft` dataset: that one tokenises while training, knows two prompt formats by name
+instead of the tokenizer's chat template, needs one more package, finds padding by its token id (which is often the
+id that ends a turn, so that closing tokens lose their loss), and always packs (here: packing.py, on request).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from megatron.core.datasets.utils import Split
 from megatron_fdd.data.prepared import content_identity, mask_prefix
 
 Sample = dict[str, torch.Tensor]
-# Stands at padded positions. Any id that the embedding has would do: masks say that it does not count, and
+# Stands at padded positions. Any id that the embedding has would do: the masks say that it does not count, and
 # with causal attention no real position sees what lies to its right.
 PADDING_ID = 0
-# Megatron's own value for padding that no document can hold.
+# Megatron's own padding value for a tokenizer without a padding token: no document can hold it.
 _NO_TOKEN_ID = -1
 
 
 def cache_name(prefix: str) -> str:
-    """The dataset's name in Megatron's index cache: its place and its content.
+    """Return the dataset's name in Megatron's index cache: its place and its content.
 
-    Megatron's cache key holds the path only, so a set that was prepared again at the same place would be
-    read with the old set's index.
+    Megatron's cache key holds only the path, so a set that was prepared again at the same place would be read with
+    the old set's index.
     """
     return prefix if is_object_storage_path(prefix) else f"{prefix} {content_identity(prefix)}"
 
@@ -45,8 +45,8 @@ def cache_name(prefix: str) -> str:
 def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int | None) -> Sample:
     """Add `token_mask` to a sample of a GPTDataset, by Megatron's own notion of padding.
 
-    Megatron has replaced padding by token 0 in the sample; the text still has it. Reading it twice is a
-    second look at a page that is in memory.
+    Megatron has replaced padding by token 0 in the sample, but not in the text. The text is therefore read a second
+    time; its page is in memory already.
     """
     text, _, _ = dataset._query_document_sample_shuffle_indices(0 if idx is None else idx)
     inputs = torch.from_numpy(text)[: sample["tokens"].numel()]
@@ -55,7 +55,7 @@ def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int | None) -> Sa
 
 
 class _PaddedDataset(GPTDataset):
-    """A GPTDataset also for tokenizers without a padding token, where Megatron's would pad with None."""
+    """A GPTDataset that also works for tokenizers without a padding token, where Megatron's would pad with None."""
 
     _pad_token_id: int | None
 
@@ -82,7 +82,7 @@ class TextDataset(_PaddedDataset):
         )
 
     def __getitem__(self, idx: int | None) -> Sample:
-        """The sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
+        """Return the sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
         return _with_token_mask(self, super().__getitem__(idx), idx)
 
 
@@ -90,12 +90,12 @@ class MockTextDataset(_PaddedDataset, MockGPTDataset):
     """`--mock-data`: Megatron's made-up text with `token_mask`."""
 
     def __getitem__(self, idx: int | None) -> Sample:
-        """As `TextDataset`."""
+        """Return the sample, as `TextDataset` does."""
         return _with_token_mask(self, super().__getitem__(idx), idx)
 
 
 class InstructionSet:
-    """Ids and loss masks of a prepared instruction set, document by document."""
+    """Token ids and loss masks of a prepared instruction set, document by document."""
 
     def __init__(self, prefix: str, mmap: bool) -> None:
         self.ids = IndexedDataset(prefix, mmap=mmap)
@@ -109,9 +109,9 @@ class InstructionSet:
 
 
 class InstructionDataset(MegatronDataset):
-    """One instruction a sample, padded on the right to the sequence length.
+    """A dataset with one instruction in each sample, padded on the right to the sequence length.
 
-    Padding on the right and causal attention need no attention mask. All epochs are shuffled by the seed
+    With padding on the right and causal attention no attention mask is needed. All epochs are shuffled by the seed
     alone, so every rank has the same order without a file or a collective.
     """
 
@@ -128,18 +128,18 @@ class InstructionDataset(MegatronDataset):
         self._order: Sequence[Any] | np.ndarray = self._arrange(num_samples)
 
     def _arrange(self, num_samples: int | None) -> Sequence[Any] | np.ndarray:
-        """What each sample holds, over as many whole epochs as there have to be."""
+        """Return what each sample holds, over as many whole epochs as are needed."""
         epochs = 1 if num_samples is None else max(1, -(-num_samples // len(self.indices)))
         return np.concatenate([self._shuffled(epoch) for epoch in range(epochs)])
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        """This part's instructions in the order of an epoch."""
+        """Return this part's instructions in the order of an epoch."""
         seed = (self.config.random_seed, self.index_split.value, epoch)
         return np.random.default_rng(seed).permutation(self.indices)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: InstructionSet) -> int:
-        """The number of instructions (Megatron's hook)."""
+        """Return the number of instructions (Megatron's hook)."""
         return len(low_level_dataset)
 
     @staticmethod
@@ -151,7 +151,7 @@ class InstructionDataset(MegatronDataset):
         return len(self._order)
 
     def __getitem__(self, idx: int | None) -> Sample:
-        """The sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
+        """Return the sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
         if idx is None:
             return instruction_sample(
                 np.zeros(0, np.int64), np.zeros(0, np.uint8), self.config.sequence_length
@@ -161,14 +161,14 @@ class InstructionDataset(MegatronDataset):
 
 
 def instruction_sample(ids: np.ndarray, mask: np.ndarray, sequence_length: int) -> Sample:
-    """Shift and pad one instruction: L ids give L - 1 pairs of input and label."""
+    """Shift and pad one instruction; L ids give L - 1 pairs of input and label."""
     count = max(0, len(ids) - 1)
     assert count <= sequence_length, f"{len(ids)} tokens in a sample of {sequence_length}"
     tokens = torch.full((sequence_length,), PADDING_ID, dtype=torch.int64)
     labels = tokens.clone()
     loss_mask = torch.zeros(sequence_length, dtype=torch.float32)
     token_mask = torch.zeros(sequence_length, dtype=torch.float32)
-    # Copies: what the indexed dataset returns is read-only memory of the file.
+    # Copies, because the indexed dataset returns read-only memory of the file.
     tokens[:count] = torch.from_numpy(ids[:-1].astype(np.int64))
     labels[:count] = torch.from_numpy(ids[1:].astype(np.int64))
     loss_mask[:count] = torch.from_numpy(mask[1:].astype(np.float32))

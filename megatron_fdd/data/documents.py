@@ -1,4 +1,4 @@
-"""Raw files to documents: which format a file has, and where each document starts."""
+"""Documents of raw files: which format a file has, and where each document starts."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ BLANK_LINE = "blank-line"
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
 _SUFFIXES = (*_JSON_SUFFIXES, ".parquet", ".txt")
 _COMPRESSED = (".gz", ".zst", ".zstd")
-# Whole tables, and what datasets' save_to_disk writes.
+# Tables, and the files that datasets' save_to_disk writes.
 _TABLES = {
     ".csv": "a table: write it as JSON lines or parquet (pandas: to_json with orient='records' and lines=True)",
     ".tsv": "a table: write it as JSON lines or parquet (pandas: to_json with orient='records' and lines=True)",
     ".arrow": "an Arrow file: write it as parquet (datasets: load_from_disk, then to_parquet)",
 }
-# What a folder of data holds beside its data.
+# Files of a data folder that hold no data.
 _NOTES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-# A first line that cannot be meant as text.
+# The beginning of a file that is JSON, not text.
 _BEGINS_JSON = re.compile(rb"\s*(\[\s*)?\{\s*[\"}]")
-# So many of the first records may be malformed before the format of a file is told.
+# How many of a file's first records are tried in search of a well-formed one that shows the format.
 _TRIED = 100
 
 
@@ -43,10 +43,10 @@ class RawDocument:
     """One document as it stands in a file.
 
     Attributes:
-        source: the file.
-        number: of its first line, of its element of an array, or of its row of a table; from 1.
-        content: its bytes, not yet decoded (the workers do that); a row's are those of a JSON object.
-        num_bytes: how much of the file on disk reading it consumed, separators included.
+        source: the path of the file.
+        number: the number of its first line, of its array element, or of its table row; from 1.
+        content: its bytes, not yet decoded (the workers do that); a row's bytes are those of a JSON object.
+        num_bytes: how many bytes of the file on disk were read for it, separators included.
         unit: what `number` counts.
     """
 
@@ -58,13 +58,14 @@ class RawDocument:
 
     @property
     def where(self) -> str:
+        """The place of the document, for messages: file, and line, element or row."""
         return f"{self.source}, {self.unit} {self.number}"
 
     def text(self) -> str:
-        """The decoded content.
+        """Return the decoded content.
 
         Raises:
-            Refusal: not UTF-8, or bytes that no text has; names file and line.
+            Refusal: the content is not UTF-8, or has bytes that no text has; names file and line.
         """
         at = self.content.find(b"\0")
         detail = "byte 0x00 is in no text; is the file UTF-16, or no text at all?"
@@ -78,10 +79,10 @@ class RawDocument:
         raise Refusal(f"{self.source}, {self.unit} {line}", Reason.MALFORMED, detail)
 
     def json_object(self) -> dict[str, object]:
-        """The content as one JSON object.
+        """Return the content as one JSON object.
 
         Raises:
-            Refusal: malformed JSON, or JSON of another type; names file and line.
+            Refusal: the JSON is malformed or of another type; names file and line.
         """
         with refusing(self.where):
             value = parse_json(self.text())
@@ -90,10 +91,10 @@ class RawDocument:
             return value
 
     def text_field(self, fields: dict[str, object], key: str) -> str:
-        """One of the fields of `json_object`.
+        """Return one of the fields of `json_object`.
 
         Raises:
-            Refusal: it is missing or no text; names file and line.
+            Refusal: the field is missing or not a text; names file and line.
         """
         with refusing(self.where):
             return text_field(fields, key)
@@ -101,7 +102,10 @@ class RawDocument:
 
 @dataclass(frozen=True, slots=True)
 class JsonKeys:
-    """The field names that a JSON file uses; those of chats are fixed. The response `chosen` may be a chat too."""
+    """The field names that a JSON file uses.
+
+    The fields of chats have fixed names. The response may also be `chosen`, a chat.
+    """
 
     text: str = "text"
     prompt: str = "prompt"
@@ -109,10 +113,10 @@ class JsonKeys:
 
 
 def expand_inputs(paths: Iterable[str]) -> tuple[str, ...]:
-    """The files that are meant: each path, and in place of a folder all data below it, sorted by name.
+    """Return the files that are meant: each path, or for a folder all data below it, sorted by name.
 
     Raises:
-        ValueError: a path that is not there, a folder without any data.
+        ValueError: a path does not exist, or a folder has no data.
     """
     found: list[str] = []
     for path in paths:
@@ -123,7 +127,7 @@ def expand_inputs(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def _files_below(folder: str) -> list[str]:
-    """Data in a folder; hidden files and folders are left out."""
+    """Return the data files below a folder, without hidden files and folders."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -131,7 +135,7 @@ def _files_below(folder: str) -> list[str]:
     data = [path for path in found if _suffix(path) in _SUFFIXES and os.path.basename(path) not in _NOTES]
     if not data:
         table = next((path for path in sorted(found) if _suffix(path) in _TABLES), None)
-        reason = f"{table} is {_TABLES[_suffix(table)]}" if table else "nothing in it is known"
+        reason = f"{table} is {_TABLES[_suffix(table)]}" if table else "it has no file with a known suffix"
         raise ValueError(
             f"no data in the folder {folder}: {reason}; names must end in {', '.join(_SUFFIXES)} (.gz, .zst)"
         )
@@ -139,18 +143,18 @@ def _files_below(folder: str) -> list[str]:
 
 
 def _suffix(path: str) -> str:
-    """The one that tells the format, in small letters."""
+    """Return the suffix that tells the format, in lower case and without the suffix of a compression."""
     root, suffix = os.path.splitext(path.lower())
     return os.path.splitext(root)[1] if suffix in _COMPRESSED else suffix
 
 
 def detect_format(paths: Iterable[str], keys: JsonKeys, *, has_template: bool = False) -> DocumentFormat:
-    """The one format of all files, from their first bytes and the fields of their first record.
+    """Return the one format of all files, by their first bytes and the fields of their first record.
 
-    With a template the layouts of `instructions.LAYOUTS` are instructions too.
+    With a template, records in the layouts of `instructions.LAYOUTS` are instructions too.
 
     Raises:
-        ValueError: the files differ, or one has none of the fields that are looked for, or is no data.
+        ValueError: the files differ in format; or a file is not data, or its first record has no known field.
     """
     formats: dict[DocumentFormat, str] = {}
     for path in paths:
@@ -166,7 +170,7 @@ def detect_format(paths: Iterable[str], keys: JsonKeys, *, has_template: bool = 
 def _detect_file_format(path: str, keys: JsonKeys, has_template: bool) -> DocumentFormat:
     if _suffix(path) in _TABLES:
         raise ValueError(
-            f"{path} is {_TABLES[_suffix(path)]}; or give --format text, if it is text all the same"
+            f"{path} is {_TABLES[_suffix(path)]}; or give --format text, if it is to be read as text"
         )
     with look(path) as stream:
         is_json = stream.is_parquet or _suffix(path) in _JSON_SUFFIXES
@@ -190,10 +194,10 @@ def _detect_file_format(path: str, keys: JsonKeys, has_template: bool) -> Docume
 
 
 def _first_record(stream: Stream) -> tuple[RawDocument, dict[str, object]]:
-    """The first record that can be read, from the head of the file alone.
+    """Return the first well-formed record, from the head of the file alone.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the head of the file has no such record.
     """
     unit = json_unit(stream)
     source, is_whole = stream, True
@@ -217,14 +221,14 @@ def _first_record(stream: Stream) -> tuple[RawDocument, dict[str, object]]:
 def read_documents(
     paths: Iterable[str], document_format: DocumentFormat, separator: str
 ) -> Iterator[RawDocument]:
-    """Every document of the files, in order. Empty ones are left to the caller.
+    """Yield every document of the files, in order, empty ones included.
 
-    JSON: one document for each line, element of an array, or row of parquet. Text: by `separator`, either "file" (a
-    file is one document), "blank-line" (one or more blank lines end a document), or any other string (a line that
-    equals it ends a document).
+    JSON: each line, array element or parquet row is one document. Text: `separator` is "file" (a file is one
+    document), "blank-line" (one or more blank lines end a document), or any other string (a line that equals it
+    ends a document).
 
     Raises:
-        ValueError: a file as a whole cannot be read; names it.
+        ValueError: a file as a whole cannot be read; names the file.
     """
     for path in paths:
         with open_stream(path) as stream:
@@ -238,8 +242,8 @@ def read_documents(
 
 def _read_text(stream: Stream, separator: str) -> Iterator[RawDocument]:
     if stream.is_parquet:
-        raise ValueError(f"{stream.path} is parquet, which is no text; leave out --format text")
-    stream.head(START_BYTES)  # refuses what is no text
+        raise ValueError(f"{stream.path} is parquet, which is not text; leave out --format text")
+    stream.head(START_BYTES)  # refuses what is not text
     if separator == WHOLE_FILE:
         content = stream.bytes.read()
         yield RawDocument(stream.path, 1, content, stream.share(len(content)))
@@ -264,10 +268,10 @@ def _read_separated(stream: Stream, separator: bytes) -> Iterator[RawDocument]:
 
 
 def input_bytes(paths: Iterable[str]) -> int:
-    """Total size of the input files on disk.
+    """Return the total size of the input files on disk.
 
     Raises:
-        ValueError: a file that is missing or is a folder.
+        ValueError: a file is missing or is a folder.
     """
     total = 0
     for path in paths:

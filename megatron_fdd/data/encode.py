@@ -1,4 +1,4 @@
-"""One raw document to token ids, and for instructions the mask of what is learned."""
+"""From one raw document to token ids and, for instructions, the mask of the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_fdd.data.sample_tokens import encode_sample
 from megatron_fdd.data.tokenizer import TextTokenizer, TokenizerSettings
 from megatron_fdd.data.tokenizer_identity import without_second_start
 
-# Notes of a document, besides those of `chat`.
+# Notes on a document, besides those in `chat`.
 BORDER_TOKENS = "tokens that reach over the border of an answer"
 LAST_SAMPLES = "tokens of the last sample of each conversation"
 EMPTY_DOCUMENTS = "empty documents"
@@ -38,10 +38,11 @@ class EncodeSettings:
     """Everything that decides the ids of a document.
 
     Attributes:
-        append_eod: close each text document with the end-of-document token (a response always is).
-        seq_length: instructions only: keep what one training sample of this length can hold.
-        template: how records that have no prompt and response but one of the layouts of `instructions` are put.
-        chat: what holds for conversations.
+        append_eod: end each text document with the end-of-document token (a response always ends with it).
+        seq_length: for instructions only: keep what one training sample of this length can hold.
+        template: how a record in one of the layouts of `instructions` becomes a prompt; None where records
+            have prompt and response.
+        chat: settings of conversations.
     """
 
     tokenizer: TokenizerSettings
@@ -55,11 +56,11 @@ class EncodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sample.
+    """One encoded sample.
 
     Attributes:
         ids: int32.
-        loss_mask: uint8, 1 for each token that is learned; None for plain text, where all are.
+        loss_mask: uint8, 1 for each token that is learned; None for plain text, where all tokens are.
         truncated: whether the end was cut off.
     """
 
@@ -70,12 +71,12 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class EncodedDocument:
-    """What became of a document.
+    """The result of encoding one document.
 
     Attributes:
-        samples: none where it is empty or refused; several of a chat whose template rewrites earlier answers.
-        refusal: why there are none; None where it is only empty.
-        notes: what the summary counts.
+        samples: empty if the document is empty or refused; several if a chat's template rewrites earlier answers.
+        refusal: why there are no samples; None if the document is only empty.
+        notes: counts for the summary.
     """
 
     samples: tuple[Encoded, ...] = ()
@@ -87,10 +88,11 @@ class Encoder:
     """Encodes documents of one format with one tokenizer; every worker has a copy."""
 
     def __init__(self, settings: EncodeSettings, tokenizer: TextTokenizer) -> None:
-        """`tokenizer`: of `settings.tokenizer`.
+        """Prepare to encode with `tokenizer`, which `settings.tokenizer` describes.
 
         Raises:
-            ValueError: it lacks the end-of-document token that is asked for; its chat template has no such variable.
+            ValueError: the tokenizer lacks the end-of-document token that is needed, or its chat template lacks
+                a variable that is set.
         """
         self.settings = settings
         self.tokenizer = tokenizer
@@ -106,13 +108,13 @@ class Encoder:
             )
 
     def __call__(self, document: RawDocument) -> EncodedDocument:
-        """Encode one document. Whatever stands in it, this raises nothing: at worst it is refused."""
+        """Encode one document. No content raises an error: at worst the document is refused."""
         notes: Counter[str] = Counter()
         try:
             return EncodedDocument(tuple(self._samples(document, notes)), notes=+notes)
         except Refusal as refusal:
             return EncodedDocument(refusal=refusal)
-        except Exception as error:  # of a JSON parser, a template, a tokenizer: of the data in any case
+        except Exception as error:  # from a JSON parser, a template or a tokenizer; the cause is the data
             line = (str(error).splitlines() or ["no message"])[0][:200]
             detail = f"cannot be encoded ({type(error).__name__}: {line})"
             return EncodedDocument(refusal=Refusal(document.where, Reason.MALFORMED, detail))
@@ -132,9 +134,10 @@ class Encoder:
         return [Encoded(np.array(ids, np.int32))]
 
     def _instruction_samples(self, document: RawDocument, notes: Counter[str]) -> list[Encoded]:
-        """Chat or prompt and response, each truncated on the right to `seq_length + 1` tokens.
+        """Return a chat's samples, or the one of a prompt and response, each of at most `seq_length + 1` tokens.
 
-        One token more than the sequence, because a sample's inputs and labels are shifted by one.
+        Longer samples are cut on the right. The limit is one token above the sequence length because a sample's
+        inputs and labels are shifted by one.
         """
         fields, template = document.json_object(), self.settings.template
         keys = self.settings.keys
@@ -150,7 +153,7 @@ class Encoder:
             raise Refusal(
                 document.where,
                 Reason.FIELDS,
-                f"has the fields {sorted(fields)}, no layout that --template {template} reads: {known_layouts()}",
+                f"has the fields {sorted(fields)}, none of the layouts of --template {template}: {known_layouts()}",
             )
         instruction = _only_one(read_record(layout, fields, document.where), document.where)
         if template == "chat":
@@ -174,7 +177,7 @@ class Encoder:
             notes[BORDER_TOKENS] += num_crossing
             try:
                 encoded.append(self._cut(ids, mask, where))
-            except Refusal as refusal:  # the other samples of the conversation are as good as before
+            except Refusal as refusal:  # the other samples of the conversation remain usable
                 too_long = refusal
                 notes[LEFT_OUT] += 1
         if not encoded:
@@ -184,9 +187,9 @@ class Encoder:
         return encoded
 
     def _cut(self, ids: np.ndarray, mask: np.ndarray, where: str) -> Encoded:
-        """A sample of at most `seq_length + 1` tokens."""
+        """Return a sample of at most `seq_length + 1` tokens."""
         limit = len(ids) if self.settings.seq_length is None else self.settings.seq_length + 1
-        # The first token is never a label: nothing stands before it to predict it from.
+        # The first token is never a label: there is nothing before it to predict it from.
         if not mask[1:].any():
             raise Refusal(where, Reason.NOTHING_LEARNED, "no token of it is learned")
         if not mask[1:limit].any():
@@ -204,7 +207,7 @@ def _only_one(instructions: list[Instruction], where: str) -> Instruction:
         raise Refusal(
             where,
             Reason.FIELDS,
-            f"holds {len(instructions)} instructions; training reads one a line, so write a line for each",
+            f"holds {len(instructions)} instructions; training reads one from each line, so write a line for each",
         )
     if not instructions[0].references:
         raise Refusal(where, Reason.EMPTY, "has no answer to learn")
@@ -212,11 +215,11 @@ def _only_one(instructions: list[Instruction], where: str) -> Instruction:
 
 
 def _encode_pair(tokenizer: TextTokenizer, prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of prompt and response, closed by the end-of-document token.
+    """Return ids and mask of prompt and response, closed by the end-of-document token.
 
-    The prompt is tokenised by itself, as it will be when the student is asked. The response is what the
-    tokenizer makes of both together, less the prompt; where that does not begin with the prompt's ids (a
-    token would reach over the border) it is tokenised by itself too.
+    The prompt is tokenised alone, as it is when the student is asked. The response's ids are those of both
+    together, without the prompt's. If a token would reach over the border between them, the response is tokenised
+    alone too.
     """
     prompt_ids = tokenizer.plain_ids(prompt)
     joint_ids = tokenizer.plain_ids(prompt + response)

@@ -1,7 +1,7 @@
-"""Instructions with reference answers: the layouts in which they are published, and how they are put to a model.
+"""Instructions with reference answers: the layouts in which they are published, and the prompts made of them.
 
-A layout is recognised by the fields of a record; every record becomes one `Instruction` or several. The
-templates are those of training and of evaluation alike, so that a student is asked as it was taught.
+The fields of a record tell its layout; every record becomes one or several `Instruction`. Training and evaluation
+use the same templates, so that a student is asked the way it was taught.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_fdd.data.refusals import Fault, Reason, refusing
 Template = Literal["alpaca", "chat", "none"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
 
-# The two texts of Stanford's Alpaca, which MiniLLM and the work after it train and evaluate with.
+# The two prompts of Stanford's Alpaca; MiniLLM and later work train and evaluate with them.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -26,9 +26,9 @@ _ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-# In the order in which they are looked for beside a `prompt`.
+# The fields of an answer to a `prompt`; the first one present is taken.
 _RESPONSE_FIELDS = ("response", "answer", "output", "completion")
-# What some published files write at the end of an answer, for a program to replace.
+# Some published files end an answer with this mark, which a program is to replace.
 _END_MARK = "###eos_token###"
 
 
@@ -37,12 +37,12 @@ class Instruction:
     """One task.
 
     Attributes:
-        instruction: what is asked.
-        input: what it is asked about, may be empty.
-        references: answers that are right; may be empty where a layout keeps them elsewhere.
-        is_prompt: `instruction` is the whole text as the model is to see it: no template is put around it.
-        system: what the system says before all; only a chat template has a place for it.
-        history: earlier questions and their answers, likewise.
+        instruction: the question or task.
+        input: the text that the instruction is about; may be empty.
+        references: right answers; may be empty where a layout keeps them elsewhere.
+        is_prompt: true if `instruction` is the whole text that the model sees, so that no template is put around it.
+        system: the system text before everything; only a chat template has a place for it.
+        history: earlier questions and their answers; only a chat template has a place for them.
     """
 
     instruction: str
@@ -53,21 +53,24 @@ class Instruction:
     history: tuple[tuple[str, str], ...] = ()
 
     def message(self) -> str:
-        """Without any template: for a chat template's user, and for models that are asked as they are."""
+        """Return instruction and input without any template.
+
+        This is a chat's user message, or the prompt of the template `none`.
+        """
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
     def messages(self) -> list[dict[str, Any]]:
-        """For a chat template, the answer left out."""
+        """Return the messages for a chat template, without the answer."""
         said = [("system", self.system)] if self.system else []
         for question, answer in self.history:
             said += [("user", question), ("assistant", answer)]
         return [{"role": role, "content": text} for role, text in (*said, ("user", self.message()))]
 
     def prompt(self, template: Literal["alpaca", "none"]) -> str:
-        """The text after which the model answers.
+        """Return the text after which the model answers.
 
         Raises:
-            Fault: there is a system text or a history, for which the template has no place.
+            Fault: there is a system text or a history, and the template has no place for it.
         """
         for name in ("system", "history"):
             if getattr(self, name):
@@ -85,10 +88,10 @@ class Layout:
     """One way to publish instructions.
 
     Attributes:
-        fields: what a record has, for people.
-        matches: whether a record is laid out so.
-        read: the instructions of one record; raises ValueError.
-        min_answer_words: what the field evaluates on: reference answers of at least so many words.
+        fields: the fields of a record, in words.
+        matches: whether a record has this layout.
+        read: returns the instructions of one record; raises ValueError.
+        min_answer_words: how many words a reference answer must have in the published evaluations of this data set.
     """
 
     fields: str
@@ -98,20 +101,20 @@ class Layout:
 
 
 def find_layout(fields: Fields) -> str | None:
-    """The name of the layout of a record, None when it is none of `LAYOUTS`."""
+    """Return the name of a record's layout; None if it has none of `LAYOUTS`."""
     return next((name for name, layout in LAYOUTS.items() if layout.matches(fields)), None)
 
 
 def known_layouts() -> str:
-    """All layouts and their fields, for messages."""
+    """Return all layouts and their fields in words, for messages."""
     return "; ".join(f"{name} ({layout.fields})" for name, layout in LAYOUTS.items())
 
 
 def read_record(layout: str, fields: Fields, where: str) -> list[Instruction]:
-    """The instructions of one record, each with the system text and the history beside it.
+    """Return the instructions of one record, each with the system text and the history beside it.
 
     Raises:
-        Refusal: not laid out so, or a field of another type; names `where`.
+        Refusal: the record has another layout, or a field has another type; names `where`.
     """
     with refusing(where):
         if not LAYOUTS[layout].matches(fields):
@@ -123,10 +126,10 @@ def read_record(layout: str, fields: Fields, where: str) -> list[Instruction]:
 
 
 def read_pair(fields: Fields, prompt_key: str, response_key: str, where: str) -> tuple[str, str]:
-    """Prompt and response of a record that has both ready.
+    """Return prompt and response of a record that has both as fields.
 
     Raises:
-        Refusal: one is missing or no text; beside them stands what only a chat template has a place for.
+        Refusal: one of them is missing or not a text; or the record has a field for which only a chat has a place.
     """
     with refusing(where):
         pair = text_field(fields, prompt_key), text_field(fields, response_key)
@@ -141,7 +144,7 @@ def _optional_text(fields: Fields, key: str) -> str:
 
 
 def _texts(fields: Fields, key: str) -> tuple[str, ...]:
-    """A text or a list of texts."""
+    """Return a text, or a list of texts, as a tuple of texts."""
     value = fields.get(key)
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         return tuple(text_field({key: text}, key) for text in value)
@@ -149,7 +152,7 @@ def _texts(fields: Fields, key: str) -> tuple[str, ...]:
 
 
 def _history(fields: Fields) -> tuple[tuple[str, str], ...]:
-    """Earlier turns: a list of pairs of texts, or the JSON text of one."""
+    """Return the earlier turns, which are a list of pairs of texts or its JSON text."""
     given = fields.get("history") or []
     pairs = parse_json(given) if isinstance(given, str) else given
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -183,7 +186,10 @@ def _is_unnatural(fields: Fields) -> bool:
 
 
 def _read_unnatural(fields: Fields) -> list[Instruction]:
-    """Constraints on the output, where an instance has some, end the instruction; "None." says that it has none."""
+    """Return the instructions; an instance's constraints on the output end the instruction.
+
+    The text "None." means that an instance has no constraints.
+    """
     instructions = []
     for instance in _objects(fields, "instances"):
         constraints = _optional_text(instance, "constraints")
@@ -208,7 +214,10 @@ def _read_self_instruct(fields: Fields) -> list[Instruction]:
 
 
 def _read_vicuna(fields: Fields) -> list[Instruction]:
-    """The first turn; of its references (MT-Bench's file has some) the first is the first turn's."""
+    """Return the first turn, with the first reference.
+
+    MT-Bench's file has a reference for each turn; the first belongs to the first turn.
+    """
     question = _texts(fields, "turns" if "turns" in fields else "text")[0]
     return [Instruction(question, "", _texts(fields, "reference")[:1] if fields.get("reference") else ())]
 
@@ -220,7 +229,7 @@ def _is_natural(fields: Fields) -> bool:
 
 
 def _read_natural(fields: Fields) -> list[Instruction]:
-    """A task with its instances, one instance with its task's definition, or the flat form in small letters."""
+    """Read a task with its instances, one instance with its task's definition, or the flat form in lower case."""
     if "definition" in fields:
         definition = " ".join(_texts(fields, "definition"))
         return [Instruction(definition, text_field(fields, "inputs"), _texts(fields, "targets"))]
@@ -258,7 +267,7 @@ def _has(*names: str) -> Callable[[Fields], bool]:
     return lambda fields: fields.keys() >= set(names)
 
 
-# Looked through in this order: a layout comes before those whose fields are among its own.
+# The first match is taken: a layout comes before those whose fields are a part of its own.
 LAYOUTS: dict[str, Layout] = {
     "dolly": Layout(
         "instruction, context, response", _has("instruction", "context", "response"), _read_dolly

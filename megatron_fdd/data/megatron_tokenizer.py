@@ -27,11 +27,11 @@ from megatron_fdd.data.tokenizer_identity import (
 
 
 def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
-    """Megatron's tokenizer for these flags.
+    """Load Megatron's tokenizer for these flags.
 
     Raises:
-        ValueError: the files are missing or cannot be read; it does not do what its own tokenizer.json says; it
-            lacks the token that is to end documents.
+        ValueError: the files are missing or cannot be read; the tokenizer gives other ids than its own tokenizer.json
+            says; or it lacks the token that is to end documents.
     """
     check_tokenizer_files(settings.tokenizer_type, settings.tokenizer_model)
     config = TokenizerConfig(
@@ -48,7 +48,7 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
             f"{error}"
         ) from error
     if tokenizer.library == "huggingface":
-        # Documents are cut later; the warning about a model's longest input would only mislead.
+        # Documents are cut later; transformers' warning about too long an input would only mislead.
         tokenizer._tokenizer.tokenizer.model_max_length = sys.maxsize
     if settings.eod_token is not None:
         _end_with(tokenizer, settings)
@@ -57,24 +57,24 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
 
 
 def _end_with(tokenizer: MegatronTokenizerText, settings: TokenizerSettings) -> None:
-    """Let another token of the vocabulary end documents."""
+    """Make another token of the vocabulary the one that ends documents."""
     if tokenizer.library != "huggingface":
         raise ValueError(
             f"--eod-token {settings.eod_token}: a SentencePiece model names its own end token; leave the flag out"
         )
     if settings.eod_token not in tokenizer._tokenizer.tokenizer.get_vocab():
         raise ValueError(
-            f"--eod-token {settings.eod_token}: no token of {settings.tokenizer_model}; give one that it has"
+            f"--eod-token {settings.eod_token}: {settings.tokenizer_model} has no such token; give one that it has"
         )
     tokenizer._tokenizer.eos_token = settings.eod_token  # where the wrapper looks for `eod`
 
 
 @lru_cache(maxsize=4)
 def identity_of(tokenizer: MegatronTokenizerBase) -> TokenizerIdentity | None:
-    """The identity of Megatron's tokenizer, made once; None where it has no vocabulary.
+    """Return the identity of Megatron's tokenizer, computed once; None if it has no vocabulary.
 
     Raises:
-        ValueError: what transformers has loaded is not what the tokenizer.json says.
+        ValueError: transformers has loaded something else than what the tokenizer.json says.
     """
     if getattr(tokenizer, "library", None) in ("huggingface", "sentencepiece"):
         inner = tokenizer._tokenizer.tokenizer
@@ -90,22 +90,22 @@ def identity_of(tokenizer: MegatronTokenizerBase) -> TokenizerIdentity | None:
 
 
 def identify(tokenizer: MegatronTokenizerText) -> TokenizerStamp:
-    """What a prepared set remembers of its tokenizer. ValueError as `identity_of`."""
+    """Return what a prepared set stores about its tokenizer. ValueError as in `identity_of`."""
     identity = identity_of(tokenizer)
     assert identity is not None, "every tokenizer that prepares has a vocabulary"
     return identity.stamp
 
 
 def text_tokenizer(tokenizer: MegatronTokenizerText, stop_ids: tuple[int, ...] = ()) -> TextTokenizer:
-    """The same tokenizer without Megatron's classes around it.
+    """Return the same tokenizer without Megatron's classes around it.
 
     Args:
-        stop_ids: of the model, see `generation_stops`.
+        stop_ids: the model's, see `generation_stops`.
 
     Raises:
-        ValueError: its ids are not those of Megatron's.
+        ValueError: its ids are not the ids of Megatron's tokenizer.
     """
-    inner = tokenizer._tokenizer  # the wrapper has no name for the object of the library
+    inner = tokenizer._tokenizer  # the wrapper has no public name for the library's object
     make = {"huggingface": HuggingFaceText, "sentencepiece": SentencePieceText}[tokenizer.library]
     eod, bos = (-1 if token_id is None else token_id for token_id in (tokenizer.eod, tokenizer.bos))
     text = make(tokenizer.chat_template, eod, bos, stop_ids, inner.tokenizer)
@@ -113,7 +113,7 @@ def text_tokenizer(tokenizer: MegatronTokenizerText, stop_ids: tuple[int, ...] =
         ids = tokenizer.tokenize(probe)
         if text.ids(probe) != ids or text.text(ids) != tokenizer.detokenize(ids):
             raise ValueError(
-                f"Megatron's {type(inner).__name__} gives {probe!r} other ids than its library by itself, which "
+                f"Megatron's {type(inner).__name__} gives {probe!r} other ids than the library under it, which "
                 "fdd prepare uses; install the version of Megatron in constraints.txt"
             )
     return text

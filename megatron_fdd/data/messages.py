@@ -1,4 +1,4 @@
-"""Messages as they are published to messages as chat templates read them."""
+"""Published messages, read into the form that chat templates take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
     "tool": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool", "function": "tool",
 }  # fmt: skip
-# Roles of which the content is the call itself.
+# Roles whose content is the call itself.
 _CALLS = ("function_call", "tool_call")
 _FLAGS = ("weight", "loss", "train", "training", "trainable")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -29,7 +29,7 @@ _KNOWN = frozenset(
     ["role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id", *_REASONING]
     + [*_FLAGS, *MEDIA]
 )
-# Notes beside a message that no template reads.
+# Fields of a message that no template reads.
 _IGNORED = frozenset(
     "id index uuid turn timestamp created created_at date model source language lang metadata annotations "
     "token_count num_tokens".split()
@@ -38,28 +38,29 @@ _IGNORED = frozenset(
 
 @dataclass(slots=True)
 class Turns:
-    """Messages, which of them are learned, and which of their fields nobody reads."""
+    """Messages, with the information which of them are learned and which of their fields nobody reads."""
 
     messages: list[Message] = field(default_factory=list)
     is_learned: list[bool] = field(default_factory=list)
     unknown_fields: set[str] = field(default_factory=set)
 
     def add(self, message: Message, is_learned: bool) -> None:
+        """Append one message."""
         self.messages.append(message)
         self.is_learned.append(is_learned)
 
     def extend(self, other: Turns, *, learn: bool = True) -> None:
-        """Add the messages of another; as context without `learn`."""
+        """Append the messages of another; without `learn` as context that is not learned."""
         self.messages += other.messages
         self.is_learned += [learn and is_learned for is_learned in other.is_learned]
         self.unknown_fields |= other.unknown_fields
 
 
 def read_messages(value: object, name: str) -> Turns:
-    """The messages of the field `name`: a list, or the JSON text of one.
+    """Return the messages of the field `name`, which is a list or the JSON text of one.
 
     Raises:
-        Fault: malformed, or no text; names the message by its number, from 1.
+        Fault: a message is malformed or has no text; names its number, from 1.
     """
     messages = decoded(value, name)
     if not isinstance(messages, list) or not messages:
@@ -75,21 +76,21 @@ def read_messages(value: object, name: str) -> Turns:
 
 
 def decoded(value: object, name: str) -> object:
-    """A value, or where it is a text the JSON in it.
+    """Return a value; if it is a text, the JSON in it.
 
     Raises:
-        Fault: a text that is no JSON.
+        Fault: the text is not JSON.
     """
     if not isinstance(value, str):
         return value
     try:
         return parse_json(value)
     except Fault as error:
-        raise Fault(f"has a text in {name!r} that is no JSON: {error}") from error
+        raise Fault(f"has a text in {name!r} that is not JSON: {error}") from error
 
 
 def _add_plain(given: object, turns: Turns) -> bool:
-    """A role and a text, as most messages are; false for any other."""
+    """Append a message that has only a role and a text, as most do; return false for any other message."""
     if not isinstance(given, dict) or len(given) != 2:
         return False
     role = given.get("role", given.get("from"))
@@ -147,10 +148,10 @@ def check_content(text: str) -> None:
 
 
 def _only(given: Fields, names: Iterable[str]) -> Any:
-    """The value that a message has under one of several names; None without.
+    """Return the value that a message has under one of several names; None if it has none.
 
     Raises:
-        Fault: two names with different values.
+        Fault: two names have different values.
     """
     found = [name for name in names if given.get(name) is not None]
     for name in found[1:]:
@@ -171,7 +172,7 @@ def _text(given: Fields, key: str) -> str:
 
 
 def _content(content: object, thoughts: list[str]) -> str:
-    """The text; where it is a list of parts, all their texts, one after the other, less what they think."""
+    """Return the text of a content; for a list of parts, all their texts joined. Reasoning goes to `thoughts`."""
     if content is None:
         return ""
     if isinstance(content, list):
@@ -208,7 +209,7 @@ def _reasoning(given: Fields, thoughts: list[str]) -> str:
 
 
 def _flag(given: Fields) -> bool | None:
-    """Whether a message is marked as to be learned; None without a mark."""
+    """Return whether a message is marked as learned or as not learned; None without a mark."""
     value = _only(given, _FLAGS)
     if value is None:
         return None
@@ -227,13 +228,16 @@ def _refuse_media(given: Fields) -> None:
 
 def _unknown(given: Fields, *, is_learnable: bool) -> set[str]:
     names = {name for name in given.keys() - _KNOWN - _IGNORED if given[name] not in (None, "", [], {})}
-    if not is_learnable:  # what the user or a tool says is never learned, whatever the mark
+    if not is_learnable:  # messages of the user or a tool are never learned, whatever their mark
         names |= {f"{name} (not of the assistant)" for name in _FLAGS if given.get(name)}
     return {f"messages[].{name}" for name in names}
 
 
 def _calls(value: object) -> list[dict[str, Any]]:
-    """Calls in any form: a list or one, wrapped as {"function": ...} or bare, or the JSON text of these."""
+    """Read calls in any form.
+
+    They are a list or a single call, wrapped as {"function": ...} or bare, or the JSON text of these.
+    """
     value = decoded(value, "tool_calls")
     calls = value if isinstance(value, list) else [value]
     if not calls:
@@ -244,7 +248,7 @@ def _calls(value: object) -> list[dict[str, Any]]:
 def _call(call: object, number: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict):
-        raise Fault(f"has a call (number {number}) that is no object with 'name' and 'arguments'")
+        raise Fault(f"has a call (number {number}) that is not an object with 'name' and 'arguments'")
     if call.get("type") not in (None, "function"):
         raise Fault(
             f"has a call (number {number}) of the type {call['type']!r:.50}; only functions are called"
@@ -269,13 +273,13 @@ def _call(call: object, number: int) -> dict[str, Any]:
 
 
 def read_tools(value: object, name: str) -> tuple[Fields, ...] | None:
-    """Schemas of tools, wrapped as {"type": "function", "function": {...}}; None where there are none.
+    """Return the schemas of tools, wrapped as {"type": "function", "function": {...}}; None where there are none.
 
     Args:
-        value: a list of them, wrapped or bare, or one, or the JSON text of these.
+        value: a list of schemas or a single schema, wrapped or bare, or the JSON text of these.
 
     Raises:
-        Fault: malformed; names the tool by its number, from 1.
+        Fault: a schema is malformed; names its number, from 1.
     """
     value = decoded(value, name) if value != "" else None
     if value is None or value == []:

@@ -1,4 +1,4 @@
-"""Several instructions in one sample, each seeing only itself (`--dataloader-inter-document-masking`)."""
+"""Several instructions in one sample, each of which sees only itself (`--dataloader-inter-document-masking`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_fdd.data.datasets import InstructionDataset, Sample, instruction_s
 
 
 class PackedInstructionDataset(InstructionDataset):
-    """As many of the shuffled instructions as the sequence holds, one after the other, then padding.
+    """A dataset with as many shuffled instructions in each sample as the sequence holds, followed by padding.
 
-    Samples also have, in the form of Megatron's GPTDataset, `cu_seqlens`, int32 [S + 1]: where each instruction
+    Like those of Megatron's GPTDataset, its samples also have `cu_seqlens`, int32 [S + 1]: where each instruction
     and the padding begin, filled up with S; and `max_seqlen`, int32: the longest of them.
     """
 
@@ -29,16 +29,16 @@ class PackedInstructionDataset(InstructionDataset):
         return packs
 
     def __getitem__(self, idx: int | None) -> Sample:
-        """The sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
+        """Return the sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
         documents = [] if idx is None else [self.dataset[int(index)] for index in self._order[idx]]
         return packed_sample(documents, self.config.sequence_length)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Where each pack ends when documents are put into packs in their order, each as full as it gets.
+    """Return where each pack ends if documents fill packs in their order, each as full as possible.
 
     Args:
-        lengths: of the documents, each at most `capacity`.
+        lengths: one for each document, each at most `capacity`.
     """
     totals, ends, start = np.cumsum(lengths), [], 0
     while start < len(lengths):
@@ -49,7 +49,7 @@ def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def packed_sample(documents: Sequence[tuple[np.ndarray, np.ndarray]], sequence_length: int) -> Sample:
-    """One sample of several instructions (ids, loss mask)."""
+    """Return one sample that holds several instructions (ids, loss mask)."""
     lengths = [max(0, len(ids) - 1) for ids, _ in documents]
     lengths.append(sequence_length - sum(lengths))
     padding = (np.zeros(0, np.int64), np.zeros(0, np.uint8))

@@ -1,4 +1,7 @@
-"""Teacher, student, run and data must share a tokenizer: what a checkpoint stores against what the run uses."""
+"""The check that teacher, student, run and data share a tokenizer.
+
+It compares what a checkpoint stores with what the run uses.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +31,19 @@ from megatron_fdd.host.role import Role
 def check_checkpoint_tokenizer(
     role: Role, load: str, args: argparse.Namespace, tokenizer: MegatronTokenizerBase | None = None
 ) -> None:
-    """Refuse a checkpoint whose tokenizer is not the run's, and data with ids that the teacher's does not have.
+    """Refuse a checkpoint whose tokenizer is not the run's, and data with ids that the teacher's tokenizer lacks.
 
-    Tokens that were added to one of them are no difference while no data holds them.
+    Tokens that were added to only one of the tokenizers do not count as a difference while no data holds them.
 
     Args:
-        load: its folder, with the tokenizer's files in `tokenizer/` if our conversion made it.
+        load: the checkpoint's folder; it has the tokenizer's files in `tokenizer/` if our conversion made it.
         args: this run's arguments.
         tokenizer: the run's; Megatron's global one unless given.
 
     Collectives: none.
 
     Raises:
-        ValueError: the first difference. The same on every rank.
+        ValueError: names the first difference; the same on every rank.
     """
     folder = Path(load) / TOKENIZER_FOLDER
     stored = stored_identity(folder)
@@ -49,7 +52,7 @@ def check_checkpoint_tokenizer(
         if role is Role.TEACHER:
             _warn(
                 args,
-                f"--teacher-load {load} stores no tokenizer, so nobody checks that its ids mean what the data's ids "
+                f"--teacher-load {load} stores no tokenizer, so nothing checks that its ids mean what the data's ids "
                 "mean; if they do not, the student learns noise (fdd import stores it)",
             )
         return
@@ -76,9 +79,11 @@ def check_checkpoint_tokenizer(
 def _compare(
     folder: Path, stored: TokenizerStamp | TokenizerIdentity, ours: TokenizerIdentity, names: tuple[str, str]
 ) -> Comparison:
-    """By the stamp where there is one; its files then name ids, of which it has only hashes.
+    """Compare by the stamp if there is one; then by the tokenizer's files.
 
-    Files alone do not say how added tokens take white space along: tokenizer_config.json may overrule them.
+    The files name ids, of which a stamp has only hashes. Files alone do not tell whether added tokens include
+    white space:
+    tokenizer_config.json may overrule them.
     """
     if not isinstance(stored, TokenizerStamp):
         return compare(stored, ours, names, with_added_texts=False)

@@ -1,9 +1,9 @@
-"""Sets that are written in parts, so that a killed run goes on where its last whole part ends.
+"""Sets that are written in parts, so that a killed run can continue after its last whole part.
 
-.NAME.partial/               beside the sets of --output-prefix .../NAME; gone when they are whole
+.NAME.partial/               beside the sets of --output-prefix .../NAME; removed when they are whole
     lock                     held by the run that writes there
     progress.json            what was done up to the last whole part, and with which settings
-    part-0001/, part-0002/   prepared sets, put together at the end
+    part-0001/, part-0002/   prepared sets, joined at the end
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from megatron_fdd.data.prepared import SetKind, SetWriter, move_sets
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer_identity import TokenizerStamp
 
-# What a kill costs at most, in work done again.
+# The seconds of work that a kill costs at most.
 PART_SECONDS = 60.0
 
 
 @dataclass(slots=True)
 class Done:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        documents: of the inputs, read so far, refused and empty ones too.
-        num_bytes: of the inputs, likewise.
+        documents: how many documents of the inputs were read, refused and empty ones included.
+        num_bytes: how many bytes of the inputs were read for them.
         dealt: how many documents each set got.
-        parts: how many whole ones there are.
+        tally: counts and refusals so far.
+        parts: how many parts are whole.
     """
 
     documents: int = 0
@@ -45,18 +46,18 @@ class Done:
     parts: int = 0
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the progress as JSON values."""
         names = ("documents", "num_bytes", "dealt", "parts")
         return {**{name: getattr(self, name) for name in names}, "tally": self.tally.state()}
 
 
 class Parts:
-    """The parts of the sets of one run; a context.
+    """The parts of the sets of one run; a context manager.
 
     Args:
-        prefixes: of the sets, all in one folder.
-        name: of `--output-prefix` without its folder.
-        fingerprint: of all that decides what is in the sets; None for inputs that cannot be read again.
+        prefixes: the prefixes of the sets, all in one folder.
+        name: `--output-prefix` without its folder.
+        fingerprint: a hash of everything that decides what is in the sets; None for inputs that cannot be read again.
 
     Raises:
         ValueError: another run writes to these prefixes.
@@ -96,11 +97,11 @@ class Parts:
             shutil.rmtree(self.folder)
 
     def is_due(self) -> bool:
-        """Whether enough was done since the last part to keep it."""
+        """Whether enough was done since the last part to keep a new one."""
         return self._fingerprint is not None and time.monotonic() - self._began_s > PART_SECONDS
 
     def keep(self) -> None:
-        """End a part: from now on the same command goes on from here."""
+        """End a part; from now on the same command continues from here."""
         for writer in self.writers:
             writer.finish()
         for path in self._part(self.done.parts + 1).iterdir():
@@ -115,7 +116,7 @@ class Parts:
         self._began_s = time.monotonic()
 
     def commit(self, preparation: Mapping[str, Any]) -> None:
-        """Put the sets in their places, whole.
+        """Move the whole sets to their places.
 
         Args:
             preparation: `SetInfo.preparation`.
@@ -129,10 +130,10 @@ class Parts:
             writer.finish(preparation)
         names = [(writer.prefix, prefix) for writer, prefix in zip(whole, self._prefixes, strict=True)]
         move_sets(names)
-        self.done.parts = 0  # of no use any more
+        self.done.parts = 0  # not needed any more
 
     def _joined(self) -> list[SetWriter]:
-        """All parts one after the other."""
+        """Return writers of sets that hold all parts, one after the other."""
         (self.folder / "joined").mkdir(exist_ok=True)
         writers = self._writers_in(self.folder / "joined")
         for number in range(1, self.done.parts + 2):
@@ -151,7 +152,7 @@ class Parts:
             return Done()
 
     def _new_writers(self) -> list[SetWriter]:
-        """Of the part behind the whole ones; what a killed run left of it goes."""
+        """Return writers for the part after the last whole one; what a killed run left of that part is removed."""
         part = self._part(self.done.parts + 1)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
@@ -166,7 +167,7 @@ class Parts:
 
 
 def kept_documents(output_prefix: str) -> int:
-    """How many documents of the inputs a run with this `--output-prefix` need not do again; 0 without parts."""
+    """Return how many input documents a run with this `--output-prefix` need not read again; 0 without parts."""
     try:
         return int(json.loads((_folder(output_prefix) / "progress.json").read_text("utf-8"))["documents"])
     except (OSError, ValueError, KeyError, TypeError):

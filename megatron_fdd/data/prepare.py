@@ -1,4 +1,4 @@
-"""Raw files to prepared sets: a progress bar, all or nothing on disk."""
+"""Preparation of raw files: prepared sets on disk, all or nothing, with a progress bar."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ SPLIT_NAMES = ("train", "valid", "test")
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
-    """What to prepare, and where to.
+    """What to prepare, and where to write it.
 
     Attributes:
         split: shares of train, valid and (optionally) test documents; empty for one set.
         separator: where a document of a text file ends (`documents.read_documents`).
-        workers: processes that tokenise, at most; fewer where there is little to do (`workers.useful_workers`).
-        overwrite: replace sets that are there.
-        skip_refused: go on after a refused record, and count it.
-        show: how many samples go to a page beside the set, for people.
+        workers: at most so many processes tokenise; fewer if there is little to do (`workers.useful_workers`).
+        overwrite: replace sets that exist.
+        skip_refused: continue after a refused record, and count it.
+        show: how many samples to write to a page beside the set, for people.
     """
 
     inputs: tuple[str, ...]
@@ -54,7 +54,7 @@ class PrepareSettings:
     show: int = 0
 
     def check(self) -> None:
-        """Refuse what cannot work, before a file is written.
+        """Refuse settings that cannot work, before any file is written.
 
         Raises:
             ValueError: names the value, the bound and the remedy.
@@ -73,7 +73,9 @@ class PrepareSettings:
                 "--seq-length truncates instructions; plain text is cut into samples during training"
             )
         if self.encode.template is not None and self.encode.format != "instruction":
-            raise ValueError(f"--template {self.encode.template} is for instructions; these files are text")
+            raise ValueError(
+                f"--template {self.encode.template} is for instructions; these files are plain text"
+            )
         if self.encode.template is not None and self.encode.keys != JsonKeys():
             raise ValueError(
                 f"--template {self.encode.template} finds the fields by the layout of a record: leave out "
@@ -84,12 +86,12 @@ class PrepareSettings:
         there = [prefix for prefix in self.prefixes() if os.path.exists(prefix + ".idx")]
         if there and not self.overwrite:
             raise ValueError(
-                f"{', '.join(there)}: a prepared set is there already; give another --output-prefix, or --overwrite "
+                f"{', '.join(there)}: a prepared set exists already; give another --output-prefix, or --overwrite "
                 "to replace it (not while a training reads it)"
             )
 
     def prefixes(self) -> list[str]:
-        """The set or sets to write."""
+        """Return the prefixes of the set or sets to write."""
         if not self.split:
             return [self.output_prefix]
         return [f"{self.output_prefix}_{name}" for name in SPLIT_NAMES[: len(self.split)]]
@@ -97,11 +99,11 @@ class PrepareSettings:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written, and what was not.
+    """What was written, and what was left out.
 
     Attributes:
-        template: of the conversations; None where there was none.
-        eod: the token that was put behind a document; None where none was.
+        template: the template of the conversations; None if there was no conversation.
+        eod: the token that ends documents; None if none was added.
     """
 
     prefixes: tuple[str, ...]
@@ -111,7 +113,7 @@ class Summary:
     seconds: float
 
     def lines(self) -> list[str]:
-        """For people, the sets and the time in the first."""
+        """Return lines for people; the first one has the sets and the time."""
         counts, *more = summary_lines(self.tally, self.template)
         if self.eod is not None:
             more.insert(0, f"documents end with {self.eod} (--eod-token)")
@@ -122,14 +124,14 @@ class Summary:
 
 
 class _Shares:
-    """Deals documents to the sets so that after each of them the counts are as near the shares as can be.
+    """Deals documents to the sets so that, after each document, the counts are as near the shares as possible.
 
-    Depends on nothing but the order, so any number of workers gives the same sets, and every stretch of the
+    The order of the documents alone decides, so any number of workers gives the same sets, and every stretch of the
     corpus is in all of them.
     """
 
     def __init__(self, shares: tuple[float, ...], dealt: list[int]) -> None:
-        """`dealt`: how many each set has; empty at first, and kept up to date."""
+        """Start from `dealt`, how many documents each set has; empty at first, and updated with every document."""
         total = sum(shares) or 1.0
         self._shares = [share / total for share in shares] or [1.0]
         self._dealt = dealt
@@ -137,6 +139,7 @@ class _Shares:
             dealt += [0] * len(self._shares)
 
     def next(self) -> int:
+        """Return the number of the set that gets the next document."""
         number = sum(self._dealt) + 1
         debts = [share * number - dealt for share, dealt in zip(self._shares, self._dealt, strict=True)]
         part = debts.index(max(debts))
@@ -145,13 +148,13 @@ class _Shares:
 
 
 def prepare(settings: PrepareSettings) -> Summary:
-    """Encode all inputs and write the set or sets; on any error nothing is left that looks whole.
+    """Encode all inputs and write the set or sets; after an error nothing is left that looks whole.
 
-    A run that ended before its time goes on after the last minute that it worked, where settings and inputs are the
-    same (`parts`).
+    If a run with the same settings and inputs was cut off, this one continues from its last whole part (`parts`),
+    which loses about a minute of its work at most.
 
     Raises:
-        ValueError: malformed input (file and line), missing files or tokenizer, a set without a document.
+        ValueError: malformed input (names file and line), missing files or tokenizer, a set without a document.
     """
     started = time.monotonic()
     settings.check()
@@ -198,7 +201,7 @@ def prepare(settings: PrepareSettings) -> Summary:
 
 
 def _fingerprint(settings: PrepareSettings, identity: TokenizerStamp) -> str | None:
-    """Of all that decides what is in the sets; None for inputs that cannot be read again (pipes)."""
+    """Return a hash of all that decides what is in the sets; None for inputs that cannot be read again (pipes)."""
     if not all(os.path.isfile(path) for path in settings.inputs):
         return None
     files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in settings.inputs]
@@ -207,7 +210,7 @@ def _fingerprint(settings: PrepareSettings, identity: TokenizerStamp) -> str | N
 
 
 def _preparation(settings: PrepareSettings, tally: Tally, template: ChatTemplate | None) -> dict[str, object]:
-    """What `P.prepared.json` remembers of the run that made it."""
+    """Return what `P.prepared.json` stores about the run that made it."""
     seen = {"seq_length": settings.encode.seq_length, **tally.as_json()}
     if template is None:
         return seen
@@ -224,10 +227,12 @@ def _preparation(settings: PrepareSettings, tally: Tally, template: ChatTemplate
 
 
 def look(settings: PrepareSettings) -> tuple[TextTokenizer, list[Encoded], Tally]:
-    """The first `show` samples, what writes them as a text, and what was seen on the way; nothing goes to a file.
+    """Encode the first `show` samples; return their tokenizer, the samples and the tally.
+
+    Nothing is written to a file.
 
     Raises:
-        ValueError: as `prepare`, as far as it looks.
+        ValueError: as in `prepare`, for the documents that were read.
     """
     encoder = _encoder(settings, load_tokenizer(settings.encode.tokenizer))
     first: list[Encoded] = []
@@ -251,17 +256,17 @@ def _encoder(settings: PrepareSettings, tokenizer: MegatronTokenizerText) -> Enc
 
 
 def samples_page(prefix: str) -> Path:
-    """Where a set's page of samples lies."""
+    """Return the path of a set's page of samples."""
     return Path(prefix + ".samples.html")
 
 
 def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: tqdm) -> None:
-    """Feed the writers with what is not done yet.
+    """Write all documents that are not written yet.
 
-    All samples of a record go to one set, so that no conversation is in training and in validation.
+    All samples of a record go to one set, so that no conversation is in both training and validation.
 
     Raises:
-        Refusal: of the first refused record, unless they are skipped.
+        Refusal: a record was refused, and refused records are not skipped.
     """
     done = parts.done
     documents = read_documents(settings.inputs, settings.encode.format, settings.separator)

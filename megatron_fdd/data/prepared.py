@@ -1,12 +1,12 @@
 """A prepared set on disk: Megatron's indexed format, a loss mask beside it, and what made it.
 
     P.bin, P.idx                      token ids; `P` is what `--data-path` takes
-    P_loss_mask.bin, P_loss_mask.idx  instructions only: uint8, 1 for each token that is learned
+    P_loss_mask.bin, P_loss_mask.idx  for instructions only: uint8, 1 for each token that is learned
     P.prepared.json                   `SetInfo`: kind, counts, tokenizer, hash of the content
 
 A set is whole exactly when `P.idx` exists: everything is written in a hidden folder beside it (`parts`) and renamed
-at the end, `P.idx` last, after the old set's has been removed. Sets without `P.prepared.json` are plain text
-made by Megatron's own tools.
+at the end; the old set's `P.idx` is removed first, and the new one comes last. Sets without `P.prepared.json` are
+plain text made by Megatron's own tools.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ from megatron_fdd.data.tokenizer_identity import FormerStamp, TokenizerStamp
 
 FORMAT_NAME = "megatron_fdd.data"
 FORMAT_VERSION = 2
-# Its sets are read as they are: of their tokenizer they have less, of their ids the largest only.
+# Sets of this version can be read: they say less about their tokenizer, and only the largest of their ids.
 _FORMER_VERSION = 1
 _MASK_SUFFIX = "_loss_mask"
-# Not plain `.json`: that may well be the name of the raw file.
+# Not plain `.json`, which may be the name of the raw file.
 _INFO_SUFFIX = ".prepared.json"
 _PREPARE_AGAIN = "prepare the set again with fdd prepare"
-# How far a set of unknown origin is searched for ids that the tokenizer does not have.
+# In a set of unknown origin, so many ids are searched for one that the tokenizer does not have.
 _SAMPLED_IDS = 1_000_000
 SetKind = Literal["text", "instruction"]
 
 
 @dataclass(frozen=True, slots=True)
 class SetInfo:
-    """What `P.prepared.json` says.
+    """The contents of `P.prepared.json`.
 
     Attributes:
         learned_tokens: tokens whose loss mask is 1 (for text: all).
         longest_document: in tokens.
         smallest_token_id: 0 for a set of an older version.
         truncated: documents that were cut to the sequence length.
-        content_sha256: of all ids and masks; tells two sets at the same place apart.
-        preparation: what the run that made it saw, for people and for the report; None in a part, and in older sets.
+        content_sha256: hash of all ids and masks; tells two sets at the same place apart.
+        preparation: counts and settings of the run that made it, for people and for the report; None in a
+            part, and in older sets.
     """
 
     kind: SetKind
@@ -67,11 +68,11 @@ class SetInfo:
 
 @dataclass(frozen=True, slots=True)
 class PreparedSet:
-    """A set that was found whole.
+    """A set that was found to be whole.
 
     Attributes:
         document_lengths: int32 [documents], in tokens.
-        largest_token_id: of the whole set; without `info`, of its first million tokens.
+        largest_token_id: the largest id of the set; without `info`, that of its first million tokens.
         info: None for a set that was not made by this project.
     """
 
@@ -82,12 +83,12 @@ class PreparedSet:
 
 
 def mask_prefix(prefix: str) -> str:
-    """Where the loss mask of a set lies."""
+    """Return the prefix of a set's loss mask."""
     return prefix + _MASK_SUFFIX
 
 
 class SetWriter:
-    """Writes one set."""
+    """Writes one prepared set."""
 
     def __init__(self, prefix: str, kind: SetKind, tokenizer: TokenizerStamp) -> None:
         self.prefix = prefix
@@ -124,7 +125,7 @@ class SetWriter:
         self.truncated += encoded.truncated
 
     def finish(self, preparation: Mapping[str, Any] | None = None) -> None:
-        """Close the files; the set is whole."""
+        """Close the files; now the set is whole."""
         if self._masks is not None:
             self._masks.finalize(mask_prefix(self.prefix) + ".idx")
         info = SetInfo(
@@ -155,13 +156,16 @@ class SetWriter:
         documents = IndexedDataset(prefix)
         masks = IndexedDataset(mask_prefix(prefix)) if self._masks is not None else None
         for index in range(len(documents)):
-            ids = documents[index].astype(np.int32)  # as they are hashed
+            ids = documents[index].astype(np.int32)  # the type in which ids are hashed
             self.add(Encoded(ids, None if masks is None else masks[index]))
         self.truncated += info.truncated
 
 
 def move_sets(moves: Sequence[tuple[str, str]]) -> None:
-    """Put finished sets in their places, (from, to) each. Killed in between, no half-replaced set looks whole."""
+    """Move finished sets to their places; each pair is (from, to).
+
+    If the process is killed during it, no half-replaced set looks whole.
+    """
     ends = (".bin", _MASK_SUFFIX + ".bin", _MASK_SUFFIX + ".idx", _INFO_SUFFIX, ".idx")
     for _, prefix in moves:
         for end in reversed(ends[1:]):
@@ -174,13 +178,13 @@ def move_sets(moves: Sequence[tuple[str, str]]) -> None:
 
 
 def set_kind(prefix: str) -> SetKind:
-    """What kind of set lies there. Raises ValueError as `open_set` does."""
+    """Return the kind of the set at `prefix`. Raises ValueError as `open_set` does."""
     info = _read_info(prefix)
     return "text" if info is None else info.kind
 
 
 def content_identity(prefix: str) -> str:
-    """Names the content of a set; the same on every rank and machine."""
+    """Return a name for the content of a set; the same on every rank and machine."""
     info = _read_info(prefix)
     if info is not None:
         return info.content_sha256
@@ -188,10 +192,10 @@ def content_identity(prefix: str) -> str:
 
 
 def open_set(prefix: str) -> PreparedSet:
-    """Look at a prepared set and make sure that it is whole.
+    """Read the index of a prepared set and refuse a set that is not whole.
 
     Raises:
-        ValueError: files that are missing, truncated or do not belong together; names them and the remedy.
+        ValueError: files are missing, truncated, or do not belong together; names them and the remedy.
     """
     info = _read_info(prefix)
     lengths, dtype = _read_index(prefix)
@@ -203,8 +207,8 @@ def open_set(prefix: str) -> PreparedSet:
     tokens = int(lengths.sum(dtype=np.int64))
     if (len(lengths), tokens) != (info.documents, info.tokens):
         raise ValueError(
-            f"{prefix}{_INFO_SUFFIX} speaks of {info.documents} documents and {info.tokens} tokens, "
-            f"{prefix}.idx of {len(lengths)} and {tokens}; {_PREPARE_AGAIN}"
+            f"{prefix}{_INFO_SUFFIX} says {info.documents} documents and {info.tokens} tokens, "
+            f"{prefix}.idx says {len(lengths)} and {tokens}; {_PREPARE_AGAIN}"
         )
     if info.kind == "instruction" and not np.array_equal(_read_index(mask_prefix(prefix))[0], lengths):
         raise ValueError(f"{mask_prefix(prefix)}.idx does not belong to {prefix}.idx; {_PREPARE_AGAIN}")
@@ -212,7 +216,7 @@ def open_set(prefix: str) -> PreparedSet:
 
 
 def _read_index(prefix: str) -> tuple[np.ndarray, type[np.number]]:
-    """Document lengths and dtype of one indexed dataset whose two files agree."""
+    """Return document lengths and dtype of one indexed dataset, whose two files must agree."""
     for end in (".bin", ".idx"):
         if not os.path.exists(prefix + end):
             raise ValueError(
@@ -223,13 +227,13 @@ def _read_index(prefix: str) -> tuple[np.ndarray, type[np.number]]:
         dataset = IndexedDataset(prefix, mmap=False)
     except (AssertionError, ValueError, OSError, struct.error) as error:
         raise ValueError(f"{prefix}.idx cannot be read ({error}); {_PREPARE_AGAIN}") from error
-    # A copy: the index unmaps its file when the dataset goes.
+    # A copy, because the index unmaps its file when the dataset is freed.
     lengths, dtype = np.array(dataset.sequence_lengths), dataset.index.dtype
     expected = int(lengths.sum(dtype=np.int64)) * DType.size(dtype)
     actual = os.path.getsize(prefix + ".bin")
     if actual != expected:
         raise ValueError(
-            f"{prefix}.bin has {actual} bytes, its index speaks of {expected}: truncated or not its own; "
+            f"{prefix}.bin has {actual} bytes, but its index needs {expected}: truncated, or of another set; "
             f"{_PREPARE_AGAIN}"
         )
     return lengths, dtype

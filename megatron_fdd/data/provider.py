@@ -1,9 +1,9 @@
-"""The datasets of a training run: what `pretrain` calls to build them.
+"""The datasets of a training run: the function that `pretrain` calls to build them.
 
-Every rank builds and reads its own data (`is_distributed`): each stage with a tap needs the masks, which
-Megatron's broadcast gives to the last stage only. Megatron builds the index of a text set on rank 0, has the
-others wait at a barrier and then read the files that rank 0 wrote; an error on rank 0 would leave them
-waiting, so `checks` looks for everything that can go wrong first, on every rank, without a collective.
+Every rank builds and reads its own data (`is_distributed`): each stage with a tap needs the masks, which Megatron's
+broadcast gives to the last stage only. Megatron builds the index of a text set on rank 0; the other ranks wait at a
+barrier and then read the files that rank 0 wrote. An error on rank 0 would leave them waiting, so `checks` first
+looks for everything that can go wrong, on every rank, without a collective.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ __all__ = ["Batch", "build_datasets", "check_data_args", "get_batch", "train_val
 def train_valid_test_provider(
     num_samples: Sequence[int | None], vp_stage: int | None = None
 ) -> list[MegatronDataset | list[MegatronDataset] | None]:
-    """Train, validation and test dataset, or None for those that the run does not read.
+    """Return the train, validation and test dataset; None for those that the run does not read.
 
-    `vp_stage` is part of Megatron's interface; every chunk reads the same data.
-    Collectives over the world: one barrier for each text dataset.
+    `vp_stage` is part of Megatron's interface; every chunk reads the same data. Collectives over the world: one
+    barrier for each text dataset.
     """
     return build_datasets(get_args(), num_samples, get_tokenizer())
 
 
-# Read by Megatron: build the loaders on every rank, not on tensor-parallel rank 0 only.
+# Megatron reads this: build the loaders on every rank, not only on tensor-parallel rank 0.
 train_valid_test_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def build_datasets(
     args: argparse.Namespace, num_samples: Sequence[int | None], tokenizer: MegatronTokenizerBase
 ) -> list[MegatronDataset | list[MegatronDataset] | None]:
-    """As `train_valid_test_provider`, from explicit arguments."""
+    """Return what `train_valid_test_provider` returns, from explicit arguments."""
     prefixes = data_prefixes(args)
     config = _dataset_config(args, tokenizer)
     dataset_class: type[MegatronDataset] = TextDataset
     if config.mock:
         dataset_class = MockTextDataset
     elif not is_object_storage_path(prefixes[0]) and set_kind(prefixes[0]) == "instruction":
-        # All sets are of one kind: checks.check_data_args.
+        # All sets have one kind (checks.check_data_args).
         dataset_class = PackedInstructionDataset if config.inter_document_masking else InstructionDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config)
     return builder.build()
 
 
 def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:
-    """Megatron's flags as Megatron's dataset configuration."""
+    """Return Megatron's dataset configuration for Megatron's flags."""
     blend, per_part = blends(args)
     sequences = None
     if args.per_dataset_sequences_path is not None:
@@ -72,7 +72,7 @@ def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) 
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=per_part,
-        # Megatron puts its default there although a part of its own for each needs none.
+        # Megatron's default of --split is set even if each part has a data path of its own and needs none.
         split=args.split if blend is not None else None,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
@@ -84,7 +84,7 @@ def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) 
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         inter_document_masking=args.dataloader_inter_document_masking,
-        # Causal attention needs none, and at [S, S] a sample it is by far the largest thing in a batch.
+        # Causal attention needs no mask, and with [S, S] for each sample it would be the largest tensor of a batch.
         create_attention_mask=args.reset_attention_mask,
         object_storage_cache_path=args.object_storage_cache_path,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
@@ -95,6 +95,6 @@ def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) 
         context_parallel_size=args.context_parallel_size,
     )
     if blend is not None and not evaluates(args):
-        # Built all the same otherwise, and then refused by the loader: "no sample to consume".
+        # Otherwise they would be built all the same, and the loader would refuse them: "no sample to consume".
         config.split_matrix[1:] = [None, None]
     return config

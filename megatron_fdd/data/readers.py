@@ -1,4 +1,4 @@
-"""The records of files: JSON lines, JSON arrays, and the rows of parquet as JSON."""
+"""The records of files: JSON lines, the objects of JSON arrays, and the rows of parquet as JSON."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, Literal
 from megatron_fdd.data.streams import START_BYTES, Stream, pyarrow_for
 
 Unit = Literal["line", "element", "row"]
-# Number from 1, bytes, and how much of the file was taken for it.
+# A record's number (from 1), its bytes, and how many bytes of the file were read for it.
 Record = tuple[int, bytes, int]
-# The most that one element of an array may be long.
+# The largest length of one element of an array.
 _MAX_ELEMENT = 256 * 1024 * 1024
 _CHUNK = 1024 * 1024
 _ROWS_AT_A_TIME = 256
 _BLANKS = re.compile(r"[ \t\r\n]*")
-# Below these keys of a schema null is a value.
+# Below these keys of a schema, null is a value.
 _NULL_MEANS_NULL = ("enum", "const", "default")
 
 
 def json_unit(stream: Stream) -> Unit:
-    """What a record of a JSON file (or of parquet) is.
+    """Return what one record of a JSON or parquet file is.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is neither.
     """
     if stream.is_parquet:
         return "row"
@@ -37,10 +37,10 @@ def json_unit(stream: Stream) -> Unit:
 
 
 def read_records(stream: Stream, unit: Unit) -> Iterator[Record]:
-    """Every record in its order; blank lines are skipped.
+    """Yield every record in order; blank lines are skipped.
 
     Raises:
-        ValueError: the file as a whole cannot be read, as a damaged one.
+        ValueError: the file as a whole cannot be read, for example because it is damaged.
     """
     if unit == "row":
         return _rows(stream.path)
@@ -54,7 +54,10 @@ def _lines(stream: Stream) -> Iterator[Record]:
 
 
 class _Window:
-    """Some of the text of a stream, from where it is read. Bytes that are no UTF-8 come back as they were."""
+    """A part of a stream's text, beginning where it is read.
+
+    Bytes that are not UTF-8 come back unchanged.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._bytes = stream.bytes
@@ -63,14 +66,14 @@ class _Window:
         self.start = 0
 
     def more(self) -> bool:
-        """At least as much again; false at the end."""
+        """Read at least as much text again; return false at the end."""
         chunk = self._bytes.read(max(_CHUNK, len(self.text) - self.start))
         self.text = self.text[self.start :] + self._decode(chunk, not chunk)
         self.start = 0
         return bool(chunk)
 
     def next_character(self) -> str:
-        """The next one that is not blank; "" at the end."""
+        """Return the next character that is not blank; "" at the end."""
         while True:
             match = _BLANKS.match(self.text, self.start)
             assert match is not None
@@ -82,7 +85,7 @@ class _Window:
 
 
 def _elements(stream: Stream) -> Iterator[Record]:
-    """The objects of an array, which is never in memory as a whole."""
+    """Yield the objects of an array, which is never in memory as a whole."""
     window = _Window(stream)
     number = 0
     if window.next_character() == "[":
@@ -92,7 +95,7 @@ def _elements(stream: Stream) -> Iterator[Record]:
             window.start += 1
             character = window.next_character()
         elif number:
-            raise _no_array(stream, number, "a comma or the closing bracket is missing behind it")
+            raise _no_array(stream, number, "a comma or the closing bracket is missing after it")
         number += 1
         if character != "{":
             raise _no_array(stream, number, "it must be an object")
@@ -110,7 +113,7 @@ def _element(window: _Window, stream: Stream, number: int) -> str:
         except RecursionError as error:
             raise _no_array(stream, number, "it is nested too deeply") from error
         except json.JSONDecodeError as error:
-            # A record that goes on behind the window fails at its end, or in the text that begins there.
+            # A record that reaches beyond the window fails at the window's end, or in a text that begins there.
             is_cut = error.pos >= len(window.text) - 16 or error.msg.startswith("Unterminated string")
             length = len(window.text) - window.start
             if not is_cut or length > _MAX_ELEMENT or not window.more():
@@ -127,12 +130,12 @@ def _no_array(stream: Stream, number: int, detail: str) -> ValueError:
     )
 
 
-# Finds where an element ends; what is in it is read later, more strictly.
+# Finds where an element ends; its content is parsed later, and more strictly.
 _BORDERS = json.JSONDecoder(parse_int=len, parse_float=len, parse_constant=len, strict=False)
 
 
 def _rows(path: str) -> Iterator[Record]:
-    """The rows of a parquet file as JSON, a few in memory at a time."""
+    """Yield the rows of a parquet file as JSON, a few in memory at a time."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: parquet cannot be read from a pipe; give the file")
     pyarrow_for(path, "parquet")
@@ -146,8 +149,8 @@ def _rows(path: str) -> Iterator[Record]:
                     number += 1
                     before, taken = taken, size * number // file.metadata.num_rows
                     yield number, _row_json(row), taken - before
-    except (OSError, ValueError) as error:  # what Arrow raises, and UnicodeDecodeError
-        raise ValueError(f"{path}, behind row {number}: damaged ({error}); make or copy it anew") from error
+    except (OSError, ValueError) as error:  # Arrow's errors, and UnicodeDecodeError
+        raise ValueError(f"{path}, after row {number}: damaged ({error}); make or copy it again") from error
 
 
 def _row_json(row: dict[str, Any]) -> bytes:
@@ -160,10 +163,10 @@ def _row_json(row: dict[str, Any]) -> bytes:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value less the fields that are null in its objects.
+    """Return a value without the fields of its objects that are null.
 
-    Arrow gives all objects of a column the fields of every one, null where they had none; what those of JSON would
-    mean by null cannot be told from that, but in lists and as the values of a schema it stays.
+    Arrow gives every object of a column all fields of the column, null where the object had none. A null of the
+    original JSON looks the same and is dropped too. It stays in lists, and as a value in a schema.
     """
     if isinstance(value, dict):
         return {
@@ -177,7 +180,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _without_nan(value: Any) -> Any:
-    """NaN is how pandas writes null among numbers."""
+    """Replace NaN by null; pandas writes null among numbers as NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -186,7 +189,10 @@ def _without_nan(value: Any) -> Any:
 
 
 def _plain(value: object) -> object:
-    """What JSON has no word for, as dates; bytes that are no text stay something that no field takes for one."""
+    """Return a value that JSON can hold in place of one it cannot, such as a date.
+
+    Bytes that are not text become an object, which no field takes for a text.
+    """
     if not isinstance(value, bytes):
         return str(value)
     try:

@@ -1,4 +1,4 @@
-"""What a record may hold: JSON that every reader takes for the same, and texts that every tokenizer takes."""
+"""What a record may hold: JSON that every reader understands alike, and texts that every tokenizer takes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Fields = Mapping[str, Any]
 
 
 def parse_json(text: str) -> object:
-    """A JSON text as Python has it, but strict: no field twice in an object, no NaN.
+    """Return a JSON text as Python values; strict: no field twice in an object, no NaN.
 
     Raises:
-        Fault: malformed; says where in the text.
-        RecursionError: nested too deeply.
+        Fault: the text is malformed; says where.
+        RecursionError: the JSON is nested too deeply.
     """
     try:
         return _DECODER.decode(text)
@@ -26,7 +26,7 @@ def parse_json(text: str) -> object:
         raise Fault(f"malformed JSON ({error.msg}, {line}column {error.colno})") from error
     except Fault:
         raise
-    except ValueError as error:  # Python's own words on long integers name a function of Python
+    except ValueError as error:  # Python's own message about long integers names a Python function
         raise Fault("an integer with thousands of digits") from error
 
 
@@ -40,14 +40,14 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _refuse_constant(name: str) -> object:
-    raise Fault(f"holds {name}, which is no JSON")
+    raise Fault(f"holds {name}, which is not JSON")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
 def check_text(text: str) -> None:
-    """Refuse what UTF-8 has no bytes for, and NUL, which some tokenizers take for the end.
+    """Refuse characters that UTF-8 cannot encode, and NUL, which some tokenizers take for the end of a text.
 
     Raises:
         Fault: names the character.
@@ -59,12 +59,12 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise Fault(
-            f"holds half of a surrogate pair (\\u{code:04x}, character {error.start + 1}), which is no text"
+            f"holds half of a surrogate pair (\\u{code:04x}, character {error.start + 1}), which is not text"
         ) from error
 
 
 def check_values(value: object) -> None:
-    """Refuse a value of parsed JSON of which any part cannot be written again: `check_text`, and infinite numbers.
+    """Refuse parsed JSON that cannot be written again: texts that `check_text` refuses, and infinite numbers.
 
     Raises:
         Fault: names the character or the number.
@@ -84,10 +84,10 @@ def check_values(value: object) -> None:
 
 
 def text_field(fields: Fields, key: str) -> str:
-    """One field that must be there and must be a text.
+    """Return a field that must be present and must be a text.
 
     Raises:
-        Fault: it is not, or has characters that no tokenizer takes.
+        Fault: the field is missing or not a text, or has characters that no tokenizer takes.
     """
     if key not in fields:
         raise Fault(f"the field {key!r} is missing; the record has {sorted(fields)}", Reason.FIELDS)

@@ -1,4 +1,4 @@
-"""A record that is not used: where it stands, why, and what to do about all of its kind."""
+"""Refusals of records: where the record is, why it is not used, and what to do about all records of that kind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 
 
 class Reason(Enum):
-    """Why records are refused, in the words of the summary; each with its remedy."""
+    """Why a record is refused, in the words of the summary; each with its remedy."""
 
     MALFORMED = "malformed", "mend the file, or leave these records out with --skip-refused"
     FIELDS = "fields that no layout has", "name or rename the fields (fdd prepare --help lists the layouts)"
-    MEDIA = "images or other parts that are no text", "leave these records out with --skip-refused"
+    MEDIA = "images or other parts that are not text", "leave these records out with --skip-refused"
     EMPTY = "empty", "leave these records out with --skip-refused"
     NOTHING_LEARNED = "nothing in it is learned", "leave these records out with --skip-refused"
     TOO_LONG = (
@@ -39,20 +39,22 @@ class Reason(Enum):
 
     @property
     def title(self) -> str:
+        """The reason in a few words."""
         return self.value[0]
 
     @property
     def remedy(self) -> str:
+        """What to do about it."""
         return self.value[1]
 
 
 class Refusal(ValueError):  # noqa: N818
-    """A record that cannot be used.
+    """The error of a record that cannot be used.
 
     Args:
-        where: file and line (or row) of the record.
-        reason: of its kind, for counting.
-        detail: what is wrong with this one.
+        where: file and line, element or row of the record.
+        reason: the kind of refusal, for counting.
+        detail: what is wrong with this record.
     """
 
     def __init__(self, where: str, reason: Reason, detail: str) -> None:
@@ -64,7 +66,7 @@ class Refusal(ValueError):  # noqa: N818
 
 
 class Fault(ValueError):  # noqa: N818
-    """What is wrong with a record, said where it is not known where the record stands (`refusing` adds that)."""
+    """What is wrong with a record, raised where the record's place is not known; `refusing` adds the place."""
 
     def __init__(self, detail: str, reason: Reason = Reason.MALFORMED) -> None:
         super().__init__(detail)
@@ -76,7 +78,7 @@ def refusing(where: str) -> Iterator[None]:
     """Turn whatever goes wrong with the record at `where` into its refusal.
 
     Raises:
-        Refusal: instead of any exception but that one and want of memory.
+        Refusal: in place of any exception but a `Refusal` or a `MemoryError`.
     """
     try:
         yield
@@ -88,6 +90,6 @@ def refusing(where: str) -> Iterator[None]:
         raise Refusal(where, Reason.MALFORMED, "is nested too deeply") from error
     except ValueError as error:
         raise Refusal(where, Reason.MALFORMED, str(error)) from error
-    except Exception as error:  # a record is anything that somebody wrote
+    except Exception as error:  # a record can hold anything
         detail = f"cannot be read ({type(error).__name__}: {error})"
         raise Refusal(where, Reason.MALFORMED, detail) from error

@@ -1,4 +1,4 @@
-"""A sample's text to token ids and the mask of what is learned."""
+"""From a sample's text to token ids and the mask of the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from megatron_fdd.data.tokenizer import TextTokenizer
 
 
 def encode_sample(tokenizer: TextTokenizer, sample: Sample) -> tuple[np.ndarray, np.ndarray, int]:
-    """Ids (int32), mask (uint8) and how many tokens reach over a border of a learned range.
+    """Return ids (int32), mask (uint8), and how many tokens reach over a border of a learned range.
 
-    The text is tokenised once, as a whole. A token is learned when its characters lie inside of a range. One that
-    reaches over the left border (white space of the prompt that merges with the answer's) is no token of the answer;
-    one that reaches over the right border is, where the rest is white space: a control token that swallows the line
-    break.
+    The text is tokenised once, as a whole. A token is learned if its characters lie inside a range. A token that
+    reaches over the left border (white space of the prompt that merges with the answer's) is not learned. A token
+    that reaches over the right border is learned if only white space follows there: a control token that includes
+    the line break.
 
     Raises:
-        ValueError: the tokenizer does not tell the characters of a token, and its tokens reach over a border.
+        ValueError: the tokenizer does not tell the characters of a token, and a token reaches over a border.
     """
     token_ids, places = tokenizer.ids_and_places(sample.text)
     ids = np.array(token_ids, np.int32)
@@ -39,12 +39,12 @@ def encode_sample(tokenizer: TextTokenizer, sample: Sample) -> tuple[np.ndarray,
 
 
 def _without_gaps(places: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where tokens begin and end, with the characters that a tokenizer leaves out of its places.
+    """Return where tokens begin and end, with the characters that a tokenizer leaves out of its places.
 
-    Byte-level ones may leave out the space before a word, which is in its token; a normaliser leaves out the accent
-    that it joined with the letter before.
+    A byte-level tokenizer may leave out the space before a word, although it is part of the word's token; a
+    normaliser leaves out the accent that it joined with the letter before.
     """
-    starts, ends = np.concatenate([places, [[len(text)] * 2]]).T  # with the end of the text, as a last token
+    starts, ends = np.concatenate([places, [[len(text)] * 2]]).T  # the end of the text counts as a last token
     before = np.concatenate([[0], np.maximum.accumulate(places[:, 1])])
     for index in np.flatnonzero(starts > before):
         joined = len(text[before[index] : starts[index]].rstrip())

@@ -1,4 +1,4 @@
-"""Samples to look at before a training: what is learned in colour, on a terminal and as a page."""
+"""Samples to look at before a training run, with the learned text in colour, on a terminal and as a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import groupby
 from megatron_fdd.data.encode import Encoded
 from megatron_fdd.data.tokenizer import TextTokenizer
 
-# Of a terminal: learned text in green, what is only read in grey.
+# Terminal colours: green for learned text, grey for text that is only read.
 _LEARNED, _READ, _PLAIN = "\033[32m", "\033[90m", "\033[0m"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -17,14 +17,14 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 pre {{ white-space: pre-wrap; background: #f6f6f6; border-radius: 6px; padding: 1rem; color: #666 }}
 b {{ font-weight: normal; color: #0a5c1f; background: #d7f5de; border-radius: 3px }}
 </style></head><body><h1>{title}</h1>
-<p><b>What is learned</b>, behind what the student only reads.</p>
+<p><b>What is learned</b>, after what the student only reads.</p>
 {samples}
 </body></html>
 """
 
 
 def shown(tokenizer: TextTokenizer, samples: Sequence[Encoded], *, in_colour: bool) -> Iterator[str]:
-    """Each sample as a text; without colours what is learned stands between `[[` and `]]`."""
+    """Yield each sample as a text; without colours the learned text stands between `[[` and `]]`."""
     before, after = (_LEARNED, _PLAIN) if in_colour else ("[[", "]]")
     for number, sample in enumerate(samples, 1):
         yield f"--- {_title(number, sample)}"
@@ -37,7 +37,7 @@ def shown(tokenizer: TextTokenizer, samples: Sequence[Encoded], *, in_colour: bo
 
 
 def page(tokenizer: TextTokenizer, samples: Sequence[Encoded], title: str) -> str:
-    """The same as an HTML page that needs nothing from elsewhere."""
+    """Return the samples as an HTML page that needs no other files."""
     blocks = []
     for number, sample in enumerate(samples, 1):
         text = "".join(
@@ -56,7 +56,7 @@ def _title(number: int, sample: Encoded) -> str:
 
 
 def _parts(tokenizer: TextTokenizer, sample: Encoded) -> Iterator[tuple[str, bool]]:
-    """The text in pieces that are learned or not."""
+    """Yield the text in pieces, each learned or not."""
     mask = [1] * len(sample.ids) if sample.loss_mask is None else sample.loss_mask.tolist()
     pairs = zip(sample.ids.tolist(), mask, strict=True)
     for is_learned, group in groupby(pairs, key=lambda pair: bool(pair[1])):

@@ -1,4 +1,4 @@
-"""Which prepared sets a run reads, from Megatron's flags."""
+"""The prepared sets that a run reads, by Megatron's flags."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from megatron.training.utils import get_blend_and_blend_per_split
 
-# A blend as Megatron has it: prefixes, and weights or None.
+# A blend in Megatron's form: prefixes, and weights or None.
 Blend = tuple[list[str], list[float] | None]
 
 
@@ -16,7 +16,7 @@ def evaluates(args: argparse.Namespace) -> bool:
 
 
 def blends(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
-    """The blend for all parts together, or one for each of train, validation and test; only what is read."""
+    """Return the blend for all parts together, or one for each of train, validation and test; only what is read."""
     blend, per_part = get_blend_and_blend_per_split(args)
     if per_part is not None and not evaluates(args):
         per_part = [per_part[0], None, None]
@@ -24,7 +24,7 @@ def blends(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | None] |
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """Every prepared set that the run reads, once; empty with `--mock-data`."""
+    """Return every prepared set that the run reads, once; empty with `--mock-data`."""
     blend, per_part = blends(args)
     used = [blend, *(per_part or [])]
     return list(dict.fromkeys(prefix for part in used if part is not None for prefix in part[0]))

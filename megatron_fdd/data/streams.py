@@ -1,4 +1,4 @@
-"""Files and pipes as bytes: decompressed, told by their first bytes rather than by their names, read once."""
+"""Files and pipes as bytes: decompressed, recognised by their first bytes rather than by their names, read once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from types import ModuleType
 from typing import Any, BinaryIO, Literal
 
 Compression = Literal["gzip", "zstd"]
-# How much of a file is looked at to tell what it is; its first record should be within.
+# So much of a file is read to tell its format; its first record should be inside.
 HEAD_BYTES = 4 * 1024 * 1024
-# Enough to tell what is no text.
+# Enough to recognise what is not text.
 START_BYTES = 4096
 _BUFFER_BYTES = 1024 * 1024
 _DISK_BYTES = 64 * 1024
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-# JSON and text are compressed to a third or less.
+# Compression makes JSON and text three times smaller, or more.
 _PACKED_TIMES = 3
 _UTF8_MARK = b"\xef\xbb\xbf"
-# What is no text, and what to do about it.
+# Formats that are not text, and what to do about them.
 _REFUSED: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (
         re.compile(rb"ARROW1|\xff{4}"),
@@ -33,7 +33,10 @@ _REFUSED: tuple[tuple[re.Pattern[bytes], str], ...] = (
         re.compile(rb"PK\x03\x04|7z\xbc\xaf|.{257}ustar", re.DOTALL),
         "an archive: unpack it and give its files",
     ),
-    (re.compile(rb"BZh\d1AY&SY|\xfd7zXZ\0"), "compressed in a way that is not read here: use gzip or zstd"),
+    (
+        re.compile(rb"BZh\d1AY&SY|\xfd7zXZ\0"),
+        "compressed with bzip2 or xz, which are not read: use gzip or zstd",
+    ),
     (
         re.compile(rb"\x1f\x8b|\x28\xb5\x2f\xfd|PAR1"),
         "compressed twice, or parquet in a compressed file: decompress it",
@@ -49,15 +52,15 @@ class Stream:
     """The bytes of a file from its beginning, decompressed, without a byte order mark.
 
     Attributes:
-        bytes: what is left to read.
-        is_parquet: it is a parquet file, which is read by its path, not from here.
+        bytes: a reader of what is left.
+        is_parquet: true for a parquet file, which is read by its path, not from here.
     """
 
     def __init__(self, path: str, file: BinaryIO) -> None:
-        """`file`: open, unbuffered.
+        """Start at the beginning of `file`, which is open and unbuffered.
 
         Raises:
-            ValueError: compressed with zstd, and pyarrow is not there.
+            ValueError: the file is compressed with zstd, and pyarrow is not installed.
         """
         self.path = path
         self._disk = self._begun = _Begun(file)
@@ -73,13 +76,15 @@ class Stream:
         self.bytes = io.BufferedReader(self._begun, _BUFFER_BYTES)
 
     def head(self, num_bytes: int) -> tuple[bytes, bool]:
-        """The first bytes, before any of them was read, and whether they are all. They stay to be read.
+        """Return the first bytes, and whether they are the whole file. They can still be read afterwards.
+
+        Call it before anything is read.
 
         Args:
-            num_bytes: so many, or less at the end; a pipe is waited for.
+            num_bytes: so many bytes, or fewer at the end of the file; a pipe is waited for.
 
         Raises:
-            ValueError: they are those of a file that is no text.
+            ValueError: the bytes show that the file is not text.
         """
         head = self._begun.head(num_bytes)
         for pattern, remedy in _REFUSED:
@@ -88,7 +93,10 @@ class Stream:
         return head, len(head) < num_bytes
 
     def share(self, num_bytes: int) -> int:
-        """How much of the file on disk was taken for the next `num_bytes`: those, or compressed ones as they come."""
+        """Return how many bytes of the file on disk were used for the next `num_bytes`.
+
+        In a compressed file, compressed bytes count when they are read.
+        """
         if self._is_compressed:
             before, self._taken = self._taken, self._disk.count
             return self._taken - before
@@ -96,29 +104,30 @@ class Stream:
         return num_bytes
 
     def close(self) -> None:
+        """Close the file."""
         self.bytes.close()
         self._disk.close()  # the decompressors leave it open
 
 
 def about_bytes(path: str) -> int:
-    """About how much text or JSON is in a file: its size, or that times 3 where it is compressed or parquet."""
+    """Estimate how much text or JSON a file holds: its size, times 3 if it is compressed or parquet."""
     with open(path, "rb") as file:
         magic = file.read(4)
     is_packed = magic[:2] == _GZIP or magic in (_ZSTD, _PARQUET)
     return os.path.getsize(path) * (_PACKED_TIMES if is_packed else 1)
 
 
-# A pipe cannot be opened twice: what was looked at waits here for its reader.
+# A pipe cannot be opened twice: after `look`, its stream waits here for its reader.
 _looked_at: dict[str, Stream] = {}
 
 
 @contextmanager
 def open_stream(path: str) -> Iterator[Stream]:
-    """The stream of a file, closed in the end.
+    """Open the stream of a file, and close it in the end.
 
     Raises:
-        ValueError: `Stream`.
-        OSError: it cannot be opened.
+        ValueError: as in `Stream`.
+        OSError: the file cannot be opened.
     """
     stream = _looked_at.pop(path, None) or _open(path)
     try:
@@ -129,7 +138,7 @@ def open_stream(path: str) -> Iterator[Stream]:
 
 @contextmanager
 def look(path: str) -> Iterator[Stream]:
-    """As `open_stream`, to look at the head alone: the stream of a pipe stays open for its reader."""
+    """Open a stream to read only its head; the stream of a pipe stays open for its reader."""
     stream = _looked_at.pop(path, None) or _open(path)
     try:
         yield stream
@@ -145,10 +154,10 @@ def _open(path: str) -> Stream:
 
 
 def pyarrow_for(path: str, kind: str) -> ModuleType:
-    """The library, imported where it is needed first.
+    """Import pyarrow where it is first needed, and return it.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -158,20 +167,20 @@ def pyarrow_for(path: str, kind: str) -> ModuleType:
 
 
 class _Begun(io.RawIOBase):
-    """A file whose beginning can be looked at before it is read; of a pipe, what is there is read without waiting.
+    """A file whose beginning can be looked at before it is read; a pipe gives what it has without waiting.
 
     Attributes:
-        count: how much was taken from the file.
+        count: how many bytes were read from the file.
     """
 
     def __init__(self, file: Any) -> None:
-        """`file`: anything with `readinto` and `close`."""
+        """Start with `file`, which has `readinto` and `close`."""
         self._file = file
         self._kept = bytearray()
         self.count = 0
 
     def head(self, num_bytes: int) -> bytes:
-        """The next bytes, which stay; fewer at the end."""
+        """Return the next bytes, which stay to be read; fewer at the end."""
         while (missing := num_bytes - len(self._kept)) > 0:
             buffer = bytearray(missing)
             count = self._file.readinto(buffer)
@@ -182,7 +191,7 @@ class _Begun(io.RawIOBase):
         return bytes(self._kept[:num_bytes])
 
     def skip(self, num_bytes: int) -> int:
-        """Drop bytes that `head` gave; returns how many."""
+        """Drop bytes that `head` gave; return how many."""
         del self._kept[:num_bytes]
         return num_bytes
 
@@ -205,17 +214,18 @@ class _Begun(io.RawIOBase):
 
 
 class _Decompressed:
-    """A decompressor, whose errors name the file."""
+    """A decompressor whose errors name the file."""
 
     def __init__(self, path: str, compression: Compression, file: Any) -> None:
         self._path, self._compression, self._file = path, compression, file
 
     def readinto(self, buffer: Buffer) -> int:
+        """Read decompressed bytes into `buffer`; return how many."""
         try:
             return self._file.readinto(buffer)
         except (EOFError, OSError, zlib.error, ValueError) as error:
             raise ValueError(
-                f"{self._path}: damaged, or cut off ({self._compression}: {error}); make or copy it anew"
+                f"{self._path}: damaged, or cut off ({self._compression}: {error}); make or copy it again"
             ) from error
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What preparing says at its end: what there is to learn, what is unusual about it, what was left out and why."""
+"""The lines that preparing prints at its end: what there is to learn, what is unusual, what was left out and why."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BAR = 40
 
 
 def summary_lines(tally: Tally, template: ChatTemplate | None) -> list[str]:
-    """For people; the first line has the counts.
+    """Return the summary, for people; the first line has the counts.
 
     Args:
-        template: of the conversations; None where there is none.
+        template: the template of the conversations; None without conversations.
     """
     share = f", {tally.learned:,} of them learned ({tally.learned / max(tally.tokens, 1):.0%})"
     lines = [
@@ -38,8 +38,8 @@ def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
         cost = tally.tokens / max(notes[encode.LAST_SAMPLES], 1)
         yield (
             f"{tally.documents:,} conversations -> {tally.samples:,} samples, {cost:.1f} times the tokens: the "
-            "template writes earlier answers differently once a conversation goes on, so each has a sample of its own "
-            "(--chat-turns last learns the last one alone)"
+            "template writes earlier answers differently once a conversation goes on, so each has its own sample "
+            "(--chat-turns last learns only the last one)"
         )
     for note, count in sorted(notes.items()):
         token = note.removeprefix(chat.ENDS_WITH)
@@ -62,11 +62,11 @@ def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
     if notes[chat.MARKS_ALONE]:
         yield (
             f"{notes[chat.MARKS_ALONE]:,} answers do not follow their generation prompt: only the template's marks "
-            "tell where they are, and the student learns them behind another text than it will see"
+            "show where they are, and the student learns them after another text than it will see"
         )
     if notes[chat.EMPTY_THINKING]:
         yield (
-            f"{notes[chat.EMPTY_THINKING]:,} answers begin with an empty block of reasoning, which is learned: the "
+            f"{notes[chat.EMPTY_THINKING]:,} answers begin with empty reasoning, which is learned: the "
             "student learns not to think. Give answers with reasoning, or ask for none with --chat-template-kwargs "
             "'{\"enable_thinking\": false}', where the template has that switch"
         )
@@ -77,7 +77,7 @@ def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
     }
     if ignored:
         names = ", ".join(f"{name} ({count:,})" for name, count in ignored.items())
-        yield f"fields that nobody reads, in so many records: {names}"
+        yield f"fields that nothing reads (number of records): {names}"
     if notes[chat.CONTROL_TOKENS]:
         yield f"{notes[chat.CONTROL_TOKENS]:,} texts hold a control token, which stays one"
     if notes[encode.BORDER_TOKENS]:
@@ -85,7 +85,7 @@ def _of_chats(tally: Tally, template: ChatTemplate) -> Iterator[str]:
 
 
 def _histogram(tally: Tally) -> Iterator[str]:
-    """How long samples are; not for a single one."""
+    """Yield how long the samples are; nothing for a single one."""
     if tally.samples < 2:
         return
     yield "samples by their length in tokens:"
@@ -96,7 +96,7 @@ def _histogram(tally: Tally) -> Iterator[str]:
 
 
 def refusal_lines(tally: Tally) -> Iterator[str]:
-    """How many records were refused, by reason, with the first places of each."""
+    """Yield how many records were refused, by reason, with the first places of each."""
     if tally.refused:
         yield f"{tally.refused.total():,} records refused:"
     for reason, count in tally.refused.most_common():

@@ -1,4 +1,4 @@
-"""What preparing saw: counts of documents and notes, and what was refused, by reason, with the first places of each."""
+"""Counts of what preparing saw: documents, notes, and refusals by reason, with the first places of each."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 from megatron_fdd.data.encode import EncodedDocument
 from megatron_fdd.data.refusals import Reason, Refusal
 
-# How many places of each reason a summary names.
+# How many places a summary names for each reason.
 PLACES = 3
 _COUNTED = ("documents", "samples", "tokens", "learned", "truncated")
 
 
 @dataclass(slots=True)
 class Tally:
-    """Adds up documents.
+    """Counts that add up over documents.
 
     Attributes:
         documents: records that gave a sample.
-        samples, tokens, learned: of them.
+        samples, tokens, learned: their samples, tokens and learned tokens.
         truncated: samples whose end was cut off.
-        lengths: of samples, in tokens: how many have at most so many, a power of two, and more than half of it.
-        notes: see `chat` and `encode`.
-        refused: how many, by reason.
+        lengths: numbers of samples by length in tokens: a key, a power of two, counts those with at most
+            so many tokens and more than half of it.
+        notes: counts by the notes in `chat` and `encode`.
+        refused: numbers of refused records by reason.
         first: the first refusals of each reason.
     """
 
@@ -40,7 +41,7 @@ class Tally:
     first: dict[Reason, list[Refusal]] = field(default_factory=dict)
 
     def add(self, document: EncodedDocument) -> None:
-        """One more document."""
+        """Add one document."""
         if document.refusal is not None:
             reason = document.refusal.reason
             self.refused[reason] += 1
@@ -57,7 +58,7 @@ class Tally:
             self.lengths[1 << (len(sample.ids) - 1).bit_length()] += 1
 
     def state(self) -> dict[str, Any]:
-        """As JSON, for `from_state`."""
+        """Return JSON values for `from_state`."""
         first = [refusal for refusals in self.first.values() for refusal in refusals]
         return {
             **{name: getattr(self, name) for name in _COUNTED},
@@ -69,7 +70,7 @@ class Tally:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Tally:
-        """What `state` gave. ValueError, KeyError or TypeError where it is none."""
+        """Return the tally that `state` described. ValueError, KeyError or TypeError if it describes none."""
         first: dict[Reason, list[Refusal]] = {}
         for where, reason, detail in state["first"]:
             first.setdefault(Reason[reason], []).append(Refusal(where, Reason[reason], detail))
@@ -84,7 +85,7 @@ class Tally:
         )
 
     def as_json(self) -> dict[str, object]:
-        """For `PREFIX.prepared.json`, and the report."""
+        """Return JSON values for `PREFIX.prepared.json` and the report."""
         return {
             **{name: getattr(self, name) for name in _COUNTED},
             "lengths": {str(length): count for length, count in sorted(self.lengths.items())},

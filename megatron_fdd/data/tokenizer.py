@@ -1,8 +1,8 @@
-"""The tokenizer of a run: its flags, and what preparing asks of it, all without Megatron.
+"""The tokenizer of a run: its flags, and the calls that preparing makes, all without Megatron.
 
-Training uses Megatron's tokenizer. So does preparing, except that a worker process should not spend seconds on
-importing Megatron: it gets the library's own object (Hugging Face's or SentencePiece's) as Megatron's class has set it
-up, and only the calls of that object are written down a second time, here. `megatron_tokenizer.text_tokenizer` makes
+Training uses Megatron's tokenizer, and so does preparing. But a worker process should not spend seconds on
+importing Megatron: it gets the library's own object (Hugging Face's or SentencePiece's), which Megatron's class has
+set up. Only the calls of that object are written a second time, here. `megatron_tokenizer.text_tokenizer` makes
 these objects and refuses one whose ids are not Megatron's.
 """
 
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate
 
-if TYPE_CHECKING:  # a library comes with its object, and is imported for that one only
+if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
-# A text on which a tokenizer is compared with its copy in a worker: white space in every place, letters beyond ASCII
-# and such as are in few vocabularies, digits, control tokens as text.
+# A text on which a tokenizer is compared with its copy in a worker: white space in every place, letters beyond ASCII,
+# letters that few vocabularies have, digits, control tokens as text.
 PROBE = "  The river,\n\n\ttwo  spaces; naïve 東京 🙂 \u2603 1234567 <s> </s> <|endoftext|> \n"
 
 TOKENIZER_TYPES = (
@@ -38,7 +38,7 @@ TOKENIZER_TYPES = (
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSettings:
-    """Names and values as in Megatron's flags; the same ones give the same ids in training.
+    """The tokenizer's flags, named as in Megatron; the same values give the same ids in training.
 
     Attributes:
         chat_template: jinja text that replaces the tokenizer's own template.
@@ -52,7 +52,7 @@ class TokenizerSettings:
 
 
 def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | None) -> None:
-    """Refuse a tokenizer whose files are plainly not there, before anything looks for them online.
+    """Refuse a tokenizer whose files do not exist, before anything looks for them online.
 
     Raises:
         ValueError: names the path and the flag.
@@ -61,8 +61,8 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
         return
     if not tokenizer_model:
         raise ValueError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model")
-    # A Hugging Face name has the form `owner/name`. Everything else is meant as a path, also what begins with a
-    # folder that is here: asking the hub for a mistyped one would cost a minute of retries on every rank.
+    # A Hugging Face name has the form `owner/name`. Everything else is taken for a path, and so is a name that begins
+    # with a folder that exists: asking the hub for a mistyped path would cost a minute of retries on every rank.
     owner, *rest = tokenizer_model.split("/")
     may_be_a_name = (
         tokenizer_type == "HuggingFaceTokenizer"
@@ -78,10 +78,10 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
 
 
 def generation_stops(tokenizer_model: str) -> tuple[int, ...]:
-    """Ids at which the model of this folder ends a generation; none without `generation_config.json`.
+    """Return the ids at which the model in this folder ends a generation; none without `generation_config.json`.
 
     Raises:
-        ValueError: the file is no JSON object, or names something else than ids.
+        ValueError: the file is not a JSON object, or names something else than ids.
     """
     path = os.path.join(tokenizer_model, "generation_config.json")
     if not os.path.isfile(path):
@@ -97,12 +97,12 @@ def generation_stops(tokenizer_model: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TextTokenizer(ABC):
-    """What preparing asks of a tokenizer; can be pickled into a process without torch and Megatron.
+    """A tokenizer with the calls that preparing makes; can be pickled into a process without torch and Megatron.
 
     Attributes:
         chat_template: jinja text, or several by name; None when there is none.
-        eod: id that ends a document; negative when there is none.
-        bos: id that may begin a sequence, likewise.
+        eod: id that ends a document; negative without one.
+        bos: id that may begin a sequence; negative without one.
         stop_ids: ids at which the model's own `generation_config.json` ends a generation.
     """
 
@@ -113,33 +113,33 @@ class TextTokenizer(ABC):
 
     @abstractmethod
     def ids(self, text: str) -> list[int]:
-        """What Megatron's `tokenize` gives: the tokens around a whole sequence included."""
+        """Return what Megatron's `tokenize` returns, which includes the tokens around a whole sequence."""
 
     @abstractmethod
     def plain_ids(self, text: str) -> list[int]:
-        """Ids of `text` without the tokens that a Hugging Face tokenizer puts around a whole sequence."""
+        """Return the ids of `text` without the tokens that a Hugging Face tokenizer puts around a whole sequence."""
 
     @abstractmethod
     def ids_and_places(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-        """`plain_ids`, and of each the characters that it stands for (None: this tokenizer does not tell)."""
+        """Return `plain_ids`, and the characters that each stands for (None: this tokenizer does not tell)."""
 
     @abstractmethod
     def text(self, ids: list[int]) -> str:
-        """What Megatron's `detokenize` gives."""
+        """Return what Megatron's `detokenize` returns."""
 
     @abstractmethod
     def added_tokens(self) -> dict[str, bool]:
-        """Texts that are a token wherever they stand: `<|im_end|>`. True: a control token."""
+        """Return the texts that are a token wherever they stand, such as `<|im_end|>`. True: a control token."""
 
     @abstractmethod
     def special_tokens(self) -> dict[str, Any]:
-        """What chat templates know by name: `bos_token`, `eos_token` and the like."""
+        """Return the tokens that chat templates know by name: `bos_token`, `eos_token` and the like."""
 
     def chat(self, settings: ChatSettings) -> ChatTemplate:
-        """The chat template with this tokenizer's tokens.
+        """Return the chat template with this tokenizer's tokens.
 
         Raises:
-            ValueError: there is none; it has no variable that the settings set.
+            ValueError: there is no chat template, or it lacks a variable that the settings set.
         """
         if not self.chat_template:
             raise ValueError(
@@ -165,7 +165,7 @@ class TextTokenizer(ABC):
 
     @cached_property
     def leading_ids(self) -> list[int]:
-        """What this tokenizer puts before a sequence: the beginning-of-sequence id, or nothing."""
+        """The ids that this tokenizer puts before a sequence: the beginning-of-sequence id, or nothing."""
         first = self.ids("a")[:1]
         return first if first and first[0] == self.bos else []
 
@@ -228,7 +228,7 @@ class SentencePieceText(TextTokenizer):
         return self.library.decode_ids(ids)
 
     def added_tokens(self) -> dict[str, bool]:
-        """Pieces such as `<|im_end|>` that the model was trained to keep whole; none of the control pieces."""
+        """Return pieces such as `<|im_end|>` that the model was trained to keep whole, without control pieces."""
         pieces = (self.library.id_to_piece(index) for index in range(self.library.get_piece_size()))
         bracketed = [piece for piece in pieces if re.fullmatch(r"<.+>|\[.+\]", piece)]
         return {piece: True for piece in bracketed if self.library.piece_to_id(piece) in self.ids(piece)}

@@ -1,8 +1,9 @@
-"""Does a chat template write all of a conversation? Some drop reasoning, calls, schemas or the system's text silently.
+"""The check that a chat template writes all of a conversation: some drop reasoning, calls, schemas or system text.
 
-What a message of the assistant says must be in what is learned of it; everything before an answer must be in the text
-before it. Texts are looked for as they stand, and as JSON writes them. One that is not found so (a template may write
-it in another form) is looked for by marks: a copy of the conversation gets some in it, and is written once more.
+What a message of the assistant says must be in what is learned of that message; everything before an answer must be
+in the text before it. Texts are searched for as they are, and as JSON writes them. A text that is not found may be
+written in another form; it is searched for by marks: a copy of the conversation gets marks in it and is written
+again.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import Any
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.messages import Message
 
-# What --allow-dropped takes.
+# The values of --allow-dropped.
 FIELDS = ("system", "user", "tool", "tools", "content", "reasoning", "tool_calls")
 _THINKING = re.compile(r"(</?think>)")
-# By index of its message: the text before an answer, and the answer.
+# For the index of each answer's message: the text before the answer, and the answer.
 Answers = Mapping[int, tuple[str, str]]
 Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Vanished:
-    """What is dropped. `field`: one of `FIELDS`; `where`: in words."""
+    """A dropped text. `field` is one of `FIELDS`; `where` names its place in words."""
 
     field: str
     where: str
@@ -37,9 +38,9 @@ class _Part:
     """A text of a conversation that must be written.
 
     Attributes:
-        place: of the text in the messages or tools: keys and indices, then the number of the piece of it.
-        message: index of its message; None for a schema.
-        is_key: a name of an argument or a parameter.
+        place: where the text is in the messages or tools: keys and indices, then the number of the piece.
+        message: the index of its message; None for a schema.
+        is_key: true for the name of an argument or a parameter.
     """
 
     text: str
@@ -56,11 +57,11 @@ def find_vanished(
     answers: Callable[[Conversation], Answers],
     allowed: Collection[str] = (),
 ) -> tuple[Vanished, ...]:
-    """What is not written: the first place of each field.
+    """Return what is not written: the first place of each field.
 
     Args:
-        found: what the template makes of the conversation.
-        answers: what it makes of another of the same messages.
+        found: what the template writes for the conversation.
+        answers: returns what it writes for a changed copy of the conversation.
         allowed: fields that may be dropped.
     """
     parts = [part for part in _parts(conversation) if part.field not in allowed]
@@ -80,13 +81,13 @@ def find_vanished(
 
 
 def _is_written(part: _Part, text: str, messages: Sequence[Message], answers: Answers) -> bool:
-    """In the answer that it is a part of, or else in every text before a later answer."""
+    """Whether a text is in the answer that it is a part of, or otherwise in every text before a later answer."""
     first = -1
     if part.message is not None:
         first, is_answer = part.message, part.message in answers
         if is_answer and not _is_in(text, answers[first][1]):
             return False
-        # Reasoning of earlier turns may go; a call was written once.
+        # Reasoning of earlier turns may be dropped; a call needs to be written only once.
         if messages[first]["role"] == "assistant" and (
             part.field == "reasoning" or (part.field == "tool_calls" and is_answer)
         ):
@@ -95,7 +96,7 @@ def _is_written(part: _Part, text: str, messages: Sequence[Message], answers: An
 
 
 def _is_in(text: str, written: str) -> bool:
-    """As it stands, or as JSON writes it."""
+    """Whether `written` holds a text as it is, or as JSON writes it."""
     if text in written:
         return True
     return any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in written for ascii_only in (False, True))
@@ -120,7 +121,7 @@ def _parts_of_message(message: Message, index: int) -> Iterator[_Part]:
     for at, piece in enumerate(pieces):
         if not piece.strip() or at % 2:  # a tag
             continue
-        # What stands before an end of reasoning is reasoning, whether it was opened or not.
+        # Text before an end of reasoning is reasoning, even without a start of reasoning.
         is_thought = at + 1 < len(pieces) and pieces[at + 1] == "</think>"
         field = "reasoning" if is_thought else "content" if is_answer else message["role"]
         name = "reasoning" if is_thought else "text"
@@ -153,7 +154,7 @@ def _parts_of_tool(tool: Mapping[str, Any], index: int) -> Iterator[_Part]:
 
 
 def _marked(conversation: Conversation, marks: Mapping[_Part, tuple[str, str]]) -> Conversation:
-    """A copy in which each of these texts begins and ends with a mark of its own; a name, all of it."""
+    """Return a copy in which each of these texts begins and ends with a mark of its own; a name becomes its marks."""
     messages: Any = json.loads(json.dumps(list(conversation.messages)))
     tools: Any = json.loads(json.dumps([dict(tool) for tool in conversation.tools or ()]))
     renamed = []
@@ -166,7 +167,7 @@ def _marked(conversation: Conversation, marks: Mapping[_Part, tuple[str, str]]) 
         for step in path:
             within = within[step]
         within[key] = _with_marks(within[key], int(piece), pair, is_name=key == "name")
-    for within, (*path, key), name in renamed:  # last: places are found by the names of before
+    for within, (*path, key), name in renamed:  # last, because places are found by the old names
         for step in path:
             within = within[step]
         within[name] = within.pop(key)

@@ -1,10 +1,10 @@
-"""Processes that tokenise: how many are worth their start, and what they return, in order.
+"""Processes that tokenise: how many are worth starting, and their results, in order.
 
-This module, and with it a worker, imports neither torch nor Megatron: a worker is ready after a second of CPU time in
-place of six. Workers are spawned, not forked: their parent has imported torch and runs threads (the tokenizer's, the
-progress bar's, the pool's own), of which a fork would have one, and the locks of all. A fork server would share the
-one import among all workers, but it is one for the whole program, with whatever was imported there first, and outlives
-the pool; it would save less than a second of CPU time for 4 MB of input.
+This module, and with it a worker, imports neither torch nor Megatron: a worker is ready after one second of CPU
+time instead of six. Workers are spawned, not forked. Their parent has imported torch and runs threads (the
+tokenizer's, the progress bar's, the pool's own); a fork would have one of these threads, and the locks of all. A
+fork server would share one import among all workers, but there is only one for the whole program, with whatever was
+imported there first, and it outlives the pool; it would save less than a second of CPU time for 4 MB of input.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from megatron_fdd.data.encode import EncodedDocument, Encoder
 from megatron_fdd.data.streams import about_bytes
 from megatron_fdd.data.tokenizer import PROBE
 
-# Large enough that handing a batch over costs nothing beside encoding it.
+# Large enough that handing over a batch costs nothing compared with encoding it.
 _BATCH_BYTES = 64 * 1024
 _BATCH_DOCUMENTS = 512
-# Batches in flight per worker: reading stays ahead of encoding without reading the corpus into memory.
+# Batches in flight for each worker: reading stays ahead of encoding, and the corpus is not read into memory.
 _AHEAD = 4
-# A worker starts in 0.9 s of CPU time and encodes these in 1.7 s (benchmarks/LOG.md, "preparing data").
+# A worker takes 0.9 s of CPU time to start and 1.7 s to encode this (benchmarks/LOG.md, "preparing data").
 BYTES_OF_A_WORKER = 4 * 1024 * 1024
-# More would only wait for each other.
+# More workers would only wait for each other.
 _WORKERS_A_CORE = 4
 
 EncodedBatch = tuple[int, list[EncodedDocument]]
 
 
 def useful_workers(asked: int, inputs: Sequence[str]) -> int:
-    """How many of the workers that were asked for have enough to do; 1: the parent encodes by itself.
+    """Return how many of the requested workers have enough to do; with 1, the parent encodes by itself.
 
-    An input without a size (a pipe) may be long: then all of them. The pool starts them one by one, as batches come.
+    An input without a size (a pipe) may be long, so then it is all of them. The pool starts workers one by one, as
+    batches come.
     """
     most = min(asked, _WORKERS_A_CORE * (os.cpu_count() or 1))
     if not all(os.path.isfile(path) for path in inputs):
         return most
-    # What is compressed counts as the text in it: that is what a worker has to do.
+    # A compressed file counts as the text in it, because a worker has to encode the text.
     return max(1, min(most, sum(map(about_bytes, inputs)) // BYTES_OF_A_WORKER))
 
 
@@ -65,7 +66,7 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 def encode_in_order(
     documents: Iterable[RawDocument], encoder: Encoder, workers: int
 ) -> Iterator[EncodedBatch]:
-    """Bytes consumed and encoded documents of each batch, in the order of the documents.
+    """Yield the bytes consumed and the encoded documents of each batch, in the order of the documents.
 
     Raises:
         ValueError: a worker died.
@@ -89,7 +90,7 @@ def encode_in_order(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process died, most likely for want of memory; try fewer --workers"
+            "a worker process died, most likely because memory ran out; try fewer --workers"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -103,7 +104,7 @@ _worker_encoder: Encoder | None = None
 
 
 def _pickled(encoder: Encoder) -> bytes:
-    """For the workers; refuse a tokenizer that would not give them the ids that it gives here."""
+    """Return the encoder as bytes for the workers; refuse a tokenizer whose copy would give other ids."""
     tokenizer = encoder.tokenizer
     try:
         content = pickle.dumps(encoder)
@@ -120,18 +121,18 @@ def _pickled(encoder: Encoder) -> bytes:
 
 
 def _start_worker(encoder: bytes) -> None:
-    """Runs once in each worker process."""
+    """Set up a worker process; runs once in each."""
     global _worker_encoder
-    # Ctrl-C reaches the whole process group: the parent reports it, the workers just end with the pool.
+    # Ctrl-C reaches the whole process group; the parent reports it, and the workers end with the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # One process per worker already; the tokenizers' own threads would only compete.
+    # The workers already run side by side; the tokenizers' own threads would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = pickle.loads(encoder)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for work for ever."""
+    """End this process when its parent ends; a worker whose parent is killed would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

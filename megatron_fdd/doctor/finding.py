@@ -10,12 +10,13 @@ Level = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
-        level: FAIL where a run would not start or not be right, warn where it might not.
-        name: what was looked at.
-        remedy: what to do about it; empty where there is nothing to do.
+        level: FAIL if a run would not start or would be wrong, warn if it might.
+        name: what was checked.
+        text: what was found.
+        remedy: what to do about it; empty if there is nothing to do.
     """
 
     level: Level
@@ -28,5 +29,5 @@ class Finding:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and message of an error, short enough for a report."""
+    """Return type and message of an error, short enough for a report."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,4 +1,7 @@
-"""What torch sees of GPUs, and with `--gpu` whether they work. None of the checks with a GPU has run on one yet."""
+"""Checks of the GPUs: what torch sees of them, and with `--gpu` whether they work.
+
+None of the checks with a GPU has run on one yet.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ import torch.distributed as dist
 from megatron_fdd.doctor.finding import Finding
 
 _MESSAGE_ELEMENTS = 1 << 24  # 64 MiB of float32
-_BLACKWELL = 10  # from this compute capability on one connection is not demanded
+_BLACKWELL = 10  # from this compute capability on, Megatron does not demand one connection
 _NO_GPU = "no GPU is visible to torch"
 
 
 def devices() -> Iterator[Finding]:
-    """Each visible GPU, and the NCCL that torch brings."""
+    """Check which GPUs are visible, and which NCCL torch brings."""
     if not torch.cuda.is_available():
         text = f"{_NO_GPU}: runs are rehearsals on CPUs"
         yield Finding("warn", "GPU", text, "on a machine with one, see nvidia-smi and CUDA_VISIBLE_DEVICES")
@@ -33,7 +36,10 @@ def devices() -> Iterator[Finding]:
 
 
 def connections() -> Iterator[Finding]:
-    """Megatron demands one connection for tensor or context parallelism before Blackwell."""
+    """Check CUDA_DEVICE_MAX_CONNECTIONS.
+
+    Before Blackwell, Megatron demands one connection for tensor or context parallelism.
+    """
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
     value = os.environ.get(name, "")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -46,7 +52,7 @@ def connections() -> Iterator[Finding]:
 
 
 def all_reduce() -> Iterator[Finding]:
-    """One process for each visible GPU, one sum over all of them through NCCL."""
+    """Check one sum through NCCL over all visible GPUs, with one process for each."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         yield Finding("FAIL", "all-reduce", _NO_GPU)
@@ -59,11 +65,11 @@ def all_reduce() -> Iterator[Finding]:
 
 
 def toy_run() -> Iterator[Finding]:
-    """Twenty steps of a toy pair on one GPU, against the curve of a CPU."""
+    """Check twenty steps of a toy pair on one GPU against the curve of a CPU."""
     if not torch.cuda.is_available():
         yield Finding("FAIL", "toy run", _NO_GPU)
         return
-    from megatron_fdd.doctor import toy  # it imports Megatron, which the other checks do without
+    from megatron_fdd.doctor import toy  # imports Megatron, which the other checks do not need
 
     distance = toy.distance(toy.steps("cuda"), toy.committed())
     text = f"{toy.NUM_STEPS} steps are within {distance:.1e} of a CPU's"
@@ -75,10 +81,10 @@ def toy_run() -> Iterator[Finding]:
 
 
 def summed(backend: str, count: int) -> float:
-    """Seconds of the second of two all-reduces of 64 MiB over `count` processes.
+    """Return the seconds that the second of two all-reduces of 64 MiB over `count` processes takes.
 
     Raises:
-        Exception: torch's, of the first process that failed, with its traceback; a wrong sum is such a failure.
+        Exception: torch's error for the first process that failed, with its traceback; a wrong sum is such a failure.
     """
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,7 +96,7 @@ def summed(backend: str, count: int) -> float:
 
 
 def _sum(rank: int, backend: str, count: int, port: int, seconds: list[float]) -> None:
-    """One process of `summed`. Collectives over all of them: two all-reduces and a barrier."""
+    """Run one process of `summed`. Collectives over all of them: two all-reduces and two barriers."""
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""What of the machine a run can stumble over: shared memory, open files, disk, cores."""
+"""Checks of the machine: shared memory, open files, disk, cores, the compiler's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ MIN_DISK_BYTES = 10 * GIB
 
 
 def shared_memory() -> Iterator[Finding]:
-    """Workers of data loaders hand batches over there, and NCCL the ranks of one machine their messages."""
+    """Check the size of shared memory.
+
+    Workers of data loaders hand over their batches in it, and with NCCL the ranks of one machine their messages.
+    """
     size = shutil.disk_usage(SHARED_MEMORY).total
     text = f"{size / GIB:.1f} GiB"
     if size < MIN_SHARED_BYTES:
@@ -31,7 +34,10 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def open_files() -> Iterator[Finding]:
-    """Each rank opens sockets to its peers, its shards of checkpoints and the files of its data."""
+    """Check the limit of open files.
+
+    Each rank opens sockets to its peers, its shards of checkpoints and the files of its data.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
         text = f"{soft} open files at most; sockets between ranks, checkpoint shards and data files add up"
@@ -42,7 +48,7 @@ def open_files() -> Iterator[Finding]:
 
 
 def free_disk() -> Iterator[Finding]:
-    """Space where the command was given, where checkpoints go unless told otherwise."""
+    """Check the free space of the current folder, where checkpoints go unless told otherwise."""
     free = shutil.disk_usage(Path.cwd()).free
     text = f"{free / GIB:.0f} GiB free in this folder"
     if free < MIN_DISK_BYTES:
@@ -53,7 +59,7 @@ def free_disk() -> Iterator[Finding]:
 
 
 def cores() -> Iterator[Finding]:
-    """Threads of each rank, against the cores that this process may use."""
+    """Check the threads of each rank against the cores that this process may use."""
     count, asked = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     if asked is None:
         yield Finding(
@@ -67,7 +73,10 @@ def cores() -> Iterator[Finding]:
 
 
 def compiler_cache() -> Iterator[Finding]:
-    """Where torch puts what it compiles: Megatron's fused functions, on a GPU."""
+    """Check the folder into which torch compiles.
+
+    On a GPU these are Megatron's fused functions.
+    """
     folder = Path(
         os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         or Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"

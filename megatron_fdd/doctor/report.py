@@ -1,4 +1,4 @@
-"""All checks in order, and the report that they make."""
+"""The report: all checks in order, with a line for each finding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_fdd.doctor.finding import Finding, first_line
 
-# By name, because a check's module imports what may be missing or broken here: torch, Megatron.
+# Checks are listed by name, because their modules import what may be missing or broken: torch, Megatron.
 CHECKS = (
     "versions.python",
     "versions.packages",
@@ -35,7 +35,7 @@ def run(gpu: bool) -> int:
     Args:
         gpu: also use the GPUs: an all-reduce over all of them, and twenty steps of a toy pair on one.
 
-    Returns: the exit status: 1 where a line says FAIL.
+    Returns: the exit status, 1 if a line says FAIL.
     """
     levels = []
     for finding in findings([*CHECKS, *(GPU_CHECKS if gpu else ())]):
@@ -47,10 +47,10 @@ def run(gpu: bool) -> int:
 
 
 def findings(checks: Sequence[str]) -> Iterator[Finding]:
-    """What the checks find, one after the other; an exception ends its own check only, and is its last finding.
+    """Yield the findings, check after check; an exception becomes the last finding of its check.
 
     Args:
-        checks: as `module.function` below `megatron_fdd.doctor`.
+        checks: names in the form `module.function`, below `megatron_fdd.doctor`.
     """
     for check in checks:
         module, _, function = check.partition(".")
@@ -67,7 +67,7 @@ def findings(checks: Sequence[str]) -> Iterator[Finding]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Megatron and torch say much when they are imported, and none of it is a finding."""
+    """Suppress what Megatron and torch print when they are imported: none of it is a finding."""
     sink = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         warnings.simplefilter("ignore")

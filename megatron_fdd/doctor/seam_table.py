@@ -1,4 +1,4 @@
-"""The places where this package takes part in Megatron's work, with the parameters that it uses.
+"""The seams: functions and classes of Megatron that this package calls or extends, with the parameters that it uses.
 
 `fdd doctor` compares them with the installed Megatron, and `docs/megatron.md` shows them.
 """
@@ -13,11 +13,11 @@ class Seam:
     """A function or a class of Megatron.
 
     Attributes:
-        name: dotted.
-        parameters: those that we give or read by name.
-        purpose: what for.
+        name: dotted name.
+        parameters: parameters that we give or read by name.
+        purpose: what we use it for.
         where: our files that use it, below `megatron_fdd/`.
-        breaks: what no longer works where the seam or one of the parameters is gone.
+        breaks: what no longer works if the seam or one of the parameters is gone.
     """
 
     name: str

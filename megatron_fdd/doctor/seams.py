@@ -1,4 +1,4 @@
-"""The installed Megatron against what this package takes from it: names, signatures, patches."""
+"""Checks of the installed Megatron against what this package takes from it: names, signatures, patches."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _REMEDY = f"install {tables.WRITTEN_FOR}, or adapt"
 
 
 def imported_names() -> Iterator[Finding]:
-    """Every name that a module of this package imports from Megatron, read from the sources."""
-    importlib.import_module(_MEGATRON)  # one error, not one for each name, where it cannot be imported at all
+    """Check every name that a module of this package imports from Megatron, as read from the sources."""
+    importlib.import_module(_MEGATRON)  # one error, not one for each name, if it cannot be imported at all
     users = _users()
     missing = [name for name in sorted(users) if not _exists(name)]
     for name in missing:
@@ -33,7 +33,7 @@ def imported_names() -> Iterator[Finding]:
 
 @cache
 def _users() -> dict[str, list[str]]:
-    """Our files that import each name."""
+    """Return, for each name, our files that import it."""
     users: dict[str, set[str]] = defaultdict(set)
     for source in _PACKAGE.rglob("*.py"):
         for name in names_imported(source):
@@ -42,7 +42,7 @@ def _users() -> dict[str, list[str]]:
 
 
 def names_imported(source: Path) -> Iterator[str]:
-    """The names of `megatron.core` and `megatron.training` that a file imports, also inside functions."""
+    """Yield the names of `megatron.core` and `megatron.training` that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             found = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -54,14 +54,14 @@ def names_imported(source: Path) -> Iterator[str]:
 
 
 def signatures() -> Iterator[Finding]:
-    """Each seam, and the parameters of it that are used."""
+    """Check each seam and those of its parameters that are used."""
     importlib.import_module(_MEGATRON)
     for seam in SEAMS:
         yield examined(seam)
 
 
 def examined(seam: Seam) -> Finding:
-    """Whether the installed Megatron has a seam with all of its parameters."""
+    """Check whether the installed Megatron has a seam with all of its parameters; return the finding."""
     remedy = f"{_REMEDY} {', '.join(seam.where)}"
     try:
         found = resolved(seam.name)
@@ -77,7 +77,7 @@ def examined(seam: Seam) -> Finding:
 
 
 def patches() -> Iterator[Finding]:
-    """Each name that a run replaces. Those of a rehearsal too: conversions on machines without a GPU need it."""
+    """Check each name that a run replaces, and those of a rehearsal: conversions without a GPU replace them too."""
     importlib.import_module(_MEGATRON)
     for patch in tables.PATCHES + tables.REHEARSAL_PATCHES:
         try:
@@ -90,7 +90,7 @@ def patches() -> Iterator[Finding]:
 
 
 def resolved(name: str) -> Any:
-    """What a dotted name stands for: of a module, a function, a class, or something in a class.
+    """Return what a dotted name stands for: a module, a function, a class, or something in a class.
 
     Raises:
         ImportError, AttributeError: there is no such thing.

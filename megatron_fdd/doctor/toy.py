@@ -1,7 +1,7 @@
 """Twenty steps of a toy teacher and student through the real entry point, the same wherever they run.
 
-The weights come from one generator on the CPU, the data is Megatron's made-up text, and everything is in float32: what
-differs from `curve.txt`, which a CPU wrote, is rounding. On a GPU this has never run.
+The weights come from one generator on the CPU, the data is Megatron's made-up text, and everything is in float32.
+The only difference from `curve.txt`, which a CPU wrote, is rounding. This has never run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_fdd.convert import hf_to_mcore
 
 NUM_STEPS = 20
 COLUMNS = ("total", "ce", "kd", "trajectory", "delta", "grad_norm")
-# An estimate: six steps of another toy were as near on one H100 (docs/support.md), these have not been there.
+# An estimate: six steps of another toy came as near on one H100 (docs/support.md); this toy has not run there.
 TOLERANCE = 1e-3
 TIMEOUT_S = 600
 _VOCABULARY = 96
@@ -42,16 +42,16 @@ CurveRow = Mapping[str, float]
 
 
 def committed() -> list[CurveRow]:
-    """The curve that a CPU wrote."""
+    """Return the curve that a CPU wrote."""
     text = (resources.files("megatron_fdd.doctor") / "curve.txt").read_text(encoding="utf-8")
     return [dict(zip(COLUMNS, map(float, line.split()), strict=True)) for line in text.splitlines()[1:]]
 
 
 def distance(found: Sequence[CurveRow], wanted: Sequence[CurveRow]) -> float:
-    """The largest relative difference of any column in any step; infinite where a number is not finite.
+    """Return the largest relative difference of any column in any step; infinite if a number is not finite.
 
     Raises:
-        RuntimeError: there are fewer steps, or more.
+        RuntimeError: the numbers of steps differ.
     """
     if len(found) != len(wanted):
         raise RuntimeError(f"{len(found)} steps were made, {len(wanted)} are needed")
@@ -63,12 +63,12 @@ def distance(found: Sequence[CurveRow], wanted: Sequence[CurveRow]) -> float:
 
 
 def steps(device: Literal["cuda", "cpu"]) -> list[CurveRow]:
-    """Train, in a folder that is gone afterwards, with one process of torchrun.
+    """Train with one process of torchrun, in a temporary folder, and return the curve.
 
-    On CPUs this process becomes a rehearsal: Megatron's `cuda` means `cpu` in it from then on.
+    On CPUs this process becomes a rehearsal: from then on Megatron's `cuda` means `cpu` in it.
 
     Raises:
-        RuntimeError: the run failed; with what it said of it on stderr.
+        RuntimeError: the run failed; holds its message on stderr.
     """
     with tempfile.TemporaryDirectory(prefix="fdd-doctor-") as name:
         folder = Path(name)
@@ -82,7 +82,7 @@ def steps(device: Literal["cuda", "cpu"]) -> list[CurveRow]:
 
 
 def write_model(folder: Path, role: str) -> None:
-    """A Llama as a Hugging Face folder, its weights drawn in the order of their names."""
+    """Write a Llama as a Hugging Face folder; its weights are drawn in the order of their names."""
     num_layers, width = _LAYERS[role]
     heads = 4
     config: dict[str, Any] = {

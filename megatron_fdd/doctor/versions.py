@@ -1,4 +1,4 @@
-"""Python, and the packages that a run needs or can use, against what this project asks for."""
+"""Checks of Python and of the packages that a run needs or can use, against what this project requires."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from packaging.specifiers import SpecifierSet
 from megatron_fdd.doctor.finding import Finding, first_line
 
 PACKAGE = "megatron_fdd"
-# What is told with its version; all others that are required are one line together.
+# Packages that are shown with their version; all other required ones share one line.
 _NAMED = ("torch", "megatron-core", "transformers", "numpy")
 
 
 def python() -> Iterator[Finding]:
-    """The interpreter and the platform."""
+    """Check the interpreter and the platform."""
     found, asked = platform.python_version(), metadata.metadata(PACKAGE)["Requires-Python"]
     if SpecifierSet(asked).contains(found, prereleases=True):
         yield Finding("ok", "Python", f"{found} ({asked})")
@@ -30,12 +30,12 @@ def python() -> Iterator[Finding]:
     if (system, machine) == ("Linux", "x86_64"):
         yield Finding("ok", "platform", f"{system} {machine}")
     else:
-        remedy = "constraints.txt and every test are of Linux x86_64"
+        remedy = "constraints.txt and every test are for Linux x86_64"
         yield Finding("warn", "platform", f"{system} {machine} has never been tried", remedy)
 
 
 def packages() -> Iterator[Finding]:
-    """Everything that the package requires, as its metadata says."""
+    """Check everything that the package requires, by its metadata."""
     others = []
     for line in metadata.requires(PACKAGE) or []:
         requirement = Requirement(line)
@@ -60,7 +60,7 @@ def packages() -> Iterator[Finding]:
 
 
 def accelerators() -> Iterator[Finding]:
-    """What Megatron and the fused losses use where it is installed."""
+    """Check the packages that Megatron and the fused losses use if they are installed."""
     has_gpu = _has_gpu()
     yield _transformer_engine(has_gpu)
     apex = _version("apex")
@@ -76,7 +76,10 @@ def accelerators() -> Iterator[Finding]:
 
 
 def _transformer_engine(has_gpu: bool) -> Finding:
-    """Megatron takes it wherever it can be imported, and fails where it is installed and cannot be."""
+    """Check TransformerEngine.
+
+    Megatron uses it wherever it can be imported, and fails where it is installed but cannot be imported.
+    """
     name, found = "transformer-engine", _version("transformer-engine")
     if found is None and has_gpu:
         remedy = "pip install -e '.[te]', or give --transformer-impl local"

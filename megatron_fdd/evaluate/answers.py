@@ -1,7 +1,7 @@
-"""The answers of one model to one file with one seed: appended batch by batch, so that a killed run goes on.
+"""The file of one model's answers to one data file with one seed, which grows batch by batch.
 
-A file's first line says with which settings it was made; a run with others refuses it. The lines after it are
-answers with their score. A finished file is rewritten once, in the order of the examples.
+A killed run continues with it. Its first line holds the settings; a run with other settings refuses the file. Each
+further line is an answer with its score. A finished file is rewritten once, in the order of the examples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_fdd.evaluate.generation import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`number` is the example's, `rouge_l` its score, 0 to 100."""
+    """One answer. `number` is the number of the example, `rouge_l` its score, 0 to 100."""
 
     number: int
     answer: str
@@ -26,20 +26,20 @@ class Answer:
 
 
 class AnswersFile:
-    """What is answered already, and where the rest goes."""
+    """The answers that exist already, and the file to which further ones are appended."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Read what is there; a last line that a killed run left unfinished does not count.
+        """Read the file, if it exists; a last line that a killed run left unfinished does not count.
 
         Raises:
-            ValueError: made with other settings, or no file of answers at all.
+            ValueError: the answers were made with other settings, or the file holds no answers.
         """
         self.path = path
         self.settings = settings
         self.answers = self._read() if path.exists() else {}
 
     def _read(self) -> dict[int, Answer]:
-        # Each line was written with its end: what follows the last one is torn.
+        # Each line was written with its line break: text after the last line break is unfinished.
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         if not lines:
             return {}
@@ -47,18 +47,18 @@ class AnswersFile:
             made_with = json.loads(lines[0])["settings"]
             answers = [Answer(**json.loads(line)) for line in lines[1:]]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no file of answers: delete it or give another --out") from error
+            raise ValueError(f"{self.path} does not hold answers: delete it or give another --out") from error
         differing = [key for key in self.settings if made_with.get(key) != self.settings[key]]
         if differing:
             changes = ", ".join(f"{key} {made_with.get(key)} -> {self.settings[key]}" for key in differing)
             raise ValueError(
                 f"{self.path} holds answers made with other settings ({changes}): give another --out, or delete "
-                "it to begin anew"
+                "it to start again"
             )
         return {answer.number: answer for answer in answers}
 
     def open_batches(self, batches: Iterable[list[Prompt]]) -> list[list[Prompt]]:
-        """The batches that are not answered whole: they keep their composition, and with it their rounding."""
+        """Return the batches with unanswered prompts; each keeps its composition, and with it its rounding."""
         return [batch for batch in batches if any(prompt.number not in self.answers for prompt in batch)]
 
     def append(self, batch: list[Answer]) -> None:
@@ -84,7 +84,7 @@ class AnswersFile:
         os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def finish(self, numbers: Iterable[int]) -> list[Answer]:
-        """The answers to these examples, in their order; the file gets that order too."""
+        """Rewrite the file in the order of the examples, and return the answers to `numbers` in their order."""
         self._replace(sorted(self.answers.values(), key=lambda answer: answer.number))
         return [self.answers[number] for number in numbers]
 
@@ -104,6 +104,6 @@ def _lines(answers: Iterable[Answer]) -> Iterator[str]:
 
 
 def batches_by_length(prompts: list[Prompt], batch_size: int) -> list[list[Prompt]]:
-    """Prompts of like length together, so that little is padding; the longest first, so that memory fails early."""
+    """Put prompts of similar length together, to save padding; the longest come first, so that memory fails early."""
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.number))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

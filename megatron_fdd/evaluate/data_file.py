@@ -1,4 +1,4 @@
-"""A file of instructions to evaluate on: which layout it has, which of its examples count."""
+"""A file of instructions for evaluation: which layout it has, and which of its examples count."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from megatron_fdd.data.records import text_field
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What is read of every file, and how.
+    """Which examples of every file are read, and how.
 
     Attributes:
-        layout: a name of `LAYOUTS`; None recognises it by the fields of the first line.
-        min_answer_words: leaves out examples whose first reference has fewer; None: what the layout's field does.
-        limit: the first so many of what is left.
-        vicuna_answers: FastChat's answers to Vicuna's questions, which come without any.
+        layout: a name of `LAYOUTS`; None: the fields of the first line tell it.
+        min_answer_words: leaves out examples whose first reference has fewer words; None: the value of the layout.
+        limit: how many of the remaining examples to take, from the first one on.
+        vicuna_answers: FastChat's answers to Vicuna's questions, which come without answers.
     """
 
     layout: str | None = None
@@ -42,8 +42,8 @@ class DataFile:
     """The examples of one file.
 
     Attributes:
-        examples: by number of the example in the whole file, from 0.
-        sha256: of the file, and of the answers it is joined with.
+        examples: each example by its number in the whole file, from 0.
+        sha256: hash of the file, and of the answers it is joined with.
     """
 
     name: str
@@ -55,10 +55,10 @@ class DataFile:
 
 
 def read_data_files(files: Iterable[tuple[str, Path]], selection: Selection) -> tuple[DataFile, ...]:
-    """`read_data_file` of each name and path.
+    """Read each name and path with `read_data_file`.
 
     Raises:
-        ValueError: what that refuses; answers to questions that no file asks.
+        ValueError: as in `read_data_file`; or there are answers to questions that no file asks.
     """
     found = tuple(read_data_file(name, path, selection) for name, path in files)
     if selection.vicuna_answers is not None and all(data.layout != "vicuna" for data in found):
@@ -67,10 +67,11 @@ def read_data_files(files: Iterable[tuple[str, Path]], selection: Selection) -> 
 
 
 def read_data_file(name: str, path: Path, selection: Selection) -> DataFile:
-    """Read and select.
+    """Read a file and select its examples.
 
     Raises:
-        ValueError: missing, malformed, of an unknown layout, without a reference, or nothing is left.
+        ValueError: the file is missing, malformed or of an unknown layout; a reference is missing; or no example
+            is left.
     """
     if selection.limit is not None and selection.limit < 1:
         raise ValueError(f"--limit {selection.limit}: at least 1")
@@ -110,7 +111,7 @@ def _recognise(first: RawDocument) -> str:
     layout = find_layout(fields)
     if layout is None:
         raise ValueError(
-            f"{first.where}: has the fields {sorted(fields)}, which is no known layout; known are: "
+            f"{first.where}: has the fields {sorted(fields)}, which match no known layout; known are: "
             f"{known_layouts()}. Rename the fields, or force one with --format"
         )
     return layout
@@ -131,7 +132,10 @@ def _read(document: RawDocument, layout: str, answers: dict[str, str]) -> list[I
 
 
 def _read_vicuna_answers(path: Path | None) -> dict[str, str]:
-    """Answers by question, from either form: a `text`, or `choices` with `turns`, whose first is meant."""
+    """Return the answers by question.
+
+    A line has either a `text`, or `choices` with `turns`, of which the first counts.
+    """
     if path is None:
         return {}
     input_bytes([str(path)])

@@ -28,7 +28,7 @@ from megatron_fdd.host.disk import make_folder, writing
 
 @dataclass(frozen=True, slots=True)
 class TextWindows:
-    """What one model is scored on: int64 [windows, length + 1]; `training` is for the unigram model."""
+    """The text on which one model is scored: int64 [windows, length + 1]; `training` is for the unigram model."""
 
     tokenizer: PreTrainedTokenizerBase
     validation: Tensor | None = None
@@ -36,15 +36,17 @@ class TextWindows:
 
 
 def evaluate(request: Request) -> list[Evaluation]:
-    """Evaluate all models and write their files; one model is in memory at a time, with the teacher on texts.
+    """Evaluate all models and write their files.
+
+    One model is in memory at a time, on texts together with the teacher.
 
     Raises:
-        ValueError: what the request's parts refuse; answers that were made with other settings; --out cannot be
-            written.
+        ValueError: a part of the request is refused, existing answers were made with other settings, or --out
+            cannot be written.
     """
     request.check()
     evaluations = [Evaluation(model) for model in request.models]
-    # What a tokenizer alone can refuse is refused before hours of answers.
+    # What a tokenizer alone can refuse is refused first, not after hours of generation.
     prompts = [_encode_all(model, request) for model in request.models]
     windows = _cut_all(request)
     make_folder("--out", request.out, request.out)
@@ -60,7 +62,7 @@ def evaluate(request: Request) -> list[Evaluation]:
 
 
 def _encode_all(model: NamedModel, request: Request) -> dict[str, list[Prompt]]:
-    """One model's prompts, by data file."""
+    """Return one model's prompts, by data file."""
     if not request.data:
         return {}
     tokenizer = model.tokenizer()
@@ -71,7 +73,7 @@ def _encode_all(model: NamedModel, request: Request) -> dict[str, list[Prompt]]:
 
 
 def _answer_all(evaluation: Evaluation, prompts: dict[str, list[Prompt]], request: Request) -> None:
-    """Every file with every seed; the model is loaded only if something is not answered yet."""
+    """Answer every file with every seed; the model is loaded only if an answer is missing."""
     work = [
         (data, seed, _answers_file(evaluation.model, data, seed, request))
         for data in request.data
@@ -108,7 +110,10 @@ def _score(data: DataFile, batch: list[Prompt], texts: list[str]) -> list[Answer
 
 
 def _answers_file(model: NamedModel, data: DataFile, seed: int, request: Request) -> AnswersFile:
-    """All that an answer depends on goes into its file; not which examples are asked for, nor how many at once."""
+    """Open the answers of one model to one data file with one seed.
+
+    Its settings are all that an answer depends on: not which examples are asked, nor how many at once.
+    """
     settings = {
         "version": VERSION,
         "model": model.fingerprint(),
@@ -127,7 +132,10 @@ def _answers_file(model: NamedModel, data: DataFile, seed: int, request: Request
 
 
 def _cut_all(request: Request) -> list[TextWindows]:
-    """What each model is scored on and what it continues, checked; with a teacher all have the teacher's tokens."""
+    """Return the text on which each model is scored, checked.
+
+    With a teacher, all models have the teacher's tokens.
+    """
     if not request.text.is_asked:
         return []
     if request.teacher is not None:
@@ -139,10 +147,10 @@ def _cut_all(request: Request) -> list[TextWindows]:
 
 
 def check_known_tokens(model: NamedModel, windows: TextWindows) -> None:
-    """Refuse a text with tokens that were added to the teacher's tokenizer and not to the model's.
+    """Refuse a text with tokens that were added to the teacher's tokenizer but not to the model's.
 
     Raises:
-        ValueError: names the first.
+        ValueError: names the first such token.
     """
     identity = model.identity()
     if identity is None or windows.validation is None:
@@ -170,7 +178,7 @@ def _cut(model: NamedModel, request: Request) -> TextWindows:
 
 
 def _read_texts(evaluations: list[Evaluation], windows: list[TextWindows], request: Request) -> None:
-    """Scores and samples; the teacher stays in memory while the others come and go."""
+    """Add scores and samples to the evaluations; the teacher stays in memory while the models change."""
     teacher = request.placement.load(request.teacher.folder) if request.teacher else None
     for evaluation, cut in zip(evaluations, windows, strict=True):
         _read_text(evaluation, teacher, cut, request)

@@ -1,8 +1,8 @@
-"""Answers to instructions: prompts to token ids, batches of them to texts.
+"""Answers to instructions: from prompts to token ids, and from batches of them to texts.
 
-What a model answers depends on the seed and on the example alone, never on the batch an example is in, on the
-others of a run, or on where a run was interrupted (but for the rounding of a batch of another shape): every
-example draws its random numbers from a generator of its own.
+A model's answer depends only on the seed and the example, because every example draws its random numbers from a
+generator of its own. It does not depend on the batch, on the other examples of a run, or on where a run was
+interrupted; only the rounding of a batch of another shape may differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_fdd.evaluate.settings import GenerationSettings
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is given for one example; `is_cut` says that the prompt had more tokens than it may have."""
+    """The token ids that a model gets for one example; `is_cut` is true if the prompt was too long and was cut."""
 
     number: int
     ids: list[int]
@@ -42,10 +42,10 @@ class Prompt:
 def encode_prompts(
     examples: dict[int, Instruction], tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings
 ) -> list[Prompt]:
-    """Token ids as in training: the tokenizer's beginning-of-sequence token where it puts one, then the text.
+    """Return token ids as in training: the beginning-of-sequence token if the tokenizer puts one, then the text.
 
     Raises:
-        ValueError: the chat template is missing or refuses an example; an example without any token.
+        ValueError: the chat template is missing or refuses an example; or an example has no token.
     """
     leading = leading_ids(tokenizer)
     sampler = _chat_sampler(tokenizer, settings) if settings.template == "chat" else None
@@ -68,7 +68,7 @@ def encode_prompts(
 
 
 def _chat_sampler(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettings) -> ChatSampler:
-    """What training makes conversations with."""
+    """Return what makes the samples of conversations in training."""
     template = settings.chat_template or tokenizer.chat_template
     if not template:
         raise ValueError(
@@ -84,15 +84,15 @@ def _chat_text(example: Instruction, sampler: ChatSampler) -> str:
     asked = Conversation(tuple(messages), (False,) * len(messages))
     try:
         return sampler.prompt(asked)
-    except Exception as error:  # a template is a program from somewhere
+    except Exception as error:  # a template is somebody else's program
         raise ValueError(f"--template chat: the chat template refuses an instruction: {error}") from error
 
 
 def check_length(prompts: Iterable[Prompt], max_new_tokens: int, positions: float) -> None:
-    """Refuse what a model has no positions for.
+    """Refuse prompts and answers that are together longer than a model's positions.
 
     Raises:
-        ValueError: names lengths and flags.
+        ValueError: names the lengths and the flags.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     if longest + max_new_tokens > positions:
@@ -109,23 +109,23 @@ class NanCheck(LogitsProcessor):
         self.found = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """The scores as they are."""
+        """Return the scores unchanged."""
         self.found |= scores.isnan().any()
         return scores
 
 
 class SamplingProcessor(LogitsProcessor):
-    """Makes the most probable token a random one, drawn with the probabilities that the scores mean.
+    """Turns greedy choice into sampling: the largest score becomes that of a random token, drawn by its probability.
 
-    p / e with e ~ Exp(1) is largest at each token with its probability p (as in torch.multinomial); each row has
-    a generator of its own.
+    With e ~ Exp(1) for each token, p / e is largest at a token with its probability p (as in torch.multinomial);
+    each row has a generator of its own.
     """
 
     def __init__(self, seeds: Iterable[int], device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores [batch, vocabulary] less the logarithms of fresh exponential numbers, in float32."""
+        """Return the scores [batch, vocabulary] minus the logarithms of new exponential numbers, in float32."""
         noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
@@ -133,7 +133,7 @@ class SamplingProcessor(LogitsProcessor):
 
 
 def example_seed(seed: int, number: int) -> int:
-    """The seed of one example: far from those of its neighbours, as generators want it."""
+    """Return the seed of one example, far from the seeds of its neighbours: generators need that."""
     return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8]) >> 1
 
 
@@ -147,15 +147,15 @@ class Generator:
         self.tokenizer = tokenizer
         self.settings = settings
         self.ends = end_ids(model, tokenizer)
-        # The model's own generation config fills in whatever a call leaves open, so it is replaced, not passed.
+        # The model's own generation config fills in what a call leaves open, so it is replaced, not passed.
         model.generation_config = plain_generation(self.ends, settings.max_new_tokens)
 
     @torch.inference_mode()
     def answer(self, batch: list[Prompt], seed: int) -> list[str]:
-        """The answers of one batch, without what follows an end token, stripped.
+        """Return the answers of one batch, stripped, without the text after an end token.
 
         Raises:
-            ValueError: the model predicts no numbers.
+            ValueError: a prediction of the model is not a number.
         """
         width = max(len(prompt.ids) for prompt in batch)
         padded = [[self.ends[0]] * (width - len(prompt.ids)) + prompt.ids for prompt in batch]

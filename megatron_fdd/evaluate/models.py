@@ -1,4 +1,4 @@
-"""Hugging Face folders for evaluation: where a model runs, in which precision, and what ends its answers."""
+"""Hugging Face folders in an evaluation: where a model runs, in which precision, and which tokens end its answers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from megatron_fdd.evaluate.tokenizer import load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where models run and how their weights are held."""
+    """The device of the models, and the dtype of their weights."""
 
     device: str
     dtype: str
 
     @classmethod
     def choose(cls, device: str | None, dtype: str | None) -> Placement:
-        """What was asked for; by default the GPU where there is one, in bfloat16, else the CPU in float32.
+        """Return the requested placement; by default a GPU in bfloat16 where there is one, else the CPU in float32.
 
         Raises:
-            ValueError: a GPU is asked for and there is none.
+            ValueError: a GPU was requested and there is none.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no GPU here; leave the flag out")
@@ -43,10 +43,10 @@ class Placement:
         return cls(device, dtype or ("bfloat16" if device == "cuda" else "float32"))
 
     def load(self, folder: Path) -> PreTrainedModel:
-        """A model ready to be run; over all visible GPUs where there are several.
+        """Load a model, ready to run; it is spread over all visible GPUs if there are several.
 
         Raises:
-            ValueError: its files are damaged, or are not those of the model that its config describes.
+            ValueError: the files are damaged, or are not those of the model that the config describes.
         """
         several = self.device == "cuda" and torch.cuda.device_count() > 1
         device_map = "auto" if several else self.device
@@ -64,7 +64,7 @@ class Placement:
             raise ValueError(f"{folder} does not load as a model ({_first_line(error)})") from error
         model: PreTrainedModel = loaded[0]
         info: dict[str, Any] = loaded[1]
-        # Transformers fills in random numbers for both, with a warning.
+        # Transformers fills both with random numbers, with a warning.
         wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
         if wrong:
             raise ValueError(
@@ -76,20 +76,20 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """A model folder, as given, and the name under which its results go."""
+    """A model folder as given, and the name of its results."""
 
     name: str
     folder: Path
 
     def check(self) -> None:
-        """Refuse what transformers would look for online.
+        """Refuse a folder without a known model; transformers would look for it online.
 
         Raises:
-            ValueError: there is no model in that folder, or of no known kind.
+            ValueError: the folder has no model, or one of an unknown kind; or the name cannot be that of a folder.
         """
         if not (self.folder / "config.json").is_file():
             raise ValueError(
-                f"{self.folder} is no Hugging Face model folder: it has no config.json; give another"
+                f"{self.folder} is not a Hugging Face model folder: it has no config.json; give another"
             )
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(
@@ -98,10 +98,10 @@ class NamedModel:
         self.config()
 
     def config(self) -> PreTrainedConfig:
-        """Of its language model.
+        """Return the configuration of the language model.
 
         Raises:
-            ValueError: of no model that transformers knows.
+            ValueError: transformers does not know the model.
         """
         try:
             return AutoConfig.from_pretrained(self.folder).get_text_config()
@@ -109,19 +109,26 @@ class NamedModel:
             raise ValueError(f"{self.folder}/config.json cannot be read ({_first_line(error)})") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own, doing what its tokenizer.json says whatever class it names.
+        """Return the folder's own tokenizer, which gives the ids of its tokenizer.json whatever class it names.
 
         Raises:
-            ValueError: it has none, or none that does.
+            ValueError: the folder has no such tokenizer.
         """
         return load_tokenizer(self.folder, self.fingerprint())[0]
 
     def identity(self) -> TokenizerIdentity | None:
-        """Of the tokenizer; None where the folder has no files of one. ValueError as `tokenizer`."""
+        """Return the identity of the tokenizer; None if the folder has no tokenizer files.
+
+        Raises:
+            ValueError: as in `tokenizer`.
+        """
         return load_tokenizer(self.folder, self.fingerprint())[1] if has_tokenizer(self.folder) else None
 
     def fingerprint(self) -> str:
-        """Changes when any file of the folder does, by name, size and time: hashing weights would take minutes."""
+        """Return a hash of the names, sizes and times of the folder's files, which changes when a file does.
+
+        Hashing the weights would take minutes.
+        """
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.is_file():
@@ -131,40 +138,46 @@ class NamedModel:
 
 
 def num_positions(config: PreTrainedConfig) -> int | float:
-    """The longest input a model takes; infinite where its config sets no bound."""
+    """Return the longest input that a model takes; infinite if its config sets no limit."""
     positions: int | None = getattr(config, "max_position_embeddings", None)
     return math.inf if positions is None else positions
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What training puts before a text: the beginning-of-sequence token of a tokenizer that puts one, else nothing."""
+    """Return the ids that training puts before a text.
+
+    They are the beginning-of-sequence token if the tokenizer puts one, else nothing.
+    """
     first: list[int] = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def begun(ids: list[int], leading: list[int]) -> list[int]:
-    """The ids of a text behind the `leading_ids`; one that begins with the literal start token gets no second one."""
+    """Return the ids of a text after the `leading_ids`.
+
+    A text that begins with the literal start token gets no second one.
+    """
     return without_second_start([*leading, *ids], leading[0] if leading else None)
 
 
 def check_finite(model: PreTrainedModel, is_finite: bool) -> None:
-    """Refuse what would be scored as if it had answered.
+    """Refuse a model whose predictions are not numbers, which would be scored as if it had answered.
 
     Raises:
         ValueError: names the model's folder.
     """
     if not is_finite:
         raise ValueError(
-            f"{model.name_or_path} predicts what is no number (NaN): it diverged in training, its files are damaged, "
+            f"{model.name_or_path} predicts NaN: it diverged in training, its files are damaged, "
             "or its values overflow in this --dtype"
         )
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends an answer: those of the generation config, and the tokenizer's, which training used.
+    """Return every id that ends an answer: those of the generation config, and the tokenizer's, which training used.
 
     Raises:
-        ValueError: there is none, so that no answer would ever end.
+        ValueError: there is no such id, so no answer would ever end.
     """
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = configured if isinstance(configured, list) else [configured]
@@ -177,7 +190,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def plain_generation(ends: list[int], max_new_tokens: int) -> GenerationConfig:
-    """Greedy, and nothing of what a published generation config asks for (penalties, top-k, temperature)."""
+    """Return a greedy generation config, without the penalties, top-k and temperature of a published one."""
     return GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
     )

@@ -1,4 +1,4 @@
-"""[NAME=]PATH, as models, data files and runs are given on a command line."""
+"""[NAME=]PATH, the form of models, data files and runs on a command line."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from pathlib import Path
 
 
 def split_name(value: str) -> tuple[str, str]:
-    """Name ("" for none) and path. A path may have an equals sign too: a name has no slash, and is no path itself.
+    """Return name ("" for none) and path.
+
+    A path may have an equals sign too: a name has no slash, and the whole value must not be an existing path.
 
     Raises:
-        ValueError: nothing stands on one side of the equals sign.
+        ValueError: one side of the equals sign is empty.
     """
     name, separator, path = value.partition("=")
     has_name = separator and "/" not in name and not Path(value).exists()

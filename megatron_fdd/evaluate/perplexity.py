@@ -21,13 +21,14 @@ _MAX_LOGITS = 2**24
 
 @dataclass(frozen=True, slots=True)
 class PerplexityScore:
-    """Means per predicted token, in nats; `kl_to_teacher` is KL(teacher || model), NaN without a teacher."""
+    """Means over predicted tokens, in nats; `kl_to_teacher` is KL(teacher || model), NaN without a teacher."""
 
     cross_entropy: float
     kl_to_teacher: float
 
     @property
     def perplexity(self) -> float:
+        """exp of the cross-entropy; infinite if that is too large for a float."""
         try:
             return math.exp(self.cross_entropy)
         except OverflowError:
@@ -35,10 +36,10 @@ class PerplexityScore:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The `text` of every line of a JSONL file; empty ones are left out, as in training.
+    """Return the `text` of every line of a JSONL file; empty texts are left out, as in training.
 
     Raises:
-        ValueError: a line that is not an object with a `text`; names file and line.
+        ValueError: a line is not an object with a `text`; names file and line.
     """
     documents = read_documents([str(path)], "jsonl", "")
     texts = [document.text_field(document.json_object(), "text") for document in documents]
@@ -48,11 +49,11 @@ def read_texts(path: Path) -> list[str]:
 def cut_windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
 ) -> Tensor:
-    """Texts one after the other, each begun and ended as by `fdd prepare --append-eod`, cut as in training.
+    """Join texts, each begun and ended as by `fdd prepare --append-eod`, and cut them into windows as in training.
 
     Returns:
-        int64 [windows, length + 1], neighbours sharing one token, so that every token but the first is
-        predicted once; with `max_tokens`, that many predictions at most, from windows spread over the text.
+        int64 [windows, length + 1]; neighbours share one token, so that every token but the first is
+        predicted once. With `max_tokens` there are at most so many predictions, from windows spread over the text.
 
     Raises:
         ValueError: the text is shorter than one window.
@@ -75,7 +76,7 @@ def cut_windows(
 def score_models(
     teacher: PreTrainedModel | None, models: Mapping[str, PreTrainedModel], windows: Tensor
 ) -> dict[str, PerplexityScore]:
-    """PerplexityScore several models on the same windows; the teacher, if any, runs once for all of them.
+    """Score several models on the same windows; the teacher, if any, runs once for all of them.
 
     Logits are compared in float32 whatever the models' dtype, a few windows at a time.
 
@@ -83,7 +84,7 @@ def score_models(
         windows: int64 [windows, length + 1].
 
     Raises:
-        ValueError: a model predicts no numbers.
+        ValueError: a prediction of a model is not a number.
     """
     vocab_size = max(model.config.get_text_config().vocab_size for model in models.values())
     length = windows.shape[1] - 1
@@ -107,7 +108,7 @@ def score_models(
 
 
 def _log_probs(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """float32 [windows * length, vocabulary], on the device of the model's head."""
+    """Return float32 [windows * length, vocabulary], on the device of the model's head."""
     inputs = batch[:, :-1].to(model.device)
     return model(inputs, use_cache=False).logits.float().flatten(0, 1).log_softmax(-1)
 
@@ -115,19 +116,19 @@ def _log_probs(model: PreTrainedModel, batch: Tensor) -> Tensor:
 def unigram_cross_entropy(
     training_windows: Tensor, windows: Tensor, vocab_size: int, smoothing: float = 1.0
 ) -> float:
-    """Nats per token of the word frequencies of the training text, `smoothing` added to every count.
+    """Return the nats per token of the training text's word frequencies, with `smoothing` added to every count.
 
-    The least that a language model must beat: it knows which words are frequent and nothing else.
+    A language model must at least beat this: it knows which words are frequent, and nothing else.
     """
     counts = torch.bincount(training_windows[:, 1:].flatten(), minlength=vocab_size).double() + smoothing
     return -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
 
 
 def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """What a model continues: the prompt, begun as in training.
+    """Return the token ids that a model continues: the prompt, begun as in training.
 
     Raises:
-        ValueError: nothing is left of it.
+        ValueError: the prompt has no token.
     """
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     ids = begun(ids, leading_ids(tokenizer))
@@ -140,7 +141,7 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def continue_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int
 ) -> str:
-    """What the model writes after `prompt`, greedily, `num_tokens` tokens at most."""
+    """Return what the model writes after `prompt`, greedily, `num_tokens` tokens at most."""
     ids = torch.tensor([encode_sample(tokenizer, prompt)], device=model.device)
     model.generation_config = plain_generation(end_ids(model, tokenizer), num_tokens)
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # annotated as a Tensor

@@ -1,4 +1,4 @@
-"""What one command asks for: models, instruction files, texts, and how models are asked."""
+"""The request of one command: models, instruction files, texts, and how models are asked."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Request:
     """Everything that an evaluation is asked to do.
 
     Attributes:
-        models: the teacher, where there is one, comes last.
-        has_teacher: whether the others are measured by their distance to the last model.
-        batch_size: prompts that are answered at once.
+        models: all models; the teacher, if there is one, comes last.
+        has_teacher: true if the last model is the teacher, to which the others' distance is measured.
+        batch_size: how many prompts are answered at once.
         out: the folder with one folder per model.
     """
 
@@ -35,13 +35,14 @@ class Request:
 
     @property
     def teacher(self) -> NamedModel | None:
+        """The teacher; None without one."""
         return self.models[-1] if self.has_teacher else None
 
     def check(self) -> None:
-        """Refuse before a model is loaded.
+        """Refuse a request that cannot work, before a model is loaded.
 
         Raises:
-            ValueError: nothing to do, names that are not unique, values without a meaning, missing files.
+            ValueError: there is nothing to do, names are not unique, values have no meaning, or files are missing.
         """
         if not self.data and not self.text.is_asked:
             raise ValueError("nothing to evaluate: give --data, --validation-text or --prompt")

@@ -1,4 +1,4 @@
-"""What was found out about a model, and the file that says so: evaluation.json."""
+"""One model's evaluation results, and the file that stores them: evaluation.json."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ VERSION = 1
 
 @dataclass(slots=True)
 class FileResult:
-    """The answers of a model to one data file."""
+    """A model's answers to one data file."""
 
     data: DataFile
     num_cut_prompts: int
     scores: SeedScores
 
     def as_json(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
         return {
             "file": str(self.data.path),
             "sha256": self.data.sha256,
@@ -43,7 +44,7 @@ class FileResult:
 
 @dataclass(slots=True)
 class TextResult:
-    """The score of a model on the validation text; `length` is that of a window, in tokens."""
+    """A model's score on the validation text; `length` is the length of a window, in tokens."""
 
     file: Path
     length: int
@@ -53,6 +54,7 @@ class TextResult:
     unigram_cross_entropy: float | None
 
     def as_json(self) -> dict[str, Any]:
+        """Return the result as JSON values; null for a number that is not finite."""
         return {
             "file": str(self.file),
             "length": self.length,
@@ -76,11 +78,12 @@ class Evaluation:
 
     @property
     def mean_rouge_l(self) -> float | None:
+        """Mean over the data files; None without any."""
         means = [result.scores.mean for result in self.answers.values()]
         return sum(means) / len(means) if means else None
 
     def write(self, request: Request) -> Path:
-        """`OUT/NAME/evaluation.json`, at once or not at all."""
+        """Write `OUT/NAME/evaluation.json` as a whole or not at all, and return its path."""
         path = request.out / self.model.name / "evaluation.json"
         content = {
             "version": VERSION,

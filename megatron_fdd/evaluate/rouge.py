@@ -1,4 +1,4 @@
-"""ROUGE-L as the field computes it: stemmed, the best over the references, in percent."""
+"""ROUGE-L as published work computes it: stemmed, the best over the references, in percent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @cache
 def scorer() -> Any:
-    """The package's scorer.
+    """Return the scorer of the package rouge-score.
 
     Raises:
         ValueError: the package is not installed.
@@ -24,18 +24,19 @@ def scorer() -> Any:
 
 
 def rouge_l(references: Iterable[str], answer: str) -> float:
-    """F-measure of the longest common subsequence with the reference that fits best, 0 to 100."""
+    """Return the F-measure of the longest common subsequence with the reference that fits best, 0 to 100."""
     return 100 * float(scorer().score_multi(list(references), answer)["rougeL"].fmeasure)
 
 
 @dataclass(frozen=True, slots=True)
 class SeedScores:
-    """The mean over the examples, by seed."""
+    """Mean scores over the examples, by seed."""
 
     by_seed: dict[int, float]
 
     @property
     def mean(self) -> float:
+        """Mean over the seeds."""
         return statistics.fmean(self.by_seed.values())
 
     @property

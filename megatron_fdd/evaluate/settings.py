@@ -1,4 +1,4 @@
-"""How models are asked and scored, as a command line says it; torch is not needed to read one."""
+"""How models are asked and scored, as a command line says it; no torch is imported."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class GenerationSettings:
     """How models are asked; the defaults are those of MiniLLM, DistiLLM and FDD.
 
     Attributes:
-        temperature: 0 takes the most probable token, with which all seeds would be the same: only the first is run.
-        max_prompt_tokens: a longer prompt loses its end, as in the field.
-        chat_template: jinja text in place of the tokenizer's; it and the next two are for the template `chat`.
-        chat_template_kwargs: its switches.
-        chat_date: what it writes as today's date; None: today's.
+        temperature: 0 takes the most probable token; all seeds would then give the same, so only the first is run.
+        max_prompt_tokens: a longer prompt loses its end, as in published work.
+        chat_template: jinja text in place of the tokenizer's own; this and the next two are for the template `chat`.
+        chat_template_kwargs: switches of the chat template.
+        chat_date: the date that the template writes as today's; None for the real date.
     """
 
     template: Template = "alpaca"
@@ -40,7 +40,7 @@ class GenerationSettings:
     chat_date: datetime.date | None = None
 
     def check(self) -> None:
-        """Refuse values without a meaning.
+        """Refuse values that have no meaning.
 
         Raises:
             ValueError: names the flag and the bound.
@@ -69,7 +69,7 @@ class GenerationSettings:
 
     @property
     def chat(self) -> ChatSettings:
-        """What holds for conversations."""
+        """Settings of conversations."""
         return ChatSettings(self.chat_template_kwargs, self.chat_date or datetime.date.today())
 
     @property
@@ -80,15 +80,15 @@ class GenerationSettings:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What models are scored on, and what they continue.
+    """The texts on which models are scored, and the prompts that they continue.
 
     Attributes:
         validation: JSONL file that is scored.
         training: JSONL file whose word frequencies are the unigram model.
         length: tokens in a window.
-        max_tokens: scored tokens at most.
-        prompts: what every model continues, greedily.
-        num_sample_tokens: how far.
+        max_tokens: how many tokens are scored at most.
+        prompts: texts that every model continues, greedily.
+        num_sample_tokens: how many tokens a model adds to a prompt.
     """
 
     validation: Path | None = None
@@ -99,10 +99,10 @@ class Text:
     num_sample_tokens: int = 40
 
     def check(self) -> None:
-        """Refuse before a model is loaded.
+        """Refuse texts that cannot be scored, before a model is loaded.
 
         Raises:
-            ValueError: a file that is missing, a value without a meaning.
+            ValueError: a file is missing, or a value has no meaning.
         """
         if self.training is not None and self.validation is None:
             raise ValueError("--training-text is for the unigram model on --validation-text: give that too")
@@ -124,13 +124,14 @@ class Text:
 
     @property
     def is_asked(self) -> bool:
+        """Whether there is a text to score or a prompt to continue."""
         return self.validation is not None or bool(self.prompts)
 
     def check_length(self, positions: float, prompt_lengths: list[int]) -> None:
-        """Refuse what one of the models has no positions for.
+        """Refuse texts that are longer than the positions of a model.
 
         Raises:
-            ValueError: names lengths and flags.
+            ValueError: names the lengths and the flags.
         """
         if self.validation is not None and self.length > positions:
             raise ValueError(

@@ -11,7 +11,7 @@ UNIGRAM = "unigram model"
 
 
 def table(evaluations: Sequence[Evaluation]) -> str:
-    """What was evaluated, models in the order in which they were given."""
+    """Return what was evaluated, with the models in the order in which they were given."""
     names = [evaluation.model.name for evaluation in evaluations]
     width = max(len(name) for name in [*names, UNIGRAM])
     parts = [_answers(evaluations, width), _texts(evaluations, width), _samples(evaluations, width)]
@@ -19,7 +19,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _answers(evaluations: Sequence[Evaluation], width: int) -> list[str]:
-    """ROUGE-L by file, mean and spread over the seeds, and the mean over the files."""
+    """Return ROUGE-L by file, mean and spread over the seeds, and the mean over the files."""
     files = evaluations[0].answers
     if not files:
         return []

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, doing what its tokenizer.json says."""
+"""The tokenizer of a model folder, made to give the ids that its tokenizer.json says."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from megatron_fdd.host.console import complain
 
 @lru_cache(maxsize=16)
 def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizerBase, TokenizerIdentity]:
-    """A folder's own tokenizer, and its identity, read once while its files (the fingerprint) stay the same.
+    """Return a folder's own tokenizer and its identity, read once while its files (the fingerprint) stay the same.
 
-    For some model types transformers builds normaliser and pre-tokenizer anew, whatever tokenizer.json has, and no
-    flag prevents it: then the file itself is loaded, and a line says so. The student was trained on its ids.
+    For some model types transformers builds the normaliser and the pre-tokenizer anew, whatever tokenizer.json has,
+    and no flag prevents it. Then the file itself is loaded, with a warning: the student was trained on the file's
+    ids.
 
     Raises:
-        ValueError: the folder has none, or none that does what its file says.
+        ValueError: the folder has no tokenizer, or none that gives the ids of its file.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -38,5 +39,5 @@ def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizer
             f"{folder}: what transformers loads is not what its tokenizer.json says: {left}; make "
             "tokenizer_config.json and tokenizer.json agree"
         )
-    complain(f"warning: {folder}: tokenizer.json is read as it stands, because {difference}")
+    complain(f"warning: {folder}: tokenizer.json is loaded directly, because {difference}")
     return tokenizer, identity

@@ -1,4 +1,4 @@
-"""Reading Megatron checkpoint folders before any collective: is it there, is it whole, what is in it."""
+"""Megatron checkpoint folders, read before any collective: whether one exists, whether it is whole, what it holds."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-# What reading a damaged checkpoint raises: whatever pickle meets, or torch's own, which is no Exception.
+# What reading a damaged checkpoint raises: anything from pickle, or torch's own class, which is not an Exception.
 DAMAGE = (Exception, CheckpointException)
-# What a training checkpoint holds beside the weights.
+# Entries of a training checkpoint that are not weights.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
-# What TransformerEngine's modules keep beside weights, numbered where experts share a module.
+# The state that TransformerEngine's modules keep beside weights, numbered where experts share a module.
 _EXTRA_STATE = "_extra_state"
 # Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
 RELEASE = "release"
-# Megatron lists every tensor of a model whose names it does not find.
+# Longer messages are cut: Megatron lists every tensor of a model whose names it does not find.
 _LONGEST_CAUSE = 300
-# The norm before a mixture of experts: with Megatron's local modules, with TransformerEngine's.
+# The norm before a mixture of experts, as Megatron's local and TransformerEngine's modules name it.
 _EXPERT_NORM = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
 
 def has_checkpoint(directory: str) -> bool:
-    """Whether `directory` claims to hold a checkpoint (its tracker file exists)."""
+    """Whether `directory` claims to hold a checkpoint: its tracker file exists."""
     return (Path(directory) / TRACKER_FILE).is_file()
 
 
 def is_same_folder(one: str | None, other: str | None) -> bool:
-    """Whether both name one folder, however they are written; it need not exist. None names nothing."""
+    """Whether both name one folder, however they are written; it need not exist. None names no folder."""
     return None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
 def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path:
-    """The newest checkpoint under `directory`, every file present in full length.
+    """Return the newest checkpoint under `directory`, after checking that every file has its full length.
 
     Args:
         directory: what the user gave as `flag`.
-        to_plan: its arguments are enough; it need not hold weights.
+        to_plan: true if the arguments are enough, so that it need not hold weights.
 
     Raises:
-        ValueError: nothing there, an unreadable tracker, a truncated or missing file, or no weights.
+        ValueError: there is no checkpoint, the tracker is unreadable, a file is truncated or missing, or there are
+            no weights.
     """
     root = Path(directory)
     if not has_checkpoint(directory):
@@ -74,7 +75,7 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False) -> Path
     if not to_plan and not _lists_tensors(index):
         raise ValueError(
             f"{flag} {directory}: holds a model's arguments and no weights (fdd import --config-only), enough for "
-            "fdd plan alone; convert the model again without --config-only"
+            "fdd plan only; convert the model again without --config-only"
         )
     return path
 
@@ -89,7 +90,7 @@ def holds_weights(path: Path, flag: str) -> bool:
 
 
 def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
-    """Megatron's own arguments, as stored in the checkpoint at `path`.
+    """Return Megatron's own arguments, as stored in the checkpoint at `path`.
 
     Raises:
         ValueError: the checkpoint stores none, or they cannot be read.
@@ -108,9 +109,9 @@ def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
 
 
 def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
-    """As saved, what each of TransformerEngine's modules kept beside weights, a few KB at a time. Nothing is unpickled.
+    """Yield the saved extra state of each TransformerEngine module, a few KB at a time. Nothing is unpickled.
 
-    One file after the other, each opened once: experts make it thousands.
+    The files are read one after the other, and each is opened once: with experts there are thousands of states.
 
     Raises:
         ValueError: the checkpoint's index cannot be read.
@@ -131,21 +132,22 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Fill a stock model from a checkpoint saved at any layout; optimizer and random state are not read.
 
-    Every weight of the checkpoint must be used and every weight of the model filled. What the model holds in FP8 is
-    read into host memory as a whole, and rounded on its way to the device: a scale is a whole tensor's. Host memory of
-    2 bytes a weight, and of a gated feed-forward layer's first matrix, whose halves are joined, of 4.
+    Every weight of the checkpoint must be used and every weight of the model filled. A weight that the model holds in
+    FP8 is read into host memory as a whole and rounded on its way to the device, because a scale belongs to a whole
+    tensor. This takes 2 bytes of host memory for each weight, and 4 for the first matrix of a gated feed-forward layer,
+    whose halves are joined.
 
     Args:
-        with_scales: read the extra state of TransformerEngine's modules too, where the checkpoint has it. It is
-            pickled, and TransformerEngine refuses what it has not been told to trust.
+        with_scales: also read the extra state of TransformerEngine's modules, if the checkpoint has it. It is
+            pickled, and TransformerEngine refuses it unless it has been told to trust it.
 
     Returns:
-        This rank's weights as they were read, by the model's names for them.
+        This rank's weights as they were read, by their names in the model.
 
     Collectives: those of `dist_checkpointing.load` over all ranks.
 
     Raises:
-        ValueError: the two differ, with a list; or the files are damaged. The same on every rank.
+        ValueError: model and checkpoint differ (lists the weights), or the files are damaged. The same on every rank.
     """
     metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
     sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
@@ -165,7 +167,7 @@ def load_weights(
             f"{flag} {path}: its weights are not those that its own arguments describe, or are damaged "
             f"({cause_of(error)}); convert or copy it again"
         ) from error
-    # What no rank asked for; one that has been read under its other name is not lost.
+    # Weights that no rank asked for; a weight that was read under its other name is not lost.
     used = set(stored) - set(missing)
     unused, unfilled = (
         weights_only(key for key in missing if other_name(key) not in used),
@@ -177,9 +179,9 @@ def load_weights(
             f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}."
         )
     weights = {key: value for key, value in state["model"].items() if _EXTRA_STATE not in key}
-    if with_scales:  # first, for weights in FP8 are rounded with them
+    if with_scales:  # first, because weights in FP8 are rounded with them
         _load_scales(model, {key: value for key, value in state["model"].items() if key not in weights})
-    # What TransformerEngine's modules keep beside weights is in no checkpoint of other modules.
+    # The extra state of TransformerEngine's modules is in no checkpoint of other modules.
     result = model.load_state_dict(weights, strict=False)
     left = weights_only([*result.missing_keys, *result.unexpected_keys])
     assert not left, f"checked above: {left}"
@@ -187,9 +189,9 @@ def load_weights(
 
 
 def _load_scales(model: MegatronModule, scales: Mapping[str, object]) -> None:
-    """What TransformerEngine's modules keep beside weights.
+    """Load the extra state of TransformerEngine's modules.
 
-    A module whose weights are in FP8 would take it before Megatron has put together that of the module's experts.
+    A module whose weights are in FP8 would take its state before Megatron has joined that of the module's experts.
     """
     modules = [module for module in model.modules() if getattr(module, "primary_weights_in_fp8", False)]
     for module in modules:
@@ -200,10 +202,10 @@ def _load_scales(model: MegatronModule, scales: Mapping[str, object]) -> None:
 
 
 def other_name(key: str) -> str:
-    """The second name that a weight can have in a checkpoint; most have none and get their own back.
+    """Return the second name that a weight can have in a checkpoint; most weights have none and keep their own.
 
-    The norm before a mixture of experts is called differently by Megatron's local and TransformerEngine's modules,
-    and each looks for its own name only. A conversion writes both.
+    Megatron's local modules and TransformerEngine's give the norm before a mixture of experts different names, and
+    each looks only for its own name. A conversion writes both.
     """
     for name, other in (_EXPERT_NORM, _EXPERT_NORM[::-1]):
         if name in key:
@@ -212,14 +214,14 @@ def other_name(key: str) -> str:
 
 
 def use_stored_names(sharded: Mapping[str, ShardedBase], stored: Collection[str]) -> None:
-    """Let the entries of a model ask for the names under which the checkpoint has its weights."""
+    """Make the entries of a model ask for the names under which the checkpoint stores its weights."""
     for entry in sharded.values():
         if isinstance(entry, ShardedTensor) and entry.key not in stored and other_name(entry.key) in stored:
             entry.key = other_name(entry.key)
 
 
 def listing(names: list[str], limit: int = 8) -> str:
-    """The first of them, and how many more."""
+    """Return the first names, and how many more there are."""
     if not names:
         return "none"
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
@@ -233,9 +235,9 @@ def weights_only(keys: Iterable[str]) -> list[str]:
 
 
 def cause_of(error: BaseException) -> str:
-    """One line: what went wrong on the first rank that failed, without the tracebacks torch puts into it."""
+    """Return in one line what went wrong on the first rank that failed, without the tracebacks that torch adds."""
     if isinstance(error, CheckpointException):
-        if not error.failures:  # Megatron's writer tells the first rank alone
+        if not error.failures:  # Megatron's writer reports the failure on rank 0 only
             return "rank 0 knows why"
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
@@ -246,7 +248,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def _read_index(path: Path, flag: str) -> Metadata:
-    """What torch's checkpoints list: every entry, and where its bytes are."""
+    """Return the index of torch's checkpoints: every entry, and where its bytes are."""
     index_path = path / ".metadata"
     if not index_path.is_file():
         raise ValueError(f"{flag} {path}: .metadata is missing; the save or the copy was interrupted")

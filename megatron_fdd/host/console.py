@@ -1,7 +1,7 @@
-"""What a person sees of a run, apart from what Megatron, torch and NCCL print.
+"""The lines that a person sees of a run, apart from what Megatron, torch and NCCL print.
 
 In a process that has called `divide`, descriptors 1 and 2 lead to this rank's log, whoever writes to them and from
-whatever language; only the lines of this module reach the terminal. Elsewhere they are ordinary prints.
+whatever language; only the lines of this module reach the terminal. Elsewhere these lines are ordinary prints.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _TAIL_BYTES = 1 << 16
 
 
 class _Divided:
-    """The terminal's two streams, and what has taken their place: a file without a name until there is a log."""
+    """The terminal's two streams, and the log that has taken their place.
+
+    The log is a file without a name until `keep` gives it one.
+    """
 
     def __init__(self) -> None:
         self.out, self.err = _duplicate(sys.stdout, 1), _duplicate(sys.stderr, 2)
@@ -39,10 +42,10 @@ class _Divided:
                 stream.reconfigure(line_buffering=True)
 
     def keep(self, path: Path) -> None:
-        """Append what was printed so far to the file `path`, and from now on everything.
+        """Append everything printed so far to the file `path`, and everything printed from now on.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("a+b", buffering=0)
@@ -53,20 +56,20 @@ class _Divided:
         self.log, self.path = log, path
 
     def undo(self) -> None:
-        """Give the terminal its descriptors back, with what was printed so far."""
+        """Give the terminal its descriptors back, and print there what was printed so far."""
         held = self.printed()
         self._point_at(self.out.fileno(), self.err.fileno())
         self.out.write(held.decode(errors="replace"))
         sys.excepthook, warnings.showwarning = sys.__excepthook__, self.show_warning
 
     def printed(self, most: int | None = None) -> bytes:
-        """The end of the log, at most so many bytes; or all of it."""
+        """Return the end of the log, at most so many bytes; or all of it."""
         with contextlib.suppress(OSError):  # the log's disk is full
             sys.stdout.flush()
             sys.stderr.flush()
         size = os.fstat(self.log.fileno()).st_size
         start = 0 if most is None else max(0, size - most)
-        # Not by moving the file's position: it is that of descriptors 1 and 2 too.
+        # The file's position stays: descriptors 1 and 2 share it.
         return os.pread(self.log.fileno(), size - start, start)
 
     @staticmethod
@@ -81,22 +84,22 @@ _divided: _Divided | None = None
 
 
 def divide() -> None:
-    """From now on what this process prints is kept for `keep_log`; `say` and `complain` speak to the terminal.
+    """Keep what this process prints from now on for `keep_log`; only `say` and `complain` print on the terminal.
 
-    Also from now on: a warning of this package is a line on the terminal, and an exception that ends the process shows
-    there what it is, with the end of the log.
+    A warning of this package is then a line on the terminal. An exception that ends the process shows there what it
+    is, with the end of the log.
     """
     global _divided
-    if sys.stdout is None or sys.stderr is None:  # a closed descriptor: nothing to divide
+    if sys.stdout is None or sys.stderr is None:  # a closed descriptor: there is nothing to divide
         return
     _divided = _Divided()
     sys.excepthook, warnings.showwarning = _show_crash, _show_warning
 
 
 def keep_log(folder: Path) -> Path | None:
-    """Give what this rank prints a file in `folder`: its name, or None where everything goes to the terminal.
+    """Store what this rank prints in a file in `folder`; return its path, or None if all goes to the terminal.
 
-    A file that is there, from an earlier start, is appended to.
+    An existing file, from an earlier start, is appended to.
     """
     global _divided
     if _divided is None:
@@ -119,19 +122,19 @@ def say(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Print on stderr, from whatever rank."""
+    """Print on stderr, on any rank."""
     _print(text, None if _divided is None else _divided.err, sys.stderr)
 
 
 def log_traceback() -> None:
-    """Print where the exception that is being handled came from, in the log alone."""
+    """Print the traceback of the exception that is being handled, in the log only."""
     if _divided is not None:
         with contextlib.suppress(OSError):  # the log's disk is full
             traceback.print_exc()
 
 
 def show_end_of_log() -> None:
-    """Print on stderr the last lines that this rank kept from the terminal; nothing where it kept none."""
+    """Print on stderr the last lines of this rank's log; nothing without a log."""
     if _divided is None:
         return
     lines = deque(_divided.printed(_TAIL_BYTES).decode(errors="replace").splitlines(), TAIL_LINES)
@@ -140,24 +143,26 @@ def show_end_of_log() -> None:
 
 
 def _print(text: str, terminal: TextIO | None, stream: TextIO) -> None:
-    """On the terminal, and in the log in its place between Megatron's lines."""
+    """Print on the terminal, and in the log in its place between Megatron's lines."""
     try:
         print(text, file=stream, flush=True)
     except OSError:
         if terminal is None:
             raise
-        # The log's disk is full: what is said of it must still be heard.
+        # The log's disk is full: the message about it must still reach the terminal.
     if terminal is not None:
         try:
             print(text, file=terminal, flush=True)
-        except OSError:  # its reader has gone (`| head`, a hang-up): the log has it all, and the run goes on
+        except (
+            OSError
+        ):  # its reader is gone (`| head`, a hang-up): the log has everything, and the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.fileno())
 
 
 def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As `sys.excepthook`: the traceback to the log, its end to the terminal."""
+    """Print the traceback to the log and its end to the terminal; stands in for `sys.excepthook`."""
     assert _divided is not None
-    # Not by sys.stderr: torch keeps back what its own hook, which calls this one, sees there.
+    # Not through sys.stderr: torch's own hook, which calls this one, holds back what is written there.
     with contextlib.suppress(OSError):  # the log's disk is full
         sys.stderr.flush()
         _divided.log.write("".join(traceback.format_exception(kind, error, trace)).encode())
@@ -179,7 +184,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """As `warnings.showwarning`: those of this package are meant for the user."""
+    """Print this package's warnings on the terminal, others in the log; stands in for `warnings.showwarning`."""
     assert _divided is not None
     if filename.startswith(PACKAGE):
         complain(f"megatron_fdd: warning: {message}")
@@ -188,7 +193,7 @@ def _show_warning(
 
 
 def _duplicate(stream: TextIO, descriptor: int) -> TextIO:
-    """Another stream to where `descriptor` leads now."""
+    """Return another stream to where `descriptor` leads now."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding=encoding, errors="replace")
 

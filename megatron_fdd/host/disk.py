@@ -1,4 +1,4 @@
-"""Files that cannot be written or read: the place, what the system said of it, and what to do."""
+"""Errors of files that cannot be written or read: the place, what the system reported, and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# How torch's writer says, as a RuntimeError, that a file took less than it was given.
+# Words in the RuntimeError of torch's writer when a file could not take all of its bytes.
 _TORCHS_WRITER = ("inline_container.cc", "PytorchStreamWriter")
 _ROOM = "make room there, or give another place"
 _RIGHTS = "give a place that you may use"
@@ -25,10 +25,12 @@ _REMEDIES = {
 
 @contextmanager
 def writing(flag: str, given: str | Path) -> Iterator[None]:
-    """While files are written to `given`, the value of `flag`: a folder, or the beginning of names.
+    """Turn errors of writing to `given`, the value of `flag`, into a refusal that says what to do.
+
+    `given` is a folder, or the beginning of file names.
 
     Raises:
-        ValueError: they could not be. What went wrong with other files is raised as it is.
+        ValueError: a file could not be written. Errors about other files are raised unchanged.
     """
     try:
         yield
@@ -43,10 +45,10 @@ def writing(flag: str, given: str | Path) -> Iterator[None]:
 
 
 def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
-    """Make the folder that `given`, the value of `flag`, needs, and see that files can be made in it.
+    """Make the folder that `given`, the value of `flag`, needs, and check that files can be made in it.
 
     Raises:
-        ValueError: they cannot be.
+        ValueError: the folder or a file in it cannot be made.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -57,12 +59,12 @@ def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
 
 
 def is_torchs_writer(error: BaseException) -> bool:
-    """Whether torch could not write a file: its writer raises no OSError."""
+    """Whether torch could not write a file; its writer raises no OSError."""
     return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCHS_WRITER)
 
 
 def explain(error: Exception) -> str:
-    """What a command says of an error; to one of the system's are added the file and what to do."""
+    """Return what a command prints about an error; for an error of the system, with the file and what to do."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     where = f"{error.filename}: " if error.filename is not None else ""
@@ -82,13 +84,16 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or what is there of the folders above it."""
+    """Return the path itself, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _is_about(error: OSError, given: Path) -> bool:
-    """Whether an error names no file, or one at `given`, above it or beside it with a name made of its name."""
+    """Whether an error names no file, or a file that belongs to `given`.
+
+    Such a file is at `given`, above it, or beside it with its name inside.
+    """
     names = [Path(os.path.realpath(name)) for name in (error.filename, error.filename2) if name is not None]
     real = Path(os.path.realpath(given))
     return not names or any(

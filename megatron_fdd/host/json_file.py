@@ -1,4 +1,4 @@
-"""JSON files of one object, as Hugging Face writes them."""
+"""JSON files with one object, in the form that Hugging Face writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError names the file when it is missing, malformed or not an object."""
+    """Return a JSON object. ValueError names the file if it is missing, malformed or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -21,5 +21,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write as Hugging Face does: two spaces, sorted as given, a newline at the end."""
+    """Write JSON as Hugging Face does: two spaces, keys in their given order, a line break at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

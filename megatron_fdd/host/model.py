@@ -1,4 +1,4 @@
-"""The model that Megatron's arguments describe: which of them shape it, its configuration, its layers by chunk."""
+"""The model that Megatron's arguments describe: which arguments shape it, its configuration, its layers by chunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-# What shapes a GPT's function beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half of it.
+# Arguments that shape a GPT's function, beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
     "group_query_attention", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent",
@@ -33,9 +33,9 @@ ARCHITECTURE = (
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:
-    """Megatron's model configuration of these arguments, with what `gpt_config_from_args` forgets.
+    """Return Megatron's model configuration for these arguments, with what `gpt_config_from_args` forgets.
 
-    0.19.2 passes `--use-rope-scaling` on and leaves the factor at its default.
+    Megatron 0.19.2 passes `--use-rope-scaling` on but leaves the factor at its default.
     """
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
@@ -43,9 +43,10 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
 
 
 def planned_layers(args: argparse.Namespace) -> tuple[int, ...]:
-    """`chunk_layers` of these arguments, wherever the plan is made.
+    """Return `chunk_layers` for these arguments, on any machine.
 
-    Without TransformerEngine Megatron's configuration refuses FP8 of experts, which has no part in how layers are cut.
+    Without TransformerEngine Megatron's configuration refuses FP8 for experts, which does not affect how layers are
+    cut.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         args = argparse.Namespace(**{**vars(args), "fp8": None, "fp8_param_gather": False})
@@ -53,7 +54,7 @@ def planned_layers(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def chunk_layers(config: TransformerConfig) -> tuple[int, ...]:
-    """How many layers each chunk holds of a model with this configuration, in depth order.
+    """Return how many layers each chunk of a model with this configuration holds, in depth order.
 
     With virtual stages chunk c is on pipeline stage c % stages.
     """
@@ -65,6 +66,6 @@ def chunk_layers(config: TransformerConfig) -> tuple[int, ...]:
         return tuple(
             get_num_layers_to_build(config, None if virtual is None else part, stage) for stage, part in order
         )
-    # With a layout Megatron's function answers for the calling rank, whatever stage it is asked about.
+    # With a layout, Megatron's function answers for the calling rank, whichever stage is passed.
     assert isinstance(layout, PipelineParallelLayerLayout)
     return tuple(layout.layout[stage][part].count(LayerType.decoder) for stage, part in order)

@@ -1,4 +1,4 @@
-"""What a rank owes its launcher: which rank it is, an error that is heard, and an end when it is told to."""
+"""What a launcher needs of each rank: the rank's number, errors that are heard, and an end on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 from megatron_fdd.host import console
 
-# How much later than another rank rank 0 may come to the same error: what its imports and reading differ by.
+# How much later than another rank rank 0 may reach the same error; imports and reading take different times.
 PATIENCE_S = 15.0
 
 
@@ -22,10 +22,11 @@ def is_first_rank() -> bool:
 
 
 def print_error(line: str) -> None:
-    """Print `line` on stderr before this rank ends: once for all ranks, whichever of them is the quickest.
+    """Print `line` on stderr before this rank ends: once for all ranks, whichever rank is the quickest.
 
-    As soon as one rank has ended torchrun ends the others, rank 0 with its message perhaps among them. So another
-    rank waits until rank 0 has spoken and is itself ended meanwhile. If it is not, the error is its own: it says so.
+    As soon as one rank has ended, torchrun ends the others, perhaps also rank 0 before its message. So another rank
+    waits until rank 0 has printed, and is itself ended meanwhile. If it is not ended, the error is its own, and it
+    prints it.
     """
     if not is_first_rank():
         time.sleep(PATIENCE_S)
@@ -34,8 +35,11 @@ def print_error(line: str) -> None:
 
 
 def end_at_interrupt() -> None:
-    """From now on Ctrl-C ends this process without a traceback: imports take seconds and have nothing to tell."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell had it ignored
+    """Make Ctrl-C end this process without a traceback from now on.
+
+    Imports take seconds, and a traceback from them tells nothing.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless a shell has it ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -47,14 +51,17 @@ def raise_at_interrupt() -> None:
 
 @contextmanager
 def ended_by_sigterm(last_words: Callable[[], None]) -> Iterator[None]:
-    """In a block SIGTERM ends this process at once, with `last_words` and status 143. In the main thread only.
+    """Make SIGTERM end this process at once inside a `with` statement, with `last_words` and status 143.
 
-    A thread does it: on a GPU the main one may wait for a rank that has ended already, and would never come to it.
+    Call it in the main thread. Another thread ends the process: on a GPU the main thread may wait for a rank that
+    has ended already, and would never handle the signal.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.signal(signal.SIGTERM, _leave_to_the_thread)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # gets the number of each signal, whoever waits
+    signal.set_wakeup_fd(
+        writing, warn_on_full_buffer=False
+    )  # receives every signal's number, whichever thread waits
     threading.Thread(target=_listen, args=(reading, last_words), daemon=True).start()
     try:
         yield
@@ -73,11 +80,11 @@ def _listen(reading: int, last_words: Callable[[], None]) -> None:
 
 
 def _leave_to_the_thread(_signal: int, _frame: FrameType | None) -> None:
-    """Python writes to the pipe only where a signal has a handler."""
+    """Do nothing: Python writes to the pipe only if a signal has a handler."""
 
 
 def _forget_sigterm() -> None:
-    """A forked process, such as a worker that loads data, is ended by its own SIGTERM and wakes nobody."""
+    """Let a forked process, such as a worker that loads data, end by its own SIGTERM without waking anybody."""
     if signal.getsignal(signal.SIGTERM) is _leave_to_the_thread:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

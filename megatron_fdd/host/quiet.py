@@ -1,7 +1,7 @@
-"""Imported for what it does: other packages do not mention on import that CUDA, TransformerEngine and apex are missing.
+"""A switch, turned on by importing it: no messages on import about missing CUDA, TransformerEngine and apex.
 
-Nobody can do anything about it where a model is converted or data prepared, or where a CPU rehearses. A real training
-imports Megatron before it imports this, so that its log has the warnings.
+These messages help nobody where a model is converted, data is prepared, or a CPU rehearses. A real training run
+imports Megatron before it imports this module, so its log has the warnings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ for message in (
     "Could not determine rank from torch.distributed",
 ):
     warnings.filterwarnings("ignore", message=message)
-# It tells of every file of token ids that it opens.
+# This logger reports every file of token ids that is opened.
 logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)
 logging.getLogger("torch.utils.cpp_extension").addFilter(
     lambda record: "No CUDA runtime is found" not in str(record.msg)

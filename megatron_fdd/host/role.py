@@ -1,4 +1,4 @@
-"""The two models of a run, and what differs between them for a check: words, flags, whether it is trained."""
+"""The two models of a run, and how they differ in a check: words, flags, and whether the model is trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Role(Enum):
-    """Which of a run's two models is meant."""
+    """One of a run's two models."""
 
     STUDENT = "student"
     TEACHER = "teacher"
@@ -18,17 +18,17 @@ class Role(Enum):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has a backward pass and an optimizer; the other one is frozen."""
+        """Whether the model has a backward pass and an optimizer; the other model is frozen."""
         return self is Role.STUDENT
 
     @property
     def experts_flag(self) -> str:
-        """The flag over how many ranks its experts are spread."""
+        """The flag that says over how many ranks the model's experts are spread."""
         if self is Role.STUDENT:
             return "--expert-model-parallel-size"
         return "--fdd-teacher-expert-model-parallel-size"
 
     @property
     def fp8_flag(self) -> str:
-        """The flag that puts its layers into FP8."""
+        """The flag that puts the model's layers into FP8."""
         return "--fp8-format" if self is Role.STUDENT else "--teacher-fp8-format"

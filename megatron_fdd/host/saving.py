@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written says why; and which one a run would go on from."""
+"""Errors of a checkpoint that cannot be written, and the checkpoint from which a run would continue."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fdd.host.checkpoint import TRACKER_FILE, cause_of
 
-# Megatron's writer logs what the system said and raises an error that has only its type.
+# Megatron's writer logs the system's message and raises an error that has only its type.
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 _VAGUE = "Worker failure"
-# What a rank says of a collective that another has left (NCCL, the store; gloo), as `cause_of` gives it.
+# How a rank reports a collective that another rank has left (NCCL, the store; gloo), in the words of `cause_of`.
 _LOST = re.compile(
     r"^(Dist\w+Error: |RuntimeError: .*(gloo|nccl|connection (reset|closed|refused)|broken pipe))",
     re.IGNORECASE,
@@ -24,23 +24,23 @@ _LOST = re.compile(
 
 
 class _LastError(logging.Handler):
-    """Keeps the last error that a logger was given."""
+    """Keeps the first error that a logger is given: it is the cause, the others are its consequences."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.text: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.text is None:  # the first is the cause, the others are its consequences
+        if self.text is None:
             self.text = record.getMessage()
 
 
 @contextmanager
 def heard_failures(folder: str, iteration: int) -> Iterator[None]:
-    """While Megatron writes a checkpoint to `folder`, on every rank.
+    """Explain what went wrong while Megatron writes a checkpoint to `folder`, on every rank.
 
     Raises:
-        ValueError: it could not; names the folder, what the system said, and how to go on.
+        ValueError: it could not be written; names the folder, the system's message, and how to continue.
     """
     heard = _LastError()
     logger = logging.getLogger(_WRITER)
@@ -70,7 +70,7 @@ def heard_failures(folder: str, iteration: int) -> Iterator[None]:
 
 
 def saved_iteration(folder: str | None) -> int | None:
-    """Step of the newest whole checkpoint in a folder of --save; None where there is none."""
+    """Return the step of the newest whole checkpoint in a folder of --save; None without one."""
     tracker = Path(folder or "") / TRACKER_FILE
     text = tracker.read_text(encoding="utf-8").strip() if folder and tracker.is_file() else ""
     return int(text) if text.isdecimal() else None

@@ -12,16 +12,16 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where this rank stands. Nothing else in the package reads `parallel_state`.
+    """The place of this rank in the run. Nothing else in the package reads `parallel_state`.
 
     Attributes:
         tensor_group: ranks that share a model replica by tensor parallelism.
         context_group: ranks that share a sequence by context parallelism.
         rows_group: ranks whose token rows differ: data and context parallel, and tensor parallel too when
             sequence parallel.
-        sequence_parallel: whether hidden states outside the matrix products are cut along the sequence.
+        sequence_parallel: true if hidden states outside the matrix products are cut along the sequence.
         pipeline_group: ranks that hold the stages of one model replica.
-        collection: Megatron's own carrier of all groups, to build a model with.
+        collection: Megatron's own carrier of all groups, with which a model is built.
     """
 
     tensor_group: ProcessGroup
@@ -48,15 +48,15 @@ class Topology:
         )
 
     def with_experts(self, size: int) -> Topology:
-        """The same ranks with expert groups of their own: for a teacher that spreads its experts otherwise.
+        """Return the same ranks with expert groups of their own, for a teacher that spreads its experts differently.
 
-        Megatron's globals know the student's expert groups only. All other groups are shared with it.
+        Megatron's globals know only the student's expert groups. All other groups are shared with the student.
 
         Args:
             size: how many ranks share the experts of a layer; checked by `check_experts`.
 
-        Collectives over all ranks, unless the student's size is the same: one all-gather of the stages, and
-        making the groups.
+        Collectives over all ranks, unless the student's size is the same: one all-gather of the stages, and making
+        the groups.
         """
         if size == self.collection.ep.size():
             return self
@@ -67,33 +67,36 @@ class Topology:
         for stage in range(self.num_stages):
             ranks = [rank for rank, its_stage in enumerate(stages) if its_stage == stage]
             blocks = [ranks[first : first + tensor * size] for first in range(0, len(ranks), tensor * size)]
-            # As Megatron does: the slices of one expert are neighbours, then come the other experts.
+            # In Megatron's order: the slices of one expert are neighbours, then come the other experts.
             by_name["tp_ep"] += blocks
             by_name["ep"] += [block[part::tensor] for block in blocks for part in range(tensor)]
             by_name["expt_dp"] += [list(copies) for copies in zip(*blocks, strict=True)]
         collection = ProcessGroupCollection(**vars(self.collection))
         for name, enumeration in by_name.items():
             setattr(collection, name, dist.new_subgroups_by_enumeration(enumeration)[0])
-        # What only an optimizer or a gradient reduction asks for, and would be the student's.
+        # Groups that only an optimizer or a gradient reduction uses; they would be the student's.
         for name in ("tp_ep_pp", "tp_ep_pp_with_egtp_remat", "intra_expt_dp", "expt_dp_gtp_remat"):
             setattr(collection, name, None)
         return replace(self, collection=collection)
 
     @property
     def tensor_rank(self) -> int:
+        """This rank's number in the tensor-parallel group."""
         return self.tensor_group.rank()
 
     @property
     def tensor_size(self) -> int:
+        """Number of tensor-parallel ranks."""
         return self.tensor_group.size()
 
     @property
     def context_size(self) -> int:
+        """Number of context-parallel ranks."""
         return self.context_group.size()
 
     @property
     def sequence_parts(self) -> int:
-        """How many ranks share the rows of a sequence outside the matrix products."""
+        """Number of ranks that share the rows of a sequence outside the matrix products."""
         return self.context_size * (self.tensor_size if self.sequence_parallel else 1)
 
     @property
@@ -103,12 +106,15 @@ class Topology:
 
     @property
     def stage(self) -> int:
+        """The pipeline stage of this rank, from 0."""
         return self.pipeline_group.rank()
 
     @property
     def num_stages(self) -> int:
+        """Number of pipeline stages."""
         return self.pipeline_group.size()
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank holds the last pipeline stage."""
         return self.stage == self.num_stages - 1

@@ -1,4 +1,4 @@
-"""What all subcommands do alike."""
+"""The behaviour that all subcommands share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from megatron_fdd.cli import COMMANDS, main
 from megatron_fdd.cli.command import Command
 from megatron_fdd.cli.train import Separated
 
-# They pass flags on, which are checked where the training starts.
+# These pass flags on, which are checked where the training starts.
 OWN = sorted(COMMANDS.keys() - {"train", "plan"})
-# A text of its own.
+# An option for which an empty text has a meaning.
 MEANT = {("evaluate", "--prompt")}
 
 
 def command_of(name: str) -> click.Command:
+    """Return the click command of a subcommand."""
     command: click.Command = importlib.import_module(f"megatron_fdd.cli.{COMMANDS[name][0]}").command
     return command
 
@@ -33,7 +34,7 @@ def test_every_command_is_one_of_the_two_kinds() -> None:
 
 
 def empty_values() -> list[tuple[str, str]]:
-    """(command, option or argument that takes a value)."""
+    """Return each (command, option or argument that takes a value)."""
     options = [(name, option) for name in OWN for option in command_of(name).params]
     return [
         (name, option.opts[0] if isinstance(option, click.Option) else "")
@@ -44,7 +45,7 @@ def empty_values() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "flag"), empty_values())
 def test_an_empty_value_is_refused(name: str, flag: str) -> None:
-    """As `--save "$UNSET"` gives it, whatever else is missing."""
+    """The value is empty as in `--save "$UNSET"`, whatever else is missing."""
     result = CliRunner().invoke(command_of(name), [flag, ""] if flag else [""])
     assert result.exit_code == 2, result.output
     is_refused = "its value is empty (an unset variable?); give one" in result.output
@@ -83,12 +84,13 @@ def test_numbers_that_fill_a_machine_are_refused() -> None:
 
 
 def interrupted(*_: object) -> None:
+    """Raise what Ctrl-C raises."""
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("words", [[], ["doctor"]])
 def test_an_interrupted_command_says_so_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script of tools/ (a command by itself), and `fdd` while it imports the command."""
+    """One case is a script of tools/ (a command by itself), the other is `fdd` while it imports the command."""
     if words:
         monkeypatch.setattr(type(main), "get_command", interrupted)
     command = main if words else Command("prepare", callback=interrupted)

@@ -40,7 +40,7 @@ def test_the_list_names_every_command() -> None:
 
 @pytest.mark.tier("default")
 def test_no_help_imports_torch() -> None:
-    """It would take seconds."""
+    """Importing torch would take seconds."""
     script = (
         "import sys\nfrom click.testing import CliRunner\nfrom megatron_fdd.cli import COMMANDS, main\n"
         "for words in ([], *([name] for name in COMMANDS)):\n"
@@ -56,7 +56,7 @@ def test_the_command_is_installed() -> None:
 
 
 class Started:
-    """Stands for what replaces this process."""
+    """Stands for the program that replaces this process."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
@@ -64,19 +64,21 @@ class Started:
         self.environment: dict[str, str] = {}
 
     def torchrun(self, args: argparse.Namespace) -> None:
+        """Remember torchrun's arguments."""
         self.words = [args.training_script, *args.training_script_args]
         self.args, self.environment = args, dict(os.environ)
 
     def run_here(self, flags: Sequence[str]) -> None:
+        """Remember the flags of the entry point."""
         self.words = ["here", *flags]
         self.environment = dict(os.environ)
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
-    """Without a rank's environment."""
+    """Return a `Started`, without a rank's environment."""
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")  # so that what a test sets is undone
+        monkeypatch.setenv(name, "")  # so that a test's own value is undone
         monkeypatch.delenv(name)
     found = Started()
     monkeypatch.setattr("torch.distributed.run.run", found.torchrun)
@@ -91,7 +93,7 @@ def test_a_training_is_launched_with_torchruns_flags(started: Started) -> None:
     assert started.words == "megatron_fdd.distill --load a -- --help".split()
     given = started.args.module, started.args.nproc_per_node, started.args.max_restarts
     assert given == (True, "2", 1)
-    assert started.environment["OMP_NUM_THREADS"] == "1"  # without it torchrun prints a box
+    assert started.environment["OMP_NUM_THREADS"] == "1"  # without it torchrun prints a long warning
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Chat templates of our own that behave like published ones, one for each behaviour that decides what is learned.
 
-They write other words and share no line with the published ones; what is alike is what comes where, what is left
-out, what is raised and what ends a turn. Lines are joined without their line breaks: what is written stands in quotes.
+They write other words and share no line with the published ones. They are alike in the order of the parts, in what
+they leave out, in what they raise and in what ends a turn. The lines of a template are joined without their line
+breaks: the text that it writes is in quotes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Family:
     Attributes:
         text: jinja.
         special: special tokens, with blanks between.
-        stop: the tokenizer's end of text, which need not be the end of a turn.
-        bos: what `bos_token` is.
+        stop: the tokenizer's end token, which need not be the end of a turn.
+        bos: the value of `bos_token`.
     """
 
     text: str
@@ -34,7 +35,7 @@ class Family:
     bos: str = ""
 
     def template(self, **variables: Any) -> ChatTemplate:
-        """With `variables` as those of --chat-template-kwargs."""
+        """Return the template with `variables` as those of --chat-template-kwargs."""
         return chat_template(self.text, self.special, self.stop, self.bos, variables)
 
 
@@ -45,14 +46,14 @@ def chat_template(
     bos: str = "",
     variables: Mapping[str, Any] | None = None,
 ) -> ChatTemplate:
-    """A template on a tokenizer with these special tokens, on the day `DATE`."""
+    """Return a template on a tokenizer with these special tokens, on the day `DATE`."""
     added = {**dict.fromkeys(special.split(), True), **dict.fromkeys(_PLAIN.split(), False)}
     names = {"bos_token": bos, "eos_token": stop}
     return ChatTemplate(text, names, added, frozenset({stop}), variables or {}, DATE)
 
 
 def joined(lines: str) -> str:
-    """A template without the line breaks between its lines."""
+    """Return a template without the line breaks between its lines."""
     return "".join(line.strip() for line in lines.splitlines())
 
 
@@ -61,7 +62,7 @@ _CALLS = r"""
 {% for c in m.tool_calls or [] %}{{ "\n" if m.content or not loop.first }}
 {{ "<tool_call>" + {"name": c.function.name, "arguments": c.function.arguments} | tojson + "</tool_call>" }}{% endfor %}
 """
-# Results that follow one another stand in one user turn.
+# Consecutive results stand in one user turn.
 _RESULTS = r"""
 {{ "<|im_start|>user" if loop.first or loop.previtem.role != "tool" }}
 {{ "\n<tool_response>" + m.content + "</tool_response>" }}
@@ -71,7 +72,7 @@ _LAST_USER = r"""
 {% set ns = namespace(last=-1) %}
 {% for m in messages %}{% if m.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 """
-# The reasoning, from its own field or from before </think>, and what is said after it.
+# The reasoning, from its own field or from the text before </think>, and the answer after it.
 _THOUGHT = r"""
 {% set thought, said = m.reasoning_content or "", m.content %}
 {% if "</think>" in said and not thought %}
@@ -107,7 +108,7 @@ QWEN2_5 = joined(
 """
 )
 
-# Reasoning is written behind the last question only, and an empty block on the very last message only.
+# Reasoning is written only after the last question, and empty reasoning only in the very last message.
 QWEN3 = joined(
     _LAST_USER
     + r"""
@@ -138,7 +139,7 @@ QWEN3 = joined(
 
 QWEN3_THINKING = QWEN3.replace(_NO_THINKING, r"""{{ "<think>\n" }}""")
 
-# As Qwen3, but a block is written for every message behind the last question, and calls are no JSON.
+# Like Qwen3, but reasoning is written for every message after the last question, and calls are not JSON.
 QWEN3_5 = joined(
     _LAST_USER
     + r"""
@@ -165,7 +166,7 @@ if add_generation_prompt }}
 """
 )
 
-# The prompt opens a block that only the content can open.
+# The prompt opens the reasoning; in a message only the content can open it.
 QWQ = joined(r"""
 {% for m in messages %}{{ "<|im_start|>" + m.role + "\n" }}
 {{ m.content if loop.last or m.role != "assistant" else m.content.split("</think>")[-1].lstrip("\n") }}
@@ -306,7 +307,7 @@ SMOLLM3 = joined(
 """
 )
 
-# Analysis before a call is dropped once there is a final answer, before a final answer once that is not the last.
+# Analysis before a call is dropped once there is a final answer; before a final answer, once another follows.
 GPT_OSS = joined(
     r"""
 {{ "<|start|>system<|message|>" + strftime_now("%Y-%m-%d") + "<|end|>" }}
@@ -330,7 +331,7 @@ GPT_OSS = joined(
 """
 )
 
-# Nothing ends an answer but the marker of whoever speaks next.
+# An answer ends only with the marker of the next speaker.
 GLM = joined(
     _LAST_USER
     + r"""

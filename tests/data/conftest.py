@@ -20,7 +20,7 @@ from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
 
 TEXT = "the a small house stands near river where many children play and sing until night comes"
-# The shape of ChatML: a closing token, then a line break that no model has to produce.
+# The form of ChatML: a closing token, then a line break that no model has to produce.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,7 +28,7 @@ CHATML = (
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Made-up sentences of 3 to 12 words, always the same."""
+    """Return made-up sentences of 3 to 12 words, always the same."""
     rng = random.Random(seed)
     return [
         " ".join(rng.choices(TEXT.split(), k=rng.randint(3, 12))).capitalize() + "." for _ in range(count)
@@ -37,7 +37,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer with a chat template and a padding token of its own."""
+    """Make a byte-level BPE tokenizer with a chat template and a padding token of its own."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sp_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model."""
+    """Make a SentencePiece model."""
     folder = tmp_path_factory.mktemp("sp")
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(sentences(200)))
@@ -87,12 +87,12 @@ def sp(sp_model: Path) -> TokenizerSettings:
 
 
 def make_encoder(settings: EncodeSettings) -> Encoder:
-    """As `prepare` makes it."""
+    """Return an encoder as `prepare` makes it."""
     return Encoder(settings, text_tokenizer(load_tokenizer(settings.tokenizer)))
 
 
 def only_sample(document: EncodedDocument) -> Encoded:
-    """Of a document that gives one; raises its refusal."""
+    """Return the sample of a document that gives exactly one; raise its refusal."""
     if document.refusal is not None:
         raise document.refusal
     [sample] = document.samples
@@ -100,13 +100,13 @@ def only_sample(document: EncodedDocument) -> Encoded:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:
-    """One JSON object a line; returns the path as a text."""
+    """Write one JSON object in each line; return the path as a text."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def megatron_args(*flags: str) -> argparse.Namespace:
-    """Megatron's own namespace for these flags, with what its validation fills in."""
+    """Return Megatron's own namespace for these flags, with what its validation fills in."""
     common = ["--seq-length", "24", "--micro-batch-size", "2", "--eval-interval", "10", "--eval-iters", "1"]
     with mock.patch("sys.argv", ["x", *common, "--transformer-impl", "local", "--num-workers", "0", *flags]):
         args = parse_args()
@@ -118,7 +118,7 @@ def megatron_args(*flags: str) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory, hf: TokenizerSettings) -> Path:
-    """`text` and `instruction`: 60 and 40 documents."""
+    """Prepare `text` and `instruction`: 60 and 40 documents."""
     folder = tmp_path_factory.mktemp("sets")
     text = write_jsonl(folder / "text.jsonl", [{"text": text} for text in sentences(60)])
     prepare(PrepareSettings((text,), str(folder / "text"), EncodeSettings(hf, "jsonl", append_eod=True)))

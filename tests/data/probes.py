@@ -1,4 +1,4 @@
-"""Encoders that run in workers under test; imports nothing that a worker would not."""
+"""Encoders that run in workers under test; this file imports nothing that a worker would not import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_fdd.data.encode import EncodedDocument, Encoder
 
 @dataclass
 class Probe:
-    """An encoder in which something happens when it meets a word."""
+    """An encoder that does something special when it meets a certain word."""
 
     encoder: Encoder
 
@@ -22,7 +22,7 @@ class Probe:
 
     def __call__(self, document: RawDocument) -> EncodedDocument:
         encoded = self.encoder(document)
-        if b"report" in document.content:  # as an error, which comes back with its text
+        if b"report" in document.content:  # raises an error, which comes back with its text
             loaded = [name for name in ("torch", "megatron") if sys.modules.get(name)]
             raise ValueError(f"process {os.getpid()} of {os.getppid()} has {loaded}")
         if b"die" in document.content:

@@ -1,7 +1,8 @@
-"""What is learned of conversations, written by hand: for each behaviour of a template and each kind of conversation.
+"""What is learned from conversations, written by hand: for each behaviour of a template and kind of conversation.
 
-An expected text is what the model sees at inference, and between ⟦ and ⟧ what it has to say itself, with the token at
-which it stops. It was worked out from the template and from that sentence, never from what the code gave.
+An expected text is what the model sees at inference; between ⟦ and ⟧ stands what it has to say itself, with the
+token at which it stops. It was worked out from the template and from that sentence, never from the output of the
+code.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-# Short for what would fill the lines.
+# Short forms of texts that would fill the lines.
 SHORT = {
     "‹": "<|im_start|>",
     "›": "<|im_end|>",
@@ -179,7 +180,7 @@ ROLE, END_ROLE, GRANITE_END = "<|start_of_role|>", "<|end_of_role|>", "<|end_of_
 GRANITE_Q = f"{ROLE}user{END_ROLE}Where?{GRANITE_END}\n{ROLE}assistant{END_ROLE}"
 XML = "<tool_call><function=w><parameter=city>Oslo</tool_call>"
 
-# A default system text; earlier answers are kept; the field of the reasoning is not known.
+# A default system text; earlier answers are kept; the field with the reasoning is unknown.
 QWEN2_5_ROWS: dict[str, Expected] = {
     "single": KIND + Q + "⟦There.›⟧",
     "multi": KIND + Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧",
@@ -216,7 +217,7 @@ QWEN2_5_ROWS: dict[str, Expected] = {
     "control in an answer": KIND + Q + "⟦a›b›⟧",
     "control last": KIND + Q + "⟦There.›⟧",
 }
-# Earlier reasoning is rewritten, and the empty block goes as soon as the message is not the last.
+# Earlier reasoning is rewritten, and empty reasoning goes as soon as the message is not the last.
 QWEN3_ROWS: dict[str, Expected] = {
     "single": Q + "⟦{none}There.›⟧",
     "no thinking": Q + "{none}⟦There.›⟧",
@@ -235,7 +236,7 @@ QWEN3_ROWS: dict[str, Expected] = {
     "reasoning, call": OSLO_Q
     + "⟦<think>\nask\n</think>\n\n{oslo}›⟧\n{rain}⟦<think>\ntold\n</think>\n\nRain.›⟧",
     "call": (OSLO_Q + "⟦{none}{oslo}›⟧", OSLO_Q + "{oslo}›\n{rain}⟦{none}It rains.›⟧"),
-    # The first one is the last message of the second one's prompt, and keeps its block there.
+    # The first one is the last message of the second one's prompt, and keeps its reasoning there.
     "twice": Q + "⟦{none}There.›⟧\n‹assistant\n⟦{none}Really.›⟧",
     "middle skipped": (
         Q + "⟦{none}There.›⟧",
@@ -248,7 +249,7 @@ QWEN3_ROWS: dict[str, Expected] = {
 ROWS: dict[str, dict[str, Expected]] = {
     "qwen2.5": QWEN2_5_ROWS,
     "qwen3": QWEN3_ROWS,
-    # The prompt opens the block.
+    # The prompt opens the reasoning.
     "qwen3-thinking": {
         "single": Q + "<think>\n⟦\n</think>\n\nThere.›⟧",
         "multi": (
@@ -260,7 +261,7 @@ ROWS: dict[str, dict[str, Expected]] = {
             SUM + "4›\n" + SUM2 + "<think>\n⟦again\n</think>\n\n6›⟧",
         ),
     },
-    # Inside a loop of tools nothing is rewritten, not even the empty block.
+    # Inside a loop of tools nothing is rewritten, not even empty reasoning.
     "qwen3.5": {
         "multi": (
             Q + "<think>\n⟦\n</think>\n\nThere.›⟧",
@@ -283,7 +284,7 @@ ROWS: dict[str, dict[str, Expected]] = {
             SUM + "4›\n" + SUM2 + "<think>\n⟦again\n</think>\n\n6›⟧",
         ),
     },
-    # The tokenizer's end is another than the turn's; texts are trimmed.
+    # The tokenizer's end token differs from the turn's; texts are trimmed.
     "llama3": {
         "single": "◂" + LLAMA_Q + "⟦There.◆⟧",
         "multi": "◂" + LLAMA_Q + "⟦There.◆⟧«user»Now?◆«assistant»⟦Here.◆⟧",
@@ -335,7 +336,7 @@ ROWS: dict[str, dict[str, Expected]] = {
             "<s>[INST]Be brief.\n\nWhere?[/INST]⟦There.</s>⟧",
             "<s>[INST]Where?[/INST]There.</s>[INST]Be brief.\n\nNow?[/INST]⟦Here.</s>⟧",
         ),
-        # What a model sees behind a tool's result has no system text any more.
+        # After a tool's result, a model no longer sees the system text.
         "call, system": "drops system",
     },
     "gemma2": {
@@ -353,7 +354,7 @@ ROWS: dict[str, dict[str, Expected]] = {
         + GEMMA_Q2
         + "⟦Here.<end_of_turn>⟧",
     },
-    # Behind the last answer stands a second end, which is not learned.
+    # After the last answer stands a second end token, which is not learned.
     "phi3": {
         "single": PHI_Q + "⟦There.<|end|>⟧",
         "multi": PHI_Q + "⟦There.<|end|>⟧\n<|user|>\nNow?<|end|>\n<|assistant|>\n⟦Here.<|end|>⟧",
@@ -370,7 +371,7 @@ ROWS: dict[str, dict[str, Expected]] = {
         "multi": "‹user<|im_sep|>Where?›‹assistant<|im_sep|>⟦There.›⟧‹user<|im_sep|>Now?›‹assistant<|im_sep|>⟦Here.›⟧",
         "system": "‹system<|im_sep|>Be brief.›‹user<|im_sep|>Where?›‹assistant<|im_sep|>⟦There.›⟧",
     },
-    # Arguments are a text; nothing is shown of a schema; reasoning is cut off even from the last answer.
+    # Arguments are a text; a schema is not written; reasoning is cut off even from the last answer.
     "deepseek": {
         "single": DEEP + f"<｜User｜>Where?<｜Assistant｜>⟦There.{DEEP_END}⟧",
         "system": DEEP + f"Be brief.<｜User｜>Where?<｜Assistant｜>⟦There.{DEEP_END}⟧",
@@ -389,7 +390,7 @@ ROWS: dict[str, dict[str, Expected]] = {
         "call beside words": DROPPED["tool_calls"],
         "schema only": DROPPED["tools"],
     },
-    # Its marks enclose the header and the line break behind the end.
+    # Its marks enclose the header and the line break after the end.
     "smollm3": {
         "multi": "‹system\nDate: 02 January 2026›\n" + Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧",
         "system": "‹system\nDate: 02 January 2026\nBe brief.›\n" + Q + "⟦There.›⟧",
@@ -397,7 +398,7 @@ ROWS: dict[str, dict[str, Expected]] = {
         "twice": "‹system\nDate: 02 January 2026›\n" + Q + "⟦There.›⟧\n‹assistant\n⟦Really.›⟧",
         "call beside words": DROPPED["tool_calls"],
     },
-    # <|return|> is <|end|> in a history; a call's analysis is in its prompt and gone from the text with the answer.
+    # <|return|> becomes <|end|> in a history; a call's analysis is in its prompt, but not in the text with the answer.
     "gpt-oss": {
         "single": f"{OSS_Q}⟦{FINAL}There.<|return|>⟧",
         "multi": (
@@ -471,7 +472,7 @@ def written_out(text: str) -> str:
 def outcome(
     template: ChatTemplate, chat: Conversation, turns: Turns = "all", allowed: frozenset[str] = frozenset()
 ) -> Expected:
-    """The samples with ⟦ ⟧ around what is learned, one alone as a text; or why there are none."""
+    """Return the samples with ⟦ ⟧ around what is learned, a single one as a text; or why there are none."""
     settings = ChatSettings(turns=turns, allowed=allowed)
     try:
         samples = ChatSampler(template, settings).samples(chat, WHERE, Counter())
@@ -511,7 +512,7 @@ def test_samples_are_those_worked_out_by_hand(family: str, kind: str) -> None:
         ("qwen2.5", "ends with a question", KIND + Q + "⟦There.›⟧"),
         ("qwen2.5", "last skipped", KIND + Q + "⟦There.›⟧"),
         ("qwen2.5", "empty, then one", KIND + "‹user\nWhere?›\n‹assistant\n›\n" + Q2 + "⟦Here.›⟧"),
-        # What the template drops of an earlier answer is dropped at inference, too.
+        # A template that drops a part of an earlier answer drops it at inference, too.
         ("qwen3", "reasoning", SUM + "4›\n" + SUM2 + "⟦<think>\nagain\n</think>\n\n6›⟧"),
         ("qwq", "reasoning inline", SUM + "4›\n" + SUM2 + "<think>\n⟦again\n</think>\n\n6›⟧"),
         ("mistral-v0.3", "system", DROPPED["system"]),
@@ -543,7 +544,7 @@ def test_the_last_answer_alone(family: str, kind: str, row: Expected) -> None:
          + f"<｜User｜>Oslo?<｜Assistant｜>⟦{DEEP_OSLO}⟧<｜tool▁output▁begin｜>rain<｜tool▁output▁end｜>"
          f"⟦It rains.{DEEP_END}⟧"),
         ("r1-distill", "reasoning inline", "reasoning", Reason.NOT_FOLLOWED),
-        # Without its call nothing is left to learn but the end.
+        # Without its call only the end is left to learn.
         ("llama3", "call without schema", "tool_calls", Reason.EMPTY),
     ],
 )  # fmt: skip
@@ -563,7 +564,7 @@ def test_a_switch_of_the_record_wins_over_the_flag() -> None:
 
 
 def test_a_field_that_only_a_switch_writes_is_looked_for_under_each_setting_of_it() -> None:
-    """Two conversations alike but for the switch, one after the other with the same sampler."""
+    """Two conversations that differ only in the switch, one after the other with the same sampler."""
     text = CHATML.replace(
         "m.content", '(m.reasoning_content + "=" if keep and m.reasoning_content else "") + m.content'
     )
@@ -575,7 +576,7 @@ def test_a_field_that_only_a_switch_writes_is_looked_for_under_each_setting_of_i
 
 
 def test_a_schema_beyond_the_first_that_is_not_written_is_missed_at_once() -> None:
-    """As gpt-oss writes the first call only: what held for one schema says nothing of two."""
+    """gpt-oss writes only the first call, for example: what holds for one schema need not hold for two."""
     text = "{{ tools[0] | tojson if tools }}" + CHATML
     sampler = ChatSampler(chat_template(text), ChatSettings())
     one = conversation(*WHERE_THERE, tools=True)
@@ -599,7 +600,7 @@ def test_what_stands_before_the_next_marker_is_said_with_it() -> None:
 
 
 def test_an_answer_behind_a_header_does_not_stand_in_for_one_behind_none() -> None:
-    """A result's prompt has no header here, and once there is an answer no end of turn (as in Gemma's newest)."""
+    """A result's prompt has no header here, and no end of turn once there is an answer (as in Gemma's newest)."""
     text = joined(r"""
     {% for m in messages %}{{ "<|im_start|>" + m.role + "\n" + m.content }}
     {{ "<|im_end|>\n" if m.role != "tool" or loop.last }}{% endfor %}
@@ -614,7 +615,7 @@ def test_no_end_and_no_marker_is_refused() -> None:
 
 
 def marked(before: str, after: str) -> str:
-    """ChatML in which marks stand where `before` and `after` of `‹role\\n`, `text` and `›\\n` say."""
+    """Return ChatML with marks where `before` and `after` place them among `‹role\n`, `text` and `›\n`."""
     return joined(
         r"""
     {% for m in messages %}{% if m.role == "assistant" %}
@@ -650,14 +651,14 @@ HEADER, WORDS, END = r"""{{ "<|im_start|>assistant\n" }}""", "{{ m.content }}", 
         (marked(HEADER + ON + OFF + WORDS + END, PROMPT), "single", Reason.NOTHING_LEARNED),
         # Marks that touch are one.
         (marked(HEADER + ON + WORDS + OFF + ON + END + OFF, PROMPT), "single", Q + "⟦There.›⟧"),
-        # One in a comment is none.
+        # A mark in a comment does not count.
         (marked(HEADER + "{# " + ON + WORDS + OFF + " #}" + WORDS + END, PROMPT), "single", Q + "⟦There.›⟧"),
-        # Rendered first and written later: where the marks would be is not known.
+        # The text is rendered first and written later, so the places of the marks are unknown.
         ("{% macro say(m) %}" + ON + WORDS + END + OFF + "{% endmacro %}" + marked(HEADER + "{{ say(m) }}", PROMPT),
          "single", Reason.RAISED),
         (marked("{% set all %}" + ON + WORDS + END + OFF + "{% endset %}" + HEADER + "{{ all }}", PROMPT),
          "single", Reason.RAISED),
-        # The prompt is not followed: the marks are all there is.
+        # The answer does not follow its prompt, so only the marks tell where it is.
         (marked(HEADER + ON + WORDS + END + OFF, PROMPT + "{{ 'Now: ' if add_generation_prompt }}"), "multi",
          Q + "⟦There.›⟧\n" + Q2 + "⟦Here.›⟧"),
         (marked(HEADER + ON + WORDS + END + OFF, PROMPT + "{{ 'Now: ' if add_generation_prompt }}"), "middle skipped",
@@ -680,7 +681,7 @@ def test_marks_alone_learn_the_last_answer_alone() -> None:
 
 
 def test_marks_narrow_an_answer_that_no_token_ends() -> None:
-    """As in templates of GLM that were edited for training."""
+    """The template is like those of GLM that were edited for training."""
     template = NO_END.replace(
         '{{ "<|" + m.role + "|>" + m.content }}',
         '{{ "<|" + m.role + "|>" }}{% if m.role == "assistant" %}{{ m.content[:2] }}{% generation %}{{ m.content[2:] }}'
@@ -765,7 +766,7 @@ LONG = " ".join(f"word{number}" for number in range(60))
 @pytest.mark.parametrize(
     ("content", "field"),
     [
-        ("m.content[:20] + m.content[-20:]", None),  # both ends are there, and a mark at each: not noticed
+        ("m.content[:20] + m.content[-20:]", None),  # both ends are there, each with its mark: not noticed
         ("m.content[:20]", "user content"),
         ("m.content[-20:]", "user content"),
         ("m.content.split('###')[-1]", "user content"),
@@ -793,7 +794,7 @@ def outcome_of_fields(template: ChatTemplate, chat: Conversation) -> list[str] |
 
 
 def test_one_record_says_nothing_of_the_next() -> None:
-    """A short text is written whole, a long one is not: in whatever order they come."""
+    """A short text is written whole, a long one is not, in whatever order they come."""
     text = CHATML.replace("m.content", "m.content[:40]")
     short, long = conversation(user("a"), answer("b")), conversation(user("a"), answer(LONG))
     for chats in ((short, long, short), (long, short, long)):
@@ -819,7 +820,7 @@ def test_what_is_written_before_the_first_answer_must_stay_before_the_later_ones
     [("Before <think>r</think> after", "content"), ("<think>a</think>b</think>c", "reasoning")],
 )
 def test_words_around_reasoning_must_be_written(content: str, field: str) -> None:
-    """A template that takes what stands before the last end of reasoning, behind the last begin, as Qwen3 does."""
+    """The template takes the text before the last end of reasoning and after the last start, as Qwen3 does."""
     text = CHATML.replace(
         "m.content",
         "((m.content.split('</think>')[0].split('<think>')[-1] + '</think>' + m.content.split('</think>')[-1])"

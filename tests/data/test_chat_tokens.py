@@ -1,7 +1,7 @@
-"""Which tokens of a sample are learned, against a count of bytes that asks no tokenizer for places.
+"""Which tokens of a sample are learned, compared with a count of bytes that does not ask a tokenizer for places.
 
-The count walks over the tokens' own spellings (bytes of a byte-level token, letters of a piece) along the text as the
-tokenizer normalises it, so each token's bytes are known; it is to be learned when all of them are.
+The count follows the tokens' own spellings (bytes of a byte-level token, letters of a piece) along the text as the
+tokenizer normalises it, so each token's bytes are known. A token is to be learned if all of its bytes are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.data.conftest import sentences
 
 CORPUS = [*sentences(100), "naïve e\u0301 café", "東京 🙂 🙂 東京", "a\n\nb\n\nc\n\nd", "it's\n\n\n\nso"]
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
-# At either border of what is learned; the last two share bytes or merge with others.
+# Texts at either border of what is learned; the last two share bytes or merge with others.
 EDGES = [
     "There",
     "🙂",
@@ -59,7 +59,10 @@ for _byte in range(256):
 
 
 def byte_level(*, nfc: bool = False, trim: bool = False, rstrip: bool = False) -> TextTokenizer:
-    """Byte-level BPE; `trim`: spaces are left out of its places; `rstrip`: `<|im_end|>` swallows what follows."""
+    """Return byte-level BPE.
+
+    `trim`: its places leave spaces out; `rstrip`: `<|im_end|>` includes white space after it.
+    """
     bpe = Tokenizer(models.BPE())
     if nfc:
         bpe.normalizer = normalizers.NFC()
@@ -74,7 +77,7 @@ def byte_level(*, nfc: bool = False, trim: bool = False, rstrip: bool = False) -
 
 
 def metaspace(scheme: str) -> TextTokenizer:
-    """Words that begin with ▁ for the space before them, and bytes for what it does not know."""
+    """Return words that begin with ▁ in place of a space, and bytes for unknown letters."""
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -85,7 +88,7 @@ def metaspace(scheme: str) -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """A SentencePiece model that keeps `<|im_end|>` whole."""
+    """Make a SentencePiece model that keeps `<|im_end|>` whole."""
     folder = tmp_path_factory.mktemp("pieces")
     (folder / "corpus.txt").write_text("\n".join(sentences(200)))
     sentencepiece.SentencePieceTrainer.train(
@@ -105,7 +108,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 
 def spelled(tokenizer: TextTokenizer, token_id: int) -> bytes:
-    """The bytes that a token stands for, as it is spelled in its vocabulary."""
+    """Return the bytes that a token stands for, as its vocabulary spells it."""
     if isinstance(tokenizer, SentencePieceText):
         token = tokenizer.library.id_to_piece(token_id)
     else:
@@ -122,12 +125,12 @@ def spelled(tokenizer: TextTokenizer, token_id: int) -> bytes:
 
 
 def counted(tokenizer: TextTokenizer, sample: Sample, ids: list[int], *, nfc: bool = False) -> list[int]:
-    """The mask by counting bytes. Raises AssertionError where the spellings do not make up the text.
+    """Return the mask by counting bytes. Raises AssertionError if the spellings do not make up the text.
 
-    A token is learned when its bytes are; white space beyond the end may belong to its last one (`swallows`).
+    A token is learned if its bytes are; white space after the end may belong to its last token (`swallows`).
     """
     units = letters(sample.text, nfc=nfc)
-    spans = [unit[:2] for unit in units for _ in unit[2]]  # of each byte, its letter's characters
+    spans = [unit[:2] for unit in units for _ in unit[2]]  # for each byte, its letter's characters
     data, mask, at = b"".join(unit[2] for unit in units), [], 0
     for number, token_id in enumerate(ids):
         spelling = spelled(tokenizer, token_id)
@@ -143,21 +146,21 @@ def counted(tokenizer: TextTokenizer, sample: Sample, ids: list[int], *, nfc: bo
 
 
 def is_inside(places: list[tuple[int, int]], span: tuple[int, int], text: str) -> bool:
-    """Whether a token at these characters belongs to a range; blank ones at its end may lie beyond."""
+    """Whether a token at these characters belongs to a range; blanks at its end may lie outside."""
     first, last = span
     beyond = [text[start:end] for start, end in places if end > last]
     return bool(places) and first <= places[0][0] < last and all(letter.isspace() for letter in beyond)
 
 
 def swallowing(tokenizer: TextTokenizer) -> set[str]:
-    """Added tokens to which the white space behind them belongs."""
+    """Return the added tokens that include the white space after them."""
     if not isinstance(tokenizer, HuggingFaceText):
         return set()
     return {token.content for token in tokenizer.library.added_tokens_decoder.values() if token.rstrip}
 
 
 def letters(text: str, *, nfc: bool) -> list[tuple[int, int, bytes]]:
-    """Where each letter begins and ends in the text, with the accents that join it, and its bytes normalised."""
+    """Return where each letter begins and ends in the text, with its accents, and its bytes normalised."""
     if not nfc:
         return [(at, at + 1, letter.encode()) for at, letter in enumerate(text)]
     starts = [
@@ -173,7 +176,7 @@ def letters(text: str, *, nfc: bool) -> list[tuple[int, int, bytes]]:
 
 
 def samples() -> list[Sample]:
-    """Each edge at both borders, and two answers in one sample."""
+    """Return each edge at both borders, and two answers in one sample."""
     made = []
     rng = random.Random(0)
     for shift in range(0, len(EDGES), 3):
@@ -211,7 +214,7 @@ def test_tokens_of_pieces(pieces: TextTokenizer) -> None:
 
 
 def check_borders_anywhere(tokenizer: TextTokenizer, *, nfc: bool = False) -> None:
-    """As where an author's marks end in the middle of a word, or between a letter and its accent."""
+    """Check ranges whose borders lie inside a word, or between a letter and its accent, as an author's marks may."""
     rng = random.Random(1)
     for _ in range(150):
         text = "x" + "".join(rng.choices([*EDGES, *SPECIAL], k=8))
@@ -231,7 +234,7 @@ def test_borders_anywhere_between_pieces(pieces: TextTokenizer) -> None:
 
 
 def learned_text(tokenizer: TextTokenizer, text: str) -> tuple[str, int]:
-    """What is learned of `text`, whose ranges stand between ⟦ and ⟧; and how many tokens reach over a border."""
+    """Return what is learned of `text`, with ranges in ⟦ ⟧, and how many tokens reach over a border."""
     first, last = text.index("⟦"), text.index("⟧") - 1
     sample = Sample(text.replace("⟦", "").replace("⟧", ""), ((first, last),))
     ids, mask, num_crossing = encode_sample(tokenizer, sample)
@@ -241,11 +244,11 @@ def learned_text(tokenizer: TextTokenizer, text: str) -> tuple[str, int]:
 @pytest.mark.parametrize(
     ("text", "learned", "num_crossing"),
     [
-        # The first two of three line breaks are one token: of the prompt and the answer, so it cannot be learned.
+        # The first two of three line breaks are one token of both prompt and answer, so it cannot be learned.
         ("assistant:\n⟦\n\nThere<|im_end|>⟧", "\nThere<|im_end|>", 1),
         ("assistant:\n⟦\nThere<|im_end|>⟧", "\nThere<|im_end|>", 0),
         ("assistant:\n⟦There<|im_end|>⟧", "There<|im_end|>", 0),
-        # A space before the word is of the answer's first token, or of the prompt and so not learned with it.
+        # A space before the word belongs to the answer's first token; if it belongs to the prompt, it is not learned.
         ("assistant:⟦ so it is<|im_end|>⟧", " so it is<|im_end|>", 0),
         ("assistant: ⟦house it is<|im_end|>⟧", " it is<|im_end|>", 1),
         ("<|im_start|>⟦🙂 so 🙂⟧<|im_end|>", "🙂 so 🙂", 0),
@@ -263,7 +266,7 @@ def test_an_end_that_swallows_the_line_break_behind_it_is_learned() -> None:
     tokenizer = byte_level(rstrip=True)
     text = "<|im_start|>user\nso<|im_end|>\n<|im_start|>assistant\n⟦so<|im_end|>⟧\n \n<|im_start|>user"
     assert learned_text(tokenizer, text) == ("so<|im_end|>", 0)
-    # A header that swallows the answer's own line break.
+    # The header includes the answer's own line break.
     assert learned_text(tokenizer, "<|im_start|>⟦\nso<|im_end|>⟧\n") == ("so<|im_end|>", 1)
     for sample in samples():
         ids, mask, _ = encode_sample(tokenizer, sample)
@@ -272,9 +275,10 @@ def test_an_end_that_swallows_the_line_break_behind_it_is_learned() -> None:
 
 @dataclass(frozen=True)
 class Placeless(HuggingFaceText):
-    """Like a tokenizer written in Python, which tells no places."""
+    """A tokenizer that tells no places, like one written in Python."""
 
     def ids_and_places(self, text: str) -> tuple[list[int], None]:
+        """Return ids without places."""
         return self.plain_ids(text), None
 
 

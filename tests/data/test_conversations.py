@@ -37,7 +37,7 @@ def say(role: str, value: str) -> dict[str, str]:
     return {"from": role, "value": value}
 
 
-# What a record holds, the messages it is read as, and which of them are learned.
+# The fields of a record, the messages read from it, and which of them are learned.
 LAYOUTS: dict[str, tuple[dict[str, Any], list[Any], list[int]]] = {
     "openai": ({"messages": [SYSTEM, ASKED, ANSWER]}, [SYSTEM, ASKED, ANSWER], [2]),
     "openai as text": ({"messages": json.dumps([ASKED, ANSWER])}, [ASKED, ANSWER], [1]),
@@ -100,7 +100,7 @@ def test_layouts(name: str) -> None:
         ({"prompt": [ASKED, ANSWER, ASKED], "chosen": [ANSWER]}, [ASKED, ANSWER, ASKED, ANSWER], [3]),
         ({"prompt": ASKED["content"], "chosen": [ANSWER]}, [ASKED, ANSWER], [1]),
         ({"chosen": [ASKED, ANSWER, ASKED, ANSWER]}, [ASKED, ANSWER, ASKED, ANSWER], [3]),
-        # The whole conversation beside its first question, and beside the conversation that was to be judged.
+        # The whole conversation beside its first question, and beside the conversation that was judged.
         ({"prompt": ASKED["content"], "chosen": [ASKED, ANSWER], "messages": [ASKED]}, [ASKED, ANSWER], [1]),
     ],
 )
@@ -130,7 +130,7 @@ def test_messages_can_be_context(name: str, flag: Any, is_learned: bool) -> None
     assert read({"messages": [ASKED, {**ANSWER, name: flag}]}).is_learned == (False, is_learned)
 
 
-# A message behind a question, and what it becomes.
+# A message after a question, and what it becomes.
 MESSAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "null": ({"role": "assistant", "content": None}, {"role": "assistant", "content": ""}),
     "parts": (
@@ -251,7 +251,7 @@ def calling(**call: Any) -> dict[str, Any]:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "'messages' must be a list with at least one message"),
-    ({"messages": "hello"}, "has a text in 'messages' that is no JSON: malformed JSON"),
+    ({"messages": "hello"}, "has a text in 'messages' that is not JSON: malformed JSON"),
     ({"messages": '{"role": "user"}'}, "'messages' must be a list"),
     ({"prompt": [ASKED], "completion": []}, "'completion' must be a list with at least one"),
     (after("hello"), "message 2 is a str; it must be an object"),
@@ -273,24 +273,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (after({**ANSWER, "train": True, "loss": False}), "one thing in 'loss' and another in 'train'"),
     (after({**ASKED, "tool_calls": [CALL]}), "message 2 calls a tool as user"),
     (after({**RESULT, "tool_call_id": 3}), "message 2 has a int as its 'tool_call_id'"),
-    (after(say("function_call", "find it")), "message 2 has a text in 'tool_calls' that is no JSON"),
+    (after(say("function_call", "find it")), "message 2 has a text in 'tool_calls' that is not JSON"),
     (after(say("function_call", "[]")), "message 2 calls no tool"),
-    (calling(name="f", arguments="x"), "message 2 has a text in 'arguments' that is no JSON"),
+    (calling(name="f", arguments="x"), "message 2 has a text in 'arguments' that is not JSON"),
     (calling(name="f", arguments="[]"), "message 2 has a call of 'f' whose arguments are a list"),
     (calling(name="f", arguments={"x": "\ud800"}), r"message 2 has a call \(number 1\) that holds half"),
     (calling(name="f", arguments={"\ud800": 1}), r"message 2 has a call \(number 1\) that holds half"),
     (calling(name="f", arguments={"x": 1e999}), r"message 2 has a call \(number 1\) that holds a number .* too large"),
     (calling(arguments={}), r"message 2 has a call \(number 1\) without the text 'name'"),
     (calling(type="browser", name="f"), r"message 2 has a call \(number 1\) of the type 'browser'"),
-    (after({**CALLING, "tool_calls": ["f"]}), r"message 2 has a call \(number 1\) that is no object"),
-    (beside(tools="find"), "has a text in 'tools' that is no JSON"),
+    (after({**CALLING, "tool_calls": ["f"]}), r"message 2 has a call \(number 1\) that is not an object"),
+    (beside(tools="find"), "has a text in 'tools' that is not JSON"),
     (beside(tools=[TOOL, {"type": "browser"}]), "'tools' must hold functions with a 'name'; number 2"),
     (beside(tools=[{"name": "f\0"}]), "'tools', number 1, holds a NUL"),
     (beside(tools=[TOOL], functions=[BARE_TOOL]), "has 'tools' and 'functions'"),
     (beside(system=3), "the field 'system' is a int"),
     (beside(system="\ud800"), "has a content that holds half"),
     ({"messages": [SYSTEM, ASKED], "system": "Be long."}, "one system text in 'system' and another"),
-    (beside(enable_thinking="yes"), "has a text in 'enable_thinking' that is no JSON"),
+    (beside(enable_thinking="yes"), "has a text in 'enable_thinking' that is not JSON"),
     (beside(enable_thinking=1), "'enable_thinking' must be true or false"),
     (beside(enable_thinking=True, chat_template_kwargs={"enable_thinking": False}), "one thing in 'enable_thinking'"),
     (beside(chat_template_kwargs=[1]), "'chat_template_kwargs' must be an object"),

@@ -33,7 +33,7 @@ KEYS = {"tokens", "labels", "loss_mask", "token_mask", "position_ids"}
 
 
 def as_megatron_makes_it(prefix: Path, documents: list[list[int]]) -> str:
-    """A set as Megatron's own tools write it."""
+    """Write a set as Megatron's own tools write it."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for ids in documents:
         builder.add_document(ids, [len(ids)])
@@ -134,7 +134,7 @@ def test_prepared_again_is_not_read_with_the_old_index(hf: TokenizerSettings, tm
 
 
 def test_no_evaluation_builds_no_evaluation_data(sets: Path, hf: TokenizerSettings) -> None:
-    """So the default split is accepted, although it leaves 60 documents no test part."""
+    """The default split is then accepted, although it leaves 60 documents no test part."""
     tokenizer = load_tokenizer(hf)
     args = megatron_args("--data-path", str(sets / "text"), "--eval-iters", "0")
     check_data_args(args, tokenizer)
@@ -236,7 +236,7 @@ def test_reset_attention_mask_reaches_the_batch(sets: Path, hf: TokenizerSetting
 def test_provider_on_two_ranks_reads_disjoint_samples(
     sets: Path, hf: TokenizerSettings, tmp_path: Path
 ) -> None:
-    """Through Megatron's loader; rank 0 builds the index, rank 1 reads it."""
+    """Megatron's loader reads them; rank 0 builds the index, rank 1 reads it."""
     rank = torch.distributed.get_rank()
     for name in ("text", "instruction"):
         args = megatron_args("--data-path", str(sets / name), "--split", "80,20,0")

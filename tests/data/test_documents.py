@@ -159,7 +159,7 @@ def test_folders(tmp_path: Path) -> None:
 
 def test_folders_without_data(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no data in the folder .*: nothing in it is known; names must end in"
+        ValueError, match=r"no data in the folder .*: it has no file with a known suffix; names must end in"
     ):
         expand_inputs([str(tmp_path)])
     (tmp_path / "data.arrow").touch()

@@ -49,7 +49,7 @@ def test_chat_learns_every_assistant_turn_and_nothing_else(hf: TokenizerSettings
     assert learned_text(hf, encoded) == SPOKEN
     reference = AutoTokenizer.from_pretrained(hf.tokenizer_model)
     text = reference.apply_chat_template(CHAT, tokenize=False)
-    assert text.endswith("<|im_end|>\n")  # which no model has to say
+    assert text.endswith("<|im_end|>\n")  # the line break, which no model has to write
     assert encoded.ids.tolist() == reference(text[:-1], add_special_tokens=False).input_ids
 
 
@@ -167,7 +167,7 @@ def test_nothing_left_to_learn_is_refused(hf: TokenizerSettings) -> None:
 
 
 def test_of_a_conversation_only_the_samples_that_do_not_fit_are_left_out(hf: TokenizerSettings) -> None:
-    """A template that drops the words of earlier answers makes two samples of this; the second is too long."""
+    """A template that drops the words of earlier answers makes two samples of this; the second one is too long."""
     template = CHATML.replace(
         "m.content", "m.content if loop.last or m.role != 'assistant' else m.content[:0]"
     )
@@ -252,7 +252,7 @@ def test_a_ready_prompt_is_left_as_it_is(hf: TokenizerSettings) -> None:
 def test_a_template_knows_what_it_is_put_around(hf: TokenizerSettings) -> None:
     row = {"query": "the river ", "response": "play"}
     with pytest.raises(
-        ValueError, match=r"line 7: .*'query', 'response'\], no layout that --template alpaca reads: dolly"
+        ValueError, match=r"line 7: .*'query', 'response'\], none of the layouts of --template alpaca: dolly"
     ):
         only_sample(make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row)))
 
@@ -260,7 +260,9 @@ def test_a_template_knows_what_it_is_put_around(hf: TokenizerSettings) -> None:
 def test_several_instructions_in_a_line_are_refused(hf: TokenizerSettings) -> None:
     instance = {"input": "", "output": "play"}
     row = {"instruction": "Sing.", "instances": [instance, instance]}
-    with pytest.raises(ValueError, match="x.jsonl, line 7: holds 2 instructions; training reads one a line"):
+    with pytest.raises(
+        ValueError, match="x.jsonl, line 7: holds 2 instructions; training reads one from each line"
+    ):
         only_sample(make_encoder(EncodeSettings(hf, "instruction", template="alpaca"))(document(row)))
 
 

@@ -1,4 +1,4 @@
-"""Several instructions in one sample: nothing lost, nothing seen of one another."""
+"""Several instructions in one sample: none is lost, and none sees another."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def test_a_micro_batch_becomes_one_row(sets: Path, hf: TokenizerSettings) -> Non
     assert batch.packed.max_seqlen_q == boundaries.diff().max()
     begins = (batch.position_ids_BS[0] == 0).nonzero().flatten()
     assert torch.equal(begins, boundaries[:-1].long())
-    assert "cu_seqlens" in samples  # Megatron may hand the same dict out again
+    assert "cu_seqlens" in samples  # Megatron may return the same dict again
     assert samples["tokens"].shape == (2, 60)

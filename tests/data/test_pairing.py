@@ -1,4 +1,4 @@
-"""What a checkpoint stores of its tokenizer against what a run uses."""
+"""The tokenizer that a checkpoint stores, compared with the one that a run uses."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tests.data.tokenizer_identity.variants import Content
 
 
 def checkpoint(folder: Path, content: Content | None = None) -> str:
-    """A checkpoint's folder, with nothing but its tokenizer."""
+    """Make a checkpoint's folder that has only its tokenizer."""
     variants.write(folder / "source", content)
     copy_tokenizer(folder / "source", folder / "tokenizer")
     return str(folder)
 
 
 def check(load: str, own: Path, *flags: str, role: Role = Role.TEACHER) -> None:
-    """As a run does whose --tokenizer-model is `own`."""
+    """Check as a run does whose --tokenizer-model is `own`."""
     args = megatron_args(*(flags or ("--mock-data",)))
     args.tokenizer_model, args.tokenizer_type = str(own), "HuggingFaceTokenizer"
     check_checkpoint_tokenizer(
@@ -48,20 +48,23 @@ def test_the_same_tokenizer_says_nothing(own: Path, tmp_path: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         for role in Role:
             check(checkpoint(tmp_path / role.value), own, role=role)
-        check(str(tmp_path), own, role=Role.STUDENT)  # a checkpoint that stores none
+        check(str(tmp_path), own, role=Role.STUDENT)  # this checkpoint stores none
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        # Of the stored one the files are there too, and name what a hash cannot.
+        # The files of the stored tokenizer exist too, and name what a hash cannot.
         (variants.variant(variants.swap_words), r"id 300 is '.*' in the student and '.*' in this run"),
         (
             variants.variant(variants.with_pattern(variants.ONE_DIGIT)),
             r'"digits" .* from token 3 on is .* in the student and .* in this run',
         ),
-        # A flag that tokenizer_config.json may overrule: the stamp alone knows what was loaded.
-        (variants.variant(variants.flag_added("<|im_end|>", rstrip=True)), "of the student a hash is stored"),
+        # tokenizer_config.json may overrule this flag: only the stamp knows what was loaded.
+        (
+            variants.variant(variants.flag_added("<|im_end|>", rstrip=True)),
+            "only a hash is stored for the student",
+        ),
     ],
 )
 def test_another_tokenizer_is_refused(content: Content, message: str, own: Path, tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_files_of_an_older_import_are_read_themselves(own: Path, tmp_path: Path)
     load = checkpoint(tmp_path / "same")
     (Path(load) / "tokenizer" / "fdd_tokenizer.json").unlink()
     check(load, own)
-    # What tokenizer_config.json makes of an added token is not in tokenizer.json.
+    # tokenizer.json does not show how tokenizer_config.json changes an added token.
     index = len(variants.base()["model"]["vocab"]) + len(variants.ADDED) - 1
     flags = {"special": True, "lstrip": False, "rstrip": True, "single_word": False, "normalized": False}
     decoder = {str(index): {**flags, "content": "<|im_end|>"}}
@@ -89,10 +92,10 @@ def test_files_of_an_older_import_are_read_themselves(own: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_compared_is_said(own: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"--teacher-load .* stores no tokenizer, so nobody checks"):
+    with pytest.warns(UserWarning, match=r"--teacher-load .* stores no tokenizer, so nothing checks"):
         check(str(tmp_path), own)
     with pytest.warns(
-        UserWarning, match=r"the teacher's tokenizer .* and the run's: of tokenizer.json differ: merges"
+        UserWarning, match=r"the teacher's tokenizer .* and the run's: parts of tokenizer.json differ: merges"
     ):
         check(checkpoint(tmp_path / "merges", variants.variant(variants.swap_unrelated_merges)), own)
     args = megatron_args("--mock-data")

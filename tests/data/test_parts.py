@@ -1,4 +1,4 @@
-"""A preparation that ends before its time goes on where its last whole part ends, with the same result."""
+"""A preparation that is cut off and continues after its last whole part, with the same result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data.conftest import sentences, write_jsonl
 
 
 class _Killed(Exception):  # noqa: N818
-    """In place of a signal."""
+    """The error that stands for a signal."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def a_part_for_each_document(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def settings(hf: TokenizerSettings, tmp_path: Path) -> PrepareSettings:
-    """Twelve conversations and pairs, of which some are refused, dealt to two sets."""
+    """Return settings for twelve conversations and pairs, some of them refused, dealt to two sets."""
     rows: list[dict[str, Any]] = [
         {"prompt": ask + " ", "response": say}
         for ask, say in zip(sentences(9, 1), sentences(9, 2), strict=True)
@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def kill_after(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Ends a run when it has read so many documents; returns the list of those that it encodes."""
+    """End a run when it has read so many documents; return the list of those that it encodes."""
     seen: list[int] = []
 
     def documents(*arguments: Any) -> Iterator[Any]:
@@ -143,7 +143,7 @@ def test_a_mended_flag_goes_on(settings: PrepareSettings, monkeypatch: pytest.Mo
 
 
 def _recorded(settings: PrepareSettings, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lines that are encoded."""
+    """Return the lines that are encoded."""
     lines: list[int] = []
     call = prepare_module.Encoder.__call__
 

@@ -1,4 +1,4 @@
-"""From raw files to sets on disk: content, workers, errors, interruptions."""
+"""Preparing, from raw files to sets on disk: content, workers, errors, interruptions."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_set_that_is_there_is_replaced_only_when_asked(hf: TokenizerSettings, 
     encode = EncodeSettings(hf, "jsonl")
     run([first], tmp_path / "out", encode)
     before = documents_of(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"out: a prepared set is there already.*--overwrite"):
+    with pytest.raises(ValueError, match=r"out: a prepared set exists already.*--overwrite"):
         run([second], tmp_path / "out", encode)
     assert documents_of(tmp_path / "out") == before
     run([second], tmp_path / "out", encode, overwrite=True)
@@ -227,7 +227,7 @@ def test_failing_keeps_the_old_set(hf: TokenizerSettings, tmp_path: Path) -> Non
 def test_stopped_while_replacing_never_looks_whole(
     hf: TokenizerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An instruction set replaces a text set; it is stopped before each of its renames in turn."""
+    """An instruction set replaces a text set, and is stopped before each of its renames in turn."""
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "the river"}])
     path = write_jsonl(tmp_path / "a.jsonl", instruction_rows(3))
     prefix = tmp_path / "sets" / "out"
@@ -269,7 +269,7 @@ def test_damaged_sets_are_found(hf: TokenizerSettings, tmp_path: Path) -> None:
         return str(prefix)
 
     for end, message in [
-        (".bin", r"bytes, its index speaks of"),
+        (".bin", r"bytes, but its index needs"),
         (".idx", r"idx cannot be read"),
         ("_loss_mask.bin", r"_loss_mask.bin has .* bytes"),
         (".prepared.json", r"does not describe a prepared set"),
@@ -300,7 +300,7 @@ def command(
 
 @pytest.mark.tier("default")
 def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_path: Path) -> None:
-    """Documents of several batches, dealt to two sets: by two processes of the tool, and by this one."""
+    """Documents of several batches are dealt to two sets: by two processes of the tool, and by this process."""
     rows = [{"text": f"{number} {text}", "unread": "x" * 5700} for number, text in enumerate(sentences(1500))]
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     assert workers.useful_workers(2, [source]) == 2
@@ -331,7 +331,7 @@ def test_killed_in_the_middle_leaves_nothing_whole(hf: TokenizerSettings, tmp_pa
     )
     try:
         with open(tmp_path / "a.jsonl", "wb") as pipe:
-            pipe.write(b'{"text": "the river"}\n' * 400_000)  # more than is looked at to tell a format
+            pipe.write(b'{"text": "the river"}\n' * 400_000)  # more than is read to tell a format
             pipe.flush()
             deadline = time.monotonic() + 120
             while not any(path.stat().st_size for path in sets.glob(".out.partial/part-*/out.bin")):

@@ -1,4 +1,4 @@
-"""Records of files of every kind: told by content, numbered, and refused with their place."""
+"""Records of files of every kind: recognised by content, numbered, and refused with their place."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def test_malformed_lines(line: str, message: str) -> None:
         (b"ARROW1\0\0", "an Arrow file"),
         (b"\xff\xff\xff\xff\x10", "an Arrow file"),
         (b"PK\x03\x04", "an archive"),
-        (b"BZh91AY&SY", "compressed in a way that is not read here"),
-        (b"\xfd7zXZ\0", "compressed in a way"),
+        (b"BZh91AY&SY", "compressed with bzip2 or xz, which are not read"),
+        (b"\xfd7zXZ\0", "compressed with bzip2 or xz"),
         (gzip.compress(gzip.compress(b"a", mtime=0), mtime=0), "compressed twice"),
         (gzip.compress(b"PAR1", mtime=0), "parquet in a compressed file"),
     ],
@@ -224,13 +224,13 @@ def test_damaged_files_are_named(tmp_path: Path, pack: Callable[[bytes], bytes],
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", "parquet")
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a\.parquet, behind row 0: damaged"):
+    with pytest.raises(ValueError, match=r"a\.parquet, after row 0: damaged"):
         documents(path)
 
 
 def test_parquet_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="is parquet, which is no text"):
+    with pytest.raises(ValueError, match="is parquet, which is not text"):
         list(read_documents([str(tmp_path / "a.txt")], "text", "file"))
 
 
@@ -284,7 +284,7 @@ def test_a_pipe_is_looked_at_and_then_read(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_slow_pipe(tmp_path: Path) -> None:
-    """What tells the kind of a file comes byte by byte."""
+    """The bytes that tell the kind of a file come one by one."""
     os.mkfifo(tmp_path / "pipe")
     content = gzip.compress(LINES)
 

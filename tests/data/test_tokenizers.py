@@ -1,4 +1,4 @@
-"""The tokenizer of a run must be the one that its data was prepared with."""
+"""The tokenizer of a run, which must be the one with which its data was prepared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.data.conftest import megatron_args, sentences, write_jsonl
 
 
 def changed(hf: TokenizerSettings, folder: Path, changes: dict[str, object]) -> TokenizerSettings:
-    """A copy of the tokenizer, with other parts of its tokenizer.json."""
+    """Copy the tokenizer, with other parts in its tokenizer.json."""
     shutil.copytree(hf.tokenizer_model, folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps({**content, **changes}))
@@ -36,7 +36,7 @@ def test_a_set_of_the_former_version_is_compared_by_its_vocabulary(
     tokenizer = load_tokenizer(hf)
     lines = "".join(f"{index}\t{token!r}\n" for index, token in sorted(tokenizer.inv_vocab.items()))
     values = json.loads((sets / "text.prepared.json").read_text())
-    assert values["smallest_token_id"] == 0  # the end of a document
+    assert values["smallest_token_id"] == 0  # the id that ends a document
     assert values["tokenizer"]["added"] == {
         "<|endoftext|>": 0,
         "<|im_start|>": 1,
@@ -99,7 +99,7 @@ def test_another_tokenizer_is_refused(
     words = {token.replace("im_", "IM_"): index for token, index in content["model"]["vocab"].items()}
     renamed["model"] = {**content["model"], "vocab": words}
     whole = (
-        r"{}.text was prepared with another tokenizer than this run uses: {}; use the same --tokenizer-model"
+        r"{}.text was prepared with a tokenizer that is not this run's: {}; use the same --tokenizer-model"
     )
     message = r"id 1 is '<.im_start.>' in the data and '<.IM_start.>' in this run"
     with pytest.raises(ValueError, match=whole.format(sets, message)):
@@ -107,7 +107,7 @@ def test_another_tokenizer_is_refused(
     lower = {"normalizer": {"type": "Lowercase"}}
     with pytest.raises(ValueError, match=whole.format(sets, 'the probe line ".*differ: normaliser.*')):
         check_data_args(args, load_tokenizer(changed(hf, tmp_path / "lower", lower)))
-    # A set of unknown origin has nothing but its ids to look at.
+    # A set of unknown origin has only its ids to check.
     own = IndexedDatasetBuilder(str(tmp_path / "own.bin"), dtype=np.int32)
     for _ in range(30):
         own.add_document(np.array([1, 500], np.int32), [2])
@@ -118,7 +118,7 @@ def test_another_tokenizer_is_refused(
 
 
 def test_an_end_that_the_tokenizer_lacks(hf: TokenizerSettings, sp: TokenizerSettings) -> None:
-    with pytest.raises(ValueError, match=r"--eod-token <x>: no token of .*give one that it has"):
+    with pytest.raises(ValueError, match=r"--eod-token <x>: .* has no such token; give one that it has"):
         load_tokenizer(dataclasses.replace(hf, eod_token="<x>"))
     with pytest.raises(ValueError, match="--eod-token </s>: a SentencePiece model names its own"):
         load_tokenizer(dataclasses.replace(sp, eod_token="</s>"))

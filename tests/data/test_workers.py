@@ -1,4 +1,4 @@
-"""Processes that tokenise: as many as have work, light, and with the ids of Megatron's tokenizer."""
+"""Processes that tokenise: only as many as have work, light ones, and with the ids of Megatron's tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.data.conftest import CHATML, make_encoder, sentences
 from tests.data.probes import Probe
 
 ROOT = Path(__file__).parents[2]
-# For a tokenizer that has no other control token.
+# A template for a tokenizer that has no other control token.
 CLOSED = "{% for m in messages %}{{ m.content }}{{ '[SEP]' if m.role == 'assistant' }} {% endfor %}"
 CHAT = [
     {"role": "user", "content": "the river"},
@@ -46,7 +46,7 @@ TEXTS = [
 def settings(
     hf: TokenizerSettings, sp_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, TokenizerSettings]:
-    """Every type, and Hugging Face's one with marks around a sequence and one in Python."""
+    """Return every type of tokenizer; Hugging Face's also with tokens around a sequence and one in Python."""
     folder = tmp_path_factory.mktemp("tokenizers")
     vocabulary = ["[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz.", *(f"##{c}" for c in "aeinorst")]
     pieces = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
@@ -66,7 +66,7 @@ def settings(
 
 @pytest.mark.parametrize("name", [*TOKENIZER_TYPES, "pieces", "bytes"])
 def test_ids_are_megatrons(settings: dict[str, TokenizerSettings], name: str) -> None:
-    """And stay so on the way to a worker."""
+    """They stay the same on the way to a worker."""
     megatron = load_tokenizer(settings[name])
     here = text_tokenizer(megatron)
     for tokenizer in (here, pickle.loads(pickle.dumps(here))):
@@ -135,7 +135,7 @@ def one_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_has_neither_torch_nor_megatron(
     settings: dict[str, TokenizerSettings], one_a_batch: None, name: str
 ) -> None:
-    """After it has encoded a text and a chat."""
+    """The worker is asked after it has encoded a text and a chat."""
     probe = Probe(make_encoder(EncodeSettings(settings[name], "instruction")))
     chat = json.dumps({"messages": CHAT}).encode()
     pair = json.dumps({"prompt": "the river", "response": "report"}).encode()

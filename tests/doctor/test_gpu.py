@@ -1,4 +1,4 @@
-"""The checks of GPUs, on a machine without one: what they say there, and of GPUs that are made up."""
+"""The checks of GPUs on a machine without one: what they find there, and on made-up GPUs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_connections(
 
 
 def test_a_sum_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An all-reduce that does nothing."""
+    """The all-reduce is replaced by one that does nothing."""
     for name in ("init_process_group", "barrier", "all_reduce", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *_arguments, **_keywords: None)
     monkeypatch.setattr(gpu, "_MESSAGE_ELEMENTS", 8)

@@ -1,4 +1,4 @@
-"""What the doctor says of a machine that is short of something."""
+"""What the doctor finds on a machine that is short of something."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_fdd.doctor.finding import Finding
 
 
 def only(check: Callable[[], Iterator[Finding]]) -> Finding:
+    """Return the only finding of a check."""
     [found] = check()
     return found
 
@@ -52,7 +53,7 @@ def test_cores(threads: str | None, level: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(("writable", "level"), [(True, "ok"), (False, "FAIL")])
 def test_compiler_cache(writable: bool, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A superuser may write everywhere, so the answer of the system is made up."""
+    """A superuser may write everywhere, so the system's answer is made up."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "not" / "yet"))
     asked: list[Path] = []
     monkeypatch.setattr(os, "access", lambda path, _mode: asked.append(path) or writable)

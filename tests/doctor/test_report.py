@@ -1,4 +1,4 @@
-"""The doctor's report: every check has its say, whatever another does."""
+"""The doctor's report: every check is reported, whatever another check does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron_fdd.doctor import machine, report
 
 
 def broken() -> None:
+    """Fail as a check may fail."""
     raise OSError("no such device\nand more of it")
 
 
@@ -47,7 +48,7 @@ def test_the_gpu_is_looked_at_only_when_asked_for(
 
 @pytest.mark.tier("default")
 def test_this_machine_is_fit() -> None:
-    """In a process of its own: this one may be a rehearsal, in which torch claims a GPU."""
+    """The doctor runs in a process of its own: this one may be a rehearsal, in which torch claims a GPU."""
     command = [sys.executable, "-m", "megatron_fdd", "doctor"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()

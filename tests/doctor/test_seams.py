@@ -1,4 +1,4 @@
-"""A Megatron that lacks something: the doctor says what, and who uses it."""
+"""The doctor on a Megatron that lacks something: it says what, and who uses it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_fdd.host.patches import table as patches
 
 
 def failed() -> dict[str, Finding]:
+    """Return the findings that fail, by name."""
     found = [*seams.imported_names(), *seams.signatures(), *seams.patches()]
     return {each.name: each for each in found if each.level == "FAIL"}
 

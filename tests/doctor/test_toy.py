@@ -1,4 +1,4 @@
-"""The doctor's toy run on a CPU, held to the curve that the package carries. To write it anew:
+"""The doctor's toy run on a CPU, compared with the curve in the package. To write the curve again:
 
 GOLDEN=write python -m pytest tests/doctor/test_toy.py
 """
@@ -14,7 +14,7 @@ import pytest
 from megatron_fdd.doctor import toy
 
 CURVE = Path(toy.__file__).parent / "curve.txt"
-# Rounding of another processor's float32, as in tests/entry/test_golden_curve.py.
+# Allows for another processor's rounding of float32, as in tests/entry/test_golden_curve.py.
 RELATIVE = 0.5e-5
 
 

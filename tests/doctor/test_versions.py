@@ -1,4 +1,4 @@
-"""What the doctor says of Python and of packages."""
+"""What the doctor finds about Python and packages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from megatron_fdd.doctor.finding import Finding
 
 
 def named(findings: Iterable[Finding], name: str) -> Finding:
+    """Return the finding of this name."""
     [found] = [each for each in findings if each.name == name]
     return found
 
 
 def have(monkeypatch: pytest.MonkeyPatch, **found: str | None) -> None:
-    """Pretend that these versions are installed (None: not), and those of this environment beside them."""
+    """Pretend that these versions are installed (None: not installed), beside those of this environment."""
     real: Callable[[str], str | None] = versions._version
     monkeypatch.setattr(
         versions,

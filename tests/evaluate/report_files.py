@@ -10,7 +10,7 @@ PAIRS = ("s2:t4", "s4:t8")
 
 
 def record(iteration: int, **changes: Any) -> dict[str, Any]:
-    """A line of a run that distils two layers; its values say which iteration it is."""
+    """Return one line of a run that distils two layers; its values tell which iteration it is."""
     return {
         "iteration": iteration,
         "tokens": 100,
@@ -32,12 +32,14 @@ def record(iteration: int, **changes: Any) -> dict[str, Any]:
 
 
 def write(path: Path, records: list[Any], tail: str = "") -> Path:
+    """Write records as JSON lines, and `tail` after them; return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(each) + "\n" for each in records) + tail)
     return path
 
 
 def make_run(folder: Path, length: int = 3, **changes: Any) -> Path:
+    """Write the metrics file of a run with `length` records, and return its folder."""
     write(folder / "metrics.jsonl", [record(i, **changes) for i in range(1, length + 1)])
     return folder
 
@@ -45,6 +47,7 @@ def make_run(folder: Path, length: int = 3, **changes: Any) -> Path:
 def evaluation(
     mean: float = 20.0, spread: float | None = 0.5, *, model: str = "m", **settings: Any
 ) -> dict[str, Any]:
+    """Return the content of an evaluation.json."""
     by_seed = {str(seed): mean + step for seed, step in ((10, -0.5), (20, 0.0), (30, 0.5))}
     answers = {"num_examples": 7, "rouge_l": {"by_seed": by_seed, "mean": mean, "spread": spread}}
     text = {
@@ -66,6 +69,7 @@ def evaluation(
 
 
 def write_evaluation(folder: Path, **content: Any) -> Path:
+    """Write an evaluation.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(evaluation(**content)))
     return folder

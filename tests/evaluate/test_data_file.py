@@ -13,7 +13,7 @@ from megatron_fdd.evaluate.data_file import DataFile, Selection, read_data_file,
 
 LONG = "one two three four five six seven eight nine ten eleven"
 ALPACA = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-# A record, its layout, and of each of its instructions: the text without a template, references.
+# A record, its layout, and for each of its instructions the text without a template, and the references.
 RECORDS: list[tuple[dict[str, Any], str, list[tuple[str, list[str]]]]] = [
     (
         {"instruction": "Why?", "context": "It is so.", "response": "So.", "category": "closed_qa"},

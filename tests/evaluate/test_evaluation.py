@@ -37,7 +37,7 @@ NUM_EXAMPLES = 9
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, a student and data: texts of different lengths, two references each."""
+    """Make a teacher, a student and data: texts of different lengths, two references each."""
     folder = tmp_path_factory.mktemp("evaluation")
     make_llama(folder / "teacher")
     make_llama(folder / "student", num_hidden_layers=2)
@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(folder: Path, out: Path, **changes: Any) -> Request:
+    """Return a request for the models and the data in `folder`."""
     selection = changes.pop("selection", Selection())
     default = Request(
         models=(NamedModel("student", folder / "student"),),
@@ -83,6 +84,7 @@ def request(folder: Path, out: Path, **changes: Any) -> Request:
 
 
 def contents(out: Path) -> dict[str, bytes]:
+    """Return the files below a folder, by name."""
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
@@ -147,7 +149,7 @@ def test_teacher_text_and_table(folder: Path, tmp_path: Path) -> None:
 
 
 def interrupted(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, num_batches: int) -> None:
-    """An evaluation that is stopped when it has answered so many batches."""
+    """Start an evaluation, and stop it when it has answered so many batches."""
     answer = Generator.answer
     left = iter(range(num_batches))
 
@@ -192,7 +194,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     evaluate(request(folder, out))
     assert contents(out) == expected
 
-    # What is whole needs no model any more.
+    # A finished file needs no model any more.
     monkeypatch.setattr(Placement, "load", lambda *_: pytest.fail("a model was loaded"))
     evaluate(request(folder, out))
     assert contents(out) == expected
@@ -222,7 +224,7 @@ def test_answers_of_other_settings_are_refused(folder: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"other settings \(model .* -> "):
         evaluate(request(folder, tmp_path / "out", models=retrained))
     (tmp_path / "out/student/answers/data.seed10.jsonl").write_text("no answers\n")
-    with pytest.raises(ValueError, match="is no file of answers"):
+    with pytest.raises(ValueError, match="does not hold answers"):
         evaluate(request(folder, tmp_path / "out"))
 
 
@@ -234,7 +236,7 @@ def test_refused_before_a_model_is_loaded(
     for changes, message in (
         ({"data": ()}, "nothing to evaluate"),
         ({"models": (one, one)}, "two models are called 'student'"),
-        ({"models": (nowhere,)}, "nowhere is no Hugging Face model folder"),
+        ({"models": (nowhere,)}, "nowhere is not a Hugging Face model folder"),
         ({"models": (NamedModel("a/b", folder / "student"),)}, "'a/b' cannot be the name of a folder"),
         ({"batch_size": 0}, "--batch-size 0: at least 1"),
         ({"text": Text(folder / "nowhere.jsonl")}, "nowhere.jsonl does not exist"),

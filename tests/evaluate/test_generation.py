@@ -104,7 +104,7 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
     count = 4000
     sampler = SamplingProcessor((example_seed(10, number) for number in range(count)), torch.device("cpu"))
     scores = probabilities.log().expand(count, -1)
-    for _ in range(2):  # every row's generator goes on
+    for _ in range(2):  # every row's generator continues
         drawn = sampler(None, scores).argmax(-1).bincount(minlength=4) / count
         torch.testing.assert_close(drawn, probabilities, atol=0.03, rtol=0)
 
@@ -159,5 +159,5 @@ def test_an_example_without_a_token_is_refused_unless_something_stands_before_it
 def test_a_model_that_predicts_no_numbers_is_refused(folder: Path, settings: GenerationSettings) -> None:
     asked, prompts = generator(folder, settings)
     asked.model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=rf"{folder} predicts what is no number"):
+    with pytest.raises(ValueError, match=rf"{folder} predicts NaN"):
         asked.answer(prompts[:2], 10)

@@ -68,9 +68,9 @@ def test_what_is_no_number_is_refused_and_what_is_too_large_is_infinite() -> Non
     windows = torch.zeros(1, 3, dtype=torch.int64)
     broken = tiny_model(1)
     broken.lm_head.weight.data[3] = math.nan
-    with pytest.raises(ValueError, match="predicts what is no number"):
+    with pytest.raises(ValueError, match="predicts NaN"):
         perplexity.score_models(None, {"broken": broken}, windows)
-    with pytest.raises(ValueError, match="predicts what is no number"):
+    with pytest.raises(ValueError, match="predicts NaN"):
         perplexity.score_models(broken, {"student": tiny_model(2)}, windows)
     assert perplexity.PerplexityScore(800.0, math.nan).perplexity == math.inf
 
@@ -103,7 +103,7 @@ def test_texts_begin_and_end_as_in_training(tmp_path: Path) -> None:
     assert taught[:6] == [1, 2, 3, 4, 0, 1]
     assert perplexity.encode_sample(tokenizer, "a") == [1, 2]
     assert perplexity.encode_sample(tokenizer, "") == [1]
-    # A literal start token is the start; one further on is the text's own.
+    # A literal start token is the start; a later one belongs to the text.
     assert perplexity.encode_sample(tokenizer, "<unk> a <unk>") == [1, 2, 1]
     assert perplexity.cut_windows(["<unk> a", "b"], tokenizer, length=5).tolist() == [[1, 2, 0, 1, 3, 0]]
     with pytest.raises(ValueError, match="--prompt '' has no token"):

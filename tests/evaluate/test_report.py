@@ -20,7 +20,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class Page(HTMLParser):
-    """Tags that must be closed are; collects text, images and everything that would be fetched or run."""
+    """A parser of the report that checks that tags are closed.
+
+    It collects text, images and everything that would be fetched or run.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -33,6 +36,7 @@ class Page(HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Collect a tag's images and addresses."""
         self.tags.add(tag)
         found = dict(attrs)
         self.links += [str(found[name]) for name in ("src", "srcset", "href") if name in found]
@@ -42,9 +46,11 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
+        """Check that a closed tag is the one that was opened last."""
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        """Collect text."""
         self.text += data
 
 

@@ -1,4 +1,4 @@
-"""The report tells what a run's training data was."""
+"""The part of the report about a run's training data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron_fdd.evaluate.report.runs import Run
 
 
 def write_set(prefix: Path, text: str) -> str:
+    """Write `text` as a set's prepared.json, and return the prefix of the set."""
     Path(f"{prefix}.prepared.json").write_text(text)
     return str(prefix)
 

@@ -35,7 +35,7 @@ def test_metrics_become_curves(tmp_path: Path) -> None:
         ("", "no finished record"),
         ('{"iter', "no finished record"),
         ('{"iteration": 1, "speed": 2}\n', "is it a metrics file"),
-        ("[1]\n", 'line 1: no object with an "iteration"'),
+        ("[1]\n", 'line 1: not an object with an "iteration"'),
         ('{"iteration": 2, "kd": 1}\n{"iteration": 1, "kd": 1}\n', "line 2: iteration 1 comes after 2"),
     ],
 )
@@ -84,7 +84,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         read_runs([str(tmp_path / "a/run"), str(tmp_path / "b/run")])
     write_evaluation(tmp_path / "old")
     (tmp_path / "old/evaluation.json").write_text('{"version": 9}')
-    with pytest.raises(ValueError, match="no evaluation of version 1"):
+    with pytest.raises(ValueError, match="not an evaluation of version 1"):
         read_runs([str(tmp_path / "old")])
 
 
@@ -98,7 +98,7 @@ def test_a_path_with_an_equals_sign_is_no_name(tmp_path: Path) -> None:
 def test_bins_are_means_with_their_extremes() -> None:
     curve = Curve(np.array([1, 2, 3, 7]), np.array([1.0, 3.0, 5.0, 7.0]))
     bins = cut_into_bins(curve, 3)
-    assert bins.index.tolist() == [0, 2]  # nothing from 4 to 6
+    assert bins.index.tolist() == [0, 2]  # there is nothing from 4 to 6
     assert bins.centre.tolist() == [2, 7]
     assert bins.mean.tolist() == [3, 7]
     assert (bins.lowest.tolist(), bins.highest.tolist()) == ([1, 7], [5, 7])

@@ -1,4 +1,4 @@
-"""The report's scores: which run is called best, and when none is."""
+"""The scores of the report: which run is called best, and when none is."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from tests.evaluate.report_files import evaluation, make_run, record, write
     ("scores", "conditions", "best"),
     [
         ([Score(20, 0.5), Score(21, 0.5)], "aa", 1),
-        ([Score(20, 0.5), Score(20.5, 0.5)], "aa", None),  # as large as the spread
-        ([Score(20, 0.1), Score(21, 1.5)], "aa", None),  # of either
-        ([Score(20, 0.5), Score(21)], "aa", None),  # unknown spread
+        ([Score(20, 0.5), Score(20.5, 0.5)], "aa", None),  # the lead is as large as the spread
+        ([Score(20, 0.1), Score(21, 1.5)], "aa", None),  # the lead is below the second run's spread
+        ([Score(20, 0.5), Score(21)], "aa", None),  # the spread is unknown
         ([Score(20, 0.5), None, Score(18, 0.5)], "axa", 0),
-        ([Score(20, 0.5), Score(21, 0.5)], "ab", None),  # not measured alike
-        ([Score(20, 0.5), Score(21, 0.5), Score(30, 0.1)], ["a", "a", None], 1),  # the teacher
+        ([Score(20, 0.5), Score(21, 0.5)], "ab", None),  # the conditions differ
+        (
+            [Score(20, 0.5), Score(21, 0.5), Score(30, 0.1)],
+            ["a", "a", None],
+            1,
+        ),  # the teacher does not take part
         ([Score(20, 0.5)], "a", None),
     ],
 )
@@ -88,4 +92,4 @@ def test_terms_are_compared_only_where_they_mean_the_same(tmp_path: Path) -> Non
     assert alike.metrics is not None
     assert (
         best(replace(alike, metrics=replace(alike.metrics, last=61)))["kd, training"] is None
-    )  # trained longer
+    )  # this run was trained longer

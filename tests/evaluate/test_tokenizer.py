@@ -1,4 +1,4 @@
-"""The tokenizer that a model is evaluated with does what its tokenizer.json says."""
+"""The tokenizer that a model is evaluated with gives the ids that its tokenizer.json says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.data.tokenizer_identity import variants
 
 
 def model(folder: Path, content: variants.Content | None = None) -> NamedModel:
-    """Only as much of a model as its tokenizer needs."""
+    """Make as much of a model as its tokenizer needs."""
     variants.write(folder, content)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     return NamedModel(folder.name, folder)
@@ -31,10 +31,10 @@ def test_the_file_is_read_where_the_class_does_something_else(
     assert own.tokenizer()(text)["input_ids"] == encode(text)
     assert own.tokenizer().eos_token == "<|end|>"
     said = capsys.readouterr().err
-    assert 'own: tokenizer.json is read as it stands, because the probe line "digits" gets other ids' in said
-    assert said.count("as it stands") == 1
+    assert 'own: tokenizer.json is loaded directly, because the probe line "digits" gets other ids' in said
+    assert said.count("is loaded directly") == 1
     variants.write(own.folder, variants.variant(variants.with_pattern(variants.ONE_DIGIT)))
-    assert own.tokenizer()(text)["input_ids"] != encode(text)  # as the files are now
+    assert own.tokenizer()(text)["input_ids"] != encode(text)  # the ids follow the changed files
     assert NamedModel("none", tmp_path).identity() is None
 
 

@@ -1,4 +1,4 @@
-"""The commands in a piece of bash, as far as documentation needs: which program is given which flags."""
+"""The commands in a piece of bash, as far as tests of documentation need them: which program gets which flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_fdd.config import add_fdd_args
 from tests.harness.markdown import ROOT
 
 TRAINING = "megatron_fdd.distill"
-# Ours alone: a module of another package is not ours to check.
+# Only our modules: those of other packages are not ours to check.
 _OUR_SCRIPT = re.compile(r"(?:tools|tests|examples|benchmarks|megatron_fdd)/[\w./-]+\.(?:py|sh)")
 _OUR_MODULE = re.compile(r"(?:megatron_fdd|benchmarks|tests)(?:\.\w+)*")
 _PUNCTUATION = "();&|\n"
@@ -39,7 +39,7 @@ class Command:
 
 
 def commands(bash: str) -> Iterator[Command]:
-    """Every call of a program of this project. `name=(...)` is filled in where `"${name[@]}"` stands."""
+    """Yield every call of a program of this project; `"${name[@]}"` is replaced by the words of `name=(...)`."""
     for words in _simple_commands(bash):
         at = next((index for index in range(len(words)) if _program(words, index)), None)
         if at is not None:
@@ -48,7 +48,7 @@ def commands(bash: str) -> Iterator[Command]:
             rest = words[at + 1 + program.startswith("fdd ") :]
             if "--" in rest:  # what follows is the training's
                 yield Command(TRAINING, _flags(rest[rest.index("--") :]))
-                # What `fdd train` has before it is torchrun's.
+                # The flags of `fdd train` before `--` are torchrun's.
                 rest = [] if program == "fdd train" else rest[: rest.index("--")]
             yield Command(program, _flags(rest))
 
@@ -119,13 +119,13 @@ def _flags_of_click(command: click.Command) -> list[str]:
 
 @cache
 def training_parser() -> argparse.ArgumentParser:
-    """Megatron's own with ours, as `megatron_fdd.distill` reads a command line."""
+    """Return Megatron's parser with our flags, as `megatron_fdd.distill` reads a command line."""
     return add_fdd_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
 @cache
 def flags_of(program: str) -> frozenset[str]:
-    """The flags that a script or module of this project knows: those of the parser that it makes."""
+    """Return the flags that a script or module of this project knows: those of the parser that it makes."""
     if program == TRAINING:
         return frozenset(training_parser()._option_string_actions)
     if program.startswith("fdd "):

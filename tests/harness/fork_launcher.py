@@ -1,7 +1,6 @@
-"""`python` and `torchrun` for scripts under test: the fork server runs the program, this process stands for it.
+"""`python` and `torchrun` for scripts under test: the fork server runs the program, and this process represents it.
 
-`forked_python.py` writes this file behind a `#!` line and gives the two names below their values. It must start
-quickly.
+`forked_python.py` writes this file after a `#!` line and sets the two names below. It must start quickly.
 """
 
 import _signal
@@ -31,7 +30,7 @@ def _forward_signals(pid: int) -> None:
 
 
 def main() -> None:
-    """Send arguments, folder, environment and streams; end as the program does, by a signal too."""
+    """Send arguments, folder, environment and streams; end as the program ends, even by a signal."""
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     connection.connect(SERVER)
     request = marshal.dumps((sys.argv, os.getcwd(), dict(os.environb)))
@@ -40,7 +39,7 @@ def main() -> None:
     )
     connection.sendall(request)
     pid = _receive(connection)
-    if pid == 0:  # nothing for an image
+    if pid == 0:  # a fork of the image cannot be this program
         os.execv(REAL[0], [*REAL, *sys.argv[1:]])
     _forward_signals(pid)
     status = _receive(connection)

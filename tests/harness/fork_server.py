@@ -1,9 +1,9 @@
-"""Imports what the project's programs import, then forks a child for each `python` that a script under test calls.
+"""A server that imports what the project's programs import, and forks a child for each `python` under test.
 
-A program of its own: `python fork_server.py DESCRIPTOR FOLDER`, where DESCRIPTOR is a listening Unix socket and FOLDER
-has the launchers (`forked_python.py` starts it, `fork_launcher.py` speaks to it). A child takes over a launcher's
-streams, folder, environment and arguments, runs the program as `__main__` and ends as an interpreter does, except that
-it does not take the image apart object by object (0.6 s).
+It is a program: `python fork_server.py DESCRIPTOR FOLDER`, where DESCRIPTOR is a listening Unix socket and FOLDER
+has the launchers (`forked_python.py` starts it, `fork_launcher.py` talks to it). A child takes over a launcher's
+streams, folder, environment and arguments, runs the program as `__main__` and ends as an interpreter does, except
+that it does not take the image apart object by object (0.6 s).
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ IMAGE = (
 # Every program imports these for itself (0.2 s): Megatron's training configures logging and reads the clock, ours is
 # what coverage measures.
 FRESH = ("megatron.training", "megatron_fdd")
-# Of these the image has read many while it was imported: with other values a program needs an interpreter of its own.
+# The image read many of these while it was imported: with other values a program needs its own interpreter.
 READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MPL", "LD_")
-# Of torchrun, of Megatron; what importing torch sets; what rehearsal.start() sets and makes up for.
+# Variables of torchrun and Megatron; those that importing torch sets; those that rehearsal.start() may set late.
 READ_LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCH_DIST", "CUDA_DEVICE_MAX_CONNECTIONS")
 READ_LATER += ("TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE")
-# They start or change interpreters.
+# These start or change interpreters.
 OF_THE_INTERPRETER = ("pip", "venv", "ensurepip")
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a command line of Python asks for; `arguments` become sys.argv."""
+    """The program that a command line of Python names; `arguments` become sys.argv."""
 
     kind: Literal["module", "command", "script", "stdin"]
     what: str
@@ -69,7 +69,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A program, and what its process is to have. `streams`: descriptors of stdin, stdout and stderr."""
+    """A program, and what its process gets. `streams`: descriptors of stdin, stdout and stderr."""
 
     program: Program | None
     folder: str
@@ -78,7 +78,7 @@ class Request:
 
 
 def import_image() -> None:
-    """All that the programs of this project import from elsewhere, as if by nobody."""
+    """Import everything that the programs of this project import from elsewhere, as if no program had been named."""
     for name in IMAGE:
         importlib.import_module(name)
     for name in [name for name in sys.modules if name.startswith(FRESH)]:
@@ -93,7 +93,7 @@ def import_image() -> None:
 
 
 def parse(command: list[str], folder: str) -> Program | None:
-    """The program in `command` (its first word `python` or `torchrun`), None where a fork cannot be it."""
+    """Return the program in `command` (its first word is `python` or `torchrun`); None if a fork cannot run it."""
     if os.path.basename(command[0]) == "torchrun":
         return Program("module", "torch.distributed.run", command)
     words, unbuffered = command[1:], False
@@ -112,7 +112,7 @@ def parse(command: list[str], folder: str) -> Program | None:
 
 
 def read_at_import(environment: Mapping[bytes, bytes]) -> dict[str, bytes]:
-    """The part of an environment on which an image depends."""
+    """Return the part of an environment on which an image depends."""
     named = {os.fsdecode(name): value for name, value in environment.items()}
     return {
         name: value
@@ -122,15 +122,15 @@ def read_at_import(environment: Mapping[bytes, bytes]) -> dict[str, bytes]:
 
 
 def serve(listener: socket.socket, image: Mapping[str, bytes]) -> Request:
-    """Serve for good; returns in each child, with what it is to run. `image`: the `read_at_import` of this process.
+    """Serve for ever; return only in each child, with the request that it is to run.
 
-    A launcher is told the child's process id (0: there is none, run the real interpreter), and in the end its status.
-    A launcher that is gone takes its child with it.
+    `image` is the `read_at_import` of this process. A launcher is told the child's process id (0: there is none,
+    run the real interpreter), and in the end its status. When a launcher is gone, its child is killed.
     """
     events = selectors.DefaultSelector()
     events.register(listener, selectors.EVENT_READ)
     while True:
-        (key, _), *_ = events.select()  # one at a time: the others may be of the same child
+        (key, _), *_ = events.select()  # one at a time: the others may belong to the same child
         if key.fileobj is listener:
             connection, _ = listener.accept()
             request = _receive(connection, image)
@@ -188,7 +188,7 @@ def _close_all(events: selectors.BaseSelector, connection: socket.socket) -> Non
 
 
 def become(request: Request, launchers: str) -> None:
-    """Give this child what the launcher's process has."""
+    """Give this child everything that the launcher's process has."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number, stream in enumerate(request.streams):
@@ -200,17 +200,17 @@ def become(request: Request, launchers: str) -> None:
     if any(name.startswith(b"COVERAGE_PROCESS") for name in request.environment):
         with contextlib.suppress(ImportError):  # as Python itself begins where coverage is installed
             importlib.import_module("coverage").process_startup()
-    # Of what it starts, torchrun's workers are forks too.
+    # The workers that torchrun starts are forks too.
     sys.executable = os.path.join(launchers, "python")
     import numpy
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
-    numpy.random.seed()  # Python's own generator sees to this itself
+    numpy.random.seed()  # Python's own generator seeds itself anew after a fork
 
 
 def run(program: Program) -> None:
-    """As Python runs it."""
+    """Run a program as Python runs it."""
     if program.unbuffered:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.argv = program.arguments
@@ -230,7 +230,7 @@ def run(program: Program) -> None:
 
 
 def status_of(program: Program) -> int:
-    """Run it; what Python says about an error, and the exit status."""
+    """Run a program; print what Python prints about an error, and return the exit status."""
     try:
         run(program)
     except SystemExit as end:
@@ -245,7 +245,7 @@ def status_of(program: Program) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """Wait for threads, call exit handlers, flush."""
+    """Wait for threads, call exit handlers, flush the streams and end this process."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

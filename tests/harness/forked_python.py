@@ -2,8 +2,8 @@
 
     subprocess.run(["bash", script], env={**os.environ, **forked_python.environment()})
 
-FORKED_PYTHON=0 puts the real ones in their place, as does a machine with a GPU or with TransformerEngine: there a
-program imports what it imports after it has looked at them.
+FORKED_PYTHON=0 uses the real ones instead. So does a machine with a GPU or with TransformerEngine: there a program
+looks for them before it imports other packages.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ HAS_GPU = torch.cuda.is_available()  # a test that rehearses in this process mak
 
 
 def environment(*, forked: bool = True) -> dict[str, str]:
-    """PATH with the launchers first, and VENV with which tools/env.sh puts them there; or with the real ones."""
+    """Return PATH with the launchers first (or the real ones), and VENV, with which tools/env.sh puts them there."""
     real, venv = Path(sys.executable).parent, _venv() if forked and is_wanted() else Path(sys.prefix)
     return {"VENV": str(venv), "PATH": f"{venv / 'bin'}:{real}:{os.environ['PATH']}"}
 
 
 def python() -> str:
-    """The launcher; the real interpreter where there are no forks."""
+    """Return the launcher, or the real interpreter where there are no forks."""
     return str(_venv() / "bin/python") if is_wanted() else sys.executable
 
 
 def log() -> str:
-    """What the server has said, among it why a program got an interpreter of its own."""
+    """Return what the server printed, for example why a program got its own interpreter."""
     return (_venv() / "log").read_text() if is_wanted() else ""
 
 
 def close() -> None:
-    """End the server and with it what is left of its children (tests/conftest.py calls this at the session's end)."""
+    """End the server, and with it what is left of its children.
+
+    tests/conftest.py calls this at the end of the session.
+    """
     if _SERVERS:
         server = _SERVERS.pop()
         server.kill()
@@ -55,19 +58,19 @@ _SERVERS: list[subprocess.Popen] = []
 
 
 def is_wanted() -> bool:
-    """Whether there are forks here."""
+    """Whether scripts under test run as forks on this machine."""
     asked = os.environ.get("FORKED_PYTHON", "1") != "0"
     return asked and not HAS_GPU and not any(distributions(name="transformer_engine"))
 
 
 @functools.cache
 def _venv() -> Path:
-    """A folder with launchers as bin/python, bin/python3 and bin/torchrun, and the server that answers them."""
+    """Make a folder with launchers as bin/python, bin/python3 and bin/torchrun, and start their server."""
     folder = Path(tempfile.mkdtemp(prefix="forked-"))
     (folder / "bin").mkdir()
     for name, module in (("python", []), ("python3", []), ("torchrun", ["-m", "torch.distributed.run"])):
         _write_launcher(folder / "bin" / name, [sys.executable, *module], folder / "socket")
-    # As a finished set-up leaves it: tools/env.sh must not install anything here.
+    # Mark it as a finished set-up, so that tools/env.sh installs nothing here.
     stamp = 'cd "$1" && echo "$PWD $(cat pyproject.toml setup.py constraints.txt | cksum)"'
     (folder / ".megatron_fdd").write_bytes(subprocess.check_output(["bash", "-c", stamp, "bash", str(ROOT)]))
     with socket.socket(socket.AF_UNIX) as listener, (folder / "log").open("w") as log:
@@ -76,7 +79,7 @@ def _venv() -> Path:
         listener.set_inheritable(True)
         command = [sys.executable, str(HERE / "fork_server.py"), str(listener.fileno()), str(folder / "bin")]
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        # Coverage begins in each child, as in a process of its own.
+        # Coverage starts in each child, as in a separate process.
         own = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
         own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         _SERVERS.append(subprocess.Popen(command, env=own, pass_fds=[listener.fileno()], **streams))

@@ -1,4 +1,4 @@
-"""What the project's Markdown pages say, for the tests that hold them to the code."""
+"""The project's Markdown pages, as the tests read them that compare them with the code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _INLINE_CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-# Code in bold quotes a message; FILE, where given, is a foreign package's that says it.
+# Code in bold quotes a message; FILE, if given, is the file of another package that prints it.
 _QUOTE = re.compile(r"\*\*`([^`\n]+)`\*\*(?: in `([^`]+)`)?")
 
 
@@ -24,35 +24,38 @@ class Page:
 
     @property
     def name(self) -> str:
+        """The path from the root of the checkout."""
         return str(self.path.relative_to(ROOT))
 
     @cached_property
     def text(self) -> str:
+        """The whole text."""
         return self.path.read_text(encoding="utf-8")
 
     @cached_property
     def prose(self) -> str:
-        """All but the fenced blocks."""
+        """The text without the fenced blocks."""
         return _FENCE.sub("", self.text)
 
     def blocks(self, language: str) -> list[str]:
-        """The fenced blocks of a language."""
+        """Return the fenced blocks of a language."""
         return [body for name, body in _FENCE.findall(self.text) if name == language]
 
     @property
     def links(self) -> list[str]:
-        """Targets within the repository."""
+        """Link targets within the repository."""
         targets = _LINK.findall(_INLINE_CODE.sub("", self.prose))
-        # Links whose text is code lost it above, not their target.
+        # Links whose text is code lost the text above, but not their target.
         return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
     @property
     def inline_code(self) -> list[str]:
+        """The inline code, without its backquotes."""
         return _INLINE_CODE.findall(self.prose)
 
     @cached_property
     def anchors(self) -> set[str]:
-        """Of the headings, as GitHub makes them."""
+        """The anchors of the headings, as GitHub makes them."""
         found: set[str] = set()
         for heading in _HEADING.findall(self.prose):
             words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -63,10 +66,10 @@ class Page:
 
     @property
     def quotes(self) -> list[tuple[str, str]]:
-        """Quoted messages, with the foreign file that says them ("" for ours)."""
+        """Quoted messages, each with the foreign file that prints it ("" for ours)."""
         return _QUOTE.findall(self.prose)
 
 
 def pages(*patterns: str) -> list[Page]:
-    """The files that match, below the root, in order."""
+    """Return the files below the root that match, in order."""
     return [Page(path) for pattern in patterns for path in sorted(ROOT.glob(pattern))]

@@ -1,6 +1,6 @@
-"""Imported by a fork server: Megatron reads the help texts of its flags out of its sources once, not for every run.
+"""An import of a fork server, which makes Megatron read the help texts of its flags from its sources only once.
 
-A run of the entry point makes the parser twice, 0.2 s each time, and most of it is this.
+A run of the entry point makes the parser twice, 0.2 s each time, and most of that is this reading.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import functools
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments
 
-# It depends on the class alone, and nobody changes what it returns.
+# The result depends only on the class, and nobody changes it.
 _of_class = functools.cache(
     functools.partial(
         ArgumentGroupFactory._get_field_docstrings, ArgumentGroupFactory.__new__(ArgumentGroupFactory)

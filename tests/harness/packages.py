@@ -12,7 +12,7 @@ from tests.harness.markdown import ROOT
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy into `folder` what git tracks, and what is new and not ignored; returns `folder`."""
+    """Copy into `folder` what git tracks, and new files that are not ignored; return `folder`."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
@@ -23,7 +23,7 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def build(kind: Literal["sdist", "wheel"], source: Path, folder: Path) -> Path:
-    """Build the project at `source` into the empty `folder`, with the installed setuptools; returns the file."""
+    """Build the project at `source` into the empty `folder` with the installed setuptools; return the file."""
     code = (
         "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
     )

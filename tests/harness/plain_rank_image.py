@@ -1,4 +1,7 @@
-"""As `tests.harness.rank_image`, with Megatron's modules as they are on a GPU without apex and TransformerEngine."""
+"""The image of `tests.harness.rank_image`, with Megatron's plain modules.
+
+They are those of a GPU without apex and TransformerEngine.
+"""
 
 from unittest.mock import patch
 

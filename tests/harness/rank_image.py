@@ -1,4 +1,4 @@
-"""Imported by the fork server before anything else: the state in which every rank is born."""
+"""The state in which every rank is born; the fork server imports this before anything else."""
 
 from megatron_fdd.host import rehearsal
 

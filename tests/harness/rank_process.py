@@ -1,4 +1,4 @@
-"""One live rank of a test pool: what its process runs (`tests/harness/ranks.py` starts and drives it)."""
+"""One live rank of a test pool: the code that its process runs (`tests/harness/ranks.py` starts and controls it)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from typing import Any, Literal
 
 import pytest
 
-# Of so many layouts a rank keeps the groups: some 24 each, with threads and sockets.
+# A rank keeps the groups of so many layouts: some 24 groups each, with threads and sockets.
 MAX_LAYOUTS = 4
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ranks, and Megatron's parallel sizes on them.
+    """The number of ranks, and Megatron's parallel sizes on them.
 
-    With `ranks` set, nothing but the world group exists when the body starts; otherwise Megatron's
-    parallel state does, over tp * pp * cp * dp ranks. `ep` divides cp * dp:
-    an expert is split over as many tensor ranks as the rest.
+    With `ranks` set, only the world group exists when the body starts. Otherwise Megatron's parallel state exists
+    too, over tp * pp * cp * dp ranks. `ep` divides cp * dp; an expert is split over as many tensor ranks as the
+    other layers.
     """
 
     ranks: int | None = None
@@ -50,16 +50,18 @@ class Layout:
 
     @property
     def model_size(self) -> int:
+        """Ranks that hold one copy of the model."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
     def world_size(self) -> int:
+        """All ranks."""
         return self.ranks or self.model_size
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A test body by name, so that only plain data crosses the border between processes."""
+    """A test body by name, so that only plain data passes between processes."""
 
     module: str
     function: str
@@ -69,7 +71,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one rank reports of one call."""
+    """The report of one rank on one call."""
 
     rank: int
     status: Literal["passed", "skipped", "failed", "died", "hung"]
@@ -78,11 +80,12 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
+        """Whether the call failed on this rank."""
         return self.status in ("failed", "died", "hung")
 
 
 def serve(rank: int, size: int, rendezvous: Path, stack_file: Path, pipe: Connection) -> None:
-    """Life of one rank: join the others, then run what comes until None or end of file."""
+    """Live as one rank: join the others, then run each call until None or the end of the pipe."""
     stack = stack_file.open("w")
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the tests
@@ -119,7 +122,7 @@ def _join(rank: int, size: int, rendezvous: Path) -> None:
 
 
 def run_call(call: Call, rank: int) -> Outcome:
-    """A test body on this rank, and what it left behind cleaned up; an error becomes an outcome."""
+    """Run a test body on this rank and clean up after it; an error becomes an outcome."""
     import torch
     import torch.distributed as dist
 
@@ -145,13 +148,13 @@ def run_call(call: Call, rank: int) -> Outcome:
 
 
 def _failure(rank: int, error: BaseException) -> Outcome:
-    """The message before the traceback."""
+    """Return the outcome of an error: the message, then the traceback."""
     message, trace = traceback.format_exception_only(error), traceback.format_tb(error.__traceback__)
     return Outcome(rank, "failed", "".join([*message, "\n", *trace]))
 
 
 def _enter_layout(layout: Layout) -> None:
-    """Set Megatron's parallel state for `layout`; the groups of recent layouts are kept (0.4 s saved)."""
+    """Set Megatron's parallel state for `layout`; the groups of recent layouts are kept (saves 0.4 s)."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -172,13 +175,13 @@ def _enter_layout(layout: Layout) -> None:
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
 
-# On a rank: the parallel states of the last layouts, and the one in which it was born.
+# On a rank: the parallel states of the last layouts, and the state in which the rank was born.
 _LAYOUTS: dict[Layout, dict[str, Any]] = {}
 _NO_LAYOUT: dict[str, Any] = {}
 
 
 def remember_no_layout() -> None:
-    """Call before Megatron's parallel state is made: every body begins in this one."""
+    """Remember the parallel state before Megatron's is made: every body starts in it."""
     _NO_LAYOUT.update(_parallel_state())
 
 
@@ -202,8 +205,8 @@ def _set_parallel_state(state: dict[str, Any]) -> None:
 def clean_megatron() -> None:
     """Forget what a run of Megatron left in this process; the world group stays.
 
-    For bodies that call the entry point more than once; every body ends with it anyway.
-    Every rank must call it: it ends process groups.
+    This is for bodies that call the entry point more than once; it also runs after every body. Every rank must call
+    it, because it ends process groups.
     """
     import torch.distributed as dist
     from megatron.core.tensor_parallel import random as tensor_parallel_random
@@ -222,7 +225,7 @@ def clean_megatron() -> None:
         if group is not dist.group.WORLD and id(group) not in kept:
             dist.destroy_process_group(group)
     if (fp8 := sys.modules.get("transformer_engine.pytorch.quantization")) is not None:
-        fp8.FP8GlobalStateManager.reset()  # it would go on to reduce the scales of models that are gone
+        fp8.FP8GlobalStateManager.reset()  # otherwise it would still reduce the scales of models that are gone
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         del os.environ[name]  # Megatron refuses another attention backend while they are set
     for signal_number in (signal.SIGTERM, signal.SIGINT):
@@ -235,7 +238,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _rewrite_asserts() -> None:
-    """Give test modules imported on a rank the assert messages that pytest gives them."""
+    """Give test modules that are imported on a rank the assert messages that pytest gives them."""
     from _pytest.assertion import install_importhook
     from _pytest.config import get_config
 

@@ -1,7 +1,7 @@
 """Live ranks for tests: processes that share one gloo group and are reused from test to test.
 
-`@distributed(tp=2)` on an ordinary pytest function runs its body on every rank of such a pool.
-Starting a pool costs about a second, a test on a live one some 20 milliseconds.
+`@distributed(tp=2)` on an ordinary pytest function runs its body on every rank of such a pool. Starting a pool
+costs about a second; a test on a live pool costs some 20 milliseconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PRELOAD = [
     "megatron.training.models.gpt",
     "tests.harness.megatron_parser",
 ]
-# Beyond this many live processes the pool that has waited longest is closed (each starts with 30 MB of its own).
+# With more live processes than this, the pool that has waited longest is closed (each process takes 30 MB).
 MAX_LIVE_RANKS = 12
 BOOT_TIMEOUT_S = 120.0
 # After the first bad outcome the other ranks get this long to report; then they count as hung.
@@ -78,7 +78,7 @@ def run_on_ranks(
     timeout_s: float = 120.0,
     image: str = IMAGE,
 ) -> list[Any]:
-    """Call a module-level function on every rank; its results (plain data) in the order of ranks.
+    """Call a module-level function on every rank; return its results (plain data) in the order of ranks.
 
     Args:
         image: the module in whose state every rank is born.
@@ -117,14 +117,17 @@ def _pool(size: int, image: str) -> Pool:
 
 @functools.cache
 def _fork_server(image: str) -> forkserver.ForkServer:
-    """multiprocessing itself knows one server, with one image."""
+    """Return the fork server of an image; multiprocessing itself knows only one server, with one image."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload([image, *PRELOAD])
     return server
 
 
 def _report(outcomes: list[Outcome]) -> str:
-    """The cause first: a death before a failure (peers fail when a rank dies), hangs last."""
+    """Return the outcomes as text, the cause first.
+
+    A death comes before a failure (peers fail when a rank dies), hangs come last.
+    """
     order = {"died": 0, "failed": 1, "hung": 2, "skipped": 3, "passed": 3}
     cause, *others = sorted(outcomes, key=lambda outcome: order[outcome.status])
     parts = [f"rank {cause.rank} {cause.status} first: {cause.detail}"]
@@ -133,7 +136,7 @@ def _report(outcomes: list[Outcome]) -> str:
 
 
 class Pool:
-    """`size` processes; a call runs on all of them at once. After a bad outcome it is dead."""
+    """A pool of `size` processes; a call runs on all of them at once. After a bad outcome it is dead."""
 
     def __init__(self, size: int, image: str) -> None:
         self.size = size
@@ -160,15 +163,17 @@ class Pool:
 
     @property
     def healthy(self) -> bool:
+        """Whether every process is alive."""
         return all(process.is_alive() for process in self._processes)
 
     def run(self, call: Call, timeout_s: float) -> list[Outcome]:
-        """One outcome per rank, in the order in which they came in."""
+        """Run a call; return one outcome for each rank, in the order in which they arrived."""
         for pipe in self._pipes:
             pipe.send(call)
         return self._collect(timeout_s)
 
     def close(self) -> None:
+        """End the processes."""
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             if process.is_alive():
                 pipe.send(None)

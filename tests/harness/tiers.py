@@ -4,10 +4,10 @@ A test is in tier `fast` unless its folder or a mark says otherwise:
 
     pytestmark = pytest.mark.tier("default")      # above the tests of a file, or as a decorator
 
-`fast` is for what needs this process alone and about a second: a test in it that starts live ranks, or another
+`fast` is for tests that need only this process and about a second: a test in it that starts live ranks, or another
 program by `subprocess`, fails and says where it belongs. `default` proves the product right; `all` adds whole scripts,
-models at size, kills. `pytest --tier fast` runs one tier and those before it; without the flag everything is run. A
-folder beyond the tier is not even imported, whatever the marks in it.
+models at size, kills. `pytest --tier fast` runs one tier and those before it; without the flag all tests run. A folder
+beyond the chosen tier is not even imported, whatever the marks in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 TIERS = ("fast", "default", "all")
 FOLDERS = {"entry": "default", "transformer_engine": "default", "gpu": "all", "scripts": "all"}
 ROOT = Path(__file__).parents[1]
-# Work is handed out file by file: whatever takes long first, or one core waits for it at the end.
+# Work is handed out file by file: long files come first, or one core waits for them at the end.
 LONGEST = (
     "scripts",
     "convert/test_at_size",
@@ -36,7 +36,7 @@ _running: list[str] = ["", "all"]
 
 
 def tier_of(item: pytest.Item) -> str:
-    """The mark nearest to a test, or its folder's tier."""
+    """Return the tier of a test: that of its nearest mark, or of its folder."""
     mark = item.get_closest_marker("tier")
     if mark is None:
         return tier_of_folder(item.path)
@@ -46,16 +46,17 @@ def tier_of(item: pytest.Item) -> str:
 
 
 def tier_of_folder(path: Path) -> str:
+    """Return the tier of the tests in a folder that have no mark."""
     return FOLDERS.get(path.relative_to(ROOT).parts[0], "fast") if path.is_relative_to(ROOT) else "fast"
 
 
 def is_beyond(tier: str, chosen: str) -> bool:
-    """Whether a test of `tier` is left out where `chosen` is asked for."""
+    """Whether a test of `tier` is left out when `chosen` is requested."""
     return TIERS.index(tier) > TIERS.index(chosen)
 
 
 def place(path: Path) -> int:
-    """When a file's turn comes: a place in `LONGEST`, or behind it."""
+    """Return when a file's turn comes: its place in `LONGEST`, or a place after all of them."""
     name = path.relative_to(ROOT).as_posix()
     return next((place for place, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
 
@@ -84,9 +85,9 @@ def _is_ours(frame: FrameType | None) -> bool:
 
 
 def watch_programs() -> None:
-    """From now on a test of tier `fast` that starts a program fails, by itself or in this project's code.
+    """Make a test of tier `fast` fail from now on if it starts a program, by itself or in this project's code.
 
-    What a library starts when it is first imported is no test's business.
+    Programs that a library starts when it is first imported do not count.
     """
 
     def hook(event: str, _arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What a rank sends and which collectives it takes part in, by phase of a step: to count them in tests."""
+"""Records of what a rank sends and which collectives it takes part in, by phase of a step, to count them in tests."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Message:
 
     Attributes:
         kind: the function's name.
-        phase: innermost phase that was open.
-        is_ours: called by the package, not by Megatron.
-        group: key of the process group in `Traffic.groups`; "other" for the rest.
-        shape: of the first tensor that is handed over (for an all-gather the result, flat or not).
+        phase: the innermost phase that was open.
+        is_ours: true if the package made the call, not Megatron.
+        group: key of the process group in `Traffic.groups`; "other" for any other group.
+        shape: the shape of the first tensor that is passed (for an all-gather the result, flat or not).
     """
 
     kind: str
@@ -51,7 +51,7 @@ class Message:
 
 
 class Traffic:
-    """Records every call between `watching()`'s beginning and end."""
+    """Records every call made inside `watching()`."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -61,6 +61,7 @@ class Traffic:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Name the phase of the calls inside a `with` statement."""
         self._phases.append(name)
         try:
             yield
@@ -68,7 +69,7 @@ class Traffic:
             self._phases.pop()
 
     def in_phase(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose messages are of that phase."""
+        """Wrap `function` so that its messages belong to that phase."""
 
         @functools.wraps(function)
         def run(*arguments: Any, **keywords: Any) -> Any:
@@ -79,10 +80,11 @@ class Traffic:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
+        """Record calls inside a `with` statement."""
         with contextlib.ExitStack() as stack:
             for name in (*SENDS, *RECEIVES, *COLLECTIVES):
                 counted = self._counted(name, getattr(dist, name))
-                # Batched sends compare their function with the one in the module that defines it.
+                # Batched sends compare their function with the one in its defining module.
                 for module in (dist, distributed_c10d):
                     stack.enter_context(patch.object(module, name, counted))
             yield
@@ -90,7 +92,7 @@ class Traffic:
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*arguments: Any, **keywords: Any) -> Any:
-            if self._is_inside:  # a blocking send is made of one that does not block
+            if self._is_inside:  # a blocking send calls one that does not block
                 return function(*arguments, **keywords)
             self._record(name, arguments, keywords)
             self._is_inside = True
@@ -119,12 +121,15 @@ class Traffic:
 
 
 def _is_ours(module: str) -> bool:
-    """The rehearsal only stands in for what the hardware of Megatron's own calls would do."""
+    """Whether a module belongs to the package.
+
+    The rehearsal does not count: it only does what the hardware does for Megatron's own calls.
+    """
     return module.startswith("megatron_fdd.") and not module.startswith("megatron_fdd.host.rehearsal.")
 
 
 def _caller() -> str:
-    """Name of the module that called torch."""
+    """Return the name of the module that called torch."""
     frame = sys._getframe(1)
     while frame.f_globals["__name__"] == __name__ or frame.f_globals["__name__"].startswith("torch."):
         assert frame.f_back is not None

@@ -1,4 +1,4 @@
-"""The stand-in for the fused Adam: torch's numbers, one step per group."""
+"""The stand-in for the fused Adam: torch's numbers, one step for each group."""
 
 from __future__ import annotations
 

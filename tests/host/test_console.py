@@ -1,4 +1,4 @@
-"""What reaches the terminal, and what the log: of a process that divides them, by whatever way it prints."""
+"""What reaches the terminal and what the log, in a process that divides them, whichever way it prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_fdd.host import console
 
 pytestmark = pytest.mark.tier("default")
 
-# A rank of a run in small: it prints in every way, before and after there is a log.
+# A small stand-in for a rank: it prints in every way, before and after there is a log.
 RANK = """
 import logging, os, subprocess, sys, warnings
 from pathlib import Path
@@ -40,6 +40,7 @@ PRINTED = ["python: before", "python: after", "descriptor 1", "descriptor 2", "a
 
 
 def rank(folder: Path, last_words: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program above as a rank, with its log in `folder`."""
     return subprocess.run(
         [sys.executable, "-c", RANK, str(folder), last_words],
         env=os.environ | environment,
@@ -84,7 +85,7 @@ def test_a_crash_is_named_first_and_then_the_end_of_the_log(tmp_path: Path) -> N
 
 
 def test_a_crash_of_a_process_group_shows_its_traceback(tmp_path: Path) -> None:
-    """torch then calls our hook from one of its own, with another stderr."""
+    """torch then calls our hook from its own hook, with another stderr."""
     init = f"import torch.distributed as dist; dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', "
     done = rank(tmp_path, f"{init}rank=0, world_size=1)\nraise RuntimeError('no more')")
     lines = done.stderr.splitlines()

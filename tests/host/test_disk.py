@@ -1,4 +1,4 @@
-"""Files that cannot be written: the flag, what the system said, the room that is left, the remedy."""
+"""Files that cannot be written: the flag, the system's message, the free space, the remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
 
 
 def system_error(number: int, *names: Path) -> OSError:
-    """As the system raises it: about no file, one, or one that is copied to another."""
+    """Return an error as the system raises it: about no file, about one, or about one that is copied to another."""
     first, second = [*map(str, names), None, None][:2]
     return OSError(number, os.strerror(number), first, None, second)
 

@@ -99,7 +99,9 @@ def test_a_new_norm_has_gain_one(normalization: str, zero_centered: bool) -> Non
 
 
 def test_an_unknown_normalization_is_refused() -> None:
-    with pytest.raises(ValueError, match="--normalization L2Norm: local modules have RMSNorm, LayerNorm"):
+    with pytest.raises(
+        ValueError, match="--normalization L2Norm: local modules have only RMSNorm, LayerNorm"
+    ):
         _norm(normalization="L2Norm")
 
 
@@ -128,7 +130,7 @@ def test_every_norm_of_a_model_is_ours_and_marked(sequence_parallel: bool) -> No
 
 
 class FusedLayerNorm:
-    """As apex's, through Megatron: no RMSNorm."""
+    """apex's fused norm as Megatron sees it: not an RMSNorm."""
 
     def __init__(self, config: TransformerConfig, *_sizes: object, **_options: object) -> None:
         assert config.normalization == "LayerNorm"

@@ -1,4 +1,4 @@
-"""The end of a rank that is told to end: its last words, at once, and nobody else's."""
+"""The end of a rank on request: it prints its last words at once, and no other process prints them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def status_of(child: int) -> int:
-    """Exit status of a forked process; -N where signal N ended it."""
+    """Return the exit status of a forked process; -N if signal N ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -1,4 +1,4 @@
-"""What the lists of seams and patches say of the code: which files use a seam, which functions install a patch."""
+"""What the lists of seams and patches say about the code: which files use a seam, which functions install a patch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One identity of a tokenizer, for data, checkpoints, training and evaluation: is this the tokenizer that made it?
+"""The identity of a tokenizer, for data, checkpoints, training and evaluation: is this the tokenizer that made it?
 
-Imports neither torch nor Megatron, and the libraries of tokenizers only where one is read.
+Imports neither torch nor Megatron; a tokenizer's library is imported only where such a tokenizer is read.
 """
 
 from megatron_fdd.data.tokenizer_identity.compare import Comparison, compare

@@ -1,8 +1,9 @@
-"""Are two tokenizers the same, and if not, where do they first differ?
+"""The comparison of two tokenizers: are they the same, and if not, where do they first differ?
 
-The same means: every id that both have is the same token, added or not; what is not added is the same; and both give
-the probe the same ids. Added tokens that only one has are fine, as long as no data holds them. Decoder, class,
-padding side, template and what is put around a text do not matter: training reads ids.
+Two tokenizers are the same if every id that both have is the same token, added or not; if their tokens that were
+not added are the same; and if both give the probe the same ids. Added tokens that only one of them has are allowed
+while no data holds them. Decoder, class, padding side, template and the tokens put around a text do not matter,
+because training reads ids.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from dataclasses import dataclass
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity, TokenizerStamp
 from megatron_fdd.data.tokenizer_identity.probe import added_line, digest, probe_lines
 
-# Tokens, and characters of a probe line, that a message shows.
+# How many tokens, and how many characters of a probe line, a message shows.
 _SHOWN_TOKENS = 3
 _SHOWN_TEXT = 60
-# Parts that differ among tokenizers that are the same by the rule above.
+# Parts that may differ between tokenizers that are the same by the rule above.
 _UNTOLD = ("added tokens", "post-processor")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a comparison has found.
+    """The result of a comparison.
 
     Attributes:
-        difference: the first reason why they are not the same; None when they are.
-        remarks: what differs or could not be compared, and is no reason to refuse.
+        difference: the first reason why the tokenizers are not the same; None if they are.
+        remarks: what differs or could not be compared without being a reason to refuse.
     """
 
     difference: str | None
@@ -43,7 +44,7 @@ def compare(
     """Compare a tokenizer, in memory or stored, with one in memory.
 
     Args:
-        names: of both, for a sentence such as "id 5 is 'a' in NAME".
+        names: names of both, for a sentence such as "id 5 is 'a' in NAME".
         with_added_texts: whether a text around an added token must give the same ids.
     """
     stamp = first if isinstance(first, TokenizerStamp) else first.stamp
@@ -61,10 +62,12 @@ def compare(
         difference = _added_texts(known, stamp, second, names)
     parts = [name for name in stamp.parts if second.parts.get(name, stamp.parts[name]) != stamp.parts[name]]
     if difference is not None:
-        return Comparison(difference + (f" (of tokenizer.json differ: {', '.join(parts)})" if parts else ""))
+        return Comparison(
+            difference + (f" (parts of tokenizer.json that differ: {', '.join(parts)})" if parts else "")
+        )
     told = [name for name in parts if name not in _UNTOLD]
     if told:
-        remark = f"of tokenizer.json differ: {', '.join(told)}; on a probe text both give the same ids"
+        remark = f"parts of tokenizer.json differ: {', '.join(told)}; both give a probe text the same ids"
         return Comparison(None, (remark,))
     return Comparison(None)
 
@@ -76,7 +79,7 @@ def _ids(
     words: Collection[int],
     names: tuple[str, str],
 ) -> str | None:
-    """An id that means two tokens, or a token with two ids."""
+    """Return an id that means two tokens, or a token with two ids, as a sentence."""
     if known is not None:
         both = known.token_of.keys() & second.token_of.keys()
         wrong = sorted(index for index in both if known.token_of[index] != second.token_of[index])
@@ -108,7 +111,7 @@ def _probe(
     words: Collection[int],
     names: tuple[str, str],
 ) -> str | None:
-    """The first line of the probe that gets other ids."""
+    """Return the first line of the probe that gets other ids, as a sentence."""
     assert second.encode is not None
     for name, text in probe_lines(second.token_of, words).items():
         ids = second.encode(text)
@@ -123,7 +126,7 @@ def _added_texts(
     second: TokenizerIdentity,
     names: tuple[str, str],
 ) -> str | None:
-    """The first added token that is found, or takes white space along, in one of them only."""
+    """Return, as a sentence, the first added token that only one of them finds, or takes white space along with."""
     assert second.encode is not None
     expected = dict(stamp.added_probe)
     if known is not None and known.encode is not None:
@@ -144,9 +147,11 @@ def _where(
     ids: list[int],
     names: tuple[str, str],
 ) -> str:
-    """Both sides from the first differing token on; of a stored one only the text is known."""
+    """Return both sides from the first differing token on; for a stored tokenizer only the text is known."""
     if known is None or known.encode is None:
-        return f"{_short(text)} is {_tokens(second, ids, 0)} in {names[1]}; of {names[0]} a hash is stored"
+        return (
+            f"{_short(text)} is {_tokens(second, ids, 0)} in {names[1]}; only a hash is stored for {names[0]}"
+        )
     theirs = known.encode(text)
     same = next((i for i, (a, b) in enumerate(zip(theirs, ids, strict=False)) if a != b), len(theirs))
     position = min(same, len(ids))

@@ -1,4 +1,4 @@
-"""What makes a tokenizer: which token each id means, and which ids a text becomes."""
+"""The identity of a tokenizer: which token each id means, and which ids a text becomes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Literal
 
 from megatron_fdd.data.tokenizer_identity.probe import added_line, digest, probe_lines
 
-# Which rules make ids of a text; "words": those of no text are known, only the vocabulary.
+# The rules that turn text into ids; "words": only the vocabulary is known, and no such rules.
 Library = Literal["tokenizers", "sentencepiece", "python", "words"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerStamp:
-    """An identity to store: hashes, and in words only the added tokens, which are few.
+    """An identity to store: hashes, and in words only the added tokens, because they are few.
 
     Attributes:
-        num_ids: tokens, added ones included.
+        num_ids: number of tokens, added ones included.
         last_word: largest id of a token that was not added.
-        words_sha256: of all (id, token) that were not added.
+        words_sha256: hash of all (id, token) that were not added.
         added: token -> id.
         added_probe: token -> hash of the ids of a text around it.
         probe: name of a line -> hash of its ids.
@@ -49,7 +49,7 @@ class TokenizerIdentity:
 
     Attributes:
         vocabulary: every token -> id, added ones included.
-        added: those that are looked for in a text before anything else; token -> id.
+        added: tokens that are searched for in a text before anything else; token -> id.
         encode: ids of a text without anything around it; None where only the vocabulary is known.
         parts: as in `TokenizerStamp`.
     """
@@ -63,7 +63,7 @@ class TokenizerIdentity:
 
     @cached_property
     def token_of(self) -> dict[int, str]:
-        """Token by id."""
+        """The token of each id."""
         return {index: token for token, index in self.vocabulary.items()}
 
     @cached_property
@@ -72,17 +72,20 @@ class TokenizerIdentity:
         return frozenset(self.added.keys() - self.stamp.added_probe.keys())
 
     def words(self, last_word: int, without: Collection[int]) -> list[int]:
-        """Ids up to `last_word` but those in `without`: the words of another tokenizer, if it is the same."""
+        """Return the ids up to `last_word` that are not in `without`.
+
+        These are another tokenizer's words, if the tokenizers agree.
+        """
         return sorted(index for index in self.token_of if index <= last_word and index not in without)
 
     def words_sha256(self, words: Collection[int]) -> str:
-        """Hash of these ids with their tokens."""
+        """Return the hash of these ids with their tokens."""
         lines = "".join([f"{index}\t{self.token_of[index]}\n" for index in words])
         return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest()
 
     @cached_property
     def stamp(self) -> TokenizerStamp:
-        """What to store."""
+        """The identity in the form that is stored."""
         without = set(self.added.values())
         words = [index for index in self.token_of if index not in without]
         last_word = max(words, default=-1)
@@ -97,7 +100,7 @@ class TokenizerIdentity:
             last_word=last_word,
             words_sha256=self.words_sha256(sorted(words)),
             added=dict(sorted(self.added.items(), key=lambda pair: pair[1])),
-            # Those that only a file beside the vocabulary names are not found by `encode`.
+            # `encode` does not find tokens that only a file beside the vocabulary names.
             added_probe={token: digest(ids) for token, ids in around.items() if self.added[token] in ids},
             probe={name: digest(encode(text)) for name, text in lines.items()},
             parts=dict(self.parts),
@@ -112,7 +115,7 @@ def _no_ids(_text: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class FormerStamp:
-    """What sets of an older version have: a hash of the vocabulary, added tokens included.
+    """The stamp in sets of an older version: a hash of the vocabulary, added tokens included.
 
     Attributes:
         vocab_size: number of ids.
@@ -124,7 +127,7 @@ class FormerStamp:
     vocabulary_sha256: str | None
 
     def matches(self, identity: TokenizerIdentity) -> bool:
-        """Whether the ids that it knew mean the same; tokens added since do no harm."""
+        """Whether the ids that the stamp covers mean the same; tokens added since do no harm."""
         pairs = sorted(identity.token_of.items())
         lines = "".join([f"{index}\t{token!r}\n" for index, token in pairs if index < self.vocab_size])
         return hashlib.sha256(lines.encode("utf-8", "surrogatepass")).hexdigest() == self.vocabulary_sha256

@@ -1,7 +1,8 @@
-"""Does a tokenizer, as transformers has loaded it, give the ids that its own tokenizer.json says?
+"""The check that a tokenizer, as transformers loads it, gives the ids that its own tokenizer.json says.
 
-Transformers takes the class of a tokenizer from tokenizer_config.json or from the model type in config.json, and some
-classes build normaliser and pre-tokenizer anew, whatever tokenizer.json has. The ids are then wrong without a word.
+Transformers takes a tokenizer's class from tokenizer_config.json or from the model type in config.json. Some
+classes build the normaliser and the pre-tokenizer anew, whatever tokenizer.json has. The ids are then wrong,
+without a warning.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from megatron_fdd.data.tokenizer_identity.sources import identity_of_file, ident
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# With this class, and no config.json beside it, transformers loads tokenizer.json as it stands.
+# With this class, and without config.json beside it, transformers loads tokenizer.json unchanged.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 
 
 def own_file(library: PreTrainedTokenizerBase) -> Path | None:
-    """The tokenizer.json that it was loaded from; None without one."""
+    """Return the tokenizer.json that the tokenizer was loaded from; None without one."""
     from transformers.utils import cached_file
 
     place = str(library.name_or_path)
@@ -38,9 +39,9 @@ def own_file(library: PreTrainedTokenizerBase) -> Path | None:
 def difference_from_file(
     library: PreTrainedTokenizerBase, eod: int | None = None
 ) -> tuple[TokenizerIdentity, str | None]:
-    """The identity of a loaded tokenizer, and the first difference from its own file; None when they agree.
+    """Return the identity of a loaded tokenizer, and its first difference from its own file; None if they agree.
 
-    The flags of added tokens are left out: tokenizer_config.json may overrule them.
+    The flags of added tokens are not compared: tokenizer_config.json may overrule them.
 
     Raises:
         ValueError: the file cannot be read.
@@ -55,16 +56,16 @@ def difference_from_file(
 
 
 def checked_identity(library: PreTrainedTokenizerBase, eod: int | None = None) -> TokenizerIdentity:
-    """The identity of a loaded tokenizer; refuse one that is not its file's.
+    """Return the identity of a loaded tokenizer; refuse a tokenizer that differs from its file.
 
     Raises:
-        ValueError: names the class, the first difference, and a folder that loads rightly.
+        ValueError: names the class, the first difference, and a folder that loads correctly.
     """
     identity, difference = difference_from_file(library, eod)
     if difference is not None:
         raise ValueError(
             f"{library.name_or_path} loads as {type(library).__name__}, which does not do what its tokenizer.json "
-            f"says: {difference}. Use the tokenizer/ folder of a checkpoint that fdd import has made of it, or copy "
+            f"says: {difference}. Use the tokenizer/ folder of a checkpoint that fdd import has made from it, or copy "
             'tokenizer.json and tokenizer_config.json to a folder without config.json and set "tokenizer_class": '
             f'"{PLAIN_CLASS}" there'
         )

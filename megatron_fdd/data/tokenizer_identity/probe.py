@@ -1,7 +1,7 @@
-"""The probe: lines of text, each aimed at one part of a tokenizer, on which two tokenizers are compared.
+"""The probe: lines of text on which two tokenizers are compared, each aimed at one part of a tokenizer.
 
-The first lines are the same for all. The others are made of the tokenizer's own words, because a small vocabulary
-knows few of the fixed ones, and because that is where two sets of merges differ.
+The first lines are the same for all tokenizers. The others consist of the tokenizer's own words, because a small
+vocabulary knows few of the fixed ones, and because two sets of merges differ there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LINES = {
     "spaces": "  a b  c    d\te\t\tf        g  ",
     "line breaks": "a\nb\n\nc\r\nd\n\n\n\n  \n    e\n\tf \n\n",
     "case": "eBay mL NaOH pH iPhone HTTPServer getElementById SCREAMING_CASE snake_case McDonald",
-    # Where a line begins: after a space most patterns take the apostrophe alone.
+    # Also at the start of a line: after a space most patterns take the apostrophe alone.
     "contractions": "'REALLY I'm you're he's we'll they'd I've don't I'M WE'LL DON'T it\u2019s\n'LLama 'twas "
     "you'REALLY o'clock",
     "punctuation": "a,b;c:d!e?f... --- *** ((x)) [[y]] {{z}} "
@@ -37,27 +37,27 @@ _WORDS_A_LINE = 50
 
 
 def probe_lines(token_of: Mapping[int, str], words: Collection[int]) -> dict[str, str]:
-    """Every line by its name.
+    """Return every line by its name.
 
     Args:
-        token_of: token by id.
-        words: ids of tokens that were not added.
+        token_of: the token of each id.
+        words: the ids of tokens that were not added.
     """
     return {**LINES, **_own_lines(token_of, sorted(words))}
 
 
 def added_line(token: str) -> str:
-    """A text that shows whether an added token is found inside of words, and what white space it takes along."""
+    """Return a text that shows whether an added token is found inside words, and which white space it includes."""
     return f"x {token} y{token}\n{token}  z"
 
 
 def digest(ids: Sequence[int]) -> str:
-    """Of the ids of one line; 64 bits are enough to see a difference."""
+    """Return a hash of the ids of one line; 64 bits are enough to see a difference."""
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
 def _own_lines(token_of: Mapping[int, str], words: Sequence[int]) -> dict[str, str]:
-    """Words evenly spaced over the vocabulary, as text; the same for all tokenizers with these words."""
+    """Return words evenly spaced over the vocabulary, as text; the same for all tokenizers with these words."""
     count = min(_OWN_LINES * _WORDS_A_LINE, len(words))
     chosen = [token_of[words[index * len(words) // count]] for index in range(count)]
     alphabet = _byte_alphabet() if any("\u0120" in token for token in chosen) else {}
@@ -69,14 +69,17 @@ def _own_lines(token_of: Mapping[int, str], words: Sequence[int]) -> dict[str, s
 
 
 def _as_text(token: str, alphabet: Mapping[str, int]) -> str:
-    """What a token stands for. Not by the tokenizer's decoder, which may differ where the ids do not."""
+    """Return the text that a token stands for.
+
+    The tokenizer's decoder is not used, because it may differ where the ids do not.
+    """
     if alphabet and all(character in alphabet for character in token):
         return bytes(alphabet[character] for character in token).decode("utf-8", "ignore")
     return token.replace("\u2581", " ")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary: printable ones stand for themselves."""
+    """Return the byte behind each character of a byte-level vocabulary; printable ones stand for themselves."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {

@@ -1,4 +1,4 @@
-"""Identities of what a tokenizer can come as: a folder, a file, an object of transformers or SentencePiece."""
+"""Identities of tokenizers in all their forms: a folder, a file, an object of transformers or SentencePiece."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity
 from megatron_fdd.host.json_file import read_json
 
-if TYPE_CHECKING:  # each comes with its object
+if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ _PARTS = {
     "post-processor": "post_processor",
     "added tokens": "added_tokens",
 }
-# Entries of `model` that have their own place: the words are in the vocabulary.
+# Entries of `model` that are compared elsewhere: the words are in the vocabulary.
 _OWN_PLACE = ("vocab", "merges")
 
 
@@ -32,10 +32,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def identity_of_folder(folder: Path) -> TokenizerIdentity:
-    """Read it from a folder's tokenizer.json, tokenizer.model (SentencePiece), vocab.json or vocab.txt.
+    """Read an identity from a folder's tokenizer.json, tokenizer.model (SentencePiece), vocab.json or vocab.txt.
 
     Raises:
-        ValueError: the folder holds none of them, or one that cannot be read.
+        ValueError: the folder holds none of these files, or one that cannot be read.
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").is_file():
@@ -53,10 +53,10 @@ def identity_of_folder(folder: Path) -> TokenizerIdentity:
 
 
 def identity_of_file(path: Path) -> TokenizerIdentity:
-    """Of a tokenizer.json, by the library that it is made for.
+    """Return the identity of a tokenizer.json, by the library that the file is made for.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the file cannot be read.
     """
     import tokenizers
 
@@ -65,8 +65,8 @@ def identity_of_file(path: Path) -> TokenizerIdentity:
         raise ValueError(f"{path} has no model.vocab")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer that can be read ({error}); fetch it again") from error
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
     return TokenizerIdentity(
         "tokenizers",
         backend.get_vocab(with_added_tokens=True),
@@ -79,10 +79,10 @@ def identity_of_file(path: Path) -> TokenizerIdentity:
 def identity_of_transformers(
     library: PreTrainedTokenizerBase, eod: int | None, *, parts: Mapping[str, str] | None = None
 ) -> TokenizerIdentity:
-    """Of a tokenizer as transformers has loaded it.
+    """Return the identity of a tokenizer as transformers has loaded it.
 
     Args:
-        parts: of its own tokenizer.json, where that has been read.
+        parts: hashes from its own tokenizer.json (`parts_of`), if that has been read.
     """
     return TokenizerIdentity(
         "tokenizers" if library.is_fast else "python",
@@ -95,13 +95,16 @@ def identity_of_transformers(
 
 
 def identity_of_sentencepiece(library: SentencePieceProcessor, eod: int | None = None) -> TokenizerIdentity:
-    """Of a SentencePiece model. None of its tokens is looked for in a text, so none counts as added."""
+    """Return the identity of a SentencePiece model.
+
+    No token counts as added, because none is searched for in a text.
+    """
     vocabulary = {library.id_to_piece(index): index for index in range(library.get_piece_size())}
     return TokenizerIdentity("sentencepiece", vocabulary, {}, library.encode_as_ids, {}, eod)
 
 
 def parts_of(content: Mapping[str, Any]) -> dict[str, str]:
-    """Hash of each part of a tokenizer.json but the words."""
+    """Return the hash of each part of a tokenizer.json except the words."""
     model = content.get("model") or {}
     parts = {name: content.get(key) for name, key in _PARTS.items()}
     parts["merges"] = [
@@ -125,7 +128,7 @@ def _sentencepiece(path: Path) -> SentencePieceProcessor:
 
 
 def _added_beside(folder: Path) -> dict[str, int]:
-    """Added tokens from the two files that may hold them beside the vocabulary."""
+    """Return added tokens from the two files that may hold them beside the vocabulary."""
     added: dict[str, int] = {}
     if (folder / "tokenizer_config.json").is_file():
         decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
@@ -136,7 +139,7 @@ def _added_beside(folder: Path) -> dict[str, int]:
 
 
 def _with_added(identity: TokenizerIdentity, beside: Mapping[str, int]) -> TokenizerIdentity:
-    """With tokens that only the files beside the vocabulary name."""
+    """Return an identity that also has the tokens that only the files beside the vocabulary name."""
     new = {token: index for token, index in beside.items() if token not in identity.vocabulary}
     if not new:
         return identity

@@ -1,4 +1,4 @@
-"""The token that begins a sequence, once."""
+"""The token that begins a sequence, kept only once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def without_second_start(ids: Sequence[int], bos: int | None) -> list[int]:
-    """The ids without the start tokens that follow a first one: of a text that begins with the literal token.
+    """Return the ids without the start tokens that directly follow a first one.
 
-    A tokenizer that puts `<s>` before every text makes two of "<s> a". One start token, and every `bos` further on,
-    stays as it is.
+    A tokenizer that puts `<s>` before every text makes two start tokens of "<s> a". One start token stays, and so
+    does every `bos` further on.
 
     Args:
-        bos: id of the start token; None or negative when there is none.
+        bos: id of the start token; None or negative if there is none.
     """
     ids = list(ids)
     if bos is None or bos < 0:

@@ -1,4 +1,4 @@
-"""The identity that lies beside a checkpoint's tokenizer, so that a run need not make it again."""
+"""The identity stored beside a checkpoint's tokenizer, so that a run need not compute it again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_fdd.data.tokenizer_identity.sources import VOCABULARY_FILES, has_t
 from megatron_fdd.host.json_file import read_json, write_json
 
 IDENTITY_FILE = "fdd_tokenizer.json"
-# In the folder of a checkpoint.
+# The tokenizer's folder inside a checkpoint's folder.
 TOKENIZER_FOLDER = "tokenizer"
 _VERSION = 2
 _FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "added_tokens.json")
 
 
 def write_stamp(folder: Path, identity: TokenizerIdentity) -> None:
-    """Put the identity of what is loaded from a tokenizer's folder into it."""
+    """Write the identity of the tokenizer that is loaded from a folder into that folder."""
     values = {
         "version": _VERSION,
         "files_sha256": _files_sha256(folder),
@@ -28,12 +28,12 @@ def write_stamp(folder: Path, identity: TokenizerIdentity) -> None:
 
 
 def stored_identity(folder: Path) -> TokenizerStamp | TokenizerIdentity | None:
-    """What the tokenizer in a checkpoint's `tokenizer/` is; None where there is none.
+    """Return the identity of the tokenizer in a checkpoint's `tokenizer/`; None where there is none.
 
-    The stamp is only believed while the files are those that it was made of.
+    The stamp is used only while the files are those it was made from.
 
     Raises:
-        ValueError: files that cannot be read.
+        ValueError: a file cannot be read.
     """
     if not has_tokenizer(folder):
         return None
@@ -45,13 +45,13 @@ def stored_identity(folder: Path) -> TokenizerStamp | TokenizerIdentity | None:
                 return TokenizerStamp(**values)
             except TypeError as error:
                 raise ValueError(
-                    f"{folder / IDENTITY_FILE} is no identity of a tokenizer ({error}); delete it"
+                    f"{folder / IDENTITY_FILE} does not hold the identity of a tokenizer ({error}); delete it"
                 ) from error
     return identity_of_folder(folder)
 
 
 def _files_sha256(folder: Path) -> str:
-    """Of the bytes of all files that decide the identity."""
+    """Return a hash of the bytes of all files that decide the identity."""
     total = hashlib.sha256()
     for name in _FILES:
         if (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""Runs side by side on one page: losses, layers, pace, scores, and what each run was."""
+"""The report: several runs side by side on one page, with losses, layers, pace, scores, and what each run was."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_report(arguments: Sequence[str], folder: Path) -> Report:
     """Read the runs (`[NAME=]PATH` each) and write report.html, report.md and its pictures into `folder`.
 
     Raises:
-        ValueError: a run that cannot be read, with nothing written then; or `folder` cannot be.
+        ValueError: a run cannot be read (nothing is written then); or `folder` cannot be written.
     """
     report = make_report(read_runs(arguments))
     make_folder("--out", folder, folder)
@@ -37,7 +37,7 @@ def write_report(arguments: Sequence[str], folder: Path) -> Report:
 
 
 def make_report(runs: Sequence[Run]) -> Report:
-    """Tables and pictures of what the runs have; what none of them has is left out."""
+    """Make tables and pictures of what the runs have; parts that no run has are left out."""
     pictures = [
         draw_losses(runs),
         *(draw_heat_map(runs, kind) for kind in kinds_of(runs)),
@@ -62,7 +62,7 @@ def make_report(runs: Sequence[Run]) -> Report:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Nothing half-written under a final name."""
+    """Write a file at once, so that no half-written file has the final name."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""What a run's training data was: what `fdd prepare` saw when it made the sets."""
+"""The training data of a run: what `fdd prepare` recorded when it made the sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_fdd.evaluate.report.facts import UNKNOWN, Facts
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.host.json_file import read_json
 
-_INFO = ".prepared.json"  # as `data.prepared` names it, which imports Megatron
+_INFO = ".prepared.json"  # also in `data.prepared`, which imports Megatron
 _COUNTS = {
     "documents": "documents",
     "samples": "samples",
@@ -21,7 +21,7 @@ _COUNTS = {
 
 
 def data_facts(runs: Sequence[Run]) -> Facts:
-    """By set and number; nothing of sets that are no longer there, or that an older version made."""
+    """Return a row for each set and number; sets that are gone, or that an older version made, are left out."""
     seen = [_preparations(run) for run in runs]
     names = list(dict.fromkeys(name for found in seen for name in found))
     facts: Facts = []
@@ -33,17 +33,17 @@ def data_facts(runs: Sequence[Run]) -> Facts:
 
 
 def _preparations(run: Run) -> dict[str, Mapping[str, Any]]:
-    """By prefix of the set."""
+    """Return the preparation of each set, by the set's prefix."""
     flags = [run.flags.get(name) or () for name in ("train_data_path", "data_path")]
     found: dict[str, Mapping[str, Any]] = {}
-    for prefix in (str(word) for flag in flags for word in flag):  # weights of a blend among them
+    for prefix in (str(word) for flag in flags for word in flag):  # the weights of a blend are among them
         path = Path(prefix + _INFO)
         if not path.is_file():
             continue
         try:
             preparation = read_json(path).get("preparation")
         except ValueError:
-            continue  # a training refuses it; a report goes on without it
+            continue  # training refuses such a file; a report continues without it
         if isinstance(preparation, dict):
             found[prefix] = preparation
     return found

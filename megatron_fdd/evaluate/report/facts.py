@@ -1,4 +1,4 @@
-"""What each run was: what its metrics file tells, its flags, how it was evaluated."""
+"""Facts about each run: what its metrics file says, its flags, how it was evaluated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_fdd.evaluate.report.terms import kinds_of
 
 Facts = list[tuple[str, list[str]]]
 
-# Of Megatron's many arguments those that say what was trained, on what, and how.
+# Those of Megatron's many arguments that say what was trained, on what, and how.
 _MEGATRON = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_experts",
     "tokenizer_model", "pretrained_checkpoint", "data_path", "train_data_path", "valid_data_path",
@@ -22,14 +22,14 @@ _MEGATRON = (
     "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
     "expert_model_parallel_size", "sequence_parallel", "recompute_granularity",
 )  # fmt: skip
-# Always told, since nothing else of a run says them; others of ours only where somebody changed one.
+# Always shown, because nothing else of a run tells them. Our other flags are shown only if a run changed them.
 _ALWAYS = ("layers", "alpha", "beta", "kd_weight", "ce_weight")
 _NOT_TOLD = ("metrics_file", "dry_run")
 UNKNOWN = "–"
 
 
 def run_facts(runs: Sequence[Run]) -> Facts:
-    """What the files tell whatever the flags were."""
+    """Return what the files say, whatever the flags were."""
     return _known(
         [
             ("iterations", [_of_metrics(run, _iterations) for run in runs]),
@@ -49,7 +49,7 @@ def run_facts(runs: Sequence[Run]) -> Facts:
 
 
 def flag_facts(runs: Sequence[Run]) -> Facts:
-    """Flags in the checkpoints, those first in which the runs differ; nothing when no run has any."""
+    """Return the flags in the checkpoints, first those in which the runs differ; empty if no run has any."""
     known = [run for run in runs if run.flags]
     facts: Facts = []
     for flag, default in (*_own_flags(), *((name, None) for name in _MEGATRON)):
@@ -61,7 +61,7 @@ def flag_facts(runs: Sequence[Run]) -> Facts:
 
 
 def setting_facts(runs: Sequence[Run]) -> Facts:
-    """Settings of the evaluations, and the sizes of their data files."""
+    """Return the settings of the evaluations, and the sizes of their data files."""
     evaluations = [run.evaluation or {} for run in runs]
     facts: Facts = []
     for key in dict.fromkeys(key for found in evaluations for key in found.get("settings") or {}):
@@ -73,19 +73,19 @@ def setting_facts(runs: Sequence[Run]) -> Facts:
 
 
 def sample_facts(runs: Sequence[Run]) -> Facts:
-    """What each model writes, by prompt."""
+    """Return what each model writes, by prompt."""
     samples: list[Mapping[str, str]] = [(run.evaluation or {}).get("samples") or {} for run in runs]
     prompts = dict.fromkeys(prompt for found in samples for prompt in found)
     return [(prompt, [found.get(prompt, UNKNOWN) for found in samples]) for prompt in prompts]
 
 
 def differs(values: Sequence[str]) -> bool:
-    """Whether the runs for which something is known were not alike."""
+    """Whether the runs with a known value have different values."""
     return len({value for value in values if value != UNKNOWN}) > 1
 
 
 def _own_flags() -> list[tuple[str, object]]:
-    """Namespace name and default of every flag of ours that shapes a run."""
+    """Return namespace name and default of every flag of ours that shapes a run."""
     return [
         (field.name if field.name == "teacher_load" else f"fdd_{field.name}", field.default)
         for field in dataclasses.fields(FddConfig)
@@ -119,7 +119,7 @@ def _tokens(run: Run) -> str:
 
 
 def _time(run: Run) -> str:
-    """Without set-up, checkpoints and validation."""
+    """Return the time in steps, without set-up, checkpoints and validation."""
     assert run.metrics is not None
     curve = run.metrics.curves.get("seconds")
     if curve is None:

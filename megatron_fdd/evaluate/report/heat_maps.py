@@ -1,4 +1,4 @@
-"""A term of every layer pair over training: one map a run, one colour scale for all."""
+"""A term of every layer pair over training: one map for each run, with the same colour scale."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.evaluate.report.terms import Kind
 
 _MOST_COLUMNS = 120
-# With fewer, a map is no longer one over training.
+# With fewer columns a map would not show a course over training.
 _LEAST_COLUMNS = 8
-# Part of the cells that may be without a value before columns are made wider.
+# If a larger part of the cells has no value, columns are made wider.
 _MOST_EMPTY = 0.02
 _MOST_ROW_LABELS = 16
-# Values that spread further need a logarithmic scale, or all late steps would look alike.
+# Values with a larger ratio need a logarithmic scale, or all late steps would look alike.
 _WIDE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """One run's values.
+    """The values of one run.
 
     Attributes:
-        width: iterations in a column.
-        values: [layer pairs, bins], NaN where no step of the bin has a value.
-        edges: [bins + 1], iterations.
+        width: number of iterations in a column.
+        values: float64 [layer pairs, bins], NaN where no step of the bin has a value.
+        edges: float64 [bins + 1], in iterations.
     """
 
     run: Run
@@ -55,7 +55,7 @@ class HeatMap:
 
 
 def draw_heat_map(runs: Sequence[Run], kind: Kind) -> Picture | None:
-    """Draw a term of inner layers; None when no run has a layer of it."""
+    """Draw a term of inner layers; None if no run has a layer of it."""
     shown = [run for run in runs if run.metrics and run.metrics.layer_pairs(kind.name)]
     if not shown:
         return None
@@ -72,7 +72,7 @@ def draw_heat_map(runs: Sequence[Run], kind: Kind) -> Picture | None:
 
 
 def make_heat_map(run: Run, term: str, width: int) -> HeatMap:
-    """Means over `width` iterations, from the run's first bin to its last."""
+    """Return means over `width` iterations, from the run's first bin to its last."""
     metrics = run.metrics
     assert isinstance(metrics, Metrics)
     first, last = (metrics.first - 1) // width, (metrics.last - 1) // width
@@ -88,7 +88,10 @@ def make_heat_map(run: Run, term: str, width: int) -> HeatMap:
 
 
 def _filled_heat_map(run: Run, term: str) -> HeatMap:
-    """In columns as narrow as can be seen, wider where too many cells of these would be empty."""
+    """Return a map with columns as narrow as can be seen.
+
+    Columns are wider if too many cells would otherwise be empty.
+    """
     heat_map = make_heat_map(run, term, bin_width(longest([run]), _MOST_COLUMNS))
     while heat_map.values.shape[1] >= 2 * _LEAST_COLUMNS and np.isnan(heat_map.values).mean() > _MOST_EMPTY:
         heat_map = make_heat_map(run, term, 2 * heat_map.width)
@@ -104,12 +107,12 @@ def _caption(maps: Sequence[HeatMap], what: str) -> str:
             f"{widths.pop():,} iterations." if len(widths) == 1 else "as many iterations as its map says."
         )
     if any(np.isnan(heat_map.values).any() for heat_map in maps):
-        caption += " Grey: no step looked at the layer."
+        caption += " Grey: no step measured the layer."
     return caption
 
 
 def _ends(maps: Sequence[HeatMap]) -> str:
-    """In words: where each layer of each run ends."""
+    """Return in words where each layer of each run ends."""
     ends = []
     for heat_map in maps:
         assert heat_map.run.metrics is not None
@@ -166,7 +169,7 @@ def _draw_map(axes: Axes, heat_map: HeatMap, norm: Normalize, theme: Theme) -> N
 
 
 def _norm(maps: Sequence[HeatMap]) -> Normalize:
-    """One scale for all runs."""
+    """Return one colour scale for all runs."""
     found = np.concatenate([heat_map.values.ravel() for heat_map in maps])
     lowest, highest = float(np.nanmin(found)), float(np.nanmax(found))
     return (LogNorm if 0 < lowest * _WIDE < highest else Normalize)(lowest, highest)

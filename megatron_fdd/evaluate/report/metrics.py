@@ -40,7 +40,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Bins:
-    """A curve summed up in bins of iterations: every bin that has a value, one entry in each array."""
+    """A curve summed up in bins of iterations; each array has one entry for every bin that has a value."""
 
     index: NDArray[np.int64]
     centre: NDArray[np.float64]
@@ -51,13 +51,13 @@ class Bins:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a metrics file holds.
+    """The contents of a metrics file.
 
     Attributes:
-        curves: by key of the file; a key without any finite value is left out.
-        first, last: iterations.
-        num_records: finished lines.
-        is_cut: the last line is unfinished: the run was killed while it wrote it, or is writing it now.
+        curves: one for each key of the file; a key without any finite value is left out.
+        first, last: the first and the last iteration.
+        num_records: number of finished lines.
+        is_cut: true if the last line is unfinished: the run was killed while it wrote the line, or is writing it now.
     """
 
     curves: dict[str, Curve]
@@ -68,16 +68,17 @@ class Metrics:
 
     @property
     def num_iterations(self) -> int:
+        """Number of iterations from the first to the last."""
         return self.last - self.first + 1
 
     def layer_pairs(self, term: str) -> list[str]:
-        """ "s4:t9" of every layer of a term such as "trajectory", from the first to the last block."""
+        """Return "s4:t9" of every layer pair of a term such as "trajectory", from the first to the last block."""
         pairs = [key.removeprefix(term + " ") for key in self.curves if key.startswith(term + " ")]
         return sorted(pairs, key=_block_numbers)
 
     @property
     def has_gaps(self) -> bool:
-        """Whether some steps have no value of some layer (`--fdd-sample-one-tap`)."""
+        """Whether some steps lack a value of some layer (`--fdd-sample-one-tap`)."""
         return any(
             len(curve) < len(self.curves.get(key.split()[0], ()))
             for key, curve in self.curves.items()
@@ -89,7 +90,7 @@ def read_metrics(path: Path) -> Metrics:
     """Read a metrics file, which may be growing; an unfinished last line is dropped.
 
     Raises:
-        ValueError: a malformed line before the last, a line that is no record, or no record at all.
+        ValueError: a line before the last is malformed, a line is not a record, or there is no record.
     """
     columns: dict[str, tuple[array[int], array[float]]] = defaultdict(lambda: (array("q"), array("d")))
     first = last = num_records = 0
@@ -106,7 +107,7 @@ def read_metrics(path: Path) -> Metrics:
                 continue
             if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
                 raise ValueError(
-                    f'{path}, line {number}: no object with an "iteration": is it a metrics file?'
+                    f'{path}, line {number}: not an object with an "iteration": is it a metrics file?'
                 )
             if record["iteration"] < last:
                 raise ValueError(
@@ -130,19 +131,19 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def in_digits(value: float, digits: int = 4) -> str:
-    """At least `digits` significant ones, and no exponent where people expect none."""
+    """Return a number with at least `digits` significant digits, and with an exponent only if it is very small."""
     if abs(value) >= 10**digits:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if abs(value) < 1e-4 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def bin_width(longest: int, most_bins: int) -> int:
-    """Iterations in a bin, so that `longest` iterations make at most `most_bins`."""
+    """Return the number of iterations in a bin with which `longest` iterations make at most `most_bins` bins."""
     return max(1, math.ceil(longest / most_bins))
 
 
 def cut_into_bins(curve: Curve, width: int) -> Bins:
-    """Bin 0 holds iterations 1 to `width`; width 1 leaves the curve as it is."""
+    """Cut a curve into bins; bin 0 holds iterations 1 to `width`. Width 1 leaves the curve unchanged."""
     index, starts, counts = np.unique((curve.iterations - 1) // width, return_index=True, return_counts=True)
     values = curve.values
     return Bins(
@@ -163,5 +164,5 @@ def _with_pace(curves: dict[str, Curve]) -> dict[str, Curve]:
 
 
 def _block_numbers(pair: str) -> tuple[int, ...]:
-    """ "s4:t9" -> (4, 9)."""
+    """Return (4, 9) for "s4:t9"."""
     return tuple(int(digits) for digits in "".join(c if c.isdigit() else " " for c in pair).split())

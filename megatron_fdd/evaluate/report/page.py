@@ -21,7 +21,7 @@ class Report:
     """Everything on the page, in order.
 
     Attributes:
-        made: when, in words.
+        made: when the report was made, in words.
     """
 
     runs: Sequence[Run]
@@ -32,13 +32,14 @@ class Report:
 
     @property
     def title(self) -> str:
+        """The title, with the names of up to four runs."""
         names = [run.name for run in self.runs]
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         return f"Distillation report: {', '.join(names[:4])}{more}"
 
 
 SCORE_NOTE = (
-    "Bold: the best run of a row, where its lead over the second exceeds the spread of either. The teacher does not "
+    "Bold: the best run of a row, if its lead over the second exceeds the spread of both. The teacher does not "
     "take part. Nothing is marked without a known spread, or where runs were not measured alike (other settings, "
     "layers, divergence or number of iterations). ± is the sample standard deviation: over seeds for ROUGE-L; for "
     "training values over the last 5 % of the iterations (100 at most), whose mean is shown. It says nothing about "
@@ -198,7 +199,7 @@ figure { margin: 0; }
 
 
 def to_html(report: Report) -> str:
-    """One file that needs no other: pictures are inlined, nothing runs."""
+    """Return one HTML file that needs no other: pictures are inlined, and there are no scripts."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -211,7 +212,7 @@ def to_html(report: Report) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """With links to the pictures beside it."""
+    """Return Markdown with links to the picture files beside it."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )  # no HTML: see _plain
@@ -227,7 +228,7 @@ def _markdown_cell(row: ScoreRow, position: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is, on one line, also inside a table."""
+    """Return text that Markdown shows unchanged, on one line, also inside a table."""
     one_line = " ".join(text.split())
     escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", one_line)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

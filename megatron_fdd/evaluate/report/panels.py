@@ -40,19 +40,19 @@ from megatron_fdd.evaluate.report.terms import kinds_of
 
 # More points than this only make a line thick.
 _MOST_POINTS = 150
-# Validation points that would hide the line under them are drawn smaller.
+# With more validation points, they are drawn smaller, so that they do not hide the line under them.
 _MANY_EVALUATIONS = 30
-# Values that spread further need a logarithmic scale to be seen.
+# Values with a larger ratio need a logarithmic scale to be seen.
 _WIDE = 50
-# In the order of stacking.
+# In stacking order.
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Which number of the metrics file, and in which words.
+    """One number of the metrics file, and how it is labelled.
 
     Attributes:
-        cuts_peaks: a few far higher values, such as the first step's time, may leave the panel.
+        cuts_peaks: true if a few much higher values, such as the first step's time, may be cut off.
     """
 
     key: str
@@ -69,7 +69,7 @@ PROGRESS = (
 
 
 def draw_losses(runs: Sequence[Run]) -> Picture | None:
-    """Every loss term; None when no run has any."""
+    """Draw every loss term; None if no run has any."""
     panels = [Panel(TOTAL, f"{TOTAL}: the weighted sum that is trained on", "nats per token")]
     panels += [
         Panel(kind.name, f"{kind.name}: {kind.title}".removesuffix(": "), kind.unit)
@@ -79,12 +79,12 @@ def draw_losses(runs: Sequence[Run]) -> Picture | None:
 
 
 def draw_progress(runs: Sequence[Run]) -> Picture | None:
-    """Gradient norm and pace; None when no run has any."""
+    """Draw gradient norm and pace; None if no run has any."""
     return _draw_lines(runs, PROGRESS, "progress", "Gradient and pace")
 
 
 def draw_shares(runs: Sequence[Run]) -> Picture | None:
-    """What part of the total each term is, one panel a run; None when no run has it."""
+    """Draw the share of each term in the total, one panel for each run; None if no run has shares."""
     shown = [run for run in runs if run.metrics and _shared_terms(run.metrics)]
     if not shown:
         return None
@@ -95,7 +95,7 @@ def draw_shares(runs: Sequence[Run]) -> Picture | None:
         title="Share of each term in the total",
         caption="Which term drives the step: its weight times its value, as a part of the total. "
         + _means(width, "up to "),
-        alternative="Stacked areas over the iterations, one panel a run. At the end: "
+        alternative="Stacked areas over the iterations, one panel for each run. At the end: "
         + "; ".join(f"{run.name}: {_last_shares(run.metrics)}" for run in shown if run.metrics),
         light=light,
         dark=dark,
@@ -103,7 +103,7 @@ def draw_shares(runs: Sequence[Run]) -> Picture | None:
 
 
 def longest(runs: Sequence[Run]) -> int:
-    """Iterations of the longest run that has metrics."""
+    """Return the number of iterations of the longest run that has metrics."""
     return max((run.metrics.num_iterations for run in runs if run.metrics), default=1)
 
 
@@ -126,7 +126,7 @@ def _line_figure(runs: Sequence[Run], panels: Sequence[Panel], width: int, theme
     drawn = [run for run in runs if any(_has(run, panel.key) for panel in panels)]
     figure = Figure(figsize=(WIDTH_INCHES, legend_size(drawn)[1] + 2.7 * rows), layout="constrained")
     grid = figure.add_gridspec(rows, 2)
-    # An odd one out, the first, takes a whole row.
+    # If the number of panels is odd, the first one takes a whole row.
     odd = len(panels) % 2
     for position, panel in enumerate(panels):
         place = position + (odd and position > 0)
@@ -144,7 +144,7 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], panel: Panel, width: int, theme
         color = color_of(run)
         if panel.key in curves:
             bins = cut_into_bins(curves[panel.key], width)
-            # A run of one iteration is a point.
+            # A run of one iteration is drawn as a point.
             marker = "." if len(bins.mean) == 1 else ""
             axes.plot(
                 bins.centre,
@@ -178,7 +178,7 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], panel: Panel, width: int, theme
 
 
 def _scale(axes: Axes, panel: Panel, drawn: Sequence[NDArray[np.float64]]) -> str:
-    """Choose the vertical scale for the values that were drawn; what to say of it."""
+    """Choose the vertical scale for the drawn values; return the words for the axis label."""
     values = np.concatenate(drawn)
     usual = float(np.quantile(values, 0.95))
     if panel.cuts_peaks and values.max() > 3 * usual:
@@ -217,7 +217,7 @@ def _share_figure(runs: Sequence[Run], theme: Theme) -> Figure:
 
 
 def _stack(metrics: Metrics, width: int) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-    """Bin centres, and each term's share in them; 0 where a term has no value."""
+    """Return bin centres, and each term's share in them; 0 where a term has no value."""
     by_term = {term: cut_into_bins(metrics.curves[SHARE + term], width) for term in _shared_terms(metrics)}
     indices = np.unique(np.concatenate([bins.index for bins in by_term.values()]))
     centre = np.zeros(len(indices))
@@ -231,7 +231,7 @@ def _stack(metrics: Metrics, width: int) -> tuple[NDArray[np.float64], dict[str,
 
 
 def _shared_terms(metrics: Metrics) -> list[str]:
-    """Terms that have a part in the total at some time."""
+    """Return the terms that have a share in the total at some time."""
     return [
         key.removeprefix(SHARE)
         for key, curve in metrics.curves.items()
@@ -240,7 +240,7 @@ def _shared_terms(metrics: Metrics) -> list[str]:
 
 
 def _has(run: Run, key: str, *, training: bool = True) -> bool:
-    """Whether a run has values of `key`, with `training` also validation values alone."""
+    """Whether a run has values of `key`; with `training`, validation values alone count too."""
     curves = run.metrics.curves if run.metrics else {}
     return key in curves or (training and VALIDATION + key in curves)
 
@@ -250,7 +250,7 @@ def _means(width: int, how_many: str = "") -> str:
 
 
 def _last_values(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
-    """In words: what each run's line ends at."""
+    """Return in words the last value of each run's line."""
     sentences = []
     for panel in panels:
         ends = [

@@ -1,4 +1,4 @@
-"""How every picture of the report looks, by day and by night, and as what it is handed on."""
+"""Style and file formats of the report's pictures, light and dark."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from megatron_fdd.evaluate.report.runs import Run
 WIDTH_INCHES = 10.0
 _DPI = 130
 _LONGEST_NAME = 44
-# Told apart on white and on black, and by most who confuse red and green.
+# Colours that differ on white and on black, and for most people who confuse red and green.
 _COLORS = ("#3b82c4", "#e07b2a", "#2a9d6f", "#c2498f", "#8a63d2", "#b58900", "#0ea5b7", "#8c6d5a")
 _LINE_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """Colours of one look."""
+    """The colours of the light or the dark style."""
 
     background: str
     text: str
@@ -45,9 +45,9 @@ class Picture:
     """One figure with the words around it.
 
     Attributes:
-        name: of the PNG file, without its ending.
-        alternative: what it shows, for those who cannot see it.
-        light, dark: PNG files.
+        name: name of the PNG file, without its suffix.
+        alternative: what the figure shows, for people who cannot see it.
+        light, dark: contents of the PNG files.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Picture:
 
 
 def draw(make: Callable[[Theme], Figure]) -> tuple[bytes, bytes]:
-    """The PNG of both themes."""
+    """Return the PNG of both themes."""
     return _render(make, LIGHT), _render(make, DARK)
 
 
@@ -67,8 +67,8 @@ def _render(make: Callable[[Theme], Figure], theme: Theme) -> bytes:
     with matplotlib.rc_context(_style(theme)):
         raw = io.BytesIO()
         make(theme).savefig(raw, format="png", dpi=_DPI)
-    # A palette makes the page three times smaller. This way of choosing it keeps the colours of thin lines, where
-    # the usual one gives them up for the many shades around them.
+    # A palette makes the page three times smaller. This way of choosing it keeps the colours of thin lines; the
+    # usual way drops them in favour of the many shades around them.
     small = io.BytesIO()
     image = Image.open(raw).convert("RGB")
     image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG")
@@ -102,29 +102,29 @@ def _style(theme: Theme) -> dict[Any, Any]:
 
 
 def color_of(run: Run) -> str:
-    """The same in every picture and table."""
+    """Return the run's colour, the same in every picture and table."""
     return _COLORS[run.number % len(_COLORS)]
 
 
 def line_style_of(run: Run) -> Literal["-", "--", ":", "-."]:
-    """Tells runs apart where the colours begin anew."""
+    """Return the run's line style, which tells runs apart that share a colour."""
     return _LINE_STYLES[run.number // len(_COLORS) % len(_LINE_STYLES)]
 
 
 def short(name: str, limit: int = _LONGEST_NAME) -> str:
-    """A run's name, its middle left out where it does not fit: names often differ at their ends."""
+    """Shorten a run's name in its middle if it does not fit: names often differ at their ends."""
     half = (limit - 1) // 2
     return name if len(name) <= limit else f"{name[:half].rstrip()} … {name[-half:].lstrip()}"
 
 
 def legend_size(runs: Sequence[Run]) -> tuple[int, float]:
-    """Columns, and inches in height, of `add_legend` with one entry more than `runs`."""
+    """Return the columns of `add_legend` and its height in inches, for `runs` and one more entry."""
     columns = max(1, int(110 / (max(len(short(run.name)) for run in runs) + 6)))
     return columns, 0.2 * math.ceil((len(runs) + 1) / columns) + 0.1
 
 
 def add_legend(figure: Figure, runs: Sequence[Run], with_validation: bool, theme: Theme) -> None:
-    """One for all panels, above them."""
+    """Add one legend for all panels, above them."""
     lines = [Line2D([], [], color=color_of(run), linestyle=line_style_of(run), linewidth=2) for run in runs]
     # A label that begins with an underscore would be left out.
     labels = [" " + short(run.name) for run in runs]
@@ -136,7 +136,7 @@ def add_legend(figure: Figure, runs: Sequence[Run], with_validation: bool, theme
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Numbers as people write them, on a logarithmic scale too."""
+    """Write the numbers of an axis without exponents, on a logarithmic scale too."""
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
@@ -144,7 +144,7 @@ def plain_ticks(axis: Axis) -> None:
 
 
 def label_iterations(axes: Axes) -> None:
-    """The horizontal axis."""
+    """Label the horizontal axis with iterations."""
     axes.set_xlabel("iteration")
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     plain_ticks(axes.xaxis)

@@ -1,4 +1,4 @@
-"""What a run left behind: metrics, evaluation, the arguments in its checkpoint."""
+"""The files that a run left behind: metrics, evaluation, and the arguments in its checkpoint."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EVALUATION_FILE = "evaluation.json"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One column of the report. `path` is None where nothing of that kind was found.
+    """One column of the report. A `path` is None if no file of that kind was found.
 
     Attributes:
-        number: position among the runs; gives the colour.
-        metrics: over training.
+        number: position among the runs; it decides the colour.
+        metrics: the losses and speeds over training.
         evaluation: scores of the exported model, as `fdd evaluate` writes them.
         flags: Megatron's arguments, as the newest checkpoint stores them; empty when unknown.
-        remarks: what could not be read, for the reader of the report.
+        remarks: what could not be read, to be shown in the report.
     """
 
     name: str
@@ -39,10 +39,12 @@ class Run:
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Read `[NAME=]PATH` each; arguments of one name are parts of one run, such as its metrics and its evaluation.
+    """Read each `[NAME=]PATH`.
+
+    Arguments of the same name are parts of one run, such as its metrics and its evaluation.
 
     Raises:
-        ValueError: nothing found at a path, something malformed, or a second file of one kind for one name.
+        ValueError: a path has nothing to read, a file is malformed, or one name has two files of one kind.
     """
     runs: dict[str, Run] = {}
     for argument in arguments:
@@ -53,9 +55,10 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def named_run(argument: str) -> tuple[str, Path]:
-    """`NAME=PATH`, or a path, whose last folder is the name.
+    """Return the name and the path of `NAME=PATH`, or of a path.
 
-    A file's own name is used unless it is the usual one, which says nothing.
+    Without a name, the name is the path's last folder. A file's own name is used unless it is the usual one, which
+    tells nothing.
     """
     name, given = split_name(argument)
     path = Path(given).absolute()
@@ -90,10 +93,12 @@ def _read_part(name: str, path: Path) -> Run:
 
 
 def _find_evaluation(name: str, folder: Path) -> Path | None:
-    """Beside the metrics; in `evaluation/`, there of the run's own name, or the only one.
+    """Return the evaluation of a run; None without one.
+
+    It is beside the metrics, or in `evaluation/`: there the one with the run's own name, or the only one.
 
     Raises:
-        ValueError: several, none of them of the run's name.
+        ValueError: there are several, and none has the run's name.
     """
     for candidate in (folder, folder / "evaluation", folder / "evaluation" / name):
         if (candidate / EVALUATION_FILE).is_file():
@@ -108,27 +113,32 @@ def _find_evaluation(name: str, folder: Path) -> Path | None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """What `fdd evaluate` wrote.
+    """Read a file that `fdd evaluate` wrote.
 
     Raises:
-        ValueError: not JSON, or another kind or version of file.
+        ValueError: the file is not JSON, or another kind or version of file.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: malformed JSON ({error}); evaluate the model again") from error
     if not isinstance(found, dict) or found.get("version") != 1:
-        raise ValueError(f"{path} is no evaluation of version 1: write it with this package's fdd evaluate")
+        raise ValueError(
+            f"{path} is not an evaluation of version 1: write it with this package's fdd evaluate"
+        )
     return found
 
 
 def _read_flags(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The arguments in the newest checkpoint of a `--save` folder, and what went wrong. Reads no weights."""
+    """Return the arguments in the newest checkpoint of a `--save` folder, and what went wrong.
+
+    No weights are read.
+    """
     if not any(folder.glob("iter_*")):
         return {}, None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about kernels that a reader of arguments has no use for
-        # Megatron takes seconds to import, and a report of metrics alone does without.
+        warnings.simplefilter("ignore")  # about kernels, which are not needed to read arguments
+        # Importing Megatron takes seconds, and a report of metrics alone does not need it.
         from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 
         try:

@@ -1,4 +1,4 @@
-"""The final scores, one row a number, one column a run, and which run is best beyond the spread."""
+"""The final scores: one row for each number, one column for each run, and which run is best beyond the spread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_fdd.evaluate.report.metrics import TOTAL, VALIDATION, Curve, in_di
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.evaluate.report.terms import kinds_of
 
-# The usual name of the one that the others are compared with.
+# The usual name of the run with which the others are compared.
 TEACHER = "teacher"
-# Last training values are means over this part of the run, of so many iterations at most.
+# Last training values are means over 1 / _TAIL_PART of the run, but over at most so many iterations.
 _TAIL_PART, _LONGEST_TAIL = 20, 100
 _TEXT_SCORES = {
     "perplexity": "validation perplexity",
@@ -21,15 +21,15 @@ _TEXT_SCORES = {
     "kl_to_teacher": "KL(teacher || model), nats",
     "unigram_cross_entropy": "cross-entropy of a unigram model, nats",
 }
-# Which examples of which file were asked.
+# The fields that tell which examples of which file were asked.
 _QUESTIONS = ("sha256", "format", "min_answer_words", "num_examples")
-# Settings of an evaluation that no answer depends on.
+# Settings of an evaluation on which no answer depends.
 _WITHOUT_EFFECT = ("batch_size", "device")
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One cell: a value, and how far it would be off if measured again; None where that is not known."""
+    """One cell: a value, and how far another measurement may be off; None where that is not known."""
 
     value: float
     spread: float | None = None
@@ -41,13 +41,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """One number of every run.
+    """One number, for every run.
 
     Attributes:
-        scores: None where a run has none.
-        conditions: of each run, what its value depends on beside the model; only equal ones are compared. A run
-            whose condition is None does not take part.
-        higher_is_better: None where neither is.
+        scores: None for a run without a score.
+        conditions: what each run's value depends on beside the model; only values with equal conditions are
+            compared. A run whose condition is None does not take part.
+        higher_is_better: None if neither is better.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ScoreRow:
 
     @property
     def best(self) -> int | None:
-        """Position of the best run, if its lead over the second exceeds the spread of either."""
+        """Position of the best run, if its lead over the second exceeds the spread of both."""
         found = [
             (score, position)
             for position, score in enumerate(self.scores)
@@ -74,7 +74,10 @@ class ScoreRow:
 
 
 def evaluation_rows(runs: Sequence[Run]) -> list[ScoreRow]:
-    """ROUGE-L of each data file, and what a validation text says. The teacher is shown and does not compete."""
+    """Return ROUGE-L of each data file, and the scores on a validation text.
+
+    The teacher is shown but does not compete.
+    """
     evaluations = [run.evaluation or {} for run in runs]
     texts = [found.get("text") or {} for found in evaluations]
     teachers = {text.get("teacher") for text in texts} - {None}
@@ -103,7 +106,7 @@ def evaluation_rows(runs: Sequence[Run]) -> list[ScoreRow]:
 
 
 def term_rows(runs: Sequence[Run]) -> list[ScoreRow]:
-    """Last validation value and last training values of every loss term."""
+    """Return the last validation value and the last training values of every loss term."""
     rows = []
     # The total is never compared: it depends on every weight.
     flags = {TOTAL: ()} | {kind.name: kind.flags for kind in kinds_of(runs)}
@@ -125,7 +128,7 @@ def _answers(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _asked(evaluation: Mapping[str, Any], files: Sequence[str]) -> tuple[Any, ...]:
-    """Which questions, and how."""
+    """Return which questions were asked, and how."""
     answers = _answers(evaluation)
     questions = [[answers.get(file, {}).get(key) for key in _QUESTIONS] for file in files]
     settings = {
@@ -135,7 +138,7 @@ def _asked(evaluation: Mapping[str, Any], files: Sequence[str]) -> tuple[Any, ..
 
 
 def _rouge(evaluation: Mapping[str, Any], files: Sequence[str]) -> Score | None:
-    """Mean over files, and its spread over seeds; None unless every file was answered."""
+    """Return the mean over files, and its spread over seeds; None unless every file was answered."""
     if any(file not in _answers(evaluation) for file in files):
         return None
     found = [_answers(evaluation)[file]["rouge_l"] for file in files]
@@ -161,7 +164,7 @@ def _tail(curve: Curve) -> Score:
 
 
 def _term_conditions(run: Run, term: str, flags: Sequence[str]) -> tuple[Any, ...] | None:
-    """After how many iterations, of which layers, by which definition where the flags are known."""
+    """Return what a term's value depends on: iterations, layers, and its definition where the flags are known."""
     if run.metrics is None:
         return None
     definition = tuple(run.flags.get(flag) for flag in flags)

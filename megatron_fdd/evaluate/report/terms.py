@@ -1,4 +1,4 @@
-"""Which kinds of terms the runs have, and how the report tells of each: by the table of terms."""
+"""The kinds of terms that the runs have, and how the report shows each, by the table of terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_fdd.losses.terms import TERMS
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How a kind of term is told; see `Term`. A kind of a plug-in that is not loaded has its name alone."""
+    """How a kind of term is shown; see `Term`.
+
+    A kind of a plug-in that is not loaded has only its name.
+    """
 
     name: str
     title: str = ""
@@ -24,7 +27,7 @@ class Kind:
 
 
 def kinds_of(runs: Sequence[Run]) -> list[Kind]:
-    """Every kind of the table, then those that the metrics files have beside."""
+    """Return every kind of the table, then other kinds that the metrics files have."""
     known = [
         Kind(
             term.kind,

@@ -1,6 +1,6 @@
-"""Adam in the form of apex and TransformerEngine, for machines without them: else Megatron cannot resume.
+"""Adam in the form of apex and TransformerEngine, for machines without them: otherwise Megatron cannot resume.
 
-Megatron 0.19.2 reads the step of a fused Adam from the param group, and that of torch's Adam from each
+Megatron 0.19.2 reads the step of a fused Adam from the param group. It reads the step of torch's Adam from each
 parameter's state, where its distributed-optimizer checkpoints fail to find it when loading.
 """
 
@@ -17,7 +17,7 @@ from megatron_fdd.host.patches.table import current, replace
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """torch's fused Adam or AdamW, to the last bit, with one `step` per param group."""
+    """torch's fused Adam or AdamW, bit for bit, with one `step` for each param group."""
 
     def __init__(
         self,
@@ -29,11 +29,12 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        """The signature that Megatron calls; `capturable` (`--optimizer-cuda-graph`) must be False."""
+        """Take the arguments that Megatron passes; `capturable` (`--optimizer-cuda-graph`) must be False."""
         assert not capturable, "refused in megatron_fdd.plan.refusals"
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults["bias_correction"] = True  # theirs, which read it from a checkpoint of this one
+        # apex and TransformerEngine read this from a checkpoint of this class.
+        defaults["bias_correction"] = True
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -50,7 +51,7 @@ class FusedAdam(torch.optim.Optimizer):
         if not params:
             return
         states = [self._state(param) for param in params]
-        # torch counts the step up itself, in one number per parameter, where the parameter is.
+        # torch increments the step itself, in one number for each parameter, on the parameter's device.
         steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind()
         beta1, beta2 = group["betas"]
         adam(
@@ -80,7 +81,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install_adam() -> None:
-    """Make Megatron take `FusedAdam` for the fused Adam of apex, where it has neither that nor TransformerEngine's."""
+    """Make Megatron use `FusedAdam` as apex's fused Adam, where it has neither apex nor TransformerEngine."""
     if not current("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER"):
         return
     replace("megatron.core.optimizer.Adam", FusedAdam)

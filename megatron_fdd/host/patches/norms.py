@@ -1,7 +1,7 @@
 """Norms for Megatron's local modules: torch's own refuse sequence parallelism and zero-centred weights.
 
-So that `--transformer-impl local` runs without apex and TransformerEngine, on GPUs and in a rehearsal. For RMSNorm also
-beside apex, whose fused norm is a LayerNorm.
+With them, `--transformer-impl local` runs without apex and TransformerEngine, on GPUs and in a rehearsal. RMSNorm
+also serves beside apex, whose fused norm is a LayerNorm.
 
 Shapes: ... any leading dims, H hidden (or head) size. Statistics in float32, output in the input's dtype.
 """
@@ -21,7 +21,7 @@ from megatron_fdd.host.patches.table import replace, replaced
 
 
 class _Norm(nn.Module):
-    """What both norms share: their weight, and the mark by which Megatron sums its gradient over ranks."""
+    """The parts that both norms share: their weight, and the mark by which Megatron sums its gradient over ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -32,12 +32,13 @@ class _Norm(nn.Module):
 
     def _parameter(self, config: TransformerConfig, value: float) -> nn.Parameter:
         parameter = nn.Parameter(torch.full((self.hidden_size,), value, dtype=config.params_dtype))
-        # With sequence parallelism every rank sees its own tokens only.
+        # With sequence parallelism every rank sees only its own tokens.
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return parameter
 
     @property
     def gain(self) -> Tensor:
+        """The factor of each dimension: the weight, plus 1 if weights are zero-centred."""
         return self.weight + 1 if self.zero_centered else self.weight
 
 
@@ -45,6 +46,7 @@ class RMSNorm(_Norm):
     """x / sqrt(mean(x^2) + eps) * gain, rounded to the input's dtype before the gain, as in Llama."""
 
     def forward(self, x_H: Tensor) -> Tensor:
+        """Return the normed x_H, [..., H], in its dtype."""
         x32_H = x_H.float()
         inverse_rms = torch.rsqrt(x32_H.square().mean(-1, keepdim=True) + self.eps)
         return ((x32_H * inverse_rms).to(x_H.dtype) * self.gain).to(x_H.dtype)
@@ -58,6 +60,7 @@ class LayerNorm(_Norm):
         self.bias = self._parameter(config, 0.0)
 
     def forward(self, x_H: Tensor) -> Tensor:
+        """Return the normed x_H, [..., H], in its dtype."""
         shape = (self.hidden_size,)
         out_H = nn.functional.layer_norm(x_H.float(), shape, self.gain.float(), self.bias.float(), self.eps)
         return out_H.to(x_H.dtype)
@@ -66,22 +69,24 @@ class LayerNorm(_Norm):
 def build_norm(
     _cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object
 ) -> RMSNorm | LayerNorm:
-    """The norm that `config.normalization` names; stands in for `WrappedTorchNorm.__new__`.
+    """Return the norm that `config.normalization` names; stands in for `WrappedTorchNorm.__new__`.
 
     Raises:
-        ValueError: a normalization other than RMSNorm and LayerNorm.
+        ValueError: the normalization is neither RMSNorm nor LayerNorm.
     """
     norms: dict[str, type[RMSNorm] | type[LayerNorm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
     if config.normalization not in norms:
-        raise ValueError(f"--normalization {config.normalization}: local modules have {', '.join(norms)}")
+        raise ValueError(
+            f"--normalization {config.normalization}: local modules have only {', '.join(norms)}"
+        )
     return norms[config.normalization](config, hidden_size, eps)
 
 
 def install_norms() -> None:
-    """Every norm that Megatron would leave to torch, and the final one, is made by `build_norm` from now on.
+    """Make `build_norm` build every norm that Megatron would leave to torch, and the final norm, from now on.
 
-    The constructor is the one place that all of Megatron's specs share; each imports the class by name. For a process
-    whose models are all of local modules.
+    The constructor is replaced because all of Megatron's specs share it; each imports the class by name. Only for a
+    process whose models all have local modules.
     """
     for target, stand_in in _stand_ins().items():
         replace(target, stand_in)
@@ -89,7 +94,7 @@ def install_norms() -> None:
 
 @contextmanager
 def plain_norms() -> Iterator[None]:
-    """`install_norms` for a block in which a model of local modules is built, in a process with others."""
+    """Apply `install_norms` while a model of local modules is built, in a process with other models."""
     with replaced(_stand_ins()):
         yield
 
@@ -97,6 +102,6 @@ def plain_norms() -> Iterator[None]:
 def _stand_ins() -> dict[str, Any]:
     return {
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": build_norm,
-        # Not so beside apex or TransformerEngine.
+        # Beside apex or TransformerEngine this would be their norm.
         "megatron.core.transformer.transformer_block.LayerNormImpl": WrappedTorchNorm,
     }

@@ -1,7 +1,7 @@
 """Every name of Megatron that this package replaces at run time, and the one function that replaces it.
 
-`PATCHES` is for every run, `REHEARSAL_PATCHES` for runs on CPUs only. Nothing else of Megatron is replaced: `replace`
-takes listed names only, and a test compares both tables with what live runs have changed. The tables are plain data:
+`PATCHES` is for every run, `REHEARSAL_PATCHES` only for runs on CPUs. Nothing else of Megatron is replaced: `replace`
+takes only listed names, and a test compares both tables with what live runs have changed. The tables are plain data:
 importing this module imports neither torch nor Megatron.
 """
 
@@ -21,10 +21,10 @@ class Patch:
     """One name that is replaced.
 
     Attributes:
-        target: dotted name of the attribute, of a module or of a class.
+        target: dotted name of the attribute of a module or a class.
         when: the condition under which it is replaced.
         why: what a run would lack without it.
-        until: what would make it unnecessary.
+        until: the condition under which it stays necessary.
         installed_by: our function, as `module.function` below `megatron_fdd`.
     """
 
@@ -60,21 +60,21 @@ PATCHES: tuple[Patch, ...] = (
         f"{_TRAINING}.training_log",
         "always, while training",
         "Writes an iteration's terms to the metrics file, with the gradient's norm, which is known only there.",
-        "while the training loop has no callback behind the optimizer's step",
+        "while the training loop has no callback after the optimizer's step",
         "step.schedule.installed",
     ),
     Patch(
         f"{_TRAINING}.evaluate_and_print_results",
         "always, while training",
         "Writes the means of a validation to the metrics file.",
-        "while the training loop has no callback behind an evaluation",
+        "while the training loop has no callback after an evaluation",
         "step.schedule.installed",
     ),
     Patch(
         f"{_TRAINING}.save_checkpoint",
         "always, while training",
         "Says on the terminal that a checkpoint has been saved, and how long it took.",
-        "while the training loop has no callback behind a save",
+        "while the training loop has no callback after a save",
         "step.schedule.installed",
     ),
     _adam(f"{_OPTIMIZER}.Adam", "Megatron builds our Adam, which has one step for a param group."),
@@ -148,7 +148,7 @@ REHEARSAL_PATCHES: tuple[Patch, ...] = (
 
 
 def replace(target: str, stand_in: Any) -> Any:
-    """Set an attribute of Megatron, and return what it was.
+    """Set an attribute of Megatron, and return its earlier value.
 
     Args:
         target: one of the tables' names.
@@ -166,7 +166,7 @@ def replace(target: str, stand_in: Any) -> Any:
 
 @contextmanager
 def replaced(stand_ins: Mapping[str, Any]) -> Iterator[None]:
-    """`replace` for a block. ValueError as there."""
+    """Apply `replace` inside a `with` statement, and undo it at the end. ValueError as in `replace`."""
     with ExitStack() as stack:
         for target, stand_in in stand_ins.items():
             stack.callback(replace, target, replace(target, stand_in))
@@ -174,13 +174,13 @@ def replaced(stand_ins: Mapping[str, Any]) -> Iterator[None]:
 
 
 def current(target: str) -> Any:
-    """What Megatron has under this name now. ValueError where this Megatron has no such name."""
+    """Return what Megatron has under this name now. ValueError if this Megatron has no such name."""
     owner, name = _owner(target)
     return getattr(owner, name)
 
 
 def _owner(target: str) -> tuple[Any, str]:
-    """The module or class that has a name, and the name in it."""
+    """Return the module or class that has a name, and the last part of the name."""
     path, _, name = target.rpartition(".")
     owner = _find(path)
     if owner is None or name not in vars(owner):
@@ -192,11 +192,11 @@ def _owner(target: str) -> tuple[Any, str]:
 
 
 def _find(path: str) -> Any:
-    """A module, or a class in one; None where there is neither."""
+    """Return a module, or a class in one; None if there is neither."""
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
-            raise  # Megatron has it, and lacks something itself
+            raise  # Megatron has the module, but one of its own imports is missing
     module, _, name = path.rpartition(".")
     return getattr(_find(module), name, None) if module else None

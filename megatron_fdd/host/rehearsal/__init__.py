@@ -1,7 +1,7 @@
-"""Running Megatron on CPUs: try a recipe, test a layout or convert a checkpoint without a GPU.
+"""Rehearsals: Megatron on CPUs, to try a recipe, test a layout or convert a checkpoint without a GPU.
 
-A rehearsal takes the same code path as a run on GPUs; only devices, fused kernels and the communication
-backend are stood in for. `start()` before Megatron does any work, `add_flags()` before it reads its flags.
+A rehearsal takes the same code path as a run on GPUs; only devices, fused kernels and the communication backend
+have stand-ins. Call `start()` before Megatron does any work, and `add_flags()` before it reads its flags.
 """
 
 from megatron_fdd.host.rehearsal.flags import add_flags

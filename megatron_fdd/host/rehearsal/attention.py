@@ -1,7 +1,7 @@
-"""Attention for the `local` transformer under context parallelism and on packed sequences, which its own refuses.
+"""Attention for the `local` transformer under context parallelism and on packed sequences, which Megatron's refuses.
 
-Shapes: S query rows of this rank, L key rows, B micro-batch, A heads of this rank, D head width. Packed
-sequences have no B.
+Shapes: S query rows of this rank, L key rows, B micro-batch, A heads of this rank, D head width. Packed sequences
+have no B.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_fdd.host.patches.table import replace
 
 
 class ContextAttention(DotProductAttention):
-    """Megatron's attention, given all keys and values of the sequence and a mask that says which may be seen.
+    """Megatron's attention, given all keys and values of the sequence and a mask of what may be seen.
 
-    Context-parallel ranks hold the sequence in Megatron's zig-zag: of 2 C equal pieces rank r has r and
-    2 C - 1 - r.
+    Context-parallel ranks hold the sequence in Megatron's zig-zag: of 2 C equal pieces, rank r has pieces r and 2 C
+    - 1 - r.
     """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
@@ -31,7 +31,7 @@ class ContextAttention(DotProductAttention):
         whole.context_parallel_size = 1  # Megatron's constructor refuses more
         super().__init__(whole, *arguments, **keywords)
         self.config = config
-        # The softmax would put its own window in place of the mask.
+        # The softmax would apply its own window in place of the mask.
         self._window = self.scale_mask_softmax.window_size
         self.scale_mask_softmax.window_size = None
 
@@ -45,13 +45,13 @@ class ContextAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **keywords: Any,
     ) -> Tensor:
-        """[S, B, A D] ([S, A D] when packed) from query [S, B, A, D], key and value [S, B, groups, D].
+        """Return [S, B, A D] ([S, A D] when packed) for query [S, B, A, D], key and value [S, B, groups, D].
 
         Args:
             attention_mask: None for causal attention; bool [B, 1, S, L], true where attention is forbidden.
 
-        Collectives over the context-parallel group: one all-gather each of key and value forward, one
-        reduce-scatter each backward.
+        Collectives over the context-parallel group: forward one all-gather each of key and value, backward one
+        reduce-scatter each.
         """
         if packed_seq_params is not None:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
@@ -73,22 +73,22 @@ class ContextAttention(DotProductAttention):
         return output.squeeze(1) if packed_seq_params is not None else output
 
     def _gather(self, shard: Tensor) -> Tensor:
-        """This rank's rows of the sequence -> all of them, in order."""
+        """Return all rows of the sequence in order, from this rank's rows."""
         group = self.pg_collection.cp
         rows = gather_from_sequence_parallel_region(shard.contiguous(), group=group)
         pieces = rows.chunk(2 * group.size())
-        # Gathered are pieces 0, 2C-1, 1, 2C-2, ...
+        # The order of the gathered pieces is 0, 2C-1, 1, 2C-2, ...
         return torch.cat([*pieces[0::2], *reversed(pieces[1::2])])
 
     def _places(self, rows: int, device: torch.device) -> Tensor:
-        """Places in the sequence of this rank's rows."""
+        """Return the places of this rank's rows in the sequence."""
         group, half = self.pg_collection.cp, rows // 2
         first = torch.arange(half, device=device)
         last_piece = 2 * group.size() - 1 - group.rank()
         return torch.cat([first + group.rank() * half, first + last_piece * half])
 
     def _outside_window(self, query_place: Tensor, key_place: Tensor) -> Tensor:
-        """Whether a sliding window (keys to the left, keys to the right) ends before the key."""
+        """Return where a key lies outside a query's sliding window (keys to the left, keys to the right)."""
         if self._window is None:
             return torch.zeros_like(query_place > key_place)
         left, right = self._window
@@ -96,5 +96,5 @@ class ContextAttention(DotProductAttention):
 
 
 def install_attention() -> None:
-    """Every `local` layer that Megatron specifies from now on has this attention."""
+    """Give every `local` layer that Megatron specifies from now on this attention."""
     replace("megatron.core.models.backends.LocalSpecProvider.core_attention", lambda _self: ContextAttention)

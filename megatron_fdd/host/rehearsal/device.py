@@ -1,4 +1,4 @@
-"""`cuda` means `cpu`: device arguments of torch's functions, and the state functions of torch.cuda."""
+"""The redirection of `cuda` to `cpu`: device arguments of torch's functions, state functions of torch.cuda."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-# An H100's: recipes for it are the ones rehearsed, and Megatron asks for
-# CUDA_DEVICE_MAX_CONNECTIONS=1 below 10 only.
+# That of an H100, because recipes for it are rehearsed; and below 10 Megatron asks for
+# CUDA_DEVICE_MAX_CONNECTIONS=1.
 _CAPABILITY = (9, 0)
 
 
 class Stream:
-    """A stream on which everything has happened already; there is one, so that all compare equal."""
+    """A stream on which everything has happened already; all compare equal, as if there were one."""
 
     cuda_stream = 0
     device = _CPU
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
+        """Return the lowest and the highest priority, which are the same."""
         return 0, 0
 
     def __init__(self, *_args: Any, **_options: Any) -> None: ...
@@ -42,34 +43,44 @@ class Stream:
 
     def __exit__(self, *_exception: object) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Return at once: nothing is pending."""
 
-    def wait_stream(self, _stream: Stream) -> None: ...
+    def wait_stream(self, _stream: Stream) -> None:
+        """Return at once: nothing is pending."""
 
-    def wait_event(self, _event: Event) -> None: ...
+    def wait_event(self, _event: Event) -> None:
+        """Return at once: nothing is pending."""
 
     def record_event(self, event: Event | None = None) -> Event:
+        """Return `event`, or a new one."""
         return event or Event()
 
     def query(self) -> bool:
+        """Whether everything has happened: always."""
         return True
 
 
 class Event:
-    """An event that has passed."""
+    """An event that has passed already."""
 
     def __init__(self, *_args: Any, **_options: Any) -> None: ...
 
-    def record(self, _stream: Stream | None = None) -> None: ...
+    def record(self, _stream: Stream | None = None) -> None:
+        """Do nothing: the event has passed already."""
 
-    def wait(self, _stream: Stream | None = None) -> None: ...
+    def wait(self, _stream: Stream | None = None) -> None:
+        """Return at once: the event has passed already."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Return at once: the event has passed already."""
 
     def query(self) -> bool:
+        """Whether everything has happened: always."""
         return True
 
     def elapsed_time(self, _end: Event) -> float:
+        """Return 0: events take no time."""
         return 0.0
 
 
@@ -77,7 +88,7 @@ Function = Callable[..., Any]
 
 
 def _on_cpu(function: Function) -> Function:
-    """`function`, for which a CUDA device given by name is the CPU, and no memory is pinned."""
+    """Wrap `function` so that a CUDA device given by name is the CPU, and no memory is pinned."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +112,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _first_on_cpu(to: Function) -> Function:
-    """`Tensor.to`, which also takes the device as its first argument."""
+    """Wrap `Tensor.to`, which also takes the device as its first argument."""
     to = _on_cpu(to)
 
     @functools.wraps(to)
@@ -114,7 +125,10 @@ def _first_on_cpu(to: Function) -> Function:
 
 
 def _named_for_cuda(tensor_type: Function) -> Function:
-    """`Tensor.type`: Megatron's optimizers sort parameters by names such as `torch.cuda.FloatTensor`."""
+    """Wrap `Tensor.type` so that it returns CUDA names.
+
+    Megatron's optimizers sort parameters by names such as `torch.cuda.FloatTensor`.
+    """
 
     @functools.wraps(tensor_type)
     def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -128,21 +142,21 @@ def _same(tensor: torch.Tensor, *_args: Any, **_options: Any) -> torch.Tensor:
     return tensor
 
 
-# Not in torch's list of constructors, and take a device all the same.
+# Functions that take a device but are not in torch's list of constructors.
 _OTHERS = "from_file normal"
 _LIKE = "empty_like full_like ones_like rand_like randint_like randn_like zeros_like"
 _NEW = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
 
 
 def _redirect_tensors() -> None:
-    """Every function and method that makes a tensor on a device of the caller's choice makes it on the CPU.
+    """Make every function and method that makes a tensor on a chosen device make it on the CPU.
 
-    They are replaced one by one: a `TorchFunctionMode` would do the same in three lines, and every call of torch would
-    pay for it, a quarter to a half of a small model's time.
+    They are replaced one by one: a `TorchFunctionMode` would do the same in three lines, but every call of torch
+    would pay for it, a quarter to a half of a small model's time.
     """
-    # torch's own list, for `with torch.device(...)`. It is kept as it was when first asked for, so ask before torch's
-    # functions are replaced; and make it anew, as it may have been asked for where another had replaced them (the
-    # `linspace` of transformers, while it makes a model).
+    # torch's own list, made for `with torch.device(...)`. torch caches its first answer, so ask before torch's
+    # functions are replaced. Also compute it anew, because the cached one may come from a time when somebody else
+    # had replaced them (transformers replaces `linspace` while it makes a model).
     constructors = {*_device_constructors(), *_device_constructors.__wrapped__()}
     for module in (torch, torch.fft, torch.nested):
         for name, function in list(vars(module).items()):
@@ -162,7 +176,7 @@ def _redirect_tensors() -> None:
 
 
 def rng_state(*_device: Any, **_options: Any) -> torch.Tensor:
-    """The state of the only generator there is, the host's."""
+    """Return the state of the only generator there is, the host's."""
     return torch.get_rng_state()
 
 
@@ -172,9 +186,9 @@ def set_rng_state(state: torch.Tensor, *_device: Any, **_options: Any) -> None:
 
 
 def shield_from(owner: type, name: str) -> None:
-    """Make a method of host code draw nothing from the generator, which on GPUs is another one.
+    """Make a method of host code leave the generator unchanged; on GPUs host code has a generator of its own.
 
-    torch's data loaders draw a seed when iterated: a resumed run would drop other activations.
+    torch's data loaders draw a seed when iterated; without this, a resumed run would drop other activations.
     """
     method = getattr(owner, name)
 
@@ -194,7 +208,7 @@ def _seed(seed: int) -> None:
 
 
 def _always(value: Any) -> Callable[..., Any]:
-    """A function of its own for each name: torch.compile refuses one object with two of torch's names."""
+    """Return a new function that returns `value`; torch.compile refuses one object under two of torch's names."""
     return lambda *_args, **_options: value
 
 
@@ -210,7 +224,7 @@ def _host_bytes() -> int:
 
 
 def _cuda_state() -> dict[str, Any]:
-    """The attributes of torch.cuda that Megatron reads or calls."""
+    """Return the attributes of torch.cuda that Megatron reads or calls."""
     count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     no_bytes = (
         "memory_allocated max_memory_allocated memory_reserved max_memory_reserved "
@@ -260,7 +274,7 @@ def is_installed() -> bool:
 
 
 def install() -> None:
-    """Replace the state functions of torch.cuda and what makes tensors, for the life of this process."""
+    """Replace the state functions of torch.cuda and the functions that make tensors, for the life of this process."""
     global _installed
     _installed = True
     for name, stand_in in _cuda_state().items():

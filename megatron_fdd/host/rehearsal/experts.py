@@ -1,6 +1,6 @@
 """Stand-ins for what Megatron's token dispatcher expects of GPUs and NCCL.
 
-gloo wants sizes as numbers, and parts of equal size in an all-gather and a reduce-scatter; its all-to-all does not.
+gloo needs sizes as numbers, and equal parts in an all-gather and a reduce-scatter, but not in an all-to-all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Collective = Callable[..., Tensor]
 
 
 def install_experts() -> None:
-    """Replace the dispatcher's way of reading sizes, and the two collectives. To be called once."""
+    """Replace how the dispatcher reads sizes, and its two collectives. Call it once."""
     replace("megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu", to_host)
     for name, stand_in in (
         ("_gather_along_first_dim", uneven_gather),
@@ -30,12 +30,12 @@ def install_experts() -> None:
 
 
 def to_host(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron's `maybe_move_tensor_to_cpu`, which leaves a tensor that is on the host already a tensor."""
+    """Do what Megatron's `maybe_move_tensor_to_cpu` does; a tensor that is on the host already stays a tensor."""
     return value.numpy() if as_numpy and isinstance(value, Tensor) else value
 
 
 def uneven_gather(original: Collective) -> Collective:
-    """Megatron's gather along the first dimension; with sizes given, one all-to-all over `group`."""
+    """Wrap Megatron's gather along the first dimension; with sizes, it is one all-to-all over `group`."""
 
     def gather(
         input_: Tensor,
@@ -55,7 +55,7 @@ def uneven_gather(original: Collective) -> Collective:
 
 
 def uneven_reduce_scatter(original: Collective) -> Collective:
-    """Megatron's reduce-scatter along the first dimension; with sizes given, one all-to-all over `group`."""
+    """Wrap Megatron's reduce-scatter along the first dimension; with sizes, it is one all-to-all over `group`."""
 
     def reduce_scatter(
         input_: Tensor,

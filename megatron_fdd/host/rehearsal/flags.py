@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from megatron_fdd.host.process import is_first_rank
 
-# Megatron's default, or a recipe's own value, is one that needs a GPU: these hold whatever was given.
+# Megatron's default, or a recipe's value, may need a GPU: these values replace whatever was given.
 _FORCED: dict[str, str] = {
     "--transformer-impl": "local",
     "--distributed-backend": "gloo",
     "--attention-backend": "unfused",
 }
-# Not --no-bias-gelu-fusion: that one is another function (erf for tanh), and runs anywhere.
+# Not --no-bias-gelu-fusion: it would select another function (erf instead of tanh), and the fusion runs anywhere.
 _SWITCHES = (
     "--use-cpu-initialization",
     "--no-persist-layer-norm",
@@ -23,9 +23,9 @@ _SWITCHES = (
     "--no-bias-dropout-fusion",
     "--no-rope-fusion",
 )
-# A worker process per loader costs a rehearsal more than its reading does.
+# A worker process for each loader costs a rehearsal more time than the reading.
 _PREFERRED: dict[str, str] = {"--num-workers": "0"}
-# Faster ways to the same numbers that need a GPU, or processes a rehearsal does without.
+# Faster ways to the same numbers that need a GPU, or processes that a rehearsal does not start.
 _DROPPED = (
     "--async-save",
     "--tp-comm-overlap",
@@ -35,9 +35,9 @@ _DROPPED = (
     "--use-precision-aware-optimizer",
     "--optimizer-cpu-offload",
 )
-# The same with a value behind them: which values (none named: all).
+# The same for flags with a value: which values are dropped (an empty tuple: all).
 _DROPPED_PAIRS: dict[str, tuple[str, ...]] = {"--cuda-graph-impl": ("local", "transformer_engine")}
-# Of TransformerEngine; a plan, for which nothing is built, must know of them.
+# Flags for TransformerEngine. A plan keeps them: it builds nothing, and must show what they mean.
 _FP8 = ("--first-last-layers-bf16", "--moe-router-padding-for-fp8", "--moe-router-padding-for-quantization")
 _FP8_PAIRS: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
@@ -50,9 +50,9 @@ _MODULES, _PLAN = "--transformer-impl", "--fdd-dry-run"
 
 
 def add_flags(argv: list[str]) -> list[str]:
-    """A copy of `argv` (flags as in sys.argv) with which Megatron's own parser sets up a rehearsal.
+    """Return a copy of `argv` (flags as in sys.argv) with which Megatron's own parser sets up a rehearsal.
 
-    A flag of a recipe that needs a GPU is overruled, with a warning on rank 0. Calling it twice is harmless.
+    A flag of a recipe that needs a GPU is overruled, with a warning on rank 0. Calling this twice is harmless.
     """
     plans = _PLAN in argv
     forced = {flag: value for flag, value in _FORCED.items() if not (plans and flag == _MODULES)}
@@ -71,7 +71,7 @@ def add_flags(argv: list[str]) -> list[str]:
     last = dict(_given(kept))
     for flag, value in forced.items():
         if last.get(flag) != value:
-            kept += [flag, value]  # of a flag given twice, argparse takes the last
+            kept += [flag, value]  # argparse takes the last value of a flag that is given twice
     for flag, value in _PREFERRED.items():
         if flag not in last:
             kept += [flag, value]
@@ -79,7 +79,7 @@ def add_flags(argv: list[str]) -> list[str]:
 
 
 def _without(argv: list[str], is_dropped: Callable[[str, str], bool]) -> list[str]:
-    """Without the flags, and the words behind them that are their values."""
+    """Return the words without the dropped flags and their values."""
     kept, words = [], iter(zip(argv, [*argv[1:], "--"], strict=False))
     for word, following in words:
         flag, separator, value = word.partition("=")
@@ -91,7 +91,7 @@ def _without(argv: list[str], is_dropped: Callable[[str, str], bool]) -> list[st
 
 
 def _given(argv: list[str]) -> list[tuple[str, str]]:
-    """The flags in `argv` with their first value ("" for a switch), also when written `--flag=value`."""
+    """Return the flags in `argv` with their first value ("" for a switch), also when written `--flag=value`."""
     pairs = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=False):  # without flags, one more
         if word.startswith("--"):

@@ -1,12 +1,12 @@
-"""All gloo groups of a process share one network loop, and no thread of gloo takes another's core.
+"""gloo groups that share one network loop in each process, with threads that do not take each other's core.
 
-A loop of gloo's looks for work a hundred times a second, and torch starts one for each of the two dozen groups
+One of gloo's loops looks for work a hundred times a second, and torch starts one for each of the two dozen groups
 that Megatron makes: with several ranks on few cores they take the time of the training itself.
 
 A thread that sends holds a lock, and the loop of the same process tries that lock again and again, without a pause.
-Where there are more ranks than cores, what is sent wakes another rank, which takes the sender's core, and the loop
-burns its whole time slice: a collective of a few bytes took 3.8 ms with four ranks on two cores, and takes 0.3 ms
-where a thread that wakes waits for its turn (`SCHED_BATCH`).
+If there are more ranks than cores, the message wakes another rank, which takes the sender's core, and the loop
+burns its whole time slice. With four ranks on two cores a collective of a few bytes took 3.8 ms; it takes 0.3 ms
+when a woken thread waits for its turn (`SCHED_BATCH`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class SharedLoopGloo(ProcessGroupGloo):
 
 
 def install_gloo() -> None:
-    """Every gloo group that torch makes from now on is a `SharedLoopGloo`.
+    """Make every gloo group that torch makes from now on a `SharedLoopGloo`.
 
-    This thread, and every thread and process that it starts later, is scheduled as batch work, if it may be and nobody
-    has chosen a policy.
+    This thread, and every thread and process that it starts later, is scheduled as batch work, if that is allowed
+    and no other policy has been chosen.
     """
-    # Not every system has it, and containers forbid it: then collectives are slower, and all else is the same.
+    # Not every system has it, and containers may forbid it: then collectives are slower, with the same results.
     with contextlib.suppress(AttributeError, OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -1,4 +1,4 @@
-"""Whether this process rehearses, and turning the rehearsal on."""
+"""The switch of the rehearsal: whether this process rehearses, and turning the rehearsal on."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ _NO_PINNED_MEMORY = "'pin_memory' argument is set as true but no accelerator is 
 
 
 def is_wanted() -> bool:
-    """True when torch sees no CUDA device; the environment's FDD_REHEARSE=1 or 0 decides over that.
+    """Whether this process rehearses: yes if torch sees no CUDA device.
+
+    The environment's FDD_REHEARSE=1 or 0 overrides this.
 
     Raises:
         ValueError: FDD_REHEARSE is neither 1 nor 0.
     """
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "0", "1"):
-        raise ValueError(f"{VARIABLE}={asked!r}: set 1 to rehearse on CPUs, 0 never to, or unset it")
+        raise ValueError(f"{VARIABLE}={asked!r}: set 1 to rehearse on CPUs, 0 never to rehearse, or unset it")
     if asked:
         return asked == "1"
-    # Once started, torch.cuda claims a device.
+    # In a started rehearsal torch.cuda claims a device.
     return device.is_installed() or not torch.cuda.is_available()
 
 
 def start() -> None:
     """Make Megatron's `cuda` mean `cpu` in this process, for good; later calls do nothing.
 
-    Best called before Megatron is imported; afterwards works too.
+    It is best called before Megatron is imported, but works afterwards too.
     """
     if device.is_installed():
         return
@@ -55,19 +57,22 @@ def start() -> None:
 
 def _turn_compiler_off() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    if "torch._dynamo" in sys.modules:  # it has read the variable already
+    if "torch._dynamo" in sys.modules:  # which has read the variable already
         torch.compiler.set_stance("force_eager")
 
 
 def _hide_gpu_packages() -> None:
-    """As where they are not installed: Megatron takes their optimizers and norms wherever they can be imported."""
+    """Make GPU packages look as if they were not installed.
+
+    Megatron uses their optimizers and norms wherever they can be imported.
+    """
     for name in ("transformer_engine", "apex", "amp_C"):
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]  # importing it is an ImportError
 
 
 def _stand_in_for_modules() -> None:
-    """Replace what Megatron 0.19.2 has no CPU form of."""
+    """Replace the parts that have no CPU form in Megatron 0.19.2."""
     from megatron_fdd.host.patches.norms import install_norms
     from megatron_fdd.host.rehearsal.attention import install_attention
     from megatron_fdd.host.rehearsal.experts import install_experts
@@ -76,13 +81,13 @@ def _stand_in_for_modules() -> None:
     generator = "megatron.core.tensor_parallel.random"
     replace(f"{generator}._get_cuda_rng_state", device.rng_state)
     replace(f"{generator}._set_cuda_rng_state", device.set_rng_state)
-    # It draws numbers, how many depends on the layout, from the one generator that also makes the weights.
+    # It draws numbers from the one generator, which also makes the weights; how many depends on the layout.
     replace("megatron.training.initialize._warmup_jit_function", lambda **_options: None)
-    # Megatron's own is served by a process that imports everything anew; add_flags drops --async-save.
+    # Megatron's own queue lives in a process that imports everything anew; add_flags drops --async-save.
     results_queue = "megatron.core.dist_checkpointing.strategies.filesystem_async._results_queue"
     replace(results_queue, queue.Queue())
     device.shield_from(dataloader._BaseDataLoaderIter, "__init__")
-    # There is one generator here, so Megatron's check that the host's stood still must fail.
+    # There is one generator here, so Megatron's check that the host's generator did not change must fail.
     logging.getLogger(generator).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
     install_gloo()
     install_attention()

@@ -1,4 +1,4 @@
-"""Which tokenizers are the same, and what is said of those that are not."""
+"""Which tokenizers are the same, and what is said about those that are not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_fdd.data.tokenizer_identity import (
 from tests.data.tokenizer_identity import variants
 from tests.data.tokenizer_identity.variants import Content
 
-# What is changed; the line of the probe, or the other first difference, that shows it; the part of tokenizer.json.
+# The change; the line of the probe (or another first difference) that shows it; the part of tokenizer.json.
 DIFFERENT: dict[str, tuple[Callable[[Content], object], str, str | None]] = {
     "GPT-2's split": (
         lambda content: content.update(
@@ -69,7 +69,7 @@ DIFFERENT: dict[str, tuple[Callable[[Content], object], str, str | None]] = {
         None,
     ),
 }  # fmt: skip
-# What is changed, and the part that a remark names; None: nothing is said.
+# The change, and the part that a remark names; None: there is no remark.
 SAME: dict[str, tuple[Callable[[Content], object], str | None]] = {
     "itself": (lambda content: None, None),
     "merges swapped": (variants.swap_unrelated_merges, "merges"),
@@ -112,9 +112,9 @@ def test_the_first_difference_is_named(name: str, tmp_path: Path) -> None:
     found = compare(first, second)
     assert found.difference is not None
     assert re.search(pattern, found.difference), found.difference
-    assert part is None or f"of tokenizer.json differ: {part}" in found.difference
+    assert part is None or f"parts of tokenizer.json that differ: {part}" in found.difference
     assert compare(second, first).difference is not None
-    # A stored one has hashes only, and is refused all the same.
+    # A stored tokenizer has only hashes, and is refused too.
     assert compare(first.stamp, second).difference is not None
     assert compare(second.stamp, first).difference is not None
 
@@ -139,12 +139,14 @@ def test_a_message_has_both_sides(tmp_path: Path) -> None:
         'the probe line "digits" gets other ids: \'1 12 123',
         f"from token 3 on is {twelve}:'12' ",
         f" in the teacher and {one}:'1' {two}:'2' ",
-        " in the student (of tokenizer.json differ: pre-tokenizer)",
+        " in the student (parts of tokenizer.json that differ: pre-tokenizer)",
     ):
         assert part in found.difference
     found = compare(first.stamp, second, ("the teacher", "the student"))
     assert found.difference is not None
-    assert re.search(r'line "digits" .* in the student; of the teacher a hash is stored', found.difference)
+    assert re.search(
+        r'line "digits" .* in the student; only a hash is stored for the teacher', found.difference
+    )
 
 
 def test_a_stamp_survives_its_file_and_is_small(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What transformers loads must be what tokenizer.json says, and a stored identity belongs to its files."""
+"""The checks that transformers loads what tokenizer.json says, and that a stored identity belongs to its files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_fdd.data.tokenizer_identity import (
 )
 from tests.data.tokenizer_identity import variants
 
-# tokenizer_class and model_type; whether the loaded one follows the file, seen with transformers 5.23.
+# tokenizer_class and model_type; whether the loaded tokenizer follows the file, as seen with transformers 5.23.
 ROUTES = {
     ("PreTrainedTokenizerFast", None): True,
     ("LlamaTokenizerFast", None): True,
@@ -65,7 +65,7 @@ def test_flags_and_tokens_of_the_config_are_no_difference_from_the_file(tmp_path
     assert loaded.vocabulary["<|config|>"] == index + 1
     of_files = identity_of_folder(tmp_path)
     assert of_files.vocabulary["<|config|>"] == index + 1
-    # Flags matter between two tokenizers that are loaded, a token that `encode` does not find does not.
+    # Flags matter between two loaded tokenizers; a token that `encode` does not find does not matter.
     found = compare(of_files, loaded)
     assert found.difference is not None
     assert "with the added token '<|im_end|>'" in found.difference
@@ -90,12 +90,14 @@ def test_a_stored_identity_is_believed_while_its_files_stay(tmp_path: Path) -> N
     anew = stored_identity(folder)
     assert isinstance(anew, TokenizerIdentity)
     assert anew.stamp.words_sha256 != stamp.words_sha256
-    # As an older version wrote it.
+    # An older version wrote it like this.
     (folder / "fdd_tokenizer.json").write_text(json.dumps({"vocab_size": 5, "vocab_hash": "x"}))
     assert isinstance(stored_identity(folder), TokenizerIdentity)
     write_stamp(folder, identity)
     values = json.loads((folder / "fdd_tokenizer.json").read_text())
     del values["probe"]
     (folder / "fdd_tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"fdd_tokenizer.json is no identity of a tokenizer .*delete it"):
+    with pytest.raises(
+        ValueError, match=r"fdd_tokenizer.json does not hold the identity of a tokenizer .*delete it"
+    ):
         stored_identity(folder)

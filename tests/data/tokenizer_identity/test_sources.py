@@ -58,7 +58,7 @@ def test_vocabulary_files_of_slow_tokenizers(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"model": {}}, "has no model.vocab"),
-        ({"model": {"vocab": {"a": 0}}}, "is no tokenizer that can be read"),
+        ({"model": {"vocab": {"a": 0}}}, "cannot be read as a tokenizer"),
     ],
 )
 def test_a_file_that_is_no_tokenizer(content: dict[str, object], message: str, tmp_path: Path) -> None:

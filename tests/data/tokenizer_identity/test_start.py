@@ -1,4 +1,4 @@
-"""One start token at most."""
+"""The rule that a text begins with at most one start token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_fdd.data.tokenizer_identity import without_second_start
     [
         ([1, 1, 3, 4], 1, [1, 3, 4]),
         ([1, 1, 1], 1, [1]),
-        ([1, 3, 1, 1], 1, [1, 3, 1, 1]),  # further on it is the text's own
+        ([1, 3, 1, 1], 1, [1, 3, 1, 1]),  # a later one belongs to the text
         ([3, 1], 1, [3, 1]),
         ([], 1, []),
         ([0, 0, 2], None, [0, 0, 2]),

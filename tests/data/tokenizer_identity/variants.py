@@ -1,4 +1,4 @@
-"""One small byte-level tokenizer, and variants of its tokenizer.json that differ in one thing each."""
+"""One small byte-level tokenizer, and variants of its tokenizer.json that each differ in one thing."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def _split(pattern: str) -> Any:
 
 
 def base() -> Content:
-    """tokenizer.json of the tokenizer that the others differ from."""
+    """Return the tokenizer.json from which the others differ."""
     return dict(json.loads(_base()))
 
 
 def write(folder: Path, content: Content | None = None, **config: object) -> Path:
-    """A folder with the two files that transformers reads; `config` goes into tokenizer_config.json."""
+    """Make a folder with the two files that transformers reads; `config` goes into tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(base() if content is None else content))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", **config}
@@ -64,7 +64,7 @@ def write(folder: Path, content: Content | None = None, **config: object) -> Pat
 
 
 def variant(change: Callable[[Content], object]) -> Content:
-    """The base with something done to its content."""
+    """Return the base with a change."""
     content = copy.deepcopy(base())
     change(content)
     return content
@@ -78,14 +78,14 @@ def with_pattern(pattern: str) -> Callable[[Content], object]:
 
 
 def swap_words(content: Content) -> None:
-    """Two words change their ids."""
+    """Exchange the ids of two words."""
     words = content["model"]["vocab"]
     first, second = (token for token, index in words.items() if index in (300, 301))
     words[first], words[second] = words[second], words[first]
 
 
 def swap_unrelated_merges(content: Content) -> None:
-    """Two neighbours that no text sets against each other."""
+    """Exchange two neighbouring merges that never compete in a text."""
     merges = content["model"]["merges"]
     merges[-1], merges[-2] = merges[-2], merges[-1]
 

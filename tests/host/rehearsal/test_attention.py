@@ -23,6 +23,7 @@ DOCUMENTS = torch.tensor([0, 3, 4, 11, ROWS], dtype=torch.int32)
 
 
 def attention(window: tuple[int, int] | None) -> ContextAttention:
+    """Return the rehearsal's attention, with a sliding window if one is given."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HEADS * WIDTH,
@@ -38,14 +39,14 @@ def attention(window: tuple[int, int] | None) -> ContextAttention:
 
 
 def inputs(batch: int) -> list[Tensor]:
-    """query, key, value and the output's gradient, in float32."""
+    """Return query, key, value and the output's gradient, in float32."""
     generator = torch.Generator().manual_seed(3)
     heads = (HEADS, GROUPS, GROUPS, HEADS)
     return [torch.randn(ROWS, batch, each, WIDTH, generator=generator) for each in heads]
 
 
 def wanted(tensors: list[Tensor], forbidden: Tensor) -> list[Tensor]:
-    """Output and gradients of query, key and value, by torch, from float64."""
+    """Return output and gradients of query, key and value, by torch, from float64."""
     leaves = [tensor.double().requires_grad_() for tensor in tensors[:3]]
     query, key, value = (leaf.permute(1, 2, 0, 3) for leaf in leaves)
     key, value = (tensor.repeat_interleave(HEADS // GROUPS, 1) for tensor in (key, value))
@@ -55,14 +56,14 @@ def wanted(tensors: list[Tensor], forbidden: Tensor) -> list[Tensor]:
 
 
 def mine(tensor: Tensor) -> Tensor:
-    """This rank's rows of [S, ...], by Megatron's own cut."""
+    """Return this rank's rows of [S, ...], by Megatron's own cut."""
     batch = {"tokens": tensor.transpose(0, 1)}
     group = parallel_state.get_context_parallel_group()
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)["tokens"].transpose(0, 1)
 
 
 def compare(window: tuple[int, int] | None, with_mask: bool) -> None:
-    """Body on every rank: this rank's rows of output and gradients."""
+    """Compare this rank's rows of output and gradients; the body on every rank."""
     places = torch.arange(ROWS)
     forbidden = places > places[:, None]
     if window is not None:
@@ -93,7 +94,7 @@ def test_equals_torch(cp: int, window: tuple[int, int] | None, with_mask: bool) 
 
 
 def compare_packed() -> None:
-    """Body on one rank: documents in one row."""
+    """Compare documents in one row; the body on one rank."""
     tensors = inputs(1)
     leaves = [tensor.squeeze(1).requires_grad_() for tensor in tensors[:3]]
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=DOCUMENTS, cu_seqlens_kv=DOCUMENTS)

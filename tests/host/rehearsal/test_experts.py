@@ -1,4 +1,4 @@
-"""The stand-ins for collectives over parts of unequal size, which gloo does not have."""
+"""The stand-ins for gloo's collectives over parts of unequal size, which gloo does not have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [2, 0, 3]
 
 
 def part(rank: int) -> Tensor:
-    """The rows of one rank, all different."""
+    """Return the rows of one rank, all different."""
     return torch.arange(SIZES[rank] * 4.0).view(-1, 4) + 100 * rank
 
 

@@ -25,7 +25,7 @@ from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 
 pytestmark = pytest.mark.tier("default")
 
-# Learning rate: high enough that one gradient left unsummed shows in the loss of the third step.
+# A learning rate so high that one gradient that is not summed shows in the loss of the third step.
 TINY = (
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 64 "
     "--position-embedding-type rope --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
@@ -37,7 +37,7 @@ DRY = "--hidden-dropout 0 --attention-dropout 0 "
 
 
 class RefusedError(ValueError):
-    """What a body under test expects."""
+    """The error that a body under test expects."""
 
 
 def _datasets(sizes: list[int], vp_stage: int | None = None) -> Any:
@@ -68,7 +68,7 @@ def _pretrain(flags: str, forward_step: Callable[..., Any]) -> None:
 
 
 def _losses(runs: list[str]) -> list[list[float]]:
-    """For each run (its flags) the summed loss of this rank's micro-batches, in their order."""
+    """Return, for each run (its flags), the summed loss of this rank's micro-batches, in their order."""
     return [_losses_of_run(flags) for flags in runs]
 
 

@@ -1,4 +1,4 @@
-"""When a rehearsal is wanted, and that starting it is idempotent and makes `cuda` mean `cpu`."""
+"""When a rehearsal is wanted, and that starting it twice is harmless and makes `cuda` mean `cpu`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_tensors_asked_for_on_cuda_are_on_the_cpu(cuda: str | torch.device | int
 
 
 def test_every_function_that_takes_a_device_is_redirected() -> None:
-    """By torch's own list of operators, but for what makes no tensor on it."""
+    """The functions come from torch's own list of operators, without those that make no tensor on the device."""
     rehearsal.start()
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")]
     taking = {each.name[6:] for each in schemas if any(given.name == "device" for given in each.arguments)}
@@ -92,7 +92,7 @@ def test_every_function_that_takes_a_device_is_redirected() -> None:
 
 @pytest.mark.tier("default")
 def test_functions_are_redirected_after_another_library_had_replaced_them() -> None:
-    """torch's list of constructors may be made in that while, and is kept."""
+    """torch may make its list of constructors while they are replaced, and keeps it."""
     script = (
         "import torch\nmine = torch.linspace\ntorch.linspace = lambda *args: mine(*args)\n"
         "with torch.device('meta'): assert torch.ones(1).is_meta\n"
