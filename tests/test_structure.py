@@ -68,9 +68,15 @@ def name_of(path: Path) -> str:
 
 
 @cache
+def files() -> dict[str, str]:
+    """File name of each module, by its dotted name."""
+    return {name_of(path): path.name for path in modules()}
+
+
+@cache
 def module_of(name: str) -> str | None:
     """The module of this package that a dotted name is, or is in; a folder that holds others is none."""
-    own = {name_of(path): path.name for path in modules()}
+    own = files()
     while name not in own:
         name = name.rpartition(".")[0]
         if not name:
