@@ -16,6 +16,8 @@ TeacherRecipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
 # loss is off by a few thousandths at 100, by a twentieth and more at 1000); below, for the gradient of jsd (by a few
 # hundredths at 0.001).
 _COLDEST, _HOTTEST = 0.01, 100
+# Flags by the names they had, which this release still takes.
+OLD_NAMES = {"--fdd-teacher-expert-model-parallel-size": "--teacher-expert-model-parallel-size"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class FddConfig:
             ValueError: a value out of its bounds, or layer pairs that cannot be read.
         """
         values = {
-            field.name: getattr(args, _dest(field.name))
+            field.name: getattr(args, dest(field.name))
             for field in dataclasses.fields(cls)
             if field.name != "layer_pairs"
         }
@@ -168,7 +170,7 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("feature dynamics distillation")
     group.add_argument("--teacher-load", metavar="DIR", help="Megatron checkpoint of the teacher, any layout")
     group.add_argument(
-        "--fdd-teacher-expert-model-parallel-size",
+        "--teacher-expert-model-parallel-size",
         type=int,
         metavar="N",
         help="ranks that share the experts of a mixture-of-experts teacher (default: as the student's)",
@@ -191,6 +193,8 @@ def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
         "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
     )
+    for old, new in OLD_NAMES.items():  # --help shows the new one alone
+        parser._option_string_actions[old] = parser._option_string_actions[new]
     return parser
 
 
@@ -310,13 +314,11 @@ def _add_sampling_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-_WITHOUT_PREFIX = ("teacher_load", "teacher_fp8_format", "teacher_fp8_recipe")
-
-
-def _dest(field_name: str) -> str:
-    return field_name if field_name in _WITHOUT_PREFIX else f"fdd_{field_name}"
+def dest(field_name: str) -> str:
+    """A field's name in the parsed command line, and, with dashes, that of its flag."""
+    return field_name if field_name.startswith("teacher_") else f"fdd_{field_name}"
 
 
 def _require(condition: bool, name: str, value: object, bound: str) -> None:
     if not condition:
-        raise ValueError(f"--fdd-{name.replace('_', '-')} {value}: must be {bound}")
+        raise ValueError(f"--{dest(name).replace('_', '-')} {value}: must be {bound}")

@@ -28,7 +28,7 @@ def test_every_flag_arrives() -> None:
         "--fdd-trajectory-divergence srkl --fdd-divergence-mix 0.3 --fdd-temperature 2 --fdd-lens-norm none "
         "--fdd-lens-head live --fdd-delta centred --fdd-delta-detach-previous --fdd-tokens all "
         "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-offload-teacher-taps --fdd-metrics-file M "
-        "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --fdd-teacher-expert-model-parallel-size 2 "
+        "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --teacher-expert-model-parallel-size 2 "
         "--fdd-sample-tokens 0.25 --fdd-sample-one-tap --fdd-tap-dtype fp8 --teacher-fp8-format hybrid "
         "--teacher-fp8-recipe blockwise --fdd-verbose"
     )

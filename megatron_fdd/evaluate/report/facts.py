@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_fdd.config import FddConfig
+from megatron_fdd.config import FddConfig, dest
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.evaluate.report.terms import kinds_of
 
@@ -87,7 +87,7 @@ def differs(values: Sequence[str]) -> bool:
 def _own_flags() -> list[tuple[str, object]]:
     """Return namespace name and default of every flag of ours that shapes a run."""
     return [
-        (field.name if field.name == "teacher_load" else f"fdd_{field.name}", field.default)
+        (dest(field.name), field.default)
         for field in dataclasses.fields(FddConfig)
         if field.name not in _NOT_TOLD
     ]
