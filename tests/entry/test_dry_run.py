@@ -136,13 +136,17 @@ def test_without_a_teacher_there_is_a_plan_too(toy: Toys) -> None:
 def test_help_shows_the_flags() -> None:
     [[ending, _]] = run(["--help"])
     assert ending.status == 0
-    group = ending.out.split("feature dynamics distillation:")[1]
-    for flag in (
-        "--teacher-load DIR",
-        "--fdd-layers K",
-        "--fdd-kd-divergence {fkl,rkl,jsd,sfkl,srkl}",
-        "--fdd-sample-tokens F",
-        "--fdd-dry-run",
+    _, *groups = re.split(r"^distillation: .*:$", ending.out, flags=re.MULTILINE)
+    for group, flag in zip(
+        groups,
+        (
+            "--teacher-load DIR",
+            "--fdd-layers K",
+            "--fdd-kd-divergence {fkl,rkl,jsd,sfkl,srkl}",
+            "--fdd-sample-tokens F",
+            "--fdd-dry-run",
+        ),
+        strict=True,
     ):
         assert flag in group
     assert "torchrun" in ending.out.splitlines()[0]
