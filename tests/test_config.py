@@ -64,6 +64,7 @@ class Toy:
     count: int = flag(2, "how many", bound=Bound("at least 2", lambda value: value >= 2))
     is_quick: bool = flag(False, "no waiting")
     words: tuple[str, ...] | None = flag(None, "some", read=lambda text: text and tuple(text.split()))
+    guests: tuple[str, ...] = flag((), "one after the other")
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -75,18 +76,26 @@ def parse_toy(*argv: str) -> Toy:
     return Toy(**read_flags(Toy, made.parse_args(argv)))
 
 
-def test_a_field_says_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse_toy() == Toy() == Toy(None, "low", "us", 2, False, None)
+def test_a_field_says_its_flag() -> None:
+    assert parse_toy() == Toy() == Toy(None, "low", "us", 2, False, None, ())
     argv = "--teacher-share 0.5 --fdd-level high --fdd-count 3 --fdd-is-quick --fdd-words=a --fdd-maker us"
-    assert parse_toy(*argv.split()) == Toy(0.5, "high", "us", 3, True, ("a",))
-    for wrong in ("--fdd-level middle", "--fdd-count 2.5", "--teacher-share half", "--fdd-maker them"):
+    argv += " --fdd-guests b --fdd-guests=c"
+    assert parse_toy(*argv.split()) == Toy(0.5, "high", "us", 3, True, ("a",), ("b", "c"))
+    for wrong in ("--fdd-level middle", "--fdd-count 2.5", "--teacher-share half"):
         with pytest.raises(
             argparse.ArgumentError, match=rf"{wrong.split()[0]}: invalid .*{wrong.split()[1]}"
         ):
             parse_toy(*wrong.split())
     with pytest.raises(ValueError, match="--fdd-count 1: must be at least 2"):
         Toy(count=1)
-    monkeypatch.setattr(f"{__name__}.MAKERS", ["us", "them"])  # by a plug-in, say
+
+
+def test_an_open_set_has_what_is_there_when_the_parser_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        argparse.ArgumentError, match="--fdd-maker: 'them' is none of us; if a plug-in .* --fdd-plugin$"
+    ):
+        parse_toy("--fdd-maker", "them")
+    monkeypatch.setattr(f"{__name__}.MAKERS", ["us", "them"])
     assert parse_toy("--fdd-maker", "them") == Toy(maker="them")
 
 
@@ -97,7 +106,7 @@ def test_help_says_what_the_fields_say() -> None:
     assert " ".join(teacher.split()) == "--teacher-share F at most 100% of it"
     assert " ".join(run.split()) == (
         "--fdd-level {low,high} how much (low) --fdd-maker {us} whose (us) --fdd-count FDD_COUNT how many (2) "
-        "--fdd-is-quick no waiting --fdd-words FDD_WORDS some"
+        "--fdd-is-quick no waiting --fdd-words FDD_WORDS some --fdd-guests FDD_GUESTS one after the other"
     )
 
 

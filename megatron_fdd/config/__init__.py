@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_fdd.config.flags import Bound, add_flags, check_bounds, flag, read_flags
+from megatron_fdd.host.plugins import WHERE
 
 DivergenceName = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
 # Flags by the names they had, which this release still takes.
@@ -169,6 +170,13 @@ class FddConfig:
         False,
         "print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
         "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
+    )
+    plugin: tuple[str, ...] = flag(
+        (),
+        f"import this module on every rank before flags are read, so that names which it registers are known; {WHERE}; "
+        "repeatable. Give it again to go on from a checkpoint or to export it: nothing that a checkpoint names is "
+        "imported",
+        metavar="MODULE",
     )
 
     def __post_init__(self) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megatron_fdd.host.plugins import REMEDY
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,15 @@ def read_flags(config: type, args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a value that `Flag.read` refuses.
     """
-    given = ((field.name, about.read, getattr(args, dest(field.name))) for field, about in _flags(config))
-    return {name: value if read is None else read(value) for name, read, value in given}
+    values = {}
+    for field, about in _flags(config):
+        value = getattr(args, dest(field.name))
+        if about.read is not None:
+            value = about.read(value)
+        elif field.default == ():
+            value = tuple(value or ())
+        values[field.name] = value
+    return values
 
 
 def check_bounds(config: Any) -> None:
@@ -91,12 +101,17 @@ def _option(field_name: str) -> str:
 
 
 def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
-    """What argparse is told: a switch for a bool, else a value of the field's type, its default behind the text."""
+    """What argparse is told: a switch for a bool, else a value of the field's type, its default behind the text.
+
+    A field whose default is () takes a value each time that its flag is given.
+    """
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = set(get_args(annotation)) - {NoneType}
     text = about.text.replace("%", "%%")
     if annotation is bool:
         return {"action": "store_true", "help": text}
+    if default == ():
+        return {"action": "append", "metavar": about.metavar, "help": text}
     keywords = {"default": default, "metavar": about.metavar, "help": text}
     if default is not None:
         keywords["help"] = f"{text} (%(default)s)"
@@ -105,5 +120,12 @@ def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
     elif get_origin(annotation) is Literal:
         keywords["choices"] = get_args(annotation)
     elif about.choices is not None:
-        keywords["choices"] = tuple(about.choices())
+        names = tuple(about.choices())
+        keywords |= {"choices": names, "type": partial(_known, names)}
     return keywords
+
+
+def _known(names: Sequence[str], name: str) -> str:
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}; {REMEDY}")
+    return name
