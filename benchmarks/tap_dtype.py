@@ -53,7 +53,7 @@ def terms(
     ones_N = torch.ones(len(leaves[0]))
     weights = TokenWeights(ones_N, ones_N)
     grams = head_grams(heads.teacher_WT, heads.student_WD, shard=heads.shard, centred=form == "centred")
-    context = TapContext(FddConfig(delta=form), heads, weights, lambda: grams)
+    context = TapContext(FddConfig(teacher_load="given", delta=form), heads, weights, lambda: grams)
     divergences, deltas, previous = [], [], None
     for index, (each, leaf) in enumerate(zip(teacher, leaves, strict=True), start=1):
         rows = each.flatten(0, 1)

@@ -53,6 +53,7 @@ from megatron_fdd.host.model import model_config
 from megatron_fdd.host.patches.adam import install_adam
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.patches.norms import install_norms
+from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.saving import saved_iteration
 from megatron_fdd.host.topology import Topology
@@ -255,6 +256,7 @@ def main() -> int:
     if rehearsal.is_wanted():
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
     try:
+        import_plugins(named_plugins(sys.argv[1:]))
         run = prepare_run()
         if run.config.dry_run:
             if is_first_rank():

@@ -1,17 +1,24 @@
-"""The flags: defaults of the paper, bounds, schedules."""
+"""The flags: said once by the fields, defaults of the paper, bounds, schedules."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pytest
 
-from megatron_fdd.config import FddConfig, add_fdd_args
+from megatron_fdd.config import DEFAULTS, FddConfig, add_fdd_args
+from megatron_fdd.config.flags import Bound, add_flags, check_bounds, flag, read_flags
+
+
+def parser() -> argparse.ArgumentParser:
+    return add_fdd_args(argparse.ArgumentParser())
 
 
 def parse(*argv: str) -> FddConfig:
-    return FddConfig.from_args(add_fdd_args(argparse.ArgumentParser()).parse_args(argv))
+    return FddConfig.from_args(parser().parse_args(argv))
 
 
 def test_defaults_are_the_papers() -> None:
@@ -21,22 +28,86 @@ def test_defaults_are_the_papers() -> None:
     assert (config.kd_divergence, config.delta, config.lens_head) == ("fkl", "logprob", "detached")
 
 
-def test_every_flag_arrives() -> None:
-    argv = (
-        "--teacher-load T --fdd-layers 3 --fdd-layer-rule linspace --fdd-layer-pairs 1:2,3:4 --fdd-alpha 0.5 "
-        "--fdd-beta 0.25 --fdd-kd-weight 2 --fdd-ce-weight 0.1 --fdd-kd-divergence jsd "
-        "--fdd-trajectory-divergence srkl --fdd-divergence-mix 0.3 --fdd-temperature 2 --fdd-lens-norm none "
-        "--fdd-lens-head live --fdd-delta centred --fdd-delta-detach-previous --fdd-tokens all "
-        "--fdd-warmup-iters 5 --fdd-decay-iters 50 --fdd-offload-teacher-taps --fdd-metrics-file M "
-        "--fdd-dry-run --fdd-kernels torch --fdd-skip-below 1e-4 --fdd-teacher-expert-model-parallel-size 2 "
-        "--fdd-sample-tokens 0.25 --fdd-sample-one-tap --fdd-tap-dtype fp8 --teacher-fp8-format hybrid "
-        "--teacher-fp8-recipe blockwise --fdd-verbose"
+def test_every_flag_arrives_in_its_field() -> None:
+    """Given one after the other, each with another value than its default."""
+    actions = parser()._actions[1:]  # without --help
+    assert len(actions) == len(DEFAULTS)
+    for action in actions:
+        changed = {
+            name
+            for name, value in dataclasses.asdict(parse("--teacher-load", "T", *other_value(action))).items()
+            if value != {**DEFAULTS, "teacher_load": "T"}[name]
+        }
+        assert changed == {action.dest.removeprefix("fdd_")}, action.option_strings
+
+
+def other_value(action: argparse.Action) -> list[str]:
+    """The flag, with a value that is not its default; a text can be read as pairs of layers too."""
+    name = action.option_strings[0]
+    if action.nargs == 0:
+        return [name]
+    if action.type in (int, float):
+        return [name, "3" if action.type is int else "0.5"]
+    return [name, next(text for text in action.choices or ["1:2,3:4"] if text != action.default)]
+
+
+MAKERS = ["us"]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A field of each kind."""
+
+    teacher_share: float | None = flag(None, "at most 100% of it", group="of the teacher", metavar="F")
+    level: Literal["low", "high"] = flag("low", "how much", group="of the run")
+    maker: str = flag("us", "whose", choices=lambda: MAKERS)
+    count: int = flag(2, "how many", bound=Bound("at least 2", lambda value: value >= 2))
+    is_quick: bool = flag(False, "no waiting")
+    words: tuple[str, ...] | None = flag(None, "some", read=lambda text: text and tuple(text.split()))
+    guests: tuple[str, ...] = flag((), "one after the other")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def parse_toy(*argv: str) -> Toy:
+    made = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(made, Toy)
+    return Toy(**read_flags(Toy, made.parse_args(argv)))
+
+
+def test_a_field_says_its_flag() -> None:
+    assert parse_toy() == Toy() == Toy(None, "low", "us", 2, False, None, ())
+    argv = "--teacher-share 0.5 --fdd-level high --fdd-count 3 --fdd-is-quick --fdd-words=a --fdd-maker us"
+    argv += " --fdd-guests b --fdd-guests=c"
+    assert parse_toy(*argv.split()) == Toy(0.5, "high", "us", 3, True, ("a",), ("b", "c"))
+    for wrong in ("--fdd-level middle", "--fdd-count 2.5", "--teacher-share half"):
+        with pytest.raises(
+            argparse.ArgumentError, match=rf"{wrong.split()[0]}: invalid .*{wrong.split()[1]}"
+        ):
+            parse_toy(*wrong.split())
+    with pytest.raises(ValueError, match="--fdd-count 1: must be at least 2"):
+        Toy(count=1)
+
+
+def test_an_open_set_has_what_is_there_when_the_parser_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        argparse.ArgumentError, match="--fdd-maker: 'them' is none of us; if a plug-in .* --fdd-plugin$"
+    ):
+        parse_toy("--fdd-maker", "them")
+    monkeypatch.setattr(f"{__name__}.MAKERS", ["us", "them"])
+    assert parse_toy("--fdd-maker", "them") == Toy(maker="them")
+
+
+def test_help_says_what_the_fields_say() -> None:
+    made = argparse.ArgumentParser()
+    add_flags(made, Toy)
+    teacher, run = made.format_help().split("of the teacher:\n")[1].split("of the run:\n")
+    assert " ".join(teacher.split()) == "--teacher-share F at most 100% of it"
+    assert " ".join(run.split()) == (
+        "--fdd-level {low,high} how much (low) --fdd-maker {us} whose (us) --fdd-count FDD_COUNT how many (2) "
+        "--fdd-is-quick no waiting --fdd-words FDD_WORDS some --fdd-guests FDD_GUESTS one after the other"
     )
-    config = parse(*argv.split())
-    defaults = FddConfig()
-    assert config.layer_pairs == ((1, 2), (3, 4))
-    untouched = [name for name in FddConfig.__slots__ if getattr(config, name) == getattr(defaults, name)]
-    assert untouched == []
 
 
 @pytest.mark.parametrize(
@@ -53,6 +124,10 @@ def test_every_flag_arrives() -> None:
         ),
         ("--fdd-divergence-mix 1", "--fdd-divergence-mix 1.0: must be between 0 and 1"),
         ("--fdd-layers 0", "--fdd-layers 0: must be at least 1"),
+        (
+            "--teacher-expert-model-parallel-size 0",
+            "--teacher-expert-model-parallel-size 0: must be at least 1",
+        ),
         ("--fdd-beta nan", "--fdd-beta nan: must be at least 0"),
         ("--fdd-kd-weight inf", "--fdd-kd-weight inf: must be at least 0, and finite"),
         ("--fdd-warmup-iters -2", "--fdd-warmup-iters -2: must be at least 0"),
@@ -68,6 +143,16 @@ def test_every_flag_arrives() -> None:
 def test_wrong_values_are_refused(argv: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse("--teacher-load", "T", *argv.split())
+
+
+def test_every_number_has_a_bound() -> None:
+    numbers = [action for action in parser()._actions if action.type in (int, float)]
+    assert len(numbers) > 10
+    for action in numbers:
+        name = action.option_strings[0]
+        for wrong in ("-1", *["nan"] * (action.type is float)):
+            with pytest.raises(ValueError, match=rf"^{name} {wrong}(\.0)?: must be "):
+                parse("--teacher-load", "T", name, wrong)
 
 
 def test_a_term_that_needs_a_teacher_asks_for_one() -> None:

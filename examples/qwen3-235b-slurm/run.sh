@@ -53,7 +53,7 @@ RANKS=$((NODES * GPUS_PER_NODE))
 # shellcheck disable=SC2206  # words on purpose
 layout=(
     --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
-    --fdd-teacher-expert-model-parallel-size "$EXPERT_PARALLEL" --expert-tensor-parallel-size 1
+    --teacher-expert-model-parallel-size "$EXPERT_PARALLEL" --expert-tensor-parallel-size 1
     --use-distributed-optimizer --recompute-granularity selective $PRECISION_FLAGS
 )
 ((TENSOR_PARALLEL == 1)) || layout+=(--sequence-parallel)

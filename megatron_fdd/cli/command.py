@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
+from megatron_fdd.host import plugins
 from megatron_fdd.host.console import complain
+from megatron_fdd.host.process import print_error
 
 _THREADS_A_CORE = 4
 
@@ -61,6 +63,27 @@ class Command(Interruptible):
         """Run the command, with other packages quiet."""
         importlib.import_module("megatron_fdd.host.quiet")  # before the command imports torch
         return super().invoke(ctx)
+
+
+def _import_plugins(ctx: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> None:
+    if names:
+        importlib.import_module("megatron_fdd.host.quiet")  # before a plug-in imports torch
+    try:
+        plugins.import_plugins(names)
+    except ValueError as error:
+        print_error(f"error: {error}")
+        ctx.exit(1)
+
+
+plugin = click.option(
+    plugins.FLAG,
+    multiple=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_import_plugins,
+    metavar="MODULE",
+    help=f"Import this module first, so that families which it registers are known; {plugins.WHERE}; repeatable.",
+)
 
 
 def few_threads(_ctx: click.Context, _option: click.Parameter, given: int | None) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli import conversion
-from megatron_fdd.cli.command import Command
+from megatron_fdd.cli.command import Command, plugin
 
 # More than Megatron's 128 times the tensor parallel size of any run.
 MOST_PADDING = 65536
@@ -36,6 +36,7 @@ examples:
     "tensor parallel size must divide it: for 3 or 6, give 384.",
 )
 @conversion.via
+@plugin
 @click.option("--config-only", is_flag=True, help="A checkpoint without weights, for `fdd plan` alone.")
 def command(
     hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, via: conversion.Via, config_only: bool

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli import conversion
-from megatron_fdd.cli.command import Command
+from megatron_fdd.cli.command import Command, plugin
 
 EXAMPLES = """\b
 examples:
@@ -22,6 +22,7 @@ examples:
 @click.option("--layers", metavar="LIST", help="0-based layers and ranges, increasing: 0-3,8,26-29.")
 @click.option("--num-layers", type=int, metavar="N", help="Number of layers; the rule above chooses which.")
 @conversion.max_shard_size
+@plugin
 def command(
     hf_model: Path, hf_out: Path, layers: str | None, num_layers: int | None, max_shard_size: str
 ) -> None:

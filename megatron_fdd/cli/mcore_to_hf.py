@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli import conversion
-from megatron_fdd.cli.command import Command
+from megatron_fdd.cli.command import Command, plugin
 
 EXAMPLES = """\b
 examples:
@@ -32,6 +32,7 @@ examples:
 @conversion.dtype
 @conversion.max_shard_size
 @conversion.via
+@plugin
 def command(
     load: Path,
     hf_out: Path,

@@ -26,7 +26,7 @@ class Role(Enum):
         """The flag that says over how many ranks the model's experts are spread."""
         if self is Role.STUDENT:
             return "--expert-model-parallel-size"
-        return "--fdd-teacher-expert-model-parallel-size"
+        return "--teacher-expert-model-parallel-size"
 
     @property
     def fp8_flag(self) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import enum
 import os
+import sys
+import warnings
+from collections.abc import Iterable
 from typing import NoReturn
 
 from megatron.training.arguments import parse_args
 
-from megatron_fdd.config import add_fdd_args
+from megatron_fdd.config import OLD_NAMES, add_fdd_args
 from megatron_fdd.host.process import is_first_rank
 
 # Megatron reads them before any flag.
@@ -40,7 +43,10 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
             parser.print_help = _print_nothing  # type: ignore[method-assign, assignment]
         return parser
 
-    return parse_args(add_args), defaults
+    args = parse_args(add_args)
+    if is_first_rank():
+        _warn_of_old_names(sys.argv[1:])
+    return args, defaults
 
 
 def _check_launch() -> None:
@@ -75,6 +81,16 @@ def _name_wrong_values(action: argparse.Action) -> None:
 
     text.__name__ = getattr(read, "__name__", "text")  # argparse puts it into its message
     action.type = text
+
+
+def _warn_of_old_names(words: Iterable[str]) -> None:
+    """Warn of flags by names that the next release will not take."""
+    given = {word.partition("=")[0] for word in words}
+    for old in OLD_NAMES.keys() & given:
+        warnings.warn(
+            f"{old} is now {OLD_NAMES[old]}: use that, the next release will not take the old name",
+            stacklevel=2,
+        )
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:

@@ -28,6 +28,7 @@ def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namesp
         teacher: the teacher's, None without one.
     """
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
+    lines += [f"  plug-ins: {', '.join(plan.config.plugin)}"] if plan.config.plugin else []
     lines += _pairs(plan.config, plan.pairs)
     lines += _ranks(plan, args)
     lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))

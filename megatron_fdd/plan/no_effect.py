@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from megatron_fdd.config import FddConfig
+from megatron_fdd.config import DEFAULTS, FddConfig
 from megatron_fdd.losses.terms import first_tap
 from megatron_fdd.plan.context import Context
 
@@ -21,7 +21,7 @@ def warn_of_approximations(context: Context) -> None:
     config = context.config
     if context.args.rank != 0:
         return
-    if config.teacher_fp8_recipe != FddConfig().teacher_fp8_recipe and config.teacher_fp8_format is None:
+    if config.teacher_fp8_recipe != DEFAULTS["teacher_fp8_recipe"] and config.teacher_fp8_format is None:
         _warn(
             f"--teacher-fp8-recipe {config.teacher_fp8_recipe}: no effect, the teacher runs in FP8 only with "
             "--teacher-fp8-format"

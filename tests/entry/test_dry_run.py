@@ -73,7 +73,7 @@ def test_a_plan_of_many_ranks_before_there_are_weights(toy: Toys, tmp_path: Path
     run_on_ranks(config_only, Layout(ranks=1), {"folder": student, "changes": changes})
     given = ("--load", student / "plan", "--teacher-load", teacher / "plan", "--global-batch-size", "64")
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel"
-    experts = "--fdd-teacher-expert-model-parallel-size 8 --expert-tensor-parallel-size 1"
+    experts = "--teacher-expert-model-parallel-size 8 --expert-tensor-parallel-size 1"
     command = toy.mock_command(*given, *layout.split(), *experts.split())
     launched = {"WORLD_SIZE": "64", "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     launch = [Patch("os", "environ", {**os.environ, **launched})]
@@ -136,13 +136,17 @@ def test_without_a_teacher_there_is_a_plan_too(toy: Toys) -> None:
 def test_help_shows_the_flags() -> None:
     [[ending, _]] = run(["--help"])
     assert ending.status == 0
-    group = ending.out.split("feature dynamics distillation:")[1]
-    for flag in (
-        "--teacher-load DIR",
-        "--fdd-layers K",
-        "--fdd-kd-divergence {fkl,rkl,jsd,sfkl,srkl}",
-        "--fdd-sample-tokens F",
-        "--fdd-dry-run",
+    _, *groups = re.split(r"^distillation: .*:$", ending.out, flags=re.MULTILINE)
+    for group, flag in zip(
+        groups,
+        (
+            "--teacher-load DIR",
+            "--fdd-layers K",
+            "--fdd-kd-divergence {fkl,rkl,jsd,sfkl,srkl}",
+            "--fdd-sample-tokens F",
+            "--fdd-dry-run",
+        ),
+        strict=True,
     ):
         assert flag in group
     assert "torchrun" in ending.out.splitlines()[0]

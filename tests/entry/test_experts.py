@@ -25,7 +25,7 @@ ROUTING = (
     "--moe-router-num-groups 2 --moe-router-group-topk 1"
 ).split()
 BALANCED = "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall".split()
-TEACHER_SIZE, STUDENT_SIZE = "--fdd-teacher-expert-model-parallel-size", "--expert-model-parallel-size"
+TEACHER_SIZE, STUDENT_SIZE = "--teacher-expert-model-parallel-size", "--expert-model-parallel-size"
 
 
 @pytest.fixture(scope="module")

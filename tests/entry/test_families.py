@@ -59,7 +59,7 @@ def test_both_models_of_a_run_are_those_of_transformers(toy: Toys, models: Path)
 
 
 LAYOUTS = {
-    "ep2": ("qwen3_moe_mixed", "qwen3", "--fdd-teacher-expert-model-parallel-size 2"),
+    "ep2": ("qwen3_moe_mixed", "qwen3", "--teacher-expert-model-parallel-size 2"),
     "tp2": ("qwen3_moe_mixed", "qwen3", "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": ("mixtral", "mistral_window", "--pipeline-model-parallel-size 2"),
     "pp2_mixed": ("qwen3_moe_mixed", "qwen3", "--pipeline-model-parallel-size 2"),

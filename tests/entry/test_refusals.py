@@ -74,7 +74,7 @@ class Unset(argparse.Namespace):
 
 
 def refuse(args: argparse.Namespace) -> None:
-    check_refusals(Context(FddConfig(), args))
+    check_refusals(Context(FddConfig(teacher_load="T"), args))
 
 
 @pytest.mark.parametrize("flag", ["fp8", "teacher_fp8_format"])

@@ -31,7 +31,7 @@ os.write(2, b"descriptor 2\\n")
 subprocess.run(["echo", "a child"])
 logging.warning("a handler")
 warnings.warn("of others")
-warnings.warn_explicit("of ours", UserWarning, console.PACKAGE + "/run.py", 1)
+warnings.warn_explicit("of ours", UserWarning, str(Path(console.__file__).parents[1] / "plan/run.py"), 1)
 for line in range(100):
     print("line", line)
 exec(sys.argv[2])

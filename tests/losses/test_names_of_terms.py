@@ -18,6 +18,10 @@ from megatron_fdd.losses.terms import TERMS, active_terms, add_term, first_tap, 
 PAIRS = (LayerPair(1, 2), LayerPair(2, 4))
 
 
+def distil(**values: Any) -> FddConfig:
+    return FddConfig(teacher_load="T", **values)
+
+
 class Length(TapTerm):
     """A kind of one's own."""
 
@@ -47,23 +51,23 @@ def test_every_weight_switches_a_term_on() -> None:
     weights = [flag.dest.removeprefix("fdd_") for flag in flags if (flag.help or "").startswith("weight of ")]
     assert len(weights) >= 4
     off = cast(dict[str, Any], dict.fromkeys(weights, 0.0))
-    found = [active_terms(FddConfig(**{**off, weight: 1.0})) for weight in weights]
+    found = [active_terms(distil(**{**off, weight: 1.0})) for weight in weights]
     assert {term.kind for (term,) in found} == {term.kind for term in TERMS}
 
 
 def test_parts_of_a_run_in_their_order() -> None:
-    names = [part.name for part in parts_of(FddConfig(ce_weight=1.0), PAIRS)]
+    names = [part.name for part in parts_of(distil(ce_weight=1.0), PAIRS)]
     assert names == ["ce", "kd", "trajectory s1:t2", "trajectory s2:t4", "delta s2:t4"]
-    assert [part.count for part in parts_of(FddConfig(), PAIRS)] == [1, 1, 2, 2, 1]
+    assert [part.count for part in parts_of(distil(), PAIRS)] == [1, 1, 2, 2, 1]
 
 
 def test_the_cross_entropy_is_measured_with_the_final_logits() -> None:
-    assert [part.name for part in parts_of(FddConfig(alpha=0, beta=0), PAIRS)] == ["ce", "kd"]
-    assert parts_of(FddConfig(alpha=0, beta=0, kd_weight=0), PAIRS) == ()
+    assert [part.name for part in parts_of(distil(alpha=0, beta=0), PAIRS)] == ["ce", "kd"]
+    assert "ce" not in [part.name for part in parts_of(distil(kd_weight=0), PAIRS)]
 
 
 def test_needs_are_those_of_all_terms() -> None:
-    whole, centred = needs_of(FddConfig()), needs_of(FddConfig(delta="centred", alpha=0))
+    whole, centred = needs_of(distil()), needs_of(distil(delta="centred", alpha=0))
     assert whole.teacher
     assert whole.divergence
     assert whole.lse
@@ -71,13 +75,13 @@ def test_needs_are_those_of_all_terms() -> None:
     assert centred.grams
     assert not centred.lse
     assert not centred.divergence
-    assert not needs_of(FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1)).teacher
-    assert (first_tap(FddConfig()), first_tap(FddConfig(alpha=0))) == (0, 1)
+    assert not needs_of(distil(alpha=0, beta=0, kd_weight=0, ce_weight=1)).teacher
+    assert (first_tap(distil()), first_tap(distil(alpha=0))) == (0, 1)
 
 
 @pytest.mark.usefixtures("own_term")
 def test_an_own_term_has_its_parts_and_makes_the_first_tap_count() -> None:
-    config = FddConfig(alpha=0)
+    config = distil(alpha=0)
     assert [part.name for part in parts_of(config, PAIRS)][-2:] == ["length s1:t2", "length s2:t4"]
     assert first_tap(config) == 0
 

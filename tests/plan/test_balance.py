@@ -134,7 +134,6 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
 @pytest.mark.parametrize(
     ("config", "tap", "head"),
     [
-        (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=0), 0, 0),
         (FddConfig(alpha=0, delta="centred", kd_weight=0, teacher_load="x"), 0, 0),
         (FddConfig(beta=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
         (FddConfig(beta=0, lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),

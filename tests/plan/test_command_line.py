@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from functools import cache
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_fdd.config import OLD_NAMES
 from megatron_fdd.plan import command_line
 
 
@@ -33,6 +35,23 @@ def test_every_flag_refuses_an_empty_value_by_name() -> None:
             ValueError, match=rf"{flag}\b.*(its value is empty|invalid (int|float) value: ''|expected)"
         ):
             parser().parse_args([f"{flag}="])
+
+
+def test_a_flag_is_taken_by_its_old_name_with_a_warning() -> None:
+    def parse(words: str) -> argparse.Namespace:
+        return parser().parse_args(words.split())
+
+    for old, new in OLD_NAMES.items():
+        assert parse(f"{old} 3") == parse(f"{new} 3") != parse("")
+        with pytest.raises(ValueError, match=f"argument {new}: invalid"):
+            parse(f"{old} many")
+        assert f"{new} " in parser().format_help()
+        assert old not in parser().format_help()
+        for words in ([old, "3"], [f"{old}=3"]):
+            with pytest.warns(UserWarning, match=f"{old} is now {new}: use that"):
+                command_line._warn_of_old_names(words)
+        with warnings.catch_warnings(action="error"):
+            command_line._warn_of_old_names([new, old.removeprefix("--")])
 
 
 def test_an_empty_value_among_others_is_refused() -> None:

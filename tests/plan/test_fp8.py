@@ -155,7 +155,7 @@ def test_a_student_resumes_grouped_experts_scales_as_they_were_cut(monkeypatch: 
     def check(**changes: object) -> None:
         args = Namespace(**vars(EXPERTS) | changes)
         stored = StoredModel("S", "--load", Path("S/iter_0000001"), EXPERTS)
-        check_student_scales(Context(FddConfig(), args, stored_student=stored))
+        check_student_scales(Context(FddConfig(teacher_load="T"), args, stored_student=stored))
 
     check()
     other = {"expert_model_parallel_size": 4}

@@ -12,7 +12,7 @@ from tests.harness.command_lines import training_parser
 
 
 def given(words: str) -> Context:
-    return Context(FddConfig(), training_parser().parse_args(words.split()))
+    return Context(FddConfig(teacher_load="T"), training_parser().parse_args(words.split()))
 
 
 @pytest.mark.parametrize(

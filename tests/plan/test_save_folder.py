@@ -23,7 +23,7 @@ def flags(save: object, load: object = None, **more: bool) -> Context:
     names = {"finetune": False, "skip_train": False} | more
     folders = {"save": save, "load": load}
     given = {name: folder if folder is None else str(folder) for name, folder in folders.items()}
-    return Context(FddConfig(), argparse.Namespace(**given, **names))
+    return Context(FddConfig(teacher_load="T"), argparse.Namespace(**given, **names))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from megatron_fdd.step.schedule import StepHooks
 
 
 def test_steps_count_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = SimpleNamespace(config=FddConfig())
+    objective = SimpleNamespace(config=FddConfig(teacher_load="T"))
     step: Any = SimpleNamespace(objective=objective, begin_step=mock.Mock(), take_sums=mock.Mock())
     steps = StepHooks(step, mock.Mock(is_last_stage=True), None, mock.Mock(), lambda: 0)
     found = iter([(torch.tensor(10.0), 1.0), (torch.tensor(30.0), 2.0)])

@@ -66,7 +66,6 @@ PIPELINES = {
     "pp2-vpp3-live": Case(pp=2, vpp=3, terms=Terms(live=True)),
     "pp4-live-no-head-loss": Case(pp=4, terms=Terms(live=True, kd=0.0)),
     "pp4-nothing-at-the-end": Case(pp=4, terms=Terms(kd=0.0)),
-    "pp4-all-weights-0": Case(pp=4, terms=Terms(kd=0.0, alpha=0.0, beta=0.0)),
 }
 
 CONTEXTS = {

@@ -166,9 +166,7 @@ def test_scales_of_grouped_experts_want_as_many_to_a_rank(
     teacher: dict, is_refused: bool, made: tuple[Path, list[Tensor]]
 ) -> None:
     changed = Namespace(**{**vars(STORED), **teacher})
-    message = (
-        "with expert-parallel size 2; at 4 .* use --fdd-teacher-expert-model-parallel-size 2, or the rec"
-    )
+    message = "with expert-parallel size 2; at 4 .* use --teacher-expert-model-parallel-size 2, or the rec"
     with trusted(), pytest.raises(ValueError, match=message) if is_refused else nullcontext():
         check(made[0] / "scaled", changed)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_fdd.config import FddConfig
+from megatron_fdd.config import DEFAULTS
+from megatron_fdd.config.flags import dest
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.evaluate.report.terms import kinds_of
 
@@ -86,11 +86,7 @@ def differs(values: Sequence[str]) -> bool:
 
 def _own_flags() -> list[tuple[str, object]]:
     """Return namespace name and default of every flag of ours that shapes a run."""
-    return [
-        (field.name if field.name == "teacher_load" else f"fdd_{field.name}", field.default)
-        for field in dataclasses.fields(FddConfig)
-        if field.name not in _NOT_TOLD
-    ]
+    return [(dest(name), default) for name, default in DEFAULTS.items() if name not in _NOT_TOLD]
 
 
 def _known(facts: Facts) -> Facts:

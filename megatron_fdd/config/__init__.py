@@ -1,0 +1,255 @@
+"""Every `--fdd-*` value: one frozen dataclass, whose fields are the flags, with the checks that need no ranks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_fdd.config.flags import Bound, add_flags, check_bounds, flag, read_flags
+from megatron_fdd.host.plugins import WHERE
+
+DivergenceName = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
+# Flags by the names they had, which this release still takes.
+OLD_NAMES = {"--fdd-teacher-expert-model-parallel-size": "--teacher-expert-model-parallel-size"}
+
+
+def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
+    """`"2:4,4:9"` -> `((2, 4), (4, 9))`; None stays None.
+
+    Raises:
+        ValueError: anything but comma-separated STUDENT:TEACHER block numbers.
+    """
+    if text is None:
+        return None
+    pairs = []
+    for item in text.split(","):
+        student, colon, teacher = item.partition(":")
+        if not (colon and student.strip().isdigit() and teacher.strip().isdigit()):
+            raise ValueError(
+                f"--fdd-layer-pairs {text!r}: {item!r} is not STUDENT:TEACHER, "
+                "two 1-based block numbers such as 2:4,4:9"
+            )
+        pairs.append((int(student), int(teacher)))
+    return tuple(pairs)
+
+
+AT_LEAST_0 = Bound("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Bound("at least 1", lambda value: value >= 1)
+WEIGHT = Bound("at least 0, and finite", lambda value: 0 <= value < math.inf)
+MIX = Bound("between 0 and 1", lambda value: 0 < value < 1)
+PROBABILITY = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Bound("above 0, and at most 1", lambda value: 0 < value <= 1)
+# Beyond them float32 is too coarse: above, for the difference of two log-probabilities times temperature**2 (a
+# loss is off by a few thousandths at 100, by a twentieth and more at 1000); below, for the gradient of jsd (by a few
+# hundredths at 0.001).
+TEMPERATURE = Bound(
+    "from 0.01 to 100, where float32 is fine enough for the losses", lambda value: 0.01 <= value <= 100
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FddConfig:
+    """What to distil and how. Each field is a flag: `--teacher-...` by its own name, others with `--fdd-` before it.
+
+    Layer numbers are the paper's: "output of block l", 1-based.
+
+    Raises:
+        ValueError: a value that is wrong on its own or beside the others; names it, its bound or the remedy.
+    """
+
+    teacher_load: str | None = flag(
+        None,
+        "Megatron checkpoint of the teacher, any layout",
+        group="distillation: the teacher",
+        metavar="DIR",
+    )
+    teacher_expert_model_parallel_size: int | None = flag(
+        None,
+        "ranks that share the experts of a mixture-of-experts teacher (default: as the student's)",
+        metavar="N",
+        bound=AT_LEAST_1,
+    )
+    teacher_fp8_format: Literal["e4m3", "hybrid"] | None = flag(
+        None,
+        "run the teacher's layers in FP8, whatever the student's --fp8-format, and hold their weights in FP8 alone, in "
+        "half of bf16's memory; needs TransformerEngine. A frozen model has no gradients, so that both are e4m3 for it "
+        "(default: bf16)",
+    )
+    teacher_fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] = flag(
+        "tensorwise",
+        "how the teacher's FP8 numbers are scaled; tensorwise is current scaling, mxfp8 is for Blackwell, delayed "
+        "needs a checkpoint with scales, from a run with --fp8-recipe delayed",
+    )
+    layers: int = flag(
+        4, "sampled layers per model", group="distillation: layers", metavar="K", bound=AT_LEAST_1
+    )
+    layer_rule: Literal["paper", "linspace"] = flag(
+        "paper", "paper: k*floor(L/(K+1)); linspace: floor(k*L/(K+1))"
+    )
+    layer_pairs: tuple[tuple[int, int], ...] | None = flag(
+        None,
+        "explicit pairs of block numbers, 1-based, student:teacher, both increasing; replaces the rule",
+        metavar="S:T,S:T,...",
+        read=parse_layer_pairs,
+    )
+    alpha: float = flag(
+        1.0, "weight of the trajectory term; 0 switches it off", group="distillation: the loss", bound=WEIGHT
+    )
+    beta: float = flag(1.0, "weight of the delta (first derivative) term; 0 switches it off", bound=WEIGHT)
+    kd_weight: float = flag(1.0, "weight of the final-logit distillation; 0 switches it off", bound=WEIGHT)
+    ce_weight: float = flag(0.0, "weight of the cross-entropy with the labels", bound=WEIGHT)
+    kd_divergence: DivergenceName = flag("fkl", "divergence of the final logits")
+    trajectory_divergence: DivergenceName = flag("fkl", "divergence of the trajectory")
+    divergence_mix: float | None = flag(
+        None, "beta of jsd (0.5), lambda of sfkl and srkl (0.1), for both terms", bound=MIX
+    )
+    temperature: float = flag(
+        1.0, "heats final-logit and trajectory divergences, with the temperature**2 factor", bound=TEMPERATURE
+    )
+    lens_norm: Literal["final", "none"] = flag(
+        "final", "norm in front of the head when a layer is read through it"
+    )
+    lens_head: Literal["detached", "live"] = flag(
+        "detached", "whether head and final norm learn from the inner layers"
+    )
+    delta: Literal["logprob", "centred"] = flag(
+        "logprob", "space of the delta: log-probabilities (paper) or centred logits"
+    )
+    delta_detach_previous: bool = flag(False, "no gradient to the earlier layer of a delta")
+    tokens: Literal["labels", "all"] = flag(
+        "labels", "which positions count: those with a label, or all but padding"
+    )
+    warmup_iters: int = flag(0, "alpha and beta rise linearly over this many steps", bound=AT_LEAST_0)
+    decay_iters: int = flag(
+        0, "alpha and beta fall linearly to 0 by this step; 0 = constant", bound=AT_LEAST_0
+    )
+    kernels: Literal["auto", "reference", "torch", "triton"] = flag(
+        "auto",
+        "fused losses: triton (GPU), torch, or reference, which forms logits",
+        group="distillation: time and memory",
+    )
+    skip_below: float = flag(
+        0.0,
+        "approximation: inner layers' gradients leave out vocabulary tiles without a probability of at least this",
+        bound=PROBABILITY,
+    )
+    sample_tokens: float = flag(
+        1.0,
+        "trajectory and delta of a training step look at this part of each micro-batch's tokens, drawn anew and right "
+        "on average: their cost falls to F, gradients get noisier (0.25 is a start). Final-logit terms and evaluation "
+        "keep all tokens. 1: off",
+        metavar="F",
+        bound=SHARE,
+    )
+    sample_one_tap: bool = flag(
+        False,
+        "a training step computes the trajectory of one sampled layer, drawn at random, and the delta that ends at it; "
+        "they count for all K, right on average. Cheaper up to K times and noisier; evaluation keeps all",
+    )
+    offload_teacher_taps: bool = flag(
+        False,
+        "with several pipeline stages: a step's teacher features wait for their micro-batch in host memory",
+    )
+    tap_dtype: Literal["bf16", "fp8"] = flag(
+        "bf16",
+        "approximation: fp8 halves what the teacher's taps take while they wait for their micro-batch and move between "
+        "pipeline stages, with a scale a token; bf16 leaves them as they are",
+    )
+    metrics_file: str | None = flag(
+        None, "append one JSON object per iteration here", group="distillation: the run", metavar="PATH"
+    )
+    dry_run: bool = flag(
+        False,
+        "print the plan and memory estimates, load no weights, exit 0. fdd plan --world-size 64 -- FLAGS adds it to "
+        "FLAGS, and plans 64 ranks in one process",
+    )
+    verbose: bool = flag(
+        False,
+        "print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
+        "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
+    )
+    plugin: tuple[str, ...] = flag(
+        (),
+        f"import this module on every rank before flags are read, so that names which it registers are known; {WHERE}; "
+        "repeatable. Give it again to go on from a checkpoint or to export it: nothing that a checkpoint names is "
+        "imported",
+        metavar="MODULE",
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if not (self.uses_taps or self.uses_final_head):
+            raise ValueError(
+                "--fdd-kd-weight, --fdd-alpha, --fdd-beta and --fdd-ce-weight are all 0, so that nothing is trained: "
+                "raise one of them"
+            )
+        if self.beta > 0 and self.num_pairs < 2:
+            raise ValueError(
+                f"the delta term compares adjacent sampled layers and needs at least 2, there is {self.num_pairs}: "
+                "raise --fdd-layers, give more --fdd-layer-pairs, or switch the delta off with --fdd-beta 0"
+            )
+        if self.needs_teacher and self.teacher_load is None:
+            raise ValueError(
+                "no teacher: give its Megatron checkpoint with --teacher-load DIR "
+                "(fdd import makes one from a Hugging Face model)"
+            )
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> FddConfig:
+        """The values of a parsed command line (Megatron's namespace with `add_fdd_args`).
+
+        Raises:
+            ValueError: as the class does; or layer pairs that cannot be read.
+        """
+        return cls(**read_flags(cls, args))
+
+    @property
+    def uses_taps(self) -> bool:
+        """Whether any term looks at an inner layer."""
+        return self.alpha > 0 or self.beta > 0
+
+    @property
+    def uses_final_head(self) -> bool:
+        """Whether the final logits are needed at all."""
+        return self.kd_weight > 0 or self.ce_weight > 0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.uses_taps or self.kd_weight > 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether trajectory and delta look at all tokens and taps of every step."""
+        return self.sample_tokens == 1 and not self.sample_one_tap
+
+    @property
+    def num_pairs(self) -> int:
+        """Sampled layers per model."""
+        return self.layers if self.layer_pairs is None else len(self.layer_pairs)
+
+    def weight_scale(self, iteration: int) -> float:
+        """Factor of alpha and beta in step `iteration` (0-based): linear warm-up, then linear decay to 0."""
+        scale = 1.0
+        if self.warmup_iters:
+            scale = min(1.0, (iteration + 1) / self.warmup_iters)
+        if self.decay_iters:
+            scale *= max(0.0, 1.0 - iteration / self.decay_iters)
+        return scale
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(FddConfig)}
+
+
+def add_fdd_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the distillation flags to Megatron's parser (its `extra_args_provider`)."""
+    parser.usage = (
+        "torchrun --nproc-per-node N -m megatron_fdd.distill "
+        "--load STUDENT --teacher-load TEACHER [--fdd-...] [any Megatron flag]"
+    )
+    add_flags(parser, FddConfig)
+    for old, new in OLD_NAMES.items():  # --help shows the new one alone
+        parser._option_string_actions[old] = parser._option_string_actions[new]
+    return parser

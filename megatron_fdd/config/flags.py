@@ -1,0 +1,131 @@
+"""A dataclass whose fields are flags: said once, they make the parser, --help and docs/flags.md, and are checked."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megatron_fdd.host.plugins import REMEDY
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a number must be, in words and as a test."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What a field says of its flag; the flag's name, type, default and closed set of choices are the field's own.
+
+    Attributes:
+        text: for --help and docs/flags.md.
+        group: title in --help of the flags from here on.
+        metavar: stands for the value in --help.
+        choices: gives the names of an open set, one that plug-ins add to. Asked when the parser is made. A closed set
+            is the field's `Literal`.
+        read: makes the field's value out of the command line's. Raises ValueError.
+        bound: of a number.
+    """
+
+    text: str
+    group: str | None = None
+    metavar: str | None = None
+    choices: Callable[[], Collection[str]] | None = None
+    read: Callable[[Any], Any] | None = None
+    bound: Bound | None = None
+
+
+def flag[T](default: T, text: str, **more: Any) -> T:
+    """A field with a flag; `more` are attributes of `Flag`."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(text, **more)})
+
+
+def dest(field_name: str) -> str:
+    """A field's name in the parsed command line; with dashes it is that of its flag."""
+    return field_name if field_name.startswith("teacher_") else f"fdd_{field_name}"
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the flag of each field of the dataclass `config`, all of whose fields are made by `flag`."""
+    types = get_type_hints(config)
+    group: argparse._ActionsContainer = parser
+    for field, about in _flags(config):
+        if about.group is not None:
+            group = parser.add_argument_group(about.group)
+        group.add_argument(_option(field.name), **_keywords(types[field.name], field.default, about))
+
+
+def read_flags(config: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The value of each field of `config` in a parsed command line.
+
+    Raises:
+        ValueError: a value that `Flag.read` refuses.
+    """
+    values = {}
+    for field, about in _flags(config):
+        value = getattr(args, dest(field.name))
+        if about.read is not None:
+            value = about.read(value)
+        elif field.default == ():
+            value = tuple(value or ())
+        values[field.name] = value
+    return values
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse a field of a dataclass made of flags that is out of its bound; None is in every bound.
+
+    Raises:
+        ValueError: names the flag, the value and the bound.
+    """
+    for field, about in _flags(type(config)):
+        value = getattr(config, field.name)
+        if about.bound is not None and value is not None and not about.bound.holds(value):
+            raise ValueError(f"{_option(field.name)} {value}: must be {about.bound.text}")
+
+
+def _flags(config: type) -> Iterator[tuple[dataclasses.Field[Any], Flag]]:
+    return ((field, field.metadata["flag"]) for field in dataclasses.fields(config))
+
+
+def _option(field_name: str) -> str:
+    return f"--{dest(field_name).replace('_', '-')}"
+
+
+def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
+    """What argparse is told: a switch for a bool, else a value of the field's type, its default behind the text.
+
+    A field whose default is () takes a value each time that its flag is given.
+    """
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = set(get_args(annotation)) - {NoneType}
+    text = about.text.replace("%", "%%")
+    if annotation is bool:
+        return {"action": "store_true", "help": text}
+    if default == ():
+        return {"action": "append", "metavar": about.metavar, "help": text}
+    keywords = {"default": default, "metavar": about.metavar, "help": text}
+    if default is not None:
+        keywords["help"] = f"{text} (%(default)s)"
+    if annotation in (int, float):
+        keywords["type"] = annotation
+    elif get_origin(annotation) is Literal:
+        keywords["choices"] = get_args(annotation)
+    elif about.choices is not None:
+        names = tuple(about.choices())
+        keywords |= {"choices": names, "type": partial(_known, names)}
+    return keywords
+
+
+def _known(names: Sequence[str], name: str) -> str:
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}; {REMEDY}")
+    return name
