@@ -300,4 +300,4 @@ class Objective:
         return HeadPair(teacher_WT, student_WD, self._shard, implementation)
 
     def _divergence(self, kind: str) -> Divergence:
-        return Divergence(kind, self.config.divergence_mix, self.config.temperature)  # type: ignore[arg-type]
+        return Divergence(kind, self.config.divergence_mix, self.config.temperature)

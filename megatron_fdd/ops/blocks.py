@@ -42,7 +42,7 @@ class Sweeps(Protocol):
         """The second, of divergences that need both normalisers first.
 
         Returns:
-            Sums of value and score (`Divergence.summands`), [2, R]; and, with a constant head, the sum of
+            Sums of value and score (`Divergence.value_and_score`), [2, R]; and, with a constant head, the sum of
             score * W_S above the sum of p_S * W_S, [M, D].
         """
 
@@ -58,7 +58,7 @@ class Sweeps(Protocol):
 
 def make_sweeps(request: Request, teacher: Model | None, student: Model) -> Sweeps:
     """Of the implementation that `request.implementation` chooses."""
-    if request.implementation.chosen(student[1]) == "triton":
+    if request.implementation.chosen(student[1], request.divergence) == "triton":
         from megatron_fdd.ops.gpu.sweeps import TritonSweeps  # Triton is installed where there is a GPU
 
         return TritonSweeps(request, teacher, student)

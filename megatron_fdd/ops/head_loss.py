@@ -89,7 +89,7 @@ def head_loss(
     assert divergence is not None or labels_N is not None, "nothing is asked for"
     if teacher is not None:
         teacher = None if divergence is None else (teacher[0].detach(), teacher[1].detach())
-    chosen = implementation.chosen(student[1])
+    chosen = implementation.chosen(student[1], divergence)
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
     request = Request(
         shard=shard,

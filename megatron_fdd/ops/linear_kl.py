@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks, make_sweeps
-from megatron_fdd.ops.divergence import Divergence, DivergenceKind
+from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import HeadGradient
 from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
 from megatron_fdd.ops.kl_gradients import (
@@ -35,7 +35,6 @@ from megatron_fdd.ops.vocab_shard import VocabShard
 __all__ = [
     "DEFAULT_IMPLEMENTATION",
     "Divergence",
-    "DivergenceKind",
     "Implementation",
     "LinearKL",
     "VocabShard",
@@ -98,7 +97,7 @@ def linear_kl(
         body_gradient=torch.is_grad_enabled() and student_ND.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
-    if implementation.chosen(student_head_WD) == "reference":
+    if implementation.chosen(student_head_WD, divergence) == "reference":
         return LinearKL(*reference_linear_kl(request, teacher, (student_ND, student_head_WD), labels_N))
     return LinearKL(*_LinearKL.apply(student_ND, student_head_WD, teacher, labels_N, request))
 

@@ -140,5 +140,5 @@ class SecondSums(NamedTuple):
     """What the second sweep gives: over the whole vocabulary, but `rows` this rank's part."""
 
     value_R: Tensor  # the divergence, without temperature**2
-    centre_R: Tensor  # of its score, see Divergence.summands
+    centre_R: Tensor  # of its score, see Divergence.score
     rows_MD: Tensor | None  # sum of score * W_S, then sum of p_S * W_S

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from tests.ops import added_divergence
 from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_gradients
 
 triton = pytest.importorskip("triton")
@@ -88,6 +89,14 @@ def test_values_and_gradients(kind: str, temperature: float, live: bool, dtype: 
     case = make_case(5, 53, padded=70, widths=WIDTHS).to(dtype)
     case.student_head[53:] = case.teacher_head[53:] = math.nan  # never read, not even to be multiplied by 0
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_divergence_that_brings_its_own_function(temperature: float, live: bool) -> None:
+    case = make_case(5, 53, padded=70, widths=WIDTHS).to(torch.float32)
+    with added_divergence.known():
+        assert_matches(case, Divergence("tv", temperature=temperature), live=live)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
