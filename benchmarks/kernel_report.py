@@ -28,9 +28,10 @@ from megatron_fdd.ops import vocab_tiles
 from megatron_fdd.ops.divergence import DIVERGENCES, Divergence
 from megatron_fdd.ops.gpu import sweeps as sweeps
 from megatron_fdd.ops.gpu.sweeps import Launch, TritonSweeps
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SecondSums, SoftmaxSums, VocabStatistics, merge, start_merge
 from megatron_fdd.ops.torch_sweeps import TorchSweeps
 from megatron_fdd.ops.vocab_shard import Pending, label_logits

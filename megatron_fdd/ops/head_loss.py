@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import deliver, dummy, has_main_grad
-from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
+from megatron_fdd.ops.heads import Heads, Model
 from megatron_fdd.ops.kl_gradients import Upstream, normalisers_of
 from megatron_fdd.ops.reference import reference_linear_kl
-from megatron_fdd.ops.request import Model, Request
-from megatron_fdd.ops.vocab_shard import Pending, VocabShard
+from megatron_fdd.ops.request import Request
+from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 # Of a factor that is told twice, in float32.
@@ -58,14 +58,13 @@ class LossWeights:
 
 
 def head_loss(
-    teacher: Model | None,
-    student: Model,
+    teacher_NT: Tensor | None,
+    student_ND: Tensor,
+    heads: Heads,
     *,
-    shard: VocabShard,
     divergence: Divergence | None,
     labels_N: Tensor | None,
     weights: LossWeights,
-    implementation: Implementation = DEFAULT_IMPLEMENTATION,
 ) -> HeadLoss:
     """Sums over tokens of the divergence of two linear heads and of the student's cross-entropy.
 
@@ -75,33 +74,33 @@ def head_loss(
     trained head unless `weights.factor` says otherwise, [W, D] in float32. Not differentiable twice.
 
     Args:
-        teacher: hidden states [N, T] and head [W, T]; None: no divergence.
-        student: hidden states [N, D] and head [W, D].
+        teacher_NT: None: no teacher (then `divergence` must be None).
+        divergence: None: no divergence, and a teacher is not looked at.
         labels_N: vocabulary ids; negative: no label. None: no cross-entropy.
 
-    Collectives over `shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
+    Collectives over `heads.shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
         packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 2 at another temperature
-        than 1 with labels; plus 1 with labels); jsd, sfkl and srkl: one all-reduce of [2, R]; one all-reduce of
-        the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather each of teacher,
-        student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a reduce-scatter.
+        than 1 with labels; plus 1 with labels); divergences of two sweeps (all but fkl and rkl): one all-reduce of
+        [2, R]; one all-reduce of the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather
+        each of teacher, student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a
+        reduce-scatter.
     """
+    teacher, student = heads.models(None if divergence is None else teacher_NT, student_ND)
     assert divergence is None or teacher is not None, "a divergence needs a teacher"
     assert divergence is not None or labels_N is not None, "nothing is asked for"
-    if teacher is not None:
-        teacher = None if divergence is None else (teacher[0].detach(), teacher[1].detach())
-    chosen = implementation.chosen(student[1], divergence)
+    implementation = heads.implementation
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
     request = Request(
-        shard=shard,
+        shard=heads.shard,
         divergence=divergence,
         needs_lse=False,
         has_labels=labels_N is not None,
         implementation=implementation,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=implementation.held_rows(student[1]) if has_gradient else None,
+        held_rows=implementation.held_rows(heads.student_WD) if has_gradient else None,
     )
-    if chosen == "reference":
+    if implementation.chosen(heads.student_WD, divergence) == "reference":
         outputs = LinearKL(*reference_linear_kl(request, teacher, student, labels_N))
         return HeadLoss(*_weighted_sums(outputs, weights, slice(None)))
     return HeadLoss(*_HeadLoss.apply(*student, teacher, labels_N, weights, request))

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import collected
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.heads import Model
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 

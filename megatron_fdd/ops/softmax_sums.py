@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.heads import Model
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks, statistics_dtype
 

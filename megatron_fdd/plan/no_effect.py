@@ -48,7 +48,9 @@ def _nothing_to_skip(config: FddConfig) -> str | None:
         return "without the log-probability delta a layer's gradient is one product over the whole vocabulary"
     if config.alpha > 0 and DIVERGENCES[config.trajectory_divergence].num_sweeps > 1:
         others = " and ".join(name for name, kind in DIVERGENCES.items() if kind.num_sweeps == 1)
-        return f"--fdd-trajectory-divergence {config.trajectory_divergence} needs all of them; {others} do not"
+        return (
+            f"--fdd-trajectory-divergence {config.trajectory_divergence} needs all of them; {others} do not"
+        )
     return None
 
 

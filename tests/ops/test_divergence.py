@@ -155,13 +155,12 @@ def assert_summed(part: RankPart, divergence: Divergence) -> None:
     for live, implementation in itertools.product((False, True), HELD):
         hidden, head = part.inputs(live=live)
         result = head_loss(
-            (case.teacher[rows], case.teacher_head[part.rows]),
-            (hidden, head),
-            shard=part.shard,
+            case.teacher[rows],
+            hidden,
+            part.heads(head, implementation),
             divergence=divergence,
             labels_N=case.labels[rows],
             weights=weights,
-            implementation=implementation,
         )
         assert result.divergence is not None
         value = result.divergence.detach().clone()

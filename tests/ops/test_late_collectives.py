@@ -132,13 +132,12 @@ def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
     def step() -> tuple[Tensor, ...]:
         hidden, head = part.inputs(live=True)
         result = head_loss(
-            (case.teacher[part.tokens], case.teacher_head[part.rows]),
-            (hidden, head),
-            shard=part.shard,
+            case.teacher[part.tokens],
+            hidden,
+            part.heads(head, Implementation("torch", held_logits=4 * len(head))),
             divergence=divergence,
             labels_N=case.labels[part.tokens],
             weights=weights,
-            implementation=Implementation("torch", held_logits=4 * len(head)),
         )
         assert result.divergence is not None
         assert result.cross_entropy is not None
@@ -154,10 +153,10 @@ def delta_step(part: RankPart, *, centred: bool) -> Step:
 
     def step() -> tuple[Tensor, ...]:
         student, head = part.inputs(live=True)
-        grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+        grams = head_grams(part.heads(head), centred=centred)
         lse_N = torch.linspace(-1, 2, len(student), dtype=student.dtype)
         given = (None, None) if centred else (lse_N, 2 * lse_N)
-        cosine_N = delta_cosine(case.teacher[part.tokens], student, *given, grams, shard=part.shard)
+        cosine_N = delta_cosine(case.teacher[part.tokens], student, *given, grams)
         return (cosine_N, *gradients(cosine_N.sum(), student, head))
 
     return step

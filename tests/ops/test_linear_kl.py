@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.divergence import DIVERGENCES
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard, linear_kl
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -28,10 +28,11 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options):
     """Outputs and student inputs on one rank; by default everything is asked for, in several tiles."""
     hidden = case.student.clone().requires_grad_()
     head = case.student_head.clone().requires_grad_(live)
-    options = {"labels_N": case.labels, "implementation": tiles(16)} | options
-    teacher = options.pop("teacher", (case.teacher, case.teacher_head))
+    options = {"labels_N": case.labels} | options
+    teacher_NT, teacher_WT = options.pop("teacher", (case.teacher, case.teacher_head))
     shard = VocabShard(0, case.vocab_size, None)
-    return linear_kl(*teacher, hidden, head, shard=shard, divergence=divergence, **options), hidden, head
+    heads = Heads(teacher_WT, head, shard, options.pop("implementation", tiles(16)))
+    return linear_kl(teacher_NT, hidden, heads, divergence=divergence, **options), hidden, head
 
 
 def assert_matches(case: Case, divergence: Divergence | None, *, live: bool, keep=(True,) * 4, **options):
@@ -104,18 +105,9 @@ def test_gradcheck(kind: str, live: bool) -> None:
     case = make_case(3, 7, padded=8)
 
     def outputs(hidden: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        shard = VocabShard(0, case.vocab_size, None)
         divergence = Divergence(kind, temperature=1.5)
-        result = linear_kl(
-            case.teacher,
-            case.teacher_head,
-            hidden,
-            head,
-            shard=shard,
-            divergence=divergence,
-            labels_N=case.labels,
-            implementation=tiles(3),
-        )
+        heads = case.heads(head, tiles(3))
+        result = linear_kl(case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels)
         return result.divergence_N, result.student_lse_N, result.cross_entropy_N
 
     leaves = case.student.requires_grad_(), case.student_head.requires_grad_(live)

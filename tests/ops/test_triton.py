@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.implementation import Implementation
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from tests.ops import added_divergence
 from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_gradients
 
@@ -53,15 +53,12 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     hidden = case.student.to(DEVICE).clone().requires_grad_()
     head = case.student_head.to(DEVICE).clone().requires_grad_(live)
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
-    teacher = [None if x is None else x.to(DEVICE) for x in teacher]
-    options = {
-        "shard": VocabShard(0, case.vocab_size, None),
-        "implementation": TRITON,
-        "labels_N": case.labels,
-    } | options
-    labels_N = options.pop("labels_N")
+    teacher_NT, teacher_WT = (None if x is None else x.to(DEVICE) for x in teacher)
+    shard, implementation = options.pop("shard", case.heads().shard), options.pop("implementation", TRITON)
+    labels_N = options.pop("labels_N", case.labels)
     labels_N = None if labels_N is None else labels_N.to(DEVICE)
-    outputs = linear_kl(*teacher, hidden, head, divergence=divergence, labels_N=labels_N, **options)
+    heads = Heads(teacher_WT, head, shard, implementation)
+    outputs = linear_kl(teacher_NT, hidden, heads, divergence=divergence, labels_N=labels_N, **options)
     leaves = (hidden, head) if live else (hidden,)
     grads = gradients(loss(outputs, case.upstream.to(DEVICE)), *leaves)
     return LinearKL(*(None if x is None else x.cpu() for x in outputs)), [grad.cpu() for grad in grads]

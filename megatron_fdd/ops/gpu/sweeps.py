@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.gpu import kernels as kernels
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
