@@ -242,8 +242,7 @@ def our_final(
             labels_N=None,
             weights=LossWeights(weight, weight, divergence=1.0, entropy=0.0, factor=factor),
         )
-        assert result.divergence is not None
-        return given.differentiated(result.divergence)
+        return given.differentiated(result.loss)
 
     return run
 

@@ -185,8 +185,8 @@ class Objective:
         loss_weights = LossWeights(
             weights.term_N,
             weights.label_N,
-            divergence=config.kd_weight * self.settings.label_per_term_token,
-            entropy=config.ce_weight,
+            divergence=self._factor("kd"),
+            entropy=self._factor("ce"),
             factor=loss_scale,
         )
         found = head_loss(
@@ -198,10 +198,10 @@ class Objective:
             weights=loss_weights,
         )
         assert found.cross_entropy is not None
-        totals = {"ce": found.cross_entropy}
+        sums = {"ce": found.cross_entropy}
         if found.divergence is not None:
-            totals["kd"] = found.divergence
-        return self._weighted(totals)
+            sums["kd"] = found.divergence
+        return ChunkLoss((found.loss,), sums)
 
     def inner(
         self,
@@ -275,14 +275,16 @@ class Objective:
 
     def _weighted(self, totals: Mapping[str, Tensor]) -> ChunkLoss:
         """Weigh sums that carry gradient."""
-        parts = []
-        for name, total in totals.items():
-            part = self._parts[name]
-            factor = self.weight_of(part)
-            if part.term.tokens == "term":
-                factor *= self.settings.label_per_term_token
-            parts.append(factor * total)
-        return ChunkLoss(tuple(parts), {name: total.detach() for name, total in totals.items()})
+        parts = tuple(self._factor(name) * total for name, total in totals.items())
+        return ChunkLoss(parts, {name: total.detach() for name, total in totals.items()})
+
+    def _factor(self, name: str) -> float:
+        """Return the factor of a part's sum in what is back-propagated; 0 for a part that the run has not."""
+        part = self._parts.get(name)
+        if part is None:
+            return 0.0
+        per_token = self.settings.label_per_term_token if part.term.tokens == "term" else 1.0
+        return self.weight_of(part) * per_token
 
     def _heads(self, student_WD: Tensor) -> Heads:
         teacher_WT = None if self._teacher_lens is None else self._teacher_lens.head_WH

@@ -96,7 +96,7 @@ def measure(
         # A trained head's gradient would be kept until the backward pass, for every tap.
         alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
         summed = head_loss(teacher_MT, student_MD, heads, divergence=divergence, labels_N=None, weights=alone)
-        return summed.divergence, None
+        return summed.loss, None
     result = linear_kl(teacher_MT, student_MD, heads, divergence=divergence, needs_lse=with_lse)
     statistics = None
     if result.teacher_lse_N is not None and result.student_lse_N is not None:

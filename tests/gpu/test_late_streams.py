@@ -131,7 +131,7 @@ def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...
         labels_N=labels,
         weights=LossWeights(upstream[0], upstream[2], 1.0, 1.0),
     )
-    found += [*final, *gradients(final.divergence + final.cross_entropy, student, head)]
+    found += [*final, *gradients(final.loss, student, head)]
     grams = head_grams(heads, centred=False)
     lse_N = torch.ones(256, device=DEVICE)
     deltas = (teacher.float(), student.float())

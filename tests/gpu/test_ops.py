@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
-from tests.ops.head_loss_case import FACTOR, weighted, weights_of
+from tests.ops.head_loss_case import FACTOR, scaled, weights_of
 from tests.ops.head_loss_case import reference as head_reference
 from tests.ops.linear_kl_case import (
     KINDS,
@@ -70,10 +70,8 @@ def assert_head_loss(case: Case, divergence: Divergence | None, implementation: 
     in_value, in_gradient = TOLERANCES[case.student_head.dtype]
     for value, wanted in zip(ours, expected, strict=True):
         assert value is None or error(value, wanted) < in_value
-    wanted_gradients = gradients(weighted(expected, weights), *leaves)
-    for gradient, wanted in zip(
-        gradients(weighted(ours, weights), hidden, head), wanted_gradients, strict=True
-    ):
+    wanted_gradients = gradients(scaled(expected), *leaves)
+    for gradient, wanted in zip(gradients(scaled(ours), hidden, head), wanted_gradients, strict=True):
         assert error(gradient, wanted) < in_gradient
 
 
@@ -109,10 +107,10 @@ def test_a_trained_heads_gradient_added_at_once(implementation: str, dtype: torc
     result = head_loss(
         case.teacher, hidden, heads, divergence=Divergence(), labels_N=case.labels, weights=weights
     )
-    weighted(result, weights).backward()
+    scaled(result).backward()
     double = case.to(torch.float64)
     leaves = [x.clone().requires_grad_() for x in (double.student, double.student_head)]
-    wanted = gradients(weighted(head_reference(double, Divergence(), weights, *leaves), weights), *leaves)
+    wanted = gradients(scaled(head_reference(double, Divergence(), weights, *leaves)), *leaves)
     tolerance = TOLERANCES[dtype][1]
     assert error(hidden.grad, wanted[0]) < tolerance
     assert error(head.main_grad - 3.0, wanted[1]) < tolerance

@@ -26,7 +26,7 @@ from megatron_fdd.plan.modules import check_kernels
 from tests.harness.markdown import ROOT
 from tests.harness.ranks import distributed
 from tests.ops import added_divergence
-from tests.ops.head_loss_case import reference, weighted, weights_of
+from tests.ops.head_loss_case import reference, scaled, weights_of
 from tests.ops.linear_kl_case import RankPart, error, gradients, loss, make_case, reference_gradients, tiles
 from tests.oracle import reference as oracle
 
@@ -150,7 +150,7 @@ def assert_summed(part: RankPart, divergence: Divergence) -> None:
     whole = weights_of(case)
     leaves = [each.clone().requires_grad_() for each in (case.student, case.student_head)]
     expected = reference(case, divergence, whole, *leaves)
-    wanted = gradients(weighted(expected, whole), *leaves)
+    wanted = gradients(scaled(expected), *leaves)
     weights = LossWeights(whole.divergence_N[rows], whole.entropy_N[rows], whole.divergence, whole.entropy)
     for live, implementation in itertools.product((False, True), HELD):
         hidden, head = part.inputs(live=live)
@@ -167,7 +167,7 @@ def assert_summed(part: RankPart, divergence: Divergence) -> None:
         if part.shard.splits_tokens:
             dist.all_reduce(value)
         assert error(value, expected.divergence) < 1e-12, implementation
-        found = gradients(weighted(result, weights), *(hidden, head)[: 1 + live])
+        found = gradients(scaled(result), *(hidden, head)[: 1 + live])
         assert error(found[0], wanted[0][rows]) < 1e-12, implementation
         assert not live or error(found[1], wanted[1][part.rows]) < 1e-12, implementation
 

@@ -14,7 +14,7 @@ from benchmarks.measure import MIB, peak_of
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation
 from tests.harness.ranks import distributed
-from tests.ops.head_loss_case import FACTOR, reference, weighted, weights_of
+from tests.ops.head_loss_case import FACTOR, reference, scaled, weights_of
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -58,8 +58,8 @@ def assert_matches(
         assert (value is None) == (wanted is None)
         assert value is None or error(value, wanted) < 1e-6
     inputs = (hidden, head) if trained else (hidden,)
-    wanted = gradients(weighted(expected, weights), *leaves)
-    for gradient, of_reference in zip(gradients(weighted(ours, weights), *inputs), wanted, strict=False):
+    wanted = gradients(scaled(expected), *leaves)
+    for gradient, of_reference in zip(gradients(scaled(ours), *inputs), wanted, strict=False):
         assert error(gradient, of_reference) < 1e-5
 
 
@@ -73,6 +73,19 @@ def test_sums_and_gradients(kind: str | None, temperature: float, trained: bool)
         assert_matches(case, divergence, implementation, trained=trained)
 
 
+@pytest.mark.parametrize("implementation", PATHS)
+def test_only_the_loss_carries_gradient(implementation: Implementation) -> None:
+    """No other combination of the two sums can be differentiated, in whatever order somebody weighs them."""
+    case = make_case(13, 53).to(torch.float32)
+    leaves = (case.student.requires_grad_(), case.student_head.requires_grad_())
+    result = run(case, *leaves, weights_of(case), implementation=implementation)
+    assert result.loss.requires_grad
+    assert result.divergence is not None
+    assert result.cross_entropy is not None
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        (result.divergence + result.cross_entropy).backward()
+
+
 @pytest.mark.parametrize("summed_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [None, torch.tensor(FACTOR)], ids=["late", "at-once"])
 def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: torch.dtype) -> None:
@@ -81,14 +94,14 @@ def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: tor
     head.main_grad = head.main_grad.to(summed_in)
     hidden = case.student.clone().requires_grad_()
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
-    expected = gradients(weighted(reference(case, Divergence(), weights, *leaves), weights), *leaves)
+    expected = gradients(scaled(reference(case, Divergence(), weights, *leaves)), *leaves)
     tolerance = 1e-6 if summed_in == torch.float32 else 2e-2
     for micro_batch in range(1, 3):
         result = run(case, hidden, head, weights, implementation=FEW)
         in_forward = factor is not None and summed_in == torch.float32
         before = micro_batch - (not in_forward)
         assert error(head.main_grad.double() - 3.0, before * expected[1]) < tolerance or before == 0
-        weighted(result, weights).backward()
+        scaled(result).backward()
         assert head.grad is not None
         assert head.grad_added_to_main_grad
         head.grad = None
@@ -100,8 +113,8 @@ def test_a_factor_that_is_not_the_losss_is_an_error() -> None:
     case = make_case(13, 53).to(torch.float32)
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR + 1))
     result = run(case, case.student, parameter_of_ddp(case.student_head), weights)
-    with pytest.raises(RuntimeError, match="another factor"):
-        weighted(result, weights).backward()
+    with pytest.raises(RuntimeError, match="another gradient than LossWeights.factor"):
+        scaled(result).backward()
 
 
 def test_a_gradient_that_is_not_a_number_is_passed_on() -> None:
@@ -110,7 +123,7 @@ def test_a_gradient_that_is_not_a_number_is_passed_on() -> None:
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR))
     hidden, head = case.student.requires_grad_(), parameter_of_ddp(case.student_head)
     result = run(case, hidden, head, weights)
-    (weighted(result, weights) * float("nan")).backward()
+    (scaled(result) * float("nan")).backward()
     assert hidden.grad.isnan().all()
 
 
@@ -122,7 +135,7 @@ def test_nothing_is_kept_of_a_head_whose_gradient_is_added_at_once() -> None:
         weights = replace(weights_of(case), factor=factor)
 
         def call() -> None:
-            weighted(run(case, case.student, head, weights), weights).backward()
+            scaled(run(case, case.student, head, weights)).backward()
             head.grad = None
 
         return peak_of(call) * MIB
@@ -150,7 +163,7 @@ def test_no_product_beyond_the_least_possible(kind: str, trained: bool) -> None:
     student = (case.student.requires_grad_(), case.student_head.requires_grad_(trained))
     with Products() as products:
         result = run(case, *student, weights, Divergence(kind), FEW)
-        weighted(result, weights).backward()
+        scaled(result).backward()
     assert products.total == 13 * 53 * (12 + 7 * (2 + trained))
 
 
@@ -167,7 +180,7 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
         divergence = None if kind is None else Divergence(kind, temperature=2.0)
         leaves = [x.clone().requires_grad_() for x in (case.student, case.student_head)]
         expected = reference(case, divergence, whole, *leaves)
-        wanted = gradients(weighted(expected, whole), *leaves)
+        wanted = gradients(scaled(expected), *leaves)
         hidden, head = part.inputs(live=True)
         ours = head_loss(
             case.teacher[rows],
@@ -183,7 +196,7 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
                 if sequence_parallel:
                     dist.all_reduce(total)
                 assert error(total, reference_value) < 1e-12, (kind, implementation)
-        found = gradients(weighted(ours, weights), hidden, head)
+        found = gradients(scaled(ours), hidden, head)
         assert error(found[0], wanted[0][rows]) < 1e-12, (kind, implementation)
         assert error(found[1], wanted[1][part.rows]) < 1e-12, (kind, implementation)
 
@@ -209,7 +222,7 @@ def test_one_chunk_of_logits_is_held_at_a_time() -> None:
     def call() -> None:
         few = Implementation("torch", held_logits=rows * vocab_size)
         result = run(case, *student, weights, implementation=few)
-        weighted(result, weights).backward()
+        scaled(result).backward()
 
     held = 2 * rows * vocab_size  # both models' logits
     others = (

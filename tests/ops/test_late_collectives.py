@@ -141,8 +141,7 @@ def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
         )
         assert result.divergence is not None
         assert result.cross_entropy is not None
-        total = 0.7 * result.divergence + 0.3 * result.cross_entropy
-        return (result.divergence, result.cross_entropy, *gradients(total, hidden, head))
+        return (*result, *gradients(result.loss, hidden, head))
 
     return step
 

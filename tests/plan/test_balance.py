@@ -123,7 +123,7 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
             divergence=divergence and Divergence(divergence),
             labels_N=torch.zeros(tokens, dtype=torch.int64), weights=LossWeights(ones, ones, 1.0, 1.0),
         )  # fmt: skip
-        torch.stack([total for total in result if total is not None]).sum().backward()
+        result.loss.backward()
     teacher_shape = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
     student_shape = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
     expected = head_loss_flops(student_shape, teacher_shape if divergence else None, trains_head=trains_head)
