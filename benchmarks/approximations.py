@@ -115,7 +115,7 @@ def timed_step(config: FddConfig) -> Callable[[], None]:
     teacher_head, student_head = (
         torch.randn(TIMED["vocabulary"], TIMED[model]) * 0.05 for model in ("teacher", "student")
     )
-    grams = StepGrams(config, shard)
+    grams = StepGrams(config)
     objective = Objective(config, pairs, chunk, shard, grams, Lens(teacher_head, None))
     taps = {index: torch.randn(tokens, 1, TIMED["teacher"]) for index in range(num_taps)}
     hidden = [torch.randn(tokens, 1, TIMED["student"], requires_grad=True) for _ in range(num_taps)]

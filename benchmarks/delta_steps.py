@@ -17,8 +17,7 @@ from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype
 
 def grams_of(given: Inputs, previous: HeadGrams | None = None) -> HeadGrams:
     """Return the Gram matrices of the log-probability delta."""
-    heads = (given.teacher_head_WT, given.student_head_WD)
-    return head_grams(*heads, shard=given.shard, centred=False, previous=previous)
+    return head_grams(given.heads(), centred=False, previous=previous)
 
 
 def bare_grams(size: Size) -> Step:
@@ -108,7 +107,7 @@ def our_delta(size: Size) -> Step:
     lse_N = torch.ones(size.tokens, device=size.device)
 
     def run() -> Tensor:
-        cosine_N = delta_cosine(teacher_NT, student_ND, lse_N, lse_N, grams, shard=given.shard)
+        cosine_N = delta_cosine(teacher_NT, student_ND, lse_N, lse_N, grams)
         (1 - cosine_N).mean().backward()
         student_ND.grad = None
         return cosine_N.detach()

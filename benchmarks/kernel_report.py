@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,12 +25,13 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from megatron_fdd.ops import vocab_tiles
-from megatron_fdd.ops.divergence import Divergence, DivergenceKind
+from megatron_fdd.ops.divergence import DIVERGENCES, Divergence
 from megatron_fdd.ops.gpu import sweeps as sweeps
 from megatron_fdd.ops.gpu.sweeps import Launch, TritonSweeps
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
-    parser.add_argument("--kinds", nargs="*", default=[*get_args(DivergenceKind), "none"])
+    parser.add_argument("--kinds", nargs="*", default=[*DIVERGENCES, "none"])
     parser.add_argument("--heads", nargs="*", choices=("still", "live"), default=["still", "live"])
     options = parser.parse_args()
     shape = Shape(dtype=getattr(torch, options.dtype))

@@ -81,7 +81,7 @@ def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measure
     if not all(row.is_steady for row in [*objective.values(), *final.values()]):
         return False
     floor, ours = objective[FLOOR], objective[OURS]
-    tile = Implementation().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype)))
+    tile = Implementation().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype)), None)
     allowed = 4 * (3 * size.tokens * tile + 2 * size.layers * size.tokens * size.student_width) / MIB
     doubled = measure(partial(our_objective, replace(size, vocab=2 * size.vocab)), repeats)
     growth = abs(doubled.peak_mib / ours.peak_mib - 1)

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import (
     DEFAULT_IMPLEMENTATION,
     Divergence,
+    Heads,
     Implementation,
     VocabShard,
     linear_kl,
@@ -50,10 +49,10 @@ class Inputs:
     teacher: list[Tensor]
     student: list[Tensor]
 
-    @property
-    def shard(self) -> VocabShard:
-        """The shard that holds the whole vocabulary."""
-        return VocabShard(0, len(self.teacher_head_WT), None)
+    def heads(self, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Heads:
+        """Return both heads as our operations take them."""
+        shard = VocabShard(0, len(self.teacher_head_WT), None)
+        return Heads(self.teacher_head_WT, self.student_head_WD, shard, implementation)
 
     def differentiated(self, total: Tensor) -> Tensor:
         """Return the loss after its backward pass.
@@ -140,21 +139,13 @@ def bare_tap(size: Size) -> Step:
     return bare_products(replace(size, layers=1))
 
 
-def first_layer(given: Inputs, **options: Any) -> LinearKL:
-    """Return `linear_kl` of the first layer."""
-    teacher, student = given.teacher[0], given.student[0]
-    heads = (given.teacher_head_WT, given.student_head_WD)
-    return linear_kl(
-        teacher, heads[0], student, heads[1], shard=given.shard, divergence=Divergence(), **options
-    )
-
-
 def our_tap(size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Step:
     """Return a step of `linear_kl` on one layer, whose divergence and log-sum-exp both have a gradient."""
     given = inputs(size)
 
     def run() -> Tensor:
-        result = first_layer(given, implementation=implementation)
+        heads = given.heads(implementation)
+        result = linear_kl(given.teacher[0], given.student[0], heads, divergence=Divergence())
         assert result.divergence_N is not None
         assert result.student_lse_N is not None
         given.differentiated(result.divergence_N.mean() + result.student_lse_N.mean())
@@ -172,21 +163,13 @@ def our_objective(
         keeps_teacher: take the teacher's own Gram matrix from an earlier step, as in a training.
     """
     given = inputs(size)
-    heads, shard = (given.teacher_head_WT, given.student_head_WD), given.shard
-    previous = head_grams(*heads, shard=shard, centred=False) if keeps_teacher else None
+    heads = given.heads(implementation)
+    previous = head_grams(heads, centred=False) if keeps_teacher else None
 
     def run() -> Tensor:
-        grams = head_grams(*heads, shard=shard, centred=False, previous=previous)
+        grams = head_grams(heads, centred=False, previous=previous)
         outputs = [
-            linear_kl(
-                teacher,
-                heads[0],
-                student,
-                heads[1],
-                shard=shard,
-                divergence=Divergence(),
-                implementation=implementation,
-            )
+            linear_kl(teacher, student, heads, divergence=Divergence())
             for teacher, student in zip(given.teacher, given.student, strict=True)
         ]
         terms = [output.divergence_N.mean() for output in outputs]
@@ -198,7 +181,6 @@ def our_objective(
                 now.teacher_lse_N - before.teacher_lse_N,
                 now.student_lse_N - before.student_lse_N,
                 grams,
-                shard=shard,
             )
             terms.append((1 - cosine).mean())
         total = torch.stack(terms).sum()
@@ -253,16 +235,14 @@ def our_final(
 
     def run() -> Tensor:
         result = head_loss(
-            (given.teacher[0], given.teacher_head_WT),
-            (given.student[0], given.student_head_WD),
-            shard=given.shard,
+            given.teacher[0],
+            given.student[0],
+            given.heads(implementation),
             divergence=Divergence(),
             labels_N=None,
             weights=LossWeights(weight, weight, divergence=1.0, entropy=0.0, factor=factor),
-            implementation=implementation,
         )
-        assert result.divergence is not None
-        return given.differentiated(result.divergence)
+        return given.differentiated(result.loss)
 
     return run
 
@@ -272,7 +252,8 @@ def our_final_per_token(size: Size) -> Step:
     given = inputs(size, trains_head=True)
 
     def run() -> Tensor:
-        result = first_layer(given, needs_lse=False)
+        hiddens = given.teacher[0], given.student[0]
+        result = linear_kl(*hiddens, given.heads(), divergence=Divergence(), needs_lse=False)
         assert result.divergence_N is not None
         total = result.divergence_N.mean()
         return given.differentiated(total)

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.measure import Measurement, machine, measure, record, table
 from megatron_fdd.losses.pairs import sample_blocks
 from megatron_fdd.ops import torch_sweeps
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard, linear_kl
 
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3)
 TILES = (2048, 512)
@@ -59,16 +59,8 @@ def gradients(given: Features, implementation: Implementation) -> list[Tensor]:
     for teacher, student in zip(given.teacher, given.student, strict=True):
         leaf = student.clone().requires_grad_()
         shard = VocabShard(0, len(given.teacher_head_WT), None)
-        heads = (given.teacher_head_WT, given.student_head_WD)
-        out = linear_kl(
-            teacher,
-            heads[0],
-            leaf,
-            heads[1],
-            shard=shard,
-            divergence=Divergence(),
-            implementation=implementation,
-        )
+        heads = Heads(given.teacher_head_WT, given.student_head_WD, shard, implementation)
+        out = linear_kl(teacher, leaf, heads, divergence=Divergence())
         assert out.divergence_N is not None
         assert out.student_lse_N is not None
         found.append(torch.autograd.grad(out.divergence_N.sum() + 0.1 * out.student_lse_N.sum(), leaf)[0])

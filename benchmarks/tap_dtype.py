@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.pairs import LayerPair, sample_blocks
-from megatron_fdd.losses.tap import Features, HeadPair, Tap, TapWindow, TokenWeights, measure
+from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
 from megatron_fdd.losses.term import TapContext
 from megatron_fdd.losses.terms import Delta
 from megatron_fdd.ops.delta import head_grams
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard
+from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
 FORMS = ("logprob", "centred")
@@ -45,14 +45,13 @@ def features(model: PreTrainedModel, rows: Tensor, layers: int, folder: Path) ->
 
 
 def terms(
-    teacher: list[Tensor], student: list[Tensor], heads: HeadPair, form: str
+    teacher: list[Tensor], student: list[Tensor], heads: Heads, form: str
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the means over tokens of trajectory and delta, and their gradients to the student's normed features."""
-    assert heads.teacher_WT is not None
     leaves = [each.flatten(0, 1).detach().requires_grad_() for each in student]
     ones_N = torch.ones(len(leaves[0]))
     weights = TokenWeights(ones_N, ones_N)
-    grams = head_grams(heads.teacher_WT, heads.student_WD, shard=heads.shard, centred=form == "centred")
+    grams = head_grams(heads, centred=form == "centred")
     context = TapContext(FddConfig(teacher_load="given", delta=form), heads, weights, lambda: grams)
     divergences, deltas, previous = [], [], None
     for index, (each, leaf) in enumerate(zip(teacher, leaves, strict=True), start=1):
@@ -103,7 +102,7 @@ def main() -> int:
             models[1].model.norm(tap) for tap in features(models[1], rows, args.layers, args.student_hf)
         ]
     teacher_head, student_head = (model.lm_head.weight.detach() for model in models)
-    heads = HeadPair(teacher_head, student_head, VocabShard(0, len(teacher_head), None))
+    heads = Heads(teacher_head, student_head, VocabShard(0, len(teacher_head), None))
     print(
         f"torch {torch.__version__}; {args.tokens} tokens, {args.layers} layers, vocabulary {len(teacher_head)}\n"
     )

@@ -200,7 +200,7 @@ def connect(
     Collectives: with several pipeline stages those of `send_teacher_lens`.
     """
     shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
-    grams = StepGrams(plan.config, shard)
+    grams = StepGrams(plan.config)
     lens = StudentLens(students, plan, topology)
     teacher_lens = None if teacher is None else send_teacher_lens(teacher, plan, topology)
     chunks = plan.chunks_on(topology.stage)

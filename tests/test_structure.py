@@ -121,6 +121,27 @@ def test_accelerators_are_megatrons_business() -> None:
         assert not top & {"apex", "amp_C", "transformer_engine", "transformer_engine_torch"}, path
 
 
+MOST_PARAMETERS = 6
+# Kernels take pointers and numbers; the others' signatures are Megatron's, click's, and one of keywords with defaults.
+MORE_PARAMETERS = {
+    "ops/gpu/kernels.py": {"fold_row", "softmax_kernel", "second_kernel", "gradient_kernel"},
+    "host/patches/adam.py": {"__init__"},
+    "cli/mcore_to_hf.py": {"command"},
+    "convert/to_hf.py": {"mcore_to_hf"},
+}
+
+
+def test_functions_have_few_parameters() -> None:
+    found: dict[str, set[str]] = {}
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                if len([each for each in given if each.arg not in ("self", "cls", "ctx")]) > MOST_PARAMETERS:
+                    found.setdefault(str(path.relative_to(PACKAGE)), set()).add(node.name)
+    assert found == MORE_PARAMETERS
+
+
 def test_no_utils() -> None:
     assert not list(PACKAGE.rglob("util*.py"))
 

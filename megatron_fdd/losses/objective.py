@@ -19,12 +19,12 @@ from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
-from megatron_fdd.losses.tap import Features, HeadPair, Tap, TapWindow, TokenWeights, measure
+from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
 from megatron_fdd.losses.term import TapContext
 from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
 from megatron_fdd.ops.delta import HeadGrams, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard
+from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard
 
 COUNTS = ("label_tokens", "term_tokens")
 
@@ -48,9 +48,8 @@ class StepSettings:
 class StepGrams:
     """The heads' Gram matrices of the current step, for all chunks of a stage."""
 
-    def __init__(self, config: FddConfig, shard: VocabShard) -> None:
+    def __init__(self, config: FddConfig) -> None:
         self._config = config
-        self._shard = shard
         self._grams: HeadGrams | None = None
         self._are_fresh = False
 
@@ -58,7 +57,7 @@ class StepGrams:
         """Forget that they are fresh: the student's head may have changed since the last step."""
         self._are_fresh = False
 
-    def current(self, heads: HeadPair) -> HeadGrams:
+    def current(self, heads: Heads) -> HeadGrams:
         """Return those of the heads as they are in this step; for a live head with a graph of their own each time.
 
         Collectives over the tensor-parallel group: those of `head_grams`, once per step.
@@ -66,14 +65,7 @@ class StepGrams:
         if self._are_fresh and self._config.lens_head == "detached":
             assert self._grams is not None
             return self._grams
-        assert heads.teacher_WT is not None
-        self._grams = head_grams(
-            heads.teacher_WT,
-            heads.student_WD,
-            shard=self._shard,
-            centred=self._config.delta == "centred",
-            previous=self._grams,
-        )
+        self._grams = head_grams(heads, centred=self._config.delta == "centred", previous=self._grams)
         self._are_fresh = True
         return self._grams
 
@@ -184,34 +176,32 @@ class Objective:
         config = self.config
         if not uses_final_head(config):
             return ChunkLoss()
-        divergence = teacher_model = None
-        heads = self._heads(head_WD)
+        divergence = teacher_NT = None
         if config.kd_weight > 0:
             assert teacher is not None
             assert teacher.final_SBT is not None
             divergence = self._divergence(config.kd_divergence)
-            teacher_model = heads.teacher(teacher.final_SBT.flatten(0, 1))
+            teacher_NT = teacher.final_SBT.flatten(0, 1)
         loss_weights = LossWeights(
             weights.term_N,
             weights.label_N,
-            divergence=config.kd_weight * self.settings.label_per_term_token,
-            entropy=config.ce_weight,
+            divergence=self._factor("kd"),
+            entropy=self._factor("ce"),
             factor=loss_scale,
         )
         found = head_loss(
-            teacher_model,
-            (final_SBD.flatten(0, 1), head_WD),
-            shard=heads.shard,
+            teacher_NT,
+            final_SBD.flatten(0, 1),
+            self._heads(head_WD),
             divergence=divergence,
             labels_N=labels_N,
             weights=loss_weights,
-            implementation=heads.implementation,
         )
         assert found.cross_entropy is not None
-        totals = {"ce": found.cross_entropy}
+        sums = {"ce": found.cross_entropy}
         if found.divergence is not None:
-            totals["kd"] = found.divergence
-        return self._weighted(totals)
+            sums["kd"] = found.divergence
+        return ChunkLoss((found.loss,), sums)
 
     def inner(
         self,
@@ -263,7 +253,7 @@ class Objective:
         sent = sample.scatter(None if last is None else last.current.statistics) if self.needs.lse else None
         return loss, Carry(taps_SBD[-1], sent)
 
-    def _tap(self, index: int, features: Features, heads: HeadPair, weights: TokenWeights) -> Tap:
+    def _tap(self, index: int, features: Features, heads: Heads, weights: TokenWeights) -> Tap:
         draw, wanted = self.settings.draw, None
         if self.needs.divergence and draw.counts(index):
             wanted = self._divergence(self.config.trajectory_divergence)
@@ -285,19 +275,21 @@ class Objective:
 
     def _weighted(self, totals: Mapping[str, Tensor]) -> ChunkLoss:
         """Weigh sums that carry gradient."""
-        parts = []
-        for name, total in totals.items():
-            part = self._parts[name]
-            factor = self.weight_of(part)
-            if part.term.tokens == "term":
-                factor *= self.settings.label_per_term_token
-            parts.append(factor * total)
-        return ChunkLoss(tuple(parts), {name: total.detach() for name, total in totals.items()})
+        parts = tuple(self._factor(name) * total for name, total in totals.items())
+        return ChunkLoss(parts, {name: total.detach() for name, total in totals.items()})
 
-    def _heads(self, student_WD: Tensor) -> HeadPair:
+    def _factor(self, name: str) -> float:
+        """Return the factor of a part's sum in what is back-propagated; 0 for a part that the run has not."""
+        part = self._parts.get(name)
+        if part is None:
+            return 0.0
+        per_token = self.settings.label_per_term_token if part.term.tokens == "term" else 1.0
+        return self.weight_of(part) * per_token
+
+    def _heads(self, student_WD: Tensor) -> Heads:
         teacher_WT = None if self._teacher_lens is None else self._teacher_lens.head_WH
         implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)
-        return HeadPair(teacher_WT, student_WD, self._shard, implementation)
+        return Heads(teacher_WT, student_WD, self._shard, implementation)
 
     def _divergence(self, kind: str) -> Divergence:
-        return Divergence(kind, self.config.divergence_mix, self.config.temperature)  # type: ignore[arg-type]
+        return Divergence(kind, self.config.divergence_mix, self.config.temperature)

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.ops.head_loss import LossWeights, head_loss, masked_sum
-from megatron_fdd.ops.linear_kl import (
-    DEFAULT_IMPLEMENTATION,
-    Divergence,
-    Implementation,
-    VocabShard,
-    linear_kl,
-)
-from megatron_fdd.ops.request import Model
+from megatron_fdd.ops.linear_kl import Divergence, Heads, linear_kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +20,6 @@ class TokenWeights:
 
     label_N: Tensor
     term_N: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class HeadPair:
-    """Both models' heads at this rank: rows of the same vocabulary slice."""
-
-    teacher_WT: Tensor | None
-    student_WD: Tensor
-    shard: VocabShard
-    implementation: Implementation = DEFAULT_IMPLEMENTATION
-
-    def teacher(self, hidden_NT: Tensor | None) -> Model:
-        """Hidden states with their head."""
-        assert hidden_NT is not None
-        assert self.teacher_WT is not None
-        return hidden_NT, self.teacher_WT
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +70,7 @@ class TapWindow:
 
 def measure(
     features: Features,
-    heads: HeadPair,
+    heads: Heads,
     divergence: Divergence | None,
     weights: TokenWeights,
     *,
@@ -113,30 +90,14 @@ def measure(
     if divergence is None and not with_lse:
         return None, None
     assert heads.teacher_WT is not None
-    teacher = heads.teacher(features.teacher_MT.to(heads.teacher_WT.dtype))
-    student = (features.student_MD.to(heads.student_WD.dtype), heads.student_WD)
-    shard, implementation = heads.shard, heads.implementation
+    teacher_MT = features.teacher_MT.to(heads.teacher_WT.dtype)
+    student_MD = features.student_MD.to(heads.student_WD.dtype)
     if not with_lse and not heads.student_WD.requires_grad:
         # A trained head's gradient would be kept until the backward pass, for every tap.
         alone = LossWeights(weights.term_N, weights.label_N, divergence=1.0, entropy=0.0)
-        summed = head_loss(
-            teacher,
-            student,
-            shard=shard,
-            divergence=divergence,
-            labels_N=None,
-            weights=alone,
-            implementation=implementation,
-        )
-        return summed.divergence, None
-    result = linear_kl(
-        *teacher,
-        *student,
-        shard=shard,
-        divergence=divergence,
-        needs_lse=with_lse,
-        implementation=implementation,
-    )
+        summed = head_loss(teacher_MT, student_MD, heads, divergence=divergence, labels_N=None, weights=alone)
+        return summed.loss, None
+    result = linear_kl(teacher_MT, student_MD, heads, divergence=divergence, needs_lse=with_lse)
     statistics = None
     if result.teacher_lse_N is not None and result.student_lse_N is not None:
         statistics = TapStatistics(result.teacher_lse_N, result.student_lse_N)

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.tap import HeadPair, TapWindow, TokenWeights
+from megatron_fdd.losses.tap import TapWindow, TokenWeights
 from megatron_fdd.ops.delta import HeadGrams
+from megatron_fdd.ops.heads import Heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class TapContext:
     """
 
     config: FddConfig
-    heads: HeadPair
+    heads: Heads
     weights: TokenWeights
     grams: Callable[[], HeadGrams]
 

@@ -110,7 +110,6 @@ class Delta(TapTerm):
             teacher_lse_delta_N,
             student_lse_delta_N,
             context.grams(),
-            shard=context.heads.shard,
         )
         return masked_sum(1 - cosine_N, context.weights.term_N)
 

@@ -16,8 +16,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SecondSums, SoftmaxSums, VocabStatistics, merge, start_merge
 from megatron_fdd.ops.torch_sweeps import TorchSweeps
 from megatron_fdd.ops.vocab_shard import Pending, label_logits
@@ -42,7 +43,7 @@ class Sweeps(Protocol):
         """The second, of divergences that need both normalisers first.
 
         Returns:
-            Sums of value and score (`Divergence.summands`), [2, R]; and, with a constant head, the sum of
+            Sums of value and score (`Divergence.value_and_score`), [2, R]; and, with a constant head, the sum of
             score * W_S above the sum of p_S * W_S, [M, D].
         """
 
@@ -58,7 +59,7 @@ class Sweeps(Protocol):
 
 def make_sweeps(request: Request, teacher: Model | None, student: Model) -> Sweeps:
     """Of the implementation that `request.implementation` chooses."""
-    if request.implementation.chosen(student[1]) == "triton":
+    if request.implementation.chosen(student[1], request.divergence) == "triton":
         from megatron_fdd.ops.gpu.sweeps import TritonSweeps  # Triton is installed where there is a GPU
 
         return TritonSweeps(request, teacher, student)

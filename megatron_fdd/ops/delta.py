@@ -38,8 +38,6 @@ def delta_cosine(
     teacher_lse_delta_N: Tensor | None,
     student_lse_delta_N: Tensor | None,
     grams: HeadGrams,
-    *,
-    shard: VocabShard,
 ) -> Tensor:
     """Cosine over the vocabulary of teacher's and student's differences, [N], float32 (float64 for float64).
 
@@ -54,10 +52,11 @@ def delta_cosine(
         teacher_delta_NT, student_delta_ND: differences of normed hidden states, taken in float32.
         teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1; both None
             exactly with centred Grams.
-        shard: under sequence parallelism ranks have tokens of their own. Otherwise all pass the same N, rank r
-            computes those from r * ceil(N / ranks) on, and all must hand back the same upstream gradient.
+        grams: of the heads, with their shard. Under its sequence parallelism ranks have tokens of their own. Otherwise
+            all pass the same N, rank r computes those from r * ceil(N / ranks) on, and all must hand back the same
+            upstream gradient.
 
-    Collectives over `shard.group` without sequence parallelism (with it, or one rank: none). Forward: one
+    Collectives over `grams.shard.group` without sequence parallelism (with it, or one rank: none). Forward: one
         all-gather of [n]. Backward: one all-gather of [n, D + 1] ([n, D] centred), n = ceil(N / ranks). In
         float32, which is the inputs' dtype: a narrower one would round what one rank would not round.
     """
@@ -71,18 +70,17 @@ def delta_cosine(
         grams.teacher_student_TD,
         grams.student_student_DD,
         grams.student_sum_D,
-        _Constants(teacher_delta_NT.detach(), teacher_lse_delta_N, grams, shard),
+        _Constants(teacher_delta_NT.detach(), teacher_lse_delta_N, grams),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Constants:
-    """What gets no gradient; of `grams` only the teacher's part."""
+    """What gets no gradient; of `grams` the teacher's part, and the shard."""
 
     teacher_delta_NT: Tensor
     teacher_lse_delta_N: Tensor | None
     grams: HeadGrams
-    shard: VocabShard
 
 
 class _DeltaCosine(torch.autograd.Function):
@@ -99,7 +97,7 @@ class _DeltaCosine(torch.autograd.Function):
         student_sum_D: Tensor,
         constants: _Constants,
     ) -> Tensor:
-        grams, shard = constants.grams, constants.shard
+        grams, shard = constants.grams, constants.grams.shard
         dtype = statistics_dtype(student_delta_ND)
         teacher_nT = shard.token_share(constants.teacher_delta_NT).to(dtype)
         student_nD = shard.token_share(student_delta_ND).to(dtype)

@@ -1,92 +1,268 @@
-"""The divergences between two distributions over the vocabulary (docs/method.md).
+"""The divergences between two distributions over the vocabulary: one table, and the door for others.
+
+Whatever computes, counts or lists divergences takes what it needs from `DIVERGENCES` (docs/method.md has the formulas,
+docs/extend/divergence.md how to add one).
 
 Shapes: N tokens (any number of rows), C columns: the part of the vocabulary at hand.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-DivergenceKind = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
+ValueAndScore = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceKind:
+    """What the package needs to know of a divergence of teacher T and student S.
+
+    Attributes:
+        value_and_score: from (teacher_NC, student_NC, mix), log-probabilities of some columns, two new tensors [N, C]:
+            the value's summands, whose sum over the vocabulary is the divergence, and their score, the derivative
+            with respect to the student's log-probabilities, to which any multiple of p_S may be added. Each column by
+            itself; no input is written to; autograd can differentiate the value (`--fdd-kernels reference` does).
+        formula: as docs/method.md writes it.
+        explanation: one line, for a reader who chooses.
+        default_mix: what `mix` is unless it is given; None: the divergence has none, and `mix` is NaN.
+        triton: the same function for GPUs, decorated with `@triton.jit`, or "module:name" of it, which is imported only
+            where it runs; from (teacher, student, mix, log_mix, log_rest), a block of float32 each and three
+            numbers, `mix` and the logarithms of it and of 1 - mix. None: there is none, and torch computes it.
+        leader: only of the two Kullback-Leibler divergences, which one sweep over the vocabulary computes: under which
+            model they are the expectation of the log-ratio. None: two sweeps, the second after both normalisers.
+    """
+
+    value_and_score: ValueAndScore
+    formula: str
+    explanation: str
+    default_mix: float | None = None
+    triton: Any = None
+    leader: Literal["teacher", "student"] | None = None
+
+    @property
+    def num_sweeps(self) -> int:
+        """Passes over the vocabulary until value and gradient are known."""
+        return 2 if self.leader is None else 1
+
+    def triton_function(self) -> Any:
+        """Return `triton`, imported where it is a name."""
+        if not isinstance(self.triton, str):
+            return self.triton
+        module, _, name = self.triton.partition(":")
+        return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """Which divergence of teacher T and student S, each softmax(z / temperature).
 
-    The reported value has the factor temperature^2.
-
-    fkl = KL(T||S); rkl = KL(S||T); jsd = mix KL(T||M) + (1-mix) KL(S||M) with M = mix T + (1-mix) S;
-    sfkl = KL(T || mix T + (1-mix) S); srkl = KL(S || mix S + (1-mix) T).
-    `mix` None stands for 0.5 (jsd) or 0.1 (sfkl, srkl); fkl and rkl do not use it.
+    The reported value has the factor temperature^2. `kind`: a name in `DIVERGENCES`. `mix`: None stands for the kind's
+    own; kinds without one do not use it.
     """
 
-    kind: DivergenceKind = "fkl"
+    kind: str = "fkl"
     mix: float | None = None
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(DivergenceKind):
-            raise ValueError(f"divergence {self.kind!r} is unknown: use one of {get_args(DivergenceKind)}")
+        if self.kind not in DIVERGENCES:
+            raise ValueError(f"divergence {self.kind!r} is unknown: use one of {tuple(DIVERGENCES)}")
         if self.mix is not None and not 0 < self.mix < 1:
             raise ValueError(f"divergence mix is {self.mix}: it must lie between 0 and 1, both excluded")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}: it must be positive and finite")
 
     @property
+    def definition(self) -> DivergenceKind:
+        """Its row of the table."""
+        return DIVERGENCES[self.kind]
+
+    @property
     def one_sweep(self) -> bool:
         """Whether one pass over the vocabulary gives value and gradient: no normaliser needed in advance."""
-        return self.kind in ("fkl", "rkl")
+        return self.definition.num_sweeps == 1
+
+    @property
+    def teacher_leads(self) -> bool:
+        """Whether it is the expectation under the teacher, as the forward KL is."""
+        return self.definition.leader == "teacher"
 
     @property
     def student_leads(self) -> bool:
-        """Whether the expectation is taken under the student (rkl) and not under the teacher (fkl)."""
-        return self.kind == "rkl"
+        """Whether it is the expectation under the student, as the reverse KL is."""
+        return self.definition.leader == "student"
 
     @property
     def mix_weight(self) -> float:
-        """`mix`, or the default that belongs to the kind."""
-        if self.mix is not None:
-            return self.mix
-        return 0.5 if self.kind == "jsd" else 0.1
+        """`mix`, or the default that belongs to the kind; NaN where there is none."""
+        default = self.definition.default_mix
+        if default is None:
+            return math.nan
+        return default if self.mix is None else self.mix
+
+    def value_and_score(self, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return value and `score`, column by column, from log-probabilities (without temperature**2)."""
+        return self.definition.value_and_score(teacher_NC, student_NC, self.mix_weight)
 
     def score(self, teacher_NC: Tensor, student_NC: Tensor) -> Tensor:
-        """Gradient of the divergence, column by column, from log-probabilities (without temperature**2).
+        """Return the gradient of the divergence, column by column, from log-probabilities (without temperature**2).
 
         With centre = sum over the vocabulary of score, the gradient with respect to the student's logit v is
         score_v - centre * p_v, p = exp(student). Any multiple of p may be added to it: but for fkl it is chosen so
         that equal models score 0, whatever rounding comes after.
         """
-        if self.kind == "fkl":
+        if self.teacher_leads:  # the value is not needed, and would be most of the work
             return teacher_NC.exp().neg_()
-        return self.summands(teacher_NC, student_NC)[1]
+        return self.value_and_score(teacher_NC, student_NC)[1]
 
-    def summands(self, teacher_NC: Tensor, student_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and `score`, column by column, from log-probabilities (without temperature**2).
 
-        The value's sum over the vocabulary is the divergence.
-        """
-        if self.kind == "fkl":
-            mass = teacher_NC.exp()
-            return mass * (teacher_NC - student_NC), mass.neg_()
-        if self.kind == "rkl":
-            score = student_NC.exp() * (student_NC - teacher_NC)
-            return score, score
-        mix = self.mix_weight
-        first, second = (student_NC, teacher_NC) if self.kind == "srkl" else (teacher_NC, student_NC)
-        mixed_NC = torch.logaddexp(first + math.log(mix), second + math.log1p(-mix))
-        student_gap = student_NC - mixed_NC
-        student_mass = student_NC.exp()
-        if self.kind == "srkl":
-            return student_mass * student_gap, student_mass * (student_gap + mix * (1 - student_gap.exp()))
-        teacher_gap = teacher_NC - mixed_NC
-        teacher_value = teacher_NC.exp() * teacher_gap
-        if self.kind == "sfkl":
-            return teacher_value, student_mass * (1 - teacher_gap.exp()) * (1 - mix)
-        score = student_mass * student_gap * (1 - mix)
-        return teacher_value * mix + score, score
+def _fkl(teacher_NC: Tensor, student_NC: Tensor, _mix: float) -> tuple[Tensor, Tensor]:
+    mass = teacher_NC.exp()
+    return mass * (teacher_NC - student_NC), -mass
+
+
+def _rkl(teacher_NC: Tensor, student_NC: Tensor, _mix: float) -> tuple[Tensor, Tensor]:
+    score = student_NC.exp() * (student_NC - teacher_NC)
+    return score, score
+
+
+def _jsd(teacher_NC: Tensor, student_NC: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    mixed = _mixture(teacher_NC, student_NC, mix)
+    score = student_NC.exp() * (student_NC - mixed) * (1 - mix)
+    return teacher_NC.exp() * (teacher_NC - mixed) * mix + score, score
+
+
+def _sfkl(teacher_NC: Tensor, student_NC: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    gap = teacher_NC - _mixture(teacher_NC, student_NC, mix)
+    return teacher_NC.exp() * gap, student_NC.exp() * (1 - gap.exp()) * (1 - mix)
+
+
+def _srkl(teacher_NC: Tensor, student_NC: Tensor, mix: float) -> tuple[Tensor, Tensor]:
+    gap = student_NC - _mixture(student_NC, teacher_NC, mix)
+    mass = student_NC.exp()
+    return mass * gap, mass * (gap + mix * (1 - gap.exp()))
+
+
+def _mixture(first: Tensor, second: Tensor, mix: float) -> Tensor:
+    """log(mix e^first + (1 - mix) e^second)."""
+    return torch.logaddexp(first + math.log(mix), second + math.log1p(-mix))
+
+
+_KERNELS = "megatron_fdd.ops.gpu.kernels"
+
+DIVERGENCES: dict[str, DivergenceKind] = {
+    "fkl": DivergenceKind(
+        value_and_score=_fkl,
+        formula="KL(T || S)",
+        explanation="forward KL: the student covers all that the teacher thinks likely",
+        triton=f"{_KERNELS}:fkl",
+        leader="teacher",
+    ),
+    "rkl": DivergenceKind(
+        value_and_score=_rkl,
+        formula="KL(S || T)",
+        explanation="reverse KL: the student avoids what the teacher thinks unlikely",
+        triton=f"{_KERNELS}:rkl",
+        leader="student",
+    ),
+    "jsd": DivergenceKind(
+        value_and_score=_jsd,
+        formula="mix KL(T || M) + (1 - mix) KL(S || M),   M = mix T + (1 - mix) S",
+        explanation="generalised Jensen-Shannon: between both, and bounded",
+        default_mix=0.5,
+        triton=f"{_KERNELS}:jsd",
+    ),
+    "sfkl": DivergenceKind(
+        value_and_score=_sfkl,
+        formula="KL(T || mix T + (1 - mix) S)",
+        explanation="skewed forward KL: bounded where the student gives no probability",
+        default_mix=0.1,
+        triton=f"{_KERNELS}:sfkl",
+    ),
+    "srkl": DivergenceKind(
+        value_and_score=_srkl,
+        formula="KL(S || mix S + (1 - mix) T)",
+        explanation="skewed reverse KL: bounded where the teacher gives no probability",
+        default_mix=0.1,
+        triton=f"{_KERNELS}:srkl",
+    ),
+}
+"""Every divergence by its name, the choice of `--fdd-kd-divergence` and `--fdd-trajectory-divergence`."""
+
+
+def add_divergence(name: str, kind: DivergenceKind) -> None:
+    """Make a divergence known by a name, before a command line is read. It is then fused wherever the others are.
+
+    Raises:
+        ValueError: the name is taken or malformed, or `kind` does not keep to what `DivergenceKind` says; its
+            functions are tried on a few random distributions.
+    """
+    if name in DIVERGENCES:
+        raise ValueError(f"divergence {name!r} exists: give yours another name than {tuple(DIVERGENCES)}")
+    if re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+        raise ValueError(
+            f"divergence name {name!r}: use a small letter, then small letters, digits, - and _, as in 'tv'"
+        )
+    if kind.leader is not None:
+        raise ValueError(
+            f"divergence {name!r} has the leader {kind.leader!r}: only fkl and rkl need one sweep; leave it out"
+        )
+    if kind.default_mix is not None and not 0 < kind.default_mix < 1:
+        raise ValueError(
+            f"divergence {name!r} has default_mix {kind.default_mix}: it must lie between 0 and 1"
+        )
+    _check_functions(name, kind)
+    DIVERGENCES[name] = kind
+
+
+def check_triton_function(name: str) -> None:
+    """Refuse a divergence that Triton is asked for and has no function of.
+
+    Raises:
+        ValueError: names it, and what computes it.
+    """
+    if DIVERGENCES[name].triton is None:
+        raise ValueError(
+            f"divergence {name!r} has no Triton function: use --fdd-kernels torch (or auto), or add it with one "
+            "(`triton` of DivergenceKind)"
+        )
+
+
+def _check_functions(name: str, kind: DivergenceKind) -> None:
+    """Refuse functions of a divergence whose shapes, columns or derivative are wrong, by trying them."""
+    mix = math.nan if kind.default_mix is None else kind.default_mix
+    draw = torch.Generator().manual_seed(0)
+    teacher_NC, logits_NC = (torch.randn(8, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2))
+    teacher_NC = teacher_NC.log_softmax(-1)
+    student_NC = logits_NC.requires_grad_().log_softmax(-1)
+    value_NC, score_NC = kind.value_and_score(teacher_NC, student_NC, mix)
+    for what, tensor in (("value", value_NC), ("score", score_NC)):
+        if tensor.shape != teacher_NC.shape or not tensor.isfinite().all():
+            raise ValueError(
+                f"divergence {name!r}: its {what} has the shape {[*tensor.shape]} or is not finite: give one finite "
+                f"number for each log-probability, here {[*teacher_NC.shape]}"
+            )
+    some_teacher, some_student = (tensor[:, :5].detach().clone() for tensor in (teacher_NC, student_NC))
+    parts = (*kind.value_and_score(some_teacher, some_student, mix), some_teacher, some_student)
+    wholes = (value_NC, score_NC, teacher_NC, student_NC)
+    error = max((part - whole[:, :5]).abs().max().item() for part, whole in zip(parts, wholes, strict=True))
+    if not error <= 1e-9:
+        raise ValueError(
+            f"divergence {name!r}: five columns alone are off by {error:.2g}, or its inputs are written to: "
+            "compute each column from its own two log-probabilities, into new tensors"
+        )
+    (wanted_NC,) = torch.autograd.grad(value_NC.sum(), logits_NC)
+    error = (score_NC - score_NC.sum(-1, keepdim=True) * student_NC.exp() - wanted_NC).abs().max().item()
+    if not error <= 1e-9:
+        raise ValueError(
+            f"divergence {name!r}: the score is off by up to {error:.2g} from the value's derivative with respect to "
+            "the student's log-probability: correct one of the two"
+        )

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_fdd.ops.full_precision import add_exact_product, exact_product, full_precision
 from megatron_fdd.ops.head_gradient import collected
+from megatron_fdd.ops.heads import Heads
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype, statistics_dtype
 
@@ -27,7 +28,8 @@ ROWS_PER_TILE = 4096
 class HeadGrams:
     """Gram matrices and column sums over the whole vocabulary, padding left out; float32, equal on all ranks.
 
-    `centred`: column means are removed from the matrices. `vocab_size` is a 0-dim tensor (no host sync).
+    `centred`: column means are removed from the matrices. `vocab_size` is a 0-dim tensor (no host sync). `shard`: how
+    the heads' rows, and the tokens, lie on the ranks.
     """
 
     teacher_teacher_TT: Tensor
@@ -37,16 +39,10 @@ class HeadGrams:
     student_sum_D: Tensor
     vocab_size: Tensor
     centred: bool
+    shard: VocabShard
 
 
-def head_grams(
-    teacher_head_WT: Tensor,
-    student_head_WD: Tensor,
-    *,
-    shard: VocabShard,
-    centred: bool,
-    previous: HeadGrams | None = None,
-) -> HeadGrams:
+def head_grams(heads: Heads, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
     """Gram matrices of both heads; differentiable in the student's head where that requires a gradient.
 
     Every rank uses them for tokens of its own (see `delta_cosine`), so the gradients of a Gram are summed.
@@ -54,13 +50,14 @@ def head_grams(
     Args:
         previous: an earlier result for the same teacher head: its teacher part is taken over, not computed.
 
-    Collectives over `shard.group` (one rank: none). Forward: one all-reduce of the matrices, packed with the
+    Collectives over `heads.shard.group` (one rank: none). Forward: one all-reduce of the matrices, packed with the
         sums and the vocabulary's size; centred: of those two before, by itself. Backward, for a student's head
         that requires a gradient: one all-reduce of [T D + D D + D] numbers. All float32.
     """
+    assert heads.teacher_WT is not None, "the delta compares with a teacher"
     assert previous is None or previous.centred == centred, "the earlier Grams are of the other form"
     teacher_student_TD, student_student_DD, student_sum_D, *teacher = _HeadGrams.apply(
-        collected(student_head_WD), teacher_head_WT.detach(), shard, centred, previous
+        collected(heads.student_WD), heads.teacher_WT.detach(), heads.shard, centred, previous
     )
     if previous is not None:
         teacher = [previous.teacher_teacher_TT, previous.teacher_sum_T, previous.vocab_size]
@@ -72,6 +69,7 @@ def head_grams(
         student_sum_D=student_sum_D,
         vocab_size=teacher[2],
         centred=centred,
+        shard=heads.shard,
     )
 
 

@@ -11,6 +11,7 @@ hidden width of teacher / student, W rows of this rank's head shard.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,22 +22,29 @@ from torch.autograd.function import once_differentiable
 from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import deliver, dummy, has_main_grad
-from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
+from megatron_fdd.ops.heads import Heads, Model
 from megatron_fdd.ops.kl_gradients import Upstream, normalisers_of
 from megatron_fdd.ops.reference import reference_linear_kl
-from megatron_fdd.ops.request import Model, Request
-from megatron_fdd.ops.vocab_shard import Pending, VocabShard
+from megatron_fdd.ops.request import Request
+from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
-# Of a factor that is told twice, in float32.
+# Relative tolerance between the factor that is given in advance and the one that is seen in the backward pass.
 _ROUNDING = 1e-3
 
 
 class HeadLoss(NamedTuple):
-    """Weighted sums over this rank's tokens, 0-dim float32 (float64 for float64); None where not asked for."""
+    """Over this rank's tokens, 0-dim float32 (float64 for float64); only the loss carries gradient.
 
-    divergence: Tensor | None  # includes the factor temperature**2
-    cross_entropy: Tensor | None  # tokens with a label
+    Attributes:
+        loss: both sums, weighted as `LossWeights` says.
+        divergence: sum over tokens, each with its weight, the factor temperature**2 included; None where not asked for.
+        cross_entropy: the same over tokens with a label.
+    """
+
+    loss: Tensor
+    divergence: Tensor | None
+    cross_entropy: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +53,9 @@ class LossWeights:
 
     Attributes:
         divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
-        divergence, entropy: the loss is a common factor times (divergence * the one sum + entropy * the other).
-        factor: that factor, one number, where it is known before the backward pass: a head with a float32
-            `main_grad` then gets its gradient in the forward pass, and no [W, D] is kept between the two.
+        divergence, entropy: the loss is divergence * the one sum + entropy * the other.
+        factor: the gradient that the loss will get, one number, where it is known before the backward pass: a head with
+            a float32 `main_grad` then gets its gradient in the forward pass, and no [W, D] is kept between the two.
     """
 
     divergence_N: Tensor
@@ -58,57 +66,57 @@ class LossWeights:
 
 
 def head_loss(
-    teacher: Model | None,
-    student: Model,
+    teacher_NT: Tensor | None,
+    student_ND: Tensor,
+    heads: Heads,
     *,
-    shard: VocabShard,
     divergence: Divergence | None,
     labels_N: Tensor | None,
     weights: LossWeights,
-    implementation: Implementation = DEFAULT_IMPLEMENTATION,
 ) -> HeadLoss:
-    """Sums over tokens of the divergence of two linear heads and of the student's cross-entropy.
+    """Sum the divergence of two linear heads and the student's cross-entropy over tokens, as `weights` says.
 
-    Gradient flows to the student's hidden states and, where it requires one, head; never to the teacher. It is
-    right for a loss as `weights` says, and for no other combination of the two sums. Memory beside inputs and
-    outputs: two buffers of `implementation.held_logits` numbers, and kept for the backward pass [N, D] and, for a
-    trained head unless `weights.factor` says otherwise, [W, D] in float32. Not differentiable twice.
+    Gradient flows from the loss to the student's hidden states and, where it requires one, head; never to the teacher.
+    The two sums by themselves are for the log, and have none. Memory beside inputs and outputs: two buffers of
+    `implementation.held_logits` numbers, and kept for the backward pass [N, D] and, for a trained head unless
+    `weights.factor` says otherwise, [W, D] in float32. Not differentiable twice.
 
     Args:
-        teacher: hidden states [N, T] and head [W, T]; None: no divergence.
-        student: hidden states [N, D] and head [W, D].
+        teacher_NT: None: no teacher (then `divergence` must be None).
+        divergence: None: no divergence, and a teacher is not looked at.
         labels_N: vocabulary ids; negative: no label. None: no cross-entropy.
 
-    Collectives over `shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
+    Collectives over `heads.shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
         packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 2 at another temperature
-        than 1 with labels; plus 1 with labels); jsd, sfkl and srkl: one all-reduce of [2, R]; one all-reduce of
-        the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather each of teacher,
-        student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a reduce-scatter.
+        than 1 with labels; plus 1 with labels); divergences of two sweeps (all but fkl and rkl): one all-reduce of
+        [2, R]; one all-reduce of the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather
+        each of teacher, student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a
+        reduce-scatter.
     """
+    teacher, student = heads.models(None if divergence is None else teacher_NT, student_ND)
     assert divergence is None or teacher is not None, "a divergence needs a teacher"
     assert divergence is not None or labels_N is not None, "nothing is asked for"
-    if teacher is not None:
-        teacher = None if divergence is None else (teacher[0].detach(), teacher[1].detach())
-    chosen = implementation.chosen(student[1])
+    implementation = heads.implementation
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
     request = Request(
-        shard=shard,
+        shard=heads.shard,
         divergence=divergence,
         needs_lse=False,
         has_labels=labels_N is not None,
         implementation=implementation,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=implementation.held_rows(student[1]) if has_gradient else None,
+        held_rows=implementation.held_rows(heads.student_WD) if has_gradient else None,
     )
-    if chosen == "reference":
+    if implementation.chosen(heads.student_WD, divergence) == "reference":
         outputs = LinearKL(*reference_linear_kl(request, teacher, student, labels_N))
-        return HeadLoss(*_weighted_sums(outputs, weights, slice(None)))
+        sums = _sums(outputs, weights, slice(None))
+        return HeadLoss(_loss(sums, weights), *(None if each is None else each.detach() for each in sums))
     return HeadLoss(*_HeadLoss.apply(*student, teacher, labels_N, weights, request))
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Gradient for the first two inputs, the student's. Outputs: HeadLoss's fields."""
+    """Gradient for the first two inputs, the student's, of the first output. Outputs: HeadLoss's fields."""
 
     @staticmethod
     def forward(
@@ -129,34 +137,29 @@ class _HeadLoss(torch.autograd.Function):
                 head_gradient_WD = student_head_WD.main_grad  # type: ignore[attr-defined]
             else:
                 head_gradient_WD = torch.zeros_like(student_head_WD, dtype=dtype)
-        sums: list[tuple[Tensor | None, ...]] = []
+        parts: list[tuple[Tensor | None, ...]] = []
         reductions: list[Pending] = []
         for block in finished_blocks(request, teacher, (student_ND, student_head_WD), labels_N):
-            sums.append(_weighted_sums(block.outputs(request), weights, block.swept.rows))
+            parts.append(_sums(block.outputs(request), weights, block.swept.rows))
             if request.head_gradient:
                 gradient_RD = _block_gradient(request, block, stacked, head_gradient_WD)
                 reductions.append(request.shard.start_reduce(gradient_RD.to(student_ND.dtype)))
         if reductions:
-            ctx.head_WD, ctx.scale = student_head_WD, weights.divergence * (request.divergence is not None)
-            ctx.scale += weights.entropy * request.has_labels
-            ctx.factor = weights.factor
+            ctx.head_WD, ctx.factor = student_head_WD, weights.factor
             kept_WD = None if ctx.adds_at_once else head_gradient_WD
             ctx.save_for_backward(torch.cat([part.wait() for part in reductions]), kept_WD)
-        return tuple(
-            None if parts[0] is None else torch.stack(parts).sum() for parts in zip(*sums, strict=True)
-        )
+        sums = [None if each[0] is None else torch.stack(each).sum() for each in zip(*parts, strict=True)]
+        ctx.mark_non_differentiable(*(each for each in sums if each is not None))
+        return _loss(sums, weights), *sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, factor: Tensor, *_of_sums: None) -> tuple[Tensor | None, ...]:
         gradient_ND, head_gradient_WD = ctx.saved_tensors
-        # Each is the common factor times its own weight in the loss.
-        total = torch.stack([given for given in upstream if given is not None]).sum()
-        factor = total / ctx.scale if ctx.scale else torch.zeros_like(total)
-        if ctx.factor is not None and ctx.scale:
+        if ctx.factor is not None:
             factor = factor / ctx.factor.reshape(())  # it is in the gradients already
             is_told = ((factor - 1).abs() < _ROUNDING) | ~factor.isfinite()  # of which the step is stopped
-            torch._assert_async(is_told, "the loss has another factor than LossWeights")
+            torch._assert_async(is_told, "the loss gets another gradient than LossWeights.factor")
         gradient_head = None
         if ctx.adds_at_once:
             gradient_head = dummy(ctx.head_WD)
@@ -170,7 +173,7 @@ class _HeadLoss(torch.autograd.Function):
 def _block_gradient(
     request: Request, block: TokenBlock, stacked: Tensor, head_gradient_WD: Tensor | None
 ) -> Tensor:
-    """Hidden states' gradient [R, D], this rank's part, for a common factor of 1; adds the head's."""
+    """Hidden states' gradient [R, D] of the loss, this rank's part; adds the head's."""
     divergence_R, entropy_R = stacked[:, block.swept.rows].flatten(0, 1).unbind(1)
     labels_R = block.swept.labels_R
     if labels_R is not None:
@@ -189,12 +192,20 @@ def _stack_weights(request: Request, weights: LossWeights, dtype: torch.dtype) -
     return request.shard.start_stack(stacked).wait() if request.shard.splits_tokens else stacked[None]
 
 
-def _weighted_sums(outputs: LinearKL, weights: LossWeights, rows: slice) -> tuple[Tensor | None, ...]:
+def _sums(outputs: LinearKL, weights: LossWeights, rows: slice) -> tuple[Tensor | None, ...]:
+    """Sum divergence and cross-entropy over rows, each with its weight."""
     pairs = (
         (outputs.divergence_N, weights.divergence_N[rows]),
         (outputs.cross_entropy_N, weights.entropy_N[rows]),
     )
     return tuple(None if value_N is None else masked_sum(value_N, weight_N) for value_N, weight_N in pairs)
+
+
+def _loss(sums: Sequence[Tensor | None], weights: LossWeights) -> Tensor:
+    """Weigh and add what `_sums` gives for all rows."""
+    pairs = zip(sums, (weights.divergence, weights.entropy), strict=True)
+    parts = [each * weight for each, weight in pairs if each is not None]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def masked_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:

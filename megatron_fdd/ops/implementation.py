@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_fdd.ops.divergence import Divergence, check_triton_function
+
 ImplementationKind = Literal["auto", "reference", "torch", "triton"]
 
 
@@ -17,8 +19,8 @@ class Implementation:
 
     Attributes:
         kind: reference materialises logits (to check the others with); torch streams over vocabulary tiles;
-            triton does so with one kernel between a tile's products; auto is triton on a GPU, but for float64, else
-            torch.
+            triton does so with one kernel between a tile's products; auto is triton on a GPU, but for float64 and for
+            a divergence without a Triton function, else torch.
         tile_size: columns of the vocabulary that exist at a time; None: 4096 for triton, else 2048, on a GPU 8192
             (each of its many small launches then has more to do). Triton cuts larger ones.
         block_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A block's
@@ -45,17 +47,24 @@ class Implementation:
         assert self.tile_size is None or self.tile_size > 0, f"tile_size {self.tile_size}"
         assert self.block_rows > 0, f"block_rows {self.block_rows}"
 
-    def chosen(self, head: Tensor) -> ImplementationKind:
-        """What runs for a head like this."""
+    def chosen(self, head: Tensor, divergence: Divergence | None) -> ImplementationKind:
+        """Return what runs for a head and a divergence like these.
+
+        Raises:
+            ValueError: triton is asked for, and the divergence has no Triton function.
+        """
+        has_triton = divergence is None or divergence.definition.triton is not None
         if self.kind == "auto":
-            return "triton" if head.is_cuda and head.dtype != torch.float64 else "torch"
+            return "triton" if head.is_cuda and head.dtype != torch.float64 and has_triton else "torch"
+        if self.kind == "triton" and divergence is not None:
+            check_triton_function(divergence.kind)
         return self.kind
 
-    def tile_columns(self, head: Tensor) -> int:
+    def tile_columns(self, head: Tensor, divergence: Divergence | None) -> int:
         """`tile_size`, or the default of what runs."""
         if self.tile_size is not None:
             return self.tile_size
-        return 4096 if self.chosen(head) == "triton" else 8192 if head.is_cuda else 2048
+        return 4096 if self.chosen(head, divergence) == "triton" else 8192 if head.is_cuda else 2048
 
     def held_rows(self, head: Tensor) -> int:
         """Tokens whose logits are held at a time: of the shard's rows, padding included, so alike on every rank."""

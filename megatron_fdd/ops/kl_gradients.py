@@ -37,13 +37,13 @@ class Normalisers(NamedTuple):
 
     lse_M: Tensor
     unit_lse_R: Tensor  # the student's, at temperature 1
-    centre_R: Tensor | None  # expectation of the divergence's score; see Divergence.summands
+    centre_R: Tensor | None  # expectation of the divergence's score; see Divergence.score
 
 
 def normalisers_of(request: Request, statistics: VocabStatistics, second: SecondSums | None) -> Normalisers:
     """What the backward sweep of a trained head keeps."""
     centre_R = statistics.kl_R if second is None else second.centre_R
-    if request.one_sweep is not None and not request.one_sweep.student_leads:
+    if request.divergence is not None and request.divergence.teacher_leads:
         centre_R = torch.full_like(statistics.lse_M[: len(statistics.lse_M) // 2], -1.0)
     return Normalisers(statistics.lse_M, statistics.unit_lse_M.view(statistics.num_models, -1)[-1], centre_R)
 
@@ -66,7 +66,7 @@ def pulls_of(
     if second is None:
         first_RD.mul_(scale_M[sums.lead])
         student_RD.mul_(scale_M[sums.student])
-    if request.divergence.kind == "fkl":
+    if request.divergence.teacher_leads:
         first_RD.neg_().add_(student_RD)
     else:
         first_RD.addcmul_(student_RD, centre_R[:, None], value=-1)

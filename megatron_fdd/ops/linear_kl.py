@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks, make_sweeps
-from megatron_fdd.ops.divergence import Divergence, DivergenceKind
+from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import HeadGradient
+from megatron_fdd.ops.heads import Heads, Model
 from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
 from megatron_fdd.ops.kl_gradients import (
     Normalisers,
@@ -29,13 +30,13 @@ from megatron_fdd.ops.kl_gradients import (
     pulls_of,
 )
 from megatron_fdd.ops.reference import reference_linear_kl
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 
 __all__ = [
     "DEFAULT_IMPLEMENTATION",
     "Divergence",
-    "DivergenceKind",
+    "Heads",
     "Implementation",
     "LinearKL",
     "VocabShard",
@@ -45,77 +46,54 @@ __all__ = [
 
 def linear_kl(
     teacher_NT: Tensor | None,
-    teacher_head_WT: Tensor | None,
     student_ND: Tensor,
-    student_head_WD: Tensor,
+    heads: Heads,
     *,
-    shard: VocabShard,
     divergence: Divergence | None,
     labels_N: Tensor | None = None,
     needs_lse: bool = True,
-    implementation: Implementation = DEFAULT_IMPLEMENTATION,
 ) -> LinearKL:
-    """Per-token divergence, log-sum-exps and cross-entropy of two linear heads.
+    """Compute divergence, log-sum-exps and cross-entropy of two linear heads, per token.
 
-    Gradient flows to `student_ND` and, where it requires one, to `student_head_WD`; never to the teacher.
+    Gradient flows to `student_ND` and, where it requires one, to the student's head; never to the teacher.
     A constant head gets its hidden states' gradient from sums of the forward sweep (backward: scaled adds);
     a trained head is swept again backward. Memory beside inputs and outputs: two [R, tile] buffers, the
     copy of hidden states in the products' dtype, and kept for the backward pass at most two [R, D] (constant
     head) or the gathered hidden states (trained head). Not differentiable twice.
 
     Args:
-        teacher_NT, teacher_head_WT: both None: no teacher (then `divergence` must be None).
-        student_ND, student_head_WD: the heads' rows are this rank's part of the vocabulary, as `shard` says;
-            the two heads may be padded differently beyond `shard.num_valid`. N may be 0.
+        teacher_NT: None: no teacher (then `divergence` must be None).
+        student_ND: N may be 0.
         divergence: None: no divergence.
         labels_N: vocabulary ids (of the whole vocabulary); negative: no label. None: no cross-entropy.
         needs_lse: whether the log-sum-exps are outputs. At another temperature than 1 they cost an
             exponential, and with a constant head one product for their gradient.
-        implementation: which implementation runs, and how it cuts its work.
 
-    Collectives over `shard.group` (one rank: none), for each block of `implementation.block_rows` tokens, under way
-        during the products of the next. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and rkl,
-        else 4 (2 without a teacher), plus 2 for lse or labels at another temperature than 1, plus 1 for labels;
-        jsd, sfkl and srkl add one all-reduce of [2, R]. All in float32. Backward: one all-reduce of [N, D] in the
-        student's dtype. Sequence parallelism adds, forward, one all-gather each of teacher, student and labels,
-        and backward, once, one of [N, 3]; the all-reduce becomes a reduce-scatter.
+    Collectives over `heads.shard.group` (one rank: none), for each block of `implementation.block_rows` tokens, under
+        way during the products of the next. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and
+        rkl, else 4 (2 without a teacher), plus 2 for lse or labels at another temperature than 1, plus 1 for labels;
+        divergences of two sweeps (all but fkl and rkl) add one all-reduce of [2, R]. All in float32. Backward: one
+        all-reduce of [N, D] in the student's dtype. Sequence parallelism adds, forward, one all-gather each of teacher,
+        student and labels, and backward, once, one of [N, 3]; the all-reduce becomes a reduce-scatter.
     Source: docs/method.md.
     """
-    assert (teacher_NT is None) == (teacher_head_WT is None), "a teacher has hidden states and a head"
-    teacher: Model | None = None
-    if teacher_NT is not None and teacher_head_WT is not None:
-        teacher = (teacher_NT.detach(), teacher_head_WT.detach())
+    teacher, student = heads.models(teacher_NT, student_ND)
     assert divergence is None or teacher is not None, "a divergence needs a teacher"
     assert divergence is not None or needs_lse or labels_N is not None, "nothing is asked for"
-    _check_shapes(teacher, (student_ND, student_head_WD), labels_N, shard)
-    head_gradient = torch.is_grad_enabled() and student_head_WD.requires_grad
+    assert labels_N is None or labels_N.shape == student_ND.shape[:1], f"labels {labels_N.shape}"
+    head_gradient = torch.is_grad_enabled() and heads.student_WD.requires_grad
     request = Request(
-        shard=shard,
+        shard=heads.shard,
         divergence=divergence,
         needs_lse=needs_lse,
         has_labels=labels_N is not None,
-        implementation=implementation,
+        implementation=heads.implementation,
         body_gradient=torch.is_grad_enabled() and student_ND.requires_grad and not head_gradient,
         head_gradient=head_gradient,
     )
-    if implementation.chosen(student_head_WD) == "reference":
-        return LinearKL(*reference_linear_kl(request, teacher, (student_ND, student_head_WD), labels_N))
-    return LinearKL(*_LinearKL.apply(student_ND, student_head_WD, teacher, labels_N, request))
-
-
-def _check_shapes(teacher: Model | None, student: Model, labels_N: Tensor | None, shard: VocabShard) -> None:
-    """Refuse, by an assertion, tensors of shapes that do not belong together."""
-    num_tokens = len(student[0])
-    for hidden, head in (student,) if teacher is None else (teacher, student):
-        assert hidden.ndim == head.ndim == 2, (
-            f"{hidden.shape}, {head.shape}: [tokens, width] and [rows, width]"
-        )
-        assert hidden.shape[1] == head.shape[1], f"{hidden.shape} and {head.shape} differ in width"
-        assert len(hidden) == num_tokens, f"{len(hidden)} rows of a model, {num_tokens} of the student"
-        assert len(head) >= max(1, shard.num_valid), f"{len(head)} rows of a head, {shard.num_valid} valid"
-    assert labels_N is None or labels_N.shape == (num_tokens,), (
-        f"{labels_N.shape} labels, {num_tokens} tokens"
-    )
+    if heads.implementation.chosen(heads.student_WD, divergence) == "reference":
+        return LinearKL(*reference_linear_kl(request, teacher, student, labels_N))
+    return LinearKL(*_LinearKL.apply(*student, teacher, labels_N, request))
 
 
 class _LinearKL(torch.autograd.Function):

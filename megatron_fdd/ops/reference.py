@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import collected
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.heads import Model
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
@@ -46,25 +47,11 @@ def reference_linear_kl(
 
 
 def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Of two models' logits, per token [N], with the factor temperature**2 (docs/method.md)."""
-    heat, mix = divergence.temperature, divergence.mix_weight
-    log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
-
-    def kl(first: Tensor, second: Tensor) -> Tensor:
-        return (first.exp() * (first - second)).sum(-1)
-
-    if divergence.kind == "fkl":
-        value_N = kl(log_t, log_s)
-    elif divergence.kind == "rkl":
-        value_N = kl(log_s, log_t)
-    elif divergence.kind == "srkl":
-        value_N = kl(log_s, (mix * log_s.exp() + (1 - mix) * log_t.exp()).log())
-    else:
-        mixed = (mix * log_t.exp() + (1 - mix) * log_s.exp()).log()
-        value_N = kl(log_t, mixed)
-        if divergence.kind == "jsd":
-            value_N = mix * value_N + (1 - mix) * kl(log_s, mixed)
-    return heat**2 * value_N
+    """Return what divides two models' logits, per token [N], with the factor temperature**2; no score is used."""
+    heat = divergence.temperature
+    log_teacher_NV, log_student_NV = (log_softmax(logits / heat, -1) for logits in (teacher_NV, student_NV))
+    value_NV, _ = divergence.value_and_score(log_teacher_NV, log_student_NV)
+    return heat**2 * value_NV.sum(-1)
 
 
 def _own_logits(hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard) -> Tensor:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.vocab_shard import VocabShard
-
-Model = tuple[Tensor, Tensor]
-"""Hidden states [tokens, width] and head [rows, width]."""
 
 
 @dataclass(frozen=True, slots=True)

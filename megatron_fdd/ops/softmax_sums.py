@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.heads import Model
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import Pending, VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
@@ -140,5 +141,5 @@ class SecondSums(NamedTuple):
     """What the second sweep gives: over the whole vocabulary, but `rows` this rank's part."""
 
     value_R: Tensor  # the divergence, without temperature**2
-    centre_R: Tensor  # of its score, see Divergence.summands
+    centre_R: Tensor  # of its score, see Divergence.score
     rows_MD: Tensor | None  # sum of score * W_S, then sum of p_S * W_S

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks, statistics_dtype
 
@@ -36,7 +37,7 @@ class TorchSweeps:
             teacher,
             student,
             num_valid=request.shard.num_valid,
-            tile_size=request.implementation.tile_columns(student[1])
+            tile_size=request.implementation.tile_columns(student[1], request.divergence)
             if request.held_rows is None
             else request.shard.num_valid,
             temperature=request.temperature,
@@ -63,7 +64,7 @@ class TorchSweeps:
             for rows in row_blocks(tile.student_RC):
                 student_log = tile.student_RC[rows] - student_lse_R[rows]
                 teacher_log = tile.teacher_RC[rows] - teacher_lse_R[rows]
-                value, score = divergence.summands(teacher_log, student_log)
+                value, score = divergence.value_and_score(teacher_log, student_log)
                 sums_2R[0, rows] += value.sum(1)
                 sums_2R[1, rows] += score.sum(1)
                 if rows_MD is not None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_fdd.config import DivergenceName, FddConfig
+from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.terms import first_tap, needs_of, tap_terms, uses_final_head
+from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.model_shape import ModelShape
 
 Split = Sequence[Sequence[int]]
@@ -52,12 +53,12 @@ def layer_flops(shape: ModelShape) -> int:
 
 
 def linear_kl_flops(
-    student: ModelShape, teacher: ModelShape | None, divergence: DivergenceName | None, *, trains_head: bool
+    student: ModelShape, teacher: ModelShape | None, divergence: str | None, *, trains_head: bool
 ) -> int:
     """One call of `ops.linear_kl` and its backward pass (log-sum-exps at another temperature left out)."""
     product = 2 * student.vocab * student.hidden
     logits = product + (2 * student.vocab * teacher.hidden if teacher else 0)
-    num_sweeps = 1 if divergence in (None, "fkl", "rkl") else 2
+    num_sweeps = 1 if divergence is None else DIVERGENCES[divergence].num_sweeps
     if trains_head:  # one more sweep, for the gradients of hidden states and head
         return (num_sweeps + 1) * logits + 2 * product
     # p_S W_S, and with a divergence p_T W_S or what takes its place.

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
+from megatron_fdd.losses.terms import needs_of
+from megatron_fdd.ops.divergence import check_triton_function
 from megatron_fdd.plan.context import Context, Model
 
 
 def check_kernels(context: Context) -> None:
-    """Refuse Triton's kernels in a rehearsal: they run on a GPU.
+    """Refuse Triton's kernels in a rehearsal, for they run on a GPU, and for a divergence that has none.
 
     Raises:
-        ValueError: names the flag.
+        ValueError: names the flag, or the divergence.
     """
-    if context.config.kernels == "triton" and is_rehearsal_wanted():
+    config = context.config
+    if config.kernels != "triton":
+        return
+    if is_rehearsal_wanted():
         raise ValueError(
             "--fdd-kernels triton needs a GPU, and this run rehearses on CPUs: leave the flag out (auto chooses)"
         )
+    if config.kd_weight > 0:
+        check_triton_function(config.kd_divergence)
+    if needs_of(config).divergence:
+        check_triton_function(config.trajectory_divergence)
 
 
 def check_local_attention(model: Model) -> None:

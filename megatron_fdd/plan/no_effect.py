@@ -6,6 +6,7 @@ import warnings
 
 from megatron_fdd.config import DEFAULTS, FddConfig
 from megatron_fdd.losses.terms import first_tap
+from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.context import Context
 
 
@@ -45,8 +46,11 @@ def _nothing_to_skip(config: FddConfig) -> str | None:
         return "--fdd-lens-head live needs all of them"
     if config.beta == 0 or config.delta != "logprob":
         return "without the log-probability delta a layer's gradient is one product over the whole vocabulary"
-    if config.alpha > 0 and config.trajectory_divergence not in ("fkl", "rkl"):
-        return f"--fdd-trajectory-divergence {config.trajectory_divergence} needs all of them; fkl and rkl do not"
+    if config.alpha > 0 and DIVERGENCES[config.trajectory_divergence].num_sweeps > 1:
+        others = " and ".join(name for name, kind in DIVERGENCES.items() if kind.num_sweeps == 1)
+        return (
+            f"--fdd-trajectory-divergence {config.trajectory_divergence} needs all of them; {others} do not"
+        )
     return None
 
 

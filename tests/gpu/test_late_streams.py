@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.implementation import Implementation
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from tests.ops.linear_kl_case import gradients, loss, make_case
 
 RUNS_WITHOUT_A_GPU = True
@@ -119,31 +120,22 @@ def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...
     labels, upstream = case.labels.to(DEVICE), case.upstream.to(DEVICE, torch.float32)
     student = case.student.to(DEVICE).requires_grad_()
     head = case.student_head.to(DEVICE).requires_grad_()
-    outputs = linear_kl(
-        teacher,
-        teacher_head,
-        student,
-        head,
-        shard=shard,
-        divergence=Divergence("jsd"),
-        labels_N=labels,
-        implementation=Implementation(tile_size=512, block_rows=64),
-    )
+    heads = Heads(teacher_head, head, shard, Implementation(tile_size=512, block_rows=64))
+    outputs = linear_kl(teacher, student, heads, divergence=Divergence("jsd"), labels_N=labels)
     found = [*outputs, *gradients(loss(outputs, upstream), student, head)]
     final = head_loss(
-        (teacher, teacher_head),
-        (student, head),
-        shard=shard,
+        teacher,
+        student,
+        replace(heads, implementation=Implementation(held_logits=64 * 3000)),
         divergence=Divergence(),
         labels_N=labels,
         weights=LossWeights(upstream[0], upstream[2], 1.0, 1.0),
-        implementation=Implementation(held_logits=64 * 3000),
     )
-    found += [*final, *gradients(final.divergence + final.cross_entropy, student, head)]
-    grams = head_grams(teacher_head, head, shard=shard, centred=False)
+    found += [*final, *gradients(final.loss, student, head)]
+    grams = head_grams(heads, centred=False)
     lse_N = torch.ones(256, device=DEVICE)
     deltas = (teacher.float(), student.float())
-    cosine_N = delta_cosine(*deltas, lse_N, 2 * lse_N, grams, shard=shard)
+    cosine_N = delta_cosine(*deltas, lse_N, 2 * lse_N, grams)
     found += [cosine_N, *gradients(cosine_N.sum(), student, head)]
     return tuple(each.detach() for each in found)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
-from tests.ops.head_loss_case import FACTOR, weighted, weights_of
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
+from tests.ops.head_loss_case import FACTOR, scaled, weights_of
 from tests.ops.head_loss_case import reference as head_reference
 from tests.ops.linear_kl_case import (
     KINDS,
@@ -44,16 +44,8 @@ def assert_linear_kl(
     case: Case, divergence: Divergence | None, implementation: Implementation, *, live: bool
 ) -> None:
     hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_(live)
-    outputs = linear_kl(
-        case.teacher,
-        case.teacher_head,
-        hidden,
-        head,
-        shard=VocabShard(0, case.vocab_size, None),
-        divergence=divergence,
-        labels_N=case.labels,
-        implementation=implementation,
-    )
+    heads = case.heads(head, implementation)
+    outputs = linear_kl(case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels)
     leaves = (hidden, head) if live else (hidden,)
     ours = gradients(loss(outputs, case.upstream), *leaves)
     keep = (divergence is not None, True, True, True)
@@ -68,14 +60,9 @@ def assert_linear_kl(
 def assert_head_loss(case: Case, divergence: Divergence | None, implementation: Implementation) -> None:
     weights = weights_of(case)
     hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_()
+    heads = case.heads(head, implementation)
     ours = head_loss(
-        (case.teacher, case.teacher_head),
-        (hidden, head),
-        shard=VocabShard(0, case.vocab_size, None),
-        divergence=divergence,
-        labels_N=case.labels,
-        weights=weights,
-        implementation=implementation,
+        case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels, weights=weights
     )
     double = case.to(torch.float64)
     leaves = [x.clone().requires_grad_() for x in (double.student, double.student_head)]
@@ -83,10 +70,8 @@ def assert_head_loss(case: Case, divergence: Divergence | None, implementation: 
     in_value, in_gradient = TOLERANCES[case.student_head.dtype]
     for value, wanted in zip(ours, expected, strict=True):
         assert value is None or error(value, wanted) < in_value
-    wanted_gradients = gradients(weighted(expected, weights), *leaves)
-    for gradient, wanted in zip(
-        gradients(weighted(ours, weights), hidden, head), wanted_gradients, strict=True
-    ):
+    wanted_gradients = gradients(scaled(expected), *leaves)
+    for gradient, wanted in zip(gradients(scaled(ours), hidden, head), wanted_gradients, strict=True):
         assert error(gradient, wanted) < in_gradient
 
 
@@ -118,19 +103,14 @@ def test_a_trained_heads_gradient_added_at_once(implementation: str, dtype: torc
     case = on_gpu(SEVERAL_TILES, dtype)
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR, device="cuda"))
     hidden, head = case.student.clone().requires_grad_(), parameter_of_ddp(case.student_head)
+    heads = case.heads(head, Implementation(implementation))
     result = head_loss(
-        (case.teacher, case.teacher_head),
-        (hidden, head),
-        shard=VocabShard(0, case.vocab_size, None),
-        divergence=Divergence(),
-        labels_N=case.labels,
-        weights=weights,
-        implementation=Implementation(implementation),
+        case.teacher, hidden, heads, divergence=Divergence(), labels_N=case.labels, weights=weights
     )
-    weighted(result, weights).backward()
+    scaled(result).backward()
     double = case.to(torch.float64)
     leaves = [x.clone().requires_grad_() for x in (double.student, double.student_head)]
-    wanted = gradients(weighted(head_reference(double, Divergence(), weights, *leaves), weights), *leaves)
+    wanted = gradients(scaled(head_reference(double, Divergence(), weights, *leaves)), *leaves)
     tolerance = TOLERANCES[dtype][1]
     assert error(hidden.grad, wanted[0]) < tolerance
     assert error(head.main_grad - 3.0, wanted[1]) < tolerance
@@ -142,16 +122,8 @@ def test_the_same_result_every_time(implementation: str) -> None:
 
     def once() -> tuple[Tensor, ...]:
         hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_()
-        shard = VocabShard(0, case.vocab_size, None)
-        outputs = linear_kl(
-            case.teacher,
-            case.teacher_head,
-            hidden,
-            head,
-            shard=shard,
-            divergence=Divergence(),
-            implementation=Implementation(implementation),
-        )
+        heads = case.heads(head, Implementation(implementation))
+        outputs = linear_kl(case.teacher, hidden, heads, divergence=Divergence())
         return gradients(loss(outputs, case.upstream), hidden, head)
 
     first, second = once(), once()
@@ -162,8 +134,7 @@ def test_the_same_result_every_time(implementation: str) -> None:
 def test_cosines_of_differences(centred: bool) -> None:
     """Like a late layer after a training: both models change alike, and little of what they have."""
     case = on_gpu((500, 20_000, 20_000, (1024, 512)), torch.bfloat16)
-    shard = VocabShard(0, case.vocab_size, None)
-    grams = head_grams(case.teacher_head, case.student_head, shard=shard, centred=centred)
+    grams = head_grams(case.heads(), centred=centred)
     deltas = [(x.float() * 0.3).requires_grad_() for x in (case.teacher, case.student)]
     heads = [head.double() for head in (case.teacher_head, case.student_head)]
     wide = [delta.detach().double().requires_grad_() for delta in deltas]
@@ -176,7 +147,7 @@ def test_cosines_of_differences(centred: bool) -> None:
         changes = [change - c[:, None] for change, c in zip(changes, lse, strict=True)]
         lse = [c.float() for c in lse]
     wanted = torch.nn.functional.cosine_similarity(*changes, dim=1)
-    cosine = delta_cosine(*deltas, *(lse or (None, None)), grams, shard=shard)
+    cosine = delta_cosine(*deltas, *(lse or (None, None)), grams)
     assert (cosine - wanted).abs().max() < 1e-5
     (gradient,) = torch.autograd.grad(cosine.sum(), deltas[1])
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide[1])

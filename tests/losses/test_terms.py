@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_fdd import distill
 from megatron_fdd.data.batch import Batch
-from megatron_fdd.losses import carry
+from megatron_fdd.losses import carry, objective
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.lens import Lens
 from megatron_fdd.losses.objective import ChunkLoss
@@ -20,7 +20,9 @@ from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.ops import head_loss
 from megatron_fdd.ops.exact_cast import to_rows
+from megatron_fdd.ops.head_loss import LossWeights
 from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.step import student
 from megatron_fdd.step.injection import attach_loss
@@ -172,8 +174,18 @@ def features_of_the_first(self: BesideTeacher, _index: int, batch: Batch) -> Tea
     return real_features(self, 0, FIRST_BATCHES[id(self)])
 
 
+def swapped_weights(*tokens: Tensor, divergence: float, entropy: float, **rest: Any) -> LossWeights:
+    return LossWeights(*tokens, divergence=entropy, entropy=divergence, **rest)
+
+
+def swapped_gradients(request: Request, weights: LossWeights, dtype: torch.dtype) -> Tensor:
+    swapped = replace(weights, divergence=weights.entropy, entropy=weights.divergence)
+    return real_stack_weights(request, swapped, dtype)
+
+
 FIRST_BATCHES: dict[int, Batch] = {}
 real_token_weights, real_refresh = ChunkForward.token_weights, LensCopies.refresh
+real_stack_weights = head_loss._stack_weights
 real_add_sums, real_features = ChunkForward._add_sums, BesideTeacher.features
 
 # What to break, by the name of what it breaks.
@@ -186,6 +198,8 @@ MUTATIONS = {
     "mask in the wrong order": (ChunkForward, "rows", batch_major_rows),
     "head gradient is autograd's too": (head_loss, "dummy", also_for_autograd),
     "padded rows counted": (distill, "vocab_shard", count_padding),
+    "weights of ce and kd are swapped": (objective, "LossWeights", swapped_weights),
+    "their gradients' weights are swapped": (head_loss, "_stack_weights", swapped_gradients),
     "only the last micro-batch is summed": (ChunkForward, "_add_sums", keep_the_last_sums),
     "the teacher sees the first micro-batch alone": (BesideTeacher, "features", features_of_the_first),
 }

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine
-from megatron_fdd.ops.linear_kl import VocabShard
 from tests.ops.linear_kl_case import Case, make_case
 
 
@@ -37,13 +36,7 @@ class Layers:
         logits = [[self.logits(model, layer) for layer in (self.earlier, self.later)] for model in models]
         return reference_cosine(*logits, centred=centred)
 
-    @property
-    def whole(self) -> VocabShard:
-        return VocabShard(0, self.earlier.vocab_size, None)
-
-    def cosine(
-        self, grams: HeadGrams, tokens: slice = slice(None), shard: VocabShard | None = None
-    ) -> Tensor:
+    def cosine(self, grams: HeadGrams, tokens: slice = slice(None)) -> Tensor:
         """The operation, its log-sum-exps taken from whole logits."""
         deltas, lse_deltas = [], []
         for model in ("teacher", "student"):
@@ -52,7 +45,7 @@ class Layers:
             deltas.append(delta[tokens])
             lse_deltas.append((later.logsumexp(-1) - earlier.logsumexp(-1)).to(delta.dtype)[tokens])
         lse = [None, None] if grams.centred else lse_deltas
-        return delta_cosine(*deltas, *lse, grams, shard=shard or self.whole)
+        return delta_cosine(*deltas, *lse, grams)
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:

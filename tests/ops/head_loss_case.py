@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights
@@ -21,14 +20,16 @@ def weights_of(case: Case, *, divergence: float = 0.7, entropy: float = 0.3) -> 
     return LossWeights(per_token[0], per_token[2], divergence, entropy)
 
 
-def weighted(result: HeadLoss, weights: LossWeights) -> Tensor:
-    """The loss that the gradient is of, times a common factor."""
-    parts = ((result.divergence, weights.divergence), (result.cross_entropy, weights.entropy))
-    return FACTOR * torch.stack([value * weight for value, weight in parts if value is not None]).sum()
+def scaled(result: HeadLoss) -> Tensor:
+    """Multiply the loss with a factor, as a loss scale is one."""
+    return FACTOR * result.loss
 
 
 def reference(case: Case, divergence: Divergence | None, weights: LossWeights, *leaves: Tensor) -> HeadLoss:
     double = Case(case.teacher, case.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
     outputs = double.reference(divergence)
-    value = None if divergence is None else (outputs.divergence_N * weights.divergence_N).sum()
-    return HeadLoss(value, (outputs.cross_entropy_N * weights.entropy_N).sum())
+    entropy = (outputs.cross_entropy_N * weights.entropy_N).sum()
+    if divergence is None:
+        return HeadLoss(weights.entropy * entropy, None, entropy)
+    value = (outputs.divergence_N * weights.divergence_N).sum()
+    return HeadLoss(weights.divergence * value + weights.entropy * entropy, value, entropy)

@@ -11,24 +11,27 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, LinearKL, VocabShard, linear_kl
+from megatron_fdd.ops.divergence import DIVERGENCES
+from megatron_fdd.ops.linear_kl import (
+    DEFAULT_IMPLEMENTATION,
+    Divergence,
+    Heads,
+    Implementation,
+    LinearKL,
+    VocabShard,
+    linear_kl,
+)
+from tests.oracle import reference as oracle
 
-KINDS = ("fkl", "rkl", "jsd", "sfkl", "srkl")
+KINDS = tuple(DIVERGENCES)
 
 
 def reference_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Straight from docs/method.md."""
-    heat, mix, kind = divergence.temperature, divergence.mix_weight, divergence.kind
-    log_t, log_s = log_softmax(teacher_NV / heat, -1), log_softmax(student_NV / heat, -1)
-    t, s = log_t.exp(), log_s.exp()
-    first, second = (s, t) if kind == "srkl" else (t, s)
-    log_m = {"fkl": log_s, "rkl": log_t}.get(kind, (mix * first + (1 - mix) * second).log())
-    kl_t, kl_s = (t * (log_t - log_m)).sum(-1), (s * (log_s - log_m)).sum(-1)
-    value = {"jsd": mix * kl_t + (1 - mix) * kl_s}.get(kind, kl_s if kind in ("rkl", "srkl") else kl_t)
-    return heat**2 * value
+    """Return the oracle's value, which shares nothing with the package."""
+    return oracle.divergence(divergence.kind, divergence.mix, divergence.temperature, teacher_NV, student_NV)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,13 @@ class Case:
         """The same numbers, rounded."""
         names = ("teacher", "teacher_head", "student", "student_head")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+    def heads(
+        self, student_head: Tensor | None = None, implementation: Implementation = DEFAULT_IMPLEMENTATION
+    ) -> Heads:
+        """Return both heads on one rank; the student's is the case's unless another is given."""
+        head = self.student_head if student_head is None else student_head
+        return Heads(self.teacher_head, head, VocabShard(0, self.vocab_size, None), implementation)
 
     def reference(self, divergence: Divergence | None) -> LinearKL:
         """All outputs in float64, without shards, tiles or padding."""
@@ -140,18 +150,23 @@ class RankPart:
         hidden = self.case.student[self.tokens].clone().requires_grad_()
         return hidden, self.case.student_head[self.rows].clone().requires_grad_(live)
 
-    def run(self, hidden: Tensor, head: Tensor, divergence: Divergence | None, **options) -> LinearKL:
+    def heads(self, head: Tensor, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Heads:
+        """Put the teacher's part beside the student's, `head`."""
+        return Heads(self.case.teacher_head[self.rows], head, self.shard, implementation)
+
+    def run(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        divergence: Divergence | None,
+        implementation: Implementation = DEFAULT_IMPLEMENTATION,
+        **options,
+    ) -> LinearKL:
         """The operation on this rank's part."""
-        case = self.case
+        labels_N = self.case.labels[self.tokens]
+        heads = self.heads(head, implementation)
         return linear_kl(
-            case.teacher[self.tokens],
-            case.teacher_head[self.rows],
-            hidden,
-            head,
-            shard=self.shard,
-            divergence=divergence,
-            labels_N=case.labels[self.tokens],
-            **options,
+            self.case.teacher[self.tokens], hidden, heads, divergence=divergence, labels_N=labels_N, **options
         )
 
 

@@ -8,16 +8,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
-from megatron_fdd.ops.linear_kl import VocabShard
 from tests.ops.delta_case import Layers, leaves, make_layers
 from tests.ops.linear_kl_case import Case, error, gradients, make_case
 
 
 def whole_grams(layers: Layers, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
-    case = layers.earlier
-    return head_grams(
-        case.teacher_head, case.student_head, shard=layers.whole, centred=centred, previous=previous
-    )
+    return head_grams(layers.earlier.heads(), centred=centred, previous=previous)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -42,12 +38,11 @@ def test_cosine_and_gradients(dtype: torch.dtype, centred: bool) -> None:
 def test_gradcheck(centred: bool) -> None:
     case = make_case(3, 9, padded=10)
     lse = [torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) for _ in range(2)]
-    shard = VocabShard(0, 9, None)
 
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
-        grams = head_grams(case.teacher_head, head, shard=shard, centred=centred)
+        grams = head_grams(case.heads(head), centred=centred)
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
-        return delta_cosine(case.teacher, student, *lse_deltas, grams, shard=shard)
+        return delta_cosine(case.teacher, student, *lse_deltas, grams)
 
     inputs = [tensor.requires_grad_() for tensor in (case.student, lse[1], case.student_head)]
     assert torch.autograd.gradcheck(cosine, inputs)
@@ -108,7 +103,7 @@ def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred
     student.requires_grad_()
     student_lse.requires_grad_(not centred)
     lse_deltas = (None, None) if centred else (teacher_lse, student_lse)
-    cosine = delta_cosine(teacher, student, *lse_deltas, grams, shard=layers.whole)
+    cosine = delta_cosine(teacher, student, *lse_deltas, grams)
     assert cosine[1] == 1
     assert (cosine[[0, 2, 3]] < 0.99).all()
     reached = gradients(cosine.sum(), student, *([] if centred else [student_lse]))
@@ -127,7 +122,7 @@ def test_constant_shift_is_no_difference_in_log_probabilities() -> None:
     grams = whole_grams(layers, centred=False)
     shift = torch.arange(1.0, 9.0) * 0.37
     student = torch.zeros(8, 7).index_copy_(1, torch.tensor([0]), shift[:, None]).requires_grad_()
-    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams, shard=layers.whole)
+    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams)
     assert (cosine == 1).all()
     assert not gradients(cosine.sum(), student)[0].any()
 
@@ -170,7 +165,7 @@ class Products(TorchDispatchMode):
 def unit_lse_cosine(layers: Layers, grams: HeadGrams) -> Tensor:
     """Of the later states as differences; no logits are made for their log-sum-exps."""
     lse = [None, None] if grams.centred else [torch.ones(5), torch.ones(5)]
-    return delta_cosine(layers.later.teacher, layers.later.student, *lse, grams, shard=layers.whole)
+    return delta_cosine(layers.later.teacher, layers.later.student, *lse, grams)
 
 
 @pytest.mark.parametrize("centred", [False, True])

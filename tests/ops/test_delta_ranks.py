@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fdd.ops.delta import delta_cosine, head_grams
-from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.ops.linear_kl import Heads, VocabShard
 from tests.harness.ranks import distributed
 from tests.ops.collectives import Copied, expect
 from tests.ops.delta_case import leaves, make_layers
@@ -27,14 +27,14 @@ def test_ranks_agree_with_the_definition(
     case = layers.earlier
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
     head = case.student_head.detach()[part.rows].clone().requires_grad_()
-    grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+    grams = head_grams(part.heads(head), centred=centred)
     assert grams.vocab_size == vocab_size
     reference = layers.reference(centred=centred)
     weights = torch.linspace(1, 2, 8, dtype=torch.float64)
     expected = gradients((weights * reference).sum(), *leaves(layers))
     # The log-sum-exps depend on the head too; here their share is part of the whole head's gradient.
     whole_head = case.student_head
-    cosine = layers.cosine(grams, part.tokens, part.shard)
+    cosine = layers.cosine(grams, part.tokens)
     assert error(cosine, reference[part.tokens]) < 1e-12
     earlier, later, through_lse, through_grams = torch.autograd.grad(
         (weights[part.tokens] * cosine).sum(),
@@ -64,9 +64,9 @@ def assert_equals_one_rank(num_tokens: int, *, centred: bool) -> None:
         student, student_lse = case.student, lse[1]
         for leaf in (student, student_lse, head):
             leaf.requires_grad_()
-        grams = head_grams(case.teacher_head[rows], head, shard=shard, centred=centred)
+        grams = head_grams(Heads(case.teacher_head[rows], head, shard), centred=centred)
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
-        cosine = delta_cosine(case.teacher, student, *lse_deltas, grams, shard=shard)
+        cosine = delta_cosine(case.teacher, student, *lse_deltas, grams)
         weights = torch.linspace(1, 2, num_tokens)
         weights[2:3] = 0
         *body, head_gradient = gradients(
@@ -104,9 +104,9 @@ def test_gradcheck(centred: bool) -> None:
 
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
         head = Copied.apply(head)[part.rows]
-        grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+        grams = head_grams(part.heads(head), centred=centred)
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
-        return delta_cosine(case.teacher, student, *lse_deltas, grams, shard=part.shard)
+        return delta_cosine(case.teacher, student, *lse_deltas, grams)
 
     inputs = [tensor.requires_grad_() for tensor in (case.student, lse[1], case.student_head)]
     assert torch.autograd.gradcheck(cosine, inputs)
@@ -126,16 +126,16 @@ def test_collectives() -> None:
         layers = make_layers(4 if sequence_parallel else 5, 30, padded=32, dtype=torch.float32)
         case = layers.earlier
         part = RankPart.of(case, sequence_parallel=sequence_parallel)
-        heads = case.teacher_head[part.rows], case.student_head.detach()[part.rows].requires_grad_(live)
+        heads = part.heads(case.student_head.detach()[part.rows].requires_grad_(live))
         parts = [7 + 12 + 1, student + 12 * 12] if centred else [student + 7 + 12 * 12 + 12 + 1]
         with expect([("allreduce", 4 * size) for size in parts]):
-            grams = head_grams(*heads, shard=part.shard, centred=centred)
+            grams = head_grams(heads, centred=centred)
         parts = [7, student] if centred else [student + 7]
         with expect([("allreduce", 4 * size) for size in parts]):
-            head_grams(*heads, shard=part.shard, centred=centred, previous=grams)
+            head_grams(heads, centred=centred, previous=grams)
         shared = not sequence_parallel
         with expect([("allgather_base", 4 * 3)] * shared):
-            cosine = layers.cosine(grams, part.tokens, part.shard)
+            cosine = layers.cosine(grams, part.tokens)
         wanted = [("allgather_base", 4 * 3 * (7 if centred else 8))] * shared
         with expect(wanted + [("allreduce", 4 * (student + 7))] * live):
             cosine.sum().backward()

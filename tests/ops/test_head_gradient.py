@@ -7,23 +7,14 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.delta import head_grams
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
 from tests.ops.linear_kl_case import Case, error, make_case, parameter_of_ddp, tiles
 
 
 def loss(case: Case, head: Tensor, implementation: Implementation) -> Tensor:
-    shard = VocabShard(0, case.vocab_size, None)
-    result = linear_kl(
-        case.teacher,
-        case.teacher_head,
-        case.student,
-        head,
-        shard=shard,
-        divergence=Divergence(),
-        labels_N=case.labels,
-        implementation=implementation,
-    )
-    grams = head_grams(case.teacher_head, head, shard=shard, centred=False)
+    heads = case.heads(head, implementation)
+    result = linear_kl(case.teacher, case.student, heads, divergence=Divergence(), labels_N=case.labels)
+    grams = head_grams(heads, centred=False)
     return result.divergence_N.sum() + result.cross_entropy_N.sum() + grams.student_student_DD.sum() / 100
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import MIB, peak_of
-from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Implementation, VocabShard
+from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
+from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation
 from tests.harness.ranks import distributed
-from tests.ops.head_loss_case import FACTOR, reference, weighted, weights_of
+from tests.ops.head_loss_case import FACTOR, reference, scaled, weights_of
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -27,31 +27,39 @@ from tests.ops.linear_kl_case import (
 )
 
 FEW = Implementation("torch", held_logits=53 * 5)  # 5 tokens of a vocabulary of 53 at a time
+FORWARD_KL = Divergence()
 PATHS = (FEW, Implementation("torch"), Implementation("reference"))
+
+
+def run(
+    case: Case,
+    hidden: Tensor,
+    head: Tensor,
+    weights: LossWeights,
+    divergence: Divergence | None = FORWARD_KL,
+    implementation: Implementation = DEFAULT_IMPLEMENTATION,
+) -> HeadLoss:
+    """The operation on one rank, labels included."""
+    heads = case.heads(head, implementation)
+    return head_loss(
+        case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels, weights=weights
+    )
 
 
 def assert_matches(
     case: Case, divergence: Divergence | None, implementation: Implementation, *, trained: bool
 ) -> None:
-    weights, teacher = weights_of(case), (case.teacher, case.teacher_head)
+    weights = weights_of(case)
     hidden, head = case.student.clone().requires_grad_(), case.student_head.clone().requires_grad_(trained)
-    ours = head_loss(
-        teacher,
-        (hidden, head),
-        shard=VocabShard(0, case.vocab_size, None),
-        divergence=divergence,
-        labels_N=case.labels,
-        weights=weights,
-        implementation=implementation,
-    )
+    ours = run(case, hidden, head, weights, divergence, implementation)
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
     expected = reference(case, divergence, weights, *leaves)
     for value, wanted in zip(ours, expected, strict=True):
         assert (value is None) == (wanted is None)
         assert value is None or error(value, wanted) < 1e-6
     inputs = (hidden, head) if trained else (hidden,)
-    wanted = gradients(weighted(expected, weights), *leaves)
-    for gradient, of_reference in zip(gradients(weighted(ours, weights), *inputs), wanted, strict=False):
+    wanted = gradients(scaled(expected), *leaves)
+    for gradient, of_reference in zip(gradients(scaled(ours), *inputs), wanted, strict=False):
         assert error(gradient, of_reference) < 1e-5
 
 
@@ -65,6 +73,19 @@ def test_sums_and_gradients(kind: str | None, temperature: float, trained: bool)
         assert_matches(case, divergence, implementation, trained=trained)
 
 
+@pytest.mark.parametrize("implementation", PATHS)
+def test_only_the_loss_carries_gradient(implementation: Implementation) -> None:
+    """No other combination of the two sums can be differentiated, in whatever order somebody weighs them."""
+    case = make_case(13, 53).to(torch.float32)
+    leaves = (case.student.requires_grad_(), case.student_head.requires_grad_())
+    result = run(case, *leaves, weights_of(case), implementation=implementation)
+    assert result.loss.requires_grad
+    assert result.divergence is not None
+    assert result.cross_entropy is not None
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        (result.divergence + result.cross_entropy).backward()
+
+
 @pytest.mark.parametrize("summed_in", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [None, torch.tensor(FACTOR)], ids=["late", "at-once"])
 def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: torch.dtype) -> None:
@@ -73,17 +94,14 @@ def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: tor
     head.main_grad = head.main_grad.to(summed_in)
     hidden = case.student.clone().requires_grad_()
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
-    expected = gradients(weighted(reference(case, Divergence(), weights, *leaves), weights), *leaves)
+    expected = gradients(scaled(reference(case, Divergence(), weights, *leaves)), *leaves)
     tolerance = 1e-6 if summed_in == torch.float32 else 2e-2
     for micro_batch in range(1, 3):
-        shard = VocabShard(0, 53, None)
-        options = {"labels_N": case.labels, "weights": weights, "implementation": FEW}
-        teacher = (case.teacher, case.teacher_head)
-        result = head_loss(teacher, (hidden, head), shard=shard, divergence=Divergence(), **options)
+        result = run(case, hidden, head, weights, implementation=FEW)
         in_forward = factor is not None and summed_in == torch.float32
         before = micro_batch - (not in_forward)
         assert error(head.main_grad.double() - 3.0, before * expected[1]) < tolerance or before == 0
-        weighted(result, weights).backward()
+        scaled(result).backward()
         assert head.grad is not None
         assert head.grad_added_to_main_grad
         head.grad = None
@@ -94,13 +112,9 @@ def test_into_main_grad_over_micro_batches(factor: Tensor | None, summed_in: tor
 def test_a_factor_that_is_not_the_losss_is_an_error() -> None:
     case = make_case(13, 53).to(torch.float32)
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR + 1))
-    student = (case.student, parameter_of_ddp(case.student_head))
-    shard, options = VocabShard(0, 53, None), {"labels_N": case.labels, "weights": weights}
-    result = head_loss(
-        (case.teacher, case.teacher_head), student, shard=shard, divergence=Divergence(), **options
-    )
-    with pytest.raises(RuntimeError, match="another factor"):
-        weighted(result, weights).backward()
+    result = run(case, case.student, parameter_of_ddp(case.student_head), weights)
+    with pytest.raises(RuntimeError, match="another gradient than LossWeights.factor"):
+        scaled(result).backward()
 
 
 def test_a_gradient_that_is_not_a_number_is_passed_on() -> None:
@@ -108,11 +122,8 @@ def test_a_gradient_that_is_not_a_number_is_passed_on() -> None:
     case = make_case(13, 53).to(torch.float32)
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR))
     hidden, head = case.student.requires_grad_(), parameter_of_ddp(case.student_head)
-    shard, options = VocabShard(0, 53, None), {"labels_N": case.labels, "weights": weights}
-    result = head_loss(
-        (case.teacher, case.teacher_head), (hidden, head), shard=shard, divergence=Divergence(), **options
-    )
-    (weighted(result, weights) * float("nan")).backward()
+    result = run(case, hidden, head, weights)
+    (scaled(result) * float("nan")).backward()
     assert hidden.grad.isnan().all()
 
 
@@ -122,14 +133,9 @@ def test_nothing_is_kept_of_a_head_whose_gradient_is_added_at_once() -> None:
 
     def peak(factor: Tensor | None) -> float:
         weights = replace(weights_of(case), factor=factor)
-        shard, options = VocabShard(0, 1000, None), {"labels_N": case.labels, "weights": weights}
-        teacher = (case.teacher, case.teacher_head)
 
         def call() -> None:
-            weighted(
-                head_loss(teacher, (case.student, head), shard=shard, divergence=Divergence(), **options),
-                weights,
-            ).backward()
+            scaled(run(case, case.student, head, weights)).backward()
             head.grad = None
 
         return peak_of(call) * MIB
@@ -141,14 +147,8 @@ def test_without_a_gradient_no_logits_are_held() -> None:
     case = make_case(13, 53).to(torch.float32)
     weights = weights_of(case)
     with torch.no_grad():
-        values = head_loss(
-            (case.teacher, case.teacher_head),
-            (case.student.requires_grad_(), case.student_head.requires_grad_()),
-            shard=VocabShard(0, 53, None),
-            divergence=Divergence("jsd"),
-            labels_N=case.labels,
-            weights=weights,
-        )
+        leaves = (case.student.requires_grad_(), case.student_head.requires_grad_())
+        values = run(case, *leaves, weights, Divergence("jsd"))
     expected = reference(case, Divergence("jsd"), weights, case.student, case.student_head)
     assert not values.divergence.requires_grad
     assert error(values.divergence, expected.divergence.detach()) < 1e-6
@@ -162,16 +162,8 @@ def test_no_product_beyond_the_least_possible(kind: str, trained: bool) -> None:
     weights = weights_of(case)
     student = (case.student.requires_grad_(), case.student_head.requires_grad_(trained))
     with Products() as products:
-        result = head_loss(
-            (case.teacher, case.teacher_head),
-            student,
-            shard=VocabShard(0, 53, None),
-            divergence=Divergence(kind),
-            labels_N=case.labels,
-            weights=weights,
-            implementation=FEW,
-        )
-        weighted(result, weights).backward()
+        result = run(case, *student, weights, Divergence(kind), FEW)
+        scaled(result).backward()
     assert products.total == 13 * 53 * (12 + 7 * (2 + trained))
 
 
@@ -188,16 +180,15 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
         divergence = None if kind is None else Divergence(kind, temperature=2.0)
         leaves = [x.clone().requires_grad_() for x in (case.student, case.student_head)]
         expected = reference(case, divergence, whole, *leaves)
-        wanted = gradients(weighted(expected, whole), *leaves)
+        wanted = gradients(scaled(expected), *leaves)
         hidden, head = part.inputs(live=True)
         ours = head_loss(
-            (case.teacher[rows], case.teacher_head[part.rows]),
-            (hidden, head),
-            shard=part.shard,
+            case.teacher[rows],
+            hidden,
+            part.heads(head, implementation),
             divergence=divergence,
             labels_N=case.labels[rows],
             weights=weights,
-            implementation=implementation,
         )
         for value, reference_value in zip(ours, expected, strict=True):
             if value is not None:
@@ -205,7 +196,7 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
                 if sequence_parallel:
                     dist.all_reduce(total)
                 assert error(total, reference_value) < 1e-12, (kind, implementation)
-        found = gradients(weighted(ours, weights), hidden, head)
+        found = gradients(scaled(ours), hidden, head)
         assert error(found[0], wanted[0][rows]) < 1e-12, (kind, implementation)
         assert error(found[1], wanted[1][part.rows]) < 1e-12, (kind, implementation)
 
@@ -229,16 +220,9 @@ def test_one_chunk_of_logits_is_held_at_a_time() -> None:
     student = (case.student.requires_grad_(), case.student_head.requires_grad_())
 
     def call() -> None:
-        result = head_loss(
-            (case.teacher, case.teacher_head),
-            student,
-            shard=VocabShard(0, vocab_size, None),
-            divergence=Divergence(),
-            labels_N=case.labels,
-            weights=weights,
-            implementation=Implementation("torch", held_logits=rows * vocab_size),
-        )
-        weighted(result, weights).backward()
+        few = Implementation("torch", held_logits=rows * vocab_size)
+        result = run(case, *student, weights, implementation=few)
+        scaled(result).backward()
 
     held = 2 * rows * vocab_size  # both models' logits
     others = (

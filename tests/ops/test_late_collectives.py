@@ -132,18 +132,16 @@ def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
     def step() -> tuple[Tensor, ...]:
         hidden, head = part.inputs(live=True)
         result = head_loss(
-            (case.teacher[part.tokens], case.teacher_head[part.rows]),
-            (hidden, head),
-            shard=part.shard,
+            case.teacher[part.tokens],
+            hidden,
+            part.heads(head, Implementation("torch", held_logits=4 * len(head))),
             divergence=divergence,
             labels_N=case.labels[part.tokens],
             weights=weights,
-            implementation=Implementation("torch", held_logits=4 * len(head)),
         )
         assert result.divergence is not None
         assert result.cross_entropy is not None
-        total = 0.7 * result.divergence + 0.3 * result.cross_entropy
-        return (result.divergence, result.cross_entropy, *gradients(total, hidden, head))
+        return (*result, *gradients(result.loss, hidden, head))
 
     return step
 
@@ -154,10 +152,10 @@ def delta_step(part: RankPart, *, centred: bool) -> Step:
 
     def step() -> tuple[Tensor, ...]:
         student, head = part.inputs(live=True)
-        grams = head_grams(case.teacher_head[part.rows], head, shard=part.shard, centred=centred)
+        grams = head_grams(part.heads(head), centred=centred)
         lse_N = torch.linspace(-1, 2, len(student), dtype=student.dtype)
         given = (None, None) if centred else (lse_N, 2 * lse_N)
-        cosine_N = delta_cosine(case.teacher[part.tokens], student, *given, grams, shard=part.shard)
+        cosine_N = delta_cosine(case.teacher[part.tokens], student, *given, grams)
         return (cosine_N, *gradients(cosine_N.sum(), student, head))
 
     return step

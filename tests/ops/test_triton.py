@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.implementation import Implementation
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
+from tests.ops import added_divergence
 from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_gradients
 
 triton = pytest.importorskip("triton")
@@ -52,15 +53,12 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     hidden = case.student.to(DEVICE).clone().requires_grad_()
     head = case.student_head.to(DEVICE).clone().requires_grad_(live)
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
-    teacher = [None if x is None else x.to(DEVICE) for x in teacher]
-    options = {
-        "shard": VocabShard(0, case.vocab_size, None),
-        "implementation": TRITON,
-        "labels_N": case.labels,
-    } | options
-    labels_N = options.pop("labels_N")
+    teacher_NT, teacher_WT = (None if x is None else x.to(DEVICE) for x in teacher)
+    shard, implementation = options.pop("shard", case.heads().shard), options.pop("implementation", TRITON)
+    labels_N = options.pop("labels_N", case.labels)
     labels_N = None if labels_N is None else labels_N.to(DEVICE)
-    outputs = linear_kl(*teacher, hidden, head, divergence=divergence, labels_N=labels_N, **options)
+    heads = Heads(teacher_WT, head, shard, implementation)
+    outputs = linear_kl(teacher_NT, hidden, heads, divergence=divergence, labels_N=labels_N, **options)
     leaves = (hidden, head) if live else (hidden,)
     grads = gradients(loss(outputs, case.upstream.to(DEVICE)), *leaves)
     return LinearKL(*(None if x is None else x.cpu() for x in outputs)), [grad.cpu() for grad in grads]
@@ -88,6 +86,14 @@ def test_values_and_gradients(kind: str, temperature: float, live: bool, dtype: 
     case = make_case(5, 53, padded=70, widths=WIDTHS).to(dtype)
     case.student_head[53:] = case.teacher_head[53:] = math.nan  # never read, not even to be multiplied by 0
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_divergence_that_brings_its_own_function(temperature: float, live: bool) -> None:
+    case = make_case(5, 53, padded=70, widths=WIDTHS).to(torch.float32)
+    with added_divergence.known():
+        assert_matches(case, Divergence("tv", temperature=temperature), live=live)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])

@@ -6,6 +6,7 @@ tensors under the names of a stock GPTModel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +185,11 @@ def distillation_loss(
     def mean(value: Tensor, mask: Tensor) -> Tensor:
         return value[mask > 0].sum() / mask.sum()
 
+    def of_logits(kind: str, z_teacher: Tensor, z_student: Tensor) -> Tensor:
+        return mean(divergence(kind, terms.mix, terms.temperature, z_teacher, z_student), term)
+
     ce = -z_student.log_softmax(-1).gather(-1, batch["labels"][..., None])[..., 0]
-    parts = {"ce": mean(ce, label), "kd": mean(divergence(terms, terms.kd_kind, z_teacher, z_student), term)}
+    parts = {"ce": mean(ce, label), "kd": of_logits(terms.kd_kind, z_teacher, z_student)}
     total = terms.ce * parts["ce"] + terms.kd * parts["kd"]
     y_student, y_teacher = [], []
     for s, t in terms.pairs:
@@ -193,7 +197,7 @@ def distillation_loss(
             ..., :vocab
         ]
         lens_t = lens(terms, teacher_shape, teacher, teacher_blocks[t - 1], detached=True)[..., :vocab]
-        value = mean(divergence(terms, terms.trajectory_kind, lens_t, lens_s), term)
+        value = of_logits(terms.trajectory_kind, lens_t, lens_s)
         parts[f"trajectory s{s}:t{t}"] = value
         total = total + terms.alpha * value / len(terms.pairs)
         y_student.append(delta_space(terms, lens_s))
@@ -228,24 +232,33 @@ def delta_space(terms: Terms, z: Tensor) -> Tensor:
     return z - z.mean(-1, keepdim=True) if terms.centred else z.log_softmax(-1)
 
 
-def divergence(terms: Terms, kind: str, z_teacher: Tensor, z_student: Tensor) -> Tensor:
-    tau = terms.temperature
-    log_t, log_s = (z_teacher / tau).log_softmax(-1), (z_student / tau).log_softmax(-1)
-    mix = terms.mix if terms.mix is not None else (0.5 if kind == "jsd" else 0.1)
-    t, s = log_t.exp(), log_s.exp()
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p.log() - q.log())).sum(-1)
 
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p * (p.log() - q.log())).sum(-1)
 
+# From both log-probabilities over the whole vocabulary and the mix.
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "fkl": lambda log_t, log_s, _: (log_t.exp() * (log_t - log_s)).sum(-1),
+    "rkl": lambda log_t, log_s, _: (log_s.exp() * (log_s - log_t)).sum(-1),
+    "jsd": lambda log_t, log_s, mix: jensen_shannon(log_t.exp(), log_s.exp(), mix),
+    "sfkl": lambda log_t, log_s, mix: kl(log_t.exp(), mix * log_t.exp() + (1 - mix) * log_s.exp()),
+    "srkl": lambda log_t, log_s, mix: kl(log_s.exp(), mix * log_s.exp() + (1 - mix) * log_t.exp()),
+}
+DEFAULT_MIX = {"jsd": 0.5, "sfkl": 0.1, "srkl": 0.1}
+
+
+def jensen_shannon(t: Tensor, s: Tensor, mix: float) -> Tensor:
     m = mix * t + (1 - mix) * s
-    value = {
-        "fkl": lambda: (t * (log_t - log_s)).sum(-1),
-        "rkl": lambda: (s * (log_s - log_t)).sum(-1),
-        "jsd": lambda: mix * kl(t, m) + (1 - mix) * kl(s, m),
-        "sfkl": lambda: kl(t, m),
-        "srkl": lambda: kl(s, mix * s + (1 - mix) * t),
-    }[kind]()
-    return tau**2 * value
+    return mix * kl(t, m) + (1 - mix) * kl(s, m)
+
+
+def divergence(
+    kind: str, mix: float | None, temperature: float, z_teacher: Tensor, z_student: Tensor
+) -> Tensor:
+    """Return the divergence of logits [..., V] for each token."""
+    log_t, log_s = ((z / temperature).log_softmax(-1) for z in (z_teacher, z_student))
+    mix = DEFAULT_MIX.get(kind, float("nan")) if mix is None else mix
+    return temperature**2 * DIVERGENCES[kind](log_t, log_s, mix)
 
 
 def random_batches(num: int, batch: int, length: int, vocab: int, seed: int = 11) -> list[dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from megatron_fdd.config import DivergenceName, FddConfig
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import Divergence, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from megatron_fdd.plan.balance import (
     TokenFlops,
     balanced_split,
@@ -92,14 +92,12 @@ def test_head_flops_are_those_of_the_products_done(
 ) -> None:
     tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
     teacher_head_WT, teacher_NT = torch.randn(vocab, teacher_width), torch.randn(tokens, teacher_width)
-    student_head_WS = torch.randn(vocab, student_width, requires_grad=trains_head)
-    student_NS = torch.randn(tokens, student_width, requires_grad=True)
+    student_head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
+    student_ND = torch.randn(tokens, student_width, requires_grad=True)
     in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        result = linear_kl(
-            teacher_NT, teacher_head_WT, student_NS, student_head_WS,
-            shard=VocabShard(0, vocab, None), divergence=divergence and Divergence(divergence), needs_lse=True,
-        )  # fmt: skip
+        heads = Heads(teacher_head_WT, student_head_WD, VocabShard(0, vocab, None))
+        result = linear_kl(teacher_NT, student_ND, heads, divergence=divergence and Divergence(divergence))
         outputs = (result.divergence_N, result.student_lse_N)
         torch.stack([output.sum() for output in outputs if output is not None]).sum().backward()
     teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
@@ -114,17 +112,18 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
     divergence: DivergenceName | None, trains_head: bool
 ) -> None:
     tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
-    teacher = (torch.randn(tokens, teacher_width), torch.randn(vocab, teacher_width))
-    head_WS = torch.randn(vocab, student_width, requires_grad=trains_head)
+    teacher_NT, teacher_head_WT = torch.randn(tokens, teacher_width), torch.randn(vocab, teacher_width)
+    head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
+    student_ND = torch.randn(tokens, student_width, requires_grad=True)
     ones = torch.ones(tokens)
     in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         result = head_loss(
-            teacher, (torch.randn(tokens, student_width, requires_grad=True), head_WS),
-            shard=VocabShard(0, vocab, None), divergence=divergence and Divergence(divergence),
+            teacher_NT, student_ND, Heads(teacher_head_WT, head_WD, VocabShard(0, vocab, None)),
+            divergence=divergence and Divergence(divergence),
             labels_N=torch.zeros(tokens, dtype=torch.int64), weights=LossWeights(ones, ones, 1.0, 1.0),
         )  # fmt: skip
-        torch.stack([total for total in result if total is not None]).sum().backward()
+        result.loss.backward()
     teacher_shape = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
     student_shape = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
     expected = head_loss_flops(student_shape, teacher_shape if divergence else None, trains_head=trains_head)

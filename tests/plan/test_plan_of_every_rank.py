@@ -58,8 +58,7 @@ def steps_of(plan: Plan, topology: Topology) -> PipelineWork:
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, hidden_size=WIDTH)
     chunks = plan.chunks_on(topology.stage)
     objectives = [
-        Objective(plan.config, plan.pairs, chunk, shard, StepGrams(plan.config, shard), None)
-        for chunk in chunks
+        Objective(plan.config, plan.pairs, chunk, shard, StepGrams(plan.config), None) for chunk in chunks
     ]
     students = [cast(Any, SimpleNamespace(config=config))] * len(chunks)
     return PipelineWork(students, objectives, plan, topology, None)

@@ -20,25 +20,46 @@ def log_mixture(first, second, log_mix, log_rest):
     return tl.maximum(first, second) + tl.log(1.0 + tl.exp(-tl.abs(first - second)))
 
 
+# Value and score of the divergences from log-probabilities, as `DIVERGENCES` has them for torch. All take the same.
+
+
 @triton.jit
-def summands(teacher, student, mix, log_mix, log_rest, KIND: tl.constexpr):
-    """Value and score of a divergence from log-probabilities, as Divergence.summands has them."""
-    if KIND == "fkl":
-        mass = tl.exp(teacher)
-        return mass * (teacher - student), -mass
-    if KIND == "rkl":
-        score = tl.exp(student) * (student - teacher)
-        return score, score
-    if KIND == "srkl":
-        gap = student - log_mixture(student, teacher, log_mix, log_rest)
-        mass = tl.exp(student)
-        return mass * gap, mass * (gap + mix * (1.0 - tl.exp(gap)))
+def fkl(teacher, student, mix, log_mix, log_rest):
+    """KL(T || S)."""
+    mass = tl.exp(teacher)
+    return mass * (teacher - student), -mass
+
+
+@triton.jit
+def rkl(teacher, student, mix, log_mix, log_rest):
+    """KL(S || T)."""
+    score = tl.exp(student) * (student - teacher)
+    return score, score
+
+
+@triton.jit
+def jsd(teacher, student, mix, log_mix, log_rest):
+    """mix KL(T || M) + (1 - mix) KL(S || M), M = mix T + (1 - mix) S."""
     mixed = log_mixture(teacher, student, log_mix, log_rest)
     value = tl.exp(teacher) * (teacher - mixed)
-    if KIND == "sfkl":
-        return value, tl.exp(student) * (1.0 - tl.exp(teacher - mixed)) * (1.0 - mix)
     score = tl.exp(student) * (student - mixed) * (1.0 - mix)
     return value * mix + score, score
+
+
+@triton.jit
+def sfkl(teacher, student, mix, log_mix, log_rest):
+    """KL(T || mix T + (1 - mix) S)."""
+    mixed = log_mixture(teacher, student, log_mix, log_rest)
+    value = tl.exp(teacher) * (teacher - mixed)
+    return value, tl.exp(student) * (1.0 - tl.exp(teacher - mixed)) * (1.0 - mix)
+
+
+@triton.jit
+def srkl(teacher, student, mix, log_mix, log_rest):
+    """KL(S || mix S + (1 - mix) T)."""
+    gap = student - log_mixture(student, teacher, log_mix, log_rest)
+    mass = tl.exp(student)
+    return mass * gap, mass * (gap + mix * (1.0 - tl.exp(gap)))
 
 
 @triton.jit
@@ -149,16 +170,16 @@ def second_kernel(
     score_RC, weights_RC,  # out: weights of the rows to sum; None: not wanted
     value_R, score_R,  # sums, in place
     stride, out_stride, num_rows, num_columns, inverse_temperature, mix, log_mix, log_rest,
-    KIND: tl.constexpr, COLUMNS: tl.constexpr,
+    VALUE_AND_SCORE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Value and score of a divergence with a mixture."""
+    """Sums of value and score of a divergence: the function VALUE_AND_SCORE of log-probabilities."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < num_columns
     teacher = load_row(teacher_RC, row, stride, column, num_columns, inverse_temperature)
     student = load_row(student_RC, row, stride, column, num_columns, inverse_temperature)
     teacher = tl.where(inside, teacher - tl.load(lse_M + row), 0.0)
     student = tl.where(inside, student - tl.load(lse_M + num_rows + row), 0.0)
-    value, score = summands(teacher, student, mix, log_mix, log_rest, KIND)
+    value, score = VALUE_AND_SCORE(teacher, student, mix, log_mix, log_rest)
     value, score = tl.where(inside, value, 0.0), tl.where(inside, score, 0.0)
     tl.store(value_R + row, tl.load(value_R + row) + tl.sum(value, 0))
     tl.store(score_R + row, tl.load(score_R + row) + tl.sum(score, 0))
@@ -174,16 +195,17 @@ def gradient_kernel(
     label_R, label_scale_R,  # ids relative to the tile, and what is subtracted there
     gradient_RC,  # out
     stride, out_stride, num_rows, num_columns, first, inverse_temperature, mix, log_mix, log_rest,
-    KIND: tl.constexpr, COLUMNS: tl.constexpr,
+    VALUE_AND_SCORE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the student's logits. Without a teacher KIND is None."""
+    """Gradient of the student's logits. Without a teacher VALUE_AND_SCORE is None."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     student = load_row(student_RC, row, stride, column, num_columns, 1.0)
     gradient = tl.zeros((COLUMNS,), tl.float32)
-    if KIND is not None:
+    if VALUE_AND_SCORE is not None:
         teacher = load_row(teacher_RC, row, stride, column, num_columns, inverse_temperature)
         student_log = student * inverse_temperature - tl.load(lse_M + num_rows + row)
-        value, score = summands(teacher - tl.load(lse_M + row), student_log, mix, log_mix, log_rest, KIND)
+        teacher_log = teacher - tl.load(lse_M + row)
+        value, score = VALUE_AND_SCORE(teacher_log, student_log, mix, log_mix, log_rest)
         gradient = score * tl.load(scale_R + row) + tl.exp(student_log) * tl.load(own_R + row)
     if unit_R is not None:
         gradient += tl.exp(student - tl.load(unit_lse_R + row)) * tl.load(unit_R + row)

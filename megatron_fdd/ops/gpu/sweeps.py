@@ -19,8 +19,9 @@ from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.gpu import kernels as kernels
+from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
-from megatron_fdd.ops.request import Model, Request
+from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
@@ -50,7 +51,7 @@ class TritonSweeps:
     def __init__(self, request: Request, teacher: Model | None, student: Model) -> None:
         self._request, self._models = request, (teacher, student)
         held = request.held_rows is not None
-        tile_size = min(request.implementation.tile_columns(student[1]), MOST_COLUMNS)
+        tile_size = min(request.implementation.tile_columns(student[1], request.divergence), MOST_COLUMNS)
         self._tiles = LogitTiles(
             teacher,
             student,
@@ -84,7 +85,7 @@ class TritonSweeps:
                 "gap_M": gap_M,
                 "temperature": request.temperature,
                 "limit": _leap_limit(self._models[1][1].dtype, request.temperature),
-                "LEAD": None if request.one_sweep is None else "student" if sums.student_leads else "teacher",
+                "LEAD": None if request.divergence is None else request.divergence.definition.leader,
             }
             for piece in _pieces(tile):
                 self._launch(kernels.softmax_kernel, piece, arguments)
@@ -111,7 +112,7 @@ class TritonSweeps:
                 "out_stride": 0 if weights_MC is None else weights_MC.stride(0),
             }
             for piece in _pieces(tile):
-                self._launch(kernels.second_kernel, piece, arguments | _kind(request.two_sweep))
+                self._launch(kernels.second_kernel, piece, arguments | _value_and_score(request.two_sweep))
             if rows_MD is not None and weights_MC is not None:
                 accumulate(rows_MD, weights_MC, tile.head_CD)
         return sums_2R, rows_MD
@@ -126,7 +127,7 @@ class TritonSweeps:
         """The hidden states' gradient [R, D], this rank's part; the head's is added to `head_gradient_WD`."""
         request, tiles = self._request, self._tiles
         gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
-        arguments = _factors(request, upstream, normalisers, labels_R) | _kind(request.divergence)
+        arguments = _factors(request, upstream, normalisers, labels_R) | _value_and_score(request.divergence)
         for tile in self._sweep():
             gradient_RC = _in_place(tile.student_RC, tile.head_CD.dtype)
             for piece in _pieces(tile):
@@ -273,8 +274,12 @@ def _factors(
     }
 
 
-def _kind(divergence: Divergence | None) -> dict[str, Any]:
+def _value_and_score(divergence: Divergence | None) -> dict[str, Any]:
+    """Return a kernel's arguments: the function, and what it is given beside log-probabilities."""
     if divergence is None:
-        return {"KIND": None, "mix": 0.5, "log_mix": 0.0, "log_rest": 0.0}
+        return {"VALUE_AND_SCORE": None, "mix": 0.5, "log_mix": 0.0, "log_rest": 0.0}
     mix = divergence.mix_weight
-    return {"KIND": divergence.kind, "mix": mix, "log_mix": math.log(mix), "log_rest": math.log1p(-mix)}
+    function = divergence.definition.triton_function()
+    return {
+        "VALUE_AND_SCORE": function, "mix": mix, "log_mix": math.log(mix), "log_rest": math.log1p(-mix),
+    }  # fmt: skip

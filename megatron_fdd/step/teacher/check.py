@@ -12,7 +12,7 @@ from megatron_fdd.host import console
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.lens import Lens
 from megatron_fdd.ops.head_loss import masked_sum
-from megatron_fdd.ops.linear_kl import VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Heads, VocabShard, linear_kl
 
 
 def log_cross_entropy(
@@ -34,10 +34,8 @@ def log_cross_entropy(
     assert features.final_SBT is not None
     result = linear_kl(
         None,
-        None,
         features.final_SBT.flatten(0, 1),
-        lens.head_WH,
-        shard=shard,
+        Heads(None, lens.head_WH, shard),
         divergence=None,
         labels_N=labels_N,
         needs_lse=False,

@@ -1,0 +1,52 @@
+"""The two heads that an operation reads hidden states through, as this rank has them.
+
+Shapes: N this rank's tokens, T / D hidden width of teacher / student, W rows of this rank's head shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
+from megatron_fdd.ops.vocab_shard import VocabShard
+
+Model = tuple[Tensor, Tensor]
+"""Hidden states [tokens, width] and head [rows, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Both models' heads at this rank: rows of the same slice of the vocabulary, and what computes with them.
+
+    Attributes:
+        teacher_WT: a constant; None: there is no teacher.
+        student_WD: gets a gradient where it requires one.
+        shard: which part of the vocabulary the rows are; the two heads may be padded differently beyond it.
+        implementation: which implementation runs, and how it cuts its work.
+    """
+
+    teacher_WT: Tensor | None
+    student_WD: Tensor
+    shard: VocabShard
+    implementation: Implementation = DEFAULT_IMPLEMENTATION
+
+    def models(self, teacher_NT: Tensor | None, student_ND: Tensor) -> tuple[Model | None, Model]:
+        """Join hidden states with their heads; the teacher's detached, and None without hidden states of one."""
+        teacher = None
+        if teacher_NT is not None:
+            assert self.teacher_WT is not None, "hidden states of a teacher without a head"
+            teacher = (teacher_NT.detach(), self.teacher_WT.detach())
+        student = (student_ND, self.student_WD)
+        for hidden, head in (student,) if teacher is None else (teacher, student):
+            assert hidden.ndim == head.ndim == 2, (
+                f"{hidden.shape}, {head.shape}: [tokens, width] and [rows, width]"
+            )
+            assert hidden.shape[1] == head.shape[1], f"{hidden.shape} and {head.shape} differ in width"
+            assert len(hidden) == len(student_ND), (
+                f"{len(hidden)} rows of a model, {len(student_ND)} of the student"
+            )
+            rows = max(1, self.shard.num_valid)
+            assert len(head) >= rows, f"{len(head)} rows of a head, {self.shard.num_valid} valid"
+        return teacher, student
