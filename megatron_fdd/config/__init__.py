@@ -199,7 +199,7 @@ class FddConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FddConfig:
-        """The values of a parsed command line (Megatron's namespace with `add_fdd_args`).
+        """Take the values of a parsed command line (Megatron's namespace with `add_fdd_args`).
 
         Raises:
             ValueError: as the class does; or layer pairs that cannot be read.
@@ -218,6 +218,7 @@ class FddConfig:
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether any term looks at the teacher."""
         return self.uses_taps or self.kd_weight > 0
 
     @property

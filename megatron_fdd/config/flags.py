@@ -44,12 +44,12 @@ class Flag:
 
 
 def flag[T](default: T, text: str, **more: Any) -> T:
-    """A field with a flag; `more` are attributes of `Flag`."""
+    """Make a field with a flag; `more` are attributes of `Flag`."""
     return dataclasses.field(default=default, metadata={"flag": Flag(text, **more)})
 
 
 def dest(field_name: str) -> str:
-    """A field's name in the parsed command line; with dashes it is that of its flag."""
+    """Return a field's name in the parsed command line; with dashes it is that of its flag."""
     return field_name if field_name.startswith("teacher_") else f"fdd_{field_name}"
 
 
@@ -64,7 +64,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def read_flags(config: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The value of each field of `config` in a parsed command line.
+    """Return the value of each field of `config` in a parsed command line.
 
     Raises:
         ValueError: a value that `Flag.read` refuses.
@@ -101,7 +101,7 @@ def _option(field_name: str) -> str:
 
 
 def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
-    """What argparse is told: a switch for a bool, else a value of the field's type, its default behind the text.
+    """Describe a flag to argparse: a switch for a bool, else a value of the field's type, its default behind the text.
 
     A field whose default is () takes a value each time that its flag is given.
     """

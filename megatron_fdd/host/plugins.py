@@ -24,7 +24,7 @@ _LONGEST_MESSAGE = 300
 
 
 def named_plugins(words: Sequence[str]) -> list[str]:
-    """The modules that a command line names, in order. `words` are those behind the program.
+    """List the modules that a command line names, in order. `words` are those behind the program.
 
     Raises:
         ValueError: the flag has no value.
@@ -68,7 +68,7 @@ def _import(name: str) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """The last line in the plug-in's folder on the way to its error, in brackets; nothing where there is none."""
+    """Name the last line in the plug-in's folder on the way to its error, in brackets; "" where there is none."""
     trace = traceback.extract_tb(error.__traceback__)
     lines = [line for line in trace if line.filename not in (__file__, importlib.__file__)]
     lines = [line for line in lines if not line.filename.startswith("<frozen importlib")]
