@@ -7,14 +7,15 @@ takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config
 
 from __future__ import annotations
 
-import importlib
+import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_fdd.host.process import end_at_interrupt, ended_by_sigterm, print_error, raise_at_interrupt
 
@@ -26,25 +27,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fdd.host import console, rehearsal
+from megatron_fdd.host.start import start
 
 if __name__ == "__main__":
-    if not {"-h", "--help"}.isdisjoint(sys.argv):
-        importlib.import_module("megatron_fdd.host.quiet")
-    elif "--fdd-verbose" not in sys.argv:
-        console.divide()  # before anything of Megatron prints
-    try:
-        if rehearsal.is_wanted():
-            rehearsal.start()  # before Megatron looks for a GPU
-            console.say("Rehearsal: Megatron runs on CPUs (gloo, no fused kernels); not for speed.")
-    except ValueError as error:
-        print_error(f"megatron_fdd: error: {error}")
-        sys.exit(1)
+    start()
 
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import unwrap_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
@@ -78,11 +71,28 @@ from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.step.teacher.teacher import Teacher
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a training script of one's own hands in; None: as this package has it.
+
+    Attributes:
+        pretrain: the training loop, with the interface of `megatron.training.pretrain` 0.19.2.
+        datasets: from (numbers of train, valid and test samples, vp_stage) to the three datasets. A sample has what
+            those of `data/datasets.py` have. On every rank alike: no check of this package looks at it beforehand.
+        student: from the run's arguments to Megatron's configuration of the student, a GPTModel.
+    """
+
+    pretrain: Callable[..., None] | None = None
+    datasets: Callable[..., Any] | None = None
+    student: Callable[[argparse.Namespace], GPTModelConfig] | None = None
+
+
 class Distillation:
     """A prepared run with its models: what Megatron's `pretrain` is given."""
 
-    def __init__(self, run: PreparedRun) -> None:
+    def __init__(self, run: PreparedRun, parts: Parts) -> None:
         self._run = run
+        self._parts = parts
         self._patches = ExitStack()
         self._student_step: StudentForward | None = None
         terms = tuple(term.kind for term in active_terms(run.config))
@@ -103,13 +113,17 @@ class Distillation:
         install_adam()
         if run.args.transformer_impl == "local":
             install_norms()
-        config = model_config(run.args)
+        parts = self._parts
+        config = (parts.student or model_config)(run.args)
         config.post_wrap_hooks.append(self._attach)
+        datasets: Any = parts.datasets or train_valid_test_provider
+        # Megatron reads this: build the loaders on every rank, since each stage with a tap needs the masks.
+        datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
         with self._patches:
             try:
-                pretrain(
-                    container, train_valid_test_provider, ModelType.encoder_or_decoder, self.forward_step
+                (parts.pretrain or pretrain)(
+                    container, datasets, ModelType.encoder_or_decoder, self.forward_step
                 )
             except SystemExit as end:  # of --exit-interval and the like, or Megatron's word on a failure
                 self._end()
@@ -251,18 +265,18 @@ def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> 
     return VocabShard(first, num_valid, topology.tensor_group, topology.sequence_parallel)
 
 
-def main() -> int:
+def main(parts: Parts = Parts()) -> int:
     """Run as `sys.argv` says. Returns the exit status: 1 after an error that the user can mend."""
     if rehearsal.is_wanted():
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
     try:
         import_plugins(named_plugins(sys.argv[1:]))
-        run = prepare_run()
+        run = prepare_run(checks_data=parts.datasets is None)
         if run.config.dry_run:
             if is_first_rank():
                 console.say(describe_plan(run.plan, run.args, run.teacher))
             return 0
-        distillation = Distillation(run)
+        distillation = Distillation(run, parts)
         # With --exit-signal-handler Megatron finishes the step and saves.
         is_ours = is_first_rank() and not run.args.exit_signal_handler
         with (
@@ -277,12 +291,19 @@ def main() -> int:
         console.log_traceback()
         print_error(f"megatron_fdd: error: {error}")
         return 1
-    finally:
-        if torch.distributed.is_initialized() and __name__ == "__main__":
-            torch.distributed.destroy_process_group()
     return 0
 
 
-if __name__ == "__main__":
+def run_as_script(parts: Parts = Parts()) -> NoReturn:
+    """Run `main` and end this process; the last line of a training script, whose first is `host.start.start`."""
     raise_at_interrupt()
-    sys.exit(main())
+    try:
+        status = main(parts)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    run_as_script()

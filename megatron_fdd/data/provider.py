@@ -40,10 +40,6 @@ def train_valid_test_provider(
     return build_datasets(get_args(), num_samples, get_tokenizer())
 
 
-# Megatron reads this: build the loaders on every rank, not only on tensor-parallel rank 0.
-train_valid_test_provider.is_distributed = True  # type: ignore[attr-defined]
-
-
 def build_datasets(
     args: argparse.Namespace, num_samples: Sequence[int | None], tokenizer: MegatronTokenizerBase
 ) -> list[MegatronDataset | list[MegatronDataset] | None]:

@@ -77,8 +77,9 @@ def _check_tokenizer_files(context: Context) -> None:
 
 
 def _check_data(context: Context) -> None:
-    """Refuse data that the run cannot read or learn from."""
-    check_data_args(context.args)
+    """Refuse data that the run cannot read or learn from, unless the training script brings its own."""
+    if context.checks_data:
+        check_data_args(context.args)
 
 
 def _check_recompute(context: Context) -> None:

@@ -66,6 +66,7 @@ class Context:
         stored_teacher: None without a teacher.
         teacher_args: the teacher's in this run.
         plan: layer pairs, layers of every chunk, vocabulary.
+        checks_data: the datasets are ours; False where a training script brings its own.
     """
 
     config: FddConfig
@@ -74,6 +75,7 @@ class Context:
     stored_teacher: StoredModel | None = None
     teacher_args: argparse.Namespace | None = None
     plan: Plan | None = None
+    checks_data: bool = True
 
     @property
     def student(self) -> Model:

@@ -49,8 +49,11 @@ class PreparedRun:
         return self.plan.config
 
 
-def prepare_run() -> PreparedRun:
+def prepare_run(*, checks_data: bool = True) -> PreparedRun:
     """Read `sys.argv` and check all that can be wrong without talking to other ranks.
+
+    Args:
+        checks_data: the datasets are ours, made from the files that flags name.
 
     Raises:
         ValueError: names the value and the remedy.
@@ -59,7 +62,7 @@ def prepare_run() -> PreparedRun:
     config = FddConfig.from_args(args)
     # Megatron prints a thousand lines of arguments; a dry run is for its plan.
     with contextlib.redirect_stdout(io.StringIO()) if config.dry_run else contextlib.nullcontext():
-        return _prepare(Context(config, args), defaults)
+        return _prepare(Context(config, args, checks_data=checks_data), defaults)
 
 
 def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:

@@ -259,7 +259,3 @@ def test_provider_on_two_ranks_reads_disjoint_samples(
             first = step * 4 + rank * 2
             assert torch.equal(batch.tokens_BS[0], train[first]["tokens"])
             assert torch.equal(batch.token_mask_BS[1], train[first + 1]["token_mask"])
-
-
-def test_provider_asks_for_every_rank() -> None:
-    assert train_valid_test_provider.is_distributed is True
