@@ -61,6 +61,7 @@ class Toy:
     teacher_share: float | None = flag(None, "at most 100% of it", group="of the teacher", metavar="F")
     level: Literal["low", "high"] = flag("low", "how much", group="of the run")
     maker: str = flag("us", "whose", choices=lambda: MAKERS)
+    place: str = flag("in", "where", choices=lambda: {"in": "here", "out": "there"})
     count: int = flag(2, "how many", bound=Bound("at least 2", lambda value: value >= 2))
     is_quick: bool = flag(False, "no waiting")
     words: tuple[str, ...] | None = flag(None, "some", read=lambda text: text and tuple(text.split()))
@@ -77,10 +78,10 @@ def parse_toy(*argv: str) -> Toy:
 
 
 def test_a_field_says_its_flag() -> None:
-    assert parse_toy() == Toy() == Toy(None, "low", "us", 2, False, None, ())
+    assert parse_toy() == Toy() == Toy(None, "low", "us", "in", 2, False, None, ())
     argv = "--teacher-share 0.5 --fdd-level high --fdd-count 3 --fdd-is-quick --fdd-words=a --fdd-maker us"
-    argv += " --fdd-guests b --fdd-guests=c"
-    assert parse_toy(*argv.split()) == Toy(0.5, "high", "us", 3, True, ("a",), ("b", "c"))
+    argv += " --fdd-guests b --fdd-guests=c --fdd-place out"
+    assert parse_toy(*argv.split()) == Toy(0.5, "high", "us", "out", 3, True, ("a",), ("b", "c"))
     for wrong in ("--fdd-level middle", "--fdd-count 2.5", "--teacher-share half"):
         with pytest.raises(
             argparse.ArgumentError, match=rf"{wrong.split()[0]}: invalid .*{wrong.split()[1]}"
@@ -95,6 +96,8 @@ def test_an_open_set_has_what_is_there_when_the_parser_is_made(monkeypatch: pyte
         argparse.ArgumentError, match="--fdd-maker: 'them' is none of us; if a plug-in .* --fdd-plugin$"
     ):
         parse_toy("--fdd-maker", "them")
+    with pytest.raises(ValueError, match="--fdd-maker 'them' is none of us; if a plug-in"):
+        Toy(maker="them")
     monkeypatch.setattr(f"{__name__}.MAKERS", ["us", "them"])
     assert parse_toy("--fdd-maker", "them") == Toy(maker="them")
 
@@ -105,7 +108,8 @@ def test_help_says_what_the_fields_say() -> None:
     teacher, run = made.format_help().split("of the teacher:\n")[1].split("of the run:\n")
     assert " ".join(teacher.split()) == "--teacher-share F at most 100% of it"
     assert " ".join(run.split()) == (
-        "--fdd-level {low,high} how much (low) --fdd-maker {us} whose (us) --fdd-count FDD_COUNT how many (2) "
+        "--fdd-level {low,high} how much (low) --fdd-maker {us} whose (us) "
+        "--fdd-place {in,out} where; in: here; out: there (in) --fdd-count FDD_COUNT how many (2) "
         "--fdd-is-quick no waiting --fdd-words FDD_WORDS some --fdd-guests FDD_GUESTS one after the other"
     )
 

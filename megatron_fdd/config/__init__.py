@@ -10,8 +10,8 @@ from typing import Literal
 
 from megatron_fdd.config.flags import Bound, add_flags, check_bounds, flag, read_flags
 from megatron_fdd.host.plugins import WHERE
+from megatron_fdd.ops.divergence import DIVERGENCES
 
-DivergenceName = Literal["fkl", "rkl", "jsd", "sfkl", "srkl"]
 # Flags by the names they had, which this release still takes.
 OLD_NAMES = {"--fdd-teacher-expert-model-parallel-size": "--teacher-expert-model-parallel-size"}
 
@@ -34,6 +34,17 @@ def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
             )
         pairs.append((int(student), int(teacher)))
     return tuple(pairs)
+
+
+def divergences() -> dict[str, str]:
+    """Say of every divergence that is known by now what it is."""
+    return {name: f"{kind.formula}, {kind.explanation}" for name, kind in DIVERGENCES.items()}
+
+
+def default_mixes() -> str:
+    """Name the built-in divergences that have a mix, each with its own."""
+    mixes = {name: kind.default_mix for name, kind in DIVERGENCES.items() if kind.default_mix is not None}
+    return ", ".join(f"{name} {mix}" for name, mix in mixes.items())
 
 
 AT_LEAST_0 = Bound("at least 0", lambda value: value >= 0)
@@ -101,10 +112,14 @@ class FddConfig:
     beta: float = flag(1.0, "weight of the delta (first derivative) term; 0 switches it off", bound=WEIGHT)
     kd_weight: float = flag(1.0, "weight of the final-logit distillation; 0 switches it off", bound=WEIGHT)
     ce_weight: float = flag(0.0, "weight of the cross-entropy with the labels", bound=WEIGHT)
-    kd_divergence: DivergenceName = flag("fkl", "divergence of the final logits")
-    trajectory_divergence: DivergenceName = flag("fkl", "divergence of the trajectory")
+    kd_divergence: str = flag(
+        "fkl", "divergence of the final logits, of teacher T and student S", choices=divergences
+    )
+    trajectory_divergence: str = flag(
+        "fkl", "divergence of the trajectory, one of the same", choices=lambda: tuple(DIVERGENCES)
+    )
     divergence_mix: float | None = flag(
-        None, "beta of jsd (0.5), lambda of sfkl and srkl (0.1), for both terms", bound=MIX
+        None, f"mix of both divergences, where they have one (default: {default_mixes()})", bound=MIX
     )
     temperature: float = flag(
         1.0, "heats final-logit and trajectory divergences, with the temperature**2 factor", bound=TEMPERATURE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType, UnionType
@@ -29,8 +29,8 @@ class Flag:
         text: for --help and docs/flags.md.
         group: title in --help of the flags from here on.
         metavar: stands for the value in --help.
-        choices: gives the names of an open set, one that plug-ins add to. Asked when the parser is made. A closed set
-            is the field's `Literal`.
+        choices: gives the names of an open set, one that plug-ins add to; a mapping also says what each stands for.
+            Asked when the parser is made. A closed set is the field's `Literal`.
         read: makes the field's value out of the command line's. Raises ValueError.
         bound: of a number.
     """
@@ -81,7 +81,7 @@ def read_flags(config: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_bounds(config: Any) -> None:
-    """Refuse a field of a dataclass made of flags that is out of its bound; None is in every bound.
+    """Refuse a field of a dataclass made of flags that is out of its bound (None is in every one) or no known name.
 
     Raises:
         ValueError: names the flag, the value and the bound.
@@ -90,6 +90,8 @@ def check_bounds(config: Any) -> None:
         value = getattr(config, field.name)
         if about.bound is not None and value is not None and not about.bound.holds(value):
             raise ValueError(f"{_option(field.name)} {value}: must be {about.bound.text}")
+        if about.choices is not None and value not in about.choices():
+            raise ValueError(f"{_option(field.name)} {_unknown(value, about.choices())}")
 
 
 def _flags(config: type) -> Iterator[tuple[dataclasses.Field[Any], Flag]]:
@@ -107,7 +109,9 @@ def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
     """
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = set(get_args(annotation)) - {NoneType}
-    text = about.text.replace("%", "%%")
+    names = () if about.choices is None else about.choices()
+    said = [f"{name}: {meaning}" for name, meaning in names.items()] if isinstance(names, Mapping) else []
+    text = "; ".join([about.text, *said]).replace("%", "%%")
     if annotation is bool:
         return {"action": "store_true", "help": text}
     if default == ():
@@ -119,13 +123,16 @@ def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
         keywords["type"] = annotation
     elif get_origin(annotation) is Literal:
         keywords["choices"] = get_args(annotation)
-    elif about.choices is not None:
-        names = tuple(about.choices())
-        keywords |= {"choices": names, "type": partial(_known, names)}
+    elif names:
+        keywords |= {"choices": tuple(names), "type": partial(_known, tuple(names))}
     return keywords
 
 
 def _known(names: Sequence[str], name: str) -> str:
     if name not in names:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}; {REMEDY}")
+        raise argparse.ArgumentTypeError(_unknown(name, names))
     return name
+
+
+def _unknown(name: str, names: Collection[str]) -> str:
+    return f"{name!r} is none of {', '.join(names)}; {REMEDY}"

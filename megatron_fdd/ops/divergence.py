@@ -31,7 +31,7 @@ class DivergenceKind:
             with respect to the student's log-probabilities, to which any multiple of p_S may be added. Each column by
             itself; no input is written to; autograd can differentiate the value (`--fdd-kernels reference` does).
         formula: as docs/method.md writes it.
-        explanation: one line, for a reader who chooses.
+        explanation: a few words for who chooses; both stand in --help.
         default_mix: what `mix` is unless it is given; None: the divergence has none, and `mix` is NaN.
         triton: the same function for GPUs, decorated with `@triton.jit`, or "module:name" of it, which is imported only
             where it runs; from (teacher, student, mix, log_mix, log_rest), a block of float32 each and three
@@ -162,35 +162,35 @@ DIVERGENCES: dict[str, DivergenceKind] = {
     "fkl": DivergenceKind(
         value_and_score=_fkl,
         formula="KL(T || S)",
-        explanation="forward KL: the student covers all that the teacher thinks likely",
+        explanation="the student covers all that the teacher finds likely",
         triton=f"{_KERNELS}:fkl",
         leader="teacher",
     ),
     "rkl": DivergenceKind(
         value_and_score=_rkl,
         formula="KL(S || T)",
-        explanation="reverse KL: the student avoids what the teacher thinks unlikely",
+        explanation="the student avoids what the teacher finds unlikely",
         triton=f"{_KERNELS}:rkl",
         leader="student",
     ),
     "jsd": DivergenceKind(
         value_and_score=_jsd,
-        formula="mix KL(T || M) + (1 - mix) KL(S || M),   M = mix T + (1 - mix) S",
-        explanation="generalised Jensen-Shannon: between both, and bounded",
+        formula="mix KL(T || M) + (1 - mix) KL(S || M), M = mix T + (1 - mix) S",
+        explanation="Jensen-Shannon: between both, and bounded",
         default_mix=0.5,
         triton=f"{_KERNELS}:jsd",
     ),
     "sfkl": DivergenceKind(
         value_and_score=_sfkl,
         formula="KL(T || mix T + (1 - mix) S)",
-        explanation="skewed forward KL: bounded where the student gives no probability",
+        explanation="like fkl, but bounded",
         default_mix=0.1,
         triton=f"{_KERNELS}:sfkl",
     ),
     "srkl": DivergenceKind(
         value_and_score=_srkl,
         formula="KL(S || mix S + (1 - mix) T)",
-        explanation="skewed reverse KL: bounded where the teacher gives no probability",
+        explanation="like rkl, but bounded",
         default_mix=0.1,
         triton=f"{_KERNELS}:srkl",
     ),

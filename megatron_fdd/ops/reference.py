@@ -47,7 +47,7 @@ def reference_linear_kl(
 
 
 def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Return what divides two models' logits, per token [N], with the factor temperature**2; no score is used."""
+    """Return the divergence of two models' logits, per token [N], for autograd: the score is not used."""
     heat = divergence.temperature
     log_teacher_NV, log_student_NV = (log_softmax(logits / heat, -1) for logits in (teacher_NV, student_NV))
     value_NV, _ = divergence.value_and_score(log_teacher_NV, log_student_NV)

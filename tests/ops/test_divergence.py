@@ -112,7 +112,7 @@ def test_without_a_triton_function_triton_is_refused_and_torch_is_automatic(
     with pytest.raises(ValueError, match=message):
         part.run(case.student, case.student_head, Divergence("tv"), implementation=Implementation("triton"))
     monkeypatch.setattr("megatron_fdd.plan.modules.is_rehearsal_wanted", lambda: False)
-    config = FddConfig(kernels="triton", trajectory_divergence="tv")
+    config = FddConfig(teacher_load="given", kernels="triton", trajectory_divergence="tv")
     with pytest.raises(ValueError, match=message):
         check_kernels(run_of(config))
     check_kernels(run_of(replace(config, alpha=0.0)))

@@ -95,6 +95,6 @@ def test_the_deltas_products_are_the_same_in_every_way() -> None:
 def test_steps_of_a_size_share_their_inputs() -> None:
     one, other = (linear_kl_steps.inputs(linear_kl.SMOKE, trains_head=trains) for trains in (False, True))
     assert one.teacher_head_WT is other.teacher_head_WT
-    assert one.student_head_WS.data_ptr() == other.student_head_WS.data_ptr()
-    assert (one.student_head_WS.requires_grad, other.student_head_WS.requires_grad) == (False, True)
+    assert one.student_head_WD.data_ptr() == other.student_head_WD.data_ptr()
+    assert (one.student_head_WD.requires_grad, other.student_head_WD.requires_grad) == (False, True)
     assert all(hidden.is_leaf and hidden.requires_grad for hidden in (*one.student, *other.student))
