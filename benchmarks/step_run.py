@@ -202,7 +202,7 @@ def _train_stock() -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_fdd.data.provider import train_valid_test_provider
-    from megatron_fdd.host.model import model_config
+    from megatron_fdd.host.model import build_config
     from megatron_fdd.host.patches.helpers import use_built_helpers
     from megatron_fdd.plan.run import prepare_run
 
@@ -210,7 +210,7 @@ def _train_stock() -> int:
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
     args = prepare_run().args
     use_built_helpers()
-    container = pretrain_cfg_container_from_args(args, model_config(args))
+    container = pretrain_cfg_container_from_args(args, build_config(args))
     pretrain(container, train_valid_test_provider, ModelType.encoder_or_decoder, _stock_step)
     return 0
 

@@ -10,7 +10,7 @@ from megatron.training import get_args, get_tokenizer, pretrain
 from torch.utils.data import Dataset
 
 from megatron_fdd.distill import Parts, run_as_script
-from megatron_fdd.host.model import model_config
+from megatron_fdd.host.model import build_config
 
 
 class Counting(Dataset):
@@ -34,4 +34,4 @@ def datasets(num_samples, vp_stage=None):
 
 if __name__ == "__main__":
     # `student` may be any function from arguments to Megatron's GPTModelConfig, `pretrain` that of your fork.
-    run_as_script(Parts(pretrain=pretrain, datasets=datasets, student=model_config))
+    run_as_script(Parts(pretrain=pretrain, datasets=datasets, student=build_config))

@@ -41,8 +41,8 @@ examples:
 def command(
     hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, via: conversion.Via, config_only: bool
 ) -> None:
-    """Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, GPT-2) as an ordinary Megatron
-    torch_dist checkpoint.
+    """Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMo-2, Gemma 3, GPT-2) as an
+    ordinary Megatron torch_dist checkpoint.
 
     Give a student's folder as --pretrained-checkpoint and a teacher's as --teacher-load; --load and --save name the
     folder of the run, from which the same command continues. The checkpoint loads at every tensor, pipeline and data

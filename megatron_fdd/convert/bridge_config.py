@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_fdd.convert.families.family import MegatronArgs
 from megatron_fdd.convert.mcore_model import argument_names
-from megatron_fdd.host.model import model_config
+from megatron_fdd.host.model import build_config
 
 # Fields that say where and how a model runs or how its training begins. All others say what it computes.
 _HOW_IT_RUNS = re.compile(
@@ -122,7 +122,7 @@ def check_same(provider: Any, args: Namespace, model_type: str) -> None:
     Raises:
         ValueError: they differ in a field that says what the model computes; all of these are named.
     """
-    ours = model_config(args)
+    ours = build_config(args)
     for field in dataclasses.fields(ours.transformer):
         if _HOW_IT_RUNS.fullmatch(field.name):  # so that both derive their values under the same conditions
             setattr(provider, field.name, getattr(ours.transformer, field.name))

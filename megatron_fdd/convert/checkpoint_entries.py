@@ -10,6 +10,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
+    ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
     apply_factories,
@@ -18,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_fdd.host.checkpoint import other_name
+from megatron_fdd.host.checkpoint import EXTRA_STATE, other_name
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -37,6 +38,30 @@ def entries_of(model: torch.nn.Module, groups: Any, content: Mapping[str, Any]) 
     """How Megatron stores the model; a parameter's entry is under its own name."""
     assert isinstance(model, MegatronModule)
     return model.sharded_state_dict(metadata={**content, "dp_cp_group": groups.dp_cp})
+
+
+def norm_states(parameters: Mapping[str, ShardedBase]) -> dict[str, ShardedObject]:
+    """Make the empty objects that TransformerEngine's norms look for in a checkpoint, if they are separate modules.
+
+    Megatron's local matrices store such objects too, but its local norms do not.
+
+    Args:
+        parameters: every entry of a model, by the name of its parameter.
+
+    Returns:
+        The objects by their places in the checkpoint. That of a norm before experts has TransformerEngine's name.
+    """
+    found = {}
+    for name, entry in parameters.items():
+        key = other_name(entry.key) if is_before_experts(name, parameters) else entry.key
+        if not key.endswith("norm.weight"):
+            continue
+        assert isinstance(entry, ShardedTensor)
+        axes = entry.prepend_axis_num  # that of the layers, if any
+        shape, offset = entry.global_shape[:axes] or (1,), entry.global_offset[:axes] or (0,)
+        state = ShardedObject(key.removesuffix("weight") + EXTRA_STATE, None, shape, offset)
+        found[state.unique_key] = state
+    return found
 
 
 def pieces_of(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:

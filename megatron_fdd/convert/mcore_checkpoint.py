@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
     CachedMetadataFileSystemReader,
 )
@@ -23,6 +23,7 @@ from megatron_fdd.convert.checkpoint_entries import (
     Pieces,
     entries_of,
     is_before_experts,
+    norm_states,
     pieces_of,
     tensors_of,
 )
@@ -67,8 +68,9 @@ def save_model(
     parameters = {name: entries.pop(name) for name in tensors_of(model)}
     norms = {name for name in owned if is_before_experts(name, parameters)}
     weights = Pieces({name: parameters[name] for name in owned}, norms)
-    # What is left are empty objects that TransformerEngine's modules look for.
-    stored = {**weights.state, **(entries if rank_zero else {})}
+    # What is left are empty objects that TransformerEngine's modules look for. Its own models have all of them.
+    left = {state.unique_key: state for state in entries.values() if isinstance(state, ShardedObject)}
+    stored = {**weights.state, **(norm_states(parameters) | left if rank_zero else {})}
     state = {
         "args": args,
         "checkpoint_version": 3.0,

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from megatron_fdd.host.layer_specs import SPEC_ARGS
+
 # A conversion computes nothing: plain modules, whatever the machine has.
 _BUILD_FLAGS = [
     "--transformer-impl=local",
@@ -59,6 +61,7 @@ def complete_args(
         values[_DTYPE_FLAG[dtype]] = True
     with _argv(_BUILD_FLAGS), contextlib.redirect_stdout(io.StringIO()):
         args = parse_args()
+        vars(args).update(dict.fromkeys(SPEC_ARGS))
         unknown = sorted(set(values) - set(vars(args)))
         assert not unknown, f"this Megatron has no arguments {unknown}"
         vars(args).update(values)
@@ -97,14 +100,12 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
     Args:
         device: "meta" gives parameters their names, shapes and dtypes, and no memory.
     """
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
+    from megatron_fdd.host.model import build_config
     from megatron_fdd.host.patches.norms import plain_norms
 
-    config = gpt_config_from_args(args)
-    # gpt_config_from_args (0.19.2) passes the switch on and forgets the factor.
-    config.rope_scaling_factor = args.rope_scaling_factor
+    config = build_config(args)
     config.transformer.perform_initialization = False
     with torch.device(device), plain_norms(), contextlib.redirect_stdout(io.StringIO()):
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)

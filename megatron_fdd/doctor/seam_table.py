@@ -28,6 +28,7 @@ class Seam:
 
 
 _CORE, _TRAINING = "megatron.core", "megatron.training"
+_OWN_LAYERS = "models with layers of their own"
 _SCHEDULES = f"{_CORE}.pipeline_parallel.schedules"
 _CHECKPOINT = f"{_CORE}.dist_checkpointing"
 _SCHEDULE = ("data_iterator", "num_microbatches", "seq_length", "micro_batch_size", "forward_only")
@@ -147,7 +148,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         f"{_TRAINING}.models.gpt.GPTModelConfig",
-        ("post_wrap_hooks", "transformer", "rope_scaling_factor"),
+        ("post_wrap_hooks", "transformer", "rope_scaling_factor", "transformer_layer_spec"),
         "the student is built and wrapped, and not loaded yet: the teacher joins it",
         ("distill.py", "host/model.py"),
         "every run",
@@ -158,6 +159,41 @@ SEAMS: tuple[Seam, ...] = (
         "builds the teacher's stage, and the model of a conversion",
         ("step/teacher/loading.py", "convert/mcore_model.py"),
         "every run, every conversion",
+    ),
+    Seam(
+        f"{_TRAINING}.models.gpt.default_layer_spec",
+        ("config", "vp_stage"),
+        "Megatron's own layer, of which a family with layers of its own changes parts",
+        ("host/layer_parts.py",),
+        _OWN_LAYERS,
+    ),
+    Seam(
+        f"{_CORE}.transformer.transformer_config.TransformerConfig",
+        ("activation_func", "bias_activation_fusion", "softmax_scale", "use_mup", "mup_embedding_mult"),
+        "set behind Megatron's own checks, where no argument says it",
+        ("convert/families/gemma3.py",),
+        "Gemma 3",
+    ),
+    Seam(
+        f"{_CORE}.transformer.attention.SelfAttention.forward",
+        ("rotary_pos_emb", "packed_seq_params"),
+        "other angles on layers with a window",
+        ("host/layer_parts.py",),
+        "Gemma 3",
+    ),
+    Seam(
+        f"{_CORE}.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding.forward",
+        ("max_seq_len", "packed_seq", "cp_group"),
+        "these angles",
+        ("host/layer_parts.py",),
+        "Gemma 3",
+    ),
+    Seam(
+        f"{_CORE}.tensor_parallel.layers.RowParallelLinear",
+        ("input_size", "output_size", "config", "bias"),
+        "a matrix with a norm behind it",
+        ("host/layer_parts.py",),
+        _OWN_LAYERS,
     ),
     Seam(
         f"{_TRAINING}.arguments.parse_args",

@@ -23,7 +23,7 @@ DAMAGE = (Exception, CheckpointException)
 # Entries of a training checkpoint that are not weights.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 # The state that TransformerEngine's modules keep beside weights, numbered where experts share a module.
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
 # Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
 RELEASE = "release"
 # Longer messages are cut: Megatron lists every tensor of a model whose names it does not find.
@@ -118,7 +118,7 @@ def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
     """
     places: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for item, place in _read_index(path, flag).storage_data.items():
-        if item.fqn.partition("/")[0].endswith(_EXTRA_STATE):
+        if item.fqn.partition("/")[0].endswith(EXTRA_STATE):
             places[place.relative_path].append((place.offset, place.length))
     for name, spans in sorted(places.items()):
         with (path / name).open("rb") as file:
@@ -152,7 +152,7 @@ def load_weights(
     metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
     sharded = model.sharded_state_dict(metadata={**metadata, "dp_cp_group": groups.dp_cp})
     if not with_scales:
-        sharded = {key: entry for key, entry in sharded.items() if _EXTRA_STATE not in key}
+        sharded = {key: entry for key, entry in sharded.items() if EXTRA_STATE not in key}
     for entry in sharded.values():
         if is_float8tensor(entry.data):
             entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype, device="cpu")
@@ -178,7 +178,7 @@ def load_weights(
             f"{flag} {path}: the checkpoint and the model that its own arguments describe differ. "
             f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}."
         )
-    weights = {key: value for key, value in state["model"].items() if _EXTRA_STATE not in key}
+    weights = {key: value for key, value in state["model"].items() if EXTRA_STATE not in key}
     if with_scales:  # first, because weights in FP8 are rounded with them
         _load_scales(model, {key: value for key, value in state["model"].items() if key not in weights})
     # The extra state of TransformerEngine's modules is in no checkpoint of other modules.
@@ -230,7 +230,7 @@ def listing(names: list[str], limit: int = 8) -> str:
 def weights_only(keys: Iterable[str]) -> list[str]:
     """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
     return sorted(
-        key for key in keys if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith(_EXTRA_STATE)
+        key for key in keys if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith(EXTRA_STATE)
     )
 
 

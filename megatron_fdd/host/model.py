@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_fdd.host.layer_specs import SPEC_ARGS, apply_layer_spec
+
 # Arguments that shape a GPT's function, beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half.
 ARCHITECTURE = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -29,16 +31,22 @@ ARCHITECTURE = (
     "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
     "moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_latent_size", "moe_mlp_glu_interleave_size",
     "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_shared_expert_glu_interleave_size",
+    *SPEC_ARGS,
 )  # fmt: skip
 
 
-def model_config(args: argparse.Namespace) -> GPTModelConfig:
-    """Return Megatron's model configuration for these arguments, with what `gpt_config_from_args` forgets.
+def build_config(args: argparse.Namespace) -> GPTModelConfig:
+    """Return Megatron's model configuration for these arguments: of a student, a teacher or a model to convert.
 
-    Megatron 0.19.2 passes `--use-rope-scaling` on but leaves the factor at its default.
+    It has what `gpt_config_from_args` forgets (Megatron 0.19.2 passes `--use-rope-scaling` on but leaves the factor at
+    its default), and the layers of a family, if the arguments name some.
+
+    Raises:
+        ValueError: see `apply_layer_spec`.
     """
     config = gpt_config_from_args(args)
     config.rope_scaling_factor = args.rope_scaling_factor
+    apply_layer_spec(config, args)
     return config
 
 
@@ -50,7 +58,7 @@ def planned_layers(args: argparse.Namespace) -> tuple[int, ...]:
     """
     if importlib.util.find_spec("transformer_engine") is None:
         args = argparse.Namespace(**{**vars(args), "fp8": None, "fp8_param_gather": False})
-    return chunk_layers(model_config(args).transformer)
+    return chunk_layers(build_config(args).transformer)
 
 
 def chunk_layers(config: TransformerConfig) -> tuple[int, ...]:

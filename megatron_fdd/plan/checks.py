@@ -29,7 +29,7 @@ from megatron_fdd.plan.context import Context, Model
 from megatron_fdd.plan.experts import check_experts, check_resume
 from megatron_fdd.plan.fp8 import check_fp8_device, check_fp8_shapes
 from megatron_fdd.plan.fp8_scales import check_student_scales, check_teacher_scales, warn_of_pickled_scales
-from megatron_fdd.plan.modules import check_kernels, check_local_attention
+from megatron_fdd.plan.modules import check_kernels, check_layers, check_local_attention
 from megatron_fdd.plan.no_effect import warn_of_approximations, warn_of_rate
 from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
@@ -103,6 +103,7 @@ BEFORE_MEGATRON: tuple[Check[Context], ...] = (
 )
 # FP8 and experts rely on the sizes that `check_splits` has let pass.
 OF_EACH_MODEL: tuple[Check[Model], ...] = (
+    Check(check_layers),
     Check(check_length),
     Check(check_splits),
     Check(check_local_attention),

@@ -13,6 +13,7 @@ from typing import NoReturn
 from megatron.training.arguments import parse_args
 
 from megatron_fdd.config import OLD_NAMES, add_fdd_args
+from megatron_fdd.host.layer_specs import SPEC_ARGS
 from megatron_fdd.host.process import is_first_rank
 
 # Megatron reads them before any flag.
@@ -33,6 +34,7 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
 
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_fdd_args(parser)
+        parser.set_defaults(**dict.fromkeys(SPEC_ARGS))  # no flags: a checkpoint has them
         for action in parser._actions:
             defaults.setdefault(action.dest, action.default)  # argparse takes the first, of several for one
             _name_wrong_values(action)

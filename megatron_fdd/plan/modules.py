@@ -1,7 +1,10 @@
-"""What the modules and kernels that a run chooses cannot do: Megatron's local attention, Triton without a GPU."""
+"""Checks of the modules and kernels of a run: a family's own layers, Megatron's local attention, Triton."""
 
 from __future__ import annotations
 
+from megatron_fdd.convert.families import FAMILIES
+from megatron_fdd.host import layer_specs
+from megatron_fdd.host.plugins import REMEDY
 from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.ops.divergence import check_triton_function
@@ -25,6 +28,21 @@ def check_kernels(context: Context) -> None:
         check_triton_function(config.kd_divergence)
     if needs_of(config).divergence:
         check_triton_function(config.trajectory_divergence)
+
+
+def check_layers(model: Model) -> None:
+    """Refuse layers of a family that has not been added; nothing is imported by a name out of a checkpoint.
+
+    Raises:
+        ValueError: names the layers, and those that are known.
+    """
+    name = getattr(model.args, layer_specs.NAME, None)
+    known = sorted(family.model_type for family in FAMILIES.values() if family.layer_spec is not None)
+    if name is not None and name not in known:
+        raise ValueError(
+            f"{model.role.label}'s layers are those of {name!r}, which no family here has (there are "
+            f"{', '.join(known)}); add its family: {REMEDY}"
+        )
 
 
 def check_local_attention(model: Model) -> None:

@@ -21,11 +21,16 @@ def check_teacher_model(context: Context) -> None:
     """Refuse a teacher that this version cannot run.
 
     Raises:
-        ValueError: a model that is not a GPTModel with a linear head.
+        ValueError: a model that is not a GPTModel with a linear head, or whose layers are code to import.
     """
     if context.stored_teacher is None:
         return
     stored = context.stored_teacher.args
+    if getattr(stored, "spec", None) is not None:
+        raise ValueError(
+            f"--teacher-load: the teacher was built with --spec {' '.join(stored.spec)}, and nothing is imported by a "
+            "name out of a checkpoint; give its layers a family (docs/extend/family.md)"
+        )
     if getattr(stored, "hybrid_layer_pattern", None) is not None:
         raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
     if getattr(stored, "final_logit_softcapping", None) is not None:

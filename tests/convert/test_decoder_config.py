@@ -71,7 +71,7 @@ def test_a_student_of_some_layers(variant: str) -> None:
     assert args["num_layers"] == 2
     differing = {name for name in args if args[name] != whole[name]}
     assert differing <= {"num_layers", "window_size", "window_attn_skip_freq", "moe_layer_freq"}
-    kept = {"qwen2_window": [0, 1], "qwen3_types": None, "qwen3_moe_mixed": None}
+    kept = {"qwen2_window": [0, 1], "gemma3_text": [1, 0], "qwen3_types": None, "qwen3_moe_mixed": None}
     assert args["window_attn_skip_freq"] == kept.get(variant)
     assert args.get("moe_layer_freq", 1) == 1
     assert family.keep_layers(config, [0, 1, 2]) == config

@@ -41,6 +41,8 @@ def _count_parameters(config: dict[str, Any]) -> int:
         ("Qwen3-1.7B", 2031.7),  # 1,721 tied
         ("Mixtral-8x7B-v0.1", 46702.8),
         ("Qwen3-30B-A3B", 30532.1),
+        ("OLMo-2-0425-1B", 1484.9),
+        ("gemma-3-1b", 999.9),
         ("gpt2-xl", 1557.6),
     ],
 )

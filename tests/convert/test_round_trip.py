@@ -39,7 +39,18 @@ def test_one_rank(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 
-TWO_RANKS = ["plain", "tied", "biases", "attention_bias", "mistral_window", "qwen2", "qwen3", *toys.MIXTURES]
+TWO_RANKS = [
+    "plain",
+    "olmo2",
+    "gemma3_text",
+    "tied",
+    "biases",
+    "attention_bias",
+    "mistral_window",
+    "qwen2",
+    "qwen3",
+    *toys.MIXTURES,
+]
 
 
 @pytest.mark.parametrize("variant", TWO_RANKS)

@@ -22,7 +22,7 @@ from tests.transformer_engine import PYTHON
 pytestmark = pytest.mark.tier("default")
 
 ROOT = Path(__file__).parents[2]
-VARIANTS = ("plain", "tied", "biases", "qwen2", "qwen3", "mistral_window", "bfloat16")
+VARIANTS = ("plain", "tied", "biases", "qwen2", "qwen3", "mistral_window", "bfloat16", "olmo2", "gemma3_text")
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed")
 
 

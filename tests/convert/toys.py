@@ -106,6 +106,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 8,
     },
+    "olmo2": {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]},
+    # A width for the scale of attention that is not the head's; layers with a window have a rotary base of their own.
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 13,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+    },
 }
 MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed")
 
@@ -129,8 +145,9 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
     write_json(folder / "config.json", config)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    one = 0.0 if config["model_type"].startswith("gemma") else 1.0  # its norms scale by 1 + weight
     for name, parameter in model.named_parameters():
-        parameter.data = torch.randn(parameter.shape) * 0.15 + 1.0 * ("norm" in name)
+        parameter.data = torch.randn(parameter.shape) * 0.15 + one * ("norm" in name)
     model.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder)
     write_json(folder / "config.json", config)  # as it was, without what transformers adds
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})

@@ -10,13 +10,16 @@ from unittest.mock import patch
 import pytest
 
 from megatron_fdd import convert
-from megatron_fdd.plan import checks as preflight
+from megatron_fdd.host.role import Role
+from megatron_fdd.plan import modules
+from megatron_fdd.plan.context import Model
 from tests.convert import toys
 from tests.entry.checks import assert_refused
 from tests.entry.command import read_metrics, run, trained, without_seconds
 from tests.entry.conftest import Toys
 from tests.entry.first_logits import first_logits
 from tests.harness.ranks import Layout, run_on_ranks
+from tests.transformer_engine import IMAGE, needs_python
 
 # teacher, student: each field that one family sets and the other does not must reach only the one
 PAIRS = [
@@ -24,6 +27,8 @@ PAIRS = [
     ("mixtral", "mistral_window"),
     ("qwen2_window", "mixtral"),
     ("plain", "qwen3_types"),
+    ("gemma3_text", "olmo2"),  # layers of their own
+    ("olmo2", "gemma3_text"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -64,11 +69,23 @@ LAYOUTS = {
     "pp2": ("mixtral", "mistral_window", "--pipeline-model-parallel-size 2"),
     "pp2_mixed": ("qwen3_moe_mixed", "qwen3", "--pipeline-model-parallel-size 2"),
     "cp2": ("plain", "qwen3_types", "--context-parallel-size 2"),
+    "tp2_own": ("gemma3_text", "olmo2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2_own": ("gemma3_text", "olmo2", "--pipeline-model-parallel-size 2"),
+    "tp2_gemma": ("olmo2", "gemma3_text", "--tensor-model-parallel-size 2"),
+    "vpp2_gemma": (
+        "olmo2",
+        "gemma3_text",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
 }
 
 
+Metrics = dict[tuple[str, str], list[dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def on_one_rank(toy: Toys, models: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def on_one_rank(toy: Toys, models: Path) -> Metrics:
     """The metrics of each pair that `LAYOUTS` has."""
     pairs = {
         (teacher, student): models / f"{teacher}-{student}.jsonl" for teacher, student, _ in LAYOUTS.values()
@@ -80,36 +97,53 @@ def on_one_rank(toy: Toys, models: Path) -> dict[tuple[str, str], list[dict[str,
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_every_layout_trains_alike(
-    toy: Toys,
-    models: Path,
-    on_one_rank: dict[tuple[str, str], list[dict[str, Any]]],
-    tmp_path: Path,
-    layout: str,
+    toy: Toys, models: Path, on_one_rank: Metrics, tmp_path: Path, layout: str
 ) -> None:
     teacher, student, flags = LAYOUTS[layout]
     path = tmp_path / "metrics.jsonl"
     trained(_command(toy, models, teacher, student, *flags.split(), "--fdd-metrics-file", path), ranks=2)
+    _assert_alike(path, on_one_rank[teacher, student])
+
+
+@needs_python
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [("qwen3_moe_mixed", "qwen3"), ("gemma3_text", "olmo2"), ("olmo2", "gemma3_text")],
+)
+def test_modules_of_transformer_engine_train_alike(
+    toy: Toys, models: Path, on_one_rank: Metrics, tmp_path: Path, teacher: str, student: str
+) -> None:
+    """Norms that are modules of their own, and layers of a family's own, over its kernels for CPUs."""
+    path = tmp_path / "metrics.jsonl"
+    flags = ["--transformer-impl", "transformer_engine", *LAYOUTS["tp2"][-1].split()]
+    command = _command(toy, models, teacher, student, *flags, "--fdd-metrics-file", path)
+    trained(command, ranks=2, image=IMAGE)
+    _assert_alike(path, on_one_rank[teacher, student])
+
+
+def _assert_alike(path: Path, expected: list[dict[str, Any]]) -> None:
     records = without_seconds(read_metrics(path))
     assert len(records) > 0
-    for alone, shared in zip(on_one_rank[teacher, student], records, strict=True):
+    for alone, shared in zip(expected, records, strict=True):
         for term in ("kd", "trajectory", "delta"):
             assert shared[term] == pytest.approx(alone[term], rel=1e-4), term
 
 
-def test_a_trained_student_goes_back(toy: Toys, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("teacher", "student"), [("mixtral", "mistral_window"), ("olmo2", "gemma3_text")])
+def test_a_trained_student_goes_back(
+    toy: Toys, models: Path, tmp_path: Path, teacher: str, student: str
+) -> None:
     save = tmp_path / "save"
     flags = ("--save", save, "--save-interval", 2, "--train-iters", 2, "--lr", 1e-2)
-    command = _command(toy, models, "mixtral", "mistral_window", *flags)
+    command = _command(toy, models, teacher, student, *flags)
     command[command.index("--load")] = "--pretrained-checkpoint"
     trained(command, ranks=2)
     back = tmp_path / "back"
     [exported] = run_on_ranks(convert.mcore_to_hf, Layout(ranks=1), {"load": save, "hf_out": back})
-    assert exported.num_tensors == len(toys.tensor_hashes(models / "mistral_window-hf"))
+    assert exported.num_tensors == len(toys.tensor_hashes(models / f"{student}-hf"))
     assert exported.unchanged < exported.num_tensors
-    assert toys.read_json(back / "config.json") == toys.read_json(
-        models / "mistral_window-hf" / "config.json"
-    )
-    change = toys.hf_logits(back, toys.TOKENS) - toys.hf_logits(models / "mistral_window-hf", toys.TOKENS)
+    assert toys.read_json(back / "config.json") == toys.read_json(models / f"{student}-hf" / "config.json")
+    change = toys.hf_logits(back, toys.TOKENS) - toys.hf_logits(models / f"{student}-hf", toys.TOKENS)
     assert 0.01 < change.abs().max() < 10
 
 
@@ -118,12 +152,16 @@ def test_windows_that_local_attention_would_forget(flag: str) -> None:
     switches = {name: name == flag for name in ("masked_softmax_fusion", "reset_attention_mask")}
     args = argparse.Namespace(window_size=(6, 0), transformer_impl="local", **switches)
     args.context_parallel_size, args.dataloader_inter_document_masking = 1, False
-    preflight.check_local_attention(args, "the student")  # the rehearsal's attention knows both
-    with patch.object(preflight, "is_rehearsal_wanted", return_value=False):
+    modules.check_local_attention(_student(args))  # the rehearsal's attention knows both
+    with patch.object(modules, "is_rehearsal_wanted", return_value=False):
         with pytest.raises(ValueError, match=f"the student has sliding windows.*{flag.replace('_', '-')}"):
-            preflight.check_local_attention(args, "the student")
+            modules.check_local_attention(_student(args))
         for harmless in ({"window_size": None}, {"transformer_impl": "transformer_engine"}, {flag: False}):
-            preflight.check_local_attention(argparse.Namespace(**{**vars(args), **harmless}), "the student")
+            modules.check_local_attention(_student(argparse.Namespace(**{**vars(args), **harmless})))
+
+
+def _student(args: argparse.Namespace) -> Model:
+    return Model(Role.STUDENT, args, None)
 
 
 def test_flags_against_a_checkpoint_with_windows(toy: Toys, models: Path) -> None:

@@ -68,7 +68,7 @@ def load(case: Case, topology: Topology, *, checkpoint: Path) -> GPTModel:
     topology = topology.with_experts(case.teacher_ep)
     config = model_config(case.teacher, topology, torch.float32, **options)
     config.vocab_size = padded_vocab(case.student, topology)
-    with patch.object(loading, "model_config", lambda _args: config):
+    with patch.object(loading, "build_config", lambda _args: config):
         model = loading.build_teacher(args, checkpoint, topology)
     assert any(is_float8tensor(parameter) for parameter in model.parameters()) == options["fp8_param"]
     return model

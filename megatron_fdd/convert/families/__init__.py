@@ -1,32 +1,39 @@
-"""The families that can be converted, and why some that people ask for can not."""
+"""The families that can be converted, and why some that people ask for can not.
+
+`add_family` adds one from outside of this package (docs/extend/family.md).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_fdd.convert.families import gpt2, llama, mistral, moe, qwen
+from megatron_fdd.convert.families import gemma3, gpt2, llama, mistral, moe, olmo2, qwen
 from megatron_fdd.convert.families.family import Family
+from megatron_fdd.host.layer_specs import NAME, add_layer_spec
+from megatron_fdd.host.plugins import REMEDY
 
-_ALL = (gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE)
-FAMILIES = {family.model_type: family for family in _ALL}
+_ALL = (
+    gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE, olmo2.OLMO2,
+    gemma3.GEMMA3_TEXT,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {}
 
-# What a GPTModel of Megatron 0.19.2, set up by arguments, lacks.
-_GATED_GELU = "an MLP gated by GELU with tanh (the arguments know SwiGLU and quick GEGLU)"
-_SCALED_EMBEDDING = "embeddings times sqrt(hidden_size) (--use-mup alone scales them, and scales logits too)"
-_NORM_OF_ONE_PLUS_W = "norms that scale by 1 + weight (only TransformerEngine's have that)"
+# What these have and Megatron's arguments (0.19.2) cannot describe; nobody has written a layer specification.
+_GATED_GELU = "an MLP gated by GELU with tanh"
+_SCALED_EMBEDDING = "embeddings times sqrt(hidden_size)"
+_NORM_OF_ONE_PLUS_W = "norms that scale by 1 + weight"
 _SANDWICH = "norms behind attention and MLP"
 _SIDE_BY_SIDE = "attention and MLP side by side on one input"
 _GEMMA = (_GATED_GELU, _SCALED_EMBEDDING, _NORM_OF_ONE_PLUS_W)
 NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "gemma": _GEMMA,
     "gemma2": (*_GEMMA, "soft-caps of attention scores and of logits", _SANDWICH),
-    "gemma3": (*_GEMMA, _SANDWICH, "two rotary bases in one model"),
-    "gemma3_text": (*_GEMMA, _SANDWICH, "two rotary bases in one model"),
+    "gemma3": ("images; the text model alone, as gemma3_text, converts",),
     "granite": ("multipliers of embeddings, residuals, attention scores and logits",),
     "cohere": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
     "cohere2": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
-    "olmo2": ("norms behind attention and MLP only", "query and key norms over all heads at once"),
     "glm4": (_SANDWICH,),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
@@ -36,6 +43,27 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
 NO_TABLE = ("deepseek_v2", "phi3", "smollm3", "starcoder2")
 # These neither, but Megatron-Bridge converts them; `bridge.CHECKED` says what was compared.
 VIA_BRIDGE = ("deepseek_v3", "glm4_moe", "gpt_oss", "nemotron")
+
+
+def add_family(family: Family) -> None:
+    """Add a family, so that its models can be converted and trained.
+
+    Checkpoints name its `layer_spec`, if it has one, by its model type.
+
+    Raises:
+        ValueError: there is a family for this model type already.
+    """
+    if family.model_type in FAMILIES:
+        raise ValueError(f"there is a family for the model type {family.model_type!r} already; add it once")
+    name = None
+    if family.layer_spec is not None:
+        name = family.model_type
+        add_layer_spec(name, family.layer_spec)
+    FAMILIES[family.model_type] = dataclasses.replace(family, fixed={**family.fixed, NAME: name})
+
+
+for _family in _ALL:
+    add_family(_family)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -50,10 +78,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
     message = f'config.json says "model_type": {model_type!r}'
     if model_type in NOT_EXPRESSIBLE:
         message += (
-            f", which Megatron's GPTModel cannot express; it lacks {'; '.join(NOT_EXPRESSIBLE[model_type])}"
+            f", which neither Megatron's arguments nor a family here can describe; it has "
+            f"{'; '.join(NOT_EXPRESSIBLE[model_type])}"
         )
     elif model_type in NO_TABLE:
         message += ", which Megatron's GPTModel could express, but its table is not written yet"
     elif model_type in VIA_BRIDGE:
         message += ", for which there is no table: try --via bridge"
-    raise ValueError(f"{message}. The model types that can be converted are {', '.join(sorted(FAMILIES))}")
+    known = ", ".join(sorted(FAMILIES))
+    raise ValueError(f"{message}. The model types that can be converted are {known}; {REMEDY}")

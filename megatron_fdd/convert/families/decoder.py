@@ -16,6 +16,7 @@ from megatron_fdd.convert.families.decoder_rows import decoder_rows
 from megatron_fdd.convert.families.decoder_shape import AttentionWindows, DecoderShape, Dialect, Experts
 from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
 from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
+from megatron_fdd.host.layer_specs import OPTIONS
 
 # Fields that change the function, each with the values under which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -55,6 +56,7 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
     if "use_sliding_window" not in dialect.window_fields:
         neutral["use_sliding_window"] = (False, None)
     mapped = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dialect.window_fields, *dialect.expert_fields}
+    mapped |= set(dialect.own_fields)
     check_fields(
         config,
         model_type=dialect.model_type,
@@ -67,7 +69,7 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
 
 def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     """config.json -> shape, everything not understood refused."""
-    config = {**dialect.defaults, **raw}
+    config = {**dialect.defaults, **dialect.flatten(raw)}
     _check_fields(dialect, config)
     derived = {
         "num_key_value_heads": lambda: config["num_attention_heads"],
@@ -82,7 +84,8 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     layers = plain["num_hidden_layers"]
     windows = _read_windows(dialect, config, layers)
     experts = _read_experts(dialect, config, layers)
-    shape = DecoderShape(**plain, rope=read_rope(config), windows=windows, experts=experts)
+    own = {field: config[field] for field in dialect.own_fields}
+    shape = DecoderShape(**plain, rope=read_rope(config), windows=windows, experts=experts, own=own)
     if shape.num_attention_heads % shape.num_key_value_heads:
         refuse_field(
             "num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads"
@@ -157,6 +160,7 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         **shape.rope.megatron_args(),
         **shape.windows.megatron_args(),
         **(shape.experts.megatron_args() if shape.experts else {}),
+        **({OPTIONS: dict(shape.own)} if shape.own else {}),
     }
 
 
@@ -188,6 +192,7 @@ def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> Dec
         rope=Rope(args.rotary_base, args.rope_scaling_factor if args.use_rope_scaling else None),
         windows=AttentionWindows.of_args(args),
         experts=Experts.of_args(args) if dialect.experts else None,
+        own={field: getattr(args, OPTIONS)[field] for field in dialect.own_fields},
     )
 
 
@@ -203,16 +208,20 @@ def _keep_layers(dialect: Dialect, config: HfConfig, layers: Sequence[int]) -> H
 
 def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: DecoderShape) -> HfConfig:
     """`seed` with the fields in which the two shapes differ; the others stay as they are spelled."""
-    config = dict(seed)
+    if before == after:
+        return dict(seed)
+    config = dialect.flatten(seed)
     for field in DecoderShape.plain_fields():
         if getattr(before, field) != getattr(after, field):
             config[field] = getattr(after, field)
+    config |= {field: value for field, value in after.own.items() if value != before.own[field]}
     if before.rope != after.rope:
         write_rope(config, after.rope)
     if before.windows != after.windows:
         _write_windows(dialect, config, before.windows, after.windows)
     if before.experts is not None and after.experts is not None:
         _write_experts(dialect, config, before.experts, after.experts)
+    config = dialect.restore(config)
     again = _read(dialect, config)
     if again != after:
         wrong = [
@@ -262,7 +271,7 @@ def _write_experts(dialect: Dialect, config: HfConfig, before: Experts, after: E
 
 def decoder_family(dialect: Dialect) -> Family:
     """The family that a dialect describes."""
-    fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm}
+    fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
     if dialect.experts:
         del fixed["num_experts"]
         fixed |= _FIXED_EXPERTS
@@ -276,4 +285,5 @@ def decoder_family(dialect: Dialect) -> Family:
         layer_prefix="model.layers.{layer}.",
         ignored=("rotary_emb.inv_freq",),
         tied=("lm_head.weight", "model.embed_tokens.weight"),
+        layer_spec=dialect.layer_spec,
     )

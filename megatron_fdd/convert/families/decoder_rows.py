@@ -11,9 +11,8 @@ def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
     """Every parameter, in the order of an export."""
     rows = [WeightRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary=True)]
     for layer in range(shape.num_hidden_layers):
-        rows += _attention_rows(dialect, shape, layer)
-        norm = f"model.layers.{layer}.post_attention_layernorm.weight"
-        rows.append(WeightRow(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", (norm,)))
+        first, *others = _norm_rows(dialect, layer)
+        rows += [first, *_attention_rows(dialect, shape, layer), *others]
         if shape.experts is not None and shape.experts.sparse[layer]:
             assert dialect.experts is not None
             rows += _expert_rows(dialect.experts, shape.experts.count, layer)
@@ -25,10 +24,17 @@ def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
     return rows
 
 
+def _norm_rows(dialect: Dialect, layer: int) -> list[WeightRow]:
+    return [
+        WeightRow(f"decoder.layers.{layer}.{mcore}.weight", (f"model.layers.{layer}.{hf}.weight",))
+        for mcore, hf in dialect.norms
+    ]
+
+
 def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.", f"decoder.layers.{layer}."
     qkv = GroupedQkv(shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
-    rows = [WeightRow(f"{mcore}input_layernorm.weight", (f"{hf}input_layernorm.weight",))]
+    rows = []
     for kind in ("weight", "bias"):
         # Megatron has all biases or those of query, key and value; what the model lacks of them is 0.
         in_megatron = kind == "weight" or shape.attention_bias or shape.mlp_bias

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_fdd.convert.families.family import MegatronArgs
+from megatron_fdd.convert.families.family import HfConfig, MegatronArgs
 from megatron_fdd.convert.families.rope import Rope
+from megatron_fdd.host.layer_specs import LayerSpec
 
 # What transformers assumes, in all of these model types, for a field that config.json leaves out.
 COMMON_DEFAULTS: Mapping[str, Any] = {
@@ -22,6 +23,8 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 NO_BIASES: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+# A layer's norms of the hidden state: Megatron's name, Hugging Face's.
+NORMS_BEFORE = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,14 @@ class Dialect:
         neutral: further fields that change the function, with the values under which they do not.
         harmless: further fields that leave it alone.
         qkv_bias: query, key and value have biases and nothing else has.
-        qk_norm: queries and keys are normalised per head.
+        qk_norm: queries and keys are normalised, per head unless the layer specification says otherwise.
         window_fields: the config.json fields that describe sliding windows; none: it has none.
+        norms: a layer's norms of the hidden state, by Megatron's name and by Hugging Face's.
+        fixed: Megatron args that differ from those of the others.
+        layer_spec: the layers, if they are not Megatron's own.
+        own_fields: config.json fields that no Megatron argument has. They become the options of the layer
+            specification, under the same names.
+        flatten: gives config.json the spelling that is read here. `restore` goes back, for a changed config.
     """
 
     model_type: str
@@ -65,6 +74,12 @@ class Dialect:
     qk_norm: bool = False
     window_fields: tuple[str, ...] = ()
     experts: ExpertNaming | None = None
+    norms: tuple[tuple[str, str], ...] = NORMS_BEFORE
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    layer_spec: LayerSpec | None = None
+    own_fields: tuple[str, ...] = ()
+    flatten: Callable[[HfConfig], HfConfig] = dict
+    restore: Callable[[HfConfig], HfConfig] = dict
 
     @property
     def expert_fields(self) -> tuple[str, ...]:
@@ -167,7 +182,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """What both sides say about a model, under the names of config.json."""
+    """What both sides say about a model, under the names of config.json; `own`: its dialect's `own_fields`."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -186,13 +201,13 @@ class DecoderShape:
     rope: Rope
     windows: AttentionWindows
     experts: Experts | None
+    own: Mapping[str, Any]
 
     @staticmethod
     def plain_fields() -> list[str]:
         """Names that config.json has too, with the same values."""
-        return [
-            f.name for f in dataclasses.fields(DecoderShape) if f.name not in ("rope", "windows", "experts")
-        ]
+        others = ("rope", "windows", "experts", "own")
+        return [f.name for f in dataclasses.fields(DecoderShape) if f.name not in others]
 
     def keep_layers(self, layers: Sequence[int]) -> DecoderShape:
         """The shape of a model with only these layers (0-based)."""

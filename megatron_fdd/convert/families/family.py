@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from megatron_fdd.convert.families.transforms import Same, Transform
+from megatron_fdd.host.layer_specs import LayerSpec
 
 HfConfig = dict[str, Any]
 """A config.json as read, before any library has completed or renamed its fields."""
@@ -58,6 +59,8 @@ class Family:
         ignored: names with one of these endings are buffers that may be present and carry nothing.
         tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head.
         prefix: what the names of a whole file may lack, as those of a base model without a head do.
+        layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, plain values,
+            under "fdd_layer_options".
     """
 
     model_type: str
@@ -70,6 +73,7 @@ class Family:
     ignored: tuple[str, ...]
     tied: tuple[str, str]
     prefix: str = ""
+    layer_spec: LayerSpec | None = None
 
     def as_stored(self, names: Collection[str]) -> Family:
         """The family with the tensor names that a folder's files use: its own, or all without `prefix`."""

@@ -38,18 +38,29 @@ class _Norm(nn.Module):
 
     @property
     def gain(self) -> Tensor:
-        """The factor of each dimension: the weight, plus 1 if weights are zero-centred."""
-        return self.weight + 1 if self.zero_centered else self.weight
+        """The factor of each dimension: the weight, or 1 + weight in float32 (other dtypes would round it)."""
+        return self.weight.float() + 1 if self.zero_centered else self.weight
 
 
 class RMSNorm(_Norm):
-    """x / sqrt(mean(x^2) + eps) * gain, rounded to the input's dtype before the gain, as in Llama."""
+    """x / sqrt(mean(x^2) + eps) * gain.
+
+    The result is rounded to the input's dtype before the gain, as in Llama, and with zero-centred weights after it, as
+    in Gemma.
+    """
 
     def forward(self, x_H: Tensor) -> Tensor:
         """Return the normed x_H, [..., H], in its dtype."""
         x32_H = x_H.float()
         inverse_rms = torch.rsqrt(x32_H.square().mean(-1, keepdim=True) + self.eps)
-        return ((x32_H * inverse_rms).to(x_H.dtype) * self.gain).to(x_H.dtype)
+        return self.scaled(x32_H, inverse_rms, self.gain, x_H.dtype)
+
+    def scaled(self, x32_H: Tensor, inverse_rms: Tensor, gain_H: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x times its inverse RMS and the gain, in `dtype`."""
+        normed_H = x32_H * inverse_rms
+        if not self.zero_centered:
+            normed_H = normed_H.to(dtype)
+        return (normed_H * gain_H).to(dtype)
 
 
 class LayerNorm(_Norm):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 
+from megatron_fdd.host.layer_specs import SPEC_ARGS
+
 # Where and how the teacher runs is this run's business; what it computes is its checkpoint's.
 # Every field with "parallel" in its name is of this kind too.
 _FROM_RUN = (
@@ -109,6 +111,8 @@ def teacher_args(
         args.use_cpu_initialization = False  # which could not round them
     if uses_delayed_scaling(args):
         args.first_last_layers_bf16 = False  # its one FP8 context is around all layers; Megatron asserts that
+    for name in SPEC_ARGS:  # an older checkpoint lacks them, and the student may have some
+        setattr(args, name, getattr(checkpoint_args, name, None))
     args.padded_vocab_size = run_args.padded_vocab_size
     if args.pipeline_model_parallel_size > 1:
         args.pipeline_model_parallel_layout = even_layout(args.num_layers, args.pipeline_model_parallel_size)

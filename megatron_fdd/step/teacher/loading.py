@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_fdd.host.checkpoint import listing, load_weights
-from megatron_fdd.host.model import model_config
+from megatron_fdd.host.model import build_config
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.step.teacher.arguments import uses_delayed_scaling
 from megatron_fdd.step.teacher.scales import freeze_scales
@@ -42,7 +42,7 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     tracker = get_cuda_rng_tracker()
     states, seed_state = tracker.get_states(), torch.get_rng_state()
     with torch.no_grad():  # else weights in FP8 would have a second copy, for a backward pass
-        model = build_stage(model_config(args), topology)
+        model = build_stage(build_config(args), topology)
         tracker.set_states(states)
         torch.set_rng_state(seed_state)
         model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)

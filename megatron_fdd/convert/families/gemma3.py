@@ -1,0 +1,127 @@
+"""Gemma 3, text alone: norms before and behind, that scale by 1 + weight; two rotary bases.
+
+Beside that: embeddings times sqrt(hidden_size), attention scaled by a width that need not be the head's, and an MLP
+gated by GELU with tanh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_fdd.convert.families.decoder import decoder_family
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
+from megatron_fdd.convert.families.family import HfConfig, refuse_field
+from megatron_fdd.host.layer_specs import LayerSpec
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.training.models.gpt import GPTModelConfig
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_DEFAULTS: dict[str, Any] = {
+    **COMMON_DEFAULTS,
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_PATTERN = 6
+
+
+def _flatten(config: HfConfig) -> HfConfig:
+    """Spell the rotary bases as before transformers 5, and name the kind of every layer."""
+    flat = dict(config)
+    by_kind = config.get("rope_parameters")
+    if by_kind:
+        if not set(by_kind) <= {_FULL, _SLIDING}:
+            refuse_field("rope_parameters", by_kind, f'where only "{_FULL}" and "{_SLIDING}" convert')
+        sliding = dict(by_kind.get(_SLIDING) or {})
+        if sliding.pop("rope_type", "default") != "default" or set(sliding) > {"rope_theta"}:
+            refuse_field("rope_parameters", by_kind, f'where "{_SLIDING}" may have a rope_theta alone')
+        flat["rope_parameters"] = {"rope_theta": _DEFAULTS["rope_theta"], **(by_kind.get(_FULL) or {})}
+        flat["rope_local_base_freq"] = sliding.get("rope_theta", _DEFAULTS["rope_local_base_freq"])
+    if config.get("layer_types") is None:
+        pattern = config.get("sliding_window_pattern", _PATTERN)
+        layers = range(config.get("num_hidden_layers", _DEFAULTS["num_hidden_layers"]))
+        flat["layer_types"] = [_SLIDING if (layer + 1) % pattern else _FULL for layer in layers]
+    return flat
+
+
+def _restore(flat: HfConfig) -> HfConfig:
+    """Go back to the spelling of transformers 5, if `_flatten` found it."""
+    if not flat.get("rope_parameters"):
+        return flat
+    config = {name: value for name, value in flat.items() if name != "rope_local_base_freq"}
+    theta = flat.get("rope_local_base_freq", _DEFAULTS["rope_local_base_freq"])
+    config["rope_parameters"] = {
+        _FULL: flat["rope_parameters"],
+        _SLIDING: {"rope_type": "default", "rope_theta": theta},
+    }
+    return config
+
+
+def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
+    """Set what no argument of Megatron's says. Megatron has already checked the configuration."""
+    transformer = config.transformer
+    transformer.activation_func = partial(torch.nn.functional.gelu, approximate="tanh")
+    transformer.bias_activation_fusion = False
+    transformer.softmax_scale = options["query_pre_attn_scalar"] ** -0.5
+    transformer.window_rotary_base = options["rope_local_base_freq"]
+    # Megatron multiplies embeddings only under muP. Everything else of muP keeps its default and changes nothing.
+    transformer.use_mup = True
+    # transformers rounds the factor to the dtype of the weights.
+    scale = torch.tensor(transformer.hidden_size**0.5, dtype=transformer.params_dtype)
+    transformer.mup_embedding_mult = scale.item()
+
+
+def _build(config: GPTModelConfig) -> ModuleSpec:
+    from megatron_fdd.host import layer_parts
+
+    layer = layer_parts.stock_layer(config)
+    layer_parts.put_norms_behind(layer, config)
+    layer.submodules.self_attention.module = layer_parts.WindowRotaryAttention
+    return layer
+
+
+GEMMA3_TEXT = decoder_family(
+    Dialect(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _DEFAULTS,
+        neutral={
+            **NO_BIASES,
+            "hidden_activation": ("gelu_pytorch_tanh",),
+            "attn_logit_softcapping": (None,),
+            "final_logit_softcapping": (None,),
+            "use_bidirectional_attention": (False, None),
+        },
+        # Read where `layer_types` is absent; how transformers keeps keys and values.
+        harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern", "cache_implementation"}),
+        qk_norm=True,
+        window_fields=("sliding_window", "layer_types"),
+        norms=(
+            ("input_layernorm", "input_layernorm"),
+            ("self_attention.linear_proj.norm", "post_attention_layernorm"),
+            ("pre_mlp_layernorm", "pre_feedforward_layernorm"),
+            ("mlp.linear_fc2.norm", "post_feedforward_layernorm"),
+        ),
+        fixed={"layernorm_zero_centered_gamma": True},
+        layer_spec=LayerSpec(_build, _configure),
+        own_fields=("query_pre_attn_scalar", "rope_local_base_freq"),
+        flatten=_flatten,
+        restore=_restore,
+    )
+)

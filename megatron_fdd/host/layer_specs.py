@@ -1,0 +1,80 @@
+"""The table of layer specifications, by name, for models whose layers are not Megatron's own.
+
+A checkpoint's arguments keep the name (`fdd_layer_spec`) and a few plain values (`fdd_layer_options`). The name is
+looked up here and nowhere else: nothing is imported by a name that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_fdd.host.plugins import REMEDY
+
+if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.training.models.gpt import GPTModelConfig
+
+NAME, OPTIONS = "fdd_layer_spec", "fdd_layer_options"
+SPEC_ARGS = (NAME, OPTIONS)
+"""The arguments of a checkpoint that say which layers a model has."""
+
+Configure = Callable[["GPTModelConfig", Mapping[str, Any]], None]
+
+
+def _leave(_config: GPTModelConfig, _options: Mapping[str, Any]) -> None:
+    """Change nothing: Megatron's arguments say all."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """The layers of a family.
+
+    Attributes:
+        build: makes the specification of a layer from Megatron's model configuration; called when a model is built. It
+            is given `vp_stage` too, if it has such a parameter.
+        configure: sets in a configuration what no argument of Megatron's says, from `fdd_layer_options`. Called
+            whenever a configuration is made, also to plan a run on a machine that could not build the model. Raises
+            ValueError for what the layers cannot do.
+    """
+
+    build: Callable[[GPTModelConfig], ModuleSpec]
+    configure: Configure = _leave
+
+
+_SPECS: dict[str, LayerSpec] = {}
+
+
+def add_layer_spec(name: str, spec: LayerSpec) -> None:
+    """Put a specification into the table.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _SPECS:
+        raise ValueError(f"there is a layer specification {name!r} already: choose another name")
+    _SPECS[name] = spec
+
+
+def apply_layer_spec(config: GPTModelConfig, args: argparse.Namespace) -> None:
+    """Give `config` the layers that its arguments name, if they name any.
+
+    Raises:
+        ValueError: a name that is not in the table, or `--spec` beside it.
+    """
+    name = getattr(args, NAME, None)
+    if name is None:
+        return
+    if args.spec is not None:
+        raise ValueError(
+            f"--spec {' '.join(args.spec)}: the model has the layers of a {name}; leave --spec out"
+        )
+    if name not in _SPECS:
+        raise ValueError(
+            f"the checkpoint's model has layers named {name!r} ({NAME}), which nothing here describes (there are "
+            f"{', '.join(sorted(_SPECS))}); add its family: {REMEDY}"
+        )
+    _SPECS[name].configure(config, getattr(args, OPTIONS, None) or {})
+    config.transformer_layer_spec = _SPECS[name].build

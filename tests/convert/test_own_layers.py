@@ -1,0 +1,125 @@
+"""Families with layers of their own: taps, the lens and every gradient are those of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_fdd.convert.families import family_of
+from megatron_fdd.data.batch import Batch
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.step.lens import read_lens
+from megatron_fdd.step.taps import forward_with_taps, stop_before_head
+from tests.convert import mcore, toys
+from tests.harness.ranks import Layout, distributed, run_on_ranks
+from tests.oracle.models import full_gradients
+
+pytestmark = pytest.mark.tier("default")
+VARIANTS = ("olmo2", "gemma3_text")
+VOCABULARY = toys.SHAPE["vocab_size"]
+# Of the largest gradient of a parameter, which is a sum over all tokens.
+GRADIENT_TOLERANCE = 1e-5
+
+
+def _reference(source: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    model.get_input_embeddings().padding_idx = None  # whose row would get no gradient
+    return model
+
+
+def _batch(tokens_BS: torch.Tensor, packed: PackedSeqParams | None = None) -> Batch:
+    length = tokens_BS.shape[1]
+    places_BS = torch.arange(length)[None].expand_as(tokens_BS)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    every_BS = torch.ones_like(tokens_BS)
+    return Batch(tokens_BS, tokens_BS, places_BS, every_BS, every_BS, None if packed else mask, packed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@distributed(tp=1)
+def test_taps_and_lens(tmp_path: Path, variant: str) -> None:
+    """The lens of an inner layer is the model's own final norm and head, 1 + weight and tied embeddings among it."""
+    mcore.make_checkpoint(tmp_path, variant)
+    model, _ = mcore.from_own_args(tmp_path / "mcore")
+    reference = _reference(tmp_path / "source")
+    with torch.no_grad():
+        hidden_SBH, taps = forward_with_taps(model.eval(), _batch(toys.TOKENS), [0, 1], stop_before_head)
+        *inner, last_BSH = reference(toys.TOKENS, output_hidden_states=True).hidden_states
+        assert (hidden_SBH.transpose(0, 1) - last_BSH).abs().max() < toys.LOGIT_TOLERANCE
+        lens = read_lens(model, with_norm=True, detached=True)
+        for tap_SBH, expected_BSH in zip(taps, inner[1:], strict=True):
+            assert expected_BSH.std() > 0.3
+            assert (tap_SBH.transpose(0, 1) - expected_BSH).abs().max() < toys.LOGIT_TOLERANCE
+            logits = (lens.features(tap_SBH) @ lens.head_WH.T).unflatten(0, tap_SBH.shape[:2]).transpose(0, 1)
+            wanted = reference.lm_head(reference.model.norm(expected_BSH))
+            assert (logits[..., :VOCABULARY] - wanted).abs().max() < toys.LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@distributed(tp=1)
+def test_packed_documents(tmp_path: Path, variant: str) -> None:
+    """Two documents in one row are what they are alone."""
+    mcore.make_checkpoint(tmp_path, variant)
+    model, _ = mcore.from_own_args(tmp_path / "mcore")
+    documents = toys.TOKENS[:, :20]
+    places = torch.tensor([0, 20, 40], dtype=torch.int32)
+    packed = PackedSeqParams("thd", places, places, max_seqlen_q=20, max_seqlen_kv=20)
+    with torch.no_grad():
+        batch = _batch(documents.reshape(1, -1), packed)
+        hidden_SBH, _ = forward_with_taps(model.eval(), batch, [], stop_before_head)
+        wanted = _reference(tmp_path / "source").model(documents).last_hidden_state
+    assert (hidden_SBH.view_as(wanted) - wanted).abs().max() < toys.LOGIT_TOLERANCE
+
+
+def _gradients(folder: Path, sequence_parallel: bool) -> dict[str, torch.Tensor]:
+    """Body on a rank: of a sum of all logits times fixed random numbers, by Megatron's names for whole parameters."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+    model, _ = mcore.from_own_args(folder / "mcore", sequence_parallel=sequence_parallel)
+    ddp = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
+    )
+    batch = _batch(toys.TOKENS)
+    logits = ddp(batch.tokens_BS, batch.position_ids_BS, batch.attention_mask, runtime_gather_output=True)
+    (logits[..., :VOCABULARY] * _factors()).sum().backward()
+    finalize_model_grads([ddp], None)
+    topology = Topology.from_megatron(sequence_parallel=sequence_parallel)
+    names = dict.fromkeys(dict(model.named_parameters()), torch.empty(0))
+    return full_gradients([ddp], topology, VOCABULARY, names)
+
+
+def _factors() -> torch.Tensor:
+    return torch.randn((*toys.TOKENS.shape, VOCABULARY), generator=torch.Generator().manual_seed(4))
+
+
+def _expected_gradients(source: Path) -> dict[str, torch.Tensor]:
+    model = _reference(source)
+    (model(toys.TOKENS).logits * _factors()).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    config: dict[str, Any] = toys.read_json(source / "config.json")
+    rows = family_of(config).rows(config)
+    return {row.mcore: row.transform.join([gradients[name] for name in row.sources]).double() for row in rows}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": folder, "variant": request.param})
+    return folder
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_gradients(saved: Path, tp: int, sequence_parallel: bool) -> None:
+    arguments = {"folder": saved, "sequence_parallel": sequence_parallel}
+    found, *others = run_on_ranks(_gradients, Layout(tp=tp), arguments)
+    expected = _expected_gradients(saved / "source")
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (found[name] - wanted).abs().max() < GRADIENT_TOLERANCE * wanted.abs().max(), name
