@@ -16,8 +16,8 @@ from torch.nn import Module
 
 from megatron_fdd.host.checkpoint import listing
 
-# Under this key TransformerEngine notes to which sets of scales, forward and backward, a module's scales belong; the end
-# of an FP8 context updates these sets. The value here names sets that do not exist.
+# Under this key TransformerEngine notes to which sets of scales, forward and backward, a module's scales belong; the
+# end of an FP8 context updates these sets. The value here names sets that do not exist.
 _REGISTERED, _NOWHERE = "buffer_index_and_autocast_key", [0, "frozen", 0, "frozen"]
 
 
