@@ -63,7 +63,7 @@ class Running:
     started: float
 
     def kill(self) -> None:
-        """Kill the process and its descendants: its group and, while it lives, any outside it, like torchrun's ranks."""
+        """Kill the process and its descendants: its group and, while it lives, others such as torchrun's ranks."""
         for pid in descendants(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

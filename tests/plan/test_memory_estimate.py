@@ -211,7 +211,7 @@ def test_the_fullest_stage_of_an_uneven_split() -> None:
         (
             (8, 8, 8, 8),
             4,
-        ),  # blocks 6, 12, 18, 24: one tap of four micro-batches on stage 0, one tap of two on stage 2
+        ),  # blocks 6, 12, 18, 24: one tap of four micro-batches on stage 0, two taps of two on stage 2
         ((5, 8, 11, 8), 6),  # two taps on stage 1, with three micro-batches each; two taps on stage 2
     ],
 )
