@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One training of the study; run.sh, which sets every capital name used here, starts it for every cell of the table.
+# One training of the study. run.sh sets every capital name used here, and starts this script for each cell of the table.
 #
 #   one_run.sh STUDENT METHOD LEARNING_RATE SEED
 #
 # STUDENT is thin (from scratch, as deep as the teacher and half as wide) or shallow (some of the teacher's layers).
-# METHOD is one of the cases below: the only flags in which two runs of a student differ. The seed draws the order of
+# METHOD is one of the cases below; two runs of a student differ only in these flags. The seed determines the order of
 # the text and, for the thin student, its weights, so that runs of one seed see the same text in the same order.
 set -euo pipefail
 student=$1 method=$2 rate=$3 seed=$4
@@ -48,7 +48,7 @@ case $student in
 esac
 
 command=(
-    # What torchrun --nproc-per-node 1 would set, without a launcher's process beside every run; port 0 is any free one.
+    # torchrun --nproc-per-node 1 would set these, but needs a process beside every run; port 0 means any free port.
     env MASTER_ADDR=localhost MASTER_PORT=0 OMP_NUM_THREADS=1
     python -m megatron_fdd.distill "${student_flags[@]}"
     --teacher-load "$WORK/teacher" --fdd-layer-pairs "$pairs" "${method_flags[@]}"
@@ -64,6 +64,6 @@ printf '%q ' "${command[@]}" >"$run/log.txt"
 if ! "${command[@]}" >>"$run/log.txt" 2>&1; then
     grep -h 'megatron_fdd: error' "$run/log.txt" >&2 || tail -n 20 "$run/log.txt" >&2
     echo "study: $name failed: $run/log.txt" >&2
-    exit 255 # which makes xargs start no other
+    exit 255 # with this status xargs starts no other run
 fi
 echo "$name: $((SECONDS - started)) s"

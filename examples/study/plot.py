@@ -1,4 +1,4 @@
-"""The study's figure: scores seed by seed, and how far the inner layers are from the teacher's."""
+"""The study's figure: scores of every seed, and the distance of the inner layers from the teacher's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from table import Results
 
 COLORS = plt.get_cmap("tab10")
-# Of these the right column shows the inner layers; more lines would hide each other.
+# The right column shows the inner layers of these methods; more lines would hide each other.
 INNER = ("ce", "kd", "kd-trajectory", "kd-delta", "fdd")
 
 
 def draw_scores(axes: Axes, results: Results, student: str) -> None:
-    """A dot per seed and a bar at the mean, a row per method."""
+    """Draw a row for each method, with a dot for each seed and a bar at the mean."""
     methods = results.methods(student)
     for row, method in enumerate(methods):
         values = [run["test"]["kl_to_teacher"] for run in results.of(student, method).values()]
@@ -35,7 +35,7 @@ def draw_scores(axes: Axes, results: Results, student: str) -> None:
 
 
 def draw_inner(axes: Axes, results: Results, student: str) -> None:
-    """A line per method over the pairs of blocks, the final logits last."""
+    """Draw a line for each method over the pairs of blocks, with the final logits last."""
     methods = results.methods(student)
     for method in (method for method in INNER if method in methods):
         runs = list(results.of(student, method).values())
@@ -54,7 +54,7 @@ def draw_inner(axes: Axes, results: Results, student: str) -> None:
 
 
 def draw(results: Results, out: Path) -> None:
-    """Write the PNG; a row of panels per student."""
+    """Write the PNG, with a row of panels for each student."""
     students = [student for student in ("thin", "shallow") if results.methods(student)]
     figure, grid = plt.subplots(
         len(students), 2, figsize=(11, 3.8 * len(students)), squeeze=False, layout="constrained"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Does it help? Students of one teacher, trained with and without the terms of feature dynamics distillation on the
-# same text, in the same order, from the same start, for the same number of tokens; several seeds; compared with
-# logit distillation seed by seed. docs/study.md has the results of the defaults and says how to read them.
+# Does it help? Students of one teacher are trained with and without the terms of feature dynamics distillation, on the
+# same text, in the same order, from the same start, for the same number of tokens, with several seeds. They are
+# compared with logit distillation for each seed. docs/study.md has the results of the defaults and explains them.
 #
 #   bash examples/study/run.sh TEACHER TEXT
 #
@@ -13,10 +13,10 @@
 # 2. Each of METHODS is trained at its rate with each of SEEDS.
 # 3. The students are scored on test stories, which nothing was chosen on: WORK/results.json, WORK/tables.md.
 #
-# Every capital name below can be set in the environment. An interrupted study goes on with the run it was at; more
-# SEEDS or METHODS can be added later in the same WORK. With the defaults there are 91 runs, two at a time with a thread
-# each; of those on quiet cores most took about 20 s.
-# PUBLISH=1 writes the results over those of this folder and of docs/study.md too.
+# Every capital name below can be set in the environment. An interrupted study continues with the run that it was
+# at; more SEEDS or METHODS can be added later in the same WORK. The defaults make 91 runs, two at a time with one
+# thread each; on quiet cores most took about 20 s.
+# PUBLISH=1 also replaces the results of this folder and of docs/study.md.
 set -euo pipefail
 if [[ $# != 2 || $1 == -* ]]; then
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
@@ -26,7 +26,7 @@ fi
 [[ -f $2 ]] || { echo "study: error: $2 is no file; give a text of stories" >&2 && exit 1; }
 TEACHER=$(realpath "$1") TEXT=$(realpath "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-SETUP=${SETUP:-1} # 0: with the Python and the packages that are there
+SETUP=${SETUP:-1} # 0: use the present Python and packages
 [[ $SETUP == 0 ]] || source tools/env.sh
 
 WORK=${WORK:-runs/study}
@@ -48,7 +48,7 @@ THIN_WIDTH=${THIN_WIDTH:-32}
 THIN_HEADS=${THIN_HEADS:-2}
 THIN_INIT_STD=${THIN_INIT_STD:-0.1} # GPT-2's 0.02 for a width of 32: it shrinks with the root of the width
 THIN_PAIRS=${THIN_PAIRS:-1:1,2:2,3:3,4:4} # blocks student:teacher, 1-based; what --fdd-layers 4 chooses for 5 layers
-# The student made of layers of the teacher (0-based), its blocks paired with the blocks that they were.
+# The student made of layers of the teacher (0-based); its blocks are paired with the blocks that they came from.
 SHALLOW_LAYERS=${SHALLOW_LAYERS:-0,2,4}
 SHALLOW_PAIRS=${SHALLOW_PAIRS:-1:1,2:3}
 # This teacher's tokenizer puts <s> before a story, as in its training; 1 for one that needs an end token instead.
@@ -70,7 +70,7 @@ if [[ -f $WORK/settings.json && $(<"$WORK/settings.json") != "$settings" ]]; the
 fi
 echo "$settings" >"$WORK/settings.json"
 
-# once OUTPUT COMMAND...: COMMAND makes OUTPUT as a whole or not at all; nothing is done where OUTPUT is there.
+# once OUTPUT COMMAND...: COMMAND makes OUTPUT as a whole or not at all; it does not run if OUTPUT exists.
 once() {
     local output=$1
     shift

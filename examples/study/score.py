@@ -1,10 +1,10 @@
-"""Scores of the study's trained students: of every run that has none yet, one JSON file beside its checkpoint.
+"""Scores of the study's trained students: every run without a score gets one JSON file beside its checkpoint.
 
-Texts are cut as in training; cross-entropy and KL(teacher || student) are those of `megatron_fdd.evaluate`, from
-the student exported to Hugging Face. A run of the learning-rate scan is scored on validation stories, any other
-on test stories, so that nothing is chosen on these. Also the inner layers are scored, through each model's final norm
-and head, whatever the student was trained with: per pair of blocks the KL of the predictions ("trajectory"), and
-from the second pair on one minus the cosine of their change ("delta").
+Texts are cut as in training; cross-entropy and KL(teacher || student) are those of `megatron_fdd.evaluate`, for the
+student exported to Hugging Face. A run of the learning-rate scan is scored on validation stories, any other run on
+test stories, so that nothing is chosen on test stories. The inner layers are scored too, through each model's final
+norm and head, whatever the student was trained with: the KL of the predictions for each pair of blocks ("trajectory"),
+and from the second pair on one minus the cosine of their change ("delta").
 
     python examples/study/score.py --work runs/study --teacher TEACHER
 """
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a run of the study may have the other core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; a run of the study may use the other core
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from megatron_fdd.evaluate.perplexity import (
     unigram_cross_entropy,
 )
 
-# Predictions that are scored at most, in windows spread over a text; of the test text this many for inner layers.
+# The most predictions to score, in windows spread over a text; on the test text, as many for inner layers.
 NUM_TOKENS = {"train": None, "validation": 16384, "test": 32768}
 NUM_INNER_TOKENS = 8192
 GROUP = 16  # students that are scored in one pass of the teacher
@@ -45,15 +45,15 @@ NAME = re.compile(r"(thin|shallow)-([a-z][a-z0-9-]*?)-([0-9][0-9.e-]*)-([0-9]+)"
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """A Hugging Face folder in float32."""
+    """Load a Hugging Face folder in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
 
 
 def read_windows(work: Path, teacher: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
-    """Tokens of each text (train among them), [windows, length + 1], documents parted as in training."""
+    """Return the tokens of each text (also train), [windows, length + 1], with documents separated as in training."""
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     if not settings["append_eod"]:
-        tokenizer.eos_token = None  # what stands before a story ends the one before it
+        tokenizer.eos_token = None  # the token before a story ends the story before it
     return {
         name: cut_windows(read_texts(work / f"text/{name}.jsonl"), tokenizer, settings["seq_length"], limit)
         for name, limit in NUM_TOKENS.items()
@@ -61,20 +61,20 @@ def read_windows(work: Path, teacher: Path, settings: dict[str, Any]) -> dict[st
 
 
 def unscored(work: Path) -> list[Path]:
-    """Folders of finished trainings without scores."""
+    """Return the folders of finished trainings without scores."""
     finished = work.glob("runs/*/latest_checkpointed_iteration.txt")
     return sorted(file.parent for file in finished if not (file.parent / "score.json").exists())
 
 
 def exported(run: Path, teacher: Path) -> PreTrainedModel:
-    """The student of a run, exported where that was not done yet."""
+    """Return the student of a run; export it if that is not done yet."""
     if not (run / "student-hf").exists():
         convert.mcore_to_hf(run, run / "student-hf", hf_config=teacher, tokenizer=teacher)
     return load(run / "student-hf")
 
 
 def log_probs_at(model: PreTrainedModel, inputs: Tensor, blocks: list[int]) -> Iterator[Tensor]:
-    """The lens of each block (1-based, not the last), float32 [sequences, length, vocabulary]."""
+    """Yield the lens of each block (1-based, not the last), float32 [sequences, length, vocabulary]."""
     states = model(inputs, use_cache=False, output_hidden_states=True).hidden_states
     for block in blocks:
         yield model.lm_head(model.model.norm(states[block])).log_softmax(-1)
@@ -84,7 +84,7 @@ def log_probs_at(model: PreTrainedModel, inputs: Tensor, blocks: list[int]) -> I
 def inner_terms(
     teacher: PreTrainedModel, student: PreTrainedModel, pairs: tuple[tuple[int, int], ...], windows: Tensor
 ) -> dict[str, float]:
-    """Token means of trajectory and delta, "trajectory s2:t3" as in a metrics file."""
+    """Return token means of trajectory and delta, with names such as "trajectory s2:t3", as in a metrics file."""
     sums: dict[str, float] = {}
     for batch in windows[:, :-1].split(32):
         before: list[Tensor] = []
@@ -110,10 +110,10 @@ def as_json(score: PerplexityScore) -> dict[str, float]:
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """Student, method, rate and seed, from the folder's name.
+    """Return student, method, rate and seed, from the folder's name.
 
     Raises:
-        ValueError: a folder that one_run.sh has not made.
+        ValueError: one_run.sh has not made this folder.
     """
     match = NAME.fullmatch(run.name)
     if match is None:
@@ -123,14 +123,14 @@ def describe(run: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """The file appears only when it is whole."""
+    """Write a file that appears only when it is complete."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 class Scorer:
-    """Scores runs and references of a study on its texts."""
+    """The scoring of a study's runs and references on its texts."""
 
     def __init__(self, work: Path, teacher: Path) -> None:
         self.settings = json.loads((work / "settings.json").read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ class Scorer:
         self.work, self.teacher_folder, self.teacher = work, teacher, load(teacher)
 
     def inner(self, student_name: str, student: PreTrainedModel) -> dict[str, float]:
-        """`inner_terms` on a part of the test stories."""
+        """Compute `inner_terms` on a part of the test stories."""
         windows = self.windows["test"]
         some = windows[:: max(1, windows[:, 1:].numel() // NUM_INNER_TOKENS)]
         pairs = parse_layer_pairs(self.settings[f"{student_name}_pairs"])
@@ -146,7 +146,7 @@ class Scorer:
         return inner_terms(self.teacher, student, pairs, some)
 
     def score_runs(self, runs: list[Path]) -> None:
-        """Write the score of each."""
+        """Write the score of each run."""
         found = {run: describe(run) for run in runs}
         scan = [run for run in runs if found[run]["seed"] == self.settings["scan_seed"]]
         for text, group in (("validation", scan), ("test", [run for run in runs if run not in scan])):
@@ -159,7 +159,7 @@ class Scorer:
                 write_json(run / "score.json", found[run])
 
     def score_references(self) -> None:
-        """What the students are held against: the teacher, word frequencies, the shallow student untrained."""
+        """Score what the students are compared with: the teacher, word frequencies, the untrained shallow student."""
         test, start = self.windows["test"], load(self.work / "shallow-hf")
         scores = score_models(self.teacher, {"teacher": self.teacher, "shallow": start}, test)
         vocab_size = self.teacher.config.vocab_size
@@ -173,7 +173,7 @@ class Scorer:
 
 
 def main() -> int:
-    """Parse the command line and score what has no score; returns the exit status."""
+    """Parse the command line and score whatever has no score; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

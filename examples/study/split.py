@@ -1,8 +1,8 @@
-"""The study's text: stories parted by a line, as JSONL for training, for choices, and for the final scores.
+"""The study's text: stories separated by a line, split into JSONL for training, for choices, and for final scores.
 
 Every `--every`-th story goes to validation.jsonl (the learning rates are chosen on it) and the one after it to
-test.jsonl (the reported scores); the rest is train.jsonl. The last story is dropped, since a text that was cut to
-a size ends in the middle of one, and of stories that occur twice the first is kept.
+test.jsonl (the reported scores); the rest is train.jsonl. The last story is dropped, because a text that was cut to a
+size ends in the middle of a story. If a story occurs twice, the first is kept.
 
     python examples/study/split.py --text tinystories.txt --output-dir runs/study/text
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def read_stories(path: Path, separator: str) -> list[str]:
-    """Whole stories, each once, in the order of the file.
+    """Return whole stories, each once, in the order of the file.
 
     Raises:
         ValueError: fewer than two lines equal `separator`.
@@ -25,7 +25,7 @@ def read_stories(path: Path, separator: str) -> list[str]:
 
 
 def split_stories(stories: list[str], every: int) -> dict[str, list[str]]:
-    """train, validation and test.
+    """Split the stories into train, validation and test.
 
     Raises:
         ValueError: a part would be empty.

@@ -1,11 +1,11 @@
-"""The study's tables and figure from its scores; the rate that a method is trained with.
+"""The study's tables and figure, made from its scores, and the learning rate of each method.
 
     python examples/study/table.py --work runs/study                 runs -> WORK/results.json, tables.md, study.png
     python examples/study/table.py --work runs/study --rate thin fdd the learning rate that the scan chose
     python examples/study/table.py                                   the committed results.json -> docs/study.md
 
-Differences are paired: of two runs with one seed, which saw the same text in the same order. A difference counts
-when the 95 % interval of its mean over the seeds (Student's t) does not contain 0; otherwise the table says "none".
+Differences are paired: each is between two runs with one seed, which saw the same text in the same order. A difference
+counts if the 95 % interval of its mean over the seeds (Student's t) does not contain 0; else the table says "none".
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of a method from another, over the seeds that both were trained with."""
+    """The difference of one method from another, over the seeds that both were trained with."""
 
     mean: float
     half_width: float
@@ -65,14 +65,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What `results.json` holds."""
+    """The content of `results.json`."""
 
     settings: dict[str, Any]
     references: dict[str, Any]
     runs: list[Run]
 
     def of(self, student: str, method: str) -> dict[int, Run]:
-        """The study's runs of a cell by seed, at the rate of the method; the scan's are not among them."""
+        """Return the study's runs of a cell by seed, at the method's rate, without the runs of the scan."""
         if not self.scan(student, method):
             return {}
         rate = self.best_rate(student, method)
@@ -85,7 +85,7 @@ class Results:
         }
 
     def scan(self, student: str, method: str) -> dict[str, Run]:
-        """The scan's runs of a method by learning rate, smallest first."""
+        """Return the scan's runs of a method by learning rate, smallest first."""
         found = [
             run
             for run in self.runs
@@ -94,7 +94,7 @@ class Results:
         return {run["rate"]: run for run in sorted(found, key=lambda run: float(run["rate"]))}
 
     def best_rate(self, student: str, method: str) -> str:
-        """The rate of the best score on validation stories.
+        """Return the rate with the best score on validation stories.
 
         Raises:
             ValueError: the scan has no run of the method.
@@ -105,11 +105,11 @@ class Results:
         return min(scan, key=lambda rate: scan[rate]["validation"][metric_of(method)])
 
     def methods(self, student: str) -> list[str]:
-        """Those that were trained, in the order of `METHODS`."""
+        """Return the methods that were trained, in the order of `METHODS`."""
         return [method for method in METHODS if self.of(student, method)]
 
     def difference(self, student: str, pair: tuple[str, str], metric: str) -> Difference | None:
-        """First method less second, on test stories; None with fewer than two common seeds."""
+        """Return first method minus second, on test stories; None with fewer than two common seeds."""
         ours, theirs = (self.of(student, method) for method in pair)
         values = [
             ours[seed]["test"][metric] - theirs[seed]["test"][metric] for seed in ours if seed in theirs
@@ -122,25 +122,25 @@ class Results:
 
 
 def metric_of(method: str) -> str:
-    """What its learning rate is chosen by: for cross-entropy alone the teacher means nothing."""
+    """Return the score that chooses a method's learning rate; with cross-entropy alone the teacher plays no part."""
     return "cross_entropy" if method == "ce" else "kl_to_teacher"
 
 
 def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation."""
+    """Write mean ± standard deviation."""
     values = list(values)
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table, first column left, others right."""
+    """Write a table with the first column to the left and the others to the right."""
     rule = "|---|" + "--:|" * (len(header) - 1)
     return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
 def main_table(results: Results, student: str) -> list[str]:
-    """Each method, and its difference from logit KD."""
+    """Write the table of all methods and their differences from logit KD."""
     rows = []
     for method in results.methods(student):
         runs = results.of(student, method)
@@ -161,7 +161,7 @@ def main_table(results: Results, student: str) -> list[str]:
 
 
 def variants_table(results: Results) -> list[str]:
-    """FDD and its variants among each other: what supports a default, and what does not."""
+    """Write the table of FDD and its variants, which shows what supports a default and what does not."""
     trained = set(results.methods("thin")) | set(results.methods("shallow"))
     pairs = [(method, "fdd") for method in METHODS if method in trained - {"ce", "kd", "kd-ce", "fdd"}]
     rows = []
@@ -175,7 +175,7 @@ def variants_table(results: Results) -> list[str]:
 
 
 def inner_table(results: Results, student: str) -> list[str]:
-    """Trajectory and delta on test stories, whatever a student was trained with; means over the seeds."""
+    """Write the table of trajectory and delta on test stories, for any method, as means over the seeds."""
     rows = []
     untrained = {"untrained": [results.references["shallow untrained"]]} if student == "shallow" else {}
     trained = {
@@ -192,7 +192,7 @@ def inner_table(results: Results, student: str) -> list[str]:
 
 
 def scan_table(results: Results) -> list[str]:
-    """Validation score of each rate; the chosen one in bold."""
+    """Write the table of the validation score of each rate, with the chosen one in bold."""
     rows = []
     for student in STUDENTS:
         for method in METHODS:
@@ -212,7 +212,7 @@ def scan_table(results: Results) -> list[str]:
 
 
 def tables(results: Results) -> str:
-    """All tables, as docs/study.md holds them."""
+    """Write all tables, as in docs/study.md."""
     settings, references = results.settings, results.references
     step = settings["batch"] * settings["seq_length"]
     teacher, unigram = references["teacher"], references["unigram"]
@@ -235,7 +235,7 @@ def tables(results: Results) -> str:
 
 
 def rewrite(document: str, generated: str) -> str:
-    """The document with `generated` between its two marks.
+    """Return the document with `generated` between its two marks.
 
     Raises:
         ValueError: a mark is missing.
@@ -246,7 +246,7 @@ def rewrite(document: str, generated: str) -> str:
 
 
 def read_work(work: Path) -> Results:
-    """Settings, references and scores of a study's runs, numbers to 6 decimals."""
+    """Read settings, references and scores of a study's runs, with numbers to 6 decimals."""
 
     def read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"), parse_float=lambda text: round(float(text), 6))
@@ -257,27 +257,27 @@ def read_work(work: Path) -> Results:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """A run a line, so that a difference between two studies can be read."""
+    """Write each run as one line, so that differences between two studies are easy to read."""
     runs = ",\n".join(json.dumps(run) for run in results.runs)
     head = json.dumps({"settings": results.settings, "references": results.references})[1:-1]
     path.write_text(f'{{{head},\n"runs": [\n{runs}\n]}}\n', encoding="utf-8")
 
 
 def _draw(results: Results, out: Path) -> None:
-    import plot  # matplotlib takes a second, which --rate has no use for
+    import plot  # here, because matplotlib takes a second and --rate does not need it
 
     plot.draw(results, out)
 
 
 def publish(results: Results) -> None:
-    """docs/study.md and docs/study.png from these results."""
+    """Write docs/study.md and docs/study.png from these results."""
     document = DOCS / "study.md"
     document.write_text(rewrite(document.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
     _draw(results, DOCS / "study.png")
 
 
 def main() -> int:
-    """Parse the command line and do what it says; returns the exit status."""
+    """Parse the command line and do what it says; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -1,9 +1,9 @@
 """The forward pass of the fused losses: blocks of tokens, each gathered, swept and merged over the ranks.
 
-A block's collectives run during its neighbours' products: while it is swept, the next one's tokens are gathered;
-while the next one is swept, its own sums travel.
+A block's collectives run during the products of its neighbours: the tokens of the next block are gathered while this
+block is swept, and this block's sums travel while the next block is swept.
 
-Shapes: N this rank's tokens, R tokens of a block (all ranks' under sequence parallelism), T / D hidden width of
+Shapes: N this rank's tokens, R tokens of a block (under sequence parallelism, of all ranks), T / D hidden width of
 teacher / student.
 """
 
@@ -25,7 +25,7 @@ from megatron_fdd.ops.vocab_shard import Pending, label_logits
 
 
 class LinearKL(NamedTuple):
-    """Numbers per token, [N], float32 (float64 for float64 input); None where not asked for."""
+    """One number for each token, [N], float32 (float64 for float64 input); None where it is not asked for."""
 
     divergence_N: Tensor | None  # includes the factor temperature**2
     teacher_lse_N: Tensor | None  # at temperature 1; never carries gradient
@@ -34,13 +34,13 @@ class LinearKL(NamedTuple):
 
 
 class Sweeps(Protocol):
-    """A block's passes over this rank's part of the vocabulary. No collectives."""
+    """The passes of one block over this rank's part of the vocabulary. They need no collectives."""
 
     def softmax_sums(self) -> SoftmaxSums:
-        """The first: online softmax, and with a constant head the sums that its gradient is made of."""
+        """Run the first sweep: online softmax, and with a constant head the sums that make up its gradient."""
 
     def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The second, of divergences that need both normalisers first.
+        """Run the second sweep, for divergences that need both normalisers first.
 
         Returns:
             Sums of value and score (`Divergence.value_and_score`), [2, R]; and, with a constant head, the sum of
@@ -54,40 +54,40 @@ class Sweeps(Protocol):
         labels_R: Tensor | None,
         head_gradient_WD: Tensor | None,
     ) -> Tensor:
-        """The last: the hidden states' gradient [R, D]; adds the head's to `head_gradient_WD`."""
+        """Run the last sweep: return the hidden states' gradient [R, D]; add the head's to `head_gradient_WD`."""
 
 
 def make_sweeps(request: Request, teacher: Model | None, student: Model) -> Sweeps:
-    """Of the implementation that `request.implementation` chooses."""
+    """Make the sweeps of the implementation that `request.implementation` chooses."""
     if request.implementation.chosen(student[1], request.divergence) == "triton":
-        from megatron_fdd.ops.gpu.sweeps import TritonSweeps  # Triton is installed where there is a GPU
+        from megatron_fdd.ops.gpu.sweeps import TritonSweeps  # only machines with a GPU have Triton
 
         return TritonSweeps(request, teacher, student)
     return TorchSweeps(request, teacher, student)
 
 
 class Swept(NamedTuple):
-    """Some tokens after their first sweep, while the ranks exchange their sums."""
+    """A block after its first sweep, while the ranks exchange their sums."""
 
-    rows: slice  # of this rank's tokens
-    teacher: Model | None  # all ranks' tokens
+    rows: slice  # the block's rows of this rank's tokens
+    teacher: Model | None  # hidden states of all ranks' tokens, with the head
     student: Model
     labels_R: Tensor | None
     sweeps: Sweeps
-    sums: SoftmaxSums  # this rank's part
+    sums: SoftmaxSums  # over this rank's part of the vocabulary
     packed: Pending
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBlock:
-    """Some tokens, with what the whole vocabulary says of them."""
+    """A block of tokens, with the statistics of the whole vocabulary."""
 
     swept: Swept
     statistics: VocabStatistics
     second: SecondSums | None
 
     def outputs(self, request: Request) -> LinearKL:
-        """What is asked for, of this rank's tokens."""
+        """Return what `request` asks for, for this rank's tokens."""
         statistics, labels_R = self.statistics, self.swept.labels_R
         value_R = statistics.kl_R if self.second is None else self.second.value_R
         *teacher_lse, student_lse_R = statistics.unit_lse_M.view(statistics.num_models, -1)
@@ -106,9 +106,9 @@ class TokenBlock:
 def finished_blocks(
     request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None
 ) -> Iterator[TokenBlock]:
-    """The blocks of this rank's tokens, in order.
+    """Yield the blocks of this rank's tokens, in order, with their statistics.
 
-    Collectives for each: under sequence parallelism one all-gather each of student, teacher and labels; one
+    Collectives for each block: under sequence parallelism one all-gather each of student, teacher and labels; one
     all-gather of the packed statistics; one all-reduce of [2, R] for divergences that need a second sweep.
     """
     shard = request.shard
@@ -146,7 +146,7 @@ def _swept_blocks(
 
 
 def _one_behind[Item](items: Iterable[Item], *, is_alone: bool) -> Iterator[Item]:
-    """The same items, each handed out after the next one has been begun; one rank has nothing to wait for."""
+    """Yield the same items, each after the next one has begun; one rank has nothing to wait for."""
     if is_alone:
         yield from items
         return

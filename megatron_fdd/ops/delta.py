@@ -1,15 +1,15 @@
 """Cosine of two models' log-probability differences from Gram matrices of their heads, without any logits.
 
-With a = N(h(l_j)) - N(h(l_j-1)) and c = lse(l_j) - lse(l_j-1), a difference of log-probabilities is W a - c 1, so
+With a = N(h(l_j)) - N(h(l_j-1)) and c = lse(l_j) - lse(l_j-1), a difference of log-probabilities is W a - c 1, so that
     <D^T, D^S> = a_T' G_TD a_S - c_S (a_T . u_T) - c_T (a_S . u_S) + V c_T c_S,    G_TD = W_T' W_S,  u = W' 1
     |D|^2      = a' G a - 2 c (a . u) + V c^2
-The centred form removes the mean over the vocabulary: no c, and Grams of heads whose column means are removed.
+The centred form removes the mean over the vocabulary: it has no c, and its Grams are of heads without column means.
 
-Shapes: N this rank's tokens, n those of them that it computes, T / D hidden width of teacher / student,
+Shapes: N this rank's tokens, n the part of them that it computes, T / D hidden width of teacher / student,
 V the vocabulary.
 
-Source: docs/method.md. Precision: differences, Grams and quadratic forms in float32,
-without TF32 (1.5e-3 in the cosine) but as a sum of three of its products.
+Source: docs/method.md. Precision: differences, Grams and quadratic forms are float32. A single TF32 product would cost
+1.5e-3 in the cosine; a sum of three of them is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 __all__ = ["HeadGrams", "delta_cosine", "head_grams"]
 
-# Below this share of the terms that it is the sum of, |D|^2 is rounding noise and D counts as zero.
+# |D|^2 is a sum of terms. Below this multiple of their rounding error it is only noise, and D counts as zero.
 ZERO_SHARE = 16.0
 
 
@@ -39,26 +39,26 @@ def delta_cosine(
     student_lse_delta_N: Tensor | None,
     grams: HeadGrams,
 ) -> Tensor:
-    """Cosine over the vocabulary of teacher's and student's differences, [N], float32 (float64 for float64).
+    """Return the cosine over the vocabulary of teacher's and student's differences, [N], float32 (float64 for float64).
 
-    Gradient flows to the student's two inputs and to `grams` (trained head), whose gradient is that of the n
-    tokens that this rank computes. Where either difference is zero, or zero up to rounding, there is no
+    Gradient flows to the student's two inputs and, with a trained head, to `grams`, which gets the gradient of only
+    the n tokens that this rank computes. Where either difference is zero, or zero up to rounding, there is no
     direction to compare: the cosine is 1 with zero gradient, never NaN. Not differentiable twice.
 
-    Three products a token, [T, T], [T, D] and [D, D], and backward two outer products for a trained head. Kept
-    for the backward pass: [n, D], and for a trained head the differences, [n, T + D].
+    Each token costs three products, [T, T], [T, D] and [D, D], and for a trained head two outer products in the
+    backward pass. Kept for the backward pass: [n, D], and for a trained head the differences, [n, T + D].
 
     Args:
         teacher_delta_NT, student_delta_ND: differences of normed hidden states, taken in float32.
-        teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1; both None
-            exactly with centred Grams.
-        grams: of the heads, with their shard. Under its sequence parallelism ranks have tokens of their own. Otherwise
-            all pass the same N, rank r computes those from r * ceil(N / ranks) on, and all must hand back the same
-            upstream gradient.
+        teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1; both are None
+            if, and only if, the Grams are centred.
+        grams: the Grams of the heads, with their shard. With `shard.sequence_parallel` each rank has tokens of its own.
+            Otherwise all ranks pass the same N tokens, rank r computes ceil(N / ranks) of them from
+            r * ceil(N / ranks) on, and all ranks must hand back the same upstream gradient.
 
-    Collectives over `grams.shard.group` without sequence parallelism (with it, or one rank: none). Forward: one
-        all-gather of [n]. Backward: one all-gather of [n, D + 1] ([n, D] centred), n = ceil(N / ranks). In
-        float32, which is the inputs' dtype: a narrower one would round what one rank would not round.
+    Collectives over `grams.shard.group` without sequence parallelism (with it, or with one rank: none). Forward: one
+        all-gather of [n]. Backward: one all-gather of [n, D + 1] ([n, D] centred), n = ceil(N / ranks). They are in
+        float32, the inputs' dtype: a narrower one would round what a single rank does not round.
     """
     assert (teacher_lse_delta_N is None) == (student_lse_delta_N is None) == grams.centred, (
         "form of the delta"
@@ -76,7 +76,7 @@ def delta_cosine(
 
 @dataclass(frozen=True, slots=True)
 class _Constants:
-    """What gets no gradient; of `grams` the teacher's part, and the shard."""
+    """Inputs without a gradient; from `grams` only the teacher's part and the shard are read."""
 
     teacher_delta_NT: Tensor
     teacher_lse_delta_N: Tensor | None
@@ -84,7 +84,7 @@ class _Constants:
 
 
 class _DeltaCosine(torch.autograd.Function):
-    """Gradient for all inputs but the last. Its factors are found forward, where their products exist anyway."""
+    """Gradient for all inputs but the last. Its factors are computed forward, where their products exist anyway."""
 
     @staticmethod
     @full_precision()
@@ -158,7 +158,7 @@ class _DeltaCosine(torch.autograd.Function):
 
 
 def _square(form_n: Tensor, c_n: Tensor, u_n: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """|D|^2, and the terms that it is the sum of, by which zero is told."""
+    """Return |D|^2, and the sum of its positive terms, against which zero is measured."""
     terms_n = form_n + size * c_n**2
     return terms_n - 2 * c_n * u_n, terms_n
 
@@ -166,13 +166,13 @@ def _square(form_n: Tensor, c_n: Tensor, u_n: Tensor, size: Tensor) -> tuple[Ten
 def _cosine(
     dot_n: Tensor, teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, and its derivatives: by the dot product, and by half of the student's square, negated.
+    """Return the cosine and its derivatives: by the dot product, and by half of the student's square, negated.
 
-    `teacher` and `student`: those of `_square`.
+    `teacher` and `student` are what `_square` returns.
     """
     share = ZERO_SHARE * torch.finfo(dot_n.dtype).eps
     zero_n = (teacher[0] <= share * teacher[1]) | (student[0] <= share * student[1])
-    # Replaced before the root: that of rounding noise may be NaN.
+    # Replaced before the root, because the root of rounding noise may be NaN.
     teacher_root_n, student_root_n = (part[0].masked_fill(zero_n, 1.0).rsqrt() for part in (teacher, student))
     scale_n = (teacher_root_n * student_root_n).masked_fill(zero_n, 0.0)
     cosine_n = dot_n * teacher_root_n * student_root_n
@@ -181,7 +181,7 @@ def _cosine(
 
 
 def _all_tokens(parts: list[Tensor], num_tokens: int, shard: VocabShard) -> list[Tensor]:
-    """Columns of this rank's tokens -> of all. Collectives: one of all parts, if ranks share tokens."""
+    """Join the ranks' tokens of all parts. Collectives: one all-gather of all parts, if ranks share tokens."""
     if not shard.shares_tokens:
         return parts
     whole = shard.join_shares(torch.cat(parts, dim=1), num_tokens)

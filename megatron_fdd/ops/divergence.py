@@ -1,9 +1,9 @@
-"""The divergences between two distributions over the vocabulary: one table, and the door for others.
+"""The table of divergences between two distributions over the vocabulary, and the way to add others.
 
-Whatever computes, counts or lists divergences takes what it needs from `DIVERGENCES` (docs/method.md has the formulas,
-docs/extend/divergence.md how to add one).
+All code that computes, counts or lists divergences reads `DIVERGENCES` (docs/method.md has the formulas;
+docs/extend/divergence.md explains how to add one).
 
-Shapes: N tokens (any number of rows), C columns: the part of the vocabulary at hand.
+Shapes: N tokens (any number of rows), C columns (any part of the vocabulary).
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ ValueAndScore = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceKind:
-    """What the package needs to know of a divergence of teacher T and student S.
+    """What the package needs to know about a divergence of teacher T and student S.
 
     Attributes:
-        value_and_score: from (teacher_NC, student_NC, mix), log-probabilities of some columns, two new tensors [N, C]:
-            the value's summands, whose sum over the vocabulary is the divergence, and their score, the derivative
-            with respect to the student's log-probabilities, to which any multiple of p_S may be added. Each column by
-            itself; no input is written to; autograd can differentiate the value (`--fdd-kernels reference` does).
-        formula: as docs/method.md writes it.
-        explanation: a few words for who chooses; both stand in --help.
-        default_mix: what `mix` is unless it is given; None: the divergence has none, and `mix` is NaN.
-        triton: the same function for GPUs, decorated with `@triton.jit`, or "module:name" of it, which is imported only
-            where it runs; from (teacher, student, mix, log_mix, log_rest), a block of float32 each and three
-            numbers, `mix` and the logarithms of it and of 1 - mix. None: there is none, and torch computes it.
-        leader: only of the two Kullback-Leibler divergences, which one sweep over the vocabulary computes: under which
-            model they are the expectation of the log-ratio. None: two sweeps, the second after both normalisers.
+        value_and_score: takes (teacher_NC, student_NC, mix), log-probabilities of some columns, and returns two new
+            tensors [N, C]: the value's summands, whose sum over the vocabulary is the divergence, and their score, the
+            derivative with respect to the student's log-probabilities, to which any multiple of p_S may be added. It
+            computes each column by itself and writes to no input; autograd can differentiate the value
+            (`--fdd-kernels reference` does).
+        formula: the formula, as docs/method.md writes it.
+        explanation: a few words that help a reader to choose; --help shows formula and explanation.
+        default_mix: the value of `mix` unless it is given; None: the divergence has no mix, and `mix` is NaN.
+        triton: the same function for GPUs, decorated with `@triton.jit`, or its "module:name", which is imported only
+            where it runs. It takes (teacher, student, mix, log_mix, log_rest): two blocks of float32 and three
+            numbers, `mix` and the logarithms of mix and of 1 - mix. None: no such function exists, and torch computes
+            the divergence.
+        leader: set only for the two Kullback-Leibler divergences, which one sweep over the vocabulary computes: the
+            model under which they are the expectation of the log-ratio. None: two sweeps, the second after both
+            normalisers.
     """
 
     value_and_score: ValueAndScore
@@ -49,11 +52,11 @@ class DivergenceKind:
 
     @property
     def num_sweeps(self) -> int:
-        """Passes over the vocabulary until value and gradient are known."""
+        """Number of passes over the vocabulary until value and gradient are known."""
         return 2 if self.leader is None else 1
 
     def triton_function(self) -> Any:
-        """Return `triton`, imported where it is a name."""
+        """Return `triton`, imported if it is a name."""
         if not isinstance(self.triton, str):
             return self.triton
         module, _, name = self.triton.partition(":")
@@ -62,10 +65,10 @@ class DivergenceKind:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Which divergence of teacher T and student S, each softmax(z / temperature).
+    """The choice of a divergence of teacher T and student S, each softmax(z / temperature).
 
-    The reported value has the factor temperature^2. `kind`: a name in `DIVERGENCES`. `mix`: None stands for the kind's
-    own; kinds without one do not use it.
+    The reported value has the factor temperature^2. `kind` is a name in `DIVERGENCES`. `mix`: None means the kind's
+    default; kinds without a mix ignore it.
     """
 
     kind: str = "fkl"
@@ -82,12 +85,12 @@ class Divergence:
 
     @property
     def definition(self) -> DivergenceKind:
-        """Its row of the table."""
+        """The row of the table for `kind`."""
         return DIVERGENCES[self.kind]
 
     @property
     def one_sweep(self) -> bool:
-        """Whether one pass over the vocabulary gives value and gradient: no normaliser needed in advance."""
+        """Whether one pass over the vocabulary gives value and gradient, so that no normaliser is needed before it."""
         return self.definition.num_sweeps == 1
 
     @property
@@ -102,7 +105,7 @@ class Divergence:
 
     @property
     def mix_weight(self) -> float:
-        """`mix`, or the default that belongs to the kind; NaN where there is none."""
+        """`mix`, or the default of the kind; NaN if the kind has none."""
         default = self.definition.default_mix
         if default is None:
             return math.nan
@@ -116,8 +119,8 @@ class Divergence:
         """Return the gradient of the divergence, column by column, from log-probabilities (without temperature**2).
 
         With centre = sum over the vocabulary of score, the gradient with respect to the student's logit v is
-        score_v - centre * p_v, p = exp(student). Any multiple of p may be added to it: but for fkl it is chosen so
-        that equal models score 0, whatever rounding comes after.
+        score_v - centre * p_v, p = exp(student). Any multiple of p may be added to the score: except for fkl, it is
+        chosen so that equal models score 0, whatever rounding follows.
         """
         if self.teacher_leads:  # the value is not needed, and would be most of the work
             return teacher_NC.exp().neg_()
@@ -152,7 +155,7 @@ def _srkl(teacher_NC: Tensor, student_NC: Tensor, mix: float) -> tuple[Tensor, T
 
 
 def _mixture(first: Tensor, second: Tensor, mix: float) -> Tensor:
-    """log(mix e^first + (1 - mix) e^second)."""
+    """Return log(mix e^first + (1 - mix) e^second)."""
     return torch.logaddexp(first + math.log(mix), second + math.log1p(-mix))
 
 
@@ -199,11 +202,11 @@ DIVERGENCES: dict[str, DivergenceKind] = {
 
 
 def add_divergence(name: str, kind: DivergenceKind) -> None:
-    """Make a divergence known by a name, before a command line is read. It is then fused wherever the others are.
+    """Add a divergence to the table by a name, before a command line is read. It is then fused wherever others are.
 
     Raises:
-        ValueError: the name is taken or malformed, or `kind` does not keep to what `DivergenceKind` says; its
-            functions are tried on a few random distributions.
+        ValueError: the name is taken or malformed, or `kind` breaks a rule of `DivergenceKind`; its functions are
+            tried on a few random distributions.
     """
     if name in DIVERGENCES:
         raise ValueError(f"divergence {name!r} exists: give yours another name than {tuple(DIVERGENCES)}")
@@ -224,10 +227,10 @@ def add_divergence(name: str, kind: DivergenceKind) -> None:
 
 
 def check_triton_function(name: str) -> None:
-    """Refuse a divergence that Triton is asked for and has no function of.
+    """Refuse a divergence without a Triton function, where Triton is asked for.
 
     Raises:
-        ValueError: names it, and what computes it.
+        ValueError: names the divergence, and the implementation that can compute it.
     """
     if DIVERGENCES[name].triton is None:
         raise ValueError(
@@ -237,7 +240,7 @@ def check_triton_function(name: str) -> None:
 
 
 def _check_functions(name: str, kind: DivergenceKind) -> None:
-    """Refuse functions of a divergence whose shapes, columns or derivative are wrong, by trying them."""
+    """Refuse a divergence whose functions, when tried, give wrong shapes, columns or derivatives."""
     mix = math.nan if kind.default_mix is None else kind.default_mix
     draw = torch.Generator().manual_seed(0)
     teacher_NC, logits_NC = (torch.randn(8, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2))

@@ -1,8 +1,8 @@
-"""Float32 numbers through a tensor of a narrower dtype, without losing a bit either way.
+"""Exact transport of float32 numbers, and of their gradient, in a tensor of a narrower dtype.
 
-A pipeline sends tensors of one dtype. A log-sum-exp that travels in it must not be rounded: a bf16 one costs
-6.5e-2 in the delta's cosine (docs/gradients.md). So it travels as three numbers of that dtype whose scaled sum is
-exact, and so does its gradient on the way back.
+A pipeline sends tensors of one dtype. A log-sum-exp that travels in it must not be rounded: rounding to bf16 costs
+6.5e-2 in the delta's cosine (docs/gradients.md). It therefore travels as three numbers of that dtype whose scaled sum
+is exact, and so does its gradient on the way back.
 
 Shapes: M float32 numbers, R rows of width D that hold them.
 """
@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PARTS = 3  # 3 x 8 bits of bf16, 3 x 11 of fp16: at least float32's 24
+_PARTS = 3  # bf16 has 3 x 8 bits, fp16 3 x 11: at least the 24 of float32
 
 
 def rows_needed(count: int, width: int, dtype: torch.dtype) -> int:
-    """Rows of `width` that `count` float32 numbers fill."""
+    """Return how many rows of `width` numbers `count` float32 numbers fill."""
     parts = 1 if dtype == torch.float32 else _PARTS
     return -(-count * parts // width)
 
 
 def to_rows(value_M: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """[M] float32 -> [R, D] of `dtype`, zero-filled behind. Gradient comes back exactly."""
+    """Write [M] float32 as [R, D] of `dtype`, filled up with zeros. The gradient comes back exactly."""
     return _ToRows.apply(value_M, width, dtype)
 
 
 def from_rows(rows_RD: Tensor, count: int) -> Tensor:
-    """The inverse: [R, D] -> [count] float32."""
+    """Read [count] float32 from [R, D]: the inverse of `to_rows`."""
     return _FromRows.apply(rows_RD, count)
 
 
@@ -63,7 +63,7 @@ def _split(value_M: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         pieces, rest = [], value_M
         for _ in range(_PARTS):
             pieces.append(rest.to(dtype))
-            # Scaled up, so that what is left stays far from the dtype's smallest number.
+            # Scaled up, so that the rest stays far above the smallest number of the dtype.
             rest = (rest - pieces[-1].float()) * _scale(dtype)
         parts = torch.cat(pieces)
     rows_RD = parts.new_zeros(rows_needed(len(value_M), width, dtype) * width)
@@ -81,5 +81,5 @@ def _join(rows_RD: Tensor, count: int) -> Tensor:
 
 
 def _scale(dtype: torch.dtype) -> float:
-    """2 ** (bits of the mantissa): exact to multiply by."""
+    """Return 2 ** (bits of the mantissa): multiplying by it is exact."""
     return 2.0 / torch.finfo(dtype).eps

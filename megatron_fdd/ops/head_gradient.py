@@ -1,10 +1,10 @@
-"""Where the gradient of a trained head goes: to autograd, or straight into Megatron's gradient buffer.
+"""The two destinations of a trained head's gradient: autograd, or directly Megatron's gradient buffer.
 
 A parameter in Megatron's DDP has a `main_grad` (float32, unless gradients are reduced in bf16) that lives as long as
-the model: parts are added to it directly, so that several micro-batches are not rounded to bf16 one by one. Autograd
-then gets a dummy, as from Megatron's own fused layers: DDP's hook asserts that there is a gradient, does not add it
-when `grad_added_to_main_grad` is set, and does add it when the parameter is also an embedding (`zero_out_wgrad`: then
-the dummy is zero). Every contribution to a parameter must come this way.
+the model. Parts are added to it directly, so that several micro-batches are not rounded to bf16 one by one. Autograd
+then gets a dummy, as it does from Megatron's own fused layers: DDP's hook asserts that there is a gradient, does not
+add it when `grad_added_to_main_grad` is set, and does add it when the parameter is also an embedding
+(`zero_out_wgrad`; the dummy is then zero). Every contribution to a parameter must take this path.
 
 Shapes: W rows of the head shard, D the student's width.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 class HeadGradient:
-    """Collects a head's gradient in `sum_WD`, to which the caller adds; then `finish` gives what autograd gets."""
+    """A head's gradient while it is collected: the caller adds to `sum_WD`, then passes `finish()` to autograd."""
 
     def __init__(self, head_WD: Tensor, *, parts: int) -> None:
-        """`parts`: how many additions a row receives; several are summed in float32."""
+        """Prepare the sum. `parts`: how many additions a row receives; several are summed in float32."""
         self._head_WS = head_WD
         if has_main_grad(head_WD):
             self.sum_WD: Tensor = head_WD.main_grad  # type: ignore[attr-defined]
@@ -30,35 +30,35 @@ class HeadGradient:
             self.sum_WD = torch.zeros_like(head_WD, dtype=torch.float32 if wide else head_WD.dtype)
 
     def finish(self) -> Tensor:
-        """The gradient for autograd, [W, D] in the head's dtype."""
+        """Return the gradient for autograd, [W, D] in the head's dtype."""
         if has_main_grad(self._head_WS):
             return dummy(self._head_WS)
         return self.sum_WD.to(self._head_WS.dtype)
 
 
 def deliver(head_WD: Tensor, gradient_WD: Tensor, factor: Tensor) -> Tensor:
-    """Hand over factor * gradient, computed before; returns what autograd gets. `factor` is 0-dim."""
+    """Hand over factor * gradient, which is computed already; return what autograd gets. `factor` is 0-dim."""
     if not has_main_grad(head_WD):
-        # Written in the head's dtype at once. Not 0-dim: CUDA would round the factor to that first.
+        # Written in the head's dtype at once. Not 0-dim: CUDA would first round a 0-dim factor to that dtype.
         return torch.mul(gradient_WD, factor.view(1, 1), out=torch.empty_like(head_WD))
     head_WD.main_grad.addcmul_(gradient_WD, factor)  # type: ignore[attr-defined]
     return dummy(head_WD)
 
 
 def collected(head_WD: Tensor) -> Tensor:
-    """The same head, whose gradient from autograd's own operations is handed over in the same way."""
+    """Return the same head, whose gradient from autograd's own operations is handed over in the same way."""
     return _Collected.apply(head_WD) if head_WD.requires_grad else head_WD
 
 
 def has_main_grad(head_WD: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether it is a parameter in Megatron's DDP, and its gradient is summed in `dtype`."""
+    """Whether the head is a parameter in Megatron's DDP whose gradient is summed in `dtype` (None: in any)."""
     if not (hasattr(head_WD, "grad_added_to_main_grad") and hasattr(head_WD, "main_grad")):
         return False
     return dtype is None or head_WD.main_grad.dtype == dtype
 
 
 def dummy(head_WD: Tensor) -> Tensor:
-    """What autograd gets for a head whose gradient is in its `main_grad`, [W, D]; also tells DDP so."""
+    """Return what autograd gets for a head whose gradient is in its `main_grad`, [W, D]; tell DDP so."""
     head_WD.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if getattr(head_WD, "zero_out_wgrad", False):
         return torch.zeros_like(head_WD)

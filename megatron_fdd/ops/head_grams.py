@@ -1,8 +1,8 @@
-"""Gram matrices of two vocabulary-parallel heads: all that the delta needs to know of the vocabulary.
+"""Gram matrices of two vocabulary-parallel heads: all that the delta needs from the vocabulary.
 
 Shapes: T / D hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
 
-Precision: products read the weights' dtype (centred: float32), sums are float32, without TF32.
+Precision: products read the weights' dtype (centred: float32); sums are float32, without TF32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS_PER_TILE = 4096
 
 @dataclass(frozen=True, slots=True)
 class HeadGrams:
-    """Gram matrices and column sums over the whole vocabulary, padding left out; float32, equal on all ranks.
+    """Gram matrices and column sums over the whole vocabulary without padding; float32, equal on all ranks.
 
     `centred`: column means are removed from the matrices. `vocab_size` is a 0-dim tensor (no host sync). `shard`: how
     the heads' rows, and the tokens, lie on the ranks.
@@ -43,16 +43,16 @@ class HeadGrams:
 
 
 def head_grams(heads: Heads, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
-    """Gram matrices of both heads; differentiable in the student's head where that requires a gradient.
+    """Compute the Gram matrices of both heads; differentiable in the student's head if that requires a gradient.
 
-    Every rank uses them for tokens of its own (see `delta_cosine`), so the gradients of a Gram are summed.
+    Every rank uses them for different tokens (see `delta_cosine`), so that the gradients of a Gram are summed.
 
     Args:
-        previous: an earlier result for the same teacher head: its teacher part is taken over, not computed.
+        previous: an earlier result for the same teacher head; its teacher part is reused.
 
     Collectives over `heads.shard.group` (one rank: none). Forward: one all-reduce of the matrices, packed with the
-        sums and the vocabulary's size; centred: of those two before, by itself. Backward, for a student's head
-        that requires a gradient: one all-reduce of [T D + D D + D] numbers. All float32.
+        sums and the vocabulary's size; if centred, sums and size have an all-reduce of their own, before. Backward,
+        for a student's head that requires a gradient: one all-reduce of [T D + D D + D] numbers. All are float32.
     """
     assert heads.teacher_WT is not None, "the delta compares with a teacher"
     assert previous is None or previous.centred == centred, "the earlier Grams are of the other form"
@@ -114,7 +114,7 @@ class _HeadGrams(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         teacher_head_WT, student_head_WD, *means = ctx.saved_tensors
         shard: VocabShard = ctx.shard
-        # Sums over this rank's tokens: of each token one rank alone knows.
+        # These are sums over this rank's tokens, and each token is known to one rank only.
         teacher_student_TD, student_student_DD, student_sum_D = _all_reduce_packed(list(upstream[:3]), shard)
         both_DD = student_student_DD + student_student_DD.T
         gradient_WD = torch.zeros_like(student_head_WD)
@@ -128,7 +128,7 @@ class _HeadGrams(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _HeadRows:
-    """Both heads' rows that are vocabulary, tile by tile; without their column means where those are given."""
+    """The rows of both heads that are vocabulary, tile by tile; minus the column means, if those are given."""
 
     teacher_head_WT: Tensor
     student_head_WD: Tensor
@@ -136,7 +136,7 @@ class _HeadRows:
     means: tuple[Tensor, ...] | None
 
     def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, teacher's [C, T], student's [C, D]), in the dtype that both are multiplied in."""
+        """Yield (rows, teacher's [C, T], student's [C, D]), in the dtype in which both are multiplied."""
         heads = (self.teacher_head_WT, self.student_head_WD)
         dtype = torch.promote_types(product_dtype(heads[0]), product_dtype(heads[1]))
         for start in range(0, self.num_valid, ROWS_PER_TILE):
@@ -144,13 +144,13 @@ class _HeadRows:
             if self.means is None:
                 teacher_CT, student_CD = (head[rows].to(dtype) for head in heads)
             else:
-                # Subtracted here and not from the Gram: G - u u'/V would lose what the means outweigh.
+                # Subtracted here and not from the Gram: large means would drown the rest in G - u u'/V.
                 pairs = zip(heads, self.means, strict=True)
                 teacher_CT, student_CD = (head[rows].to(mean.dtype) - mean for head, mean in pairs)
             yield rows, teacher_CT, student_CD
 
     def products(self, *, with_teacher: bool) -> list[Tensor]:
-        """This rank's part of G_TD, G_SS and, if asked, G_TT."""
+        """Return this rank's part of G_TD, G_SS and, if asked, G_TT."""
         widths = self.teacher_head_WT.shape[1], self.student_head_WD.shape[1]
         shapes = [widths, (widths[1], widths[1]), (widths[0], widths[0])]
         dtype = statistics_dtype(self.student_head_WD)
@@ -165,7 +165,7 @@ class _HeadRows:
 
 
 def _column_sum(head: Tensor, shard: VocabShard, dtype: torch.dtype) -> Tensor:
-    """Sum of the rows that are vocabulary; tile by tile, so that a bf16 head is never widened as a whole."""
+    """Sum the rows that are vocabulary, tile by tile, so that a bf16 head is never widened as a whole."""
     total = head.new_zeros(head.shape[1], dtype=dtype)
     for tile in head[: shard.num_valid].split(ROWS_PER_TILE):
         total += tile.sum(0, dtype=dtype)
@@ -173,7 +173,7 @@ def _column_sum(head: Tensor, shard: VocabShard, dtype: torch.dtype) -> Tensor:
 
 
 def _all_reduce_packed(tensors: list[Tensor], shard: VocabShard) -> list[Tensor]:
-    """Sums over ranks. Collectives: one all-reduce of all tensors together."""
+    """Sum tensors over ranks. Collectives: one all-reduce of all tensors together."""
     if shard.num_ranks == 1:
         return tensors
     packed = shard.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))

@@ -1,9 +1,9 @@
 """Divergence and cross-entropy of a head, summed over tokens, with the gradient computed in the forward pass.
 
-`linear_kl` does not know what its backward pass will be given for each token, and sweeps a trained head again for it
-(or keeps two tensors of the student's size for a constant one). Where the loss is a sum with known weights, the
-gradient of a block of tokens follows as soon as its logits and their normalisers are there: the least possible number
-of products, two for the logits, one for the hidden states, one for a trained head.
+`linear_kl` does not know in advance which gradient its backward pass gets for each token. For it, `linear_kl` sweeps a
+trained head again, or for a constant head keeps two tensors of the student's size. Where the loss is a sum with known
+weights, the gradient of a block of tokens can follow as soon as its logits and their normalisers exist. That is the
+least possible number of products: two for the logits, one for the hidden states, one for a trained head.
 
 Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N), T / D
 hidden width of teacher / student, W rows of this rank's head shard.
@@ -29,17 +29,17 @@ from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import Pending
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
-# Relative tolerance between the factor that is given in advance and the one that is seen in the backward pass.
+# Relative tolerance between the factor that is given in advance and the one that the backward pass sees.
 _ROUNDING = 1e-3
 
 
 class HeadLoss(NamedTuple):
-    """Over this rank's tokens, 0-dim float32 (float64 for float64); only the loss carries gradient.
+    """Sums over this rank's tokens, 0-dim float32 (float64 for float64); only the loss carries gradient.
 
     Attributes:
         loss: both sums, weighted as `LossWeights` says.
-        divergence: sum over tokens, each with its weight, the factor temperature**2 included; None where not asked for.
-        cross_entropy: the same over tokens with a label.
+        divergence: sum over tokens, each with its weight, the factor temperature**2 included; None if not asked for.
+        cross_entropy: the same sum over tokens with a label; None if not asked for.
     """
 
     loss: Tensor
@@ -49,13 +49,14 @@ class HeadLoss(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """What each token counts in a sum, and each sum in the loss.
+    """The weight of each token in a sum, and of each sum in the loss.
 
     Attributes:
         divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
-        divergence, entropy: the loss is divergence * the one sum + entropy * the other.
-        factor: the gradient that the loss will get, one number, where it is known before the backward pass: a head with
-            a float32 `main_grad` then gets its gradient in the forward pass, and no [W, D] is kept between the two.
+        divergence, entropy: the loss is divergence * the sum of divergences + entropy * the sum of cross-entropies.
+        factor: the gradient that the loss will get, one number, if it is known before the backward pass. A head with
+            a float32 `main_grad` then gets its gradient in the forward pass, and no [W, D] is kept for the backward
+            pass.
     """
 
     divergence_N: Tensor
@@ -76,20 +77,20 @@ def head_loss(
 ) -> HeadLoss:
     """Sum the divergence of two linear heads and the student's cross-entropy over tokens, as `weights` says.
 
-    Gradient flows from the loss to the student's hidden states and, where it requires one, head; never to the teacher.
-    The two sums by themselves are for the log, and have none. Memory beside inputs and outputs: two buffers of
-    `implementation.held_logits` numbers, and kept for the backward pass [N, D] and, for a trained head unless
-    `weights.factor` says otherwise, [W, D] in float32. Not differentiable twice.
+    Gradient flows from the loss to the student's hidden states and, if it requires one, head; never to the teacher.
+    The two sums are for the log and carry no gradient. Memory besides inputs and outputs: two buffers of
+    `implementation.held_logits` numbers, and for the backward pass [N, D] and, for a trained head whose gradient is
+    not yet in its `main_grad` (`weights.factor`), [W, D] in float32. Not differentiable twice.
 
     Args:
-        teacher_NT: None: no teacher (then `divergence` must be None).
-        divergence: None: no divergence, and a teacher is not looked at.
+        teacher_NT: None: no teacher (`divergence` must then be None).
+        divergence: None: no divergence, and the teacher is ignored.
         labels_N: vocabulary ids; negative: no label. None: no cross-entropy.
 
     Collectives over `heads.shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
-        packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 2 at another temperature
-        than 1 with labels; plus 1 with labels); divergences of two sweeps (all but fkl and rkl): one all-reduce of
-        [2, R]; one all-reduce of the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather
+        packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 1 with labels, and 2 more at
+        a temperature other than 1); divergences of two sweeps (all but fkl and rkl): one all-reduce of [2, R]; one
+        all-reduce of the gradient [R, D] in the student's dtype. Sequence parallelism adds one all-gather
         each of teacher, student and labels, and once one of [N, 2]; the all-reduce of the gradient becomes a
         reduce-scatter.
     """
@@ -131,7 +132,7 @@ class _HeadLoss(torch.autograd.Function):
         dtype = statistics_dtype(student_ND)
         stacked = _stack_weights(request, weights, dtype)
         head_gradient_WD, ctx.adds_at_once = None, False
-        if request.head_gradient and ctx.needs_input_grad[1]:  # the latter also in evaluation
+        if request.head_gradient and ctx.needs_input_grad[1]:  # needs_input_grad is set in evaluation too
             ctx.adds_at_once = weights.factor is not None and has_main_grad(student_head_WD, dtype)
             if ctx.adds_at_once:
                 head_gradient_WD = student_head_WD.main_grad  # type: ignore[attr-defined]
@@ -157,8 +158,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor, *_of_sums: None) -> tuple[Tensor | None, ...]:
         gradient_ND, head_gradient_WD = ctx.saved_tensors
         if ctx.factor is not None:
-            factor = factor / ctx.factor.reshape(())  # it is in the gradients already
-            is_told = ((factor - 1).abs() < _ROUNDING) | ~factor.isfinite()  # of which the step is stopped
+            factor = factor / ctx.factor.reshape(())  # the gradients have ctx.factor already
+            # Where the factor is not finite, Megatron stops the step.
+            is_told = ((factor - 1).abs() < _ROUNDING) | ~factor.isfinite()
             torch._assert_async(is_told, "the loss gets another gradient than LossWeights.factor")
         gradient_head = None
         if ctx.adds_at_once:
@@ -173,7 +175,7 @@ class _HeadLoss(torch.autograd.Function):
 def _block_gradient(
     request: Request, block: TokenBlock, stacked: Tensor, head_gradient_WD: Tensor | None
 ) -> Tensor:
-    """Hidden states' gradient [R, D] of the loss, this rank's part; adds the head's."""
+    """Return this rank's part of the loss's gradient for the hidden states, [R, D]; add the head's."""
     divergence_R, entropy_R = stacked[:, block.swept.rows].flatten(0, 1).unbind(1)
     labels_R = block.swept.labels_R
     if labels_R is not None:
@@ -184,7 +186,7 @@ def _block_gradient(
 
 
 def _stack_weights(request: Request, weights: LossWeights, dtype: torch.dtype) -> Tensor:
-    """Every rank's, [ranks, N, 2]. Collectives: one all-gather under sequence parallelism."""
+    """Stack every rank's weights, [ranks, N, 2]. Collectives: one all-gather under sequence parallelism."""
     scaled = (weights.divergence_N * weights.divergence, weights.entropy_N * weights.entropy)
     stacked = torch.stack(scaled, dim=1).to(dtype)
     if weights.factor is not None:
@@ -202,12 +204,12 @@ def _sums(outputs: LinearKL, weights: LossWeights, rows: slice) -> tuple[Tensor 
 
 
 def _loss(sums: Sequence[Tensor | None], weights: LossWeights) -> Tensor:
-    """Weigh and add what `_sums` gives for all rows."""
+    """Add the two sums over all rows, each with its weight."""
     pairs = zip(sums, (weights.divergence, weights.entropy), strict=True)
     parts = [each * weight for each, weight in pairs if each is not None]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def masked_sum(value_N: Tensor, weight_N: Tensor) -> Tensor:
-    """Sum over rows that count. A masked row contributes exactly 0, whatever it holds."""
+    """Sum over the rows that count. A masked row contributes exactly 0, whatever it holds."""
     return torch.where(weight_N > 0, value_N * weight_N, 0.0).sum()

@@ -1,4 +1,4 @@
-"""The two heads that an operation reads hidden states through, as this rank has them.
+"""This rank's shards of the two heads through which an operation reads hidden states.
 
 Shapes: N this rank's tokens, T / D hidden width of teacher / student, W rows of this rank's head shard.
 """
@@ -18,12 +18,12 @@ Model = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Both models' heads at this rank: rows of the same slice of the vocabulary, and what computes with them.
+    """Both models' heads at this rank, rows of the same slice of the vocabulary, and the implementation to use.
 
     Attributes:
         teacher_WT: a constant; None: there is no teacher.
-        student_WD: gets a gradient where it requires one.
-        shard: which part of the vocabulary the rows are; the two heads may be padded differently beyond it.
+        student_WD: gets a gradient if it requires one.
+        shard: the part of the vocabulary that the rows hold; behind it, the two heads may have different padding.
         implementation: which implementation runs, and how it cuts its work.
     """
 
@@ -33,7 +33,7 @@ class Heads:
     implementation: Implementation = DEFAULT_IMPLEMENTATION
 
     def models(self, teacher_NT: Tensor | None, student_ND: Tensor) -> tuple[Model | None, Model]:
-        """Join hidden states with their heads; the teacher's detached, and None without hidden states of one."""
+        """Pair hidden states with their heads; the teacher's are detached. None if `teacher_NT` is None."""
         teacher = None
         if teacher_NT is not None:
             assert self.teacher_WT is not None, "hidden states of a teacher without a head"

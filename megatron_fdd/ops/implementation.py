@@ -1,4 +1,4 @@
-"""Which implementation of the fused operations runs, and how it cuts its work."""
+"""The choice of the implementation of the fused operations, and of the sizes of its tiles and blocks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ ImplementationKind = Literal["auto", "reference", "torch", "triton"]
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """The choices that change cost and rounding, never the meaning.
+    """Choices that change cost and rounding, never the meaning.
 
     Attributes:
         kind: reference materialises logits (to check the others with); torch streams over vocabulary tiles;
-            triton does so with one kernel between a tile's products; auto is triton on a GPU, but for float64 and for
-            a divergence without a Triton function, else torch.
-        tile_size: columns of the vocabulary that exist at a time; None: 4096 for triton, else 2048, on a GPU 8192
-            (each of its many small launches then has more to do). Triton cuts larger ones.
-        block_rows: token rows (all tensor-parallel ranks' together) that are swept at a time. A block's
+            triton streams too, with one kernel between a tile's products; auto is triton on a GPU, except for float64
+            and for a divergence without a Triton function, else torch.
+        tile_size: columns of the vocabulary that exist at a time; None: 4096 for triton; for torch 8192 on a GPU (each
+            of its many small launches then has more to do), else 2048. Triton cuts larger tiles.
+        block_rows: rows of tokens (of all tensor-parallel ranks together) that are swept at a time. A block's
             collectives run during the products of its neighbours.
-        held_logits: logits of a model that exist at a time where they stay for the gradient (`head_loss`); None
-            for what keeps the products busy: 2^27 on a GPU (512 MiB), else 2^23, but at least 256 tokens'.
-        skip_below: gradient products leave out tiles in which no probability reaches this (0: none). An
-            approximation: the loss stays exact, and of each token's probabilities those left out are smaller.
+        held_logits: logits of a model that exist at a time where they are kept for the gradient (`head_loss`); None:
+            enough to keep the products busy, 2^27 on a GPU (512 MiB), else 2^23, but at least those of 256 tokens.
+        skip_below: gradient products leave out tiles in which no probability reaches this (0: leave out none). This
+            is an approximation: the loss stays exact, and every probability that is left out is smaller.
     """
 
     kind: ImplementationKind = "auto"
@@ -48,10 +48,10 @@ class Implementation:
         assert self.block_rows > 0, f"block_rows {self.block_rows}"
 
     def chosen(self, head: Tensor, divergence: Divergence | None) -> ImplementationKind:
-        """Return what runs for a head and a divergence like these.
+        """Return the implementation that runs for a head and a divergence like these.
 
         Raises:
-            ValueError: triton is asked for, and the divergence has no Triton function.
+            ValueError: `kind` is triton, and the divergence has no Triton function.
         """
         has_triton = divergence is None or divergence.definition.triton is not None
         if self.kind == "auto":
@@ -61,16 +61,16 @@ class Implementation:
         return self.kind
 
     def tile_columns(self, head: Tensor, divergence: Divergence | None) -> int:
-        """`tile_size`, or the default of what runs."""
+        """Return `tile_size`, or the default of the implementation that runs."""
         if self.tile_size is not None:
             return self.tile_size
         return 4096 if self.chosen(head, divergence) == "triton" else 8192 if head.is_cuda else 2048
 
     def held_rows(self, head: Tensor) -> int:
-        """Tokens whose logits are held at a time: of the shard's rows, padding included, so alike on every rank."""
+        """Return for how many tokens logits are held at a time; equal on all ranks, because padding rows count too."""
         if self.held_logits is not None:
             return max(1, self.held_logits // len(head))
-        if head.is_cuda:  # whole blocks of a product's rows
+        if head.is_cuda:  # whole groups of rows of a product
             return max(256, 2**27 // len(head) // 128 * 128)
         return max(256, 2**23 // len(head))
 

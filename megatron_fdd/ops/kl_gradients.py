@@ -1,7 +1,7 @@
-"""Gradients of linear_kl from the forward sweeps' sums (constant head), and what one more sweep needs (trained head).
+"""Gradients of linear_kl from the forward sweeps' sums (constant head), and inputs of one more sweep (trained head).
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), D the student's width, W rows of the
-head shard. All gradients here are this rank's part: the sum over its vocabulary.
+head shard. All gradients here are this rank's part: the sum over its slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron_fdd.ops.vocab_shard import VocabShard, label_rows
 
 
 class Upstream(NamedTuple):
-    """What the loss gives back per token."""
+    """Gradients of the loss with respect to the outputs, one for each token."""
 
-    # Times the temperature: d(temperature**2 value) / d(logit) = temperature d(value) / d(logit / temperature).
+    # Includes the temperature: d(temperature**2 value) / d(logit) = temperature d(value) / d(logit / temperature).
     divergence_R: Tensor
     unit_R: Tensor  # for the student's lse at temperature 1, the cross-entropy's share included
     label_R: Tensor  # for the cross-entropy alone, 0 without a label
@@ -33,7 +33,7 @@ class Pulls(NamedTuple):
 
 
 class Normalisers(NamedTuple):
-    """What a sweep needs to recompute probabilities and the divergence's gradient."""
+    """Statistics from which a sweep recomputes probabilities and the divergence's gradient."""
 
     lse_M: Tensor
     unit_lse_R: Tensor  # the student's, at temperature 1
@@ -41,7 +41,7 @@ class Normalisers(NamedTuple):
 
 
 def normalisers_of(request: Request, statistics: VocabStatistics, second: SecondSums | None) -> Normalisers:
-    """What the backward sweep of a trained head keeps."""
+    """Return the statistics that the backward sweep of a trained head needs."""
     centre_R = statistics.kl_R if second is None else second.centre_R
     if request.divergence is not None and request.divergence.teacher_leads:
         centre_R = torch.full_like(statistics.lse_M[: len(statistics.lse_M) // 2], -1.0)
@@ -72,13 +72,13 @@ def pulls_of(
         first_RD.addcmul_(student_RD, centre_R[:, None], value=-1)
     if request.needs_temperature_one and not request.needs_both_temperatures:
         return Pulls(first_RD, student_RD)
-    return Pulls(first_RD.clone(), unit_RD)  # a copy, so that the other half of the sums is freed
+    return Pulls(first_RD.clone(), unit_RD)  # a copy frees the other half of the sums
 
 
 def pulled_gradient(
     upstream: Upstream, pulled: Pulls, head_WD: Tensor | None, labels_R: Tensor | None, shard: VocabShard
 ) -> Tensor:
-    """The hidden states' gradient [R, D] for a constant head."""
+    """Return the hidden states' gradient [R, D] for a constant head."""
     parts = zip(pulled, (upstream.divergence_R, upstream.unit_R), strict=True)
     terms = [pull * scale_R[:, None] for pull, scale_R in parts if pull is not None]
     gradient_RD = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])

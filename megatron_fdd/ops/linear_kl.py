@@ -53,26 +53,26 @@ def linear_kl(
     labels_N: Tensor | None = None,
     needs_lse: bool = True,
 ) -> LinearKL:
-    """Compute divergence, log-sum-exps and cross-entropy of two linear heads, per token.
+    """Compute divergence, log-sum-exps and cross-entropy of two linear heads for each token.
 
-    Gradient flows to `student_ND` and, where it requires one, to the student's head; never to the teacher.
-    A constant head gets its hidden states' gradient from sums of the forward sweep (backward: scaled adds);
-    a trained head is swept again backward. Memory beside inputs and outputs: two [R, tile] buffers, the
-    copy of hidden states in the products' dtype, and kept for the backward pass at most two [R, D] (constant
+    Gradient flows to `student_ND` and, if it requires one, to the student's head; never to the teacher. With a
+    constant head the hidden states' gradient comes from sums of the forward sweep (the backward pass scales and adds
+    them); a trained head is swept again in the backward pass. Memory besides inputs and outputs: two [R, tile]
+    buffers, the copy of hidden states in the products' dtype, and for the backward pass at most two [R, D] (constant
     head) or the gathered hidden states (trained head). Not differentiable twice.
 
     Args:
-        teacher_NT: None: no teacher (then `divergence` must be None).
+        teacher_NT: None: no teacher (`divergence` must then be None).
         student_ND: N may be 0.
         divergence: None: no divergence.
         labels_N: vocabulary ids (of the whole vocabulary); negative: no label. None: no cross-entropy.
-        needs_lse: whether the log-sum-exps are outputs. At another temperature than 1 they cost an
+        needs_lse: whether the log-sum-exps are outputs. At a temperature other than 1 they cost an
             exponential, and with a constant head one product for their gradient.
 
-    Collectives over `heads.shard.group` (one rank: none), for each block of `implementation.block_rows` tokens, under
-        way during the products of the next. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and
-        rkl, else 4 (2 without a teacher), plus 2 for lse or labels at another temperature than 1, plus 1 for labels;
-        divergences of two sweeps (all but fkl and rkl) add one all-reduce of [2, R]. All in float32. Backward: one
+    Collectives over `heads.shard.group` (one rank: none), for each block of `implementation.block_rows` tokens, during
+        the products of the next block. Forward: one all-gather of the packed statistics, [R] times 5 for fkl and rkl,
+        else 4 (2 without a teacher), plus 2 for lse or labels at a temperature other than 1, plus 1 for labels;
+        divergences of two sweeps (all but fkl and rkl) add one all-reduce of [2, R]. All are float32. Backward: one
         all-reduce of [N, D] in the student's dtype. Sequence parallelism adds, forward, one all-gather each of teacher,
         student and labels, and backward, once, one of [N, 3]; the all-reduce becomes a reduce-scatter.
     Source: docs/method.md.
@@ -153,7 +153,7 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _kept(request: Request, block: TokenBlock) -> tuple[Tensor | None, ...]:
-    """What a block's backward pass needs."""
+    """Return what a block's backward pass needs."""
     swept = block.swept
     if request.head_gradient:
         hiddens = (swept.student[0], None if swept.teacher is None else swept.teacher[0])
@@ -164,7 +164,7 @@ def _kept(request: Request, block: TokenBlock) -> tuple[Tensor | None, ...]:
 
 
 def _stack_upstream(request: Request, upstream_N: tuple[Tensor | None, ...]) -> Tensor:
-    """All tokens' upstream gradients, [ranks, N, 3]. Collectives: one all-gather under sequence parallelism."""
+    """Stack all tokens' upstream gradients, [ranks, N, 3]. Collectives: one all-gather under sequence parallelism."""
     like = next(gradient for gradient in upstream_N if gradient is not None)
     divergence, _, lse, entropy = (torch.zeros_like(like) if g is None else g for g in upstream_N)
     stacked = torch.stack([divergence, lse, entropy], dim=1)
@@ -172,7 +172,7 @@ def _stack_upstream(request: Request, upstream_N: tuple[Tensor | None, ...]) -> 
 
 
 def _upstream(request: Request, stacked: Tensor, rows: slice, labels_R: Tensor | None) -> Upstream:
-    """Those of a block."""
+    """Return the upstream gradients of one block."""
     divergence_R, lse_R, entropy_R = stacked[:, rows].flatten(0, 1).unbind(1)
     if labels_R is not None:
         entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)

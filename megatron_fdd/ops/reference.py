@@ -1,6 +1,6 @@
-"""The operation of `linear_kl` as one writes it down: all logits exist, autograd does the rest.
+"""The operation of `linear_kl` in its plainest form: all logits exist, and autograd does the rest.
 
-To check the other implementations with, on the user's own model and layout (`--fdd-kernels reference`).
+It checks the other implementations on the user's own model and layout (`--fdd-kernels reference`).
 
 Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N),
 W rows of this rank's head shard, V the whole vocabulary.
@@ -25,9 +25,9 @@ from megatron_fdd.ops.vocab_tiles import statistics_dtype
 def reference_linear_kl(
     request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The fields of `LinearKL`. Memory: several [R, V] tensors, on every tensor-parallel rank.
+    """Return the fields of `LinearKL`. Memory: several [R, V] tensors, on every tensor-parallel rank.
 
-    Collectives over the tensor-parallel group: an all-gather of both models' logits, and more; synchronises.
+    Collectives over the tensor-parallel group: an all-gather of both models' logits, and more. It synchronises.
     """
     shard = request.shard
     student = (student[0], collected(student[1]))
@@ -47,7 +47,7 @@ def reference_linear_kl(
 
 
 def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Return the divergence of two models' logits, per token [N], for autograd: the score is not used."""
+    """Return the divergence of two models' logits for each token, [N], times temperature**2, without using a score."""
     heat = divergence.temperature
     log_teacher_NV, log_student_NV = (log_softmax(logits / heat, -1) for logits in (teacher_NV, student_NV))
     value_NV, _ = divergence.value_and_score(log_teacher_NV, log_student_NV)
@@ -55,7 +55,7 @@ def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Diverge
 
 
 def _own_logits(hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard) -> Tensor:
-    """Logits [N, V] of this rank's tokens over the whole vocabulary, float32 (float64 for float64)."""
+    """Return logits [N, V] of this rank's tokens over the whole vocabulary, float32 (float64 for float64)."""
     dtype = statistics_dtype(head_WX)
     hidden_RX = _AllTokens.apply(hidden_NX, shard)
     logits_RW = hidden_RX.to(dtype) @ head_WX[: shard.num_valid].to(dtype).T
@@ -88,6 +88,6 @@ class _WholeVocabulary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_RV: Tensor) -> tuple[Tensor, None]:
         shard: VocabShard = ctx.shard
-        if shard.splits_tokens:  # every rank's loss is of other tokens
+        if shard.splits_tokens:  # every rank's loss is over other tokens
             gradient_RV = shard.all_reduce(gradient_RV.clone())
         return gradient_RV[:, ctx.first : ctx.first + shard.num_valid], None

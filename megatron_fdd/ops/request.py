@@ -1,4 +1,4 @@
-"""What one call of linear_kl has to compute: the choices that every sweep shares."""
+"""The request of one call of a fused loss: the choices that all its sweeps share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_fdd.ops.vocab_shard import VocabShard
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The call's options, and what follows from them."""
+    """One call's options, and the decisions that follow from them."""
 
     shard: VocabShard
     divergence: Divergence | None
@@ -19,13 +19,13 @@ class Request:
     has_labels: bool
     implementation: Implementation
     body_gradient: bool  # the head is constant: the hidden states' gradient comes from sums of forward sweeps
-    head_gradient: bool  # the head is trained: one more sweep, after the normalisers, gives both gradients
-    # Where set, a block's logits stay for that sweep: at most so many tokens, the whole vocabulary.
+    head_gradient: bool  # one more sweep, after the normalisers, gives the gradients: the head may be trained
+    # If set, a block has at most so many tokens, and its logits (the whole vocabulary) are kept for that sweep.
     held_rows: int | None = None
 
     @property
     def temperature(self) -> float:
-        """Of the divergence; without one 1."""
+        """The temperature of the divergence; 1 without a divergence."""
         return self.divergence.temperature if self.divergence else 1.0
 
     @property
@@ -40,16 +40,16 @@ class Request:
 
     @property
     def one_sweep(self) -> Divergence | None:
-        """The divergence, where the first sweep gives it."""
+        """The divergence, if the first sweep gives it; else None."""
         return self.divergence if self.divergence is not None and self.divergence.one_sweep else None
 
     @property
     def two_sweep(self) -> Divergence | None:
-        """The divergence, where it needs a second sweep, after the normalisers."""
+        """The divergence, if it needs a second sweep, after the normalisers; else None."""
         return self.divergence if self.divergence is not None and not self.divergence.one_sweep else None
 
     def blocks(self, num_tokens: int) -> list[slice]:
-        """This rank's tokens in equal blocks, of at most `block_rows` with the other ranks'; at least one."""
+        """Cut this rank's tokens into at least one block, of at most `block_rows` with the other ranks' tokens."""
         limit = self.implementation.block_rows
         if self.held_rows is not None:
             limit = min(limit, self.held_rows)

@@ -1,4 +1,4 @@
-"""What forward sweeps sum up, and how the ranks' sums become statistics of the whole vocabulary.
+"""The sums of forward sweeps, and their merge over the ranks into statistics of the whole vocabulary.
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), D the student's width.
 """
@@ -40,7 +40,7 @@ class SoftmaxSums:
 
     @classmethod
     def nothing_seen(cls, request: Request, teacher: Model | None, student: Model) -> SoftmaxSums:
-        """What `request` asks for, over an empty part of the vocabulary."""
+        """Return the sums that `request` asks for, over an empty part of the vocabulary."""
         hidden_RD = student[0]
         count, width = hidden_RD.shape
         num_models = 1 if teacher is None else 2
@@ -89,19 +89,19 @@ class VocabStatistics:
     scale_M: Tensor  # turns this rank's sums of exponentials into sums of probabilities
     unit_lse_M: Tensor  # at temperature 1
     unit_scale_M: Tensor
-    kl_R: Tensor | None  # of a one-sweep divergence, without temperature**2
+    kl_R: Tensor | None  # value of a one-sweep divergence, without temperature**2
     cross_R: Tensor | None  # expectation of z_S - z_T under the leading model
     label_logit_R: Tensor | None
 
 
 def start_merge(sums: SoftmaxSums, label_logit_R: Tensor | None, shard: VocabShard) -> Pending:
-    """Exchange the ranks' sums. Collectives: one all-gather of everything, packed."""
+    """Start to exchange the ranks' sums. Collectives: one all-gather of everything, packed."""
     pieces = [sums.peak_M, sums.mass_M, sums.unit_mass_M, sums.cross_R, label_logit_R]
     return shard.start_stack(torch.cat([piece for piece in pieces if piece is not None]))
 
 
 def merge(sums: SoftmaxSums, packed: Pending, shard: VocabShard, *, has_labels: bool) -> VocabStatistics:
-    """Combine the ranks' sums, once `packed` of `start_merge` has arrived. No collective."""
+    """Combine the ranks' sums when `packed`, the result of `start_merge`, has arrived. No collective."""
     pieces = [sums.peak_M, sums.mass_M, sums.unit_mass_M, sums.cross_R]
     sizes = [0 if piece is None else len(piece) for piece in pieces]
     sizes.append(len(sums.peak_M) // sums.num_models if has_labels else 0)
@@ -127,7 +127,7 @@ def merge(sums: SoftmaxSums, packed: Pending, shard: VocabShard, *, has_labels: 
     cross_R = kl_R = None
     if crosses is not None:
         cross_R = (crosses * shrinks[:, sums.lead]).sum(0) / mass_M[sums.lead]
-        # Not through the two lse: differences of like terms round like the divergence, not like the logits.
+        # Not from the two lse: differences of similar numbers round like the divergence, not like the logits.
         peak_gap_R = peak_M[sums.student] - peak_M[sums.teacher]
         kl_R = peak_gap_R - cross_R + (log_mass_M[sums.student] - log_mass_M[sums.teacher])
         kl_R = -kl_R if sums.lead == sums.student else kl_R
@@ -138,8 +138,8 @@ def merge(sums: SoftmaxSums, packed: Pending, shard: VocabShard, *, has_labels: 
 
 
 class SecondSums(NamedTuple):
-    """What the second sweep gives: over the whole vocabulary, but `rows` this rank's part."""
+    """Sums of the second sweep over the whole vocabulary; only `rows_MD` is this rank's part."""
 
     value_R: Tensor  # the divergence, without temperature**2
-    centre_R: Tensor  # of its score, see Divergence.score
+    centre_R: Tensor  # sum of its score, see Divergence.score
     rows_MD: Tensor | None  # sum of score * W_S, then sum of p_S * W_S

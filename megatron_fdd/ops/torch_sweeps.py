@@ -1,4 +1,4 @@
-"""The sweeps over the vocabulary in plain torch, tile by tile: the path of CPUs, and of float64.
+"""The sweeps over the vocabulary in plain torch, tile by tile: the implementation for CPUs and for float64.
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile, D the student's
 width, W rows of the head shard.
@@ -18,17 +18,17 @@ from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, product, row_blocks, statistics_dtype
 
-# A product is taken of the remaining rows alone where skipping leaves fewer than this share of them.
+# If skipping leaves fewer than this share of the rows, a product reads only the remaining rows.
 WORTH_SKIPPING = 0.9
-# Rows of a head whose gradient exists at a time where it cannot be multiplied into its place.
+# Rows of a head whose gradient exists at a time, if the product cannot add into the gradient directly.
 HEAD_PIECE = 4096
 
 
 class TorchSweeps:
     """The sweeps of one block of tokens (`ops.blocks.Sweeps`).
 
-    A sweep has two [R, tile] buffers. With `request.held_rows` the tile is the whole vocabulary and its logits stay
-    until the last sweep: later ones cost no product of their own.
+    A sweep has two [R, tile] buffers. With `request.held_rows` the tile is this rank's whole vocabulary, and its
+    logits are kept until the last sweep, so that later sweeps need no product for logits.
     """
 
     def __init__(self, request: Request, teacher: Model | None, student: Model) -> None:
@@ -45,14 +45,14 @@ class TorchSweeps:
         self._held: list[Tile] | None = None
 
     def softmax_sums(self) -> SoftmaxSums:
-        """Online softmax over this rank's part of the vocabulary."""
+        """Run the online softmax over this rank's part of the vocabulary."""
         sums = SoftmaxSums.nothing_seen(self._request, *self._models)
         for tile in self._sweep():
             _add(self._request, sums, tile)
         return sums
 
     def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
+        """Return the sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
         tiles, divergence = self._tiles, self._request.two_sweep
         assert divergence is not None
         count = tiles.num_tokens
@@ -81,7 +81,7 @@ class TorchSweeps:
         labels_R: Tensor | None,
         head_gradient_WD: Tensor | None,
     ) -> Tensor:
-        """The hidden states' gradient [R, D], this rank's part; the head's is added to `head_gradient_WD`."""
+        """Return this rank's part of the hidden states' gradient, [R, D]; add the head's to `head_gradient_WD`."""
         tiles, request = self._tiles, self._request
         gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
         for tile in self._sweep():
@@ -104,7 +104,7 @@ class TorchSweeps:
 
 
 def add_head_gradient(rows_CD: Tensor, gradient_RC: Tensor, hidden_RD: Tensor) -> None:
-    """rows += gradient.T @ hidden; half-precision rows in pieces: no second tensor of their size."""
+    """Add gradient.T @ hidden to rows; half-precision rows in pieces, to need no second tensor of their size."""
     dtype = statistics_dtype(rows_CD)
     if rows_CD.dtype == dtype:
         accumulate(rows_CD, gradient_RC.T, hidden_RD)
@@ -114,7 +114,7 @@ def add_head_gradient(rows_CD: Tensor, gradient_RC: Tensor, hidden_RD: Tensor) -
 
 
 def _add(request: Request, sums: SoftmaxSums, tile: Tile) -> None:
-    """One tile into the sums. Its weights take the logits' place where gradients are made of them."""
+    """Add one tile to the sums. Its weights overwrite the logits where gradients are made from them."""
     old_peak_M, tile_peak_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
     for rows in row_blocks(tile.student_RC):
         _add_rows(sums, tile, rows, tile_peak_M)
@@ -131,7 +131,7 @@ def _add(request: Request, sums: SoftmaxSums, tile: Tile) -> None:
 
 
 def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -> None:
-    """Some tokens of a tile into all sums but `rows_MD`. Temporaries of that size."""
+    """Add some rows of a tile to all sums but `rows_MD`. The temporaries have the size of these rows."""
     in_place = sums.rows_MD is not None
     difference = None
     if sums.cross_R is not None:
@@ -155,14 +155,14 @@ def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -
     if in_place and sums.student_leads:
         assert tile.teacher_RC is not None
         assert difference is not None
-        # The teacher's exponentials are summed: their place takes the weights of rkl's gradient.
+        # The teacher's exponentials are summed already; the weights of rkl's gradient overwrite them.
         tile.teacher_RC[rows] = difference
 
 
 def _add_unit(
     sums: SoftmaxSums, tile: Tile, rows: slice, model: slice, shifted: Tensor, shrink: Tensor
 ) -> None:
-    """The same at temperature 1; `shifted` are logits over the temperature, less the running maximum."""
+    """Add to the sums at temperature 1; `shifted` are logits over the temperature minus the running maximum."""
     assert sums.unit_mass_M is not None
     weights = (shifted * sums.temperature).exp_()
     sums.unit_mass_M[model][rows].mul_(shrink).add_(weights.sum(1))
@@ -174,7 +174,7 @@ def _add_unit(
 def accumulate_kept(
     rows_MD: Tensor, weights_MC: Tensor, head_CD: Tensor, gap_M: Tensor, skip_below: float
 ) -> None:
-    """rows += weights @ head, without rows whose every weight in this tile is at most exp(gap) < `skip_below`.
+    """Add weights @ head to rows, except rows whose weights in this tile are all at most exp(gap) < `skip_below`.
 
     exp(gap) bounds the probabilities too: the log-sum-exp is at least the running maximum.
     """
@@ -187,14 +187,14 @@ def accumulate_kept(
 
 
 def kept_rows(gap_M: Tensor, skip_below: float) -> Tensor:
-    """Indices of the rows that are not skipped. Synchronises on a GPU."""
+    """Return the indices of the rows that are not skipped. Synchronises on a GPU."""
     return (gap_M >= math.log(skip_below)).nonzero()[:, 0]
 
 
 def _logit_gradient(
     request: Request, tile: Tile, rows: slice, upstream: Upstream, normalisers: Normalisers
 ) -> Tensor:
-    """Gradient of some tokens' student logits, labels apart. Temporaries of that size."""
+    """Return the gradient of some rows' student logits without the labels' part. Temporaries have that size."""
     student = tile.student_RC[rows]
     unit = upstream.unit_R[rows, None]
     if request.divergence is None:
@@ -204,7 +204,7 @@ def _logit_gradient(
     teacher_lse, student_lse = normalisers.lse_M.view(2, -1)[:, rows, None]
     student_log = student - student_lse
     score = request.divergence.score(tile.teacher_RC[rows] - teacher_lse, student_log)
-    # score * up + p * (unit - centre * up), in as few passes as may be.
+    # score * up + p * (unit - centre * up), in as few passes as possible.
     probability = student_log.exp_()
     scale = upstream.divergence_R[rows, None]
     own = -normalisers.centre_R[rows, None] * scale
@@ -218,7 +218,7 @@ def _logit_gradient(
 
 
 def _subtract_labels(tile: Tile, local_R: Tensor, amount_R: Tensor) -> None:
-    """student_RC[i, label of i] -= amount_i, for labels within the tile."""
+    """Subtract amount_i from student_RC[i, label of i], for labels within the tile."""
     column_R = local_R - tile.columns.start
     inside_R = (column_R >= 0) & (local_R < tile.columns.stop)
     column_R = column_R.masked_fill(~inside_R, 0)

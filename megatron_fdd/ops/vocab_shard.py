@@ -1,4 +1,4 @@
-"""How a head's rows are spread over tensor-parallel ranks, and the few collectives that this needs.
+"""The split of a head's rows over tensor-parallel ranks, and the few collectives that it needs.
 
 Shapes: N this rank's tokens, R tokens after the gather (N, or N * ranks under sequence parallelism),
 D hidden width, W rows of the head shard.
@@ -17,19 +17,19 @@ from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 
 class Pending:
-    """A tensor that a collective may still be writing; what is computed until `wait` hides the collective."""
+    """A tensor that a collective may still be writing; work that runs before `wait` hides the collective."""
 
     def __init__(self, tensor: Tensor, work: Work | None = None, *, keeps: Tensor | None = None) -> None:
-        """`keeps`: what the collective reads, kept alive until it has."""
+        """Hold the result. `keeps`: the tensor that the collective reads, kept alive until `wait`."""
         self._tensor, self._work, self._keeps = tensor, work, keeps
 
     def map(self, view: Callable[[Tensor], Tensor]) -> Pending:
-        """The same collective's result seen another way."""
+        """Return the same collective's result under another view."""
         self._tensor = view(self._tensor)
         return self
 
     def wait(self) -> Tensor:
-        """The finished tensor; on a GPU the current stream waits, not the host."""
+        """Return the finished tensor; on a GPU the current stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
             self._work = self._keeps = None
@@ -38,13 +38,13 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """How this rank's rows of the heads lie in the vocabulary.
+    """The place of this rank's rows of the heads in the vocabulary.
 
     first: vocabulary id of row 0 of the head shard.
-    num_valid: rows of the shard that are vocabulary; the rest are padding and left out everywhere (may be 0).
+    num_valid: rows of the shard that are vocabulary (may be 0); the rest are padding and left out everywhere.
     group: the tensor-parallel group (None or one rank: no collectives).
-    sequence_parallel: rows of hidden states are this rank's token shard: gathered forward, reduce-scattered
-        backward. Every rank must then pass equally many. Otherwise all ranks pass the same rows.
+    sequence_parallel: rows of hidden states are this rank's shard of the tokens, gathered forward and reduce-scattered
+        backward. Every rank must then pass the same number of rows. Otherwise all ranks pass the same rows.
     """
 
     first: int
@@ -58,12 +58,12 @@ class VocabShard:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the vocabulary."""
+        """Number of ranks that share the vocabulary."""
         return 1 if self.group is None else self.group.size()
 
     @property
     def rank(self) -> int:
-        """This rank's place among them."""
+        """This rank's index among them."""
         return 0 if self.group is None else self.group.rank()
 
     @property
@@ -73,21 +73,22 @@ class VocabShard:
 
     @property
     def shares_tokens(self) -> bool:
-        """Whether all ranks hold the same tokens, so that each can do a share of what all of them need."""
+        """Whether several ranks hold the same tokens, so that each can compute a share of what all need."""
         return self.num_ranks > 1 and not self.sequence_parallel
 
     def start_gather(self, tensor: Tensor) -> Pending:
-        """All ranks' tokens, [N, ...] -> [R, ...]. Collectives: one all-gather under sequence parallelism."""
+        """Gather all ranks' tokens, [N, ...] -> [R, ...]. Collectives: one all-gather under sequence parallelism."""
         return self.start_stack(tensor).map(_flatten) if self.splits_tokens else Pending(tensor)
 
     def own_tokens(self, tensor: Tensor) -> Tensor:
-        """This rank's part of dim 0, [R, ...] -> [N, ...]. No collective."""
+        """Return this rank's part of dim 0, [R, ...] -> [N, ...]. No collective."""
         return tensor.chunk(self.num_ranks)[self.rank] if self.splits_tokens and len(tensor) else tensor
 
     def token_share(self, tensor: Tensor) -> Tensor:
-        """This rank's share of rows that all ranks hold, [N, ...] -> [at most ceil(N / ranks), ...]. No collective.
+        """Return this rank's share of rows that all ranks hold, [N, ...] -> [at most ceil(N / ranks), ...].
 
-        A copy, so that the share does not keep the rest alive; where no token is shared the tensor itself.
+        It is a copy, so that the share does not keep the rest alive; without shared tokens it is the tensor itself.
+        No collective.
         """
         if not self.shares_tokens:
             return tensor
@@ -95,13 +96,13 @@ class VocabShard:
         return tensor[self.rank * size : (self.rank + 1) * size].clone()
 
     def join_shares(self, share: Tensor, num_tokens: int) -> Tensor:
-        """All ranks' shares, [n, ...] -> [N, ...]; where no token is shared the tensor itself.
+        """Join all ranks' shares, [n, ...] -> [N, ...]; without shared tokens return the tensor itself.
 
         Collectives: one all-gather of [ceil(N / ranks), ...] where all ranks hold the same tokens, else none.
         """
         if not self.shares_tokens:
             return share
-        # The last ranks' shares may be smaller, or empty; an all-gather wants equal ones.
+        # The last ranks' shares may be smaller, or empty; an all-gather needs equal sizes.
         padded = share.new_zeros((self._share_size(num_tokens), *share.shape[1:]))
         padded[: len(share)] = share
         return self.start_stack(padded).wait().flatten(0, 1)[:num_tokens]
@@ -110,7 +111,7 @@ class VocabShard:
         return -(-num_tokens // self.num_ranks)
 
     def start_reduce(self, tensor: Tensor) -> Pending:
-        """Sum over ranks of [R, ...], of which each rank keeps its own tokens, [N, ...]; may overwrite `tensor`.
+        """Start to sum [R, ...] over ranks; each rank keeps its own tokens, [N, ...]. May overwrite `tensor`.
 
         Collectives: one all-reduce, or under sequence parallelism one reduce-scatter.
         """
@@ -131,12 +132,12 @@ class VocabShard:
         return tensor
 
     def start_stack(self, tensor: Tensor) -> Pending:
-        """Every rank's tensor, [ranks, ...]. Collectives: one all-gather."""
+        """Start to stack every rank's tensor, [ranks, ...]. Collectives: one all-gather."""
         if self.num_ranks == 1 or tensor.numel() == 0:
             return Pending(tensor.expand(self.num_ranks, *tensor.shape))
         stacked = tensor.new_empty((self.num_ranks, *tensor.shape))
         given = tensor.contiguous().view(-1)
-        # Flat, because gloo and nccl agree on that form.
+        # Flat, because gloo and nccl both take that form.
         work = dist.all_gather_into_tensor(stacked.view(-1), given, group=self.group, async_op=True)
         return Pending(stacked, work, keeps=given)
 
@@ -146,7 +147,7 @@ def _flatten(tensor: Tensor) -> Tensor:
 
 
 def label_rows(head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
-    """The head's row of each label in float32 (or float64), [R, D]; zeros where this rank does not have it."""
+    """Return the head's row of each label in float32 (or float64), [R, D]; zeros where this rank does not have it."""
     local_R = labels_R - shard.first
     elsewhere_R = (labels_R < 0) | (local_R < 0) | (local_R >= shard.num_valid)
     rows_RD = head_WD[local_R.masked_fill(elsewhere_R, 0)].to(statistics_dtype(head_WD))
@@ -154,5 +155,5 @@ def label_rows(head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
 
 
 def label_logits(hidden_RD: Tensor, head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
-    """This rank's part of each label's logit, [R]: its sum over ranks is the logit (0 without a label)."""
+    """Return this rank's part of each label's logit, [R]; the sum over ranks is the logit (0 without a label)."""
     return label_rows(head_WD, labels_R, shard).mul_(hidden_RD).sum(1)

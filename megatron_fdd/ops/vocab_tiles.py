@@ -1,4 +1,4 @@
-"""Logits of teacher and student, tile by tile of the vocabulary: they appear and are gone again.
+"""Logits of teacher and student, one tile of the vocabulary at a time.
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile,
 T / D hidden width of teacher / student, W rows of the head shard.
@@ -14,19 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elementwise formulas with temporaries run on this fraction of a tile's rows: small memory. On a CPU on at most so many
-# numbers (512 KiB), too: in cache.
+# Elementwise formulas with temporaries run on this fraction of a tile's rows, which saves memory. On a CPU they also
+# run on at most so many numbers (512 KiB), which stay in the cache.
 ROW_BLOCKS = 8
 BLOCK_SIZE = 2**17
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of logits, exponentials and sums."""
+    """Return the dtype of logits, exponentials and sums."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which products read their operands.
+    """Return the dtype in which products read their operands.
 
     Only CUDA multiplies half-precision numbers into float32; elsewhere the operands are widened, tile by
     tile, because a logit rounded to bf16 is off by up to 0.2 percent of itself.
@@ -36,7 +36,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, for operands in `product_dtype`."""
+    """Write left @ right to `out`, for operands in `product_dtype`."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     else:
@@ -44,14 +44,14 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right as `dtype`, the statistics' one, multiplied in that of `right`, a `product_dtype`."""
+    """Return left @ right in `dtype`, the statistics' dtype; operands have the dtype of `right`, a `product_dtype`."""
     if right.dtype == dtype:
         return left @ right
     return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += product(left, right)."""
+    """Add product(left, right) to `total`."""
     if right.dtype == total.dtype:
         total.addmm_(left, right)
     else:
@@ -59,7 +59,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def row_blocks(tile_RC: Tensor) -> Iterator[slice]:
-    """A tile's rows in pieces."""
+    """Yield a tile's rows in pieces."""
     num_rows, width = tile_RC.shape
     size = -(-num_rows // ROW_BLOCKS)
     if not tile_RC.is_cuda:
@@ -70,7 +70,7 @@ def row_blocks(tile_RC: Tensor) -> Iterator[slice]:
 
 
 class Tile(NamedTuple):
-    """Some columns of the vocabulary. The tensors are reused for the next tile and free to be overwritten."""
+    """Some columns of the vocabulary. The tensors may be overwritten; the next tile reuses them."""
 
     columns: slice
     teacher_RC: Tensor | None  # logits / temperature
@@ -80,7 +80,7 @@ class Tile(NamedTuple):
 
 
 class LogitTiles:
-    """Iterates over the tiles of this rank's vocabulary, as often as asked. Each time with two [R, tile] buffers."""
+    """The tiles of this rank's vocabulary, for any number of passes; each pass has two [R, tile] buffers."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class LogitTiles:
         tile_size: int,
         temperature: float,
     ) -> None:
-        """`teacher` and `student`: hidden states [R, width] and head [W, width]."""
+        """Take hidden states [R, width] and head [W, width] of `teacher` and `student`."""
         self.models = [student] if teacher is None else [teacher, student]
         self.hiddens = [hidden.to(product_dtype(head)) for hidden, head in self.models]
         self.num_valid, self.temperature = num_valid, temperature
@@ -119,7 +119,7 @@ class LogitTiles:
             yield Tile(columns, teacher_RC, parts[-1], logits_MC, heads[-1])
 
     def zeros(self, *shape: int) -> Tensor:
-        """Zeros in the statistics' dtype, on the right device."""
+        """Return zeros in the statistics' dtype, on the device of the hidden states."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     @property

@@ -1,8 +1,8 @@
-"""What each pipeline chunk computes, the bubble of an uneven load, and a split of the layers which evens it out.
+"""The load of each pipeline chunk, the bubble of an uneven load, and a split of the layers that evens it out.
 
 Figures are flops of matrix products per token, forward and backward. Tensor, context and data parallelism divide
-all of them alike. A *split* holds the number of layers of each chunk, `split[stage][virtual]`; layers run through
-all stages of virtual stage 0, then of 1, and so on: *chunk order*.
+all of them equally. A *split* holds the number of layers of each chunk, `split[stage][virtual]`. In *chunk order*,
+the order of the layers, all stages of virtual stage 0 come first, then all of virtual stage 1, and so on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Split = Sequence[Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class TokenFlops:
-    """Forward and backward of one layer of the student, of one tap, and of the final terms."""
+    """The flops, forward and backward, of one layer of the student, one tap, and the final terms."""
 
     layer: int
     tap: int
@@ -29,7 +29,7 @@ class TokenFlops:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLoad:
-    """What one chunk does for each token of the student's schedule."""
+    """The work of one chunk for each token of the student's schedule."""
 
     stage: int
     virtual: int
@@ -41,49 +41,49 @@ class ChunkLoad:
 
     @property
     def flops(self) -> int:
-        """All of it."""
+        """The sum of body, taps and head."""
         return self.body_flops + self.tap_flops + self.head_flops
 
 
 def layer_flops(shape: ModelShape) -> int:
-    """One layer forward: its matrices, and the scores and values of causal attention."""
+    """Count the flops of one layer forward: its matrices, and the scores and values of causal attention."""
     matrices = shape.attention_parameters + shape.active_ffn * shape.parameters_per_width
-    # Two products of 2 * seq_length * width, of which the causal mask leaves half.
+    # Two products of 2 * seq_length * width; the causal mask leaves half of each.
     return 2 * matrices + 2 * shape.seq_length * shape.attention_width
 
 
 def linear_kl_flops(
     student: ModelShape, teacher: ModelShape | None, divergence: str | None, *, trains_head: bool
 ) -> int:
-    """One call of `ops.linear_kl` and its backward pass (log-sum-exps at another temperature left out)."""
+    """Count the flops of one call of `ops.linear_kl` and its backward pass, without lse at another temperature."""
     product = 2 * student.vocab * student.hidden
     logits = product + (2 * student.vocab * teacher.hidden if teacher else 0)
     num_sweeps = 1 if divergence is None else DIVERGENCES[divergence].num_sweeps
-    if trains_head:  # one more sweep, for the gradients of hidden states and head
+    if trains_head:  # one more sweep gives the gradients of hidden states and head
         return (num_sweeps + 1) * logits + 2 * product
-    # p_S W_S, and with a divergence p_T W_S or what takes its place.
+    # p_S W_S, and with a divergence p_T W_S or the product that replaces it.
     return num_sweeps * logits + (2 if divergence else 1) * product
 
 
 def head_loss_flops(student: ModelShape, teacher: ModelShape | None, *, trains_head: bool) -> int:
-    """One call of `ops.head_loss`, whose gradient needs no product in the backward pass."""
+    """Count the flops of one call of `ops.head_loss`, whose gradient needs no product in the backward pass."""
     product = 2 * student.vocab * student.hidden
     teacher_logits = 2 * student.vocab * teacher.hidden if teacher else 0
     return teacher_logits + (3 if trains_head else 2) * product
 
 
 def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
-    """The units of a run. The teacher's own layers are left out: they run before the student's schedule.
+    """Count the flops of a run's units, without the teacher's own layers, which run before the student's schedule.
 
-    So are recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary. Of random taps
-    it is the mean over steps.
+    Recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary, are left out too.
+    With random taps the result is the mean over steps.
     """
     tap, head = 0.0, 0
     needs, live = needs_of(config), config.lens_head == "live"
     divergence = config.trajectory_divergence if needs.divergence else None
     if needs.lse:
         flops = float(linear_kl_flops(student, teacher, divergence, trains_head=live))
-        if config.sample_one_tap:  # the tap before, unless the first is drawn
+        if config.sample_one_tap:  # a delta needs the earlier tap too, unless the first tap is drawn
             before = linear_kl_flops(student, teacher, None, trains_head=live)
             flops += before * ((config.num_pairs - 1) / config.num_pairs if first_tap(config) == 0 else 1)
         tap = flops
@@ -98,12 +98,12 @@ def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConf
 
 
 def _sampled(flops: float, config: FddConfig) -> int:
-    """The share of a tap's flops that a step computes, on average."""
+    """Return the share of a tap's flops that a step computes, on average."""
     return round(flops * config.sample_tokens / (config.num_pairs if config.sample_one_tap else 1))
 
 
 def chunk_loads(flops: TokenFlops, split: Split, tapped_layers: Sequence[int]) -> list[ChunkLoad]:
-    """The load of every chunk, in chunk order. `tapped_layers` are 0-based layers of the student."""
+    """Return the load of every chunk, in chunk order. `tapped_layers` are 0-based layers of the student."""
     loads: list[ChunkLoad] = []
     first = 0
     last = (len(split) - 1, len(split[0]) - 1)
@@ -121,14 +121,16 @@ def chunk_loads(flops: TokenFlops, split: Split, tapped_layers: Sequence[int]) -
 
 
 def bubble_fraction(loads: Sequence[ChunkLoad], num_microbatches: int) -> float:
-    """Share of a step in which the average stage waits for another: Megatron's 1F1B or interleaved order, replayed.
+    """Return the share of a step in which the average stage waits, by a replay of Megatron's order of tasks.
+
+    The order is 1F1B's or the interleaved one.
 
         bubble = 1 - (micro-batches * mean load of a stage) / (end of the last backward pass)
 
     With equal chunks the waiting is the usual (p - 1) / (m * virtual) of the busy time. With one virtual stage the
-    step takes about m * (heaviest stage) + (sum of the others). With more, a heavy chunk delays also the other
-    chunks of its stage, so equal stages made of unequal chunks can wait long. Sends take no time here; a third of
-    the body is forward, and all of a head, and of a tap as a constant lens has it.
+    step takes about m * (heaviest stage) + (sum of the others). With more, a heavy chunk also delays the other
+    chunks of its stage, so that equal stages made of unequal chunks can wait long. Here sends take no time. The
+    forward pass has a third of the body, all of a head, and all of a tap (as with a constant lens).
     """
     num_stages, num_chunks = loads[-1].stage + 1, len(loads)
     forward = [load.body_flops / 3 + load.tap_flops + load.head_flops for load in loads]
@@ -156,9 +158,9 @@ def bubble_fraction(loads: Sequence[ChunkLoad], num_microbatches: int) -> float:
 
 
 def stage_tasks(stage: int, num_stages: int, num_chunks: int, num_microbatches: int) -> list[tuple[int, int]]:
-    """What a stage runs in a step, in Megatron's order: (step of the way, micro-batch).
+    """Return what a stage runs in a step, in Megatron's order: (step of the way, micro-batch).
 
-    A micro-batch's way has 2 * num_chunks steps: forward through the chunks, then backward.
+    The way of a micro-batch has 2 * num_chunks steps: forward through the chunks, then backward.
     """
     virtual = num_chunks // num_stages
     forward, backward = [], []
@@ -177,7 +179,7 @@ def stage_tasks(stage: int, num_stages: int, num_chunks: int, num_microbatches: 
 
 
 def even_split(num_layers: int, num_stages: int, virtual: int) -> list[list[int]]:
-    """Megatron's default, the same number of layers for each chunk; a remainder goes to the first chunks."""
+    """Return the same number of layers for each chunk, Megatron's default; a remainder goes to the first chunks."""
     size, rest = divmod(num_layers, num_stages * virtual)
     sizes = [size + (chunk < rest) for chunk in range(num_stages * virtual)]
     return [sizes[stage::num_stages] for stage in range(num_stages)]
@@ -186,15 +188,15 @@ def even_split(num_layers: int, num_stages: int, virtual: int) -> list[list[int]
 def balanced_split(
     flops: TokenFlops, num_layers: int, num_stages: int, virtual: int, tapped_layers: Sequence[int]
 ) -> list[list[int]]:
-    """The split whose heaviest chunk is lightest, by dynamic programming over the chunks. Ties: the more even.
+    """Return the split whose heaviest chunk is lightest, by dynamic programming over the chunks.
 
-    The heaviest chunk, not the heaviest stage: see `bubble_fraction`. Every chunk gets a layer, unless there are
-    fewer layers than chunks.
+    It counts the heaviest chunk and not the heaviest stage: see `bubble_fraction`. Among equals, the more even split
+    is taken. Every chunk gets a layer, unless there are fewer layers than chunks.
     """
     num_chunks = num_stages * virtual
     smallest = int(num_layers >= num_chunks)
     taps_below = [sum(layer < end for layer in tapped_layers) for end in range(num_layers + 1)]
-    # Layers placed -> heaviest chunk so far, sum of squares (the evenness), sizes of the chunks.
+    # For each number of placed layers: the heaviest chunk, the sum of squares (evenness), the sizes of the chunks.
     best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, ())}
     for num_later in reversed(range(num_chunks)):
         extended: dict[int, tuple[int, int, tuple[int, ...]]] = {}
@@ -211,7 +213,7 @@ def balanced_split(
 
 
 def layout_string(split: Split) -> str:
-    """A split as Megatron's `--pipeline-model-parallel-layout` wants it: `Ettt|tttt|tttt|tL`."""
+    """Write a split in the form of Megatron's `--pipeline-model-parallel-layout`: `Ettt|tttt|tttt|tL`."""
     chunks = ["t" * stage[virtual] for virtual in range(len(split[0])) for stage in split]
     return f"E{'|'.join(chunks)}L"
 
@@ -219,10 +221,10 @@ def layout_string(split: Split) -> str:
 def describe_balance(
     flops: TokenFlops, split: Split, tapped_layers: Sequence[int], num_microbatches: int
 ) -> list[str]:
-    """Lines for the dry run: the load of each stage, the bubble, and the flag that shrinks it.
+    """Return lines for the dry run: the load of each stage, the bubble, and the flag that shrinks it.
 
     Args:
-        split: what the run uses. One stage: nothing to say.
+        split: the run's split. With one stage there are no lines.
     """
     num_stages = len(split)
     if num_stages == 1:

@@ -1,4 +1,4 @@
-"""The command line of a run: Megatron's parser with our flags, whose every mistake is one ValueError."""
+"""The command line of a run: Megatron's parser with our flags; every mistake in it becomes one ValueError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_fdd.config import OLD_NAMES, add_fdd_args
 from megatron_fdd.host.layer_specs import SPEC_ARGS
 from megatron_fdd.host.process import is_first_rank
 
-# Megatron reads them before any flag.
+# Megatron reads these variables before any flag.
 _COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
@@ -36,10 +36,10 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
         add_fdd_args(parser)
         parser.set_defaults(**dict.fromkeys(SPEC_ARGS))  # no flags: a checkpoint has them
         for action in parser._actions:
-            defaults.setdefault(action.dest, action.default)  # argparse takes the first, of several for one
+            defaults.setdefault(action.dest, action.default)  # the first counts, as in argparse
             _name_wrong_values(action)
         _mend_help(parser)
-        # argparse would print its usage and exit on every rank; one error, by the same way as all others.
+        # argparse would print its usage and exit on every rank; this raises one error, like all other checks.
         parser.error = _argument_error  # type: ignore[method-assign]
         if not is_first_rank():
             parser.print_help = _print_nothing  # type: ignore[method-assign, assignment]
@@ -62,12 +62,12 @@ def _check_launch() -> None:
 
 
 def _name_wrong_values(action: argparse.Action) -> None:
-    """Let a flag refuse by its name an empty value, which is what an unset variable of a shell leaves of one.
+    """Make a flag refuse an empty value by the flag's name; an unset shell variable leaves such a value.
 
-    And an unknown member of an enum, on which Megatron's parser (0.19.2) ends with a bare KeyError.
+    An unknown member of an enum is refused too: Megatron's parser (0.19.2) ends with a bare KeyError on it.
     """
     read = action.type
-    if read in (int, float) or action.nargs == 0 or action.default == "":  # numbers do it themselves
+    if read in (int, float) or action.nargs == 0 or action.default == "":  # numbers refuse it already
         return
 
     def text(value: str) -> object:
@@ -81,12 +81,12 @@ def _name_wrong_values(action: argparse.Action) -> None:
             names = [each.name for each in action.choices or () if isinstance(each, enum.Enum)]
             raise argparse.ArgumentTypeError(f"{value!r}: must be one of {', '.join(names)}") from error
 
-    text.__name__ = getattr(read, "__name__", "text")  # argparse puts it into its message
+    text.__name__ = getattr(read, "__name__", "text")  # argparse writes this name in its message
     action.type = text
 
 
 def _warn_of_old_names(words: Iterable[str]) -> None:
-    """Warn of flags by names that the next release will not take."""
+    """Warn of flags under names that the next release will not take."""
     given = {word.partition("=")[0] for word in words}
     for old in OLD_NAMES.keys() & given:
         warnings.warn(
@@ -96,7 +96,7 @@ def _warn_of_old_names(words: Iterable[str]) -> None:
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:
-    """Escape the bare % in one of Megatron's help texts (0.19.2), on which `--help` would fail."""
+    """Escape the bare % in one of Megatron's help texts (0.19.2), which would make `--help` fail."""
     for action in parser._actions:
         try:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
@@ -105,7 +105,7 @@ def _mend_help(parser: argparse.ArgumentParser) -> None:
 
 
 def _print_nothing(_file: object = None) -> None:
-    """Thousands of lines of help are enough once."""
+    """Print no help: thousands of lines are enough on one rank."""
 
 
 def _argument_error(message: str) -> NoReturn:

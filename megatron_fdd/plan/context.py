@@ -1,4 +1,4 @@
-"""What is known of a run while it is planned: all that a check may read."""
+"""The state of knowledge about a run during planning: everything that a check may read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_fdd.losses.layer_plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model's checkpoint, found whole.
+    """A model's checkpoint, which was found and is complete.
 
     Attributes:
-        folder: as the user gave it.
+        folder: the folder, as the user gave it.
         flag: the flag that named it.
         path: the newest checkpoint in the folder.
-        args: Megatron's arguments as stored there.
+        args: Megatron's arguments, as stored in it.
     """
 
     folder: str
@@ -33,10 +33,10 @@ class StoredModel:
         """Look for the newest checkpoint in a folder and read its arguments. No collectives.
 
         Args:
-            to_plan: its arguments are enough; it need not hold weights.
+            to_plan: whether the arguments are enough; the checkpoint may then lack weights.
 
         Raises:
-            ValueError: there is none, or it is not whole.
+            ValueError: there is no checkpoint, or it is incomplete.
         """
         path = find_checkpoint(folder, flag, to_plan=to_plan)
         return cls(folder, flag, path, read_checkpoint_args(path, flag))
@@ -48,7 +48,7 @@ class Model:
 
     Attributes:
         args: its architecture at this run's layout and precision; the student's are not validated yet.
-        stored: what its weights come from; None for a student from scratch.
+        stored: the checkpoint of its weights; None for a student from scratch.
     """
 
     role: Role
@@ -58,13 +58,13 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a phase of checks knows; a later one knows more (`plan/checks.py` says when).
+    """The knowledge of a phase of checks; a later phase knows more (`plan/checks.py` lists the phases).
 
     Attributes:
-        args: the command line's, which describe the student too. Completed, forced and validated in place.
-        stored_student: what the student starts from; None from scratch.
-        stored_teacher: None without a teacher.
-        teacher_args: the teacher's in this run.
+        args: the command line's arguments, which describe the student too; completed, forced and validated in place.
+        stored_student: the checkpoint that the student starts from; None from scratch.
+        stored_teacher: the teacher's checkpoint; None without a teacher.
+        teacher_args: the teacher's arguments in this run.
         plan: layer pairs, layers of every chunk, vocabulary.
         checks_data: the datasets are ours; False where a training script brings its own.
     """
@@ -83,7 +83,7 @@ class Context:
 
     @property
     def teacher(self) -> Model | None:
-        """None without a teacher, and before its arguments in this run are known."""
+        """The teacher; None without one, and before its arguments in this run are known."""
         if self.teacher_args is None:
             return None
         return Model(Role.TEACHER, self.teacher_args, self.stored_teacher)

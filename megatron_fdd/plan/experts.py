@@ -1,4 +1,4 @@
-"""Mixtures of experts: what the parallel sizes must divide, and what an optimizer can go on from."""
+"""Checks of mixtures of experts: divisibility by the parallel sizes, and the resumption of an optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_fdd.plan.model_shape import ParallelSizes
 
 
 def check_experts(model: Model) -> None:
-    """Refuse parallel sizes over which a model's experts cannot be spread; Megatron does it late, or without a remedy.
+    """Refuse parallel sizes over which a model's experts cannot be spread; Megatron refuses late, or without a remedy.
 
     Raises:
         ValueError: names the size, the bound and the remedy.
@@ -57,7 +57,7 @@ def _check_training(args: argparse.Namespace) -> None:
 
 
 def check_resume(context: Context) -> None:
-    """Refuse to resume an optimizer whose state has other parts than this layout's.
+    """Refuse to resume an optimizer whose state has other parts than the state of this layout.
 
     Raises:
         ValueError: experts had an optimizer of their own in the checkpoint and have none here, or the reverse.
@@ -77,7 +77,7 @@ def check_resume(context: Context) -> None:
 
 
 def _has_expert_optimizer(args: argparse.Namespace) -> bool:
-    """Whether Megatron keeps experts in an optimizer of their own: where their data-parallel ranks are other ones."""
+    """Whether Megatron keeps experts in a separate optimizer, because their data-parallel ranks are others."""
     if not args.num_experts:
         return False
     sizes = ParallelSizes.of_args(args)

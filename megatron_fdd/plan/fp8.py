@@ -1,4 +1,4 @@
-"""FP8 by TransformerEngine: which shapes its products take, what its copies of the weights hold."""
+"""FP8 by TransformerEngine: the shapes that its products take, and the size of its copies of the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_fdd.plan.context import Model
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import held_parameters, stage_layers
 
-# Bytes of scales to a byte of FP8; tensorwise and delayed have one scale a matrix.
+# Bytes of scales for each byte of FP8; tensorwise and delayed have one scale for each matrix.
 _SCALES = {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}
 
 
 def fp8_layers(args: argparse.Namespace) -> range:
-    """The layers that are computed in FP8, of a model with or without any."""
+    """Return the layers that are computed in FP8; without FP8 the range is empty."""
     if not args.fp8:
         return range(0)
     if not args.first_last_layers_bf16:
@@ -25,7 +25,7 @@ def fp8_layers(args: argparse.Namespace) -> range:
 
 
 def check_fp8_device(model: Model) -> None:
-    """Refuse a recipe that this rank's GPU does not multiply, as TransformerEngine knows. No collectives.
+    """Refuse a recipe whose products this rank's GPU lacks, according to TransformerEngine. No collectives.
 
     Call after `check_refusals`, which guarantees TransformerEngine.
 
@@ -35,7 +35,7 @@ def check_fp8_device(model: Model) -> None:
     args, role = model.args, model.role
     if not args.fp8:
         return
-    manager = fp8_utils.FP8GlobalStateManager  # TransformerEngine's, as Megatron has it
+    manager = fp8_utils.FP8GlobalStateManager  # TransformerEngine's, which Megatron imports
     by_recipe = {"mxfp8": manager.is_mxfp8_available, "blockwise": manager.is_fp8_block_scaling_available}
     is_available, reason = by_recipe.get(args.fp8_recipe, manager.is_fp8_available)()
     if not is_available:
@@ -46,12 +46,12 @@ def check_fp8_device(model: Model) -> None:
 
 
 def check_fp8_shapes(model: Model) -> None:
-    """Refuse what TransformerEngine's FP8 products would refuse in the first step.
+    """Refuse shapes that TransformerEngine's FP8 products would refuse in the first step.
 
-    A product takes a dimension that it sums over in multiples of 16 and any other in multiples of 8; MXFP8 takes all
-    in multiples of 32. Widths are summed over in the forward pass and outputs and tokens in the backward pass, which a
-    frozen model does not have. Tokens are counted with sequence parallelism before they are gathered too. Experts pad
-    their tokens. Not looked at: the attention's widths where it is multi-latent.
+    A product needs multiples of 16 in a dimension that it sums over, and multiples of 8 in any other; MXFP8 needs
+    multiples of 32 in all. The forward pass sums over widths; the backward pass, which a frozen model does not have,
+    sums over outputs and tokens. With sequence parallelism, tokens must also fit before they are gathered. Experts
+    pad their tokens. The widths of multi-latent attention are not checked.
 
     Call after `check_splits`.
 
@@ -60,7 +60,7 @@ def check_fp8_shapes(model: Model) -> None:
     """
     args, role = model.args, model.role
     if None in (args.num_layers, args.hidden_size, args.num_attention_heads) or not fp8_layers(args):
-        return  # Megatron names these well
+        return  # Megatron's own message names these well
     summed, other = (32, 32) if args.fp8_recipe == "mxfp8" else (16, 8)
     in_backward = summed if role.is_trained else other
     tokens = [
@@ -87,7 +87,7 @@ def check_fp8_shapes(model: Model) -> None:
 
 
 def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tuple[str, int, int]]:
-    """(name, number, divisor); packed sequences are one row of as many tokens."""
+    """Return (name, number, divisor) of counts of tokens; packed sequences are one row of equally many tokens."""
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
     found = [("tokens of a micro-batch on a rank", tokens, in_backward)]
     if args.sequence_parallel:
@@ -97,7 +97,7 @@ def _tokens(args: argparse.Namespace, in_backward: int, other: int) -> list[tupl
 
 
 def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tuple[str, int, int]]:
-    """(name, number, divisor) of the matrices of the layers in FP8."""
+    """Return (name, number, divisor) of the widths of the matrices in FP8 layers."""
     shape, sizes, layers = ModelShape.of_args(args), ParallelSizes.of_args(args), fp8_layers(args)
     cut = f" / tensor parallel {sizes.tensor}"
     widths = [("hidden size", shape.hidden, summed)]
@@ -119,14 +119,14 @@ def _widths(args: argparse.Namespace, summed: int, in_backward: int) -> list[tup
 
 
 def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int]) -> int:
-    """Bytes of FP8 that TransformerEngine keeps beside a trained model's weights, on a rank of the stage that has most.
+    """Return the bytes of FP8 that TransformerEngine keeps beside a trained model's weights, on the fullest stage.
 
-    Two copies: the backward pass reads a second one, laid out the other way (before Blackwell), or for MXFP8 scaled
-    along columns.
+    They are for one rank, and for two copies: the backward pass reads a second one, which is transposed (before
+    Blackwell) or, for MXFP8, scaled along columns.
 
     Args:
-        args: the model's.
-        counts: layers of each chunk, in depth order; chunk c is on stage c % stages.
+        args: the model's arguments.
+        counts: number of layers of each chunk, in depth order; chunk c is on stage c % stages.
     """
     stages = args.pipeline_model_parallel_size
     held: list[list[int]] = [[] for _ in range(stages)]
@@ -140,9 +140,9 @@ def weight_copies_bytes(args: argparse.Namespace, counts: Sequence[int]) -> int:
 
 
 def frozen_weight_bytes(args: argparse.Namespace) -> tuple[int, int]:
-    """Bytes of a frozen model's weights in its own precision, and in FP8; of a rank of the stage that has most.
+    """Return the bytes of a frozen model's weights in its own precision, and in FP8, on a rank of the fullest stage.
 
-    The matrices of layers in FP8 are held in FP8 alone. What is counted: `held_parameters`.
+    The matrices of FP8 layers exist only in FP8. `held_parameters` says which weights are counted.
     """
     layers = fp8_layers(args)
     matrices = ModelShape.of_args(args).matrix_parameters(layers, ParallelSizes.of_args(args))
@@ -156,5 +156,5 @@ def frozen_weight_bytes(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def _bytes_each(args: argparse.Namespace) -> float:
-    """Bytes of a weight in FP8, scales included."""
+    """Return the bytes of one weight in FP8, scales included."""
     return 1 + _SCALES.get(args.fp8_recipe, 0)

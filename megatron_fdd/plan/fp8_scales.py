@@ -1,4 +1,4 @@
-"""The scales of delayed scaling in a checkpoint: are they there, can they be read, do they go to the right experts."""
+"""Checks of the scales of delayed scaling in a checkpoint: they exist, can be read, and go to the right experts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_fdd.host.checkpoint import holds_weights, read_extra_states
 from megatron_fdd.plan.context import Context, Model, StoredModel
 from megatron_fdd.step.teacher.arguments import uses_delayed_scaling
 
-# How TransformerEngine names a module's scales in the bytes of its extra state.
+# TransformerEngine's name for a module's scales in the bytes of its extra state.
 _MARK = b"scale_fwd"
-# TransformerEngine (2.20) unpickles extra state only where this is 1.
+# TransformerEngine (2.20) unpickles extra state only if this variable is 1.
 _TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def warn_of_pickled_scales(context: Context) -> None:
-    """Warn of a run with delayed scaling that lacks what it needs to go on from its own checkpoint."""
+    """Warn of a run with delayed scaling that could not continue from its own checkpoint."""
     args = context.args
     if (
         args.rank == 0
@@ -32,11 +32,11 @@ def warn_of_pickled_scales(context: Context) -> None:
 
 
 def check_student_scales(context: Context) -> None:
-    """Refuse a student's checkpoint that TransformerEngine's modules will not take, in whatever precision they run.
+    """Refuse a student's checkpoint that TransformerEngine's modules cannot load, whatever precision they run in.
 
     Raises:
-        ValueError: it was trained with delayed scaling, and TransformerEngine has not been told to trust it, or
-            Megatron would give scales to other experts.
+        ValueError: the student was trained with delayed scaling, and TransformerEngine is not set to trust it, or
+            Megatron would give scales to the wrong experts.
     """
     stored = context.stored_student
     if stored is None or context.args.transformer_impl != "transformer_engine":
@@ -47,12 +47,12 @@ def check_student_scales(context: Context) -> None:
 
 
 def check_teacher_scales(teacher: Model) -> None:
-    """Refuse scales of the teacher's that are missing, that are not trusted, or that would go to other experts.
+    """Refuse scales of the teacher that are missing, not trusted, or would go to the wrong experts.
 
-    A checkpoint without weights passes; it is enough to plan with. No collectives.
+    A checkpoint without weights passes, because it is enough for a plan. No collectives.
 
     Raises:
-        ValueError: it has no scales, reading them is not allowed, or Megatron would give them to other experts.
+        ValueError: it has no scales, reading them is not allowed, or Megatron would give them to the wrong experts.
     """
     stored = teacher.stored
     if (
@@ -71,16 +71,16 @@ def check_teacher_scales(teacher: Model) -> None:
 
 
 def _check_expert_scales(model: Model, stored: StoredModel) -> None:
-    """Refuse to give experts the scales of others.
+    """Refuse a layout at which experts would get the scales of others.
 
-    What Megatron (0.19.2) stores for one of several experts that a module multiplies together are scales of other
-    experts and other tensors too, which only a module of as many experts puts in order again.
+    Where a module multiplies several experts together, Megatron (0.19.2) stores for one expert also scales of other
+    experts and other tensors. Only a module with the same number of experts reads them in the right order.
 
     Args:
-        stored: its checkpoint, which holds scales.
+        stored: the model's checkpoint, which holds scales.
 
     Raises:
-        ValueError: there are more experts to a rank, or fewer, than in training.
+        ValueError: a rank has more or fewer experts than in training.
     """
     args, role = model.args, model.role
     if not (uses_delayed_scaling(args) and args.num_experts and args.moe_grouped_gemm):
@@ -95,7 +95,7 @@ def _check_expert_scales(model: Model, stored: StoredModel) -> None:
 
 
 def _check_trusted(stored: StoredModel) -> None:
-    """Refuse a checkpoint with scales of delayed scaling that TransformerEngine has not been told to trust."""
+    """Refuse a checkpoint with scales of delayed scaling that TransformerEngine is not set to trust."""
     if os.environ.get(_TRUST) != "1":
         raise ValueError(
             f"{stored.flag}: the scales of delayed scaling in {stored.path} are pickled, and unpickling can run code; "

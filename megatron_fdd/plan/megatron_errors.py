@@ -1,4 +1,4 @@
-"""Megatron's way of saying that a flag or a file is wrong, as a ValueError."""
+"""Conversion of Megatron's errors about a wrong flag or file into a ValueError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def megatrons_errors(what: str) -> Iterator[None]:
-    """Raise a ValueError in place of what Megatron raises in a block about `what`."""
+    """Raise a ValueError in place of Megatron's errors in a `with` block about `what`."""
     try:
         yield
     except (AssertionError, ValueError, OSError) as error:
@@ -18,7 +18,7 @@ def megatrons_errors(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The message, or where there is none the condition that Megatron asserts, as its source has it (0.19.2)."""
+    """Return the message; without one, the condition that Megatron asserts, as in its source (0.19.2)."""
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     missing = re.fullmatch(r"assert args\.(\w+) is not None,?", line.strip())
     if missing and not str(error):

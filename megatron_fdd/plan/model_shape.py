@@ -1,4 +1,4 @@
-"""The shape of a GPT and the sizes that cut it, from Megatron's arguments: widths, parameters and flops follow."""
+"""The shape of a GPT and the parallel sizes that cut it, from Megatron's arguments, with the counts that follow."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ParallelSizes:
-    """Over how many ranks a model is cut.
+    """The numbers of ranks over which a model is cut.
 
     Attributes:
-        expert: ranks that share the experts of a layer.
-        expert_tensor: ranks that share the matrices of one expert.
+        expert: number of ranks that share the experts of a layer.
+        expert_tensor: number of ranks that share the matrices of one expert.
     """
 
     tensor: int
@@ -23,7 +23,7 @@ class ParallelSizes:
 
     @classmethod
     def of_args(cls, args: argparse.Namespace) -> ParallelSizes:
-        """Take them from a model's arguments in this run, not necessarily validated."""
+        """Take the sizes from a model's arguments in this run, validated or not."""
         tensor = args.tensor_model_parallel_size
         return cls(
             tensor,
@@ -38,11 +38,11 @@ class ExpertShape:
     """The mixtures of experts of one model.
 
     Attributes:
-        count: experts of a layer.
-        width: of the feed-forward layer that one expert is.
-        top_k: experts that a token is routed to.
-        shared_width: of what every token passes beside them; 0 for nothing.
-        layers: those with experts, 0-based.
+        count: number of experts in a layer.
+        width: width of one expert's feed-forward layer.
+        top_k: number of experts that a token is routed to.
+        shared_width: width of the experts that every token passes too; 0 without them.
+        layers: the layers with experts, 0-based.
     """
 
     count: int
@@ -54,17 +54,17 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """One model, enough to count its matrices and their products.
+    """The shape of one model, which is enough to count its matrices and their products.
 
     Attributes:
         hidden: width of the hidden states.
-        ffn: width of a feed-forward layer without experts; 0 where Megatron has not filled it in yet.
-        heads: query heads.
-        groups: key-value heads.
-        vocab: rows of the head that count, over all tensor ranks; 0 where no head is looked at.
+        ffn: width of a feed-forward layer without experts; 0 if Megatron has not filled it in yet.
+        heads: number of query heads.
+        groups: number of key-value heads.
+        vocab: rows of the head that count, over all tensor ranks; 0 if the head does not matter.
         gated: whether a feed-forward layer has three matrices.
-        num_layers: may be left out where only one layer is looked at.
-        has_output_gate: the attention's first matrix makes a gate beside each query.
+        num_layers: may be left out if only one layer matters.
+        has_output_gate: whether the attention's first matrix makes a gate beside each query.
         experts: None for a dense model.
     """
 
@@ -82,7 +82,7 @@ class ModelShape:
 
     @classmethod
     def of_args(cls, args: argparse.Namespace, *, vocab: int = 0) -> ModelShape:
-        """Take it from a model's arguments in this run, not necessarily validated."""
+        """Take the shape from a model's arguments in this run, validated or not."""
         heads = args.num_attention_heads
         return cls(
             hidden=args.hidden_size,
@@ -100,7 +100,7 @@ class ModelShape:
 
     @property
     def attention_width(self) -> int:
-        """Width of what attention puts out, all heads together."""
+        """Width of the attention's output, all heads together."""
         return self.heads * self.head_width
 
     @property
@@ -110,7 +110,7 @@ class ModelShape:
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of the two matrices of one attention; multi-latent attention, which has others, is not known."""
+        """Parameters of the two matrices of one attention; multi-latent attention, which has others, is not covered."""
         return self.hidden * (self.qkv_width + self.attention_width)
 
     @property
@@ -120,12 +120,12 @@ class ModelShape:
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """The layers with experts, 0-based; none of a dense model."""
+        """The layers with experts, 0-based; empty for a dense model."""
         return () if self.experts is None else self.experts.layers
 
     @property
     def active_ffn(self) -> int:
-        """Width of the feed-forward matrices that one token passes, on average over the layers; without routers."""
+        """Width of the feed-forward matrices that one token passes, as a mean over the layers; without routers."""
         if self.experts is None:
             return self.ffn
         experts = self.experts
@@ -133,7 +133,7 @@ class ModelShape:
         return (routed + (self.num_layers - len(experts.layers)) * self.ffn) // self.num_layers
 
     def matrix_parameters(self, layers: Sequence[int], sizes: ParallelSizes) -> int:
-        """Parameters of the matrices of these layers on a rank, without routers."""
+        """Count the parameters of the matrices of these layers on a rank, without routers."""
         with_experts = len(set(self.expert_layers).intersection(layers))
         widths, routed = (len(layers) - with_experts) * self.ffn, 0
         if self.experts is not None:
@@ -152,7 +152,7 @@ def _experts(args: argparse.Namespace) -> ExpertShape | None:
     if not args.num_experts:
         return None
     pattern = args.moe_layer_freq
-    if isinstance(pattern, int):  # every so many layers
+    if isinstance(pattern, int):  # one layer in so many has experts
         pattern = [layer % pattern == 0 for layer in range(args.num_layers)]
     return ExpertShape(
         count=args.num_experts,

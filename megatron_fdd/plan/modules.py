@@ -1,4 +1,4 @@
-"""Checks of the modules and kernels of a run: a family's own layers, Megatron's local attention, Triton."""
+"""Checks of the modules and kernels that a run chooses: a family's own layers, Megatron's local attention, Triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_fdd.plan.context import Context, Model
 
 
 def check_kernels(context: Context) -> None:
-    """Refuse Triton's kernels in a rehearsal, for they run on a GPU, and for a divergence that has none.
+    """Refuse Triton's kernels in a rehearsal, because they need a GPU, and for a divergence that has none.
 
     Raises:
         ValueError: names the flag, or the divergence.
@@ -46,12 +46,12 @@ def check_layers(model: Model) -> None:
 
 
 def check_local_attention(model: Model) -> None:
-    """Refuse what Megatron's local attention lacks; a rehearsal's has all of it.
+    """Refuse a run that needs what Megatron's local attention lacks; a rehearsal's attention has it all.
 
     With sliding windows its fused kernel ignores the window, and its unfused one the mask.
 
     Raises:
-        ValueError: the run shares or packs sequences, or the model has windows of which a part would be forgotten.
+        ValueError: the run cuts sequences over ranks or packs them, or part of the model's windows would be ignored.
     """
     args = model.args
     if args.transformer_impl != "local" or is_rehearsal_wanted():

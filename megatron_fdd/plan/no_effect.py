@@ -1,4 +1,4 @@
-"""Flags that change nothing beside the others of their command line; rank 0 says so."""
+"""Warnings, on rank 0, of flags that have no effect together with the others of their command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def warn_of_rate(context: Context) -> None:
 
 
 def warn_of_approximations(context: Context) -> None:
-    """Warn of a flag that should make teacher or inner terms cheaper and changes nothing."""
+    """Warn of a flag that should make the teacher or inner terms cheaper but changes nothing."""
     config = context.config
     if context.args.rank != 0:
         return
@@ -39,7 +39,7 @@ def warn_of_approximations(context: Context) -> None:
 
 
 def _nothing_to_skip(config: FddConfig) -> str | None:
-    """Why no vocabulary tile can be skipped; None where it can."""
+    """Return why no vocabulary tile can be skipped; None if one can."""
     if config.kernels == "reference":
         return "--fdd-kernels reference has no tiles"
     if config.lens_head == "live":

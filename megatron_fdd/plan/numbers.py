@@ -1,4 +1,4 @@
-"""Megatron's numbers and schedules: which a run needs, and the values that a training can count with."""
+"""Checks of Megatron's numbers and schedules: the flags that a run needs, and the values that training can use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_given(context: Context) -> None:
         raise ValueError(f"not given: {'; '.join(flags)}")
 
 
-# The smallest value of what Megatron divides by, counts with or takes a root of, by the name in its namespace.
+# The smallest values of numbers that Megatron divides by, counts with or takes a root of, by their names in `args`.
 _SMALLEST = {
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "seq_length", "train_samples"), 1),
     **dict.fromkeys(
@@ -49,7 +49,7 @@ _PARTS = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr
 
 
 def check_numbers(context: Context) -> None:
-    """Refuse numbers of Megatron's that no training can count with.
+    """Refuse numbers among Megatron's flags with which no training works.
 
     Raises:
         ValueError: names the flags whose value is not finite, too small or too large.
@@ -70,7 +70,7 @@ def check_numbers(context: Context) -> None:
 
 
 def check_schedule(context: Context) -> None:
-    """Refuse a learning rate or a weight decay that would rise from above its end; Megatron only asserts, and late.
+    """Refuse values in the wrong order, such as a --min-lr above --lr; Megatron only asserts this, and late.
 
     Raises:
         ValueError: names both flags.

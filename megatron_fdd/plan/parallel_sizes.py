@@ -1,4 +1,4 @@
-"""The length of a sequence and the parallel sizes that a model can take."""
+"""Checks of the sequence length and of the parallel sizes that a model can take."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def check_length(model: Model) -> None:
     """Refuse sequences longer than a model takes.
 
     Raises:
-        ValueError: names the length, the bound and whose it is.
+        ValueError: names the length, the bound and the model.
     """
     length, positions = model.args.seq_length, model.args.max_position_embeddings
     if None in (length, positions) or length <= positions:
-        return  # without a bound Megatron asks for one
+        return  # Megatron asks for a missing bound
     whose = model.role.label
     if model.role is Role.TEACHER and model.stored is not None:
         whose = f"{whose} ({model.stored.folder})"
@@ -33,7 +33,7 @@ def check_splits(model: Model) -> None:
     args, whose = model.args, model.role.label
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.num_layers is None or args.num_attention_heads is None:
-        return  # Megatron names these well
+        return  # Megatron's own message names these well
     _check_sequence(args)
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
@@ -41,7 +41,7 @@ def check_splits(model: Model) -> None:
             f"--tensor-model-parallel-size {tensor} does not divide {whose}'s {args.num_attention_heads} attention "
             f"heads in {groups} query groups: use one that does"
         )
-    is_cut = model.role is Role.TEACHER or any(  # the teacher's as evenly as can be, whatever the flags say
+    is_cut = model.role is Role.TEACHER or any(  # a teacher is cut evenly, whatever the flags say
         (
             args.pipeline_model_parallel_layout,
             args.decoder_first_pipeline_num_layers,
@@ -58,7 +58,7 @@ def check_splits(model: Model) -> None:
 
 
 def _check_sequence(args: argparse.Namespace) -> None:
-    """Refuse a length that the ranks which share a sequence cannot cut."""
+    """Refuse a sequence length that the ranks sharing a sequence cannot divide."""
     tensor = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context = args.context_parallel_size
     factors = []

@@ -1,4 +1,4 @@
-"""Flags of Megatron with which a distillation would silently learn nothing, or something else."""
+"""The flags of Megatron with which distillation would silently learn nothing, or something wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _uses_fp8(args: argparse.Namespace) -> bool:
 
 
 def _lacks_transformer_engine(args: argparse.Namespace) -> bool:
-    """A plan can be made anywhere."""
+    """Whether TransformerEngine is missing; False for a dry run, which can plan without it."""
     return not args.fdd_dry_run and importlib.util.find_spec("transformer_engine") is None
 
 
@@ -27,7 +27,7 @@ def _has_no_fused_adam() -> bool:
     return all(importlib.util.find_spec(name) is None for name in ("transformer_engine", "apex"))
 
 
-# (when, why and what to do instead).
+# Each row: when to refuse; why, and what to do instead.
 REFUSALS: tuple[Refusal, ...] = (
     (
         lambda a: bool(a.mtp_num_layers),
@@ -124,7 +124,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def check_refusals(context: Context) -> None:
-    """Refuse what would silently distil nothing, or something else.
+    """Refuse flags with which a run would silently distil nothing, or something wrong.
 
     Raises:
         ValueError: the first of `REFUSALS` that applies.

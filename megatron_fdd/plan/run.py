@@ -1,4 +1,4 @@
-"""Everything that is decided about a run before any process group exists."""
+"""The preparation of a run: everything that is decided before any process group exists."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class PreparedRun:
     """A checked command line.
 
     Attributes:
-        args: the student's and the run's, validated by Megatron and set as its globals.
-        teacher: arguments to build the teacher with; None when every weight that needs one is 0.
-        stop_at_nan: Megatron's `--no-check-for-nan-in-loss-and-grad` was not given.
+        args: arguments of the student and the run, validated by Megatron and set as its globals.
+        teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0.
+        stop_at_nan: whether Megatron's `--no-check-for-nan-in-loss-and-grad` is left out.
     """
 
     plan: Plan
@@ -50,23 +50,23 @@ class PreparedRun:
 
 
 def prepare_run(*, checks_data: bool = True) -> PreparedRun:
-    """Read `sys.argv` and check all that can be wrong without talking to other ranks.
+    """Read `sys.argv`, and check everything that can be checked without communication.
 
     Args:
-        checks_data: the datasets are ours, made from the files that flags name.
+        checks_data: whether the datasets are ours, made from the files that flags name.
 
     Raises:
         ValueError: names the value and the remedy.
     """
     args, defaults = parse_command_line()
     config = FddConfig.from_args(args)
-    # Megatron prints a thousand lines of arguments; a dry run is for its plan.
+    # Megatron prints a thousand lines of arguments; a dry run should print only the plan.
     with contextlib.redirect_stdout(io.StringIO()) if config.dry_run else contextlib.nullcontext():
         return _prepare(Context(config, args, checks_data=checks_data), defaults)
 
 
 def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
-    """Take what is known from the command line to the plan, and make each phase of checks on the way."""
+    """Extend what is known, from the command line to the plan, and make each phase of checks on the way."""
     config, args = known.config, known.args
     make_checks = partial(checks.make_checks, to_plan=config.dry_run)
 
@@ -104,7 +104,7 @@ def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:
     """Pair the layers of both models and place them on the stages.
 
     Raises:
-        ValueError: the pairs do not fit the models, or Megatron cannot cut the teacher as the flags say.
+        ValueError: the pairs do not fit the models, or Megatron cannot cut the teacher by these flags.
     """
     args, teacher = known.args, known.teacher_args
     pairs: tuple[LayerPair, ...] = ()

@@ -1,4 +1,4 @@
-"""The folder of --save: no run takes another's, be that one finished or at work."""
+"""The folder of --save, and its protection from other runs, whether these are finished or still running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_nothing_lost(context: Context) -> None:
     """Refuse to begin at step 0 in a folder that holds a checkpoint: its tracker and its metrics would be lost.
 
     Raises:
-        ValueError: names the folder, what it holds, and the ways to go on.
+        ValueError: names the folder, its content, and the ways to continue.
     """
     args = context.args
     if args.save is None or args.skip_train or not has_checkpoint(args.save):
@@ -40,13 +40,13 @@ def check_nothing_lost(context: Context) -> None:
 
 @contextmanager
 def held(folder: str | None) -> Iterator[None]:
-    """Keep other runs out of `folder` for a block; rank 0 does it for all ranks.
+    """Keep other runs out of `folder` during a `with` block; rank 0 does it for all ranks.
 
-    The kernel takes the lock back when rank 0 ends, however it ends; processes forked from it have no part in it. A
-    file system without locks keeps nobody out.
+    The kernel releases the lock when rank 0 ends, however it ends; processes forked from it do not hold the lock. A
+    file system without locks keeps no run out.
 
     Raises:
-        ValueError: another run is at work there.
+        ValueError: another run is saving there.
     """
     if folder is None or not is_first_rank():
         yield
@@ -54,7 +54,7 @@ def held(folder: str | None) -> Iterator[None]:
     with (Path(folder) / LOCK_FILE).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX leaves the choice to the system
+        except (BlockingIOError, PermissionError) as error:  # POSIX lets the system choose between these two
             file.seek(0)
             raise ValueError(
                 f"--save {folder}: another run saves there ({file.readline().strip()}); give another --save, or wait "
@@ -62,7 +62,7 @@ def held(folder: str | None) -> Iterator[None]:
             ) from error
         except OSError:
             pass
-        with contextlib.suppress(OSError):  # a full disk is somebody else's to report
+        with contextlib.suppress(OSError):  # other code reports a full disk
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

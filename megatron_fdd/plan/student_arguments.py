@@ -1,4 +1,4 @@
-"""The student's arguments: its architecture as its checkpoint has it, and the values that distillation forces."""
+"""The student's arguments: the architecture of its checkpoint, and the values that distillation forces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_fdd.host.checkpoint import has_checkpoint, is_same_folder
 from megatron_fdd.host.model import ARCHITECTURE
 from megatron_fdd.plan.context import Context, StoredModel
 
-# On by default, and Megatron fails in the first step where apex, whose kernels they are, has not been built.
+# These are on by default, but need apex's kernels: if apex is not built, Megatron fails in the first step.
 _APEX_KERNELS = {
     "gradient_accumulation_fusion": "fused_weight_gradient_mlp_cuda",
     "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda",
@@ -22,17 +22,17 @@ _APEX_KERNELS = {
 
 
 def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, object]) -> StoredModel | None:
-    """Take what `--use-checkpoint-args` forgets of the student's architecture from its checkpoint.
+    """Complete the student's architecture from its checkpoint where `--use-checkpoint-args` leaves parts out.
 
     Args:
-        args: parsed, not yet validated; changed in place.
+        args: parsed but not validated arguments; changed in place.
         defaults: the parser's default of every flag.
 
     Returns:
         The checkpoint that the student starts from; None when it starts from scratch.
 
     Raises:
-        ValueError: no checkpoint where one is named, one that is not whole, or a flag that contradicts it.
+        ValueError: a named checkpoint does not exist or is incomplete, or a flag contradicts it.
     """
     directory, flag = student_checkpoint(args)
     if directory is None:
@@ -45,7 +45,7 @@ def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, objec
     model = StoredModel.find(directory, flag, to_plan=args.fdd_dry_run)
     stored = model.args
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
-    # Where Megatron took the vocabulary from a tokenizer, a checkpoint keeps the padded size only.
+    # If Megatron took the vocabulary from a tokenizer, a checkpoint stores only the padded size.
     fixed = ARCHITECTURE + ("vocab_size",) * (getattr(stored, "vocab_size", None) is not None)
     _check_same(args, model, [name for name in fixed if name in given])
     if args.use_checkpoint_args:
@@ -60,7 +60,7 @@ def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, objec
 
 
 def check_same_model(context: Context) -> None:
-    """Refuse flags that describe another student than its checkpoint.
+    """Refuse flags that describe a student other than its checkpoint's.
 
     Raises:
         ValueError: names every field that differs; a checkpoint that lacks a field cannot contradict it.
@@ -77,7 +77,7 @@ def _check_same(args: argparse.Namespace, model: StoredModel, names: Sequence[st
         for name in names
         if hasattr(stored, name)
         and getattr(stored, name) != getattr(args, name)
-        # Without a plain GELU it is a matter of speed.
+        # For other activations this field changes only the speed.
         and (name != "bias_gelu_fusion" or has_plain_gelu(stored))
     ]
     if differences:
@@ -88,23 +88,23 @@ def _check_same(args: argparse.Namespace, model: StoredModel, names: Sequence[st
 
 
 def has_plain_gelu(args: argparse.Namespace) -> bool:
-    """Whether `bias_gelu_fusion` shapes the model: fused, Megatron's GELU has tanh, else erf."""
+    """Whether `bias_gelu_fusion` changes the model: Megatron's fused GELU uses tanh, the other one erf."""
     other = any(getattr(args, name, False) for name in ("swiglu", "squared_relu", "quick_geglu"))
     return not other and getattr(args, "add_bias_linear", True)
 
 
 def force_values(args: argparse.Namespace) -> None:
-    """Set what distillation relies on, whatever the flags say. Plain values: they go into the checkpoint."""
-    # One divisor for every stage and rank, and no factor of data or context parallelism in any gradient.
+    """Set the values that distillation relies on, whatever the flags say. They are plain: a checkpoint stores them."""
+    # Gradients get one divisor on every stage and rank, and no factor of data or context parallelism.
     args.calculate_per_token_loss = True
-    # So that a run can go on at another layout.
+    # A run can then continue at another layout.
     args.dist_ckpt_optim_fully_reshardable = args.use_distributed_optimizer
-    # Megatron's check would stop one rank inside a collective; ours stops all, before the optimizer.
+    # Megatron's check would stop one rank inside a collective; our check stops all ranks before the optimizer runs.
     args.check_for_nan_in_loss_and_grad = False
     for fusion, kernel in _APEX_KERNELS.items():
         if importlib.util.find_spec(kernel) is None:
             setattr(args, fusion, False)
-    if rope_utils.fused_apply_rotary_pos_emb is None:  # TransformerEngine's
+    if rope_utils.fused_apply_rotary_pos_emb is None:  # comes with TransformerEngine
         args.apply_rope_fusion = False
 
 
@@ -114,7 +114,7 @@ def student_checkpoint(args: argparse.Namespace) -> tuple[str | None, str]:
         return args.load, "--load"
     if args.pretrained_checkpoint is not None:
         return args.pretrained_checkpoint, "--pretrained-checkpoint"
-    # `--load X --save X` is how Megatron's scripts start afresh and resume with one command.
+    # With `--load X --save X` Megatron's scripts start and resume by the same command.
     starts_afresh = args.load is None or is_same_folder(args.load, args.save)
     return (None if starts_afresh else args.load), "--load"
 

@@ -1,4 +1,4 @@
-"""The teacher's checkpoint: where it is, and whether this version can run what is in it."""
+"""The teacher's checkpoint: its place, and the check that this version can run the model in it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from megatron_fdd.plan.context import Context, StoredModel
 
 
 def find_teacher(config: FddConfig) -> StoredModel | None:
-    """Look for the teacher's checkpoint; None where no term needs a teacher.
+    """Look for the teacher's checkpoint; return None if no term needs a teacher.
 
     Raises:
-        ValueError: there is none, or it is not whole.
+        ValueError: there is no checkpoint, or it is incomplete.
     """
     if not config.needs_teacher or config.teacher_load is None:
         return None
@@ -21,7 +21,7 @@ def check_teacher_model(context: Context) -> None:
     """Refuse a teacher that this version cannot run.
 
     Raises:
-        ValueError: a model that is not a GPTModel with a linear head, or whose layers are code to import.
+        ValueError: the model is not a GPTModel with a linear head, or its layers are code to import.
     """
     if context.stored_teacher is None:
         return

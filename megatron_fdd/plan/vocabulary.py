@@ -10,18 +10,18 @@ from megatron_fdd.data.pairing import check_checkpoint_tokenizer
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.context import Context
 
-# More than this is no longer "tokens that were added to the same vocabulary".
+# A larger difference cannot be explained by tokens that were added to the same vocabulary.
 _MAX_ADDED_TOKENS = 1024
 
 
 def check_student_tokenizer(context: Context) -> None:
-    """Refuse a student's checkpoint whose tokenizer is not the run's."""
+    """Refuse a student's checkpoint that was made with a tokenizer other than the run's."""
     if context.stored_student is not None:
         check_checkpoint_tokenizer(Role.STUDENT, context.stored_student.folder, context.args)
 
 
 def check_teacher_tokenizer(context: Context) -> None:
-    """Refuse a teacher's checkpoint whose tokenizer is not the run's."""
+    """Refuse a teacher's checkpoint that was made with a tokenizer other than the run's."""
     if context.stored_teacher is not None:
         check_checkpoint_tokenizer(Role.TEACHER, context.stored_teacher.folder, context.args)
 
@@ -35,8 +35,8 @@ def check_vocabularies(context: Context) -> None:
     """Refuse models whose embeddings are not for the run's tokenizer.
 
     Raises:
-        ValueError: the tokenizer has ids that the student has no embedding for, or the teacher lacks more of
-            them than added tokens explain.
+        ValueError: the tokenizer has ids for which the student has no embedding, or the teacher lacks more ids
+            than added tokens explain.
     """
     args, tokenizer_size = context.args, get_tokenizer().vocab_size
     if tokenizer_size > args.vocab_size:

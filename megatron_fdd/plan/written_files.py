@@ -1,4 +1,4 @@
-"""The places that a run writes to: the metrics file and the folder of --save."""
+"""Checks of the places that a run writes to: the metrics file and the folder of --save."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from megatron_fdd.step.metrics import check_metrics_file
 
 
 def check_metrics_place(context: Context) -> None:
-    """Refuse a metrics file that cannot be written, or holds something else.
+    """Refuse a metrics file that cannot be written, or holds something else than metrics.
 
     Raises:
-        ValueError: names the path and what is in the way.
+        ValueError: names the path and the obstacle.
     """
     _check_writable(context.config.metrics_file, "--fdd-metrics-file")
     check_metrics_file(context.config.metrics_file)
 
 
 def check_save_place(context: Context) -> None:
-    """Refuse a folder of --save in which no files can be made. Makes the folder.
+    """Refuse a folder of --save in which files cannot be created. Create the folder.
 
     Raises:
-        ValueError: names the path and what is in the way.
+        ValueError: names the path and the obstacle.
     """
     _check_writable(context.args.save, "--save")
 
 
 def _check_writable(path: str | None, flag: str) -> None:
-    """Refuse a place where no file of this name, or none in this folder, can be made. Makes the folder."""
+    """Refuse a path at which the file, or files in the folder, cannot be created. Create the folder."""
     if path is None:
         return
     if flag != "--save" and Path(path).is_dir():
@@ -44,7 +44,7 @@ def _check_writable(path: str | None, flag: str) -> None:
             is_new = not Path(path).exists()
             with Path(path).open("a"):
                 pass
-            if is_new:  # a run that is refused leaves nothing
+            if is_new:  # a refused run leaves no file behind
                 Path(path).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from error

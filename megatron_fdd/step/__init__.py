@@ -1,0 +1,1 @@
+"""One training step: taps, lenses and losses around Megatron's schedule."""

@@ -1,4 +1,4 @@
-"""A loss that lives on an inner pipeline stage: injected where its activation is, by the stage's own output."""
+"""The loss of an inner pipeline stage, attached to the stage's own output where its activations are."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 
 def attach_loss(output: Tensor, loss: Tensor, grad_scale: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """`output`, unchanged, whose backward pass also starts `loss`'s.
+    """Return `output`, unchanged; its backward pass also starts the backward pass of `loss`.
 
     Args:
-        output: what the stage sends on.
+        output: the tensor that the stage sends on.
         loss: scalar; it receives the gradient `loss_scale`, as on the last stage.
         grad_scale: the model config's `grad_scale_func`.
 
-    Megatron frees stage outputs once they are sent and refuses views, hence the last line.
+    Megatron frees a stage's output once it is sent, and refuses views; the last line therefore makes it no view.
     """
     attached = _Attach.apply(output, loss, loss_scale(grad_scale, loss.device))
     return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
 
 
 def loss_scale(grad_scale: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
-    """What Megatron's schedule multiplies the loss of the last stage with before the backward pass, 0-dim."""
+    """Return the factor by which Megatron's schedule multiplies the last stage's loss before backward, 0-dim."""
     scale = torch.ones((), device=device)
     return scale if grad_scale is None else grad_scale(scale)
 

@@ -1,4 +1,4 @@
-"""Reading a model's lens: its final norm and language-model head as the weights are now.
+"""Access to a model's lens: its final norm and language-model head with their present weights.
 
 Shape letters: H hidden, W this rank's slice of the vocabulary.
 """
@@ -13,14 +13,14 @@ from megatron_fdd.losses.lens import FinalNorm, Lens
 
 
 def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
-    """The lens of a model that owns its head (the last pipeline stage), as the weights are now.
+    """Return the lens of a model that owns its head (the last pipeline stage), with its present weights.
 
     Args:
         model: an unwrapped GPTModel.
-        detached: head and norm are constants of the step; else both receive the lens gradient.
+        detached: whether head and norm are constants of the step; else both receive the lens gradient.
 
     Collectives: none of its own. Under `--overlap-param-gather` it waits for the parameters that the
-    output layer's bucket is still gathering, as a call of the layer would.
+    output layer's bucket is still gathering, as a call of that layer would.
     """
     head_WH = read_head(model)
     norm = read_final_norm(model) if with_norm else None
@@ -33,7 +33,7 @@ def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
 
 
 def read_head(model: GPTModel) -> Tensor:
-    """The output weight [W, H] of this rank, tied or not, once its new value has arrived."""
+    """Return the output weight [W, H] of this rank, tied or not, after its new value has arrived."""
     if model.share_embeddings_and_output_weights:
         if model.pre_process:
             _wait_for(model.embedding.word_embeddings)
@@ -45,7 +45,7 @@ def read_head(model: GPTModel) -> Tensor:
 
 
 def read_final_norm(model: GPTModel) -> FinalNorm:
-    """The final norm's parameters, once their new values have arrived."""
+    """Return the final norm's parameters, after their new values have arrived."""
     config, norm = model.config, model.decoder.final_layernorm
     _wait_for(norm)
     weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
@@ -54,10 +54,10 @@ def read_final_norm(model: GPTModel) -> FinalNorm:
 
 
 def _wait_for(owner: torch.nn.Module) -> None:
-    """Call what DDP calls before a module's forward: it waits for parameters that are still being gathered.
+    """Call the hook that DDP calls before a module's forward; it waits for parameters that are still being gathered.
 
-    The fused losses never call the head's module, and read the norm's parameters outside it: training would go on
-    with stale values, and small models would not show it (docs/gradients.md).
+    The fused losses never call the head's module, and read the norm's parameters outside its module. Without this
+    call training would continue with stale values, and small models would not show it (docs/gradients.md).
     """
     for hook in owner._forward_pre_hooks.values():
         hook(owner, ())

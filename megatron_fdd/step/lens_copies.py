@@ -1,6 +1,6 @@
-"""The lens on pipeline stages that have a tap and no head: copies, sent by the stage that owns it.
+"""Copies of a lens for the pipeline stages that have a tap and no head, sent by the stage that owns the lens.
 
-The teacher's is sent once; the student's once per step, before its micro-batches. Copies are constants: they
+The teacher's lens is sent once; the student's once per step, before its micro-batches. Copies are constants: they
 are in no module, no optimizer, no checkpoint and no gradient norm.
 """
 
@@ -18,10 +18,10 @@ from megatron_fdd.losses.lens import FinalNorm, Lens
 
 
 class LensCopies:
-    """Sends one model's lens from the last stage to those that tap, over the pipeline group.
+    """The sending of one model's lens from the last stage to the stages that tap, over the pipeline group.
 
     Args:
-        stages: who needs a copy, without the last stage; the same on every rank.
+        stages: the stages that need a copy, without the last stage; the same on every rank.
         group: this rank's pipeline group.
     """
 
@@ -31,11 +31,11 @@ class LensCopies:
         self._copy: Lens | None = None
 
     def refresh(self, lens: Lens | None, empty: Callable[[], Lens]) -> Lens | None:
-        """The lens of this stage: the owner's own, a fresh copy, or None where nothing is tapped.
+        """Send the lens, and return this stage's: the owner's own, a fresh copy, or None where nothing is tapped.
 
         Args:
-            lens: on the owner, its lens now.
-            empty: makes a lens of the same shapes and dtypes to receive into; called once, where one is needed.
+            lens: on the owner, its present lens.
+            empty: makes a lens of the same shapes and dtypes to receive into; called once, where it is needed.
 
         Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
         """
@@ -57,7 +57,7 @@ class LensCopies:
 
 
 def empty_lens(config: TransformerConfig, rows: int, *, with_norm: bool) -> Lens:
-    """A lens of a model to receive into: head [rows, H], norm weight and bias [H]."""
+    """Make an empty lens of a model to receive into: head [rows, H], norm weight and bias [H]."""
     device, width, dtype = torch.cuda.current_device(), config.hidden_size, config.params_dtype
     norm = None
     if with_norm:

@@ -1,4 +1,4 @@
-"""What a step reports: means of every term, the share of each in the total, and the metrics file."""
+"""The report of a step: means of every term, the share of each in the total, and the metrics file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
 
-# How every record begins, and with it every file that may be cut back.
+# The start of every record, and therefore of every file that may be cut back.
 _RECORD_START = b'{"iteration": '
 
 
 def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token means over the whole step, on every rank.
+    """Compute the means over all tokens of the step, on every rank.
 
     Args:
         sums: float32, packed as `Objective.packed_sums` does, added up over this rank's micro-batches.
@@ -61,7 +61,7 @@ def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[
 
 
 def check_metrics_file(path: str | None) -> None:
-    """Refuse a file that holds something else, which a run would cut to nothing.
+    """Refuse a file that holds something else than metrics: a run would delete its content.
 
     Raises:
         ValueError: names the file.
@@ -78,10 +78,10 @@ def check_metrics_file(path: str | None) -> None:
 
 
 class MetricsFile:
-    """One JSON object per iteration, and one per validation, on disk at once.
+    """A file with one JSON object per iteration and one per validation, each written to disk immediately.
 
-    A run that starts at iteration i drops what the file holds from i on: after a kill the lines behind the
-    last checkpoint belong to steps that are done again.
+    A run that starts at iteration i drops the file's lines from i on: after a kill, the lines after the last
+    checkpoint belong to steps that run again.
     """
 
     def __init__(self, path: str, first_iteration: int) -> None:
@@ -105,7 +105,7 @@ class MetricsFile:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                break  # the last line of a killed run
+                break  # a killed run may leave part of a line
             if record["iteration"] >= first_iteration:
                 break
             kept.append(line + "\n")

@@ -1,6 +1,6 @@
-"""What a pipeline of several stages adds to a step: the teacher first, wider sends, and lens gradients that go home.
+"""The additions of a pipeline of several stages to a step: teacher first, wider sends, lens gradients sent home.
 
-Nothing of it runs with one stage.
+With one stage, nothing here runs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ BoundaryShape = tuple[int, int, int]
 
 
 class PipelineWork:
-    """Prepares one step on this rank's stage, and tells Megatron's schedule the shapes that are sent.
+    """The preparation of one step on this rank's stage, and the shapes that Megatron's schedule has to send.
 
     Args:
         students: this stage's unwrapped chunks, by virtual stage.
-        objectives: one for each.
-        teacher: None where no term needs it.
+        objectives: one for each chunk.
+        teacher: None if no term needs it.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class PipelineWork:
             self._teacher.run(batches, seq_length, micro_batch_size)
 
     def schedule_keywords(self, seq_length: int) -> dict[str, Any]:
-        """Keywords for Megatron's schedule: how much wider than hidden states a boundary is on dim 0.
+        """Return keywords that tell Megatron's schedule how much longer than hidden states a boundary is on dim 0.
 
-        1F1B asks a function for each boundary's shape. Interleaved schedules know one shape, which they take
-        from `seq_length`; each chunk reads its true length from its batch.
+        1F1B asks a function for each boundary's shape. Interleaved schedules know only one shape, which they
+        derive from `seq_length`; each chunk reads its true length from its batch.
         """
         if len(self._objectives) == 1:
             return {"adjust_tensor_shapes_fn": self._adjust_shapes}
@@ -74,7 +74,7 @@ class PipelineWork:
     def _adjust_shapes(
         self, received: list[BoundaryShape], sent: list[BoundaryShape]
     ) -> tuple[list[BoundaryShape], list[BoundaryShape]]:
-        """Megatron's `adjust_tensor_shapes_fn`."""
+        """Adjust the shapes of both boundaries, as Megatron's `adjust_tensor_shapes_fn`."""
         (objective,) = self._objectives
         chunk = objective.chunk
         return (
@@ -91,9 +91,9 @@ class PipelineWork:
 
 
 def finalize_with_lens(config: TransformerConfig, lens: StudentLens) -> None:
-    """Have the lens gradients of other stages sent home after Megatron's own reduction of gradients.
+    """Make the lens gradients of other stages go to the last stage after Megatron's own reduction of gradients.
 
-    Megatron's training loop keeps a `finalize_model_grads_func` that is there: the official place for it.
+    Megatron's training loop keeps a `finalize_model_grads_func` that is set already: this is the official place.
     """
     own = config.finalize_model_grads_func or finalize_model_grads
 

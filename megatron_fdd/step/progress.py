@@ -1,4 +1,4 @@
-"""The lines of a run that a person reads: a step, a validation, a checkpoint, the end."""
+"""The lines of a run for people: a step, a validation, a checkpoint, the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_fdd.host import console
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step reports; `tokens` (with a label) and `seconds` are those of all steps since the last line."""
+    """One step's report; `tokens` (with a label) and `seconds` cover all steps since the last line."""
 
     iteration: int
     values: Mapping[str, float | None]
@@ -22,12 +22,12 @@ class Step:
 
 
 class Progress:
-    """Says on rank 0 how far a run is.
+    """The lines on rank 0 that tell how far a run is.
 
     Args:
-        num_iterations: how many steps the whole run has, those before a resumption included; asked at each line, as
-            Megatron computes it late where `--train-samples` is given.
-        terms: the kinds of terms that have a weight, in the order in which they are told.
+        num_iterations: returns how many steps the whole run has, including the steps before a resumption; called for
+            each line, because with `--train-samples` Megatron computes the number late.
+        terms: the kinds of terms that have a weight, in the order of their display.
         clock: seconds of a clock that never goes back.
     """
 
@@ -48,15 +48,15 @@ class Progress:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a step has been made; on rank 0 alone."""
+        """Whether a step is done; known only on rank 0."""
         return self._last_iteration is not None
 
     def made(self, iteration: int) -> None:
-        """A step has been made, with a line or without."""
+        """Note that a step is done, with or without a line."""
         self._last_iteration = iteration
 
     def step(self, step: Step) -> None:
-        """One line; time left as the steps since the first line took, with their validations and checkpoints."""
+        """Write one line; the time left follows from all steps since the first line, validations and saves included."""
         self.made(step.iteration)
         fields = [
             self._head("step", step.iteration),
@@ -69,20 +69,20 @@ class Progress:
         self._say(" | ".join(fields))
 
     def evaluation(self, name: str, iteration: int, values: Mapping[str, float]) -> None:
-        """One line; `name`: valid, after the last step final, or test."""
+        """Write one line; `name` is valid, test or, after the last step, final."""
         self._say(" | ".join([self._head(name, iteration), *self._losses(values)]))
 
     def saved(self, iteration: int, folder: str, seconds: float, *, is_on_disk: bool = True) -> None:
-        """One line about a checkpoint."""
+        """Write one line about a checkpoint."""
         how = f"in {seconds:.0f} s" if is_on_disk else "in the background"
         self._say(f"{self._head('saved', iteration)} | {folder} | {how}")
 
     def end(self, saved_in: str | None, *, loaded_iteration: int = 0) -> None:
-        """The last line.
+        """Write the last line.
 
         Args:
             saved_in: the folder of --save.
-            loaded_iteration: how many steps the checkpoint had that this start began with.
+            loaded_iteration: how many steps the checkpoint had from which this run started.
         """
         num, last = self._num_iterations(), self._last_iteration
         if last is None and loaded_iteration >= num > 0:
@@ -95,11 +95,11 @@ class Progress:
         self._say(f"{how}; {_duration(self._clock() - self._started_s)} in all; {where}")
 
     def interrupted(self, saved_in: str | None, saved_iteration: int | None) -> None:
-        """The last line after Ctrl-C or SIGTERM.
+        """Write the last line after Ctrl-C or SIGTERM.
 
         Args:
             saved_in: the folder of --save.
-            saved_iteration: step of the newest checkpoint there; None where there is none.
+            saved_iteration: step of the newest checkpoint in it; None without one.
         """
         after = (
             "before the first step" if self._last_iteration is None else f"after step {self._last_iteration}"
@@ -131,7 +131,7 @@ class Progress:
 
 
 def _loss(value: float | None) -> str:
-    """Four digits or so."""
+    """Write a loss with about four digits."""
     if value is None:
         return "-"
     if value == 0 or 0.1 <= abs(value) < 1000:
@@ -144,7 +144,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """41 -> 00:41, 3700 -> 1:01:40."""
+    """Write seconds as a clock does: 41 -> 00:41, 3700 -> 1:01:40."""
     minutes, second = divmod(round(max(0.0, seconds)), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute:02}:{second:02}"

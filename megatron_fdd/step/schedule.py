@@ -1,7 +1,7 @@
-"""Around Megatron's schedule and its log: the four names of `megatron.training.training` that we replace.
+"""Wrappers around Megatron's schedule, log and save: the four names of `megatron.training.training` that we replace.
 
-`installed` replaces them while a run trains (`host/patches/table.py` lists all that is replaced, here and elsewhere).
-Everything else of the training loop is Megatron's own.
+`installed` replaces them while a run trains (`host/patches/table.py` lists every replaced name, here and elsewhere).
+The rest of the training loop is Megatron's own.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megatron_fdd.step.student import StudentForward
 
 
 class StepHooks:
-    """What happens before and after each call of a schedule, and at each log line.
+    """The actions before and after each call of a schedule, and at each log line.
 
     Args:
-        pipeline: what several stages add; None with one.
-        sampler: draws what a training step looks at; an evaluation looks at everything.
-        iteration: how many steps have been done.
+        pipeline: the additions of several stages; None with one stage.
+        sampler: draws the tokens and taps that a training step uses; an evaluation uses all of them.
+        iteration: returns how many steps are done.
     """
 
     def __init__(
@@ -66,39 +66,39 @@ class StepHooks:
 
     @property
     def forward_step(self) -> StudentForward:
-        """Megatron's `forward_step_func`."""
+        """The function that Megatron takes as its `forward_step_func`."""
         return self._step
 
     def write_metrics_to(
         self, metrics_path: str | None, progress: Progress | None, *, stop_at_nan: bool
     ) -> None:
-        """Say what to do with the results.
+        """Choose where the results go, and whether a loss that is not finite stops the run.
 
         Args:
-            metrics_path: file for one JSON object per iteration; None on ranks that do not write it.
-            progress: says what a person reads; None on ranks that say nothing.
-            stop_at_nan: look at every step's loss before the optimizer does (one host synchronisation).
+            metrics_path: file for one JSON object per iteration; None on ranks that write no file.
+            progress: writes the lines for people; None on ranks that write none.
+            stop_at_nan: whether to check every step's loss before the optimizer runs (one host synchronisation).
         """
         self._metrics_path, self._progress, self._stop_at_nan = metrics_path, progress, stop_at_nan
 
     def run(
         self, schedule: Callable[..., list[dict[str, Tensor]]], **keywords: Any
     ) -> list[dict[str, Tensor]]:
-        """Run one step's micro-batches; returns what Megatron logs.
+        """Run one step's micro-batches, and return what Megatron logs.
 
         Collectives: those of `PipelineWork.prepare` and `StudentForward.begin_step`; one all-reduce of the token
-        counts where two kinds of tokens are in use; the schedule's; those of `step_means`.
+        counts if two kinds of tokens are in use; those of the schedule; those of `step_means`.
 
         Raises:
-            FloatingPointError: the loss is not finite; on every rank, before the optimizer sees the gradients.
+            FloatingPointError: the loss is not finite; raised on every rank, before the optimizer sees the gradients.
         """
         self._started_s = time.perf_counter()
         ratio = 1.0
         if self._pipeline is not None or self._step.objective.config.tokens == "all":
-            # What comes before the first gradient needs all of the step's batches.
+            # The work before the first gradient needs all of the step's batches.
             batches, keywords["data_iterator"] = _read_ahead(**keywords)
             ratio = self._label_per_term_token(batches)
-            if "cu_seqlens" in batches[0]:  # packed: a micro-batch is one row
+            if "cu_seqlens" in batches[0]:  # with packed sequences, a micro-batch is one row
                 keywords["seq_length"] *= keywords["micro_batch_size"]
                 keywords["micro_batch_size"] = 1
             if self._pipeline is not None:
@@ -115,7 +115,7 @@ class StepHooks:
         if self._stop_at_nan and not keywords.get("forward_only"):
             _check_finite(means)
         if keywords.get("forward_only"):
-            # Megatron's evaluation weighs steps by the second element.
+            # Megatron's evaluation weights steps by the second element.
             means = {
                 name: torch.stack([mean * self._label_tokens, self._label_tokens])
                 for name, mean in means.items()
@@ -127,10 +127,10 @@ class StepHooks:
         return [means] if self._topology.is_last_stage else []
 
     def log(self, bound: inspect.BoundArguments) -> None:
-        """Append the iteration to the metrics file; called with the arguments of Megatron's `training_log`.
+        """Append the iteration to the metrics file. `bound`: the arguments of Megatron's `training_log`.
 
         Raises:
-            FloatingPointError: the gradient is not finite; on every rank, before a checkpoint is written.
+            FloatingPointError: the gradient is not finite; raised on every rank, before a checkpoint is written.
         """
         values = bound.arguments
         if self._stop_at_nan:
@@ -154,16 +154,16 @@ class StepHooks:
         self._metrics_file.write(iteration, record)
 
     def log_evaluation(self, bound: inspect.BoundArguments) -> None:
-        """Append the validation's means; called with the arguments of Megatron's `evaluate_and_print_results`."""
+        """Append the validation's means. `bound`: the arguments of Megatron's `evaluate_and_print_results`."""
         sums, self._evaluation = self._evaluation, {}
         if not sums or (self._metrics_file is None and self._progress is None):
             return
         means = torch.stack([total / tokens.clamp(min=1) for total, tokens in sums.values()]).tolist()
         iteration = bound.arguments["iteration"]
-        # Megatron gives each evaluation a title, and nothing else tells what it was on.
+        # Megatron gives each evaluation a title; nothing else tells which data it used.
         prefix = bound.arguments["prefix"]
-        # After the last step the validation set once more, on other samples of it than the last `valid` where that fell
-        # on the same step.
+        # After the last step Megatron evaluates on the validation set once more. If the last `valid` was at the same
+        # step, its samples were others.
         what = "test" if "test set" in prefix else "final" if "validation set" in prefix else "valid"
         if self._progress is not None:
             self._progress.evaluation(what, iteration, dict(zip(sums, means, strict=True)))
@@ -172,13 +172,13 @@ class StepHooks:
             self._metrics_file.write(iteration, dict(zip(names, means, strict=True)))
 
     def log_checkpoint(self, iteration: int, seconds: float) -> None:
-        """Say that a checkpoint has been saved."""
+        """Write the line about a saved checkpoint."""
         if self._progress is not None:
             args = get_args()
             self._progress.saved(iteration, args.save, seconds, is_on_disk=not args.async_save)
 
     def _say_step(self, values: dict[str, Any]) -> None:
-        """Add up this step, and say what came of it where Megatron logs a line and at the end.
+        """Add this step to the sums; write a line where Megatron logs one, and at the end.
 
         Args:
             values: arguments of Megatron's `training_log`.
@@ -210,7 +210,7 @@ class StepHooks:
         self._progress.step(step)
 
     def _label_per_term_token(self, batches: list[dict[str, Tensor]]) -> float:
-        """Global ratio of the two token counts. Collectives: one all-reduce of them, where they differ."""
+        """Return the global ratio of the two token counts. Collectives: one all-reduce of both, where they differ."""
         if self._step.objective.config.tokens == "labels":
             return 1.0
         counts = torch.stack(
@@ -225,11 +225,11 @@ class StepHooks:
 def _read_ahead(
     *, data_iterator: Any, num_microbatches: int, **_: Any
 ) -> tuple[list[dict[str, Tensor]], Any]:
-    """The step's batches, and iterators over them in place of Megatron's (one per chunk with virtual stages)."""
+    """Return the step's batches, and iterators over them to replace Megatron's (one per chunk with virtual stages)."""
     if not isinstance(data_iterator, list):
         batches = [next(data_iterator) for _ in range(num_microbatches)]
         return batches, iter(batches)
-    # Every chunk has a loader of its own over the same samples; all must move on alike.
+    # Every chunk has a loader of its own over the same samples; all must advance equally.
     by_chunk = [[next(iterator) for _ in range(num_microbatches)] for iterator in data_iterator]
     return by_chunk[0], [iter(batches) for batches in by_chunk]
 
@@ -239,7 +239,7 @@ _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step,
 
 @contextmanager
 def installed(steps: StepHooks) -> Iterator[None]:
-    """Replace Megatron's schedule lookup (training, evaluation), two log functions and its save, for a block."""
+    """Replace Megatron's schedule lookup (training, evaluation), two log functions and its save in a `with` block."""
     original_lookup = megatron_training.get_forward_backward_func
     original_log = megatron_training.training_log
     original_evaluation = megatron_training.evaluate_and_print_results
@@ -279,7 +279,7 @@ def installed(steps: StepHooks) -> Iterator[None]:
 
 
 def _check_finite(means: dict[str, Tensor]) -> None:
-    """Refuse to go on when a mean is not finite."""
+    """Refuse to continue when a mean is not finite."""
     values = torch.stack(list(means.values())).tolist()
     bad = [name for name, value in zip(means, values, strict=True) if not math.isfinite(value)]
     if bad:
@@ -290,6 +290,6 @@ def _check_finite(means: dict[str, Tensor]) -> None:
 
 
 def _check_gradient(norm: float | None, iteration: int) -> None:
-    """Refuse to go on when the gradient's norm is not finite; None where Megatron skipped the step itself."""
+    """Refuse to continue when the gradient's norm is not finite. `norm`: None if Megatron itself skipped the step."""
     if norm is not None and not math.isfinite(norm):
         raise FloatingPointError(f"iteration {iteration}: the norm of the gradient is {norm}. {_REMEDY}")

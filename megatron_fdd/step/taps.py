@@ -1,4 +1,4 @@
-"""One forward pass of a stock GPTModel that gives the outputs of some of its blocks too."""
+"""One forward pass of a stock GPTModel that also gives the outputs of some of its layers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def forward_with_taps(
 
     Args:
         model: a GPTModel, wrapped or not.
-        layers: whose outputs are taken, 0-based in the whole model; those of other stages give nothing.
-        output_processor: GPTModel's; on the last stage it gets the hidden states, and taps with them where there are
-            any (`hidden_and_taps`), and returns what stands in place of logits.
+        layers: the layers whose outputs are taken, 0-based in the whole model; layers of other stages give nothing.
+        output_processor: GPTModel's; on the last stage it gets the hidden states, together with any taps
+            (`hidden_and_taps`), and returns the result that replaces logits.
 
     Returns:
-        What the processor returned, or hidden states [S, B, H] on another stage; and taps [S, B, H] in depth order,
-        unless the processor has used them.
+        The processor's result, or on other stages hidden states [S, B, H]; and taps [S, B, H] in depth order, unless
+        the processor has used them.
 
     Collectives: those of the model's own forward pass.
     """
@@ -45,12 +45,12 @@ def forward_with_taps(
 
 
 def hidden_and_taps(output: Tensor | tuple[Tensor, list[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """The decoder returns a pair only when it was asked for taps."""
+    """Split the decoder's output: it is a pair only if taps were asked for."""
     return output if isinstance(output, tuple) else (output, [])
 
 
 def stop_before_head(
     *, hidden_states: Tensor | tuple[Tensor, list[Tensor]], **_: object
 ) -> Tensor | tuple[Tensor, list[Tensor]]:
-    """GPTModel's `output_processor` for a model of which no logits are ever formed."""
+    """Return the decoder's output, as `output_processor` of a GPTModel whose logits are never formed."""
     return hidden_states

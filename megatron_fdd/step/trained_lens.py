@@ -1,7 +1,7 @@
-"""A live lens across pipeline stages: what inner layers teach the head and the final norm goes home to them.
+"""The gradients of trained copies of a lens, sent home from inner pipeline stages to the head and the final norm.
 
-The stages that tap differentiate their copies. The gradients are added to the owner's after Megatron's own
-reduction: its last stage is done first, and may be reducing already while earlier stages still compute.
+The stages that tap differentiate their copies. Their gradients are added to the owner's after Megatron's own
+reduction: the last stage finishes first, and may already reduce while earlier stages still compute.
 
 Shapes: head [W, H], norm weight and bias [H].
 """
@@ -20,11 +20,11 @@ from megatron_fdd.losses.lens import FinalNorm, Lens
 
 
 class TrainedLens:
-    """Collects this stage's lens gradients over a step, in float32, and brings all stages' to the owner.
+    """The sum of this stage's lens gradients over a step, in float32, and its way to the owner of the lens.
 
     Args:
-        sources: stages whose taps use a copy (on the owner's stage: chunks without the head); the same on every
-            rank.
+        sources: stages whose taps use a copy (the owner's stage is one if its chunks without the head tap); the same
+            on every rank.
         with_norm: whether the lens has the final norm.
     """
 
@@ -35,7 +35,7 @@ class TrainedLens:
         self._sums: list[Tensor] = []
 
     def open(self, lens: Lens) -> Lens:
-        """The same values as leaves of this step's graphs; their gradients add up here."""
+        """Return the same values as leaves of this step's graphs; their gradients add up here."""
         norm = lens.norm
         tensors = [lens.head_WH] if norm is None else [lens.head_WH, norm.weight_H, norm.bias_H]
         present = [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
@@ -55,9 +55,10 @@ class TrainedLens:
             model: this stage's chunk with the head, on the last stage; with the embedding, on the first.
             num_tokens: the step's divisor, which Megatron's reduction leaves here.
 
-        Collectives: on each source one all-reduce of each tensor over the data-parallel group, of the norm's over
-        the tensor-parallel group too when sequence parallel; over the pipeline group one send of each tensor from
-        each source to the owner, and one of the head's from the owner to the first stage when tied.
+        Collectives: on each source one all-reduce of each tensor over the data-parallel group, and under sequence
+        parallelism of the norm's tensors over the tensor-parallel group too; over the pipeline group one send of each
+        tensor from each source to the owner and, with tied embeddings, one of the head from the owner to the first
+        stage.
         """
         topology, group = self._topology, self._topology.pipeline_group
         owner = topology.num_stages - 1
@@ -81,7 +82,7 @@ class TrainedLens:
             embedding.main_grad.add_(total)
 
     def _reduce(self) -> None:
-        """Over the ranks that hold other tokens. The head is cut over the vocabulary: not over those ranks."""
+        """Sum over the ranks that hold other tokens; not over those that hold other rows of the head."""
         for total in self._sums:
             dist.all_reduce(total, group=self._topology.collection.dp_cp)
         if self._topology.sequence_parallel:
@@ -89,7 +90,7 @@ class TrainedLens:
                 dist.all_reduce(total, group=self._topology.tensor_group)
 
     def _collect(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """On the owner: the sum over all sources, its own chunks among them."""
+        """Receive the gradients of all sources on the owner; return their sum, with the owner's own chunks in it."""
         owner = self._topology.num_stages - 1
         totals = self._sums if owner in self._sources else []
         for source in self._sources:
@@ -103,7 +104,7 @@ class TrainedLens:
 
 
 def _lens_parameters(model: GPTModel) -> list[Tensor]:
-    """Head, norm weight and, where it has one, norm bias of the model that owns them."""
+    """Return head, norm weight and, if it has one, norm bias of the model that owns them."""
     norm = model.decoder.final_layernorm
     head = (
         model.shared_embedding_or_output_weight()
@@ -115,7 +116,7 @@ def _lens_parameters(model: GPTModel) -> list[Tensor]:
 
 
 def _move_gradient_to(total: Tensor) -> Callable[[Tensor], None]:
-    """A hook for a leaf: several micro-batches in bf16 would round every time they are added up."""
+    """Return a hook that moves a leaf's gradient to `total`: sums of micro-batches in bf16 would round each time."""
 
     def move(tensor: Tensor) -> None:
         assert tensor.grad is not None

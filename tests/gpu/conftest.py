@@ -1,4 +1,4 @@
-"""Tests that need a GPU: `bash tests/gpu/run.sh` runs them. Elsewhere they skip, but for those that say otherwise."""
+"""Tests that need a GPU: `bash tests/gpu/run.sh` runs them. Elsewhere they skip, unless they say otherwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The hook is given the items of the whole session."""
+    """Mark the items of this folder; the hook gets the items of the whole session."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU (CUDA): torch sees none")

@@ -1,4 +1,4 @@
-"""`megatron_fdd.distill` with an error on the last rank alone, in step FDD_FAILS_AT: while the others wait for it."""
+"""`megatron_fdd.distill` with an error only on the last rank, in step FDD_FAILS_AT, while the others wait for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main() -> None:
             raise ValueError(MESSAGE)
         return train_step(*arguments, **keywords)
 
-    launch.PATIENCE_S = 1.0  # rank 0 does not come to it
+    launch.PATIENCE_S = 1.0  # rank 0 does not meet the error
     with patch.object(megatron_training, "train_step", failing):
         runpy.run_module("megatron_fdd.distill", run_name="__main__")
 

@@ -1,6 +1,6 @@
-"""What the environment says to `tests/gpu/run.sh` and `tests/gpu/multi.sh`; odd values are refused.
+"""The environment variables of `tests/gpu/run.sh` and `tests/gpu/multi.sh`, with a refusal of wrong values.
 
-Needs Python alone, so that it works where torch does not.
+This file needs only Python, so that it works where torch does not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 
 class RefusedError(ValueError):
-    """What its user can mend: told in one line, without a traceback."""
+    """A mistake that the user can correct; it is reported in one line, without a traceback."""
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """As the heads of the scripts tell them, which also set what is left out.
+    """The values; the heads of the scripts explain them, and the scripts set the defaults.
 
     Attributes:
-        wheels: sorted; none where nothing is to be installed.
-        gpus: how many of them; None: all.
+        wheels: sorted; empty if nothing has to be installed.
+        gpus: how many GPUs to use; None: all.
     """
 
     device: str
@@ -38,7 +38,7 @@ class Knobs:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Knobs:
-        """Raises `RefusedError` for an odd value."""
+        """Read the values; raise `RefusedError` for a wrong one."""
         return cls(
             device=_one_of(environment, "DEVICE", "cpu", "cuda"),
             part=_one_of(environment, "PART", "1", "2"),
@@ -53,14 +53,14 @@ class Knobs:
 
 
 def _one_of(environment: Mapping[str, str], name: str, *choices: str) -> str:
-    """Refuse another value."""
+    """Return a value; refuse any that is not among `choices`."""
     if environment[name] not in choices:
         raise RefusedError(f"{name}={environment[name]}: must be {' or '.join(choices)}")
     return environment[name]
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
-    """Refuse what is not a whole number from 1."""
+    """Return a value; refuse any that is not a whole number of at least 1."""
     text = environment[name]
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise RefusedError(f"{name}={text}: must be a whole number of at least 1")
@@ -68,7 +68,7 @@ def _count(environment: Mapping[str, str], name: str) -> int:
 
 
 def _seconds(environment: Mapping[str, str], name: str) -> float:
-    """Refuse what is not a positive finite number."""
+    """Return a value; refuse any that is not a positive finite number."""
     try:
         value = float(environment[name])
     except ValueError:
@@ -79,7 +79,7 @@ def _seconds(environment: Mapping[str, str], name: str) -> float:
 
 
 def _wheels(folder: str) -> Sequence[Path]:
-    """Refuse a folder that is not there or has none."""
+    """Return the wheels of a folder; refuse a folder that does not exist or has none."""
     found = sorted(Path(folder).glob("*.whl"))
     if not found:
         raise RefusedError(f"WHEELS={folder}: must be a folder with wheels (*.whl)")
@@ -102,7 +102,7 @@ def refuse_absent_gpus(knobs: Knobs) -> None:
 
 
 def commit() -> str:
-    """Of the tree, where it is a checkout."""
+    """Return the commit of the tree, if it is a checkout."""
     if shutil.which("git") is None:
         return ""
     result = subprocess.run(

@@ -1,14 +1,16 @@
-"""Steps of toy models at several layouts against the float64 oracle, over NCCL (with --device cpu over gloo).
+"""Steps of toy models at several layouts, compared with the float64 oracle, over NCCL (with --device cpu over gloo).
 
     python -m tests.gpu.layouts --device cuda --ranks 4 --lines runs/gpu-multi/results.jsonl
 
-Starts ranks with torchrun, which run every layout of so many ranks one after the other. Where one fails or hangs, the
-ranks are started again for the rest. Terms are compared relative to 1 or their size, gradients to their norm.
+The program starts ranks with torchrun; they run every layout of that many ranks, one after the other. If one fails or
+hangs, the ranks are started again for the rest. Terms are compared relative to 1 or their size, gradients relative to
+their norm.
 
-Tolerances on GPUs, stated before any had been seen: float32 terms 5e-5, gradients 1e-3. The CPU's are 1e-6 and
-1e-5; on a GPU the delta's products are sums of TF32 parts, off by 1e-5 of the norm (benchmarks/LOG.md), of terms that
-are some ten times larger than their sum. A lost reduction or a shifted layer is off by 1e-1 and more. bf16, where a
-layout needs TransformerEngine's attention: 2e-2 and 1e-1 (on CPUs bf16 is off by 3e-3 and 3e-2).
+Tolerances on GPUs were chosen before any run on one: 5e-5 for float32 terms, 1e-3 for gradients. On a CPU they are
+1e-6 and 1e-5. On a GPU the delta's products are sums of TF32 parts, with an error of 1e-5 of the norm
+(benchmarks/LOG.md), and their terms are about ten times larger than their sum. A lost reduction or a shifted layer
+gives an error of 1e-1 and more. Layouts that need TransformerEngine's attention run in bf16, with 2e-2 and 1e-1 (on
+CPUs bf16 has errors of 3e-3 and 3e-2).
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from tests.oracle.case import (
 from tests.oracle.reference import STUDENT, TEACHER, Terms
 
 LIVE = Terms(live=True)
-# What fused attention takes, which alone cuts a sequence on a GPU.
+# Settings that fused attention supports; on a GPU, only fused attention can cut a sequence.
 ATTENTION: dict[str, Any] = {
     "student": replace(STUDENT, hidden=64, heads=4, groups=2, head_width=32, ffn=96),
     "teacher": replace(TEACHER, hidden=96, heads=4, groups=4, head_width=32, ffn=120),
@@ -70,22 +72,22 @@ CASES = {
     "tp2-pp4-sp": Case(tp=2, pp=4, sequence_parallel=True, micro_batches=6),
     "tp2-pp2-cp2-sp": Case(tp=2, pp=2, cp=2, sequence_parallel=True, **ATTENTION),
 }
-# A rehearsal of this file; the rest is in tests/step/test_layouts.py.
+# The layouts of a rehearsal of this file; tests/step/test_layouts.py has the rest.
 ON_CPUS = ("tp2-sp", "pp2-vpp3", "cp2", "ep2")
 TOLERANCES = {
     ("cpu", False): (TERM_TOLERANCE, GRADIENT_TOLERANCE),
     ("cuda", False): (5e-5, 1e-3),
     ("cuda", True): (2e-2, 1e-1),
 }
-# A layout's line until it has ended; one that was cut off with the whole run keeps it, and is begun again.
+# A layout's line until it ends. If the whole run is cut off, the line stays, and the layout starts again.
 BEGUN = "begun"
-# Of a layout, after which the ranks are ended and started again.
+# The time limit of a layout; after it the ranks are ended and started again.
 CASE_TIMEOUT_S = 120
 TRIES = 4
 
 
 def errors_of(case: Case) -> tuple[float, float]:
-    """Body on every rank: how far terms and gradients are from float64, on the rank where it is most."""
+    """Return, on every rank, the distance of terms and gradients from float64, on the rank where it is largest."""
     result, wanted = run_step(case), expected(case)
     terms = [
         abs(value - wanted.means[name]) / max(1.0, abs(wanted.means[name]))
@@ -103,7 +105,7 @@ def errors_of(case: Case) -> tuple[float, float]:
 
 
 def join_world(device: str) -> None:
-    """As torchrun says it, over NCCL, or in a rehearsal over gloo."""
+    """Join the ranks that torchrun started, over NCCL, or in a rehearsal over gloo."""
     if device == "cpu":
         rehearsal.start()
     else:
@@ -115,7 +117,7 @@ def join_world(device: str) -> None:
 
 
 def run_case(name: str, device: str, path: Path) -> None:
-    """On every rank. Rank 0 writes that it begins and how it ends; another rank that it fails."""
+    """Run a case on every rank. Rank 0 writes that it begins and how it ends; another rank writes that it fails."""
     case, rank = CASES[name], dist.get_rank()
     if device == "cuda" and case.cp > 1:  # only TransformerEngine's attention cuts a sequence
         case = replace(case, transformer_impl="transformer_engine", bf16=True)
@@ -130,7 +132,7 @@ def run_case(name: str, device: str, path: Path) -> None:
             path, "layout", {**about, "ending": "failed", "why": f"rank {rank}: {outcome.detail[:2000]}"}
         )
         print(outcome.detail, file=sys.stderr, flush=True)
-        os._exit(1)  # the others may be waiting for it
+        os._exit(1)  # other ranks may be waiting for this one
     terms, gradients = outcome.value
     allowed = TOLERANCES[device, case.bf16]
     ending = "passed" if terms <= allowed[0] and gradients <= allowed[1] else "failed"
@@ -140,24 +142,24 @@ def run_case(name: str, device: str, path: Path) -> None:
 
 
 def last_lines(ranks: int, device: str, path: Path) -> dict[str, lines.Line]:
-    """What is known of each layout of so many ranks."""
+    """Return the last line about each layout of so many ranks."""
     found = lines.read(path, "layout")
     return {line["name"]: line for line in found if (line["ranks"], line["device"]) == (ranks, device)}
 
 
 def to_do(ranks: int, device: str, path: Path) -> list[str]:
-    """Layouts of so many ranks that have not ended."""
+    """Return the layouts of so many ranks that have not ended."""
     done = {name for name, line in last_lines(ranks, device, path).items() if line["ending"] != BEGUN}
     fitting = [name for name, case in CASES.items() if case.layout.world_size == ranks]
     if device == "cpu":
         fitting = [name for name in fitting if name in ON_CPUS]
-    elif not te_is_there():  # whose attention alone cuts a sequence
+    elif not te_is_there():  # only its attention cuts a sequence
         fitting = [name for name in fitting if CASES[name].cp == 1]
     return [name for name in fitting if name not in done]
 
 
 def launch(ranks: int, device: str, path: Path) -> int:
-    """Start ranks until every layout has ended in some way; 1 where one has not passed."""
+    """Start ranks until every layout has ended in some way; return 1 if one has not passed."""
     command = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m tests.gpu.layouts"
     for _ in range(TRIES):
         if not to_do(ranks, device, path):
@@ -169,7 +171,7 @@ def launch(ranks: int, device: str, path: Path) -> int:
 
 
 def give_up(ranks: int, device: str, path: Path) -> None:
-    """Once no rank runs: what began and has not ended is not tried again."""
+    """Give up, when no rank runs, the layouts that began and have not ended."""
     for line in last_lines(ranks, device, path).values():
         if line["ending"] == BEGUN:
             lines.write(path, "layout", line | {"ending": "hung or ended by another"})

@@ -1,4 +1,4 @@
-"""Which machine and which versions results are of. Fails where a GPU is wanted and none is seen."""
+"""The machine and the versions to which results belong. It fails if a GPU is wanted and none is visible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.gpu.knobs import commit
 
 
 def more() -> str:
-    """What else is worth knowing of it."""
+    """Return other facts worth knowing about the machine."""
     if not torch.cuda.is_available():
         return f"{torch.get_num_threads()} thread"
     free, total = (each / 2**30 for each in torch.cuda.mem_get_info())

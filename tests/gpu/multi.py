@@ -1,4 +1,4 @@
-"""The sections of `tests/gpu/multi.sh`, and the one file to send. Never run on GPUs."""
+"""The sections of `tests/gpu/multi.sh`, and the single file with its results. It has never run on GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SENT = "results.tar.gz"
 
 
 def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
-    """Layouts of 2, 4 and 8 ranks as far as there are GPUs, then trainings on at most 4."""
+    """Return the sections: layouts of 2, 4 and 8 ranks as far as there are GPUs, then trainings on at most 4."""
     count = num_ranks(knobs)
     missing = f"{count} GPU: this needs at least 2" if count < 2 else ""
     common = ("--device", knobs.device, "--lines", str(results))
@@ -31,7 +31,7 @@ def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
         if ranks <= max(count, 2)
     ]
     trainings = (*PYTHON, "tests.gpu.trainings", *common, "--ranks", str(4 if count >= 4 else 2))
-    # On CPUs together: each waits much for its own processes.
+    # On CPUs they run together, because each often waits for its own processes.
     return [
         *found,
         Section("trainings", trainings, 900, least_s=60, missing=missing, beside=knobs.device == "cpu"),
@@ -39,7 +39,7 @@ def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
 
 
 def num_ranks(knobs: Knobs) -> int:
-    """GPUs that are used; two processes on a CPU."""
+    """Return the number of GPUs to use, or of processes on a CPU, which is two."""
     if knobs.device == "cpu":
         return 2
     if knobs.gpus is not None:
@@ -50,7 +50,7 @@ def num_ranks(knobs: Knobs) -> int:
 
 
 def pack(out: Path) -> None:
-    """Everything that is worth sending, in one file."""
+    """Pack everything worth sending into one file."""
     path = out / SENT
     with tarfile.open(path, "w:gz") as archive:
         for name in ("results.md", "results.jsonl", "log.txt"):

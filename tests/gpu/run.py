@@ -1,4 +1,4 @@
-"""The sections of `tests/gpu/run.sh`, which tells its knobs: what is most worth knowing first."""
+"""The sections of `tests/gpu/run.sh` (which explains its variables), the most useful first."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tests.gpu.sections import SIGNALS, Runner, Section
 PYTHON = (sys.executable, "-m")
 TESTS = (*PYTHON, "pytest", "-v", "-rs", "-p", "no:cacheprovider")
 SITE = Path(".gpu/site").resolve()
-# A package that cannot be imported is then as if it were not there, for this process and all that it starts.
+# This hides a package that cannot be imported, from this process and from all that it starts.
 HIDING = "import sys\nsys.modules['transformer_engine'] = None\n"
-# Sections, given the file for lines and whether TransformerEngine can be imported.
+# A function that returns sections, from the file for lines and whether TransformerEngine can be imported.
 Plan = Callable[[Knobs, Path, bool], list[Section]]
 NO_TE = "TransformerEngine cannot be imported here"
 
 
 def beginnings(device: str, results: Path) -> list[Section]:
-    """Whether anything can run here."""
+    """Return the sections that show whether anything can run here."""
     machine = (*PYTHON, "tests.gpu.machine", "--device", device, "--lines", str(results))
     te = (sys.executable, "-c", "import torch, transformer_engine.pytorch as te; print(te.__file__)")
     missing = "" if te_is_there() else "TransformerEngine is not installed"
@@ -42,7 +42,7 @@ def beginnings(device: str, results: Path) -> list[Section]:
 
 
 def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
-    """In the order of what is most worth knowing. A toy's figures mean nothing."""
+    """Return all sections, the most useful first. Figures of toy sizes mean nothing."""
     device, toy = knobs.device, knobs.device == "cpu"
     losses = (*PYTHON, "benchmarks.interleaved", "--device", device, "--lines", str(results))
     parallel = ("-n", str(knobs.workers)) if importlib.util.find_spec("xdist") and not toy else ()
@@ -65,7 +65,7 @@ def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
 
 
 FP8 = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--teacher-fp8-format", "e4m3")
-# Both kernels of a row that is not aligned, and cuBLAS's products with it, by name, with bytes a second.
+# It shows both kernels for rows that are not aligned, and cuBLAS's products with them, by name, with bytes a second.
 PROFILER = (
     *"ncu --clock-control none --section SpeedOfLight --launch-skip 200 --launch-count 40".split(),
     *(*PYTHON, "benchmarks.interleaved", "--device", "cuda", "--rounds", "1"),
@@ -83,7 +83,7 @@ MORE = (
 
 
 def step(device: str, results: Path, *flags: str) -> tuple[str, ...]:
-    """A whole step: FDD, then logit KD."""
+    """Return the command for a whole step: FDD, then logit KD."""
     command = (*PYTHON, "benchmarks.step", "--device", device, "--parts", "--lines", str(results))
     if device == "cpu":
         return (*command, "--smoke", *flags)
@@ -91,14 +91,14 @@ def step(device: str, results: Path, *flags: str) -> tuple[str, ...]:
 
 
 def without_gpu(toy: bool, program: str = "") -> str:
-    """Why a section cannot run that needs a GPU, and perhaps a program."""
+    """Return why a section that needs a GPU, and perhaps a program, cannot run."""
     if toy:
         return "needs a GPU"
     return f"{program} is not on PATH" if program and shutil.which(program) is None else ""
 
 
 def install(wheels: Sequence[Path]) -> None:
-    """Unpack the wheels, unless an earlier call has; in front of what is installed."""
+    """Unpack the wheels, unless an earlier call has; put them in front of installed packages."""
     names = [wheel.name for wheel in wheels]
     done = SITE / "installed"
     if not done.exists() or done.read_text().split() != names:
@@ -109,13 +109,13 @@ def install(wheels: Sequence[Path]) -> None:
 
 
 def put_in_front(folder: Path) -> None:
-    """On the path of this process and of all that it starts."""
+    """Put a folder first on the path of this process and of all that it starts."""
     sys.path.insert(0, str(folder))
     os.environ["PYTHONPATH"] = f"{folder}:{os.environ['PYTHONPATH']}"
 
 
 def hide_transformer_engine() -> None:
-    """It is installed and broken: everything goes on as if it were not there."""
+    """Hide a TransformerEngine that is installed but broken, so that everything else can run."""
     folder = SITE.parent / "without"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(HIDING)
@@ -123,24 +123,24 @@ def hide_transformer_engine() -> None:
 
 
 def stop(signal_number: int, _: FrameType | None) -> None:
-    """End all that runs and write the page, on the way out; a second signal does not disturb that."""
+    """End all sections and write the page before this process ends; a second signal does not disturb that."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if signal_number == signal.SIGHUP:  # nobody reads, and to print would fail
+    if signal_number == signal.SIGHUP:  # nobody reads the output, and printing would fail
         sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     raise SystemExit(128 + signal_number)
 
 
 def main(title: str, sections: Plan, at_end: Callable[[Path], None] = lambda _: None) -> int:
-    """Run what the environment says (`Knobs`), alone in its folder; what stops it is told in one line.
+    """Run what the environment asks for (`Knobs`), alone in its folder; report in one line what stops it.
 
     Args:
-        at_end: is given the folder once sections have run, also after an interruption.
+        at_end: gets the folder after the sections have run, also after an interruption.
 
-    Returns the exit status: 0 where all passed, 1 where not, 2 where it was refused or could not write.
+    Returns the exit status: 0 if all passed, 1 if not, 2 if it was refused or could not write.
 
     Raises:
-        SystemExit: 128 + the signal that has ended it.
+        SystemExit: 128 + the number of the signal that ended it.
     """
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
@@ -175,7 +175,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def conduct(knobs: Knobs, title: str, sections: Plan, at_end: Callable[[Path], None]) -> bool:
-    """Returns whether everything that could run has passed."""
+    """Run all sections; return whether everything that could run has passed."""
     deadline = time.monotonic() + knobs.budget_s
     if knobs.device == "cpu":
         title = f"Rehearsal on a CPU: {title}"
@@ -198,13 +198,13 @@ def conduct(knobs: Knobs, title: str, sections: Plan, at_end: Callable[[Path], N
 
 
 def forget(folder: Path) -> None:
-    """What earlier calls have left there."""
+    """Delete what earlier calls left in the folder."""
     for name in ("results.jsonl", "results.md", "log.txt"):
         (folder / name).unlink(missing_ok=True)
 
 
 def prepare(knobs: Knobs, results: Path) -> None:
-    """Results of an earlier call, which this one goes on from: of another device or commit they are put aside."""
+    """Find the results of an earlier call, to continue from; move them away if device or commit differ."""
     if knobs.fresh:
         forget(knobs.out)
         try:
@@ -212,7 +212,7 @@ def prepare(knobs: Knobs, results: Path) -> None:
         except OSError as error:
             print(f"warning: STATE={knobs.state} keeps what it has: {error}", flush=True)
     earlier = knobs.state / results.name
-    # A first part never goes on from what lies about elsewhere.
+    # A first part never continues from results elsewhere.
     if knobs.part == "2" and earlier.exists() and not results.exists():
         shutil.copy(earlier, results)
     now = {"device": knobs.device, "commit": commit()}

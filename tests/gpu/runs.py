@@ -1,4 +1,4 @@
-"""Small distillations through the real entry point, in processes of their own, on a GPU, several, or CPUs."""
+"""Small distillations through the real entry point, each in processes of its own, on one GPU, several, or CPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TERMS = ("ce", "kd", "trajectory", "delta", "grad_norm")
 
 
 def architecture(width: int, layers: int) -> dict[str, Any]:
-    """A GPT-2."""
+    """Return the fields of a GPT-2."""
     return {
         "num_layers": layers,
         "hidden_size": width,
@@ -48,7 +48,7 @@ for name, shape in eval(sys.argv[2]).items():
 
 
 def make_models(root: Path) -> None:
-    """A teacher and a student as Megatron checkpoints, made on the host."""
+    """Make a teacher and a student as Megatron checkpoints, on the host."""
     shapes = {"teacher": architecture(192, 6), "student": architecture(128, 5)}
     command = [sys.executable, "-c", MAKER, str(root), repr(shapes)]
     subprocess.run(command, env=os.environ | {"FDD_REHEARSE": "0"}, timeout=TIMEOUT_S, check=True)
@@ -63,11 +63,11 @@ def start(
     ranks: int | None = None,
     module: str = "megatron_fdd.distill",
 ) -> subprocess.Popen:
-    """Begin to train, in a process of its own; what it prints and its metrics file are in `folder`.
+    """Start a training in a process of its own; its output and its metrics file are in `folder`.
 
     Args:
-        ranks: so many under torchrun.
-        module: what each runs.
+        ranks: how many ranks torchrun starts.
+        module: the module that each rank runs.
     """
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m"]
@@ -88,20 +88,23 @@ def start(
 
 
 def records(folder: Path, process: subprocess.Popen) -> list[dict[str, Any]]:
-    """Those of the metrics file, once the process has ended well."""
+    """Return the records of the metrics file, after the process has ended well."""
     status = process.wait(timeout=TIMEOUT_S)
     assert status == 0, (folder / "log").read_text()[-6000:]
     return read_metrics(folder)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Of the steps so far."""
+    """Return the records of the steps so far."""
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def farthest(ours: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> float:
-    """Of all terms and steps, relative to what the term was in the first: later ones are differences of like models."""
+    """Return the largest distance over all terms and steps, relative to the term's value in the first step.
+
+    Later values are differences of similar models.
+    """
     assert len(ours) == len(wanted)
     return max(
         abs(record[name] - other[name]) / abs(wanted[0][name])

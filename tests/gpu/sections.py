@@ -1,7 +1,7 @@
-"""Sections of a run on borrowed minutes: each in a process with a time limit, its ending on the disk at once.
+"""Sections of a run on a borrowed machine: each is a process with a time limit, and its ending is saved at once.
 
-A call goes on where an earlier one with the same results was cut off: what has ended is not begun again. Needs Python
-alone, so that it works where torch does not.
+A call continues where an earlier one with the same results was cut off: a section that has ended does not start again.
+This file needs only Python, so that it works where torch does not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 
 from benchmarks import lines, tables
 
-# passed, failed and hung are for good: `hung` is the section's own limit. What was cut off by the end of the whole's
-# time, or skipped, is begun by a later call.
+# These endings are final; `hung` means that the section exceeded its own limit. A section that was skipped, or cut off
+# because the time for all was over, starts again in a later call.
 FINISHED = ("passed", "failed", "hung")
-# What ends a run: Ctrl-C, the end of a job, an ssh that drops.
+# The signals that end a run: Ctrl-C, the end of a job, a lost ssh connection.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Of a section's log, in log.txt.
+# The most bytes of a section's log in log.txt.
 MAX_LOG_BYTES = 2**21
 _TOLD = re.compile(
     r"^(FAILED|ERROR|SKIPPED|E  ) |^=+ .*\d (passed|failed|skipped|error)|[Ee]rror: |^(passed|missed): "
@@ -37,11 +37,11 @@ class Section:
     """One command.
 
     Attributes:
-        limit_s: it hangs if it takes longer.
-        least_s: it is not begun with less time left: that would be wasted.
-        missing: why it cannot run here.
-        beside: it starts together with the one before it.
-        always: also where an earlier call has run it.
+        limit_s: after this time the section counts as hung.
+        least_s: the section does not start with less time left, which would be wasted.
+        missing: why the section cannot run here.
+        beside: whether it starts together with the section before it.
+        always: whether it runs even if an earlier call has run it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Section:
 
 @dataclass
 class Running:
-    """A section's process, which leads a group of its own; and its log."""
+    """A section's process, which leads a process group of its own, and the section's log."""
 
     section: Section
     process: subprocess.Popen
@@ -63,7 +63,7 @@ class Running:
     started: float
 
     def kill(self) -> None:
-        """With all that it has started: its group, and while it lives what has left that, as torchrun's ranks do."""
+        """Kill the process and its descendants: its group and, while it lives, others such as torchrun's ranks."""
         for pid in descendants(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ class Running:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals come afterwards: a process that starts is known by then, and ends with the run."""
+    """Delay signals to the end of the block, so that a process that starts is known and ends with the run."""
     held: list[int] = []
     handlers = {
         number: signal.signal(number, lambda held_back, _: held.append(held_back)) for number in SIGNALS
@@ -89,7 +89,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def children(pid: int) -> list[int]:
-    """Of a process, by /proc."""
+    """Return the children of a process, from /proc."""
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:  # it has ended
@@ -97,21 +97,21 @@ def children(pid: int) -> list[int]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children, and theirs."""
+    """Return the children of a process, their children, and so on."""
     own = children(pid)
     return own + [each for child in own for each in descendants(child)]
 
 
 @dataclass
 class Runner:
-    """Runs sections and keeps results.jsonl, results.md and log.txt up to date.
+    """The execution of sections, which keeps results.jsonl, results.md and log.txt up to date.
 
     Attributes:
-        out: the folder of all three.
-        deadline: of all sections, on the monotonic clock.
-        copy: another folder that gets a copy of the results: where a later call looks for them.
-        part: which call this is.
-        ended: how each section ended, of those that this call was asked for.
+        out: the folder of these three files.
+        deadline: the end of the time for all sections, on the monotonic clock.
+        copy: another folder that gets a copy of the results; a later call looks for them there.
+        part: the number of this call.
+        ended: how each section of this call ended.
     """
 
     out: Path
@@ -127,11 +127,11 @@ class Runner:
         return self.out / "results.jsonl"
 
     def before(self) -> dict[str, str]:
-        """How each section ended last, in this call or an earlier one."""
+        """Return how each section ended last, in this call or an earlier one."""
         return {line["name"]: line["ending"] for line in lines.read(self.results, "section")}
 
     def run(self, sections: Iterable[Section]) -> bool:
-        """All of them, in order. Returns whether every one passed or was skipped for something missing here."""
+        """Run all sections in order. Return whether each passed, or was skipped because something is missing here."""
         together: list[list[Section]] = []
         for section in sections:
             if section.beside and together:
@@ -148,9 +148,9 @@ class Runner:
         return all(self.ended[name] in ("passed", "skipped") for name in names)
 
     def stop(self) -> None:
-        """End what runs, as cut off; write the page."""
+        """End the running sections and record them as cut off; write the page."""
         cut, self._running = self._running, []
-        for running in cut:  # all, before one is recorded: a full disk stops that
+        for running in cut:  # all are killed before one is recorded, which a full disk may prevent
             running.kill()
         for running in cut:
             self._end(running, "cut", "the run was stopped")
@@ -193,7 +193,7 @@ class Runner:
                     ending, why = "hung", f"longer than its {running.section.limit_s:.0f} s"
                 else:
                     continue
-                running.kill()  # what it left behind, too
+                running.kill()  # also the processes that it left behind
                 self._running.remove(running)
                 self._end(running, ending, why)
             time.sleep(0.05)

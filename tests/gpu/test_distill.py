@@ -1,4 +1,4 @@
-"""Small distillations through the real entry point on a GPU, beside the same run in float32 on a CPU."""
+"""Small distillations through the real entry point on a GPU, compared with the same run in float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.gpu.runs import LOCAL, TE, assert_close, make_models, records, start
 
-# `DEVICE=cpu bash tests/gpu/run.sh`: the first comparison alone, of two runs on CPUs.
+# `DEVICE=cpu bash tests/gpu/run.sh` makes only the first comparison, of two runs on CPUs.
 RUNS_WITHOUT_A_GPU = os.environ.get("DEVICE") == "cpu"
 
 STAGGER_S = 0.5
@@ -39,7 +39,7 @@ FLAGS = {
 
 
 class Runs:
-    """Many short runs side by side: most of the time of each is its start."""
+    """Many short runs side by side; each spends most of its time on its start."""
 
     def __init__(self, root: Path, models: Path) -> None:
         self._root, self._models = root, models
@@ -51,7 +51,7 @@ class Runs:
         for name, flags in FLAGS.items():
             if not name.startswith("transformer engine") or importlib.util.find_spec("transformer_engine"):
                 self.start(name, flags, device="cpu" if name == "cpu" else "cuda")
-                time.sleep(STAGGER_S)  # each reads and imports gigabytes as it starts
+                time.sleep(STAGGER_S)  # each reads and imports gigabytes when it starts
         for name, more in (("whole", ""), ("stopped", "--exit-interval 4")):
             self.start(name, f"{self.resumable(name)} {more}")
         if "transformer engine" in self._processes:
@@ -67,13 +67,13 @@ class Runs:
         return self._root / name / "checkpoint"
 
     def resumable(self, name: str) -> str:
-        """The flags that begin a run, and go on with it."""
+        """Return the flags that start a run and continue it."""
         places = f"--load {self._root / name} --save {self._root / name} --pretrained-checkpoint "
         flags = f"{LOCAL} --bf16 --use-distributed-optimizer --save-interval 2 "
         return f"{flags} {places} {self._models / 'student'}"
 
     def allocated(self, name: str) -> float:
-        """MB of tensors that a finished run held between steps, from Megatron's log."""
+        """Return the MB of tensors that a finished run held between steps, from Megatron's log."""
         found = re.search(r"memory \(MB\).*? allocated: ([\d.]+)", (self._root / name / "log").read_text())
         assert found is not None
         return float(found[1])
@@ -86,7 +86,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All of them, with a teacher and a student that another process made as Megatron checkpoints."""
+    """Start all runs, with a teacher and a student that another process made as Megatron checkpoints."""
     root = tmp_path_factory.mktemp("models")
     make_models(root)
     return Runs(tmp_path_factory.mktemp("runs"), root)

@@ -1,10 +1,10 @@
-"""Late collectives on streams, with one GPU: what NCCL's asynchronous collectives ask of the operations.
+"""Late collectives on streams, with one GPU: the demands of NCCL's asynchronous collectives on the operations.
 
-A stand-in for a group of two, both of whose ranks are this process: each collective poisons its output on the current
-stream, and a side stream waits for that, sleeps, and only then reads the input and writes; `wait` makes the current
-stream wait, not the host. A result that is used before its `wait`, or memory that is handed out while a collective
-still uses it, gives other numbers than the same collectives done at once. Without a GPU there is one stream, and
-the work is done in `wait`.
+The tests use a stand-in for a group of two ranks, which are both this process. Each collective poisons its output on
+the current stream; a side stream waits for that, sleeps, and only then reads the input and writes. `wait` makes the
+current stream wait, not the host. If a result is used before its `wait`, or memory is reused while a collective still
+needs it, the numbers differ from those of immediate collectives. Without a GPU there is one stream, and the work is
+done in `wait`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ RUNS_WITHOUT_A_GPU = True
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 RANKS = 2
-# Cycles of the GPU's clock: longer than the kernels of a chunk take to be launched.
+# Cycles of the GPU's clock, more than the launch of a block's kernels takes.
 SLEEP = 2_000_000
 
 
 class Group:
-    """As much of a process group as `VocabShard` asks for."""
+    """The part of a process group that `VocabShard` uses."""
 
     def size(self) -> int:
         return RANKS
@@ -44,7 +44,7 @@ class Group:
 
 
 class Work:
-    """In place of torch's: the same promises about memory and order as NCCL's."""
+    """A stand-in for torch's `Work`, with NCCL's promises about memory and order."""
 
     def __init__(self, run: Callable[[], None], stream: torch.cuda.Stream | None, *used: Tensor) -> None:
         self._run, self._used, self._done = run, used, None
@@ -67,7 +67,7 @@ class Work:
 
 
 class Collectives:
-    """Those of `torch.distributed` that the operations use, among two ranks that are both this one."""
+    """The collectives of `torch.distributed` that the operations use, among two ranks that are both this process."""
 
     def __init__(self, *, late: bool) -> None:
         self._late = late
@@ -113,7 +113,7 @@ class Collectives:
 
 
 def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Values and gradients of all operations; several chunks of tokens, and kernels as on this device."""
+    """Return values and gradients of all operations, with several blocks of tokens and this device's kernels."""
     case = make_case(256, 3000, widths=(64, 48)).to(dtype)
     shard = VocabShard(0, 3000, Group(), sequence_parallel)
     teacher, teacher_head = case.teacher.to(DEVICE), case.teacher_head.to(DEVICE)

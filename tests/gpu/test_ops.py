@@ -1,4 +1,4 @@
-"""The fused losses on a GPU, with their real tiles, against the float64 reference."""
+"""The fused losses on a GPU with their real tiles, compared with the float64 reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.ops.linear_kl_case import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# In values and in gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before they are summed.
+# For values and for gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before their sum.
 TOLERANCES = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (2e-6, 6e-3)}
 # Tokens, vocabulary, its padded size, widths of teacher and student.
 ODD = (77, 1003, 1024, (72, 40))
@@ -132,7 +132,7 @@ def test_the_same_result_every_time(implementation: str) -> None:
 
 @pytest.mark.parametrize("centred", [False, True], ids=["logprob", "centred"])
 def test_cosines_of_differences(centred: bool) -> None:
-    """Like a late layer after a training: both models change alike, and little of what they have."""
+    """The case is like a late layer after a training: both models change little, and in similar ways."""
     case = on_gpu((500, 20_000, 20_000, (1024, 512)), torch.bfloat16)
     grams = head_grams(case.heads(), centred=centred)
     deltas = [(x.float() * 0.3).requires_grad_() for x in (case.teacher, case.student)]

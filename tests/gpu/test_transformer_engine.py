@@ -1,4 +1,4 @@
-"""TransformerEngine's modules beside torch's: whether the library that is installed computes here at all."""
+"""TransformerEngine's modules, compared with torch's: does the installed library compute here at all?"""
 
 from __future__ import annotations
 

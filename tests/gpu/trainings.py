@@ -1,13 +1,13 @@
-"""Small trainings on several ranks: the same curve at several layouts, and how they end when a rank does.
+"""Small trainings on several ranks: the same curve at several layouts, and their end when one rank ends.
 
     python -m tests.gpu.trainings --device cuda --ranks 2 --lines runs/gpu-multi/results.jsonl
 
-Twenty steps of FDD through the real entry point. Each curve's terms are compared with the first run's, relative to what
-a term was in the first step. Then a rank of the first run is killed, and in the second one rank alone fails: both must
-end within 60 s, leave no process, and say once what happened.
+A training is twenty steps of FDD through the real entry point. Each curve's terms are compared with the first run's,
+relative to the term's value in the first step. Then a rank of the first run is killed, and in the second run a single
+rank fails: both must end within 60 s, leave no process, and say once what happened.
 
-Tolerances on GPUs, stated before any had been seen: float32 layouts 1e-3 over 20 steps (on CPUs 1e-4); of 6 steps bf16
-through TransformerEngine 3e-2, and FP8 1e-1, as on one GPU (`tests/gpu/test_distill.py`).
+Tolerances on GPUs were chosen before any run on one: 1e-3 for float32 layouts over 20 steps (on CPUs 1e-4); over 6
+steps 3e-2 for bf16 through TransformerEngine and 1e-1 for FP8, as on one GPU (`tests/gpu/test_distill.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.gpu.runs import LOCAL, TE, TIMEOUT_S, farthest, make_models, read_met
 from tests.gpu.sections import children
 
 STEPS, FEW_STEPS = 20, 6
-# Longer than any curve: the first two runs go on until a rank ends.
+# Longer than any curve: the first two runs continue until a rank ends.
 SCHEDULE = f"--train-iters 1000 --lr-decay-iters {STEPS}"
 END = f"--exit-interval {STEPS}"
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
@@ -41,7 +41,7 @@ FIRST, SECOND = "data parallel", "tensor and sequence parallel"
 
 @dataclass(frozen=True)
 class Curve:
-    """A run: its flags, and how far from the first it may be, over how many steps."""
+    """A run: its flags, and its tolerated distance from the first run, over how many steps."""
 
     flags: str
     tolerance: float
@@ -49,7 +49,7 @@ class Curve:
 
 
 def curves(device: str, *, has_te: bool) -> dict[str, Curve]:
-    """In the order in which they start."""
+    """Return the curves in the order in which they start."""
     tolerance = 1e-4 if device == "cpu" else 1e-3
     found = {
         FIRST: Curve(f"{LOCAL} --use-distributed-optimizer", tolerance),
@@ -73,7 +73,7 @@ def curves(device: str, *, has_te: bool) -> dict[str, Curve]:
 
 @dataclass(frozen=True)
 class Trainings:
-    """Where they run and what is told of them."""
+    """The place of the trainings, and the reports about them."""
 
     root: Path
     device: str
@@ -81,7 +81,7 @@ class Trainings:
     path: Path
 
     def start(self, name: str, flags: str, module: str = "megatron_fdd.distill") -> subprocess.Popen:
-        """Under torchrun; the batch is a multiple of what the ranks take at a time."""
+        """Start a training under torchrun; the batch is a multiple of what the ranks take at a time."""
         batch = f"--global-batch-size {2 * self.ranks if self.device == 'cpu' else max(8, 2 * self.ranks)}"
         return start(
             self.root / name,
@@ -93,14 +93,14 @@ class Trainings:
         )
 
     def tell(self, kind: str, name: str, **more: object) -> bool:
-        """Add a line; whether it says that all is well."""
+        """Add a line; return whether it says that all is well."""
         record = {"name": name, "device": self.device, "ranks": self.ranks, **more}
         lines.write(self.path, kind, record)
         print(kind, record, flush=True)
         return more["ending"] == "passed"
 
     def compare(self, name: str, curve: Curve, process: subprocess.Popen) -> bool:
-        """With the first run, whose steps are there."""
+        """Compare a curve with the first run, which has all its steps."""
         about = {"beside": FIRST, "steps": curve.steps, "tolerance": curve.tolerance}
         try:
             if name == SECOND:
@@ -115,7 +115,7 @@ class Trainings:
         return self.tell("curve", name, ending=ending, farthest=off, **about)
 
     def wait_for_steps(self, name: str, process: subprocess.Popen) -> None:
-        """Of a run that does not end by itself."""
+        """Wait for the steps of a run that does not end by itself."""
         deadline = time.monotonic() + TIMEOUT_S
         while len(read_metrics(self.root / name)) < STEPS:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -123,7 +123,7 @@ class Trainings:
             time.sleep(0.1)
 
     def ends(self, what: str, name: str, process: subprocess.Popen, family: list[int], message: str) -> bool:
-        """Whether a run ends in time, with an error, without leaving a process, and says once what it was."""
+        """Whether a run ends in time, with an error, without leaving a process, and reports the reason once."""
         started = time.monotonic()
         try:
             status: int | None = process.wait(ENDS_WITHIN_S)
@@ -140,7 +140,7 @@ class Trainings:
 
 
 def is_alive(pid: int) -> bool:
-    """Neither gone nor a zombie."""
+    """Whether a process runs: it exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -148,7 +148,7 @@ def is_alive(pid: int) -> bool:
 
 
 def run_all(trainings: Trainings) -> bool:
-    """All curves and both endings; in batches, for each process takes some 4 GB of host memory."""
+    """Run all curves and both endings, in batches, because each process takes about 4 GB of host memory."""
     make_models(trainings.root)
     wanted = curves(trainings.device, has_te=te_is_there())
     first = trainings.start(FIRST, wanted[FIRST].flags)

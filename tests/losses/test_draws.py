@@ -1,4 +1,4 @@
-"""What is drawn of tokens and taps: from what it follows, how much it counts, what it leaves alone."""
+"""The draws of tokens and taps: what they depend on, how much they count, and what they leave unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_fdd.losses.tap import TapStatistics, TokenWeights
 
 
 def test_every_row_counts_on_average_what_it_weighs() -> None:
-    """Over all orders in which rows can be drawn; all terms are linear in the weights."""
+    """The mean is over all orders in which rows can be drawn; all terms are linear in the weights."""
     num_rows, label_N = 5, torch.ones(5)
     for mask in ([1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]):
         weight_N = torch.tensor(mask, dtype=torch.float32)

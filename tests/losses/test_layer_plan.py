@@ -1,4 +1,4 @@
-"""Which layers are sampled and paired: integers, checked against the published examples."""
+"""The choice and pairing of layers: integers, compared with the published examples."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def test_harmless_recompute_passes(recompute: tuple[str, str | None, int | None]
 
 
 def test_uniform_groups_keep_only_their_ends() -> None:
-    check_recompute_keeps_taps([1, 3, 6], [7], ("full", "uniform", 2))  # 7 is the short last group's end
+    check_recompute_keeps_taps([1, 3, 6], [7], ("full", "uniform", 2))  # block 7 ends the short last group
     with pytest.raises(ValueError, match=r"hides the tapped blocks \[1, 3\]"):
         check_recompute_keeps_taps([0, 1, 2], [6], ("full", "uniform", 2))
-    # Groups begin anew on each stage: blocks 2, 3 | 5, 6 are ends.
+    # Groups start again on each stage: blocks 2, 3 | 5, 6 are ends.
     check_recompute_keeps_taps([1, 2, 4, 5], [3, 3], ("full", "uniform", 2))
     with pytest.raises(ValueError, match=r"hides the tapped blocks \[4\]"):
         check_recompute_keeps_taps([1, 3], [3, 3], ("full", "uniform", 2))
@@ -117,7 +117,7 @@ def test_each_stage_knows_its_taps_and_carries() -> None:
     assert [chunk.pairs for chunk in chunks] == [(0,), (1,), (), (2,)]
     assert [chunk.carry_in for chunk in chunks] == [None, 0, 1, 1]
     assert [chunk.carry_out for chunk in chunks] == [0, 1, 1, None]
-    # A stage that only passes a carry on needs nothing of the teacher.
+    # A stage that only passes a carry on needs nothing from the teacher.
     assert [chunk.teacher_pairs for chunk in chunks] == [(0,), (0, 1), (), (1, 2)]
     assert [chunk.is_last for chunk in chunks] == [False, False, False, True]
 
@@ -140,7 +140,7 @@ def test_virtual_stages_go_round_the_stages() -> None:
 
 
 def test_every_rank_of_a_large_virtual_layout() -> None:
-    """80 teacher and 32 student layers on 8 stages with 4 virtual ones: one student layer a chunk."""
+    """80 teacher and 32 student layers on 8 stages with 4 virtual stages: one student layer for each chunk."""
     pairs = [(6, 16), (12, 32), (18, 48), (24, 64)]
     large = plan(pairs, student=[1] * 32, teacher=[10] * 8, num_stages=8)
     owners = [

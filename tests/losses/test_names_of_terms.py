@@ -1,4 +1,4 @@
-"""The table of terms, and an own kind of term in all that tells of terms."""
+"""The table of terms, and a kind of term from a test in everything that reports terms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def distil(**values: Any) -> FddConfig:
 
 
 class Length(TapTerm):
-    """A kind of one's own."""
+    """A kind of term from outside the package."""
 
     kind = "length"
     title = "difference of lengths"
@@ -38,7 +38,7 @@ class Length(TapTerm):
 
 @pytest.fixture
 def own_term(monkeypatch: pytest.MonkeyPatch) -> Length:
-    """The kind in the table, for one test."""
+    """Put the kind in the table for one test."""
     monkeypatch.setattr(terms, "TERMS", own := [*TERMS])
     add_term(Length())
     assert len(own) == len(TERMS) + 1
@@ -46,7 +46,7 @@ def own_term(monkeypatch: pytest.MonkeyPatch) -> Length:
 
 
 def test_every_weight_switches_a_term_on() -> None:
-    """Every flag that is the weight of a term."""
+    """Try every flag that is the weight of a term."""
     flags = add_fdd_args(argparse.ArgumentParser())._actions
     weights = [flag.dest.removeprefix("fdd_") for flag in flags if (flag.help or "").startswith("weight of ")]
     assert len(weights) >= 4

@@ -1,4 +1,4 @@
-"""Sampled tokens and taps: right on average, which is enumerated, and the same draw at every layout."""
+"""Sampled tokens and taps: right on average (all draws are enumerated), and the same draw at every layout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FAR_APART = Terms(pairs=((1, 1), (5, 9)))
 
 
 def iterations_by_tap(case: Case) -> dict[int, int]:
-    """For each tap the first iteration that draws it."""
+    """Return for each tap the first iteration that draws it."""
     sampler = Sampler(fdd_config(case), len(case.terms.pairs), seed=0, place=0)
     found: dict[int, int] = {}
     for iteration in range(100):
@@ -52,7 +52,7 @@ def iterations_by_tap(case: Case) -> dict[int, int]:
 
 
 def run_iterations(case: Case, iterations: Sequence[int]) -> list[tuple[Result, int]]:
-    """Body on every rank: steps with the draws of these iterations on the same weights, and each one's sweeps."""
+    """Run, on every rank, a step with each iteration's draw on the same weights; return results and sweeps."""
     now = [0]
     chunks, _, steps = join(case, iteration=lambda: now[0])
     results = []
@@ -70,7 +70,7 @@ def run_iterations(case: Case, iterations: Sequence[int]) -> list[tuple[Result, 
 
 
 def expected_with_tap(case: Case, tap: int) -> Result:
-    """The float64 reference of the loss with one tap, put together from two losses with all of their taps."""
+    """Return the float64 reference of the loss with one tap, from two losses with all of their taps."""
     terms, names = case.terms, ("terms", "student", "teacher", "micro_batches")
     exact = Case(**{name: getattr(case, name) for name in names})
     pairs, num_deltas = terms.pairs, len(terms.pairs) - 1
@@ -126,13 +126,13 @@ def test_every_draw_of_a_tap_is_right_and_their_mean_is_the_whole(name: str) -> 
             assert_equal(result, each)
         assert_equal(mean_of([result for result, _ in steps]), expected(case))
     if name == "pp2":
-        # Blocks 1 and 3 are on the first stage, 4 and the final logits on the second; a delta needs two taps.
+        # The first stage has blocks 1 and 3, the second has block 4 and the final logits; a delta needs two taps.
         sweeps = [[count // MICRO_BATCHES for _, count in steps] for steps in ranks]
         assert sweeps == [[1, 2, 1], [1, 1, 2]], "what is not drawn costs no sweep"
 
 
 def run_overlapped(case: Case, iterations: Sequence[int]) -> list[float]:
-    """Body on every rank: totals of steps whose gradients are reduced as soon as they are there."""
+    """Return, on every rank, totals of steps whose gradients are reduced as soon as they exist."""
     now = [0]
     chunks, _, steps = join(case, {"overlap_grad_reduce": True}, iteration=lambda: now[0])
     totals = []
@@ -146,7 +146,7 @@ def run_overlapped(case: Case, iterations: Sequence[int]) -> list[float]:
     [Case(dp=2, terms=Terms(kd=0.0)), Case(dp=2, pp=2, terms=Terms(kd=0.0, live=True), sample_one_tap=True)],
 )
 def test_a_step_that_does_not_use_the_head_does_not_stop_an_overlapped_reduction(case: Case) -> None:
-    """Megatron asserts from the second step on that every parameter of a bucket had a gradient."""
+    """From the second step on, Megatron asserts that every parameter of a bucket had a gradient."""
     iterations = [0, 1, *iterations_by_tap(case).values()] if case.sample_one_tap else [0, 1]
     ranks = run_on_ranks(run_overlapped, case.layout, {"case": case, "iterations": iterations})
     assert [len(totals) for totals in ranks if totals] == [len(iterations)] * 2
@@ -156,7 +156,7 @@ def test_a_step_that_does_not_use_the_head_does_not_stop_an_overlapped_reduction
 
 
 def unmasked(*arguments: int) -> list[dict[str, Tensor]]:
-    """The usual random batches, every token of which counts: a half and the other half make the whole."""
+    """Return the usual random batches, in which every token counts: two halves make the whole."""
     batches = real_batches(*arguments)
     return [batch | {name: torch.ones_like(batch[name]) for name in MASKS} for batch in batches]
 
@@ -170,7 +170,7 @@ def other_half(*arguments: Any) -> Tensor:
 
 
 def run_halves(case: Case, iterations: Sequence[int]) -> list[Result]:
-    """Body on every rank: each iteration with its rows, and with the rows that these leave over."""
+    """Run, on every rank, each iteration with its rows, and with the remaining rows."""
     with patch.object(reference, "random_batches", unmasked):
         results = [result for result, _ in run_iterations(case, iterations)]
         with patch.object(sampling, "random_scores", other_half):
@@ -202,7 +202,7 @@ def test_two_halves_of_the_tokens_make_the_whole(name: str) -> None:
 
 
 def test_the_same_rows_at_every_layout() -> None:
-    """Where ranks hold the same rows as one process does, they draw the same of them."""
+    """Ranks that hold the same rows as one process draw the same rows."""
     sampled = Case(sample_tokens=0.25, sample_one_tap=True)
     ((alone,),) = run_on_ranks(run_iterations, sampled.layout, {"case": sampled, "iterations": [3]})
     for layout in ({"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 3}):
@@ -219,7 +219,7 @@ def test_room_for_every_token_that_counts_is_exact(layout: dict[str, Any]) -> No
 
 
 def evaluate(case: Case) -> list[dict[str, Tensor]]:
-    """Body on every rank: the terms of an evaluation step."""
+    """Return, on every rank, the terms of an evaluation step."""
     chunks, _, steps = join(case)
     run = steps.run
     with patch.object(

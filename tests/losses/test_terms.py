@@ -1,4 +1,4 @@
-"""Properties of the terms that hold whatever the numbers are, and tests that the central test can fail."""
+"""Properties of the terms that hold for any numbers, and tests that the central test can fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.oracle.reference import STUDENT, Terms
 
 pytestmark = pytest.mark.tier("default")
 
-# Only the term in question, on one inner layer (two for the delta): block 4 is the deepest tap.
+# Each case has only one term, at one inner layer (two for the delta); block 4 is the deepest tap.
 ONE_TERM = {
     "trajectory": Terms(pairs=((2, 3), (4, 7)), beta=0.0, kd=0.0),
     "delta": Terms(pairs=((2, 3), (4, 7)), alpha=0.0, kd=0.0),
@@ -79,7 +79,7 @@ def test_a_student_that_is_the_teacher_has_no_loss(terms: Terms, tp: int, sequen
 
 
 def run_own_teacher(case: Case) -> Result:
-    """As `run_step`, the teacher having the student's weights."""
+    """Run a step as `run_step` does, with the student's weights in the teacher."""
     weights = reference.random_weights(case.student, 1)
     with patch.object(reference, "random_weights", lambda _shape, _seed: weights):
         return run_step(case)
@@ -90,7 +90,7 @@ def test_bf16_is_as_close_to_float64_as_plain_bf16_torch(tp: int, sequence_paral
     case = Case(tp=tp, sequence_parallel=sequence_parallel, bf16=True, terms=Terms(ce=0.5))
     wanted, plain = rounded_reference(case, torch.float64), rounded_reference(case, torch.bfloat16)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
-        # Single numbers can be right by luck; all terms together are not.
+        # A single number can be right by luck; all terms together cannot.
         assert means_error(result, wanted) <= 2 * means_error(plain, wanted)
         for name, gradient in wanted.gradients.items():
             error = relative(result.gradients[name] - gradient, gradient)
@@ -98,13 +98,13 @@ def test_bf16_is_as_close_to_float64_as_plain_bf16_torch(tp: int, sequence_paral
 
 
 def means_error(result: Result, wanted: Result) -> float:
-    """Relative distance of all terms."""
+    """Return the relative distance of all terms."""
     values = [(result.means[name] - value) / value for name, value in wanted.means.items()]
     return sum(value**2 for value in values) ** 0.5
 
 
 def rounded_reference(case: Case, dtype: torch.dtype) -> Result:
-    """The reference with bf16 weights, computed in `dtype`."""
+    """Compute the reference with bf16 weights in `dtype`."""
 
     def cast(weights: reference.Weights, *, requires_grad: bool) -> reference.Weights:
         rounded = {name: value.bfloat16().to(dtype) for name, value in weights.items()}
@@ -188,7 +188,7 @@ real_token_weights, real_refresh = ChunkForward.token_weights, LensCopies.refres
 real_stack_weights = head_loss._stack_weights
 real_add_sums, real_features = ChunkForward._add_sums, BesideTeacher.features
 
-# What to break, by the name of what it breaks.
+# The changes that break the package, by the name of the broken part.
 MUTATIONS = {
     "statistics are not gathered": (VocabShard, "start_stack", stack_nothing),
     "hidden gradient is not reduced": (VocabShard, "start_reduce", reduce_nothing),
@@ -214,7 +214,7 @@ PIPELINE_MUTATIONS = {
 
 
 def run_broken(case: Case, mutation: str) -> Result:
-    """As `run_step`, with one piece of the package broken on purpose."""
+    """Run a step as `run_step` does, with one piece of the package broken on purpose."""
     owner, name, replacement = (MUTATIONS | PIPELINE_MUTATIONS)[mutation]
     with patch.object(owner, name, replacement):
         return run_step(case)
@@ -231,7 +231,7 @@ def test_the_central_test_catches(mutation: str) -> None:
 
 
 def check_broken(case: Case, mutation: str) -> None:
-    """The central test's check. The ranks themselves may already notice."""
+    """Make the central test's check. The ranks themselves may notice the mistake before."""
     for result in run_on_ranks(run_broken, case.layout, {"case": case, "mutation": mutation}):
         assert_equal(result, expected(case))
 

@@ -17,13 +17,13 @@ EXAMPLE = Path(__file__).parents[2] / "examples/extend/divergence.py"
 
 
 def total_variation(log_t: Tensor, log_s: Tensor, _mix: float) -> Tensor:
-    """Where the teacher says more than the student: the same amount as where it says less."""
+    """Sum the teacher's probability above the student's; the student's above the teacher's has the same sum."""
     return (log_t.exp() - log_s.exp()).clamp(min=0).sum(-1)
 
 
 @contextmanager
 def known() -> Iterator[None]:
-    """`tv` is known to the package, as the example adds it, and to the oracle."""
+    """Make `tv` known to the package, in the way of the example, and to the oracle."""
     spec = importlib.util.spec_from_file_location("examples_extend_divergence", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

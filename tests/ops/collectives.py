@@ -27,7 +27,7 @@ class Copied(torch.autograd.Function):
 
 
 class Collectives(TorchDispatchMode):
-    """Every collective with the bytes that this rank gives into it."""
+    """A record of every collective, with the bytes that this rank contributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Collectives(TorchDispatchMode):
 
 @contextmanager
 def expect(collectives: list[tuple[str, int]]) -> Iterator[None]:
-    """Exactly these collectives, in this order."""
+    """Assert exactly these collectives, in this order."""
     with Collectives() as mode:
         yield
     assert mode.seen == collectives

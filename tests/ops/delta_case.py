@@ -13,7 +13,7 @@ from tests.ops.linear_kl_case import Case, make_case
 
 
 def reference_cosine(teachers: list[Tensor], students: list[Tensor], *, centred: bool) -> Tensor:
-    """Cosine over the vocabulary of log-probability differences, from two layers' logits [N, V] per model."""
+    """Return the cosine of log-probability differences over the vocabulary, from logits [N, V] of two layers each."""
     deltas = [log_softmax(later, -1) - log_softmax(earlier, -1) for earlier, later in (teachers, students)]
     if centred:
         deltas = [delta - delta.mean(-1, keepdim=True) for delta in deltas]
@@ -37,7 +37,7 @@ class Layers:
         return reference_cosine(*logits, centred=centred)
 
     def cosine(self, grams: HeadGrams, tokens: slice = slice(None)) -> Tensor:
-        """The operation, its log-sum-exps taken from whole logits."""
+        """Run the operation, with log-sum-exps from whole logits."""
         deltas, lse_deltas = [], []
         for model in ("teacher", "student"):
             earlier, later = (self.logits(model, layer) for layer in (self.earlier, self.later))
@@ -49,7 +49,7 @@ class Layers:
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:
-    """Students' states and head require gradients."""
+    """Make random layers; the student's states and head require gradients."""
     earlier = make_case(num_tokens, vocab_size, padded=padded).to(dtype)
     later = make_case(num_tokens, vocab_size, padded=padded, seed=1).to(dtype)
     for leaf in (earlier.student, later.student, earlier.student_head):

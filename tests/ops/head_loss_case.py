@@ -1,4 +1,4 @@
-"""The weighted loss of the final logits, and what it must be."""
+"""The weighted loss of the final logits, and its expected value."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FACTOR = 3.0
 
 
 def weights_of(case: Case, *, divergence: float = 0.7, entropy: float = 0.3) -> LossWeights:
-    """Every token counts otherwise; every fifth not at all."""
+    """Make weights that differ for every token; every fifth token has weight 0."""
     per_token = case.upstream.clone()
     per_token[:, ::5] = 0
     return LossWeights(per_token[0], per_token[2], divergence, entropy)
 
 
 def scaled(result: HeadLoss) -> Tensor:
-    """Multiply the loss with a factor, as a loss scale is one."""
+    """Multiply the loss by a factor, as a loss scale does."""
     return FACTOR * result.loss
 
 

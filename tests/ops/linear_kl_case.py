@@ -30,7 +30,7 @@ KINDS = tuple(DIVERGENCES)
 
 
 def reference_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Tensor:
-    """Return the oracle's value, which shares nothing with the package."""
+    """Return the oracle's value; the oracle shares no code with the package."""
     return oracle.divergence(divergence.kind, divergence.mix, divergence.temperature, teacher_NV, student_NV)
 
 
@@ -47,7 +47,7 @@ class Case:
     vocab_size: int
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers, rounded."""
+        """Return the same case with rounded numbers."""
         names = ("teacher", "teacher_head", "student", "student_head")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
@@ -59,7 +59,7 @@ class Case:
         return Heads(self.teacher_head, head, VocabShard(0, self.vocab_size, None), implementation)
 
     def reference(self, divergence: Divergence | None) -> LinearKL:
-        """All outputs in float64, without shards, tiles or padding."""
+        """Compute all outputs in float64, without shards, tiles or padding."""
         student_NV = self.student.double() @ self.student_head[: self.vocab_size].double().T
         teacher_NV = self.teacher.double() @ self.teacher_head[: self.vocab_size].double().T
         value = reference_divergence(teacher_NV, student_NV, divergence) if divergence else None
@@ -75,7 +75,7 @@ def make_case(
     widths: tuple[int, int] = (12, 7),
     seed: int = 0,
 ) -> Case:
-    """Random float64 case, `widths` those of teacher and student; every third label is missing."""
+    """Make a random float64 case with the `widths` of teacher and student; every third label is missing."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -92,18 +92,18 @@ def make_case(
 
 
 def tiles(tile_size: int, block_rows: int = 8192) -> Implementation:
-    """The path in plain torch, cut small enough that several tiles and chunks are crossed."""
+    """Return the implementation in plain torch, with sizes so small that there are several tiles and blocks."""
     return Implementation("torch", tile_size=tile_size, block_rows=block_rows)
 
 
 def loss(outputs: LinearKL, upstream: Tensor) -> Tensor:
-    """A sum of all outputs that carry gradient, each token and output with its own weight."""
+    """Sum all outputs that carry gradient, each token and output with its own weight."""
     terms = (outputs.divergence_N, outputs.student_lse_N, outputs.cross_entropy_N)
     return sum((w * term).sum() for w, term in zip(upstream, terms, strict=True) if term is not None)
 
 
 class Products(TorchDispatchMode):
-    """Multiplications in matrix products."""
+    """A count of the multiplications in matrix products."""
 
     total = 0
 
@@ -116,18 +116,18 @@ class Products(TorchDispatchMode):
 
 
 def gradients(total: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Of `total`; fails where an input is not reached."""
+    """Return the gradients of `total`; fail if it does not depend on an input."""
     return torch.autograd.grad(total, inputs)
 
 
 def error(ours: Tensor, reference: Tensor) -> float:
-    """Relative to the reference's norm; absolute where that is zero."""
+    """Return the error relative to the reference's norm, or the absolute error if that norm is zero."""
     return ((ours.double() - reference).norm() / (reference.norm() or 1.0)).item()
 
 
 @dataclass(frozen=True, slots=True)
 class RankPart:
-    """What one tensor-parallel rank of the world group holds of a case."""
+    """The part of a case that one tensor-parallel rank of the world group holds."""
 
     case: Case
     shard: VocabShard
@@ -146,7 +146,7 @@ class RankPart:
         return RankPart(case, shard, rows, slice(first, first + count))
 
     def inputs(self, *, live: bool) -> tuple[Tensor, Tensor]:
-        """Student states and head of this rank, as leaves."""
+        """Return student states and head of this rank, as leaves."""
         hidden = self.case.student[self.tokens].clone().requires_grad_()
         return hidden, self.case.student_head[self.rows].clone().requires_grad_(live)
 
@@ -162,7 +162,7 @@ class RankPart:
         implementation: Implementation = DEFAULT_IMPLEMENTATION,
         **options,
     ) -> LinearKL:
-        """The operation on this rank's part."""
+        """Run the operation on this rank's part."""
         labels_N = self.case.labels[self.tokens]
         heads = self.heads(head, implementation)
         return linear_kl(
@@ -171,7 +171,7 @@ class RankPart:
 
 
 def reference_gradients(case: Case, divergence: Divergence | None, keep: tuple[bool, ...] = (True,) * 4):
-    """The reference's kept outputs and the gradients of their weighted sum, of hidden states and head."""
+    """Return the reference's kept outputs, and their weighted sum's gradients for hidden states and head."""
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
     double = case.to(torch.float64)
     double = Case(double.teacher, double.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
@@ -181,7 +181,7 @@ def reference_gradients(case: Case, divergence: Divergence | None, keep: tuple[b
 
 
 def parameter_of_ddp(head: Tensor) -> torch.nn.Parameter:
-    """What DistributedDataParallel adds to a parameter."""
+    """Make a parameter with the attributes that DistributedDataParallel adds."""
     parameter = torch.nn.Parameter(head.clone())
     parameter.main_grad = torch.full_like(parameter, 3.0, dtype=torch.float32)
     parameter.grad_added_to_main_grad = False

@@ -1,4 +1,4 @@
-"""The Gram form of the delta against its definition over the vocabulary, in float64."""
+"""The Gram form of the delta, compared with its definition over the vocabulary in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def whole_grams(layers: Layers, *, centred: bool, previous: HeadGrams | None = N
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_cosine_and_gradients(dtype: torch.dtype, centred: bool) -> None:
     layers = make_layers(11, 53, padded=57, dtype=dtype)
-    # The lse of this test are taken in float64, so that only the Gram form is judged.
+    # This test computes the lse in float64, so that only the error of the Gram form counts.
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
     ours, reference = layers.cosine(whole_grams(layers, centred=centred)), layers.reference(centred=centred)
     assert ours.dtype == dtype
@@ -60,7 +60,7 @@ def test_bf16_heads_are_multiplied_in_float32(centred: bool) -> None:
 
 
 def test_centred_grams_do_not_cancel() -> None:
-    """Column means of 1000 would cost a subtracted form (G - u u'/V) all its digits in float32."""
+    """With column means of 1000 a subtracted form (G - u u'/V) would lose all its digits in float32."""
     layers = make_layers(5, 64, padded=64, dtype=torch.float32)
     expected = whole_grams(layers, centred=True)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred
 
 
 def test_constant_shift_is_no_difference_in_log_probabilities() -> None:
-    """Logits that all rise by the same number: |D|^2 is rounding noise around zero, of either sign."""
+    """All logits rise by the same number: |D|^2 is rounding noise around zero, with either sign."""
     layers = make_layers(8, 40, padded=40, dtype=torch.float32)
     case = layers.later
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_teacher_part_is_taken_over(centred: bool) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Shapes of every matrix product's operands, and the precisions that were allowed to them."""
+    """A record of the shapes of all matrix products' operands, and of the precisions allowed to them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class Products(TorchDispatchMode):
 
 
 def unit_lse_cosine(layers: Layers, grams: HeadGrams) -> Tensor:
-    """Of the later states as differences; no logits are made for their log-sum-exps."""
+    """Compute the cosine with the later states as differences; no logits are made for their log-sum-exps."""
     lse = [None, None] if grams.centred else [torch.ones(5), torch.ones(5)]
     return delta_cosine(layers.later.teacher, layers.later.student, *lse, grams)
 
@@ -171,7 +171,7 @@ def unit_lse_cosine(layers: Layers, grams: HeadGrams) -> Tensor:
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("live", [False, True])
 def test_nothing_is_multiplied_twice(live: bool, centred: bool) -> None:
-    """The three quadratic forms; backward for a trained head the gradients of two Grams, then of the head."""
+    """The products are three quadratic forms; for a trained head, backward adds two Grams' gradients and the head's."""
     layers = make_layers(5, 30, padded=32, dtype=torch.float32)
     layers.earlier.student_head.requires_grad_(live)
     with Products() as products:
@@ -188,7 +188,7 @@ def test_nothing_is_multiplied_twice(live: bool, centred: bool) -> None:
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_float32_is_not_rounded_where_the_user_lets_products_be(centred: bool) -> None:
-    """Bit for bit: a CPU with bf16 matrix units does round at "medium", as does a GPU to TF32."""
+    """Results are equal bit for bit. A CPU with bf16 matrix units would round at "medium", and a GPU to TF32."""
     results = []
     for precision in ("highest", "medium"):
         layers = make_layers(5, 30, padded=32, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The delta over tensor-parallel ranks: the definition at any size, with the documented collectives."""
+"""The delta over tensor-parallel ranks: it follows the definition at any size, with the documented collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.ops.linear_kl_case import RankPart, error, gradients, make_case
 def test_ranks_agree_with_the_definition(
     vocab_size: int, padded: int, sequence_parallel: bool, centred: bool
 ) -> None:
-    """(5, 8): rows of 2, 2, 1, 0 valid."""
+    """At (5, 8) the ranks have 2, 2, 1 and 0 valid rows."""
     layers = make_layers(8, vocab_size, padded=padded, dtype=torch.float64)
     case = layers.earlier
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
@@ -32,7 +32,7 @@ def test_ranks_agree_with_the_definition(
     reference = layers.reference(centred=centred)
     weights = torch.linspace(1, 2, 8, dtype=torch.float64)
     expected = gradients((weights * reference).sum(), *leaves(layers))
-    # The log-sum-exps depend on the head too; here their share is part of the whole head's gradient.
+    # The log-sum-exps depend on the head too; here their share is in the gradient of the whole head.
     whole_head = case.student_head
     cosine = layers.cosine(grams, part.tokens)
     assert error(cosine, reference[part.tokens]) < 1e-12
@@ -50,7 +50,7 @@ def test_ranks_agree_with_the_definition(
 
 
 def assert_equals_one_rank(num_tokens: int, *, centred: bool) -> None:
-    """Token 1 has no difference, token 2 does not count: values and gradients of all tokens on every rank."""
+    """Compare values and gradients of all tokens on every rank; token 1 has no difference, token 2 does not count."""
     results = []
     for one_rank in (True, False):
         case = make_case(num_tokens, 23, padded=24 if dist.get_world_size() == 2 else 27)
@@ -91,7 +91,7 @@ def test_two_ranks_share_tokens(num_tokens: int, centred: bool) -> None:
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 7])
 @distributed(ranks=3)
 def test_three_ranks_share_tokens(num_tokens: int, centred: bool) -> None:
-    """4 tokens: shares of 2, 2, 0."""
+    """With 4 tokens the shares are 2, 2 and 0."""
     assert_equals_one_rank(num_tokens, centred=centred)
 
 
@@ -114,7 +114,7 @@ def test_gradcheck(centred: bool) -> None:
 
 @distributed(ranks=2)
 def test_collectives() -> None:
-    """T = 12, D = 7, float32; 5 tokens (so 3 a rank), or 2 a rank under sequence parallelism."""
+    """Here T = 12, D = 7, in float32; 5 tokens (3 for a rank), or 2 for each rank under sequence parallelism."""
     student = 12 * 7 + 7 * 7
     for sequence_parallel, centred, live in [
         (False, False, True),

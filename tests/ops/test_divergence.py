@@ -1,4 +1,4 @@
-"""The table of divergences, and one that is added to it: total variation, wherever the others are computed."""
+"""The table of divergences, and total variation, which is added to it and then computed wherever the others are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.oracle import reference as oracle
 
 @pytest.fixture(autouse=True)
 def table() -> Iterator[None]:
-    """What a test adds or changes is gone after it."""
+    """Restore the table after a test that adds or changes a row."""
     with patch.dict(DIVERGENCES):
         yield
 
@@ -132,7 +132,7 @@ HELD = (Implementation("torch", held_logits=40), Implementation("torch"), Implem
 
 
 def assert_per_token(part: RankPart, divergence: Divergence) -> None:
-    """linear_kl in float64: outputs and gradients of this rank's part."""
+    """Compare outputs and gradients of linear_kl, in float64, for this rank's part."""
     expected, wanted = reference_gradients(part.case, divergence)
     for live, implementation in itertools.product((False, True), PATHS):
         inputs = part.inputs(live=live)
@@ -145,7 +145,7 @@ def assert_per_token(part: RankPart, divergence: Divergence) -> None:
 
 
 def assert_summed(part: RankPart, divergence: Divergence) -> None:
-    """head_loss in float64, likewise."""
+    """Compare sums and gradients of head_loss, in float64, for this rank's part."""
     case, rows = part.case, part.tokens
     whole = weights_of(case)
     leaves = [each.clone().requires_grad_() for each in (case.student, case.student_head)]

@@ -1,4 +1,4 @@
-"""Float32 numbers through narrower tensors, value and gradient, to the last bit."""
+"""Transport of float32 numbers in narrower tensors: value and gradient are exact to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The user's choice of precision: put aside, and back, in whichever of torch's two interfaces it was made."""
+"""The user's choice of precision: replaced and then restored, in whichever of torch's two interfaces it was made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHOICES: dict[str, Callable[[], None]] = {
 
 
 def state() -> list[str]:
-    """Both interfaces, as far as torch lets itself be asked."""
+    """Return the state of both interfaces, as far as torch can be asked."""
     found = [CUDA.fp32_precision, CPU.fp32_precision]
     for read in (torch.get_float32_matmul_precision, lambda: CUDA.allow_tf32):
         try:
@@ -82,7 +82,7 @@ def test_restored_after_an_error() -> None:
 
 
 def test_tf32_parts_are_exact_and_narrow() -> None:
-    """Their three products leave out 2^-22 of the whole; one of the upper parts alone is 500 times as far off."""
+    """The three products omit 2^-22 of the result; the product of the upper parts alone is 500 times less exact."""
     left, right = (
         torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((40, 300), (300, 20))
     )

@@ -1,4 +1,4 @@
-"""A trained head's gradient: to autograd, or into Megatron's `main_grad` as its own fused layers do."""
+"""A trained head's gradient, which goes to autograd or, as in Megatron's own fused layers, into `main_grad`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_all_contributions_are_added_to_main_grad(implementation: Implementation
 
 
 def test_the_dummy_of_a_weight_that_is_also_an_embedding_is_zero() -> None:
-    """DDP's hook adds it, because the embedding's own gradient is in it."""
+    """DDP's hook adds such a dummy, because the embedding's own gradient is in it."""
     case = make_case(13, 53).to(torch.float32)
     head = parameter_of_ddp(case.student_head)
     head.zero_out_wgrad = True
@@ -50,5 +50,5 @@ def test_micro_batches_in_bf16_are_not_rounded_one_by_one() -> None:
     for _ in range(8):
         loss(case, head, tiles(16)).backward()
         loss(exact, wide, tiles(16)).backward()
-    # The Gram matrices' part still comes from a product that is rounded once.
+    # The part from the Gram matrices still comes from a product that is rounded once.
     assert error(head.main_grad, wide.grad) < 4e-4  # autograd alone: 4e-3

@@ -1,4 +1,4 @@
-"""head_loss: sums, gradients, products and memory against a float64 reference, on one rank and on several."""
+"""head_loss on one rank and on several: sums, gradients, products and memory, compared with a float64 reference."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(
     divergence: Divergence | None = FORWARD_KL,
     implementation: Implementation = DEFAULT_IMPLEMENTATION,
 ) -> HeadLoss:
-    """The operation on one rank, labels included."""
+    """Run the operation on one rank, with labels."""
     heads = case.heads(head, implementation)
     return head_loss(
         case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels, weights=weights
@@ -75,7 +75,7 @@ def test_sums_and_gradients(kind: str | None, temperature: float, trained: bool)
 
 @pytest.mark.parametrize("implementation", PATHS)
 def test_only_the_loss_carries_gradient(implementation: Implementation) -> None:
-    """No other combination of the two sums can be differentiated, in whatever order somebody weighs them."""
+    """The two sums cannot be differentiated, in whatever order somebody weights them."""
     case = make_case(13, 53).to(torch.float32)
     leaves = (case.student.requires_grad_(), case.student_head.requires_grad_())
     result = run(case, *leaves, weights_of(case), implementation=implementation)
@@ -118,7 +118,7 @@ def test_a_factor_that_is_not_the_losss_is_an_error() -> None:
 
 
 def test_a_gradient_that_is_not_a_number_is_passed_on() -> None:
-    """Whoever looks at gradients stops the step; an assertion on a GPU would end the process."""
+    """The check of gradients stops the step; an assertion on a GPU would end the process."""
     case = make_case(13, 53).to(torch.float32)
     weights = replace(weights_of(case), factor=torch.tensor(FACTOR))
     hidden, head = case.student.requires_grad_(), parameter_of_ddp(case.student_head)
@@ -157,7 +157,7 @@ def test_without_a_gradient_no_logits_are_held() -> None:
 @pytest.mark.parametrize("trained", [False, True], ids=["constant-head", "trained-head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_product_beyond_the_least_possible(kind: str, trained: bool) -> None:
-    """Both logits, the hidden states' gradient and a trained head's: with any divergence."""
+    """The products are two for logits, one for the hidden states and one for a trained head, with any divergence."""
     case = make_case(13, 53).to(torch.float32)
     weights = weights_of(case)
     student = (case.student.requires_grad_(), case.student_head.requires_grad_(trained))
@@ -172,7 +172,7 @@ def assert_ranks_match(num_tokens: int, vocab_size: int, padded: int, *, sequenc
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
     whole, rows = weights_of(case), part.tokens
     weights = LossWeights(whole.divergence_N[rows], whole.entropy_N[rows], whole.divergence, whole.entropy)
-    # Ranks with fewer valid rows than others must cut the tokens like them.
+    # Ranks with fewer valid rows must cut the tokens in the same way as the others.
     few = Implementation("torch", held_logits=2 * len(case.student_head) // dist.get_world_size())
     for kind, implementation in itertools.product(
         (*KINDS, None), (few, Implementation("torch"), Implementation("reference"))
@@ -227,5 +227,5 @@ def test_one_chunk_of_logits_is_held_at_a_time() -> None:
     held = 2 * rows * vocab_size  # both models' logits
     others = (
         held / 4 + 4 * sum(tensor.numel() for tensor in student) + 20 * num_tokens
-    )  # an eighth of temporaries
+    )  # temporaries are an eighth
     assert 4 * held < peak_of(call) * MIB < 4 * (held + others)

@@ -1,7 +1,8 @@
-"""Collectives that do nothing until they are waited for: nobody reads a result or overwrites an input too early.
+"""Collectives that do nothing until `wait`: they show that no result is read and no input overwritten too early.
 
-Over gloo a collective is often done before its `wait`; NCCL's runs beside what follows. So here each fills its output
-with NaN (whole numbers: the least) when it begins, and runs, inputs checked to be what they were, in `wait`.
+Over gloo a collective often ends before its `wait`; over NCCL it runs beside the work that follows. Here each fills
+its output with NaN (integers: the smallest number) when it begins. It runs in `wait`, after a check that its inputs
+have not changed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.ops.linear_kl_case import KINDS, RankPart, gradients, loss, make_case
 
 
 def poison(tensor: Tensor) -> float:
-    """What no result holds."""
+    """Return a value that no result has."""
     return float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
 
 
@@ -36,7 +37,7 @@ def is_poisoned(tensor: Tensor) -> bool:
 
 @dataclass(slots=True)
 class Late:
-    """In place of torch's `Work`."""
+    """A stand-in for torch's `Work`."""
 
     finish: Callable[[], None] | None
 
@@ -48,7 +49,7 @@ class Late:
 
 @dataclass(slots=True)
 class LateCollectives:
-    """Those of `torch.distributed` that the operations begin without waiting, made late; counts them."""
+    """Late versions of the asynchronous collectives that the operations use, with a count of calls."""
 
     count: int = 0
 
@@ -101,7 +102,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def assert_the_same_when_late(step: Step, at_least: int) -> None:
-    """Collectives late or at once: the same numbers."""
+    """Assert that late and immediate collectives give the same numbers."""
     at_once = step()
     with LateCollectives().installed() as late:
         results = step()
@@ -113,7 +114,7 @@ def assert_the_same_when_late(step: Step, at_least: int) -> None:
 def linear_kl_step(
     part: RankPart, divergence: Divergence, implementation: Implementation, *, live: bool
 ) -> Step:
-    """Outputs and gradients of this rank's part."""
+    """Return outputs and gradients of this rank's part."""
 
     def step() -> tuple[Tensor, ...]:
         inputs = part.inputs(live=live)
@@ -125,7 +126,7 @@ def linear_kl_step(
 
 
 def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
-    """With so few logits held that every rank has several chunks."""
+    """Return a step that holds so few logits that every rank has several blocks."""
     case = part.case
     weights = LossWeights(case.upstream[0][part.tokens], case.upstream[2][part.tokens], 0.7, 0.3)
 
@@ -147,7 +148,7 @@ def head_loss_step(part: RankPart, divergence: Divergence) -> Step:
 
 
 def delta_step(part: RankPart, *, centred: bool) -> Step:
-    """Gram matrices, cosines, and their gradients to features and head."""
+    """Return Gram matrices, cosines, and their gradients for features and head."""
     case = part.case
 
     def step() -> tuple[Tensor, ...]:
@@ -162,7 +163,7 @@ def delta_step(part: RankPart, *, centred: bool) -> Step:
 
 
 def assert_all_operations(*, sequence_parallel: bool) -> None:
-    """Twelve tokens in chunks of 4, tiles of 5; padding in the last rank's rows."""
+    """Run all operations on twelve tokens in blocks of 4 with tiles of 5; the last rank's rows have padding."""
     size = dist.get_world_size()
     part = RankPart.of(make_case(12, 31, padded=36 if size == 3 else 32), sequence_parallel=sequence_parallel)
     for divergence in (*map(Divergence, KINDS), Divergence(temperature=2.0)):

@@ -1,4 +1,4 @@
-"""linear_kl on one rank: every output and gradient against a float64 reference, precision, memory."""
+"""linear_kl on one rank: every output and gradient, compared with a float64 reference; precision and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.ops.linear_kl_case import (
 
 
 def run(case: Case, divergence: Divergence | None, *, live: bool, **options):
-    """Outputs and student inputs on one rank; by default everything is asked for, in several tiles."""
+    """Return outputs and student inputs on one rank; by default everything is asked for, in several tiles."""
     hidden = case.student.clone().requires_grad_()
     head = case.student_head.clone().requires_grad_(live)
     options = {"labels_N": case.labels} | options
@@ -122,7 +122,7 @@ def test_large_logits_stay_finite() -> None:
         if DIVERGENCES[kind].num_sweeps == 1:
             assert_matches(case, Divergence(kind), live=False)
             continue
-        # The reference's log of a mixture underflows there.
+        # The reference's logarithm of a mixture underflows in this case.
         outputs, hidden, head = run(case.to(torch.float32), Divergence(kind), live=True)
         values = [outputs.divergence_N, *gradients(loss(outputs, case.upstream), hidden, head)]
         assert all(value.isfinite().all() for value in values)
@@ -215,7 +215,7 @@ def test_without_grad_mode_nothing_is_kept() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest number of elements of any tensor that an operation returned."""
+    """The largest number of elements in any tensor that an operation returned."""
 
     numel = 0
 
@@ -239,7 +239,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> 
 
 
 def peak_bytes(case: Case, divergence: Divergence, tile_size: int) -> int:
-    """Most memory allocated at a time, above the start, of a forward and backward pass with constant head."""
+    """Return the peak of allocated memory, above the start, of a forward and backward pass with a constant head."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         outputs, *_ = run(case, divergence, live=False, implementation=tiles(tile_size), labels_N=None)
         loss(outputs, case.upstream).backward()
@@ -258,7 +258,7 @@ def test_memory_is_two_tile_buffers_and_two_of_the_students_size(kind: str) -> N
     tiles, states = 2 * num_tokens * tile_size, 3 * case.student.numel()  # two kept, the leaf of `run`
     blocks = (
         (3 if Divergence(kind).one_sweep else 9) * num_tokens * tile_size // 8
-    )  # temporaries of an eighth
+    )  # temporaries are an eighth
     per_token = 100 * num_tokens
     used = peak_bytes(case, Divergence(kind), tile_size)
     assert 4 * tiles < used < 4 * (tiles + states + blocks + per_token)
@@ -292,7 +292,7 @@ def test_bad_divergence(arguments: dict, message: str) -> None:
 
 
 def test_divergence_of_log_probabilities_matches_by_hand() -> None:
-    """The reference itself, on numbers that can be checked on paper: T = (1/2, 1/2), S = (1/4, 3/4)."""
+    """Check the reference itself on numbers that can be computed by hand: T = (1/2, 1/2), S = (1/4, 3/4)."""
     teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     value = reference_divergence(teacher, log_softmax(student, -1), Divergence("fkl"))
     assert value.item() == pytest.approx(0.143841, abs=1e-6)
@@ -304,7 +304,7 @@ def test_divergence_of_log_probabilities_matches_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", ["fkl", "rkl"])
 def test_skipped_tiles_change_the_gradient_little_and_nothing_else(kind: str) -> None:
-    """Logits so far apart that most tiles hold nothing of a token's probability."""
+    """The logits are so far apart that most tiles hold none of a token's probability."""
     case = make_case(60, 400).to(torch.float32)
     case.student.mul_(6)
     case.teacher.mul_(6)

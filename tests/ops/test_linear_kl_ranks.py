@@ -1,4 +1,4 @@
-"""linear_kl over tensor-parallel ranks: equal to the reference at any size, with the documented collectives."""
+"""linear_kl over tensor-parallel ranks: it equals the reference at any size, with the documented collectives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATHS = (tiles(5), tiles(5, block_rows=4), Implementation("reference"))
 def assert_matches_reference(
     num_tokens: int, vocab_size: int, padded: int, *, sequence_parallel: bool
 ) -> None:
-    """Every divergence, constant and trained head, in float64: outputs and gradients of this rank's part."""
+    """Compare outputs and gradients of this rank's part for every divergence and both kinds of head, in float64."""
     case = make_case(num_tokens, vocab_size, padded=padded)
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
     full = make_case(num_tokens, vocab_size, padded=padded)
@@ -80,7 +80,7 @@ def test_no_tokens_without_sequence_parallelism() -> None:
 
 
 class _Gathered(torch.autograd.Function):
-    """All ranks' tokens; every rank's loss is the whole one, so each takes its own part back."""
+    """Gather of all ranks' tokens; every rank has the whole loss, so that each takes back only its own part."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -115,12 +115,12 @@ def test_gradcheck(kind: str, sequence_parallel: bool) -> None:
 @pytest.mark.parametrize("live", [False, True])
 @distributed(ranks=2)
 def test_collectives(live: bool) -> None:
-    """4 tokens, student width 7, float32."""
+    """There are 4 tokens of student width 7, in float32."""
     case = make_case(4, 30, padded=32).to(torch.float32)
     part = RankPart.of(case, sequence_parallel=False)
     plain = {"needs_lse": False}
     for divergence, options, columns, extra in (
-        (Divergence("fkl"), plain, 6, []),  # 5 and the labels
+        (Divergence("fkl"), plain, 6, []),  # 5, and 1 for the labels
         (Divergence("rkl", temperature=2.0), plain, 8, []),
         (Divergence("jsd"), plain, 5, [("allreduce", 4 * 2 * 4)]),
         (None, {}, 5, []),
@@ -135,7 +135,7 @@ def test_collectives(live: bool) -> None:
 @pytest.mark.parametrize("live", [False, True])
 @distributed(ranks=2)
 def test_collectives_with_sequence_parallelism(live: bool) -> None:
-    """2 tokens of 4, teacher width 12, student width 7, bf16; labels are 8 bytes wide."""
+    """A rank has 2 of 4 tokens; teacher width 12, student width 7, bf16; labels are 8 bytes wide."""
     case = make_case(4, 30, padded=32).to(torch.bfloat16)
     part = RankPart.of(case, sequence_parallel=True)
     hidden, head = part.inputs(live=live)
@@ -149,7 +149,7 @@ def test_collectives_with_sequence_parallelism(live: bool) -> None:
 
 @distributed(ranks=2)
 def test_collectives_are_under_way_during_the_neighbours_products() -> None:
-    """Two chunks of tokens, head trained: what is begun and what is waited for, in order."""
+    """With two blocks of tokens and a trained head, collectives begin and are waited for in this order."""
     part = RankPart.of(make_case(8, 10, padded=12), sequence_parallel=True)
     events: list[str] = []
 

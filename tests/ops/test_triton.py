@@ -1,7 +1,7 @@
-"""The Triton kernels against the float64 reference: on a CPU in Triton's interpreter, else on the GPU.
+"""The Triton kernels, compared with the float64 reference: in Triton's interpreter on a CPU, else on the GPU.
 
-A program's columns are few, so that a small vocabulary crosses several tiles and pieces; every token is a program of
-its own, so that few of them tell as much as many.
+A program has few columns, so that a small vocabulary has several tiles and pieces. Every token is a program of its
+own, so that few tokens show as much as many.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_c
 triton = pytest.importorskip("triton")
 from megatron_fdd.ops.gpu import sweeps  # noqa: E402
 
-# NumPy would warn in the interpreter of what is a NaN on a GPU.
+# Where a GPU computes a NaN, NumPy in the interpreter warns.
 pytestmark = [pytest.mark.filterwarnings("error::RuntimeWarning"), pytest.mark.tier("default")]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TRITON = Implementation("triton", tile_size=16)
 WIDTHS = (40, 37)
-# In values and in gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before they are summed.
+# For values and for gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before their sum.
 TOLERANCES = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 6e-3)}
 
 
 @pytest.fixture(autouse=True)
 def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also, an interpreter that can count: its loops cannot convert their bounds under NumPy 2.4 and later."""
+    """Give programs few columns, and mend the interpreter: its loops cannot convert their bounds from NumPy 2.4 on."""
     monkeypatch.setattr(sweeps, "MOST_COLUMNS", 16)
     if DEVICE != "cpu":
         return
@@ -49,7 +49,7 @@ def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> tuple[LinearKL, list[Tensor]]:
-    """Outputs and, where there are tokens to give any, the student's gradients."""
+    """Return outputs and, if there are tokens, the student's gradients."""
     hidden = case.student.to(DEVICE).clone().requires_grad_()
     head = case.student_head.to(DEVICE).clone().requires_grad_(live)
     teacher = options.pop("teacher", (case.teacher, case.teacher_head))
@@ -135,9 +135,9 @@ def test_the_models_may_have_different_dtypes() -> None:
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
 @pytest.mark.parametrize("kind", ["fkl", "srkl"])
 def test_a_shard_with_labels_elsewhere(kind: str, live: bool) -> None:
-    """The path in plain torch, itself tested on many ranks, says what one rank of several contributes."""
+    """The implementation in plain torch, which has tests on many ranks, gives what one rank of several contributes."""
     case = make_case(18, 40, padded=44, widths=WIDTHS).to(torch.float32)
-    labels_N = torch.arange(18) * 5  # 0 to 85: before, in and after the shard
+    labels_N = torch.arange(18) * 5  # 0 to 85: before, inside and after the shard
     labels_N[::4] = -100
     options = {"shard": VocabShard(25, 40, None), "labels_N": labels_N}
     ours, our_gradients = run(case, Divergence(kind), live=live, **options)
@@ -187,7 +187,7 @@ def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradie
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.2])
 @pytest.mark.parametrize("kind", ["fkl", "rkl"])
 def test_logits_that_leap_from_block_to_block(kind: str, temperature: float) -> None:
-    """Up by hundreds: exponentials relative to the peak before would overflow."""
+    """Logits rise by hundreds: exponentials relative to the earlier peak would overflow."""
     case = make_case(18, 75, widths=WIDTHS).to(torch.float32)
     for head, hidden in ((case.teacher_head, case.teacher), (case.student_head, case.student)):
         head[:, 0] = 2.0 * torch.arange(75) ** 2 / 30
@@ -214,7 +214,7 @@ def test_equal_models_give_zero(kind: str, dtype: torch.dtype) -> None:
 
 
 def concentrated_case() -> Case:
-    """Half of the tokens prefer the first 16 columns so much that all others have hardly any probability."""
+    """Make a case in which half of the tokens give almost all probability to the first 16 columns."""
     case = make_case(8, 80, widths=WIDTHS).to(torch.float32)
     for head, hidden in ((case.teacher_head, case.teacher), (case.student_head, case.student)):
         head[:, 0] = 0.0

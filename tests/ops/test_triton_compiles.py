@@ -1,4 +1,4 @@
-"""The Triton kernels at their real sizes, compiled for GPUs that are not here."""
+"""The Triton kernels at their real sizes, compiled for GPUs that this machine lacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 LINE = re.compile(
     r"\w+ \S+ (?:live|still) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +\d+B *(?P<counts>.*)"
 )
-# Programs of 8 warps: with more registers a multiprocessor has room for fewer than three, too few to hide its loads.
+# A program has 8 warps. With more registers a multiprocessor has room for fewer than three, too few to hide its loads.
 MOST_REGISTERS = 80
 
 
@@ -29,7 +29,7 @@ MOST_REGISTERS = 80
     ],
 )
 def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: set[str]) -> None:
-    """No thread spills; logits are read and weights written many bytes at a time."""
+    """No thread spills registers; logits are read and weights written many bytes at a time."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     # `tv` is not built in.

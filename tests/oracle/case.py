@@ -1,4 +1,4 @@
-"""One way to compute the losses (a layout, models, terms), run through Megatron's schedule, and the expected result."""
+"""One case of the losses (a layout, models, terms), its run through Megatron's schedule, and the expected result."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.oracle.models import build_frozen, build_student, full_gradients, pad
 from tests.oracle.reference import STUDENT, TEACHER, Shape, Terms, Weights
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
-# What every layout must keep (docs/gradients.md).
+# Every layout must keep this tolerance (docs/gradients.md).
 TERM_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the same thing."""
+    """One way to compute the same numbers."""
 
     tp: int = 1
     pp: int = 1
@@ -58,7 +58,7 @@ class Case:
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
     transformer_impl: str = "local"
-    student_options: tuple[tuple[str, Any], ...] = ()  # of TransformerConfig
+    student_options: tuple[tuple[str, Any], ...] = ()  # fields of TransformerConfig
     teacher_options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -68,7 +68,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What one step gave: token means and full gradients, in float64."""
+    """The result of one step: token means and full gradients, in float64."""
 
     means: dict[str, float]
     gradients: Weights
@@ -98,7 +98,7 @@ def fdd_config(case: Case) -> FddConfig:
 
 
 def frozen_teacher(case: Case, topology: Topology) -> GPTModel:
-    """On every rank: the case's teacher with random weights."""
+    """Return, on every rank, the case's teacher with random weights."""
     return build_frozen(
         case.teacher,
         reference.random_weights(case.teacher, 2),
@@ -116,7 +116,7 @@ def join(
     iteration: Callable[[], int] = lambda: 0,
     make_teacher: Callable[[Case, Topology], GPTModel] = frozen_teacher,
 ) -> tuple[list[torch.nn.Module], GPTModel, StepHooks]:
-    """On every rank: the student's chunks, the teacher, and what Megatron's schedule runs of both."""
+    """Return, on every rank, the student's chunks, the teacher, and the hooks that Megatron's schedule runs with."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     config = fdd_config(case)
@@ -143,7 +143,7 @@ def join(
 
 
 def schedule_step(case: Case, chunks: list[torch.nn.Module], steps: StepHooks) -> list[dict[str, Tensor]]:
-    """Forward and backward of this rank's share of the batches; gradients are zero before."""
+    """Run this rank's share of the batches forward and backward, with gradients that start at zero."""
     mine = case_batches(case)[parallel_state.get_data_parallel_rank() :: case.dp]
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -160,7 +160,7 @@ def schedule_step(case: Case, chunks: list[torch.nn.Module], steps: StepHooks) -
 
 
 def run_step(case: Case) -> Result:
-    """Body on every rank: one training step's forward and backward passes."""
+    """Run, on every rank, one training step's forward and backward passes."""
     chunks, teacher, steps = join(case)
     means = schedule_step(case, chunks, steps)
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
@@ -168,7 +168,7 @@ def run_step(case: Case) -> Result:
 
 
 def step_result(case: Case, chunks: list[torch.nn.Module], means: list[dict[str, Tensor]]) -> Result:
-    """On every rank: what the step that just ended gave."""
+    """Return, on every rank, the result of the step that just ended."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     weights = reference.random_weights(case.student, 1)
     gradients = full_gradients(chunks, topology, case.student.vocab, weights)
@@ -188,9 +188,9 @@ def shard_vocab(case: Case) -> int:
 
 
 def expected(case: Case) -> Result:
-    """The float64 reference on all tokens at once; computed once for all layouts. Not to be changed by a caller."""
+    """Return the float64 reference on all tokens at once. It is shared by all layouts: a caller must not change it."""
     free = ("terms", "student", "teacher", "micro_batches", "packed", "length")
-    # What a test may have put in the place of these is another result.
+    # A test may have replaced these, which gives another result.
     sources = (reference.random_batches, reference.random_weights, reference.double)
     return _reference(Case(**{name: getattr(case, name) for name in free}), sources)
 
@@ -209,12 +209,12 @@ def _reference(case: Case, _sources: tuple[Callable[..., Any], ...]) -> Result:
 
 
 def small(case: Case) -> Case:
-    """As small as its claim lets a case be: every layer and micro-batch has its collectives.
+    """Make a case as small as its claim allows: every layer and micro-batch costs collectives.
 
-    Three taps need four student layers; on two stages one of them has student and teacher on different ones, as
-    `Terms()` has. Two micro-batches for each data-parallel rank show that they add up; only a pipeline needs more, to
-    fill and to drain. A case with taps or stages of its own keeps them, and one whose logits are so large
-    (tied heads) that float32 is near the tolerance.
+    Three taps need four student layers; on two stages, one tap has student and teacher on different stages, as in
+    `Terms()`. Two micro-batches for each data-parallel rank show that they add up; only a pipeline needs more, to
+    fill and to drain. A case keeps its own taps or stages, and a case with tied heads keeps its size: its logits are so
+    large that float32 is near the tolerance.
     """
     if case.pp == 1:
         case = replace(case, micro_batches=min(case.micro_batches, 2 * case.dp))

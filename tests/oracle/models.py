@@ -1,4 +1,4 @@
-"""Stock Megatron models with given full weights, cut for this rank; and their gradients put together again."""
+"""Stock Megatron models with given full weights, cut for this rank, and the assembly of their full gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_fdd.step.teacher.arguments import even_layout
 from megatron_fdd.step.teacher.loading import build_stage
 from tests.oracle.reference import Shape, Weights
 
-# Padding of the vocabulary: a multiple of this times the tensor-parallel size.
+# The vocabulary is padded to a multiple of this times the tensor-parallel size.
 DIVISIBLE_BY = 4
 
 
@@ -35,7 +35,7 @@ def model_config(
     transformer_impl: str = "local",
     **options: object,
 ) -> GPTModelConfig:
-    """The Megatron configuration of `shape` on this layout; `options` go to TransformerConfig."""
+    """Return the Megatron configuration of `shape` on this layout; `options` go to TransformerConfig."""
     layout = None
     if topology.num_stages > 1:
         layout = even_layout(shape.num_layers, topology.num_stages * (virtual or 1))
@@ -76,7 +76,7 @@ def model_config(
         moe_token_dispatcher_type="alltoall",
         pipeline_model_parallel_layout=layout,
         virtual_pipeline_model_parallel_size=virtual,
-        # The only form of interleaved sends that gloo has.
+        # gloo supports only this form of interleaved sends.
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         deallocate_pipeline_outputs=True,  # as megatron.training always sets it
@@ -106,7 +106,7 @@ def build_student(
     ddp: dict | None = None,
     **options: object,
 ) -> torch.nn.Module:
-    """A GPTModel in Megatron's DistributedDataParallel."""
+    """Build a GPTModel in Megatron's DistributedDataParallel."""
     model_parallel_cuda_manual_seed(1)
     builder = GPTModelBuilder(model_config(shape, topology, dtype, **options))
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {}))
@@ -125,7 +125,7 @@ def build_frozen(
     padded_like: Shape,
     **options: object,
 ) -> GPTModel:
-    """A GPTModel in evaluation mode without gradients; its vocabulary is padded as another model's."""
+    """Build a GPTModel in evaluation mode without gradients; its vocabulary is padded like that of `padded_like`."""
     model_parallel_cuda_manual_seed(1)
     config = model_config(shape, topology, dtype, **{"fp8_param": "fp8" in options, **options})
     config.vocab_size = padded_vocab(padded_like, topology)
@@ -149,7 +149,7 @@ def load_weights(model: GPTModel, weights: Weights, topology: Topology) -> None:
 def full_name(
     model: GPTModel, name: str, weights: Weights, topology: Topology, expert_rank: int | None = None
 ) -> str:
-    """A parameter's name in the whole model: layers count from the stage's first, experts from the rank's first."""
+    """Return a parameter's name in the whole model; `name` counts layers of the stage and experts of the rank."""
     if name == "output_layer.weight" and name not in weights:
         return "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
     if not name.startswith("decoder.layers."):
@@ -157,7 +157,7 @@ def full_name(
     _, _, layer, rest = name.split(".", 3)
     rest = re.sub(r"^self_attention.linear_qkv.layer_norm_", "input_layernorm.", rest)  # TransformerEngine's
     rest = re.sub(r"^mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.", rest)
-    rest = re.sub(  # of experts that are multiplied together
+    rest = re.sub(  # experts that are multiplied together
         r"^(mlp\.experts)\.(linear_fc[12])\.weight(\d+)$", r"\1.local_experts.\3.\2.weight", rest
     )
     if is_expert(name):
@@ -171,7 +171,7 @@ def full_name(
 def full_gradients(
     chunks: list[torch.nn.Module], topology: Topology, vocab: int, weights: Weights
 ) -> Weights:
-    """Every parameter's `main_grad` as one full tensor, the same on all ranks, in host memory."""
+    """Return every parameter's `main_grad` as one full tensor, the same on all ranks, in host memory."""
     gradients: Weights = {}
     for student in unwrap_model(chunks):
         for name, parameter in student.named_parameters():

@@ -1,4 +1,4 @@
-"""Stock Megatron without distillation, to compare with: the same chunks, micro-batches and schedule."""
+"""Stock Megatron without distillation, for comparison: the same chunks, micro-batches and schedule."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.oracle.models import build_student
 
 
 def train_plainly(case: Case) -> None:
-    """Body on every rank: one step with cross-entropy only, through the model's own head."""
+    """Run, on every rank, one step with cross-entropy only, through the model's own head."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     chunks = build_student(case.student, reference.random_weights(case.student, 1), topology, dtype)

@@ -1,4 +1,4 @@
-"""What every layout must reproduce: the models and the losses of docs/method.md in plain float64, on one process.
+"""The reference that every layout must reproduce: models and losses of docs/method.md in plain float64, one process.
 
 Nothing here is shared with the package: no tiles, no Gram matrices, no Megatron. Weights are dicts of full
 tensors under the names of a stock GPTModel.
@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.oracle.reference_experts import balancing_loss, feed_forward, mlp_prefixes, routing
 
 Weights = dict[str, Tensor]
-# Sequences: only a router's balancing loss cares where a micro-batch ends.
+# Sequences in a micro-batch: only a router's balancing loss depends on where a micro-batch ends.
 MICRO_BATCH = 2
 
 
@@ -43,7 +43,7 @@ TEACHER = Shape(num_layers=10, hidden=72, heads=12, groups=12, head_width=8, ffn
 
 
 def random_weights(shape: Shape, seed: int) -> Weights:
-    """Full tensors, float32 values large enough that no gradient is negligible."""
+    """Make full tensors of float32 values, large enough that no gradient is negligible."""
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> Tensor:
@@ -60,7 +60,7 @@ def random_weights(shape: Shape, seed: int) -> Weights:
         weights[prefix + "self_attention.linear_qkv.weight"] = matrix(query + 2 * key, shape.hidden)
         weights[prefix + "self_attention.linear_proj.weight"] = matrix(shape.hidden, query)
         weights[prefix + "pre_mlp_layernorm.weight"] = norm()
-        if shape.experts is not None:  # a router sharp enough that no two experts tie
+        if shape.experts is not None:  # the router is so sharp that no two experts tie
             weights[prefix + "mlp.router.weight"] = matrix(shape.experts, shape.hidden, 3.0)
         for mlp in mlp_prefixes(shape.experts, prefix):
             weights[mlp + "linear_fc1.weight"] = matrix(2 * shape.ffn, shape.hidden)
@@ -72,14 +72,14 @@ def random_weights(shape: Shape, seed: int) -> Weights:
 
 
 def double(weights: Weights, *, requires_grad: bool) -> Weights:
-    """A float64 copy to differentiate."""
+    """Return a float64 copy that can be differentiated."""
     return {name: value.double().requires_grad_(requires_grad) for name, value in weights.items()}
 
 
 def forward(
     shape: Shape, weights: Weights, batch: dict[str, Tensor], probabilities: list[Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Final normed hidden states [B, S, H], and the output of every block.
+    """Return the final normed hidden states [B, S, H], and the output of every layer.
 
     Appends to `probabilities` each router's softmax over all experts [B, S, E].
     """
@@ -111,7 +111,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def forbidden_pairs(batch: dict[str, Tensor]) -> Tensor:
-    """bool [B, 1, query, key]: later tokens, and tokens of other documents of a packed sequence."""
+    """Return bool [B, 1, query, key]: later tokens, and tokens of other documents in a packed sequence."""
     length = batch["tokens"].shape[1]
     later = torch.ones(length, length).triu(1).bool()
     if "cu_seqlens" not in batch:
@@ -122,7 +122,7 @@ def forbidden_pairs(batch: dict[str, Tensor]) -> Tensor:
 
 
 def attention(shape: Shape, qkv: Tensor, places: Tensor, forbidden: Tensor) -> Tensor:
-    """Causal attention; Megatron keeps the queries of a group beside its key and value."""
+    """Compute causal attention; Megatron keeps the queries of a group beside its key and value."""
     batch, length, _ = qkv.shape
     per_group = shape.heads // shape.groups
     grouped = qkv.view(batch, length, shape.groups, per_group + 2, shape.head_width)
@@ -135,7 +135,7 @@ def attention(shape: Shape, qkv: Tensor, places: Tensor, forbidden: Tensor) -> T
 
 
 def rotate(x: Tensor, places: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary position embedding of [B, S, heads, width] at places [B, S], halves rotated."""
+    """Apply rotary position embedding to [B, S, heads, width] at places [B, S], rotating halves."""
     width = x.shape[-1]
     frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angle = places[..., None].double() * frequency
@@ -146,7 +146,7 @@ def rotate(x: Tensor, places: Tensor, base: float = 10000.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Terms:
-    """How to put the loss together; defaults as in FddConfig."""
+    """The composition of the loss, with the defaults of FddConfig."""
 
     pairs: tuple[tuple[int, int], ...] = ((1, 2), (3, 6), (4, 8))
     alpha: float = 1.0
@@ -167,7 +167,7 @@ class Terms:
 def distillation_loss(
     terms: Terms, shapes: tuple[Shape, Shape], weights: tuple[Weights, Weights], batch: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Total (a mean over tokens) and the token mean of every term, for (student, teacher).
+    """Return the total (a mean over tokens) and the token mean of every term, for (student, teacher).
 
     Source: docs/method.md.
     """
@@ -209,7 +209,7 @@ def distillation_loss(
         parts[f"delta s{s}:t{t}"] = mean(1 - cosine, term)
         total = total + terms.beta * parts[f"delta s{s}:t{t}"] / (len(terms.pairs) - 1)
     means = {name: value.item() for name, value in parts.items()} | {"total": total.item()}
-    if student_shape.aux_loss:  # Megatron adds its gradient only; the log of the loss knows nothing of it
+    if student_shape.aux_loss:  # Megatron adds only its gradient; the reported loss does not contain it
         total = (
             total
             + student_shape.aux_loss * balancing_loss(routers, student_shape.topk, MICRO_BATCH) / label.sum()
@@ -236,7 +236,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum(-1)
 
 
-# From both log-probabilities over the whole vocabulary and the mix.
+# Functions of both log-probabilities over the whole vocabulary and the mix.
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "fkl": lambda log_t, log_s, _: (log_t.exp() * (log_t - log_s)).sum(-1),
     "rkl": lambda log_t, log_s, _: (log_s.exp() * (log_s - log_t)).sum(-1),
@@ -262,7 +262,7 @@ def divergence(
 
 
 def random_batches(num: int, batch: int, length: int, vocab: int, seed: int = 11) -> list[dict[str, Tensor]]:
-    """Micro-batches with random masks; padding (token_mask 0) never has a label."""
+    """Make micro-batches with random masks; padding (token_mask 0) never has a label."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(num):
@@ -278,7 +278,7 @@ def random_batches(num: int, batch: int, length: int, vocab: int, seed: int = 11
 
 
 def packed(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same tokens as documents of random lengths, in the form of Megatron's GPTDataset."""
+    """Return the same tokens as documents of random lengths, in the form of Megatron's GPTDataset."""
     generator = torch.Generator().manual_seed(12)
     return [batch | _boundaries(*batch["tokens"].shape, generator) for batch in batches]
 
@@ -297,5 +297,5 @@ def _boundaries(rows: int, length: int, generator: torch.Generator) -> dict[str,
 
 
 def stacked(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All micro-batches as one: token means do not care where a micro-batch ends."""
+    """Join all micro-batches into one: token means do not depend on where a micro-batch ends."""
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def mlp_prefixes(num_experts: int | None, layer: str) -> list[str]:
-    """Of the feed-forward matrices of a layer: one set, or one for each expert."""
+    """Return the prefixes of a layer's feed-forward matrices: one, or one for each expert."""
     if num_experts is None:
         return [layer + "mlp."]
     return [f"{layer}mlp.experts.local_experts.{expert}." for expert in range(num_experts)]
@@ -20,15 +20,15 @@ def feed_forward(weights: dict[str, Tensor], prefix: str, h: Tensor) -> Tensor:
 
 
 def routing(logits: Tensor, topk: int) -> Tensor:
-    """Megatron's default: a softmax over the chosen experts' logits; 0 for the others."""
+    """Compute Megatron's default routing: a softmax over the chosen experts' logits; 0 for the others."""
     values, experts = logits.topk(topk, -1)
     return torch.zeros_like(logits).scatter(-1, experts, values.softmax(-1))
 
 
 def balancing_loss(probabilities: list[Tensor], topk: int, micro_batch: int) -> Tensor:
-    """Switch Transformer's loss, a sum over layers and micro-batches, times the tokens of a micro-batch.
+    """Compute Switch Transformer's loss, a sum over layers and micro-batches, times the tokens of a micro-batch.
 
-    That factor is what makes Megatron's division by the step's tokens an average over micro-batches.
+    With that factor, Megatron's division by the step's tokens gives a mean over micro-batches.
     """
     total = torch.zeros((), dtype=torch.float64)
     for p_BSE in probabilities:

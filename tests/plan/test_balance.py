@@ -1,5 +1,5 @@
-"""The load of each pipeline chunk, the bubble, and the layout which evens it out: checked against counted products,
-closed forms, brute force and Megatron's own schedule and layout parser."""
+"""The load of each pipeline chunk, the bubble, and the layout that evens it out, compared with counted products,
+closed forms, brute force, and Megatron's own schedule and layout parser."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
         (FddConfig(lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
         (FddConfig(kd_weight=0, teacher_load="x", sample_tokens=0.5), (2 * (7 + 5) + 4 * 5) / 2, 0),
         (FddConfig(beta=0, kd_weight=0, teacher_load="x", sample_one_tap=True), (2 * (7 + 5) + 2 * 5) / 4, 0),
-        # In three of four steps the log-sum-exps of the tap before, too.
+        # Three of four steps also need the log-sum-exps of the earlier tap.
         (
             FddConfig(kd_weight=0, teacher_load="x", sample_one_tap=True, sample_tokens=0.8),
             0.2 * (44 + 0.75 * 34),
@@ -187,7 +187,7 @@ def test_a_stage_runs_megatrons_order(num_stages: int, virtual: int, microbatche
             (2 * num_chunks - 1 - ((virtual - 1 - chunk) * num_stages + stage), microbatch)
             for microbatch, chunk in table
         ]
-        # After the warm-up forward and backward take turns until no forward is left.
+        # After the warm-up, forward and backward take turns until no forward is left.
         kinds = "".join("f" if step < num_chunks else "b" for step, _ in tasks)
         assert re.fullmatch(f"f{{{num_ahead}}}(fb)*b{{{num_ahead}}}", kinds)
 
@@ -209,7 +209,7 @@ def test_the_heaviest_stage_sets_the_pace_of_1f1b() -> None:
 
 
 def test_equal_stages_of_unequal_chunks_wait() -> None:
-    """Why the heaviest chunk counts: both splits give each stage 12 layers."""
+    """Both splits give each stage 12 layers; this shows why the heaviest chunk counts."""
     flops = TokenFlops(6, 0, 0)
     even = bubble_fraction(chunk_loads(flops, [[6, 6], [6, 6]], ()), 8)
     assert bubble_fraction(chunk_loads(flops, [[1, 11], [1, 11]], ()), 8) > 3 * even
@@ -231,7 +231,7 @@ def test_megatron_reads_the_layout(
     decoders = [[chunk.count(LayerType.decoder) for chunk in stage] for stage in layout.layout]
     assert decoders == split
     assert min(itertools.chain(*split)) >= 1
-    # Megatron's order of layers is the one that places the taps.
+    # Megatron's order of layers decides where the taps are.
     order = [(stage, chunk) for chunk in range(virtual) for stage in range(num_stages)]
     owners = [owner for owner in order for _ in range(decoders[owner[0]][owner[1]])]
     for load in chunk_loads(flops, split, taps):

@@ -1,4 +1,4 @@
-"""A command line that cannot be read: empty texts, unknown choices, ranks that are no numbers."""
+"""Command lines that cannot be read: empty texts, unknown choices, ranks that are not numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_fdd.plan import command_line
 
 @cache
 def parser() -> argparse.ArgumentParser:
-    """Megatron's with our flags, as a run makes it."""
+    """Return Megatron's parser with our flags, as a run makes it."""
     with pytest.MonkeyPatch.context() as patch:
         megatrons = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
         patch.setattr(command_line, "parse_args", lambda add_args: add_args(megatrons))
@@ -63,7 +63,7 @@ def test_an_empty_value_among_others_is_refused() -> None:
     ("flag", "known"), [("--attention-backend", "flash, fused, unfused"), ("--exit-signal", ".*SIGTERM")]
 )
 def test_an_unknown_member_of_an_enum_is_refused(flag: str, known: str) -> None:
-    """Megatron's parser ends with a KeyError."""
+    """Megatron's own parser ends with a KeyError."""
     with pytest.raises(ValueError, match=rf"{flag}: 'typo': must be one of {known}.* \(see --help\)"):
         parser().parse_args([flag, "typo"])
     assert vars(parser().parse_args(["--attention-backend", "flash"]))["attention_backend"].name == "flash"

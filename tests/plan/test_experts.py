@@ -1,4 +1,4 @@
-"""Mixtures of experts: layouts, whose groups they use, Megatron's own router losses, and what the plan counts."""
+"""Mixtures of experts: layouts, their process groups, Megatron's own router losses, and the counts of the plan."""
 
 from __future__ import annotations
 
@@ -71,21 +71,21 @@ EXPERTS = {
 @pytest.mark.tier("default")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
-    """The router's balancing loss included."""
+    """The gradients include the router's balancing loss."""
     case = small(EXPERTS[name])
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)
 
 
-# A multiple of the padding: Megatron's own cross-entropy counts padded rows.
+# The vocabulary is a multiple of the padding, because Megatron's own cross-entropy counts padded rows.
 WHOLE_VOCABULARY = replace(STUDENT_EXPERTS, vocab=48)
 ITS_TEACHER = replace(TEACHER, vocab=48)
 ONLY_CE = Terms(alpha=0.0, beta=0.0, kd=0.0, ce=1.0)
 
 
 def expert_groups(size: int) -> dict[str, list[int]]:
-    """Body on every rank: the ranks of each expert group of a teacher whose experts `size` ranks share."""
+    """Return, on every rank, the ranks of each expert group of a teacher whose experts `size` ranks share."""
     collection = Topology.from_megatron(sequence_parallel=False).with_experts(size).collection
     names = ("ep", "expt_tp", "tp_ep", "expt_dp")
     return {name: dist.get_process_group_ranks(getattr(collection, name)) for name in names}
@@ -96,13 +96,13 @@ def expert_groups(size: int) -> dict[str, list[int]]:
 def test_groups_are_those_that_megatron_makes(sizes: dict[str, int]) -> None:
     wanted = run_on_ranks(expert_groups, Layout(ep=2, **sizes), {"size": 2})
     assert run_on_ranks(expert_groups, Layout(**sizes), {"size": 2}) == wanted
-    # And back: experts of the student that the teacher does not spread.
+    # The reverse: the student's experts are spread, the teacher's are not.
     single = run_on_ranks(expert_groups, Layout(**sizes), {"size": 1})
     assert run_on_ranks(expert_groups, Layout(ep=2, **sizes), {"size": 1}) == single
 
 
 def plain_gradients(case: Case) -> Weights:
-    """Body on every rank: the gradients of Megatron's own cross-entropy, nothing of this package in the way."""
+    """Return, on every rank, the gradients of Megatron's own cross-entropy, without this package."""
     topology = Topology.from_megatron(sequence_parallel=case.sequence_parallel)
     weights = reference.random_weights(case.student, 1)
     options = dict(case.recompute) | {"grad_scale_func": lambda loss: loss * case.loss_scale}
@@ -156,7 +156,7 @@ def test_router_losses_are_those_of_plain_megatron(
     for name, gradient in plain.items():
         assert relative(ours.gradients[name] - gradient, gradient) < 1e-5, name
     router = "decoder.layers.0.mlp.router.weight"
-    assert relative(plain[router] - without[router], plain[router]) > 1e-3  # it was there at all
+    assert relative(plain[router] - without[router], plain[router]) > 1e-3  # the balancing loss has an effect
 
 
 QWEN3_30B_A3B = Namespace(
@@ -174,7 +174,7 @@ def changed(args: Namespace, **changes: object) -> Namespace:
 
 def test_a_known_model_has_its_published_size() -> None:
     assert held_parameters(QWEN3_30B_A3B) == pytest.approx(30.5e9, rel=2e-3)
-    # 3.3 billion are active: a dense model as wide as what a token passes.
+    # 3.3 billion are active, as in a dense model with the width that a token passes.
     dense = changed(
         QWEN3_30B_A3B, num_experts=None, ffn_hidden_size=ModelShape.of_args(QWEN3_30B_A3B).active_ffn
     )
@@ -200,7 +200,7 @@ SHARED_WIDTH, PATTERN = 20, [0, 1, 1, 0, 1, 1]
 
 
 def count_matrices() -> int:
-    """Body on every rank: how many numbers the matrices of this rank's model hold."""
+    """Return, on every rank, how many numbers the matrices of this rank's model hold."""
     topology = Topology.from_megatron(sequence_parallel=False)
     options = {"moe_shared_expert_intermediate_size": SHARED_WIDTH, "moe_layer_freq": PATTERN}
     model = build_stage(model_config(STUDENT_EXPERTS, topology, torch.float32, **options), topology)
@@ -244,7 +244,7 @@ def test_a_dense_teacher_inherits_no_experts() -> None:
     teacher = teacher_args(Namespace(num_layers=2), RUN)
     assert (teacher.num_experts, teacher.expert_model_parallel_size) == (None, 1)
     assert (teacher.moe_ffn_hidden_size, teacher.moe_layer_freq) == (None, 1)
-    # So that the mistake can be named.
+    # This passes, so that a later check can name the mistake.
     assert teacher_args(Namespace(num_layers=2), RUN, expert_size=2).expert_model_parallel_size == 2
 
 

@@ -1,4 +1,4 @@
-"""FP8 of student and teacher: whose flags go where, and which shapes TransformerEngine would refuse late."""
+"""FP8 of student and teacher: the effect of their flags, and the shapes that TransformerEngine would refuse late."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_teacher_follows_neither_the_student_nor_its_own_training() -> None:
     teacher = teacher_args(stored, run)
     assert (teacher.fp8, teacher.fp8_recipe) == ("e4m3", "mxfp8")
     assert not teacher.fp8_output_proj
-    assert (teacher.fp8_param_gather, teacher.use_cpu_initialization) == (True, False)  # no bf16 beside it
+    assert (teacher.fp8_param_gather, teacher.use_cpu_initialization) == (True, False)  # no copy in bf16
     assert (teacher.first_last_layers_bf16, teacher.num_layers_at_start_in_bf16) == (True, 2)
     run.teacher_fp8_recipe = "delayed"
     assert not teacher_args(
@@ -57,7 +57,7 @@ MODEL = Namespace(
 )  # fmt: skip
 
 
-# Every layer has experts: no matrix is as wide as ffn_hidden_size.
+# Every layer has experts, so that no matrix is as wide as ffn_hidden_size.
 MIXTURE = {
     "num_experts": 4,
     "moe_ffn_hidden_size": 160,
@@ -171,7 +171,7 @@ def test_a_student_resumes_grouped_experts_scales_as_they_were_cut(monkeypatch: 
 
 
 def test_extra_states_are_read_from_files_opened_once(tmp_path: Path) -> None:
-    """Of thousands of experts, on a file system where opening takes its time."""
+    """A checkpoint may have thousands of experts, on a file system where opening a file is slow."""
     stored, contents = {}, {"__0_0.distcp": b"", "__1_0.distcp": b""}
     for expert in range(6):
         name = f"__{expert % 2}_0.distcp"

@@ -1,4 +1,4 @@
-"""What the dry run says of memory: by hand for a large layout, and by what a step really holds for small ones."""
+"""The dry run's estimate of memory, compared with a calculation by hand (large layout) and a real step (small ones)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 def arguments(shape: Shape, case: Case, padded_vocab: int, **more: object) -> argparse.Namespace:
-    """What the estimate reads of Megatron's arguments."""
+    """Return the arguments of Megatron that the estimate reads."""
     values = {
         "world_size": case.tp * case.pp * case.dp,
         "tensor_model_parallel_size": case.tp,
@@ -65,7 +65,7 @@ def arguments(shape: Shape, case: Case, padded_vocab: int, **more: object) -> ar
         "first_last_layers_bf16": False,
         "num_layers_at_start_in_bf16": 1,
         "num_layers_at_end_in_bf16": 1,
-        # What Megatron's own estimates read besides.
+        # Megatron's own estimates read these too.
         "normalization": "RMSNorm",
         "multi_latent_attention": False,
         "mtp_num_layers": None,
@@ -81,7 +81,7 @@ def arguments(shape: Shape, case: Case, padded_vocab: int, **more: object) -> ar
 
 
 def estimate(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace) -> dict[str, int]:
-    """The dry run's figures in bytes, by their names without numbers."""
+    """Return the dry run's figures in bytes, by their names without numbers."""
     with patch.object(dry_run, "_MIB", 1):
         text = dry_run.describe_plan(plan, args, teacher)
     lines = text.split("estimated memory per rank, MiB:\n")[1].splitlines()
@@ -102,8 +102,8 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     teacher = arguments(LARGE_TEACHER, case, 128256, **size)
     config = FddConfig(teacher_load="given")
     plan = Plan(config, plan_pairs(config, 32, 80), 8, (1,) * 32, (10,) * 8, 128256, 128256)
-    # Blocks 6, 12, 18 and 24 of the student are on chunks 5, 11, 17 and 23, that is stages 5, 3, 1 and 7. Each
-    # but the first tap needs the teacher's features of the tap before, which arrives as a carry.
+    # Blocks 6, 12, 18 and 24 of the student are on chunks 5, 11, 17 and 23, that is on stages 5, 3, 1 and 7. Each tap
+    # except the first needs the teacher's features of the earlier tap, which arrives as a carry.
     assert [sorted(plan.teacher_pairs(stage)) for stage in range(8)] == [
         [], [1, 2], [], [0, 1], [], [0], [], [2, 3]
     ]  # fmt: skip
@@ -114,7 +114,7 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     assert figures["teacher taps, x micro-batch(es)"] == 2 * 64 * rows * 8192 * 2
     assert figures["teacher's final hidden states, micro-batch(es)"] == 64 * rows * 8192 * 2
     assert figures["features of tap(s), both models, float32"] == rows * (8192 + 4096) * 4
-    # Of a chunk of an interleaved schedule at most 16 micro-batches wait for their backward pass.
+    # In an interleaved schedule at most 16 micro-batches of a chunk wait for their backward pass.
     assert figures["gradients kept from the forward pass, float32"] == 16 * 2 * 4096 * 4096 * 4
     assert figures["Gram matrices, float32"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
     drawn = estimate(replace(plan, config=replace(config, sample_tokens=0.25)), args, teacher)
@@ -123,13 +123,13 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     in_fp8 = estimate(replace(plan, config=replace(config, tap_dtype="fp8")), args, teacher)
     assert in_fp8["teacher taps, x micro-batch(es)"] == 2 * 64 * rows * (8192 + 4)
     assert in_fp8["teacher's final hidden states, micro-batch(es)"] == 64 * rows * 8192 * 2
-    # Of the first stage: 10 layers and the embedding, cut in two, 2 bytes each.
+    # The first stage has 10 layers and the embedding, cut in two, with 2 bytes for each number.
     layer = 8192 * 128 * (2 * 64 + 2 * 8) + 3 * 8192 * 28672
     assert figures["teacher weights"] == 10 * layer + 128256 * 8192
 
 
 def test_weights_in_fp8_by_hand() -> None:
-    """As above without virtual stages; `tests/transformer_engine/test_copies.py` compares with what is held."""
+    """The layout is the same without virtual stages; `tests/transformer_engine/test_copies.py` measures real bytes."""
     case = Case(tp=2, pp=8, dp=4, bf16=True)
     config = FddConfig(teacher_load="given")
     plan = Plan(config, plan_pairs(config, 32, 80), 8, (4,) * 8, (10,) * 8, 128256, 128256)
@@ -162,8 +162,8 @@ def test_weights_in_fp8_by_hand() -> None:
 
 
 def test_the_student_of_a_large_layout_by_hand() -> None:
-    """As above with sequence parallelism, and without virtual stages: 8 billion parameters, of which stage 0 holds
-    4 layers and the embeddings."""
+    """The layout is the same with sequence parallelism and without virtual stages. The student has 8 billion
+    parameters; stage 0 holds 4 layers and the embeddings."""
     case = Case(tp=2, pp=8, dp=4, sequence_parallel=True, bf16=True)
     size = {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 256}
     selective = arguments(LARGE_STUDENT, case, 128256, **size, recompute_granularity="selective")
@@ -172,8 +172,8 @@ def test_the_student_of_a_large_layout_by_hand() -> None:
     weights = "student weights, gradients and optimizer"
     figures = student_bytes(selective, 64, 4)
     assert figures[weights] == pytest.approx(parameters * (2 + 4 + 12 / 4), rel=1e-3)
-    # Korthikanti et al.: 34 bytes a token and unit of width with a plain feed-forward layer, here 18 + 4 ffn / h;
-    # 8 micro-batches in flight of 4 layers each.
+    # Korthikanti et al. count 34 bytes for each token and unit of width with a plain feed-forward layer, here
+    # 18 + 4 ffn / h; 8 micro-batches in flight, with 4 layers each.
     activations = 32 * 4096 * (18 * 4096 + 4 * 14336) / 2
     assert figures["student activations, as Megatron estimates"] == pytest.approx(activations, rel=1e-2)
     uniform = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -190,7 +190,7 @@ def test_the_student_of_a_large_layout_by_hand() -> None:
 
 
 def test_the_fullest_stage_of_an_uneven_split() -> None:
-    """Layers 10, 8, 8, 6: as if all stages had 10. Ranks that share a sequence share the optimizer's state too."""
+    """Layers 10, 8, 8, 6 count as if all stages had 10. Ranks that share a sequence share the optimizer's state too."""
     case = Case(pp=4, dp=2, bf16=True)
     args = arguments(LARGE_STUDENT, case, 128256, global_batch_size=32 * MICRO_BATCH)
     even = student_bytes(args, 16, 10)
@@ -211,8 +211,8 @@ def test_the_fullest_stage_of_an_uneven_split() -> None:
         (
             (8, 8, 8, 8),
             4,
-        ),  # blocks 6, 12, 18, 24: of stage 0 four micro-batches, of stage 2 two of one tap each
-        ((5, 8, 11, 8), 6),  # two on stage 1, with three micro-batches each, two on stage 2
+        ),  # blocks 6, 12, 18, 24: one tap of four micro-batches on stage 0, two taps of two on stage 2
+        ((5, 8, 11, 8), 6),  # two taps on stage 1, with three micro-batches each; two taps on stage 2
     ],
 )
 def test_taps_that_wait_for_their_backward_pass(split: tuple[int, ...], taps: int) -> None:
@@ -232,7 +232,7 @@ def test_taps_that_wait_for_their_backward_pass(split: tuple[int, ...], taps: in
     [(Case(bf16=True), ["student head", "teacher head"]), (Case(pp=4, bf16=True), ["teacher taps"])],
 )
 def test_the_sum_counts_nothing_twice(case: Case, left_out: list[str]) -> None:
-    """Of one stage the heads are part of the weights; taps in host memory are not on the device."""
+    """With one stage the heads are part of the weights; taps in host memory are not on the device."""
     args = arguments(LARGE_STUDENT, case, 128256, global_batch_size=8)
     teacher = arguments(LARGE_TEACHER, case, 128256)
     config = FddConfig(teacher_load="given", offload_teacher_taps=True)
@@ -246,7 +246,7 @@ def test_the_sum_counts_nothing_twice(case: Case, left_out: list[str]) -> None:
 
 
 def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
-    """Body on every rank: what this stage holds after the teacher's run and in its terms; and the estimate."""
+    """Return, on every rank, what this stage holds after the teacher's run and in its terms; and the estimate."""
     held: dict[str, int] = {}
     plans: list[Plan] = []
     real_run, real_connect = PipelinedTeacher.run, distill.connect

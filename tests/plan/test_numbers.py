@@ -1,4 +1,4 @@
-"""Numbers and schedules that no training can count with are refused before anything is built."""
+"""Numbers and schedules with which no training works; they are refused before anything is built."""
 
 from __future__ import annotations
 

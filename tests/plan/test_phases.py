@@ -1,4 +1,4 @@
-"""The table of checks: every check of the room is in it, once, and a plan leaves out what needs the machine."""
+"""The table of checks: every check of the room is in it once, and a plan leaves out those that need the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_check_of_what_is_known_is_in_one_phase() -> None:
 
 
 def test_every_phase_is_made() -> None:
-    """In the order of the table."""
+    """Phases are made in the order of the table."""
     names = [name for name, value in vars(checks).items() if any(value is phase for phase in PHASES)]
     source = inspect.getsource(importlib.import_module("megatron_fdd.plan.run"))
     places = [source.index(f"checks.{name}, known") for name in names]

@@ -1,6 +1,6 @@
-"""One large layout, every rank of it, in one process: TP 2 x PP 8 x DP 4, without and with 4 virtual stages.
+"""Every rank of one large layout in one process: TP 2 x PP 8 x DP 4, without and with 4 virtual stages.
 
-An 80-layer teacher and a 32-layer student. No process group exists: all of it follows from integers.
+The teacher has 80 layers, the student 32. No process group exists: everything follows from integers.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_each_tap_and_its_teacher_have_one_owner(split: str, pairs: str) -> None
     for index, pair in enumerate(plan.pairs):
         stage = plan.teacher_stages[index]
         assert 10 * stage < pair.teacher_block <= 10 * (stage + 1)
-        # The teacher's tap goes wherever the student's own or the delta behind it is computed, and nowhere else.
+        # The teacher's tap goes wherever the student's tap or the delta after it is computed, and nowhere else.
         users = {stage for stage in range(STAGES) if index in plan.teacher_pairs(stage)}
         owners = {
             place % STAGES

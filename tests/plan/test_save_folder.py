@@ -1,4 +1,4 @@
-"""The folder of --save: a run that would begin afresh in another's is refused, and so is a second one at work."""
+"""The folder of --save: a new run in the folder of another is refused, and so is a second run at the same time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def flags(save: object, load: object = None, **more: bool) -> Context:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A folder with a checkpoint of step 400."""
+    """Make a folder with a checkpoint of step 400."""
     folder = tmp_path / "R"
     folder.mkdir()
     (folder / "latest_checkpointed_iteration.txt").write_text("400")
@@ -71,7 +71,7 @@ def test_a_converted_model_is_named_as_one(run: Path) -> None:
 
 
 def in_another_process(action: Callable[[], object]) -> str:
-    """What the ValueError says that `action` raises in a fork of this process."""
+    """Return the message of the ValueError that `action` raises in a fork of this process."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

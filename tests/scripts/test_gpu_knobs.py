@@ -1,4 +1,4 @@
-"""tests/gpu/run.sh and multi.sh: odd values and folders, and what a call goes on from. Starts nothing."""
+"""tests/gpu/run.sh and multi.sh: wrong values and folders, and where a call continues. Nothing is started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.tier("fast")
 
 
 def values(out: Path, **changed: str) -> dict[str, str]:
-    """The environment that the scripts make."""
+    """Return the environment that the scripts make."""
     common = {"DEVICE": "cpu", "PART": "1", "BUDGET_S": "60", "FRESH": "0", "WORKERS": "1", "WHEELS": ""}
     return {**common, "OUT": str(out), "STATE": str(out), **changed}
 
@@ -172,7 +172,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_sections_are_commands_that_exist(tmp_path: Path) -> None:
-    """Those of a GPU, too: their modules and test files."""
+    """The modules and test files exist, also those that need a GPU."""
     for section in run.sections(knobs(tmp_path, DEVICE="cuda"), tmp_path / "lines", has_te=True):
         for word in section.command:
             if word.startswith("tests/"):

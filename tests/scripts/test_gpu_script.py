@@ -1,4 +1,4 @@
-"""tests/gpu/run.sh without a GPU: on a CPU from end to end at toy sizes, and what they make of endings."""
+"""tests/gpu/run.sh without a GPU: from end to end on a CPU at toy sizes, and its handling of endings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def call(out: Path, **environment: str) -> tuple[int, str]:
-    """Exit status, and what it printed."""
+    """Return the exit status and the output."""
     environment = {"OUT": str(out), "STATE": str(out), **environment}
     result = subprocess.run(
         ["bash", str(ROOT / "tests/gpu/run.sh")],
@@ -90,7 +90,7 @@ def runner(out: Path, budget_s: float, part: str = "1") -> Runner:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process that has been killed is gone soon; one that nobody has asked for its status is."""
+    """Whether a killed process is gone soon; a zombie counts as gone."""
     deadline = time.monotonic() + 10
     while psutil.pid_exists(pid) and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -157,7 +157,7 @@ sys.exit(run.main("made up", lambda *_: []))
 
 
 def start_program(out: Path) -> subprocess.Popen[str]:
-    """A run whose first section has begun."""
+    """Start a run, and return when its first section has begun."""
     command = [sys.executable, "-c", PROGRAM, str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (out / "machine.log").exists():
@@ -178,7 +178,7 @@ def test_an_interrupted_script_leaves_its_page(tmp_path: Path, number: signal.Si
 
 
 def test_when_the_terminal_is_gone_the_page_is_left(tmp_path: Path) -> None:
-    """As when an ssh drops: SIGHUP, and nobody reads what is printed."""
+    """It is like a lost ssh connection: SIGHUP, and nobody reads the output."""
     process = start_program(tmp_path)
     assert process.stdout is not None
     process.stdout.close()

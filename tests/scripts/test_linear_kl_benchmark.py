@@ -1,4 +1,4 @@
-"""The benchmarks of the losses: their implementations do the same work, and tiny runs end well."""
+"""The benchmarks of the losses: all implementations do the same work, and tiny runs end well."""
 
 from __future__ import annotations
 

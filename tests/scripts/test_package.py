@@ -1,4 +1,4 @@
-"""The source distribution and the wheel: what is in them, and that a build leaves the source folder as it was."""
+"""The source distribution and the wheel: their content, and a build that leaves the source folder unchanged."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def before(source: Path) -> set[Path]:
-    """All paths of the copy before anything was built in it."""
+    """Return all paths of the copy before anything was built in it."""
     return set(source.rglob("*"))
 
 
 @pytest.fixture(scope="module")
 def sdist(source: Path, before: set[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unpacked source distribution."""
+    """Build and unpack a source distribution."""
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(build("sdist", source, folder)) as archive:
         archive.extractall(folder, filter="data")
@@ -45,7 +45,7 @@ def wheel(
 
 
 def package_files() -> set[str]:
-    """What an installation must have, by its path in the wheel."""
+    """Return the files that an installation must have, by their paths in the wheel."""
     package = ROOT / "megatron_fdd"
     files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return {path.relative_to(ROOT).as_posix() for path in files}

@@ -1,4 +1,4 @@
-"""The quickstart's own parts that need no download: text, verdict, rotary order, set-up without a Python."""
+"""The parts of the quickstart that need no download: text, verdict, rotary order, set-up without a Python."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def test_verdict(tmp_path: Path, kl_after: float, cross_entropy: float, status: 
 
 
 def source_env(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Source tools/env.sh in a shell that sees no other Python than `environment` shows it."""
+    """Source tools/env.sh in a shell that sees only the Python that `environment` shows it."""
     paths = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "VENV": str(tmp_path / "venv")}
     return subprocess.run(
         ["/bin/bash", "-euo", "pipefail", "-c", f'source "{ROOT}/tools/env.sh"; echo sourced'],
@@ -104,7 +104,7 @@ def test_set_up_passes_over_a_shim_that_leads_nowhere(tmp_path: Path) -> None:
     done = source_env(tmp_path)
     assert f"from {chosen}" in done.stdout
     assert log.read_text().startswith("-m venv")
-    assert done.returncode == 1  # this one makes no venv, and a set-up that failed leaves no stamp
+    assert done.returncode == 1  # this Python makes no venv, and a failed set-up leaves no stamp
     assert not list(tmp_path.glob("venv/.megatron_fdd*"))
 
 

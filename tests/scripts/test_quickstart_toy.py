@@ -1,4 +1,4 @@
-"""The whole quickstart script with a toy teacher: every step, the skipping of done ones, and its verdict."""
+"""The whole quickstart script with a toy teacher: every step, the skipping of finished steps, and the verdict."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quickstart(folder: Path, **knobs: str) -> subprocess.CompletedProcess[str]:
 
 
 def check_terminal(shown: str, work: Path) -> None:
-    """A page that a person reads to its end; all the rest is in the log."""
+    """Assert that the terminal shows a page that a person can read to its end; the log has the rest."""
     lines = shown.replace("\r", "\n").splitlines()
     assert len(lines) <= 60, shown
     assert [line.split()[1] for line in lines if line.startswith("   step")] == ["1/4", "4/4"], shown
@@ -56,7 +56,7 @@ def test_quickstart_at_toy_size(tmp_path: Path) -> None:
     make_llama(tmp_path / "teacher", num_hidden_layers=6, vocab_size=300, tokenizer=False)
     make_tokenizer(tmp_path / "teacher", added=(), vocab_size=80)
     done = quickstart(tmp_path)
-    # Four steps of a random teacher: the verdict must be that it did not get there, and nothing else is wrong.
+    # Four steps with a random teacher: the verdict must be that the goal was missed, and nothing else is wrong.
     assert done.returncode == 1, done.stdout + done.stderr
     assert "KL" in done.stdout, done.stdout + done.stderr
     assert "torchrun --standalone --nproc-per-node 2 -m megatron_fdd.distill" in done.stdout
@@ -74,7 +74,7 @@ def test_quickstart_at_toy_size(tmp_path: Path) -> None:
     assert (work / "report/losses.png").read_bytes().startswith(b"\x89PNG")
     page = (work / "report/report.html").read_text()
     assert "student after" in page
-    assert "--fdd-layers" in page  # from the checkpoint
+    assert "--fdd-layers" in page  # read from the checkpoint
     assert (work / "student-after-hf/model.safetensors").is_file()
     assert (work / "student-after-hf/tokenizer.json").is_file()
 

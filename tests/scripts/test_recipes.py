@@ -1,4 +1,4 @@
-"""Every recipe at toy size: the script as a user starts it, to its end; and a second time, when all is done."""
+"""Every recipe at toy size: the script runs to its end as a user starts it, then a second time with nothing to do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(recipe: str, work: Path, *, forked: bool = True, **knobs: str) -> subprocess.CompletedProcess[str]:
-    """`REHEARSE=1 bash examples/RECIPE/run.sh` with these knobs.
+    """Run `REHEARSE=1 bash examples/RECIPE/run.sh` with these variables.
 
     Args:
-        forked: False where every `python` and `torchrun` is to be a real one.
+        forked: False if every `python` and `torchrun` has to be a real one.
     """
     environment = {
         **os.environ,
@@ -43,27 +43,27 @@ def run(recipe: str, work: Path, *, forked: bool = True, **knobs: str) -> subpro
 
 
 def finished(recipe: str, work: Path, *, forked: bool = True, **knobs: str) -> str:
-    """What a run said that ended well."""
+    """Return the output of a run that must end well."""
     done = run(recipe, work, forked=forked, **knobs)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def check_second_run(recipe: str, work: Path, **knobs: str) -> None:
-    """Nothing is done twice."""
+    """Assert that a second run repeats nothing."""
     again = finished(recipe, work, **knobs)
     assert again.count("== ") == again.count("done before") > 3
     assert "torchrun" not in again
 
 
 def records_of(work: Path, name: str) -> list[dict[str, Any]]:
-    """A line a training step; validations leave lines of their own."""
+    """Return the records of training steps, without those of validations."""
     records = [json.loads(line) for line in (work / name / "metrics.jsonl").open()]
     return [record for record in records if "total" in record]
 
 
 def check_student(work: Path, name: str, steps: list[int]) -> None:
-    """The run's record, and an export that training has changed."""
+    """Check the run's record, and that its export differs from the start."""
     assert [record["iteration"] for record in records_of(work, name)] == steps
     before, after = (
         load_file(folder / "model.safetensors") for folder in (work / "toys/student-hf", work / f"{name}-hf")
@@ -75,7 +75,7 @@ def check_student(work: Path, name: str, steps: list[int]) -> None:
 
 
 def check_evaluation(work: Path, *names: str) -> None:
-    """A score for the student as it came and for each run, and the page about them."""
+    """Check that the untrained student and each run have a score, and that there is a page about them."""
     for name in ("start", *names):
         scores = json.loads((work / f"evaluation/{name}/evaluation.json").read_text())
         assert 0 <= scores["mean_rouge_l"] <= 100
@@ -83,7 +83,7 @@ def check_evaluation(work: Path, *names: str) -> None:
 
 
 def terms(work: Path, name: str) -> set[str]:
-    """The terms that are part of the total, from the last record."""
+    """Return the terms that are part of the total, from the last record."""
     last = records_of(work, name)[-1]
     return {key.removeprefix("share ") for key, share in last.items() if key.startswith("share ") and share}
 
@@ -100,7 +100,7 @@ def test_ten_layers_of_smollm2(tmp_path: Path) -> None:
     [("gpt2", {}, 1), ("tinyllama", {"TEACHER_EPOCHS": "0", "EVALUATE": "0"}, 2)],
 )
 def test_a_pair_of_the_paper(tmp_path: Path, pair: str, knobs: dict[str, str], ranks: int) -> None:
-    # One recipe with nothing but real starts.
+    # One recipe runs only real programs.
     out = finished("paper-pairs", tmp_path, PAIR=pair, SET_UP="0", forked=pair != "tinyllama", **knobs)
     assert f"torchrun --standalone --nproc-per-node {ranks} -m megatron_fdd.distill" in out
     check_student(tmp_path, "finetuned", [1])
@@ -143,7 +143,7 @@ case $* in "show hostnames"*) printf 'localhost\\nlocalhost\\n' ;; *) echo "$*" 
 
 
 def slurm(folder: Path) -> dict[str, str]:
-    """The environment of a job on two nodes, with stand-ins for Slurm's commands."""
+    """Return the environment of a job on two nodes, with stand-ins for Slurm's commands."""
     folder.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
@@ -161,7 +161,7 @@ def slurm(folder: Path) -> dict[str, str]:
 
 
 def test_a_slurm_job_that_is_queued_again(tmp_path: Path) -> None:
-    """Two nodes of two ranks: two pipeline stages, experts over two ranks; stopped after the first step."""
+    """Two nodes of two ranks, with two pipeline stages and experts over two ranks, stop after the first step."""
     job = slurm(tmp_path / "bin")
     work = tmp_path / "work"
     stopped = run("qwen3-235b-slurm", work, **job, STOP_FLAGS="--exit-interval 1")
@@ -179,12 +179,12 @@ def test_a_slurm_job_that_is_queued_again(tmp_path: Path) -> None:
 
 
 def logs_of(work: Path) -> str:
-    """Of both nodes: which of them has rank 0 is torchrun's choice."""
+    """Return the logs of both nodes, because torchrun chooses the node of rank 0."""
     return "".join((work / f"logs/4711-node{node}.log").read_text() for node in range(2))
 
 
 def published(name: str, width: int, ffn: int, heads: int, layers: int, **more: object) -> dict[str, object]:
-    """A config.json, from that of a smaller model of its kind."""
+    """Make a config.json from that of a smaller model of its kind."""
     shape = {"hidden_size": width, "intermediate_size": ffn, "num_attention_heads": heads}
     return {**PUBLISHED[name], **shape, "num_hidden_layers": layers, "max_window_layers": layers, **more}
 
@@ -207,7 +207,7 @@ QWEN3_8B = published(SMALL, 4096, 12288, 32, 36)
 def test_a_plan_is_what_its_readme_says(
     example: str, teacher: dict, student: dict, flags: str, ranks: str, tmp_path: Path
 ) -> None:
-    """Of models that nobody has here, from two config.json."""
+    """The models are not here; two config.json are enough."""
     knobs = {"REHEARSE": "0", "PLAN": "1", "SET_UP": "0", "FDD_REHEARSE": "1", "EXTRA_TRAIN_FLAGS": flags}
     for name, config in (("TEACHER_HF", teacher), ("STUDENT_HF", student)):
         knobs[name] = str(tmp_path / name)
@@ -283,7 +283,7 @@ def test_a_training_with_other_settings_is_put_aside(tmp_path: Path) -> None:
             assert done.returncode == (settings == "fails"), done.stderr
             said += done.stdout
     assert said.count("of other settings") == 2
-    # An interrupted command goes on where it is the same.
+    # An interrupted command continues if it is the same command.
     assert sorted(path.read_text() for path in tmp_path.glob("1*/log")) == [
         "fails\nfails\n",
         "one\n",

@@ -1,4 +1,4 @@
-"""The benchmark of a whole step: its arithmetic against known ratios and counted products, and a tiny run of it."""
+"""The benchmark of a whole step: its arithmetic, compared with known ratios and counted products, and a tiny run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.oracle.model_shapes import (
 
 
 def layers_and_heads(flops: StepFlops) -> float:
-    """What the published ratios count: no attention scores, Gram matrices or quadratic forms."""
+    """Return the flops in the published ratios: without attention scores, Gram matrices or quadratic forms."""
     return flops.teacher + flops.student + flops.final + flops.taps
 
 
@@ -53,7 +53,7 @@ def test_ratio_to_logit_distillation(
     pair = Model(*student), Model(*teacher)
     kd, fdd = (step_flops(*pair, name, num_taps=4, step_tokens=2**20) for name in ("logit KD", "FDD"))
     assert layers_and_heads(fdd) / layers_and_heads(kd) == pytest.approx(ratio, abs=0.005)
-    # What those leave out: the scores are the same in both, the forms have no factor of the vocabulary.
+    # The parts that those leave out: scores are equal in both, and the forms have no factor of the vocabulary.
     assert fdd.total / kd.total == pytest.approx(ratio, rel=0.025)
 
 
@@ -71,7 +71,7 @@ def test_a_divided_shape_has_the_ratio_of_the_whole() -> None:
 
 
 def smoke(picture: Path, rows: Path) -> tuple[int, str, list[Any]]:
-    """Body on one rank: the command with all four runs in this process."""
+    """Run, on one rank, the command with all four runs in this process."""
     runs = []
 
     def here(_pool: None, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -109,7 +109,7 @@ def test_tiny_run_does_the_products_that_the_arithmetic_says(tmp_path: Path) -> 
     tokens = args.seq_length * args.micro_batch_size
     for (counted, _, _), name in zip(runs[:3], step.WEIGHTS, strict=True):
         flops = step_flops(student, teacher, name, num_taps=args.taps, step_tokens=tokens)
-        # A rehearsal's attention computes the masked half too.
+        # The attention of a rehearsal computes the masked half too.
         assert counted == pytest.approx(tokens * (flops.total + flops.scores), rel=1e-9), name
     assert picture.stat().st_size > 5000
     fdd, kd, entropy, stock = (parts for _, _, parts in runs)
@@ -128,7 +128,7 @@ def test_help(
     name: str, flag: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.delitem(sys.modules, f"benchmarks.{name}")  # runpy warns of one that is there
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}")  # runpy warns if the module is loaded
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
     assert end.value.code == 0
@@ -142,7 +142,7 @@ def test_modelopt_is_left_out_where_it_is_missing(capsys: pytest.CaptureFixture[
 
 
 class Clock:
-    """A time that stands still but when it is told to go on."""
+    """A clock that stands still unless a test moves it."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

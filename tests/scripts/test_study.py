@@ -1,4 +1,4 @@
-"""The study: its statistics, what docs/study.md was made from, and the whole script at toy size."""
+"""The study: its statistics, the source of docs/study.md, and the whole script at toy size."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def results_of(*runs: dict[str, Any]) -> table.Results:
 def test_differences_are_paired_by_seed() -> None:
     base = [run_of("kd", seed, kl) for seed, kl in ((1, 1.0), (2, 2.0), (3, 3.0), (100, 9.0))]
     better = [run_of("fdd", seed, kl) for seed, kl in ((3, 2.8), (1, 0.9), (2, 1.9), (4, 7.0), (100, 1.0))]
-    # At a rate that did worse in the scan: no part of the comparison.
+    # Runs at a rate that was worse in the scan are no part of the comparison.
     other_rate = [run_of("fdd", 1, 50.0, "3e-3"), run_of("fdd", 100, 1.1, "3e-3")]
     found = results_of(*base, *better, *other_rate).difference("thin", ("fdd", "kd"), "kl_to_teacher")
     assert found is not None
-    # Differences -0.1, -0.1, -0.2: mean -0.1333, deviation 0.05774; t of 2 degrees of freedom 4.303.
+    # Differences are -0.1, -0.1 and -0.2: mean -0.1333, deviation 0.05774; t with 2 degrees of freedom is 4.303.
     assert found.mean == pytest.approx(-0.13333, abs=1e-4)
     assert found.half_width == pytest.approx(4.303 * 0.057735 / 3**0.5, abs=1e-4)
     assert not found.counts
@@ -85,7 +85,7 @@ def test_stories_are_parted_once(tmp_path: Path) -> None:
 
 
 def test_inner_terms(tmp_path: Path) -> None:
-    """Nothing between a model and itself; something where the blocks differ; a delta from the second pair on."""
+    """Terms are 0 between a model and itself, above 0 if the blocks differ; the delta starts at the second pair."""
     import torch
 
     model = score.load(make_llama(tmp_path / "model", num_hidden_layers=3))
@@ -95,7 +95,7 @@ def test_inner_terms(tmp_path: Path) -> None:
     assert all(abs(value) < 1e-5 for value in same.values())
     other = score.inner_terms(model, model, ((1, 2), (2, 1)), windows)
     assert all(value > 0.1 for value in other.values())
-    # The last window counts like the first, and none twice.
+    # The last window counts like the first, and no window counts twice.
     halves = [score.inner_terms(model, model, ((1, 2),), part) for part in (windows[:8], windows[8:])]
     both = (8 * halves[0]["trajectory s1:t2"] + 32 * halves[1]["trajectory s1:t2"]) / 40
     assert other["trajectory s1:t2"] == pytest.approx(both, rel=1e-4)
@@ -131,7 +131,7 @@ def metrics(folder: Path, run: str) -> list[dict[str, Any]]:
 
 
 def test_study_at_toy_size(tmp_path: Path) -> None:
-    # The thin student has as many words as the tokenizer, and must have the teacher's.
+    # The thin student has as many words as the tokenizer, but must have the teacher's number.
     make_llama(tmp_path / "teacher", num_hidden_layers=5, vocab_size=91)
     stories = [f"the quick brown fox {number} jumps over the lazy dog" for number in range(80)]
     (tmp_path / "text.txt").write_text("".join(f"{story}\n<|endoftext|>\n" for story in [*stories, "cut"]))
@@ -141,7 +141,7 @@ def test_study_at_toy_size(tmp_path: Path) -> None:
     first = {
         run: metrics(tmp_path, f"thin-{run}")[0] for run in ("kd-delta-1e-3-1", "fdd-1e-3-1", "fdd-1e-3-2")
     }
-    # One seed, one start and one text, whatever the method; another seed, another start.
+    # Runs of one seed have the same start and text, whatever the method; another seed has another start.
     assert first["kd-delta-1e-3-1"]["kd"] == first["fdd-1e-3-1"]["kd"] != first["fdd-1e-3-2"]["kd"]
     assert first["kd-delta-1e-3-1"]["trajectory"] is None is not first["fdd-1e-3-1"]["trajectory"]
 

@@ -1,4 +1,4 @@
-"""Lines of results and the tables of them. The lines in made-up-results.jsonl are what their name says."""
+"""Lines of results, and tables made from them. The lines in made-up-results.jsonl are invented."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from benchmarks import lines, tables
 
 MADE_UP = Path(__file__).parent / "made-up-results.jsonl"
-# As a table for docs/performance.md has them.
+# The rows as in a table of docs/performance.md.
 ROWS = """\
 | objective of 4 layers | ms | x floor | MiB | rate |
 | --- | --: | --: | --: | --: |

@@ -1,4 +1,4 @@
-"""The wheel in an environment that does not see the checkout, from an empty folder: from a teacher to a report."""
+"""The wheel, in an empty folder and an environment that does not see the checkout: from a teacher to a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINING = (
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel; all else it takes from the environment of the tests, without its checkout."""
+    """Make an environment with the wheel; it takes all else from the environment of the tests, without its checkout."""
     root = tmp_path_factory.mktemp("wheel")
     (root / "dist").mkdir()
     wheel = build("wheel", copy_checkout(root / "source"), root / "dist")
@@ -35,13 +35,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = environment / "lib" / version / "site-packages"
     pip = [sys.executable, "-m", "pip", "--python", str(environment / "bin/python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel)], check=True)
-    # A folder in a .pth file is searched, and its own .pth files (an editable install is one) are not read.
+    # Python searches a folder in a .pth file, but does not read the .pth files in it (an editable install is one).
     (site / "of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment
 
 
 def fdd(environment: Path, folder: Path, words: str, **variables: str) -> str:
-    """Standard output of `fdd WORDS`, which must succeed."""
+    """Return the standard output of `fdd WORDS`, which must succeed."""
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
     }

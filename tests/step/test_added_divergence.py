@@ -13,14 +13,14 @@ pytestmark = pytest.mark.tier("default")
 
 
 def run_with_it(case: Case) -> Result:
-    """Body on every rank."""
+    """Run the case on every rank, with the divergence added."""
     with added_divergence.known():
         return run_step(case)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.0], ids=["linear_kl", "head_loss"])
 def test_terms_and_gradients_are_the_oracles(beta: float) -> None:
-    """The trajectory by either operation, tensor and sequence parallel, over two stages."""
+    """The trajectory is computed by either operation, tensor and sequence parallel, over two stages."""
     terms = Terms(kd_kind="tv", trajectory_kind="tv", temperature=2.0, ce=0.5, beta=beta)
     case = small(Case(tp=2, pp=2, sequence_parallel=True, terms=terms))
     with added_divergence.known():

@@ -1,4 +1,4 @@
-"""Memory under 1F1B: no more micro-batches' features are alive than Megatron's schedule holds anyway."""
+"""Memory under 1F1B: features are alive for no more micro-batches than Megatron's schedule holds anyway."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.tier("default")
 
 
 class Alive:
-    """How many micro-batches' features exist at once: memory counts, whatever Python object refers to it."""
+    """A count of the micro-batches whose features exist at once: memory counts, whatever Python object refers to it."""
 
     def __init__(self) -> None:
         self.most = {"taps": 0, "received": 0}
         self._kept: dict[str, list[list[StorageWeakRef]]] = {"taps": [], "received": []}
 
     def register(self, kind: str, tensors: Sequence[Tensor]) -> None:
-        """One micro-batch's."""
+        """Register the tensors of one micro-batch."""
         self._kept[kind].append([StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
         self.most[kind] = max(self.most[kind], self.count(kind))
 
@@ -38,7 +38,7 @@ class Alive:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Sampled layers as they reach the terms, and what the student's stages receive."""
+        """Watch sampled layers as they reach the terms, and the tensors that the student's stages receive."""
         real_inner, real_set = Objective.inner, GPTModel.set_input_tensor
 
         def inner(objective: Objective, taps_SBD: Sequence[Tensor], *rest: Any) -> Any:
@@ -55,7 +55,7 @@ class Alive:
 
 
 def count_alive(case: Case, body: Any = run_step, keep: bool = False) -> tuple[dict[str, int], int]:
-    """Body on every rank: the most that were alive, and how many taps are left after the step."""
+    """Return, on every rank, the most that were alive, and how many taps are left after the step."""
     alive = Alive()
     with alive.watching(), keeping_taps() if keep else contextlib.nullcontext():
         body(case)
@@ -64,7 +64,7 @@ def count_alive(case: Case, body: Any = run_step, keep: bool = False) -> tuple[d
 
 @contextlib.contextmanager
 def keeping_taps() -> Iterator[None]:
-    """A mistake: the features of all micro-batches are kept until the step ends."""
+    """Make a mistake: keep the features of all micro-batches until the step ends."""
     kept: list[Sequence[Tensor]] = []
     real_inner = Objective.inner
 
@@ -90,7 +90,7 @@ def test_no_more_features_are_alive_than_the_schedule_needs(case: Case, taps: li
     results = run_on_ranks(count_alive, case.layout, {"case": case})
     assert [most["taps"] for most, _ in results] == taps
     assert not any(left for _, left in results)
-    # A carry lives in what a stage receives, which Megatron's schedule itself holds for one micro-batch more.
+    # A carry lives in the tensor that a stage receives; Megatron's schedule holds it for one micro-batch more.
     plain = run_on_ranks(count_alive, case.layout, {"case": case, "body": train_plainly})
     received = [most["received"] for most, _ in results]
     assert received == [most["received"] for most, _ in plain]

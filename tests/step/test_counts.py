@@ -1,7 +1,7 @@
-"""What a step costs beside its arithmetic: every send and its size, every collective.
+"""The costs of a step besides its arithmetic: every send with its size, and every collective.
 
-The numbers are those that the package's docstrings promise. The student's schedule is compared with the same
-schedule on the same chunks without distillation.
+The package's docstrings promise these numbers. The student's schedule is compared with the same schedule on the
+same chunks without distillation.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from tests.oracle.reference import STUDENT, Terms
 
 pytestmark = pytest.mark.tier("default")
 
-TERMS = Terms()  # taps on student blocks 1, 3 and 4
+TERMS = Terms()  # taps at student blocks 1, 3 and 4
 ROWS = (LENGTH, MICRO_BATCH, STUDENT.hidden)
 N = LENGTH * MICRO_BATCH
-# A boundary with a carry has the hidden states twice, and 2 log-sum-exps of each of N tokens: in float32 half a
-# row of [B, H], in bf16 (three numbers for one) one and a half.
+# A boundary with a carry has the hidden states twice, and 2 log-sum-exps for each of N tokens: half a row of [B, H]
+# in float32, one and a half in bf16 (three numbers for one).
 WIDE, WIDE_BF16 = (2 * LENGTH + 1, *ROWS[1:]), (2 * LENGTH + 2, *ROWS[1:])
 
 
@@ -50,7 +50,7 @@ def groups_of(topology: Topology) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def named_phases(traffic: Traffic) -> Iterator[None]:
-    """The parts of a step, each under its name; the rest of it is "step"."""
+    """Record the parts of a step, each under its name; the rest is "step"."""
 
     def student_schedule() -> Any:
         return traffic.in_phase("student", get_forward_backward_func())
@@ -72,7 +72,7 @@ def named_phases(traffic: Traffic) -> Iterator[None]:
 
 
 def distil(case: Case) -> list[Message]:
-    """Body on every rank: what one step of distillation says; models are built outside."""
+    """Return, on every rank, the messages of one step of distillation; building the models is not recorded."""
     traffic = Traffic()
     traffic.groups = groups_of(Topology.from_megatron(sequence_parallel=case.sequence_parallel))
     with named_phases(traffic), traffic.watching():
@@ -81,7 +81,7 @@ def distil(case: Case) -> list[Message]:
 
 
 def say_plainly(case: Case) -> list[Message]:
-    """Body on every rank: what stock Megatron says, all of it in the student's phase."""
+    """Return, on every rank, the messages of stock Megatron, all in the student's phase."""
     traffic = Traffic()
     traffic.groups = groups_of(Topology.from_megatron(sequence_parallel=case.sequence_parallel))
     with traffic.watching(), traffic.phase("student"):
@@ -90,17 +90,17 @@ def say_plainly(case: Case) -> list[Message]:
 
 
 def watched(case: Case, body: Any = distil) -> list[list[Message]]:
-    """Messages by rank; with one replica and no tensor parallelism: by stage."""
+    """Return the messages of each rank, which is a stage if there is one replica and no tensor parallelism."""
     return run_on_ranks(body, case.layout, {"case": case})
 
 
 def sends(messages: Sequence[Message], *phases: str) -> list[tuple[tuple[int, ...], int]]:
-    """Shape and bytes of everything sent in these phases, in order."""
+    """Return shape and bytes of everything sent in these phases, in order."""
     return [(each.shape, each.num_bytes) for each in messages if each.phase in phases and each.kind in SENDS]
 
 
 def collectives(messages: Sequence[Message], phase: str) -> Counter[tuple[str, str, int]]:
-    """The package's own collectives of a phase, by kind, group and bytes (of an all-gather: of the result)."""
+    """Count the package's own collectives of a phase, by kind, group and bytes (for an all-gather, of the result)."""
     return Counter(
         (each.kind, each.group, each.num_bytes)
         for each in messages
@@ -124,12 +124,12 @@ def test_without_a_delta_the_schedule_sends_what_plain_megatron_sends(pp: int, t
 
 
 def boundaries(messages: Sequence[Sequence[Message]]) -> list[Counter[tuple[int, ...]]]:
-    """What each stage sends in the student's schedule, activations and gradients, by shape."""
+    """Count what each stage sends in the student's schedule, activations and gradients, by shape."""
     return [Counter(shape for shape, _ in sends(stage, "student")) for stage in messages]
 
 
 M = MICRO_BATCHES
-# Blocks 1-2, 3-4, 5, 6 are on the four stages; 1-3, 4-6 on two. A stage sends forward M times, and M times back.
+# Four stages have blocks 1-2, 3-4, 5 and 6; two have 1-3 and 4-6. A stage sends forward M times, and back M times.
 CARRIES = {
     "pp4": (Case(pp=4), [{WIDE: M}, {WIDE: M, ROWS: M}, {ROWS: 2 * M}, {ROWS: M}]),
     "pp4-far-apart": (
@@ -166,10 +166,10 @@ def test_only_boundaries_between_taps_are_wider(name: str) -> None:
 
 
 def test_what_is_sent_once_a_step() -> None:
-    """The teacher's own pipeline; each micro-batch's taps to each other stage that needs them; copies of the heads."""
+    """A step sends the teacher's hidden states, each micro-batch's taps to stages that need them, and copied heads."""
     teacher_rows = (LENGTH, MICRO_BATCH, layouts.TEACHER.hidden)
     head, norm = (52, STUDENT.hidden), (STUDENT.hidden,)
-    # Teacher blocks 1-3, 4-6, 7-8, 9-10 hold the taps 2, 6, 8; the student's 1, 3, 4 want (0), (0 1 2), (), ().
+    # Teacher stages have blocks 1-3, 4-6, 7-8, 9-10 and taps 2, 6, 8; the student's stages need (0), (0 1 2), (), ().
     stages = watched(Case(pp=4))
     assert [sends(stage, "exchange") for stage in stages] == [
         M * [(teacher_rows, 4 * torch.Size(teacher_rows).numel())],
@@ -182,7 +182,7 @@ def test_what_is_sent_once_a_step() -> None:
     ]
     refreshed = [shape for shape, _ in sends(stages[3], "lens")]
     teacher_head = [(52, layouts.TEACHER.hidden), (layouts.TEACHER.hidden,)]
-    # To stages 0 and 1, which tap; the teacher's when the models are joined, the student's in the step.
+    # Heads go to stages 0 and 1, which tap: the teacher's when the models are joined, the student's in the step.
     assert refreshed == 2 * teacher_head + 2 * [head, norm]
     assert not any(sends(stage, "lens") for stage in stages[:3])
     for stage in stages:
@@ -197,7 +197,7 @@ def test_what_is_sent_once_a_step() -> None:
 def head_collectives(
     case: Case, calls: int, *, labels: bool = False, per_token: int
 ) -> Counter[tuple[str, str, int]]:
-    """As the docstrings of `linear_kl` (3 numbers per token) and `head_loss` (2) say for fkl, on two tensor ranks."""
+    """Count as the docstrings of `linear_kl` (3 numbers per token) and `head_loss` (2) say, for fkl on two ranks."""
     ranks, numbers, width = 2, 6 if labels else 5, 2 if case.bf16 else 4
     found: Counter[tuple[str, str, int]] = Counter()
     found["all_gather_into_tensor", "tensor", ranks * numbers * N * 4] += calls
@@ -212,7 +212,7 @@ def head_collectives(
 
 
 def delta_collectives(case: Case, calls: int) -> Counter[tuple[str, str, int]]:
-    """As the docstring of `delta_cosine` says for log-probabilities, forward and backward."""
+    """Count as the docstring of `delta_cosine` says for log-probabilities, forward and backward."""
     found: Counter[tuple[str, str, int]] = Counter()
     if not case.sequence_parallel:
         found["all_gather_into_tensor", "tensor", N * 4] += calls
@@ -237,7 +237,7 @@ GRAMS = T * T + T * S + S * S + T + S + 1
 def test_collectives_of_the_tensor_group(
     terms: Terms, taps: tuple[int, int], deltas: tuple[bool, bool], sequence_parallel: bool, bf16: bool
 ) -> None:
-    """One pass per tap and micro-batch, the delta too, the Gram matrices once a step; without a tap none."""
+    """Each tap and micro-batch has one pass and one delta, each step one computation of Grams; without taps nothing."""
     case = Case(tp=2, pp=2, sequence_parallel=sequence_parallel, terms=terms, bf16=bf16)
     for rank, messages in enumerate(watched(case)):
         stage = rank // case.tp
@@ -252,7 +252,7 @@ def test_collectives_of_the_tensor_group(
 
 
 def count_sweeps(case: Case) -> int:
-    """Body on every rank: how often the vocabulary is swept in a step."""
+    """Return, on every rank, how often a step sweeps the vocabulary."""
     with (
         patch.object(tap, "linear_kl", wraps=tap.linear_kl) as taps,
         patch.object(tap, "head_loss", wraps=tap.head_loss) as sums,
@@ -263,7 +263,7 @@ def count_sweeps(case: Case) -> int:
 
 
 def test_no_projection_is_done_twice() -> None:
-    """A sweep for each tap and the final logits; a stage that only passes a carry on has none."""
+    """Each tap and the final logits have one sweep; a stage that only passes a carry on has none."""
     case = Case(pp=4, terms=FAR_APART)
     assert run_on_ranks(count_sweeps, case.layout, {"case": case}) == [M, 0, M, M]
 

@@ -1,4 +1,4 @@
-"""Validation: Megatron's evaluation is given what makes its mean one over tokens, not over steps."""
+"""Validation: Megatron's evaluation gets the weights with which its mean is over tokens, not over steps."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ TIED = replace(STUDENT, tied=True)
 OTHER_VOCABULARY = replace(TEACHER, vocab=47)
 EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
 
-# Taps on the first and the last layer of a stage, and stages without one: 6 layers are 2+2+1+1 at pp4.
+# Taps at the first and the last layer of a stage, and stages without a tap: 6 layers are 2+2+1+1 at pp4.
 SPREAD = Terms(pairs=((1, 1), (5, 9)))
 PIPELINES = {
     "pp2": Case(pp=2),

@@ -1,4 +1,4 @@
-"""Ranks and micro-batches of which no token counts: they add exactly 0, never NaN, and the rest stays right."""
+"""Ranks and micro-batches without a token that counts: they add exactly 0, never NaN, and the rest stays right."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = {
 
 
 def micro_batches_of_rank_1(masks: Tensor) -> None:
-    """Data-parallel rank r has the micro-batches r, r + 2, ..."""
+    """Mask the micro-batches of rank 1: data-parallel rank r has the micro-batches r, r + 2, ..."""
     masks[1::2] = 0
 
 
@@ -48,7 +48,7 @@ def one_micro_batch(masks: Tensor) -> None:
 
 
 def second_half_of_the_sequence(masks: Tensor) -> None:
-    """What tensor rank 1 holds under sequence parallelism."""
+    """Mask the rows that tensor rank 1 holds under sequence parallelism."""
     masks[..., LENGTH // 2 :] = 0
 
 
@@ -64,7 +64,7 @@ real_batches = reference.random_batches
 
 
 def masked_batches(name: str, *arguments: int) -> list[dict[str, Tensor]]:
-    """The usual random batches, some of whose tokens count nowhere."""
+    """Return the usual random batches, with some tokens that count nowhere."""
     batches = real_batches(*arguments)
     for key in ("loss_mask", "token_mask"):
         masks = torch.stack([batch[key] for batch in batches])
@@ -75,7 +75,7 @@ def masked_batches(name: str, *arguments: int) -> list[dict[str, Tensor]]:
 
 
 def step_with(case: Case, name: str) -> Result:
-    """Body on every rank, and with `expected` in this process."""
+    """Run a step on every rank; `expected` uses the same batches in this process."""
     with patch.object(reference, "random_batches", lambda *arguments: masked_batches(name, *arguments)):
         return run_step(case)
 

@@ -1,4 +1,4 @@
-"""The lines of a run that a person reads."""
+"""The lines of a run for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_step_is_one_line_of_at_most_120_columns() -> None:
     said: list[str] = []
     lines = progress(iter([0, 10, 16]), said, ("kd", "trajectory", "delta"))
     lines.step(Step(1, LOSSES, 2.9e-4, 1.42, 1024, 2.0))
-    # 3 steps in 6 s since the first line, validation and checkpoint included: 26 of 2 s are left.
+    # 3 steps took 6 s since the first line, with validation and checkpoint: 26 steps of 2 s are left.
     lines.step(Step(4, LOSSES, None, None, 3 * 1024, 4.0))
     assert said == [
         "step   1/30 | 00:58 left | 512 tok/s | total 3.214 | kd 1.802  trajectory 1.101  delta 0.311 "

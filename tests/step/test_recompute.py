@@ -1,4 +1,4 @@
-"""Recomputation together with a pipeline: the same terms and gradients, the taps outside of what is redone."""
+"""Recomputation with a pipeline: the same terms and gradients, with taps outside the recomputed parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.oracle.reference import STUDENT, Terms
 
 pytestmark = pytest.mark.tier("default")
 
-# More than the attention. Megatron recomputes norms with TransformerEngine only.
+# This recomputes more than the attention. Megatron recomputes norms only with TransformerEngine.
 SELECTIVE_MODULES = (*SELECTIVE, ("recompute_modules", ["core_attn", "mlp"]))
 ONE_LAYER = (*FULL_BLOCK[:2], ("recompute_num_layers", 1))
 CASES = {

@@ -1,4 +1,4 @@
-"""Whole optimizer steps: the loss after three is the same at every layout, heads that are copies stay fresh."""
+"""Whole optimizer steps: the loss after three is the same at every layout, and copies of heads stay fresh."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ STEPS = 3
 
 
 def train(case: Case, distributed: bool = False) -> tuple[list[float], bool]:
-    """Body on every rank: the totals before, between and after three optimizer steps, on the last stage, and
-    whether both embeddings ended up the same.
+    """Return, on every rank, the last stage's totals before, between and after three optimizer steps, and
+    whether both embeddings are equal at the end.
 
     Args:
-        distributed: use the distributed optimizer.
+        distributed: whether to use the distributed optimizer.
     """
     ddp = {"overlap_grad_reduce": case.dp > 1, "use_distributed_optimizer": distributed}
     chunks, _, steps = join(case, ddp)
@@ -98,7 +98,7 @@ real_send_home = TrainedLens.send_home
 
 
 def train_forgetting(case: Case) -> tuple[list[float], bool]:
-    """As `train`, the first stage's copy never hearing of the inner layers."""
+    """Train as `train` does, but the first stage's copy never gets the gradient of the inner layers."""
     with patch.object(TrainedLens, "send_home", forget_the_first_stage):
         return train(case)
 
@@ -117,13 +117,13 @@ def one_process(case: Case) -> list[float]:
 
 
 def alone(case: Case) -> Case:
-    """The same models, terms and data on one rank."""
+    """Return the same models, terms and data on one rank."""
     names = ("terms", "student", "teacher", "packed", "micro_batches")
     return Case(**{name: getattr(case, name) for name in names})
 
 
 def assert_same_totals(results: list[tuple[list[float], bool]], case: Case) -> None:
-    """Every rank of the last stage has the totals of one process."""
+    """Assert that every rank of the last stage has the totals of one process."""
     wanted = one_process(alone(case))
     reported = [totals for totals, _ in results if totals]
     assert reported
@@ -132,7 +132,7 @@ def assert_same_totals(results: list[tuple[list[float], bool]], case: Case) -> N
 
 
 def shadow(terms: Terms) -> list[float]:
-    """The reference in float64 with torch's own AdamW and Megatron's default decay."""
+    """Train the float64 reference with torch's own AdamW and Megatron's default decay."""
     weights = reference.double(reference.random_weights(STUDENT, 1), requires_grad=True)
     teacher = reference.double(reference.random_weights(TEACHER, 2), requires_grad=False)
     optimizer = torch.optim.AdamW(list(weights.values()), lr=1e-3, weight_decay=0.01)
@@ -184,7 +184,7 @@ def test_the_loss_after_three_steps_does_not_depend_on_the_layout(name: str) -> 
 
 
 def train_uneven(case: Case) -> tuple[list[float], bool]:
-    """As `train`, the student's layers split as no rule would."""
+    """Train as `train` does, with the student's layers split as no rule would."""
     with patch.object(models, "even_layout", uneven_layout):
         return train(case)
 
@@ -199,7 +199,7 @@ def test_three_steps_at_uneven_stages() -> None:
 
 
 def train_with_stale_copies(case: Case) -> tuple[list[float], bool]:
-    """As `train`, copies of the head being sent in the first step only."""
+    """Train as `train` does, but send copies of the head only in the first step."""
     refreshed: set[int] = set()
 
     def refresh_once(self: LensCopies, lens: Lens | None, empty: Callable[[], Lens]) -> Lens | None:
@@ -221,13 +221,13 @@ def test_a_stale_copy_of_the_head_would_be_noticed() -> None:
     with pytest.raises(AssertionError):
         assert_same_totals(results, case)
     (stale,) = [totals for totals, _ in results if totals]
-    # The first step has no older head; from the second on nothing of it is right.
+    # The first step has no older head; from the second on the totals are wrong.
     assert stale[0] == pytest.approx(one_process(alone(case))[0], rel=1e-5)
     assert stale[-1] != pytest.approx(one_process(alone(case))[-1], rel=1e-3)
 
 
 def run_uneven(case: Case) -> Result:
-    """As `run_step`, the student's layers split as no rule would."""
+    """Run a step as `run_step` does, with the student's layers split as no rule would."""
     with patch.object(models, "even_layout", uneven_layout):
         return run_step(case)
 
@@ -240,7 +240,7 @@ def test_gradients_at_uneven_stages() -> None:
 
 
 def without_a_kept_head_gradient(case: Case) -> Result:
-    """Body on every rank: a step that may not hand over a head's gradient in its backward pass."""
+    """Run, on every rank, a step that may not hand over a head's gradient in its backward pass."""
     with patch("megatron_fdd.ops.head_loss.deliver", side_effect=AssertionError("kept until then")):
         return run_step(case)
 

@@ -1,4 +1,4 @@
-"""FP8 taps: how precise, how large, and what becomes of zeros, outliers and damage."""
+"""FP8 taps: their precision and size, and the treatment of zeros, outliers and values that are not finite."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
-HALF_STEP = 2**-4  # e4m3 has three bits behind the point; rounding is to the nearest
+HALF_STEP = 2**-4  # e4m3 has three bits after the point; rounding is to the nearest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e4])
 def test_an_entry_is_right_to_half_a_step(dtype: torch.dtype, size: float) -> None:
     tap_SBT = (torch.randn(5, 3, 70, generator=torch.Generator().manual_seed(1)) * size).to(dtype)
-    tap_SBT[2, 1, 7] *= 1000  # the few huge entries of a real hidden state
+    tap_SBT[2, 1, 7] *= 1000  # like the few huge entries of a real hidden state
     fp8 = TapFormat(dtype, is_fp8=True)
     packed = fp8.pack(tap_SBT)
     assert packed.dtype == torch.uint8
@@ -24,7 +24,7 @@ def test_an_entry_is_right_to_half_a_step(dtype: torch.dtype, size: float) -> No
     assert back_SBT.dtype == dtype
     error, exact = (back_SBT.double() - tap_SBT.double()).abs(), tap_SBT.double().abs()
     smallest = exact.amax(-1, keepdim=True) / 448 * 2**-6
-    # bf16 rounds once more on the way out.
+    # The result is rounded once more, to bf16.
     assert (error <= exact * (HALF_STEP * 1.07) + smallest * HALF_STEP).all()
     assert error.max() > 0
 

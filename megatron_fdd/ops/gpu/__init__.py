@@ -1,1 +1,1 @@
-"""The GPU path of the fused losses, in Triton."""
+"""The implementation of the fused losses for GPUs, in Triton."""

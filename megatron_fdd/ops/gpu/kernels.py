@@ -1,10 +1,10 @@
-"""Triton kernels between the matrix products: what a tile's logits become, in one pass over them.
+"""Triton kernels that turn a tile's logits, between two matrix products, into weights and sums in one pass.
 
-A program has one token, whose logits in the tile lie in its registers. It writes over what it has read: weights of the
-products' dtype at the beginning of each row (rows of a bf16 tile lie twice as far apart as its numbers need).
+A program has one token and holds the token's logits of the tile in registers. It overwrites what it has read: weights
+in the products' dtype begin where the row's logits began (rows of bf16 weights lie twice as far apart as they need).
 
-Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile. A pointer's name has the
-shape of what it points to; logits have rows of `stride` numbers, weights of `out_stride`.
+Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile. A pointer's name ends in
+the shape of its target; rows of logits are `stride` numbers apart, rows of weights `out_stride`.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import triton.language as tl
 
 @triton.jit
 def log_mixture(first, second, log_mix, log_rest):
-    """log(mix e^first + (1 - mix) e^second)."""
+    """Return log(mix e^first + (1 - mix) e^second)."""
     first, second = first + log_mix, second + log_rest
     return tl.maximum(first, second) + tl.log(1.0 + tl.exp(-tl.abs(first - second)))
 
 
-# Value and score of the divergences from log-probabilities, as `DIVERGENCES` has them for torch. All take the same.
+# Value and score of the divergences from log-probabilities, as in `DIVERGENCES` for torch, all with the same arguments.
 
 
 @triton.jit
 def fkl(teacher, student, mix, log_mix, log_rest):
-    """KL(T || S)."""
+    """Return value and score of KL(T || S)."""
     mass = tl.exp(teacher)
     return mass * (teacher - student), -mass
 
 
 @triton.jit
 def rkl(teacher, student, mix, log_mix, log_rest):
-    """KL(S || T)."""
+    """Return value and score of KL(S || T)."""
     score = tl.exp(student) * (student - teacher)
     return score, score
 
 
 @triton.jit
 def jsd(teacher, student, mix, log_mix, log_rest):
-    """mix KL(T || M) + (1 - mix) KL(S || M), M = mix T + (1 - mix) S."""
+    """Return value and score of mix KL(T || M) + (1 - mix) KL(S || M), M = mix T + (1 - mix) S."""
     mixed = log_mixture(teacher, student, log_mix, log_rest)
     value = tl.exp(teacher) * (teacher - mixed)
     score = tl.exp(student) * (student - mixed) * (1.0 - mix)
@@ -48,7 +48,7 @@ def jsd(teacher, student, mix, log_mix, log_rest):
 
 @triton.jit
 def sfkl(teacher, student, mix, log_mix, log_rest):
-    """KL(T || mix T + (1 - mix) S)."""
+    """Return value and score of KL(T || mix T + (1 - mix) S)."""
     mixed = log_mixture(teacher, student, log_mix, log_rest)
     value = tl.exp(teacher) * (teacher - mixed)
     return value, tl.exp(student) * (1.0 - tl.exp(teacher - mixed)) * (1.0 - mix)
@@ -56,7 +56,7 @@ def sfkl(teacher, student, mix, log_mix, log_rest):
 
 @triton.jit
 def srkl(teacher, student, mix, log_mix, log_rest):
-    """KL(S || mix S + (1 - mix) T)."""
+    """Return value and score of KL(S || mix S + (1 - mix) T)."""
     gap = student - log_mixture(student, teacher, log_mix, log_rest)
     mass = tl.exp(student)
     return mass * gap, mass * (gap + mix * (1.0 - tl.exp(gap)))
@@ -64,24 +64,25 @@ def srkl(teacher, student, mix, log_mix, log_rest):
 
 @triton.jit
 def load_row(logits_RC, row, stride, column, num_columns, factor):
-    """A token's logits times a factor; beyond the last column a number whose exponential is 0."""
+    """Load a token's logits times a factor; beyond the last column, a number whose exponential is 0."""
     inside = column < num_columns
     return tl.load(logits_RC + row.to(tl.int64) * stride + column, mask=inside, other=-1e30) * factor
 
 
 @triton.jit
 def store_row(weights_RC, block, row, out_stride, column, num_columns):
-    """A token's weights, in their dtype."""
+    """Store a token's weights, in their own dtype."""
     places = weights_RC + row.to(tl.int64) * out_stride + column
     tl.store(places, block.to(weights_RC.dtype.element_ty), mask=column < num_columns)
 
 
 @triton.jit
 def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit):
-    """Add a tile to one model's statistics. Returns exponentials relative to the running peak, and that peak less
-    the row's reference.
+    """Add a tile to one model's statistics.
 
-    Weights are relative to the reference: the first tile's peak, until a logit leaps more than `limit` above it.
+    Returns exponentials relative to the running peak, the factor for the old sums, the running peak, and that peak
+    minus the row's reference. Weights are relative to the reference, which is the first tile's peak until a logit
+    exceeds it by more than `limit`.
     """
     before = tl.load(peak_M + at)
     peak = tl.maximum(before, tl.max(logits, 0))
@@ -108,15 +109,16 @@ def softmax_kernel(
     teacher_RC, student_RC,
     first_RC, weights_RC, unit_RC,  # out: weights of the rows to sum
     peak_M, mass_M, unit_mass_M, cross_R,  # statistics of the tiles so far, in place (see SoftmaxSums)
-    reference_M, drop_M,  # what weights are relative to, in place; out: that of the tiles before less it
-    gap_M,  # out: the tile's own peak less the running one
+    reference_M, drop_M,  # what weights are relative to, in place; out: the reference before this tile minus this one
+    gap_M,  # out: the tile's own peak minus the running one
     stride, out_stride, num_rows, num_columns, inverse_temperature, temperature, limit,
     LEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Exponentials of a tile, and their sums added to those of the tiles before.
+    """Compute the exponentials of a tile, and add their sums to the sums of earlier tiles.
 
-    LEAD: whose expectation `cross` is, "teacher", "student" or None. Pointers that are None are left out; all
-    weights are of the student but `first_RC`: those of the leading model, for the student times z_S - z_T.
+    LEAD: the model under which `cross` is the expectation, "teacher", "student" or None. Pointers that are None are
+    left out. All weights are the student's except `first_RC`, which has the leading model's; if the student leads,
+    times z_S - z_T.
     """
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     student = load_row(student_RC, row, stride, column, num_columns, inverse_temperature)
@@ -153,7 +155,7 @@ def softmax_kernel(
 
 @triton.jit
 def rescale_kernel(rows_MD, drop_M, width, power, COLUMNS: tl.constexpr):
-    """rows *= exp(drop * power), where the drop is not 0."""
+    """Multiply rows by exp(drop * power), where the drop is not 0."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     drop = tl.load(drop_M + row)
     if drop != 0.0:
@@ -167,12 +169,12 @@ def rescale_kernel(rows_MD, drop_M, width, power, COLUMNS: tl.constexpr):
 @triton.jit
 def second_kernel(
     teacher_RC, student_RC, lse_M,
-    score_RC, weights_RC,  # out: weights of the rows to sum; None: not wanted
+    score_RC, weights_RC,  # out: weights of the rows to sum; None: not needed
     value_R, score_R,  # sums, in place
     stride, out_stride, num_rows, num_columns, inverse_temperature, mix, log_mix, log_rest,
     VALUE_AND_SCORE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of value and score of a divergence: the function VALUE_AND_SCORE of log-probabilities."""
+    """Sum value and score of a divergence, which VALUE_AND_SCORE computes from log-probabilities."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < num_columns
     teacher = load_row(teacher_RC, row, stride, column, num_columns, inverse_temperature)
@@ -191,13 +193,13 @@ def second_kernel(
 @triton.jit
 def gradient_kernel(
     teacher_RC, student_RC, lse_M, unit_lse_R,
-    scale_R, own_R, unit_R,  # factors of the score, of the student's probability, of that at temperature 1
+    scale_R, own_R, unit_R,  # factors of the score, the student's probability, the same at temperature 1
     label_R, label_scale_R,  # ids relative to the tile, and what is subtracted there
     gradient_RC,  # out
     stride, out_stride, num_rows, num_columns, first, inverse_temperature, mix, log_mix, log_rest,
     VALUE_AND_SCORE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the student's logits. Without a teacher VALUE_AND_SCORE is None."""
+    """Compute the gradient of the student's logits. Without a teacher VALUE_AND_SCORE is None."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     student = load_row(student_RC, row, stride, column, num_columns, 1.0)
     gradient = tl.zeros((COLUMNS,), tl.float32)
@@ -212,5 +214,5 @@ def gradient_kernel(
     if label_R is not None:
         hit = (first + column).to(tl.int64) == tl.load(label_R + row)
         gradient -= tl.where(hit, tl.load(label_scale_R + row), 0.0)
-    tl.debug_barrier()  # what is stored lies where other threads load from
+    tl.debug_barrier()  # the stores overwrite what other threads load
     store_row(gradient_RC, gradient, row, out_stride, column, num_columns)

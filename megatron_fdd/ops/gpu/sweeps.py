@@ -1,7 +1,7 @@
-"""The sweeps over the vocabulary on a GPU: matrix products by cuBLAS, all between them in one Triton kernel a tile.
+"""The sweeps over the vocabulary on a GPU: cuBLAS does the matrix products, one Triton kernel a tile the rest.
 
-Beside sums and statistics there are two [R, tile] buffers of logits, in whose place the weights of the next products
-appear (at another temperature than 1, one of weights more). Everything is deterministic.
+Besides sums and statistics there are two [R, tile] buffers of logits, which the weights of the next products overwrite
+(at a temperature other than 1, there is one more buffer, of weights). Everything is deterministic.
 
 Shapes: see gpu/kernels.py.
 """
@@ -26,14 +26,14 @@ from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
 
-# Columns that a program holds in registers, and its warps.
+# Columns that a program holds in registers at most, and its warps.
 MOST_COLUMNS = 4096
 WARPS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel with all that it needs to run, or to be compiled ahead of time (benchmarks/kernel_report.py)."""
+    """A kernel with everything it needs to run, or to be compiled ahead of time (benchmarks/kernel_report.py)."""
 
     kernel: Any
     num_programs: int
@@ -41,12 +41,12 @@ class Launch:
     warps: int = 4
 
     def run(self) -> None:
-        """Enqueue it on the current stream."""
+        """Enqueue the kernel on the current stream."""
         self.kernel[(self.num_programs,)](**self.arguments, num_warps=self.warps)
 
 
 class TritonSweeps:
-    """See `blocks.Sweeps`. Without tokens nothing is launched."""
+    """The sweeps of one block (see `blocks.Sweeps`). Without tokens nothing is launched."""
 
     def __init__(self, request: Request, teacher: Model | None, student: Model) -> None:
         self._request, self._models = request, (teacher, student)
@@ -62,7 +62,7 @@ class TritonSweeps:
         self._held: list[Tile] | None = None
 
     def softmax_sums(self) -> SoftmaxSums:
-        """Online softmax over this rank's part of the vocabulary."""
+        """Run the online softmax over this rank's part of the vocabulary."""
         request = self._request
         sums = SoftmaxSums.nothing_seen(request, *self._models)
         reference_M = drop_M = gap_M = None
@@ -96,7 +96,7 @@ class TritonSweeps:
         return sums
 
     def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
+        """Return the sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
         request, tiles = self._request, self._tiles
         assert request.two_sweep is not None
         sums_2R = tiles.zeros(2, tiles.num_tokens)
@@ -124,7 +124,7 @@ class TritonSweeps:
         labels_R: Tensor | None,
         head_gradient_WD: Tensor | None,
     ) -> Tensor:
-        """The hidden states' gradient [R, D], this rank's part; the head's is added to `head_gradient_WD`."""
+        """Return this rank's part of the hidden states' gradient, [R, D]; add the head's to `head_gradient_WD`."""
         request, tiles = self._request, self._tiles
         gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
         arguments = _factors(request, upstream, normalisers, labels_R) | _value_and_score(request.divergence)
@@ -165,7 +165,7 @@ class TritonSweeps:
         Launch(kernel, self._tiles.num_tokens, arguments, WARPS).run()
 
     def _add_rows(self, sums: SoftmaxSums, weights: _Weights, drop_M: Tensor, gap_M: Tensor | None) -> None:
-        """Add a tile's part of every sum of rows."""
+        """Add a tile's share to every sum of rows."""
         if sums.unit_rows_RD is not None and weights.unit_RC is not None:
             _rescale(sums.unit_rows_RD, drop_M[sums.student], sums.temperature)
             accumulate(sums.unit_rows_RD, weights.unit_RC, weights.head_CD)
@@ -189,12 +189,12 @@ class TritonSweeps:
 
 
 def _leap_limit(dtype: torch.dtype, temperature: float) -> float:
-    """How far a logit may exceed what its row's weights are relative to: these (heated, or times a gap) stay finite."""
+    """Return how far a logit may exceed its row's reference, so that weights stay finite (heated, or times a gap)."""
     return (4.0 if dtype == torch.float16 else 30.0) / max(1.0, temperature)
 
 
 class _Weights:
-    """Where a tile's weights appear: in the place of its logits."""
+    """The buffers for a tile's weights, which overwrite its logits."""
 
     def __init__(self, sums: SoftmaxSums, tile: Tile, request: Request) -> None:
         self.head_CD = tile.head_CD
@@ -216,12 +216,12 @@ class _Weights:
 
 
 def _in_place(logits_RC: Tensor, dtype: torch.dtype) -> Tensor:
-    """The beginnings of its rows, as numbers of a dtype that is at most as wide."""
+    """Return a view of the beginning of each row as numbers of a dtype that is at most as wide."""
     return logits_RC.view(dtype)[:, : logits_RC.shape[1]]
 
 
 def _pieces(tile: Tile) -> Iterator[Tile]:
-    """A tile's columns, as many at a time as fit into registers."""
+    """Yield a tile in pieces of as many columns as fit into registers."""
     start, stop = tile.columns.start, tile.columns.stop
     for first in range(start, stop, MOST_COLUMNS):
         inner = slice(first - start, min(first + MOST_COLUMNS, stop) - start)
@@ -238,7 +238,7 @@ def _rescale(rows_MD: Tensor, drop_M: Tensor, power: float) -> None:
 
 
 def _scale(sums: SoftmaxSums, factor_M: Tensor) -> None:
-    """Make the rows relative to the peaks, as the other sums are."""
+    """Make the rows relative to the peaks, like the other sums."""
     if sums.unit_rows_RD is not None:
         sums.unit_rows_RD.mul_((factor_M[sums.student] ** sums.temperature)[:, None])
     if sums.rows_MD is None:
@@ -253,7 +253,7 @@ def _scale(sums: SoftmaxSums, factor_M: Tensor) -> None:
 def _factors(
     request: Request, upstream: Upstream, normalisers: Normalisers, labels_R: Tensor | None
 ) -> dict[str, Tensor | None]:
-    """score * up + p * (unit - centre * up) - label, as rows' factors; None: left out."""
+    """Return the factors of each row in score * up + p * (unit - centre * up) - label; None: left out."""
     scale_R = own_R = None
     if request.divergence is not None:
         assert normalisers.centre_R is not None
@@ -275,7 +275,7 @@ def _factors(
 
 
 def _value_and_score(divergence: Divergence | None) -> dict[str, Any]:
-    """Return a kernel's arguments: the function, and what it is given beside log-probabilities."""
+    """Return a kernel's arguments: the function, and its inputs besides log-probabilities."""
     if divergence is None:
         return {"VALUE_AND_SCORE": None, "mix": 0.5, "log_mix": 0.0, "log_rest": 0.0}
     mix = divergence.mix_weight

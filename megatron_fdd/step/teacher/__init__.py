@@ -1,0 +1,1 @@
+"""The teacher in a step: its arguments, its weights, and its taps."""

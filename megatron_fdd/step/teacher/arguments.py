@@ -7,8 +7,8 @@ import copy
 
 from megatron_fdd.host.layer_specs import SPEC_ARGS
 
-# Where and how the teacher runs is this run's business; what it computes is its checkpoint's.
-# Every field with "parallel" in its name is of this kind too.
+# This run decides where and how the teacher runs; the checkpoint decides what the teacher computes.
+# Every field with "parallel" in its name is taken from this run too.
 _FROM_RUN = (
     "rank", "world_size", "gtp_weight_remat_size", "params_dtype", "bf16", "fp16", "transformer_impl",
     "attention_backend", "use_cpu_initialization", "persist_layer_norm", "masked_softmax_fusion",
@@ -20,7 +20,7 @@ _FROM_RUN = (
     "first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "fp8_margin",
 )  # fmt: skip
 
-# A frozen model in evaluation mode: no noise, no recompute, no graphs, no buffers of another width.
+# The teacher is frozen and in evaluation mode: no noise, no recompute, no graphs, no buffers of another width.
 _FORCED = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
@@ -65,7 +65,7 @@ _FORCED = {
 }
 
 
-# What a dense model must not inherit from a student with experts, where its checkpoint does not say.
+# A dense model must not inherit these from a student with experts, if its checkpoint does not set them.
 _DENSE = {
     "num_experts": None,
     "moe_ffn_hidden_size": None,
@@ -75,21 +75,21 @@ _DENSE = {
     "moe_router_enable_expert_bias": False,
     "moe_router_load_balancing_type": "none",
 }
-# Ways of routing; all other types only say which loss balances the load in training.
+# These types change the routing; all others only name the loss that balances the load in training.
 _ROUTERS = ("sinkhorn", "quantile_balancing")
 
 
 def teacher_args(
     checkpoint_args: argparse.Namespace, run_args: argparse.Namespace, *, expert_size: int | None = None
 ) -> argparse.Namespace:
-    """Arguments to build the teacher with in this run.
+    """Return the arguments with which this run builds the teacher.
 
-    The vocabulary is padded as the student's, so that both heads are cut at the same boundaries.
+    The vocabulary is padded like the student's, so that both heads are cut at the same boundaries.
 
     Args:
-        checkpoint_args: as stored in the teacher's checkpoint.
-        run_args: this run's validated arguments (the student's), `--teacher-fp8-*` among them.
-        expert_size: ranks that share a layer's experts; None is the student's, or 1 for a dense teacher.
+        checkpoint_args: the arguments stored in the teacher's checkpoint.
+        run_args: this run's validated arguments (the student's), including `--teacher-fp8-*`.
+        expert_size: number of ranks that share a layer's experts; None: the student's number, or 1 for a dense teacher.
 
     Raises:
         ValueError: the teacher cannot be built with this run's modules.
@@ -106,11 +106,11 @@ def teacher_args(
     for name, value in _FORCED.items():
         setattr(args, name, value)
     args.fp8, args.fp8_recipe = run_args.teacher_fp8_format, run_args.teacher_fp8_recipe
-    args.fp8_param_gather = bool(args.fp8)  # Megatron's name for weights that are in FP8 alone
+    args.fp8_param_gather = bool(args.fp8)  # Megatron's name for weights that exist only in FP8
     if args.fp8:
-        args.use_cpu_initialization = False  # which could not round them
+        args.use_cpu_initialization = False  # a CPU could not round the weights to FP8
     if uses_delayed_scaling(args):
-        args.first_last_layers_bf16 = False  # its one FP8 context is around all layers; Megatron asserts that
+        args.first_last_layers_bf16 = False  # one FP8 context is around all layers, as Megatron asserts
     for name in SPEC_ARGS:  # an older checkpoint lacks them, and the student may have some
         setattr(args, name, getattr(checkpoint_args, name, None))
     args.padded_vocab_size = run_args.padded_vocab_size
@@ -128,13 +128,13 @@ def teacher_args(
 
 
 def uses_delayed_scaling(args: argparse.Namespace) -> bool:
-    """Whether these arguments run a model in FP8 with scales found in earlier steps."""
+    """Whether these arguments run a model in FP8 with scales from earlier steps."""
     return bool(args.fp8) and args.fp8_recipe == "delayed"
 
 
 def _set_experts(args: argparse.Namespace) -> None:
-    """How a teacher's experts are computed is this run's business too."""
-    if args.moe_token_dispatcher_type == "allgather":  # Megatron's default, also of a run without experts
+    """Set how this run computes the teacher's experts."""
+    if args.moe_token_dispatcher_type == "allgather":  # Megatron's default, even in a run without experts
         args.moe_token_dispatcher_type = "alltoall"
     if args.moe_router_load_balancing_type not in _ROUTERS:
         args.moe_router_load_balancing_type = "none"
@@ -143,7 +143,7 @@ def _set_experts(args: argparse.Namespace) -> None:
 
 
 def even_layout(num_layers: int, num_stages: int) -> str:
-    """The layers over the stages as evenly as can be, first stages fuller; Megatron's default wants a divisor."""
+    """Return the most even layout of layers over stages, first stages fuller; Megatron's default needs a divisor."""
     counts = [num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)]
     stages = ["t" * count for count in counts]
     stages[0], stages[-1] = "E" + stages[0], stages[-1] + "L"

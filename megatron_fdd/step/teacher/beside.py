@@ -1,4 +1,4 @@
-"""A teacher that runs beside the student on the same ranks, without a pipeline: one micro-batch at a time."""
+"""The teacher without a pipeline: it runs beside the student on the same ranks, one micro-batch at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_fdd.step.teacher.tap_format import TapFormat
 
 
 class BesideTeacher:
-    """Runs a frozen GPTModel forward. Keeps nothing between micro-batches.
+    """A frozen GPTModel that runs forward and keeps nothing between micro-batches.
 
     Args:
         model: from `build_teacher`.
         layers: the sampled layer of each pair, 0-based, in depth order.
-        uses_fp8: take taps through FP8 although none is kept, so that every layout trains on the same numbers.
+        uses_fp8: whether taps are rounded to FP8 although none is kept, so that all layouts train on the same numbers.
     """
 
     def __init__(self, model: GPTModel, layers: Sequence[int], *, uses_fp8: bool = False) -> None:
@@ -29,7 +29,7 @@ class BesideTeacher:
 
     @torch.no_grad()
     def features(self, _index: int, batch: Batch) -> TeacherFeatures:
-        """Hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
+        """Return the hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
         final_SBT, taps_SBT = forward_with_taps(self.model, batch, self._layers, stop_before_head)
         taps = (self._format.unpack(self._format.pack(tap_SBT)) for tap_SBT in taps_SBT)
         return TeacherFeatures(final_SBT, dict(enumerate(taps)))

@@ -1,4 +1,4 @@
-"""Is this the right teacher: a sane loss on the first batch."""
+"""Check of the teacher: its cross-entropy on the first batch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def log_cross_entropy(
     """Log the teacher's cross-entropy on the first batch; warn loudly when a uniform guess would be better.
 
     Args:
-        features: of that batch; its head is `lens.head_WH`.
-        labels_N: of this rank's rows, negative where there is none.
+        features: the teacher's features of that batch.
+        labels_N: labels of this rank's rows, negative where there is none.
+        lens: the teacher's lens; its head is `lens.head_WH`.
         group: ranks whose rows differ.
 
-    Collectives: those of `linear_kl` once; one all-reduce of two numbers over `group`, one of the vocabulary's
-    size over the tensor-parallel group.
+    Collectives: those of one call of `linear_kl`; one all-reduce of two numbers over `group`, and one of the
+    vocabulary's size over the tensor-parallel group.
 
     Raises:
-        ValueError: the cross-entropy is not finite. The same on every rank.
+        ValueError: the cross-entropy is not finite; raised on every rank.
     """
     assert features.final_SBT is not None
     result = linear_kl(

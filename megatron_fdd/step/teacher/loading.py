@@ -1,4 +1,4 @@
-"""Build the teacher from its checkpoint, and refuse one that is not whole or not sane."""
+"""Construction of the teacher from its checkpoint, and the refusal of a checkpoint that is incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megatron_fdd.step.teacher.scales import freeze_scales
 
 
 def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology) -> GPTModel:
-    """A frozen GPTModel in evaluation mode with the weights of `checkpoint`, at this run's layout.
+    """Build a frozen GPTModel in evaluation mode with the weights of `checkpoint`, at this run's layout.
 
-    In FP8 the matrices of its layers are held in FP8 alone, and with delayed scaling with the scales of `checkpoint`.
+    In FP8 the matrices of its layers exist only in FP8; with delayed scaling they have the scales of `checkpoint`.
 
-    Random state is as it was before the call.
+    The random state is unchanged after the call.
 
     Args:
         args: from `teacher_args`.
@@ -36,19 +36,19 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
     all-gather of names over all ranks (with delayed scaling two).
 
     Raises:
-        ValueError: a weight of the checkpoint is not used, one of the model is not filled, is all zero, or
-            is not finite; a layer gets no scales. The same on every rank.
+        ValueError: a weight of the checkpoint is not used; a weight of the model is not filled, all zero, or
+            not finite; a layer gets no scales. Raised on every rank.
     """
     tracker = get_cuda_rng_tracker()
     states, seed_state = tracker.get_states(), torch.get_rng_state()
-    with torch.no_grad():  # else weights in FP8 would have a second copy, for a backward pass
+    with torch.no_grad():  # with gradients, weights in FP8 would have a second copy for the backward pass
         model = build_stage(build_config(args), topology)
         tracker.set_states(states)
         torch.set_rng_state(seed_state)
         model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
         for parameter in model.parameters():
             if not is_float8tensor(parameter):
-                parameter.zero_()  # rows that only this run pads are in no checkpoint
+                parameter.zero_()  # no checkpoint has the rows that only this run pads
     scaled = uses_delayed_scaling(args)
     weights = load_weights(model, checkpoint, "--teacher-load", topology.collection, with_scales=scaled)
     _check_weights(weights, checkpoint, topology)
@@ -58,10 +58,10 @@ def build_teacher(args: argparse.Namespace, checkpoint: Path, topology: Topology
 
 
 def build_stage(config: GPTModelConfig, topology: Topology) -> GPTModel:
-    """This stage's part of a model that has no virtual stages, whatever the student has.
+    """Build this stage's part of a model that has no virtual stages, even if the student has some.
 
-    A layout asks Megatron's globals whether there are virtual stages, and then for the number of one; the
-    model has one a stage.
+    A pipeline layout asks Megatron's globals whether there are virtual stages, and then for the index of one; this
+    model has one chunk a stage.
     """
     has_layout = config.transformer.pipeline_model_parallel_layout is not None
     return GPTModelBuilder(config).build_model(
@@ -73,10 +73,10 @@ def build_stage(config: GPTModelConfig, topology: Topology) -> GPTModel:
 
 
 def _check_weights(weights: Mapping[str, Tensor], checkpoint: Path, topology: Topology) -> None:
-    """Refuse a weight that is all zero over its shards, or holds a value that is not finite."""
+    """Refuse a weight that is zero in all its shards, or holds a value that is not finite."""
     names, sizes = [], []
     for name, weight in sorted(weights.items()):
-        if weight.dim() > 1:  # a bias may well be zero
+        if weight.dim() > 1:  # a bias may be zero
             names.append(name)
             sizes.append(weight.to(torch.cuda.current_device()).abs().sum(dtype=torch.float32))
     magnitude = torch.stack(sizes)
@@ -87,7 +87,7 @@ def _check_weights(weights: Mapping[str, Tensor], checkpoint: Path, topology: To
         name for name, value in zip(names, values, strict=True) if value != value or value == float("inf")
     ]
     found: list[tuple[list[str], list[str]]] = [([], [])] * torch.distributed.get_world_size()
-    # Stages and expert ranks hold other weights; one that stopped alone would leave the others waiting.
+    # Stages and expert ranks hold different weights; a rank that stopped alone would leave the others waiting.
     torch.distributed.all_gather_object(found, (zero, broken))
     zero = sorted({name for names, _ in found for name in names})
     broken = sorted({name for _, names in found for name in names})

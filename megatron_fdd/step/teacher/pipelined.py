@@ -1,4 +1,4 @@
-"""A teacher under a pipeline: all micro-batches of a step before the student's schedule, then taps to their users.
+"""The teacher under a pipeline: it runs all micro-batches before the student's schedule, then sends its taps.
 
 Teacher and student cut their layers at different places, so a sampled layer of the teacher may lie on another
 stage than its partner in the student.
@@ -25,14 +25,14 @@ from megatron_fdd.step.teacher.tap_format import TapFormat
 
 
 class PipelinedTeacher:
-    """Runs a frozen GPTModel's stage forward and holds what this stage's student needs, for one step.
+    """One stage of a frozen GPTModel that runs forward and holds, for one step, what this stage's student needs.
 
-    With `--fdd-offload-teacher-taps` what is held waits in host memory: on the device are then the taps of one
-    micro-batch at a time. With `--fdd-tap-dtype fp8` taps wait and travel in FP8; the final hidden states never do.
+    With `--fdd-offload-teacher-taps` they wait in host memory, and the device holds the taps of one micro-batch at
+    a time. With `--fdd-tap-dtype fp8` taps wait and travel in FP8; the final hidden states never do.
 
     Args:
         model: this stage's part, from `build_teacher`.
-        plan: the run's; it says where each pair's layers are.
+        plan: the run's plan, which says where each pair's layers are.
     """
 
     def __init__(self, model: GPTModel, plan: Plan, topology: Topology) -> None:
@@ -48,14 +48,14 @@ class PipelinedTeacher:
         self._offloads = plan.config.offload_teacher_taps
         self._format = TapFormat(model.config.params_dtype, plan.config.tap_dtype == "fp8")
         self._mine = [index for index, stage in enumerate(self._stages) if stage == topology.stage]
-        # By micro-batch: packed taps of this stage's teacher and for this stage's student, final hidden states.
+        # For each micro-batch: packed taps of this stage's teacher and for this stage's student; final hidden states.
         self._taps: list[dict[int, Tensor]] = []
         self._received: list[dict[int, Tensor]] = []
         self._final: list[Tensor] = []
 
     @torch.no_grad()
     def run(self, batches: Sequence[Mapping[str, Tensor]], seq_length: int, micro_batch_size: int) -> None:
-        """Forward of all micro-batches through Megatron's own forward-only schedule, then the exchange.
+        """Run all micro-batches forward through Megatron's own forward-only schedule, then exchange the taps.
 
         Collectives over the pipeline group: the schedule's sends; for each micro-batch and pair one send of
         [S, B, T] (FP8: [S, B, T + 4] bytes) from the teacher's stage to each other stage whose student needs it.
@@ -80,7 +80,7 @@ class PipelinedTeacher:
             self._taps[index] = {}
 
     def features(self, index: int, _batch: Batch) -> TeacherFeatures:
-        """What this stage's student needs of micro-batch `index`."""
+        """Return what this stage's student needs for micro-batch `index`."""
         final_SBT = _on_device(self._final[index]) if self._topology.is_last_stage else None
         return TeacherFeatures(
             final_SBT,
@@ -102,7 +102,7 @@ class PipelinedTeacher:
         return hidden_SBT, _nothing
 
     def _exchange(self, taps: Mapping[int, Tensor], shape: tuple[int, int, int]) -> dict[int, Tensor]:
-        """Bring a micro-batch's packed taps to the stages that need them; every stage walks the pairs in one order."""
+        """Bring a micro-batch's packed taps to the stages that need them; all stages take the pairs in one order."""
         group, me = self._topology.pipeline_group, self._topology.stage
         operations: list[dist.P2POp] = []
         received: dict[int, Tensor] = {}
@@ -125,7 +125,7 @@ class PipelinedTeacher:
         return kept | {index: self._keep(tap) for index, tap in received.items()}
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        """To wait for its micro-batch: where it is, or in pinned host memory."""
+        """Keep a tensor until its micro-batch: where it is, or in pinned host memory."""
         if not self._offloads:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
@@ -137,4 +137,4 @@ def _on_device(tensor: Tensor) -> Tensor:
 
 
 def _nothing(_output: Tensor, non_loss_data: bool = False) -> None:
-    """The schedule asks the last stage for something to collect."""
+    """Return nothing to the schedule, which asks the last stage for something to collect."""

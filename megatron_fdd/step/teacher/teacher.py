@@ -1,4 +1,4 @@
-"""The teacher: something that gives, for each micro-batch, its features at the sampled layers."""
+"""The interface of a teacher, which gives its features at the sampled layers for each micro-batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from megatron_fdd.losses.features import TeacherFeatures
 
 
 class Teacher(Protocol):
-    """Gives the features of each micro-batch of a step, by its index."""
+    """A source of the features of each micro-batch of a step, by the micro-batch's index."""
 
     def features(self, index: int, batch: Batch) -> TeacherFeatures: ...
