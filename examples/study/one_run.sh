@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training of the study. run.sh sets every capital name used here, and starts this script for each cell of the table.
+# One training of the study. run.sh sets every capital name used here, and starts this script for each table cell.
 #
 #   one_run.sh STUDENT METHOD LEARNING_RATE SEED
 #

@@ -37,7 +37,7 @@ from megatron_fdd.evaluate.perplexity import (
     unigram_cross_entropy,
 )
 
-# The most predictions to score, in windows spread over a text; on the test text, as many for inner layers.
+# The most predictions to score, in windows spread over a text; then the same for inner layers, on the test text.
 NUM_TOKENS = {"train": None, "validation": 16384, "test": 32768}
 NUM_INNER_TOKENS = 8192
 GROUP = 16  # students that are scored in one pass of the teacher

@@ -1,7 +1,7 @@
-"""Conversations for four behaviours of chat templates, and by hand what a model learns of them.
+"""Conversations for four behaviours of chat templates, and the parts that a model learns, written by hand.
 
-A sample is what the model sees at inference, and between ⟦ and ⟧ what it has to say itself, with the token at which it
-stops. It was worked out from the template and from that sentence, never from what the code gave.
+A sample is what the model sees at inference; between ⟦ and ⟧ stands what it has to say itself, with the token at which
+it stops. It was worked out from the template and from that sentence, never from the output of the code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-# Short for what would fill the lines.
+# Short forms of texts that would fill the lines.
 SHORT = {
     "‹": "<|im_start|>",
     "›": "<|im_end|>",
@@ -75,7 +75,7 @@ def result(text: str) -> Message:
 
 
 KIND = "‹system\nBe kind.\n{tool}›\n"
-# Earlier answers are kept, so that one sample has them all.
+# Earlier answers are kept, so that one sample has all of them.
 KEEPS = [
     chat(
         user("Where is the house?"),
@@ -94,7 +94,7 @@ KEEPS = [
         samples={3: "◂«system»Be brief.◆«user»Who stands there?◆«assistant»⟦Many.◆⟧"},
     ),
     chat(user("Sing"), answer(" a small "), samples={2: "◂«user»Sing◆«assistant»⟦a small◆⟧"}),
-    # The last message is a question: no token of it, and none of the header before, is learned.
+    # The last message is a question: none of its tokens is learned, and none of the header before it.
     chat(
         user("a"),
         answer("a"),
@@ -104,7 +104,7 @@ KEEPS = [
         samples={4: "◂«user»a◆«assistant»⟦a◆⟧«user»a◆«assistant»⟦river◆⟧"},
     ),
 ]
-# Reasoning goes once a later question is there: each answer in a sample of its own.
+# Reasoning is dropped when a later question follows, so that each answer has a sample of its own.
 REWRITES = [
     chat(
         user("Where?"),
@@ -127,7 +127,7 @@ REWRITES = [
         samples={2: "‹user\nHouse?›\n‹assistant\n⟦<think>\n\n</think>\n\nSmall.›⟧"},
     ),
 ]
-# Whoever speaks next ends an answer; behind the last one the marker is put.
+# The marker of the next speaker ends an answer; after the last answer the marker is added.
 NO_END = [
     chat(
         user("Where is it?"),
@@ -203,7 +203,7 @@ TOOLS = [
         samples={2: "‹system\nBe kind.›\n‹user\nSing?›\n‹assistant\n⟦Until night.›⟧"},
     ),
 ]
-# Whose template, and the data: four samples for each.
+# For each behaviour its template and its data, which give four samples.
 BEHAVIOURS = {
     "keeps": ("llama3", KEEPS),
     "rewrites": ("qwen3", REWRITES),

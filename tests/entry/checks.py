@@ -1,4 +1,4 @@
-"""What the tests of the entry point say of an ending or of a metrics file."""
+"""Assertions about the ending or the metrics file of a run, for the tests of the entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real entry point inside live ranks: `megatron_fdd.distill.main()` with a command line, and what came of it."""
+"""Calls of the real entry point, `megatron_fdd.distill.main()` with a command line, inside live ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tests.harness.ranks import IMAGE, Layout, clean_megatron, run_on_ranks
 
-# Batch, schedule and optimizer of every toy run; a later flag overrules an earlier one.
+# Batch, schedule and optimizer of every toy run; a later flag overrides an earlier one.
 COMMON = (
     "--use-checkpoint-args --seq-length 16 --micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --lr-decay-iters 8 "
     "--lr-warmup-iters 2 --train-iters 3 --eval-interval 100 --eval-iters 0 --log-interval 1 --fdd-layers 2 "
@@ -29,7 +29,7 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Ending:
-    """What one run of the entry point left: exit status, and both streams of this rank."""
+    """The result of one run of the entry point: exit status, and both output streams of this rank."""
 
     status: int
     out: str
@@ -38,7 +38,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Patch:
-    """`attribute` of a module becomes `replacement` (both by name, so that they cross to the ranks)."""
+    """The replacement of a module's `attribute` by `replacement`, both as names, so that they can be sent to ranks."""
 
     module: str
     attribute: str
@@ -50,7 +50,7 @@ def run_commands(
     patches: Sequence[Patch] = (),
     environment: dict[str, str] | None = None,
 ) -> list[Ending]:
-    """Body on every rank: the entry point, once per command line."""
+    """Run, on every rank, the entry point once for each command line."""
     endings = []
     for index, command in enumerate(commands):
         if index:
@@ -65,13 +65,13 @@ def run_commands(
 
 
 def call_main(command: Sequence[str]) -> Ending:
-    """`python -m megatron_fdd.distill COMMAND` without the new process."""
+    """Run `python -m megatron_fdd.distill COMMAND` in this process."""
     from megatron_fdd import distill
 
     out, err = io.StringIO(), io.StringIO()
     with (
         patch.object(sys, "argv", ["distill", *command]),
-        patch("megatron_fdd.host.process.PATIENCE_S", 0),  # no launcher ends these ranks: every one speaks
+        patch("megatron_fdd.host.process.PATIENCE_S", 0),  # no launcher: each rank reports its error
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
@@ -90,7 +90,7 @@ def run(
     environment: dict[str, str] | None = None,
     image: str = IMAGE,
 ) -> list[list[Ending]]:
-    """Run command lines one after the other on live ranks; for each of them the endings of all ranks."""
+    """Run command lines one after the other on live ranks; return for each the endings of all ranks."""
     arguments = {"commands": [list(command) for command in commands], "patches": list(patches)}
     arguments["environment"] = environment
     by_rank = run_on_ranks(run_commands, Layout(ranks=ranks), arguments, image=image)
@@ -98,7 +98,7 @@ def run(
 
 
 def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
-    """As `run`; every command must have ended well on every rank."""
+    """Run command lines as `run` does; every command must end well on every rank."""
     results = run(*commands, **options)
     for endings in results:
         for ending in endings:
@@ -107,10 +107,10 @@ def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every record of a metrics file."""
+    """Return every record of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def without_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What must not depend on when and how often a run was interrupted."""
+    """Return the part of the records that must not depend on interruptions."""
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]

@@ -36,7 +36,7 @@ SCRATCH = (
 
 @dataclass(frozen=True)
 class Toys:
-    """Folders of the toy set: models as Hugging Face made them and as Megatron checkpoints, and prepared text."""
+    """Folders of the toy set: models in Hugging Face's format and as Megatron checkpoints, and prepared text."""
 
     root: Path
 
@@ -57,11 +57,11 @@ class Toys:
         return self.root / "text"
 
     def command(self, *more: object) -> list[str]:
-        """Flags of a distillation run; `more` overrule them."""
+        """Return the flags of a distillation run; `more` override them."""
         return [*COMMON, *_words("--load", self.student, *self._teacher, *self._text, *more)]
 
     def mock_command(self, *more: object) -> list[str]:
-        """As `command`, on made-up data, so that no data set refuses another tokenizer first."""
+        """Return flags as `command` does, with made-up data, so that no data set refuses another tokenizer first."""
         flags = (
             "--mock-data",
             "--tokenizer-type",
@@ -72,7 +72,7 @@ class Toys:
         return [*COMMON, *_words("--load", self.student, *self._teacher, *flags, *more)]
 
     def saving_command(self, folder: Path, *more: object) -> list[str]:
-        """As `command`; checkpoints and `metrics.jsonl` go to `folder`."""
+        """Return flags as `command` does; checkpoints and `metrics.jsonl` go to `folder`."""
         places = ("--save", folder, "--fdd-metrics-file", folder / "metrics.jsonl", "--save-interval", 2)
         return self.command(*places, *more)
 
@@ -91,7 +91,7 @@ def _words(*flags: object) -> list[str]:
 
 
 def make_checkpoint(root: Path, name: str, changes: dict[str, object]) -> None:
-    """Body on a rank: a random Llama as `root/name-hf`, converted to `root/name`."""
+    """Make, on one rank, a random Llama as `root/name-hf`, converted to `root/name`."""
     toys.make_llama(root / f"{name}-hf", **changes)
     convert.hf_to_mcore(root / f"{name}-hf", root / name)
 
@@ -104,7 +104,7 @@ def write_text(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toys:
-    """Teacher (6 layers, width 48) and student (4 layers, width 32) with one tokenizer, and text for them."""
+    """Make a teacher (6 layers, width 48) and a student (4 layers, width 32) with one tokenizer, and text for them."""
     found = Toys(tmp_path_factory.mktemp("entry"))
     for name, changes in (("teacher", TEACHER), ("student", STUDENT)):
         arguments = {"root": found.root, "name": name, "changes": changes}

@@ -1,4 +1,4 @@
-"""Checkpoints and tokenizers that something is wrong with, made from the toys."""
+"""Damaged or wrong checkpoints and tokenizers, made from the toys."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tests.harness.ranks import Layout, run_on_ranks
 
 
 def copied(source: Path, target: Path) -> Path:
-    """A copy of a checkpoint folder, to damage."""
+    """Copy a checkpoint folder, to damage it."""
     return Path(shutil.copytree(source, target))
 
 
 def with_args(source: Path, target: Path, **changes: Any) -> Path:
-    """A copy whose stored arguments say something else than its weights."""
+    """Make a copy whose stored arguments contradict its weights."""
     state = _common_state(copied(source, target))
     vars(state["args"]).update(changes)
     return _with_common_state(target, state)
 
 
 def cut(source: Path, target: Path) -> Path:
-    """A copy that lost the end of its largest file."""
+    """Make a copy without the end of its largest file."""
     copied(source, target)
     largest = max(target.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
@@ -36,13 +36,13 @@ def cut(source: Path, target: Path) -> Path:
 
 
 def with_tracker(source: Path, target: Path, content: str) -> Path:
-    """A copy whose tracker file says `content`."""
+    """Make a copy whose tracker file says `content`."""
     (copied(source, target) / "latest_checkpointed_iteration.txt").write_text(content)
     return target
 
 
 def scratched(source: Path, target: Path, key: str) -> Path:
-    """A copy in which every byte of the entries whose key starts with `key` is zero."""
+    """Make a copy in which the entries whose key starts with `key` have only zero bytes."""
     release = copied(source, target) / "release"
     index = pickle.loads((release / ".metadata").read_bytes())
     for entry, item in index.storage_data.items():
@@ -54,13 +54,13 @@ def scratched(source: Path, target: Path, key: str) -> Path:
 
 
 def without_index(source: Path, target: Path) -> Path:
-    """A copy without `.metadata`."""
+    """Make a copy without `.metadata`."""
     (copied(source, target) / "release" / ".metadata").unlink()
     return target
 
 
 def with_tensor(source_hf: Path, target: Path, name: str, value: float) -> Path:
-    """A conversion of a model of which one tensor is filled with `value`."""
+    """Convert a model in which one tensor is filled with `value`."""
     run_on_ranks(
         _convert_filled, Layout(ranks=1), {"hf": source_hf, "to": target, "name": name, "value": value}
     )
@@ -78,13 +78,13 @@ def _convert_filled(hf: Path, to: Path, name: str, value: float) -> None:
 
 
 def other_tokenizer(folder: Path, *, added: int = 1) -> Path:
-    """A tokenizer with `added` tokens beyond the toys' own base vocabulary, theirs among them."""
+    """Make a tokenizer with `added` tokens beyond the toys' base vocabulary, including the toys' own added tokens."""
     toys.make_tokenizer(folder, added=("<|chat|>", *(f"<|{index}|>" for index in range(1, added))))
     return folder
 
 
 def without_args(source: Path, target: Path) -> Path:
-    """A copy that stores no arguments."""
+    """Make a copy that stores no arguments."""
     state = _common_state(copied(source, target))
     del state["args"]
     return _with_common_state(target, state)
@@ -95,6 +95,6 @@ def _common_state(folder: Path) -> dict[str, Any]:
 
 
 def _with_common_state(folder: Path, state: dict[str, Any]) -> Path:
-    """Put the state where older versions of Megatron did, which is read first."""
+    """Put the state in the place of older versions of Megatron, which is read first."""
     torch.save(state, folder / "release" / "common.pt")
     return folder

@@ -1,4 +1,4 @@
-"""What the models of a run compute before its first step. For a live rank."""
+"""The logits of a run's models before its first step, computed on a live rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.harness.ranks import clean_megatron
 
 
 def first_logits(commands: list[list[str]]) -> list[list[torch.Tensor]]:
-    """Body on a rank: what student and teacher of each run compute before its first step."""
+    """Return, on one rank, the logits of student and teacher of each run before its first step."""
     build, setup = distill.build_teacher, training.setup_model_and_optimizer
     found: list[torch.Tensor] = []
 

@@ -1,4 +1,4 @@
-"""What every name of Megatron's loaded modules and classes stands for, and which of them a run has replaced."""
+"""The objects behind all names of Megatron's loaded modules and classes, and the names that a run has replaced."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _MISSING = object()
 
 
 def remember() -> None:
-    """From now on `replaced` compares with this moment."""
+    """Remember the present objects, with which `replaced` compares."""
     _BEFORE.update(_names())
 
 
 def replaced() -> set[str]:
-    """Names that were loaded then and are now something else, but for Megatron's own state and the tests' changes."""
+    """Return names whose object has changed since then, without Megatron's own state and the tests' changes."""
     now = _names()
     changed = {name for name, value in _BEFORE.items() if now.get(name, _MISSING) is not value}
-    # What was loaded later, or before a rank remembered anything, is as Megatron made it, unless it is ours.
+    # A name that was loaded later, or before a rank remembered anything, is Megatron's own, unless it is ours.
     changed |= {
         name for name, value in now.items() if _is_from(value, "megatron_fdd") and not _is_torchs(value)
     }
@@ -38,7 +38,7 @@ def replaced() -> set[str]:
 def replaced_in_a_run(
     command: Sequence[str], environment: dict[str, str]
 ) -> tuple[Ending, set[str], set[str]]:
-    """Body on a rank: the entry point's ending, and what is replaced while it trains and afterwards."""
+    """Return, on one rank, the entry point's ending, and the names that are replaced during and after training."""
     from megatron_fdd.step.schedule import StepHooks
 
     if not _BEFORE:
@@ -75,12 +75,12 @@ def _is_from(value: Any, package: str) -> bool:
 
 
 def _is_torchs(value: Any) -> bool:
-    """Whether Megatron has found it in torch, where a rehearsal had put it."""
+    """Whether Megatron found the object in torch, where a rehearsal had put it."""
     return str(getattr(value, "__module__", "")) == "megatron_fdd.host.rehearsal.device"
 
 
 def _own_state() -> set[str]:
-    """What Megatron's functions assign to with a `global` statement."""
+    """Return the names that Megatron's functions assign to with a `global` statement."""
     found: set[str] = set()
     for module in _modules():
         with suppress(OSError, TypeError):

@@ -1,4 +1,4 @@
-"""Every mistake ends in one clear error on rank 0, exit status 1 on every rank, and no training step."""
+"""Mistakes of users: each ends in one clear error on rank 0, exit status 1 on every rank, and no training step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.entry.checks import assert_refused
 from tests.entry.command import run
 from tests.entry.conftest import Toys
 
-# Flags that are wrong by themselves, and what the error must say: the value, the bound, the remedy. Of what the
-# configuration and the layer plan refuse, one each: the others are in their own tests.
+# Flags that are wrong by themselves, and the value, bound and remedy that the error must name. The configuration and
+# the layer plan have one row each; their other refusals are in their own tests.
 WRONG_FLAGS = {
     "teacher folder missing": (
         "--teacher-load /nowhere",
@@ -58,7 +58,7 @@ def test_wrong_flags(name: str, toy: Toys) -> None:
     assert_refused(endings, pattern)
 
 
-# Folder -> flags that name something damaged, made in the folder; and what the error must say.
+# A function from a folder to flags that name something damaged, made in the folder; and the error's text.
 DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
     "teacher cut short": (
         lambda toy, folder: ["--teacher-load", damage.cut(toy.teacher, folder / "t")],
@@ -189,7 +189,7 @@ def test_teacher_with_another_tokenizer(toy: Toys, tmp_path: Path) -> None:
 
 
 def test_data_and_student_of_another_tokenizer(toy: Toys, tmp_path: Path) -> None:
-    """Of every pair that must agree, the first difference; the same on both ranks."""
+    """For every pair that must agree, the error names the first difference, the same on both ranks."""
     student = damage.copied(toy.student, tmp_path / "s")
     path = student / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text().replace("<|chat|>", "<|User|>"))

@@ -1,7 +1,7 @@
-"""From a file of chats to one training step: what it computes is what transformers computes on what is learned.
+"""From a file of chats to one training step: it computes what transformers computes on the learned tokens.
 
-What is learned was written by hand (`chats`), and its positions are counted here, with nothing of the package. Losses
-and gradient are those of `AutoModelForCausalLM` in float64, one sample at a time.
+The learned parts were written by hand (`chats`); their positions are counted here without the package. Expected losses
+and gradients are those of `AutoModelForCausalLM` in float64, for one sample at a time.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from tests.entry.command import COMMON, trained
 from tests.entry.conftest import STUDENT, TEACHER
 from tests.harness.ranks import Layout, run_on_ranks
 
-# N tokens that are learned, H hidden, V the tokenizer's vocabulary, L positions of a sample
+# N learned tokens, H hidden, V the tokenizer's vocabulary, L positions of a sample
 
-# More rows than the tokenizer has tokens: no loss knows them.
+# There are more rows than the tokenizer has tokens; the losses ignore these rows.
 SIZES = {"vocab_size": 403, "max_position_embeddings": 512}
-# The end of a document is in no text: in these templates another token ends a turn.
+# No text has the end-of-document token: in these templates another token ends a turn.
 SPECIAL = (
     "<|endoftext|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|im_start|> <|im_end|> [gMASK] "
     "<sop> <|system|> <|user|> <|assistant|> <|observation|>"
 ).split()
 MARKERS = "<think> </think> <tool_call> </tool_call>".split()
 KD, CE, ALPHA = 0.5, 0.25, 0.7
-# Blocks of student and teacher, from 1, that `--fdd-layers 2` pairs; the student's are on the first of two stages.
+# Blocks of student and teacher (from 1) that `--fdd-layers 2` pairs; the student's are on the first of two stages.
 PAIRS = ((1, 2), (2, 4))
-# One step of plain descent, so long that the gradient can be read from the weights.
+# The rate of one step of plain descent, so large that the change of the weights shows the gradient.
 LR = 100.0
 STEP = (
     f"--fdd-kd-weight {KD} --fdd-ce-weight {CE} --fdd-alpha {ALPHA} --fdd-beta 0 --train-iters 1 --optimizer sgd "
@@ -60,13 +60,13 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Expected:
-    """One step on all samples of a behaviour.
+    """The expected result of one step on all samples of a behaviour.
 
     Attributes:
-        lengths: inputs of each sample: its tokens but the last.
-        tokens: how many are learned.
+        lengths: number of inputs of each sample, which are its tokens except the last.
+        tokens: number of learned tokens.
         means: terms by their names in the metrics file.
-        gradient: of the weighted terms, by parameter.
+        gradient: gradient of the weighted terms, by parameter.
     """
 
     lengths: list[int]
@@ -76,7 +76,7 @@ class Expected:
 
 
 def make_tokenizer(folder: Path, template: str) -> None:
-    """Byte-level, with the special tokens of every family."""
+    """Make a byte-level tokenizer with the special tokens of every family."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -91,7 +91,7 @@ def make_tokenizer(folder: Path, template: str) -> None:
 
 
 def make_models(root: Path) -> None:
-    """Body on a rank: teacher and student as Hugging Face models (`NAME-hf`) and as Megatron checkpoints."""
+    """Make, on one rank, teacher and student as Hugging Face models (`NAME-hf`) and as Megatron checkpoints."""
     for name, changes in (("teacher", TEACHER), ("student", STUDENT)):
         folder = toys.make_llama(root / f"{name}-hf", tokenizer=False, **changes, **SIZES)
         make_tokenizer(folder, "")
@@ -100,7 +100,7 @@ def make_models(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The models, and by behaviour a prepared set (`NAME`) and its tokenizer (`NAME-tokenizer`)."""
+    """Make the models and, for each behaviour, a prepared set (`NAME`) and its tokenizer (`NAME-tokenizer`)."""
     root = tmp_path_factory.mktemp("chats")
     run_on_ranks(make_models, Layout(ranks=1), {"root": root})
     for name, (family, chats) in BEHAVIOURS.items():
@@ -112,7 +112,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_texts(tokenizer: Any, chat: Chat) -> None:
-    """The texts by hand are the template's: up to its last answer the prompt, and to its end the conversation."""
+    """Check that the texts by hand are the template's: the prompt before the last answer, and the conversation."""
     messages, tools = chat.row["messages"], chat.row.get("tools")
     for count, marked in chat.samples.items():
         last = re.fullmatch(".*⟦([^⟧]*)⟧", marked, re.DOTALL)[1]
@@ -126,9 +126,9 @@ def check_texts(tokenizer: Any, chat: Chat) -> None:
 
 
 def positions(tokenizer: Any, marked: str) -> tuple[Tensor, Tensor]:
-    """Ids of a text without its marks, [L], and where those are that stand between marks, [N].
+    """Return the ids of a text without its marks, [L], and the places of the ids between marks, [N].
 
-    What a token stands for is told by its own letters, one token after the other.
+    The letters of each token, one token after the other, show which part of the text it stands for.
     """
     pieces = re.split("[⟦⟧]", marked)
     inside = [place % 2 == 1 for place, piece in enumerate(pieces) for _ in piece]
@@ -147,19 +147,19 @@ def load(folder: Path) -> Any:
 
 
 def divergence(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
-    """KL(teacher || student), summed over tokens."""
+    """Return KL(teacher || student), summed over tokens."""
     return F.kl_div(student_NV.log_softmax(-1), teacher_NV.log_softmax(-1), reduction="sum", log_target=True)
 
 
 def lens(model: Any, hidden_NH: Tensor, size: int) -> Tensor:
-    """Logits of a block's output, [N, V]; norm and head are constants."""
+    """Return logits of a block's output, [N, V]; norm and head are constants."""
     norm, head_VH = model.model.norm, model.lm_head.weight[:size].detach()
     normed_NH = F.rms_norm(hidden_NH, hidden_NH.shape[-1:], norm.weight.detach(), norm.variance_epsilon)
     return normed_NH @ head_VH.T
 
 
 def sums_of_terms(teacher: Any, student: Any, ids: Tensor, learned: Tensor, size: int) -> dict[str, Tensor]:
-    """Of one sample; what stands at a position is said by the logits before it."""
+    """Return the sums of the terms for one sample; the logits at a position predict the next token."""
     with torch.no_grad():
         taught = teacher(ids[None], output_hidden_states=True)
     said = student(ids[None], output_hidden_states=True)
@@ -180,7 +180,7 @@ def sums_of_terms(teacher: Any, student: Any, ids: Tensor, learned: Tensor, size
 
 @pytest.fixture(scope="module")
 def expected(root: Path) -> dict[str, Expected]:
-    """By behaviour."""
+    """Return the expected result for each behaviour."""
     teacher, student = load(root / "teacher-hf"), load(root / "student-hf")
     found = {}
     for name, (_, chats) in BEHAVIOURS.items():
@@ -203,11 +203,11 @@ def expected(root: Path) -> dict[str, Expected]:
 
 
 def command(root: Path, name: str, lengths: list[int], flags: str, save: Path) -> list[str]:
-    """A step on all samples of a behaviour, in two micro-batches."""
+    """Return the command for a step on all samples of a behaviour, in two micro-batches."""
     assert len(lengths) == 4
     length, batch = max(lengths) + 3, 4
     if "inter-document" in flags:
-        # In whatever order they come, they fill one sequence and need no third.
+        # In any order, the samples fill one sequence, and two are enough.
         length, batch = (sum(lengths) + max(lengths)) // 2 + 1, 2
     length += -length % 4  # a context-parallel rank has two pieces of a sequence
     places = {

@@ -1,4 +1,4 @@
-"""What a run saves is an ordinary Megatron checkpoint, and the teacher leaves no trace in it."""
+"""The checkpoint of a run: it is an ordinary Megatron checkpoint without any trace of the teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.entry.command import trained
 from tests.entry.conftest import Toys
 
-# Runs where `megatron_fdd` cannot be imported: what a stock Megatron would read first.
+# This program runs where `megatron_fdd` cannot be imported, and reads what a stock Megatron would read first.
 READ = """
 import json, sys
 

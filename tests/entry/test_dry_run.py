@@ -1,4 +1,4 @@
-"""`--fdd-dry-run` and `--help`: what a user sees before anything is loaded."""
+"""`--fdd-dry-run` and `--help`: the output for a user before anything is loaded."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_plan_of_a_pipeline_says_who_does_what(toy: Toys) -> None:
 
 
 def test_a_plan_of_many_ranks_before_there_are_weights(toy: Toys, tmp_path: Path) -> None:
-    """One process, 64 ranks, a mixture of experts that is a config.json; a real run with it is refused."""
+    """One process plans 64 ranks and a mixture of experts that is only a config.json; a real run with it is refused."""
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     arguments = {"variant": "qwen3_moe", "num_hidden_layers": 10, "num_local_experts": 8, "num_experts": 8}
     run_on_ranks(config_only, Layout(ranks=1), {"folder": teacher, "changes": arguments})
@@ -81,7 +81,7 @@ def test_a_plan_of_many_ranks_before_there_are_weights(toy: Toys, tmp_path: Path
     assert "64 rank(s) = tensor 2 x context 1 x pipeline 4 x data 8" in planned.out
     assert "experts of the teacher: 8 in each of 10 layer(s), 3 to a token; 1 on a rank" in planned.out
     assert re.search(r"^    sum: \d+\.\d$", planned.out, re.MULTILINE)
-    # What has no weights is not asked for scales.
+    # A checkpoint without weights need not have scales.
     stored = StoredModel("T", "--teacher-load", teacher / "plan" / "release", Namespace())
     check_teacher_scales(Model(Role.TEACHER, Namespace(fp8="e4m3", fp8_recipe="delayed"), stored))
     [[refused]] = run(command, ranks=1, patches=[*NO_RUN, *launch])
@@ -91,7 +91,7 @@ def test_a_plan_of_many_ranks_before_there_are_weights(toy: Toys, tmp_path: Path
 
 
 def config_only(folder: Path, changes: dict[str, Any]) -> None:
-    """Body on a rank: `folder/plan` of a config.json and a tokenizer."""
+    """Make, on one rank, `folder/plan` from a config.json and a tokenizer."""
     toys.make_tokenizer(folder)
     toys.write_json(folder / "config.json", toys.llama_config(**changes))
     convert.config_to_mcore(folder, folder / "plan")
@@ -101,7 +101,7 @@ FP8 = "--bf16 --fp8-format hybrid --fp8-recipe tensorwise --teacher-fp8-format e
 
 
 def test_a_plan_of_fp8_needs_no_transformer_engine(toy: Toys) -> None:
-    """Widths that FP8 takes, and such as it does not."""
+    """Try widths that FP8 takes, and widths that it does not take."""
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
     run_on_ranks(
         make_checkpoint,
@@ -117,7 +117,7 @@ def test_a_plan_of_fp8_needs_no_transformer_engine(toy: Toys) -> None:
 
 
 def test_a_plan_of_experts_in_fp8_needs_no_transformer_engine(toy: Toys, tmp_path: Path) -> None:
-    """Megatron's own configuration would."""
+    """Megatron's own configuration would need it."""
     words = toy.mock_command(*SCRATCH, *FP8, "--load", tmp_path, "--save", tmp_path, "--save-interval", 1)
     words.remove("--use-checkpoint-args")
     words += "--ffn-hidden-size 64 --num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall".split()

@@ -17,7 +17,7 @@ from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys
 
-# The first layer is dense, and the router is none of the defaults, so that a forgotten field shows.
+# The first layer is dense, and the router has no default settings, so that a forgotten field shows.
 ROUTING = (
     "--num-experts 4 --moe-ffn-hidden-size 24 --moe-layer-freq [0]+[1]*3 --moe-router-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5 "
@@ -30,9 +30,9 @@ TEACHER_SIZE, STUDENT_SIZE = "--teacher-expert-model-parallel-size", "--expert-m
 
 @pytest.fixture(scope="module")
 def experts(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Student-shaped mixtures of experts, trained on labels so long that their routers have a mind of their own.
+    """Train student-shaped mixtures of experts on labels, so long that their routers prefer some experts.
 
-    The folder of two checkpoints, `teacher` and `student`.
+    Returns the folder of two checkpoints, `teacher` and `student`.
     """
     root = tmp_path_factory.mktemp("experts")
     weights = "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1".split()
@@ -51,7 +51,7 @@ def experts(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# Who is a mixture, how many ranks, and the layout.
+# The models that are mixtures, the number of ranks, and the layout.
 LAYOUTS = {
     "teacher-ep1-dp2": ("teacher", 2, ""),
     "teacher-ep2": ("teacher", 2, f"{TEACHER_SIZE} 2"),
@@ -77,7 +77,7 @@ LAYOUTS = {
 
 
 def command(toy: Toys, experts: Path, who: str, *more: object) -> list[str]:
-    """A run in which teacher, student or both are the mixture."""
+    """Return the command of a run in which teacher, student or both are the mixture."""
     flags: list[object] = []
     if who != "student":
         flags += ["--teacher-load", experts / "teacher"]
@@ -94,7 +94,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 def on_one_rank(
     toy: Toys, experts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of each kind of run on one rank."""
+    """Return the metrics of each kind of run on one rank."""
     folder = tmp_path_factory.mktemp("one-rank")
     kinds = ("teacher", "student", "both")
     trained(
@@ -136,7 +136,7 @@ def test_resumes_with_its_experts_spread_otherwise(toy: Toys, experts: Path, tmp
 
 
 def test_nothing_of_the_architecture_is_forgotten(toy: Toys, experts: Path, tmp_path: Path) -> None:
-    """The student is its own teacher before its first step."""
+    """Before its first step, the student equals its teacher."""
     path = tmp_path / "metrics.jsonl"
     itself = ("--load", experts / "teacher", "--train-iters", 1, "--fdd-metrics-file", path)
     trained(command(toy, experts, "both", *itself), ranks=1)
@@ -145,7 +145,7 @@ def test_nothing_of_the_architecture_is_forgotten(toy: Toys, experts: Path, tmp_
 
 
 def balancing_losses(out: str) -> list[str]:
-    """What Megatron logs of its router's loss."""
+    """Return the router's losses in Megatron's log."""
     return re.findall(r"load_balancing_loss: (\S+)", out)
 
 
@@ -224,7 +224,7 @@ load_whole = loading.load_weights
 
 
 def load_without_an_expert(model: GPTModel, *arguments: Any, **keywords: Any) -> dict[str, Tensor]:
-    """As `load_weights`; one expert that only the last rank holds is empty."""
+    """Load weights as `load_weights` does, and empty one expert that only the last rank holds."""
     weights = load_whole(model, *arguments, **keywords)
     assert len(model.decoder.layers[2].mlp.experts.local_experts) == 2  # of 4, on two ranks
     if dist.get_rank() == dist.get_world_size() - 1:

@@ -1,4 +1,4 @@
-"""Models of every family shaped like Llama as teacher and student: what they compute is what transformers computes."""
+"""Models of every family shaped like Llama, as teacher and student: they compute what transformers computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.entry.first_logits import first_logits
 from tests.harness.ranks import Layout, run_on_ranks
 from tests.transformer_engine import IMAGE, needs_python
 
-# teacher, student: each field that one family sets and the other does not must reach only the one
+# (teacher, student); a field that only one family sets must reach only the model of that family.
 PAIRS = [
     ("qwen3_moe_mixed", "qwen3"),
     ("mixtral", "mistral_window"),
@@ -37,14 +37,14 @@ DEEPER: dict[str, dict[str, Any]] = {
 
 def _make_models(root: Path) -> None:
     for name in {name for pair in PAIRS for name in pair}:
-        # Four layers, so that two stages can share them.
+        # There are four layers, so that two stages can share them.
         toys.make_llama(root / f"{name}-hf", name, num_hidden_layers=4, **DEEPER.get(name, {}))
         convert.hf_to_mcore(root / f"{name}-hf", root / name)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the models, as Hugging Face models (`NAME-hf`) and as Megatron checkpoints."""
+    """Make the models, as Hugging Face models (`NAME-hf`) and as Megatron checkpoints; return their folder."""
     root = tmp_path_factory.mktemp("families")
     run_on_ranks(_make_models, Layout(ranks=1), {"root": root})
     return root
@@ -86,7 +86,7 @@ Metrics = dict[tuple[str, str], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def on_one_rank(toy: Toys, models: Path) -> Metrics:
-    """The metrics of each pair that `LAYOUTS` has."""
+    """Return the metrics of each pair in `LAYOUTS`."""
     pairs = {
         (teacher, student): models / f"{teacher}-{student}.jsonl" for teacher, student, _ in LAYOUTS.values()
     }
@@ -152,7 +152,7 @@ def test_windows_that_local_attention_would_forget(flag: str) -> None:
     switches = {name: name == flag for name in ("masked_softmax_fusion", "reset_attention_mask")}
     args = argparse.Namespace(window_size=(6, 0), transformer_impl="local", **switches)
     args.context_parallel_size, args.dataloader_inter_document_masking = 1, False
-    modules.check_local_attention(_student(args))  # the rehearsal's attention knows both
+    modules.check_local_attention(_student(args))  # the rehearsal's attention supports both
     with patch.object(modules, "is_rehearsal_wanted", return_value=False):
         with pytest.raises(ValueError, match=f"the student has sliding windows.*{flag.replace('_', '-')}"):
             modules.check_local_attention(_student(args))

@@ -1,11 +1,11 @@
-"""Twenty steps of the toy pair, every term and the gradient norm, held to the committed curve.
+"""Twenty steps of the toy pair: every term and the gradient norm, compared with the committed curve.
 
-Of three sampled layers one is on the second of two stages: its delta crosses.
+One of the three sampled layers is on the second of two stages, so that its delta crosses a boundary.
 
-The table in `golden_curve.txt` has nine significant digits, all that a float32 has. On the machine that wrote it a
-change that is only a refactoring reproduces it to the last digit; another processor multiplies in another order,
-so the test asks for `DIGITS`. A change that is meant to move the numbers writes it anew, and the
-difference is part of its commit:
+The table in `golden_curve.txt` has nine significant digits, which is all that a float32 has. On the machine that wrote
+it, a pure refactoring reproduces it to the last digit; another processor multiplies in another order, so the test
+asks for `DIGITS`. A change that is meant to move the numbers writes the table again, and the difference is part of
+its commit:
 
     GOLDEN=write python -m pytest tests/entry/test_golden_curve.py
 """
@@ -33,7 +33,7 @@ RUN = f"--train-iters {NUM_STEPS} --lr-decay-iters {NUM_STEPS} --fdd-ce-weight 0
 
 
 def curve(toy: Toys, folder: Path, layout: str) -> list[str]:
-    """The table's rows for one layout."""
+    """Return the table's rows for one layout."""
     ranks, flags = LAYOUTS[layout]
     path = folder / "metrics.jsonl"
     trained(toy.command(*RUN, *flags.split(), "--fdd-metrics-file", path), ranks=ranks)
@@ -44,7 +44,7 @@ def curve(toy: Toys, folder: Path, layout: str) -> list[str]:
 
 
 def write(layout: str, rows: list[str]) -> None:
-    """Put a layout's rows in place of those that the file has."""
+    """Replace a layout's rows in the file."""
     header = " ".join(["  layout step", *(f"{name:>15}" for name in COLUMNS)])
     others = [row for row in CURVE.read_text().splitlines()[1:] if row.split()[0] != layout]
     CURVE.write_text("\n".join([header, *sorted([*others, *rows])]) + "\n")
@@ -65,7 +65,7 @@ def test_twenty_steps_are_the_committed_ones(layout: str, toy: Toys, tmp_path: P
 
 
 def test_the_curve_is_one_worth_holding_to() -> None:
-    """It learns, every term counts, and the two layouts tell of the same training."""
+    """The student learns, every term counts, and the two layouts show the same training."""
     rows = [row.split() for row in CURVE.read_text().splitlines()[1:]]
     by_layout = {name: [list(map(float, row[2:])) for row in rows if row[0] == name] for name in LAYOUTS}
     one, other = by_layout.values()

@@ -33,7 +33,7 @@ def _make_models(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a teacher and two students, as Hugging Face models and as Megatron checkpoints."""
+    """Make a teacher and two students, as Hugging Face models and as Megatron checkpoints; return their folder."""
     root = tmp_path_factory.mktemp("gpt2")
     run_on_ranks(_make_models, Layout(ranks=1), {"root": root})
     return root
@@ -71,7 +71,7 @@ def test_the_other_gelu_is_refused(toy: Toys, models: Path) -> None:
 
 
 def _lens_logits(load: Path, layer: int) -> torch.Tensor:
-    """Body on a rank: the lens on the output of one layer, [B, S, V]."""
+    """Return, on one rank, the lens on the output of one layer, [B, S, V]."""
     model, _ = mcore.from_own_args(load)
     length = toys.TOKENS.shape[1]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
@@ -114,7 +114,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def one_rank(toy: Toys, models: Path) -> dict[str, list[dict[str, Any]]]:
-    """Metrics of two runs on one rank: with a detached lens, and with a live one."""
+    """Return the metrics of two runs on one rank: with a detached lens, and with a live one."""
     flags = {"": (), LIVE: LIVE.split()}
     paths = {name: models / f"metrics{len(words)}.jsonl" for name, words in flags.items()}
     commands = [
@@ -141,7 +141,7 @@ def test_the_layout_does_not_matter(
 
 
 def _own_logits(load: Path) -> torch.Tensor:
-    """Body on a rank: what the model of a checkpoint computes."""
+    """Return, on one rank, the logits of a checkpoint's model."""
     model, _ = mcore.from_own_args(load, sequence_parallel=False)
     return mcore.logits(model, toys.TOKENS)[..., :99]
 

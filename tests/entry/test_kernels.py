@@ -1,4 +1,4 @@
-"""A run is the same whichever kernels compute its losses, and one that cannot run them says so."""
+"""The choice of kernels: a run is the same whichever kernels compute its losses, and refuses kernels it cannot run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.entry.conftest import Toys
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel"])
 def test_the_reference_trains_alike(layout: str, toy: Toys, tmp_path: Path) -> None:
-    """Trained head and constant ones, cross-entropy beside the divergences."""
+    """The run has a trained head and constant ones, and cross-entropy beside the divergences."""
     flags = "--train-iters 2 --fdd-ce-weight 0.5 --fdd-temperature 2 --fdd-kd-divergence jsd"
     files = {kind: tmp_path / f"{kind}.jsonl" for kind in ("torch", "reference")}
     options = [("--fdd-kernels", kind, "--fdd-metrics-file", file) for kind, file in files.items()]

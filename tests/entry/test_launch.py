@@ -1,4 +1,4 @@
-"""Real launches: an error ends all processes and is heard, Ctrl-C says how to go on, a `kill -9` costs nothing."""
+"""Real launches: an error ends all processes and is shown, Ctrl-C says how to continue, a `kill -9` costs nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
 
 
 def stderr_of_a_launch(launch: Sequence[str], command: Sequence[object]) -> list[str]:
-    """The lines of a launch that ends in a user's error."""
+    """Return the lines of a launch that ends in a user's error."""
     result = subprocess.run(
         [*launch, *map(str, command)],
         env=environment(),
@@ -40,7 +40,7 @@ def stderr_of_a_launch(launch: Sequence[str], command: Sequence[object]) -> list
         check=False,
     )
     assert result.returncode == 1
-    assert "The last lines" not in result.stderr  # of a log: these are the user's errors
+    assert "The last lines" not in result.stderr  # no log is shown, because this is the user's error
     return result.stderr.splitlines()
 
 
@@ -50,7 +50,7 @@ def test_an_error_is_the_end_of_all_ranks(toy: Toys) -> None:
     assert re.fullmatch(r"fdd train: rank \d ended with status 1; the other ranks were ended", who)
 
 
-# What `python -m megatron_fdd.distill` does with an error, in a process that starts in no time.
+# The way in which `python -m megatron_fdd.distill` handles an error, in a process that starts quickly.
 ENDING = """
 import os, sys, time
 from megatron_fdd.host import process as launch
@@ -66,8 +66,8 @@ sys.exit(1)
 @pytest.mark.parametrize(
     ("case", "patience_s", "said"),
     [
-        ("late", 20, "megatron_fdd: error: late"),  # rank 0 comes to the error a second after rank 1
-        ("alone", 1, "rank 1: megatron_fdd: error: alone"),  # rank 0 does not come to it
+        ("late", 20, "megatron_fdd: error: late"),  # rank 0 meets the error a second after rank 1
+        ("alone", 1, "rank 1: megatron_fdd: error: alone"),  # rank 0 does not meet it
     ],
 )
 def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: str, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_path: Path) -> None:
-    """And while it is at work, no other run gets its folder."""
+    """While the run works, no other run gets its folder."""
     places = ["--load", tmp_path, "--save", tmp_path, "--pretrained-checkpoint", toy.student]
     command = toy.command(*places, *"--train-iters 4000 --save-interval 2 --log-interval 2".split())
     process = subprocess.Popen(
@@ -97,7 +97,7 @@ def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_p
             with pytest.raises(ValueError, match="another run saves there"), held(str(tmp_path)):
                 pass
             if end == signal.SIGINT:
-                os.killpg(process.pid, end)  # as a terminal does
+                os.killpg(process.pid, end)  # a terminal does the same
             else:
                 process.send_signal(end)
             break
@@ -134,7 +134,7 @@ def test_an_interruption_of_the_imports_is_quiet(tmp_path: Path) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for the launcher and everything that it started."""
+    """Send SIGKILL to the launcher and everything that it started."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()

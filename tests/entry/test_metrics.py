@@ -1,4 +1,4 @@
-"""What a run reports: the metrics file, Megatron's log line and its validation."""
+"""The reports of a run: the metrics file, Megatron's log line and its validation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINE = re.compile(r"iteration +(\d+)/")
 
 
 def values(line: str) -> dict[str, float]:
-    """`name: 1.5E+00 | ...` of one of Megatron's lines."""
+    """Read `name: 1.5E+00 | ...` from one of Megatron's lines."""
     return {
         name.strip(): float(value) for name, value in re.findall(r"\| ([^|:]+(?::t\d+)?): +([-\d.E+]+)", line)
     }
@@ -31,7 +31,7 @@ def values(line: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def written(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
-    """Metrics file and output of a run of 4 iterations with all terms, warm-up over 2 and decay over 4."""
+    """Return metrics file and output of a run of 4 iterations with all terms, warm-up over 2 and decay over 4."""
     path = tmp_path_factory.mktemp("metrics") / "new folder" / "metrics.jsonl"
     schedule = "--train-iters 4 --fdd-warmup-iters 2 --fdd-decay-iters 4 --eval-interval 2 --eval-iters 1"
     [endings] = trained(toy.command(*WEIGHTS, *schedule.split(), "--fdd-metrics-file", path))
@@ -40,7 +40,7 @@ def written(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[d
 
 @pytest.fixture(scope="module")
 def reported(written: tuple[list[dict], str]) -> tuple[list[dict], str]:
-    """The same without the validations."""
+    """Return the same without the validations."""
     records, out = written
     return [record for record in records if "tokens" in record], out
 
@@ -83,7 +83,7 @@ def test_with_one_tap_a_step_a_layer_has_its_own_value_or_none(toy: Toys, tmp_pa
         patterns.add(seen)
         for name in ("ce", "kd", *seen):
             assert record[name] == pytest.approx(whole[name], rel=1e-5), name
-        # The groups are the estimates that were trained on: of the mean over two layers, and of one delta.
+        # The kinds are the estimates that the student was trained on: a mean over two layers, and one delta.
         assert record["trajectory"] == pytest.approx(whole[seen[0]], rel=1e-5)
         assert record["delta"] == pytest.approx(2 * whole[LAYERS[2]] if len(seen) == 2 else 0, rel=1e-5)
         parts = [0.25 * record["ce"], 0.5 * record["kd"], 0.7 * record["trajectory"], 1.3 * record["delta"]]
@@ -95,7 +95,7 @@ def test_every_term_is_in_the_log_line(reported: tuple[list[dict], str]) -> None
     records, out = reported
     lines = [line for line in out.splitlines() if LINE.search(line)]
     assert len(lines) == len(records)
-    # Megatron's second line holds the mean of two iterations.
+    # Megatron's second line has the mean of two iterations.
     for line, record in list(zip(lines, records, strict=True))[2:]:
         logged = values(line)
         for name in ("total", *GROUPS, *LAYERS, "share kd"):
@@ -105,7 +105,7 @@ def test_every_term_is_in_the_log_line(reported: tuple[list[dict], str]) -> None
 def test_every_term_is_in_the_validation(written: tuple[list[dict], str]) -> None:
     records, out = written
     lines = [line for line in out.splitlines() if "validation loss at iteration" in line]
-    assert len(lines) == 3  # after 2, after 4, and at the end of training
+    assert len(lines) == 3  # after iterations 2 and 4, and at the end of training
     validations = [record for record in records if "tokens" not in record]
     assert [record["iteration"] for record in records] == [1, 2, 2, 3, 4, 4, 4]
     for line, record in zip(lines, validations, strict=True):
@@ -129,7 +129,7 @@ def test_a_file_of_something_else_is_not_cut(toy: Toys, tmp_path: Path) -> None:
 
 
 def count_collectives(command: list[str]) -> tuple[Ending, int]:
-    """Body on a rank: the ending of a run, and how often it passed over the heads or reduced Gram matrices."""
+    """Return, on one rank, the ending of a run, and its number of passes over heads and reductions of Gram matrices."""
     calls = []
 
     def counted(owner: Any, name: str) -> Any:
@@ -145,7 +145,7 @@ def count_collectives(command: list[str]) -> tuple[Ending, int]:
         return call_main(command), len(calls)
 
 
-# Weights that are 0; which terms are left; passes over the heads in a micro-batch; reductions of Gram matrices.
+# Weights that are 0; the remaining terms; passes over the heads in a micro-batch; reductions of Gram matrices.
 SWITCHED_OFF = {
     "trajectory": ("--fdd-alpha 0", {"kd", "ce", "delta"}, 3, 1),
     "delta": ("--fdd-beta 0", {"kd", "ce", "trajectory"}, 3, 0),
@@ -167,7 +167,7 @@ def test_a_weight_of_zero_switches_a_term_off(name: str, toy: Toys, tmp_path: Pa
         assert ending.status == 0, ending.err
         has_teacher = bool(kept - {"ce"})
         assert ("teacher cross-entropy" in ending.out) == (has_teacher and rank == 0)
-        # Two steps of four micro-batches. The teacher's check is one more pass, and a count of the vocabulary.
+        # There are two steps of four micro-batches. The teacher's check adds one pass and a count of the vocabulary.
         assert collectives == 2 * (4 * head_passes + gram_reductions) + 2 * has_teacher
     for record in read_metrics(path):
         assert {group for group in GROUPS if record[group] is not None} == kept

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite ends the run on every rank, before it is updated from or saved."""
+"""Losses and gradients that are not finite: they end the run on every rank, before an update or a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAVED = "latest_checkpointed_iteration.txt"
 
 
 def assert_stopped(endings: list[Ending], folder: Path, message: str) -> None:
-    """In iteration 2, of which nothing is on disk."""
+    """Assert that the run stopped in iteration 2 and wrote nothing of it."""
     assert [ending.status for ending in endings] == [1, 1]
     for rank, ending in enumerate(endings):
         (line,) = [line for line in ending.err.splitlines() if "megatron_fdd: error: " in line]
@@ -40,7 +40,7 @@ def test_weights_that_exploded(toy: Toys, tmp_path: Path) -> None:
 
 
 class BadGradient(torch.autograd.Function):
-    """Identity whose gradient is not a number."""
+    """An identity whose gradient is not a number."""
 
     @staticmethod
     def forward(_context: Any, value: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ real_report = student._loss_function
 
 
 def bad_report(loss: Tensor, **keywords: Any) -> Any:
-    """The student's loss function; in iteration 2 the loss is good and its gradient is not."""
+    """Compute the student's loss; in iteration 2 the loss is good and its gradient is not."""
     if get_args().curr_iteration == 1:
         loss = BadGradient.apply(loss)
     return real_report(loss, **keywords)
@@ -72,7 +72,7 @@ real_take_sums = student.StudentForward.take_sums
 
 
 def nan_on_last_rank(step: student.StudentForward) -> Tensor:
-    """The step's sums; in iteration 2 one rank's numbers are bad."""
+    """Return the step's sums; in iteration 2 one rank's numbers are bad."""
     sums = real_take_sums(step)
     if get_args().curr_iteration == 1 and get_args().rank == get_args().world_size - 1:
         sums[3:] = float("nan")

@@ -1,4 +1,4 @@
-"""The example of a training script of one's own: its data are what is learned from, and no flag names any."""
+"""The example of an own training script: the student learns from the script's data, and no flag names data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_own_data_and_a_teacher(toy: Toys, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["iteration"] for record in records] == [1, 2, 3]
-    # Every label counts: no document ends in data that are made up.
+    # Every label counts, because no document ends in made-up data.
     assert {record["tokens"] for record in records} == {8 * 16}
     assert records[-1]["trajectory"] is not None
 

@@ -20,7 +20,7 @@ PIPELINE = "--pipeline-model-parallel-size 2"
 
 @pytest.fixture(scope="module")
 def with_ends(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short documents with an end-of-document token behind each."""
+    """Prepare short documents with an end-of-document token after each."""
     folder = tmp_path_factory.mktemp("packed")
     write_text(folder / "text.txt")
     tokenizer = TokenizerSettings("HuggingFaceTokenizer", str(toy.tokenizer))
@@ -32,7 +32,7 @@ def with_ends(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_documents_do_not_see_each_other(toy: Toys, with_ends: Path, tmp_path: Path) -> None:
-    """Megatron's attention mask, cut behind every end of a document, says the same in another way."""
+    """Megatron's attention mask, cut after every end of a document, is another way to do the same."""
     data = ("--data-path", str(with_ends), "--seq-length", "48")
     masked, packed, staged, mixed = (tmp_path / name for name in ("masked", "packed", "staged", "mixed"))
     trained(
@@ -47,7 +47,7 @@ def test_documents_do_not_see_each_other(toy: Toys, with_ends: Path, tmp_path: P
 
 
 def test_instructions_share_samples(toy: Toys, tmp_path: Path) -> None:
-    """The same instructions, one to a sample or packed, have the same losses per token."""
+    """The same instructions, one for each sample or packed, have the same losses per token."""
     rows = [{"prompt": "a student follows", "response": "its teacher"} for _ in range(40)]
     path = write_jsonl(tmp_path / "instruction.jsonl", rows)
     tokenizer = TokenizerSettings("HuggingFaceTokenizer", str(toy.tokenizer))

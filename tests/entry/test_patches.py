@@ -1,4 +1,4 @@
-"""The tables of `megatron_fdd.host.patches.table` against what live runs replace."""
+"""The tables of `megatron_fdd.host.patches.table`, compared with the names that live runs replace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHILE_TRAINING = {patch.target for patch in PATCHES if patch.when == "always, wh
 def replaced(
     toy: Toys, flags: str, image: str, environment: dict[str, str] | None = None
 ) -> tuple[set[str], set[str]]:
-    """While a run trains, and after it."""
+    """Return the names that are replaced while a run trains, and after it."""
     arguments = {"command": toy.command(*flags.split()), "environment": environment}
     [(ending, during, after)] = run_on_ranks(replaced_in_a_run, Layout(ranks=1), arguments, image=image)
     assert ending.status == 0, ending.err
@@ -38,7 +38,7 @@ def test_a_run_with_transformer_engine_leaves_adam_alone(toy: Toys) -> None:
     during, after = replaced(toy, "--transformer-impl transformer_engine", TRANSFORMER_ENGINE)
     here = {
         "megatron.core.datasets.utils.compile_helpers",
-        # The rank was born in a rehearsal, which replaces local norms whatever a run uses.
+        # The rank started in a rehearsal, which replaces local norms whatever a run uses.
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__",
     }
     rehearsals = {patch.target for patch in REHEARSAL_PATCHES}

@@ -1,4 +1,4 @@
-"""Layouts through the real entry point: the same metrics file, resume at other layouts, overlap."""
+"""Layouts through the real entry point: the same metrics file, resumption at other layouts, overlap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVALUATED = ("--eval-interval", "2", "--eval-iters", "1")
 
 @pytest.fixture(scope="module")
 def on_one_rank(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on one rank."""
+    """Return the folder of a run on one rank."""
     folder = tmp_path_factory.mktemp("one-rank")
     trained(toy.saving_command(folder, *EVALUATED), ranks=1)
     return folder
@@ -41,7 +41,7 @@ def test_the_metrics_file_does_not_depend_on_the_layout(
 ) -> None:
     ranks, flags = LAYOUTS[name]
     [endings] = trained(toy.saving_command(tmp_path, *flags.split(), *EVALUATED), ranks=ranks)
-    assert_close(tmp_path, on_one_rank, 3 + 2)  # validated after 2 and at the end
+    assert_close(tmp_path, on_one_rank, 3 + 2)  # validation after step 2 and at the end
     assert "validation loss at iteration 2" in "".join(ending.out for ending in endings)
 
 
@@ -67,7 +67,7 @@ def test_resumes_at_other_layouts(toy: Toys, tmp_path: Path) -> None:
 
 
 def test_bf16_with_overlap(toy: Toys, tmp_path: Path) -> None:
-    """Buckets of one parameter: a copy sent before the owner's new value has arrived would be stale."""
+    """Buckets have one parameter: a copy that is sent before the owner's new value has arrived would be stale."""
     plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
     flags = (*LAYOUTS["pp2-dp2"][1].split(), "--bf16", "--train-iters", "4")
     overlap = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1")
@@ -85,11 +85,11 @@ def test_a_live_lens_with_overlap(toy: Toys, tmp_path: Path) -> None:
 
 
 def test_fp8_taps_are_the_same_in_every_layout(toy: Toys, tmp_path: Path) -> None:
-    """Taps wait and travel in FP8 under a pipeline only; without one they are rounded all the same."""
+    """Taps wait and travel in FP8 only under a pipeline; without a pipeline they are rounded too."""
     fp8 = ("--fdd-tap-dtype", "fp8")
     folders = {name: tmp_path / name for name in ("exact", "one", "two", "four")}
     trained(toy.saving_command(folders["exact"]), toy.saving_command(folders["one"], *fp8), ranks=1)
-    # Blocks 1 and 2 of the student learn from 2 and 4 of the teacher: one of them lies on another stage.
+    # Blocks 1 and 2 of the student learn from blocks 2 and 4 of the teacher, one of which is on another stage.
     trained(toy.saving_command(folders["two"], *LAYOUTS["pp2-offload"][1].split(), *fp8), ranks=2)
     trained(toy.saving_command(folders["four"], *LAYOUTS["tp2-pp2-sp"][1].split(), *fp8), ranks=4)
     for name in ("two", "four"):

@@ -1,4 +1,4 @@
-"""A plug-in in a training: the command line's is imported, one that a checkpoint names is not."""
+"""Plug-ins in a training: the command line's plug-in is imported, one that a checkpoint names is not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLUGIN = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n
 
 
 def run_in(folder: Path, commands: list[list[str]]) -> list[Ending]:
-    """Body on every rank: the entry point in another current folder."""
+    """Run, on every rank, the entry point in another current folder."""
     with contextlib.chdir(folder), patch.object(sys, "path", [*sys.path]):
         return run_commands(commands)
 

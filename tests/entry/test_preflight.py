@@ -1,4 +1,4 @@
-"""What Megatron would say late or without a remedy: one clear error, in the run and in the dry run."""
+"""Mistakes that Megatron would report late or without a remedy: one clear error, in the run and in the dry run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that would silently distil nothing, or something else, is refused in the run and in the dry run."""
+"""Refusals, in the run and in the dry run, of flags that would silently distil nothing, or something wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run
 from tests.entry.conftest import Toys
 
-# What the message must say, one for each row of REFUSALS, and command lines that it applies to.
+# The text that the message must have, for each row of REFUSALS, and command lines that the row applies to.
 COMMANDS: dict[str, tuple[str, ...]] = {
     r"^--mtp-num-layers: .*without it": ("--mtp-num-layers 1",),
     r"^--overlap-moe-expert-parallel-comm: .*leave it out": ("--overlap-moe-expert-parallel-comm",),
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def test_refused(toy: Toys) -> None:
-    """Every row, in the run and in the dry run, one after the other on one rank."""
+    """Every row is refused in the run and in the dry run, one after the other on one rank."""
     lines = [(pattern, flags.split()) for pattern, lines in COMMANDS.items() for flags in lines]
     both = [(pattern, [*flags, *dry]) for pattern, flags in lines for dry in ([], ["--fdd-dry-run"])]
     endings = run(*[toy.command(*flags) for _, flags in both], ranks=1)
@@ -67,7 +67,7 @@ def test_every_refusal_is_tested() -> None:
 
 
 class Unset(argparse.Namespace):
-    """Arguments of which nothing is set."""
+    """Arguments without any value."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -79,7 +79,7 @@ def refuse(args: argparse.Namespace) -> None:
 
 @pytest.mark.parametrize("flag", ["fp8", "teacher_fp8_format"])
 def test_fp8(flag: str) -> None:
-    """Without TransformerEngine Megatron takes the flag and computes in bf16."""
+    """Without TransformerEngine, Megatron accepts the flag and computes in bf16."""
     with pytest.raises(ValueError, match="use --transformer-impl transformer_engine"):
         refuse(Unset(**{flag: "hybrid"}, transformer_impl="local"))
     assert importlib.util.find_spec("transformer_engine") is None, "this test is for machines without it"
@@ -109,7 +109,7 @@ def test_recompute_that_hides_none(toy: Toys) -> None:
 
 
 def in_delayed_scaling(args: argparse.Namespace) -> bool:
-    """A rehearsal has no FP8; its teacher takes the place of one that has."""
+    """Whether a teacher runs with delayed scaling; here always, because a rehearsal itself has no FP8."""
     return True
 
 
@@ -122,7 +122,7 @@ def test_a_converted_teacher_has_no_scales(toy: Toys) -> None:
 
 
 def test_without_transformer_engine() -> None:
-    """Megatron's default modules are its; a plan can be made anywhere."""
+    """Megatron's default modules are TransformerEngine's; a plan needs none of them."""
     for given in ("transformer_engine", "inference_optimized"):
         with pytest.raises(ValueError, match="default.*not installed.*--transformer-impl local"):
             refuse(Unset(transformer_impl=given))

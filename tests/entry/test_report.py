@@ -1,4 +1,4 @@
-"""The report on a run of the entry point: flags that its checkpoint stores, and the keys of its metrics file."""
+"""The report on a run of the entry point: the flags in its checkpoint, and the keys of its metrics file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_run_is_read_from_what_it_leaves(toy: Toys, tmp_path: Path) -> None:
     facts = dict(flag_facts(runs))
     assert facts["--fdd-temperature"] == ["2.0", "–"]
     assert facts["--fdd-layers"] == ["2", "–"]
-    assert "--fdd-lens-head" not in facts  # nobody changed it
+    assert "--fdd-lens-head" not in facts  # it has its default
     assert dict(run_facts(runs))["iterations"] == ["2", "2"]
     assert runs[0].metrics is not None
     assert runs[0].metrics.layer_pairs("delta") == ["s2:t4"]

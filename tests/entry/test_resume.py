@@ -1,4 +1,4 @@
-"""Interrupted at any moment and started again, a run writes the metrics of one that was never interrupted."""
+"""Resumption: a run that was interrupted at any moment writes the metrics of one that never was."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ DISTRIBUTED = ("--use-distributed-optimizer", "--train-iters", "6", "--save-inte
 
 
 def command(toy: Toys, folder: Path, *more: str) -> list[str]:
-    """One command for the first start and for every resumption."""
+    """Return one command for the first start and for every resumption."""
     places = ["--load", folder, "--save", folder, "--pretrained-checkpoint", toy.student]
     return toy.command(*DISTRIBUTED, *places, "--fdd-metrics-file", folder / "metrics.jsonl", *more)
 
 
 def kill_while_writing(folder: Path, iteration: int) -> None:
-    """Make what `--exit-interval 3` left look like a run that was killed as it wrote this iteration's metrics.
+    """Make the files of `--exit-interval 3` look like those of a run that was killed while it wrote metrics.
 
-    It leaves half of the checkpoint of iteration 4, too, as a run does that was killed a little later.
+    The metrics are those of `iteration`. Half of the checkpoint of iteration 4 is left too, as after a slightly later
+    kill.
     """
     (folder / "iter_0000003").rename(folder / "iter_0000004")
     (folder / "iter_0000004" / ".metadata").unlink()
@@ -56,7 +57,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 
 def test_another_length_of_training_is_refused(toy: Toys, tmp_path: Path) -> None:
-    """Megatron's schedules are those of a number of iterations."""
+    """Megatron's schedules depend on the number of iterations."""
     trained(command(toy, tmp_path, "--train-iters", "2"))
     [endings] = run(command(toy, tmp_path, "--train-iters", "4"))
     assert_refused(endings, r"--load .*schedules of .*--override-opt_param-scheduler")
@@ -88,7 +89,7 @@ def test_resumes_at_another_tensor_parallel_size(toy: Toys, tmp_path: Path) -> N
         assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-# A bucket per parameter, so that the output layer's new value arrives in a bucket of its own.
+# Each parameter has a bucket, so that the output layer's new value arrives in a bucket of its own.
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1")
 
 
@@ -97,24 +98,24 @@ def test_overlap_changes_nothing(head: str, toy: Toys, tmp_path: Path) -> None:
     plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
     lens = ("--fdd-lens-head", head, "--train-iters", "4", "--eval-interval", "2", "--eval-iters", "1")
     trained(command(toy, plain, *lens), command(toy, overlapped, *lens, *OVERLAP))
-    assert len(metrics(plain)) == 4 + 3  # validated after 2, after 4, and at the end
+    assert len(metrics(plain)) == 4 + 3  # validations after steps 2 and 4, and at the end
     for record, other in zip(metrics(overlapped), metrics(plain), strict=True):
         assert record == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
 def test_overlap_without_the_final_logits(toy: Toys, tmp_path: Path) -> None:
-    """The head then has no gradient that its bucket could wait for."""
+    """Then the head has no gradient that its bucket could wait for."""
     trained(command(toy, tmp_path / "overlapped", "--fdd-kd-weight", "0", *OVERLAP, "--train-iters", "3"))
     assert len(metrics(tmp_path / "overlapped")) == 3
 
 
 def stale_head(model: GPTModel) -> Tensor:
-    """`read_head` of a program that does not know when a gathered parameter has arrived."""
+    """Read the head like a program that does not know when a gathered parameter has arrived."""
     return model.output_layer.weight
 
 
 def run_stale(arguments: list[str]) -> bool:
-    """Body on a rank: whether Megatron itself noticed that a bucket was never waited for."""
+    """Whether, on one rank, Megatron itself noticed that nobody waited for a bucket."""
     with (
         patch("megatron_fdd.step.lens.read_head", stale_head),
         patch("megatron_fdd.step.student.read_head", stale_head),

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written: what the system said, and what a run goes on from."""
+"""A checkpoint that cannot be written: the error has the system's message and the checkpoint to continue from."""
 
 from __future__ import annotations
 

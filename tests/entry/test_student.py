@@ -1,4 +1,4 @@
-"""`--use-checkpoint-args`, completed: the model that the checkpoint describes, for student and teacher."""
+"""The completion of `--use-checkpoint-args`: student and teacher are the models that their checkpoints describe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.entry.command import call_main, read_metrics
 from tests.entry.conftest import SCRATCH, Toys
 from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 
-# What `load_args_from_checkpoint` of 0.19.2 has no entry for, and the factor that `gpt_config_from_args` forgets.
+# Flags without an entry in `load_args_from_checkpoint` of 0.19.2, and the factor that `gpt_config_from_args` ignores.
 FORGOTTEN = "--qk-layernorm --norm-epsilon 2e-4 --use-rope-scaling --rope-scaling-factor 16".split()
 FORGOTTEN += ["--rotary-base", "600000"]
 
@@ -34,7 +34,7 @@ def facts(model: GPTModel) -> dict[str, Any]:
 
 
 def built_models(commands: list[list[str]]) -> list[list[dict[str, Any]]]:
-    """Body on a rank: what is true of student and teacher in each run."""
+    """Return, on one rank, facts about student and teacher in each run."""
     models: list[torch.nn.Module] = []
     build, setup = distill.build_teacher, training.setup_model_and_optimizer
 
@@ -66,7 +66,7 @@ def test_nothing_of_the_architecture_is_forgotten(toy: Toys, tmp_path: Path) -> 
     words = [
         word for word in toy.command("--fdd-alpha", 0, "--fdd-beta", 0) if word != "--use-checkpoint-args"
     ]
-    # `--load` of the folder to save to, which is still empty: from scratch.
+    # `--load` names the folder to save to, which is still empty: the run starts from scratch.
     make = [*words, *SCRATCH, *FORGOTTEN, "--load", str(saved), "--save", str(saved), *ONE_STEP]
     use = toy.command(
         "--load", saved, "--teacher-load", saved, "--finetune", *ONE_STEP, "--fdd-metrics-file", path
@@ -80,5 +80,5 @@ def test_nothing_of_the_architecture_is_forgotten(toy: Toys, tmp_path: Path) -> 
     assert len(used) == 2
     assert used == [made, made]
     [record] = read_metrics(path)
-    # The student is its own teacher before its first step.
+    # Before its first step, the student equals its teacher.
     assert [record[name] for name in ("kd", "trajectory", "delta")] == pytest.approx([0, 0, 0], abs=1e-6)

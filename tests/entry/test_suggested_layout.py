@@ -1,4 +1,4 @@
-"""The dry run's own advice: the layout that it prints is accepted, trains the same student and waits less."""
+"""The dry run's advice: the layout that it prints is accepted, trains the same student and waits less."""
 
 from __future__ import annotations
 

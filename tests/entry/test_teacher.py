@@ -1,4 +1,4 @@
-"""The teacher in a real run: any layout, frozen, beside the student and never in its way."""
+"""The teacher in a real run: it has any layout, is frozen, and never disturbs the student."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness.ranks import Layout, run_on_ranks
 
 @pytest.fixture(scope="module")
 def learned(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student-shaped model trained on the text's labels alone, as an ordinary training checkpoint."""
+    """Train a student-shaped model only on the text's labels, as an ordinary training checkpoint."""
     folder = tmp_path_factory.mktemp("learned") / "checkpoint"
     weights = "--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1".split()
     schedule = "--train-iters 16 --lr 2e-2 --lr-decay-iters 16 --save-interval 16".split()
@@ -31,7 +31,7 @@ def learned(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def student_state() -> dict[str, Any]:
-    """What loading a teacher must leave as it was."""
+    """Return the state that loading a teacher must not change."""
     tracker = get_cuda_rng_tracker()
     return {
         "consumed": (
@@ -46,7 +46,7 @@ def student_state() -> dict[str, Any]:
 
 
 def watch_a_run(command: list[str]) -> dict[str, Any]:
-    """Body on a rank: a run, the student's state around the building of the teacher, and who owns which parameter."""
+    """Return, on one rank, the student's state before and after the teacher is built, and the owners of parameters."""
     seen: dict[str, Any] = {}
     build, setup = distill.build_teacher, training.setup_model_and_optimizer
 
@@ -85,7 +85,7 @@ def ownership(seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_loading_it_leaves_the_student_alone(toy: Toys, learned: Path) -> None:
-    """The teacher is a training checkpoint with a data position and random state of its own."""
+    """The teacher is a training checkpoint, which has a data position and a random state of its own."""
     for result in run_on_ranks(
         watch_a_run, Layout(ranks=2), {"command": toy.command("--teacher-load", learned)}
     ):
@@ -116,13 +116,13 @@ def test_its_cross_entropy_is_logged_once_and_judged(toy: Toys, learned: Path) -
 
 
 def convert_again(hf: Path, to: Path) -> None:
-    """Body on a rank: the same weights saved by these ranks, with another padding of the vocabulary."""
+    """Save the same weights from these ranks, with another padding of the vocabulary."""
     convert.hf_to_mcore(hf, to, vocabulary_divisor=8)
 
 
 @pytest.fixture(scope="module")
 def split_teacher(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy teacher, saved by two ranks with 104 instead of 128 rows of vocabulary."""
+    """Make a copy of the toy teacher, saved by two ranks with 104 instead of 128 rows of vocabulary."""
     folder = tmp_path_factory.mktemp("split") / "teacher"
     run_on_ranks(convert_again, Layout(ranks=2), {"hf": toy.root / "teacher-hf", "to": folder})
     return folder

@@ -1,4 +1,4 @@
-"""A real launch: what its terminal shows, and its logs. And that Megatron's own writers have every term."""
+"""A real launch: the text on its terminal, its logs, and the terms in Megatron's own writers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_terminal_of_a_launch(toy: Toys, tmp_path: Path) -> None:
 
 
 def test_a_line_has_the_numbers_of_the_metrics_file(toy: Toys, tmp_path: Path) -> None:
-    """Also where rank 0 holds the first of two stages and Megatron logs on the last."""
+    """This holds also if rank 0 has the first of two stages and Megatron logs on the last."""
     command = toy.command(*WEIGHTS, "--fdd-metrics-file", tmp_path / "metrics.jsonl", "--log-interval", "2")
     [[first, last]] = trained([*command, "--pipeline-model-parallel-size", "2"])
     assert "step  " not in last.out
@@ -80,7 +80,7 @@ def test_a_line_has_the_numbers_of_the_metrics_file(toy: Toys, tmp_path: Path) -
 
 
 def run_with_writers(command: list[str]) -> tuple[Ending, list[dict[str, float]]]:
-    """Body on a rank: a run that writes to TensorBoard, and what a stand-in for wandb was given."""
+    """Return, on one rank, the ending of a run that writes to TensorBoard, and the values for a stand-in for wandb."""
     logged: list[dict[str, float]] = []
     wandb: Any = types.ModuleType("wandb")
     wandb.init = lambda **_options: None

@@ -30,7 +30,7 @@ FP8 = {
     "mxfp8": "--fp8-format hybrid --fp8-recipe mxfp8 --teacher-fp8-format e4m3 --teacher-fp8-recipe mxfp8",
     "teacher": "--teacher-fp8-format hybrid",
 }
-# Else TransformerEngine does not load the scales of delayed scaling, which are pickled.
+# Without it TransformerEngine does not load the scales of delayed scaling, which are pickled.
 TRUSTED = {"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}
 FULL = "--recompute-granularity full --recompute-method block --recompute-num-layers 4"
 LAYOUTS = {
@@ -41,7 +41,7 @@ LAYOUTS = {
 }
 
 
-# Widths that FP8 takes, and but for MXFP8 also cut in two.
+# Widths that FP8 takes; except for MXFP8, their halves fit too.
 FITTING = {
     "teacher": TEACHER
     | {
@@ -57,7 +57,7 @@ FITTING = {
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, toy: Toys) -> Toys:
-    """Models for FP8, with the text of the others."""
+    """Make models for FP8, with the text of the others."""
     found = Toys(tmp_path_factory.mktemp("fp8"))
     for name, changes in FITTING.items():
         arguments = {"root": found.root, "name": name, "changes": changes}
@@ -68,7 +68,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory, toy: Toys) -> Toys:
 
 
 def command(toy: Toys, folder: Path, *more: str) -> list[str]:
-    """One command for the first start and for every resumption."""
+    """Return one command for the first start and for every resumption."""
     places = ["--load", folder, "--save", folder, "--pretrained-checkpoint", toy.student]
     places += ["--fdd-metrics-file", folder / "metrics.jsonl"]
     return toy.command(*STEPS.split(), *places, *" ".join(more).split())
@@ -87,7 +87,7 @@ def assert_near(folder: Path, other: Path, relative: float) -> None:
 
 @pytest.fixture(scope="module")
 def local(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in float32 with Megatron's local modules."""
+    """Run in float32 with Megatron's local modules."""
     folder = tmp_path_factory.mktemp("local")
     trained(command(toy, folder, LOCAL))
     return folder
@@ -108,7 +108,7 @@ def test_goes_on_where_the_other_modules_stopped(toy: Toys, local: Path, tmp_pat
     assert_near(back, local, 2e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in FP8 if name != "mxfp8"])  # below
+@pytest.mark.parametrize("name", [name for name in FP8 if name != "mxfp8"])  # a test below has mxfp8
 def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = f"{TE} --bf16 {FP8[name]} {FULL} --fdd-tap-dtype fp8"
@@ -132,7 +132,7 @@ def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
 def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_path: Path) -> None:
-    """A student's weights are copied into FP8 anew. (Delayed scaling remembers the evaluation.)"""
+    """A student's weights are copied into FP8 again. (Delayed scaling remembers the evaluation.)"""
     plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
     flags = f"{TE} --bf16 {FP8[name]} {FULL}"
     trained(
@@ -146,7 +146,7 @@ def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_p
 
 
 def build_in_fp8(*arguments: Any) -> GPTModel:
-    """As `build_teacher`."""
+    """Build as `build_teacher` does, in FP8."""
     model = build_teacher(*arguments)
     matrices = [weight for weight in model.decoder.layers.parameters() if weight.dim() > 1]
     assert matrices
@@ -156,7 +156,7 @@ def build_in_fp8(*arguments: Any) -> GPTModel:
 
 @pytest.fixture(scope="module")
 def in_bf16(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of runs in bf16, by layout."""
+    """Return the folders of runs in bf16, by layout."""
     folders = {layout: tmp_path_factory.mktemp(f"bf16-{layout}") for layout in ("tp2-sp", "pp2")}
     trained(
         *[command(toy, folder, TE, "--bf16", LAYOUTS[layout]) for layout, folder in folders.items()],
@@ -186,7 +186,7 @@ def test_fp8_learns_as_bf16_does_with_no_bf16_beside_the_teachers_weights(
 
 
 def test_a_broken_teacher_is_refused_whatever_rounding_makes_of_it(toy: Toys, tmp_path: Path) -> None:
-    """In FP8 infinity is a number."""
+    """In FP8, infinity would become a number."""
     name = "model.layers.2.mlp.down_proj.weight"
     broken = damage.with_tensor(toy.root / "teacher-hf", tmp_path / "broken", name, float("inf"))
     flags = f"{TE} --bf16 {FP8['teacher']} --teacher-load {broken}"
@@ -221,7 +221,7 @@ EXPERTS = (
 
 
 def test_experts_in_mxfp8_resume_bit_for_bit(toy: Toys, tmp_path: Path) -> None:
-    """A student that starts from nothing, its experts multiplied together."""
+    """The student starts from scratch, and its experts are multiplied together."""
     words = [word for word in toy.command(*SCRATCH) if word != "--use-checkpoint-args"]
     words += f"{STEPS} {TE} --bf16 {FP8['mxfp8']} {EXPERTS}".split()
     folders = tmp_path / "whole", tmp_path / "stopped"

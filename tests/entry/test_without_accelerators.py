@@ -1,6 +1,6 @@
-"""On GPUs without TransformerEngine and apex: local modules run with nothing but Megatron and torch.
+"""Runs on GPUs without TransformerEngine and apex: local modules need only Megatron and torch.
 
-FDD_REHEARSE=0 leaves flags and modules as they are on a GPU; the devices stay CPUs.
+FDD_REHEARSE=0 leaves flags and modules as on a GPU; the devices stay CPUs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.entry.conftest import Toys
 
 IMAGE = "tests.harness.plain_rank_image"
 NO_REHEARSAL = {"FDD_REHEARSE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-# What a CPU needs and a GPU does not.
+# Flags that a CPU needs and a GPU does not.
 ON_CPUS = (
     "--distributed-backend gloo --attention-backend unfused --use-cpu-initialization --num-workers 0".split()
 )
@@ -24,7 +24,7 @@ LOCAL = ["--transformer-impl", "local"]
 
 @pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel"])
 def test_local_modules_train_as_in_a_rehearsal(layout: str, toy: Toys, tmp_path: Path) -> None:
-    """With every fusion that is on by default."""
+    """The run has every fusion that is on by default."""
     files = [tmp_path / name for name in ("plain.jsonl", "rehearsed.jsonl")]
     plain, rehearsed = (toy.command(*layout.split(), "--fdd-metrics-file", file) for file in files)
     trained([*plain, *LOCAL, *ON_CPUS], environment=NO_REHEARSAL, image=IMAGE)

@@ -1,6 +1,6 @@
-"""As `tests.harness.plain_rank_image`, and it remembers what every name of Megatron was before any of ours ran.
+"""The rank image `tests.harness.plain_rank_image`, with a record of all Megatron's names before our code runs.
 
-Megatron's final norm is another than its other local ones here, as beside apex.
+Here Megatron's final norm differs from its other local norms, as it does with apex.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TransformerEngine's own Python on CPUs: `rank_image.py` says how."""
+"""TransformerEngine's own Python on CPUs; `rank_image.py` explains how."""
 
 from __future__ import annotations
 

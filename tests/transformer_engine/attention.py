@@ -1,4 +1,4 @@
-"""Megatron's TransformerEngine attention, computed as a rehearsal computes the local one."""
+"""Megatron's TransformerEngine attention, computed in the way a rehearsal computes local attention."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_fdd.host.rehearsal.attention import ContextAttention
 
 
 def install_attention() -> None:
-    """Replace the forward pass, which has kernels alone; what it is for a checkpoint stays."""
+    """Replace the forward pass, which has only kernels; its part in a checkpoint stays."""
     initialize = TEDotProductAttention.__init__
 
     def initialize_both(self: Any, *arguments: Any, **keywords: Any) -> None:
         initialize(self, *arguments, **keywords)
-        self._on_cpu = (ContextAttention(*arguments, **keywords),)  # in a tuple: not a module of this one
+        self._on_cpu = (ContextAttention(*arguments, **keywords),)  # in a tuple, it is no submodule
 
     def forward(self: Any, *arguments: Any, num_splits: int | None = None, **keywords: Any) -> Tensor:
         return self._on_cpu[0](*arguments, **keywords)

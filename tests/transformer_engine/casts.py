@@ -1,4 +1,4 @@
-"""FP8 numbers in torch: TransformerEngine's own tensors of them, scaled as its recipes say."""
+"""FP8 numbers in torch, held in TransformerEngine's own tensors and scaled by its recipes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BLOCK = 128
 
 
 def plain(tensor: Any, *, columnwise: bool = False) -> Tensor:
-    """In float32 (float64 stays), out of FP8 where it is in it.
+    """Return a tensor, in FP8 or not, as float32 (float64 stays).
 
     Args:
-        columnwise: which of the two copies of a tensor in FP8; on a Hopper one cannot do the other's work.
+        columnwise: whether to read the second copy of a tensor in FP8; on a Hopper one copy cannot replace the other.
 
     Raises:
-        ValueError: it has no such copy.
+        ValueError: the tensor has no such copy.
     """
     if is_mx(tensor):
         return mx_plain(tensor, columnwise)
@@ -39,7 +39,7 @@ def is_fp8(tensor: Any) -> bool:
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """`tensor` in FP8 as the quantizer's recipe has it, into `output` where one is given."""
+    """Return `tensor` in FP8 by the quantizer's recipe; write into `output` if it is given."""
     if noop is not None and noop.item():
         return output
     fields = parts(tensor, quantizer)
@@ -53,7 +53,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def parts(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
-    """What a tensor in FP8 is made of."""
+    """Return the parts of a tensor in FP8."""
     if is_mx(quantizer):
         return mx_blocks(tensor, quantizer)
     return blocks(tensor, quantizer) if is_blockwise(quantizer) else whole(tensor, quantizer)
@@ -72,7 +72,7 @@ def create_empty_quantized_tensor(
     return made(fields, shape, dtype, quantizer)
 
 
-# Where a tensor keeps what it is made of.
+# The attributes in which a tensor keeps its parts.
 PRIVATE = {"data": "_data", "data_transpose": "_transpose", "fp8_scale_inv": "_scale_inv"}
 PRIVATE |= {
     f"{way}_{what}": f"_{way}_{what}" for way in ("rowwise", "columnwise") for what in ("data", "scale_inv")
@@ -85,7 +85,7 @@ def is_blockwise(quantizer: Any) -> bool:
 
 
 def made(fields: dict[str, Any], shape: Any, dtype: torch.dtype, quantizer: Any) -> Any:
-    """TransformerEngine's own tensor of these bytes."""
+    """Make TransformerEngine's own tensor of these bytes."""
     from transformer_engine.pytorch import tensor as te
 
     kind, internal = te.Float8Tensor, te.Float8TensorStorage
@@ -101,7 +101,7 @@ def made(fields: dict[str, Any], shape: Any, dtype: torch.dtype, quantizer: Any)
 
 
 def whole(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
-    """One scale for the tensor: the quantizer's own (delayed), or from what is there now."""
+    """Quantize with one scale for the tensor: the quantizer's own (delayed), or one from the present values."""
     fp8 = torch_type(quantizer.dtype)
     amax = tensor.detach().abs().max().float() if tensor.numel() else torch.zeros(())
     if hasattr(quantizer, "scale"):  # delayed
@@ -121,7 +121,7 @@ def whole(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
 
 
 def blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
-    """A scale for 128 x 128 values, or for 128 of a row (and of a column in the turned copy)."""
+    """Quantize with a scale for 128 x 128 values, or for 128 of a row (in the transposed copy, of a column)."""
     fields: dict[str, Any] = dict.fromkeys(
         ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
     )
@@ -141,7 +141,7 @@ def blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
 
 
 def plain_whole(tensor: Any, columnwise: bool) -> Tensor:
-    """float32 of a tensor with one scale; the columnwise copy is turned."""
+    """Return float32 of a tensor with one scale; the columnwise copy is transposed."""
     missing = tensor._transpose is None or tensor._transpose_invalid if columnwise else tensor._data is None
     if missing:
         raise ValueError(f"FP8 tensor without {'columnwise' if columnwise else 'rowwise'} data")
@@ -150,7 +150,7 @@ def plain_whole(tensor: Any, columnwise: bool) -> Tensor:
 
 
 def plain_blocks(tensor: Any, columnwise: bool) -> Tensor:
-    """float32 of a tensor scaled in blocks; the columnwise copy is turned, and has blocks and scales of its own."""
+    """Return float32 of a tensor scaled in blocks; the columnwise copy is transposed and has its own scales."""
     way = "columnwise" if columnwise else "rowwise"
     data, inverse = getattr(tensor, f"_{way}_data"), getattr(tensor, f"_{way}_scale_inv")
     if data is None:
@@ -164,7 +164,7 @@ def plain_blocks(tensor: Any, columnwise: bool) -> Tensor:
 
 
 def scaled_blocks(rows: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
-    """uint8 [M, K] and the scales, [M / 128, K / 128] or [M, K / 128], rounded up."""
+    """Return uint8 [M, K] and the scales, [M / 128, K / 128] or [M, K / 128], rounded up."""
     fp8 = torch_type(quantizer.dtype)
     height = BLOCK if quantizer.block_scaling_dim == 2 else 1
     m, k = rows.shape
@@ -176,7 +176,7 @@ def scaled_blocks(rows: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(amax: Tensor, fp8: torch.dtype, power_of_2: bool, epsilon: float) -> Tensor:
-    """Brings the largest value to FP8's; 1 where there is none."""
+    """Return the scale that brings the largest value to FP8's largest; 1 without values."""
     amax = amax.clamp(min=epsilon)
     scale = torch.where(amax > 0, torch.finfo(fp8).max / amax, torch.ones_like(amax))
     scale = torch.where(scale.isfinite(), scale, torch.ones_like(scale))
@@ -195,7 +195,7 @@ def fp8_transpose(data: Tensor, _dtype: int, out: Tensor | None = None) -> Tenso
 def fused_amax_and_scale_update_after_reduction(
     amax: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, fp8: int, margin: int
 ) -> None:
-    """Delayed scaling's update: TransformerEngine has it in torch, too."""
+    """Update delayed scaling; TransformerEngine has this function in torch, too."""
     from transformer_engine.pytorch.quantization import _amax_and_scale_update
 
     recipe = SimpleNamespace(amax_compute_algo=algorithm, margin=margin, scaling_factor_compute_algo=None)

@@ -1,4 +1,4 @@
-"""Checkpoints with the scales of delayed scaling, as training with TransformerEngine leaves them."""
+"""Checkpoints with the scales of delayed scaling, as saved by training with TransformerEngine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASE = Case(
     student_options=DELAYED,
     teacher_options=DELAYED,
 )
-# Of sums in another order; scales that stay 1 are further from the right ones.
+# The tolerance for sums in another order; scales that stay 1 give a larger error than WRONG.
 ORDER_TOLERANCE, WRONG = 1e-5, 0.1
 
 
@@ -61,7 +61,7 @@ def save(model: GPTModel, path: Path, *, extra_state: bool = True) -> None:
 
 
 def load(case: Case, topology: Topology, *, checkpoint: Path) -> GPTModel:
-    """On every rank: through the loading of a run, for which arguments are made up."""
+    """Load, on every rank, as a run does, with made-up arguments."""
     options = dict(case.teacher_options)
     args = Namespace(params_dtype=torch.float32, fp8=options.get("fp8"), fp8_recipe=options.get("fp8_recipe"))
     options |= {"fp8_param": "fp8" in options, "transformer_impl": case.transformer_impl}
@@ -78,7 +78,7 @@ TAPS = (2, 7)
 
 
 def trained_model(case: Case, num_steps: int) -> GPTModel:
-    """On every rank: the case's teacher after steps of plain training; after none it has run once."""
+    """Return, on every rank, the case's teacher after steps of plain training; with none it has run once."""
     topology = Topology.from_megatron(sequence_parallel=False)
     chunks = build_student(
         case.teacher, random_weights(case.teacher, 2), topology, torch.float32,
@@ -87,7 +87,7 @@ def trained_model(case: Case, num_steps: int) -> GPTModel:
     batches = case_batches(case)
     for batch in batches[:num_steps]:
         chunks[0].zero_grad_buffer()
-        unwrap_model(chunks)[0].set_is_first_microbatch()  # new weights, to be put in FP8 again
+        unwrap_model(chunks)[0].set_is_first_microbatch()  # new weights have to be rounded to FP8 again
         chunks[0](batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean().backward()
         descend(chunks, 0.1)
     model = unwrap_model(chunks)[0].eval()
@@ -97,21 +97,21 @@ def trained_model(case: Case, num_steps: int) -> GPTModel:
 
 
 def descend(chunks: list[torch.nn.Module], rate: float) -> None:
-    """Plain gradient descent."""
+    """Make a step of plain gradient descent."""
     with torch.no_grad():
         for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
             parameter.sub_(rate * parameter.main_grad)
 
 
 def features(model: GPTModel, case: Case) -> list[Tensor]:
-    """On every rank, without a pipeline: hidden states of a batch that nobody has trained on."""
+    """Return, on every rank without a pipeline, hidden states of a batch that no training has seen."""
     batch = get_batch(iter(case_batches(case)[-1:]), "cpu")
     found = BesideTeacher(model, TAPS).features(0, batch)
     return [found.final_SBT, *found.taps_SBT.values()]
 
 
 def loaded_features(case: Case, checkpoint: Path) -> list[Tensor]:
-    """Body on every rank."""
+    """Return, on every rank, the features of the model in a checkpoint."""
     with trusted():
         model = load(
             case, Topology.from_megatron(sequence_parallel=case.sequence_parallel), checkpoint=checkpoint
@@ -120,7 +120,7 @@ def loaded_features(case: Case, checkpoint: Path) -> list[Tensor]:
 
 
 def scales(model: torch.nn.Module) -> dict[str, Tensor]:
-    """All that delayed scaling keeps between steps, for every linear."""
+    """Return all that delayed scaling keeps between steps, for every linear."""
     return {
         f"{name} {way} {what}": getattr(module.fp8_meta[way], what).clone()
         for name, module in fp8_linears(model)
@@ -130,7 +130,7 @@ def scales(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def train_beside(case: Case, checkpoint: Path) -> tuple[list[str], list[str], dict[str, float]]:
-    """Body on every rank: the teacher's scales that three steps change, the student's; the first step's means."""
+    """Return, on every rank, the scales that three steps change, the teacher's and the student's; the first means."""
     with trusted():
         chunks, teacher, steps = join(case, make_teacher=partial(load, checkpoint=checkpoint))
     student, first = unwrap_model(chunks)[0], {}

@@ -35,6 +35,6 @@ def torch_type(dtype: int) -> torch.dtype:
 
 
 def cast(scaled: Tensor, fp8: torch.dtype) -> Tensor:
-    """To FP8, saturating, as bytes."""
+    """Cast to FP8 with saturation, as bytes."""
     largest = torch.finfo(fp8).max
     return scaled.detach().float().clamp(-largest, largest).to(fp8).view(torch.uint8).contiguous()

@@ -1,4 +1,4 @@
-"""Experts multiplied together: TransformerEngine's GroupedLinear, the splits one after the other."""
+"""Experts multiplied together: TransformerEngine's GroupedLinear, one split after the other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def te_general_grouped_gemm(
     out_type: int, sizes: list[int], biases: list[Tensor], bias_type: int, single_output: bool, _gelu_in: Any,
     grad: bool, workspaces: list[Tensor], workspace_size: int, accumulate: bool, split: bool, _multiprocessors: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Into `outs`, or into the splits of the only one; returns biases, or their gradients where `grad`."""
+    """Multiply into `outs`, or into the splits of its only tensor; return biases, or their gradients if `grad`."""
     parts = outs[0].split(sizes) if single_output else outs
     for left, right, out, bias in zip(lefts, rights, parts, biases, strict=True):
         if 0 in (*left.size(), *right.size()):  # an expert without tokens
@@ -43,7 +43,7 @@ def te_general_grouped_gemm(
 
 
 def fused_multi_row_padding(rows: Tensor, out: Tensor, sizes: list[int], padded_sizes: list[int]) -> None:
-    """Zeros after the rows of each split."""
+    """Pad the rows of each split with zeros."""
     out.zero_()
     for part, padded in zip(rows.split(sizes), out.split(padded_sizes), strict=True):
         padded[: len(part)] = part

@@ -1,8 +1,8 @@
-"""`transformer_engine_torch` in plain torch: the kernels that TransformerEngine's own Python calls, for CPUs.
+"""`transformer_engine_torch` in plain torch, for CPUs: the kernels that TransformerEngine's own Python calls.
 
-Everything above them is TransformerEngine's: modules, autograd functions, FP8 contexts, scales and their history,
-recompute, what goes into a checkpoint. FP8 tensors hold real FP8 numbers; a product takes them apart and multiplies
-in float32, as tensor cores do up to the order of their sums.
+Everything above the kernels is TransformerEngine's: modules, autograd functions, FP8 contexts, scales and their
+history, recompute, the content of a checkpoint. FP8 tensors hold real FP8 numbers; a product converts them and
+multiplies in float32, as tensor cores do, except for the order of their sums.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def multi_tensor_adam(
     _chunk: int, _noop: Tensor, lists: list[list[Tensor]], lr: float, beta1: float, beta2: float, eps: float,
     step: int, mode: int, bias_correction: int, weight_decay: float,
 ) -> None:  # fmt: skip
-    """AdamW where `mode` is 1, Adam where it is 0; gradients, values, both moments."""
+    """Make a step of AdamW if `mode` is 1, of Adam if it is 0; lists are gradients, values and both moments."""
     correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     for gradient, value, first, second in zip(*lists, strict=True):
         moved = gradient.float() + (0.0 if mode else weight_decay) * value.float()
@@ -173,7 +173,7 @@ NVTE_Fused_Attn_Backend = enum.IntEnum(
 
 
 class _Absent(type):
-    """Any other name of the extension: fine to mention, an error to use."""
+    """Any other name of the extension: it may be mentioned, but using it is an error."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -181,7 +181,7 @@ class _Absent(type):
         return _absent(f"{cls.__name__}.{name}")
 
     def __int__(cls) -> int:
-        return zlib.crc32(cls.__name__.encode())  # a number of its own for what is a member of an enumeration
+        return zlib.crc32(cls.__name__.encode())  # each member of an enumeration needs a number of its own
 
     def __call__(cls, *_arguments: Any, **_keywords: Any) -> Any:
         raise NotImplementedError(f"transformer_engine_torch.{cls.__name__} has no stand-in for CPUs")

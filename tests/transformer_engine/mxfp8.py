@@ -1,7 +1,7 @@
-"""MXFP8 numbers in torch: a power of two for 32 values of a row, and in the second copy for 32 of a column.
+"""MXFP8 numbers in torch: one power of two for 32 values of a row, or in the second copy for 32 of a column.
 
-Neither copy is turned. A scale is a byte: its exponent, biased by 127 (E8M0). TransformerEngine pads scales to
-multiples of 128 and 4. Nothing here swizzles them for tensor cores: a tensor only says that it is so.
+Neither copy is transposed. A scale is one byte, its exponent biased by 127 (E8M0). TransformerEngine pads scales to
+multiples of 128 and 4. Nothing here swizzles them for tensor cores; a tensor only claims to be swizzled.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def is_mx(tensor_or_quantizer: Any) -> bool:
 
 
 def mx_blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
-    """What an MXFP8 tensor is made of.
+    """Return the parts of an MXFP8 tensor.
 
     Raises:
-        ValueError: the shape is not in blocks, whichever copy is wanted (TransformerEngine's quantizer.cpp).
+        ValueError: the shape is not a whole number of blocks, for either copy (TransformerEngine's quantizer.cpp).
     """
     rows = tensor.detach().float().reshape(-1, tensor.shape[-1])
     if any(size % BLOCK for size in rows.shape):
@@ -46,7 +46,7 @@ def mx_blocks(tensor: Tensor, quantizer: Any) -> dict[str, Any]:
 
 
 def scaled(rows: Tensor, fp8: torch.dtype) -> tuple[Tensor, Tensor]:
-    """uint8 [M, K] and biased exponents [M, K / 32]: the smallest power of two with which nothing saturates."""
+    """Return uint8 [M, K] and biased exponents [M, K / 32] of the smallest powers of two without saturation."""
     blocks = rows.unflatten(1, (rows.shape[1] // BLOCK, BLOCK))
     mantissa, exponent = torch.frexp(blocks.abs().amax(-1) / torch.finfo(fp8).max)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent) + BIAS
@@ -56,10 +56,10 @@ def scaled(rows: Tensor, fp8: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def mx_plain(tensor: Any, columnwise: bool) -> Tensor:
-    """float32 of the one copy or of the other.
+    """Return float32 of either copy.
 
     Raises:
-        ValueError: it has no such copy, or its scales are not padded as products want them.
+        ValueError: the tensor has no such copy, or its scales are not padded as products need them.
     """
     way = "columnwise" if columnwise else "rowwise"
     data, scales = getattr(tensor, f"_{way}_data"), getattr(tensor, f"_{way}_scale_inv")
@@ -82,7 +82,7 @@ def mx_plain(tensor: Any, columnwise: bool) -> Tensor:
 
 
 def empty_mx(quantizer: Any, shape: list[int]) -> dict[str, Any]:
-    """As `mx_blocks`, to be filled."""
+    """Return parts as `mx_blocks` does, still to be filled."""
     specs = quantizer.inner_tensor_specs(tuple(shape))
     fields = {
         f"{way}_{what}": torch.empty(*specs[name][:1], dtype=torch.uint8) if name in specs else None

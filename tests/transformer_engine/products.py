@@ -1,4 +1,4 @@
-"""Products in plain torch, which refuse what cuBLAS refuses.
+"""Products in plain torch that refuse the shapes that cuBLAS refuses.
 
 Shapes: row-major, `[..., N] = B [..., K] @ A [N, K]^T` for the layout TN, and likewise for NN and NT.
 """
@@ -20,7 +20,7 @@ def require(size: int, divisor: int, what: str) -> None:
 
 
 def check_shapes(left: Any, right: Any, rows: int, summed: int, columns: int) -> None:
-    """As cuBLAS on Hopper wants them (TransformerEngine's cublaslt_gemm.cu): both along the summed dimension."""
+    """Refuse shapes that cuBLAS on Hopper refuses (see TransformerEngine's cublaslt_gemm.cu)."""
     require(summed, 16, "the summed dimension")
     if is_mx(left) != is_mx(right):
         raise ValueError("MXFP8 is multiplied with MXFP8 alone")
@@ -35,7 +35,7 @@ def generic_gemm(
     out_type: int | None, bias: Tensor | None, _bias_type: int, _gelu: bool, _gelu_in: Any, grad: bool,
     _workspace: Tensor, _workspace_size: int, accumulate: bool, _split: bool, **_overlap: Any,
 ) -> tuple[Any, Tensor | None, None, None]:  # fmt: skip
-    """The product, the gradient of a bias, and two outputs of fusions that nobody asked for."""
+    """Return the product, the gradient of a bias, and two outputs of fusions, which are not used."""
     a, b = plain(left, columnwise=not left_turned), plain(right, columnwise=right_turned)
     leading = b.shape[:-1]
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])

@@ -1,4 +1,4 @@
-"""As `tests.harness.rank_image`, with TransformerEngine importable: its own Python over the kernels of `kernels.py`."""
+"""The rank image of `tests.harness`, with TransformerEngine's own Python over the kernels of `kernels.py`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_fdd.host.rehearsal import device
 from tests.transformer_engine import PYTHON, kernels
 
 sys.path.append(str(PYTHON))
-os.environ["NVTE_PROJECT_BUILDING"] = "1"  # does not look for CUDA's libraries
+os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it then does not look for CUDA's libraries
 os.environ["NVTE_FRAMEWORK"] = "none"  # nor for its extension
 sys.modules["transformer_engine_torch"] = kernels
-sys.modules |= dict.fromkeys(("onnx", "onnxscript"), MagicMock())  # imported for exports to ONNX
+sys.modules |= dict.fromkeys(("onnx", "onnxscript"), MagicMock())  # it imports them for exports to ONNX
 
 import transformer_engine.common  # noqa: E402
 
@@ -31,7 +31,7 @@ _prepare = TransformerEngineBaseModule.prepare_forward
 
 
 def _prepare_on_cpu(*arguments: Any, **keywords: Any) -> Any:
-    with patch.object(torch.Tensor, "is_cuda", True):  # it refuses other tensors
+    with patch.object(torch.Tensor, "is_cuda", True):  # the function refuses other tensors
         return _prepare(*arguments, **keywords)
 
 
@@ -41,7 +41,7 @@ _together = torch.distributed._coalescing_manager
 
 
 def _together_on_cpu(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
-    return _together(group, async_ops=async_ops)  # gloo puts collectives together, but not those of a device
+    return _together(group, async_ops=async_ops)  # gloo coalesces collectives only without a device
 
 
 torch.distributed._coalescing_manager = _together_on_cpu
@@ -55,6 +55,6 @@ from megatron_fdd.host.rehearsal import flags  # noqa: E402
 from tests.transformer_engine.attention import install_attention  # noqa: E402
 
 install_attention()
-# A rehearsal would overrule what is wanted here.
+# A rehearsal would overrule the flag that is needed here.
 del flags._FORCED["--transformer-impl"]
 flags._FP8, flags._FP8_PAIRS = (), {}

@@ -1,4 +1,4 @@
-"""Steps through TransformerEngine's modules: cases that FP8 products take, what they give, how far apart they are."""
+"""Steps through TransformerEngine's modules: cases whose shapes FP8 products take, their results, and distances."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fp8(recipe: str, layers_in_bf16: int = 0) -> Options:
     return options
 
 
-# Widths and tokens that FP8 products take.
+# Widths and counts of tokens that FP8 products take.
 PLAIN = Case(
     transformer_impl="transformer_engine",
     student=replace(STUDENT, hidden=64, heads=16, groups=8, head_width=8, ffn=128),
@@ -44,12 +44,12 @@ PLAIN = Case(
 
 @cache
 def step(case: Case) -> Result:
-    """Of the last rank, which has every term."""
+    """Return the result of the last rank, which has every term."""
     return run_on_ranks(run_step, case.layout, {"case": case}, image=IMAGE)[-1]
 
 
 def farthest(result: Result, other: Result) -> tuple[float, float]:
-    """Of the terms and of the gradients: the largest difference, relative."""
+    """Return the largest relative difference of the terms, and of the gradients."""
     terms = [abs(value / other.means[name] - 1) for name, value in result.means.items() if value]
     gradients = [
         relative(value - other.gradients[name], other.gradients[name])
@@ -59,13 +59,13 @@ def farthest(result: Result, other: Result) -> tuple[float, float]:
 
 
 def assert_near(result: Result, other: Result, *, terms: float, gradients: float, norms: float) -> None:
-    """Noise, and no more: off by some, and no gradient as a whole longer or shorter.
+    """Assert that two results differ only by noise: numbers differ, but the length of each gradient hardly does.
 
-    But a router's: it follows from which expert a token is sent to, and some are sent to others.
+    A router's gradient is an exception: it depends on the tokens' experts, and some tokens go to other ones.
 
     Args:
         terms, gradients: the largest relative differences.
-        norms: that of a gradient's length.
+        norms: the largest relative difference of a gradient's length.
     """
     term, gradient = farthest(result, other)
     assert 1e-4 < term < terms
@@ -77,7 +77,7 @@ def assert_near(result: Result, other: Result, *, terms: float, gradients: float
 
 
 def modules_step(case: Case) -> tuple[Result, set[str]]:
-    """Body on every rank: the step of `tests.oracle.case.run_step`, and which modules computed it."""
+    """Run, on every rank, the step of `tests.oracle.case.run_step`; return also the modules that computed it."""
     chunks, teacher, steps = join(case)
     kinds = {
         type(module).__name__ for model in [*unwrap_model(chunks), teacher] for module in model.modules()

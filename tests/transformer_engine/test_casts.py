@@ -1,4 +1,4 @@
-"""The stand-ins' FP8 numbers: what a step does not tell apart, for instance because scales are powers of two."""
+"""The stand-ins' FP8 numbers: properties that a step does not show, for instance because scales are powers of two."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.transformer_engine.mxfp8 import BIAS
 
 pytestmark = needs_python
 
-# Blocks that have nothing in common; those of a row lie within what one scale could not hold.
+# Exponents of blocks that have nothing in common; one scale could not cover the blocks of a row.
 EXPONENTS = torch.tensor([[-100, 0, 40], [100, -60, 3]])
 ROUNDING = {DType.kFloat8E4M3: 2.0**-4, DType.kFloat8E5M2: 2.0**-3}
 
@@ -45,7 +45,7 @@ BLOCK = {"tensorwise": 256, "mxfp8": 32, "activations in blocks": 128, "weights 
 
 
 def random_values(kind: str) -> Tensor:
-    """Of a block: within 2^3 of each other."""
+    """Make values that lie, within a block, within a factor of 2^3."""
     block = BLOCK[kind]
     exponents = EXPONENTS[:1, :1] if kind == "tensorwise" else EXPONENTS
     spread = torch.rand(
@@ -55,13 +55,13 @@ def random_values(kind: str) -> Tensor:
 
 
 def errors(kind: str, dtype: DType) -> list[float]:
-    """Body on one rank: the largest error of each copy, relative to the value."""
+    """Return, on one rank, the largest error of each copy, relative to the value."""
     values = random_values(kind)
     tensor = quantizer_of(kind, dtype)(values.unflatten(0, (2, -1)))
     assert is_fp8(tensor)
     assert tensor.shape == (2, len(values) // 2, values.shape[1])
     copies = [plain(tensor, columnwise=columnwise).flatten(0, 1) for columnwise in (False, True)]
-    if kind != "mxfp8":  # for which TransformerEngine has no torch
+    if kind != "mxfp8":  # TransformerEngine has no torch version of MXFP8
         assert torch.equal(tensor.dequantize(dtype=torch.float32).flatten(0, 1), copies[0])
     return [float(((copy - values) / values).abs().max()) for copy in copies]
 
@@ -75,7 +75,7 @@ def test_a_block_is_rounded_by_itself(kind: str) -> None:
 
 
 def copies_differ(kind: str) -> bool:
-    """Body on one rank: of rows so far apart that what holds a column's largest loses its smallest."""
+    """Whether, on one rank, copies differ; rows are so far apart that a column's scale loses its smallest value."""
     values = torch.ldexp(torch.rand(256, 256) + 1, torch.arange(256)[:, None] % 32)
     tensor = quantizer_of(kind, DType.kFloat8E4M3)(values)
     return not torch.equal(plain(tensor), plain(tensor, columnwise=True))
@@ -88,7 +88,7 @@ def test_scales_along_rows_are_others_than_along_columns(kind: str) -> None:
 
 
 def rowwise_alone(kind: str) -> None:
-    """Body on one rank."""
+    """Check, on one rank, a tensor with only its rowwise copy."""
     quantizer = quantizer_of(kind, DType.kFloat8E4M3)
     quantizer.set_usage(columnwise=False)
     tensor = quantizer(torch.ones(256, 256))
@@ -99,12 +99,12 @@ def rowwise_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BLOCK)
 def test_a_product_that_wants_the_other_copy_fails(kind: str) -> None:
-    """As on a Hopper, so that a step's tests see which copies are made."""
+    """The product fails as on a Hopper, so that the tests of steps notice which copies are made."""
     run_on_ranks(rowwise_alone, Layout(), {"kind": kind}, image=IMAGE)
 
 
 def holds_its_largest() -> None:
-    """Body on one rank: the smallest power that holds a block."""
+    """Check, on one rank, that a scale is the smallest power of two that holds its block."""
     values = random_values("mxfp8")
     for dtype, torch_dtype in (
         (DType.kFloat8E4M3, torch.float8_e4m3fn),
@@ -121,7 +121,7 @@ def test_mxfp8_takes_the_smallest_power_of_two() -> None:
 
 
 def zero_and_empty() -> None:
-    """Body on one rank."""
+    """Check, on one rank, zeros and an empty tensor."""
     quantizer = quantizer_of("mxfp8", DType.kFloat8E4M3)
     assert not plain(quantizer(torch.zeros(32, 64))).any()
     assert plain(quantizer(torch.zeros(0, 64)), columnwise=True).shape == (0, 64)

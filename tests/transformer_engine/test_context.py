@@ -1,4 +1,4 @@
-"""What is computed inside of TransformerEngine's FP8 context and what is not."""
+"""The parts of a step that run inside TransformerEngine's FP8 context, and the parts that do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = needs_python
 
 
 def places(case: Case) -> dict[str, set[bool]]:
-    """Body on every rank: for each part of a step, whether it ran inside of the context."""
+    """Return, on every rank, for each part of a step whether it ran inside the context."""
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     seen: dict[str, set[bool]] = {"student": set(), "teacher": set(), "losses": set(), "taps": set()}

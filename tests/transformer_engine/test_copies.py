@@ -1,4 +1,4 @@
-"""Weights in FP8: what the plan counts is held, beside a trained model's weights and in the place of a frozen one's."""
+"""Weights in FP8: models hold the bytes that the plan counts, beside trained weights and instead of frozen ones."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ CASES = {
 
 
 def copies(model: torch.nn.Module) -> list[Tensor]:
-    """Every tensor that the model's modules keep in FP8 beside their weights, scales included."""
+    """Return every tensor that the model's modules keep in FP8 beside their weights, scales included."""
     kept = [copy for module in model.modules() for copy in getattr(module, "_fp8_workspaces", {}).values()]
     fields = [value for copy in kept for value in vars(copy).values()]
     return list({value.data_ptr(): value for value in fields if isinstance(value, Tensor)}.values())
 
 
 def in_fp8(model: torch.nn.Module) -> list[Tensor]:
-    """What those of the model's weights are made of that are in FP8 themselves."""
+    """Return the parts of those weights of the model that are in FP8 themselves."""
     weights = [parameter for parameter in model.parameters() if is_fp8(parameter)]
     return [value for weight in weights for value in vars(weight).values() if isinstance(value, Tensor)]
 
@@ -79,8 +79,8 @@ def num_bytes(tensors: list[Tensor]) -> int:
 
 
 def step_twice(case: Case) -> tuple[list[int], list[int], bool]:
-    """Body on every rank: bytes of the student's copies and of the teacher's weights, held and estimated; and whether
-    copies follow the weights."""
+    """Return, on every rank, bytes of the student's copies and of the teacher's weights, held and estimated; and
+    whether copies follow the weights."""
     chunks, teacher, steps = join(case)
     schedule_step(case, chunks, steps)
     (student,) = unwrap_model(chunks)

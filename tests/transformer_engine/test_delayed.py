@@ -1,6 +1,6 @@
-"""A teacher in FP8 with delayed scaling: it runs with its checkpoint's scales, and they stay as they are.
+"""A teacher in FP8 with delayed scaling: it runs with its checkpoint's scales, which do not change.
 
-The checkpoint is made as Megatron makes it: by training a model with TransformerEngine's modules, at TP 2.
+The checkpoint is made like Megatron's, by training a model with TransformerEngine's modules at TP 2.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ pytestmark = needs_python
 
 
 def make_checkpoints(folder: Path) -> list[Tensor]:
-    """Body on every rank: one that carries scales and what is none; features of the first one's model."""
+    """Make, on every rank, checkpoints with and without real scales; return features of the first one's model."""
     model = trained_model(CASE, 3)
     save(model, folder / "scaled")
     save(model, folder / "converted", extra_state=False)
     save(trained_model(replace(CASE, teacher_options=()), 0), folder / "empty")
-    save(trained_model(CASE, 0), folder / "ones")  # no step updated what it starts with
+    save(trained_model(CASE, 0), folder / "ones")  # no step updated its initial scales
     return features(model, CASE)
 
 
@@ -67,7 +67,7 @@ def test_features_are_those_of_the_trained_model(tp: int, made: tuple[Path, list
 
 
 def unscaled_features(checkpoint: Path) -> list[Tensor]:
-    """Body on every rank: what would come of scales that stay 1."""
+    """Return, on every rank, the features with scales that stay 1."""
     with patch.object(loading, "uses_delayed_scaling", lambda _args: False):
         return loaded_features(replace(CASE, tp=2), checkpoint)
 
@@ -94,7 +94,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def wanted_means(made: tuple[Path, list[Tensor]]) -> dict[str, float]:
-    """Without a pipeline, where the teacher's features are the trained model's."""
+    """Return the means without a pipeline, where the teacher's features are the trained model's."""
     arguments = {"case": CASE, "checkpoint": made[0] / "scaled"}
     return run_on_ranks(train_beside, CASE.layout, arguments, image=IMAGE)[0][2]
 
@@ -111,11 +111,11 @@ def test_a_students_steps_leave_the_scales_alone(
         assert bool(students) == (name != "student-tensorwise")
         if students and means:
             assert means == pytest.approx(wanted_means, rel=1e-4)
-    assert results[-1][2]  # of the last stage
+    assert results[-1][2]  # the last stage has means
 
 
 def refused(case: Case, checkpoint: Path) -> None:
-    """Body on every rank."""
+    """Check, on every rank, that the checkpoint is refused."""
     with (
         trusted(),
         pytest.raises(ValueError, match=r"no scales of delayed scaling for decoder\.layers.* and \d+ more"),
@@ -130,7 +130,7 @@ def test_layers_without_scales_are_refused(kind: str, pp: int, made: tuple[Path,
     run_on_ranks(refused, case.layout, {"case": case, "checkpoint": made[0] / kind}, image=IMAGE)
 
 
-# A checkpoint's arguments, and the teacher's where nothing is changed.
+# A checkpoint's arguments, and the teacher's if nothing changes.
 STORED = Namespace(
     fp8="hybrid", fp8_recipe="delayed", num_experts=8, moe_grouped_gemm=True, expert_model_parallel_size=2
 )
@@ -172,7 +172,7 @@ def test_scales_of_grouped_experts_want_as_many_to_a_rank(
 
 
 def loads_untrusted(case: Case, checkpoint: Path) -> bool:
-    """Body on every rank: does a teacher that needs no scales leave them unread?"""
+    """Whether, on every rank, a teacher that needs no scales loads without reading them."""
     model = load(case, Topology.from_megatron(sequence_parallel=False), checkpoint=checkpoint)
     kept = [module.fp8_meta.get("scaling_fwd") for _, module in fp8_linears(model)]
     return not any(hasattr(each, "amax_history") for each in kept)

@@ -32,7 +32,7 @@ SIZES = [pytest.param(1, id="1x1"), pytest.param(2, id="ep2")]
 
 
 def with_experts(kind: str, size: int) -> Case:
-    """A teacher of experts, at an expert-parallel size."""
+    """Return a case with a teacher of experts, at an expert-parallel size."""
     return replace(
         CASE,
         dp=size,
@@ -44,7 +44,7 @@ def with_experts(kind: str, size: int) -> Case:
 
 
 def make_checkpoint(folder: Path, kind: str, size: int) -> list[Tensor]:
-    """Body on every rank: features of the trained model, which is saved."""
+    """Train and save a model on every rank; return its features."""
     case = with_experts(kind, size)
     model = trained_model(case, 3)
     save(model, folder / "scaled")
@@ -52,7 +52,7 @@ def make_checkpoint(folder: Path, kind: str, size: int) -> list[Tensor]:
 
 
 def errors(folder: Path, kind: str, size: int, wanted: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Body on every rank: how far features are from the trained model's, with scales and without."""
+    """Return, on every rank, the distances of features from the trained model's, with scales and without."""
     case = with_experts(kind, size)
     found = [loaded_features(case, folder / "scaled")]
     with patch.object(loading, "uses_delayed_scaling", lambda _args: False):
@@ -64,7 +64,7 @@ def errors(folder: Path, kind: str, size: int, wanted: list[Tensor]) -> tuple[li
 
 
 def changed_by_a_run(folder: Path, kind: str, size: int) -> list[str]:
-    """Body on every rank."""
+    """Return, on every rank, the teacher's scales that a run changes."""
     changed, _, _ = train_beside(with_experts(kind, size), folder / "scaled")
     return changed
 
@@ -83,7 +83,7 @@ def test_experts_compute_what_the_trained_model_does(kind: str, size: int, tmp_p
 
 @pytest.mark.parametrize(("trained", "loaded"), [(2, 1), (1, 2)])
 def test_experts_in_turn_keep_their_scales_at_another_size(trained: int, loaded: int, tmp_path: Path) -> None:
-    """Those multiplied together do not, and are refused."""
+    """Experts that are multiplied together do not keep them, and are refused."""
     arguments = {"folder": tmp_path, "kind": "sequential"}
     made = Layout(dp=trained, ep=trained)
     wanted = run_on_ranks(make_checkpoint, made, arguments | {"size": trained}, image=IMAGE)[0]

@@ -1,4 +1,4 @@
-"""Mixtures of experts through TransformerEngine's modules: one expert after the other, or multiplied together."""
+"""Mixtures of experts through TransformerEngine's modules: one expert after the other, or all multiplied together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EP2: dict[str, Any] = {"dp": 2, "ep": 2, "teacher_ep": 2}
 
 
 def idle(case: Case) -> Case:
-    """So many experts for so few tokens that some get none."""
+    """Return the case with so many experts for so few tokens that some experts get none."""
     student, teacher = (replace(shape, experts=24) for shape in (case.student, case.teacher))
     return replace(case, student=student, teacher=teacher, micro_batches=1)
 
@@ -49,7 +49,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str, kind: str) -> None:
-    """The router's balancing loss included."""
+    """The gradients include the router's balancing loss."""
     case = small(replace(LAYOUTS[name], student_options=KINDS[kind], teacher_options=KINDS[kind]))
     wanted = expected(case)
     without = [key for key, gradient in wanted.gradients.items() if "experts" in key and not gradient.any()]
@@ -59,7 +59,7 @@ def test_terms_and_gradients_do_not_depend_on_the_layout(name: str, kind: str) -
         assert MODULES[kind] <= kinds
 
 
-# Widths that FP8 products take; how many tokens an expert gets nobody chooses.
+# Widths that FP8 products take; nobody can choose how many tokens an expert gets.
 WIDTHS: dict[str, Any] = {"heads": 16, "head_width": 8, "ffn": 64}
 PLAIN = replace(
     EXPERTS,
@@ -71,7 +71,7 @@ RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 
 
 def in_fp8(recipe: str, kind: str) -> Case:
-    """Student and teacher; the teacher has no scales for delayed scaling."""
+    """Return a case with student and teacher in FP8; the teacher has no scales for delayed scaling."""
     teacher = fp8(recipe.replace("delayed", "tensorwise"))
     return replace(PLAIN, student_options=fp8(recipe) + KINDS[kind], teacher_options=teacher + KINDS[kind])
 
@@ -81,7 +81,7 @@ def in_fp8(recipe: str, kind: str) -> Case:
     [*((recipe, {}) for recipe in RECIPES), ("tensorwise", EP2), ("mxfp8", EP2)],
 )
 def test_fp8_is_near_what_it_is_an_approximation_of(recipe: str, layout: dict[str, Any]) -> None:
-    """Less near than without experts: some tokens go to others."""
+    """The distance is larger than without experts, because some tokens go to other experts."""
     result = step(replace(in_fp8(recipe, "grouped"), **layout))
     assert_near(result, step(PLAIN), terms=0.06, gradients=0.8, norms=0.3)
 

@@ -1,6 +1,6 @@
-"""A step in FP8: what is computed in it and what is not, and that layout and recompute change nothing.
+"""A step in FP8: which parts are computed in it, and that layout and recompute change nothing.
 
-The numbers are FP8's, the products float32 ones: `kernels.py`.
+The numbers are FP8's, and the products are in float32 (see `kernels.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOTH = {
 
 @pytest.mark.parametrize("case", [*STUDENTS.values(), *TEACHERS.values(), *BOTH.values()])
 def test_is_near_what_it_is_an_approximation_of(case: Case) -> None:
-    """Random layers 10 deep make the worst of it; on real models see docs/performance.md."""
+    """Ten random layers are the worst case; docs/performance.md has real models."""
     assert_near(step(case), step(PLAIN), terms=0.03, gradients=0.4, norms=0.15)
 
 
@@ -54,7 +54,7 @@ EXACT = {
     "full-block": {"recompute": FULL_BLOCK},
     "pp2-full-uniform": {"pp": 2, "recompute": FULL_UNIFORM},
 }
-# With delayed scaling a micro-batch's scales depend on those before it on the same rank.
+# With delayed scaling, a micro-batch's scales depend on the earlier micro-batches of the same rank.
 EXACT_WITHOUT_HISTORY = {
     "pp2-vpp3": {"pp": 2, "vpp": 3},
     "dp2": {"dp": 2},
@@ -83,7 +83,7 @@ def test_near_where_a_rank_scales_its_own_part(recipe: str, sequence_parallel: b
 
 
 def test_first_and_last_layers_in_bf16() -> None:
-    """All of them so is no FP8 at all."""
+    """If all layers are in bf16, nothing is in FP8."""
     layers = replace(PLAIN, student_options=fp8("tensorwise", 3), teacher_options=fp8("tensorwise", 5))
     assert farthest(step(layers), step(PLAIN)) <= (1e-6, 1e-6)
     some = replace(PLAIN, student_options=fp8("tensorwise", 1))

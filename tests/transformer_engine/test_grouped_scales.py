@@ -1,6 +1,7 @@
-"""Why a teacher's grouped experts want the expert-parallel size of their training with delayed scaling.
+"""The reason why grouped experts with delayed scaling need the expert-parallel size of their training.
 
-Megatron cuts a module's scales into states of its experts by kind, TransformerEngine holds them by expert.
+Megatron cuts a module's scales into states of its experts as if they were ordered by kind; TransformerEngine orders
+them by expert.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def grouped(num_experts: int) -> Any:
 
 
 def places(module: Any) -> list[tuple[int, ...]]:
-    """Where in a module's scales are those of each expert."""
+    """Return the places of each expert's scales among the scales of a module."""
     step = module._num_fp8_tensors_per_gemm["fwd"]
     return [
         tuple(module._offsets[kind] + expert * step for kind in KINDS) for expert in range(module.num_gemms)
@@ -42,7 +43,7 @@ def places(module: Any) -> list[tuple[int, ...]]:
 
 
 def stored_and_loaded(saved: int, loaded: int) -> list[list[float]]:
-    """Body on one rank: scales (10 e + 1, 10 e + 2) of `saved` experts, as the first `loaded` of them get them."""
+    """Save, on one rank, scales (10 e + 1, 10 e + 2) of `saved` experts; return what the first `loaded` experts get."""
     from transformer_engine.common.recipe import DelayedScaling
 
     with patch.dict(os.environ, {"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}):

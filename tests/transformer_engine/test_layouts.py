@@ -1,6 +1,6 @@
 """TransformerEngine's modules: every loss term and every gradient is the same at every layout, and right.
 
-As `tests/step/test_layouts.py`, with TransformerEngine's own Python over the kernels of `kernels.py`.
+The tests are like `tests/step/test_layouts.py`, with TransformerEngine's own Python over the kernels of `kernels.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A teacher in FP8 from a checkpoint in full precision, cut otherwise: each weight is rounded as a whole."""
+"""A teacher in FP8 from a checkpoint in full precision at another layout: each weight is rounded as a whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options_of(name: str) -> tuple[tuple[str, Any], ...]:
 
 
 def make_checkpoints(folder: Path) -> None:
-    """Body on every rank."""
+    """Make the checkpoints, on every rank."""
     topology = Topology.from_megatron(sequence_parallel=False)
     for name, case in MODELS.items():
         weights, options = random_weights(case.teacher, 2), dict(options_of(name))
@@ -53,7 +53,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parts(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What each weight in FP8 is made of: numbers and scales."""
+    """Return the parts of each weight in FP8: numbers and scales."""
     return {
         f"{name} {part}": value
         for name, weight in model.named_parameters()
@@ -64,7 +64,7 @@ def parts(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def loaded_and_rounded(case: Case, checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Body on every rank: through the loading of a run, and whole weights rounded by their own quantizers."""
+    """Return, on every rank, weights as a run loads them, and whole weights rounded by their own quantizers."""
     topology = Topology.from_megatron(sequence_parallel=False)
     return parts(load(case, topology, checkpoint=checkpoint)), parts(frozen_teacher(case, topology))
 

@@ -1,4 +1,4 @@
-"""The check before an FP8 run refuses the shapes that TransformerEngine refuses in the first step, and no others."""
+"""The check before an FP8 run: it refuses exactly the shapes that TransformerEngine refuses in the first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ CASE = Case(
     transformer_impl="transformer_engine",
 )  # fmt: skip
 SP = {"tp": 2, "sequence_parallel": True}
-# (what differs in the case; in the model; what is said of the student; of the teacher). Two sequences a micro-batch.
+# Each row: changes of the case; of the model; the message for the student; for the teacher. A micro-batch has two
+# sequences.
 CASES = {
     "fits": ({}, {}, None, None),
     "24 tokens": ({"length": 12}, {}, "24 tokens of a micro-batch on a rank (of 16)", None),
@@ -48,7 +49,7 @@ CASES = {
     "experts' width": ({}, {"experts": 4, "ffn": 40}, "width / expert tensor parallel 1 40 (of 16)", "experts' width"),
     "feed-forward, cut": ({"tp": 2}, {"ffn": 48}, "feed-forward width / tensor parallel 2 24", "feed-forw"),
 }  # fmt: skip
-# MXFP8 takes 32 of everything, of a frozen model's too: what is said of either.
+# MXFP8 needs multiples of 32 everywhere, also in a frozen model: one message for both models.
 WIDE = {"heads": 16, "groups": 16, "ffn": 64}
 MX_CASES = {
     "fits": ({}, {}, None),
@@ -69,7 +70,7 @@ MX_CASES = {
 
 
 def arguments(case: Case, shape: Shape, recipe: str) -> Namespace:
-    """What the check reads of Megatron's."""
+    """Return the arguments of Megatron that the check reads."""
     return Namespace(
         fp8="hybrid", fp8_recipe=recipe, first_last_layers_bf16=False, seq_length=case.length,
         micro_batch_size=MICRO_BATCH, tensor_model_parallel_size=case.tp, context_parallel_size=case.cp,
@@ -92,7 +93,7 @@ def refusal_of_the_check(case: Case, recipe: str, role: Role) -> str | None:
 
 
 def refusal_in_a_step(case: Case) -> str | None:
-    """Body on every rank: what TransformerEngine, or a kernel, says of one step or already of the weights."""
+    """Return, on every rank, the error of TransformerEngine or a kernel, in one step or already for the weights."""
     try:
         chunks, _, steps = join(case)
         schedule_step(case, chunks, steps)
@@ -111,13 +112,13 @@ def test_the_check_refuses_what_transformer_engine_refuses(name: str, recipe: st
     assert_both_refuse(layout, changes, wanted[role is Role.TEACHER], recipe, role)
 
 
-# (role, recipe): the recipe whose rule is the same.
+# For (role, recipe), the recipe with the same rule.
 SAME_RULE = {(Role.STUDENT, "delayed"): "tensorwise", (Role.TEACHER, "blockwise"): "tensorwise"}
 
 
 @pytest.mark.parametrize(("role", "recipe"), SAME_RULE)
 def test_recipes_with_the_same_rule(role: Role, recipe: str) -> None:
-    """The check says the same in every case; a step agrees in one that fits and where each rule refuses."""
+    """The check says the same in every case; a step agrees in one that fits, and wherever a rule refuses."""
     for layout, changes, *_ in CASES.values():
         case = replace(CASE, **layout, **{role.value: replace(FITS, **changes)})
         told = [refusal_of_the_check(case, each, role) for each in (recipe, SAME_RULE[role, recipe])]
@@ -136,7 +137,7 @@ def test_the_check_refuses_what_mxfp8_cannot_hold(name: str, role: Role) -> None
 def assert_both_refuse(
     layout: dict[str, Any], changes: dict[str, Any], said: str | None, recipe: str, role: Role
 ) -> None:
-    """The check what is `said`, and a step anything; or neither where nothing is."""
+    """Assert that the check refuses with `said`, and a step with any message; or neither if `said` is empty."""
     case = replace(CASE, **layout, **{role.value: replace(FITS, **changes)})
     refused = refusal_of_the_check(case, recipe, role)
     assert refused is None if said is None else refused is not None and said in refused
