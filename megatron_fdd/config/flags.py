@@ -127,5 +127,10 @@ def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
 
 def _known(names: Sequence[str], name: str) -> str:
     if name not in names:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(names)}; {REMEDY}")
+        raise argparse.ArgumentTypeError(none_of(name, names))
     return name
+
+
+def none_of(name: str, names: Sequence[str]) -> str:
+    """Say that a name is not in an open set."""
+    return f"{name!r} is none of {', '.join(names)}; {REMEDY}"
