@@ -69,6 +69,7 @@ from megatron_fdd.step.teacher.check import log_cross_entropy
 from megatron_fdd.step.teacher.loading import build_teacher
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.step.teacher.teacher import Teacher
+from megatron_fdd.step.term_modules import hang_term_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Distillation:
             install_norms()
         parts = self._parts
         config = (parts.student or build_config)(run.args)
+        config.pre_wrap_hooks.append(self._hang_terms)
         config.post_wrap_hooks.append(self._attach)
         datasets: Any = parts.datasets or train_valid_test_provider
         # Megatron reads this: build the loaders on every rank, since each stage with a tap needs the masks.
@@ -166,6 +168,16 @@ class Distillation:
         """Megatron's `forward_step_func`."""
         assert self._student_step is not None
         return self._student_step(data_iterator, model)
+
+    def _hang_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
+        """Megatron's pre-wrap hook: what the terms learn joins the student's chunks."""
+        run = self._run
+        if run.teacher is not None:
+            topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
+            plans = run.plan.chunks_on(topology.stage)
+            widths = run.args.hidden_size, run.teacher.hidden_size
+            hang_term_modules(chunks, plans, run.config, widths, run.fresh)
+        return chunks
 
     def _attach(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Megatron's post-wrap hook: the student is built and not yet loaded; the teacher joins it."""

@@ -82,7 +82,7 @@ plugin = click.option(
     is_eager=True,
     callback=_import_plugins,
     metavar="MODULE",
-    help=f"Import this module first, so that families which it registers are known; {plugins.WHERE}; repeatable.",
+    help=f"Import this module first, so that names which it registers are known; {plugins.WHERE}; repeatable.",
 )
 
 

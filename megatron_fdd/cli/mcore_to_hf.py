@@ -70,8 +70,13 @@ def command(
             via=via,
         )
         line = f"{hf_out}: {exported.num_tensors} tensors of {load}, ready for from_pretrained"
-        if exported.unchanged is None:
-            return line
-        return f"{line}; {exported.unchanged} are bit for bit those imported"
+        if exported.unchanged is not None:
+            line += f"; {exported.unchanged} are bit for bit those imported"
+        if exported.left_out:
+            names = f"{exported.left_out[0]} ..."
+            line += (
+                f"; {len(exported.left_out)} that terms of the distillation learned are left out ({names})"
+            )
+        return line
 
     conversion.convert(action)

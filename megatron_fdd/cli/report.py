@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from megatron_fdd.cli.command import Command
+from megatron_fdd.cli.command import Command, plugin
 from megatron_fdd.host.disk import explain
 
 EXAMPLES = """\b
@@ -22,6 +22,7 @@ examples:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder for the report."
 )
+@plugin
 def command(runs: tuple[str, ...], out: Path) -> None:
     """Show one or more runs side by side on one page: losses, layers, pace, scores, flags.
 

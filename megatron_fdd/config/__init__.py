@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +46,27 @@ def default_mixes() -> str:
     """Name the built-in divergences that have a mix, each with its own."""
     mixes = {name: kind.default_mix for name, kind in DIVERGENCES.items() if kind.default_mix is not None}
     return ", ".join(f"{name} {mix}" for name, mix in mixes.items())
+
+
+def parse_term_weights(words: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
+    """`["mine=0.5"]` -> `(("mine", 0.5),)`; whether a term has the name is not known here (`check_terms`).
+
+    Raises:
+        ValueError: anything but NAME=WEIGHT, a weight out of bounds, or a name twice.
+    """
+    weights: dict[str, float] = {}
+    for word in words or ():
+        name, _, number = word.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or not WEIGHT.holds(weight):
+            raise ValueError(f"--fdd-term {word}: must be NAME=WEIGHT, the weight {WEIGHT.text}")
+        if name in weights:
+            raise ValueError(f"--fdd-term {word}: {name} has a weight already, {weights[name]:g}; give one")
+        weights[name] = weight
+    return tuple(weights.items())
 
 
 AT_LEAST_0 = Bound("at least 0", lambda value: value >= 0)
@@ -112,6 +134,12 @@ class FddConfig:
     beta: float = flag(1.0, "weight of the delta (first derivative) term; 0 switches it off", bound=WEIGHT)
     kd_weight: float = flag(1.0, "weight of the final-logit distillation; 0 switches it off", bound=WEIGHT)
     ce_weight: float = flag(0.0, "weight of the cross-entropy with the labels", bound=WEIGHT)
+    term: tuple[tuple[str, float], ...] = flag(
+        (),
+        "a term of inner layers that a plug-in adds, and its weight; repeatable",
+        metavar="NAME=WEIGHT",
+        read=parse_term_weights,
+    )
     kd_divergence: str = flag(
         "fkl", "divergence of the final logits, of teacher T and student S", choices=divergences
     )
@@ -137,9 +165,13 @@ class FddConfig:
     tokens: Literal["labels", "all"] = flag(
         "labels", "which positions count: those with a label, or all but padding"
     )
-    warmup_iters: int = flag(0, "alpha and beta rise linearly over this many steps", bound=AT_LEAST_0)
+    warmup_iters: int = flag(
+        0, "the weights of inner layers' terms rise linearly over this many steps", bound=AT_LEAST_0
+    )
     decay_iters: int = flag(
-        0, "alpha and beta fall linearly to 0 by this step; 0 = constant", bound=AT_LEAST_0
+        0,
+        "the weights of inner layers' terms fall linearly to 0 by this step; 0 = constant",
+        bound=AT_LEAST_0,
     )
     kernels: Literal["auto", "reference", "torch", "triton"] = flag(
         "auto",
@@ -153,15 +185,15 @@ class FddConfig:
     )
     sample_tokens: float = flag(
         1.0,
-        "trajectory and delta of a training step look at this part of each micro-batch's tokens, drawn anew and right "
-        "on average: their cost falls to F, gradients get noisier (0.25 is a start). Final-logit terms and evaluation "
-        "keep all tokens. 1: off",
+        "the terms of inner layers in a training step look at this part of each micro-batch's tokens, drawn anew and "
+        "right on average: their cost falls to F, gradients get noisier (0.25 is a start). Final-logit terms and "
+        "evaluation keep all tokens. 1: off",
         metavar="F",
         bound=SHARE,
     )
     sample_one_tap: bool = flag(
         False,
-        "a training step computes the trajectory of one sampled layer, drawn at random, and the delta that ends at it; "
+        "a training step computes the terms of one sampled layer, drawn at random, with the delta that ends at it; "
         "they count for all K, right on average. Cheaper up to K times and noisier; evaluation keeps all",
     )
     offload_teacher_taps: bool = flag(
@@ -196,21 +228,6 @@ class FddConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if not (self.uses_taps or self.uses_final_head):
-            raise ValueError(
-                "--fdd-kd-weight, --fdd-alpha, --fdd-beta and --fdd-ce-weight are all 0, so that nothing is trained: "
-                "raise one of them"
-            )
-        if self.beta > 0 and self.num_pairs < 2:
-            raise ValueError(
-                f"the delta term compares adjacent sampled layers and needs at least 2, there is {self.num_pairs}: "
-                "raise --fdd-layers, give more --fdd-layer-pairs, or switch the delta off with --fdd-beta 0"
-            )
-        if self.needs_teacher and self.teacher_load is None:
-            raise ValueError(
-                "no teacher: give its Megatron checkpoint with --teacher-load DIR "
-                "(fdd import makes one from a Hugging Face model)"
-            )
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FddConfig:
@@ -222,23 +239,8 @@ class FddConfig:
         return cls(**read_flags(cls, args))
 
     @property
-    def uses_taps(self) -> bool:
-        """Whether any term looks at an inner layer."""
-        return self.alpha > 0 or self.beta > 0
-
-    @property
-    def uses_final_head(self) -> bool:
-        """Whether the final logits are needed at all."""
-        return self.kd_weight > 0 or self.ce_weight > 0
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher."""
-        return self.uses_taps or self.kd_weight > 0
-
-    @property
     def is_exact(self) -> bool:
-        """Whether trajectory and delta look at all tokens and taps of every step."""
+        """Whether the terms of inner layers look at all tokens and taps of every step."""
         return self.sample_tokens == 1 and not self.sample_one_tap
 
     @property
@@ -247,7 +249,7 @@ class FddConfig:
         return self.layers if self.layer_pairs is None else len(self.layer_pairs)
 
     def weight_scale(self, iteration: int) -> float:
-        """Factor of alpha and beta in step `iteration` (0-based): linear warm-up, then linear decay to 0."""
+        """Factor of inner layers' terms in step `iteration` (0-based): linear warm-up, then linear decay to 0."""
         scale = 1.0
         if self.warmup_iters:
             scale = min(1.0, (iteration + 1) / self.warmup_iters)

@@ -91,7 +91,7 @@ def check_bounds(config: Any) -> None:
         if about.bound is not None and value is not None and not about.bound.holds(value):
             raise ValueError(f"{_option(field.name)} {value}: must be {about.bound.text}")
         if about.choices is not None and value not in about.choices():
-            raise ValueError(f"{_option(field.name)} {_unknown(value, about.choices())}")
+            raise ValueError(f"{_option(field.name)} {none_of(value, about.choices())}")
 
 
 def _flags(config: type) -> Iterator[tuple[dataclasses.Field[Any], Flag]]:
@@ -130,9 +130,10 @@ def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
 
 def _known(names: Sequence[str], name: str) -> str:
     if name not in names:
-        raise argparse.ArgumentTypeError(_unknown(name, names))
+        raise argparse.ArgumentTypeError(none_of(name, names))
     return name
 
 
-def _unknown(name: str, names: Collection[str]) -> str:
+def none_of(name: str, names: Collection[str]) -> str:
+    """Say that a name is not in an open set."""
     return f"{name!r} is none of {', '.join(names)}; {REMEDY}"

@@ -49,10 +49,12 @@ class Exported:
         num_tensors: in the Hugging Face folder.
         unchanged: how many of them have the bytes of the imported model; None where its checksums are not
             beside the checkpoint, or are of another dtype.
+        left_out: names of what terms of the distillation had learned beside the student.
     """
 
     num_tensors: int
     unchanged: int | None
+    left_out: tuple[str, ...] = ()
 
 
 def mcore_to_hf(
@@ -87,13 +89,14 @@ def mcore_to_hf(
     """
     load, hf_out = Path(load), Path(hf_out)
     with conversion_ranks() as groups:
-        from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+        from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args, term_shapes
 
         with together():
             check_new_folder(hf_out, "--hf-out")
             max_shard_bytes = parse_size(max_shard_size)
             checkpoint = find_checkpoint(str(load), "--load")
             args = read_checkpoint_args(checkpoint, "--load")
+            left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
             config_path = find_hf_config(load, args, hf_config)
             tokenizer_path = find_tokenizer(load, args, tokenizer)
             export = _prepare(checkpoint, args, config_path, dtype, groups, via)
@@ -108,7 +111,7 @@ def mcore_to_hf(
                     _write_config(unfinished, config_path, export.config, export.dtype)
                     copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
                     written.write(unfinished)
-    return Exported(len(written.digests), written.count_same(imported))
+    return Exported(len(written.digests), written.count_same(imported), left_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,13 @@ SEAMS: tuple[Seam, ...] = (
         "loading a teacher, every conversion",
     ),
     Seam(
+        f"{_CORE}.transformer.utils.make_sharded_tensors_for_checkpoint",
+        ("state_dict", "prefix", "sharded_offsets", "tp_group", "dp_cp_group"),
+        "where in a checkpoint lies what terms learn: Megatron asks each child of a GPTModel for `sharded_state_dict`",
+        ("step/term_modules.py",),
+        "saving terms with parameters",
+    ),
+    Seam(
         f"{_CORE}.utils.make_viewless_tensor",
         ("requires_grad", "keep_graph"),
         "a stage's output with a loss attached can be freed after it is sent",
@@ -148,8 +155,9 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         f"{_TRAINING}.models.gpt.GPTModelConfig",
-        ("post_wrap_hooks", "transformer", "rope_scaling_factor", "transformer_layer_spec"),
-        "the student is built and wrapped, and not loaded yet: the teacher joins it",
+        ("pre_wrap_hooks", "post_wrap_hooks", "transformer", "rope_scaling_factor", "transformer_layer_spec"),
+        "the student is built: what terms learn becomes a part of it; it is wrapped, and not loaded yet: the teacher "
+        "joins it",
         ("distill.py", "host/model.py"),
         "every run",
     ),

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 DAMAGE = (Exception, CheckpointException)
 # Entries of a training checkpoint that are not weights.
 _NOT_WEIGHTS = ("optimizer", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+# What the terms of a distillation learn beside the student (`step/term_modules.py`).
+TERM_PREFIX = "fdd_terms."
 # The state that TransformerEngine's modules keep beside weights, numbered where experts share a module.
 EXTRA_STATE = "_extra_state"
 # Megatron's name for a checkpoint of weights alone: iteration 0, no optimizer and no random state to load.
@@ -87,6 +89,19 @@ def holds_weights(path: Path, flag: str) -> bool:
         ValueError: its index cannot be read.
     """
     return _lists_tensors(_read_index(path, flag))
+
+
+def term_shapes(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of what terms of a distillation have learned in the checkpoint at `path`.
+
+    Raises:
+        ValueError: its index cannot be read.
+    """
+    return {
+        name: tuple(entry.size)
+        for name, entry in _read_index(path, flag).state_dict_metadata.items()
+        if name.startswith(TERM_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
@@ -228,10 +243,12 @@ def listing(names: list[str], limit: int = 8) -> str:
 
 
 def weights_only(keys: Iterable[str]) -> list[str]:
-    """Leave out optimizer and other training state, empty extra state, and multi-token prediction (never built)."""
-    return sorted(
-        key for key in keys if not key.startswith((*_NOT_WEIGHTS, "mtp.")) and not key.endswith(EXTRA_STATE)
-    )
+    """Leave out optimizer and other training state, empty extra state, and what is never built for use.
+
+    That is multi-token prediction, and what the terms of a distillation have learned.
+    """
+    left_out = (*_NOT_WEIGHTS, "mtp.", TERM_PREFIX)
+    return sorted(key for key in keys if not key.startswith(left_out) and not key.endswith(EXTRA_STATE))
 
 
 def cause_of(error: BaseException) -> str:

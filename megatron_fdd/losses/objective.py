@@ -7,7 +7,7 @@ T and D hidden width of teacher and student.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
 from megatron_fdd.losses.term import TapContext
+from megatron_fdd.losses.term_modules import NO_MODULES, TapModules
 from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
 from megatron_fdd.ops.delta import HeadGrams, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
@@ -210,6 +211,7 @@ class Objective:
         lens: Lens,
         teacher: TeacherFeatures,
         sample: RowSample,
+        modules: TapModules = NO_MODULES,
     ) -> tuple[ChunkLoss, Carry | None]:
         """Compute the terms of this chunk's sampled layers, and what the next chunk needs of them.
 
@@ -218,6 +220,7 @@ class Objective:
             carry: from the chunk before, as the plan says.
             lens: the student's, detached or live.
             sample: which token rows count, and how much (`StepDraw.rows`).
+            modules: what the terms have for the taps of this chunk (`make_modules`).
 
         Collectives over the tensor-parallel group: those of `measure` once per tap that the step looks at and of each
         term's `compute` once per tap; in the first micro-batch of a step the all-reduce of the Gram matrices, where a
@@ -241,7 +244,9 @@ class Objective:
                 previous = tap
         context = TapContext(self.config, heads, sample.weights, lambda: self._grams.current(heads))
         totals = {
-            f"{term.kind} {window.current.pair.name}": term.compute(window, context)
+            f"{term.kind} {window.current.pair.name}": term.compute(
+                window, replace(context, module=modules.get((term.kind, index)))
+            )
             for term in self._tap_terms
             for index, window in windows.items()
             if draw.counts(index) and (window.previous is not None or not term.reach)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.tap import TapWindow, TokenWeights
 from megatron_fdd.ops.delta import HeadGrams
+from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.heads import Heads
 
 
@@ -47,12 +48,18 @@ class TapContext:
     Attributes:
         weights: of the rows that are looked at.
         grams: makes the Gram matrices of both heads once a step; its collectives are those of `head_grams`.
+        module: what the term's `make_module` made for this tap.
     """
 
     config: FddConfig
     heads: Heads
     weights: TokenWeights
     grams: Callable[[], HeadGrams]
+    module: nn.Module | None = None
+
+    def sum(self, value_M: Tensor) -> Tensor:
+        """Sum over the rows that count, each weighted. A masked row contributes exactly 0, whatever it holds."""
+        return masked_sum(value_M, self.weights.term_N)
 
 
 class Term(ABC):
@@ -60,6 +67,7 @@ class Term(ABC):
 
     Attributes:
         kind: one word; how flags, logs and files name it.
+        flag: which gives its weight.
         title: what it is, in the report.
         unit: of its mean over tokens.
         color: of its share in the report's picture.
@@ -69,6 +77,7 @@ class Term(ABC):
     """
 
     kind: ClassVar[str]
+    flag: ClassVar[str]
     title: ClassVar[str]
     unit: ClassVar[str] = "nats per token"
     color: ClassVar[str] = "#b07aa1"
@@ -97,15 +106,31 @@ class TapTerm(Term):
         reach: 1 where a tap is compared with the one before it, so that the first tap has no value; else 0.
     """
 
+    flag = "--fdd-term"
     caption: ClassVar[str]
     reach: ClassVar[Literal[0, 1]] = 0
 
+    def weight(self, config: FddConfig) -> float:
+        """What `--fdd-term` gives for it; 0 where it is not named there."""
+        return dict(config.term).get(self.kind, 0.0)
+
     @abstractmethod
     def compute(self, window: TapWindow, context: TapContext) -> Tensor:
-        """Sum the term over this rank's rows, float32, each weighted with `context.weights.term_N`.
+        """Sum the term over this rank's rows, float32, each weighted: `context.sum` does it.
 
         Under tensor parallelism without sequence parallelism all its ranks have the same rows, and the same result.
         """
+
+    def make_module(self, _widths: tuple[int, int], _config: FddConfig) -> nn.Module | None:
+        """Make what the term learns or keeps for a tap, float32; it is drawn anew for each, the same on every rank.
+
+        Its parameters are trained and saved with the student's. A buffer that is not persistent is made anew by each
+        run, the same again.
+
+        Args:
+            _widths: hidden width of student and teacher.
+        """
+        return None
 
     def flops(self, _widths: tuple[int, int], _config: FddConfig) -> int:
         """Count flops for a token and a tap, forward and backward, beside those of `measure`.

@@ -6,20 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.config.flags import none_of
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TapWindow
 from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term
 from megatron_fdd.ops.delta import delta_cosine
-from megatron_fdd.ops.head_loss import masked_sum
 
 
 class CrossEntropy(Term):
     """Cross-entropy with the data, from the final logits."""
 
     kind = "ce"
+    flag = "--fdd-ce-weight"
     title = "cross-entropy with the data"
     color = "#94a3b8"
     tokens = "labels"
@@ -36,6 +37,7 @@ class LogitKD(Term):
     """Divergence of the final predictions."""
 
     kind = "kd"
+    flag = "--fdd-kd-weight"
     title = "divergence from the teacher's prediction"
     color = "#4f7cac"
     settings = ("kd_divergence", "divergence_mix", "temperature", "tokens")
@@ -51,6 +53,7 @@ class Trajectory(TapTerm):
     """Divergence of each sampled layer's prediction through the lens."""
 
     kind = "trajectory"
+    flag = "--fdd-alpha"
     title = "divergence, mean of the layers"
     color = "#3aa17e"
     settings = ("trajectory_divergence", "divergence_mix", "temperature", "tokens", "lens_norm")
@@ -77,6 +80,7 @@ class Delta(TapTerm):
     """
 
     kind = "delta"
+    flag = "--fdd-beta"
     title = "first derivative, mean of the layers"
     unit = "1 - cosine"
     color = "#e0a458"
@@ -111,7 +115,7 @@ class Delta(TapTerm):
             student_lse_delta_N,
             context.grams(),
         )
-        return masked_sum(1 - cosine_N, context.weights.term_N)
+        return context.sum(1 - cosine_N)
 
 
 TERMS: list[Term] = [CrossEntropy(), LogitKD(), Trajectory(), Delta()]
@@ -126,11 +130,46 @@ def add_term(term: TapTerm) -> None:
     """
     if term.kind in {each.kind for each in TERMS} | {"total", "valid", "share"}:
         raise ValueError(f"a term {term.kind!r} exists already: give this one another name")
-    if not term.kind.isprintable() or not term.kind or set(term.kind) & set(" :=,"):
+    # Modules are children of a torch module by this name.
+    if not term.kind.isidentifier() or term.kind.startswith("_") or hasattr(nn.Module(), term.kind):
         raise ValueError(
-            f"a term cannot be called {term.kind!r}: use one word without spaces, ':', '=' and ','"
+            f"a term cannot be called {term.kind!r}: use one word of letters, digits and underscores that is no "
+            "attribute of a torch module"
         )
     TERMS.append(term)
+
+
+def check_terms(config: FddConfig) -> None:
+    """Refuse a run without a term, or with one that it cannot compute.
+
+    Raises:
+        ValueError: a weight of a term that is not there or has a flag of its own; all weights 0; too few layers for a
+            term that compares them; no teacher where a term needs it.
+    """
+    known = {term.kind: term for term in TERMS}
+    for kind, weight in config.term:
+        if kind not in known:
+            unknown = none_of(kind, tuple(known))
+            raise ValueError(f"--fdd-term {kind}={weight:g}: must name a term that is there; {unknown}")
+        if known[kind].flag != TapTerm.flag:
+            raise ValueError(f"--fdd-term {kind}={weight:g}: give this weight with {known[kind].flag}")
+    if not active_terms(config):
+        flags = dict.fromkeys(term.flag for term in TERMS)
+        raise ValueError(
+            f"the weights of all terms are 0 ({', '.join(flags)}), so that nothing is trained: raise one of them"
+        )
+    for term in tap_terms(config):
+        if config.num_pairs <= term.reach:
+            raise ValueError(
+                f"the term {term.kind} compares adjacent sampled layers and needs at least 2, there is "
+                f"{config.num_pairs}: raise --fdd-layers, give more --fdd-layer-pairs, or switch the term off with a "
+                f"weight of 0 ({term.flag})"
+            )
+    if needs_of(config).teacher and config.teacher_load is None:
+        raise ValueError(
+            "no teacher: give its Megatron checkpoint with --teacher-load DIR "
+            "(fdd import makes one from a Hugging Face model)"
+        )
 
 
 def active_terms(config: FddConfig) -> tuple[Term, ...]:
@@ -144,8 +183,9 @@ def tap_terms(config: FddConfig) -> tuple[TapTerm, ...]:
 
 
 def needs_of(config: FddConfig) -> Needs:
-    """What a run has to provide for all of its terms."""
-    return reduce(Needs.__or__, (term.needs(config) for term in active_terms(config)), Needs())
+    """What a run has to provide for all of its terms; those of inner layers have taps of the teacher in any case."""
+    needs = (term.needs(config) for term in active_terms(config))
+    return reduce(Needs.__or__, needs, Needs(teacher=uses_taps(config)))
 
 
 def first_tap(config: FddConfig) -> int:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.losses.pairs import check_recompute_keeps_taps
+from megatron_fdd.losses.terms import check_terms
 from megatron_fdd.plan.context import Context, Model
 from megatron_fdd.plan.experts import check_experts, check_resume
 from megatron_fdd.plan.fp8 import check_fp8_device, check_fp8_shapes
@@ -37,6 +38,7 @@ from megatron_fdd.plan.refusals import check_refusals
 from megatron_fdd.plan.save_folder import check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
+from megatron_fdd.plan.term_parameters import check_term_parameters, warn_of_left_out_terms
 from megatron_fdd.plan.vocabulary import (
     check_student_tokenizer,
     check_teacher_tokenizer,
@@ -93,7 +95,13 @@ def _check_recompute(context: Context) -> None:
     )
 
 
+def _check_terms(context: Context) -> None:
+    """Refuse terms that cannot be computed."""
+    check_terms(context.config)
+
+
 BEFORE_MEGATRON: tuple[Check[Context], ...] = (
+    Check(_check_terms),
     Check(check_refusals),
     Check(check_given),
     Check(check_numbers),
@@ -132,7 +140,11 @@ WITH_STORED_TEACHER: tuple[Check[Context], ...] = (
     Check(check_vocabularies),
 )
 WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
-OF_BOTH_MODELS: tuple[Check[Context], ...] = (Check(_check_recompute),)
+OF_BOTH_MODELS: tuple[Check[Context], ...] = (
+    Check(_check_recompute),
+    Check(check_term_parameters),
+    Check(warn_of_left_out_terms),
+)
 PHASES = (
     BEFORE_MEGATRON,
     OF_EACH_MODEL,

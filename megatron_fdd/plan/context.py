@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.checkpoint import RELEASE, find_checkpoint, read_checkpoint_args
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 
@@ -76,6 +76,14 @@ class Context:
     teacher_args: argparse.Namespace | None = None
     plan: Plan | None = None
     checks_data: bool = True
+
+    @property
+    def resumes_optimizer(self) -> bool:
+        """Whether the optimizer goes on from the state in the student's checkpoint."""
+        args, stored = self.args, self.stored_student
+        if stored is None or stored.flag != "--load" or stored.path.name == RELEASE:
+            return False
+        return not (args.finetune or args.no_load_optim)
 
     @property
     def student(self) -> Model:

@@ -10,6 +10,7 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
+from megatron_fdd.losses.term_modules import trained_parameters
 from megatron_fdd.losses.terms import TERMS, needs_of
 from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
@@ -101,6 +102,8 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
     figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
     if copies := weight_copies_bytes(args, plan.student_layers):
         figures["student weights, copies in FP8"] = copies
+    if learned := _learned_bytes(plan, args, teacher):
+        figures["what terms learn, gradients and optimizer"] = learned
     figures |= _distillation_bytes(plan, args, teacher)
     # Heads are copies where there are several stages.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
@@ -111,6 +114,20 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
         f"    sum: {sum(counted) / _MIB:.1f}",
         "    (not in it: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
     ]
+
+
+def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> int:
+    """Parameters of terms on the stage that holds most, as Megatron counts the student's."""
+    if teacher is None:
+        return 0
+    widths = args.hidden_size, teacher.hidden_size
+    stages = [
+        [index for chunk in plan.chunks_on(stage) for index in chunk.pairs]
+        for stage in range(plan.num_stages)
+    ]
+    most = max(trained_parameters(plan.config, pairs, widths) for pairs in stages)
+    sharing = args.data_parallel_size * args.context_parallel_size if args.use_distributed_optimizer else 1
+    return most * 6 + most * 12 // sharing
 
 
 def _distillation_bytes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_fdd.host.checkpoint import RELEASE
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.context import Context, Model
 from megatron_fdd.plan.model_shape import ParallelSizes
@@ -63,10 +62,10 @@ def check_resume(context: Context) -> None:
         ValueError: experts had an optimizer of their own in the checkpoint and have none here, or the reverse.
     """
     args, stored = context.args, context.stored_student
-    if stored is None or stored.flag != "--load" or args.finetune or args.no_load_optim:
+    if stored is None or not context.resumes_optimizer:
         return
     there, here = _has_expert_optimizer(stored.args), _has_expert_optimizer(args)
-    if there == here or stored.path.name == RELEASE:
+    if there == here:
         return
     flag, sizes = Role.STUDENT.experts_flag, "of at least 2" if there else "1"
     raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from megatron_fdd.config import DEFAULTS, FddConfig
-from megatron_fdd.losses.terms import first_tap
+from megatron_fdd.losses.terms import first_tap, uses_taps
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.context import Context
 
@@ -29,8 +29,8 @@ def warn_of_approximations(context: Context) -> None:
         )
     flags = ["--fdd-sample-tokens"] if config.sample_tokens < 1 else []
     flags += ["--fdd-sample-one-tap"] if config.sample_one_tap else []
-    if flags and not config.uses_taps:
-        _warn(f"{', '.join(flags)}: no effect, --fdd-alpha and --fdd-beta are 0")
+    if flags and not uses_taps(config):
+        _warn(f"{', '.join(flags)}: no effect, no term of inner layers has a weight")
     elif config.sample_one_tap and config.num_pairs - first_tap(config) == 1:
         _warn("--fdd-sample-one-tap: no effect, there is one tap to draw from; raise --fdd-layers")
     reason = _nothing_to_skip(config)

@@ -24,6 +24,7 @@ from megatron_fdd.plan.context import Context
 from megatron_fdd.plan.megatron_errors import megatrons_errors
 from megatron_fdd.plan.student_arguments import complete_student_args, force_values
 from megatron_fdd.plan.teacher_checkpoint import find_teacher
+from megatron_fdd.plan.term_parameters import fresh_parameters
 from megatron_fdd.plan.vocabulary import common_vocab_size, set_vocab_size
 from megatron_fdd.step.teacher.arguments import teacher_args
 
@@ -35,6 +36,7 @@ class PreparedRun:
     Attributes:
         args: arguments of the student and the run, validated by Megatron and set as its globals.
         teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0.
+        fresh: names of what terms learn and the student's checkpoint lacks.
         stop_at_nan: whether Megatron's `--no-check-for-nan-in-loss-and-grad` is left out.
     """
 
@@ -42,6 +44,7 @@ class PreparedRun:
     args: argparse.Namespace
     teacher: argparse.Namespace | None
     teacher_checkpoint: Path | None
+    fresh: frozenset[str]
     stop_at_nan: bool
 
     @property
@@ -97,7 +100,8 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     make_checks(checks.OF_BOTH_MODELS, known)
     assert known.plan is not None
     teacher_path = None if known.stored_teacher is None else known.stored_teacher.path
-    return PreparedRun(known.plan, args, known.teacher_args, teacher_path, stop_at_nan)
+    fresh = fresh_parameters(known)
+    return PreparedRun(known.plan, args, known.teacher_args, teacher_path, fresh, stop_at_nan)
 
 
 def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:

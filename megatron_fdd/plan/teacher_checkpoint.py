@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.plan.context import Context, StoredModel
 
 
@@ -12,7 +13,7 @@ def find_teacher(config: FddConfig) -> StoredModel | None:
     Raises:
         ValueError: there is no checkpoint, or it is incomplete.
     """
-    if not config.needs_teacher or config.teacher_load is None:
+    if not needs_of(config).teacher or config.teacher_load is None:
         return None
     return StoredModel.find(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
 

@@ -36,24 +36,24 @@ def read_head(model: GPTModel) -> Tensor:
     """Return the output weight [W, H] of this rank, tied or not, after its new value has arrived."""
     if model.share_embeddings_and_output_weights:
         if model.pre_process:
-            _wait_for(model.embedding.word_embeddings)
+            wait_for(model.embedding.word_embeddings)
         else:
-            _wait_for(model.output_layer)
+            wait_for(model.output_layer)
         return model.shared_embedding_or_output_weight()
-    _wait_for(model.output_layer)
+    wait_for(model.output_layer)
     return model.output_layer.weight
 
 
 def read_final_norm(model: GPTModel) -> FinalNorm:
     """Return the final norm's parameters, after their new values have arrived."""
     config, norm = model.config, model.decoder.final_layernorm
-    _wait_for(norm)
+    wait_for(norm)
     weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
     bias_H = norm.bias if config.normalization == "LayerNorm" else None
     return FinalNorm(weight_H, bias_H, config.layernorm_epsilon)
 
 
-def _wait_for(owner: torch.nn.Module) -> None:
+def wait_for(owner: torch.nn.Module) -> None:
     """Call the hook that DDP calls before a module's forward; it waits for parameters that are still being gathered.
 
     The fused losses never call the head's module, and read the norm's parameters outside its module. Without this

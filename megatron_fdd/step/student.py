@@ -28,6 +28,7 @@ from megatron_fdd.step.lens import read_head
 from megatron_fdd.step.student_lens import StudentLens
 from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
 from megatron_fdd.step.teacher.teacher import Teacher
+from megatron_fdd.step.term_modules import anchors, read_term_modules
 
 FirstBatchCheck = Callable[[TeacherFeatures, Tensor], None]
 
@@ -218,7 +219,11 @@ class ChunkForward:
         assert teacher is not None
         # Draws are keyed by the number of the micro-batch, which begins with 1.
         sample = self.objective.settings.draw.rows(weights, self._num_started)
-        return self.objective.inner(taps_SBD, carried, self._lens.for_micro_batch(student), teacher, sample)
+        modules = read_term_modules(student)
+        loss, passed_on = self.objective.inner(
+            taps_SBD, carried, self._lens.for_micro_batch(student), teacher, sample, modules
+        )
+        return loss + ChunkLoss(anchors(modules)), passed_on
 
     def _add_sums(self, loss: ChunkLoss, weights: TokenWeights) -> None:
         sums = self.objective.packed_sums(loss, weights)

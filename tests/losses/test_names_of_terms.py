@@ -13,7 +13,15 @@ from megatron_fdd.losses import terms
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TapWindow
 from megatron_fdd.losses.term import TapContext, TapTerm
-from megatron_fdd.losses.terms import TERMS, active_terms, add_term, first_tap, needs_of, parts_of
+from megatron_fdd.losses.terms import (
+    TERMS,
+    active_terms,
+    add_term,
+    check_terms,
+    first_tap,
+    needs_of,
+    parts_of,
+)
 
 PAIRS = (LayerPair(1, 2), LayerPair(2, 4))
 
@@ -28,9 +36,6 @@ class Length(TapTerm):
     kind = "length"
     title = "difference of lengths"
     caption = "How much longer one is."
-
-    def weight(self, _config: FddConfig) -> float:
-        return 0.5
 
     def compute(self, window: TapWindow, _context: TapContext) -> Tensor:
         return window.current.features.student_MD.sum()
@@ -81,14 +86,49 @@ def test_needs_are_those_of_all_terms() -> None:
 
 @pytest.mark.usefixtures("own_term")
 def test_an_own_term_has_its_parts_and_makes_the_first_tap_count() -> None:
-    config = distil(alpha=0)
+    config = distil(alpha=0, term=(("length", 0.5),))
     assert [part.name for part in parts_of(config, PAIRS)][-2:] == ["length s1:t2", "length s2:t4"]
     assert first_tap(config) == 0
+    assert "length" not in {term.kind for term in active_terms(distil())}
 
 
-@pytest.mark.parametrize("kind", ["kd", "total", "two words", "", "a=b", "valid"])
+@pytest.mark.parametrize("kind", ["kd", "total", "two words", "", "a=b", "valid", "a.b", "_own", "train"])
 def test_a_name_that_cannot_be_is_refused(kind: str) -> None:
     term = type("Named", (Length,), {"kind": kind})()
     with pytest.raises(ValueError, match="give this one another name|use one word"):
         add_term(term)
     assert len(TERMS) == 4
+
+
+NOTHING = {"alpha": 0, "beta": 0, "kd_weight": 0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            NOTHING,
+            r"weights of all terms are 0 \(--fdd-ce-weight, .*--fdd-term\), so that nothing is trained",
+        ),
+        ({"layers": 1}, "delta compares .* needs at least 2, there is 1: raise --fdd-layers.*--fdd-beta"),
+        ({"layer_pairs": ((3, 5),)}, "needs at least 2, there is 1"),
+        (
+            {"term": (("lenght", 1.0),)},
+            "--fdd-term lenght=1: must name .*; 'lenght' is none of ce, .*, length; .* --fdd-plugin$",
+        ),
+        ({"term": (("delta", 2.0),)}, "--fdd-term delta=2: give this weight with --fdd-beta"),
+        ({"teacher_load": None}, "no teacher: give .*--teacher-load"),
+        ({**NOTHING, "teacher_load": None, "term": (("length", 1.0),)}, "no teacher"),
+    ],
+)
+@pytest.mark.usefixtures("own_term")
+def test_a_run_that_has_no_sense_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_terms(FddConfig(**{"teacher_load": "T", **values}))
+
+
+@pytest.mark.usefixtures("own_term")
+def test_terms_that_can_be_computed_pass() -> None:
+    check_terms(distil())
+    check_terms(distil(**NOTHING, layers=1, term=(("length", 1.0),)))
+    check_terms(FddConfig(**NOTHING, ce_weight=1))

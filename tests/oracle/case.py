@@ -23,6 +23,7 @@ from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.step.schedule import StepHooks
+from megatron_fdd.step.term_modules import hang_term_modules
 from tests.harness.ranks import Layout
 from tests.oracle import reference
 from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab
@@ -57,6 +58,7 @@ class Case:
     length: int = LENGTH
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
+    own_terms: tuple[tuple[str, float], ...] = ()  # kind and weight
     transformer_impl: str = "local"
     student_options: tuple[tuple[str, Any], ...] = ()  # fields of TransformerConfig
     teacher_options: tuple[tuple[str, Any], ...] = ()
@@ -94,6 +96,7 @@ def fdd_config(case: Case) -> FddConfig:
         tokens="all" if terms.all_tokens else "labels",
         sample_tokens=case.sample_tokens,
         sample_one_tap=case.sample_one_tap,
+        term=case.own_terms,
     )
 
 
@@ -124,22 +127,42 @@ def join(
     options["transformer_impl"] = case.transformer_impl
     if case.loss_scale != 1.0:
         options["grad_scale_func"] = lambda loss: loss * case.loss_scale
+    teacher = make_teacher(case, topology)
+
+    def plan_with(student_layers: tuple[int, ...]) -> Plan:
+        return Plan(
+            config,
+            tuple(LayerPair(*pair) for pair in case.terms.pairs) if uses_taps(config) else (),
+            num_stages=topology.num_stages,
+            student_layers=student_layers,
+            teacher_layers=chunk_layers(teacher.config),
+            vocab_size=shard_vocab(case),
+            padded_vocab_size=padded_vocab(case.student, topology),
+        )
+
+    def hang(chunks: list[GPTModel]) -> list[GPTModel]:
+        plans = plan_with(chunk_layers(chunks[0].config)).chunks_on(topology.stage)
+        hang_term_modules(chunks, plans, config, widths(case))
+        return chunks
+
     student_weights = reference.random_weights(case.student, 1)
     chunks = build_student(
-        case.student, student_weights, topology, dtype, ddp=ddp, virtual=case.vpp, **options
+        case.student,
+        student_weights,
+        topology,
+        dtype,
+        ddp=ddp,
+        before_wrap=hang,
+        virtual=case.vpp,
+        **options,
     )
-    teacher = make_teacher(case, topology)
-    pairs = tuple(LayerPair(*pair) for pair in case.terms.pairs) if uses_taps(config) else ()
-    plan = Plan(
-        config,
-        pairs,
-        num_stages=topology.num_stages,
-        student_layers=chunk_layers(unwrap_model(chunks)[0].config),
-        teacher_layers=chunk_layers(teacher.config),
-        vocab_size=shard_vocab(case),
-        padded_vocab_size=padded_vocab(case.student, topology),
-    )
+    plan = plan_with(chunk_layers(unwrap_model(chunks)[0].config))
     return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
+
+
+def widths(case: Case) -> tuple[int, int]:
+    """Hidden width of student and teacher."""
+    return case.student.hidden, case.teacher.hidden
 
 
 def schedule_step(case: Case, chunks: list[torch.nn.Module], steps: StepHooks) -> list[dict[str, Tensor]]:

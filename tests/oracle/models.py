@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -104,11 +105,14 @@ def build_student(
     dtype: torch.dtype,
     *,
     ddp: dict | None = None,
+    before_wrap: Callable[[list[GPTModel]], list[GPTModel]] | None = None,
     **options: object,
 ) -> torch.nn.Module:
-    """Build a GPTModel in Megatron's DistributedDataParallel."""
+    """Build a GPTModel in Megatron's DistributedDataParallel; what terms learn keeps its first values."""
     model_parallel_cuda_manual_seed(1)
-    builder = GPTModelBuilder(model_config(shape, topology, dtype, **options))
+    config = model_config(shape, topology, dtype, **options)
+    config.pre_wrap_hooks += [] if before_wrap is None else [before_wrap]
+    builder = GPTModelBuilder(config)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {}))
     chunks = builder.build_distributed_models(ProcessGroupCollection.use_mpu_process_groups(), ddp_config)
     for chunk in chunks:
@@ -139,6 +143,8 @@ def build_frozen(
 def load_weights(model: GPTModel, weights: Weights, topology: Topology) -> None:
     """Copy this rank's part of every full tensor. Padded vocabulary rows become garbage, not zero."""
     for name, parameter in model.named_parameters():
+        if name.startswith("fdd_terms."):
+            continue
         full = weights[full_name(model, name, weights, topology)]
         if is_vocabulary(name):
             rows = parameter.shape[0] * topology.tensor_size

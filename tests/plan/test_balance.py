@@ -16,6 +16,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from megatron_fdd.plan.balance import (
@@ -151,7 +152,7 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
 def test_only_wanted_terms_cost(config: FddConfig, tap: float, head: int) -> None:
     student = ModelShape(5, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
     teacher = ModelShape(7, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
-    flops = token_flops(student, teacher if config.needs_teacher else None, config)
+    flops = token_flops(student, teacher if needs_of(config).teacher else None, config)
     assert (flops.tap, flops.head) == (round(100 * tap), 100 * head)
     assert flops.layer == 3 * layer_flops(student)
 

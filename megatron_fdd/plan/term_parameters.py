@@ -1,0 +1,77 @@
+"""What terms learn beside the student: what of it a checkpoint has, what the run has, and what it takes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from megatron_fdd.host.checkpoint import TERM_PREFIX, listing, term_shapes
+from megatron_fdd.losses.term_modules import saved_shapes
+from megatron_fdd.plan.context import Context, StoredModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def fresh_parameters(context: Context) -> frozenset[str]:
+    """Name what the checkpoint that the student starts from lacks, or has for other widths: it begins anew."""
+    stored = context.stored_student
+    if stored is None:
+        return frozenset()
+    here, there = _of_run(context), term_shapes(stored.path, stored.flag)
+    return frozenset(name for name, shape in here.items() if there.get(name) != shape)
+
+
+def check_term_parameters(context: Context) -> None:
+    """Refuse to resume with terms that learn something else: the optimizer's state would not fit.
+
+    Raises:
+        ValueError: names what is only here and only there.
+    """
+    stored = context.stored_student
+    if stored is None or not context.resumes_optimizer:
+        return
+    here, there = _of_run(context), term_shapes(stored.path, stored.flag)
+    differences = {
+        "only there": there.keys() - here.keys(),
+        "only here": here.keys() - there.keys(),
+        "of another shape": {name for name in here.keys() & there.keys() if here[name] != there[name]},
+    }
+    told = [f"{where}: {listing(sorted(names))}" for where, names in differences.items() if names]
+    if told:
+        raise ValueError(
+            f"{stored.flag} {stored.folder}: its terms learn something else than this run's ({'; '.join(told)}); give "
+            "the same --fdd-plugin, --fdd-term and --fdd-layers, or take the weights alone with --finetune"
+        )
+
+
+def warn_of_left_out_terms(context: Context) -> None:
+    """Warn, on rank 0, of what terms have learned in a checkpoint and this run does not take from it."""
+    if context.args.rank != 0:
+        return
+    student, teacher = context.stored_student, context.stored_teacher
+    if student is not None:
+        here = _of_run(context)
+        _warn(student, {n: s for n, s in term_shapes(student.path, student.flag).items() if here.get(n) != s})
+    if teacher is not None:
+        _warn(teacher, term_shapes(teacher.path, teacher.flag))
+
+
+def _of_run(context: Context) -> Shapes:
+    plan, teacher = context.plan, context.teacher_args
+    assert plan is not None, "the phase is made when it is known"
+    if teacher is None:
+        return {}
+    widths = context.args.hidden_size, teacher.hidden_size
+    return {
+        TERM_PREFIX + name: shape
+        for name, shape in saved_shapes(plan.config, len(plan.pairs), widths).items()
+    }
+
+
+def _warn(stored: StoredModel, left_out: Shapes) -> None:
+    if left_out:
+        warnings.warn(
+            f"{stored.flag} {stored.folder}: holds {len(left_out)} parameters of terms that are not taken from it: "
+            f"{listing(sorted(left_out))}",
+            stacklevel=2,
+        )

@@ -1,0 +1,130 @@
+"""What terms learn, as a part of the student's chunks: Megatron trains, reduces and saves it with everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.host.checkpoint import TERM_PREFIX
+from megatron_fdd.losses.layer_plan import ChunkPlan
+from megatron_fdd.losses.term_modules import NO_MODULES, TapModules, make_modules
+from megatron_fdd.step.lens import wait_for
+
+_CHILD = TERM_PREFIX.rstrip(".")
+
+
+class TermModules(nn.Module):
+    """The modules of a chunk's taps; parameters are called `fdd_terms.KIND.PAIR.NAME` in the chunk and in checkpoints.
+
+    Args:
+        chunk: whose child this becomes.
+        fresh: names that the checkpoint to be loaded lacks. Until it has been loaded they are not asked for; then they
+            keep the values they were made with.
+    """
+
+    def __init__(self, chunk: GPTModel, modules: TapModules, fresh: Collection[str]) -> None:
+        super().__init__()
+        self._tensor_group = chunk.pg_collection.tp
+        self._fresh = frozenset(fresh)
+        for (kind, index), module in modules.items():
+            if kind not in self._modules:
+                self.add_module(kind, nn.Module())
+            self.get_submodule(kind).add_module(str(index), module)
+        self.register_load_state_dict_pre_hook(_keep_fresh)
+
+    def by_tap(self) -> TapModules:
+        """Return the modules as they were given.
+
+        Raises:
+            AssertionError: the checkpoint has not been loaded.
+        """
+        assert not self._fresh, f"never loaded: {sorted(self._fresh)}"
+        return {
+            (kind, int(index)): module
+            for kind, taps in self.named_children()
+            for index, module in taps.named_children()
+        }
+
+    def sharded_state_dict(
+        self, prefix: str, sharded_offsets: tuple[Any, ...], metadata: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Say where each parameter lies in a checkpoint, without what the one that is about to be loaded lacks.
+
+        Megatron calls it for each child of a chunk.
+        """
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            sharded_offsets=sharded_offsets,
+            tp_group=self._tensor_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        return {name: entry for name, entry in state.items() if name not in self._fresh}
+
+
+def hang_term_modules(
+    chunks: Sequence[GPTModel],
+    plans: Sequence[ChunkPlan],
+    config: FddConfig,
+    widths: tuple[int, int],
+    fresh: Collection[str] = (),
+) -> None:
+    """Give chunks what the terms have for their taps; for Megatron's hook before it wraps them.
+
+    Args:
+        plans: of the chunks.
+        widths: hidden width of student and teacher.
+        fresh: as for `TermModules`; may name those of other chunks.
+    """
+    for chunk, plan in zip(chunks, plans, strict=True):
+        modules = make_modules(config, plan.pairs, widths)
+        if not modules:
+            continue
+        own = TermModules(chunk, modules, fresh)
+        for parameter in own.parameters():
+            # Each rank of the tensor-parallel group has other rows; Megatron adds up their gradients.
+            parameter.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined]
+        chunk.add_module(_CHILD, own.to(torch.cuda.current_device()))
+
+
+def read_term_modules(student: GPTModel) -> TapModules:
+    """Return the modules of a chunk's taps, once the new values of their parameters have arrived."""
+    own = getattr(student, _CHILD, None)
+    if own is None:
+        return NO_MODULES
+    for module in own.modules():
+        wait_for(module)
+    return own.by_tap()
+
+
+def anchors(modules: TapModules) -> tuple[Tensor, ...]:
+    """Return what adds 0 to the loss of a micro-batch and depends on every trained parameter; nothing without any.
+
+    Megatron's overlapped reduction waits for a gradient of each in every step, also of a tap that was not drawn.
+    """
+    trained = [parameter.flatten()[0].float() * 0.0 for parameter in _trained(modules)]
+    return (torch.stack(trained).sum(),) if trained else ()
+
+
+def _trained(modules: TapModules) -> Iterator[nn.Parameter]:
+    for module in modules.values():
+        yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _keep_fresh(modules: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Torch's hook in front of `load_state_dict`: nothing may be missing but what the checkpoint lacks.
+
+    Megatron forgives a state that is not whole: it tries again without `strict`.
+    """
+    assert isinstance(modules, TermModules)
+    own = modules.state_dict(prefix=prefix)
+    missing = own.keys() - state.keys()
+    assert missing <= modules._fresh, f"not loaded: {sorted(missing)}"
+    state |= {name: own[name] for name in missing}
+    modules._fresh = frozenset()

@@ -1,0 +1,63 @@
+"""What terms learn for a tap: alike wherever it is made, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.term_modules import make_modules, saved_shapes, trained_parameters
+from megatron_fdd.losses.terms import TERMS
+from tests.oracle.added_term import known
+
+WIDTHS = (6, 10)
+
+
+@pytest.fixture(autouse=True)
+def example() -> Iterator[None]:
+    with known():
+        yield
+
+
+def config(*kinds: str) -> FddConfig:
+    return FddConfig(teacher_load="T", term=tuple((kind, 0.5) for kind in kinds))
+
+
+def test_the_same_values_whatever_was_drawn_before_and_whatever_else_is_made() -> None:
+    both = config("fixed_mse", "learned_mse")
+    torch.manual_seed(1)
+    all_taps = make_modules(both, range(3), WIDTHS)
+    assert all_taps.keys() == {(kind, tap) for kind in ("fixed_mse", "learned_mse") for tap in range(3)}
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    alone = make_modules(config("learned_mse"), [2], WIDTHS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(alone["learned_mse", 2].weight, all_taps["learned_mse", 2].weight)
+    weights = [module.weight for module in all_taps.values()]
+    assert not any(torch.equal(one, other) for i, one in enumerate(weights) for other in weights[:i])
+
+
+def test_the_fixed_projection_keeps_lengths_and_is_in_no_checkpoint() -> None:
+    weight_TD = make_modules(config("fixed_mse"), [0], WIDTHS)["fixed_mse", 0].weight
+    torch.testing.assert_close(weight_TD.T @ weight_TD, torch.eye(6))
+    assert make_modules(config("fixed_mse"), [0], (6, 6)) == {}
+    assert saved_shapes(config("fixed_mse"), 3, WIDTHS) == {}
+    assert trained_parameters(config("fixed_mse"), range(3), WIDTHS) == 0
+
+
+def test_names_and_sizes_of_what_is_learned() -> None:
+    learned = config("fixed_mse", "learned_mse")
+    names = [f"learned_mse.{tap}.weight" for tap in range(2)]
+    assert saved_shapes(learned, 2, WIDTHS) == dict.fromkeys(names, (10, 6))
+    assert trained_parameters(learned, [1, 2], WIDTHS) == 2 * 60
+
+
+def test_a_term_that_compares_taps_has_nothing_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(TERMS[-1]), "reach", 1)
+    assert make_modules(config("learned_mse"), range(3), WIDTHS).keys() == {
+        ("learned_mse", 1),
+        ("learned_mse", 2),
+    }
+    assert trained_parameters(config("learned_mse"), range(3), WIDTHS) == 2 * 60
