@@ -30,9 +30,10 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens
-from megatron_fdd.losses.objective import Objective, StepGrams, StepSettings
+from megatron_fdd.losses.objective import Objective, StepSettings
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import Sampler, StepDraw
+from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.ops.linear_kl import VocabShard
 

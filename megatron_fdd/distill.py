@@ -51,8 +51,9 @@ from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.saving import saved_iteration
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.losses.objective import Objective, StepGrams
+from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.sampling import Sampler
+from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.terms import active_terms
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.plan.describe import describe_plan

@@ -19,11 +19,11 @@ from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
+from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
 from megatron_fdd.losses.term import TapContext
 from megatron_fdd.losses.term_modules import NO_MODULES, TapModules
 from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
-from megatron_fdd.ops.delta import HeadGrams, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard
 
@@ -44,31 +44,6 @@ class StepSettings:
     inner: float = 1.0
     label_per_term_token: float = 1.0
     draw: StepDraw = EVERYTHING
-
-
-class StepGrams:
-    """The heads' Gram matrices of the current step, for all chunks of a stage."""
-
-    def __init__(self, config: FddConfig) -> None:
-        self._config = config
-        self._grams: HeadGrams | None = None
-        self._are_fresh = False
-
-    def begin_step(self) -> None:
-        """Forget that they are fresh: the student's head may have changed since the last step."""
-        self._are_fresh = False
-
-    def current(self, heads: Heads) -> HeadGrams:
-        """Return those of the heads as they are in this step; for a live head with a graph of their own each time.
-
-        Collectives over the tensor-parallel group: those of `head_grams`, once per step.
-        """
-        if self._are_fresh and self._config.lens_head == "detached":
-            assert self._grams is not None
-            return self._grams
-        self._grams = head_grams(heads, centred=self._config.delta == "centred", previous=self._grams)
-        self._are_fresh = True
-        return self._grams
 
 
 @dataclass(frozen=True, slots=True)

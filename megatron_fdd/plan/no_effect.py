@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 from megatron_fdd.config import DEFAULTS, FddConfig
-from megatron_fdd.losses.terms import first_tap, uses_taps
+from megatron_fdd.losses.terms import first_tap, needs_of, uses_taps
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.context import Context
 
@@ -44,9 +44,10 @@ def _nothing_to_skip(config: FddConfig) -> str | None:
         return "--fdd-kernels reference has no tiles"
     if config.lens_head == "live":
         return "--fdd-lens-head live needs all of them"
-    if config.beta == 0 or config.delta != "logprob":
+    needs = needs_of(config)
+    if not needs.lse:
         return "without the log-probability delta a layer's gradient is one product over the whole vocabulary"
-    if config.alpha > 0 and DIVERGENCES[config.trajectory_divergence].num_sweeps > 1:
+    if needs.divergence and DIVERGENCES[config.trajectory_divergence].num_sweeps > 1:
         others = " and ".join(name for name, kind in DIVERGENCES.items() if kind.num_sweeps == 1)
         return (
             f"--fdd-trajectory-divergence {config.trajectory_divergence} needs all of them; {others} do not"

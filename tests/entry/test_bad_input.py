@@ -214,7 +214,7 @@ def test_data_and_student_of_another_tokenizer(toy: Toys, tmp_path: Path) -> Non
             r"the student's tokenizer .*id 90 is '<\|User\|>' in the student and '<\|chat\|>' in this run",
             r"text-apart was prepared with a tokenizer that is not this run's: the probe line "
             r'"case" gets '
-            r"other ids: .*tokenizer.json differ: normaliser",
+            r"other ids: .*tokenizer.json that differ: normaliser",
             r"id 91 of the data .* is not in the teacher's vocabulary of 91",
         ),
         strict=True,
