@@ -107,8 +107,7 @@ class ChatTemplate:
     def render(self, conversation: Conversation, count: int, *, prompt: bool) -> str:
         """Return the text of the first `count` messages; with `prompt` it ends where the model begins to answer.
 
-        Raises:
-            Exception: whatever the template raises; a template is somebody else's program.
+        Raises: whatever the template raises, which is somebody else's program.
         """
         text, _ = self._render(conversation, count, add_generation_prompt=prompt)
         return text
@@ -169,8 +168,7 @@ class ChatTemplate:
     def opening(self, *, after_call: bool) -> str | None:
         """Return the token with which the next turn opens, with the white space that the template writes before it.
 
-        It ends an answer in a template that has no end token of its own. None where the next turn opens with no
-        token.
+        It ends an answer in a template that has no end token of its own. None: the next turn opens with no token.
         """
         first, second = ([_USER, _CALLING], _RESULT) if after_call else ([_USER, _ANSWER], _USER)
         tools = (_TOOL,) if after_call else None
@@ -187,17 +185,12 @@ class ChatTemplate:
         """What the template itself writes before a conversation: a default system text, a date; mostly nothing."""
         text = self._probe([_USER, _ANSWER, _USER], None) or ""
         before = text[: max(text.find(_ASKED), 0)].removeprefix(str(self.special_tokens.get("bos_token", "")))
-        header = text[
-            text.rfind(_SAID) + len(_SAID) : max(text.rfind(_ASKED), 0)
-        ]  # a later question's header
+        header = text[text.rfind(_SAID) + len(_SAID) : max(text.rfind(_ASKED), 0)]  # of a later question
         return before.removesuffix(os.path.commonprefix([before[::-1], header[::-1]])[::-1])
 
     @cached_property
     def _takes_objects(self) -> bool:
-        """Whether a call's arguments may be an object.
-
-        False where the template adds them to a text and needs JSON text.
-        """
+        """Whether a call's arguments may be an object; some templates add them to a text and need JSON text."""
         if self._probe([_USER, _CALLING], (_TOOL,)) is not None:
             return True
         return self._probe([_USER, _with_text_arguments(_CALLING)], (_TOOL,)) is None

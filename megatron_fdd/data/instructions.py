@@ -186,10 +186,7 @@ def _is_unnatural(fields: Fields) -> bool:
 
 
 def _read_unnatural(fields: Fields) -> list[Instruction]:
-    """Return the instructions; an instance's constraints on the output end the instruction.
-
-    The text "None." means that an instance has no constraints.
-    """
+    """Return the instructions; constraints on an instance's output, unless "None.", end its instruction."""
     instructions = []
     for instance in _objects(fields, "instances"):
         constraints = _optional_text(instance, "constraints")
@@ -214,10 +211,7 @@ def _read_self_instruct(fields: Fields) -> list[Instruction]:
 
 
 def _read_vicuna(fields: Fields) -> list[Instruction]:
-    """Return the first turn, with the first reference.
-
-    MT-Bench's file has a reference for each turn; the first belongs to the first turn.
-    """
+    """Return the first turn, with its reference, the first: MT-Bench's file has one for each turn."""
     question = _texts(fields, "turns" if "turns" in fields else "text")[0]
     return [Instruction(question, "", _texts(fields, "reference")[:1] if fields.get("reference") else ())]
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_fdd.data.chat import ANSWERS
 from megatron_fdd.data.chat_template import ChatTemplate
+from megatron_fdd.data.dealing import Shares
 from megatron_fdd.data.documents import JsonKeys, input_bytes, read_documents
 from megatron_fdd.data.encode import EMPTY_DOCUMENTS, Encoded, Encoder, EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import identify, load_tokenizer, text_tokenizer
@@ -121,30 +122,6 @@ class Summary:
             f"{', '.join(self.prefixes)}: {counts} in {self.seconds:.1f} s",
             *(f"  {line}" for line in more),
         ]
-
-
-class _Shares:
-    """Deals documents to the sets so that, after each document, the counts are as near the shares as possible.
-
-    The order of the documents alone decides, so any number of workers gives the same sets, and every stretch of the
-    corpus is in all of them.
-    """
-
-    def __init__(self, shares: tuple[float, ...], dealt: list[int]) -> None:
-        """Start from `dealt`, how many documents each set has; empty at first, and updated with every document."""
-        total = sum(shares) or 1.0
-        self._shares = [share / total for share in shares] or [1.0]
-        self._dealt = dealt
-        if not dealt:
-            dealt += [0] * len(self._shares)
-
-    def next(self) -> int:
-        """Return the number of the set that gets the next document."""
-        number = sum(self._dealt) + 1
-        debts = [share * number - dealt for share, dealt in zip(self._shares, self._dealt, strict=True)]
-        part = debts.index(max(debts))
-        self._dealt[part] += 1
-        return part
 
 
 def prepare(settings: PrepareSettings) -> Summary:
@@ -270,7 +247,7 @@ def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: t
     """
     done = parts.done
     documents = read_documents(settings.inputs, settings.encode.format, settings.separator)
-    shares = _Shares(settings.split, done.dealt)
+    shares = Shares(settings.split, done.dealt)
     workers = useful_workers(settings.workers, settings.inputs)
     for num_bytes, encoded_documents in encode_in_order(
         islice(documents, done.documents, None), encoder, workers
