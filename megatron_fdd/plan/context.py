@@ -87,6 +87,7 @@ class Context:
 
     @property
     def student(self) -> Model:
+        """The student, as this run builds it."""
         return Model(Role.STUDENT, self.args, self.stored_student)
 
     @property

@@ -49,6 +49,7 @@ class PreparedRun:
 
     @property
     def config(self) -> FddConfig:
+        """The config of the plan."""
         return self.plan.config
 
 
