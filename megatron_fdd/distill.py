@@ -171,7 +171,7 @@ class Distillation:
         return self._student_step(data_iterator, model)
 
     def _hang_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
-        """Megatron's pre-wrap hook: what the terms learn joins the student's chunks."""
+        """Join the terms' parameters to the student's chunks, as Megatron's pre-wrap hook."""
         run = self._run
         if run.teacher is not None:
             topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)

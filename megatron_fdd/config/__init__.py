@@ -49,7 +49,7 @@ def default_mixes() -> str:
 
 
 def parse_term_weights(words: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
-    """`["mine=0.5"]` -> `(("mine", 0.5),)`; whether a term has the name is not known here (`check_terms`).
+    """Read `["mine=0.5"]` as `(("mine", 0.5),)`; `check_terms` later refuses a name that no term has.
 
     Raises:
         ValueError: anything but NAME=WEIGHT, a weight out of bounds, or a name twice.

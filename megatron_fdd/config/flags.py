@@ -135,5 +135,5 @@ def _known(names: Sequence[str], name: str) -> str:
 
 
 def none_of(name: str, names: Collection[str]) -> str:
-    """Say that a name is not in an open set."""
+    """Return the message that a name is not in an open set."""
     return f"{name!r} is none of {', '.join(names)}; {REMEDY}"

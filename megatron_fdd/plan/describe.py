@@ -117,7 +117,7 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
 
 
 def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> int:
-    """Parameters of terms on the stage that holds most, as Megatron counts the student's."""
+    """Estimate the bytes of terms' parameters on the stage that holds most, counted like the student's."""
     if teacher is None:
         return 0
     widths = args.hidden_size, teacher.hidden_size
