@@ -1,8 +1,8 @@
-"""Distil: Megatron's own training loop with a teacher beside the student.
+"""The training of a student: Megatron's own training loop with a teacher beside the student.
 
     torchrun --nproc-per-node N -m megatron_fdd.distill --load STUDENT --teacher-load TEACHER --fdd-...
 
-takes any flag of Megatron's `pretrain_gpt.py` and those of `megatron_fdd.config`.
+takes any flag of Megatron's `pretrain_gpt.py` and the flags of `megatron_fdd.config`.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ from megatron_fdd.step.term_modules import hang_term_modules
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a training script of one's own hands in; None: as this package has it.
+    """The parts that an own training script can replace; None: this package's part.
 
     Attributes:
         pretrain: the training loop, with the interface of `megatron.training.pretrain` 0.19.2.
-        datasets: from (numbers of train, valid and test samples, vp_stage) to the three datasets. A sample has what
-            those of `data/datasets.py` have. On every rank alike: no check of this package looks at it beforehand.
-        student: from the run's arguments to Megatron's configuration of the student, a GPTModel.
+        datasets: a function from (numbers of train, valid and test samples, vp_stage) to the three datasets. A sample
+            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank, because no check
+            of this package looks at it.
+        student: a function from the run's arguments to Megatron's configuration of the student, a GPTModel.
     """
 
     pretrain: Callable[..., None] | None = None
@@ -90,7 +91,7 @@ class Parts:
 
 
 class Distillation:
-    """A prepared run with its models: what Megatron's `pretrain` is given."""
+    """A prepared run with its models, as Megatron's `pretrain` gets them."""
 
     def __init__(self, run: PreparedRun, parts: Parts) -> None:
         self._run = run
@@ -101,7 +102,7 @@ class Distillation:
         self._progress = Progress(lambda: run.args.train_iters, terms)
 
     def train(self) -> None:
-        """Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
+        """Run Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
         run = self._run
         log = console.keep_log(Path(run.args.save) / "logs" if run.args.save else Path("fdd-logs"))
         if is_first_rank():
@@ -120,7 +121,7 @@ class Distillation:
         config.pre_wrap_hooks.append(self._hang_terms)
         config.post_wrap_hooks.append(self._attach)
         datasets: Any = parts.datasets or train_valid_test_provider
-        # Megatron reads this: build the loaders on every rank, since each stage with a tap needs the masks.
+        # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
         with self._patches:
@@ -128,7 +129,7 @@ class Distillation:
                 (parts.pretrain or pretrain)(
                     container, datasets, ModelType.encoder_or_decoder, self.forward_step
                 )
-            except SystemExit as end:  # of --exit-interval and the like, or Megatron's word on a failure
+            except SystemExit as end:  # from --exit-interval and the like, or Megatron reports a failure
                 self._end()
                 if end.code or (is_first_rank() and not self._progress.has_begun):
                     console.show_end_of_log()
@@ -142,9 +143,9 @@ class Distillation:
                     "--override-opt_param-scheduler to follow this run's, or --use-checkpoint-opt_param-scheduler to "
                     "follow the saved ones"
                 ) from error
-            except CheckpointException as error:  # torch's; no Exception, and the same on every rank
+            except CheckpointException as error:  # torch's: it is no Exception, and the same on every rank
                 folder, flag = student_checkpoint(run.args)
-                if hasattr(run.args, "curr_iteration"):  # the loop has begun: written in the background
+                if hasattr(run.args, "curr_iteration"):  # the loop has begun: a save in the background failed
                     raise ValueError(
                         f"--save {run.args.save}: a checkpoint could not be written: {cause_of(error)}"
                     ) from error
@@ -157,7 +158,7 @@ class Distillation:
         self._end()
 
     def say_interrupted(self) -> None:
-        """The last line of a run that is stopped from outside: how to go on."""
+        """Write the last line of a run that is stopped from outside, which says how to continue."""
         save = self._run.args.save
         self._progress.interrupted(save, saved_iteration(save))
 
@@ -166,12 +167,12 @@ class Distillation:
         self._progress.end(args.save, loaded_iteration=getattr(args, "iteration", 0))
 
     def forward_step(self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
-        """Megatron's `forward_step_func`."""
+        """Run a micro-batch, as Megatron's `forward_step_func`."""
         assert self._student_step is not None
         return self._student_step(data_iterator, model)
 
     def _hang_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
-        """Megatron's pre-wrap hook: what the terms learn joins the student's chunks."""
+        """Join the terms' parameters to the student's chunks, as Megatron's pre-wrap hook."""
         run = self._run
         if run.teacher is not None:
             topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
@@ -181,7 +182,7 @@ class Distillation:
         return chunks
 
     def _attach(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """Megatron's post-wrap hook: the student is built and not yet loaded; the teacher joins it."""
+        """Join the teacher to the student, which is built but not loaded, as Megatron's post-wrap hook."""
         run = self._run
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
         teacher = None
@@ -216,15 +217,15 @@ def connect(
     *,
     seed: int,
 ) -> StepHooks:
-    """Join this stage's parts of both models into what Megatron's schedule runs.
+    """Join this stage's parts of both models into the hooks with which Megatron's schedule runs.
 
     Args:
-        students: the student's chunks, by virtual stage, unwrapped.
-        teacher: unwrapped, frozen, in evaluation mode.
-        iteration: how many steps have been done.
-        seed: of the draws of `Sampler`.
+        students: the student's unwrapped chunks, by virtual stage.
+        teacher: the unwrapped, frozen teacher in evaluation mode; None if no term needs it.
+        iteration: returns how many steps are done.
+        seed: seed of the draws of `Sampler`.
 
-    Collectives: with several pipeline stages those of `send_teacher_lens`.
+    Collectives: with several pipeline stages, those of `send_teacher_lens`.
     """
     shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
     grams = StepGrams(plan.config)
@@ -264,14 +265,14 @@ def connect(
 
 
 def _carry_companions(run: PreparedRun) -> None:
-    """So that the trained checkpoint can be exported wherever its folder goes."""
+    """Copy files beside the trained checkpoint, so that it can be exported wherever its folder goes."""
     source, _ = student_checkpoint(run.args)
     if source is not None and run.args.save is not None:
         carry_companions(Path(source), Path(run.args.save))
 
 
 def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> VocabShard:
-    """This rank's slice of both heads; rows from `vocab_size` on are padding."""
+    """Return this rank's slice of both heads; rows from `vocab_size` on are padding."""
     rows = padded_vocab_size // topology.tensor_size
     first = topology.tensor_rank * rows
     num_valid = min(max(vocab_size - first, 0), rows)
@@ -279,7 +280,7 @@ def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> 
 
 
 def main(parts: Parts = Parts()) -> int:
-    """Run as `sys.argv` says. Returns the exit status: 1 after an error that the user can mend."""
+    """Run as `sys.argv` says. Return the exit status, which is 1 after an error that the user can correct."""
     if rehearsal.is_wanted():
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
     try:
@@ -290,7 +291,7 @@ def main(parts: Parts = Parts()) -> int:
                 console.say(describe_plan(run.plan, run.args, run.teacher))
             return 0
         distillation = Distillation(run, parts)
-        # With --exit-signal-handler Megatron finishes the step and saves.
+        # With --exit-signal-handler, Megatron finishes the step and saves.
         is_ours = is_first_rank() and not run.args.exit_signal_handler
         with (
             held(run.args.save),
@@ -308,7 +309,7 @@ def main(parts: Parts = Parts()) -> int:
 
 
 def run_as_script(parts: Parts = Parts()) -> NoReturn:
-    """Run `main` and end this process; the last line of a training script, whose first is `host.start.start`."""
+    """Run `main` and end this process. It is the last line of a training script; the first is `host.start.start`."""
     raise_at_interrupt()
     try:
         status = main(parts)

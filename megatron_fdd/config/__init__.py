@@ -1,4 +1,4 @@
-"""Every `--fdd-*` value: one frozen dataclass, whose fields are the flags, with the checks that need no ranks."""
+"""The values of all `--fdd-*` flags: one frozen dataclass, whose fields are the flags, and checks without ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_fdd.config.flags import Bound, add_flags, check_bounds, flag, read
 from megatron_fdd.host.plugins import WHERE
 from megatron_fdd.ops.divergence import DIVERGENCES
 
-# Flags by the names they had, which this release still takes.
+# The former names of flags, which this release still takes.
 OLD_NAMES = {"--fdd-teacher-expert-model-parallel-size": "--teacher-expert-model-parallel-size"}
 
 
 def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
-    """`"2:4,4:9"` -> `((2, 4), (4, 9))`; None stays None.
+    """Read `"2:4,4:9"` as `((2, 4), (4, 9))`; None stays None.
 
     Raises:
-        ValueError: anything but comma-separated STUDENT:TEACHER block numbers.
+        ValueError: the text is not a comma-separated list of STUDENT:TEACHER block numbers.
     """
     if text is None:
         return None
@@ -38,7 +38,7 @@ def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
 
 
 def divergences() -> dict[str, str]:
-    """Say of every divergence that is known by now what it is."""
+    """Return formula and explanation of every divergence that is known by now."""
     return {name: f"{kind.formula}, {kind.explanation}" for name, kind in DIVERGENCES.items()}
 
 
@@ -49,7 +49,7 @@ def default_mixes() -> str:
 
 
 def parse_term_weights(words: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
-    """`["mine=0.5"]` -> `(("mine", 0.5),)`; whether a term has the name is not known here (`check_terms`).
+    """Read `["mine=0.5"]` as `(("mine", 0.5),)`; `check_terms` later refuses a name that no term has.
 
     Raises:
         ValueError: anything but NAME=WEIGHT, a weight out of bounds, or a name twice.
@@ -75,9 +75,9 @@ WEIGHT = Bound("at least 0, and finite", lambda value: 0 <= value < math.inf)
 MIX = Bound("between 0 and 1", lambda value: 0 < value < 1)
 PROBABILITY = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 SHARE = Bound("above 0, and at most 1", lambda value: 0 < value <= 1)
-# Beyond them float32 is too coarse: above, for the difference of two log-probabilities times temperature**2 (a
-# loss is off by a few thousandths at 100, by a twentieth and more at 1000); below, for the gradient of jsd (by a few
-# hundredths at 0.001).
+# Outside these bounds float32 is too coarse. Above, the difference of two log-probabilities times temperature**2 is not
+# exact enough (a loss is off by a few thousandths at 100, by a twentieth and more at 1000); below, the gradient of jsd
+# is not (it is off by a few hundredths at 0.001).
 TEMPERATURE = Bound(
     "from 0.01 to 100, where float32 is fine enough for the losses", lambda value: 0.01 <= value <= 100
 )
@@ -85,12 +85,12 @@ TEMPERATURE = Bound(
 
 @dataclass(frozen=True, slots=True)
 class FddConfig:
-    """What to distil and how. Each field is a flag: `--teacher-...` by its own name, others with `--fdd-` before it.
+    """The choice of what to distil and how. A field is a flag: `--teacher-...` by its own name, others after `--fdd-`.
 
     Layer numbers are the paper's: "output of block l", 1-based.
 
     Raises:
-        ValueError: a value that is wrong on its own or beside the others; names it, its bound or the remedy.
+        ValueError: a value is wrong by itself or together with others; names it, its bound or the remedy.
     """
 
     teacher_load: str | None = flag(
@@ -234,22 +234,22 @@ class FddConfig:
         """Take the values of a parsed command line (Megatron's namespace with `add_fdd_args`).
 
         Raises:
-            ValueError: as the class does; or layer pairs that cannot be read.
+            ValueError: the class refuses a value, or the layer pairs cannot be read.
         """
         return cls(**read_flags(cls, args))
 
     @property
     def is_exact(self) -> bool:
-        """Whether the terms of inner layers look at all tokens and taps of every step."""
+        """Whether the terms of inner layers use all tokens and taps of every step."""
         return self.sample_tokens == 1 and not self.sample_one_tap
 
     @property
     def num_pairs(self) -> int:
-        """Sampled layers per model."""
+        """Number of sampled layers in each model."""
         return self.layers if self.layer_pairs is None else len(self.layer_pairs)
 
     def weight_scale(self, iteration: int) -> float:
-        """Factor of inner layers' terms in step `iteration` (0-based): linear warm-up, then linear decay to 0."""
+        """Return the factor of inner layers' terms in step `iteration` (0-based): linear warm-up, then decay to 0."""
         scale = 1.0
         if self.warmup_iters:
             scale = min(1.0, (iteration + 1) / self.warmup_iters)

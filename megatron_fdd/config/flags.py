@@ -1,4 +1,4 @@
-"""A dataclass whose fields are flags: said once, they make the parser, --help and docs/flags.md, and are checked."""
+"""Dataclasses whose fields are flags: one description makes the parser, --help, docs/flags.md and the checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_fdd.host.plugins import REMEDY
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a number must be, in words and as a test."""
+    """The bound of a number, in words and as a test."""
 
     text: str
     holds: Callable[[float], bool]
@@ -23,16 +23,16 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What a field says of its flag; the flag's name, type, default and closed set of choices are the field's own.
+    """The description of a field's flag; the field itself gives its name, type, default and closed set of choices.
 
     Attributes:
-        text: for --help and docs/flags.md.
-        group: title in --help of the flags from here on.
-        metavar: stands for the value in --help.
-        choices: gives the names of an open set, one that plug-ins add to; a mapping also says what each stands for.
-            Asked when the parser is made. A closed set is the field's `Literal`.
-        read: makes the field's value out of the command line's. Raises ValueError.
-        bound: of a number.
+        text: the text in --help and docs/flags.md.
+        group: the title in --help of the flags from here on.
+        metavar: the name of the value in --help.
+        choices: returns the names of an open set, to which plug-ins add; a mapping also explains each name. It is
+            called when the parser is made. A closed set is the field's `Literal`.
+        read: makes the field's value from the command line's. Raises ValueError.
+        bound: the bound of a number.
     """
 
     text: str
@@ -49,12 +49,12 @@ def flag[T](default: T, text: str, **more: Any) -> T:
 
 
 def dest(field_name: str) -> str:
-    """Return a field's name in the parsed command line; with dashes it is that of its flag."""
+    """Return a field's name in the parsed command line; with dashes it is the name of its flag."""
     return field_name if field_name.startswith("teacher_") else f"fdd_{field_name}"
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add the flag of each field of the dataclass `config`, all of whose fields are made by `flag`."""
+    """Add the flag of each field of the dataclass `config`, whose fields are all made by `flag`."""
     types = get_type_hints(config)
     group: argparse._ActionsContainer = parser
     for field, about in _flags(config):
@@ -67,7 +67,7 @@ def read_flags(config: type, args: argparse.Namespace) -> dict[str, Any]:
     """Return the value of each field of `config` in a parsed command line.
 
     Raises:
-        ValueError: a value that `Flag.read` refuses.
+        ValueError: `Flag.read` refuses a value.
     """
     values = {}
     for field, about in _flags(config):
@@ -81,7 +81,7 @@ def read_flags(config: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_bounds(config: Any) -> None:
-    """Refuse a field of a dataclass made of flags that is out of its bound (None is in every one) or no known name.
+    """Refuse a field of a dataclass of flags that is outside its bound or no known name; None is always allowed.
 
     Raises:
         ValueError: names the flag, the value and the bound.
@@ -103,7 +103,7 @@ def _option(field_name: str) -> str:
 
 
 def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
-    """Describe a flag to argparse: a switch for a bool, else a value of the field's type, its default behind the text.
+    """Describe a flag to argparse: a switch for a bool, else a value of the field's type, with its default in the text.
 
     A field whose default is () takes a value each time that its flag is given.
     """
@@ -135,5 +135,5 @@ def _known(names: Sequence[str], name: str) -> str:
 
 
 def none_of(name: str, names: Collection[str]) -> str:
-    """Say that a name is not in an open set."""
+    """Return the message that a name is not in an open set."""
     return f"{name!r} is none of {', '.join(names)}; {REMEDY}"

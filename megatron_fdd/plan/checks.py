@@ -1,20 +1,20 @@
-"""The table of all checks of a run, by phase, in the order in which they are made.
+"""The table of all checks of a run, by phase, in their order.
 
-`plan/run.py` makes a phase as soon as what it relies on is known:
+`plan/run.py` makes the checks of a phase as soon as the knowledge that they need exists:
 
-| phase | what has just become known |
+| phase | new knowledge |
 |---|---|
 | `BEFORE_MEGATRON` | the parsed command line and the config; no value is completed yet |
-| `OF_EACH_MODEL`, of the student | its architecture: a checkpoint has completed the arguments, values are forced |
-| `WITH_STUDENT` | the same; the rows above have let its parallel sizes pass |
+| `OF_EACH_MODEL`, for the student | its architecture: a checkpoint has completed the arguments, values are forced |
+| `WITH_STUDENT` | the same; the checks above have accepted its parallel sizes |
 | `AFTER_MEGATRON` | Megatron has validated the arguments and built the tokenizer |
-| `WITH_STORED_TEACHER` | the teacher's arguments as its checkpoint stores them; without a teacher none |
-| `OF_EACH_MODEL`, of the teacher | those arguments with this run's layout and precision; not without a teacher |
+| `WITH_STORED_TEACHER` | the teacher's arguments as its checkpoint stores them; nothing without a teacher |
+| `OF_EACH_MODEL`, for the teacher | those arguments with this run's layout and precision; skipped without a teacher |
 | `WITH_TEACHER` | the same |
 | `OF_BOTH_MODELS` | the plan: layer pairs, layers of every chunk, the common vocabulary |
 
-No process group exists yet, so no check communicates. Every rank makes all of them and comes to the same first error. A
-plan (`--fdd-dry-run`) can be made anywhere, and leaves out what `needs_machine`.
+No process group exists yet, so no check communicates. Every rank makes all checks and meets the same first error. A
+plan (`--fdd-dry-run`) can be made anywhere, and leaves out the checks with `needs_machine`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from megatron_fdd.plan.written_files import check_metrics_place, check_save_plac
 
 @dataclass(frozen=True, slots=True)
 class Check[Known]:
-    """One row: a function that raises a ValueError, or warns.
+    """One row of the table: a function that raises a ValueError, or warns.
 
     Attributes:
-        needs_machine: it looks at this machine's GPU, or writes to its disks.
+        needs_machine: whether it uses this machine's GPU, or writes to its disks.
     """
 
     function: Callable[[Known], None]
@@ -63,10 +63,10 @@ def make_checks[Known](phase: Sequence[Check[Known]], known: Known, *, to_plan: 
     """Make the checks of a phase in their order.
 
     Args:
-        to_plan: leave out what needs the machine of the training.
+        to_plan: whether to leave out the checks that need the machine of the training.
 
     Raises:
-        ValueError: of the first check that refuses.
+        ValueError: the first check that refuses raises it.
     """
     for check in phase:
         if not (to_plan and check.needs_machine):
@@ -74,7 +74,7 @@ def make_checks[Known](phase: Sequence[Check[Known]], known: Known, *, to_plan: 
 
 
 def _check_tokenizer_files(context: Context) -> None:
-    """Refuse a tokenizer whose files are not there."""
+    """Refuse a tokenizer whose files do not exist."""
     check_tokenizer_files(context.args.tokenizer_type, context.args.tokenizer_model)
 
 
@@ -109,7 +109,7 @@ BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_nothing_lost),
     Check(check_kernels),
 )
-# FP8 and experts rely on the sizes that `check_splits` has let pass.
+# The checks of FP8 and experts rely on the sizes that `check_splits` has accepted.
 OF_EACH_MODEL: tuple[Check[Model], ...] = (
     Check(check_layers),
     Check(check_length),
@@ -125,7 +125,7 @@ WITH_STUDENT: tuple[Check[Context], ...] = (
     Check(warn_of_pickled_scales),
     Check(check_metrics_place, needs_machine=True),
     Check(check_save_place, needs_machine=True),
-    Check(_check_tokenizer_files),  # Megatron builds the tokenizer, and would look for it online
+    Check(_check_tokenizer_files),  # before Megatron builds the tokenizer, which it would look for online
 )
 AFTER_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_same_model),

@@ -79,7 +79,7 @@ class Context:
 
     @property
     def resumes_optimizer(self) -> bool:
-        """Whether the optimizer goes on from the state in the student's checkpoint."""
+        """Whether the optimizer continues from the state in the student's checkpoint."""
         args, stored = self.args, self.stored_student
         if stored is None or stored.flag != "--load" or stored.path.name == RELEASE:
             return False
@@ -87,6 +87,7 @@ class Context:
 
     @property
     def student(self) -> Model:
+        """The student, as this run builds it."""
         return Model(Role.STUDENT, self.args, self.stored_student)
 
     @property

@@ -1,4 +1,4 @@
-"""The plan of a run, as `--fdd-dry-run` prints it: pairs, who holds what, and estimated memory."""
+"""The plan of a run, as `--fdd-dry-run` prints it: pairs, the parts of each rank, and estimated memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MIB = 2**20
 
 
 def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> str:
-    """The plan as text: one line a fact, memory in MiB per rank.
+    """Write the plan as text, with one line for each fact and memory in MiB per rank.
 
     Args:
         args: the student's (this run's) validated arguments.
-        teacher: the teacher's, None without one.
+        teacher: the teacher's arguments; None without a teacher.
     """
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += [f"  plug-ins: {', '.join(plan.config.plugin)}"] if plan.config.plugin else []
@@ -55,7 +55,7 @@ def _weights(config: FddConfig) -> list[str]:
 
 def _pairs(config: FddConfig, pairs: Sequence[LayerPair]) -> list[str]:
     if not pairs:
-        return ["  no inner layers: no term of theirs has a weight"]
+        return ["  no inner layers: none of their terms has a weight"]
     rule = config.layer_rule if config.layer_pairs is None else "given"
     return [f"  layer pairs ({rule}), output of block, student <- teacher:"] + [
         f"    {pair.student_block} <- {pair.teacher_block}" for pair in pairs
@@ -67,7 +67,7 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     shard = args.padded_vocab_size // tensor
     lines = [
         f"  {args.world_size} rank(s) = tensor {tensor} x context {args.context_parallel_size} x pipeline {stages} x "
-        f"data {args.data_parallel_size}, sequence parallel {'on' if args.sequence_parallel else 'off'}; of each head:"
+        f"data {args.data_parallel_size}, sequence parallel {'on' if args.sequence_parallel else 'off'}; each head:"
     ]
     for rank in range(tensor):
         first, last = rank * shard, min((rank + 1) * shard, plan.vocab_size)
@@ -98,26 +98,26 @@ def _experts(args: argparse.Namespace, role: Role) -> list[str]:
 
 
 def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
-    """Estimates for the stage that holds most, and their sum."""
+    """Return lines with the estimates for the stage that holds most, and their sum."""
     figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
     if copies := weight_copies_bytes(args, plan.student_layers):
         figures["student weights, copies in FP8"] = copies
     if learned := _learned_bytes(plan, args, teacher):
         figures["what terms learn, gradients and optimizer"] = learned
     figures |= _distillation_bytes(plan, args, teacher)
-    # Heads are copies where there are several stages.
+    # With several stages, heads are copies.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
     counted = [size for name, size in figures.items() if not any(part in name for part in elsewhere)]
     return [
         "  estimated memory per rank, MiB:",
         *(f"    {name}: {size / _MIB:.1f}" for name, size in figures.items()),
         f"    sum: {sum(counted) / _MIB:.1f}",
-        "    (not in it: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
+        "    (not included: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
     ]
 
 
 def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> int:
-    """Parameters of terms on the stage that holds most, as Megatron counts the student's."""
+    """Estimate the bytes of terms' parameters on the stage that holds most, counted like the student's."""
     if teacher is None:
         return 0
     widths = args.hidden_size, teacher.hidden_size
@@ -133,7 +133,7 @@ def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Names
 def _distillation_bytes(
     plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None
 ) -> dict[str, int]:
-    """What the teacher and the terms take on the stage that holds most."""
+    """Estimate the bytes of the teacher and the terms on the stage that holds most."""
     config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
     needs = needs_of(config)
     rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
@@ -150,7 +150,7 @@ def _distillation_bytes(
             args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
         )
         tap = TapFormat(args.params_dtype, config.tap_dtype == "fp8" and stages > 1)
-        # Under a pipeline the teacher runs all micro-batches of a step first; else one at a time.
+        # Under a pipeline the teacher runs all micro-batches of a step first; otherwise one at a time.
         kept = _micro_batches(args) if stages > 1 else 1
         where = " in host memory" if config.offload_teacher_taps and stages > 1 else ""
         figures[f"teacher taps{where}, {held} x {kept} micro-batch(es)"] = (
@@ -160,13 +160,13 @@ def _distillation_bytes(
             figures[f"teacher's final hidden states{where}, {kept} micro-batch(es)"] = (
                 kept * own_rows * teacher.hidden_size * bytes_each
             )
-        # What a step looks at: a part of the rows; with one tap, the one drawn and the one before it.
+        # A step uses a part of the rows; with one random tap, it uses the drawn tap and the one before it.
         looked_at = min(taps, 2) if config.sample_one_tap else taps
         own_drawn, drawn = (math.ceil(config.sample_tokens * each) for each in (own_rows, rows))
         figures[f"features of {looked_at} tap(s), both models, float32"] = (
             looked_at * own_drawn * (teacher.hidden_size + width) * 4
         )
-        # [N, d_S] sums a tap from the forward pass, kept until the backward pass of the same micro-batch.
+        # The forward pass keeps sums [N, d_S] for each tap until the backward pass of the same micro-batch.
         sums = 2 if needs.lse else 1
         figures["gradients kept from the forward pass, float32"] = (
             sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
@@ -178,12 +178,12 @@ def _distillation_bytes(
 
 
 def _kept_taps(plan: Plan, micro_batches: int) -> int:
-    """Taps of micro-batches whose backward pass is still to come, on the stage that has most of them."""
+    """Count the taps of micro-batches before their backward pass, on the stage that has most of them."""
     stages = plan.num_stages
 
     def in_flight(stage: int) -> int:
         if len(plan.student_layers) > stages:
-            return min(micro_batches, 2 * stages)  # of an interleaved schedule the most that a chunk can have
+            return min(micro_batches, 2 * stages)  # the most that a chunk of an interleaved schedule can have
         return min(micro_batches, stages - stage)
 
     most = 2 if plan.config.sample_one_tap else len(plan.pairs)
@@ -202,7 +202,7 @@ def _micro_batches(args: argparse.Namespace) -> int:
 
 
 def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
-    """Load of each pipeline stage with and without its taps, and a split that evens it out."""
+    """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out."""
     if plan.num_stages == 1:
         return []
     shape = ModelShape.of_args(args, vocab=plan.vocab_size)

@@ -36,7 +36,7 @@ class PreparedRun:
     Attributes:
         args: arguments of the student and the run, validated by Megatron and set as its globals.
         teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0.
-        fresh: names of what terms learn and the student's checkpoint lacks.
+        fresh: names of parameters of terms that the student's checkpoint lacks.
         stop_at_nan: whether Megatron's `--no-check-for-nan-in-loss-and-grad` is left out.
     """
 
@@ -49,6 +49,7 @@ class PreparedRun:
 
     @property
     def config(self) -> FddConfig:
+        """The config of the plan."""
         return self.plan.config
 
 

@@ -1,4 +1,4 @@
-"""What terms learn beside the student: what of it a checkpoint has, what the run has, and what it takes."""
+"""The parameters of terms, compared between a checkpoint and the run: those that are resumed, missing or left out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def fresh_parameters(context: Context) -> frozenset[str]:
-    """Name what the checkpoint that the student starts from lacks, or has for other widths: it begins anew."""
+    """Name the parameters that the student's checkpoint lacks, or has for other widths; they start from new values."""
     stored = context.stored_student
     if stored is None:
         return frozenset()
@@ -22,10 +22,10 @@ def fresh_parameters(context: Context) -> frozenset[str]:
 
 
 def check_term_parameters(context: Context) -> None:
-    """Refuse to resume with terms that learn something else: the optimizer's state would not fit.
+    """Refuse to resume with terms that have other parameters: the optimizer's state would not fit.
 
     Raises:
-        ValueError: names what is only here and only there.
+        ValueError: names the parameters that only the run has, and those that only the checkpoint has.
     """
     stored = context.stored_student
     if stored is None or not context.resumes_optimizer:
@@ -45,7 +45,7 @@ def check_term_parameters(context: Context) -> None:
 
 
 def warn_of_left_out_terms(context: Context) -> None:
-    """Warn, on rank 0, of what terms have learned in a checkpoint and this run does not take from it."""
+    """Warn, on rank 0, of parameters of terms in a checkpoint that this run does not take from it."""
     if context.args.rank != 0:
         return
     student, teacher = context.stored_student, context.stored_teacher

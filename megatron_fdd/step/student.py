@@ -1,4 +1,4 @@
-"""The student's forward step: a stock GPTModel, driven so that taps and losses come out of it.
+"""The student's forward step: the run of a stock GPTModel that gives taps and losses.
 
 Shape letters: B micro-batch, S sequence, N token rows of this rank in sequence-major order, D the student's
 hidden width.
@@ -34,11 +34,11 @@ FirstBatchCheck = Callable[[TeacherFeatures, Tensor], None]
 
 
 class StudentForward:
-    """Megatron's `forward_step_func`: one micro-batch through the teacher and one chunk of the student.
+    """Megatron's `forward_step_func`, which runs one micro-batch through the teacher and one chunk of the student.
 
     Args:
-        chunks: of this rank, by virtual stage.
-        lens: the student's, of this stage; the chunks have it too.
+        chunks: this rank's chunks, by virtual stage.
+        lens: the student's lens on this stage, which the chunks share.
     """
 
     def __init__(self, chunks: Sequence[ChunkForward], lens: StudentLens) -> None:
@@ -47,7 +47,7 @@ class StudentForward:
 
     @property
     def objective(self) -> Objective:
-        """Of any chunk: names and weights of the terms are the same for all."""
+        """The objective of any chunk: names and weights of the terms are the same for all."""
         return self.chunks[-1].objective
 
     def begin_step(self, settings: StepSettings) -> None:
@@ -60,25 +60,25 @@ class StudentForward:
             chunk.begin_step(settings)
 
     def take_sums(self) -> Tensor:
-        """This rank's packed sums (`Objective.sums`) over the step's micro-batches and chunks."""
+        """Return this rank's packed sums (`Objective.sums`) over the step's micro-batches and chunks."""
         return torch.stack([chunk.take_sums() for chunk in self.chunks]).sum(0)
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
-        """Returns the loss (a sum over tokens) or the chunk's output, and what Megatron's schedule calls with it."""
+        """Return the loss (a sum over tokens) or the chunk's output, and the function that Megatron calls with it."""
         return self.chunks[unwrap_model(model).vp_stage or 0](data_iterator, model)
 
 
 class ChunkForward:
-    """One micro-batch through one chunk.
+    """The run of one micro-batch through one chunk.
 
     Args:
-        teacher: None where no term needs it.
-        lens: the student's, of this stage.
-        has_one_width: whether every boundary has the room of a carry (`Plan.has_one_width`).
-        first_batch_check: called once, with the teacher's features and the labels of the rows of the first batch, where
-            the teacher's final hidden states are.
+        teacher: None if no term needs it.
+        lens: the student's lens on this stage.
+        has_one_width: whether every boundary has room for a carry (`Plan.has_one_width`).
+        first_batch_check: called once, where the teacher's final hidden states are, with the teacher's features and
+            the labels of the first batch's rows.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class ChunkForward:
         self._num_started, self._sums = 0, None
 
     def take_sums(self) -> Tensor:
-        """This chunk's packed sums over the step's micro-batches."""
+        """Return this chunk's packed sums over the step's micro-batches."""
         assert self._sums is not None
         return self._sums
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Any]:
-        """As `StudentForward.__call__`."""
+        """Run a micro-batch; return what `StudentForward.__call__` returns."""
         batch = get_batch(data_iterator, torch.cuda.current_device(), self._topology.context_group)
         self._num_started += 1
         student = unwrap_model(model)
@@ -127,7 +127,7 @@ class ChunkForward:
         return output, partial(_loss_function, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
 
     def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
-        """Take off what comes behind the hidden states, so that the decoder sees those only."""
+        """Split off the carry behind the hidden states, so that the decoder sees only these."""
         chunk, received = self.objective.chunk, student.decoder.input_tensor
         if chunk.is_first or (chunk.carry_in is None and not self._has_one_width):
             return None
@@ -161,7 +161,7 @@ class ChunkForward:
         hidden_states: Tensor | tuple[Tensor, list[Tensor]],
         **_: object,
     ) -> Tensor:
-        """GPTModel's `output_processor` on the last stage: the loss in place of logits."""
+        """Return the loss in place of logits, as GPTModel's `output_processor` on the last stage."""
         objective = self.objective
         final_SBD, taps_SBD = hidden_and_taps(hidden_states)
         weights = self.token_weights(batch)
@@ -170,10 +170,10 @@ class ChunkForward:
         loss = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
         loss += self._inner_loss(student, taps_SBD, teacher, carried, weights)[0]
         self._add_sums(loss, weights)
-        # A schedule without a gradient for the stage's input would hang (all weights 0).
+        # If all weights are 0, the stage's input would have no gradient, and the schedule would hang.
         anchor = final_SBD.flatten()[0].float() * 0.0
         if not uses_final_head(objective.config):
-            # Megatron's overlapped reduction waits for a gradient of every parameter, in every step.
+            # Megatron's overlapped reduction waits in every step for a gradient of every parameter.
             anchor = anchor + read_head(student).flatten()[0].float() * 0.0
         return anchor if loss.total is None else loss.total + anchor
 
@@ -186,7 +186,7 @@ class ChunkForward:
         hidden_SBD: Tensor,
         taps_SBD: Sequence[Tensor],
     ) -> Tensor:
-        """Hidden states for the next stage, with this stage's loss attached and the carry behind them."""
+        """Return the hidden states for the next stage, with this stage's loss attached and the carry behind them."""
         chunk = self.objective.chunk
         weights = self.token_weights(batch)
         loss, passed_on = ChunkLoss(), carried
@@ -217,7 +217,7 @@ class ChunkForward:
         if not self.objective.chunk.pairs:
             return ChunkLoss(), None
         assert teacher is not None
-        # Draws are keyed by the number of the micro-batch, which begins with 1.
+        # A draw depends on the number of the micro-batch, counted from 1.
         sample = self.objective.settings.draw.rows(weights, self._num_started)
         modules = read_term_modules(student)
         loss, passed_on = self.objective.inner(
@@ -230,18 +230,21 @@ class ChunkForward:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def token_weights(self, batch: Batch) -> TokenWeights:
-        """Which of this rank's rows count, for the cross-entropy and for the other terms."""
+        """Return the weights of this rank's rows, for the cross-entropy and for the other terms."""
         label_N = self.rows(batch.loss_mask_BS).float()
         if self.objective.config.tokens == "labels":
             return TokenWeights(label_N, label_N)
         return TokenWeights(label_N, self.rows(batch.token_mask_BS).float())
 
     def label_rows(self, batch: Batch) -> Tensor:
-        """Labels of this rank's rows; -100 where there is none."""
+        """Return the labels of this rank's rows; -100 where there is none."""
         return self.rows(torch.where(batch.loss_mask_BS > 0, batch.labels_BS, -100))
 
     def rows(self, value_BS: Tensor) -> Tensor:
-        """[B, S] -> [N] of this rank: Megatron's hidden states are [S, B, D], cut along S when sequence parallel."""
+        """Return this rank's rows, [B, S] -> [N], in the order of Megatron's hidden states.
+
+        Hidden states are [S, B, D], cut along S under sequence parallelism.
+        """
         value_SB = value_BS.transpose(0, 1)
         if self._topology.sequence_parallel:
             value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
@@ -249,5 +252,5 @@ class ChunkForward:
 
 
 def _loss_function(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Megatron's loss function: with `--calculate-per-token-loss` gradients are divided by the step's tokens."""
+    """Return the loss for Megatron, which with `--calculate-per-token-loss` divides gradients by the step's tokens."""
     return loss, num_tokens, {}

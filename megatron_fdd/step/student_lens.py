@@ -1,4 +1,4 @@
-"""The student's lens on one pipeline stage: its own, a copy of the last stage's, or a copy that is trained."""
+"""The student's lens on one pipeline stage: its own, a copy of the last stage's, or a trained copy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_fdd.step.trained_lens import TrainedLens
 
 
 class StudentLens:
-    """Gives each chunk of a stage the lens for its taps.
+    """The source of the lens for the taps of each chunk of a stage.
 
     Args:
         students: this stage's unwrapped chunks, by virtual stage.
@@ -43,7 +43,7 @@ class StudentLens:
         return self._trained is not None
 
     def begin_step(self) -> None:
-        """Bring the last stage's lens, as it is now, to the other stages that tap.
+        """Bring the last stage's lens, with its present weights, to the other stages that tap.
 
         Collectives over the pipeline group: those of `LensCopies.refresh`; none with one stage.
         """
@@ -60,7 +60,7 @@ class StudentLens:
             self._copy = self._trained.open(self._copy)
 
     def for_micro_batch(self, chunk: GPTModel) -> Lens:
-        """Return the lens for the taps of `chunk`; the chunk with the head reads its own, as the weights are now.
+        """Return the lens for the taps of `chunk`; the chunk with the head reads its own, with the present weights.
 
         Collectives: none.
         """
@@ -70,10 +70,10 @@ class StudentLens:
         return self._copy
 
     def send_gradients_home(self, num_tokens: Tensor) -> None:
-        """Add what the copies learned to the gradients of the last stage; after Megatron's own reduction.
+        """Add the gradients of the copies to those of the last stage, after Megatron's own reduction.
 
         Args:
-            num_tokens: the step's divisor.
+            num_tokens: the number of tokens by which Megatron divides the step's gradients.
 
         Collectives: those of `TrainedLens.send_home`.
         """

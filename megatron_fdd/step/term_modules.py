@@ -1,4 +1,4 @@
-"""What terms learn, as a part of the student's chunks: Megatron trains, reduces and saves it with everything else."""
+"""The parameters of terms, as a part of the student's chunks, so that Megatron trains, reduces and saves them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TermModules(nn.Module):
     """The modules of a chunk's taps; parameters are called `fdd_terms.KIND.PAIR.NAME` in the chunk and in checkpoints.
 
     Args:
-        chunk: whose child this becomes.
-        fresh: names that the checkpoint to be loaded lacks. Until it has been loaded they are not asked for; then they
-            keep the values they were made with.
+        chunk: the chunk whose child this becomes.
+        fresh: names that the checkpoint to be loaded lacks. The load does not ask for them, and they keep their first
+            values.
     """
 
     def __init__(self, chunk: GPTModel, modules: TapModules, fresh: Collection[str]) -> None:
@@ -54,7 +54,7 @@ class TermModules(nn.Module):
     def sharded_state_dict(
         self, prefix: str, sharded_offsets: tuple[Any, ...], metadata: dict[str, Any]
     ) -> dict[str, Any]:
-        """Say where each parameter lies in a checkpoint, without what the one that is about to be loaded lacks.
+        """Return the place of each parameter in a checkpoint, without those that the checkpoint to be loaded lacks.
 
         Megatron calls it for each child of a chunk.
         """
@@ -75,12 +75,12 @@ def hang_term_modules(
     widths: tuple[int, int],
     fresh: Collection[str] = (),
 ) -> None:
-    """Give chunks what the terms have for their taps; for Megatron's hook before it wraps them.
+    """Give chunks the terms' modules for their taps; for Megatron's hook before it wraps them.
 
     Args:
-        plans: of the chunks.
+        plans: the chunks' plans.
         widths: hidden width of student and teacher.
-        fresh: as for `TermModules`; may name those of other chunks.
+        fresh: as for `TermModules`; may also name parameters of other chunks.
     """
     for chunk, plan in zip(chunks, plans, strict=True):
         modules = make_modules(config, plan.pairs, widths)
@@ -88,13 +88,13 @@ def hang_term_modules(
             continue
         own = TermModules(chunk, modules, fresh)
         for parameter in own.parameters():
-            # Each rank of the tensor-parallel group has other rows; Megatron adds up their gradients.
+            # Each rank of the tensor-parallel group has other rows; Megatron sums their gradients.
             parameter.sequence_parallel = chunk.config.sequence_parallel  # type: ignore[attr-defined]
         chunk.add_module(_CHILD, own.to(torch.cuda.current_device()))
 
 
 def read_term_modules(student: GPTModel) -> TapModules:
-    """Return the modules of a chunk's taps, once the new values of their parameters have arrived."""
+    """Return the modules of a chunk's taps, after the new values of their parameters have arrived."""
     own = getattr(student, _CHILD, None)
     if own is None:
         return NO_MODULES
@@ -104,9 +104,9 @@ def read_term_modules(student: GPTModel) -> TapModules:
 
 
 def anchors(modules: TapModules) -> tuple[Tensor, ...]:
-    """Return what adds 0 to the loss of a micro-batch and depends on every trained parameter; nothing without any.
+    """Return a tensor that adds 0 to a micro-batch's loss and depends on every trained parameter; nothing without any.
 
-    Megatron's overlapped reduction waits for a gradient of each in every step, also of a tap that was not drawn.
+    Megatron's overlapped reduction waits in every step for a gradient of each parameter, also for taps not drawn.
     """
     trained = [parameter.flatten()[0].float() * 0.0 for parameter in _trained(modules)]
     return (torch.stack(trained).sum(),) if trained else ()
@@ -118,9 +118,9 @@ def _trained(modules: TapModules) -> Iterator[nn.Parameter]:
 
 
 def _keep_fresh(modules: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Torch's hook in front of `load_state_dict`: nothing may be missing but what the checkpoint lacks.
+    """Add missing fresh parameters to a state, as torch's hook before `load_state_dict`; nothing else may be missing.
 
-    Megatron forgives a state that is not whole: it tries again without `strict`.
+    Megatron forgives an incomplete state: it tries again without `strict`.
     """
     assert isinstance(modules, TermModules)
     own = modules.state_dict(prefix=prefix)

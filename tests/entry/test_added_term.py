@@ -32,7 +32,7 @@ SHAPE = (48, 32)
 
 
 def run_example(commands: list[list[str]]) -> list[Ending]:
-    """Body on every rank."""
+    """Run, on every rank, the entry point, and then forget the terms of the example."""
     with own_table():
         return run_commands(commands)
 
@@ -52,13 +52,13 @@ def trained(*commands: Sequence[str]) -> list[list[Ending]]:
 
 
 def command(toy: Toys, folder: Path, *more: str) -> list[str]:
-    """One command for the first start and for every resumption."""
+    """Return one command for the first start and for every resumption."""
     places = ["--load", folder, "--save", folder, "--pretrained-checkpoint", toy.student]
     return toy.command(*STOCK, *places, "--fdd-metrics-file", folder / "metrics.jsonl", *more)
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Without the terms that have no weight."""
+    """Return the records without the terms that have no weight."""
     records = without_seconds(read_metrics(folder / "metrics.jsonl"))
     return [{name: value for name, value in record.items() if value is not None} for record in records]
 
@@ -80,13 +80,13 @@ def test_a_run_goes_on_at_another_layout_and_is_exported_without_them(toy: Toys,
 
 
 def export(load: Path, hf_out: Path) -> dict[str, Any]:
-    """Body on a rank."""
+    """Export a checkpoint on one rank; return the report of the conversion."""
     return dataclasses.asdict(convert.mcore_to_hf(load, hf_out))
 
 
 @pytest.mark.tier("all")
 def test_a_checkpoint_that_has_them_is_a_teacher_or_a_student_without_them(toy: Toys, tmp_path: Path) -> None:
-    """What cannot go on from its optimizer is refused."""
+    """A run that cannot continue from the optimizer's state is refused."""
     one = ("--train-iters", "1")
     dropped, fewer, tuned, taught = start(
         command(toy, tmp_path, *LEARNED, *one),
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_has_them_is_a_teacher_or_a_student_without_them(toy: 
 
 
 def test_what_a_checkpoint_lacks_begins_anew_without_its_optimizer(toy: Toys, tmp_path: Path) -> None:
-    """What it has keeps its value: a learning rate of 0 changes none."""
+    """Parameters in the checkpoint keep their values: a learning rate of 0 changes none."""
     first, second = tmp_path / "first", tmp_path / "second"
     two, still = ("--train-iters", "2"), ("--lr", "0", "--save", str(second), "--save-interval", "2")
     refused, tuned = start(
@@ -128,7 +128,7 @@ def test_what_a_checkpoint_lacks_begins_anew_without_its_optimizer(toy: Toys, tm
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """Body on a rank: what terms have learned."""
+    """Return, on one rank, the learned parameters of terms."""
     path = find_checkpoint(str(folder), "--load")
     names = term_shapes(path, "--load")
     return {name: value for name, value in load_plain_tensors(str(path)).items() if name in names}
@@ -136,7 +136,7 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.tier("all")
 def test_overlap_changes_nothing(toy: Toys, tmp_path: Path) -> None:
-    """A bucket for each parameter, and one tap a step: the other projection's bucket waits for its gradient too."""
+    """Each parameter has a bucket, each step one tap: the other projection's bucket waits for its gradient too."""
     plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
     drawn = (*LEARNED, "--fdd-sample-one-tap", "--bf16")
     overlap = ("--overlap-grad-reduce", "--overlap-param-gather", "--ddp-bucket-size", "1")

@@ -1,4 +1,4 @@
-"""What terms learn for a tap: alike wherever it is made, and counted."""
+"""The modules of terms for a tap: they are equal wherever they are made, and their parameters are counted."""
 
 from __future__ import annotations
 

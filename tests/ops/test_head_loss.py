@@ -213,7 +213,7 @@ def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
     assert_ranks_match(8, 10, 16, sequence_parallel=sequence_parallel)
 
 
-def test_one_chunk_of_logits_is_held_at_a_time() -> None:
+def test_one_block_of_logits_is_held_at_a_time() -> None:
     num_tokens, vocab_size, rows = 1000, 1000, 100
     case = make_case(num_tokens, vocab_size).to(torch.float32)
     weights = weights_of(case)

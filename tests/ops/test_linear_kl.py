@@ -53,8 +53,8 @@ def assert_matches(case: Case, divergence: Divergence | None, *, live: bool, kee
 def test_values_and_gradients(kind: str, temperature: float, live: bool) -> None:
     case = make_case(13, 53, padded=61).to(torch.float32)
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
-    in_chunks = tiles(16, block_rows=5)  # 5, 5 and 3 tokens
-    assert_matches(case, Divergence(kind, temperature=temperature), live=live, implementation=in_chunks)
+    in_blocks = tiles(16, block_rows=5)  # 5, 5 and 3 tokens
+    assert_matches(case, Divergence(kind, temperature=temperature), live=live, implementation=in_blocks)
     assert_matches(
         case, Divergence(kind, temperature=temperature), live=live, implementation=Implementation("reference")
     )

@@ -22,7 +22,7 @@ EXAMPLE = "examples.extend.term"
 
 @contextmanager
 def own_table() -> Iterator[None]:
-    """What the example adds to the table of terms is forgotten afterwards."""
+    """Restore the table of terms after the example has added to it."""
     before = [*TERMS]
     try:
         yield
@@ -33,7 +33,7 @@ def own_table() -> Iterator[None]:
 
 @contextmanager
 def known() -> Iterator[None]:
-    """`fixed_mse` and `learned_mse` are known to the package, as the example adds them."""
+    """Make `fixed_mse` and `learned_mse` known to the package, in the way of the example."""
     with own_table():
         importlib.import_module(EXAMPLE)
         assert [term.kind for term in TERMS[-2:]] == ["fixed_mse", "learned_mse"]
@@ -41,7 +41,7 @@ def known() -> Iterator[None]:
 
 
 def expected_with_terms(case: Case) -> Result:
-    """As `expected`, with the example's terms added to the total. Only their first projections are the package's."""
+    """Return the result of `expected` plus the example's terms. Only their first projections are the package's."""
     student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
     teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
     batch = reference.stacked(case_batches(case))
@@ -66,7 +66,7 @@ def expected_with_terms(case: Case) -> Result:
 
 
 def first_projections(case: Case) -> dict[tuple[str, int], Tensor]:
-    """[teacher's width, student's width] of each term and tap; what is learned can be differentiated."""
+    """Return the projection [teacher's width, student's width] of each term and tap; learned ones require gradients."""
     with known():
         made = make_modules(fdd_config(case), range(len(case.terms.pairs)), widths(case))
     weights = {key: module.weight.detach().double() for key, module in made.items()}
@@ -80,7 +80,7 @@ def term_means(
     projections: dict[tuple[str, int], Tensor],
     kind: str,
 ) -> list[Tensor]:
-    """The token mean of each pair."""
+    """Return the token mean of each pair."""
     mask = batch["token_mask" if case.terms.all_tokens else "loss_mask"].double()
     student_blocks = reference.forward(case.student, models[0], batch)[1]
     teacher_blocks = reference.forward(case.teacher, models[1], batch)[1]

@@ -108,7 +108,7 @@ def build_student(
     before_wrap: Callable[[list[GPTModel]], list[GPTModel]] | None = None,
     **options: object,
 ) -> torch.nn.Module:
-    """Build a GPTModel in Megatron's DistributedDataParallel; what terms learn keeps its first values."""
+    """Build a GPTModel in Megatron's DistributedDataParallel; parameters of terms keep their first values."""
     model_parallel_cuda_manual_seed(1)
     config = model_config(shape, topology, dtype, **options)
     config.pre_wrap_hooks += [] if before_wrap is None else [before_wrap]

@@ -131,14 +131,14 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
 
 
 def test_what_a_term_learns_by_hand() -> None:
-    """A projection for each of 4 taps, on two stages; Adam's 12 bytes a parameter are spread over 4 replicas."""
+    """Each of 4 taps on two stages has a projection; Adam's 12 bytes a parameter are spread over 4 replicas."""
     case = Case(tp=2, pp=2, dp=4, bf16=True)
     models = [arguments(shape, case, 128256, global_batch_size=8) for shape in (LARGE_STUDENT, LARGE_TEACHER)]
     with known():
         config = FddConfig(teacher_load="given", term=(("learned_mse", 1.0), ("fixed_mse", 1.0)))
         # Blocks 6 and 12 of the student are on the first stage.
         plan = Plan(config, plan_pairs(config, 32, 80), 2, (16, 16), (40, 40), 128256, 128256)
-        with patch("torch.nn.init.orthogonal_"):  # which takes seconds at this size
+        with patch("torch.nn.init.orthogonal_"):  # it takes seconds at this size
             figures = estimate(plan, *models)
     assert figures["what terms learn, gradients and optimizer"] == 2 * 4096 * 8192 * (6 + 12 // 4)
 

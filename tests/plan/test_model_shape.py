@@ -24,7 +24,7 @@ def test_a_model_with_experts_by_hand() -> None:
     assert shape.active_ffn == (2 * (3 * 40 + 10) + 2 * 40) // 4
     assert shape.router_parameters == 2 * 8 * 24
     attention, per_width = 24 * (64 + 24), 3 * 24
-    # Of layers 1, 2 and 3, one has experts: shared ones, and 8 experts over 4 ranks, each cut in 2.
+    # One of the layers 1, 2 and 3 has experts: shared ones, and 8 experts over 4 ranks, each cut in 2.
     held = (3 * attention + (2 * 40 + 10) * per_width) // 2 + 8 * 40 * per_width // (4 * 2)
     assert shape.matrix_parameters([1, 2, 3], sizes) == held
 

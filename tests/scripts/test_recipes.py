@@ -214,7 +214,7 @@ def test_a_plan_is_what_its_readme_says(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     out = finished(example, tmp_path / "work", **knobs)
-    table = out.split("estimated memory per rank, MiB:\n")[1].split("    (not in it")[0]
+    table = out.split("estimated memory per rank, MiB:\n")[1].split("    (not included")[0]
     readme = (EXAMPLES / example / "README.md").read_text()
     if flags:
         table = "".join(line for line in table.splitlines(True) if "teacher weights" in line or "sum" in line)

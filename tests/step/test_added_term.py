@@ -1,4 +1,4 @@
-"""A whole step with terms from outside the package, one of which learns, against the oracle."""
+"""A whole step with terms from outside the package, one of which learns, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ LAYOUTS = {
 
 
 def run_with_them(case: Case) -> Result:
-    """Body on every rank."""
+    """Run a case on every rank, with the example's terms."""
     with known():
         return run_step(case)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms_and_gradients_are_the_oracles(name: str) -> None:
-    """The gradients of the student and of the projections."""
+    """The gradients are those of the student and of the projections."""
     case = replace(small(LAYOUTS[name]), own_terms=BOTH)
     wanted = expected_with_terms(case)
     learned = [name for name in wanted.gradients if name.startswith("fdd_terms.learned_mse.")]
@@ -72,7 +72,7 @@ real_batches, real_scores = reference.random_batches, sampling.random_scores
 
 
 def unmasked(*arguments: int) -> list[dict[str, Tensor]]:
-    """The usual random batches, every token of which counts: a half and the other half make the whole."""
+    """Return the usual random batches, in which every token counts: two halves make the whole."""
     masks = ("loss_mask", "token_mask")
     return [
         batch | {name: torch.ones_like(batch[name]) for name in masks} for batch in real_batches(*arguments)
@@ -84,7 +84,7 @@ def other_half(*arguments: Any) -> Tensor:
 
 
 def run_draws(case: Case, iterations: Sequence[int]) -> list[Result]:
-    """Body on every rank: steps with one tap each, with a half of the tokens and with the other one."""
+    """Run, on every rank, steps with one tap each, with half of the tokens and with the other half."""
     now, results = [0], []
     with known(), patch.object(reference, "random_batches", unmasked):
         chunks, _, steps = join(case, {"overlap_grad_reduce": True}, iteration=lambda: now[0])
@@ -100,7 +100,7 @@ def run_draws(case: Case, iterations: Sequence[int]) -> list[Result]:
     "case", [Case(pp=2, dp=2), Case(tp=2, sequence_parallel=True)], ids=["pp2-dp2", "tp2-sp"]
 )
 def test_the_mean_of_all_draws_is_the_whole(case: Case) -> None:
-    """One tap and a half of the tokens a step; a projection whose tap is not drawn has a gradient of 0."""
+    """A step has one tap and half of the tokens; a projection whose tap is not drawn has a gradient of 0."""
     case = small(replace(case, terms=ALONE, own_terms=BOTH, sample_one_tap=True, sample_tokens=0.5))
     iterations: dict[int | None, int] = {}
     with known():
@@ -128,7 +128,7 @@ def mean_of(results: Sequence[Result]) -> Result:
 
 
 def load_without_a_projection(case: Case) -> None:
-    """Body on a rank: as Megatron tries again where a state is not whole."""
+    """Load, on one rank, an incomplete state as Megatron's second try does."""
     with known():
         (chunk,) = unwrap_model(join(case)[0])
     state = chunk.state_dict()

@@ -34,6 +34,7 @@ class TapFormat:
 
     @property
     def packed_dtype(self) -> torch.dtype:
+        """The dtype of a packed tap."""
         return torch.uint8 if self.is_fp8 else self.dtype
 
     def packed_width(self, width: int) -> int:

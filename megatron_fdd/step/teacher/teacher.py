@@ -11,4 +11,5 @@ from megatron_fdd.losses.features import TeacherFeatures
 class Teacher(Protocol):
     """A source of the features of each micro-batch of a step, by the micro-batch's index."""
 
-    def features(self, index: int, batch: Batch) -> TeacherFeatures: ...
+    def features(self, index: int, batch: Batch) -> TeacherFeatures:
+        """Return the features of micro-batch `index` of this step."""
