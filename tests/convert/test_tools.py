@@ -289,9 +289,7 @@ def test_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
 def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with new_folder(
-        tmp_path / "link", "--save"
-    ) as unfinished:  # as if the target of the link had been given
+    with new_folder(tmp_path / "link", "--save") as unfinished:  # as if the target of the link had been given
         (unfinished / "config.json").touch()
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["config.json"]
     with mock.patch("os.path.ismount", return_value=True), pytest.raises(ValueError, match="mount point"):
