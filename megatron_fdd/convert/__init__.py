@@ -1,4 +1,4 @@
-"""Hugging Face <-> Megatron, exactly: each family of models is a table that is run both ways."""
+"""Exact conversion between Hugging Face and Megatron: each family of models is a table that is read both ways."""
 
 import megatron_fdd.host.quiet  # noqa: F401  # before Megatron is imported
 from megatron_fdd.convert.config_only import config_to_mcore

@@ -1,4 +1,4 @@
-"""Megatron-Bridge, for model types without a table of ours, behind checks that nothing was misread or left out."""
+"""Megatron-Bridge, for model types without our own table; checks find what it misread or left out."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def _alternate(layer_types: list[str]) -> bool:
 
 _VERSION = "0.6.2"
 _Allowed = tuple[Any, ...] | Callable[[Any], bool]
-# The model types whose logits were compared with transformers', and what this version takes for granted of their
-# config.json without reading it. (The latent norms of DeepSeek have an epsilon of their own in transformers; Megatron
-# has one for all.)
+# The model types whose logits were compared with those of transformers, and the fields of their config.json whose
+# values this version assumes without reading them. (The latent norms of DeepSeek have their own epsilon in
+# transformers; Megatron has one epsilon for all norms.)
 CHECKED: Mapping[str, Mapping[str, _Allowed]] = {
     "deepseek_v3": {"rms_norm_eps": (1e-6,), "norm_topk_prob": (True,), "rope_interleave": (True,)},
     "glm4_moe": {"norm_topk_prob": (True,)},
@@ -50,7 +50,7 @@ CHECKED: Mapping[str, Mapping[str, _Allowed]] = {
     },
     "nemotron": {"hidden_act": ("relu2",), "rope_parameters.rope_type": ("default",)},
 }
-# Buffers that carry nothing.
+# Buffers that carry no information.
 _IGNORED = ("rotary_emb.inv_freq",)
 _PREDICTION_LAYERS = "num_nextn_predict_layers"
 
@@ -59,12 +59,12 @@ class Bridge:
     """Megatron-Bridge, set up for one model by its config.json.
 
     Attributes:
-        config: of the model that is converted: without multi-token prediction, which no distillation builds.
-        values: Megatron's arguments of the model.
+        config: the config of the converted model, without multi-token prediction, which no distillation builds.
+        values: Megatron's arguments for the model.
 
     Raises:
-        ValueError: Megatron-Bridge is not there; the model type has a table of ours or was not checked; a field of
-            the config has a value that Megatron-Bridge would take for another.
+        ValueError: Megatron-Bridge is not installed; the model type has our own table or was not checked;
+            Megatron-Bridge would read the value of a config field as another value.
     """
 
     def __init__(self, config_path: Path) -> None:
@@ -89,13 +89,13 @@ class Bridge:
         check_trained(self._provider, self.values, args, self._model_type)
 
     def build(self, args: Namespace, groups: Any) -> torch.nn.Module:
-        """A GPTModel on the CPU; its vocabulary is not padded, its values are NaN.
+        """Build a GPTModel on the CPU; its vocabulary is not padded, and its values are NaN.
 
         Args:
-            args: complete, made from `values`.
+            args: the complete args, made from `values`.
 
         Raises:
-            ValueError: what a training run builds from `args` is not what Megatron-Bridge describes.
+            ValueError: a training run builds from `args` another model than Megatron-Bridge describes.
         """
         check_same(self._provider, args, self._model_type)
         model = build_model(Namespace(**{**vars(args), "padded_vocab_size": args.vocab_size}), groups)
@@ -114,7 +114,7 @@ class Bridge:
             )
 
     def export(self, model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face names and tensors of the model, one at a time."""
+        """Yield the Hugging Face names and tensors of the model, one at a time."""
         with self._told():
             tensors = iter(self._bridge.export_hf_weights([model], cpu=True, show_progress=False))
         while True:
@@ -125,14 +125,14 @@ class Bridge:
             yield found[0], found[1].detach().contiguous()
 
     def converts(self, name: str) -> bool:
-        """Whether a tensor of a Hugging Face folder is to become part of the model."""
+        """Whether a tensor of a Hugging Face folder belongs in the model."""
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         predicts = layer is not None and int(layer[1]) >= self.config["num_hidden_layers"]
         return not predicts and not name.endswith(_IGNORED)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Whatever goes wrong inside becomes one line; what Megatron-Bridge prints is dropped."""
+        """Turn any error inside into one line, and drop what Megatron-Bridge prints."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 yield
@@ -147,15 +147,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _auto_bridge() -> Any:
-    """The class AutoBridge of Megatron-Bridge.
+    """Return the class AutoBridge of Megatron-Bridge.
 
     Raises:
-        ValueError: it cannot be imported, is of another version than was checked, or asks for another transformers.
+        ValueError: it cannot be imported, its version is not the checked one, or it requires another transformers.
     """
     package = f"megatron-bridge=={_VERSION}"
     try:
         from megatron.bridge import AutoBridge
-    except Exception as error:  # a TransformerEngine that finds no library of CUDA raises OSError, and more
+    except Exception as error:  # TransformerEngine without a CUDA library raises OSError, and more
         raise ValueError(
             f"--via bridge: Megatron-Bridge cannot be imported ({_first_line(error)}). It needs a GPU and "
             f"TransformerEngine: pip install {package} 'transformer-engine[pytorch]'"
@@ -168,8 +168,8 @@ def _auto_bridge() -> Any:
     found = importlib.metadata.version("transformers")
     for line in importlib.metadata.requires("megatron-bridge") or ():
         wanted = Requirement(line)
-        # Seen with 0.6.2 and transformers 5.23: it found no rotary fraction in the configs of GLM-4.5 and Nemotron,
-        # and went on with 1.
+        # Version 0.6.2 with transformers 5.23 found no rotary fraction in the configs of GLM-4.5 and Nemotron, and
+        # went on with 1.
         if wanted.name == "transformers" and not wanted.specifier.contains(found):
             raise ValueError(
                 f"--via bridge: Megatron-Bridge {_VERSION} asks for transformers{wanted.specifier} and misreads "

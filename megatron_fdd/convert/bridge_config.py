@@ -1,4 +1,4 @@
-"""What Megatron-Bridge says of a model, as Megatron's arguments; and a check that nothing was lost on the way."""
+"""Megatron-Bridge's description of a model as Megatron's arguments, and a check that nothing was lost on the way."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _HOW_IT_RUNS = re.compile(
     r"|transformer_impl|attention_backend|use_te_rng_tracker|inference_sampling_seed"
     r"|moe_shared_expert_overlap|moe_token_dispatcher_type|mtp_.*"
 )
-# Read from the model's configuration, and no fields of Megatron's.
+# Megatron reads these from the model's configuration, although they are not fields of its own configuration.
 _YARN = (
     "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow",
     "yarn_correction_range_round_to_int", "yarn_mscale", "yarn_mscale_all_dim",
 )  # fmt: skip
-# Without either, Megatron scales as with these.
+# Where the model sets neither, Megatron scales with these values.
 _YARN_SCALES: Mapping[str, float] = {"yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0}
-# Not in the configuration of the layers, but GPTModel's own.
+# These are arguments of GPTModel itself, not of the configuration of its layers.
 _EMBEDDINGS = (
     "position_embedding_type", "rotary_percent", "rotary_base", "rope_scaling", "seq_len_interpolation_factor",
     "share_embeddings_and_output_weights", "seq_length",
 )  # fmt: skip
 
 
-# What a training run chooses for itself.
+# Arguments that a training run chooses for itself.
 _CHOSEN = re.compile(
     r"seq_length|.*dropout|.*init_method_std|moe_.*_loss_coeff|moe_router_load_balancing_type|moe_router_bias_update_rate"
     r"|moe_router_dtype|moe_grouped_gemm|moe_token_dispatcher_type|transformer_impl|bias_dropout_fusion"
@@ -47,7 +47,7 @@ _CHOSEN = re.compile(
 
 
 def _computes(config_class: Any) -> list[str]:
-    """The fields of Megatron's configuration that say what a model computes."""
+    """List the fields of Megatron's configuration that say what a model computes."""
     names = [field.name for field in dataclasses.fields(config_class)]
     return [name for name in names if not _HOW_IT_RUNS.fullmatch(name)]
 
@@ -57,10 +57,10 @@ def _own_class(provider: Any) -> type[TransformerConfig]:
 
 
 def architecture_of(provider: Any) -> MegatronArgs:
-    """Argparse destinations and values that describe the model of a provider.
+    """Return the argparse destinations and values that describe the model of a provider.
 
     Args:
-        provider: Megatron-Bridge's description of a GPTModel: a configuration of Megatron's with further fields.
+        provider: Megatron-Bridge's description of a GPTModel: Megatron's configuration with further fields.
     """
     known = argument_names()
     values = {name: getattr(provider, name) for name in _computes(_own_class(provider)) if name in known}
@@ -86,7 +86,7 @@ def architecture_of(provider: Any) -> MegatronArgs:
     }
     values["bias_dropout_fusion"] = False  # TransformerEngine's experts with biases refuse it
     if provider.num_moe_experts is not None:
-        values["moe_token_dispatcher_type"] = "alltoall"  # the one that works at every layout
+        values["moe_token_dispatcher_type"] = "alltoall"  # the dispatcher that works at every layout
     if provider.position_embedding_type == "yarn":
         values |= _yarn_args(provider, known)
     return values
@@ -100,9 +100,9 @@ def _yarn_args(provider: Any, known: set[str]) -> MegatronArgs:
 
 
 def check_trained(provider: Any, values: MegatronArgs, args: Namespace, model_type: str) -> None:
-    """Refuse args of a checkpoint that are not the provider's model's; `values`: `architecture_of` it."""
+    """Refuse args of a checkpoint that do not describe the provider's model; `values` is its `architecture_of`."""
     defaults = {field.name: field.default for field in dataclasses.fields(provider)}
-    # Where the model has Megatron's default, a run may have had its reasons to change it.
+    # Where the model has Megatron's default, a run may have had a reason to change the value.
     told = {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
     wrong = {
         name: getattr(args, name)
@@ -117,10 +117,10 @@ def check_trained(provider: Any, values: MegatronArgs, args: Namespace, model_ty
 
 
 def check_same(provider: Any, args: Namespace, model_type: str) -> None:
-    """Refuse another model than the provider's, as training would build it from `args`. Changes the provider.
+    """Refuse `args` from which training would build another model than the provider's. Changes the provider.
 
     Raises:
-        ValueError: they differ in a field that says what the model computes; all of these are named.
+        ValueError: the models differ in fields that say what a model computes; the message names all of them.
     """
     ours = build_config(args)
     for field in dataclasses.fields(ours.transformer):
@@ -129,7 +129,7 @@ def check_same(provider: Any, args: Namespace, model_type: str) -> None:
     provider.finalize()
     provider.add_qkv_bias |= (
         provider.add_bias_linear
-    )  # Megatron's arguments say of the second what it implies
+    )  # Megatron's arguments state what the second one implies
     pairs = {
         name: (getattr(provider, name), getattr(ours.transformer, name))
         for name in _computes(type(ours.transformer))

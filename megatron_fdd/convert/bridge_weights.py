@@ -1,4 +1,4 @@
-"""Weights that go through Megatron-Bridge: the whole model in the memory of one process, both ways."""
+"""Weights that go through Megatron-Bridge, in both directions, with the whole model in the memory of one process."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from megatron_fdd.convert.hf_writer import Shard, TensorSpec
 from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args, name_of
 
-# Names of tensors with another dtype than the weights end so: routers' biases are float32 in every model.
+# Endings of names of tensors whose dtype differs from the weights': routers' biases are float32 in every model.
 _NOT_WEIGHTS = ("e_score_correction_bias", "rotary_emb.inv_freq")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class BridgeSource:
-    """Megatron parameters made from a Hugging Face folder, and checked by making the folder's tensors of them.
+    """Megatron parameters made from a Hugging Face folder, and checked by converting them back to its tensors.
 
     Attributes:
-        args: complete, of the model.
-        model: on the CPU, with its values.
+        args: the model's complete args.
+        model: the model on the CPU, with its values.
         digests: name -> SHA-256 of every tensor of the folder that is in the model.
-        dtype: of the weights among these, such as bfloat16; "mixed" where they differ.
+        dtype: the dtype of the weights among these tensors, such as bfloat16; "mixed" where they differ.
 
     Raises:
-        ValueError: several ranks; or anything that would not be converted exactly, named.
+        ValueError: there are several ranks; or something cannot be converted exactly, and the message names it.
     """
 
     def __init__(self, hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any) -> None:
@@ -60,15 +60,15 @@ class BridgeSource:
 
     @property
     def num_parameters(self) -> int:
-        """Without padding and multi-token prediction."""
+        """Number of parameters, without padding and multi-token prediction."""
         return sum(math.prod(self._folder.shape(name)) for name in self._names)
 
     def read(self, name: str) -> Tensor:
-        """A parameter's value, padded."""
+        """Return a parameter's padded value."""
         return self.parameters[name].detach()
 
     def _check_way_back(self, bridge: Bridge, *, keep_dtype: bool) -> None:
-        """Refuse a folder unless every tensor comes out of the model again as it was; keeps their digests."""
+        """Refuse a folder unless the model gives every tensor back unchanged; keep the digests of the tensors."""
         expected = Checksums.read(self._folder.path)
         left = set(self._names)
         for name, tensor in bridge.export(self.model):
@@ -93,10 +93,10 @@ class BridgeExport:
 
     Attributes:
         config: config.json of the export.
-        dtype: of the weights to write.
+        dtype: the dtype of the weights to write.
 
     Raises:
-        ValueError: several ranks; or the checkpoint is not of the model that `config_path` describes.
+        ValueError: there are several ranks; or `config_path` describes another model than the checkpoint's.
     """
 
     def __init__(self, checkpoint: Path, args: Namespace, config_path: Path, dtype: str, groups: Any) -> None:
@@ -115,12 +115,12 @@ class BridgeExport:
         self._tensors = self._bridge.export(self._model)
 
     def specs(self) -> Iterator[TensorSpec]:
-        """Every Hugging Face tensor, in the order of Megatron-Bridge."""
+        """Yield every Hugging Face tensor, in the order of Megatron-Bridge."""
         for name, tensor in self._bridge.export(self._model):
             yield TensorSpec(name, tensor.dtype, tuple(tensor.shape))
 
     def read(self, shard: Shard) -> Iterator[Tensor]:
-        """The tensors of one file; the files are to be read in their order."""
+        """Yield the tensors of one file; the files must be read in their order."""
         for spec, (name, tensor) in zip(shard.tensors, self._tensors, strict=False):
             assert name == spec.name, (name, spec)
             yield tensor
@@ -133,7 +133,7 @@ def _check_alone() -> None:
 
 
 def _pad_vocabulary(model: torch.nn.Module, rows: int) -> None:
-    """Zero rows behind those of the vocabulary, as other conversions have them."""
+    """Add rows of zeros behind the rows of the vocabulary, as other conversions do."""
     for name, parameter in model.named_parameters():
         if name in _VOCABULARY:
             parameter.data = F.pad(parameter.data, (0, 0, 0, rows - parameter.shape[0]))

@@ -1,4 +1,4 @@
-"""Where in a checkpoint a parameter lies: Megatron stores some in several pieces, and one under two names."""
+"""Places of parameters in a checkpoint: Megatron stores some in several pieces, and one under two names."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from megatron_fdd.host.checkpoint import EXTRA_STATE, other_name
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model, by name: the parameters, and behind them the buffers that are kept."""
-    kept = model.state_dict(keep_vars=True)  # which also makes the biases of routers float32 again
+    """Return the tensors of a model that a checkpoint holds, by name: first the parameters, then the kept buffers."""
+    kept = model.state_dict(keep_vars=True)  # this also makes the biases of routers float32 again
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
 
 def is_before_experts(name: str, parameters: Collection[str]) -> bool:
-    """Whether a parameter is of the norm before a mixture of experts, among the model's parameter names."""
+    """Whether a parameter belongs to the norm before a mixture of experts; `parameters` are all the model's names."""
     layer, norm, _ = name.partition("pre_mlp_layernorm.")
     return bool(norm) and f"{layer}mlp.router.weight" in parameters
 
 
 def entries_of(model: torch.nn.Module, groups: Any, content: Mapping[str, Any]) -> dict[str, ShardedBase]:
-    """How Megatron stores the model; a parameter's entry is under its own name."""
+    """Return Megatron's description of how it stores the model: one entry for each parameter, under its name."""
     assert isinstance(model, MegatronModule)
     return model.sharded_state_dict(metadata={**content, "dp_cp_group": groups.dp_cp})
 
@@ -49,7 +49,7 @@ def norm_states(parameters: Mapping[str, ShardedBase]) -> dict[str, ShardedObjec
         parameters: every entry of a model, by the name of its parameter.
 
     Returns:
-        The objects by their places in the checkpoint. That of a norm before experts has TransformerEngine's name.
+        The objects by their places in the checkpoint. The object of a norm before experts has TransformerEngine's name.
     """
     found = {}
     for name, entry in parameters.items():
@@ -57,7 +57,7 @@ def norm_states(parameters: Mapping[str, ShardedBase]) -> dict[str, ShardedObjec
         if not key.endswith("norm.weight"):
             continue
         assert isinstance(entry, ShardedTensor)
-        axes = entry.prepend_axis_num  # that of the layers, if any
+        axes = entry.prepend_axis_num  # the axis of the layers, if there is one
         shape, offset = entry.global_shape[:axes] or (1,), entry.global_offset[:axes] or (0,)
         state = ShardedObject(key.removesuffix("weight") + EXTRA_STATE, None, shape, offset)
         found[state.unique_key] = state
@@ -65,7 +65,7 @@ def norm_states(parameters: Mapping[str, ShardedBase]) -> dict[str, ShardedObjec
 
 
 def pieces_of(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:
-    """The tensors of the checkpoint that hold a parameter, as views of `data`: gate and up lie apart there."""
+    """Return the checkpoint's tensors that hold a parameter, as views of `data`: gate and up are stored apart."""
     assert isinstance(entry, (ShardedTensor, ShardedTensorFactory))
     dtype = {"dtype": data.dtype} if isinstance(entry, ShardedTensor) else {}
     state = {"": dataclasses.replace(entry, data=data, **dtype)}
@@ -74,7 +74,7 @@ def pieces_of(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:
 
 
 def _with_all_axes(piece: ShardedTensor) -> ShardedTensor:
-    """The same place in the checkpoint, the layer's axis (size 1) made one of the data's own.
+    """Return the same place in the checkpoint, with the layer's axis (size 1) as an axis of the data.
 
     Megatron turns a piece whose data lacks the axis into a torch ShardedTensor, which needs all layers at once.
     """
@@ -84,10 +84,10 @@ def _with_all_axes(piece: ShardedTensor) -> ShardedTensor:
 
 
 class Pieces:
-    """Every piece in which some parameters are to be written.
+    """The pieces in which some parameters are written.
 
     Attributes:
-        state: the pieces, without data, under names of no meaning.
+        state: the pieces, without data, under names without meaning.
     """
 
     def __init__(self, entries: Mapping[str, ShardedBase], norms_before_experts: Collection[str]) -> None:
@@ -101,19 +101,19 @@ class Pieces:
                 self._parameter_of[place_of(piece)] = (position, name)
 
     def of(self, name: str, data: Tensor) -> list[ShardedTensor]:
-        """The pieces of one parameter, as views of `data`: a norm before experts under both of its names."""
+        """Return the pieces of one parameter, as views of `data`; a norm before experts is under both of its names."""
         pieces = pieces_of(self._entries[name], data)
         if name in self._norms_before_experts:
             pieces += [dataclasses.replace(piece, key=other_name(piece.key)) for piece in pieces]
         return pieces
 
     def parameter_of(self, item: WriteItem) -> tuple[int, str]:
-        """Position and name of the parameter in which a piece to be written lies."""
+        """Return the position and the name of the parameter that contains a piece to be written."""
         return self._parameter_of[place_of(item)]
 
 
 def place_of(piece: ShardedTensor | WriteItem) -> tuple[Any, ...]:
-    """Where in the checkpoint: the key of the whole tensor and the offsets in it."""
+    """Return a piece's place in the checkpoint: the key of the whole tensor and the offsets in it."""
     if isinstance(piece, ShardedTensor):
         return (piece.key, *piece.global_offset)
     assert piece.index.offset is not None

@@ -1,4 +1,4 @@
-"""The checksum report of a conversion: what every tensor was, so that both ends can be compared."""
+"""The checksum report of a conversion: a digest of every tensor, so that both ends can be compared."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ON_PURPOSE = "if the weights were changed on purpose, remove that file"
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, in order; no copy where it is contiguous."""
+    """Return the bytes of a tensor on the CPU, in order, without a copy if it is contiguous."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, in hexadecimal. Says nothing of its dtype and shape."""
+    """Return the SHA-256 of a tensor's bytes, in hexadecimal. It does not depend on dtype and shape."""
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
@@ -32,7 +32,7 @@ class Checksums:
     """A report.
 
     Attributes:
-        dtype: of the tensors, such as bfloat16; "mixed" where they differ.
+        dtype: the dtype of the tensors, such as bfloat16; "mixed" where they differ.
         digests: tensor name -> SHA-256 of its bytes.
     """
 
@@ -41,7 +41,7 @@ class Checksums:
 
     @classmethod
     def read(cls, folder: Path) -> Checksums | None:
-        """The report in a folder, None where there is none of ours."""
+        """Read the report in a folder; return None if it has no report of ours."""
         path = folder / CHECKSUMS_FILE
         if not path.is_file():
             return None
@@ -52,22 +52,22 @@ class Checksums:
         return cls(content.get("dtype", "mixed"), tensors)
 
     def write(self, folder: Path) -> None:
-        """Into `folder`, sorted by name."""
+        """Write the report, sorted by name, into `folder`."""
         tensors = dict(sorted(self.digests.items()))
         content = {"algorithm": _ALGORITHM, "dtype": self.dtype, "tensors": tensors}
         write_json(folder / CHECKSUMS_FILE, content)
 
     def count_same(self, other: Checksums | None) -> int | None:
-        """How many tensors have the digest that they have in `other`; None without it or in another dtype."""
+        """Count the tensors with the same digest in `other`; return None without `other` or if its dtype differs."""
         if other is None or other.dtype != self.dtype:
             return None
         return sum(other.digests.get(name) == digest for name, digest in self.digests.items())
 
     def check(self, folder: Path, name: str, found: str) -> None:
-        """Compare a tensor of `folder` with the report that lies there.
+        """Refuse a tensor of `folder` unless it agrees with this report, which lies there.
 
         Raises:
-            ValueError: it is another, or not listed.
+            ValueError: the digests differ, or the report does not list the tensor.
         """
         if name not in self.digests:
             raise ValueError(f"{folder}: {CHECKSUMS_FILE} does not list {name}; {_ON_PURPOSE}")

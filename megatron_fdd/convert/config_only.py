@@ -19,17 +19,17 @@ from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE
 def config_to_mcore(
     hf_model: Path, save: Path, *, dtype: str = "checkpoint", vocabulary_divisor: int = 128
 ) -> None:
-    """Write what `hf_to_mcore` would, from config.json and tokenizer alone and without weights.
+    """Write the checkpoint of `hf_to_mcore` without weights, from config.json and tokenizer alone.
 
-    A run refuses such a checkpoint (`find_checkpoint`), `--fdd-dry-run` takes it.
+    A run refuses such a checkpoint (`find_checkpoint`), but `--fdd-dry-run` accepts it.
 
     Args:
-        dtype, vocabulary_divisor: as for `hf_to_mcore`; "checkpoint" is what config.json names.
+        dtype, vocabulary_divisor: as for `hf_to_mcore`; "checkpoint" is the dtype that config.json names.
 
     Collectives: those of `dist_checkpointing.save`, and barriers, over all ranks.
 
     Raises:
-        ValueError: anything in config.json that cannot be converted exactly, named. The same on every rank.
+        ValueError: something in config.json cannot be converted exactly; the message names it. The same on every rank.
     """
     hf_model, save = Path(hf_model), Path(save)
     with conversion_ranks():
@@ -68,7 +68,7 @@ def _read_nothing(name: str) -> torch.Tensor:
 
 
 def _dtype(config: dict[str, object]) -> torch.dtype:
-    """As transformers writes it, under its newer name or its older one."""
+    """Return the dtype that transformers wrote into a config, under the newer or the older name of the field."""
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     if name not in DTYPES:
         raise ValueError(f"config.json names the dtype {name!r}; choose one with --dtype")

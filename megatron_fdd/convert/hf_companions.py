@@ -28,9 +28,9 @@ def set_tokenizer(args: Namespace, hf_model: Path, save: Path) -> None:
 
 
 def carry_companions(load: Path, save: Path) -> None:
-    """Copy them from the checkpoint a training run starts from to where it saves, unless they are there.
+    """Copy the companions of the checkpoint that a training run starts from to its save folder, if they are not there.
 
-    With them `mcore_to_hf` needs no flags for the trained checkpoint. For one rank to call.
+    With them, `mcore_to_hf` needs no flags for the trained checkpoint. Only one rank calls this.
     """
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
         if (load / name).is_dir() and not (save / name).exists():
@@ -38,19 +38,19 @@ def carry_companions(load: Path, save: Path) -> None:
 
 
 def _started_from(args: Namespace) -> list[Path]:
-    """The checkpoints that the training run behind `args` was given."""
+    """List the checkpoints that the training run behind `args` was given."""
     given = [getattr(args, name, None) for name in ("load", "pretrained_checkpoint")]
     return [Path(path) for path in given if path]
 
 
 def find_hf_config(load: Path, args: Namespace, given: Path | None) -> Path:
-    """The config.json to start an export from.
+    """Find the config.json from which an export starts.
 
-    Looked for, in this order: `given` (a file, or a folder with one), beside the checkpoint, beside the one
-    that the training run started from.
+    The places are, in this order: `given` (a file, or a folder with one), the folder beside the checkpoint, and the
+    folder beside the checkpoint that the training run started from.
 
     Raises:
-        ValueError: it is at none of them.
+        ValueError: none of these places has one.
     """
     if given is not None:
         path = Path(given) / CONFIG_FILES[0] if Path(given).is_dir() else Path(given)
@@ -70,10 +70,10 @@ def find_hf_config(load: Path, args: Namespace, given: Path | None) -> Path:
 
 
 def find_tokenizer(load: Path, args: Namespace, given: Path | None) -> Path:
-    """The folder of the tokenizer to put into an export; as `find_hf_config`, and then `--tokenizer-model`.
+    """Find the tokenizer folder for an export, in the places of `find_hf_config` and then in `--tokenizer-model`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: none of these places has one.
     """
     if given is not None:
         if not has_tokenizer(Path(given)):

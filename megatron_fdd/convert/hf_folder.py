@@ -22,13 +22,13 @@ from megatron_fdd.host.json_file import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")
-# As safetensors names them.
+# Dtypes by the names that safetensors uses.
 DTYPE_OF_NAME = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
-    """Copy those of `names` that `source` has into the folder `target`; returns their names."""
+    """Copy the files in `names` that `source` has into the folder `target`; return their names."""
     found = [name for name in names if (source / name).is_file()]
     if found:
         target.mkdir(parents=True, exist_ok=True)
@@ -39,12 +39,12 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a safetensors header says of one tensor.
+    """The entry of one tensor in a safetensors header.
 
     Attributes:
-        file: name of the file that holds it.
-        dtype: as safetensors names it, such as BF16.
-        offset: of its first byte in the file.
+        file: name of the file that holds the tensor.
+        dtype: safetensors' name of the dtype, such as BF16.
+        offset: position of the tensor's first byte in the file.
     """
 
     file: str
@@ -57,7 +57,7 @@ class HfFolder:
     """The tensors and config of one model folder. Only headers are kept; a tensor is mapped while it is used.
 
     Raises:
-        ValueError: no folder, no config.json, no safetensors, a shard that is missing or damaged.
+        ValueError: there is no folder, no config.json or no safetensors file; or a shard is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,8 +74,8 @@ class HfFolder:
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the folder by name, from the headers of all files."""
-        if (self.path / SINGLE_FILE).is_file():  # before an index, as transformers has it
+        """Every tensor of the folder, by name, read from the headers of all files."""
+        if (self.path / SINGLE_FILE).is_file():  # it goes before an index, as in transformers
             return self._header(SINGLE_FILE)
         index = self.path / INDEX_FILE
         if not index.is_file():
@@ -100,7 +100,7 @@ class HfFolder:
     def _header(self, file: str) -> dict[str, StoredTensor]:
         path = self.path / file
         try:
-            with safe_open(path, framework="pt"):  # checks the file, its length too
+            with safe_open(path, framework="pt"):  # this checks the file and its length
                 pass
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; {INDEX_FILE} names it") from None
@@ -119,11 +119,11 @@ class HfFolder:
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """DecoderShape of a tensor."""
+        """Return the shape of a tensor."""
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor. ValueError for one that is no float."""
+        """Return the dtype of a tensor. ValueError if it is not a floating-point dtype."""
         stored = self.tensors[name].dtype
         if stored not in DTYPE_OF_NAME:
             raise ValueError(
@@ -132,10 +132,10 @@ class HfFolder:
         return DTYPE_OF_NAME[stored]
 
     def common_dtype(self, ignored: tuple[str, ...] = ()) -> torch.dtype:
-        """The one dtype of all tensors but those whose names end in `ignored`.
+        """Return the one dtype of all tensors, except those whose names end in `ignored`.
 
         Raises:
-            ValueError: there are several, or one in which Megatron holds no parameters.
+            ValueError: there are several dtypes, or Megatron holds no parameters in this one.
         """
         weights = [name for name in sorted(self.tensors, reverse=True) if not name.endswith(ignored)]
         by_dtype = {self.dtype(name): name for name in weights}
@@ -148,11 +148,11 @@ class HfFolder:
         return only
 
     def read(self, name: str) -> Tensor:
-        """A tensor that lies in a mapping of its part of the file: its pages leave memory with it."""
+        """Read a tensor as a mapping of its part of the file; its pages leave memory together with it."""
         stored, dtype = self.tensors[name], self.dtype(name)
         size = math.prod(stored.shape) * dtype.itemsize
         if size == 0:
             return torch.empty(stored.shape, dtype=dtype)
-        # Copy on write, so that torch takes it; nothing writes.
+        # Copy-on-write mode, so that torch accepts the array; nothing writes to it.
         raw = np.memmap(self.path / stored.file, np.uint8, "c", offset=stored.offset, shape=(size,))
         return torch.from_numpy(raw).view(dtype).reshape(stored.shape)

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face model folder in shards, and folders that are complete or not there."""
+"""The writer of a Hugging Face model folder in shards, and folders that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str) -> int:
-    """ "5GB" -> bytes, with decimal units as in transformers.
+    """Parse a size such as "5GB" into bytes, with decimal units as in transformers.
 
     Raises:
-        ValueError: anything else than a positive number and B, KB, MB, GB or TB.
+        ValueError: the text is not a positive number followed by B, KB, MB, GB or TB.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
     size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
@@ -41,13 +41,13 @@ def parse_size(text: str) -> int:
 
 
 def unfinished_name(final: Path) -> Path:
-    """Where a folder lies until it is complete: a hidden sibling, so that the last step is a rename."""
+    """Return the path of a folder until it is complete: a hidden sibling, so that the last step is a rename."""
     real = Path(os.path.realpath(final))
     return real.with_name(f".{real.name}.incomplete")
 
 
 def check_new_folder(final: Path, flag: str) -> None:
-    """Refuse `final`, the value of `flag`, unless nothing is there, or an empty folder that can be replaced."""
+    """Refuse `final`, the value of `flag`, unless it does not exist or is an empty folder that can be replaced."""
     real = Path(os.path.realpath(final))
     if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise ValueError(
@@ -59,7 +59,7 @@ def check_new_folder(final: Path, flag: str) -> None:
 
 @contextmanager
 def new_folder(final: Path, flag: str) -> Iterator[Path]:
-    """A folder to write into that appears as `final` only when the block has ended well, all of it on disk.
+    """Yield a folder to write into; it becomes `final` only after the block ends well, with everything on disk.
 
     A killed process leaves the hidden `.NAME.incomplete` behind, which the next run replaces.
 
@@ -85,7 +85,7 @@ def new_folder(final: Path, flag: str) -> Iterator[Path]:
 
 
 def _to_disk(path: Path) -> None:
-    """A file or folder survives a loss of power."""
+    """Force a file or folder to disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,10 +121,10 @@ class Shard:
 
 
 def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int) -> list[Shard]:
-    """Tensors in the order given, as few files as `max_shard_bytes` allows, named as Hugging Face names them.
+    """Divide tensors, in the given order, into as few files as `max_shard_bytes` allows, with Hugging Face's names.
 
-    A tensor larger than a shard gets one of its own. The plan depends on names and shapes alone, so that every
-    rank makes the same one, whatever the number of ranks.
+    A tensor larger than a shard gets its own shard. The plan depends only on the specs of the tensors, so that every
+    rank makes the same plan, for any number of ranks.
     """
     files: list[list[TensorSpec]] = []
     size = 0
@@ -152,7 +152,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
         tensors: the data, in the shard's order, on the CPU.
 
     Yields:
-        After each tensor is written: what it was, and the SHA-256 of its bytes in hexadecimal.
+        The spec of each tensor after it is written, and the SHA-256 of its bytes in hexadecimal.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -174,7 +174,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """The index of several shards; a single one has none."""
+    """Write the index of several shards; a single shard has no index."""
     if len(shards) > 1:
         weight_map = {spec.name: shard.file for shard in shards for spec in shard.tensors}
         total = sum(shard.num_bytes for shard in shards)

@@ -1,4 +1,4 @@
-"""Ordinary Megatron `torch_dist` checkpoints, a parameter at a time: no rank ever holds its share at once."""
+"""Ordinary Megatron `torch_dist` checkpoints, one parameter at a time: no rank ever holds its whole share at once."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def save_model(
     """Write the folder `release` and the tracker file that make `folder` loadable with `--load`.
 
     Args:
-        model: whole on every rank, so that only names, shapes and dtypes matter; may be on the meta device.
-        owned: names of the parameters that this rank writes; together the ranks own each one once.
-        read: called for each of them while it is written; its result is dropped right after.
+        model: the whole model on every rank. Only names, shapes and dtypes matter; it may be on the meta device.
+        owned: names of the parameters that this rank writes; exactly one rank owns each parameter.
+        read: called for each of these parameters while it is written; the result is dropped right after.
 
     Collectives: those of `dist_checkpointing.save` over all ranks.
 
     Raises:
-        ValueError, OSError, RuntimeError: as `told_causes`.
+        ValueError, OSError, RuntimeError: as `told_causes` raises them.
     """
     rank_zero = dist.get_rank() == 0
     target = folder / RELEASE
@@ -68,7 +68,7 @@ def save_model(
     parameters = {name: entries.pop(name) for name in tensors_of(model)}
     norms = {name for name in owned if is_before_experts(name, parameters)}
     weights = Pieces({name: parameters[name] for name in owned}, norms)
-    # What is left are empty objects that TransformerEngine's modules look for. Its own models have all of them.
+    # The rest are empty objects that TransformerEngine's modules look for. Its own models have all of them.
     left = {state.unique_key: state for state in entries.values() if isinstance(state, ShardedObject)}
     stored = {**weights.state, **(norm_states(parameters) | left if rank_zero else {})}
     state = {
@@ -86,11 +86,11 @@ def save_model(
 
 @contextmanager
 def told_causes() -> Iterator[None]:
-    """While a checkpoint is saved by all ranks.
+    """Report the cause of a failure, in a block where all ranks save a checkpoint.
 
     Raises:
-        OSError, RuntimeError: a file could not be written, as the system or torch's writer says it.
-        ValueError: anything else that went wrong on some rank. The same on every rank.
+        OSError, RuntimeError: a file could not be written, in the words of the system or of torch's writer.
+        ValueError: something else went wrong on some rank. The same on every rank.
     """
     try:
         yield
@@ -105,16 +105,16 @@ class StoredWeights:
     """The weights of a checkpoint saved at any layout, read one parameter at a time and without collectives.
 
     Args:
-        path: of the checkpoint, an iteration's or release folder.
-        model: whole, on the meta device: names, shapes and how Megatron stores them.
+        path: the checkpoint's folder of an iteration, or its `release` folder.
+        model: the whole model on the meta device; it gives names, shapes and how Megatron stores them.
 
     Raises:
-        ValueError: checkpoint and model differ, with lists of what is missing, left over or of another shape.
+        ValueError: checkpoint and model differ; the message lists what is missing, left over or of another shape.
     """
 
     def __init__(self, path: Path, model: torch.nn.Module, groups: Any) -> None:
         self._path = path
-        CachedMetadataFileSystemReader.clear_metadata_cache()  # it would not see a checkpoint written anew
+        CachedMetadataFileSystemReader.clear_metadata_cache()  # the cache would hide a rewritten checkpoint
         self._strategy = TorchDistLoadShardedStrategy(cache_metadata=True)
         content = dist_checkpointing.load_content_metadata(str(path)) or {}
         entries = entries_of(model, groups, content)
@@ -130,7 +130,7 @@ class StoredWeights:
         return stored[pieces_of(entry, entry.data)[0].key].dtype
 
     def common_dtype(self) -> torch.dtype:
-        """The one dtype of all weights. ValueError where they differ: rounding has to be asked for."""
+        """Return the one dtype of all weights. ValueError if they differ: the user must ask for rounding."""
         by_dtype = {self._dtypes[name]: name for name in self._weights}
         if len(by_dtype) > 1:
             found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
@@ -157,7 +157,7 @@ class StoredWeights:
                 )
 
     def read(self, name: str) -> Tensor:
-        """The value of a parameter on the CPU. ValueError when its bytes are damaged."""
+        """Return the value of a parameter on the CPU. ValueError if its bytes are damaged."""
         value = torch.empty(self._parameters[name].shape, dtype=self._dtypes[name])
         pieces = pieces_of(self._entries[name], value)
         try:
@@ -170,10 +170,10 @@ class StoredWeights:
 
 
 def stored_layout(folder: Path) -> tuple[torch.dtype, int]:
-    """Dtype of the weights in a checkpoint, and its number of vocabulary rows with padding.
+    """Return the dtype of the weights in a checkpoint, and its number of vocabulary rows with padding.
 
     Raises:
-        ValueError: it holds no GPT model.
+        ValueError: the checkpoint holds no GPT model.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(folder)).get("embedding.word_embeddings.weight")
     if stored is None:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_fdd.host.layer_specs import SPEC_ARGS
 
-# A conversion computes nothing: plain modules, whatever the machine has.
+# A conversion computes nothing, so that plain modules are enough on every machine.
 _BUILD_FLAGS = [
     "--transformer-impl=local",
     "--use-cpu-initialization",
@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As config.json and `DTYPES` have it, such as bfloat16."""
+    """Return the name of a dtype in config.json and `DTYPES`, such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -41,11 +41,11 @@ _DTYPE_FLAG = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def complete_args(
     architecture: Mapping[str, Any], *, dtype: torch.dtype, vocabulary_divisor: int, tensor_size: int = 1
 ) -> Namespace:
-    """Megatron's validated args namespace of a model, with everything that is not architecture at its default.
+    """Make Megatron's validated args namespace for a model; everything that is not architecture has its default.
 
     Args:
-        architecture: argparse destinations and values, `vocab_size` (unpadded) among them.
-        vocabulary_divisor: the vocabulary is padded to a multiple of this times `tensor_size`.
+        architecture: argparse destinations and values, with the unpadded `vocab_size` among them.
+        vocabulary_divisor: the vocabulary is padded to a multiple of this number times `tensor_size`.
 
     Raises:
         ValueError: Megatron refuses the combination.
@@ -76,7 +76,7 @@ def complete_args(
 
 
 def argument_names() -> set[str]:
-    """The destinations that Megatron's parser knows."""
+    """Return the destinations that Megatron's parser knows."""
     from megatron.training.arguments import parse_args
 
     with _argv(_BUILD_FLAGS):
@@ -85,7 +85,7 @@ def argument_names() -> set[str]:
 
 @contextlib.contextmanager
 def _argv(flags: list[str]) -> Iterator[None]:
-    """Megatron's parser reads sys.argv and nothing else."""
+    """Put `flags` into sys.argv, because Megatron's parser reads nothing else."""
     before = sys.argv
     sys.argv = [before[0], *flags]
     try:
@@ -95,10 +95,10 @@ def _argv(flags: list[str]) -> Iterator[None]:
 
 
 def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.Module:
-    """A stock GPTModel whose parameters are not initialised.
+    """Build a stock GPTModel whose parameters are not initialised.
 
     Args:
-        device: "meta" gives parameters their names, shapes and dtypes, and no memory.
+        device: on "meta", parameters have names, shapes and dtypes, but no memory.
     """
     from megatron.training.models.gpt import GPTModelBuilder
 
@@ -109,4 +109,4 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
     config.transformer.perform_initialization = False
     with torch.device(device), plain_norms(), contextlib.redirect_stdout(io.StringIO()):
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
-    return model.to(args.params_dtype)  # position embeddings are float32 otherwise
+    return model.to(args.params_dtype)  # otherwise position embeddings are float32

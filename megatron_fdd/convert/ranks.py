@@ -1,4 +1,4 @@
-"""The ranks of a conversion: each sees the whole model, and takes a part of its tensors."""
+"""The ranks of a conversion: each rank sees the whole model and converts a part of its tensors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
 from megatron_fdd.host import rehearsal
 from megatron_fdd.host.disk import writing
 
-# Ranks wait for one that writes a large file; torchrun sees those that died.
+# Ranks wait for a rank that writes a large file; torchrun notices ranks that died.
 _PATIENCE = timedelta(days=1)
 _TOKEN_FILE = "seen-by-every-rank"
 
 
 @contextmanager
 def conversion_ranks() -> Iterator[Any]:
-    """Ranks that each see the whole model and share its tensors among them; yields their groups.
+    """Yield the groups of ranks that each see the whole model and share its tensors among them.
 
-    Under torchrun those of its ranks, else one rank, over gloo. The ProcessGroupCollection holds groups of one
-    rank only, so that a model built with it is whole. Megatron's parallel state is made if there is none (its
-    modules ask for it) and then ended again; environment variables are as before. Without a GPU the CPU rehearsal
-    is switched on.
+    These are torchrun's ranks, or one rank without torchrun, over gloo. The ProcessGroupCollection holds groups of
+    one rank only, so that a model built with it is whole. If Megatron has no parallel state, one is made (its modules
+    ask for it) and ended afterwards; environment variables are restored. Without a GPU, the CPU rehearsal is switched
+    on.
 
     Collectives over all ranks: making the groups.
     """
@@ -55,7 +55,7 @@ def conversion_ranks() -> Iterator[Any]:
             setattr(groups, field.name, alone)
         yield groups
     finally:
-        # A GPTModel writes its choice of attention into NVTE_* variables, over which a run started later would trip.
+        # A GPTModel writes its choice of attention into NVTE_* variables, which would stop a run that starts later.
         os.environ.clear()
         os.environ.update(environment)
         if alone is not None:
@@ -68,13 +68,13 @@ def conversion_ranks() -> Iterator[Any]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What goes wrong in the block on one rank is raised on every rank.
+    """Raise an error of one rank in the block on every rank.
 
     Collectives: one all-gather over all ranks at the end of the block.
 
     Raises:
-        OSError: of the first rank with an error, where that is the system's.
-        ValueError: else, what that rank says.
+        OSError: the error of the first rank that has one, if it is an error of the system.
+        ValueError: otherwise, with the message of that rank.
     """
     error: Exception | None = None
     try:
@@ -91,15 +91,15 @@ def together() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str | OSError:
-    """The system's errors and our own messages as they are, others with their type."""
-    if isinstance(error, OSError) and error.errno is not None:  # plain, so that every rank can read it
+    """Return the system's errors and our own messages unchanged, and other messages with the type of the error."""
+    if isinstance(error, OSError) and error.errno is not None:  # a plain OSError: every rank can read it
         return OSError(error.errno, error.strerror, error.filename, None, error.filename2)
     return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
 def shared_new_folder(final: Path, flag: str) -> Iterator[Path]:
-    """`new_folder` for all ranks together; it appears when every rank has ended its part.
+    """Do what `new_folder` does for all ranks together; the folder appears when every rank has ended its part.
 
     Collectives: a broadcast and all-gathers over all ranks.
 
@@ -131,7 +131,7 @@ def shared_new_folder(final: Path, flag: str) -> Iterator[Path]:
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank takes each of some pieces of work: contiguous runs of about the same total size."""
+    """Choose the rank that takes each piece of work; ranks get contiguous runs of about the same total size."""
     total, done = max(sum(sizes), 1), 0
     result = []
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Saving in Megatron's format with one tensor in memory, read when its turn to be written comes."""
+"""The writer of Megatron's format with one tensor in memory at a time, which is read just before it is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Reader = Callable[[str], Tensor]
 
 
 class StreamingSave(TorchDistSaveShardedStrategy):
-    """Megatron's format through torch's writer; Megatron's own writer first collects all that a rank writes."""
+    """Megatron's format through torch's writer; Megatron's own writer first collects everything that a rank writes."""
 
     def __init__(self, weights: Pieces, read: Reader) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class StreamingSave(TorchDistSaveShardedStrategy):
 
 
 class _StreamingWriter(torch_checkpoint.FileSystemWriter):
-    """One file a rank, one tensor in memory; torch's own keeps every tensor until the file is closed."""
+    """A writer of one file per rank with one tensor in memory; torch's own keeps every tensor until the file closes."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
@@ -53,7 +53,7 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         if plan.items:
             with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
                 settings = (name, self.serialization_format)
-                for item in plan.items:  # the data gets no name: it would live while the next is read
+                for item in plan.items:  # unnamed data, or it would live while the next is read
                     results.append(
                         _write_item(self.transforms, stream, planner.resolve_data(item), item, *settings)
                     )
@@ -63,7 +63,7 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
 
 
 class _LazyPlanner(MCoreSavePlanner):
-    """Reads a parameter when its turn to be written comes; parameters in the model's order."""
+    """A planner that reads each parameter just before it is written, in the model's order."""
 
     def __init__(self, weights: Pieces, read: Reader) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -85,9 +85,9 @@ class _LazyPlanner(MCoreSavePlanner):
             return super().resolve_data(write_item)
         _, name = self._weights.parameter_of(write_item)
         if self._current != name:
-            self._data_of.clear()  # let go of one before reading the next
+            self._data_of.clear()  # free one parameter before reading the next
             pieces = self._weights.of(name, self._read(name))
             self._current, self._data_of = name, {place_of(piece): piece.data for piece in pieces}
         data = self._data_of.pop(place_of(write_item))
         alone = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
-        return data if alone else data.clone()  # a view would be stored with all that it is a view of
+        return data if alone else data.clone()  # a view would be stored with its whole base tensor

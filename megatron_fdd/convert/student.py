@@ -1,4 +1,4 @@
-"""A student to start from: a teacher with some of its layers left out."""
+"""An initial student: a teacher without some of its layers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
 from megatron_fdd.host.json_file import write_json
 
-# A model suffers most when its first or last layers go.
+# A model loses most quality when its first or last layers are removed.
 _KEPT_AT_EACH_END = 4
 
 
 def parse_layers(text: str, teacher_layers: int) -> list[int]:
-    """ "0-3,6,9" -> [0, 1, 2, 3, 6, 9].
+    """Parse a list such as "0-3,6,9" into [0, 1, 2, 3, 6, 9].
 
     Raises:
-        ValueError: not a list of 0-based layers and ranges of the teacher, or not increasing.
+        ValueError: the text is not a list of the teacher's 0-based layers and ranges, or it does not increase.
     """
     layers: list[int] = []
     for item in text.split(","):
@@ -53,13 +53,13 @@ def parse_layers(text: str, teacher_layers: int) -> list[int]:
 
 
 def choose_layers(num_layers: int, teacher_layers: int) -> list[int]:
-    """Which teacher layers a student of `num_layers` starts from.
+    """Choose the teacher layers from which a student of `num_layers` layers starts.
 
-    With 8 or more: the first four, the last four, the others spread evenly between them. With fewer: spread
-    evenly from the first to the last.
+    A student of 8 or more layers gets the first four, the last four, and others spread evenly between them. A student
+    with fewer layers gets layers spread evenly from the first to the last.
 
     Raises:
-        ValueError: fewer than 1, or more than the teacher has.
+        ValueError: `num_layers` is less than 1, or more than the teacher has.
     """
     if not 1 <= num_layers <= teacher_layers:
         raise ValueError(f"--num-layers {num_layers} must lie between 1 and the teacher's {teacher_layers}")
@@ -73,7 +73,7 @@ def choose_layers(num_layers: int, teacher_layers: int) -> list[int]:
 
 
 def count_layers(hf_model: Path) -> int:
-    """Number of layers of a model folder. ValueError as `init_student`."""
+    """Return the number of layers of a model folder. ValueError as in `init_student`."""
     config = HfFolder(Path(hf_model)).config
     return family_of(config).megatron_args(config)["num_layers"]
 
@@ -86,12 +86,12 @@ def init_student(
     max_shard_size: str = "5GB",
     progress: bool = False,
 ) -> int:
-    """Write a model folder of the chosen layers (0-based) of another; returns its number of parameters.
+    """Write a model folder with the chosen layers (0-based) of another; return its number of parameters.
 
-    Embeddings, final norm, head, generation config and tokenizer are carried over.
+    Embeddings, final norm, head, generation config and tokenizer are copied.
 
     Raises:
-        ValueError: a layer that the teacher lacks, or weights that do not match its config.
+        ValueError: the teacher lacks a layer, or its weights do not match its config.
     """
     folder = HfFolder(Path(hf_model))
     family = family_of(folder.config).as_stored(folder.tensors)
@@ -129,7 +129,7 @@ def init_student(
 
 
 def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> dict[str, str]:
-    """Student's tensor name -> teacher's, what is outside the layers included; buffers are left out."""
+    """Map the student's tensor names to the teacher's, also outside the layers; buffers are left out."""
     pattern = re.compile(re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
     renamed = {}
     for name in folder.tensors:

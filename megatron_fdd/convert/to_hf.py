@@ -1,4 +1,4 @@
-"""Megatron -> Hugging Face."""
+"""The export from Megatron to Hugging Face."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ CONFIG_FILE, GENERATION_FILE = CONFIG_FILES
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What an export wrote.
+    """A summary of what an export wrote.
 
     Attributes:
-        num_tensors: in the Hugging Face folder.
-        unchanged: how many of them have the bytes of the imported model; None where its checksums are not
-            beside the checkpoint, or are of another dtype.
-        left_out: names of what terms of the distillation had learned beside the student.
+        num_tensors: number of tensors in the Hugging Face folder.
+        unchanged: number of these tensors with the bytes of the imported model; None if its checksums are not
+            beside the checkpoint, or are for another dtype.
+        left_out: names of the parameters that terms of the distillation learned beside the student.
     """
 
     num_tensors: int
@@ -71,21 +71,21 @@ def mcore_to_hf(
     """Write the model of a Megatron checkpoint as a Hugging Face folder.
 
     Only weights are read, from a checkpoint saved at any layout. The shape of the model comes from the
-    checkpoint's args; what Megatron does not keep (token ids, generation config) from `hf_config`. Under torchrun
-    the files are shared among the ranks; a rank holds one parameter at a time. The bytes written are the same
-    for any number of ranks. `checksums.json` lists the SHA-256 of every tensor.
+    checkpoint's args; what Megatron does not keep (token ids, generation config) comes from `hf_config`. Under
+    torchrun the ranks share the files; a rank holds one parameter at a time. The written bytes are the same for any
+    number of ranks. `checksums.json` lists the SHA-256 of every tensor.
 
     Args:
-        hf_config: config.json, or a folder with one, to start from; see `find_hf_config` for the default.
+        hf_config: config.json to start from, or a folder with one; see `find_hf_config` for the default.
         tokenizer: folder with tokenizer files; see `find_tokenizer` for the default.
-        dtype: "checkpoint" keeps the stored one; else float32, bfloat16 or float16.
-        max_shard_size: of one file; a larger tensor gets a file of its own.
+        dtype: "checkpoint" keeps the stored dtype; the others are float32, bfloat16 and float16.
+        max_shard_size: largest size of one file; a larger tensor gets its own file.
         via: "bridge" for a model type that Megatron-Bridge knows and the tables lack; one rank holds the model.
 
-    Collectives: barriers and gathers of a few words a tensor, over all ranks.
+    Collectives: barriers, and gathers of a few words per tensor, over all ranks.
 
     Raises:
-        ValueError: anything that cannot be converted, named, with the flag that helps. The same on every rank.
+        ValueError: something cannot be converted; the message names it and the flag that helps. The same on every rank.
     """
     load, hf_out = Path(load), Path(hf_out)
     with conversion_ranks() as groups:
@@ -101,7 +101,7 @@ def mcore_to_hf(
             tokenizer_path = find_tokenizer(load, args, tokenizer)
             export = _prepare(checkpoint, args, config_path, dtype, groups, via)
             shards = plan_shards(export.specs(), max_shard_bytes)
-            # Beside a config of the user's own lies no report of what was imported.
+            # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
             written = Checksums(name_of(export.dtype), _write_own(unfinished, shards, export, progress))
@@ -116,11 +116,11 @@ def mcore_to_hf(
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    """A model to be written: where its weights are, and the table by which they are written.
+    """A model to be written: the place of its weights, and the table that writes them.
 
     Attributes:
         parameters: Megatron's names, shapes and stored dtypes, on the meta device.
-        dtype: to write.
+        dtype: the dtype to write.
     """
 
     weights: StoredWeights
@@ -132,16 +132,16 @@ class _Export:
 
     @property
     def _row_of(self) -> dict[str, WeightRow]:
-        """Hugging Face name -> its row."""
+        """Map each Hugging Face name to its row."""
         return {name: row for row in self.rows for name in row.sources}
 
     def split(self, row: WeightRow, whole: Tensor) -> list[Tensor]:
-        """The Hugging Face tensors in a Megatron parameter, in the order of the row's sources."""
+        """Split a Megatron parameter into its Hugging Face tensors, in the order of the row's sources."""
         parts = row.transform.split(whole)
         return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
 
     def specs(self) -> Iterator[TensorSpec]:
-        """Every Hugging Face tensor, in the order of the table."""
+        """Yield every Hugging Face tensor, in the order of the table."""
         for row in self.rows:
             if row.sources:
                 parts = self.split(row, self.parameters[row.mcore])
@@ -149,13 +149,13 @@ class _Export:
                     yield TensorSpec(name, self.dtype, tuple(part.shape))
 
     def read(self, shard: Shard) -> Iterator[Tensor]:
-        """The tensors of one file; a parameter is read once for all that follow one another."""
+        """Yield the tensors of one file; a parameter is read once for all its tensors in sequence."""
         row_of = self._row_of
         current: WeightRow | None = None
         parts: dict[str, Tensor] = {}
         for spec in shard.tensors:
             if row_of[spec.name] is not current:
-                parts.clear()  # let go of one before reading the next
+                parts.clear()  # free one parameter before reading the next
                 current = row_of[spec.name]
                 whole = self.weights.read(current.mcore)
                 parts.update(zip(current.sources, self.split(current, whole), strict=True))
@@ -165,9 +165,9 @@ class _Export:
 def _write_own(
     folder: Path, shards: list[Shard], export: _Export | BridgeExport, progress: bool
 ) -> dict[str, str]:
-    """Write this rank's files; returns tensor name -> digest of all ranks'.
+    """Write this rank's files; return tensor name -> digest for the tensors of all ranks.
 
-    Collectives: two all-gathers over all ranks, in any case.
+    Collectives: two all-gathers over all ranks, also on a rank without files.
     """
     owner = owners([shard.num_bytes for shard in shards], dist.get_world_size())
     own = [shard for shard, rank in zip(shards, owner, strict=True) if rank == dist.get_rank()]
@@ -200,7 +200,7 @@ def _prepare(
 
 
 def _by_table(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, groups: Any) -> _Export:
-    """Describe the model anew from its Hugging Face config, so that no setting of the run can matter."""
+    """Describe the model again from its Hugging Face config, so that no setting of the run has an effect."""
     from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 
     family = family_of(seed)
@@ -237,7 +237,7 @@ def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: st
 
 
 def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family: Family) -> None:
-    """Refuse values other than 0 that have no place in the Hugging Face model. Every rank looks at all."""
+    """Refuse values other than 0 that have no place in the Hugging Face model. Every rank checks all values."""
     trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
     if trained:
         raise ValueError(
@@ -247,7 +247,7 @@ def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family
 
 
 def _write_config(folder: Path, seed_path: Path, config: HfConfig, dtype: torch.dtype) -> None:
-    """The config with its dtype fields true to the weights; byte for byte the seed where nothing changed."""
+    """Write the config with the dtype of the weights; it is the seed, byte for byte, if nothing changed."""
     named: HfConfig = {key: name_of(dtype) for key in ("dtype", "torch_dtype") if key in config}
     config = {**config, **named}
     if config == read_json(seed_path):

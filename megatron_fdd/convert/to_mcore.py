@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron."""
+"""The import from Hugging Face to Megatron."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args,
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
 from megatron_fdd.host.json_file import read_json, write_json
 
-if TYPE_CHECKING:  # it imports Megatron, and a rehearsal starts before that
+if TYPE_CHECKING:  # this imports Megatron, and a rehearsal must start before
     from megatron_fdd.convert.bridge_weights import BridgeSource
 
 Via = Literal["tables", "bridge"]
@@ -38,22 +38,22 @@ def hf_to_mcore(
     progress: bool = False,
     via: Via = "tables",
 ) -> int:
-    """Write a Hugging Face model as an ordinary Megatron checkpoint; returns the number of parameters.
+    """Write a Hugging Face model as an ordinary Megatron checkpoint; return the number of parameters.
 
     `save` becomes a folder for `--load`, with the source's configs and the SHA-256 of its tensors in `hf/` and
-    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, holding
-    one of them at a time. Where the source has a `checksums.json` (an export has), its tensors must agree.
+    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, and holds
+    one of them at a time. If the source has a `checksums.json` (an export has one), its tensors must agree with it.
 
     Args:
-        dtype: "checkpoint" keeps the source's; else float32, bfloat16 or float16.
+        dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.
         vocabulary_divisor: see `complete_args`.
         via: "bridge" for a model type that Megatron-Bridge knows and the tables lack; one rank holds the model.
 
-    Collectives: barriers, a gather of a few words a tensor, and those of `dist_checkpointing.save`, over all
+    Collectives: barriers, a gather of a few words per tensor, and those of `dist_checkpointing.save`, over all
     ranks.
 
     Raises:
-        ValueError: anything that cannot be converted exactly, named. The same on every rank.
+        ValueError: something cannot be converted exactly; the message names it. The same on every rank.
     """
     hf_model, save = Path(hf_model), Path(save)
     with conversion_ranks() as groups:
@@ -100,12 +100,12 @@ class _Source:
 
     Attributes:
         config: config.json.
-        args: complete, of the model.
-        model: on the meta device.
+        args: the model's complete args.
+        model: the model on the meta device.
         digests: name -> SHA-256 of every tensor read so far.
 
     Raises:
-        ValueError: everything that can be refused before a tensor is read.
+        ValueError: for every reason that is known before a tensor is read.
     """
 
     def __init__(self, hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any) -> None:
@@ -126,13 +126,13 @@ class _Source:
 
     @property
     def dtype(self) -> str:
-        """Of all tensors, such as bfloat16; "mixed" where they differ."""
+        """Dtype of all tensors, such as bfloat16; "mixed" where they differ."""
         names = {name for row in self._row_of.values() for name in row.sources}
         found = {name_of(self._folder.dtype(name)) for name in names}
         return found.pop() if len(found) == 1 else "mixed"
 
     def _check_tensors(self, vocab_size: int) -> None:
-        """Refuse files that hold no floats, or other shapes than the model that config.json describes."""
+        """Refuse files with tensors that are not floats, or whose shapes are not those that config.json describes."""
         for row in self._row_of.values():
             parts = row.transform.split(self.parameters[row.mcore]) if row.sources else []
             for name, part in zip(row.sources, parts, strict=True):
@@ -147,15 +147,15 @@ class _Source:
 
     @property
     def num_parameters(self) -> int:
-        """Without padding, buffers and a head that repeats the embedding."""
+        """Number of parameters, without padding, buffers and a head that repeats the embedding."""
         names = [name for row in self._row_of.values() for name in row.sources]
         return sum(math.prod(self._folder.shape(name)) for name in names)
 
     def read(self, name: str) -> Tensor:
-        """A parameter's value on the CPU, padded, in the model's dtype.
+        """Return a parameter's padded value on the CPU, in the model's dtype.
 
         Raises:
-            ValueError: a tensor's bytes are not those of the folder's checksum report.
+            ValueError: a tensor's bytes do not agree with the folder's checksum report.
         """
         row, parameter = self._row_of[name], self.parameters[name]
         if not row.sources:
@@ -175,13 +175,13 @@ class _Source:
 
 
 def _share(parameters: Mapping[str, Tensor], rank: int, ranks: int) -> list[str]:
-    """The parameters that one of the ranks reads and writes; every one is some rank's."""
+    """List the parameters that one of the ranks reads and writes; each parameter belongs to one rank."""
     owner = owners([parameter.nbytes for parameter in parameters.values()], ranks)
     return [name for name, its_rank in zip(parameters, owner, strict=True) if its_rank == rank]
 
 
 def _progress_bar(owned: Iterable[Tensor], wanted: bool) -> tqdm:
-    """Bytes of this rank's share, shown on rank 0."""
+    """Make a progress bar over the bytes of this rank's share; only rank 0 shows it."""
     return tqdm(
         total=sum(parameter.nbytes for parameter in owned),
         unit="B",
@@ -192,7 +192,7 @@ def _progress_bar(owned: Iterable[Tensor], wanted: bool) -> tqdm:
 
 
 def check_names(family: Family, folder: HfFolder) -> None:
-    """Refuse a folder that lacks tensors the table needs, or has others; lists them all."""
+    """Refuse a folder that lacks tensors of the table or has other ones; the message lists all of them."""
     needed = [source for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"

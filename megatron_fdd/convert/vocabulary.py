@@ -1,4 +1,4 @@
-"""A model folder's tokenizer files, copied so that they load as tokenizer.json says."""
+"""A copy of a model folder's tokenizer files that loads as tokenizer.json says."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _CONFIG = "tokenizer_config.json"
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a model folder's tokenizer files into the folder `target`, with their identity beside them.
 
-    The copy is what training reads. Where transformers would load it by a class that does not do what tokenizer.json
-    says, the copy names a class that does, and a line says so.
+    Training reads the copy. If transformers would load it with a class that does not do what tokenizer.json says, the
+    copy names a class that does, and a printed line says so.
 
     Raises:
-        ValueError: files that cannot be read, or that no class loads as they say.
+        ValueError: the files cannot be read, or no class loads them as they say.
     """
     copy_files(TOKENIZER_FILES, source, target)
     identity, found = _load(target)
@@ -57,12 +57,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _load(folder: Path) -> tuple[TokenizerIdentity, str | None]:
-    """The identity of what transformers loads, or else of the files; and the first difference from tokenizer.json."""
+    """Return the identity of what transformers loads, or else of the files, and its difference from tokenizer.json."""
     from transformers import AutoTokenizer
 
     try:
         library = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever the code of a class raises; who needs to load it will say more
+    except Exception as error:  # a class may raise anything; a caller that needs it says more
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         complain(f"warning: transformers cannot load this tokenizer, so only its files are known ({reason})")
         return identity_of_folder(folder), None

@@ -1,4 +1,4 @@
-"""A stand-in for the package megatron.bridge: its calls with the signatures of 0.6.2, for GLM-4.5 only.
+"""A stand-in for the package megatron.bridge, with the calls and signatures of 0.6.2, for GLM-4.5 only.
 
 It describes the model with Megatron's local modules, so that no TransformerEngine is needed.
 """
@@ -28,7 +28,7 @@ from megatron_fdd.convert.families.transforms import GroupedQkv, Stacked
 
 @dataclass
 class Provider(TransformerConfig):
-    """As GPTModelProvider: the fields beside Megatron's, and derived values only in `finalize`."""
+    """A stand-in for GPTModelProvider: it has fields beside Megatron's, and derives values only in `finalize`."""
 
     vocab_size: int = 0
     seq_length: int = 1024
@@ -51,12 +51,12 @@ Rows = list[tuple[str, Tensor]]
 
 
 class AutoBridge:
-    """One model type.
+    """A stand-in for AutoBridge, for one model type. A test can replace its attributes to make it fail.
 
     Attributes:
-        describe: what a test lets it do to the provider.
-        garble: what a test lets it do to (Megatron's name, value) while loading; None leaves the parameter out.
-        lists: what a test lets it do to the exported tensors.
+        describe: a change to the provider.
+        garble: a change to (Megatron's name, value) while loading; None leaves the parameter out.
+        lists: a change to the exported tensors.
     """
 
     describe: Callable[[Provider], None] = staticmethod(lambda provider: None)
@@ -103,7 +103,7 @@ class AutoBridge:
             moe_router_dtype="fp32",
             moe_aux_loss_coeff=0.001,
             moe_router_load_balancing_type="seq_aux_loss",
-            moe_permute_fusion=True,  # needs TransformerEngine, and says nothing of the model
+            moe_permute_fusion=True,  # needs TransformerEngine, and does not describe the model
             transformer_impl="local",
             vocab_size=hf.vocab_size,
             seq_length=hf.max_position_embeddings,
@@ -186,7 +186,7 @@ def _mlp(own: str, theirs: str) -> list[WeightRow]:
 def installed(
     requirement: str = "transformers>=5.8", version: str = "0.6.2", **faults: Any
 ) -> Iterator[None]:
-    """`from megatron.bridge import AutoBridge` finds the stand-in; `faults` are attributes of it."""
+    """Let `from megatron.bridge import AutoBridge` find the stand-in, with `faults` as its attributes."""
     module = ModuleType("megatron.bridge")
     attributes = {name: staticmethod(fault) for name, fault in faults.items()}
     module.AutoBridge = type("AutoBridge", (AutoBridge,), attributes)  # type: ignore[attr-defined]

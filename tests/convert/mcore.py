@@ -1,4 +1,4 @@
-"""The Megatron side of the conversion tests: models built in two ways, and their logits. For live ranks."""
+"""The Megatron side of the conversion tests, for live ranks: models built in two ways, and their logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.convert import toys
 
 
 def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """[batch, sequence, padded vocabulary] in float32, gathered over the tensor-parallel ranks."""
+    """Return [batch, sequence, padded vocabulary] in float32, gathered over the tensor-parallel ranks."""
     length = tokens.shape[1]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     positions = torch.arange(length)[None].expand_as(tokens)
@@ -27,7 +27,7 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespace]:
-    """A model built from nothing but the checkpoint's args, as a teacher is, at the layout of the ranks."""
+    """Build a model from the checkpoint's args alone, as for a teacher, at the layout of the ranks."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -45,14 +45,14 @@ def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespac
 
 
 def from_stock_megatron(load: Path, flags: list[str]) -> tuple[torch.nn.Module, Namespace, int]:
-    """A model that megatron.training builds and loads by itself; also its args and iteration."""
+    """Let megatron.training build and load a model by itself; return it with its args and iteration."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_and_validate_args
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
-    # --use-checkpoint-args of 0.19.2 forgets the epsilon.
+    # In 0.19.2, --use-checkpoint-args does not restore the epsilon.
     flags = [*flags, "--use-checkpoint-args", "--norm-epsilon", str(toys.SHAPE["rms_norm_eps"])]
     flags += ["--load", str(load), "--micro-batch-size", "1", "--lr", "1e-3"]
     flags += ["--tensor-model-parallel-size", str(dist.get_world_size())]
@@ -68,7 +68,7 @@ def from_stock_megatron(load: Path, flags: list[str]) -> tuple[torch.nn.Module, 
 
 
 def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
-    """A checkpoint of a model that is whole on the one rank there is."""
+    """Save a checkpoint of a model that is whole on the only rank."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_fdd.convert.checkpoint_entries import tensors_of
@@ -81,7 +81,7 @@ def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
 
 
 def make_checkpoint(folder: Path, variant: str) -> None:
-    """`folder/source` (Hugging Face) and `folder/mcore` on the ranks there are."""
+    """Make `folder/source` (Hugging Face) and `folder/mcore` on the ranks of this run."""
     if dist.get_rank() == 0:
         toys.make_llama(folder / "source", variant)
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Run one of the tools as its own main program and say on stderr how much memory the process has had."""
+"""A wrapper that runs one of the tools as its own main program and reports its peak memory on stderr."""
 
 import atexit
 import os

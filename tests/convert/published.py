@@ -1,10 +1,10 @@
-"""The config.json of published models, as far as a conversion reads it."""
+"""The parts of published models' config.json that a conversion reads."""
 
 from __future__ import annotations
 
 _SAME = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "torch_dtype": "bfloat16"}
 _DECODER = {**_SAME, "hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6}
-# The fields that the published models' configs have.
+# The fields in the configs of the published models.
 PUBLISHED = {
     "Llama-3.2-1B": {
         **_DECODER, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False,

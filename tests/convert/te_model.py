@@ -1,9 +1,9 @@
-"""What `test_transformer_engine.py` runs in processes of its own: checkpoints through TransformerEngine's modules.
+"""The program that `test_transformer_engine.py` runs: it passes checkpoints through TransformerEngine's modules.
 
     python -m tests.convert.te_model FROM TO [FROM TO ...]
 
 loads each checkpoint into a GPTModel of TransformerEngine's modules, with and without grouped experts, and saves that
-model as a training run would. Weights only, so that no GPU is needed.
+model as a training run would. It handles only weights, so that no GPU is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-# Before the rehearsal, which hides what is not imported yet.
+# This import comes before the rehearsal, which hides modules that are not imported yet.
 if importlib.util.find_spec("transformer_engine"):
     pass
 else:
@@ -31,7 +31,10 @@ _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 def local_name(name: str) -> str:
-    """Of a parameter of TransformerEngine's modules, with norms inside of linears and experts in one module."""
+    """Return the local name of a parameter of TransformerEngine's modules.
+
+    Those modules have norms inside linears, and all experts in one module.
+    """
     name = re.sub(
         r"experts\.linear_fc(\d)\.weight(\d+)$", r"experts.local_experts.\2.linear_fc\1.weight", name
     )
@@ -39,7 +42,7 @@ def local_name(name: str) -> str:
 
 
 def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter by its local name."""
+    """Return every parameter by its local name."""
     norms = {"input_layernorm.": "self_attention.NORM", "pre_mlp_layernorm.": "mlp.NORM"}
     found = {}
     for name, parameter in model.named_parameters():
@@ -51,7 +54,7 @@ def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def through_transformer_engine(source: Path, target: Path) -> None:
-    """Load, compare with Megatron's local modules, save."""
+    """Load a checkpoint, compare it with Megatron's local modules, and save it."""
     from megatron_fdd.convert.mcore_model import build_model
     from megatron_fdd.convert.ranks import conversion_ranks
 

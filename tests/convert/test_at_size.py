@@ -1,4 +1,4 @@
-"""A model larger than a process may be: 1.1 GB over four processes of less than 1 GB, there and back."""
+"""The round trip of a model that exceeds the memory of a process: 1.1 GB over four processes of less than 1 GB."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.tier("all")
 ROOT = Path(__file__).parents[2]
 RANKS = 4
 GIGABYTE = 10**9
-# 1.1 GB in bfloat16, a quarter of which beside Python and its modules (0.55 GB) is less than a gigabyte.
+# The model has 1.1 GB in bfloat16. A quarter of it, together with Python and its modules (0.55 GB), is less than 1 GB.
 SHAPE = {
     "vocab_size": 16001,
     "hidden_size": 2048,
@@ -41,7 +41,7 @@ SHAPE = {
 
 
 def _specs(config: dict) -> list[TensorSpec]:
-    """What a model of this config holds, from the table that converts it."""
+    """List the tensors of a model with this config, from the table that converts it."""
     family = family_of(config)
     args = {**family.fixed, **family.megatron_args(config)}
     with conversion_ranks() as groups:
@@ -57,7 +57,7 @@ def _specs(config: dict) -> list[TensorSpec]:
 
 
 def _make(folder: Path) -> int:
-    """A model folder of random bits, NaNs among them, written tensor by tensor; returns its bytes."""
+    """Write a model folder of random bits, with NaNs among them, tensor by tensor; return its size in bytes."""
     config = toys.llama_config("bfloat16", **SHAPE)
     folder.mkdir()
     toys.write_json(folder / "config.json", config)
@@ -77,7 +77,7 @@ def _make(folder: Path) -> int:
 
 
 def _run(tool: str, *arguments: str | Path) -> str:
-    """The tool on four ranks; its last line. Every rank must stay below the limit."""
+    """Run the tool on four ranks and return its last line. Every rank must stay below the limit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += [str(ROOT / "tests" / "convert" / "measured_tool.py"), str(ROOT / "tools" / tool)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -97,7 +97,7 @@ def _run(tool: str, *arguments: str | Path) -> str:
 
 
 def _kill_an_export(load: Path, out: Path) -> None:
-    """SIGKILL in the middle of writing: only a hidden folder is left."""
+    """Send SIGKILL to an export while it writes, and check that only a hidden folder is left."""
     command = [
         sys.executable,
         str(ROOT / "tools" / "mcore_to_hf.py"),
@@ -123,7 +123,7 @@ def _kill_an_export(load: Path, out: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Removed at the end, for pytest keeps the folders of three sessions and this one is large."""
+    """Yield a folder and remove it at the end: it is large, and pytest keeps the folders of three sessions."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 

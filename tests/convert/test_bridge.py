@@ -1,6 +1,6 @@
-"""Conversion through Megatron-Bridge. It is not installed where these tests run: a stand-in with its calls is.
+"""Conversion through Megatron-Bridge, with a stand-in for the package, which is not installed where these tests run.
 
-What was seen with the real package stands in README.md.
+README.md reports the results with the real package.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PREDICTION = "model.layers.3.eh_proj.weight"
 
 
 def _make(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A GLM-4.5 in miniature, multi-token prediction and float32 router biases included."""
+    """Make a tiny GLM-4.5 with multi-token prediction and float32 router biases."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True)

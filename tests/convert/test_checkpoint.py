@@ -1,4 +1,4 @@
-"""The checkpoint is Megatron's own: its training code loads it at any layout, and what it saves goes back."""
+"""Checkpoints in Megatron's own format: its training code loads them at any layout, and what it saves converts back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tier("default")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of odd sizes, imported on one rank: 99 tokens padded to 128."""
+    """Make a model of odd sizes and import it on one rank, with 99 tokens padded to 128."""
     folder = tmp_path_factory.mktemp("saved")
     run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": folder, "variant": "plain"})
     return folder
@@ -77,7 +77,7 @@ def test_export_at_another_layout(saved: Path, tmp_path: Path, ranks: int) -> No
 
 
 def _world_alone(saved: Path, back: Path) -> None:
-    """Without Megatron's parallel state, which the conversion then makes and takes down."""
+    """Convert without Megatron's parallel state, so that the conversion makes it and ends it."""
     from megatron.core import parallel_state
 
     convert.mcore_to_hf(saved / "mcore", back, dtype="bfloat16")
@@ -117,7 +117,7 @@ def test_args_are_complete_and_plain(tmp_path: Path) -> None:
 
 
 def _train_a_step(saved: Path, out: Path) -> torch.Tensor:
-    """One optimizer step, saved by Megatron's own function; returns the trained model's logits."""
+    """Do one optimizer step and save it with Megatron's own function; return the trained model's logits."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.training.checkpointing import save_checkpoint
@@ -130,7 +130,7 @@ def _train_a_step(saved: Path, out: Path) -> torch.Tensor:
     wrapped(toys.TOKENS, torch.arange(length)[None], mask, labels=toys.TOKENS).mean().backward()
     wrapped.finish_grad_sync()
     optimizer.step()
-    args.vocab_size = None  # as a run has it that takes the padded size from the checkpoint
+    args.vocab_size = None  # as in a run that takes the padded size from the checkpoint
     save_checkpoint(1, [wrapped], optimizer, None, 0)
     return mcore.logits(model, toys.TOKENS)[..., :99]
 
@@ -165,7 +165,7 @@ LOCAL_NORM, ENGINE_NORM = NORM.format("mlp.linear_fc1.layer_norm_"), NORM.format
 
 
 def _forget(checkpoint: Path, key: str) -> None:
-    """As if the checkpoint had been written without this tensor."""
+    """Change the checkpoint as if it had been written without this tensor."""
     path = checkpoint / ".metadata"
     index = pickle.loads(path.read_bytes())
     del index.state_dict_metadata[key]
@@ -183,7 +183,7 @@ def test_the_norm_before_experts_has_the_names_of_both_implementations(tmp_path:
     stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     assert {LOCAL_NORM, ENGINE_NORM} <= set(stored)
     assert "decoder.layers.input_layernorm.weight" not in stored
-    # A run with the one implementation saves its own name only.
+    # A run with one implementation saves only that implementation's name.
     _forget(checkpoint, LOCAL_NORM if kept == ENGINE_NORM else ENGINE_NORM)
     model, _ = mcore.from_own_args(tmp_path / "mcore")
     expected = toys.hf_logits(tmp_path / "source", toys.TOKENS)
@@ -198,7 +198,7 @@ def test_the_norm_before_experts_has_the_names_of_both_implementations(tmp_path:
 
 @distributed(tp=1)
 def test_weights_that_the_table_does_not_know(tmp_path: Path) -> None:
-    """A bias that the args deny: listed, not left out."""
+    """A bias that the args exclude is listed, not left out."""
     mcore.make_checkpoint(tmp_path, "qwen2")
     model, args = mcore.from_own_args(tmp_path / "mcore")
     args.add_qkv_bias = False

@@ -1,4 +1,4 @@
-"""A checkpoint without weights: the arguments of a real one, good for planning and for nothing else."""
+"""A checkpoint without weights: it has the arguments of a real one, and serves only for planning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.tier("default")
 
 
 def _both(folder: Path) -> None:
-    """Body on every rank: with weights, and of a folder that has none."""
+    """Convert, on every rank, a folder with weights, and then its config after the weights are gone."""
     source = folder / "source"
     convert.hf_to_mcore(source, folder / "whole", vocabulary_divisor=64)
     (source / SINGLE_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Where the model types shaped like Llama differ: windows, experts, biases, and a student of some layers."""
+"""Differences between the model types shaped like Llama: windows, experts, biases, and a student of some layers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_absent_windows_are_those_of_transformers() -> None:
     del mistral["sliding_window"]
     assert _args(mistral)["window_size"] == (4095, 0)
     qwen = toys.llama_config("qwen2_window")
-    del qwen["sliding_window"], qwen["max_window_layers"]  # 28: beyond these three layers
+    del qwen["sliding_window"], qwen["max_window_layers"]  # the default, 28, is beyond these three layers
     assert _args(qwen)["window_size"] is None
     assert (
         _args(toys.llama_config("qwen2_window", max_window_layers=0, sliding_window=None))["window_size"]
@@ -79,7 +79,7 @@ def test_a_student_of_some_layers(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["qwen2_window", "qwen3_types", "mixtral", "qwen3_moe_mixed"])
 def test_a_trained_checkpoint_of_another_shape(variant: str) -> None:
-    """The args of a run that started from other windows, experts and depth than the seed config says."""
+    """The args come from a run with other windows, experts and depth than the seed config says."""
     seed = toys.llama_config(variant)
     changes = {"num_layers": 4, "window_size": (2, 0), "window_attn_skip_freq": [1, 1, 1, 1]}
     if variant.startswith("qwen"):

@@ -1,4 +1,4 @@
-"""Model types that are not converted: each refusal says why, and what is."""
+"""Model types that cannot be converted: each refusal says why, and which types can be."""
 
 from __future__ import annotations
 

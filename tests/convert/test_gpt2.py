@@ -1,4 +1,4 @@
-"""GPT-2: logits, bytes, both ways of naming tensors, and what a config may not say."""
+"""GPT-2: logits, bytes, both ways of naming tensors, and the config values that are refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_names_without_the_prefix_as_the_hub_has_them(tmp_path: Path) -> None:
     source = toy_gpt2.make_gpt2(tmp_path / "source")
     expected = toy_gpt2.strip_prefix(source)
     folders = _convert(tmp_path)
-    # The export's names are those that save_pretrained writes; the masks are no weights.
+    # The export has the names that save_pretrained writes; the masks are not weights.
     assert toys.tensor_hashes(folders["back"]) == expected
     assert torch.equal(toys.hf_logits(source, toys.TOKENS), toys.hf_logits(folders["back"], toys.TOKENS))
 

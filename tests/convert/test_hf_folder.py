@@ -1,4 +1,4 @@
-"""Reading sharded folders lazily, writing shards, and folders that are whole or not there."""
+"""Lazy reading of sharded folders, writing of shards, and folders that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> Non
 
 
 def test_one_file_comes_before_an_index(tmp_path: Path) -> None:
-    """As in transformers, whose save_pretrained removes old shards and leaves their index."""
+    """The folder is like one of transformers, whose save_pretrained removes old shards and leaves their index."""
     folder = _write(tmp_path / "out", 96)
     save_file({"z": torch.ones(2)}, folder / "model.safetensors")
     assert list(HfFolder(folder).tensors) == ["z"]
@@ -158,7 +158,7 @@ def test_weights_that_do_not_match_the_config(tmp_path: Path, change: dict, mess
     with pytest.raises(ValueError, match=message):
         convert.hf_to_mcore(folder, tmp_path / "mcore")
     assert not (tmp_path / "mcore").exists()
-    # A GPTModel leaves them behind, and a run that this process starts would stop at them.
+    # A GPTModel leaves these variables behind, and they would stop a run that this process starts.
     assert not [name for name in os.environ if name.startswith("NVTE_")]
 
 

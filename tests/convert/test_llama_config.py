@@ -1,4 +1,4 @@
-"""config.json <-> Megatron args of the Llama family: both spellings, the way back, and every refusal."""
+"""Conversion between config.json and Megatron args of the Llama family: both spellings, both ways, and all refusals."""
 
 from __future__ import annotations
 

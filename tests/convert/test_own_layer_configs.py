@@ -1,4 +1,4 @@
-"""Families with layers of their own: both spellings of their configs, what is refused, and the table of layers."""
+"""Families with their own layers: both spellings of their configs, all refusals, and the table of layers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
     got = family_of(seed).hf_config(seed, Namespace(**args))
     assert _args(got) == args
     assert ("rope_local_base_freq" in got) != written
-    assert Gemma3TextConfig(**got).rope_parameters == {  # transformers reads it so, too
+    assert Gemma3TextConfig(**got).rope_parameters == {  # transformers reads it in the same way
         "full_attention": {"rope_type": "default", "rope_theta": 70000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
     }
@@ -142,7 +142,7 @@ def test_unknown_layers() -> None:
         build_config(args)
     with pytest.raises(ValueError, match="the teacher's layers are those of 'os.system'.*gemma3_text, olmo2"):
         check_layers(Model(Role.TEACHER, args, None))
-    args.fdd_layer_spec = "llama"  # a family, but one without layers of its own
+    args.fdd_layer_spec = "llama"  # a family, but without its own layers
     with pytest.raises(ValueError, match="'llama', which no family here has"):
         check_layers(Model(Role.STUDENT, args, None))
     args.fdd_layer_spec, args.spec = "olmo2", ["some.module", "layers"]
@@ -167,7 +167,7 @@ def test_a_family_is_added_once() -> None:
 
 
 def test_the_norm_rounds_where_gemma_does() -> None:
-    """In bf16 bit for bit: 1 + weight is not rounded, nor the normed value before the gain."""
+    """The norm agrees bit for bit in bf16: neither 1 + weight nor the normed value before the gain is rounded."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=64,

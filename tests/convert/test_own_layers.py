@@ -1,4 +1,4 @@
-"""Families with layers of their own: taps, the lens and every gradient are those of transformers."""
+"""Families with their own layers: taps, the lens and every gradient agree with transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.oracle.models import full_gradients
 pytestmark = pytest.mark.tier("default")
 VARIANTS = ("olmo2", "gemma3_text")
 VOCABULARY = toys.SHAPE["vocab_size"]
-# Of the largest gradient of a parameter, which is a sum over all tokens.
+# A fraction of the largest gradient of a parameter; a gradient is a sum over all tokens.
 GRADIENT_TOLERANCE = 1e-5
 
 
@@ -29,7 +29,7 @@ def _reference(source: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
-    model.get_input_embeddings().padding_idx = None  # whose row would get no gradient
+    model.get_input_embeddings().padding_idx = None  # the padding row would get no gradient
     return model
 
 
@@ -44,7 +44,7 @@ def _batch(tokens_BS: torch.Tensor, packed: PackedSeqParams | None = None) -> Ba
 @pytest.mark.parametrize("variant", VARIANTS)
 @distributed(tp=1)
 def test_taps_and_lens(tmp_path: Path, variant: str) -> None:
-    """The lens of an inner layer is the model's own final norm and head, 1 + weight and tied embeddings among it."""
+    """The lens of an inner layer is the model's own final norm and head, including 1 + weight and tied embeddings."""
     mcore.make_checkpoint(tmp_path, variant)
     model, _ = mcore.from_own_args(tmp_path / "mcore")
     reference = _reference(tmp_path / "source")
@@ -64,7 +64,7 @@ def test_taps_and_lens(tmp_path: Path, variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @distributed(tp=1)
 def test_packed_documents(tmp_path: Path, variant: str) -> None:
-    """Two documents in one row are what they are alone."""
+    """Two documents in one row give the same result as each document alone."""
     mcore.make_checkpoint(tmp_path, variant)
     model, _ = mcore.from_own_args(tmp_path / "mcore")
     documents = toys.TOKENS[:, :20]
@@ -78,7 +78,10 @@ def test_packed_documents(tmp_path: Path, variant: str) -> None:
 
 
 def _gradients(folder: Path, sequence_parallel: bool) -> dict[str, torch.Tensor]:
-    """Body on a rank: of a sum of all logits times fixed random numbers, by Megatron's names for whole parameters."""
+    """Return, on one rank, the gradients of a sum of all logits times fixed random numbers.
+
+    Their keys are Megatron's names for whole parameters.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 

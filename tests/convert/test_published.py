@@ -1,4 +1,4 @@
-"""The configs of published models: understood, and of the size that they are said to have."""
+"""The configs of published models: the conversion understands them and finds the published sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAME |= {"transformers_version": "4.51.0", "use_cache": True, "tie_word_embeddi
 
 
 def _count_parameters(config: dict[str, Any]) -> int:
-    """Body on a rank: elements that the table exports, and that Megatron agrees on the names."""
+    """Count, on one rank, the elements that the table exports, and check that Megatron has the same names."""
     family = family_of(config)
     architecture = family.megatron_args(config)
     with conversion_ranks() as groups:
@@ -35,10 +35,10 @@ def _count_parameters(config: dict[str, Any]) -> int:
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
-        ("Llama-3.2-1B", 1498.5),  # 1,236 with its tied embeddings, which this config unties
+        ("Llama-3.2-1B", 1498.5),  # 1,236 with the tied embeddings, which this config unties
         ("Mistral-7B-v0.1", 7241.7),
         ("Qwen2.5-7B", 7615.6),
-        ("Qwen3-1.7B", 2031.7),  # 1,721 tied
+        ("Qwen3-1.7B", 2031.7),  # 1,721 with tied embeddings
         ("Mixtral-8x7B-v0.1", 46702.8),
         ("Qwen3-30B-A3B", 30532.1),
         ("OLMo-2-0425-1B", 1484.9),
@@ -47,6 +47,6 @@ def _count_parameters(config: dict[str, Any]) -> int:
     ],
 )
 def test_published_models(name: str, millions: float) -> None:
-    """Their configs are understood, and the tables hold as many parameters as they are said to have."""
+    """The conversion understands their configs, and the tables have the published numbers of parameters."""
     [count] = run_on_ranks(_count_parameters, Layout(ranks=1), {"config": PUBLISHED[name]})
     assert count / 1e6 == pytest.approx(millions, abs=0.1)

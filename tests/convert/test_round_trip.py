@@ -1,4 +1,4 @@
-"""HF -> Megatron -> HF on live ranks, imported and exported at the same layout: logits, bytes, configs."""
+"""Round trips HF -> Megatron -> HF on live ranks, with one layout for import and export: logits, bytes, configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers a student keeps, and the folder it becomes."""
+"""The layers that a student keeps, and the folder that is written for it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_layer_lists() -> None:
         "": "neither",
         "1-": "'1-'",
         "28-30": "28-30 must lie within the teacher's 0-29",
-        "0-9999999999": "0-9999999999 must lie",  # a list of them fills the memory
+        "0-9999999999": "0-9999999999 must lie",  # a list of these numbers would fill the memory
     }.items():
         with pytest.raises(ValueError, match=message):
             convert.parse_layers(text, 30)
@@ -74,7 +74,7 @@ def test_a_student_is_the_chosen_layers(tmp_path: Path, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["qwen2_window", "qwen3_types", "mixtral", "qwen3_moe_mixed"])
 def test_a_student_of_layers_that_differ(tmp_path: Path, variant: str) -> None:
-    """The layer in the middle is the one without experts or with another window."""
+    """The middle layer is the one without experts, or the one with another window."""
     teacher = toys.make_llama(tmp_path / "teacher", variant)
     convert.init_student(teacher, [1, 2], tmp_path / "student")
     config = toys.read_json(tmp_path / "student" / "config.json")

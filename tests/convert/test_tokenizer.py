@@ -1,4 +1,4 @@
-"""The copy of a tokenizer beside a checkpoint: its files, its identity, and a class that does what they say."""
+"""The copy of a tokenizer beside a checkpoint: its files, its identity, and a class that does what the files say."""
 
 from __future__ import annotations
 

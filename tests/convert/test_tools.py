@@ -1,4 +1,4 @@
-"""The three tools as a user runs them, and what they say when something is wrong."""
+"""The three tools as a user runs them, and their messages when something is wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def _main(tool: str, *words: str) -> int:
-    """The exit status of a tool's command in this process."""
+    """Run a tool's command in this process and return its exit status."""
     command = importlib.import_module(f"megatron_fdd.cli.{tool}").command
     with pytest.raises(SystemExit) as stopped:
         command(list(words))
@@ -91,7 +91,7 @@ def test_a_plan_comes_from_our_tables(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 class _StopError(BaseException):
-    """Stands for whatever ends a process half-way."""
+    """A stand-in for anything that ends a process before it is done."""
 
 
 @distributed(tp=1)
@@ -145,7 +145,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
 
 
 def _without_vocab_size(load: Path, save: Path) -> None:
-    """The same weights as a run leaves them that was told nothing but the padded size."""
+    """Save the same weights as a run does that knows only the padded size of the vocabulary."""
     model, args = mcore.from_own_args(load)
     args.vocab_size = args.tokenizer_model = None
     mcore.save(save, model, args)
@@ -210,14 +210,14 @@ def test_a_flipped_bit_in_a_folder_with_checksums(tmp_path: Path) -> None:
 
 
 def _import_and_remove(folder: Path) -> None:
-    """The undamaged folder is taken."""
+    """The undamaged folder is accepted."""
     convert.hf_to_mcore(folder / "hf", folder / "mcore")
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(folder / "mcore")
 
 
 def _apart(folder: Path) -> None:
-    """Each rank has a file system of its own, and the second a folder that a killed run left."""
+    """Each rank has its own file system, and the second one has a folder that a killed run left."""
     rank = torch.distributed.get_rank()
     own = folder / f"node{rank}"
     (own / ".out.incomplete").mkdir(parents=True)
@@ -235,7 +235,7 @@ def test_folders_that_ranks_do_not_share(tmp_path: Path) -> None:
 
 
 def _fail_on_one_rank(folder: Path, place: str, rank: int) -> None:
-    """An error of one rank alone is every rank's error, and nothing is left over."""
+    """An error on one rank becomes every rank's error, and no files are left."""
     message = "RuntimeError: the disk of one rank"
     failing = torch.distributed.get_rank() == rank
     effect = {"side_effect": RuntimeError("the disk of one rank")} if failing else {}
@@ -265,7 +265,7 @@ FAILURES = [
 @pytest.mark.tier("default")
 @pytest.mark.parametrize(("place", "rank"), FAILURES)
 def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, place: str, rank: int) -> None:
-    # Biases that the model lacks are read by every rank, so that reading fails before writing.
+    # Every rank reads the biases that the model lacks, so that reading fails before writing.
     run_on_ranks(mcore.make_checkpoint, Layout(tp=1), {"folder": tmp_path, "variant": "attention_bias"})
     arguments = {"folder": tmp_path, "place": place, "rank": rank}
     run_on_ranks(_fail_on_one_rank, Layout(ranks=2), arguments)
@@ -273,7 +273,7 @@ def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, place: str, rank:
 
 @distributed(tp=1)
 def test_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
-    """A float32 norm among bfloat16 weights: no rounding that nobody asked for."""
+    """A float32 norm among bfloat16 weights is not rounded unless the user asks for it."""
     mcore.make_checkpoint(tmp_path, "bfloat16")
     model, args = mcore.from_own_args(tmp_path / "mcore")
     norm = model.decoder.final_layernorm.weight
@@ -289,9 +289,7 @@ def test_a_checkpoint_of_two_dtypes(tmp_path: Path) -> None:
 def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with new_folder(
-        tmp_path / "link", "--save"
-    ) as unfinished:  # as if the name behind the link had been given
+    with new_folder(tmp_path / "link", "--save") as unfinished:  # as if the target of the link had been given
         (unfinished / "config.json").touch()
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["config.json"]
     with mock.patch("os.path.ismount", return_value=True), pytest.raises(ValueError, match="mount point"):
@@ -302,7 +300,7 @@ def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
     "error", [OSError(28, "No space left on device"), RuntimeError("inline_container.cc: pos")]
 )
 def test_a_full_disk_is_named_with_its_flag(tmp_path: Path, error: Exception) -> None:
-    """torch's writer tells it in words of its own, and dist_checkpointing without either's type."""
+    """torch's writer reports it in its own words, and dist_checkpointing hides the type of both errors."""
     source, new = toys.make_llama(tmp_path / "source"), tmp_path / "new"
     with (
         mock.patch("megatron_fdd.convert.streaming_save._write_item", side_effect=error),
@@ -327,7 +325,7 @@ def test_a_full_disk_is_named_with_its_flag(tmp_path: Path, error: Exception) ->
 
 @pytest.mark.tier("default")
 def test_a_file_that_found_no_room_does_not_crash_the_end(tmp_path: Path) -> None:
-    """torch's broken writer does when Python collects it."""
+    """torch's broken writer would crash when Python collects it."""
     source = toys.make_llama(tmp_path / "source", tokenizer=False)
     words = ["import", "--hf-model", str(source), "--save", str(tmp_path / "new"), "--config-only"]
     script = (

@@ -1,7 +1,7 @@
-"""A checkpoint is one and the same for Megatron's local and for TransformerEngine's modules, both ways.
+"""Checkpoints that are the same for Megatron's local modules and for TransformerEngine's modules, in both directions.
 
-TransformerEngine puts norms into linears and experts into one module, under other parameter names. Without it, its
-Python as in `tests/transformer_engine`: nothing is computed here.
+TransformerEngine puts norms into linears and experts into one module, under other parameter names. If it is not
+installed, the tests use only its Python code, as `tests/transformer_engine` does: nothing is computed here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layouts against their definition, written out element by element."""
+"""Comparison of the layouts with their definition, which is written out element by element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny GPT-2 models made on the spot."""
+"""Tiny GPT-2 models that the tests make."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
-    """The config.json of a variant."""
+    """Return the config.json of a variant."""
     return {**SHAPE, **VARIANTS[variant], **changes}
 
 
 def make_gpt2(folder: Path, variant: str = "plain", **changes: Any) -> Path:
-    """A model folder with every weight random (norms and biases too), written by transformers' own module."""
+    """Make a model folder in which all weights are random (norms and biases too), with transformers' own module."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True)
@@ -65,7 +65,7 @@ def make_gpt2(folder: Path, variant: str = "plain", **changes: Any) -> Path:
 
 
 def strip_prefix(folder: Path) -> dict[str, str]:
-    """Rewrite the file as the hub's gpt2 has it: no `transformer.`, and masks as buffers. Returns the old hashes."""
+    """Rewrite the file like the hub's gpt2: no `transformer.`, and masks as buffers. Return the old hashes."""
     from safetensors.torch import load_file
 
     hashes = toys.tensor_hashes(folder)

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers made on the spot, and what the conversion tests compare."""
+"""Tiny models and tokenizers that the tests make, and the values that the conversion tests compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-# Six divides everything, so that 1, 2 and 3 ranks can share it; nothing is hidden / heads, vocab is odd.
+# Six divides all sizes that 1, 2 and 3 ranks share; head_dim is not hidden / heads, and the vocabulary is odd.
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -30,8 +30,8 @@ SHAPE: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 TOKENS = torch.randint(0, SHAPE["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
-# float32 rounding of logits of size 1 through three layers; a wrong rope factor is off by 100 times as much.
-LOGIT_TOLERANCE = 3e-5  # 1.0e-5 was met on one kind of processor
+# Rounding of float32 logits of size 1 through three layers; a wrong rope factor causes an error 100 times as large.
+LOGIT_TOLERANCE = 3e-5  # 1.0e-5 was measured on one kind of processor
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"torch_dtype": "bfloat16"},
     "float16": {"torch_dtype": "float16"},
     "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
-    # AttentionWindows are shorter than the texts.
+    # The windows are shorter than the texts.
     "mistral_window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7},
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen2_window": {
@@ -94,7 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "max_window_layers": 3,
     },
-    # One dense layer, and weights of a token's experts that do not sum to 1.
+    # This variant has one dense layer, and the weights of a token's experts do not sum to 1.
     "qwen3_moe_mixed": {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -107,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
     },
     "olmo2": {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]},
-    # A width for the scale of attention that is not the head's; layers with a window have a rotary base of their own.
+    # The width in the scale of attention is not the head's, and layers with a window have their own rotary base.
     "gemma3_text": {
         "model_type": "gemma3_text",
         "architectures": ["Gemma3ForCausalLM"],
@@ -127,17 +127,17 @@ MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed")
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
-    """The config.json of a variant."""
+    """Return the config.json of a variant."""
     return {**SHAPE, **VARIANTS[variant], **changes}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON file."""
+    """Write one JSON file."""
     path.write_text(json.dumps(value, indent=2))
 
 
 def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, **changes: Any) -> Path:
-    """A model folder with every weight random (norms and biases too), written by transformers' own module."""
+    """Make a model folder in which all weights are random (norms and biases too), with transformers' own module."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True)
@@ -149,7 +149,7 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
     for name, parameter in model.named_parameters():
         parameter.data = torch.randn(parameter.shape) * 0.15 + one * ("norm" in name)
     model.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder)
-    write_json(folder / "config.json", config)  # as it was, without what transformers adds
+    write_json(folder / "config.json", config)  # the original, without what transformers adds
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})
     if tokenizer:
         make_tokenizer(folder)
@@ -157,7 +157,7 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
 
 
 def make_tokenizer(folder: Path, added: tuple[str, ...] = ("<|chat|>",), vocab_size: int = 90) -> None:
-    """A byte-pair tokenizer trained on a few lines, in the files that transformers reads."""
+    """Make a byte-pair tokenizer, trained on a few lines, in the files that transformers reads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     lines = [
@@ -179,7 +179,7 @@ def make_tokenizer(folder: Path, added: tuple[str, ...] = ("<|chat|>",), vocab_s
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
-    """Dtype, shape and SHA-256 of the bytes of every tensor in a folder's safetensors files."""
+    """Return dtype, shape and SHA-256 of the bytes of every tensor in a folder's safetensors files."""
     hashes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -192,7 +192,7 @@ def tensor_hashes(folder: Path) -> dict[str, str]:
 
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """transformers' logits in float32, eager attention."""
+    """Return transformers' logits in float32, with eager attention."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -201,5 +201,5 @@ def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def read_json(path: Path) -> Any:
-    """One JSON file."""
+    """Read one JSON file."""
     return json.loads(path.read_text())

@@ -1,6 +1,6 @@
-"""The families that can be converted, and why some that people ask for can not.
+"""The families that can be converted, and the reasons why some requested ones cannot.
 
-`add_family` adds one from outside of this package (docs/extend/family.md).
+`add_family` adds a family from outside this package (docs/extend/family.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ALL = (
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
-# What these have and Megatron's arguments (0.19.2) cannot describe; nobody has written a layer specification.
+# Parts of these models that Megatron's arguments (0.19.2) cannot describe; nobody has written a layer specification.
 _GATED_GELU = "an MLP gated by GELU with tanh"
 _SCALED_EMBEDDING = "embeddings times sqrt(hidden_size)"
 _NORM_OF_ONE_PLUS_W = "norms that scale by 1 + weight"
@@ -39,19 +39,19 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "bloom": ("ALiBi instead of positions",),
     "opt": ("positions that start at 2", "ReLU"),
 }
-# A GPTModel can express these; nobody has written and tested the table.
+# Model types that a GPTModel can express, but nobody has written and tested their tables.
 NO_TABLE = ("deepseek_v2", "phi3", "smollm3", "starcoder2")
-# These neither, but Megatron-Bridge converts them; `bridge.CHECKED` says what was compared.
+# Model types that also have no table, but that Megatron-Bridge converts; `bridge.CHECKED` says what was compared.
 VIA_BRIDGE = ("deepseek_v3", "glm4_moe", "gpt_oss", "nemotron")
 
 
 def add_family(family: Family) -> None:
     """Add a family, so that its models can be converted and trained.
 
-    Checkpoints name its `layer_spec`, if it has one, by its model type.
+    If the family has a `layer_spec`, checkpoints name it by the model type.
 
     Raises:
-        ValueError: there is a family for this model type already.
+        ValueError: this model type has a family already.
     """
     if family.model_type in FAMILIES:
         raise ValueError(f"there is a family for the model type {family.model_type!r} already; add it once")
@@ -67,10 +67,10 @@ for _family in _ALL:
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family that a config.json belongs to.
+    """Find the family that a config.json belongs to.
 
     Raises:
-        ValueError: no family has this `model_type`; with the reason where it is known.
+        ValueError: no family has this `model_type`; the message gives the reason if it is known.
     """
     model_type = config.get("model_type")
     if model_type in FAMILIES:

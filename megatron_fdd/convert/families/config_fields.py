@@ -1,4 +1,4 @@
-"""What all families say alike: fields of config.json that mean nothing, and Megatron args that no family sets."""
+"""Rules that all families share: fields of config.json that mean nothing, and Megatron args that no family sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_fdd.convert.families.family import refuse_field
 
-# Fields that leave a model's function alone.
+# Fields that do not change a model's function.
 _HARMLESS = {
     "model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "transformers.js_config",
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "_name_or_path", "id2label",
@@ -15,7 +15,7 @@ _HARMLESS = {
     "problem_type", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "is_decoder",
     "task_specific_params", "gradient_checkpointing",
 }  # fmt: skip
-# Fields that change the function, each with the values under which it does not.
+# Fields that can change the function, each with the values at which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "chunk_size_feed_forward": (0,),
@@ -23,7 +23,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({}, None),
 }
-# Megatron args at which a GPTModel is what all these families are.
+# Megatron args with which a GPTModel is the plain model that all these families share.
 PLAIN_MODEL: Mapping[str, Any] = {
     "add_position_embedding": True,
     "no_rope_freq": None,
@@ -60,10 +60,10 @@ def check_fields(
 
     Args:
         mapped: fields that the family reads.
-        harmless, neutral: the family's own, beside those of all families.
+        harmless, neutral: the family's own fields, in addition to those of all families.
 
     Raises:
-        ValueError: names the field.
+        ValueError: there is such a field; the message names it.
     """
     neutral = {**_NEUTRAL, **neutral}
     for field, values in neutral.items():

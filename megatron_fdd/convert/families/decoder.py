@@ -1,4 +1,4 @@
-"""What the families shaped like Llama share: RMSNorm, rotary positions, SwiGLU, grouped queries.
+"""The common part of the families shaped like Llama: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
 A `Dialect` says where a model type differs; the rest of this module translates its config.json in both directions.
 """
@@ -18,7 +18,7 @@ from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs,
 from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 from megatron_fdd.host.layer_specs import OPTIONS
 
-# Fields that change the function, each with the values under which it does not.
+# Fields that can change the function, each with the values at which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "pretraining_tp": (1, None),
@@ -68,7 +68,7 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
 
 
 def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
-    """config.json -> shape, everything not understood refused."""
+    """Read the shape from config.json, and refuse everything that is not understood."""
     config = {**dialect.defaults, **dialect.flatten(raw)}
     _check_fields(dialect, config)
     derived = {
@@ -131,7 +131,7 @@ def _read_experts(dialect: Dialect, config: Mapping[str, Any], layers: int) -> E
 
 
 def _sparse_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """For each layer whether it has experts, by Qwen's two fields; without them all have."""
+    """Find which layers have experts, by Qwen's two fields; without these fields every layer has experts."""
     step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
@@ -165,7 +165,7 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
 
 
 def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> DecoderShape:
-    """Megatron's args -> shape. What Megatron does not keep (which of two biases, tokens) is the seed's."""
+    """Read the shape from Megatron's args. What Megatron does not keep (which of two biases, tokens) is the seed's."""
     biased = args.add_bias_linear
     if args.add_qkv_bias != (biased or dialect.qkv_bias) or (biased and dialect.qkv_bias):
         alone = args.add_qkv_bias and not biased
@@ -207,7 +207,7 @@ def _keep_layers(dialect: Dialect, config: HfConfig, layers: Sequence[int]) -> H
 
 
 def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: DecoderShape) -> HfConfig:
-    """`seed` with the fields in which the two shapes differ; the others stay as they are spelled."""
+    """Return `seed` with new values where the two shapes differ; the other fields keep their spelling."""
     if before == after:
         return dict(seed)
     config = dialect.flatten(seed)
@@ -270,7 +270,7 @@ def _write_experts(dialect: Dialect, config: HfConfig, before: Experts, after: E
 
 
 def decoder_family(dialect: Dialect) -> Family:
-    """The family that a dialect describes."""
+    """Make the family that a dialect describes."""
     fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
     if dialect.experts:
         del fixed["num_experts"]

@@ -1,4 +1,4 @@
-"""The table of a Llama-like model: which tensors lie in which Megatron parameter."""
+"""The table of a Llama-like model: the Hugging Face tensors that each Megatron parameter holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_fdd.convert.families.transforms import GroupedQkv, Stacked
 
 
 def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
-    """Every parameter, in the order of an export."""
+    """Return the rows of all parameters, in the order of an export."""
     rows = [WeightRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary=True)]
     for layer in range(shape.num_hidden_layers):
         first, *others = _norm_rows(dialect, layer)
@@ -36,7 +36,7 @@ def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[W
     qkv = GroupedQkv(shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
     rows = []
     for kind in ("weight", "bias"):
-        # Megatron has all biases or those of query, key and value; what the model lacks of them is 0.
+        # Megatron has all biases, or those of query, key and value; the ones that the model lacks are 0.
         in_megatron = kind == "weight" or shape.attention_bias or shape.mlp_bias
         present = kind == "weight" or shape.attention_bias
         names = tuple(f"{hf}self_attn.{part}_proj.{kind}" for part in "qkvo")

@@ -1,4 +1,4 @@
-"""What is said of a Llama-like model by config.json and by Megatron's args alike, and how model types differ."""
+"""The shape of a Llama-like model, which config.json and Megatron's args both describe, and how model types differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_fdd.convert.families.family import HfConfig, MegatronArgs
 from megatron_fdd.convert.families.rope import Rope
 from megatron_fdd.host.layer_specs import LayerSpec
 
-# What transformers assumes, in all of these model types, for a field that config.json leaves out.
+# Values that transformers assumes, in all these model types, for fields that config.json leaves out.
 COMMON_DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -23,20 +23,20 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 NO_BIASES: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
-# A layer's norms of the hidden state: Megatron's name, Hugging Face's.
+# A layer's norms of the hidden state: Megatron's name and Hugging Face's name.
 NORMS_BEFORE = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertNaming:
-    """Where a model type keeps its experts.
+    """The names under which a model type keeps its experts.
 
     Attributes:
-        block: the module that stands in the place of the MLP.
+        block: the module that replaces the MLP.
         projections: names of gate, up and down in an expert.
         count_fields: config.json fields that may hold the number of experts, the usual one first.
         width_field: config.json field with the width of one expert.
-        mixed: layers may be dense; then their width is `intermediate_size`.
+        mixed: whether layers may be dense; their width is then `intermediate_size`.
     """
 
     block: str
@@ -48,21 +48,21 @@ class ExpertNaming:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Where a model type differs from the others shaped like Llama.
+    """The differences between a model type and the others shaped like Llama.
 
     Attributes:
-        defaults: what transformers assumes for a field that config.json leaves out.
-        neutral: further fields that change the function, with the values under which they do not.
-        harmless: further fields that leave it alone.
-        qkv_bias: query, key and value have biases and nothing else has.
-        qk_norm: queries and keys are normalised, per head unless the layer specification says otherwise.
-        window_fields: the config.json fields that describe sliding windows; none: it has none.
-        norms: a layer's norms of the hidden state, by Megatron's name and by Hugging Face's.
+        defaults: values that transformers assumes for fields that config.json leaves out.
+        neutral: further fields that can change the function, with the values at which they do not.
+        harmless: further fields that do not change the function.
+        qkv_bias: whether query, key and value have biases, and nothing else has.
+        qk_norm: whether queries and keys are normalised, per head unless the layer specification says otherwise.
+        window_fields: the config.json fields that describe sliding windows; empty if the model type has no windows.
+        norms: a layer's norms of the hidden state, by Megatron's name and by Hugging Face's name.
         fixed: Megatron args that differ from those of the others.
         layer_spec: the layers, if they are not Megatron's own.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
-        flatten: gives config.json the spelling that is read here. `restore` goes back, for a changed config.
+        flatten: gives config.json the spelling that this module reads. `restore` reverts it, for a changed config.
     """
 
     model_type: str
@@ -95,7 +95,7 @@ class AttentionWindows:
     """Sliding windows of attention.
 
     Attributes:
-        size: tokens that a query sees, itself included; None: all before it.
+        size: number of tokens that a query sees, including its own; None if it sees all earlier tokens.
         slides: for each layer, whether it has the window.
     """
 
@@ -103,7 +103,7 @@ class AttentionWindows:
     slides: tuple[bool, ...]
 
     def megatron_args(self) -> MegatronArgs:
-        """Argparse destinations and values. Megatron counts the tokens on the left of the query."""
+        """Return argparse destinations and values. Megatron counts the tokens on the left of the query."""
         if self.size is None or not any(self.slides):
             return {"window_size": None, "window_attn_skip_freq": None}
         return {
@@ -113,7 +113,7 @@ class AttentionWindows:
 
     @classmethod
     def of_args(cls, args: Namespace) -> AttentionWindows:
-        """From Megatron's args. ValueError for windows that look ahead."""
+        """Read the windows from Megatron's args. ValueError if windows look ahead."""
         if args.window_size is None:
             return cls(None, (False,) * args.num_layers)
         left, right = args.window_size
@@ -122,7 +122,7 @@ class AttentionWindows:
         rule = args.window_attn_skip_freq
         if rule is None:
             slides = [True] * args.num_layers
-        elif isinstance(rule, int):  # every so many layers one without
+        elif isinstance(rule, int):  # one layer in every `rule` has no window
             slides = [(layer + 1) % rule != 0 for layer in range(args.num_layers)]
         else:
             slides = [bool(one) for one in rule]
@@ -130,7 +130,7 @@ class AttentionWindows:
 
     @property
     def effective(self) -> AttentionWindows:
-        """Without a size that no layer uses."""
+        """The windows, without a size that no layer uses."""
         return self if any(self.slides) else AttentionWindows(None, self.slides)
 
 
@@ -139,10 +139,10 @@ class Experts:
     """A mixture of experts.
 
     Attributes:
-        count: experts in a layer.
-        per_token: experts that a token goes to.
-        width: of one expert.
-        normalised: the weights of a token's experts sum to 1.
+        count: number of experts in a layer.
+        per_token: number of experts that process a token.
+        width: the width of one expert.
+        normalised: whether the weights of a token's experts sum to 1.
         sparse: for each layer, whether it has experts.
     """
 
@@ -153,19 +153,19 @@ class Experts:
     sparse: tuple[bool, ...]
 
     def megatron_args(self) -> MegatronArgs:
-        """Argparse destinations and values."""
+        """Return argparse destinations and values."""
         return {
             "num_experts": self.count,
             "moe_router_topk": self.per_token,
             "moe_ffn_hidden_size": self.width,
-            # The softmax over a token's experts alone is that over all, normalised.
+            # The softmax over a token's experts alone equals the normalised softmax over all experts.
             "moe_router_pre_softmax": not self.normalised,
             "moe_layer_freq": 1 if all(self.sparse) else [int(sparse) for sparse in self.sparse],
         }
 
     @classmethod
     def of_args(cls, args: Namespace) -> Experts:
-        """From Megatron's args. ValueError when they describe a dense model."""
+        """Read the experts from Megatron's args. ValueError if they describe a dense model."""
         if args.num_experts is None:
             raise ValueError("the checkpoint has no experts, and the Hugging Face config has")
         rule = args.moe_layer_freq
@@ -182,7 +182,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """What both sides say about a model, under the names of config.json; `own`: its dialect's `own_fields`."""
+    """The description of a model that both sides give, under the names of config.json; `own` holds the `own_fields`."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -205,12 +205,12 @@ class DecoderShape:
 
     @staticmethod
     def plain_fields() -> list[str]:
-        """Names that config.json has too, with the same values."""
+        """List the names that config.json has too, with the same values."""
         others = ("rope", "windows", "experts", "own")
         return [f.name for f in dataclasses.fields(DecoderShape) if f.name not in others]
 
     def keep_layers(self, layers: Sequence[int]) -> DecoderShape:
-        """The shape of a model with only these layers (0-based)."""
+        """Return the shape of a model with only these layers (0-based)."""
         slides = tuple(self.windows.slides[layer] for layer in layers)
         experts = self.experts
         if experts is not None:

@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models has to say about itself to be converted, and nothing else.
+"""The description of a family of Hugging Face models that a conversion needs.
 
 A family is a table. Each row names one Megatron parameter, the Hugging Face tensors in it and the transform
 between the two; the configuration has a mapping in each direction. Import and export read the same table.
@@ -15,25 +15,25 @@ from megatron_fdd.convert.families.transforms import Same, Transform
 from megatron_fdd.host.layer_specs import LayerSpec
 
 HfConfig = dict[str, Any]
-"""A config.json as read, before any library has completed or renamed its fields."""
+"""The content of a config.json, before any library has completed or renamed its fields."""
 MegatronArgs = dict[str, Any]
-"""Megatron's argparse destinations and their values; plain values only."""
+"""Megatron's argparse destinations and their values, which are plain values only."""
 
 
 def refuse_field(field: str, value: Any, why: str) -> NoReturn:
-    """ValueError about one field of a config.json."""
+    """Refuse one field of a config.json with a ValueError."""
     raise ValueError(f'config.json has "{field}": {value!r}, {why}')
 
 
 @dataclass(frozen=True, slots=True)
 class WeightRow:
-    """One Megatron parameter and where it comes from.
+    """One Megatron parameter and its sources.
 
     Attributes:
         mcore: name in a stock GPTModel of Megatron's own ("local") modules, whole on one rank.
-        sources: names of the Hugging Face tensors, in the transform's order. Empty: Megatron has a parameter
-            that the model lacks; it is 0.
-        vocabulary: dim 0 is the vocabulary, which Megatron pads; padded rows are 0 and never exported.
+        sources: names of the Hugging Face tensors, in the transform's order. They are empty if the model lacks a
+            parameter that Megatron has; the parameter is then 0.
+        vocabulary: whether dim 0 is the vocabulary, which Megatron pads; padded rows are 0 and never exported.
     """
 
     mcore: str
@@ -44,23 +44,23 @@ class WeightRow:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one family of models is converted.
+    """The conversion of one family of models.
 
     Attributes:
         model_type: the config.json field that selects the family.
-        megatron_args: config -> what shapes this model, beside `fixed`. Raises ValueError, naming the field,
-            for anything that it does not understand or that Megatron's GPTModel cannot express.
+        megatron_args: config -> the args that shape this model, in addition to `fixed`. It raises ValueError with the
+            name of the field if it does not understand a value, or if Megatron's GPTModel cannot express it.
         fixed: Megatron args that are the same for all models of the family.
         hf_config: (config to start from, Megatron args) -> config; fields that already agree stay untouched.
         keep_layers: (config, layers) -> config of the model that has only these layers (0-based, increasing).
-        rows: config -> the whole table, every parameter of the model, in the order of an export: the rows of
+        rows: config -> the whole table with every parameter of the model, in the order of an export. The rows of
             one layer stay together.
-        layer_prefix: what the names of one layer's tensors begin with, `{layer}` inside.
-        ignored: names with one of these endings are buffers that may be present and carry nothing.
-        tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head.
-        prefix: what the names of a whole file may lack, as those of a base model without a head do.
-        layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, plain values,
-            under "fdd_layer_options".
+        layer_prefix: the beginning of the names of one layer's tensors, with `{layer}` in it.
+        ignored: endings of the names of buffers that may be present and carry no information.
+        tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head's name.
+        prefix: a beginning that all names of a file may lack, as in a base model without a head.
+        layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
+            values under "fdd_layer_options".
     """
 
     model_type: str
@@ -76,7 +76,7 @@ class Family:
     layer_spec: LayerSpec | None = None
 
     def as_stored(self, names: Collection[str]) -> Family:
-        """The family with the tensor names that a folder's files use: its own, or all without `prefix`."""
+        """Return the family with the tensor names that a folder's files use: its own, or all without `prefix`."""
         if any(name.startswith(self.prefix) for name in names):
             return self
 

@@ -1,7 +1,7 @@
-"""Gemma 3, text alone: norms before and behind, that scale by 1 + weight; two rotary bases.
+"""The text model of Gemma 3: norms before and after each part, which scale by 1 + weight, and two rotary bases.
 
-Beside that: embeddings times sqrt(hidden_size), attention scaled by a width that need not be the head's, and an MLP
-gated by GELU with tanh.
+The model also has embeddings times sqrt(hidden_size), attention scaled by a width that can differ from the head's, and
+an MLP gated by GELU with tanh.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PATTERN = 6
 
 
 def _flatten(config: HfConfig) -> HfConfig:
-    """Spell the rotary bases as before transformers 5, and name the kind of every layer."""
+    """Spell the rotary bases as transformers did before version 5, and name the kind of every layer."""
     flat = dict(config)
     by_kind = config.get("rope_parameters")
     if by_kind:
@@ -61,7 +61,7 @@ def _flatten(config: HfConfig) -> HfConfig:
 
 
 def _restore(flat: HfConfig) -> HfConfig:
-    """Go back to the spelling of transformers 5, if `_flatten` found it."""
+    """Restore the spelling of transformers 5, if `_flatten` found it."""
     if not flat.get("rope_parameters"):
         return flat
     config = {name: value for name, value in flat.items() if name != "rope_local_base_freq"}
@@ -74,13 +74,13 @@ def _restore(flat: HfConfig) -> HfConfig:
 
 
 def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
-    """Set what no argument of Megatron's says. Megatron has already checked the configuration."""
+    """Set values that no argument of Megatron sets. Megatron has already checked the configuration."""
     transformer = config.transformer
     transformer.activation_func = partial(torch.nn.functional.gelu, approximate="tanh")
     transformer.bias_activation_fusion = False
     transformer.softmax_scale = options["query_pre_attn_scalar"] ** -0.5
     transformer.window_rotary_base = options["rope_local_base_freq"]
-    # Megatron multiplies embeddings only under muP. Everything else of muP keeps its default and changes nothing.
+    # Megatron multiplies embeddings only with muP. All other settings of muP keep their defaults and change nothing.
     transformer.use_mup = True
     # transformers rounds the factor to the dtype of the weights.
     scale = torch.tensor(transformer.hidden_size**0.5, dtype=transformer.params_dtype)
@@ -108,7 +108,7 @@ GEMMA3_TEXT = decoder_family(
             "final_logit_softcapping": (None,),
             "use_bidirectional_attention": (False, None),
         },
-        # Read where `layer_types` is absent; how transformers keeps keys and values.
+        # The patterns are read if `layer_types` is absent; the last field says how transformers keeps keys and values.
         harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern", "cache_implementation"}),
         qk_norm=True,
         window_fields=("sliding_window", "layer_types"),

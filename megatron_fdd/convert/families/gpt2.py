@@ -10,7 +10,7 @@ from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_field
 from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, WeightRow, refuse_field
 from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv, Same, Transform, Transposed
 
-# What transformers assumes for a field that config.json leaves out.
+# Values that transformers assumes for fields that config.json leaves out.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257,
     "n_positions": 1024,
@@ -25,18 +25,18 @@ _DEFAULTS: dict[str, Any] = {
     "initializer_range": 0.02,
     "tie_word_embeddings": True,
 }
-# Fields that leave the model's function alone. (`reorder_and_upcast_attn` is about the rounding of half precision.)
+# Fields that do not change the model's function. (`reorder_and_upcast_attn` concerns the rounding of half precision.)
 _HARMLESS = {
     "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
     "predict_special_tokens", "output_past", "reorder_and_upcast_attn",
 }  # fmt: skip
-# Fields that change the function, each with the values under which it does not.
+# Fields that can change the function, each with the values at which it does not.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "n_special": (0,),
 }
-# Whether Megatron's fused form computes it: that is the one with tanh, the other the one with erf.
+# For each activation, whether Megatron's fused form computes it: the fused form uses tanh, and the other form uses erf.
 _GELU_IS_FUSED = {
     "gelu_new": True,
     "gelu_pytorch_tanh": True,
@@ -57,7 +57,7 @@ _FIXED: dict[str, Any] = {
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
-    """Refuse fields and values that Megatron has no GPT-2 for."""
+    """Refuse fields and values with which Megatron cannot build GPT-2."""
     check_fields(
         config,
         model_type="gpt2",
@@ -83,7 +83,7 @@ def _check_fields(config: Mapping[str, Any]) -> None:
 
 
 def _completed(raw: HfConfig) -> HfConfig:
-    """With every field that a model's shape or training depends on; what is not understood is refused."""
+    """Add every missing field on which a model's shape or training depends, and refuse what is not understood."""
     config = {**_DEFAULTS, **raw}
     _check_fields(config)
     if config.get("n_inner") is None:

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers may all have a sliding window."""
+"""Mistral: a Llama in which all layers may have a sliding window."""
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
@@ -13,7 +13,7 @@ MISTRAL = decoder_family(
             "num_key_value_heads": 8,
             "sliding_window": 4096,
         },
-        # transformers gives it no biases whatever its config says.
+        # transformers gives it no biases, whatever its config says.
         neutral=NO_BIASES,
         window_fields=("sliding_window",),
     )

@@ -1,9 +1,9 @@
-"""Mixtral and Qwen3-MoE: the MLP is a mixture of experts, in all layers or in some."""
+"""Mixtral and Qwen3-MoE, whose MLP is a mixture of experts, in all layers or in some."""
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect, ExpertNaming
 
-# The load-balancing loss is a matter of training.
+# The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
 MIXTRAL = decoder_family(
     Dialect(
@@ -44,7 +44,7 @@ QWEN3_MOE = decoder_family(
             "norm_topk_prob": False,
             "moe_intermediate_size": 768,
         },
-        # Megatron would give the experts biases too.
+        # Megatron would also give the experts biases.
         neutral=NO_BIASES,
         # Qwen's configs carry max_window_layers; this model type has the window in all layers or in none.
         harmless=_TRAINING | {"max_window_layers"},
@@ -53,7 +53,7 @@ QWEN3_MOE = decoder_family(
         experts=ExpertNaming(
             block="mlp",
             projections=("gate_proj", "up_proj", "down_proj"),
-            # transformers 5 writes the second.
+            # transformers 5 writes the second name.
             count_fields=("num_experts", "num_local_experts"),
             width_field="moe_intermediate_size",
             mixed=True,

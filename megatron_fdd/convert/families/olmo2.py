@@ -1,4 +1,4 @@
-"""OLMo-2: norms behind attention and MLP and none before, queries and keys normalised over all heads at once."""
+"""OLMo-2: norms after attention and MLP but not before them, and queries and keys normalised over all heads at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _configure(config: GPTModelConfig, _options: object) -> None:
-    """Refuse more tensor-parallel ranks than there are keys to share."""
+    """Refuse more tensor-parallel ranks than there are key heads to share among them."""
     groups, ranks = config.transformer.num_query_groups, config.transformer.tensor_model_parallel_size
     if groups is not None and groups % ranks:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Qwen2 and 2.5: biases on query, key and value. Qwen3: queries and keys normalised. Both with or without windows."""
+"""Qwen2 and 2.5, with biases on query, key and value, and Qwen3, with normalised queries and keys.
+
+Models of both types exist with and without sliding windows.
+"""
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
@@ -17,7 +20,7 @@ QWEN2 = decoder_family(
         "qwen2",
         "Qwen2ForCausalLM",
         _DEFAULTS,
-        # The biases of query, key and value are not a matter of its config.
+        # The biases of query, key and value do not depend on its config.
         neutral={**NO_BIASES, "use_mrope": (False,)},
         qkv_bias=True,
         window_fields=_WINDOW_FIELDS,

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, refuse_field
 
 ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
-# Megatron's RotaryEmbedding has these built in; only the factor can be chosen.
+# Megatron's RotaryEmbedding has these values built in; only the factor can be chosen.
 _LLAMA3_CONSTANTS = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -20,13 +20,13 @@ _MEGATRON_DEFAULT_FACTOR = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Base of the angles, and the factor of Llama-3 scaling (None: unscaled)."""
+    """The base of the angles, and the factor of Llama-3 scaling (None if unscaled)."""
 
     theta: int
     llama3_factor: float | None
 
     def megatron_args(self) -> MegatronArgs:
-        """Argparse destinations and values."""
+        """Return argparse destinations and values."""
         factor = _MEGATRON_DEFAULT_FACTOR if self.llama3_factor is None else self.llama3_factor
         return {
             "rotary_base": self.theta,
@@ -36,10 +36,10 @@ class Rope:
 
 
 def read_rope(config: Mapping[str, Any]) -> Rope:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
+    """Read the positions from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling`.
 
     Raises:
-        ValueError: whatever Megatron's rotary embedding cannot do, by name.
+        ValueError: Megatron's rotary embedding cannot do something; the message names it.
     """
     if config.get("rope_parameters") and config.get("rope_scaling"):
         refuse_field("rope_scaling", config["rope_scaling"], "and rope_parameters too: remove one of them")
@@ -65,7 +65,7 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
 
 
 def _check_constants(kind: str, rope: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse rope fields that are not just what Megatron has built in."""
+    """Refuse rope fields unless they have exactly the values that Megatron has built in."""
     for field, value in rope.items():
         if field not in expected:
             refuse_field(field, value, f"which rope type {kind!r} has no use for")

@@ -1,6 +1,6 @@
-"""Invertible layouts: how several Hugging Face tensors lie in one Megatron parameter.
+"""Invertible layouts of several Hugging Face tensors in one Megatron parameter.
 
-Every transform works on the slice of one tensor-parallel rank: cutting comes first, joining second, so no
+Every transform works on the slice of one tensor-parallel rank. Cutting comes first and joining second, so that no
 rank ever needs a whole tensor. `split(join(parts))` gives the parts back bit for bit.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Transform(Protocol):
-    """Hugging Face parts -> one Megatron tensor, and back."""
+    """A conversion of Hugging Face parts into one Megatron tensor, and back."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor: ...
 
@@ -24,7 +24,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Same:
-    """One tensor, stored alike on both sides."""
+    """One tensor, stored in the same way on both sides."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         (only,) = parts
@@ -36,7 +36,7 @@ class Same:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """`count` tensors of one shape, one after the other in dim 0 (gate, up)."""
+    """Tensors of one shape, `count` of them one after the other in dim 0 (gate, up)."""
 
     count: int
 
@@ -81,7 +81,7 @@ class FusedQkv:
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         (fused,) = parts
         queries = self.grouped.queries_per_group
-        rows = fused.shape[0] // (queries + 2)  # of the keys
+        rows = fused.shape[0] // (queries + 2)  # number of key rows
         return self.grouped.join(fused.split([queries * rows, rows, rows]))
 
     def split(self, whole: Tensor) -> list[Tensor]:
@@ -90,7 +90,7 @@ class FusedQkv:
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
-    """Weights stored [in, out], as Conv1D stores them; `inner` arranges their transposes."""
+    """Weights stored as [in, out], in the manner of Conv1D; `inner` arranges their transposes."""
 
     inner: Transform
 
