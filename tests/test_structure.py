@@ -122,12 +122,10 @@ def test_accelerators_are_megatrons_business() -> None:
 
 
 MOST_PARAMETERS = 6
-# Kernels take pointers and numbers; the others' signatures are Megatron's, click's, and one of keywords with defaults.
+# Kernels take pointers and numbers; the other signature is Megatron's.
 MORE_PARAMETERS = {
     "ops/gpu/kernels.py": {"fold_row", "softmax_kernel", "second_kernel", "gradient_kernel"},
     "host/patches/adam.py": {"__init__"},
-    "cli/mcore_to_hf.py": {"command"},
-    "convert/to_hf.py": {"mcore_to_hf"},
 }
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from megatron_fdd.cli import conversion
 from megatron_fdd.cli.command import Command, plugin
+
+if TYPE_CHECKING:
+    from megatron_fdd.convert.to_hf import ExportOptions
 
 EXAMPLES = """\b
 examples:
@@ -33,15 +37,7 @@ examples:
 @conversion.max_shard_size
 @conversion.via
 @plugin
-def command(
-    load: Path,
-    hf_out: Path,
-    hf_config: Path | None,
-    tokenizer: Path | None,
-    dtype: str,
-    max_shard_size: str,
-    via: conversion.Via,
-) -> None:
+def command(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> None:
     """Write the model of a Megatron torch_dist checkpoint as a Hugging Face folder that AutoModelForCausalLM and
     AutoTokenizer load.
 
@@ -59,16 +55,8 @@ def command(
     def action() -> str:
         from megatron_fdd.convert import mcore_to_hf
 
-        exported = mcore_to_hf(
-            load,
-            hf_out,
-            hf_config=hf_config,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            progress=True,
-            via=via,
-        )
+        options["progress"] = True
+        exported = mcore_to_hf(load, hf_out, **options)
         line = f"{hf_out}: {exported.num_tensors} tensors of {load}, ready for from_pretrained"
         if exported.unchanged is not None:
             line += f"; {exported.unchanged} are bit for bit those imported"

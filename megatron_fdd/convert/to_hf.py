@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -57,17 +57,28 @@ class Exported:
     left_out: tuple[str, ...] = ()
 
 
-def mcore_to_hf(
-    load: Path,
-    hf_out: Path,
-    *,
-    hf_config: Path | None = None,
-    tokenizer: Path | None = None,
-    dtype: str = "checkpoint",
-    max_shard_size: str = "5GB",
-    progress: bool = False,
-    via: Via = "tables",
-) -> Exported:
+class ExportOptions(TypedDict, total=False):
+    """Options of an export; one that is left out has its default.
+
+    Attributes:
+        hf_config: config.json to start from, or a folder with one; see `find_hf_config` for the default.
+        tokenizer: folder with tokenizer files; see `find_tokenizer` for the default.
+        dtype: "checkpoint" (the default) keeps the stored dtype; the others are float32, bfloat16 and float16.
+        max_shard_size: largest size of one file, by default 5GB; a larger tensor gets its own file.
+        progress: whether to show a progress bar; by default not.
+        via: "tables" (the default), or "bridge" for a model type that Megatron-Bridge knows and the tables lack; then
+            one rank holds the model.
+    """
+
+    hf_config: Path | None
+    tokenizer: Path | None
+    dtype: str
+    max_shard_size: str
+    progress: bool
+    via: Via
+
+
+def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> Exported:
     """Write the model of a Megatron checkpoint as a Hugging Face folder.
 
     Only weights are read, from a checkpoint saved at any layout. The shape of the model comes from the
@@ -75,36 +86,32 @@ def mcore_to_hf(
     torchrun the ranks share the files; a rank holds one parameter at a time. The written bytes are the same for any
     number of ranks. `checksums.json` lists the SHA-256 of every tensor.
 
-    Args:
-        hf_config: config.json to start from, or a folder with one; see `find_hf_config` for the default.
-        tokenizer: folder with tokenizer files; see `find_tokenizer` for the default.
-        dtype: "checkpoint" keeps the stored dtype; the others are float32, bfloat16 and float16.
-        max_shard_size: largest size of one file; a larger tensor gets its own file.
-        via: "bridge" for a model type that Megatron-Bridge knows and the tables lack; one rank holds the model.
-
     Collectives: barriers, and gathers of a few words per tensor, over all ranks.
 
     Raises:
         ValueError: something cannot be converted; the message names it and the flag that helps. The same on every rank.
     """
     load, hf_out = Path(load), Path(hf_out)
+    hf_config = options.get("hf_config")
     with conversion_ranks() as groups:
         from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args, term_shapes
 
         with together():
             check_new_folder(hf_out, "--hf-out")
-            max_shard_bytes = parse_size(max_shard_size)
+            max_shard_bytes = parse_size(options.get("max_shard_size", "5GB"))
             checkpoint = find_checkpoint(str(load), "--load")
             args = read_checkpoint_args(checkpoint, "--load")
             left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
             config_path = find_hf_config(load, args, hf_config)
-            tokenizer_path = find_tokenizer(load, args, tokenizer)
-            export = _prepare(checkpoint, args, config_path, dtype, groups, via)
+            tokenizer_path = find_tokenizer(load, args, options.get("tokenizer"))
+            export = _prepare(checkpoint, args, config_path, groups, options)
             shards = plan_shards(export.specs(), max_shard_bytes)
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
-            written = Checksums(name_of(export.dtype), _write_own(unfinished, shards, export, progress))
+            written = Checksums(
+                name_of(export.dtype), _write_own(unfinished, shards, export, options.get("progress", False))
+            )
             with together():
                 if dist.get_rank() == 0:
                     write_index(unfinished, shards)
@@ -190,9 +197,10 @@ def _write_own(
 
 
 def _prepare(
-    checkpoint: Path, args: Namespace, config_path: Path, dtype: str, groups: Any, via: Via
+    checkpoint: Path, args: Namespace, config_path: Path, groups: Any, options: ExportOptions
 ) -> _Export | BridgeExport:
-    if via == "bridge":
+    dtype = options.get("dtype", "checkpoint")
+    if options.get("via") == "bridge":
         from megatron_fdd.convert.bridge_weights import BridgeExport
 
         return BridgeExport(checkpoint, args, config_path, dtype, groups)
