@@ -54,6 +54,7 @@ class BridgeSource:
 
     @property
     def dtype(self) -> str:
+        """Dtype of the weights in the model, such as bfloat16; "mixed" where they differ."""
         weights = [name for name in self._names if not name.endswith(_NOT_WEIGHTS)]
         found = {name_of(self._folder.dtype(name)) for name in weights}
         return found.pop() if len(found) == 1 else "mixed"

@@ -17,9 +17,11 @@ from torch import Tensor
 class Transform(Protocol):
     """A conversion of Hugging Face parts into one Megatron tensor, and back."""
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor: ...
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Make the Megatron tensor from its Hugging Face parts."""
 
-    def split(self, whole: Tensor) -> list[Tensor]: ...
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Return the Hugging Face parts of a Megatron tensor; the inverse of `join`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +29,12 @@ class Same:
     """One tensor, stored in the same way on both sides."""
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the only part."""
         (only,) = parts
         return only
 
     def split(self, whole: Tensor) -> list[Tensor]:
+        """Return the tensor as the only part."""
         return [whole]
 
 
@@ -41,9 +45,11 @@ class Stacked:
     count: int
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put the parts one after the other in dim 0."""
         return torch.cat(list(parts))
 
     def split(self, whole: Tensor) -> list[Tensor]:
+        """Cut dim 0 into `count` equal parts."""
         return list(whole.chunk(self.count))
 
 
@@ -51,7 +57,7 @@ class Stacked:
 class GroupedQkv:
     """Query, key and value rows, interleaved per query group: [q ... q k v], [q ... q k v], ...
 
-    Works on weights [rows, hidden] and biases [rows]. The number of groups follows from the shapes.
+    It works on weights [rows, hidden] and biases [rows]. The number of groups follows from the shapes.
     """
 
     queries_per_group: int
@@ -62,12 +68,14 @@ class GroupedQkv:
         return [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Interleave the rows of query, key and value per query group."""
         groups = parts[1].shape[0] // self.head_dim
         rest = parts[0].shape[1:]
         grouped = [part.reshape(groups, rows, *rest) for part, rows in zip(parts, self._rows, strict=True)]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
     def split(self, whole: Tensor) -> list[Tensor]:
+        """Collect the rows of query, key and value from all query groups."""
         grouped = whole.unflatten(0, (-1, sum(self._rows)))
         return [part.flatten(0, 1) for part in grouped.split(self._rows, dim=1)]
 
@@ -79,12 +87,14 @@ class FusedQkv:
     grouped: GroupedQkv
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Interleave the rows of the one part per query group."""
         (fused,) = parts
         queries = self.grouped.queries_per_group
         rows = fused.shape[0] // (queries + 2)  # number of key rows
         return self.grouped.join(fused.split([queries * rows, rows, rows]))
 
     def split(self, whole: Tensor) -> list[Tensor]:
+        """Put the rows of query, key and value one after the other into one part."""
         return [torch.cat(self.grouped.split(whole))]
 
 
@@ -95,7 +105,9 @@ class Transposed:
     inner: Transform
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join the transposes of the parts."""
         return self.inner.join([part.T for part in parts])
 
     def split(self, whole: Tensor) -> list[Tensor]:
+        """Return the transposes of the parts that `inner` splits off."""
         return [part.T for part in self.inner.split(whole)]
