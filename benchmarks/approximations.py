@@ -35,6 +35,7 @@ from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import Sampler, StepDraw
 from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import TokenWeights
+from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.ops.linear_kl import VocabShard
 
 EXACT = "exact"
@@ -117,7 +118,7 @@ def timed_step(config: FddConfig) -> Callable[[], None]:
         torch.randn(TIMED["vocabulary"], TIMED[model]) * 0.05 for model in ("teacher", "student")
     )
     grams = StepGrams(config)
-    objective = Objective(config, pairs, chunk, shard, grams, Lens(teacher_head, None))
+    objective = Objective(config, pairs, chunk, shard, grams, TeacherLens(Lens(teacher_head, None)))
     taps = {index: torch.randn(tokens, 1, TIMED["teacher"]) for index in range(num_taps)}
     hidden = [torch.randn(tokens, 1, TIMED["student"], requires_grad=True) for _ in range(num_taps)]
     weights = TokenWeights(torch.ones(tokens), torch.ones(tokens))

@@ -64,9 +64,10 @@ from megatron_fdd.step.pipeline import PipelineWork, finalize_with_lens
 from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.schedule import StepHooks, installed
 from megatron_fdd.step.student import ChunkForward, StudentForward
-from megatron_fdd.step.student_lens import StudentLens, send_teacher_lens
+from megatron_fdd.step.student_lens import StudentLens
 from megatron_fdd.step.teacher.beside import BesideTeacher
 from megatron_fdd.step.teacher.check import log_cross_entropy
+from megatron_fdd.step.teacher.lens import send_teacher_lens
 from megatron_fdd.step.teacher.loading import build_teacher
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.step.teacher.teacher import Teacher
@@ -245,7 +246,7 @@ def connect(
         features = BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
     check = None
     if teacher_lens is not None:
-        check = partial(log_cross_entropy, lens=teacher_lens, shard=shard, group=topology.rows_group)
+        check = partial(log_cross_entropy, lens=teacher_lens.bare, shard=shard, group=topology.rows_group)
     step = StudentForward(
         [
             ChunkForward(

@@ -116,6 +116,11 @@ class FddConfig:
         "how the teacher's FP8 numbers are scaled; tensorwise is current scaling, mxfp8 is for Blackwell, delayed "
         "needs a checkpoint with scales, from a run with --fp8-recipe delayed",
     )
+    teacher_lens: str | None = flag(
+        None,
+        "lens file through which the teacher's inner layers are read (default: its own final norm and head)",
+        metavar="FILE",
+    )
     layers: int = flag(
         4, "sampled layers per model", group="distillation: layers", metavar="K", bound=AT_LEAST_1
     )
@@ -228,6 +233,11 @@ class FddConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.teacher_lens is not None and self.lens_norm == "none":
+            raise ValueError(
+                f"--teacher-lens {self.teacher_lens}: a lens file is made for the final norm; leave --fdd-lens-norm "
+                "none out"
+            )
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FddConfig:

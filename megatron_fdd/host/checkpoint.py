@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -140,6 +141,33 @@ def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
             for offset, length in sorted(spans):
                 file.seek(offset)
                 yield file.read(length)
+
+
+def read_tensor(path: Path, name: str, flag: str) -> Tensor | None:
+    """Read a small tensor of the checkpoint at `path`, whole, on the CPU; None where it has none of that name.
+
+    Collectives: none.
+
+    Raises:
+        ValueError: the index, or the tensor's bytes, cannot be read.
+    """
+    index = _read_index(path, flag).storage_data
+    found = sorted(
+        (tuple(item.offset or ()), place.relative_path, place.offset, place.length)
+        for item, place in index.items()
+        if item.fqn == name
+    )
+    parts = []
+    for _, file_name, offset, length in found:
+        try:
+            with (path / file_name).open("rb") as file:
+                file.seek(offset)
+                parts.append(torch.load(io.BytesIO(file.read(length)), "cpu", weights_only=True))
+        except DAMAGE as error:
+            raise ValueError(
+                f"{flag} {path}: {name} cannot be read ({cause_of(error)}); the copy is damaged, copy it again"
+            ) from error
+    return torch.cat(parts) if parts else None
 
 
 def load_weights(

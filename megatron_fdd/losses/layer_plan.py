@@ -88,6 +88,10 @@ class Plan:
         """Pairs whose teacher features a stage needs."""
         return {index for chunk in self.chunks_on(stage) for index in chunk.teacher_pairs}
 
+    def teacher_blocks(self, stage: int) -> set[int]:
+        """The teacher's blocks that a stage reads through the lens."""
+        return {self.pairs[index].teacher_block for index in self.teacher_pairs(stage)}
+
     @property
     def has_one_width(self) -> bool:
         """Whether every boundary has the room of a carry: interleaved schedules know one shape only."""

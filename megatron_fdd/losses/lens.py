@@ -46,5 +46,8 @@ class Lens:
 
     def features(self, hidden_SBH: Tensor) -> Tensor:
         """Normed features of every token row, float32 [N, H]: what the delta subtracts."""
-        hidden_NH = hidden_SBH.flatten(0, 1)
+        return self.normed(hidden_SBH.flatten(0, 1))
+
+    def normed(self, hidden_NH: Tensor) -> Tensor:
+        """The same of rows, float32 [N, H]."""
         return hidden_NH.float() if self.norm is None else self.norm(hidden_NH)

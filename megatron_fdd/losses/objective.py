@@ -21,6 +21,7 @@ from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
 from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
+from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.losses.term import TapContext
 from megatron_fdd.losses.term_modules import NO_MODULES, TapModules
 from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
@@ -83,7 +84,7 @@ class Objective:
         chunk: ChunkPlan,
         shard: VocabShard,
         grams: StepGrams,
-        teacher_lens: Lens | None,
+        teacher_lens: TeacherLens | None,
     ) -> None:
         self.config = config
         self.pairs = tuple(pairs)
@@ -249,7 +250,7 @@ class Objective:
         return Features(
             teacher_hidden.flatten(0, 1),
             student_hidden.flatten(0, 1),
-            self._teacher_lens.features(teacher_hidden),
+            self._teacher_lens.features(teacher_hidden, self.pairs[index].teacher_block),
             lens.features(student_hidden),
         )
 
@@ -267,7 +268,7 @@ class Objective:
         return self.weight_of(part) * per_token
 
     def _heads(self, student_WD: Tensor) -> Heads:
-        teacher_WT = None if self._teacher_lens is None else self._teacher_lens.head_WH
+        teacher_WT = None if self._teacher_lens is None else self._teacher_lens.head_WT
         implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)
         return Heads(teacher_WT, student_WD, self._shard, implementation)
 

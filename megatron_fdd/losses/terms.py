@@ -56,7 +56,14 @@ class Trajectory(TapTerm):
     flag = "--fdd-alpha"
     title = "divergence, mean of the layers"
     color = "#3aa17e"
-    settings = ("trajectory_divergence", "divergence_mix", "temperature", "tokens", "lens_norm")
+    settings = (
+        "trajectory_divergence",
+        "divergence_mix",
+        "temperature",
+        "tokens",
+        "lens_norm",
+        "teacher_lens",
+    )
     caption = "How far the student's prediction at each sampled layer is from the teacher's."
 
     def weight(self, config: FddConfig) -> float:
@@ -84,7 +91,7 @@ class Delta(TapTerm):
     title = "first derivative, mean of the layers"
     unit = "1 - cosine"
     color = "#e0a458"
-    settings = ("delta", "tokens", "lens_norm")
+    settings = ("delta", "tokens", "lens_norm", "teacher_lens")
     caption = "How far the change of prediction since the sampled layer before is from the teacher's change."
     reach = 1
 

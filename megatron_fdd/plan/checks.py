@@ -45,6 +45,7 @@ from megatron_fdd.plan.vocabulary import (
     check_vocabularies,
 )
 from megatron_fdd.plan.written_files import check_metrics_place, check_save_place
+from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,15 @@ def _check_data(context: Context) -> None:
     """Refuse data that the run cannot read or learn from, unless the training script brings its own."""
     if context.checks_data:
         check_data_args(context.args)
+
+
+def _check_teacher_lens(context: Context) -> None:
+    """Refuse a lens file of another teacher, or without the blocks that are compared."""
+    path, plan, teacher = context.config.teacher_lens, context.plan, context.teacher
+    assert plan is not None, "the phase is made when it is known"
+    if path is not None and plan.pairs and teacher is not None and teacher.stored is not None:
+        identity = TeacherIdentity.read(teacher.stored.path, teacher.args)
+        LensFile.open(path).check(identity, {pair.teacher_block for pair in plan.pairs})
 
 
 def _check_recompute(context: Context) -> None:
@@ -142,6 +152,7 @@ WITH_STORED_TEACHER: tuple[Check[Context], ...] = (
 WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
 OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(_check_recompute),
+    Check(_check_teacher_lens),
     Check(check_term_parameters),
     Check(warn_of_left_out_terms),
 )

@@ -11,11 +11,12 @@ from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.term_modules import trained_parameters
-from megatron_fdd.losses.terms import TERMS, needs_of
+from megatron_fdd.losses.terms import TERMS, needs_of, uses_taps
 from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
+from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
 _MIB = 2**20
@@ -49,8 +50,16 @@ def _weights(config: FddConfig) -> list[str]:
     return [
         f"  loss = {' + '.join(terms)}; tokens: {config.tokens}; temperature {config.temperature:g}; "
         f"lens: norm {config.lens_norm}, head {config.lens_head}",
+        *_lens(config),
         *drawn,
     ]
+
+
+def _lens(config: FddConfig) -> list[str]:
+    if config.teacher_lens is None or not uses_taps(config):
+        return []
+    name = LensFile.open(config.teacher_lens).lens
+    return [f"  lens of the teacher's inner layers: {name}, from {config.teacher_lens}"]
 
 
 def _pairs(config: FddConfig, pairs: Sequence[LayerPair]) -> list[str]:
@@ -149,6 +158,11 @@ def _distillation_bytes(
         figures["teacher head (with one stage part of its weights)"] = (
             args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
         )
+        if config.teacher_lens is not None and plan.pairs:
+            sizes = LensFile.open(config.teacher_lens).num_bytes
+            figures["teacher's lens, tensors of its blocks"] = max(
+                sum(sizes[block] for block in plan.teacher_blocks(stage)) for stage in range(stages)
+            )
         tap = TapFormat(args.params_dtype, config.tap_dtype == "fp8" and stages > 1)
         # Under a pipeline the teacher runs all micro-batches of a step first; otherwise one at a time.
         kept = _micro_batches(args) if stages > 1 else 1

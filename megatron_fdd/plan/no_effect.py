@@ -18,7 +18,7 @@ def warn_of_rate(context: Context) -> None:
 
 
 def warn_of_approximations(context: Context) -> None:
-    """Warn of a flag that should make the teacher or inner terms cheaper but changes nothing."""
+    """Warn of a flag about the teacher or the terms of inner layers that changes nothing."""
     config = context.config
     if context.args.rank != 0:
         return
@@ -27,7 +27,8 @@ def warn_of_approximations(context: Context) -> None:
             f"--teacher-fp8-recipe {config.teacher_fp8_recipe}: no effect, the teacher runs in FP8 only with "
             "--teacher-fp8-format"
         )
-    flags = ["--fdd-sample-tokens"] if config.sample_tokens < 1 else []
+    flags = ["--teacher-lens"] if config.teacher_lens is not None else []
+    flags += ["--fdd-sample-tokens"] if config.sample_tokens < 1 else []
     flags += ["--fdd-sample-one-tap"] if config.sample_one_tap else []
     if flags and not uses_taps(config):
         _warn(f"{', '.join(flags)}: no effect, no term of inner layers has a weight")

@@ -80,15 +80,3 @@ class StudentLens:
         assert self._trained is not None
         first, last = self._students[0], self._students[-1]
         self._trained.send_home(last if last.post_process else first, num_tokens)
-
-
-def send_teacher_lens(teacher: GPTModel, plan: Plan, topology: Topology) -> Lens | None:
-    """Return the teacher's lens on the stages that tap or hold the head, None on others.
-
-    Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
-    """
-    with_norm = plan.config.lens_norm == "final"
-    own = read_lens(teacher, with_norm=with_norm, detached=True) if topology.is_last_stage else None
-    rows = plan.padded_vocab_size // topology.tensor_size
-    copies = LensCopies(plan.tapping_stages, topology.pipeline_group)
-    return copies.refresh(own, partial(empty_lens, teacher.config, rows, with_norm=with_norm))

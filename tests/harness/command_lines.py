@@ -25,7 +25,7 @@ from tests.harness.markdown import ROOT
 TRAINING = "megatron_fdd.distill"
 # Only our modules: those of other packages are not ours to check.
 _OUR_SCRIPT = re.compile(r"(?:tools|tests|examples|benchmarks|megatron_fdd)/[\w./-]+\.(?:py|sh)")
-_OUR_MODULE = re.compile(r"(?:megatron_fdd|benchmarks|tests)(?:\.\w+)*")
+_OUR_MODULE = re.compile(r"(?:megatron_fdd|benchmarks|tests|examples)(?:\.\w+)*")
 _PUNCTUATION = "();&|\n"
 _FLAG = re.compile(r"--[a-zA-Z][\w-]*")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+import examples.extend.tuned_lens  # noqa: F401  # adds the lens
 from megatron_fdd.config import FddConfig
 from megatron_fdd.distill import connect
 from megatron_fdd.host.model import chunk_layers
@@ -23,6 +26,7 @@ from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.step.schedule import StepHooks
+from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
 from megatron_fdd.step.term_modules import hang_term_modules
 from tests.harness.ranks import Layout
 from tests.oracle import reference
@@ -157,7 +161,19 @@ def join(
         **options,
     )
     plan = plan_with(chunk_layers(unwrap_model(chunks)[0].config))
-    return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        if case.terms.tuned:
+            plan = replace(plan, config=replace(config, teacher_lens=write_maps(case.teacher, Path(folder))))
+        steps = connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
+    return chunks, teacher, steps
+
+
+def write_maps(shape: Shape, folder: Path) -> str:
+    """Write a lens file with the reference's maps for the blocks of a teacher; its path."""
+    identity, path = TeacherIdentity(shape.num_layers, shape.hidden, ""), folder / "lens.safetensors"
+    maps = reference.random_maps(shape).items()
+    write_lens(path, "tuned", identity, {block: {"weight": a, "bias": b} for block, (a, b) in maps})
+    return str(path)
 
 
 def widths(case: Case) -> tuple[int, int]:

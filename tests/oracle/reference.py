@@ -162,6 +162,7 @@ class Terms:
     centred: bool = False
     detach_previous: bool = False
     all_tokens: bool = False
+    tuned: bool = False  # the teacher's lens has a map of its own for each block: `random_maps`
 
 
 def distillation_loss(
@@ -196,7 +197,11 @@ def distillation_loss(
         lens_s = lens(terms, student_shape, student, student_blocks[s - 1], detached=not terms.live)[
             ..., :vocab
         ]
-        lens_t = lens(terms, teacher_shape, teacher, teacher_blocks[t - 1], detached=True)[..., :vocab]
+        block_t = teacher_blocks[t - 1]
+        if terms.tuned:
+            weight, bias = (each.double() for each in random_maps(teacher_shape)[t])
+            block_t = block_t + F.linear(block_t, weight, bias)
+        lens_t = lens(terms, teacher_shape, teacher, block_t, detached=True)[..., :vocab]
         value = of_logits(terms.trajectory_kind, lens_t, lens_s)
         parts[f"trajectory s{s}:t{t}"] = value
         total = total + terms.alpha * value / len(terms.pairs)
@@ -215,6 +220,18 @@ def distillation_loss(
             + student_shape.aux_loss * balancing_loss(routers, student_shape.topk, MICRO_BATCH) / label.sum()
         )
     return total, means
+
+
+def random_maps(shape: Shape) -> dict[int, tuple[Tensor, Tensor]]:
+    """Weight and bias of the tuned lens for each block, float32; no two are alike, and none is near zero."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        block: (
+            torch.randn(shape.hidden, shape.hidden, generator=generator) / shape.hidden**0.5,
+            torch.randn(shape.hidden, generator=generator),
+        )
+        for block in range(1, shape.num_layers + 1)
+    }
 
 
 def head(weights: Weights) -> Tensor:

@@ -65,6 +65,7 @@ PIPELINES = {
     "pp2-live-scale": Case(pp=2, loss_scale=128.0, terms=Terms(live=True, lens_norm=False)),
     "pp2-vpp3-live": Case(pp=2, vpp=3, terms=Terms(live=True)),
     "pp4-live-no-head-loss": Case(pp=4, terms=Terms(live=True, kd=0.0)),
+    "pp2-vpp2-tp2-sp-tuned-lens": Case(tp=2, pp=2, vpp=2, sequence_parallel=True, terms=Terms(tuned=True)),
     "pp4-nothing-at-the-end": Case(pp=4, terms=Terms(kd=0.0)),
 }
 
@@ -135,6 +136,7 @@ OPTIONS = {
     "only-kd": Terms(alpha=0.0, beta=0.0),
     "only-ce": Terms(alpha=0.0, beta=0.0, kd=0.0, ce=1.0),
     "first-and-last": Terms(pairs=((1, 1), (6, 10))),
+    "tuned-lens": Terms(tuned=True),
 }
 
 
