@@ -35,7 +35,7 @@ from tqdm import tqdm
 from examples.extend.tuned_lens import TUNED
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.provider import train_valid_test_provider
-from megatron_fdd.distill import vocab_shard
+from megatron_fdd.step.connect import vocab_shard
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.process import is_first_rank, print_error
 from megatron_fdd.host.topology import Topology

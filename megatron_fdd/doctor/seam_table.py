@@ -66,7 +66,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_CORE}.models.gpt.GPTModel.sharded_state_dict",
         ("metadata",),
         "where each weight lies in a checkpoint",
-        ("host/checkpoint.py", "convert/checkpoint_entries.py"),
+        ("host/weights.py", "convert/checkpoint_entries.py"),
         "loading a teacher, every conversion",
     ),
     Seam(
@@ -235,7 +235,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_CHECKPOINT}.load",
         ("sharded_state_dict", "checkpoint_dir", "strict"),
         "the teacher's weights, with lists of what did not fit",
-        ("host/checkpoint.py",),
+        ("host/weights.py",),
         "loading a teacher",
     ),
     Seam(

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron_fdd import convert
 from megatron_fdd.convert.mcore_model import build_model
 from megatron_fdd.host import rehearsal
-from megatron_fdd.host.checkpoint import find_checkpoint, load_weights, read_checkpoint_args
+from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.weights import load_weights
 from tests.convert import toys
 
 

@@ -25,7 +25,8 @@ else:
 from megatron.core import dist_checkpointing
 
 from megatron_fdd.host import rehearsal
-from megatron_fdd.host.checkpoint import find_checkpoint, load_weights, read_checkpoint_args
+from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.weights import load_weights
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fdd import distill
 from megatron_fdd.data.batch import Batch
 from megatron_fdd.losses import carry, objective
 from megatron_fdd.losses.features import TeacherFeatures
@@ -24,7 +23,7 @@ from megatron_fdd.ops.head_loss import LossWeights
 from megatron_fdd.ops.linear_kl import VocabShard
 from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import Pending
-from megatron_fdd.step import student
+from megatron_fdd.step import connect, student
 from megatron_fdd.step.injection import attach_loss
 from megatron_fdd.step.lens_copies import LensCopies
 from megatron_fdd.step.student import ChunkForward
@@ -197,7 +196,7 @@ MUTATIONS = {
     "teacher layer off by one": (LayerPair, "teacher_layer", property(lambda pair: pair.teacher_block)),
     "mask in the wrong order": (ChunkForward, "rows", batch_major_rows),
     "head gradient is autograd's too": (head_loss, "dummy", also_for_autograd),
-    "padded rows counted": (distill, "vocab_shard", count_padding),
+    "padded rows counted": (connect, "vocab_shard", count_padding),
     "weights of ce and kd are swapped": (objective, "LossWeights", swapped_weights),
     "their gradients' weights are swapped": (head_loss, "_stack_weights", swapped_gradients),
     "only the last micro-batch is summed": (ChunkForward, "_add_sums", keep_the_last_sums),

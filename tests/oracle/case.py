@@ -19,12 +19,12 @@ from torch import Tensor
 
 import examples.extend.tuned_lens  # noqa: F401  # adds the lens
 from megatron_fdd.config import FddConfig
-from megatron_fdd.distill import connect
 from megatron_fdd.host.model import chunk_layers
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.terms import uses_taps
+from megatron_fdd.step.connect import connect
 from megatron_fdd.step.schedule import StepHooks
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
 from megatron_fdd.step.term_modules import hang_term_modules

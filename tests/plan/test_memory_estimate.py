@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fdd import distill
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
@@ -264,7 +263,7 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
     """Return, on every rank, what this stage holds after the teacher's run and in its terms; and the estimate."""
     held: dict[str, int] = {}
     plans: list[Plan] = []
-    real_run, real_connect = PipelinedTeacher.run, distill.connect
+    real_run, real_connect = PipelinedTeacher.run, layouts.connect
     real_inner, real_current = Objective.inner, StepGrams.current
 
     def run(self: PipelinedTeacher, *arguments: Any) -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.distill import vocab_shard
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.carry import carried_rows
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.pairs import plan_pairs
 from megatron_fdd.losses.step_grams import StepGrams
+from megatron_fdd.step.connect import vocab_shard
 from megatron_fdd.step.pipeline import PipelineWork
 
 STAGES, TENSOR, DATA, VIRTUAL = 8, 2, 4, 4

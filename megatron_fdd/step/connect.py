@@ -1,0 +1,88 @@
+"""The join of a stage's parts of both models into what Megatron's schedule runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from megatron.core.models.gpt import GPTModel
+
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.losses.objective import Objective
+from megatron_fdd.losses.sampling import Sampler
+from megatron_fdd.losses.step_grams import StepGrams
+from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.step.pipeline import PipelineWork, finalize_with_lens
+from megatron_fdd.step.schedule import StepHooks
+from megatron_fdd.step.student import ChunkForward, StudentForward
+from megatron_fdd.step.student_lens import StudentLens
+from megatron_fdd.step.teacher.beside import BesideTeacher
+from megatron_fdd.step.teacher.check import log_cross_entropy
+from megatron_fdd.step.teacher.lens import send_teacher_lens
+from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
+from megatron_fdd.step.teacher.teacher import Teacher
+
+
+def connect(
+    plan: Plan,
+    students: Sequence[GPTModel],
+    teacher: GPTModel | None,
+    topology: Topology,
+    iteration: Callable[[], int] = lambda: 0,
+    *,
+    seed: int,
+) -> StepHooks:
+    """Join this stage's parts of both models into the hooks with which Megatron's schedule runs.
+
+    Args:
+        students: the student's unwrapped chunks, by virtual stage.
+        teacher: the unwrapped, frozen teacher in evaluation mode; None if no term needs it.
+        iteration: returns how many steps are done.
+        seed: seed of the draws of `Sampler`.
+
+    Collectives: with several pipeline stages, those of `send_teacher_lens`.
+    """
+    shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
+    grams = StepGrams(plan.config)
+    lens = StudentLens(students, plan, topology)
+    teacher_lens = None if teacher is None else send_teacher_lens(teacher, plan, topology)
+    chunks = plan.chunks_on(topology.stage)
+    objectives = [Objective(plan.config, plan.pairs, chunk, shard, grams, teacher_lens) for chunk in chunks]
+    features: Teacher | None = None
+    pipeline = None
+    if topology.num_stages > 1:
+        features = None if teacher is None else PipelinedTeacher(teacher, plan, topology)
+        pipeline = PipelineWork(students, objectives, plan, topology, features)
+        if lens.is_sent_home:
+            finalize_with_lens(students[0].config, lens)
+    elif teacher is not None:
+        layers = [pair.teacher_layer for pair in plan.pairs]
+        features = BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
+    check = None
+    if teacher_lens is not None:
+        check = partial(log_cross_entropy, lens=teacher_lens.bare, shard=shard, group=topology.rows_group)
+    step = StudentForward(
+        [
+            ChunkForward(
+                objective,
+                features,
+                lens,
+                topology,
+                has_one_width=plan.has_one_width,
+                first_batch_check=check if objective.chunk.is_last else None,
+            )
+            for objective in objectives
+        ],
+        lens,
+    )
+    sampler = Sampler(plan.config, len(plan.pairs), seed=seed, place=topology.rows_rank)
+    return StepHooks(step, topology, pipeline, sampler, iteration)
+
+
+def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> VocabShard:
+    """Return this rank's slice of both heads; rows from `vocab_size` on are padding."""
+    rows = padded_vocab_size // topology.tensor_size
+    first = topology.tensor_rank * rows
+    num_valid = min(max(vocab_size - first, 0), rows)
+    return VocabShard(first, num_valid, topology.tensor_group, topology.sequence_parallel)
