@@ -129,6 +129,7 @@ def test_help_says_what_the_fields_say() -> None:
             "--teacher-expert-model-parallel-size 0",
             "--teacher-expert-model-parallel-size 0: must be at least 1",
         ),
+        ("--teacher-lens L --fdd-lens-norm none", "--teacher-lens L: a lens file is made for the final norm"),
         ("--fdd-beta nan", "--fdd-beta nan: must be at least 0"),
         ("--fdd-kd-weight inf", "--fdd-kd-weight inf: must be at least 0, and finite"),
         ("--fdd-warmup-iters -2", "--fdd-warmup-iters -2: must be at least 0"),

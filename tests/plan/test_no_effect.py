@@ -22,10 +22,11 @@ def say(config: FddConfig, rank: int) -> None:
         {"alpha": 0.0, "beta": 0.0, "sample_tokens": 0.5},
         {"alpha": 0.0, "layers": 2, "sample_one_tap": True},
         {"beta": 0.0, "layers": 1, "sample_one_tap": True},
+        {"alpha": 0.0, "beta": 0.0, "teacher_lens": "L"},
     ],
 )
 def test_a_flag_without_effect_is_named(options: dict[str, Any]) -> None:
-    with pytest.warns(UserWarning, match="--fdd-sample.*no effect"):
+    with pytest.warns(UserWarning, match="--(fdd-sample|teacher-lens).*no effect"):
         say(FddConfig(teacher_load="T", **options), rank=0)
 
 

@@ -72,6 +72,7 @@ class LensFile:
 
     @property
     def kind(self) -> LensKind:
+        """The formula, and which tensors it needs."""
         return LENSES[self.lens]
 
     @classmethod
@@ -192,9 +193,12 @@ def write_lens(
     partial = path.with_name(f".{path.name}.incomplete")
     with writing("lens file", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(named, partial, header)
-        LensFile.open(partial).check(teacher, blocks)
-        partial.replace(path)
+        try:
+            save_file(named, partial, header)
+            LensFile.open(partial).check(teacher, blocks)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _check_finite(path: Path, block: int, tensors: Mapping[str, Tensor]) -> None:
@@ -207,5 +211,5 @@ def _check_finite(path: Path, block: int, tensors: Mapping[str, Tensor]) -> None
 
 
 def _short(value: object) -> str:
-    """A digest by its beginning."""
+    """Return a value as text, a digest by its beginning."""
     return f"{str(value)[:12]}..." if isinstance(value, str) else str(value)
