@@ -35,7 +35,6 @@ from tqdm import tqdm
 from examples.extend.tuned_lens import TUNED
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.provider import train_valid_test_provider
-from megatron_fdd.step.connect import vocab_shard
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.process import is_first_rank, print_error
 from megatron_fdd.host.topology import Topology
@@ -43,6 +42,7 @@ from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, linear_kl
 from megatron_fdd.plan.run import PreparedRun, prepare_run
+from megatron_fdd.step.connect import vocab_shard
 from megatron_fdd.step.lens import read_lens
 from megatron_fdd.step.teacher.beside import BesideTeacher
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
