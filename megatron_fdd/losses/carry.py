@@ -1,4 +1,4 @@
-"""What a pipeline stage's output carries beside the hidden states: the last sampled layer, for the next delta.
+"""The carry: the last sampled layer, which a pipeline stage sends with its hidden states for the next delta.
 
 The carry is appended on dim 0, so that hidden states and carry stay contiguous and every shape is known from
 the plan; nothing is exchanged or synchronised for it (docs/gradients.md).
@@ -32,14 +32,14 @@ class Carry:
 
 
 def carried_rows(sequence: int, micro_batch: int, width: int, dtype: torch.dtype, *, with_lse: bool) -> int:
-    """How many rows of dim 0 a carry adds to hidden states [S, B, D]."""
+    """Count the rows of dim 0 that a carry adds to hidden states [S, B, D]."""
     if not with_lse:
         return sequence
     return sequence + _lse_rows(sequence, micro_batch, width, dtype)
 
 
 def append(hidden_SBD: Tensor, carry: Carry) -> Tensor:
-    """Hidden states with the carry behind them, [S + S (+ R), B, D]: a copy, as Megatron's schedules want."""
+    """Return a copy of the hidden states with the carry behind them, [S + S (+ R), B, D]; schedules want a copy."""
     parts = [hidden_SBD, carry.hidden_SBD]
     if carry.statistics is not None:
         _, micro_batch, width = hidden_SBD.shape
@@ -49,13 +49,13 @@ def append(hidden_SBD: Tensor, carry: Carry) -> Tensor:
 
 
 def append_nothing(hidden_SBD: Tensor, rows: int) -> Tensor:
-    """Hidden states with `rows` rows of zeros behind them, where every boundary has the same shape."""
+    """Return hidden states with `rows` rows of zeros behind them, if every boundary has the same shape."""
     _, micro_batch, width = hidden_SBD.shape
     return torch.cat([hidden_SBD, hidden_SBD.new_zeros(rows, micro_batch, width)])
 
 
 def split(tensor: Tensor, sequence: int, *, with_lse: bool) -> tuple[Tensor, Carry]:
-    """The inverse of `append`; gradient flows back into `tensor`, the log-sum-exps' in full float32."""
+    """Undo `append`. Gradient flows back into `tensor`, that of the log-sum-exps in full float32."""
     hidden_SBD, carried_SBD = tensor[:sequence], tensor[sequence : 2 * sequence]
     if not with_lse:
         return hidden_SBD, Carry(carried_SBD, None)

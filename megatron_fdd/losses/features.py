@@ -1,4 +1,4 @@
-"""What the losses need of a teacher."""
+"""The features of a teacher that the losses need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each chunk of the student does for the losses: which taps it holds, what it sends on. No ranks."""
+"""The plan of the losses: which taps each chunk of the student holds, and what it sends on. No ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_fdd.losses.terms import compares_taps
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """What one chunk of the student (a pipeline stage's part of the layers) does for the losses.
+    """The part of one chunk of the student (some layers of a pipeline stage) in the losses.
 
     Pairs are named by their index in the run's pairs.
 
@@ -65,7 +65,7 @@ class Plan:
         return plan_chunks(self.pairs, self.student_layers, with_carry=compares_taps(self.config))
 
     def chunks_on(self, stage: int) -> tuple[ChunkPlan, ...]:
-        """A stage's chunks, by virtual stage."""
+        """Return the chunks of a stage, by virtual stage."""
         return self.chunks[stage :: self.num_stages]
 
     @property
@@ -85,11 +85,11 @@ class Plan:
         )
 
     def teacher_pairs(self, stage: int) -> set[int]:
-        """Pairs whose teacher features a stage needs."""
+        """Return the pairs whose teacher features a stage needs."""
         return {index for chunk in self.chunks_on(stage) for index in chunk.teacher_pairs}
 
     def teacher_blocks(self, stage: int) -> set[int]:
-        """The teacher's blocks that a stage reads through the lens."""
+        """Return the teacher's blocks that a stage reads through the lens."""
         return {self.pairs[index].teacher_block for index in self.teacher_pairs(stage)}
 
     @property
@@ -108,7 +108,7 @@ class Plan:
 def plan_chunks(
     pairs: Sequence[LayerPair], chunk_layers: Sequence[int], *, with_carry: bool
 ) -> tuple[ChunkPlan, ...]:
-    """One plan per chunk of the student, in depth order.
+    """Make one plan for each chunk of the student, in depth order.
 
     Args:
         chunk_layers: how many layers each chunk holds, in depth order.

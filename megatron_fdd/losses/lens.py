@@ -36,7 +36,7 @@ class FinalNorm:
 
 @dataclass(frozen=True, slots=True)
 class Lens:
-    """From a hidden state to the vocabulary: z = head_WH N(h), or z = head_WH h without a norm.
+    """The map from a hidden state to the vocabulary: z = head_WH N(h), or z = head_WH h without a norm.
 
     The head stays sharded over the vocabulary; no logits are formed here (ops/linear_kl.py does it in tiles).
     """
@@ -45,9 +45,9 @@ class Lens:
     norm: FinalNorm | None
 
     def features(self, hidden_SBH: Tensor) -> Tensor:
-        """Normed features of every token row, float32 [N, H]: what the delta subtracts."""
+        """Return the normed features of every token row, float32 [N, H]."""
         return self.normed(hidden_SBH.flatten(0, 1))
 
     def normed(self, hidden_NH: Tensor) -> Tensor:
-        """The same of rows, float32 [N, H]."""
+        """Return the normed features of rows [N, H], in float32."""
         return hidden_NH.float() if self.norm is None else self.norm(hidden_NH)

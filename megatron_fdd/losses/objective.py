@@ -33,7 +33,7 @@ COUNTS = ("label_tokens", "term_tokens")
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """What changes from step to step.
+    """The settings that change from step to step.
 
     Attributes:
         inner: factor of the weights of inner layers' terms (warm-up, decay).
@@ -49,7 +49,7 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class ChunkLoss:
-    """What a micro-batch adds to the loss on one chunk.
+    """The part of the loss that a micro-batch adds on one chunk.
 
     Attributes:
         parts: weighted, float32 scalars over this rank's rows; their sum is what is back-propagated.
@@ -189,7 +189,7 @@ class Objective:
         sample: RowSample,
         modules: TapModules = NO_MODULES,
     ) -> tuple[ChunkLoss, Carry | None]:
-        """Compute the terms of this chunk's sampled layers, and what the next chunk needs of them.
+        """Compute the terms of this chunk's sampled layers, and the carry that the next chunk needs.
 
         Args:
             taps_SBD: outputs of the sampled blocks, before the norm, in depth order.
@@ -260,7 +260,7 @@ class Objective:
         return ChunkLoss(parts, {name: total.detach() for name, total in totals.items()})
 
     def _factor(self, name: str) -> float:
-        """Return the factor of a part's sum in what is back-propagated; 0 for a part that the run has not."""
+        """Return the factor of a part's sum in the back-propagated loss; 0 for a part that the run lacks."""
         part = self._parts.get(name)
         if part is None:
             return 0.0

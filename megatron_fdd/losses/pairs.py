@@ -1,4 +1,4 @@
-"""Which layer of the student is compared with which of the teacher. Integers only: no torch, no ranks."""
+"""The pairs of layers, one of each model, that are compared. Integers only: no torch, no ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerPair:
 
 
 def plan_pairs(config: FddConfig, student_layers: int, teacher_layers: int) -> tuple[LayerPair, ...]:
-    """The layer pairs of a run, in depth order, where a term looks at inner layers.
+    """Choose the layer pairs of a run, in depth order.
 
     Raises:
         ValueError: pairs out of range or not increasing, or more sampled layers than a model has.
@@ -48,7 +48,7 @@ def plan_pairs(config: FddConfig, student_layers: int, teacher_layers: int) -> t
 
 
 def sample_blocks(rule: str, num_sampled: int, num_layers: int, model: str) -> list[int]:
-    """`num_sampled` 1-based block numbers of a model with `num_layers` (docs/method.md).
+    """Choose `num_sampled` 1-based block numbers of a model with `num_layers` (docs/method.md).
 
     Raises:
         ValueError: the rule would need a block 0, or sample one block twice.

@@ -36,13 +36,13 @@ class RowSample:
     num_rows: int
 
     def hidden(self, hidden_SBH: Tensor) -> Tensor:
-        """These rows of hidden states, [M, 1, H]; the whole tensor where all are looked at."""
+        """Return these rows of hidden states, [M, 1, H]; the whole tensor if all rows are looked at."""
         if self.index_M is None:
             return hidden_SBH
         return hidden_SBH.flatten(0, 1).index_select(0, self.index_M)[:, None]
 
     def gather(self, statistics: TapStatistics | None) -> TapStatistics | None:
-        """[N] -> [M], for what another stage sent."""
+        """Take these rows, [N] -> [M], out of the statistics that another stage sent."""
         if statistics is None or self.index_M is None:
             return statistics
         return TapStatistics(
@@ -51,7 +51,7 @@ class RowSample:
         )
 
     def scatter(self, statistics: TapStatistics | None) -> TapStatistics:
-        """[M] -> [N], to send on; 0 in rows, or of a tap, that no stage looks at."""
+        """Put statistics back, [M] -> [N], to send them on; 0 in rows, or for a tap, that no stage looks at."""
         zero_N = torch.zeros(self.num_rows, dtype=torch.float32, device=self.weights.term_N.device)
         if statistics is None:
             return TapStatistics(zero_N, zero_N)
@@ -65,7 +65,7 @@ class RowSample:
 
 @dataclass(frozen=True, slots=True)
 class StepDraw:
-    """What the inner terms of a step look at; the default is everything.
+    """The tokens and taps that the inner terms of a step look at; the default is all of them.
 
     Attributes:
         tap: index of the only pair whose terms are computed.
@@ -95,7 +95,7 @@ class StepDraw:
         return self.with_previous and self.tap != 0
 
     def rows(self, weights: TokenWeights, micro_batch: int) -> RowSample:
-        """This rank's rows of a micro-batch: ceil(fraction * N) of them, those that count first.
+        """Choose this rank's rows of a micro-batch: ceil(fraction * N) of them, first those that count.
 
         If C rows count and M < C are looked at, each counts C/M times; C stays on the device. The same rows for
         every tap, so that log-sum-exps of two taps belong together, also across pipeline stages.
@@ -118,7 +118,7 @@ EVERYTHING = StepDraw()
 
 
 class Sampler:
-    """Draws for each training step.
+    """A source of draws, one for each training step.
 
     Args:
         num_pairs: of the run.
@@ -133,7 +133,7 @@ class Sampler:
         self._place = place
 
     def draw(self, iteration: int) -> StepDraw:
-        """For step `iteration` (0-based). The tap is the same on every rank."""
+        """Draw for step `iteration` (0-based). The tap is the same on every rank."""
         config = self._config
         if config.is_exact or not self._taps:
             return EVERYTHING
@@ -150,7 +150,7 @@ class Sampler:
 
 
 def random_scores(num_rows: int, key: tuple[int, ...], device: torch.device) -> Tensor:
-    """Uniform in [0, 1), float64 [N] so that no two are equal; drawn on the host: alike on any device."""
+    """Draw uniform numbers in [0, 1), float64 [N] so that no two are equal, on the host: alike on any device."""
     generator = torch.Generator().manual_seed(random.Random(f"rows {key}").getrandbits(32))
     scores_N = torch.rand(num_rows, generator=generator, dtype=torch.float64)
     if device.type == "cuda":

@@ -20,7 +20,7 @@ class StepGrams:
         self._are_fresh = False
 
     def current(self, heads: Heads) -> HeadGrams:
-        """Return those of the heads as they are in this step; for a live head with a graph of their own each time.
+        """Return the matrices of the heads as they are in this step; with a live head each call has its own graph.
 
         Collectives over the tensor-parallel group: those of `head_grams`, once per step.
         """

@@ -1,4 +1,4 @@
-"""One sampled pair of layers in one micro-batch: features of both models, and what is known of their predictions.
+"""One sampled pair of layers in one micro-batch: features of both models, and statistics of their predictions.
 
 Shape letters: M token rows of this rank that are looked at, T and D hidden width of teacher and student.
 """
@@ -16,7 +16,7 @@ from megatron_fdd.ops.linear_kl import Divergence, Heads, linear_kl
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """1 for a row that counts, else 0; float32 [M]. `term_N` is for kd and the terms of inner layers."""
+    """The weights of rows: 1 for a row that counts, else 0; float32 [M]. `term_N` is for kd and the terms of inner layers."""
 
     label_N: Tensor
     term_N: Tensor
@@ -62,7 +62,7 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class TapWindow:
-    """A tap, and the one before it where there is one: what the terms of inner layers see."""
+    """A tap, and the one before it if there is one; the terms of inner layers see both."""
 
     current: Tap
     previous: Tap | None

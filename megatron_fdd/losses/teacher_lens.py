@@ -1,4 +1,4 @@
-"""How the teacher's inner layers are read: through its bare lens, or one that has tensors of its own for each block.
+"""The teacher's lens for inner layers: its bare lens, or one that has own tensors for each block.
 
 Shape letters: S sequence (this rank's part), B micro-batch, N token rows, T the teacher's width, W this rank's slice
 of the vocabulary.
@@ -37,7 +37,7 @@ LENSES: dict[str, LensKind] = {}
 
 
 def add_lens(name: str, kind: LensKind) -> None:
-    """Add a kind of one's own, from the module that `--fdd-plugin` names.
+    """Add an own kind, from the module that `--fdd-plugin` names.
 
     Raises:
         ValueError: a kind of that name exists, the name is not one word, or the kind has no tensors.
@@ -75,7 +75,7 @@ class TeacherLens:
         return self.bare.head_WH
 
     def features(self, hidden_SBT: Tensor, block: int) -> Tensor:
-        """Make the features of every token row of a block's output, float32 [N, T]: what the head is multiplied with.
+        """Make the features of every token row of a block's output, float32 [N, T], which the head multiplies.
 
         Raises:
             ValueError: the kind returned another shape.

@@ -1,4 +1,4 @@
-"""One kind of term of the loss: all that objective, log, plan, report and documentation know of it."""
+"""The base class of a term of the loss: all that objective, log, plan, report and documentation know about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_fdd.ops.heads import Heads
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a step has to provide for a term.
+    """The things that a step has to provide for a term.
 
     Attributes:
         teacher: the teacher's features.
@@ -43,7 +43,7 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class TapContext:
-    """What a term of inner layers may use beside the taps.
+    """The things that a term of inner layers may use beside the taps.
 
     Attributes:
         weights: of the rows that are looked at.
@@ -87,14 +87,14 @@ class Term(ABC):
 
     @abstractmethod
     def weight(self, config: FddConfig) -> float:
-        """Factor of its mean in the total; 0 switches it off."""
+        """Return the factor of the term's mean in the total; 0 switches the term off."""
 
     def needs(self, _config: FddConfig) -> Needs:
-        """What it needs where its weight is not 0."""
+        """Return what the term needs if its weight is not 0."""
         return Needs(teacher=True)
 
     def variant(self, _config: FddConfig) -> str:
-        """Which form of it a run uses, for the plan; empty where there is one."""
+        """Name the form of the term that a run uses, for the plan; empty if the term has one form."""
         return ""
 
 
@@ -111,18 +111,18 @@ class TapTerm(Term):
     reach: ClassVar[Literal[0, 1]] = 0
 
     def weight(self, config: FddConfig) -> float:
-        """What `--fdd-term` gives for it; 0 where it is not named there."""
+        """Return the weight that `--fdd-term` gives; 0 if the flag does not name the term."""
         return dict(config.term).get(self.kind, 0.0)
 
     @abstractmethod
     def compute(self, window: TapWindow, context: TapContext) -> Tensor:
-        """Sum the term over this rank's rows, float32, each weighted: `context.sum` does it.
+        """Sum the term over this rank's rows, float32, each with its weight; `context.sum` does so.
 
         Under tensor parallelism without sequence parallelism all its ranks have the same rows, and the same result.
         """
 
     def make_module(self, _widths: tuple[int, int], _config: FddConfig) -> nn.Module | None:
-        """Make what the term learns or keeps for a tap, float32; it is drawn anew for each, the same on every rank.
+        """Make what the term learns or keeps for a tap, float32. It is drawn for each tap, equally on every rank.
 
         Its parameters are trained and saved with the student's. A buffer that is not persistent is made anew by each
         run, the same again.

@@ -1,4 +1,4 @@
-"""What terms of inner layers learn or keep for the taps of a chunk: made alike on every rank."""
+"""The modules that terms of inner layers learn or keep for the taps of a chunk, made alike on every rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_modules(config: FddConfig, pairs: Collection[int], widths: tuple[int, i
 
 @dataclass(frozen=True, slots=True)
 class ModuleSize:
-    """What a term has for one tap.
+    """The size of a term's module for one tap.
 
     Attributes:
         saved: shapes of what checkpoints hold of it, by name in the module.

@@ -1,4 +1,4 @@
-"""The table of terms: what the loss is made of."""
+"""The table of terms of which the loss is made."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ TERMS: list[Term] = [CrossEntropy(), LogitKD(), Trajectory(), Delta()]
 
 
 def add_term(term: TapTerm) -> None:
-    """Add a kind of one's own, from the module that `--fdd-plugin` names.
+    """Add an own kind, from the module that `--fdd-plugin` names.
 
     Raises:
         ValueError: a kind of that name exists, or the name is not one word.
@@ -180,23 +180,23 @@ def check_terms(config: FddConfig) -> None:
 
 
 def active_terms(config: FddConfig) -> tuple[Term, ...]:
-    """The terms whose weight is not 0."""
+    """Return the terms whose weight is not 0."""
     return tuple(term for term in TERMS if term.weight(config) > 0)
 
 
 def tap_terms(config: FddConfig) -> tuple[TapTerm, ...]:
-    """Those of them that are of inner layers."""
+    """Return the terms of inner layers whose weight is not 0."""
     return tuple(term for term in active_terms(config) if isinstance(term, TapTerm))
 
 
 def needs_of(config: FddConfig) -> Needs:
-    """What a run has to provide for all of its terms; those of inner layers have taps of the teacher in any case."""
+    """Return what a run has to provide for all of its terms; terms of inner layers always need the teacher."""
     needs = (term.needs(config) for term in active_terms(config))
     return reduce(Needs.__or__, needs, Needs(teacher=uses_taps(config)))
 
 
 def first_tap(config: FddConfig) -> int:
-    """The first pair at which any term has a value: 1 where all compare a tap with the one before it."""
+    """Return the first pair at which any term has a value: 1 if all compare a tap with the one before it."""
     return min((term.reach for term in tap_terms(config)), default=0)
 
 
@@ -234,7 +234,7 @@ class Part:
 
 
 def parts_of(config: FddConfig, pairs: Sequence[LayerPair]) -> tuple[Part, ...]:
-    """All parts of a run, in the order in which their sums are packed; the same on every stage."""
+    """List all parts of a run in the order in which their sums are packed, the same on every stage."""
     parts: list[Part] = []
     for term in TERMS:
         if isinstance(term, TapTerm):
