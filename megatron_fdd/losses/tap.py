@@ -16,7 +16,7 @@ from megatron_fdd.ops.linear_kl import Divergence, Heads, linear_kl
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """The weights of rows: 1 for a row that counts, else 0; float32 [M]. `term_N` is for kd and the terms of inner layers."""
+    """The weights of rows, float32 [M]: 1 for a row that counts, else 0. `term_N` is for kd and inner layers' terms."""
 
     label_N: Tensor
     term_N: Tensor
