@@ -1,4 +1,4 @@
-"""A training script of one's own: own data, own model, own loop. Only the distillation is the package's."""
+"""A training script of one's own: its data here, in the same way its model and its loop."""
 
 from megatron_fdd.host.start import start
 

@@ -22,7 +22,7 @@ class FixedMse(TapTerm):
     caption = "How far the student's features are from the teacher's."
     unit = "share of the teacher's squared length"
     color = "#8a6fb0"
-    settings = ("tokens", "lens_norm")
+    settings = ("tokens", "lens_norm", "teacher_lens")
     learns: ClassVar[bool] = False
 
     def make_module(self, widths: tuple[int, int], _config: FddConfig) -> nn.Module | None:

@@ -36,6 +36,7 @@ from examples.extend.tuned_lens import TUNED
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.patches.helpers import use_built_helpers
+from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.process import is_first_rank, print_error
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.teacher_lens import TeacherLens
@@ -175,10 +176,13 @@ def prepare(blocks: str, flags: Sequence[str]) -> PreparedRun:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--teacher-load", default="")
     teacher = parser.parse_known_args(flags)[0].teacher_load
+    if not teacher:
+        raise ValueError("no teacher: give its Megatron checkpoint with --teacher-load DIR")
     sys.argv[1:] = [*flags, "--use-checkpoint-args", "--pretrained-checkpoint", teacher]
     sys.argv += ["--fdd-layer-pairs", pairs, "--fdd-beta", "0", "--eval-interval", str(10**9)]
     if rehearsal.is_wanted():
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
+    import_plugins(named_plugins(flags))
     run = prepare_run()
     if run.args.pipeline_model_parallel_size > 1 or not run.args.eval_iters:
         raise ValueError(

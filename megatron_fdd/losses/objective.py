@@ -96,6 +96,7 @@ class Objective:
         self._grams = grams
         self._teacher_lens = teacher_lens
         self._tap_terms = tap_terms(config)
+        self._reads_own_lse = any(not term.reach and term.needs(config).lse for term in self._tap_terms)
         self._parts = {part.name: part for part in self.parts}
 
     def begin_step(self, settings: StepSettings) -> None:
@@ -199,8 +200,7 @@ class Objective:
             modules: what the terms have for the taps of this chunk (`make_modules`).
 
         Collectives over the tensor-parallel group: those of `measure` once per tap that the step looks at and of each
-        term's `compute` once per tap; in the first micro-batch of a step the all-reduce of the Gram matrices, where a
-        term needs them.
+        term's `compute` once per tap; where a term needs Gram matrices, those of `StepGrams.current`.
         """
         chunk, draw = self.chunk, self.settings.draw
         assert len(taps_SBD) == len(chunk.pairs), "a tap was lost"
@@ -217,7 +217,7 @@ class Objective:
                 features = self._features(index, hidden_SBD, lens, teacher, sample)
                 tap = self._tap(index, features, heads, sample.weights)
                 windows[index] = TapWindow(tap, previous)
-                previous = tap
+                previous = replace(tap, divergence=None)  # a tap that another stage sent has none
         context = TapContext(self.config, heads, sample.weights, lambda: self._grams.current(heads))
         totals = {
             f"{term.kind} {window.current.pair.name}": term.compute(
@@ -238,7 +238,8 @@ class Objective:
         draw, wanted = self.settings.draw, None
         if self.needs.divergence and draw.counts(index):
             wanted = self._divergence(self.config.trajectory_divergence)
-        with_lse = self.needs.lse and draw.compares
+        # A term that compares taps needs it of both; another one of its own tap, whatever is drawn.
+        with_lse = (self.needs.lse and draw.compares) or (self._reads_own_lse and draw.counts(index))
         divergence, statistics = measure(features, heads, wanted, weights, with_lse=with_lse)
         return Tap(self.pairs[index], features, divergence, statistics)
 
@@ -256,6 +257,7 @@ class Objective:
 
     def _weighted(self, totals: Mapping[str, Tensor]) -> ChunkLoss:
         """Weigh sums that carry gradient."""
+        assert totals.keys() <= self._parts.keys(), f"{sorted(totals)} in a run of {sorted(self._parts)}"
         parts = tuple(self._factor(name) * total for name, total in totals.items())
         return ChunkLoss(parts, {name: total.detach() for name, total in totals.items()})
 

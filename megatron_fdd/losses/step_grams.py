@@ -22,7 +22,7 @@ class StepGrams:
     def current(self, heads: Heads) -> HeadGrams:
         """Return the matrices of the heads as they are in this step; with a live head each call has its own graph.
 
-        Collectives over the tensor-parallel group: those of `head_grams`, once per step.
+        Collectives over the tensor-parallel group: those of `head_grams`, once a step; with a live head at every call.
         """
         if self._are_fresh and self._config.lens_head == "detached":
             assert self._grams is not None

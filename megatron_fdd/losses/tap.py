@@ -16,7 +16,10 @@ from megatron_fdd.ops.linear_kl import Divergence, Heads, linear_kl
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """The weights of rows, float32 [M]: 1 for a row that counts, else 0. `term_N` is for kd and inner layers' terms."""
+    """The weights of rows, float32 [M]: 0 for a row that does not count.
+
+    `term_N` is for kd and inner layers' terms. A drawn row counts for others too, and weighs more than 1.
+    """
 
     label_N: Tensor
     term_N: Tensor

@@ -59,6 +59,7 @@ class TapContext:
 
     def sum(self, value_M: Tensor) -> Tensor:
         """Sum over the rows that count, each weighted. A masked row contributes exactly 0, whatever it holds."""
+        assert value_M.shape == self.weights.term_N.shape, f"{value_M.shape}: must be one number for each row"
         return masked_sum(value_M, self.weights.term_N)
 
 

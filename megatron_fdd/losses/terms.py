@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -125,6 +126,8 @@ class Delta(TapTerm):
         return context.sum(1 - cosine_N)
 
 
+# Words that metrics files use for other numbers.
+RESERVED = {"total", "valid", "share", "iteration", "tokens", "grad_norm", "seconds"}
 TERMS: list[Term] = [CrossEntropy(), LogitKD(), Trajectory(), Delta()]
 """Every kind, in the order in which logs and files have them."""
 
@@ -133,9 +136,12 @@ def add_term(term: TapTerm) -> None:
     """Add an own kind, from the module that `--fdd-plugin` names.
 
     Raises:
-        ValueError: a kind of that name exists, or the name is not one word.
+        ValueError: a kind of that name exists, the name is not one word, or the record of the term is not whole.
     """
-    if term.kind in {each.kind for each in TERMS} | {"total", "valid", "share"}:
+    if not isinstance(term, TapTerm):
+        raise ValueError(f"a term must be an instance of a subclass of TapTerm: {term!r} is none")
+    _check_record(term)
+    if term.kind in {each.kind for each in TERMS} | RESERVED:
         raise ValueError(f"a term {term.kind!r} exists already: give this one another name")
     # Modules are children of a torch module by this name.
     if not term.kind.isidentifier() or term.kind.startswith("_") or hasattr(nn.Module(), term.kind):
@@ -144,6 +150,23 @@ def add_term(term: TapTerm) -> None:
             "attribute of a torch module"
         )
     TERMS.append(term)
+
+
+def _check_record(term: TapTerm) -> None:
+    """Refuse a term that lacks an attribute, or has one that cannot be used."""
+    name = type(term).__name__
+    missing = [
+        each for each in ("kind", "title", "caption") if not isinstance(getattr(term, each, None), str)
+    ]
+    if missing:
+        raise ValueError(f"the term {name} has no {', '.join(missing)}: give it a text for each")
+    if term.reach not in (0, 1):
+        raise ValueError(f"the term {name} has reach {term.reach!r}: it must be 0 or 1")
+    unknown = sorted(set(term.settings) - {field.name for field in dataclasses.fields(FddConfig)})
+    if unknown:
+        raise ValueError(
+            f"the term {name} has the settings {unknown}, which FddConfig has not: use names of its fields"
+        )
 
 
 def check_terms(config: FddConfig) -> None:
@@ -207,7 +230,7 @@ def uses_taps(config: FddConfig) -> bool:
 
 def uses_final_head(config: FddConfig) -> bool:
     """Whether any term looks at the final logits."""
-    return len(tap_terms(config)) < len(active_terms(config))
+    return any(not isinstance(term, TapTerm) for term in active_terms(config))
 
 
 def compares_taps(config: FddConfig) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.terms import first_tap, needs_of, tap_terms, uses_final_head
+from megatron_fdd.losses.terms import compares_taps, first_tap, needs_of, tap_terms, uses_final_head
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.model_shape import ModelShape
 
@@ -83,7 +83,8 @@ def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConf
     divergence = config.trajectory_divergence if needs.divergence else None
     if needs.lse:
         flops = float(linear_kl_flops(student, teacher, divergence, trains_head=live))
-        if config.sample_one_tap:  # a delta needs the earlier tap too, unless the first tap is drawn
+        # The tap before the drawn one is read too; the first one has none.
+        if config.sample_one_tap and compares_taps(config):
             before = linear_kl_flops(student, teacher, None, trains_head=live)
             flops += before * ((config.num_pairs - 1) / config.num_pairs if first_tap(config) == 0 else 1)
         tap = flops

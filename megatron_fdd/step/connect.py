@@ -12,7 +12,7 @@ from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.sampling import Sampler
 from megatron_fdd.losses.step_grams import StepGrams
-from megatron_fdd.ops.linear_kl import VocabShard
+from megatron_fdd.ops.linear_kl import Heads, Implementation, VocabShard
 from megatron_fdd.step.pipeline import PipelineWork, finalize_with_lens
 from megatron_fdd.step.schedule import StepHooks
 from megatron_fdd.step.student import ChunkForward, StudentForward
@@ -61,7 +61,9 @@ def connect(
         features = BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
     check = None
     if teacher_lens is not None:
-        check = partial(log_cross_entropy, lens=teacher_lens.bare, shard=shard, group=topology.rows_group)
+        implementation = Implementation(plan.config.kernels)
+        heads = Heads(None, teacher_lens.head_WT, shard, implementation)
+        check = partial(log_cross_entropy, heads=heads, group=topology.rows_group)
     step = StudentForward(
         [
             ChunkForward(

@@ -60,7 +60,7 @@ class StudentForward:
             chunk.begin_step(settings)
 
     def take_sums(self) -> Tensor:
-        """Return this rank's packed sums (`Objective.sums`) over the step's micro-batches and chunks."""
+        """Return this rank's packed sums (`Objective.packed_sums`) over the step's micro-batches and chunks."""
         return torch.stack([chunk.take_sums() for chunk in self.chunks]).sum(0)
 
     def __call__(

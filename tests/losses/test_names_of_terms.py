@@ -6,13 +6,21 @@ import argparse
 from typing import Any, cast
 
 import pytest
+import torch
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses import terms
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.layer_plan import ChunkPlan
+from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.objective import Objective, StepSettings
 from megatron_fdd.losses.pairs import LayerPair
-from megatron_fdd.losses.tap import TapWindow
-from megatron_fdd.losses.term import TapContext, TapTerm
+from megatron_fdd.losses.sampling import StepDraw
+from megatron_fdd.losses.step_grams import StepGrams
+from megatron_fdd.losses.tap import TapWindow, TokenWeights
+from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.losses.term import Needs, TapContext, TapTerm
 from megatron_fdd.losses.terms import (
     TERMS,
     active_terms,
@@ -22,6 +30,7 @@ from megatron_fdd.losses.terms import (
     needs_of,
     parts_of,
 )
+from megatron_fdd.ops.linear_kl import VocabShard
 
 PAIRS = (LayerPair(1, 2), LayerPair(2, 4))
 
@@ -98,6 +107,63 @@ def test_a_name_that_cannot_be_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="give this one another name|use one word"):
         add_term(term)
     assert len(TERMS) == 4
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"reach": 2}, "reach 2: it must be 0 or 1"),
+        ({"caption": None}, "has no caption: give it"),
+        ({"settings": ("tokenz",)}, r"the settings \['tokenz'\].*use names of its fields"),
+        ({"kind": "seconds"}, "'seconds' exists already"),
+    ],
+)
+def test_a_record_that_is_not_whole_is_refused(attributes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_term(type("Broken", (Length,), attributes)())
+    with pytest.raises(ValueError, match="an instance of a subclass of TapTerm"):
+        add_term(cast(Any, Length))
+    assert len(TERMS) == 4
+
+
+def test_a_sum_takes_one_number_for_each_row() -> None:
+    ones_N = torch.ones(3)
+    context = TapContext(distil(), cast(Any, None), TokenWeights(ones_N, ones_N), cast(Any, None))
+    assert context.sum(ones_N).item() == 3
+    with pytest.raises(AssertionError, match="one number for each row"):
+        context.sum(ones_N[:, None])
+
+
+class OwnStatistics(Length):
+    """A term that reads the log-sum-exps of its own tap."""
+
+    def needs(self, _config: FddConfig) -> Needs:
+        return Needs(lse=True)
+
+    def compute(self, window: TapWindow, context: TapContext) -> Tensor:
+        assert window.current.statistics is not None
+        return context.sum(window.current.statistics.student_lse_N)
+
+
+def test_a_term_that_compares_nothing_has_its_log_sum_exps_whatever_is_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(terms, "TERMS", [*TERMS])
+    add_term(OwnStatistics())
+    config = distil(alpha=0, beta=0, kd_weight=0, sample_one_tap=True, term=(("length", 1.0),))
+    shard, chunk = VocabShard(0, 7, None), ChunkPlan((0, 1), None, None, is_first=True, is_last=True)
+    lens = TeacherLens(Lens(torch.randn(7, 4), None))
+    objective = Objective(config, PAIRS, chunk, shard, StepGrams(config), lens)
+    hidden = [torch.randn(3, 1, 4, requires_grad=True) for _ in PAIRS]
+    features = TeacherFeatures(None, {0: torch.randn(3, 1, 4), 1: torch.randn(3, 1, 4)})
+    weights = TokenWeights(torch.ones(3), torch.ones(3))
+    for tap in (0, 1):
+        draw = StepDraw(tap=tap, factor=2, with_previous=False)
+        objective.begin_step(StepSettings(draw=draw))
+        loss, _ = objective.inner(
+            hidden, None, Lens(torch.randn(7, 4), None), features, draw.rows(weights, 1)
+        )
+        assert [*loss.sums] == [f"length {PAIRS[tap].name}"]
 
 
 NOTHING = {"alpha": 0, "beta": 0, "kd_weight": 0}

@@ -10,43 +10,41 @@ from torch.distributed import ProcessGroup
 
 from megatron_fdd.host import console
 from megatron_fdd.losses.features import TeacherFeatures
-from megatron_fdd.losses.lens import Lens
 from megatron_fdd.ops.head_loss import masked_sum
-from megatron_fdd.ops.linear_kl import Heads, VocabShard, linear_kl
+from megatron_fdd.ops.linear_kl import Heads, linear_kl
 
 
 def log_cross_entropy(
-    features: TeacherFeatures, labels_N: Tensor, *, lens: Lens, shard: VocabShard, group: ProcessGroup
+    features: TeacherFeatures, labels_N: Tensor, *, heads: Heads, group: ProcessGroup
 ) -> None:
     """Log the teacher's cross-entropy on the first batch; warn loudly when a uniform guess would be better.
 
     Args:
         features: the teacher's features of that batch.
         labels_N: labels of this rank's rows, negative where there is none.
-        lens: the teacher's lens; its head is `lens.head_WH`.
+        heads: the teacher's head in the student's place, and no teacher.
         group: ranks whose rows differ.
 
     Collectives: those of one call of `linear_kl`; one all-reduce of two numbers over `group`, and one of the
     vocabulary's size over the tensor-parallel group.
 
     Raises:
-        ValueError: the cross-entropy is not finite; raised on every rank.
+        ValueError: the cross-entropy is not finite; raised on every rank of the last stage.
     """
     assert features.final_SBT is not None
     result = linear_kl(
         None,
         features.final_SBT.flatten(0, 1),
-        Heads(None, lens.head_WH, shard),
+        heads,
         divergence=None,
         labels_N=labels_N,
         needs_lse=False,
     )
-    assert result.cross_entropy_N is not None
     counts_N = (labels_N >= 0).float()
     assert result.cross_entropy_N is not None
     sums = torch.stack([masked_sum(result.cross_entropy_N, counts_N), counts_N.sum()])
     torch.distributed.all_reduce(sums, group=group)
-    vocab_size = shard.all_reduce(sums.new_tensor([shard.num_valid]))
+    vocab_size = heads.shard.all_reduce(sums.new_tensor([heads.shard.num_valid]))
     nats, uniform = float(sums[0] / sums[1].clamp(min=1)), math.log(vocab_size.item())
     if not math.isfinite(nats):
         raise ValueError(f"the teacher's cross-entropy on the first batch is {nats}: its weights are damaged")
