@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +60,7 @@ from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.schedule import installed
 from megatron_fdd.step.student import StudentForward
 from megatron_fdd.step.teacher.loading import build_teacher
-from megatron_fdd.step.term_modules import hang_term_modules
+from megatron_fdd.step.term_modules import add_term_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,9 @@ class Distillation:
             install_norms()
         parts = self._parts
         config = (parts.student or build_config)(run.args)
-        config.pre_wrap_hooks.append(self._hang_terms)
+        config.pre_wrap_hooks.append(self._add_terms)
         config.post_wrap_hooks.append(self._attach)
-        datasets: Any = parts.datasets or train_valid_test_provider
+        datasets: Any = partial(parts.datasets or train_valid_test_provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
@@ -160,14 +161,14 @@ class Distillation:
         assert self._student_step is not None
         return self._student_step(data_iterator, model)
 
-    def _hang_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
+    def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
         """Join the terms' parameters to the student's chunks, as Megatron's pre-wrap hook."""
         run = self._run
         if run.teacher is not None:
             topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
             plans = run.plan.chunks_on(topology.stage)
             widths = run.args.hidden_size, run.teacher.hidden_size
-            hang_term_modules(chunks, plans, run.config, widths, run.fresh)
+            add_term_modules(chunks, plans, run.config, widths, run.fresh)
         return chunks
 
     def _attach(self, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -16,15 +16,15 @@ def check_experts(model: Model) -> None:
         ValueError: names the size, the bound and the remedy.
     """
     args, role = model.args, model.role
-    whose, flag, size = role.label, role.experts_flag, args.expert_model_parallel_size
+    label, flag, size = role.label, role.experts_flag, args.expert_model_parallel_size
     if not args.num_experts:
         if size > 1:
             other = f"; {Role.TEACHER.experts_flag} is for the teacher's" if role is Role.STUDENT else ""
-            raise ValueError(f"{flag} {size}: {whose} has no experts: leave it out{other}")
+            raise ValueError(f"{flag} {size}: {label} has no experts: leave it out{other}")
         return
     if size < 1 or args.num_experts % size:
         raise ValueError(
-            f"{flag} {size} does not divide {whose}'s {args.num_experts} experts: use one that does"
+            f"{flag} {size} does not divide {label}'s {args.num_experts} experts: use one that does"
         )
     sizes = ParallelSizes.of_args(args)
     stages, expert_tensor = sizes.pipeline, sizes.expert_tensor
@@ -38,7 +38,7 @@ def check_experts(model: Model) -> None:
     if args.add_bias_linear and expert_tensor > 1:
         remedy = " (or, for a new student, --disable-bias-linear)" if role is Role.STUDENT else ""
         raise ValueError(
-            f"{whose}'s experts have biases, which Megatron cannot cut {expert_tensor} ways: "
+            f"{label}'s experts have biases, which Megatron cannot cut {expert_tensor} ways: "
             f"use --expert-tensor-parallel-size 1{remedy}"
         )
     if role.is_trained:

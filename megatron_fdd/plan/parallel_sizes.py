@@ -18,10 +18,10 @@ def check_length(model: Model) -> None:
     length, positions = model.args.seq_length, model.args.max_position_embeddings
     if None in (length, positions) or length <= positions:
         return  # Megatron asks for a missing bound
-    whose = model.role.label
+    label = model.role.label
     if model.role is Role.TEACHER and model.stored is not None:
-        whose = f"{whose} ({model.stored.folder})"
-    raise ValueError(f"--seq-length {length} is longer than {whose} takes ({positions} positions); lower it")
+        label = f"{label} ({model.stored.folder})"
+    raise ValueError(f"--seq-length {length} is longer than {label} takes ({positions} positions); lower it")
 
 
 def check_splits(model: Model) -> None:
@@ -30,7 +30,7 @@ def check_splits(model: Model) -> None:
     Raises:
         ValueError: names both numbers and the remedy.
     """
-    args, whose = model.args, model.role.label
+    args, label = model.args, model.role.label
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     if args.num_layers is None or args.num_attention_heads is None:
         return  # Megatron's own message names these well
@@ -38,7 +38,7 @@ def check_splits(model: Model) -> None:
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
         raise ValueError(
-            f"--tensor-model-parallel-size {tensor} does not divide {whose}'s {args.num_attention_heads} attention "
+            f"--tensor-model-parallel-size {tensor} does not divide {label}'s {args.num_attention_heads} attention "
             f"heads in {groups} query groups: use one that does"
         )
     is_cut = model.role is Role.TEACHER or any(  # a teacher is cut evenly, whatever the flags say
@@ -52,7 +52,7 @@ def check_splits(model: Model) -> None:
     )
     if stages > 1 and args.num_layers % stages and not is_cut:
         raise ValueError(
-            f"--pipeline-model-parallel-size {stages} does not divide {whose}'s {args.num_layers} layers: say how "
+            f"--pipeline-model-parallel-size {stages} does not divide {label}'s {args.num_layers} layers: say how "
             f"to cut them, for example --pipeline-model-parallel-layout '{even_layout(args.num_layers, stages)}'"
         )
 

@@ -68,7 +68,7 @@ class TermModules(nn.Module):
         return {name: entry for name, entry in state.items() if name not in self._fresh}
 
 
-def hang_term_modules(
+def add_term_modules(
     chunks: Sequence[GPTModel],
     plans: Sequence[ChunkPlan],
     config: FddConfig,

@@ -27,7 +27,7 @@ from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.step.connect import connect
 from megatron_fdd.step.schedule import StepHooks
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
-from megatron_fdd.step.term_modules import hang_term_modules
+from megatron_fdd.step.term_modules import add_term_modules
 from tests.harness.ranks import Layout
 from tests.oracle import reference
 from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab
@@ -146,7 +146,7 @@ def join(
 
     def hang(chunks: list[GPTModel]) -> list[GPTModel]:
         plans = plan_with(chunk_layers(chunks[0].config)).chunks_on(topology.stage)
-        hang_term_modules(chunks, plans, config, widths(case))
+        add_term_modules(chunks, plans, config, widths(case))
         return chunks
 
     student_weights = reference.random_weights(case.student, 1)
