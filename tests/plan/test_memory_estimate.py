@@ -279,7 +279,7 @@ def measure(case: Case) -> tuple[dict[str, int], dict[str, int]]:
 
     def inner(self: Objective, taps: Sequence[Tensor], carry: Any, lens: Any, *rest: Any) -> Any:
         held["student head"] = num_bytes([lens.head_WH])
-        held["teacher head (with one stage part of its weights)"] = num_bytes([self._teacher_lens.head_WH])
+        held["teacher head (with one stage part of its weights)"] = num_bytes([self._teacher_lens.head_WT])
         return real_inner(self, taps, carry, lens, *rest)
 
     def current(self: StepGrams, heads: Any) -> Any:
