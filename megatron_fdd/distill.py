@@ -42,7 +42,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.checkpoint import cause_of
-from megatron_fdd.host.model import build_config
+from megatron_fdd.host.model import build_config, check_same_sizes
 from megatron_fdd.host.patches.adam import install_adam
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.patches.norms import install_norms
@@ -107,7 +107,10 @@ class Distillation:
         if run.args.transformer_impl == "local":
             install_norms()
         parts = self._parts
-        config = (parts.student or build_config)(run.args)
+        config = build_config(run.args)
+        if parts.student is not None:
+            planned, config = config, parts.student(run.args)
+            check_same_sizes(config, planned)
         config.pre_wrap_hooks.append(self._add_terms)
         config.post_wrap_hooks.append(self._attach)
         datasets: Any = partial(parts.datasets or train_valid_test_provider)

@@ -50,6 +50,30 @@ def build_config(args: argparse.Namespace) -> GPTModelConfig:
     return config
 
 
+def check_same_sizes(config: GPTModelConfig, planned: GPTModelConfig) -> None:
+    """Refuse a student of a training script that has other sizes than its arguments, which everything is planned by.
+
+    Raises:
+        ValueError: names every field that differs.
+    """
+    pairs = {
+        "num_layers": (config.transformer.num_layers, planned.transformer.num_layers),
+        "hidden_size": (config.transformer.hidden_size, planned.transformer.hidden_size),
+        "share_embeddings_and_output_weights": (
+            config.share_embeddings_and_output_weights,
+            planned.share_embeddings_and_output_weights,
+        ),
+    }
+    wrong = [
+        f"{name} is {own} in it and {plan} by the flags" for name, (own, plan) in pairs.items() if own != plan
+    ]
+    if wrong:
+        raise ValueError(
+            f"Parts.student: its model is not the one that the flags describe: {'; '.join(wrong)}. Losses, stages and "
+            "checks follow the flags; give the flags of this model"
+        )
+
+
 def planned_layers(args: argparse.Namespace) -> tuple[int, ...]:
     """Return `chunk_layers` for these arguments, on any machine.
 

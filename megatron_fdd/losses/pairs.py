@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from megatron_fdd.config import FddConfig
 
@@ -63,35 +62,6 @@ def sample_blocks(rule: str, num_sampled: int, num_layers: int, model: str) -> l
     if rule == "paper":
         return [step * (num_layers // (num_sampled + 1)) for step in steps]
     return [step * num_layers // (num_sampled + 1) for step in steps]
-
-
-def check_recompute_keeps_taps(
-    layers: Sequence[int], stage_layers: Sequence[int], recompute: tuple[str | None, str | None, int | None]
-) -> None:
-    """Refuse full/uniform recompute that would drop a tap without a word: Megatron returns group ends only.
-
-    Args:
-        layers: tapped layers, 0-based.
-        stage_layers: how many layers each pipeline stage holds; groups begin anew on each.
-        recompute: Megatron's recompute granularity, method and number of layers.
-
-    Raises:
-        ValueError: a tap lies inside a recomputed group.
-    """
-    granularity, method, group = recompute
-    if granularity != "full" or method != "uniform" or not group:
-        return
-    ends: set[int] = set()
-    for last in accumulate(stage_layers):
-        first = max(ends, default=0)
-        ends |= {*range(first + group, last, group), last}
-    hidden = [layer + 1 for layer in layers if layer + 1 not in ends]
-    if hidden:
-        raise ValueError(
-            f"--recompute-method uniform --recompute-num-layers {group} hides the tapped blocks {hidden} "
-            "(Megatron returns the last block of each recomputed group only): use --recompute-num-layers 1, "
-            "--recompute-method block, or pairs whose student blocks end a group"
-        )
 
 
 def _check_blocks(blocks: Sequence[int], num_layers: int, model: str) -> None:

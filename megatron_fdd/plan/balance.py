@@ -179,13 +179,6 @@ def stage_tasks(stage: int, num_stages: int, num_chunks: int, num_microbatches: 
     return forward[:num_ahead] + paired + backward[len(steady) :]
 
 
-def even_split(num_layers: int, num_stages: int, virtual: int) -> list[list[int]]:
-    """Return the same number of layers for each chunk, Megatron's default; a remainder goes to the first chunks."""
-    size, rest = divmod(num_layers, num_stages * virtual)
-    sizes = [size + (chunk < rest) for chunk in range(num_stages * virtual)]
-    return [sizes[stage::num_stages] for stage in range(num_stages)]
-
-
 def balanced_split(
     flops: TokenFlops, num_layers: int, num_stages: int, virtual: int, tapped_layers: Sequence[int]
 ) -> list[list[int]]:

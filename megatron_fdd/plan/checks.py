@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.tokenizer import check_tokenizer_files
-from megatron_fdd.losses.pairs import check_recompute_keeps_taps
 from megatron_fdd.losses.terms import check_terms
 from megatron_fdd.plan.context import Context, Model
 from megatron_fdd.plan.experts import check_experts, check_resume
@@ -34,6 +33,7 @@ from megatron_fdd.plan.modules import check_kernels, check_layers, check_local_a
 from megatron_fdd.plan.no_effect import warn_of_approximations, warn_of_rate
 from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
+from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
 from megatron_fdd.plan.save_folder import check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
@@ -94,17 +94,6 @@ def _check_teacher_lens(context: Context) -> None:
         LensFile.open(path).check(identity, {pair.teacher_block for pair in plan.pairs})
 
 
-def _check_recompute(context: Context) -> None:
-    """Refuse recomputation that would drop a tap."""
-    args, plan = context.args, context.plan
-    assert plan is not None, "the phase is made when it is known"
-    check_recompute_keeps_taps(
-        [pair.student_layer for pair in plan.pairs],
-        plan.student_layers,
-        (args.recompute_granularity, args.recompute_method, args.recompute_num_layers),
-    )
-
-
 def _check_terms(context: Context) -> None:
     """Refuse terms that cannot be computed."""
     check_terms(context.config)
@@ -151,7 +140,7 @@ WITH_STORED_TEACHER: tuple[Check[Context], ...] = (
 )
 WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
 OF_BOTH_MODELS: tuple[Check[Context], ...] = (
-    Check(_check_recompute),
+    Check(check_recompute),
     Check(_check_teacher_lens),
     Check(check_term_parameters),
     Check(warn_of_left_out_terms),

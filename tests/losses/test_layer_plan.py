@@ -8,7 +8,6 @@ from megatron_fdd.config import FddConfig, parse_layer_pairs
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import (
     LayerPair,
-    check_recompute_keeps_taps,
     plan_pairs,
     sample_blocks,
 )
@@ -81,23 +80,6 @@ def test_unreadable_pairs_are_refused(text: str) -> None:
 def test_pairs_are_read() -> None:
     assert parse_layer_pairs("2:4, 4:9") == ((2, 4), (4, 9))
     assert parse_layer_pairs(None) is None
-
-
-@pytest.mark.parametrize(
-    "recompute", [("full", "uniform", 1), ("full", "block", 2), ("selective", None, None)]
-)
-def test_harmless_recompute_passes(recompute: tuple[str, str | None, int | None]) -> None:
-    check_recompute_keeps_taps([0, 2, 4], [6], recompute)
-
-
-def test_uniform_groups_keep_only_their_ends() -> None:
-    check_recompute_keeps_taps([1, 3, 6], [7], ("full", "uniform", 2))  # block 7 ends the short last group
-    with pytest.raises(ValueError, match=r"hides the tapped blocks \[1, 3\]"):
-        check_recompute_keeps_taps([0, 1, 2], [6], ("full", "uniform", 2))
-    # Groups start again on each stage: blocks 2, 3 | 5, 6 are ends.
-    check_recompute_keeps_taps([1, 2, 4, 5], [3, 3], ("full", "uniform", 2))
-    with pytest.raises(ValueError, match=r"hides the tapped blocks \[4\]"):
-        check_recompute_keeps_taps([1, 3], [3, 3], ("full", "uniform", 2))
 
 
 def plan(

@@ -25,7 +25,6 @@ from megatron_fdd.plan.balance import (
     bubble_fraction,
     chunk_loads,
     describe_balance,
-    even_split,
     head_loss_flops,
     layer_flops,
     layout_string,
@@ -58,6 +57,13 @@ SIZES = [
     (QWEN3_2B, QWEN3_32B, 28, 4, 1),
     (GPT2, GPT2_XL, 12, 4, 1),
 ]
+
+
+def even_split(num_layers: int, num_stages: int, virtual: int) -> list[list[int]]:
+    """Return the same number of layers for each chunk, Megatron's default; a remainder goes to the first chunks."""
+    size, rest = divmod(num_layers, num_stages * virtual)
+    sizes = [size + (chunk < rest) for chunk in range(num_stages * virtual)]
+    return [sizes[stage::num_stages] for stage in range(num_stages)]
 
 
 def sampled(num_layers: int) -> list[int]:

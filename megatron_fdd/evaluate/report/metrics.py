@@ -56,14 +56,12 @@ class Metrics:
     Attributes:
         curves: one for each key of the file; a key without any finite value is left out.
         first, last: the first and the last iteration.
-        num_records: number of finished lines.
         is_cut: true if the last line is unfinished: the run was killed while it wrote the line, or is writing it now.
     """
 
     curves: dict[str, Curve]
     first: int
     last: int
-    num_records: int
     is_cut: bool
 
     @property
@@ -127,7 +125,7 @@ def read_metrics(path: Path) -> Metrics:
     curves = {key: Curve(np.array(i), np.array(v)) for key, (i, v) in columns.items()}
     if not any(key.removeprefix(VALIDATION) == TOTAL for key in curves):
         raise ValueError(f'{path} holds no "total": is it a metrics file?')
-    return Metrics(_with_pace(curves), first, last, num_records, malformed is not None)
+    return Metrics(_with_pace(curves), first, last, malformed is not None)
 
 
 def in_digits(value: float, digits: int = 4) -> str:

@@ -80,9 +80,11 @@ def _check_weights(weights: Mapping[str, Tensor], checkpoint: Path, topology: To
         if weight.dim() > 1:  # a bias may be zero
             names.append(name)
             sizes.append(weight.to(torch.cuda.current_device()).abs().sum(dtype=torch.float32))
-    magnitude = torch.stack(sizes)
-    torch.distributed.all_reduce(magnitude, op=ReduceOp.SUM, group=topology.tensor_group)
-    values = magnitude.tolist()
+    values: list[float] = []
+    if sizes:  # a stage of a pipeline layout may hold no layer; its tensor-parallel ranks agree on that
+        magnitude = torch.stack(sizes)
+        torch.distributed.all_reduce(magnitude, op=ReduceOp.SUM, group=topology.tensor_group)
+        values = magnitude.tolist()
     zero = [name for name, value in zip(names, values, strict=True) if value == 0]
     broken = [
         name for name, value in zip(names, values, strict=True) if value != value or value == float("inf")
