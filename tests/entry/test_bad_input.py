@@ -135,6 +135,14 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         lambda toy, folder: ["--teacher-load", changed(toy, folder, num_experts=4)],
         r"--teacher-load .*own arguments describe",
     ),
+    "a student whose layers are code": (
+        lambda toy, folder: ["--load", damage.with_args(toy.student, folder / "s", spec=["os", "system"])],
+        r"--load: the model was built with --spec os system, and nothing is imported by a name out of a checkpoint",
+    ),
+    "a teacher whose layers are code": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, spec=["os", "system"])],
+        r"--teacher-load: the model was built with --spec os system, and nothing is imported",
+    ),
     "hybrid teacher": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, hybrid_layer_pattern="M*")],
         r"--teacher-load: only GPTModel offers taps",

@@ -48,7 +48,9 @@ def make(folder: Path, **changes: Any) -> Path:
     objects: dict[str, Any] = {name: {"state": [1, 2.5, "text"]} for name in OBJECTS}
     objects[COMMON] = [{"args": argparse.Namespace(num_layers=2, spec=None), "iteration": 0}]
     state = {WEIGHT: torch.arange(6.0).reshape(3, 2), **objects, **changes}
-    torch_checkpoint.save(state, storage_writer=torch_checkpoint.FileSystemWriter(release), no_dist=True)
+    writer = torch_checkpoint.FileSystemWriter(release)
+    planner = torch_checkpoint.DefaultSavePlanner(flatten_state_dict=False)
+    torch_checkpoint.save(state, storage_writer=writer, planner=planner, no_dist=True)
     (release / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
