@@ -6,6 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
@@ -34,18 +35,18 @@ def read_index(path: Path, flag: str) -> Metadata:
 def _check_index(index: object) -> None:
     """Refuse an index whose parts have other types than torch gives them, or that points out of the folder."""
     if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise ValueError("it is no index of a checkpoint")
+        raise UnpicklingError("it is no index of a checkpoint")
     for item, place in index.storage_data.items():
         numbers = (place.offset, place.length)
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError(f"{item.fqn} lies at {numbers[0]!r} and has {numbers[1]!r} bytes")
+            raise UnpicklingError(f"{item.fqn} lies at {numbers[0]!r} and has {numbers[1]!r} bytes")
         if Path(place.relative_path).name != place.relative_path:
-            raise ValueError(f"{item.fqn} lies in {place.relative_path!r}, which is no file of this folder")
+            raise UnpicklingError(f"{item.fqn} lies in {place.relative_path!r}, which is no file of this folder")
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, BytesStorageMetadata):
             shape, dtype = entry.size, entry.properties.dtype
             if not (isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype)):
-                raise ValueError(f"{name} has the shape {shape!r} and the dtype {dtype!r}")
+                raise UnpicklingError(f"{name} has the shape {shape!r} and the dtype {dtype!r}")
 
 
 def check_objects(path: Path, flag: str, index: Metadata) -> None:
