@@ -41,7 +41,8 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
-from megatron_fdd.host.checkpoint import cause_of
+from megatron_fdd.host.damage import cause_of
+from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.model import build_config, check_same_sizes
 from megatron_fdd.host.patches.adam import install_adam
 from megatron_fdd.host.patches.helpers import use_built_helpers
@@ -111,7 +112,7 @@ class Distillation:
         if parts.student is not None:
             planned, config = config, parts.student(run.args)
             check_same_sizes(config, planned)
-        config.pre_wrap_hooks.append(self._add_terms)
+        config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
         datasets: Any = partial(parts.datasets or train_valid_test_provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
@@ -163,6 +164,13 @@ class Distillation:
         """Run a micro-batch, as Megatron's `forward_step_func`."""
         assert self._student_step is not None
         return self._student_step(data_iterator, model)
+
+    def _check_files(self, chunks: list[GPTModel]) -> list[GPTModel]:
+        """Compare the checkpoints' files with their checksums before any is loaded, as Megatron's pre-wrap hook."""
+        run = self._run
+        if run.checkpoints and not run.config.skip_checksums:
+            console.say(check_sums(run.checkpoints))
+        return chunks
 
     def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
         """Join the terms' parameters to the student's chunks, as Megatron's pre-wrap hook."""

@@ -86,6 +86,30 @@ plugin = click.option(
 )
 
 
+def _trust_checkpoints(_ctx: click.Context, _option: click.Parameter, is_given: bool) -> None:
+    if is_given:
+        importlib.import_module("megatron_fdd.host.quiet")  # before torch
+        importlib.import_module("megatron_fdd.host.unpickling").trust_checkpoints()
+
+
+trust_checkpoint = click.option(
+    "--fdd-trust-checkpoint",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust_checkpoints,
+    help="Unpickle whatever the checkpoint holds, which lets it run code with your rights (default: objects of a few "
+    "harmless classes only).",
+)
+
+
+skip_checksums = click.option(
+    "--fdd-skip-checksums",
+    "skip_checksums",
+    is_flag=True,
+    help="Do not compare the checkpoint's files with their checksums first; that reads them once more.",
+)
+
+
 def few_threads(_ctx: click.Context, _option: click.Parameter, given: int | None) -> int | None:
     """Return the value of an option for threads; with very many threads a command would seem to hang.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from megatron_fdd.cli import conversion
-from megatron_fdd.cli.command import Command, plugin
+from megatron_fdd.cli.command import Command, plugin, skip_checksums, trust_checkpoint
 
 if TYPE_CHECKING:
     from megatron_fdd.convert.to_hf import ExportOptions
@@ -36,7 +36,10 @@ examples:
 @conversion.dtype
 @conversion.max_shard_size
 @conversion.via
+@click.option("--ckpt-step", type=click.IntRange(min=1), help="Iteration to take (default: the newest).")
+@skip_checksums
 @plugin
+@trust_checkpoint
 def command(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> None:
     """Write the model of a Megatron torch_dist checkpoint as a Hugging Face folder that AutoModelForCausalLM and
     AutoTokenizer load.
@@ -65,6 +68,6 @@ def command(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> None:
             line += (
                 f"; {len(exported.left_out)} that terms of the distillation learned are left out ({names})"
             )
-        return line
+        return f"{exported.remark}\n{line}" if exported.remark else line
 
     conversion.convert(action)

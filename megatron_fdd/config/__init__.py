@@ -223,6 +223,16 @@ class FddConfig:
         "print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
         "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
     )
+    skip_checksums: bool = flag(
+        False,
+        "load checkpoints without comparing their files with the checksums that lie beside them (default: each rank "
+        "first reads its share of the files once more)",
+    )
+    trust_checkpoint: bool = flag(
+        False,
+        "unpickle whatever the checkpoints hold, which lets them run code with your rights on every rank "
+        "(default: objects of a few harmless classes only; another class is refused by its name)",
+    )
     plugin: tuple[str, ...] = flag(
         (),
         f"import this module on every rank before flags are read, so that names which it registers are known; {WHERE}; "

@@ -21,8 +21,8 @@ from megatron_fdd.convert.checkpoint_entries import tensors_of
 from megatron_fdd.convert.families import FAMILIES
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.mcore_model import build_model
-from megatron_fdd.host.checkpoint import listing
 from megatron_fdd.host.json_file import read_json
+from megatron_fdd.host.weight_names import listing
 
 
 def _alternate(layer_types: list[str]) -> bool:

@@ -19,7 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron_fdd.host.checkpoint import EXTRA_STATE, other_name
+from megatron_fdd.host.checkpoint import EXTRA_STATE
+from megatron_fdd.host.weight_names import other_name
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from megatron_fdd.convert.hf_companions import set_tokenizer, write_companions
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args
-from megatron_fdd.convert.ranks import conversion_ranks, shared_new_folder, together
+from megatron_fdd.convert.ranks import conversion_ranks, shared_new_folder
 from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE
+from megatron_fdd.host.together import together
 
 
 def config_to_mcore(

@@ -27,19 +27,13 @@ from megatron_fdd.convert.checkpoint_entries import (
     pieces_of,
     tensors_of,
 )
-from megatron_fdd.convert.ranks import together
 from megatron_fdd.convert.streaming_save import Reader, StreamingSave
-from megatron_fdd.host.checkpoint import (
-    DAMAGE,
-    RELEASE,
-    TRACKER_FILE,
-    cause_of,
-    listing,
-    other_name,
-    use_stored_names,
-    weights_only,
-)
+from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE
+from megatron_fdd.host.damage import DAMAGE, cause_of
 from megatron_fdd.host.disk import is_torchs_writer
+from megatron_fdd.host.file_sums import write_sums
+from megatron_fdd.host.together import together
+from megatron_fdd.host.weight_names import listing, other_name, use_stored_names, weights_only
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
@@ -54,7 +48,7 @@ def save_model(
         owned: names of the parameters that this rank writes; exactly one rank owns each parameter.
         read: called for each of these parameters while it is written; the result is dropped right after.
 
-    Collectives: those of `dist_checkpointing.save` over all ranks.
+    Collectives: those of `dist_checkpointing.save` and `write_sums` over all ranks.
 
     Raises:
         ValueError, OSError, RuntimeError: as `told_causes` raises them.
@@ -80,6 +74,7 @@ def save_model(
     }
     with told_causes():
         dist_checkpointing.save(state, str(target), StreamingSave(weights, read), content_metadata=_CONTENT)
+    write_sums(target)
     if rank_zero:
         (folder / TRACKER_FILE).write_text(RELEASE)
 

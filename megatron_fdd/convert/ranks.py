@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
 from megatron_fdd.host import rehearsal
 from megatron_fdd.host.disk import writing
+from megatron_fdd.host.together import together
 
 # Ranks wait for a rank that writes a large file; torchrun notices ranks that died.
 _PATIENCE = timedelta(days=1)
@@ -64,37 +65,6 @@ def conversion_ranks() -> Iterator[Any]:
             parallel_state.destroy_model_parallel()
         if own_world:
             dist.destroy_process_group()
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """Raise an error of one rank in the block on every rank.
-
-    Collectives: one all-gather over all ranks at the end of the block.
-
-    Raises:
-        OSError: the error of the first rank that has one, if it is an error of the system.
-        ValueError: otherwise, with the message of that rank.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as failure:
-        error = failure
-    told: list[str | OSError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if error is None else _message(error))
-    first = next((each for each in told if each is not None), None)
-    if isinstance(first, OSError):
-        raise first from error
-    if first is not None:
-        raise ValueError(first) from error
-
-
-def _message(error: Exception) -> str | OSError:
-    """Return the system's errors and our own messages unchanged, and other messages with the type of the error."""
-    if isinstance(error, OSError) and error.errno is not None:  # a plain OSError: every rank can read it
-        return OSError(error.errno, error.strerror, error.filename, None, error.filename2)
-    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

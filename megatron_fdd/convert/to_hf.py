@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
-from megatron_fdd.convert.hf_companions import find_hf_config, find_tokenizer
+from megatron_fdd.convert.hf_companions import HF_FOLDER, find_hf_config, find_tokenizer
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.hf_writer import (
     Shard,
@@ -29,10 +29,12 @@ from megatron_fdd.convert.hf_writer import (
     write_shard,
 )
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
-from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
+from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.to_mcore import Via
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
+from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.json_file import read_json, write_json
+from megatron_fdd.host.together import together
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
     from megatron_fdd.convert.bridge_weights import BridgeExport
@@ -50,11 +52,13 @@ class Exported:
         unchanged: number of these tensors with the bytes of the imported model; None if its checksums are not
             beside the checkpoint, or are for another dtype.
         left_out: names of the parameters that terms of the distillation learned beside the student.
+        remark: for people, about the checksums of the checkpoint's files; empty if they were not compared.
     """
 
     num_tensors: int
     unchanged: int | None
     left_out: tuple[str, ...] = ()
+    remark: str = ""
 
 
 class ExportOptions(TypedDict, total=False):
@@ -68,6 +72,9 @@ class ExportOptions(TypedDict, total=False):
         progress: whether to show a progress bar; by default not.
         via: "tables" (the default), or "bridge" for a model type that Megatron-Bridge knows and the tables lack; then
             one rank holds the model.
+        skip_checksums: whether to read the checkpoint's files without comparing them with their checksums before; by
+            default not.
+        ckpt_step: the iteration to take; by default the newest.
     """
 
     hf_config: Path | None
@@ -76,6 +83,8 @@ class ExportOptions(TypedDict, total=False):
     max_shard_size: str
     progress: bool
     via: Via
+    skip_checksums: bool
+    ckpt_step: int | None
 
 
 def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> Exported:
@@ -94,13 +103,20 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
     load, hf_out = Path(load), Path(hf_out)
     hf_config = options.get("hf_config")
     with conversion_ranks() as groups:
-        from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args, term_shapes
+        from megatron_fdd.host.checkpoint import (
+            RELEASE,
+            check_no_spec,
+            find_checkpoint,
+            read_checkpoint_args,
+            term_shapes,
+        )
 
         with together():
             check_new_folder(hf_out, "--hf-out")
             max_shard_bytes = parse_size(options.get("max_shard_size", "5GB"))
-            checkpoint = find_checkpoint(str(load), "--load")
+            checkpoint = find_checkpoint(str(load), "--load", step=options.get("ckpt_step"))
             args = read_checkpoint_args(checkpoint, "--load")
+            check_no_spec(args, "--load", "a family gives its layers a table (docs/extend/family.md)")
             left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
             config_path = find_hf_config(load, args, hf_config)
             tokenizer_path = find_tokenizer(load, args, options.get("tokenizer"))
@@ -108,17 +124,27 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             shards = plan_shards(export.specs(), max_shard_bytes)
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
+        remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
             written = Checksums(
                 name_of(export.dtype), _write_own(unfinished, shards, export, options.get("progress", False))
             )
+            if checkpoint.name == RELEASE:
+                _check_untouched(written, imported, load)
             with together():
                 if dist.get_rank() == 0:
                     write_index(unfinished, shards)
                     _write_config(unfinished, config_path, export.config, export.dtype)
                     copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
                     written.write(unfinished)
-    return Exported(len(written.digests), written.count_same(imported), left_out)
+    return Exported(len(written.digests), written.count_same(imported), left_out, remark)
+
+
+def _check_untouched(written: Checksums, imported: Checksums | None, load: Path) -> None:
+    """Refuse a converted model that no training has changed and that is not what was converted."""
+    if imported is not None and imported.dtype == written.dtype:
+        for name in written.digests.keys() & imported.digests.keys():
+            imported.check(load / HF_FOLDER, name, written.digests[name])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_c
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
-from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder, together
+from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.host.json_file import read_json, write_json
+from megatron_fdd.host.together import together
 
 if TYPE_CHECKING:  # this imports Megatron, and a rehearsal must start before
     from megatron_fdd.convert.bridge_weights import BridgeSource

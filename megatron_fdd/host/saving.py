@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd.host.checkpoint import TRACKER_FILE, cause_of
+from megatron_fdd.host.checkpoint import TRACKER_FILE
+from megatron_fdd.host.damage import cause_of
 
 # Megatron's writer logs the system's message and raises an error that has only its type.
 _WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"

@@ -12,15 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_fdd.host.checkpoint import (
-    DAMAGE,
-    EXTRA_STATE,
-    cause_of,
-    listing,
-    other_name,
-    use_stored_names,
-    weights_only,
-)
+from megatron_fdd.host.checkpoint import EXTRA_STATE
+from megatron_fdd.host.damage import DAMAGE, cause_of
+from megatron_fdd.host.weight_names import listing, other_name, use_stored_names, weights_only
 
 
 def load_weights(

@@ -29,16 +29,19 @@ class StoredModel:
     args: argparse.Namespace
 
     @classmethod
-    def find(cls, folder: str, flag: str, *, to_plan: bool) -> StoredModel:
-        """Look for the newest checkpoint in a folder and read its arguments. No collectives.
+    def find(cls, folder: str, flag: str, *, to_plan: bool, step: int | None = None) -> StoredModel:
+        """Look for the newest checkpoint in a folder, or that of iteration `step`, and read its arguments.
 
         Args:
             to_plan: whether the arguments are enough; the checkpoint may then lack weights.
+            step: the value of --ckpt-step.
+
+        Collectives: none.
 
         Raises:
             ValueError: there is no checkpoint, or it is incomplete.
         """
-        path = find_checkpoint(folder, flag, to_plan=to_plan)
+        path = find_checkpoint(folder, flag, to_plan=to_plan, step=step)
         return cls(folder, flag, path, read_checkpoint_args(path, flag))
 
 

@@ -85,6 +85,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "from weights alone, as every distillation does; leave it out",
     ),
     (
+        lambda a: a.ckpt_format != "torch_dist",
+        "--ckpt-format: only torch_dist can be read and written at every layout; leave it out",
+    ),
+    (
         lambda a: a.fp4 is not None,
         "--fp4-format: nothing here knows it yet; use --fp8-format",
     ),

@@ -15,6 +15,7 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.model import planned_layers
+from megatron_fdd.host.unpickling import restrict_unpickling, trust_checkpoints
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair, plan_pairs
 from megatron_fdd.losses.terms import uses_taps
@@ -36,6 +37,7 @@ class PreparedRun:
     Attributes:
         args: arguments of the student and the run, validated by Megatron and set as its globals.
         teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0.
+        checkpoints: the checkpoints that the run reads, by the flags that name them.
         fresh: names of parameters of terms that the student's checkpoint lacks.
         stop_at_nan: whether Megatron's `--no-check-for-nan-in-loss-and-grad` is left out.
     """
@@ -44,6 +46,7 @@ class PreparedRun:
     args: argparse.Namespace
     teacher: argparse.Namespace | None
     teacher_checkpoint: Path | None
+    checkpoints: dict[str, Path]
     fresh: frozenset[str]
     stop_at_nan: bool
 
@@ -64,6 +67,9 @@ def prepare_run(*, checks_data: bool = True) -> PreparedRun:
     """
     args, defaults = parse_command_line()
     config = FddConfig.from_args(args)
+    if config.trust_checkpoint:
+        trust_checkpoints()
+    restrict_unpickling()
     # Megatron prints a thousand lines of arguments; a dry run should print only the plan.
     with contextlib.redirect_stdout(io.StringIO()) if config.dry_run else contextlib.nullcontext():
         return _prepare(Context(config, args, checks_data=checks_data), defaults)
@@ -101,8 +107,10 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     make_checks(checks.OF_BOTH_MODELS, known)
     assert known.plan is not None
     teacher_path = None if known.stored_teacher is None else known.stored_teacher.path
+    stored = (known.stored_student, known.stored_teacher)
+    checkpoints = {model.flag: model.path for model in stored if model is not None}
     fresh = fresh_parameters(known)
-    return PreparedRun(known.plan, args, known.teacher_args, teacher_path, fresh, stop_at_nan)
+    return PreparedRun(known.plan, args, known.teacher_args, teacher_path, checkpoints, fresh, stop_at_nan)
 
 
 def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:

@@ -10,7 +10,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_fdd.host.checkpoint import has_checkpoint, is_same_folder
+from megatron_fdd.host.checkpoint import check_no_spec, has_checkpoint, is_same_folder
 from megatron_fdd.host.model import ARCHITECTURE
 from megatron_fdd.plan.context import Context, StoredModel
 
@@ -42,13 +42,15 @@ def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, objec
                 "name the student to start from with --pretrained-checkpoint DIR"
             )
         return None
-    model = StoredModel.find(directory, flag, to_plan=args.fdd_dry_run)
+    model = StoredModel.find(directory, flag, to_plan=args.fdd_dry_run, step=args.ckpt_step)
     stored = model.args
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
     # If Megatron took the vocabulary from a tokenizer, a checkpoint stores only the padded size.
     fixed = ARCHITECTURE + ("vocab_size",) * (getattr(stored, "vocab_size", None) is not None)
     _check_same(args, model, [name for name in fixed if name in given])
     if args.use_checkpoint_args:
+        if "spec" not in given:
+            check_no_spec(stored, flag, "if you trust it, give the flag yourself")
         load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
         for name in ARCHITECTURE:
             if hasattr(stored, name):

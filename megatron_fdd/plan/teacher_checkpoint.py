@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.host.checkpoint import check_no_spec
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.plan.context import Context, StoredModel
 
@@ -27,11 +28,7 @@ def check_teacher_model(context: Context) -> None:
     if context.stored_teacher is None:
         return
     stored = context.stored_teacher.args
-    if getattr(stored, "spec", None) is not None:
-        raise ValueError(
-            f"--teacher-load: the teacher was built with --spec {' '.join(stored.spec)}, and nothing is imported by a "
-            "name out of a checkpoint; give its layers a family (docs/extend/family.md)"
-        )
+    check_no_spec(stored, "--teacher-load", "give its layers a family (docs/extend/family.md)")
     if getattr(stored, "hybrid_layer_pattern", None) is not None:
         raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
     if getattr(stored, "final_logit_softcapping", None) is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-from megatron_fdd.host.checkpoint import TERM_PREFIX, listing, term_shapes
+from megatron_fdd.host.checkpoint import TERM_PREFIX, term_shapes
+from megatron_fdd.host.weight_names import listing
 from megatron_fdd.losses.term_modules import saved_shapes
 from megatron_fdd.plan.context import Context, StoredModel
 

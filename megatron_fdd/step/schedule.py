@@ -1,4 +1,4 @@
-"""Wrappers around Megatron's schedule, log and save: the four names of `megatron.training.training` that we replace.
+"""Wrappers around Megatron's schedule, log and save: the names of `megatron.training` that we replace while training.
 
 `installed` replaces them while a run trains (`host/patches/table.py` lists every replaced name, here and elsewhere).
 The rest of the training loop is Megatron's own.
@@ -19,7 +19,6 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_fdd.host.patches.table import replaced
-from megatron_fdd.host.saving import heard_failures
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
@@ -27,6 +26,7 @@ from megatron_fdd.losses.terms import TERMS
 from megatron_fdd.step.metrics import MetricsFile, step_means
 from megatron_fdd.step.pipeline import PipelineWork
 from megatron_fdd.step.progress import Progress, Step
+from megatron_fdd.step.saves import Saves
 from megatron_fdd.step.student import StudentForward
 
 
@@ -243,7 +243,7 @@ def installed(steps: StepHooks) -> Iterator[None]:
     original_lookup = megatron_training.get_forward_backward_func
     original_log = megatron_training.training_log
     original_evaluation = megatron_training.evaluate_and_print_results
-    original_save = megatron_training.save_checkpoint
+    saves = Saves(steps.log_checkpoint)
     signature, evaluation_signature = inspect.signature(original_log), inspect.signature(original_evaluation)
 
     def lookup(*args: Any, **keywords: Any) -> Callable[..., list[dict[str, Tensor]]]:
@@ -262,17 +262,12 @@ def installed(steps: StepHooks) -> Iterator[None]:
         original_evaluation(*args, **keywords)
         steps.log_evaluation(evaluation_signature.bind(*args, **keywords))
 
-    def save(iteration: int, *args: Any, **keywords: Any) -> None:
-        started_s = time.perf_counter()
-        with heard_failures(get_args().save, iteration):
-            original_save(iteration, *args, **keywords)
-        steps.log_checkpoint(iteration, time.perf_counter() - started_s)
-
     stand_ins: dict[str, Callable[..., Any]] = {
         "megatron.training.training.get_forward_backward_func": lookup,
         "megatron.training.training.training_log": log,
         "megatron.training.training.evaluate_and_print_results": evaluate,
-        "megatron.training.training.save_checkpoint": save,
+        "megatron.training.training.save_checkpoint": saves.save_checkpoint,
+        "megatron.training.checkpointing.schedule_async_save": saves.schedule_async_save,
     }
     with replaced(stand_ins):
         yield

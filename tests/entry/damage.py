@@ -11,13 +11,34 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_fdd import convert
+from megatron_fdd.host.file_sums import SUMS_FILE
 from tests.convert import toys
 from tests.harness.ranks import Layout, run_on_ranks
+from tests.hostile.checkpoints import Payload
 
 
 def copied(source: Path, target: Path) -> Path:
-    """Copy a checkpoint folder, to damage it."""
-    return Path(shutil.copytree(source, target))
+    """Copy a checkpoint folder, to damage it; without checksums, as another program would have saved it."""
+    return Path(shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE)))
+
+
+def flipped(source: Path, target: Path) -> Path:
+    """Copy a checkpoint folder whole, and change one bit of its largest file."""
+    shutil.copytree(source, target)
+    largest = max(target.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(content)
+    return target
+
+
+def with_payload(source: Path, target: Path, sign: Path) -> Path:
+    """Make a copy that runs code when its index is unpickled without limits: it makes the folder `sign`."""
+    path = copied(source, target) / "release" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    index.planner_data = Payload(sign)
+    path.write_bytes(pickle.dumps(index))
+    return target
 
 
 def with_args(source: Path, target: Path, **changes: Any) -> Path:

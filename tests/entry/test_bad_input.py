@@ -119,13 +119,29 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
         lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "embedding.")],
         r"--load .*: the student's checkpoint could not be read: its bytes hold no saved tensors",
     ),
+    "a flipped bit in the teacher": (
+        lambda toy, folder: ["--teacher-load", damage.flipped(toy.teacher, folder / "t")],
+        r"--teacher-load .*\.distcp has other bytes than when it was saved",
+    ),
+    "a flipped bit in the student": (
+        lambda toy, folder: ["--load", damage.flipped(toy.student, folder / "s")],
+        r"--load .*\.distcp has other bytes than when it was saved",
+    ),
     "damaged student arguments": (
         lambda toy, folder: ["--load", damage.scratched(toy.student, folder / "s", "common_state")],
-        r"--load .*common state cannot be read",
+        r"--load .*__0_0\.distcp: common_state/shard_0_1 cannot be read .*the copy is damaged",
     ),
     "a dense teacher that claims experts": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, num_experts=4)],
         r"--teacher-load .*own arguments describe",
+    ),
+    "a student whose layers are code": (
+        lambda toy, folder: ["--load", damage.with_args(toy.student, folder / "s", spec=["os", "system"])],
+        r"--load: the model was built with --spec os system, and nothing is imported by a name out of a checkpoint",
+    ),
+    "a teacher whose layers are code": (
+        lambda toy, folder: ["--teacher-load", changed(toy, folder, spec=["os", "system"])],
+        r"--teacher-load: the model was built with --spec os system, and nothing is imported",
     ),
     "hybrid teacher": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, hybrid_layer_pattern="M*")],
@@ -163,6 +179,20 @@ def test_damaged_files(name: str, toy: Toys, tmp_path: Path) -> None:
     make_flags, pattern = DAMAGED[name]
     [endings] = run(toy.command(*make_flags(toy, tmp_path)))
     assert_refused(endings, pattern)
+
+
+@pytest.mark.parametrize("flag", ["--teacher-load", "--load", "--pretrained-checkpoint"])
+@pytest.mark.parametrize("more", [[], ["--fdd-dry-run"]], ids=["train", "plan"])
+def test_a_checkpoint_that_runs_code(flag: str, more: list[str], toy: Toys, tmp_path: Path) -> None:
+    source = toy.teacher if flag == "--teacher-load" else toy.student
+    folder = damage.with_payload(source, tmp_path / "t", tmp_path / "sign")
+    command = toy.command(*more)
+    if flag == "--pretrained-checkpoint":
+        place = command.index("--load")
+        del command[place : place + 2]
+    [endings] = run([*command, flag, str(folder)])
+    assert_refused(endings, rf"{flag} .*\.metadata names the class posix\.mkdir, which is on no list")
+    assert not (tmp_path / "sign").exists()
 
 
 @pytest.mark.parametrize("added", [20, 100])

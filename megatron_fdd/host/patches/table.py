@@ -1,6 +1,6 @@
-"""Every name of Megatron that this package replaces at run time, and the one function that replaces it.
+"""Every name of Megatron and torch that this package replaces at run time, and the one function that replaces it.
 
-`PATCHES` is for every run, `REHEARSAL_PATCHES` only for runs on CPUs. Nothing else of Megatron is replaced: `replace`
+`PATCHES` is for every run, `REHEARSAL_PATCHES` only for runs on CPUs. Nothing else of them is replaced: `replace`
 takes only listed names, and a test compares both tables with what live runs have changed. The tables are plain data:
 importing this module imports neither torch nor Megatron.
 """
@@ -73,8 +73,15 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_TRAINING}.save_checkpoint",
         "always, while training",
-        "Says on the terminal that a checkpoint has been saved, and how long it took.",
+        "Writes checksums beside a checkpoint's files, and says on the terminal that it has been saved.",
         "while the training loop has no callback after a save",
+        "step.schedule.installed",
+    ),
+    Patch(
+        "megatron.training.checkpointing.schedule_async_save",
+        "always, while training",
+        "With `--async-save` the checksums are written when the files are there.",
+        "while a save in the background has no callback at its end",
         "step.schedule.installed",
     ),
     _adam(f"{_OPTIMIZER}.Adam", "Megatron builds our Adam, which has one step for a param group."),
@@ -87,6 +94,13 @@ PATCHES: tuple[Patch, ...] = (
     _adam(
         f"{_DISTRIBUTED}.USING_APEX_OPTIMIZER",
         "It takes our Adam's step for apex's, the same in every param group.",
+    ),
+    Patch(
+        "torch.distributed.checkpoint.filesystem.pickle",
+        "always, without `--fdd-trust-checkpoint`",
+        "The index of a checkpoint is read by an unpickler that makes listed classes only, so that it runs no code.",
+        "while torch unpickles the index without a limit",
+        "host.unpickling.restrict_unpickling",
     ),
     Patch(
         "megatron.core.datasets.utils.compile_helpers",

@@ -1,0 +1,118 @@
+"""The index of a checkpoint folder: every entry, where its bytes are, and whether they are there and harmless."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megatron_fdd.host.damage import DAMAGE, cause_of
+from megatron_fdd.host.unpickling import ForbiddenClassError, check_object, load_index
+
+
+def read_index(path: Path, flag: str) -> Metadata:
+    """Return the index of torch's checkpoints: every entry, and where its bytes are."""
+    index_path = path / ".metadata"
+    if not index_path.is_file():
+        raise ValueError(f"{flag} {path}: .metadata is missing; the save or the copy was interrupted")
+    try:
+        with index_path.open("rb") as file:
+            index = load_index(file)
+        _check_index(index)
+    except ForbiddenClassError as error:
+        raise _forbidden(path, flag, ".metadata", error) from error
+    except Exception as error:
+        raise ValueError(f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged") from error
+    return index
+
+
+def _check_index(index: object) -> None:
+    """Refuse an index whose parts have other types than torch gives them, or that points out of the folder."""
+    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
+        raise UnpicklingError("it is no index of a checkpoint")
+    for item, place in index.storage_data.items():
+        numbers = (place.offset, place.length)
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise UnpicklingError(f"{item.fqn} lies at {numbers[0]!r} and has {numbers[1]!r} bytes")
+        if Path(place.relative_path).name != place.relative_path:
+            raise UnpicklingError(f"{item.fqn} lies in {place.relative_path!r}, which is no file of this folder")
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, BytesStorageMetadata):
+            shape, dtype = entry.size, entry.properties.dtype
+            if not (isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype)):
+                raise UnpicklingError(f"{name} has the shape {shape!r} and the dtype {dtype!r}")
+
+
+def check_objects(path: Path, flag: str, index: Metadata) -> None:
+    """Refuse a checkpoint with an object that could run code when it is loaded.
+
+    Every object is read and unpickled by the restricted unpickler, which takes about a millisecond: the arguments,
+    each rank's random state, and a few KB for each module of TransformerEngine. Equal ones are checked once.
+    """
+    legacy = path / COMMON_STATE_FNAME  # of older versions of Megatron, which is read first
+    if legacy.is_file():
+        _check_object(path, flag, legacy.name, legacy.read_bytes())
+    are_objects = {
+        name for name, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)
+    }
+    checked = set()
+    for name, file_name, content in contents(path, index, lambda name: name in are_objects):
+        digest = hashlib.sha256(content).digest()
+        if digest not in checked:
+            _check_object(path, flag, f"{file_name}: {name}", content)
+            checked.add(digest)
+
+
+def _check_object(path: Path, flag: str, where: str, content: bytes) -> None:
+    """Refuse the bytes of one object, with the place in the message."""
+    try:
+        check_object(content)
+    except ForbiddenClassError as error:
+        raise _forbidden(path, flag, where, error) from error
+    except DAMAGE as error:
+        raise ValueError(
+            f"{flag} {path}: {where} cannot be read ({cause_of(error)}); the copy is damaged, copy it again"
+        ) from error
+
+
+def contents(
+    path: Path, index: Metadata, is_wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, str, bytes]]:
+    """Yield name, file and bytes of entries. The files are read one after the other, and each is opened once."""
+    places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for item, place in index.storage_data.items():
+        if is_wanted(item.fqn):
+            places[place.relative_path].append((place.offset, place.length, item.fqn))
+    for file_name, spans in sorted(places.items()):
+        with (path / file_name).open("rb") as file:
+            for offset, length, name in sorted(spans):
+                file.seek(offset)
+                yield name, file_name, file.read(length)
+
+
+def _forbidden(path: Path, flag: str, where: str, error: ForbiddenClassError) -> ValueError:
+    return ValueError(
+        f"{flag} {path}: {where} names the class {error}, which is on no list of harmless classes: unpickling it could "
+        "run code, and nothing was unpickled. If you trust who made this checkpoint, give --fdd-trust-checkpoint"
+    )
+
+
+def check_files(path: Path, flag: str, index: Metadata) -> None:
+    """Refuse a checkpoint unless every byte to which its index points is on disk."""
+    needed: dict[str, int] = {}
+    for item in index.storage_data.values():
+        needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
+    for name, length in sorted(needed.items()):
+        file_path = path / name
+        size = file_path.stat().st_size if file_path.is_file() else 0
+        if size < length:
+            raise ValueError(
+                f"{flag} {path}: {name} has {size} bytes and needs {length}; "
+                "the checkpoint is truncated, copy or save it again"
+            )

@@ -1,0 +1,53 @@
+"""Additions to Megatron's saving of a checkpoint: why it failed, checksums of the files, a line for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import megatron.training.checkpointing as megatron_checkpointing
+import megatron.training.training as megatron_training
+from megatron.training import get_args
+
+from megatron_fdd.host.checkpoint import iteration_folder
+from megatron_fdd.host.file_sums import write_sums
+from megatron_fdd.host.saving import heard_failures
+
+
+class Saves:
+    """The stand-ins for two functions of Megatron, which they call.
+
+    Args:
+        report: gets the iteration and the seconds that its save took.
+    """
+
+    def __init__(self, report: Callable[[int, float], None]) -> None:
+        self._report = report
+        self._save = megatron_training.save_checkpoint
+        self._schedule = megatron_checkpointing.schedule_async_save
+        self._folder: Path | None = None
+
+    def save_checkpoint(self, iteration: int, *args: Any, **keywords: Any) -> None:
+        """Save, as Megatron's function of this name. Collectives: its own, and those of `write_sums`.
+
+        Raises:
+            ValueError: the checkpoint could not be written; names the folder, the cause and how to continue.
+        """
+        started_s = time.perf_counter()
+        options = get_args()
+        is_kept = not keywords.get("non_persistent_ckpt", False)
+        self._folder = iteration_folder(options.save, iteration) if is_kept else None
+        with heard_failures(options.save, iteration):
+            self._save(iteration, *args, **keywords)
+            if self._folder is not None and not options.async_save:
+                write_sums(self._folder)
+        self._report(iteration, time.perf_counter() - started_s)
+
+    def schedule_async_save(self, request: Any) -> None:
+        """Start a save in the background, as Megatron does; checksums are written when its files are there."""
+        if self._folder is not None:
+            request.add_finalize_fn(partial(write_sums, self._folder))
+        self._schedule(request)

@@ -1,0 +1,122 @@
+"""Small `torch_dist` folders, and payloads at every place of one that is unpickled."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+
+# The class that a refusal must name: what a payload calls.
+CLASS = "posix.mkdir"
+WEIGHT = "embedding.word_embeddings.weight"
+COMMON = "common_state/shard_0_1"
+# The objects beside tensors, by their names in Megatron's checkpoints.
+OBJECTS = (
+    COMMON,
+    "rng_state/shard_0.0_1.1",
+    "rerun_state_machine_state/shard_0_1",
+    "optimizer.param_groups/shard_0_1",
+    "decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1",
+)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """An object whose unpickling makes a folder: the sign that code ran."""
+
+    sign: Path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.sign),)
+
+
+def make(folder: Path, **changes: Any) -> Path:
+    """Write a checkpoint with one weight and all kinds of objects.
+
+    Args:
+        changes: values in place of objects, by their names.
+    """
+    release = folder / "release"
+    objects: dict[str, Any] = {name: {"state": [1, 2.5, "text"]} for name in OBJECTS}
+    objects[COMMON] = [{"args": argparse.Namespace(num_layers=2, spec=None), "iteration": 0}]
+    state = {WEIGHT: torch.arange(6.0).reshape(3, 2), **objects, **changes}
+    writer = torch_checkpoint.FileSystemWriter(release)
+    planner = torch_checkpoint.DefaultSavePlanner(flatten_state_dict=False)
+    torch_checkpoint.save(state, storage_writer=writer, planner=planner, no_dist=True)
+    (release / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
+    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    return folder
+
+
+def with_index(folder: Path, change: Callable[[Any], Any]) -> Path:
+    """Replace the index by what `change` makes of it, or changes in it in place."""
+    path = folder / "release" / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(index) or index))
+    return folder
+
+
+def _planted_in_index(folder: Path, sign: Path) -> None:
+    def plant(index: Any) -> None:
+        index.planner_data = Payload(sign)
+
+    with_index(make(folder), plant)
+
+
+def _planted_in_common(folder: Path, sign: Path) -> None:
+    torch.save({"args": argparse.Namespace(seed=Payload(sign))}, make(folder) / "release" / "common.pt")
+
+
+# Each makes a folder that runs code when it is unpickled without limits, and names the place.
+PAYLOADS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "whole index": (lambda folder, sign: with_index(make(folder), lambda _: Payload(sign)), r"\.metadata"),
+    "part of the index": (_planted_in_index, r"\.metadata"),
+    "common.pt of older versions": (_planted_in_common, r"common\.pt"),
+    **{
+        name: (
+            lambda folder, sign, name=name: make(folder, **{name: [{"args": Payload(sign)}]}),
+            rf"__0_0\.distcp: {name}",
+        )
+        for name in OBJECTS
+    },
+}
+
+
+def _at(**changes: object) -> Callable[[Any], None]:
+    """Return a change of an index: the first entry's place gets other values."""
+
+    def change(index: Any) -> None:
+        place = next(iter(index.storage_data.values()))
+        for name, value in changes.items():
+            object.__setattr__(place, name, value)
+
+    return change
+
+
+def _with_dtype(index: Any) -> None:
+    index.state_dict_metadata[WEIGHT].properties.dtype = "float32"
+
+
+# Each makes an index that no torch has written, and what is said of it.
+INDICES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a number": (lambda _: 7, "no index of a checkpoint"),
+    "a dictionary": (lambda index: {"storage_data": {}}, "no index of a checkpoint"),
+    "a file elsewhere": (
+        _at(relative_path="../../secret"),
+        r"'\.\./\.\./secret', which is no file of this folder",
+    ),
+    "an absolute file": (_at(relative_path="/etc/passwd"), "'/etc/passwd', which is no file of this folder"),
+    "before the file": (_at(offset=-5), "lies at -5"),
+    "a length in words": (_at(length="many"), "has 'many' bytes"),
+    "a dtype in words": (_with_dtype, "the dtype 'float32'"),
+}
