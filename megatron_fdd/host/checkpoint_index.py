@@ -41,7 +41,9 @@ def _check_index(index: object) -> None:
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise UnpicklingError(f"{item.fqn} lies at {numbers[0]!r} and has {numbers[1]!r} bytes")
         if Path(place.relative_path).name != place.relative_path:
-            raise UnpicklingError(f"{item.fqn} lies in {place.relative_path!r}, which is no file of this folder")
+            raise UnpicklingError(
+                f"{item.fqn} lies in {place.relative_path!r}, which is no file of this folder"
+            )
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, BytesStorageMetadata):
             shape, dtype = entry.size, entry.properties.dtype

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_fdd.host.file_sums import SUMS_FILE
 from megatron_fdd.host.saving import heard_failures, saved_iteration
-from tests.entry.command import Patch, run
+from tests.entry.command import Patch, read_metrics, run
 from tests.entry.conftest import Toys
 
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
@@ -64,3 +67,18 @@ def test_a_lost_connection_is_no_fault_of_the_disk(tmp_path: Path) -> None:
 def fail_to_write(folder: Path, error: BaseException) -> None:
     with heard_failures(str(folder), 4):
         raise error
+
+
+def test_a_save_in_the_background_has_checksums_and_the_next_run_compares_them(
+    toy: Toys, tmp_path: Path
+) -> None:
+    start = toy.saving_command(tmp_path, "--train-iters", 4, "--async-save")
+    resume = toy.saving_command(tmp_path, "--train-iters", 4, "--load", tmp_path, "--ckpt-step", 2)
+    first, second = run(start, resume)
+    assert [ending.status for ending in [*first, *second]] == [0] * 4, second[0].err
+    for iteration in (2, 4):
+        sums = json.loads((tmp_path / f"iter_{iteration:07d}" / SUMS_FILE).read_text())["files"]
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= set(sums)
+    assert "GB of checkpoints are right" in second[0].out
+    assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [int(step) for step in re.findall(r" iteration +(\d+)/", second[1].out)] == [3, 4]
