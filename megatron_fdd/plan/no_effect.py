@@ -46,10 +46,13 @@ def _unread(name: str) -> Reason:
     """Return the reason of a flag of which nothing but terms knows."""
 
     def reason(config: FddConfig, _args: argparse.Namespace) -> str | None:
-        is_read = any(name in term.settings for term in active_terms(config))
-        return None if is_read else "no term that has a weight depends on it"
+        return None if _is_read(config, name) else "no term that has a weight depends on it"
 
     return reason
+
+
+def _is_read(config: FddConfig, name: str) -> bool:
+    return any(name in term.settings for term in active_terms(config))
 
 
 def _without_divergence(config: FddConfig, _args: argparse.Namespace) -> str | None:
@@ -67,7 +70,7 @@ def _without_mix(config: FddConfig, _args: argparse.Namespace) -> str | None:
 
 
 def _nothing_to_heat(config: FddConfig, _args: argparse.Namespace) -> str | None:
-    is_heated = config.kd_weight > 0 or needs_of(config).divergence
+    is_heated = needs_of(config).divergence or _is_read(config, "temperature")
     return None if is_heated else "no divergence has a weight"
 
 
