@@ -71,8 +71,8 @@ class Parts:
     Attributes:
         pretrain: the training loop, with the interface of `megatron.training.pretrain` 0.19.2.
         datasets: a function from (numbers of train, valid and test samples, vp_stage) to the three datasets. A sample
-            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank, because no check
-            of this package looks at it.
+            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank: only the ids
+            of each batch are checked.
         student: a function from the run's arguments to Megatron's configuration of the student, a GPTModel.
     """
 

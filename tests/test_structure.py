@@ -140,6 +140,17 @@ def test_functions_have_few_parameters() -> None:
     assert found == MORE_PARAMETERS
 
 
+def test_digits_are_those_that_int_reads() -> None:
+    """A superscript two is a digit, and no number for `int`."""
+    found = [
+        str(path.relative_to(PACKAGE))
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("isdigit", "isnumeric")
+    ]
+    assert found == [], "use isdecimal"
+
+
 def test_no_utils() -> None:
     assert not list(PACKAGE.rglob("util*.py"))
 

@@ -28,7 +28,7 @@ def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
     pairs = []
     for item in text.split(","):
         student, colon, teacher = item.partition(":")
-        if not (colon and student.strip().isdigit() and teacher.strip().isdigit()):
+        if not (colon and student.strip().isdecimal() and teacher.strip().isdecimal()):
             raise ValueError(
                 f"--fdd-layer-pairs {text!r}: {item!r} is not STUDENT:TEACHER, "
                 "two 1-based block numbers such as 2:4,4:9"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -35,6 +36,58 @@ class Batch:
     token_mask_BS: Tensor
     attention_mask: Tensor | None = None
     packed: PackedSeqParams | None = None
+
+
+# Of a sample, and so of a batch.
+_ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
+
+
+def checked_batches(data_iterator: Any, vocab_size: int, iteration: int) -> Any:
+    """Return an iterator over the same batches that refuses ids which tokenizer, teacher and student do not share.
+
+    A prepared set is checked as a whole before training; this is for data that nothing describes. The host looks:
+    batches that lie on a device already would make it wait.
+
+    Args:
+        data_iterator: Megatron's; a list of them with virtual stages.
+        vocab_size: number of ids that all have.
+        iteration: number of steps that are done.
+    """
+    if isinstance(data_iterator, list):
+        return [checked_batches(each, vocab_size, iteration) for each in data_iterator]
+    return _CheckedBatches(data_iterator, vocab_size, iteration)
+
+
+class _CheckedBatches:
+    """An iterator without `__iter__`, as Megatron's own are."""
+
+    def __init__(self, batches: Iterator[Mapping[str, Tensor]], vocab_size: int, iteration: int) -> None:
+        self._batches, self._vocab_size, self._iteration = batches, vocab_size, iteration
+
+    def __next__(self) -> Mapping[str, Tensor]:
+        """Return the next batch.
+
+        Raises:
+            ValueError: an entry is missing, or an id is unknown; on the ranks that read this batch.
+        """
+        batch = next(self._batches)
+        missing = [name for name in _ENTRIES if name not in batch]
+        if missing:
+            raise ValueError(
+                f"a sample of the data has no {', '.join(missing)}; give each of {', '.join(_ENTRIES)} "
+                "(docs/extend/own-pretrain.md)"
+            )
+        for name, ids in (("token", batch["tokens"]), ("label", batch["labels"][batch["loss_mask"] > 0])):
+            if not ids.numel():
+                continue
+            for found in (int(each) for each in ids.aminmax()):
+                if not 0 <= found < self._vocab_size:
+                    raise ValueError(
+                        f"iteration {self._iteration + 1}: a batch has the {name} {found}, and tokenizer, teacher and "
+                        f"student share the ids 0 to {self._vocab_size - 1}; give data with these alone (where "
+                        "loss_mask is 0 a label may be anything, a token may not)"
+                    )
+        return batch
 
 
 def get_batch(

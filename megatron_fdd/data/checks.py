@@ -13,14 +13,13 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
-from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
-from megatron_fdd.data.datasets import TextDataset
 from megatron_fdd.data.megatron_tokenizer import identity_of
-from megatron_fdd.data.prepared import PreparedSet, open_set
-from megatron_fdd.data.sources import blends, data_prefixes, evaluates
+from megatron_fdd.data.prepared import PreparedSet
+from megatron_fdd.data.sources import blends, cache_folder, data_prefixes, evaluates, open_sets
+from megatron_fdd.data.token_ids import check_token_ids
 from megatron_fdd.data.tokenizer_identity import FormerStamp, compare
 
 _PART_NAMES = ("training", "validation", "test")
@@ -52,13 +51,14 @@ def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase |
         return
     tokenizer = get_tokenizer() if tokenizer is None else tokenizer
     _check_cache_folders(args)
-    sets = {prefix: open_set(prefix) for prefix in data_prefixes(args) if not is_object_storage_path(prefix)}
+    sets = open_sets(args)
     _check_kinds(args, sets)
     for prepared in sets.values():
         _check_sequence_length(args, prepared)
         _check_tokenizer(args, prepared, tokenizer)
     for part in _parts(args, sets):
         _check_part(args, part, sets[part.prefix])
+    check_token_ids(args, sets, {"the tokenizer of this run": tokenizer.vocab_size})
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -106,8 +106,7 @@ def _check_cache_folders(args: argparse.Namespace) -> None:
     if args.dataloader_fast_cache_load:
         return
     for prefix in data_prefixes(args):
-        # The second is Megatron's default for text: a folder with the name of the prefix.
-        folder = args.data_cache_path or os.path.join(prefix, "cache", f"{TextDataset.__name__}_indices")
+        folder = cache_folder(args, prefix)
         existing = os.path.abspath(folder)
         while not os.path.exists(existing):
             existing = os.path.dirname(existing)
@@ -148,11 +147,6 @@ def _check_tokenizer(
     args: argparse.Namespace, prepared: PreparedSet, tokenizer: MegatronTokenizerBase
 ) -> None:
     """Refuse data that was prepared with another tokenizer."""
-    if prepared.largest_token_id >= tokenizer.vocab_size:
-        raise ValueError(
-            f"{prepared.prefix} has the token id {prepared.largest_token_id} and the tokenizer of this run "
-            f"{tokenizer.vocab_size} ids; train with the tokenizer that the data was prepared with"
-        )
     if prepared.info is None:
         return
     _check_end(args, prepared, tokenizer)

@@ -9,13 +9,12 @@ import argparse
 import warnings
 from pathlib import Path
 
-from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
 from megatron_fdd.data.megatron_tokenizer import identity_of
-from megatron_fdd.data.prepared import open_set
-from megatron_fdd.data.sources import data_prefixes
+from megatron_fdd.data.sources import cache_folder, open_sets
+from megatron_fdd.data.token_ids import token_range
 from megatron_fdd.data.tokenizer_identity import (
     TOKENIZER_FOLDER,
     Comparison,
@@ -97,8 +96,8 @@ def _compare(
 def _check_ids(args: argparse.Namespace, teacher: TokenizerStamp | TokenizerIdentity) -> None:
     """Refuse data with a token id that the teacher does not have; the teacher cannot teach it."""
     stamp = teacher if isinstance(teacher, TokenizerStamp) else teacher.stamp
-    for prefix in data_prefixes(args):
-        largest = -1 if is_object_storage_path(prefix) else open_set(prefix).largest_token_id
+    for prefix, prepared in open_sets(args).items():
+        largest = token_range(prepared, cache_folder(args, prefix)).largest
         if largest > stamp.largest_id:
             raise ValueError(
                 f"id {largest} of the data ({prefix}) is not in the teacher's vocabulary of {stamp.num_ids}: the "

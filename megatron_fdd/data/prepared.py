@@ -24,7 +24,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_fdd.data.encode import Encoded
+from megatron_fdd.data.index_file import IndexFile, read_index
 from megatron_fdd.data.tokenizer_identity import FormerStamp, TokenizerStamp
+from megatron_fdd.host.json_file import read_record
 
 FORMAT_NAME = "megatron_fdd.data"
 FORMAT_VERSION = 2
@@ -33,9 +35,7 @@ _FORMER_VERSION = 1
 _MASK_SUFFIX = "_loss_mask"
 # Not plain `.json`, which may be the name of the raw file.
 _INFO_SUFFIX = ".prepared.json"
-_PREPARE_AGAIN = "prepare the set again with fdd prepare"
-# In a set of unknown origin, so many ids are searched for one that the tokenizer does not have.
-_SAMPLED_IDS = 1_000_000
+PREPARE_AGAIN = "prepare the set again with fdd prepare"
 SetKind = Literal["text", "instruction"]
 
 
@@ -72,13 +72,13 @@ class PreparedSet:
 
     Attributes:
         document_lengths: int32 [documents], in tokens.
-        largest_token_id: the largest id of the set; without `info`, that of its first million tokens.
+        dtype: of an id in `P.bin`.
         info: None for a set that was not made by this project.
     """
 
     prefix: str
     document_lengths: np.ndarray
-    largest_token_id: int
+    dtype: np.dtype
     info: SetInfo | None
 
 
@@ -198,25 +198,25 @@ def open_set(prefix: str) -> PreparedSet:
         ValueError: files are missing, truncated, or do not belong together; names them and the remedy.
     """
     info = _read_info(prefix)
-    lengths, dtype = _read_index(prefix)
+    index = _read_index(prefix)
+    lengths = index.lengths
     if info is None:
         if os.path.exists(mask_prefix(prefix) + ".idx"):
-            raise ValueError(f"{prefix}{_INFO_SUFFIX} is missing beside a loss mask; {_PREPARE_AGAIN}")
-        first_ids = np.fromfile(prefix + ".bin", dtype=dtype, count=_SAMPLED_IDS)
-        return PreparedSet(prefix, lengths, int(first_ids.max(initial=0)), None)
+            raise ValueError(f"{prefix}{_INFO_SUFFIX} is missing beside a loss mask; {PREPARE_AGAIN}")
+        return PreparedSet(prefix, lengths, index.dtype, None)
     tokens = int(lengths.sum(dtype=np.int64))
     if (len(lengths), tokens) != (info.documents, info.tokens):
         raise ValueError(
             f"{prefix}{_INFO_SUFFIX} says {info.documents} documents and {info.tokens} tokens, "
-            f"{prefix}.idx says {len(lengths)} and {tokens}; {_PREPARE_AGAIN}"
+            f"{prefix}.idx says {len(lengths)} and {tokens}; {PREPARE_AGAIN}"
         )
-    if info.kind == "instruction" and not np.array_equal(_read_index(mask_prefix(prefix))[0], lengths):
-        raise ValueError(f"{mask_prefix(prefix)}.idx does not belong to {prefix}.idx; {_PREPARE_AGAIN}")
-    return PreparedSet(prefix, lengths, info.largest_token_id, info)
+    if info.kind == "instruction" and not np.array_equal(_read_index(mask_prefix(prefix)).lengths, lengths):
+        raise ValueError(f"{mask_prefix(prefix)}.idx does not belong to {prefix}.idx; {PREPARE_AGAIN}")
+    return PreparedSet(prefix, lengths, index.dtype, info)
 
 
-def _read_index(prefix: str) -> tuple[np.ndarray, type[np.number]]:
-    """Return document lengths and dtype of one indexed dataset, whose two files must agree."""
+def _read_index(prefix: str) -> IndexFile:
+    """Return the index of one indexed dataset, whose two files must agree."""
     for end in (".bin", ".idx"):
         if not os.path.exists(prefix + end):
             raise ValueError(
@@ -224,19 +224,18 @@ def _read_index(prefix: str) -> tuple[np.ndarray, type[np.number]]:
                 "fdd prepare got as --output-prefix (with _train or _valid after --split)"
             )
     try:
-        dataset = IndexedDataset(prefix, mmap=False)
-    except (AssertionError, ValueError, OSError, struct.error) as error:
-        raise ValueError(f"{prefix}.idx cannot be read ({error}); {_PREPARE_AGAIN}") from error
-    # A copy, because the index unmaps its file when the dataset is freed.
-    lengths, dtype = np.array(dataset.sequence_lengths), dataset.index.dtype
-    expected = int(lengths.sum(dtype=np.int64)) * DType.size(dtype)
-    actual = os.path.getsize(prefix + ".bin")
-    if actual != expected:
+        index = read_index(prefix + ".idx")
+        actual = os.path.getsize(prefix + ".bin")
+        if actual == index.bin_bytes:
+            index.check_pointers()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{prefix}.idx cannot be read ({error}); {PREPARE_AGAIN}") from error
+    if actual != index.bin_bytes:
         raise ValueError(
-            f"{prefix}.bin has {actual} bytes, but its index needs {expected}: truncated, or of another set; "
-            f"{_PREPARE_AGAIN}"
+            f"{prefix}.bin has {actual} bytes, but its index needs {index.bin_bytes}: truncated, or of another set; "
+            f"{PREPARE_AGAIN}"
         )
-    return lengths, dtype
+    return index
 
 
 def _read_info(prefix: str) -> SetInfo | None:
@@ -246,10 +245,15 @@ def _read_info(prefix: str) -> SetInfo | None:
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
-        name, version = values.pop("format"), values.pop("version")
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        name, version = values.pop("format", None), values.pop("version", None)
         if name != FORMAT_NAME or version not in (FORMAT_VERSION, _FORMER_VERSION):
             raise ValueError(f"not {FORMAT_NAME} version {FORMAT_VERSION}")
         stamp = TokenizerStamp if version == FORMAT_VERSION else FormerStamp
-        return SetInfo(**{**values, "tokenizer": stamp(**values["tokenizer"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a prepared set ({error}); {_PREPARE_AGAIN}") from error
+        tokenizer = values.pop("tokenizer", None)
+        if not isinstance(tokenizer, dict):
+            raise ValueError('"tokenizer" is not a JSON object')
+        return read_record(SetInfo, {**values, "tokenizer": read_record(stamp, tokenizer)})
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a prepared set ({error}); {PREPARE_AGAIN}") from error

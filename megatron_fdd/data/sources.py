@@ -1,10 +1,15 @@
-"""The prepared sets that a run reads, by Megatron's flags."""
+"""The prepared sets that a run reads, by Megatron's flags, and where Megatron keeps its index of them."""
 
 from __future__ import annotations
 
 import argparse
+import os
 
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_fdd.data.datasets import TextDataset
+from megatron_fdd.data.prepared import PreparedSet, open_set
 
 # A blend in Megatron's form: prefixes, and weights or None.
 Blend = tuple[list[str], list[float] | None]
@@ -28,3 +33,17 @@ def data_prefixes(args: argparse.Namespace) -> list[str]:
     blend, per_part = blends(args)
     used = [blend, *(per_part or [])]
     return list(dict.fromkeys(prefix for part in used if part is not None for prefix in part[0]))
+
+
+def open_sets(args: argparse.Namespace) -> dict[str, PreparedSet]:
+    """Open every set that the run reads, by prefix; those in object storage are left out.
+
+    Raises:
+        ValueError: as `open_set`.
+    """
+    return {prefix: open_set(prefix) for prefix in data_prefixes(args) if not is_object_storage_path(prefix)}
+
+
+def cache_folder(args: argparse.Namespace, prefix: str) -> str:
+    """Return the folder of Megatron's index cache of a set; its default has the name of the prefix."""
+    return args.data_cache_path or os.path.join(prefix, "cache", f"{TextDataset.__name__}_indices")

@@ -1,10 +1,13 @@
-"""JSON files with one object, in the form that Hugging Face writes."""
+"""JSON files with one object, in the form that Hugging Face writes; and dataclasses that such files hold."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,3 +26,36 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON as Hugging Face does: two spaces, keys in their given order, a line break at the end."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record[T](kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make a dataclass from the values of a JSON object.
+
+    Raises:
+        ValueError: names the first field that is missing, unknown, or of another type than the dataclass says.
+    """
+    assert dataclasses.is_dataclass(kind)
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name not in values and dataclasses.MISSING is field.default is field.default_factory:
+            raise ValueError(f'"{field.name}" is missing')
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f'"{name}" is not known')
+        if not _fits(value, hints[name]):
+            raise ValueError(f'"{name}" is {value!r:.60}, which is of the wrong kind')
+    return kind(**values)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value of a JSON file has the type of an annotation; true and false are no numbers."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is not None:  # a mapping
+        return isinstance(value, origin) and all(_fits(each, arguments[1]) for each in value.values())
+    if hint is Any:
+        return True
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

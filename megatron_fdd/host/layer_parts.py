@@ -141,8 +141,8 @@ class NormOverHeadsAttention(SelfAttention):
         groups, group = config.num_query_groups, self.pg_collection.tp
         if groups is not None and groups % group.size():
             raise ValueError(
-                f"--tensor-model-parallel-size {group.size()}: attention that normalises all {groups} key heads at once "
-                "has each on one rank; use a size that divides them"
+                f"--tensor-model-parallel-size {group.size()}: attention that normalises all {groups} key heads at "
+                "once has each on one rank; use a size that divides them"
             )
         self.q_layernorm = NormOverHeads(config, self.query_projection_size, group)
         self.k_layernorm = NormOverHeads(config, self.kv_projection_size, group)

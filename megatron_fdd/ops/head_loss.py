@@ -85,7 +85,8 @@ def head_loss(
     Args:
         teacher_NT: None: no teacher (`divergence` must then be None).
         divergence: None: no divergence, and the teacher is ignored.
-        labels_N: vocabulary ids; negative: no label. None: no cross-entropy.
+        labels_N: ids of the whole vocabulary; negative: no label. Beyond the vocabulary: the sum is NaN. None: no
+            cross-entropy.
 
     Collectives over `heads.shard.group` (one rank: none), all forward. For each block of tokens: one all-gather of the
         packed statistics ([R] times 5 for fkl and rkl, else 4, without a teacher 2; plus 1 with labels, and 2 more at

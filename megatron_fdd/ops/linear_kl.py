@@ -65,7 +65,8 @@ def linear_kl(
         teacher_NT: None: no teacher (`divergence` must then be None).
         student_ND: N may be 0.
         divergence: None: no divergence.
-        labels_N: vocabulary ids (of the whole vocabulary); negative: no label. None: no cross-entropy.
+        labels_N: ids of the whole vocabulary; negative: no label. Beyond the vocabulary: a cross-entropy of NaN,
+            with every implementation. None: no cross-entropy.
         needs_lse: whether the log-sum-exps are outputs. At a temperature other than 1 they cost an
             exponential, and with a constant head one product for their gradient.
 

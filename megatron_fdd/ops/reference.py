@@ -38,8 +38,7 @@ def reference_linear_kl(
         assert teacher_NV is not None
         divergence_N = plain_divergence(teacher_NV, student_NV, request.divergence)
     if labels_N is not None:
-        labels_N = labels_N.masked_fill(labels_N < 0, -100)
-        entropy_N = cross_entropy(student_NV, labels_N, ignore_index=-100, reduction="none")
+        entropy_N = _cross_entropy(student_NV, labels_N)
     if not request.needs_lse:
         return divergence_N, None, None, entropy_N
     teacher_lse_N = None if teacher_NV is None else teacher_NV.logsumexp(-1)
@@ -52,6 +51,16 @@ def plain_divergence(teacher_NV: Tensor, student_NV: Tensor, divergence: Diverge
     log_teacher_NV, log_student_NV = (log_softmax(logits / heat, -1) for logits in (teacher_NV, student_NV))
     value_NV, _ = divergence.value_and_score(log_teacher_NV, log_student_NV)
     return heat**2 * value_NV.sum(-1)
+
+
+def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the cross-entropy, [N]; 0 where a label is negative, NaN where it is beyond the vocabulary."""
+    beyond_N = labels_N >= logits_NV.shape[1]
+    known_N = labels_N.masked_fill((labels_N < 0) | beyond_N, -100)
+    entropy_N = cross_entropy(logits_NV, known_N, ignore_index=-100, reduction="none")
+    if not beyond_N.any():
+        return entropy_N
+    return torch.where(beyond_N, logits_NV.logsumexp(-1) + torch.nan, entropy_N)
 
 
 def _own_logits(hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard) -> Tensor:

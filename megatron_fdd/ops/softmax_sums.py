@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.request import Request
-from megatron_fdd.ops.vocab_shard import Pending, VocabShard
+from megatron_fdd.ops.vocab_shard import Pending, VocabShard, join_label_logits
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 
@@ -131,7 +131,7 @@ def merge(sums: SoftmaxSums, packed: Pending, shard: VocabShard, *, has_labels: 
         peak_gap_R = peak_M[sums.student] - peak_M[sums.teacher]
         kl_R = peak_gap_R - cross_R + (log_mass_M[sums.student] - log_mass_M[sums.teacher])
         kl_R = -kl_R if sums.lead == sums.student else kl_R
-    label_logit_R = None if label_logits is None else label_logits.sum(0)
+    label_logit_R = None if label_logits is None else join_label_logits(label_logits)
     return VocabStatistics(
         sums.num_models, lse_M, scale_M, unit_lse_M, unit_scale_M, kl_R, cross_R, label_logit_R
     )

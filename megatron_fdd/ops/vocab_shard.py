@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
@@ -148,12 +149,21 @@ def _flatten(tensor: Tensor) -> Tensor:
 
 def label_rows(head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
     """Return the head's row of each label in float32 (or float64), [R, D]; zeros where this rank does not have it."""
-    local_R = labels_R - shard.first
-    elsewhere_R = (labels_R < 0) | (local_R < 0) | (local_R >= shard.num_valid)
-    rows_RD = head_WD[local_R.masked_fill(elsewhere_R, 0)].to(statistics_dtype(head_WD))
+    elsewhere_R = _is_elsewhere(labels_R, shard)
+    rows_RD = head_WD[(labels_R - shard.first).masked_fill(elsewhere_R, 0)].to(statistics_dtype(head_WD))
     return rows_RD.masked_fill_(elsewhere_R[:, None], 0.0)
 
 
 def label_logits(hidden_RD: Tensor, head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
-    """Return this rank's part of each label's logit, [R]; the sum over ranks is the logit (0 without a label)."""
-    return label_rows(head_WD, labels_R, shard).mul_(hidden_RD).sum(1)
+    """Return each label's logit, [R]; NaN where this rank does not have the label's row."""
+    logits_R = label_rows(head_WD, labels_R, shard).mul_(hidden_RD).sum(1)
+    return logits_R.masked_fill_(_is_elsewhere(labels_R, shard), torch.nan)
+
+
+def join_label_logits(logits: Tensor) -> Tensor:
+    """Return each label's logit from the rank that has it, [ranks, R] -> [R]; NaN where none has it."""
+    return logits.nansum(0).masked_fill_(logits.isnan().all(0), torch.nan)
+
+
+def _is_elsewhere(labels_R: Tensor, shard: VocabShard) -> Tensor:
+    return (labels_R < shard.first) | (labels_R >= shard.first + shard.num_valid)

@@ -29,17 +29,18 @@ from megatron_fdd.plan.context import Context, Model
 from megatron_fdd.plan.experts import check_experts, check_resume
 from megatron_fdd.plan.fp8 import check_fp8_device, check_fp8_shapes
 from megatron_fdd.plan.fp8_scales import check_student_scales, check_teacher_scales, warn_of_pickled_scales
-from megatron_fdd.plan.modules import check_kernels, check_layers, check_local_attention
-from megatron_fdd.plan.no_effect import warn_of_approximations, warn_of_rate
+from megatron_fdd.plan.modules import check_kernels, check_layers, check_local_attention, check_windows
+from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_rate, warn_of_schedule
 from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
 from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
-from megatron_fdd.plan.save_folder import check_nothing_lost
+from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
 from megatron_fdd.plan.term_parameters import check_term_parameters, warn_of_left_out_terms
 from megatron_fdd.plan.vocabulary import (
+    check_data_ids,
     check_student_tokenizer,
     check_teacher_tokenizer,
     check_vocabularies,
@@ -105,6 +106,7 @@ BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_given),
     Check(check_numbers),
     Check(check_schedule),
+    Check(check_models_kept),
     Check(check_nothing_lost),
     Check(check_kernels),
 )
@@ -114,6 +116,7 @@ OF_EACH_MODEL: tuple[Check[Model], ...] = (
     Check(check_length),
     Check(check_splits),
     Check(check_local_attention),
+    Check(check_windows),
     Check(check_fp8_shapes),
     Check(check_fp8_device, needs_machine=True),
     Check(check_experts),
@@ -130,13 +133,15 @@ AFTER_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_same_model),
     Check(_check_data),
     Check(check_student_tokenizer),
-    Check(warn_of_approximations),
+    Check(warn_of_flags),
+    Check(warn_of_schedule),
     Check(warn_of_rate),
 )
 WITH_STORED_TEACHER: tuple[Check[Context], ...] = (
     Check(check_teacher_model),
     Check(check_teacher_tokenizer),
     Check(check_vocabularies),
+    Check(check_data_ids),
 )
 WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
 OF_BOTH_MODELS: tuple[Check[Context], ...] = (

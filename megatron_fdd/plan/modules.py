@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+
+from megatron.core.transformer.utils import is_layer_window_attention
+
 from megatron_fdd.convert.families import FAMILIES
 from megatron_fdd.host import layer_specs
 from megatron_fdd.host.plugins import REMEDY
@@ -9,6 +13,9 @@ from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.ops.divergence import check_triton_function
 from megatron_fdd.plan.context import Context, Model
+
+# With these, TransformerEngine's attention of a cut sequence takes a window.
+_WAYS_WITH_WINDOWS = ("a2a", "all_gather")
 
 
 def check_kernels(context: Context) -> None:
@@ -74,3 +81,33 @@ def check_local_attention(model: Model) -> None:
             f"{model.role.label} has sliding windows and --transformer-impl is local: {' and '.join(remedies)}, or use "
             "--transformer-impl transformer_engine"
         )
+
+
+def check_windows(model: Model) -> None:
+    """Refuse sliding windows where TransformerEngine cuts sequences in a way that has none.
+
+    It would say so in the first step. A rehearsal has other modules, which know windows.
+
+    Raises:
+        ValueError: names the first layer with a window, and its way to communicate.
+    """
+    args = model.args
+    if args.context_parallel_size == 1 or args.transformer_impl == "local":
+        return
+    ways = [args.cp_comm_type] if isinstance(args.cp_comm_type, str) else args.cp_comm_type or ["p2p"]
+    for layer in _window_layers(args):
+        way = ways[layer] if layer < len(ways) > 1 else ways[0]
+        if way not in _WAYS_WITH_WINDOWS:
+            raise ValueError(
+                f"{model.role.label} has sliding windows (block {layer + 1}: {args.window_size}), and with "
+                f"--context-parallel-size above 1 TransformerEngine has none for --cp-comm-type {way}: give "
+                f"{' or '.join(_WAYS_WITH_WINDOWS)}"
+            )
+
+
+def _window_layers(args: argparse.Namespace) -> list[int]:
+    """Return the layers whose attention has a window, 0-based."""
+    if args.window_size is None or tuple(args.window_size) in ((-1, -1), (-1, 0)):
+        return []
+    skips = args.window_attn_skip_freq
+    return [n for n in range(args.num_layers) if is_layer_window_attention(args.window_size, skips, n + 1)]

@@ -85,7 +85,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "from weights alone, as every distillation does; leave it out",
     ),
     (
-        lambda a: a.ckpt_format != "torch_dist",
+        lambda a: a.ckpt_format not in (None, "torch_dist"),
         "--ckpt-format: only torch_dist can be read and written at every layout; leave it out",
     ),
     (

@@ -38,6 +38,29 @@ def check_nothing_lost(context: Context) -> None:
     )
 
 
+def check_models_kept(context: Context) -> None:
+    """Refuse to save into the folder from which this run reads its teacher, or the model that its student starts from.
+
+    The tracker there would name the student's checkpoints: the next start would take one of them for that model.
+
+    Raises:
+        ValueError: names both flags.
+    """
+    args = context.args
+    if args.skip_train:
+        return
+    read = {
+        "--teacher-load": context.config.teacher_load,
+        "--pretrained-checkpoint": args.pretrained_checkpoint,
+    }
+    for flag, folder in read.items():
+        if is_same_folder(folder, args.save):
+            raise ValueError(
+                f"--save {args.save}: is the folder of {flag}, and the next start would take this run's last "
+                "checkpoint for the model there; give another --save"
+            )
+
+
 @contextmanager
 def held(folder: str | None) -> Iterator[None]:
     """Keep other runs out of `folder` during a `with` block; rank 0 does it for all ranks.

@@ -7,6 +7,8 @@ import argparse
 from megatron.training import get_tokenizer
 
 from megatron_fdd.data.pairing import check_checkpoint_tokenizer
+from megatron_fdd.data.sources import open_sets
+from megatron_fdd.data.token_ids import check_token_ids
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.context import Context
 
@@ -54,6 +56,23 @@ def check_vocabularies(context: Context) -> None:
             f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "
             "teacher and student must share a vocabulary"
         )
+
+
+def check_data_ids(context: Context) -> None:
+    """Refuse data with a token id that the student or the teacher does not have.
+
+    Megatron's embedding gives zeros for it if it is cut over ranks, and fails if it is not.
+
+    Raises:
+        ValueError: names the set, the id and the model.
+    """
+    args = context.args
+    if args.mock_data or not context.checks_data:
+        return
+    holders = {Role.STUDENT.label: args.vocab_size}
+    if context.stored_teacher is not None:
+        holders[Role.TEACHER.label] = _stored_size(context.stored_teacher.args)
+    check_token_ids(args, open_sets(args), holders)
 
 
 def common_vocab_size(context: Context) -> int:

@@ -81,7 +81,7 @@ def connect(
         lens,
     )
     sampler = Sampler(plan.config, len(plan.pairs), seed=seed, place=topology.rows_rank)
-    return StepHooks(step, topology, pipeline, sampler, iteration)
+    return StepHooks(step, topology, pipeline, sampler, iteration, plan.vocab_size)
 
 
 def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> VocabShard:

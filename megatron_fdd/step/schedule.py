@@ -18,6 +18,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_fdd.data.batch import checked_batches
 from megatron_fdd.host.patches.table import replaced
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
@@ -37,6 +38,7 @@ class StepHooks:
         pipeline: the additions of several stages; None with one stage.
         sampler: draws the tokens and taps that a training step uses; an evaluation uses all of them.
         iteration: returns how many steps are done.
+        vocab_size: number of ids that tokenizer, teacher and student share; every batch is held to it.
     """
 
     def __init__(
@@ -45,13 +47,14 @@ class StepHooks:
         topology: Topology,
         pipeline: PipelineWork | None,
         sampler: Sampler,
-        iteration: Callable[[], int] = lambda: 0,
+        iteration: Callable[[], int],
+        vocab_size: int,
     ) -> None:
         self._step = step
         self._topology = topology
         self._pipeline = pipeline
         self._sampler = sampler
-        self._iteration = iteration
+        self._iteration, self._vocab_size = iteration, vocab_size
         self._metrics_path: str | None = None
         self._stop_at_nan = True
         self._metrics_file: MetricsFile | None = None
@@ -91,8 +94,11 @@ class StepHooks:
 
         Raises:
             FloatingPointError: the loss is not finite; raised on every rank, before the optimizer sees the gradients.
+            ValueError: a batch has an id that is not in the vocabulary; raised on the ranks that read it.
         """
         self._started_s = time.perf_counter()
+        iteration = self._iteration()
+        keywords["data_iterator"] = checked_batches(keywords["data_iterator"], self._vocab_size, iteration)
         ratio = 1.0
         if self._pipeline is not None or self._step.objective.config.tokens == "all":
             # The work before the first gradient needs all of the step's batches.
@@ -104,7 +110,6 @@ class StepHooks:
             if self._pipeline is not None:
                 self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
                 keywords |= self._pipeline.schedule_keywords(keywords["seq_length"])
-        iteration = self._iteration()
         inner = self._step.objective.config.weight_scale(iteration)
         draw = EVERYTHING if keywords.get("forward_only") else self._sampler.draw(iteration)
         self._step.begin_step(StepSettings(inner, ratio, draw))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -53,7 +54,8 @@ def test_text_round_trip(hf: TokenizerSettings, tmp_path: Path) -> None:
     assert documents_of(tmp_path / "out") == expected
     assert (summary.tally.documents, summary.tally.tokens) == (4, sum(map(len, expected)))
     found = open_set(str(tmp_path / "out"))
-    assert found.info.largest_token_id == found.largest_token_id == max(map(max, expected))
+    assert found.info.largest_token_id == max(map(max, expected))
+    assert found.info.smallest_token_id == min(map(min, expected))
     assert found.info.longest_document == max(map(len, expected))
 
 
@@ -280,6 +282,37 @@ def test_damaged_sets_are_found(hf: TokenizerSettings, tmp_path: Path) -> None:
     os.remove(prefix + ".prepared.json")
     with pytest.raises(ValueError, match=r"swapped.prepared.json is missing beside a loss mask"):
         open_set(prefix)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"documents": "3"}, "\"documents\" is '3', which is of the wrong kind"),
+        ({"largest_token_id": None}, '"largest_token_id" is None'),
+        ({"kind": "picture"}, "\"kind\" is 'picture'"),
+        ({"tokenizer": 3}, '"tokenizer" is not a JSON object'),
+        ({"tokenizer": {}}, '"library" is missing'),
+        ({"version": 9}, "not megatron_fdd.data version 2"),
+    ],
+)
+def test_a_description_of_the_wrong_kind_is_named(
+    changes: dict[str, object], message: str, hf: TokenizerSettings, tmp_path: Path
+) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "the river"}])
+    run([text], tmp_path / "out", EncodeSettings(hf, "jsonl"))
+    path = tmp_path / "out.prepared.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=rf"out.prepared.json does not describe a prepared set \({message}"):
+        open_set(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "", "{", '{"a": ' * 100_000])
+def test_a_description_that_is_none_is_named(content: str, hf: TokenizerSettings, tmp_path: Path) -> None:
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": "the river"}])
+    run([text], tmp_path / "out", EncodeSettings(hf, "jsonl"))
+    (tmp_path / "out.prepared.json").write_text(content)
+    with pytest.raises(ValueError, match=r"out.prepared.json does not describe a prepared set \("):
+        open_set(str(tmp_path / "out"))
 
 
 def command(

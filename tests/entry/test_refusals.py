@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     r"^--fp8-format.*local modules": (),  # a rehearsal leaves them out: test_fp8
     r"^--fp8-format.*not installed": (),
     r"^--fp8-param-gather: .*leave it out": ("--fp8-param-gather",),
+    r"^--ckpt-format: .*leave it out": ("--ckpt-format torch",),
     r"^--fp4-format: .*use --fp8-format": ("--fp4-format e2m1",),
     r"^--transformer-impl transformer_engine": (),  # not in a rehearsal: test_without_transformer_engine
     r"^--optimizer-cuda-graph: .*leave it out": ("--optimizer-cuda-graph",),

@@ -71,7 +71,7 @@ def test_given_pairs_may_hold_the_first_and_the_last_block() -> None:
     assert pairs == (LayerPair(1, 1), LayerPair(6, 12))
 
 
-@pytest.mark.parametrize("text", ["1", "1:2,", "1:2;3:4", "a:b", "1:-2", "1:2:3", ""])
+@pytest.mark.parametrize("text", ["1", "1:2,", "1:2;3:4", "a:b", "1:-2", "1:2:3", "²:3", "1:③", ""])
 def test_unreadable_pairs_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="STUDENT:TEACHER"):
         parse_layer_pairs(text)

@@ -114,6 +114,25 @@ def test_gradcheck(kind: str, live: bool) -> None:
     assert torch.autograd.gradcheck(outputs, leaves)
 
 
+@pytest.mark.parametrize("beyond", [31, 35, 1000])  # a padded row, the row behind them, any other
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+def test_a_label_beyond_the_vocabulary_is_not_a_number(live: bool, beyond: int) -> None:
+    """With every implementation, and the tokens beside it do not notice."""
+    case, changed = (make_case(6, 31, padded=35) for _ in range(2))
+    changed.labels[2] = beyond
+    found = []
+    for implementation in (tiles(16), tiles(16, block_rows=2), Implementation("reference")):
+        right, _, _ = run(case, Divergence("fkl"), live=live, implementation=implementation)
+        ours, hidden, head = run(changed, Divergence("fkl"), live=live, implementation=implementation)
+        assert ours.cross_entropy_N.isnan().tolist() == [False, False, True, False, False, False]
+        is_number = ~ours.cross_entropy_N.isnan()
+        assert torch.equal(ours.cross_entropy_N[is_number], right.cross_entropy_N[is_number])
+        found.append(gradients(loss(ours, case.upstream), hidden, *([head] if live else [])))
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert error(one, other) < 1e-12
+
+
 def test_large_logits_stay_finite() -> None:
     case = make_case(4, 40)
     case.student.mul_(300)

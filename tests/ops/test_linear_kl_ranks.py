@@ -69,6 +69,19 @@ def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=3)
+def test_a_label_that_no_rank_has(sequence_parallel: bool) -> None:
+    """The cross-entropy is NaN on every rank that has the token; the last rank has nothing but padding."""
+    case = make_case(6, 16, padded=24)
+    case.labels[:] = torch.tensor([0, 16, 15, -100, 23, 99])
+    part = RankPart.of(case, sequence_parallel=sequence_parallel)
+    right = [False, True, False, False, True, True][part.tokens]
+    for implementation in PATHS:
+        outputs = part.run(*part.inputs(live=True), Divergence("fkl"), implementation=implementation)
+        assert outputs.cross_entropy_N.isnan().tolist() == right
+
+
 @distributed(ranks=2)
 def test_no_tokens_without_sequence_parallelism() -> None:
     part = RankPart.of(make_case(0, 10, padded=12), sequence_parallel=False)

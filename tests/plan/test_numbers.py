@@ -19,6 +19,8 @@ def given(words: str) -> Context:
     ("words", "message"),
     [
         ("--lr nan", "--lr nan: must be a finite number"),
+        ("--lr inf", "--lr inf: must be a finite number"),
+        ("--adam-eps nan", "--adam-eps nan: must be a finite number"),
         ("--clip-grad=-inf", "--clip-grad -inf: must be a finite number"),
         ("--init-method-std inf", "--init-method-std inf: must be a finite number"),
         (

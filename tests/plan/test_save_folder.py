@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ import pytest
 from megatron_fdd.config import FddConfig
 from megatron_fdd.plan import save_folder
 from megatron_fdd.plan.context import Context
-from megatron_fdd.plan.save_folder import LOCK_FILE, check_nothing_lost, held
+from megatron_fdd.plan.save_folder import LOCK_FILE, check_models_kept, check_nothing_lost, held
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-def flags(save: object, load: object = None, **more: bool) -> Context:
-    names = {"finetune": False, "skip_train": False} | more
+def flags(save: object, load: object = None, **more: object) -> Context:
+    names = {"finetune": False, "skip_train": False, "pretrained_checkpoint": None} | more
     folders = {"save": save, "load": load}
     given = {name: folder if folder is None else str(folder) for name, folder in folders.items()}
     return Context(FddConfig(teacher_load="T"), argparse.Namespace(**given, **names))
@@ -68,6 +69,31 @@ def test_a_converted_model_is_named_as_one(run: Path) -> None:
     with pytest.raises(ValueError, match="holds a converted model"):
         check_nothing_lost(flags(run))
     check_nothing_lost(flags(run, run))
+
+
+def test_a_model_that_the_run_reads_is_not_saved_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its folder is written, and although --load names it too."""
+    (run.parent / "link").symlink_to(run)
+    monkeypatch.chdir(run.parent)
+    for save in (run, "R", "link", "./link/"):
+        for name in (str(run), "link"):
+            taught = replace(flags(save, save), config=FddConfig(teacher_load=name))
+            begun = flags(save, save, pretrained_checkpoint=name)
+            for known, flag in ((taught, "--teacher-load"), (begun, "--pretrained-checkpoint")):
+                with pytest.raises(ValueError, match=f"--save {save}: is the folder of {flag}, and the next"):
+                    check_models_kept(known)
+
+
+def test_another_folder_may_be_saved_to(run: Path) -> None:
+    taught = FddConfig(teacher_load=str(run))
+    for known in (
+        flags(None, run, pretrained_checkpoint=str(run)),
+        flags(run / "below", pretrained_checkpoint=str(run)),
+        flags(run, run),
+        flags(run, run, pretrained_checkpoint=str(run), skip_train=True),
+    ):
+        check_models_kept(known)
+    check_models_kept(replace(flags(run / "below"), config=taught))
 
 
 def in_another_process(action: Callable[[], object]) -> str:

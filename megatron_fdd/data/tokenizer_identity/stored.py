@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity, TokenizerStamp
 from megatron_fdd.data.tokenizer_identity.sources import VOCABULARY_FILES, has_tokenizer, identity_of_folder
-from megatron_fdd.host.json_file import read_json, write_json
+from megatron_fdd.host.json_file import read_json, read_record, write_json
 
 IDENTITY_FILE = "fdd_tokenizer.json"
 # The tokenizer's folder inside a checkpoint's folder.
@@ -42,8 +42,8 @@ def stored_identity(folder: Path) -> TokenizerStamp | TokenizerIdentity | None:
         version, files = values.pop("version", None), values.pop("files_sha256", None)
         if version == _VERSION and files == _files_sha256(folder):
             try:
-                return TokenizerStamp(**values)
-            except TypeError as error:
+                return read_record(TokenizerStamp, values)
+            except ValueError as error:
                 raise ValueError(
                     f"{folder / IDENTITY_FILE} does not hold the identity of a tokenizer ({error}); delete it"
                 ) from error

@@ -163,4 +163,4 @@ def _with_pace(curves: dict[str, Curve]) -> dict[str, Curve]:
 
 def _block_numbers(pair: str) -> tuple[int, ...]:
     """Return (4, 9) for "s4:t9"."""
-    return tuple(int(digits) for digits in "".join(c if c.isdigit() else " " for c in pair).split())
+    return tuple(int(digits) for digits in "".join(c if c.isdecimal() else " " for c in pair).split())

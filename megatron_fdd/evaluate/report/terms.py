@@ -11,7 +11,6 @@ from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.losses.term import TapTerm
 from megatron_fdd.losses.terms import TERMS
 
-
 # For terms without a colour of their own, one after the other.
 _COLORS = ("#b07aa1", "#d37295", "#59a14f", "#9c755f", "#76b7b2", "#6b4c9a")
 

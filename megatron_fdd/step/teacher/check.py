@@ -54,9 +54,7 @@ def log_cross_entropy(
     nats, uniform = float(sums[0] / sums[1].clamp(min=1)), math.log(vocab_size.item())
     if not math.isfinite(nats):
         raise ValueError(f"the teacher's cross-entropy on the first batch is {nats}: its weights are damaged")
-    say(
-        f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})"
-    )
+    say(f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})")
     if nats > uniform:
         say(
             f"WARNING: THE TEACHER IS WORSE THAN A UNIFORM GUESS ({nats:.4f} > {uniform:.4f} nats). "
