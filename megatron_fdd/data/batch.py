@@ -38,7 +38,7 @@ class Batch:
     packed: PackedSeqParams | None = None
 
 
-# Of a sample, and so of a batch.
+# What a sample has, and so a batch.
 _ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
 
 
