@@ -38,6 +38,10 @@ class Batch:
     packed: PackedSeqParams | None = None
 
 
+# What a sample has, and so a batch.
+_ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
+
+
 def checked_batches(data_iterator: Any, vocab_size: int, iteration: int) -> Any:
     """Return an iterator over the same batches that refuses ids which tokenizer, teacher and student do not share.
 
@@ -64,9 +68,15 @@ class _CheckedBatches:
         """Return the next batch.
 
         Raises:
-            ValueError: names the id; on the ranks that read this batch.
+            ValueError: an entry is missing, or an id is unknown; on the ranks that read this batch.
         """
         batch = next(self._batches)
+        missing = [name for name in _ENTRIES if name not in batch]
+        if missing:
+            raise ValueError(
+                f"a sample of the data has no {', '.join(missing)}; give each of {', '.join(_ENTRIES)} "
+                "(docs/extend/own-pretrain.md)"
+            )
         for name, ids in (("token", batch["tokens"]), ("label", batch["labels"][batch["loss_mask"] > 0])):
             if not ids.numel():
                 continue

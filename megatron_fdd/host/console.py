@@ -115,9 +115,13 @@ def keep_log(folder: Path) -> Path | None:
     return path
 
 
-def say(text: str) -> None:
-    """Print on the terminal of rank 0."""
-    if _rank() == 0:
+def say(text: str, *, is_chosen: bool | None = None) -> None:
+    """Print on the terminal, on rank 0 alone.
+
+    Args:
+        is_chosen: whether this is the one rank that knows the text, where rank 0 does not.
+    """
+    if _rank() == 0 if is_chosen is None else is_chosen:
         _print(text, None if _divided is None else _divided.out, sys.stdout)
 
 

@@ -130,12 +130,20 @@ class NormOverHeads(RMSNorm):
 
 
 class NormOverHeadsAttention(SelfAttention):
-    """Self-attention with `NormOverHeads` of queries and of keys."""
+    """Self-attention with `NormOverHeads` of queries and of keys.
+
+    Raises:
+        ValueError: more tensor-parallel ranks than key heads to share among them.
+    """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
         super().__init__(config, *arguments, **keywords)
         groups, group = config.num_query_groups, self.pg_collection.tp
-        assert groups is not None
+        if groups is not None and groups % group.size():
+            raise ValueError(
+                f"--tensor-model-parallel-size {group.size()}: attention that normalises all {groups} key heads at "
+                "once has each on one rank; use a size that divides them"
+            )
         self.q_layernorm = NormOverHeads(config, self.query_projection_size, group)
         self.k_layernorm = NormOverHeads(config, self.kv_projection_size, group)
 

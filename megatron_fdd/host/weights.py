@@ -66,7 +66,8 @@ def load_weights(
     if unused or unfilled:
         raise ValueError(
             f"{flag} {path}: the checkpoint and the model that its own arguments describe differ. "
-            f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}."
+            f"In the checkpoint but not used: {listing(unused)}. In the model but not filled: {listing(unfilled)}. "
+            "Layers of a specification of your own need a registered family (docs/extend/family.md)"
         )
     weights = {key: value for key, value in state["model"].items() if EXTRA_STATE not in key}
     if with_scales:  # first, because weights in FP8 are rounded with them

@@ -71,7 +71,7 @@ class Term(ABC):
         flag: which gives its weight.
         title: what it is, in the report.
         unit: of its mean over tokens.
-        color: of its share in the report's picture.
+        color: of its share in the report's picture; empty: the report chooses one.
         tokens: whether its mean is over tokens with a label, or over those that `--fdd-tokens` chose.
         is_always_logged: measured wherever the final logits are there, be its weight 0.
         settings: names of `FddConfig` on which its value depends, beside the models.
@@ -81,7 +81,7 @@ class Term(ABC):
     flag: ClassVar[str]
     title: ClassVar[str]
     unit: ClassVar[str] = "nats per token"
-    color: ClassVar[str] = "#b07aa1"
+    color: ClassVar[str] = ""
     tokens: ClassVar[Literal["labels", "term"]] = "term"
     is_always_logged: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ("tokens",)

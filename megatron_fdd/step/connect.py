@@ -7,6 +7,7 @@ from functools import partial
 
 from megatron.core.models.gpt import GPTModel
 
+from megatron_fdd.host import console
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
@@ -63,7 +64,8 @@ def connect(
     if teacher_lens is not None:
         implementation = Implementation(plan.config.kernels)
         heads = Heads(None, teacher_lens.head_WT, shard, implementation)
-        check = partial(log_cross_entropy, heads=heads, group=topology.rows_group)
+        say = partial(console.say, is_chosen=topology.rows_rank == topology.tensor_rank == 0)
+        check = partial(log_cross_entropy, heads=heads, group=topology.rows_group, say=say)
     step = StudentForward(
         [
             ChunkForward(

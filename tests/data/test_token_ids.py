@@ -139,6 +139,8 @@ def batch(token: int = 1, label: int = 1, masked_label: int = 1) -> dict[str, to
         "tokens": torch.tensor([[1, token]]),
         "labels": torch.tensor([[label, masked_label]]),
         "loss_mask": torch.tensor([[1.0, 0.0]]),
+        "token_mask": torch.tensor([[1.0, 1.0]]),
+        "position_ids": torch.tensor([[0, 1]]),
     }
 
 
@@ -163,5 +165,14 @@ def test_every_batch_is_held_to_the_vocabulary(wrong: dict[str, int], message: s
 
 
 def test_a_batch_without_a_label_passes() -> None:
-    empty = {name: torch.zeros(1, 2) for name in ("tokens", "labels", "loss_mask")}
+    empty = {name: torch.zeros(1, 2) for name in batch()}
     assert next(checked_batches(iter([empty]), 5, 0)) is empty
+
+
+def test_an_entry_that_is_missing_is_named() -> None:
+    lacks = batch()
+    del lacks["token_mask"]
+    with pytest.raises(
+        ValueError, match="no token_mask; give each of tokens, labels, position_ids, loss_mask, token"
+    ):
+        next(checked_batches(iter([lacks]), 5, 0))

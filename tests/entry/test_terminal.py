@@ -66,6 +66,8 @@ def test_a_line_has_the_numbers_of_the_metrics_file(toy: Toys, tmp_path: Path) -
     command = toy.command(*WEIGHTS, "--fdd-metrics-file", tmp_path / "metrics.jsonl", "--log-interval", "2")
     [[first, last]] = trained([*command, "--pipeline-model-parallel-size", "2"])
     assert "step  " not in last.out
+    # The last stage alone knows it.
+    assert ["teacher cross-entropy" in ending.out for ending in (first, last)] == [False, True]
     records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "tokens" in record]
     lines = [line for line in first.out.splitlines() if line.startswith("step ")]
     assert [int(line[5:7]) for line in lines] == [1, 2, 3]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fdd.evaluate.report.metrics import SHARE
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.losses.term import TapTerm
 from megatron_fdd.losses.terms import TERMS
+
+# For terms without a colour of their own, one after the other.
+_COLORS = ("#b07aa1", "#d37295", "#59a14f", "#9c755f", "#76b7b2", "#6b4c9a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Kind:
     name: str
     title: str = ""
     unit: str = ""
-    color: str = "#b07aa1"
+    color: str = ""
     caption: str = "Its value at each sampled layer."
     flags: tuple[str, ...] = ()
 
@@ -41,4 +45,6 @@ def kinds_of(runs: Sequence[Run]) -> list[Kind]:
     ]
     shares = {key for run in runs if run.metrics for key in run.metrics.curves if key.startswith(SHARE)}
     others = {key.removeprefix(SHARE) for key in shares} - {kind.name for kind in known}
-    return known + [Kind(name) for name in sorted(others)]
+    kinds = known + [Kind(name) for name in sorted(others)]
+    free = itertools.cycle(_COLORS)
+    return [kind if kind.color else replace(kind, color=next(free)) for kind in kinds]

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_fdd.host import console
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.linear_kl import Heads, linear_kl
 
 
 def log_cross_entropy(
-    features: TeacherFeatures, labels_N: Tensor, *, heads: Heads, group: ProcessGroup
+    features: TeacherFeatures,
+    labels_N: Tensor,
+    *,
+    heads: Heads,
+    group: ProcessGroup,
+    say: Callable[[str], None],
 ) -> None:
     """Log the teacher's cross-entropy on the first batch; warn loudly when a uniform guess would be better.
 
@@ -24,6 +29,7 @@ def log_cross_entropy(
         labels_N: labels of this rank's rows, negative where there is none.
         heads: the teacher's head in the student's place, and no teacher.
         group: ranks whose rows differ.
+        say: prints on one rank of the last stage.
 
     Collectives: those of one call of `linear_kl`; one all-reduce of two numbers over `group`, and one of the
     vocabulary's size over the tensor-parallel group.
@@ -48,11 +54,9 @@ def log_cross_entropy(
     nats, uniform = float(sums[0] / sums[1].clamp(min=1)), math.log(vocab_size.item())
     if not math.isfinite(nats):
         raise ValueError(f"the teacher's cross-entropy on the first batch is {nats}: its weights are damaged")
-    console.say(
-        f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})"
-    )
+    say(f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})")
     if nats > uniform:
-        console.say(
+        say(
             f"WARNING: THE TEACHER IS WORSE THAN A UNIFORM GUESS ({nats:.4f} > {uniform:.4f} nats). "
             "Its weights, its tokenizer or its conversion is wrong; the student would learn that."
         )
