@@ -82,12 +82,6 @@ def _check_flags(args: argparse.Namespace) -> None:
             not has_data and not args.mock_data,
             "no data: give --data-path or --train-data-path, or --mock-data",
         ),
-        (bool(args.full_validation and args.mock_data), NO_TEST),
-        (
-            bool(args.full_validation) != bool(args.multiple_validation_sets),
-            "--full-validation and --multiple-validation-sets: this Megatron fails at the first validation with one of "
-            "them alone; give both (one set is enough) or neither",
-        ),
     )
     for condition, message in refused:
         if condition:

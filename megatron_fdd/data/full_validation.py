@@ -7,6 +7,7 @@ has equally many whole micro-batches, the last of them with filler that counts n
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,6 +24,26 @@ NO_TEST = (
     "--full-validation with test data: Megatron fails at the test, after the last step; leave out --mock-data and "
     "--test-data-path, and give the test part a share of 0 (--split 95,5,0)"
 )
+
+
+def check_full_validation(args: argparse.Namespace) -> None:
+    """Refuse flags with which Megatron's validation of whole sets fails.
+
+    Raises:
+        ValueError: names the flags and the remedy.
+    """
+    if bool(args.full_validation) != bool(args.multiple_validation_sets):
+        raise ValueError(
+            "--full-validation and --multiple-validation-sets: this Megatron fails at the first validation with one of "
+            "them alone; give both (one set is enough) or neither"
+        )
+    if args.full_validation and args.virtual_pipeline_model_parallel_size:
+        raise ValueError(
+            "--full-validation with virtual stages: Megatron takes the loaders of the stages for those of validation "
+            "sets; use one of the two"
+        )
+    if args.full_validation and args.mock_data:
+        raise ValueError(NO_TEST)
 
 
 class FilledDataset(Dataset[Sample]):

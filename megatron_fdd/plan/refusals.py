@@ -120,11 +120,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "--fp16: the losses' gradients are formed before the loss scale and would underflow; use --bf16",
     ),
     (
-        lambda a: bool(a.full_validation) and bool(a.virtual_pipeline_model_parallel_size),
-        "--full-validation with virtual stages: Megatron takes the loaders of the stages for those of validation sets; "
-        "use one of the two",
-    ),
-    (
         lambda a: a.context_parallel_size > 1 and a.dataloader_inter_document_masking,
         "--dataloader-inter-document-masking with --context-parallel-size above 1: every document would have "
         "to be a multiple of twice that size; use one of the two",

@@ -167,16 +167,10 @@ def test_mock_data(hf: TokenizerSettings) -> None:
         ([], "no data: give --data-path"),
         (["--data-path", "{sets}/text", "--sft"], "--sft is Megatron's own"),
         (["--data-path", "{sets}/text", "--fim-data"], "--fim-data is not supported"),
-        (["--data-path", "{sets}/text", "--full-validation"], "--full-validation and --multiple-valid"),
-        (
-            ["--data-path", "{sets}/text", "--multiple-validation-sets"],
-            "--full-validation and --multiple-valid",
-        ),
         (
             ["--data-path", "{sets}/text", "--full-validation", "--multiple-validation-sets"],
             "--full-validation with test data.*share of 0",
         ),
-        (["--mock-data", "--full-validation", "--multiple-validation-sets"], "--full-validation with test"),
         (
             ["--data-path", "{sets}/text", "--dataloader-inter-document-masking", "--reset-attention-mask"],
             "leave one out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from argparse import Namespace
 from collections import Counter
@@ -16,7 +17,7 @@ from megatron.training.datasets import data_samplers
 from megatron.training.training import cyclic_iter
 
 from megatron_fdd.data import full_validation
-from megatron_fdd.data.full_validation import FilledDataset, installed, with_filler
+from megatron_fdd.data.full_validation import FilledDataset, check_full_validation, installed, with_filler
 from megatron_fdd.data.megatron_tokenizer import load_tokenizer
 from megatron_fdd.data.provider import build_datasets
 from megatron_fdd.data.tokenizer import TokenizerSettings
@@ -71,6 +72,26 @@ def test_every_sample_counts_once_and_again(
                 assert torch.equal(batch["loss_mask"], batch["token_mask"])
                 found.update(batch["tokens"][batch["loss_mask"] > 0].tolist())
     assert counted == [dict.fromkeys(range(total), 2)] * 2  # a sample has two tokens
+
+
+BOTH = ("--full-validation", "--multiple-validation-sets")
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages", "message"),
+    [
+        (BOTH[:1], None, "--full-validation and --multiple-validation-sets: .*give both"),
+        (BOTH[1:], None, "--full-validation and --multiple-validation-sets: .*give both"),
+        (BOTH, 2, "--full-validation with virtual stages: .*use one of the two"),
+        ((*BOTH, "--mock-data"), None, "--full-validation with test data: .*leave out --mock-data"),
+    ],
+)
+def test_what_megatron_cannot_do_is_refused(flags: tuple[str, ...], stages: int | None, message: str) -> None:
+    for mine, refused in ((BOTH, False), ((), False), (flags, True)):
+        args = megatron_args(*mine)
+        args.virtual_pipeline_model_parallel_size = stages if refused else None
+        with pytest.raises(ValueError, match=message) if refused else contextlib.nullcontext():
+            check_full_validation(args)
 
 
 def test_a_set_without_a_sample_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,11 @@ from tests.entry.conftest import Toys
 
 WORDS = "the quick brown fox jumps over a lazy dog".split()
 TERMS = ("total", "ce", "kd", "trajectory", "delta")
-FLAGS = "--lr 0 --seq-length 48 --fdd-tokens all --fdd-ce-weight 0.5".split()
-WHOLE_STEP = "--micro-batch-size 1 --global-batch-size 6 --train-iters 1".split()
-VALIDATION = "--full-validation --multiple-validation-sets --eval-interval 1 --train-iters 2".split()
+FLAGS = (
+    "--lr 0 --seq-length 48 --fdd-tokens all --fdd-ce-weight 0.5 --train-iters 1 "
+    "--micro-batch-size 1 --global-batch-size 6 --eval-micro-batch-size 2 --eval-global-batch-size 8"
+).split()
+VALIDATION = "--full-validation --multiple-validation-sets --eval-interval 1".split()
 
 
 def instructions(toy: Toys, folder: Path, name: str, numbers: range) -> str:
@@ -33,25 +35,24 @@ def instructions(toy: Toys, folder: Path, name: str, numbers: range) -> str:
 
 
 def test_a_figure_of_weights_and_sets_alone(toy: Toys, tmp_path: Path) -> None:
-    """Sets of 5 instructions and of 1, in steps of 8; the truth is a training step on all 6. Weights never change."""
+    """Sets of 5 instructions and of 1, in steps of 8. The truth is a training step on all 6; weights never change."""
     five, one, every = (
         instructions(toy, tmp_path, name, numbers)
         for name, numbers in (("five", range(5)), ("one", range(5, 6)), ("every", range(6)))
     )
 
-    def command(name: str, *more: str) -> list[str]:
+    def command(name: str) -> list[str]:
         places = ("--train-data-path", every, "--fdd-metrics-file", tmp_path / name / "metrics.jsonl")
-        return [flag for flag in toy.mock_command(*FLAGS, *places, *more) if flag != "--mock-data"]
+        flags = toy.mock_command(*FLAGS, *VALIDATION, *places, "--valid-data-path", five, one)
+        return [flag for flag in flags if flag != "--mock-data"]
 
-    def validating(name: str, *more: str) -> list[str]:
-        return command(name, *VALIDATION, "--valid-data-path", five, one, *more)
-
-    trained(command("truth", *WHOLE_STEP), validating("dp1"), ranks=1)
-    trained(validating("dp2"), validating("pp2", "--pipeline-model-parallel-size", "2"))
-    [wanted] = metrics(tmp_path / "truth")
-    for name in ("dp1", "dp2", "pp2"):
-        records = [record for record in metrics(tmp_path / name) if "valid total" in record]
-        assert [record["iteration"] for record in records] == [1, 2, 2]
-        for record in records:
+    trained(command("dp1"), ranks=1)
+    trained(command("dp2"))
+    for name in ("dp1", "dp2"):
+        truth, *validations = metrics(tmp_path / name)
+        assert [record["iteration"] for record in validations] == [1, 1]
+        for record in validations:
             for term in TERMS:
-                assert record[f"valid {term}"] == pytest.approx(wanted[term], rel=1e-5), (name, term)
+                assert record[f"valid {term}"] == pytest.approx(truth[term], rel=1e-5), (name, term)
+    first, second = (metrics(tmp_path / name)[0]["total"] for name in ("dp1", "dp2"))
+    assert first == pytest.approx(second, rel=1e-5)

@@ -40,10 +40,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     r"^a soft-capped": (),  # 0.19.2 has no flag for it: test_soft_capped_student
     r"^--hybrid-layer-pattern: .*GPT-style": ("--hybrid-layer-pattern M*",),
     r"^--fp16: .*use --bf16": ("--fp16", "--pipeline-model-parallel-size 2 --fp16"),
-    r"^--full-validation with virtual stages.*one of the two": (
-        "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 "
-        "--num-virtual-stages-per-pipeline-rank 2",
-    ),
     r"^--dataloader-inter-document-masking with --context-parallel-size.*one of the two": (
         "--context-parallel-size 2 --dataloader-inter-document-masking",
     ),
