@@ -116,7 +116,7 @@ def test_only_validation_sets_are_filled() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.distributed")
 def test_filler_looks_like_a_sample(sets: Path, hf: TokenizerSettings, tmp_path: Path) -> None:
-    """Of a blend too, whose samples say from which set they are."""
+    """Also in a blend, whose samples say from which set they are."""
     paths = [str(sets / "text"), str(sets / "text")]
     args = megatron_args("--data-path", *paths, "--split", "80,20,0", "--full-validation")
     args.data_cache_path = str(tmp_path)
