@@ -40,6 +40,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_fdd.convert.hf_companions import carry_companions
+from megatron_fdd.data import full_validation
+from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.file_sums import check_sums
@@ -114,7 +116,8 @@ class Distillation:
             check_same_sizes(config, planned)
         config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
-        datasets: Any = partial(parts.datasets or train_valid_test_provider)
+        provider = parts.datasets or train_valid_test_provider
+        datasets: Any = partial(with_filler(provider) if run.args.full_validation else provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
@@ -205,6 +208,7 @@ class Distillation:
             stop_at_nan=run.stop_at_nan,
         )
         self._patches.enter_context(installed(steps))
+        self._patches.enter_context(full_validation.installed())
         self._student_step = steps.forward_step
         return chunks
 

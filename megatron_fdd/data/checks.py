@@ -16,6 +16,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
+from megatron_fdd.data.full_validation import NO_TEST
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet
 from megatron_fdd.data.sources import blends, cache_folder, data_prefixes, evaluates, open_sets
@@ -80,11 +81,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         (
             not has_data and not args.mock_data,
             "no data: give --data-path or --train-data-path, or --mock-data",
-        ),
-        (
-            bool(args.full_validation) != bool(args.multiple_validation_sets),
-            "--full-validation and --multiple-validation-sets: this Megatron fails at the first validation with one of "
-            "them alone; give both (one set is enough) or neither",
         ),
     )
     for condition, message in refused:
@@ -199,6 +195,8 @@ def _parts(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> Iterator[_
             if index == 0 or (index == 1 and evaluates(args)):
                 raise ValueError(_no_data(name, blend is not None, args.split))
             continue
+        if index == 2 and args.full_validation:
+            raise ValueError(NO_TEST)
         for prefix in source[0]:
             if prefix in sets:
                 count = len(sets[prefix].document_lengths)

@@ -42,16 +42,16 @@ def cache_name(prefix: str) -> str:
     return prefix if is_object_storage_path(prefix) else f"{prefix} {content_identity(prefix)}"
 
 
-def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int | None) -> Sample:
+def _with_token_mask(dataset: GPTDataset, sample: Sample, idx: int) -> Sample:
     """Add `token_mask` to a sample of a GPTDataset, by Megatron's own notion of padding.
 
     Megatron has replaced padding by token 0 in the sample, but not in the text. The text is therefore read a second
     time; its page is in memory already.
     """
-    text, _, _ = dataset._query_document_sample_shuffle_indices(0 if idx is None else idx)
+    text, _, _ = dataset._query_document_sample_shuffle_indices(idx)
     inputs = torch.from_numpy(text)[: sample["tokens"].numel()]
     mask = (inputs != dataset._pad_token_id).to(torch.float32)
-    return {**sample, "token_mask": torch.zeros_like(mask) if idx is None else mask}
+    return {**sample, "token_mask": mask}
 
 
 class _PaddedDataset(GPTDataset):
@@ -81,16 +81,14 @@ class TextDataset(_PaddedDataset):
             indexed_dataset, cache_name(dataset_path), indexed_indices, num_samples, index_split, config
         )
 
-    def __getitem__(self, idx: int | None) -> Sample:
-        """Return the sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
+    def __getitem__(self, idx: int) -> Sample:
         return _with_token_mask(self, super().__getitem__(idx), idx)
 
 
 class MockTextDataset(_PaddedDataset, MockGPTDataset):
     """`--mock-data`: Megatron's made-up text with `token_mask`."""
 
-    def __getitem__(self, idx: int | None) -> Sample:
-        """Return the sample, as `TextDataset` does."""
+    def __getitem__(self, idx: int) -> Sample:
         return _with_token_mask(self, super().__getitem__(idx), idx)
 
 
@@ -150,12 +148,7 @@ class InstructionDataset(MegatronDataset):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __getitem__(self, idx: int | None) -> Sample:
-        """Return the sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
-        if idx is None:
-            return instruction_sample(
-                np.zeros(0, np.int64), np.zeros(0, np.uint8), self.config.sequence_length
-            )
+    def __getitem__(self, idx: int) -> Sample:
         ids, mask = self.dataset[int(self._order[idx])]
         return instruction_sample(ids, mask, self.config.sequence_length)
 

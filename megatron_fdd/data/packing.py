@@ -28,9 +28,8 @@ class PackedInstructionDataset(InstructionDataset):
             epoch += 1
         return packs
 
-    def __getitem__(self, idx: int | None) -> Sample:
-        """Return the sample; for `None` (Megatron's filler of a last, uneven batch) one in which nothing counts."""
-        documents = [] if idx is None else [self.dataset[int(index)] for index in self._order[idx]]
+    def __getitem__(self, idx: int) -> Sample:
+        documents = [self.dataset[int(index)] for index in self._order[idx]]
         return packed_sample(documents, self.config.sequence_length)
 
 

@@ -154,6 +154,13 @@ SEAMS: tuple[Seam, ...] = (
         "validation in the metrics file",
     ),
     Seam(
+        f"{_TRAINING}.datasets.data_samplers.MegatronFullValidationSampler",
+        ("total_samples", "data_parallel_rank", "data_parallel_size"),
+        "ours takes its place; its length is the number of steps of a validation",
+        ("data/full_validation.py",),
+        "`--full-validation`",
+    ),
+    Seam(
         f"{_TRAINING}.models.gpt.GPTModelConfig",
         ("pre_wrap_hooks", "post_wrap_hooks", "transformer", "rope_scaling_factor", "transformer_layer_spec"),
         "the student is built: what terms learn becomes a part of it; it is wrapped, and not loaded yet: the teacher "

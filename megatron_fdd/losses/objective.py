@@ -37,13 +37,13 @@ class StepSettings:
 
     Attributes:
         inner: factor of the weights of inner layers' terms (warm-up, decay).
-        label_per_term_token: global count of label tokens over the count that all terms but the cross-entropy use.
-            Megatron divides every gradient by one number, the label tokens of the step.
+        term_per_label_token: global count of the tokens that all terms but the cross-entropy use, over that of the
+            label tokens. Megatron divides every gradient by one number, the former.
         draw: what the terms of inner layers look at.
     """
 
     inner: float = 1.0
-    label_per_term_token: float = 1.0
+    term_per_label_token: float = 1.0
     draw: StepDraw = EVERYTHING
 
 
@@ -266,7 +266,7 @@ class Objective:
         part = self._parts.get(name)
         if part is None:
             return 0.0
-        per_token = self.settings.label_per_term_token if part.term.tokens == "term" else 1.0
+        per_token = self.settings.term_per_label_token if part.term.tokens == "labels" else 1.0
         return self.weight_of(part) * per_token
 
     def _heads(self, student_WD: Tensor) -> Heads:

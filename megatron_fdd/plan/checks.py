@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_fdd.data.checks import check_data_args
+from megatron_fdd.data.full_validation import check_full_validation
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.losses.terms import check_terms
 from megatron_fdd.plan.context import Context, Model
@@ -86,6 +87,11 @@ def _check_data(context: Context) -> None:
         check_data_args(context.args)
 
 
+def _check_full_validation(context: Context) -> None:
+    """Refuse a validation of whole sets that Megatron cannot run, whoever brings the data."""
+    check_full_validation(context.args)
+
+
 def _check_teacher_lens(context: Context) -> None:
     """Refuse a lens file of another teacher, or without the blocks that are compared."""
     path, plan, teacher = context.config.teacher_lens, context.plan, context.teacher
@@ -131,6 +137,7 @@ WITH_STUDENT: tuple[Check[Context], ...] = (
 )
 AFTER_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_same_model),
+    Check(_check_full_validation),
     Check(_check_data),
     Check(check_student_tokenizer),
     Check(warn_of_flags),

@@ -19,24 +19,28 @@ from megatron_fdd.losses.objective import COUNTS, Objective
 _RECORD_START = b'{"iteration": '
 
 
-def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the means over all tokens of the step, on every rank.
+def add_up(sums: Tensor, topology: Topology) -> Tensor:
+    """Add up, in place, the packed sums (`Objective.packed_sums`) of all ranks; return them.
 
-    Args:
-        sums: float32, packed as `Objective.packed_sums` does, added up over this rank's micro-batches.
-
-    Returns:
-        label_tokens: how many tokens had a label.
-        means: "total", the mean of each kind of term ("kd", "trajectory"), each layer's ("trajectory s4:t9"), and
-            each kind's share of the total ("share kd"). 0-dim tensors; no host synchronisation.
-
-    Collectives: one all-reduce of `sums` over the ranks whose rows differ; with several stages one more over
-    the pipeline group.
+    Collectives: one all-reduce over the ranks whose rows differ; with several stages one more over the pipeline group.
     """
     torch.distributed.all_reduce(sums, group=topology.rows_group)
     if topology.num_stages > 1:
         torch.distributed.all_reduce(sums, group=topology.pipeline_group)
-    label_tokens, term_tokens = sums[0], sums[1]
+    return sums
+
+
+def token_means(objective: Objective, sums: Tensor) -> dict[str, Tensor]:
+    """Compute the means over tokens, each term's over its own, and from them the total.
+
+    Args:
+        sums: packed as `Objective.packed_sums` does, of all ranks, of a step or of several steps of a validation.
+
+    Returns:
+        "total", the mean of each kind of term ("kd", "trajectory"), each layer's ("trajectory s4:t9"), and each kind's
+        share of the total ("share kd"). 0-dim tensors; no host synchronisation. Without a token, a mean is 0.
+    """
+    label_tokens, term_tokens = sums[: len(COUNTS)]
     means: dict[str, Tensor] = {}
     groups: dict[str, list[Tensor]] = defaultdict(list)
     weighted: dict[str, list[Tensor]] = defaultdict(list)
@@ -52,12 +56,17 @@ def step_means(objective: Objective, sums: Tensor, topology: Topology) -> tuple[
         for kind, values in weighted.items()
     }
     of_kinds = {kind: torch.stack(values).mean() for kind, values in groups.items()}
-    return label_tokens, {
+    return {
         "total": total,
         **of_kinds,
         **{k: v for k, v in means.items() if k not in of_kinds},
         **shares,
     }
+
+
+def without_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all but the shares: the step's own, which a validation and a line for people have not."""
+    return {name: mean for name, mean in means.items() if not name.startswith("share ")}
 
 
 def check_metrics_file(path: str | None) -> None:

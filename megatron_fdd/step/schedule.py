@@ -1,4 +1,4 @@
-"""Wrappers around Megatron's schedule, log and save: the names of `megatron.training` that we replace while training.
+"""Wrappers around Megatron's schedule, evaluation, log and save: names of `megatron.training` replaced in training.
 
 `installed` replaces them while a run trains (`host/patches/table.py` lists every replaced name, here and elsewhere).
 The rest of the training loop is Megatron's own.
@@ -24,11 +24,12 @@ from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
 from megatron_fdd.losses.terms import TERMS
-from megatron_fdd.step.metrics import MetricsFile, step_means
+from megatron_fdd.step.metrics import MetricsFile, add_up, token_means, without_shares
 from megatron_fdd.step.pipeline import PipelineWork
 from megatron_fdd.step.progress import Progress, Step
 from megatron_fdd.step.saves import Saves
 from megatron_fdd.step.student import StudentForward
+from megatron_fdd.step.validation import Evaluation, Validation
 
 
 class StepHooks:
@@ -61,7 +62,7 @@ class StepHooks:
         self._progress: Progress | None = None
         self._means: dict[str, Tensor] = {}
         self._label_tokens: Tensor | None = None
-        self._evaluation: dict[str, Tensor] = {}
+        self._validation = Validation(step.objective, topology)
         self._started_s = 0.0
         # Since the last line of `_progress`.
         self._seconds = 0.0
@@ -87,10 +88,10 @@ class StepHooks:
     def run(
         self, schedule: Callable[..., list[dict[str, Tensor]]], **keywords: Any
     ) -> list[dict[str, Tensor]]:
-        """Run one step's micro-batches, and return what Megatron logs.
+        """Run one step's micro-batches, and return what Megatron logs; nothing for a step of a validation.
 
         Collectives: those of `PipelineWork.prepare` and `StudentForward.begin_step`; one all-reduce of the token
-        counts if two kinds of tokens are in use; those of the schedule; those of `step_means`.
+        counts if two kinds of tokens are in use; those of the schedule; those of `add_up`.
 
         Raises:
             FloatingPointError: the loss is not finite; raised on every rank, before the optimizer sees the gradients.
@@ -103,7 +104,7 @@ class StepHooks:
         if self._pipeline is not None or self._step.objective.config.tokens == "all":
             # The work before the first gradient needs all of the step's batches.
             batches, keywords["data_iterator"] = _read_ahead(**keywords)
-            ratio = self._label_per_term_token(batches)
+            ratio = self._term_per_label_token(batches)
             if "cu_seqlens" in batches[0]:  # with packed sequences, a micro-batch is one row
                 keywords["seq_length"] *= keywords["micro_batch_size"]
                 keywords["micro_batch_size"] = 1
@@ -116,20 +117,19 @@ class StepHooks:
         dicts = schedule(**keywords)
         if keywords.get("collect_non_loss_data"):
             return dicts
-        self._label_tokens, means = step_means(self._step.objective, self._step.take_sums(), self._topology)
-        if self._stop_at_nan and not keywords.get("forward_only"):
-            _check_finite(means)
+        sums = add_up(self._step.take_sums(), self._topology)
         if keywords.get("forward_only"):
-            # Megatron's evaluation weights steps by the second element.
-            means = {
-                name: torch.stack([mean * self._label_tokens, self._label_tokens])
-                for name, mean in means.items()
-                if not name.startswith("share ")
-            }
-            self._evaluation = {name: pair + self._evaluation.get(name, 0) for name, pair in means.items()}
-        else:
-            self._means = means
-        return [means] if self._topology.is_last_stage else []
+            self._validation.add(sums)
+            return []
+        self._label_tokens, self._means = sums[0], token_means(self._step.objective, sums)
+        if self._stop_at_nan:
+            _check_finite(self._means)
+        return [self._means] if self._topology.is_last_stage else []
+
+    @property
+    def validation(self) -> Validation:
+        """What Megatron's evaluation runs in."""
+        return self._validation
 
     def log(self, bound: inspect.BoundArguments) -> None:
         """Append the iteration to the metrics file. `bound`: the arguments of Megatron's `training_log`.
@@ -159,22 +159,21 @@ class StepHooks:
         self._metrics_file.write(iteration, record)
 
     def log_evaluation(self, bound: inspect.BoundArguments) -> None:
-        """Append the validation's means. `bound`: the arguments of Megatron's `evaluate_and_print_results`."""
-        sums, self._evaluation = self._evaluation, {}
-        if not sums or (self._metrics_file is None and self._progress is None):
+        """Append the means over all sets. `bound`: the arguments of Megatron's `evaluate_and_print_results`."""
+        means = self._validation.take_means()
+        if not means or (self._metrics_file is None and self._progress is None):
             return
-        means = torch.stack([total / tokens.clamp(min=1) for total, tokens in sums.values()]).tolist()
+        numbers = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         iteration = bound.arguments["iteration"]
         # Megatron gives each evaluation a title; nothing else tells which data it used.
         prefix = bound.arguments["prefix"]
         # After the last step Megatron evaluates on the validation set once more. If the last `valid` was at the same
-        # step, its samples were others.
+        # step, its samples were others, unless both had all (--full-validation).
         what = "test" if "test set" in prefix else "final" if "validation set" in prefix else "valid"
         if self._progress is not None:
-            self._progress.evaluation(what, iteration, dict(zip(sums, means, strict=True)))
+            self._progress.evaluation(what, iteration, numbers)
         if self._metrics_file is not None and what != "test":
-            names = [f"valid {name}" for name in sums]
-            self._metrics_file.write(iteration, dict(zip(names, means, strict=True)))
+            self._metrics_file.write(iteration, {f"valid {name}": number for name, number in numbers.items()})
 
     def log_checkpoint(self, iteration: int, seconds: float) -> None:
         """Write the line about a saved checkpoint."""
@@ -200,8 +199,8 @@ class StepHooks:
             and iteration < args.train_iters
         ):
             return
-        shown = [name for name in self._means if not name.startswith("share ")]
-        tokens, *numbers = torch.stack([self._tokens, *(self._means[name] for name in shown)]).tolist()
+        shown = without_shares(self._means)
+        tokens, *numbers = torch.stack([self._tokens, *shown.values()]).tolist()
         norm, rate = values["grad_norm"], values["learning_rate"]
         step = Step(
             iteration,
@@ -214,7 +213,7 @@ class StepHooks:
         self._seconds, self._tokens = 0.0, None
         self._progress.step(step)
 
-    def _label_per_term_token(self, batches: list[dict[str, Tensor]]) -> float:
+    def _term_per_label_token(self, batches: list[dict[str, Tensor]]) -> float:
         """Return the global ratio of the two token counts. Collectives: one all-reduce of both, where they differ."""
         if self._step.objective.config.tokens == "labels":
             return 1.0
@@ -224,7 +223,7 @@ class StepHooks:
         counts = counts.to(torch.cuda.current_device())
         torch.distributed.all_reduce(counts, group=self._topology.rows_group)
         label_tokens, term_tokens = counts.tolist()
-        return label_tokens / max(term_tokens, 1.0)
+        return term_tokens / max(label_tokens, 1.0)
 
 
 def _read_ahead(
@@ -244,9 +243,10 @@ _REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step,
 
 @contextmanager
 def installed(steps: StepHooks) -> Iterator[None]:
-    """Replace Megatron's schedule lookup (training, evaluation), two log functions and its save in a `with` block."""
+    """Replace Megatron's schedule lookup (training, evaluation), evaluation, two logs and save in a `with` block."""
     original_lookup = megatron_training.get_forward_backward_func
     original_log = megatron_training.training_log
+    original_evaluate = megatron_training.evaluate
     original_evaluation = megatron_training.evaluate_and_print_results
     saves = Saves(steps.log_checkpoint)
     signature, evaluation_signature = inspect.signature(original_log), inspect.signature(original_evaluation)
@@ -263,14 +263,18 @@ def installed(steps: StepHooks) -> Iterator[None]:
         steps.log(signature.bind(*args, **keywords))
         return original_log(*args, **keywords)
 
-    def evaluate(*args: Any, **keywords: Any) -> None:
+    def evaluate(*args: Any, **keywords: Any) -> Evaluation:
+        return steps.validation.evaluate(original_evaluate, *args, **keywords)
+
+    def evaluate_and_print(*args: Any, **keywords: Any) -> None:
         original_evaluation(*args, **keywords)
         steps.log_evaluation(evaluation_signature.bind(*args, **keywords))
 
     stand_ins: dict[str, Callable[..., Any]] = {
         "megatron.training.training.get_forward_backward_func": lookup,
         "megatron.training.training.training_log": log,
-        "megatron.training.training.evaluate_and_print_results": evaluate,
+        "megatron.training.training.evaluate": evaluate,
+        "megatron.training.training.evaluate_and_print_results": evaluate_and_print,
         "megatron.training.training.save_checkpoint": saves.save_checkpoint,
         "megatron.training.checkpointing.schedule_async_save": saves.schedule_async_save,
     }

@@ -124,7 +124,7 @@ class ChunkForward:
         output, taps_SBD = forward_with_taps(model, batch, self._layers, processor)
         if not self.objective.chunk.is_last:
             output = self._stage_output(student, batch, teacher, carried, output, taps_SBD)
-        return output, partial(_loss_function, num_tokens=batch.loss_mask_BS.sum().to(torch.int))
+        return output, partial(_loss_function, num_tokens=self._term_mask(batch).sum().to(torch.int))
 
     def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
         """Split off the carry behind the hidden states, so that the decoder sees only these."""
@@ -231,10 +231,12 @@ class ChunkForward:
 
     def token_weights(self, batch: Batch) -> TokenWeights:
         """Return the weights of this rank's rows, for the cross-entropy and for the other terms."""
-        label_N = self.rows(batch.loss_mask_BS).float()
-        if self.objective.config.tokens == "labels":
-            return TokenWeights(label_N, label_N)
-        return TokenWeights(label_N, self.rows(batch.token_mask_BS).float())
+        masks_BS = batch.loss_mask_BS, self._term_mask(batch)
+        return TokenWeights(*(self.rows(mask_BS).float() for mask_BS in masks_BS))
+
+    def _term_mask(self, batch: Batch) -> Tensor:
+        """Return the mask of the tokens that all terms but the cross-entropy use."""
+        return batch.loss_mask_BS if self.objective.config.tokens == "labels" else batch.token_mask_BS
 
     def label_rows(self, batch: Batch) -> Tensor:
         """Return the labels of this rank's rows; -100 where there is none."""
@@ -252,5 +254,8 @@ class ChunkForward:
 
 
 def _loss_function(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return the loss for Megatron, which with `--calculate-per-token-loss` divides gradients by the step's tokens."""
+    """Return the loss for Megatron, which with `--calculate-per-token-loss` divides gradients by the step's tokens.
+
+    Not by those with a label: the terms of a step without one are learned too.
+    """
     return loss, num_tokens, {}

@@ -64,7 +64,6 @@ def test_every_epoch_has_every_instruction_once(sets: Path, hf: TokenizerSetting
     assert counts[:32].min() == counts[:32].max() > 1  # whole epochs
     assert not counts[32:].any()
     assert max(len(documents) for documents in train._order) > 1
-    assert not train[None]["loss_mask"].any()
 
 
 def test_a_micro_batch_becomes_one_row(sets: Path, hf: TokenizerSettings) -> None:

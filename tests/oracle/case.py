@@ -28,6 +28,7 @@ from megatron_fdd.step.connect import connect
 from megatron_fdd.step.schedule import StepHooks
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
 from megatron_fdd.step.term_modules import add_term_modules
+from megatron_fdd.step.validation import Evaluation
 from tests.harness.ranks import Layout
 from tests.oracle import reference
 from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab
@@ -183,19 +184,48 @@ def widths(case: Case) -> tuple[int, int]:
 
 def schedule_step(case: Case, chunks: list[torch.nn.Module], steps: StepHooks) -> list[dict[str, Tensor]]:
     """Run this rank's share of the batches forward and backward, with gradients that start at zero."""
-    mine = case_batches(case)[parallel_state.get_data_parallel_rank() :: case.dp]
     for chunk in chunks:
         chunk.zero_grad_buffer()
+    return _run(case, chunks, steps, own_batches(case))
+
+
+def _run(
+    case: Case,
+    chunks: list[torch.nn.Module],
+    steps: StepHooks,
+    batches: list[dict[str, Tensor]],
+    *,
+    forward_only: bool = False,
+) -> list[dict[str, Tensor]]:
     return steps.run(
         get_forward_backward_func(),
         forward_step_func=steps.forward_step,
-        data_iterator=iter(mine) if case.vpp is None else [iter(mine) for _ in chunks],
+        data_iterator=iter(batches) if case.vpp is None else [iter(batches) for _ in chunks],
         model=chunks,
-        num_microbatches=len(mine),
+        num_microbatches=len(batches),
         seq_length=case.length,
         micro_batch_size=MICRO_BATCH,
-        forward_only=False,
+        forward_only=forward_only,
     )
+
+
+def validate(case: Case) -> dict[str, float]:
+    """Return, on every rank, the means of a validation with a step for each of the rank's batches.
+
+    They are there on the last stage only.
+    """
+    chunks, _, steps = join(case)
+
+    def evaluate() -> Evaluation:
+        """Run as Megatron's function of that name does."""
+        with torch.no_grad():
+            for batch in own_batches(case):
+                assert _run(case, chunks, steps, [batch], forward_only=True) == []
+        return {}, None, False
+
+    means, _, _ = steps.validation.evaluate(evaluate)
+    assert means is not None
+    return {name: value.item() for name, value in means.items()}
 
 
 def run_step(case: Case) -> Result:
@@ -215,6 +245,11 @@ def step_result(case: Case, chunks: list[torch.nn.Module], means: list[dict[str,
         {name: value.item() for name, value in means[0].items()} if means else {},
         {name: value / case.loss_scale for name, value in gradients.items()},
     )
+
+
+def own_batches(case: Case) -> list[dict[str, Tensor]]:
+    """Return this data-parallel rank's batches."""
+    return case_batches(case)[parallel_state.get_data_parallel_rank() :: case.dp]
 
 
 def case_batches(case: Case) -> list[dict[str, Tensor]]:

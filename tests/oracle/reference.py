@@ -184,7 +184,7 @@ def distillation_loss(
     z_teacher = F.linear(teacher_final, head(teacher)[:vocab])
 
     def mean(value: Tensor, mask: Tensor) -> Tensor:
-        return value[mask > 0].sum() / mask.sum()
+        return value[mask > 0].sum() / mask.sum().clamp(min=1)
 
     def of_logits(kind: str, z_teacher: Tensor, z_student: Tensor) -> Tensor:
         return mean(divergence(kind, terms.mix, terms.temperature, z_teacher, z_student), term)
@@ -217,7 +217,7 @@ def distillation_loss(
     if student_shape.aux_loss:  # Megatron adds only its gradient; the reported loss does not contain it
         total = (
             total
-            + student_shape.aux_loss * balancing_loss(routers, student_shape.topk, MICRO_BATCH) / label.sum()
+            + student_shape.aux_loss * balancing_loss(routers, student_shape.topk, MICRO_BATCH) / term.sum()
         )
     return total, means
 

@@ -43,6 +43,7 @@ from tests.oracle.reference import TEACHER, Terms, Weights
 EXPERTS = {
     "experts": Case(**ALL_EXPERTS),
     "dp2-experts": Case(dp=2, **ALL_EXPERTS),
+    "dp2-experts-all-tokens": Case(dp=2, terms=Terms(all_tokens=True), **ALL_EXPERTS),
     "ep2-student": Case(dp=2, ep=2, student=STUDENT_EXPERTS),
     "ep2-teacher": Case(dp=2, teacher_ep=2, teacher=TEACHER_EXPERTS),
     "ep2-both": Case(dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),

@@ -60,7 +60,7 @@ def named_phases(traffic: Traffic) -> Iterator[None]:
         (PipelinedTeacher, "_exchange", "exchange"),
         (LensCopies, "refresh", "lens"),
         (TrainedLens, "send_home", "live"),
-        (schedule, "step_means", "means"),
+        (schedule, "add_up", "means"),
         (connect, "log_cross_entropy", "first batch"),
     ]
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Ranks and micro-batches without a token that counts: they add exactly 0, never NaN, and the rest stays right."""
+"""Ranks, micro-batches and steps without a token, or without a label: no NaN, and all that counts stays right."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from tests.oracle.reference import Terms
 pytestmark = pytest.mark.tier("default")
 
 TERMS = Terms(ce=0.5)
+ALL_TOKENS = replace(TERMS, all_tokens=True)
 CASES = {
     "dp2": Case(dp=2, terms=TERMS),
     "pp2": Case(pp=2, terms=TERMS),
     "pp2-dp2": Case(pp=2, dp=2, terms=TERMS),
     "tp2-sp": Case(tp=2, sequence_parallel=True, terms=TERMS),
     "pp2-live": Case(pp=2, terms=replace(TERMS, live=True)),
-    "pp2-all-tokens": Case(pp=2, terms=replace(TERMS, all_tokens=True)),
+    "pp2-all-tokens": Case(pp=2, terms=ALL_TOKENS),
+    "dp2-all-tokens": Case(dp=2, terms=ALL_TOKENS),
+    "dp2-all-tokens-drawn": Case(dp=2, terms=ALL_TOKENS, sample_tokens=0.95),  # room for all that count
 }
 
 
@@ -60,15 +63,17 @@ MASKS = {
     each.__name__: each
     for each in (micro_batches_of_rank_1, one_micro_batch, second_half_of_the_sequence, everything)
 }
+# Labels may be missing where tokens are: the terms but the cross-entropy then have theirs (--fdd-tokens all).
+LABELS_OF = "labels of "
 real_batches = reference.random_batches
 
 
 def masked_batches(name: str, *arguments: int) -> list[dict[str, Tensor]]:
-    """Return the usual random batches, with some tokens that count nowhere."""
+    """Return the usual random batches, with some tokens that count nowhere, or have no label."""
     batches = real_batches(*arguments)
-    for key in ("loss_mask", "token_mask"):
+    for key in ("loss_mask",) if name.startswith(LABELS_OF) else ("loss_mask", "token_mask"):
         masks = torch.stack([batch[key] for batch in batches])
-        MASKS[name](masks)
+        MASKS[name.removeprefix(LABELS_OF)](masks)
         for batch, mask in zip(batches, masks, strict=True):
             batch[key] = mask
     return batches
@@ -94,12 +99,17 @@ def wanted_with(case: Case, name: str) -> Result:
         ("pp2", "one_micro_batch"),
         ("pp2-live", "one_micro_batch"),
         ("pp2-all-tokens", "one_micro_batch"),
+        ("pp2-all-tokens", "labels of one_micro_batch"),
+        ("pp2-all-tokens", "labels of everything"),
+        ("dp2-all-tokens", "labels of micro_batches_of_rank_1"),
+        ("dp2-all-tokens", "labels of everything"),
+        ("dp2-all-tokens-drawn", "labels of everything"),
     ],
 )
 def test_masked_tokens_change_nothing_of_the_rest(name: str, mask: str) -> None:
     case = CASES[name]
     batches = masked_batches(mask, MICRO_BATCHES, MICRO_BATCH, LENGTH, shard_vocab(case))
-    assert any(batch["loss_mask"].any() for batch in batches)
+    assert any(batch["token_mask"].any() for batch in batches)
     wanted = wanted_with(case, mask)
     for result in run_on_ranks(step_with, case.layout, {"case": case, "name": mask}):
         assert_equal(result, wanted)

@@ -64,6 +64,13 @@ PATCHES: tuple[Patch, ...] = (
         "step.schedule.installed",
     ),
     Patch(
+        f"{_TRAINING}.evaluate",
+        "always, while training",
+        "Averages each term of a validation over its own tokens; Megatron would weigh all alike.",
+        "while the training loop averages all terms of a validation over one count of tokens",
+        "step.schedule.installed",
+    ),
+    Patch(
         f"{_TRAINING}.evaluate_and_print_results",
         "always, while training",
         "Writes the means of a validation to the metrics file.",
@@ -83,6 +90,13 @@ PATCHES: tuple[Patch, ...] = (
         "With `--async-save` the checksums are written when the files are there.",
         "while a save in the background has no callback at its end",
         "step.schedule.installed",
+    ),
+    Patch(
+        "megatron.training.datasets.data_samplers.MegatronFullValidationSampler",
+        "always, while training",
+        "`--full-validation` reads every sample once; Megatron's reads some twice where ranks have unequal numbers.",
+        "while Megatron's validation steps begin its samples again",
+        "data.full_validation.installed",
     ),
     _adam(f"{_OPTIMIZER}.Adam", "Megatron builds our Adam, which has one step for a param group."),
     _adam(f"{_OPTIMIZER}.USING_PYTORCH_OPTIMIZER", "Megatron gives it the arguments of a fused Adam."),

@@ -51,7 +51,10 @@ def log_cross_entropy(
     sums = torch.stack([masked_sum(result.cross_entropy_N, counts_N), counts_N.sum()])
     torch.distributed.all_reduce(sums, group=group)
     vocab_size = heads.shard.all_reduce(sums.new_tensor([heads.shard.num_valid]))
-    nats, uniform = float(sums[0] / sums[1].clamp(min=1)), math.log(vocab_size.item())
+    nats, uniform = float(sums[0] / sums[1]), math.log(vocab_size.item())
+    if sums[1] == 0:
+        say("teacher cross-entropy on the first batch: no label in it, nothing to score")
+        return
     if not math.isfinite(nats):
         raise ValueError(f"the teacher's cross-entropy on the first batch is {nats}: its weights are damaged")
     say(f"teacher cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})")
