@@ -16,8 +16,8 @@ from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype
 
 
 def grams_of(given: Inputs, previous: HeadGrams | None = None) -> HeadGrams:
-    """Return the Gram matrices of the log-probability delta."""
-    return head_grams(given.heads(), centred=False, previous=previous)
+    """Return the Gram matrices of the heads."""
+    return head_grams(given.heads(), previous=previous)
 
 
 def bare_grams(size: Size) -> Step:
@@ -72,8 +72,8 @@ def todays_products(size: Size) -> Step:
 def bf16_products(size: Size) -> Step:
     """Return a step with the same products, each as three products of bf16 parts.
 
-    This is a proposal, which would need centred Gram matrices. Only its time is measured: these matrices are not
-    centred. They are cut once for a step, outside the measured time.
+    This is a proposal, of which only the time is measured. The matrices are cut once for a step, outside the measured
+    time.
     """
     factors = [(delta, _bf16_parts(gram)) for delta, gram in _factors(size)]
 

@@ -164,10 +164,10 @@ def our_objective(
     """
     given = inputs(size)
     heads = given.heads(implementation)
-    previous = head_grams(heads, centred=False) if keeps_teacher else None
+    previous = head_grams(heads) if keeps_teacher else None
 
     def run() -> Tensor:
-        grams = head_grams(heads, centred=False, previous=previous)
+        grams = head_grams(heads, previous=previous)
         outputs = [
             linear_kl(teacher, student, heads, divergence=Divergence())
             for teacher, student in zip(given.teacher, given.student, strict=True)

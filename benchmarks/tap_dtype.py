@@ -51,7 +51,7 @@ def terms(
     leaves = [each.flatten(0, 1).detach().requires_grad_() for each in student]
     ones_N = torch.ones(len(leaves[0]))
     weights = TokenWeights(ones_N, ones_N)
-    grams = head_grams(heads, centred=form == "centred")
+    grams = head_grams(heads)
     context = TapContext(FddConfig(teacher_load="given", delta=form), heads, weights, lambda: grams)
     divergences, deltas, previous = [], [], None
     for index, (each, leaf) in enumerate(zip(teacher, leaves, strict=True), start=1):

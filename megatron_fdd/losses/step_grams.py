@@ -27,6 +27,6 @@ class StepGrams:
         if self._are_fresh and self._config.lens_head == "detached":
             assert self._grams is not None
             return self._grams
-        self._grams = head_grams(heads, centred=self._config.delta == "centred", previous=self._grams)
+        self._grams = head_grams(heads, previous=self._grams)
         self._are_fresh = True
         return self._grams

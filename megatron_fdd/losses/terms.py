@@ -122,6 +122,7 @@ class Delta(TapTerm):
             teacher_lse_delta_N,
             student_lse_delta_N,
             context.grams(),
+            student_later_ND=current.student_MD if detaches else None,
         )
         return context.sum(1 - cosine_N)
 

@@ -1,9 +1,11 @@
 """Cosine of two models' log-probability differences from Gram matrices of their heads, without any logits.
 
-With a = N(h(l_j)) - N(h(l_j-1)) and c = lse(l_j) - lse(l_j-1), a difference of log-probabilities is W a - c 1, so that
-    <D^T, D^S> = a_T' G_TD a_S - c_S (a_T . u_T) - c_T (a_S . u_S) + V c_T c_S,    G_TD = W_T' W_S,  u = W' 1
-    |D|^2      = a' G a - 2 c (a . u) + V c^2
-The centred form removes the mean over the vocabulary: it has no c, and its Grams are of heads without column means.
+With a = N(h(l_j)) - N(h(l_j-1)) and c = lse(l_j) - lse(l_j-1), a difference of log-probabilities is D = W a - c 1. With
+the head's column means m = W' 1 / V and the head without them, C = W - 1 m', its mean over the vocabulary is apart:
+    D = C a - e 1,    e = c - a . m,    C' 1 = 0
+    <D^T, D^S> = a_T' G_TD a_S + V e_T e_S,    G_TD = C_T' C_S
+    |D|^2      = a' G a + V e^2
+The centred form removes the mean: it has no e.
 
 Shapes: N this rank's tokens, n the part of them that it computes, T / D hidden width of teacher / student,
 V the vocabulary.
@@ -28,7 +30,8 @@ from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 __all__ = ["HeadGrams", "delta_cosine", "head_grams"]
 
-# |D|^2 is a sum of terms. Below this multiple of their rounding error it is only noise, and D counts as zero.
+# Where all logits rise alike, D is only what c leaves of their mean, and c comes from rounded log-sum-exps. |D|^2 below
+# this multiple of the rounding error of V mean^2 may be noise, and D counts as zero.
 ZERO_SHARE = 16.0
 
 
@@ -38,6 +41,8 @@ def delta_cosine(
     teacher_lse_delta_N: Tensor | None,
     student_lse_delta_N: Tensor | None,
     grams: HeadGrams,
+    *,
+    student_later_ND: Tensor | None = None,
 ) -> Tensor:
     """Return the cosine over the vocabulary of teacher's and student's differences, [N], float32 (float64 for float64).
 
@@ -46,31 +51,37 @@ def delta_cosine(
     direction to compare: the cosine is 1 with zero gradient, never NaN. Not differentiable twice.
 
     Each token costs three products, [T, T], [T, D] and [D, D], and for a trained head two outer products in the
-    backward pass. Kept for the backward pass: [n, D], and for a trained head the differences, [n, T + D].
+    backward pass. Kept for the backward pass: [n, D], and for a trained head the differences, [n, T + D], and
+    `student_later_ND`.
 
     Args:
         teacher_delta_NT, student_delta_ND: differences of normed hidden states, taken in float32.
-        teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1; both are None
-            if, and only if, the Grams are centred.
+        teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1, for log-probabilities;
+            both None: the centred form, which removes the mean over the vocabulary.
         grams: the Grams of the heads, with their shard. With `shard.sequence_parallel` each rank has tokens of its own.
             Otherwise all ranks pass the same N tokens, rank r computes ceil(N / ranks) of them from
             r * ceil(N / ranks) on, and all ranks must hand back the same upstream gradient.
+        student_later_ND: normed hidden states of the later layer, if the earlier end of the difference is a constant as
+            a whole: the head's gradient is then that of the later end alone. None: of both ends. The gradient for
+            hidden states and log-sum-exps follows from how the caller made the differences.
 
     Collectives over `grams.shard.group` without sequence parallelism (with it, or with one rank: none). Forward: one
         all-gather of [n]. Backward: one all-gather of [n, D + 1] ([n, D] centred), n = ceil(N / ranks). They are in
         float32, the inputs' dtype: a narrower one would round what a single rank does not round.
     """
-    assert (teacher_lse_delta_N is None) == (student_lse_delta_N is None) == grams.centred, (
-        "form of the delta"
-    )
-    teacher_lse_delta_N = None if teacher_lse_delta_N is None else teacher_lse_delta_N.detach()
+    assert (teacher_lse_delta_N is None) == (student_lse_delta_N is None), "form of the delta"
     return _DeltaCosine.apply(
         student_delta_ND,
         student_lse_delta_N,
         grams.teacher_student_TD,
         grams.student_student_DD,
-        grams.student_sum_D,
-        _Constants(teacher_delta_NT.detach(), teacher_lse_delta_N, grams),
+        grams.student_mean_D,
+        _Constants(
+            teacher_delta_NT.detach(),
+            None if teacher_lse_delta_N is None else teacher_lse_delta_N.detach(),
+            None if student_later_ND is None else student_later_ND.detach(),
+            grams,
+        ),
     )
 
 
@@ -80,6 +91,7 @@ class _Constants:
 
     teacher_delta_NT: Tensor
     teacher_lse_delta_N: Tensor | None
+    student_later_ND: Tensor | None
     grams: HeadGrams
 
 
@@ -94,36 +106,34 @@ class _DeltaCosine(torch.autograd.Function):
         student_lse_delta_N: Tensor | None,
         teacher_student_TD: Tensor,
         student_student_DD: Tensor,
-        student_sum_D: Tensor,
+        student_mean_D: Tensor,
         constants: _Constants,
     ) -> Tensor:
-        grams, shard = constants.grams, constants.grams.shard
+        grams, shard, size = constants.grams, constants.grams.shard, constants.grams.vocab_size
         dtype = statistics_dtype(student_delta_ND)
         teacher_nT = shard.token_share(constants.teacher_delta_NT).to(dtype)
         student_nD = shard.token_share(student_delta_ND).to(dtype)
-        teacher_c_n, student_c_n = (
-            student_nD.new_zeros(len(student_nD)) if delta_N is None else shard.token_share(delta_N).to(dtype)
-            for delta_N in (constants.teacher_lse_delta_N, student_lse_delta_N)
-        )
         from_teacher_nD = exact_product(teacher_nT, teacher_student_TD)
         from_student_nD = exact_product(student_nD, student_student_DD)
-        teacher_u_n, student_u_n = teacher_nT @ grams.teacher_sum_T, student_nD @ student_sum_D
-        size = grams.vocab_size
-        dot_n = (from_teacher_nD * student_nD).sum(1) + size * teacher_c_n * student_c_n
-        dot_n -= student_c_n * teacher_u_n + teacher_c_n * student_u_n
+        teacher_mean_n, student_mean_n = teacher_nT @ grams.teacher_mean_T, student_nD @ student_mean_D
+        teacher_e_n = _rest(constants.teacher_lse_delta_N, teacher_mean_n, shard)
+        student_e_n = _rest(student_lse_delta_N, student_mean_n, shard)
         teacher_form_n = (exact_product(teacher_nT, grams.teacher_teacher_TT) * teacher_nT).sum(1)
         student_form_n = (from_student_nD * student_nD).sum(1)
         cosine_n, scale_n, shrink_n = _cosine(
-            dot_n,
-            _square(teacher_form_n, teacher_c_n, teacher_u_n, size),
-            _square(student_form_n, student_c_n, student_u_n, size),
+            (from_teacher_nD * student_nD).sum(1) + size * teacher_e_n * student_e_n,
+            _square(teacher_form_n, teacher_e_n, teacher_mean_n, size),
+            _square(student_form_n, student_e_n, student_mean_n, size),
         )
-        # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric.
-        tilt_n = scale_n * teacher_c_n - shrink_n * student_c_n
+        # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric, and d e = d c - m . d a.
+        lse_gradient_n = size * (scale_n * teacher_e_n - shrink_n * student_e_n)
         gradient_nD = from_teacher_nD.mul_(scale_n[:, None]).sub_(from_student_nD.mul_(shrink_n[:, None]))
-        gradient_nD.addr_(tilt_n, student_sum_D, alpha=-1)
-        lse_gradient_n = size * tilt_n - scale_n * teacher_u_n + shrink_n * student_u_n
-        kept = (teacher_nT, student_nD, scale_n, shrink_n, tilt_n) if any(ctx.needs_input_grad[2:5]) else ()
+        gradient_nD.addr_(lse_gradient_n, student_mean_D, alpha=-1)
+        kept: tuple[Tensor, ...] = ()
+        if any(ctx.needs_input_grad[2:5]):
+            later_ND = constants.student_later_ND
+            later_nD = student_nD if later_ND is None else shard.token_share(later_ND).to(dtype)
+            kept = (teacher_nT, student_nD, later_nD, scale_n, shrink_n)
         ctx.save_for_backward(gradient_nD, lse_gradient_n[:, None], *kept)
         ctx.shard = shard
         return shard.join_shares(cosine_n, len(student_delta_ND))
@@ -145,22 +155,32 @@ class _DeltaCosine(torch.autograd.Function):
             (gradient_ND,) = _all_tokens([upstream_n1 * gradient_nD], len(upstream_N), shard)
         if not kept:
             return gradient_ND, lse_gradient_N, None, None, None, None
-        teacher_nT, student_nD, scale_n, shrink_n, tilt_n = kept
-        upstream_n = upstream_n1[:, 0]
+        # d cos = (scale D^T - shrink D^S) . d D^S, and a change dW of the head makes d D^S = dW a. Here a is the
+        # difference, or its later end if the other is a constant: it is the right factor of all three products.
+        teacher_nT, student_nD, later_nD, scale_n, shrink_n = kept
+        factor_nD = upstream_n1 * later_nD
         return (
             gradient_ND,
             lse_gradient_N,
-            exact_product(teacher_nT.T, (upstream_n * scale_n)[:, None] * student_nD),
-            exact_product(student_nD.T, (upstream_n * shrink_n / -2)[:, None] * student_nD),
-            student_nD.T @ (upstream_n * tilt_n).neg(),
+            exact_product(teacher_nT.T, scale_n[:, None] * factor_nD),
+            exact_product(student_nD.T, -shrink_n[:, None] * factor_nD),
+            factor_nD.T @ -lse_gradient_n1[:, 0],
             None,
         )
 
 
-def _square(form_n: Tensor, c_n: Tensor, u_n: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |D|^2, and the sum of its positive terms, against which zero is measured."""
-    terms_n = form_n + size * c_n**2
-    return terms_n - 2 * c_n * u_n, terms_n
+def _rest(lse_delta_N: Tensor | None, mean_n: Tensor, shard: VocabShard) -> Tensor:
+    """Return e = c - a . m of this rank's tokens, [n]; zeros in the centred form."""
+    if lse_delta_N is None:
+        return torch.zeros_like(mean_n)
+    return shard.token_share(lse_delta_N).to(mean_n.dtype) - mean_n
+
+
+def _square(form_n: Tensor, e_n: Tensor, mean_n: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |D|^2, and where it counts as zero."""
+    square_n = form_n + size * e_n**2
+    share = ZERO_SHARE * torch.finfo(square_n.dtype).eps
+    return square_n, square_n <= share * size * mean_n**2
 
 
 def _cosine(
@@ -170,8 +190,7 @@ def _cosine(
 
     `teacher` and `student` are what `_square` returns.
     """
-    share = ZERO_SHARE * torch.finfo(dot_n.dtype).eps
-    zero_n = (teacher[0] <= share * teacher[1]) | (student[0] <= share * student[1])
+    zero_n = teacher[1] | student[1]
     # Replaced before the root, because the root of rounding noise may be NaN.
     teacher_root_n, student_root_n = (part[0].masked_fill(zero_n, 1.0).rsqrt() for part in (teacher, student))
     scale_n = (teacher_root_n * student_root_n).masked_fill(zero_n, 0.0)

@@ -2,7 +2,7 @@
 
 Shapes: T / D hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
 
-Precision: products read the weights' dtype (centred: float32); sums are float32, without TF32.
+Precision: rows without the column means, products and sums are float32, without TF32.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from megatron_fdd.ops.full_precision import add_exact_product, exact_product, fu
 from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.heads import Heads
 from megatron_fdd.ops.vocab_shard import VocabShard
-from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype, statistics_dtype
+from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 ROWS_PER_TILE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class HeadGrams:
-    """Gram matrices and column sums over the whole vocabulary without padding; float32, equal on all ranks.
+    """Gram matrices of heads without their column means, and these means; float32, equal on all ranks.
 
-    `centred`: column means are removed from the matrices. `vocab_size` is a 0-dim tensor (no host sync). `shard`: how
-    the heads' rows, and the tokens, lie on the ranks.
+    They are over the whole vocabulary without padding. `vocab_size` is a 0-dim tensor (no host sync). `shard`: how the
+    heads' rows, and the tokens, lie on the ranks.
+
+    Gradient reaches the student's head through the right factor of a matrix; the left one is a constant, in
+    `student_student_DD` too, because `delta_cosine` may need other states on the right. Autograd therefore gives half
+    of the head's gradient of a form a' G a.
     """
 
     teacher_teacher_TT: Tensor
     teacher_student_TD: Tensor
     student_student_DD: Tensor
-    teacher_sum_T: Tensor
-    student_sum_D: Tensor
+    teacher_mean_T: Tensor
+    student_mean_D: Tensor
     vocab_size: Tensor
-    centred: bool
     shard: VocabShard
 
 
-def head_grams(heads: Heads, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
+def head_grams(heads: Heads, *, previous: HeadGrams | None = None) -> HeadGrams:
     """Compute the Gram matrices of both heads; differentiable in the student's head if that requires a gradient.
 
     Every rank uses them for different tokens (see `delta_cosine`), so that the gradients of a Gram are summed.
@@ -50,31 +53,29 @@ def head_grams(heads: Heads, *, centred: bool, previous: HeadGrams | None = None
     Args:
         previous: an earlier result for the same teacher head; its teacher part is reused.
 
-    Collectives over `heads.shard.group` (one rank: none). Forward: one all-reduce of the matrices, packed with the
-        sums and the vocabulary's size; if centred, sums and size have an all-reduce of their own, before. Backward,
-        for a student's head that requires a gradient: one all-reduce of [T D + D D + D] numbers. All are float32.
+    Collectives over `heads.shard.group` (one rank: none). Forward: one all-reduce of the column sums and the
+        vocabulary's size, then one of the matrices. Backward, for a student's head that requires a gradient: one
+        all-reduce of [T D + D D + D] numbers. All are float32.
     """
     assert heads.teacher_WT is not None, "the delta compares with a teacher"
-    assert previous is None or previous.centred == centred, "the earlier Grams are of the other form"
-    teacher_student_TD, student_student_DD, student_sum_D, *teacher = _HeadGrams.apply(
-        collected(heads.student_WD), heads.teacher_WT.detach(), heads.shard, centred, previous
+    teacher_student_TD, student_student_DD, student_mean_D, *teacher = _HeadGrams.apply(
+        collected(heads.student_WD), heads.teacher_WT.detach(), heads.shard, previous
     )
     if previous is not None:
-        teacher = [previous.teacher_teacher_TT, previous.teacher_sum_T, previous.vocab_size]
+        teacher = [previous.teacher_teacher_TT, previous.teacher_mean_T, previous.vocab_size]
     return HeadGrams(
         teacher_teacher_TT=teacher[0],
         teacher_student_TD=teacher_student_TD,
         student_student_DD=student_student_DD,
-        teacher_sum_T=teacher[1],
-        student_sum_D=student_sum_D,
+        teacher_mean_T=teacher[1],
+        student_mean_D=student_mean_D,
         vocab_size=teacher[2],
-        centred=centred,
         shard=heads.shard,
     )
 
 
 class _HeadGrams(torch.autograd.Function):
-    """Gradient for the first input. Outputs: G_TD, G_SS, u_S and, without `previous`, G_TT, u_T, V."""
+    """Gradient for the first input. Outputs: G_TD, G_SS, m_S and, without `previous`, G_TT, m_T, V."""
 
     @staticmethod
     @full_precision()
@@ -83,84 +84,80 @@ class _HeadGrams(torch.autograd.Function):
         student_head_WD: Tensor,
         teacher_head_WT: Tensor,
         shard: VocabShard,
-        centred: bool,
         previous: HeadGrams | None,
     ) -> tuple[Tensor, ...]:
         dtype = statistics_dtype(student_head_WD)
         sums = [_column_sum(student_head_WD, shard, dtype)]
         if previous is None:
             sums += [_column_sum(teacher_head_WT, shard, dtype), sums[0].new_tensor(shard.num_valid)]
-        means = None
-        if centred:
-            sums = _all_reduce_packed(sums, shard)
-            known = [previous.teacher_sum_T, previous.vocab_size] if previous is not None else []
-            student_sum_D, teacher_sum_T, size = sums + known
-            means = (teacher_sum_T / size, student_sum_D / size)
-        rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, means)
-        matrices = rows.products(with_teacher=previous is None)
-        if centred:
-            matrices = _all_reduce_packed(matrices, shard)
+        student_sum_D, *teacher_sums = _all_reduce_packed(sums, shard)
+        if previous is None:
+            teacher_sum_T, size = teacher_sums
+            teacher_mean_T = teacher_sum_T / size
         else:
-            reduced = _all_reduce_packed(sums + matrices, shard)
-            sums, matrices = reduced[: len(sums)], reduced[len(sums) :]
-        ctx.shard, ctx.dtype = shard, dtype
-        ctx.save_for_backward(teacher_head_WT, student_head_WD, *(means or ()))
-        ctx.mark_non_differentiable(*matrices[2:], *sums[1:])
-        return (*matrices[:2], sums[0], *matrices[2:], *sums[1:])
+            teacher_mean_T, size = previous.teacher_mean_T, previous.vocab_size
+        student_mean_D = student_sum_D / size
+        rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, teacher_mean_T, student_mean_D)
+        products = _all_reduce_packed(rows.products(with_teacher=previous is None), shard)
+        ctx.shard = shard
+        ctx.save_for_backward(teacher_head_WT, student_head_WD, teacher_mean_T, student_mean_D, size)
+        teacher = [*products[2:], teacher_mean_T, size] if previous is None else []
+        ctx.mark_non_differentiable(*teacher)
+        return (*products[:2], student_mean_D, *teacher)
 
     @staticmethod
     @once_differentiable
     @full_precision()
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        teacher_head_WT, student_head_WD, *means = ctx.saved_tensors
+        teacher_head_WT, student_head_WD, teacher_mean_T, student_mean_D, size = ctx.saved_tensors
         shard: VocabShard = ctx.shard
         # These are sums over this rank's tokens, and each token is known to one rank only.
-        teacher_student_TD, student_student_DD, student_sum_D = _all_reduce_packed(list(upstream[:3]), shard)
-        both_DD = student_student_DD + student_student_DD.T
+        teacher_student_TD, student_student_DD, mean_D = _all_reduce_packed(list(upstream[:3]), shard)
+        every_row_D = mean_D / size
         gradient_WD = torch.zeros_like(student_head_WD)
-        rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, tuple(means) or None)
+        rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, teacher_mean_T, student_mean_D)
+        # The means inside of the right factors add nothing, because the left factors' columns have none.
         for columns, teacher_CT, student_CD in rows.tiles():
-            gradient_CD = exact_product(teacher_CT.to(ctx.dtype), teacher_student_TD)
-            add_exact_product(gradient_CD, student_CD.to(ctx.dtype), both_DD).add_(student_sum_D)
+            gradient_CD = exact_product(teacher_CT, teacher_student_TD)
+            add_exact_product(gradient_CD, student_CD, student_student_DD).add_(every_row_D)
             gradient_WD[columns] = gradient_CD
-        return gradient_WD, None, None, None, None
+        return gradient_WD, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
 class _HeadRows:
-    """The rows of both heads that are vocabulary, tile by tile; minus the column means, if those are given."""
+    """The rows of both heads that are vocabulary, minus the column means, tile by tile."""
 
     teacher_head_WT: Tensor
     student_head_WD: Tensor
     num_valid: int
-    means: tuple[Tensor, ...] | None
+    teacher_mean_T: Tensor
+    student_mean_D: Tensor
 
     def tiles(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (rows, teacher's [C, T], student's [C, D]), in the dtype in which both are multiplied."""
-        heads = (self.teacher_head_WT, self.student_head_WD)
-        dtype = torch.promote_types(product_dtype(heads[0]), product_dtype(heads[1]))
+        """Yield (rows, teacher's [C, T], student's [C, D]), in the dtype of the means."""
         for start in range(0, self.num_valid, ROWS_PER_TILE):
             rows = slice(start, min(start + ROWS_PER_TILE, self.num_valid))
-            if self.means is None:
-                teacher_CT, student_CD = (head[rows].to(dtype) for head in heads)
-            else:
-                # Subtracted here and not from the Gram: large means would drown the rest in G - u u'/V.
-                pairs = zip(heads, self.means, strict=True)
-                teacher_CT, student_CD = (head[rows].to(mean.dtype) - mean for head, mean in pairs)
+            # Subtracted here and not from the Gram: large means would drown the rest in W' W - V m m'.
+            teacher_CT, student_CD = (
+                head[rows].to(mean.dtype) - mean
+                for head, mean in (
+                    (self.teacher_head_WT, self.teacher_mean_T),
+                    (self.student_head_WD, self.student_mean_D),
+                )
+            )
             yield rows, teacher_CT, student_CD
 
     def products(self, *, with_teacher: bool) -> list[Tensor]:
         """Return this rank's part of G_TD, G_SS and, if asked, G_TT."""
         widths = self.teacher_head_WT.shape[1], self.student_head_WD.shape[1]
         shapes = [widths, (widths[1], widths[1]), (widths[0], widths[0])]
-        dtype = statistics_dtype(self.student_head_WD)
-        totals = [self.student_head_WD.new_zeros(shape, dtype=dtype) for shape in shapes[: 2 + with_teacher]]
+        totals = [self.student_mean_D.new_zeros(shape) for shape in shapes[: 2 + with_teacher]]
         for _, teacher_CT, student_CD in self.tiles():
-            add = add_exact_product if teacher_CT.dtype == totals[0].dtype else accumulate
-            add(totals[0], teacher_CT.T, student_CD)
-            add(totals[1], student_CD.T, student_CD)
+            add_exact_product(totals[0], teacher_CT.T, student_CD)
+            add_exact_product(totals[1], student_CD.T, student_CD)
             if with_teacher:
-                add(totals[2], teacher_CT.T, teacher_CT)
+                add_exact_product(totals[2], teacher_CT.T, teacher_CT)
         return totals
 
 

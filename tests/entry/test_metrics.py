@@ -147,9 +147,9 @@ def count_collectives(command: list[str]) -> tuple[Ending, int]:
 
 # Weights that are 0; the remaining terms; passes over the heads in a micro-batch; reductions of Gram matrices.
 SWITCHED_OFF = {
-    "trajectory": ("--fdd-alpha 0", {"kd", "ce", "delta"}, 3, 1),
+    "trajectory": ("--fdd-alpha 0", {"kd", "ce", "delta"}, 3, 2),
     "delta": ("--fdd-beta 0", {"kd", "ce", "trajectory"}, 3, 0),
-    "final logits": ("--fdd-kd-weight 0", {"trajectory", "delta"}, 2, 1),
+    "final logits": ("--fdd-kd-weight 0", {"trajectory", "delta"}, 2, 2),
     "inner layers": ("--fdd-alpha 0 --fdd-beta 0", {"kd", "ce"}, 1, 0),
     "all but centred delta": ("--fdd-alpha 0 --fdd-kd-weight 0 --fdd-delta centred", {"delta"}, 0, 2),
     "teacher": ("--fdd-alpha 0 --fdd-beta 0 --fdd-kd-weight 0 --fdd-ce-weight 1", {"ce"}, 1, 0),

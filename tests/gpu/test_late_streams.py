@@ -132,7 +132,7 @@ def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...
         weights=LossWeights(upstream[0], upstream[2], 1.0, 1.0),
     )
     found += [*final, *gradients(final.loss, student, head)]
-    grams = head_grams(heads, centred=False)
+    grams = head_grams(heads)
     lse_N = torch.ones(256, device=DEVICE)
     deltas = (teacher.float(), student.float())
     cosine_N = delta_cosine(*deltas, lse_N, 2 * lse_N, grams)

@@ -134,7 +134,7 @@ def test_the_same_result_every_time(implementation: str) -> None:
 def test_cosines_of_differences(centred: bool) -> None:
     """The case is like a late layer after a training: both models change little, and in similar ways."""
     case = on_gpu((500, 20_000, 20_000, (1024, 512)), torch.bfloat16)
-    grams = head_grams(case.heads(), centred=centred)
+    grams = head_grams(case.heads())
     deltas = [(x.float() * 0.3).requires_grad_() for x in (case.teacher, case.student)]
     heads = [head.double() for head in (case.teacher_head, case.student_head)]
     wide = [delta.detach().double().requires_grad_() for delta in deltas]

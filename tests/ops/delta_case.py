@@ -31,21 +31,32 @@ class Layers:
         head = getattr(self.earlier, f"{model}_head")[: self.earlier.vocab_size].double()
         return getattr(layer, model).double() @ head.T
 
-    def reference(self, *, centred: bool) -> Tensor:
-        models = ("teacher", "student")
-        logits = [[self.logits(model, layer) for layer in (self.earlier, self.later)] for model in models]
+    def reference(self, *, centred: bool, detached: bool = False) -> Tensor:
+        """Return the definition's value; `detached`: the earlier end is a constant, with head and log-sum-exp."""
+        logits = []
+        for model in ("teacher", "student"):
+            earlier, later = (self.logits(model, layer) for layer in (self.earlier, self.later))
+            logits.append([earlier.detach() if detached else earlier, later])
         return reference_cosine(*logits, centred=centred)
 
-    def cosine(self, grams: HeadGrams, tokens: slice = slice(None)) -> Tensor:
+    def cosine(
+        self, grams: HeadGrams, tokens: slice = slice(None), *, centred: bool, detached: bool = False
+    ) -> Tensor:
         """Run the operation, with log-sum-exps from whole logits."""
         deltas, lse_deltas = [], []
         for model in ("teacher", "student"):
-            earlier, later = (self.logits(model, layer) for layer in (self.earlier, self.later))
-            delta = getattr(self.later, model) - getattr(self.earlier, model)
-            deltas.append(delta[tokens])
-            lse_deltas.append((later.logsumexp(-1) - earlier.logsumexp(-1)).to(delta.dtype)[tokens])
-        lse = [None, None] if grams.centred else lse_deltas
-        return delta_cosine(*deltas, *lse, grams)
+            before, after = getattr(self.earlier, model), getattr(self.later, model)
+            lse_before, lse_after = (
+                self.logits(model, layer).logsumexp(-1).to(after.dtype)
+                for layer in (self.earlier, self.later)
+            )
+            if detached:
+                before, lse_before = before.detach(), lse_before.detach()
+            deltas.append((after - before)[tokens])
+            lse_deltas.append((lse_after - lse_before)[tokens])
+        lse = [None, None] if centred else lse_deltas
+        later_ND = self.later.student[tokens] if detached else None
+        return delta_cosine(*deltas, *lse, grams, student_later_ND=later_ND)
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:

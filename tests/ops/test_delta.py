@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
+from megatron_fdd.ops.linear_kl import Divergence, linear_kl
 from tests.ops.delta_case import Layers, leaves, make_layers
 from tests.ops.linear_kl_case import Case, error, gradients, make_case
 
 
-def whole_grams(layers: Layers, *, centred: bool, previous: HeadGrams | None = None) -> HeadGrams:
-    return head_grams(layers.earlier.heads(), centred=centred, previous=previous)
+def whole_grams(layers: Layers, *, previous: HeadGrams | None = None) -> HeadGrams:
+    return head_grams(layers.earlier.heads(), previous=previous)
 
 
+@pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_cosine_and_gradients(dtype: torch.dtype, centred: bool) -> None:
+def test_cosine_and_gradients(dtype: torch.dtype, centred: bool, detached: bool) -> None:
     layers = make_layers(11, 53, padded=57, dtype=dtype)
     # This test computes the lse in float64, so that only the error of the Gram form counts.
     tolerance = 1e-13 if dtype == torch.float64 else 1e-5
-    ours, reference = layers.cosine(whole_grams(layers, centred=centred)), layers.reference(centred=centred)
+    ours = layers.cosine(whole_grams(layers), centred=centred, detached=detached)
+    reference = layers.reference(centred=centred, detached=detached)
     assert ours.dtype == dtype
     assert (ours - reference).abs().max() < tolerance / 2
     weights = torch.linspace(1, 2, 11)
-    expected = gradients((weights * reference).sum(), *leaves(layers))
+    trained = leaves(layers)[detached:]
+    expected = gradients((weights * reference).sum(), *trained)
     for gradient, reference_gradient in zip(
-        gradients((weights * ours).sum(), *leaves(layers)), expected, strict=True
+        gradients((weights * ours).sum(), *trained), expected, strict=True
     ):
         assert error(gradient, reference_gradient) < tolerance
     assert not gradient[53:].any()
@@ -40,7 +46,7 @@ def test_gradcheck(centred: bool) -> None:
     lse = [torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64) for _ in range(2)]
 
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
-        grams = head_grams(case.heads(head), centred=centred)
+        grams = head_grams(case.heads(head))
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
         return delta_cosine(case.teacher, student, *lse_deltas, grams)
 
@@ -51,22 +57,23 @@ def test_gradcheck(centred: bool) -> None:
 @pytest.mark.parametrize("centred", [False, True])
 def test_bf16_heads_are_multiplied_in_float32(centred: bool) -> None:
     layers = make_layers(40, 300, padded=310, dtype=torch.bfloat16)
-    grams = whole_grams(layers, centred=centred)
+    grams = whole_grams(layers)
     assert grams.teacher_student_TD.dtype == torch.float32
     exact = [layer.to(torch.float32) for layer in (layers.earlier, layers.later)]
-    assert (Layers(*exact).cosine(grams) - layers.reference(centred=centred)).abs().max() < 1e-5
-    (gradient,) = gradients(Layers(*exact).cosine(grams).sum(), layers.earlier.student_head)
+    cosine = Layers(*exact).cosine(grams, centred=centred)
+    assert (cosine - layers.reference(centred=centred)).abs().max() < 1e-5
+    (gradient,) = gradients(cosine.sum(), layers.earlier.student_head)
     assert gradient.dtype == torch.bfloat16
 
 
-def test_centred_grams_do_not_cancel() -> None:
-    """With column means of 1000 a subtracted form (G - u u'/V) would lose all its digits in float32."""
+def test_grams_do_not_cancel() -> None:
+    """With column means of 1000 a subtracted form (W' W - V m m') would lose all its digits in float32."""
     layers = make_layers(5, 64, padded=64, dtype=torch.float32)
-    expected = whole_grams(layers, centred=True)
+    expected = whole_grams(layers)
     with torch.no_grad():
         layers.earlier.student_head.add_(1000)
         layers.earlier.teacher_head.add_(1000)
-    shifted = whole_grams(layers, centred=True)
+    shifted = whole_grams(layers)
     for name in ("teacher_teacher_TT", "teacher_student_TD", "student_student_DD"):
         assert error(getattr(shifted, name), getattr(expected, name).double()) < 1e-3
 
@@ -81,10 +88,10 @@ def test_equal_models_have_cosine_one(centred: bool) -> None:
             for layer in (layers.earlier, layers.later)
         )
     ]
-    cosine = Layers(*twins).cosine(whole_grams(Layers(*twins), centred=centred))
+    cosine = Layers(*twins).cosine(whole_grams(Layers(*twins)), centred=centred)
     assert (1 - cosine).abs().max() <= 1e-6
     inputs = leaves(layers)[:2]
-    unequal = gradients(layers.cosine(whole_grams(layers, centred=centred)).sum(), *inputs)
+    unequal = gradients(layers.cosine(whole_grams(layers), centred=centred).sum(), *inputs)
     for gradient, other in zip(gradients(cosine.sum(), *inputs), unequal, strict=True):
         assert gradient.norm() <= 1e-5 * other.norm()
 
@@ -93,7 +100,7 @@ def test_equal_models_have_cosine_one(centred: bool) -> None:
 @pytest.mark.parametrize("zero", ["teacher", "student", "both"])
 def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred: bool) -> None:
     layers = make_layers(4, 30, padded=32, dtype=torch.float32)
-    grams = whole_grams(layers, centred=centred)
+    grams = whole_grams(layers)
     case = layers.later
     teacher, student = case.teacher.clone(), case.student.detach().clone()
     teacher_lse, student_lse = torch.ones(4), torch.ones(4)
@@ -113,36 +120,82 @@ def test_zero_difference_counts_as_agreement_without_gradient(zero: str, centred
         assert gradient[0].any()
 
 
-def test_constant_shift_is_no_difference_in_log_probabilities() -> None:
-    """All logits rise by the same number: |D|^2 is rounding noise around zero, with either sign."""
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_constant_shift_is_no_difference(centred: bool) -> None:
+    """All logits rise by the same number: |D|^2 is rounding noise."""
     layers = make_layers(8, 40, padded=40, dtype=torch.float32)
     case = layers.later
     with torch.no_grad():
-        layers.earlier.student_head[:, 0] = 1.0  # so that moving state 0 shifts every logit
-    grams = whole_grams(layers, centred=False)
+        layers.earlier.student_head[:, 0] = 0.7  # so that moving state 0 shifts every logit
+    grams = whole_grams(layers)
     shift = torch.arange(1.0, 9.0) * 0.37
     student = torch.zeros(8, 7).index_copy_(1, torch.tensor([0]), shift[:, None]).requires_grad_()
-    cosine = delta_cosine(case.teacher, student, shift, shift.clone(), grams)
+    lse_deltas = (None, None) if centred else (0.7 * shift, 0.7 * shift)
+    cosine = delta_cosine(case.teacher, student, *lse_deltas, grams)
     assert (cosine == 1).all()
     assert not gradients(cosine.sum(), student)[0].any()
 
 
+def shifting_layers(ratio: float) -> Layers:
+    """All logits of both models rise by `ratio` times the deviation of their rises over the words."""
+    layers = make_layers(40, 500, padded=504, dtype=torch.float32)
+    with torch.no_grad():
+        for model in ("teacher", "student"):
+            for state, layer in enumerate((layers.earlier, layers.later), start=1):
+                getattr(layer, model)[:, 0] = state
+            rise_NV = layers.logits(model, layers.later) - layers.logits(model, layers.earlier)
+            getattr(layers.earlier, f"{model}_head")[:, 0] += ratio * rise_NV.std(1).mean()
+    return layers
+
+
+def assert_agrees(cosine: Tensor, layers: Layers, inputs: Sequence[Tensor], tolerance: float) -> None:
+    reference = layers.reference(centred=False)
+    assert (cosine - reference).abs().max() < 5e-5
+    ours, expected = (gradients(each.sum(), *inputs) for each in (cosine, reference))
+    for gradient, reference_gradient in zip(ours, expected, strict=True):
+        assert error(gradient, reference_gradient) < tolerance
+
+
+@pytest.mark.parametrize("ratio", [20, 66])
+def test_logits_that_shift_together(ratio: float) -> None:
+    layers = shifting_layers(ratio)
+    assert_agrees(layers.cosine(whole_grams(layers), centred=False), layers, leaves(layers), 5e-5)
+
+
+@pytest.mark.parametrize("ratio", [20, 66])
+def test_logits_that_shift_together_with_their_log_sum_exps_in_float32(ratio: float) -> None:
+    """As in a run with a detached lens."""
+    layers = shifting_layers(ratio)
+    heads = layers.earlier.heads(layers.earlier.student_head.detach())
+    before, after = (
+        linear_kl(layer.teacher, layer.student, heads, divergence=Divergence())
+        for layer in (layers.earlier, layers.later)
+    )
+    cosine = delta_cosine(
+        layers.later.teacher - layers.earlier.teacher,
+        layers.later.student - layers.earlier.student,
+        after.teacher_lse_N - before.teacher_lse_N,
+        after.student_lse_N - before.student_lse_N,
+        head_grams(heads),
+    )
+    assert_agrees(cosine, layers, leaves(layers)[:2], 2e-4)
+
+
 def test_no_tokens() -> None:
     layers = make_layers(0, 30, padded=32, dtype=torch.float32)
-    cosine = layers.cosine(whole_grams(layers, centred=False))
+    cosine = layers.cosine(whole_grams(layers), centred=False)
     assert cosine.shape == (0,)
     assert not gradients(cosine.sum(), layers.earlier.student_head)[0].any()
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_teacher_part_is_taken_over(centred: bool) -> None:
+def test_teacher_part_is_taken_over() -> None:
     layers = make_layers(4, 30, padded=32, dtype=torch.float32)
-    first = whole_grams(layers, centred=centred)
+    first = whole_grams(layers)
     with torch.no_grad():
         layers.earlier.student_head.mul_(2)
-    second, fresh = (whole_grams(layers, centred=centred, previous=p) for p in (first, None))
+    second, fresh = (whole_grams(layers, previous=p) for p in (first, None))
     assert second.teacher_teacher_TT is first.teacher_teacher_TT
-    assert torch.equal(layers.cosine(second), layers.cosine(fresh))
+    assert torch.equal(layers.cosine(second, centred=False), layers.cosine(fresh, centred=False))
 
 
 class Products(TorchDispatchMode):
@@ -162,9 +215,9 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def unit_lse_cosine(layers: Layers, grams: HeadGrams) -> Tensor:
+def unit_lse_cosine(layers: Layers, grams: HeadGrams, *, centred: bool) -> Tensor:
     """Compute the cosine with the later states as differences; no logits are made for their log-sum-exps."""
-    lse = [None, None] if grams.centred else [torch.ones(5), torch.ones(5)]
+    lse = [None, None] if centred else [torch.ones(5), torch.ones(5)]
     return delta_cosine(layers.later.teacher, layers.later.student, *lse, grams)
 
 
@@ -175,10 +228,10 @@ def test_nothing_is_multiplied_twice(live: bool, centred: bool) -> None:
     layers = make_layers(5, 30, padded=32, dtype=torch.float32)
     layers.earlier.student_head.requires_grad_(live)
     with Products() as products:
-        grams = whole_grams(layers, centred=centred)
+        grams = whole_grams(layers)
     assert products.shapes == [((12, 30), (30, 7)), ((7, 30), (30, 7)), ((12, 30), (30, 12))]
     with Products() as products:
-        cosine = unit_lse_cosine(layers, grams).sum()
+        cosine = unit_lse_cosine(layers, grams, centred=centred).sum()
     assert products.shapes == [((5, 12), (12, 7)), ((5, 7), (7, 7)), ((5, 12), (12, 12))]
     with Products() as products:
         cosine.backward()
@@ -195,7 +248,7 @@ def test_float32_is_not_rounded_where_the_user_lets_products_be(centred: bool) -
         try:
             torch.set_float32_matmul_precision(precision)
             with Products() as products:
-                cosine = unit_lse_cosine(layers, whole_grams(layers, centred=centred))
+                cosine = unit_lse_cosine(layers, whole_grams(layers), centred=centred)
                 reached = gradients(cosine.sum(), layers.later.student, layers.earlier.student_head)
             assert torch.get_float32_matmul_precision() == precision
         finally:

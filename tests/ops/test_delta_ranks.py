@@ -15,38 +15,38 @@ from tests.ops.delta_case import leaves, make_layers
 from tests.ops.linear_kl_case import RankPart, error, gradients, make_case
 
 
+@pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(("vocab_size", "padded"), [(23, 24), (5, 8)])
 @distributed(ranks=4)
 def test_ranks_agree_with_the_definition(
-    vocab_size: int, padded: int, sequence_parallel: bool, centred: bool
+    vocab_size: int, padded: int, sequence_parallel: bool, centred: bool, detached: bool
 ) -> None:
     """At (5, 8) the ranks have 2, 2, 1 and 0 valid rows."""
     layers = make_layers(8, vocab_size, padded=padded, dtype=torch.float64)
     case = layers.earlier
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
     head = case.student_head.detach()[part.rows].clone().requires_grad_()
-    grams = head_grams(part.heads(head), centred=centred)
+    grams = head_grams(part.heads(head))
     assert grams.vocab_size == vocab_size
-    reference = layers.reference(centred=centred)
+    reference = layers.reference(centred=centred, detached=detached)
     weights = torch.linspace(1, 2, 8, dtype=torch.float64)
-    expected = gradients((weights * reference).sum(), *leaves(layers))
+    *states, _ = trained = leaves(layers)[detached:]
+    *expected, expected_head = gradients((weights * reference).sum(), *trained)
     # The log-sum-exps depend on the head too; here their share is in the gradient of the whole head.
     whole_head = case.student_head
-    cosine = layers.cosine(grams, part.tokens)
+    cosine = layers.cosine(grams, part.tokens, centred=centred, detached=detached)
     assert error(cosine, reference[part.tokens]) < 1e-12
-    earlier, later, through_lse, through_grams = torch.autograd.grad(
-        (weights[part.tokens] * cosine).sum(),
-        (case.student, layers.later.student, whole_head, head),
-        allow_unused=True,
+    *found, through_lse, through_grams = torch.autograd.grad(
+        (weights[part.tokens] * cosine).sum(), (*states, whole_head, head), allow_unused=True
     )
-    assert error(earlier[part.tokens], expected[0][part.tokens]) < 1e-12
-    assert error(later[part.tokens], expected[1][part.tokens]) < 1e-12
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert error(gradient[part.tokens], wanted[part.tokens]) < 1e-12
     through_lse = torch.zeros_like(whole_head) if through_lse is None else through_lse
     if sequence_parallel:
         dist.all_reduce(through_lse)
-    assert error(through_grams + through_lse[part.rows], expected[2][part.rows]) < 1e-11
+    assert error(through_grams + through_lse[part.rows], expected_head[part.rows]) < 1e-11
 
 
 def assert_equals_one_rank(num_tokens: int, *, centred: bool) -> None:
@@ -64,7 +64,7 @@ def assert_equals_one_rank(num_tokens: int, *, centred: bool) -> None:
         student, student_lse = case.student, lse[1]
         for leaf in (student, student_lse, head):
             leaf.requires_grad_()
-        grams = head_grams(Heads(case.teacher_head[rows], head, shard), centred=centred)
+        grams = head_grams(Heads(case.teacher_head[rows], head, shard))
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
         cosine = delta_cosine(case.teacher, student, *lse_deltas, grams)
         weights = torch.linspace(1, 2, num_tokens)
@@ -104,7 +104,7 @@ def test_gradcheck(centred: bool) -> None:
 
     def cosine(student: Tensor, student_lse: Tensor, head: Tensor) -> Tensor:
         head = Copied.apply(head)[part.rows]
-        grams = head_grams(part.heads(head), centred=centred)
+        grams = head_grams(part.heads(head))
         lse_deltas = (None, None) if centred else (lse[0], student_lse)
         return delta_cosine(case.teacher, student, *lse_deltas, grams)
 
@@ -127,15 +127,13 @@ def test_collectives() -> None:
         case = layers.earlier
         part = RankPart.of(case, sequence_parallel=sequence_parallel)
         heads = part.heads(case.student_head.detach()[part.rows].requires_grad_(live))
-        parts = [7 + 12 + 1, student + 12 * 12] if centred else [student + 7 + 12 * 12 + 12 + 1]
-        with expect([("allreduce", 4 * size) for size in parts]):
-            grams = head_grams(heads, centred=centred)
-        parts = [7, student] if centred else [student + 7]
-        with expect([("allreduce", 4 * size) for size in parts]):
-            head_grams(heads, centred=centred, previous=grams)
+        with expect([("allreduce", 4 * size) for size in (7 + 12 + 1, student + 12 * 12)]):
+            grams = head_grams(heads)
+        with expect([("allreduce", 4 * size) for size in (7, student)]):
+            head_grams(heads, previous=grams)
         shared = not sequence_parallel
         with expect([("allgather_base", 4 * 3)] * shared):
-            cosine = layers.cosine(grams, part.tokens)
+            cosine = layers.cosine(grams, part.tokens, centred=centred)
         wanted = [("allgather_base", 4 * 3 * (7 if centred else 8))] * shared
         with expect(wanted + [("allreduce", 4 * (student + 7))] * live):
             cosine.sum().backward()

@@ -14,7 +14,7 @@ from tests.ops.linear_kl_case import Case, error, make_case, parameter_of_ddp, t
 def loss(case: Case, head: Tensor, implementation: Implementation) -> Tensor:
     heads = case.heads(head, implementation)
     result = linear_kl(case.teacher, case.student, heads, divergence=Divergence(), labels_N=case.labels)
-    grams = head_grams(heads, centred=False)
+    grams = head_grams(heads)
     return result.divergence_N.sum() + result.cross_entropy_N.sum() + grams.student_student_DD.sum() / 100
 
 

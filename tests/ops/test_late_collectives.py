@@ -153,7 +153,7 @@ def delta_step(part: RankPart, *, centred: bool) -> Step:
 
     def step() -> tuple[Tensor, ...]:
         student, head = part.inputs(live=True)
-        grams = head_grams(part.heads(head), centred=centred)
+        grams = head_grams(part.heads(head))
         lse_N = torch.linspace(-1, 2, len(student), dtype=student.dtype)
         given = (None, None) if centred else (lse_N, 2 * lse_N)
         cosine_N = delta_cosine(case.teacher[part.tokens], student, *given, grams)

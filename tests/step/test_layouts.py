@@ -64,6 +64,12 @@ PIPELINES = {
     "pp2-live-dp2": Case(pp=2, dp=2, terms=Terms(live=True)),
     "pp2-live-scale": Case(pp=2, loss_scale=128.0, terms=Terms(live=True, lens_norm=False)),
     "pp2-vpp3-live": Case(pp=2, vpp=3, terms=Terms(live=True)),
+    "pp2-vpp2-cp2-live-detach-previous": Case(
+        pp=2, vpp=2, cp=2, terms=Terms(live=True, detach_previous=True)
+    ),
+    "pp2-vpp2-cp2-live-detach-previous-centred": Case(
+        pp=2, vpp=2, cp=2, terms=Terms(live=True, detach_previous=True, centred=True)
+    ),
     "pp4-live-no-head-loss": Case(pp=4, terms=Terms(live=True, kd=0.0)),
     "pp2-vpp2-tp2-sp-tuned-lens": Case(tp=2, pp=2, vpp=2, sequence_parallel=True, terms=Terms(tuned=True)),
     "pp4-nothing-at-the-end": Case(pp=4, terms=Terms(kd=0.0)),
@@ -130,6 +136,8 @@ OPTIONS = {
     "centred": Terms(centred=True),
     "detach-previous": Terms(detach_previous=True),
     "detach-previous-centred": Terms(detach_previous=True, centred=True),
+    "live-detach-previous": Terms(live=True, detach_previous=True),
+    "live-detach-previous-centred": Terms(live=True, detach_previous=True, centred=True),
     "all-tokens": Terms(all_tokens=True, ce=0.5),
     "only-delta": Terms(alpha=0.0, kd=0.0),
     "only-trajectory": Terms(beta=0.0, kd=0.0),
