@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fdd.host import console
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.ops.linear_kl import Heads, Implementation, VocabShard
 from megatron_fdd.step.teacher.check import log_cross_entropy
@@ -24,12 +23,10 @@ def test_it_says_when_nothing_is_scored(
     labels: tuple[int, ...], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(console, "say", said.append)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
     head = torch.tensor([0, 1, 1, 0, 0])[:, None].expand(5, 4).float()  # likes words 1 and 2
     heads = Heads(None, head, VocabShard(0, 5, None), Implementation("torch"))
     group: Any = None
-    log_cross_entropy(
-        TeacherFeatures(torch.ones(3, 1, 4), {}), torch.tensor(labels), heads=heads, group=group
-    )
+    features = TeacherFeatures(torch.ones(3, 1, 4), {})
+    log_cross_entropy(features, torch.tensor(labels), heads=heads, group=group, say=said.append)
     assert said == [line]
