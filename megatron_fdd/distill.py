@@ -44,11 +44,13 @@ from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.damage import cause_of
+from megatron_fdd.host.disk import writing
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.model import build_config, check_same_sizes
 from megatron_fdd.host.patches.adam import install_adam
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.patches.norms import install_norms
+from megatron_fdd.host.patches.rates import resumed_rates
 from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.saving import saved_iteration
@@ -121,7 +123,7 @@ class Distillation:
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
-        with self._patches:
+        with self._patches, resumed_rates(run.saved_groups, run.args):
             try:
                 (parts.pretrain or pretrain)(
                     container, datasets, ModelType.encoder_or_decoder, self.forward_step
@@ -131,15 +133,6 @@ class Distillation:
                 if end.code or (is_first_rank() and not self._progress.has_begun):
                     console.show_end_of_log()
                 raise
-            except AssertionError as error:
-                if not str(error).startswith("OptimizerParamScheduler"):
-                    raise
-                raise ValueError(
-                    f"--load {run.args.load}: its schedules of learning rate and weight decay are not this run's "
-                    f"({error}). Give the flags of the run that saved it (--train-iters and --lr-decay-iters too), or "
-                    "--override-opt_param-scheduler to follow this run's, or --use-checkpoint-opt_param-scheduler to "
-                    "follow the saved ones"
-                ) from error
             except CheckpointException as error:  # torch's: it is no Exception, and the same on every rank
                 folder, flag = student_checkpoint(run.args)
                 if hasattr(run.args, "curr_iteration"):  # the loop has begun: a save in the background failed
@@ -217,7 +210,8 @@ def _carry_companions(run: PreparedRun) -> None:
     """Copy files beside the trained checkpoint, so that it can be exported wherever its folder goes."""
     source, _ = student_checkpoint(run.args)
     if source is not None and run.args.save is not None:
-        carry_companions(Path(source), Path(run.args.save))
+        with writing("--save", run.args.save):
+            carry_companions(Path(source), Path(run.args.save))
 
 
 def main(parts: Parts = Parts()) -> int:

@@ -10,7 +10,7 @@ import click
 
 from megatron_fdd.host import plugins
 from megatron_fdd.host.console import complain
-from megatron_fdd.host.process import print_error
+from megatron_fdd.host.process import ended_like_interrupt, print_error, status_after
 
 _THREADS_A_CORE = 4
 
@@ -25,9 +25,9 @@ class Interruptible(click.Command):
         """Run the command; Ctrl-C ends it with status 130."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             complain(f"{ctx.command_path}: interrupted")
-            ctx.exit(130)
+            ctx.exit(status_after(interrupt))
 
 
 class Command(Interruptible):
@@ -60,9 +60,10 @@ class Command(Interruptible):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, with other packages quiet."""
+        """Run the command, with other packages quiet; SIGTERM and SIGHUP end it as Ctrl-C does."""
         importlib.import_module("megatron_fdd.host.quiet")  # before the command imports torch
-        return super().invoke(ctx)
+        with ended_like_interrupt():
+            return super().invoke(ctx)
 
 
 def _import_plugins(ctx: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> None:

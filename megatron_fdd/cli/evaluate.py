@@ -17,6 +17,7 @@ from megatron_fdd.data.refusals import Refusal
 from megatron_fdd.evaluate.named_path import split_name
 from megatron_fdd.evaluate.settings import DEVICES, DTYPES, GenerationSettings, Text
 from megatron_fdd.host.disk import explain
+from megatron_fdd.host.process import status_after
 
 if TYPE_CHECKING:
     from megatron_fdd.evaluate.request import Request
@@ -214,8 +215,8 @@ def command(threads: int | None, batch_size: int, **given: Any) -> None:
             "continues where it was",
             1,
         )
-    except KeyboardInterrupt:
-        _end("interrupted; the same command continues where it was", 130)
+    except KeyboardInterrupt as interrupt:
+        _end("interrupted; the same command continues where it was", status_after(interrupt))
 
 
 def request_from(**given: Any) -> Request:

@@ -15,6 +15,7 @@ from megatron_fdd.data.instructions import TEMPLATES, known_layouts
 from megatron_fdd.data.tokenizer import TOKENIZER_TYPES
 from megatron_fdd.data.vanished import FIELDS
 from megatron_fdd.host.disk import explain
+from megatron_fdd.host.process import status_after
 
 if TYPE_CHECKING:
     from megatron_fdd.data.chat_template import ChatSettings
@@ -155,11 +156,11 @@ def command(files: tuple[str, ...], more_files: tuple[str, ...], **given: Any) -
     except (ValueError, OSError) as error:
         print(f"prepare_data: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         kept = kept_documents(given["output_prefix"] or "")
         how = f"the same command continues after {kept:,} documents" if kept else "nothing written"
         print(f"prepare_data: interrupted, {how}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(status_after(interrupt))
     print(*summary.lines(), sep="\n")
 
 

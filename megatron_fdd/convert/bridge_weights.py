@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_fdd.convert.bridge import Bridge
 from megatron_fdd.convert.checkpoint_entries import tensors_of
-from megatron_fdd.convert.checksums import Checksums, digest
+from megatron_fdd.convert.checksums import Checksums, check_finite, digest
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import Shard, TensorSpec
 from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
@@ -77,6 +77,7 @@ class BridgeSource:
                 raise ValueError(f"{self._folder.path} lacks {name}, which Megatron-Bridge would export")
             left.remove(name)
             source = self._folder.read(name)
+            check_finite(source, f"{self._folder.path}: {name}", "take other weights")
             self.digests[name] = digest(source)
             if expected is not None:
                 expected.check(self._folder.path, name, self.digests[name])

@@ -27,6 +27,24 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. It reads the tensor once and makes no copy; `digest` takes longer."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def check_finite(tensor: Tensor, where: str, remedy: str) -> None:
+    """Refuse a tensor with values that are not finite: no model computes anything with it.
+
+    Raises:
+        ValueError: names it as `where` says, with `remedy`.
+    """
+    if not is_finite(tensor):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise ValueError(
+            f"{where}: {bad} of {tensor.numel()} values are not finite (NaN, infinite); {remedy}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Checksums:
     """A report.

@@ -30,11 +30,15 @@ def set_tokenizer(args: Namespace, hf_model: Path, save: Path) -> None:
 def carry_companions(load: Path, save: Path) -> None:
     """Copy the companions of the checkpoint that a training run starts from to its save folder, if they are not there.
 
-    With them, `mcore_to_hf` needs no flags for the trained checkpoint. Only one rank calls this.
+    With them, `mcore_to_hf` needs no flags for the trained checkpoint. Only one rank calls this. A folder appears when
+    it is whole: what a killed run left is replaced.
     """
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
         if (load / name).is_dir() and not (save / name).exists():
-            shutil.copytree(load / name, save / name)
+            partial = save / f".{name}.incomplete"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(load / name, partial)
+            partial.rename(save / name)
 
 
 def _started_from(args: Namespace) -> list[Path]:

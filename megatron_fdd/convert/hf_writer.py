@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fdd.convert.checksums import bytes_of
+from megatron_fdd.convert.checksums import bytes_of, check_finite
 from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE
 from megatron_fdd.host.disk import writing
 from megatron_fdd.host.json_file import write_json
 
+_REMEDY = (
+    "take an earlier checkpoint if its training diverged (--ckpt-step N), another copy, or a wider --dtype"
+)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -64,13 +68,13 @@ def new_folder(final: Path, flag: str) -> Iterator[Path]:
     A killed process leaves the hidden `.NAME.incomplete` behind, which the next run replaces.
 
     Raises:
-        ValueError: `final`, the value of `flag`, exists and is not empty, or cannot be written.
+        ValueError: `final`, the value of `flag`, exists and is not empty, or cannot be written, or another process is
+            writing it.
     """
     check_new_folder(final, flag)
     unfinished, real = unfinished_name(final), Path(os.path.realpath(final))
     with writing(flag, final):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        lock = _take(unfinished, f"{flag} {final}")
         try:
             yield unfinished
             for path in [*unfinished.rglob("*"), unfinished]:
@@ -82,6 +86,32 @@ def new_folder(final: Path, flag: str) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+        finally:
+            os.close(lock)
+
+
+def _take(folder: Path, told: str) -> int:
+    """Make a folder, or empty what a killed process left; return the descriptor whose lock keeps others out.
+
+    A file system without locks keeps nobody out.
+
+    Raises:
+        ValueError: a living process is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(
+            f"{told}: another process is writing it; wait for its end, or give a new folder"
+        ) from error
+    except OSError:
+        pass
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return lock
 
 
 def _to_disk(path: Path) -> None:
@@ -153,6 +183,9 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
 
     Yields:
         The spec of each tensor after it is written, and the SHA-256 of its bytes in hexadecimal.
+
+    Raises:
+        ValueError: a tensor has values that are not finite.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -168,6 +201,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
         file.write(encoded)
         for spec, tensor in zip(shard.tensors, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
+            check_finite(tensor, spec.name, _REMEDY)
             raw = bytes_of(tensor)
             file.write(raw)
             yield spec, hashlib.sha256(raw).hexdigest()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_fdd.convert.checksums import Checksums, digest
+from megatron_fdd.convert.checksums import Checksums, check_finite, digest
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_companions
@@ -156,12 +156,16 @@ class _Source:
         """Return a parameter's padded value on the CPU, in the model's dtype.
 
         Raises:
-            ValueError: a tensor's bytes do not agree with the folder's checksum report.
+            ValueError: a tensor's bytes do not agree with the folder's checksum report, or are not finite numbers.
         """
         row, parameter = self._row_of[name], self.parameters[name]
         if not row.sources:
             return torch.zeros(parameter.shape, dtype=parameter.dtype)
-        value = row.transform.join([self._read_part(part) for part in row.sources]).to(parameter.dtype)
+        value = row.transform.join([self._read_part(part) for part in row.sources])
+        if value.dtype != parameter.dtype:
+            value = value.to(parameter.dtype)
+            where = f"{self._folder.path}: {' and '.join(row.sources)}"
+            check_finite(value, where, f"{name_of(value.dtype)} is too narrow for them: give another --dtype")
         if row.vocabulary:
             padding = parameter.shape[0] - value.shape[0]
             value = torch.nn.functional.pad(value, (0, 0, 0, padding))
@@ -169,6 +173,7 @@ class _Source:
 
     def _read_part(self, name: str) -> Tensor:
         part = self._folder.read(name)
+        check_finite(part, f"{self._folder.path}: {name}", "take other weights")
         self.digests[name] = digest(part)
         if self._expected is not None:
             self._expected.check(self._folder.path, name, self.digests[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
 from megatron_fdd.data.full_validation import NO_TEST
+from megatron_fdd.data.index_cache import check_cache_folders
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet
-from megatron_fdd.data.sources import blends, cache_folder, data_prefixes, evaluates, open_sets
+from megatron_fdd.data.sources import blends, data_prefixes, evaluates, open_sets
 from megatron_fdd.data.token_ids import check_token_ids
 from megatron_fdd.data.tokenizer_identity import FormerStamp, compare
 
@@ -51,7 +51,7 @@ def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase |
     if args.mock_data:
         return
     tokenizer = get_tokenizer() if tokenizer is None else tokenizer
-    _check_cache_folders(args)
+    check_cache_folders(args)
     sets = open_sets(args)
     _check_kinds(args, sets)
     for prepared in sets.values():
@@ -92,25 +92,6 @@ def _check_flags(args: argparse.Namespace) -> None:
             f"--reset-attention-mask has no effect with --transformer-impl {args.transformer_impl}: its "
             "attention is causal, whatever the mask says",
         )
-
-
-def _check_cache_folders(args: argparse.Namespace) -> None:
-    """Refuse a folder for Megatron's index cache that cannot be written.
-
-    Rank 0 writes the cache; if it failed there, the other ranks would wait at a barrier.
-    """
-    if args.dataloader_fast_cache_load:
-        return
-    for prefix in data_prefixes(args):
-        folder = cache_folder(args, prefix)
-        existing = os.path.abspath(folder)
-        while not os.path.exists(existing):
-            existing = os.path.dirname(existing)
-        if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"cannot create the index cache {folder}: {existing} is not a writable folder; give a "
-                "writable one with --data-cache-path"
-            )
 
 
 def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None:

@@ -22,6 +22,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.datasets import InstructionDataset, MockTextDataset, TextDataset
+from megatron_fdd.data.index_cache import told_cache
 from megatron_fdd.data.packing import PackedInstructionDataset
 from megatron_fdd.data.prepared import set_kind
 from megatron_fdd.data.sources import blends, data_prefixes, evaluates
@@ -43,7 +44,11 @@ def train_valid_test_provider(
 def build_datasets(
     args: argparse.Namespace, num_samples: Sequence[int | None], tokenizer: MegatronTokenizerBase
 ) -> list[MegatronDataset | list[MegatronDataset] | None]:
-    """Return what `train_valid_test_provider` returns, from explicit arguments."""
+    """Return what `train_valid_test_provider` returns, from explicit arguments.
+
+    Raises:
+        ValueError: the index cache could not be written; on rank 0 alone, the only one that writes it.
+    """
     prefixes = data_prefixes(args)
     config = _dataset_config(args, tokenizer)
     dataset_class: type[MegatronDataset] = TextDataset
@@ -53,7 +58,8 @@ def build_datasets(
         # All sets have one kind (checks.check_data_args).
         dataset_class = PackedInstructionDataset if config.inter_document_masking else InstructionDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config)
-    return builder.build()
+    with told_cache(args):
+        return builder.build()
 
 
 def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:

@@ -141,10 +141,24 @@ SEAMS: tuple[Seam, ...] = (
     ),
     Seam(
         f"{_TRAINING}.training.save_checkpoint",
-        ("iteration",),
-        "the line that says that a checkpoint has been saved",
+        ("iteration", "model"),
+        "the check of the weights before a save, and the line that says that a checkpoint has been saved",
         ("step/schedule.py",),
         "every run with `--save`",
+    ),
+    Seam(
+        f"{_TRAINING}.training.load_checkpoint",
+        ("ddp_model", "optimizer", "opt_param_scheduler"),
+        "an optimizer goes on at another learning rate than it was saved with",
+        ("host/patches/rates.py",),
+        "`--override-opt_param-scheduler` with another `--lr`",
+    ),
+    Seam(
+        f"{_TRAINING}.training.get_optimizer_param_scheduler",
+        ("optimizer",),
+        "this run's schedules, to be compared with a checkpoint's before anything is loaded",
+        ("plan/resumption.py",),
+        "every run",
     ),
     Seam(
         f"{_TRAINING}.training.evaluate_and_print_results",

@@ -6,6 +6,7 @@ import argparse
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -115,18 +116,23 @@ def term_shapes(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
     }
 
 
+def read_common_state(path: Path, flag: str) -> dict[str, Any]:
+    """Return what the checkpoint at `path` stores beside tensors. ValueError if it cannot be read."""
+    try:
+        return dist_checkpointing.load_common_state_dict(str(path))
+    except DAMAGE as error:
+        raise ValueError(
+            f"{flag} {path}: its common state cannot be read ({cause_of(error)}); the copy is damaged"
+        ) from error
+
+
 def read_checkpoint_args(path: Path, flag: str) -> argparse.Namespace:
     """Return Megatron's own arguments, as stored in the checkpoint at `path`.
 
     Raises:
         ValueError: the checkpoint stores none, or they cannot be read.
     """
-    try:
-        state = dist_checkpointing.load_common_state_dict(str(path))
-    except DAMAGE as error:
-        raise ValueError(
-            f"{flag} {path}: its common state cannot be read ({cause_of(error)}); the copy is damaged"
-        ) from error
+    state = read_common_state(path, flag)
     if not isinstance(state, dict) or not isinstance(state.get("args"), argparse.Namespace):
         raise ValueError(
             f"{flag} {path}: stores no arguments, so its architecture is unknown; save it with Megatron"

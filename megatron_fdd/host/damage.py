@@ -13,11 +13,17 @@ _LONGEST_CAUSE = 300
 
 
 def cause_of(error: BaseException) -> str:
-    """Return in one line what went wrong on the first rank that failed, without the tracebacks that torch adds."""
+    """Return in one line what went wrong on the first rank that failed, without the tracebacks that torch adds.
+
+    Raises:
+        KeyboardInterrupt: nothing went wrong, that rank was interrupted.
+    """
     if isinstance(error, CheckpointException):
         if not error.failures:  # Megatron's writer reports the failure on rank 0 only
             return "rank 0 knows why"
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, KeyboardInterrupt):  # torch collects it like an error
+        raise error
     if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
         return "its bytes hold no saved tensors"
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"

@@ -77,7 +77,7 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
         said, remedy = error.strerror, _REMEDIES.get(error.errno or 0, "give another place")
     else:
         said, remedy = f"torch's writer failed: {str(error).splitlines()[0]}", _ROOM
-    if not there.is_dir():
+    if isinstance(error, FileExistsError | NotADirectoryError) and not there.is_dir():
         remedy = f"{there} is a file: give another place"
     free = shutil.disk_usage(there).free >> 20
     return ValueError(f"{flag} {given}: cannot be written: {said} ({free} MiB free there); {remedy}")

@@ -14,6 +14,8 @@ from megatron_fdd.host import console
 
 # How much later than another rank rank 0 may reach the same error; imports and reading take different times.
 PATIENCE_S = 15.0
+# Signals that ask a process to end: a scheduler's, and that of a terminal which is closed.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def is_first_rank() -> bool:
@@ -50,6 +52,37 @@ def raise_at_interrupt() -> None:
 
 
 @contextmanager
+def ended_like_interrupt() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP a KeyboardInterrupt inside a `with` statement, so that a command cleans up after itself.
+
+    A signal that somebody else handles or ignores (`nohup`) is left alone, and so is everything outside of the main
+    thread. Further signals do not disturb the cleaning.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [each for each in _ENDING if is_main and signal.getsignal(each) is signal.SIG_DFL]
+    for each in ours:
+        signal.signal(each, _raise_interrupt)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def status_after(interrupt: KeyboardInterrupt) -> int:
+    """Return the exit status of a command that was interrupted, by Ctrl-C or by a signal as above."""
+    (number,) = interrupt.args or (signal.SIGINT,)
+    return 128 + int(number)
+
+
+def _raise_interrupt(number: int, _frame: FrameType | None) -> None:
+    for each in _ENDING:
+        if signal.getsignal(each) is _raise_interrupt:
+            signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
 def ended_by_sigterm(last_words: Callable[[], None]) -> Iterator[None]:
     """Make SIGTERM end this process at once inside a `with` statement, with `last_words` and status 143.
 
@@ -83,11 +116,14 @@ def _leave_to_the_thread(_signal: int, _frame: FrameType | None) -> None:
     """Do nothing: Python writes to the pipe only if a signal has a handler."""
 
 
-def _forget_sigterm() -> None:
-    """Let a forked process, such as a worker that loads data, end by its own SIGTERM without waking anybody."""
+def _forget_handlers() -> None:
+    """Let a forked process, such as a worker that loads data, end by its own signals without waking anybody."""
     if signal.getsignal(signal.SIGTERM) is _leave_to_the_thread:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for each in _ENDING:
+        if signal.getsignal(each) is _raise_interrupt:
+            signal.signal(each, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_forget_sigterm)
+os.register_at_fork(after_in_child=_forget_handlers)

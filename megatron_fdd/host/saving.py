@@ -52,10 +52,7 @@ def heard_failures(folder: str, iteration: int) -> Iterator[None]:
         cause = cause_of(error)
         if heard.text is not None and _VAGUE in cause:
             cause = heard.text
-        last = saved_iteration(folder)
-        whole = (
-            f"the last whole checkpoint ({'there is none yet' if last is None else f'of iteration {last}'})"
-        )
+        whole = last_whole_checkpoint(folder)
         if _LOST.search(cause):
             raise ValueError(
                 f"--save {folder}: another rank ended while the checkpoint of iteration {iteration} was written; see "
@@ -68,6 +65,12 @@ def heard_failures(folder: str, iteration: int) -> Iterator[None]:
         ) from error
     finally:
         logger.removeHandler(heard)
+
+
+def last_whole_checkpoint(folder: str | None) -> str:
+    """Name the newest whole checkpoint in a folder of --save, in a sentence."""
+    last = saved_iteration(folder)
+    return f"the last whole checkpoint ({'there is none yet' if last is None else f'of iteration {last}'})"
 
 
 def saved_iteration(folder: str | None) -> int | None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.full_validation import check_full_validation
+from megatron_fdd.data.index_cache import mend_cache
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.losses.terms import check_terms
 from megatron_fdd.plan.context import Context, Model
@@ -36,6 +37,7 @@ from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
 from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
+from megatron_fdd.plan.resumption import check_resumption
 from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
@@ -92,6 +94,12 @@ def _check_full_validation(context: Context) -> None:
     check_full_validation(context.args)
 
 
+def _mend_cache(context: Context) -> None:
+    """Remove what a killed run left of the data's index."""
+    if context.checks_data:
+        mend_cache(context.args)
+
+
 def _check_teacher_lens(context: Context) -> None:
     """Refuse a lens file of another teacher, or without the blocks that are compared."""
     path, plan, teacher = context.config.teacher_lens, context.plan, context.teacher
@@ -138,7 +146,9 @@ WITH_STUDENT: tuple[Check[Context], ...] = (
 AFTER_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_same_model),
     Check(_check_full_validation),
+    Check(check_resumption),
     Check(_check_data),
+    Check(_mend_cache, needs_machine=True),
     Check(check_student_tokenizer),
     Check(warn_of_flags),
     Check(warn_of_schedule),

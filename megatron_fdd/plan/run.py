@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
@@ -23,6 +24,7 @@ from megatron_fdd.plan import checks
 from megatron_fdd.plan.command_line import parse_command_line
 from megatron_fdd.plan.context import Context
 from megatron_fdd.plan.megatron_errors import megatrons_errors
+from megatron_fdd.plan.resumption import saved_groups
 from megatron_fdd.plan.student_arguments import complete_student_args, force_values
 from megatron_fdd.plan.teacher_checkpoint import find_teacher
 from megatron_fdd.plan.term_parameters import fresh_parameters
@@ -39,6 +41,7 @@ class PreparedRun:
         teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0.
         checkpoints: the checkpoints that the run reads, by the flags that name them.
         fresh: names of parameters of terms that the student's checkpoint lacks.
+        saved_groups: the groups of parameters of the checkpoint's optimizer; none if the run makes a new one.
         stop_at_nan: whether Megatron's `--no-check-for-nan-in-loss-and-grad` is left out.
     """
 
@@ -48,6 +51,7 @@ class PreparedRun:
     teacher_checkpoint: Path | None
     checkpoints: dict[str, Path]
     fresh: frozenset[str]
+    saved_groups: tuple[Mapping[str, Any], ...]
     stop_at_nan: bool
 
     @property
@@ -109,8 +113,10 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     teacher_path = None if known.stored_teacher is None else known.stored_teacher.path
     stored = (known.stored_student, known.stored_teacher)
     checkpoints = {model.flag: model.path for model in stored if model is not None}
-    fresh = fresh_parameters(known)
-    return PreparedRun(known.plan, args, known.teacher_args, teacher_path, checkpoints, fresh, stop_at_nan)
+    fresh, groups = fresh_parameters(known), saved_groups(known)
+    return PreparedRun(
+        known.plan, args, known.teacher_args, teacher_path, checkpoints, fresh, groups, stop_at_nan
+    )
 
 
 def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:

@@ -6,12 +6,16 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from megatron.training import get_args
 from torch import Tensor
 
+from megatron_fdd.host.disk import writing
+from megatron_fdd.host.saving import last_whole_checkpoint
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
 
@@ -91,20 +95,33 @@ class MetricsFile:
 
     A run that starts at iteration i drops the file's lines from i on: after a kill, the lines after the last
     checkpoint belong to steps that run again.
+
+    Raises:
+        ValueError: the file cannot be written; names it, and the checkpoint from which the same command goes on.
     """
 
     def __init__(self, path: str, first_iteration: int) -> None:
         self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_back(first_iteration)
+        with self._told():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_back(first_iteration)
 
     def write(self, iteration: int, values: Mapping[str, float | None]) -> None:
         """Append one record. A value that is not finite is written as null: JSON has no NaN."""
         record = {"iteration": iteration} | {
             name: value if value is None or math.isfinite(value) else None for name, value in values.items()
         }
-        with self._path.open("a") as file:
+        with self._told(), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            with writing("--fdd-metrics-file", self._path):
+                yield
+        except ValueError as error:
+            last = last_whole_checkpoint(get_args().save)
+            raise ValueError(f"{error}. The same command then goes on from {last}") from error
 
     def _cut_back(self, first_iteration: int) -> None:
         if not self._path.exists():

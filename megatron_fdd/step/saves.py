@@ -1,4 +1,4 @@
-"""Additions to Megatron's saving of a checkpoint: why it failed, checksums of the files, a line for people."""
+"""Additions to Megatron's saving: weights that are finite, why it failed, checksums of the files, a line for people."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 import megatron.training.checkpointing as megatron_checkpointing
 import megatron.training.training as megatron_training
+import torch
 from megatron.training import get_args
 
 from megatron_fdd.host.checkpoint import iteration_folder
 from megatron_fdd.host.file_sums import write_sums
 from megatron_fdd.host.saving import heard_failures
+from megatron_fdd.step.finite import check_weights_finite
 
 
 class Saves:
@@ -30,18 +32,24 @@ class Saves:
         self._schedule = megatron_checkpointing.schedule_async_save
         self._folder: Path | None = None
 
-    def save_checkpoint(self, iteration: int, *args: Any, **keywords: Any) -> None:
-        """Save, as Megatron's function of this name. Collectives: its own, and those of `write_sums`.
+    def save_checkpoint(
+        self, iteration: int, model: list[torch.nn.Module], *args: Any, **keywords: Any
+    ) -> None:
+        """Save, as Megatron's function of this name.
+
+        Collectives: its own, and those of `check_weights_finite` and `write_sums`.
 
         Raises:
+            FloatingPointError: the weights are not finite.
             ValueError: the checkpoint could not be written; names the folder, the cause and how to continue.
         """
         started_s = time.perf_counter()
+        check_weights_finite(model, iteration)
         options = get_args()
         is_kept = not keywords.get("non_persistent_ckpt", False)
         self._folder = iteration_folder(options.save, iteration) if is_kept else None
         with heard_failures(options.save, iteration):
-            self._save(iteration, *args, **keywords)
+            self._save(iteration, model, *args, **keywords)
             if self._folder is not None and not options.async_save:
                 write_sums(self._folder)
         self._report(iteration, time.perf_counter() - started_s)

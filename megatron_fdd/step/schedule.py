@@ -7,7 +7,6 @@ The rest of the training loop is Megatron's own.
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
 from megatron_fdd.losses.terms import TERMS
+from megatron_fdd.step.finite import check_gradient_finite, check_means_finite
 from megatron_fdd.step.metrics import MetricsFile, add_up, token_means, without_shares
 from megatron_fdd.step.pipeline import PipelineWork
 from megatron_fdd.step.progress import Progress, Step
@@ -123,7 +123,7 @@ class StepHooks:
             return []
         self._label_tokens, self._means = sums[0], token_means(self._step.objective, sums)
         if self._stop_at_nan:
-            _check_finite(self._means)
+            check_means_finite(self._means)
         return [self._means] if self._topology.is_last_stage else []
 
     @property
@@ -139,7 +139,7 @@ class StepHooks:
         """
         values = bound.arguments
         if self._stop_at_nan:
-            _check_gradient(values["grad_norm"], values["iteration"])
+            check_gradient_finite(values["grad_norm"], values["iteration"])
         self._say_step(values)
         if self._metrics_path is None or not values["loss_dict"]:
             return
@@ -238,9 +238,6 @@ def _read_ahead(
     return by_chunk[0], [iter(batches) for batches in by_chunk]
 
 
-_REMEDY = "Lower --lr or raise --lr-warmup-iters, look at the data of this step, or continue from the last checkpoint"
-
-
 @contextmanager
 def installed(steps: StepHooks) -> Iterator[None]:
     """Replace Megatron's schedule lookup (training, evaluation), evaluation, two logs and save in a `with` block."""
@@ -280,20 +277,3 @@ def installed(steps: StepHooks) -> Iterator[None]:
     }
     with replaced(stand_ins):
         yield
-
-
-def _check_finite(means: dict[str, Tensor]) -> None:
-    """Refuse to continue when a mean is not finite."""
-    values = torch.stack(list(means.values())).tolist()
-    bad = [name for name, value in zip(means, values, strict=True) if not math.isfinite(value)]
-    if bad:
-        raise FloatingPointError(
-            f"iteration {get_args().curr_iteration + 1}: {', '.join(bad)} not finite. "
-            f"Nothing was updated or saved in this step. {_REMEDY}"
-        )
-
-
-def _check_gradient(norm: float | None, iteration: int) -> None:
-    """Refuse to continue when the gradient's norm is not finite. `norm`: None if Megatron itself skipped the step."""
-    if norm is not None and not math.isfinite(norm):
-        raise FloatingPointError(f"iteration {iteration}: the norm of the gradient is {norm}. {_REMEDY}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -96,6 +98,16 @@ def test_an_interrupted_command_says_so_once(words: list[str], monkeypatch: pyte
     command = main if words else Command("prepare", callback=interrupted)
     result = CliRunner().invoke(command, words, prog_name="fdd")
     assert result.exit_code == 130
+    assert result.output == "fdd: interrupted\n"
+
+
+def test_a_terminated_command_says_so_with_its_own_status() -> None:
+    def callback() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    result = CliRunner().invoke(Command("prepare", callback=callback), prog_name="fdd")
+    assert result.exit_code == 143
     assert result.output == "fdd: interrupted\n"
 
 

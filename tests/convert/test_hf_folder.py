@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert.checksums import digest
+from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.convert.hf_folder import INDEX_FILE, HfFolder
 from megatron_fdd.convert.hf_writer import (
     TensorSpec,
@@ -121,6 +123,31 @@ def test_new_folder_appears_when_complete_and_never_half(tmp_path: Path) -> None
         new_folder(final, "--hf-out"),
     ):
         pass
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with new_folder(final, "--hf-out") as unfinished:
+        (unfinished / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="another process is writing it"), new_folder(final, "--hf-out"):
+            pass
+    assert [path.name for path in final.iterdir()] == ["config.json"]
+
+
+def test_companions_that_were_copied_in_part_are_copied_again(tmp_path: Path) -> None:
+    load, save = tmp_path / "load", tmp_path / "save"
+    (load / "tokenizer").mkdir(parents=True)
+    (load / "tokenizer" / "tokenizer.json").write_text("whole")
+    save.mkdir()
+    with (
+        mock.patch("shutil.copytree", lambda _, target: (target.mkdir(), (target / "half").touch(), 1 / 0)),
+        pytest.raises(ZeroDivisionError),  # for a signal
+    ):
+        carry_companions(load, save)
+    assert not (save / "tokenizer").exists()
+    carry_companions(load, save)
+    assert [path.name for path in save.iterdir()] == ["tokenizer"]
+    assert [path.name for path in (save / "tokenizer").iterdir()] == ["tokenizer.json"]
 
 
 def _change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> None:

@@ -116,6 +116,42 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path: Path) -> None
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@distributed(tp=1)
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    source, load = toys.make_llama(tmp_path / "source"), tmp_path / "mcore"
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    for name, value in zip(names, (float("nan"), -float("inf")), strict=True):
+        weights = load_file(source / "model.safetensors")
+        spoilt = {**weights, name: weights[name].clone()}
+        spoilt[name].view(-1)[3] = value
+        save_file(spoilt, source / "model.safetensors")
+        told = rf"{name}: 1 of {spoilt[name].numel()} values are not finite"
+        with pytest.raises(ValueError, match=f"{source}: .*{told.removeprefix('model')}"):
+            convert.hf_to_mcore(source, load)
+        with pytest.raises(ValueError, match=told):
+            convert.init_student(source, [0, 1], tmp_path / "student")
+        with mock.patch("megatron_fdd.convert.to_mcore.check_finite"):
+            convert.hf_to_mcore(source, load)
+        with pytest.raises(ValueError, match=told):
+            convert.mcore_to_hf(load, tmp_path / "out")
+        shutil.rmtree(load)
+        save_file(weights, source / "model.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@distributed(tp=1)
+def test_values_too_large_for_a_dtype_are_refused(tmp_path: Path) -> None:
+    source = toys.make_llama(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] = 70000.0
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match="norm.weight: 1 of .* not finite .*float16 is too narrow"):
+        convert.hf_to_mcore(source, tmp_path / "mcore", dtype="float16")
+    convert.hf_to_mcore(source, tmp_path / "mcore")
+    with pytest.raises(ValueError, match="model.norm.weight: 1 of .* not finite .*a wider --dtype"):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "out", dtype="float16")
+
+
 def _exports(load: Path, out: Path, message: str, **options: str | Path) -> None:
     with pytest.raises(ValueError, match=message):
         convert.mcore_to_hf(load, out, **options)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: they end the run on every rank, before an update or a checkpoint."""
+"""Losses, gradients and weights that are not finite: they end the run on every rank, before a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_fdd.host.patches.adam import FusedAdam
 from megatron_fdd.step import student
 from tests.entry.command import Ending, Patch, read_metrics, run
 from tests.entry.conftest import Toys
@@ -16,8 +17,8 @@ from tests.entry.conftest import Toys
 SAVED = "latest_checkpointed_iteration.txt"
 
 
-def assert_stopped(endings: list[Ending], folder: Path, message: str) -> None:
-    """Assert that the run stopped in iteration 2 and wrote nothing of it."""
+def assert_stopped(endings: list[Ending], folder: Path, message: str, steps: int = 1) -> None:
+    """Assert that the run stopped in iteration 2 and saved nothing of it; `steps`: so many are in the metrics."""
     assert [ending.status for ending in endings] == [1, 1]
     for rank, ending in enumerate(endings):
         (line,) = [line for line in ending.err.splitlines() if "megatron_fdd: error: " in line]
@@ -26,7 +27,7 @@ def assert_stopped(endings: list[Ending], folder: Path, message: str) -> None:
         assert "--lr" in line
     assert (folder / SAVED).read_text() == "1"
     assert not (folder / "iter_0000002").exists()
-    assert [record["iteration"] for record in read_metrics(folder / "metrics.jsonl")] == [1]
+    assert [record["iteration"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2][:steps]
 
 
 def command(toy: Toys, folder: Path, *more: str) -> list[str]:
@@ -87,8 +88,36 @@ def test_loss_of_one_rank_stops_all(toy: Toys, tmp_path: Path) -> None:
     assert_stopped(endings, tmp_path, "error: iteration 2: total, ")
 
 
-def test_the_check_can_be_switched_off(toy: Toys, tmp_path: Path) -> None:
+real_step = FusedAdam.step
+
+
+def bad_update(optimizer: FusedAdam, _closure: None = None) -> None:
+    """Update the weights; in iteration 2 one of them is no number afterwards, on one rank."""
+    real_step(optimizer)
+    args = get_args()
+    if args.curr_iteration == 1 and args.rank == args.world_size - 1:
+        next(param for group in optimizer.param_groups for param in group["params"]).data.view(-1)[0] = float(
+            "nan"
+        )
+
+
+def test_an_update_that_no_loss_has_seen_is_not_saved(toy: Toys, tmp_path: Path) -> None:
+    switched_off = "--no-check-for-nan-in-loss-and-grad"
+    [endings] = run(
+        command(toy, tmp_path, "--train-iters", "2", switched_off),
+        patches=[Patch("megatron_fdd.host.patches.adam.FusedAdam", "step", bad_update)],
+    )
+    assert_stopped(
+        endings, tmp_path, "error: iteration 2: the updated weights are not finite on 1 rank(s)", 2
+    )
+    assert (
+        "the last checkpoint (of iteration 1), or one before it, if that stops too (--ckpt-step N)"
+        in endings[0].err
+    )
+
+
+def test_the_check_of_losses_can_be_switched_off(toy: Toys, tmp_path: Path) -> None:
     flags = "--lr 1e30 --lr-warmup-iters 0 --no-check-for-nan-in-loss-and-grad".split()
-    [endings] = run(command(toy, tmp_path, *flags))
+    [endings] = run(toy.command("--fdd-metrics-file", tmp_path / "metrics.jsonl", *flags))
     assert [ending.status for ending in endings] == [0, 0]
     assert [record["total"] for record in read_metrics(tmp_path / "metrics.jsonl")][1:] == [None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from tests.entry.checks import assert_refused
-from tests.entry.command import call_main, read_metrics, run, trained, without_seconds
+from tests.entry.command import Ending, call_main, read_metrics, run, trained, without_seconds
 from tests.entry.conftest import SCRATCH, Toys
 from tests.harness.ranks import Layout, run_on_ranks
 
@@ -63,6 +65,48 @@ def test_another_length_of_training_is_refused(toy: Toys, tmp_path: Path) -> Non
     assert_refused(endings, r"--load .*schedules of .*--override-opt_param-scheduler")
     trained(command(toy, tmp_path, "--train-iters", "4", "--override-opt_param-scheduler"))
     assert len(metrics(tmp_path)) == 4
+
+
+OTHER_RATES = ("--lr", "1e-3", "--min-lr", "1e-4", "--weight-decay", "0.1")
+OVERRIDE, USE_SAVED = "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler"
+TWO = ("--tensor-model-parallel-size", "2")
+
+
+def shown_rates(ending: Ending) -> list[str]:
+    """Return the learning rates that the terminal shows: after each step, that of the next one."""
+    return re.findall(r"^step .*\| lr (\S+) ", ending.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("is_distributed", [True, False], ids=["distributed", "plain"])
+def test_resumes_at_other_rates(is_distributed: bool, toy: Toys, tmp_path: Path) -> None:
+    """The optimizer's state is the saved one; the rates are those that a flag names, from the next step on."""
+
+    def begun(name: str, *more: str) -> list[str]:
+        words = command(toy, tmp_path / name, "--decoupled-lr", "2e-3", *more)
+        return words if is_distributed else [word for word in words if word != DISTRIBUTED[0]]
+
+    trained(begun("whole"), begun("first", "--exit-interval", "2"))
+    for name in ("same", "saved", "moved", "alien"):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+    endings = run(
+        begun("first", *OTHER_RATES),
+        begun("alien", "--decoupled-lr", "1e-4"),
+        begun("same", OVERRIDE),
+        begun("saved", *OTHER_RATES, USE_SAVED),
+        begun("moved", *OTHER_RATES, OVERRIDE, *TWO),
+        begun("moved", *OTHER_RATES, "--train-iters", "7", OVERRIDE),
+    )
+    assert_refused(
+        endings[0], "--lr is 0.001 here and 0.003 there; .*--min-lr.*weight decay.*0.1 here.*" + OVERRIDE
+    )
+    assert_refused(endings[1], "has other groups of parameters, or other rates .*" + OVERRIDE)
+    assert [ranks[0].status for ranks in endings[2:]] == [0, 0, 0, 0]
+    assert metrics(tmp_path / "same") == metrics(tmp_path / "saved") == metrics(tmp_path / "whole")
+    own, saved = ["8.5e-04", "7.0e-04", "5.5e-04", "4.0e-04"], ["2.5e-03", "2.0e-03", "1.5e-03", "1.0e-03"]
+    assert [shown_rates(ranks[0]) for ranks in endings[2:]] == [saved, saved, own, ["2.5e-04"]]
+    before, after = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
+    assert after[2] == pytest.approx(before[2], rel=1e-5, abs=1e-6)  # the same weights
+    assert after[3]["total"] != pytest.approx(before[3]["total"], rel=1e-3)
 
 
 def test_a_student_from_scratch_resumes_with_the_same_command(toy: Toys, tmp_path: Path) -> None:

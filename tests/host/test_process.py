@@ -7,8 +7,16 @@ import signal
 import time
 
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd.host.process import end_at_interrupt, ended_by_sigterm, raise_at_interrupt
+from megatron_fdd.host.damage import cause_of
+from megatron_fdd.host.process import (
+    end_at_interrupt,
+    ended_by_sigterm,
+    ended_like_interrupt,
+    raise_at_interrupt,
+    status_after,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -71,3 +79,56 @@ def test_an_interrupt_is_quiet_during_imports_alone() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_cleans_up_when_it_is_asked_to_end(number: signal.Signals) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with ended_like_interrupt():
+                try:
+                    os.write(writing, b"ready ")
+                    time.sleep(60)
+                finally:  # asked again, it goes on with its cleaning
+                    os.kill(os.getpid(), number)
+                    os.write(writing, b"clean")
+        except KeyboardInterrupt as interrupt:
+            os._exit(status_after(interrupt))
+    os.close(writing)
+    assert os.read(reading, 100) == b"ready "
+    os.kill(child, number)
+    assert status_of(child) == 128 + number
+    assert os.read(reading, 100) == b"clean"
+
+
+def test_a_commands_worker_ends_at_once() -> None:
+    with ended_like_interrupt():
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.05)
+        os.kill(worker, signal.SIGTERM)
+        assert status_of(worker) == -signal.SIGTERM
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+    try:
+        with ended_like_interrupt():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert status_after(KeyboardInterrupt()) == 130
+
+
+def test_an_interrupted_checkpoint_is_no_damaged_one() -> None:
+    """torch collects an interrupt while it reads or writes, as it does an error."""
+    collected = CheckpointException("", {1: (KeyboardInterrupt(int(signal.SIGTERM)), None)})
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        cause_of(collected)
+    assert status_after(interrupt.value) == 143

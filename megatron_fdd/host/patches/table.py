@@ -80,8 +80,9 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_TRAINING}.save_checkpoint",
         "always, while training",
-        "Writes checksums beside a checkpoint's files, and says on the terminal that it has been saved.",
-        "while the training loop has no callback after a save",
+        "Refuses weights that are not finite, writes checksums beside a checkpoint's files, and says on the terminal "
+        "that it has been saved.",
+        "while the training loop has no callback before and after a save",
         "step.schedule.installed",
     ),
     Patch(
@@ -97,6 +98,13 @@ PATCHES: tuple[Patch, ...] = (
         "`--full-validation` reads every sample once; Megatron's reads some twice where ranks have unequal numbers.",
         "while Megatron's validation steps begin its samples again",
         "data.full_validation.installed",
+    ),
+    Patch(
+        f"{_TRAINING}.load_checkpoint",
+        "always, while training",
+        "Resumes an optimizer at another `--lr` or `--min-lr` than it was saved with, if a flag asks for that.",
+        "while Megatron looks for a saved group of parameters by its learning rates",
+        "host.patches.rates.resumed_rates",
     ),
     _adam(f"{_OPTIMIZER}.Adam", "Megatron builds our Adam, which has one step for a param group."),
     _adam(f"{_OPTIMIZER}.USING_PYTORCH_OPTIMIZER", "Megatron gives it the arguments of a fused Adam."),

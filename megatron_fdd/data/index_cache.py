@@ -1,0 +1,173 @@
+"""Megatron's index cache: a file in it that is not whole is removed before Megatron takes it for whole.
+
+Megatron writes the index of a text set, or of a blend, in place, and any file of the right name counts. So a run that
+is killed in that moment, or whose disk is full, would stop every later run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_fdd.data.sources import cache_folder, data_prefixes
+from megatron_fdd.host.disk import explain
+
+# A file that another run is writing grows in this time.
+_GROWTH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a file of the cache holds.
+
+    Attributes:
+        columns: None for an array of one dimension.
+        companion: another file, by the end of its name, whose first dimension is the same but for `more` rows.
+    """
+
+    dtypes: tuple[str, ...]
+    columns: int | None = None
+    companion: str | None = None
+    more: int = 0
+
+
+# By the end of the name, as Megatron 0.19.2 writes them.
+_KINDS = {
+    "document_index.npy": _Kind(("int32",)),
+    "sample_index.npy": _Kind(("int32", "int64"), columns=2),
+    "shuffle_index.npy": _Kind(("uint32", "int64"), companion="sample_index.npy", more=1),
+    "dataset_index.npy": _Kind(("int16",)),
+    "dataset_sample_index.npy": _Kind(("int64",), companion="dataset_index.npy"),
+}
+
+
+def check_cache_folders(args: argparse.Namespace) -> None:
+    """Refuse a folder for the index cache that cannot be written.
+
+    Rank 0 writes the cache; if it failed there, the other ranks would wait at a barrier.
+
+    Raises:
+        ValueError: names the folder.
+    """
+    if args.dataloader_fast_cache_load:
+        return
+    for folder in _folders(args):
+        existing = os.path.abspath(folder)
+        while not os.path.exists(existing):
+            existing = os.path.dirname(existing)
+        if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"cannot create the index cache {folder}: {existing} is not a writable folder; give a "
+                "writable one with --data-cache-path"
+            )
+
+
+def mend_cache(args: argparse.Namespace) -> None:
+    """Remove files of the index cache that are not whole, on rank 0, which builds them again; warn of each.
+
+    A file that still grows is another run's: wait until it is whole.
+
+    Raises:
+        ValueError: there is one, and with --dataloader-fast-cache-load nobody would build it again.
+    """
+    if args.rank != 0:
+        return
+    faults = _faults(args)
+    while faults:
+        sizes = {path: path.stat().st_size for path in faults}
+        time.sleep(_GROWTH_S)
+        later = _faults(args)
+        settled = [path for path in later if sizes.get(path) == path.stat().st_size]
+        for path in settled:
+            _remove(path, later[path], is_needed=args.dataloader_fast_cache_load)
+        faults = {path: fault for path, fault in later.items() if path not in settled}
+
+
+@contextmanager
+def told_cache(args: argparse.Namespace) -> Iterator[None]:
+    """Explain, in a block that builds data sets, why the index cache could not be written.
+
+    Raises:
+        ValueError: names the folders and the system's message.
+    """
+    try:
+        yield
+    except Exception as error:  # Megatron raises its own from the system's
+        cause = error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise ValueError(
+            f"the index cache in {', '.join(map(str, _folders(args)))} cannot be written: {explain(cause)}. Make room "
+            "there, or give another folder with --data-cache-path; what is not whole is built again at the next start"
+        ) from error
+
+
+def _folders(args: argparse.Namespace) -> list[Path]:
+    """Return the folders in which Megatron keeps the indices of this run's data."""
+    if args.data_cache_path:
+        return [Path(args.data_cache_path)]
+    return [Path(cache_folder(args, prefix)) for prefix in data_prefixes(args)]
+
+
+def _faults(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the files of the cache that are not whole, each with what is wrong."""
+    paths = [path for folder in _folders(args) for path in sorted(folder.glob("*.npy"))]
+    faults = {}
+    for path in paths:
+        fault = _fault(path)
+        if fault is not None:
+            faults[path] = fault
+    return faults
+
+
+def _fault(path: Path) -> str | None:
+    """Return what is wrong with a file of the cache; None if nothing is, or if it is not Megatron's."""
+    start, _, end = path.name.rpartition("-")
+    kind = _KINDS.get(end)
+    if kind is None:
+        return None
+    array = _opened(path)
+    if array is None:
+        return "is cut off, or holds no array"
+    columns = () if kind.columns is None else (kind.columns,)
+    if array.ndim == 0 or array.shape[1:] != columns or str(array.dtype) not in kind.dtypes:
+        return f"holds {array.dtype} of shape {list(array.shape)}"
+    other = None if kind.companion is None else _opened(path.with_name(f"{start}-{kind.companion}"))
+    if other is not None and other.ndim and len(other) != len(array) + kind.more:
+        return f"has {len(array)} entries, {kind.companion} beside it {len(other)}"
+    return None
+
+
+def _opened(path: Path) -> np.memmap | None:
+    """Map an array; None if there is no file, or one whose length is not what its header says.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+        return array if path.stat().st_size == array.offset + array.nbytes else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(
+            f"the index cache cannot be read: {explain(error)}; give another folder with --data-cache-path"
+        ) from error
+    except Exception:  # whatever the bytes are
+        return None
+
+
+def _remove(path: Path, fault: str, *, is_needed: bool) -> None:
+    told = f"the index cache {path} {fault}: a run was killed, or its disk was full, while it wrote this file"
+    if is_needed:
+        raise ValueError(f"{told}. Start once without --dataloader-fast-cache-load, which builds it again")
+    warnings.warn(f"{told}; removed, it is built again", stacklevel=3)
+    path.unlink(missing_ok=True)
