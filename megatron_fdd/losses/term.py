@@ -169,7 +169,7 @@ def computed(term: TapTerm, window: TapWindow, context: TapContext) -> Tensor:
         )
     if window.current.features.student_MD.requires_grad and not result.requires_grad:
         raise ValueError(
-            f"the term {term.kind} does not depend on the student, or its result is detached: it would train nothing; "
-            "compute it from the tap's student side"
+            f"the term {term.kind} does not depend on the student, or its result is detached: it would train "
+            "nothing; use the tap's student side"
         )
     return result
