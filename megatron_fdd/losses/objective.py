@@ -22,7 +22,7 @@ from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
 from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
 from megatron_fdd.losses.teacher_lens import TeacherLens
-from megatron_fdd.losses.term import TapContext
+from megatron_fdd.losses.term import TapContext, computed
 from megatron_fdd.losses.term_modules import NO_MODULES, TapModules
 from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
@@ -220,8 +220,8 @@ class Objective:
                 previous = replace(tap, divergence=None)  # a tap that another stage sent has none
         context = TapContext(self.config, heads, sample.weights, lambda: self._grams.current(heads))
         totals = {
-            f"{term.kind} {window.current.pair.name}": term.compute(
-                window, replace(context, module=modules.get((term.kind, index)))
+            f"{term.kind} {window.current.pair.name}": computed(
+                term, window, replace(context, module=modules.get((term.kind, index)))
             )
             for term in self._tap_terms
             for index, window in windows.items()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from megatron_fdd.config import FddConfig
@@ -58,8 +59,16 @@ class TapContext:
     module: nn.Module | None = None
 
     def sum(self, value_M: Tensor) -> Tensor:
-        """Sum over the rows that count, each weighted. A masked row contributes exactly 0, whatever it holds."""
-        assert value_M.shape == self.weights.term_N.shape, f"{value_M.shape}: must be one number for each row"
+        """Sum over the rows that count, each weighted. A masked row contributes exactly 0, whatever it holds.
+
+        Raises:
+            ValueError: not one number for each row.
+        """
+        if value_M.shape != self.weights.term_N.shape:
+            raise ValueError(
+                f"a term's values have the shape {[*value_M.shape]}: they must be one number for each row, "
+                f"{[*self.weights.term_N.shape]}"
+            )
         return masked_sum(value_M, self.weights.term_N)
 
 
@@ -140,3 +149,27 @@ class TapTerm(Term):
             _widths: hidden width of student and teacher.
         """
         return 0
+
+
+def computed(term: TapTerm, window: TapWindow, context: TapContext) -> Tensor:
+    """Compute a term at a tap.
+
+    Raises:
+        ValueError: the result is not one float32 number, or would train nothing.
+    """
+    result = term.compute(window, context)
+    if (
+        not isinstance(result, Tensor)
+        or result.shape != ()
+        or result.dtype not in (torch.float32, torch.float64)
+    ):
+        found = f"{[*result.shape]} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+        raise ValueError(
+            f"the term {term.kind} gives {found}: compute must return context.sum(one number a row)"
+        )
+    if window.current.features.student_MD.requires_grad and not result.requires_grad:
+        raise ValueError(
+            f"the term {term.kind} does not depend on the student, or its result is detached: it would train "
+            "nothing; use the tap's student side"
+        )
+    return result

@@ -55,10 +55,19 @@ class ModuleSize:
 
 @cache
 def module_size(term: TapTerm, widths: tuple[int, int], config: FddConfig) -> ModuleSize:
-    """Make one tap's module and measure it: those of all taps are alike."""
-    module = _make(term, term.reach, widths, config)
-    if module is None:
+    """Make one tap's module and measure it: those of all taps are alike.
+
+    Raises:
+        ValueError: it is no module, or made a second time it is another one.
+    """
+    module, again = (_make(term, term.reach, widths, config) for _ in range(2))
+    if module is None or again is None:
         return ModuleSize({}, 0)
+    if not isinstance(module, nn.Module) or not _are_equal(module, again):
+        raise ValueError(
+            f"the term {term.kind}: make_module must return a torch module, the same at every call, or ranks would "
+            "train different ones: draw with torch's generator alone, which is seeded for it"
+        )
     saved = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     return ModuleSize(saved, sum(p.numel() for p in module.parameters() if p.requires_grad))
 
@@ -78,6 +87,13 @@ def trained_parameters(config: FddConfig, pairs: Collection[int], widths: tuple[
     return sum(
         module_size(term, widths, config).num_trained * sum(index >= term.reach for index in pairs)
         for term in tap_terms(config)
+    )
+
+
+def _are_equal(module: nn.Module, other: nn.Module) -> bool:
+    one, two = ([*each.named_parameters(), *each.named_buffers()] for each in (module, other))
+    return len(one) == len(two) and all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True)
     )
 
 

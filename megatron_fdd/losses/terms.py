@@ -127,10 +127,21 @@ class Delta(TapTerm):
         return context.sum(1 - cosine_N)
 
 
-# Words that metrics files use for other numbers.
-RESERVED = {"total", "valid", "share", "iteration", "tokens", "grad_norm", "seconds"}
+# Words that metrics files use for other numbers, and names in the module that holds what terms learn.
+RESERVED = {
+    "by_tap",
+    "sharded_state_dict",
+    "total",
+    "valid",
+    "share",
+    "iteration",
+    "tokens",
+    "grad_norm",
+    "seconds",
+}
 TERMS: list[Term] = [CrossEntropy(), LogitKD(), Trajectory(), Delta()]
 """Every kind, in the order in which logs and files have them."""
+_NUM_BUILT_IN = len(TERMS)
 
 
 def add_term(term: TapTerm) -> None:
@@ -151,6 +162,8 @@ def add_term(term: TapTerm) -> None:
             "attribute of a torch module"
         )
     TERMS.append(term)
+    # The same order on every rank, whatever the order in which a plug-in adds them: sums are joined by it.
+    TERMS[_NUM_BUILT_IN:] = sorted(TERMS[_NUM_BUILT_IN:], key=lambda each: each.kind)
 
 
 def _check_record(term: TapTerm) -> None:
@@ -161,6 +174,8 @@ def _check_record(term: TapTerm) -> None:
     ]
     if missing:
         raise ValueError(f"the term {name} has no {', '.join(missing)}: give it a text for each")
+    if type(term).__hash__ is None:
+        raise ValueError(f"the term {name} cannot be hashed: leave @dataclass out, or give it frozen=True")
     if term.reach not in (0, 1):
         raise ValueError(f"the term {name} has reach {term.reach!r}: it must be 0 or 1")
     unknown = sorted(set(term.settings) - {field.name for field in dataclasses.fields(FddConfig)})

@@ -240,12 +240,17 @@ def check_triton_function(name: str) -> None:
 
 
 def _check_functions(name: str, kind: DivergenceKind) -> None:
-    """Refuse a divergence whose functions, when tried, give wrong shapes, columns or derivatives."""
-    mix = math.nan if kind.default_mix is None else kind.default_mix
+    """Refuse a divergence whose functions, when tried, give wrong shapes, rows, columns or derivatives."""
     draw = torch.Generator().manual_seed(0)
-    teacher_NC, logits_NC = (torch.randn(8, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2))
-    teacher_NC = teacher_NC.log_softmax(-1)
-    student_NC = logits_NC.requires_grad_().log_softmax(-1)
+    inputs = [torch.randn(8, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2)]
+    for mix in (math.nan,) if kind.default_mix is None else (kind.default_mix, 0.37):
+        _check_at(name, kind, mix, *inputs)
+
+
+def _check_at(name: str, kind: DivergenceKind, mix: float, teacher_NC: Tensor, logits_NC: Tensor) -> None:
+    """Refuse a divergence that is wrong at these logits and with this mix."""
+    teacher_NC, logits_NC = teacher_NC.log_softmax(-1), logits_NC.clone().requires_grad_()
+    student_NC = logits_NC.log_softmax(-1)
     value_NC, score_NC = kind.value_and_score(teacher_NC, student_NC, mix)
     for what, tensor in (("value", value_NC), ("score", score_NC)):
         if tensor.shape != teacher_NC.shape or not tensor.isfinite().all():
@@ -253,19 +258,28 @@ def _check_functions(name: str, kind: DivergenceKind) -> None:
                 f"divergence {name!r}: its {what} has the shape {[*tensor.shape]} or is not finite: give one finite "
                 f"number for each log-probability, here {[*teacher_NC.shape]}"
             )
-    some_teacher, some_student = (tensor[:, :5].detach().clone() for tensor in (teacher_NC, student_NC))
-    parts = (*kind.value_and_score(some_teacher, some_student, mix), some_teacher, some_student)
-    wholes = (value_NC, score_NC, teacher_NC, student_NC)
-    error = max((part - whole[:, :5]).abs().max().item() for part, whole in zip(parts, wholes, strict=True))
-    if not error <= 1e-9:
+    tensors = (value_NC, score_NC, teacher_NC, student_NC)
+    places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    if set(places[:2]) & set(places[2:]) or 0 in (*value_NC.stride(), *score_NC.stride()):
         raise ValueError(
-            f"divergence {name!r}: five columns alone are off by {error:.2g}, or its inputs are written to: "
-            "compute each column from its own two log-probabilities, into new tensors"
+            f"divergence {name!r}: its value or score shares memory with an input or itself, and both are written to "
+            "afterwards: return new tensors (.clone())"
         )
+    for what, some in (("five columns", (slice(None), slice(5))), ("three rows", (slice(3), slice(None)))):
+        some_teacher, some_student = (tensor[some].detach().clone() for tensor in (teacher_NC, student_NC))
+        parts = (*kind.value_and_score(some_teacher, some_student, mix), some_teacher, some_student)
+        error = max(
+            (part - whole[some]).abs().max().item() for part, whole in zip(parts, tensors, strict=True)
+        )
+        if not error <= 1e-9:
+            raise ValueError(
+                f"divergence {name!r}: {what} alone are off by {error:.2g}, or its inputs are written to: "
+                "compute each number from its own two log-probabilities, into new tensors"
+            )
     (wanted_NC,) = torch.autograd.grad(value_NC.sum(), logits_NC)
     error = (score_NC - score_NC.sum(-1, keepdim=True) * student_NC.exp() - wanted_NC).abs().max().item()
     if not error <= 1e-9:
         raise ValueError(
             f"divergence {name!r}: the score is off by up to {error:.2g} from the value's derivative with respect to "
-            "the student's log-probability: correct one of the two"
+            f"the student's log-probability (mix {mix:g}): correct one of the two"
         )

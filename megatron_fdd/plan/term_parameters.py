@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
+from megatron_fdd.config import parse_layer_pairs
 from megatron_fdd.host.checkpoint import TERM_PREFIX, term_shapes
 from megatron_fdd.host.weight_names import listing
+from megatron_fdd.losses.pairs import plan_pairs
 from megatron_fdd.losses.term_modules import saved_shapes
 from megatron_fdd.plan.context import Context, StoredModel
 
@@ -32,6 +35,8 @@ def check_term_parameters(context: Context) -> None:
     if stored is None or not context.resumes_optimizer:
         return
     here, there = _of_run(context), term_shapes(stored.path, stored.flag)
+    if here and there:
+        _check_same_layers(context, stored)
     differences = {
         "only there": there.keys() - here.keys(),
         "only here": here.keys() - there.keys(),
@@ -42,6 +47,29 @@ def check_term_parameters(context: Context) -> None:
         raise ValueError(
             f"{stored.flag} {stored.folder}: its terms learn something else than this run's ({'; '.join(told)}); give "
             "the same --fdd-plugin, --fdd-term and --fdd-layers, or take the weights alone with --finetune"
+        )
+
+
+def _check_same_layers(context: Context, stored: StoredModel) -> None:
+    """Refuse to give what a term learned for one layer to another layer, which has the same name and shape."""
+    plan, teacher = context.plan, context.teacher_args
+    assert plan is not None, "the phase is made when it is known"
+    assert teacher is not None, "the run has terms"
+    try:
+        config = replace(
+            plan.config,
+            layers=stored.args.fdd_layers,
+            layer_rule=stored.args.fdd_layer_rule,
+            layer_pairs=parse_layer_pairs(stored.args.fdd_layer_pairs),
+        )
+        pairs = plan_pairs(config, context.args.num_layers, teacher.num_layers)
+    except (AttributeError, TypeError, ValueError):  # of another version, or of another teacher
+        return
+    if len(pairs) == len(plan.pairs) and pairs != plan.pairs:
+        there, here = (", ".join(pair.name for pair in each) for each in (pairs, plan.pairs))
+        raise ValueError(
+            f"{stored.flag} {stored.folder}: its terms learned for the layers {there}, and this run compares {here}; "
+            "give the same layers, or take the weights alone with --finetune"
         )
 
 

@@ -109,11 +109,15 @@ def test_what_a_checkpoint_lacks_begins_anew_without_its_optimizer(toy: Toys, tm
     """Parameters in the checkpoint keep their values: a learning rate of 0 changes none."""
     first, second = tmp_path / "first", tmp_path / "second"
     two, still = ("--train-iters", "2"), ("--lr", "0", "--save", str(second), "--save-interval", "2")
-    refused, tuned = start(
+    moved, refused, tuned = start(
         command(toy, first, *LEARNED, *two),
+        command(toy, first, *LEARNED, *two, "--fdd-layer-pairs", "1:1,3:5"),
         command(toy, first, *LEARNED, *two, "--fdd-layers", "3"),
         toy.command(*LEARNED, *two, *still, "--fdd-layers", "3", "--load", first, "--finetune"),
     )[1:]
+    assert_refused(
+        moved, r"its terms learned for the layers s\d:t\d, .* and this run compares s1:t1, s3:t5; give the"
+    )
     assert_refused(refused, r"only here: fdd_terms.learned_mse.2.weight\); give")
     assert [ending.status for ending in tuned] == [0, 0], tuned[0].err
     before, after = (run_on_ranks(read, Layout(ranks=1), {"folder": folder})[0] for folder in (first, second))

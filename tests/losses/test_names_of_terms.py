@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,7 +22,7 @@ from megatron_fdd.losses.sampling import StepDraw
 from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import TapWindow, TokenWeights
 from megatron_fdd.losses.teacher_lens import TeacherLens
-from megatron_fdd.losses.term import Needs, TapContext, TapTerm
+from megatron_fdd.losses.term import Needs, TapContext, TapTerm, computed
 from megatron_fdd.losses.terms import (
     TERMS,
     active_terms,
@@ -117,6 +119,8 @@ def test_a_name_that_cannot_be_is_refused(kind: str) -> None:
         ({"caption": None}, "has no caption: give it"),
         ({"settings": ("tokenz",)}, r"the settings \['tokenz'\].*use names of its fields"),
         ({"kind": "seconds"}, "'seconds' exists already"),
+        ({"kind": "by_tap"}, "'by_tap' exists already"),
+        ({"__hash__": None}, "cannot be hashed: leave @dataclass out"),
     ],
 )
 def test_a_record_that_is_not_whole_is_refused(attributes: dict[str, Any], message: str) -> None:
@@ -132,8 +136,37 @@ def test_a_sum_takes_one_number_for_each_row() -> None:
     ones_N = torch.ones(3)
     context = TapContext(distil(), cast(Any, None), TokenWeights(ones_N, ones_N), cast(Any, None))
     assert context.sum(ones_N).item() == 3
-    with pytest.raises(AssertionError, match="one number for each row"):
+    with pytest.raises(ValueError, match="one number for each row"):
         context.sum(ones_N[:, None])
+
+
+def test_the_order_of_terms_is_that_of_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in that adds them in another order on another rank would join the sums of two terms."""
+    monkeypatch.setattr(terms, "TERMS", own := [*TERMS])
+    for kind in ("b", "c", "a"):
+        add_term(type("Named", (Length,), {"kind": kind})())
+    assert [term.kind for term in own[len(TERMS) :]] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda total: total[None], r"gives \[1\] of torch.float32: compute must return context.sum"),
+        (lambda total: total.bfloat16(), r"gives \[\] of torch.bfloat16"),
+        (lambda total: total.item(), "gives 6.0"),
+        (lambda total: total.detach(), "does not depend on the student, or its result is detached"),
+    ],
+)
+def test_a_result_that_the_loss_cannot_use_is_refused(
+    change: Callable[[Tensor], object], message: str
+) -> None:
+    student_MD = torch.ones(2, 3, requires_grad=True)
+    window: Any = SimpleNamespace(current=SimpleNamespace(features=SimpleNamespace(student_MD=student_MD)))
+    compute = Length().compute
+    assert computed(Length(), window, cast(Any, None)).item() == 6
+    changed = type("Changed", (Length,), {"compute": lambda _, *given: change(compute(*given))})()
+    with pytest.raises(ValueError, match=message):
+        computed(changed, window, cast(Any, None))
 
 
 class OwnStatistics(Length):

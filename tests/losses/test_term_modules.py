@@ -47,6 +47,20 @@ def test_the_fixed_projection_keeps_lengths_and_is_in_no_checkpoint() -> None:
     assert trained_parameters(config("fixed_mse"), range(3), WIDTHS) == 0
 
 
+def test_a_module_that_is_another_at_each_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that is drawn by numpy: ranks would train different ones."""
+    drawn = iter(range(10))
+
+    def make(*_: object) -> torch.nn.Module:
+        module = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(module.weight, next(drawn))
+        return module
+
+    monkeypatch.setattr(type(TERMS[-1]), "make_module", make)
+    with pytest.raises(ValueError, match="the same at every call, or ranks would train different ones"):
+        saved_shapes(config(TERMS[-1].kind), 3, (6, 11))
+
+
 def test_names_and_sizes_of_what_is_learned() -> None:
     learned = config("fixed_mse", "learned_mse")
     names = [f"learned_mse.{tap}.weight" for tap in range(2)]

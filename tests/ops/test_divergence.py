@@ -81,8 +81,12 @@ def kind_of(value_and_score: object, **changes: object) -> DivergenceKind:
         ("own", kind_of(lambda t, s, _: (half(t, s, 0)[0].sum(-1), s)), r"its value has the shape \[8\] or is not"),
         ("own", kind_of(lambda t, s, mix: (half(t, s, mix)[0] * mix, s)), "its value .* is not finite"),
         ("own", kind_of(lambda t, s, _: (half(t, s, 0)[0], s.exp().abs())), "score is off by up to 0"),
-        ("own", kind_of(lambda t, s, _: half(t - t.mean(-1, True), s, 0)), "five columns alone .* each column"),
+        ("own", kind_of(lambda t, s, _: half(t - t.mean(-1, True), s, 0)), "five columns alone .* each number"),
         ("own", kind_of(lambda t, s, _: half(t.mul_(0.5), s, 0)), "or its inputs are written to"),
+        ("own", kind_of(lambda t, s, _: (s.square() / 2, s)), "shares memory .* return new tensors"),
+        ("own", kind_of(lambda t, s, _: (s.sum().expand_as(s), s + 0)), "memory with an input or itself"),
+        ("own", kind_of(lambda t, s, _: [x / len(s) for x in half(t, s, 0)]), "three rows alone are off by"),
+        ("own", kind_of(lambda t, s, mix: (half(t, s, 0)[0] * mix, half(t, s, 0)[1] / 2), default_mix=0.5), "mix 0.37"),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_refused(name: str, kind: DivergenceKind, message: str) -> None:
