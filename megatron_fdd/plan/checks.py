@@ -46,7 +46,7 @@ from megatron_fdd.plan.vocabulary import (
     check_teacher_tokenizer,
     check_vocabularies,
 )
-from megatron_fdd.plan.written_files import check_metrics_place, check_save_place
+from megatron_fdd.plan.written_files import check_folders, check_metrics_place
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity
 
 
@@ -132,7 +132,7 @@ WITH_STUDENT: tuple[Check[Context], ...] = (
     Check(check_student_scales),
     Check(warn_of_pickled_scales),
     Check(check_metrics_place, needs_machine=True),
-    Check(check_save_place, needs_machine=True),
+    Check(check_folders, needs_machine=True),
     Check(_check_tokenizer_files),  # before Megatron builds the tokenizer, which it would look for online
 )
 AFTER_MEGATRON: tuple[Check[Context], ...] = (

@@ -7,11 +7,11 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_fdd.host.disk import regular_file
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
 
@@ -94,7 +94,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str, first_iteration: int) -> None:
-        self._path = Path(path)
+        self._path = regular_file("--fdd-metrics-file", path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._cut_back(first_iteration)
 
