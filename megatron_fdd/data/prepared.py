@@ -170,7 +170,7 @@ def check_replaceable(prefix: str) -> None:
     Raises:
         ValueError: names the file.
     """
-    for path in (prefix + end for end in _ENDS):
+    for path in filter(os.path.lexists, (prefix + end for end in _ENDS)):
         if os.path.islink(path):
             raise ValueError(
                 f"--output-prefix {prefix}: {path} is a symbolic link, which the set would replace; give the prefix of "

@@ -110,7 +110,7 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
     if os.path.islink(given) and not os.path.exists(given):
         remedy = f"it is a link to {os.path.realpath(given)}, which does not exist: give another place"
     elif not there.is_dir():
-        remedy = f"{there} is no folder: give another place"
+        remedy = f"{there} is a file: give another place"
     free = shutil.disk_usage(there).free >> 20
     return ValueError(f"{flag} {given}: cannot be written: {said} ({free} MiB free there); {remedy}")
 

@@ -67,7 +67,7 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for given in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(
-            ValueError, match=f"^--out {given}: .*; {tmp_path}/file is no folder: give another place"
+            ValueError, match=f"^--out {given}: .*; {tmp_path}/file is a file: give another place"
         ):
             make_folder("--out", given, given)
     make_folder("--out", tmp_path / "a" / "b", tmp_path / "a" / "b")
