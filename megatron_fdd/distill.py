@@ -17,7 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_fdd.host.process import end_at_interrupt, ended_by_sigterm, print_error, raise_at_interrupt
+from megatron_fdd.host.process import (
+    end_at_interrupt,
+    ended_by_sigterm,
+    print_error,
+    print_own_error,
+    raise_at_interrupt,
+)
 
 if __name__ == "__main__":
     end_at_interrupt()
@@ -57,6 +63,7 @@ from megatron_fdd.host.saving import saved_iteration
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.terms import active_terms
 from megatron_fdd.plan.describe import describe_plan
+from megatron_fdd.plan.megatron_errors import is_from_here, reason
 from megatron_fdd.plan.run import PreparedRun, prepare_run
 from megatron_fdd.plan.save_folder import held
 from megatron_fdd.plan.student_arguments import student_checkpoint
@@ -147,6 +154,12 @@ class Distillation:
                 raise
         self._end()
 
+    @property
+    def has_made_a_step(self) -> bool:
+        """Whether this start has made a training step."""
+        args = self._run.args
+        return getattr(args, "curr_iteration", 0) > getattr(args, "iteration", 0)
+
     def say_interrupted(self) -> None:
         """Write the last line of a run that is stopped from outside, which says how to continue."""
         save = self._run.args.save
@@ -218,6 +231,7 @@ def main(parts: Parts = Parts()) -> int:
     """Run as `sys.argv` says. Return the exit status, which is 1 after an error that the user can correct."""
     if rehearsal.is_wanted():
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
+    distillation: Distillation | None = None
     try:
         import_plugins(named_plugins(sys.argv[1:]))
         run = prepare_run(checks_data=parts.datasets is None)
@@ -236,11 +250,30 @@ def main(parts: Parts = Parts()) -> int:
     except KeyboardInterrupt:
         console.log_traceback()
         return 128 + signal.SIGINT
-    except (ValueError, FloatingPointError) as error:
-        console.log_traceback()
-        print_error(f"megatron_fdd: error: {error}")
+    except Exception as error:
+        has_trained = distillation is not None and distillation.has_made_a_step
+        if has_trained and not isinstance(error, (ValueError, FloatingPointError)):
+            raise  # the end of the log tells more
+        _say_error(error, is_same_everywhere=distillation is None)
         return 1
     return 0
+
+
+def _say_error(error: Exception, *, is_same_everywhere: bool) -> None:
+    """Print one line about an error, and keep its traceback.
+
+    Args:
+        is_same_everywhere: whether every rank meets the same error, as in the preparation; else a rank may have its
+            own, and says it at once, unless it is a refusal of this package.
+    """
+    if is_from_here(error) and isinstance(error, (ValueError, FloatingPointError)):
+        console.log_traceback()
+        print_error(f"megatron_fdd: error: {error}")
+        return
+    kept = console.keep_traceback()
+    where = "" if kept is None else f"; the traceback is in {kept}"
+    say = print_error if is_same_everywhere else print_own_error
+    say(f"megatron_fdd: error: {reason(error)}{where}")
 
 
 def run_as_script(parts: Parts = Parts()) -> NoReturn:

@@ -19,14 +19,14 @@ from megatron_fdd.data.documents import JsonKeys, input_bytes, read_documents
 from megatron_fdd.data.encode import EMPTY_DOCUMENTS, Encoded, Encoder, EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import identify, load_tokenizer, text_tokenizer
 from megatron_fdd.data.parts import Done, Parts
-from megatron_fdd.data.prepared import SetKind
+from megatron_fdd.data.prepared import SetKind, check_replaceable
 from megatron_fdd.data.show import page
 from megatron_fdd.data.summary import refusal_lines, summary_lines
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer import TextTokenizer, generation_stops
 from megatron_fdd.data.tokenizer_identity import TokenizerStamp
 from megatron_fdd.data.workers import encode_in_order, useful_workers
-from megatron_fdd.host.disk import make_folder, writing
+from megatron_fdd.host.disk import make_folder, regular_file, writing
 
 SPLIT_NAMES = ("train", "valid", "test")
 
@@ -84,6 +84,10 @@ class PrepareSettings:
             )
         if not os.path.basename(self.output_prefix):
             raise ValueError(f"--output-prefix {self.output_prefix} is a folder; add a name for the files")
+        for prefix in self.prefixes():
+            check_replaceable(prefix)
+        if self.show:
+            regular_file("--show", samples_page(self.output_prefix))
         there = [prefix for prefix in self.prefixes() if os.path.exists(prefix + ".idx")]
         if there and not self.overwrite:
             raise ValueError(

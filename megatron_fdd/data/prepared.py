@@ -26,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_fdd.data.encode import Encoded
 from megatron_fdd.data.index_file import IndexFile, read_index
 from megatron_fdd.data.tokenizer_identity import FormerStamp, TokenizerStamp
+from megatron_fdd.host.disk import regular_file
 from megatron_fdd.host.json_file import read_record
 
 FORMAT_NAME = "megatron_fdd.data"
@@ -35,6 +36,8 @@ _FORMER_VERSION = 1
 _MASK_SUFFIX = "_loss_mask"
 # Not plain `.json`, which may be the name of the raw file.
 _INFO_SUFFIX = ".prepared.json"
+# The files of a set; with the last one it looks whole.
+_ENDS = (".bin", _MASK_SUFFIX + ".bin", _MASK_SUFFIX + ".idx", _INFO_SUFFIX, ".idx")
 PREPARE_AGAIN = "prepare the set again with fdd prepare"
 SetKind = Literal["text", "instruction"]
 
@@ -161,18 +164,32 @@ class SetWriter:
         self.truncated += info.truncated
 
 
+def check_replaceable(prefix: str) -> None:
+    """Refuse a prefix at which a set would take the place of a link, or of what is no regular file.
+
+    Raises:
+        ValueError: names the file.
+    """
+    for path in filter(os.path.lexists, (prefix + end for end in _ENDS)):
+        if os.path.islink(path):
+            raise ValueError(
+                f"--output-prefix {prefix}: {path} is a symbolic link, which the set would replace; give the prefix of "
+                "its target, or remove the link"
+            )
+        regular_file("--output-prefix", path)
+
+
 def move_sets(moves: Sequence[tuple[str, str]]) -> None:
     """Move finished sets to their places; each pair is (from, to).
 
     If the process is killed during it, no half-replaced set looks whole.
     """
-    ends = (".bin", _MASK_SUFFIX + ".bin", _MASK_SUFFIX + ".idx", _INFO_SUFFIX, ".idx")
     for _, prefix in moves:
-        for end in reversed(ends[1:]):
+        for end in reversed(_ENDS[1:]):
             if os.path.exists(prefix + end):
                 os.remove(prefix + end)
     for source, prefix in moves:
-        for end in ends:
+        for end in _ENDS:
             if os.path.exists(source + end):
                 os.replace(source + end, prefix + end)
 

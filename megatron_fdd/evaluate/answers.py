@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fdd.evaluate.generation import Prompt
+from megatron_fdd.host.disk import regular_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,9 @@ class AnswersFile:
         Raises:
             ValueError: the answers were made with other settings, or the file holds no answers.
         """
-        self.path = path
+        self.path = regular_file("--out", path)
         self.settings = settings
-        self.answers = self._read() if path.exists() else {}
+        self.answers = self._read() if self.path.exists() else {}
 
     def _read(self) -> dict[int, Answer]:
         # Each line was written with its line break: text after the last line break is unfinished.

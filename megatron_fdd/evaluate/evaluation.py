@@ -50,6 +50,8 @@ def evaluate(request: Request) -> list[Evaluation]:
     prompts = [_encode_all(model, request) for model in request.models]
     windows = _cut_all(request)
     make_folder("--out", request.out, request.out)
+    for evaluation in evaluations:
+        evaluation.place(request)
     with writing("--out", request.out):
         for evaluation, encoded in zip(evaluations, prompts, strict=True):
             if request.data:

@@ -13,6 +13,7 @@ from megatron_fdd.evaluate.models import NamedModel
 from megatron_fdd.evaluate.perplexity import PerplexityScore
 from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.rouge import SeedScores
+from megatron_fdd.host.disk import regular_file
 
 VERSION = 1
 
@@ -82,9 +83,13 @@ class Evaluation:
         means = [result.scores.mean for result in self.answers.values()]
         return sum(means) / len(means) if means else None
 
+    def place(self, request: Request) -> Path:
+        """Return the path of `OUT/NAME/evaluation.json`, links followed; ValueError where no file can be."""
+        return regular_file("--out", request.out / self.model.name / "evaluation.json")
+
     def write(self, request: Request) -> Path:
         """Write `OUT/NAME/evaluation.json` as a whole or not at all, and return its path."""
-        path = request.out / self.model.name / "evaluation.json"
+        path = self.place(request)
         content = {
             "version": VERSION,
             "model": str(self.model.folder),

@@ -121,7 +121,7 @@ def say(text: str, *, is_chosen: bool | None = None) -> None:
     Args:
         is_chosen: whether this is the one rank that knows the text, where rank 0 does not.
     """
-    if _rank() == 0 if is_chosen is None else is_chosen:
+    if _rank() == "0" if is_chosen is None else is_chosen:
         _print(text, None if _divided is None else _divided.out, sys.stdout)
 
 
@@ -135,6 +135,18 @@ def log_traceback() -> None:
     if _divided is not None:
         with contextlib.suppress(OSError):  # the log's disk is full
             traceback.print_exc()
+
+
+def keep_traceback() -> Path | None:
+    """Store the traceback of the exception that is being handled, and return the file; None if the terminal has it.
+
+    Before `keep_log` there is no file: the log then gets one in a new folder for temporary files.
+    """
+    if _divided is None:
+        traceback.print_exc()
+        return None
+    log_traceback()
+    return _divided.path or keep_log(Path(tempfile.mkdtemp(prefix="megatron_fdd-")))
 
 
 def show_end_of_log() -> None:
@@ -202,5 +214,6 @@ def _duplicate(stream: TextIO, descriptor: int) -> TextIO:
     return os.fdopen(os.dup(descriptor), "w", buffering=1, encoding=encoding, errors="replace")
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _rank() -> str:
+    """Return the rank as the launcher wrote it: a number, unless `plan/command_line.py` still has to refuse it."""
+    return os.environ.get("RANK", "0")

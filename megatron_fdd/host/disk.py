@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,35 @@ _REMEDIES = {
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
 }
+# What can be in the place of a file, links followed.
+_NO_FILES = (
+    (stat.S_ISDIR, "is a folder; name a file in it"),
+    (stat.S_ISLNK, "is a symbolic link that leads back to itself; give another place"),
+    (stat.S_ISFIFO, "is a pipe, and a regular file is needed; give another place"),
+    (stat.S_ISSOCK, "is a socket, and a regular file is needed; give another place"),
+    (lambda mode: not stat.S_ISREG(mode), "is a device, and a regular file is needed; give another place"),
+)
+
+
+def regular_file(flag: str, given: str | Path) -> Path:
+    """Return the file to which `given`, the value of `flag`, leads through symbolic links; it need not exist yet.
+
+    A file that replaces another one must be renamed to this path: at `given`, it would take the place of a link.
+
+    Raises:
+        ValueError: a folder, a pipe, a socket or a device is there, or no file can be there.
+    """
+    real = Path(os.path.realpath(given))
+    try:
+        mode = real.lstat().st_mode
+    except FileNotFoundError:
+        return real
+    except OSError as error:
+        raise _refusal(flag, given, error) from error
+    for is_so, what in _NO_FILES:
+        if is_so(mode):
+            raise ValueError(f"{flag} {given}: {what}")
+    return real
 
 
 @contextmanager
@@ -77,7 +107,9 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
         said, remedy = error.strerror, _REMEDIES.get(error.errno or 0, "give another place")
     else:
         said, remedy = f"torch's writer failed: {str(error).splitlines()[0]}", _ROOM
-    if isinstance(error, FileExistsError | NotADirectoryError) and not there.is_dir():
+    if os.path.islink(given) and not os.path.exists(given):
+        remedy = f"it is a link to {os.path.realpath(given)}, which does not exist: give another place"
+    elif isinstance(error, FileExistsError | NotADirectoryError) and not there.is_dir():
         remedy = f"{there} is a file: give another place"
     free = shutil.disk_usage(there).free >> 20
     return ValueError(f"{flag} {given}: cannot be written: {said} ({free} MiB free there); {remedy}")
@@ -86,7 +118,7 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
 def _nearest(path: Path) -> Path:
     """Return the path itself, or the nearest folder above it that exists."""
     path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(each for each in (path, *path.parents) if os.path.exists(each))  # whatever the name
 
 
 def _is_about(error: OSError, given: Path) -> bool:

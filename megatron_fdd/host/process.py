@@ -32,8 +32,12 @@ def print_error(line: str) -> None:
     """
     if not is_first_rank():
         time.sleep(PATIENCE_S)
-        line = f"rank {os.environ['RANK']}: {line}"
-    console.complain(line)
+    print_own_error(line)
+
+
+def print_own_error(line: str) -> None:
+    """Print `line` on stderr at once, on any rank, with its number except on rank 0."""
+    console.complain(line if is_first_rank() else f"rank {os.environ['RANK']}: {line}")
 
 
 def end_at_interrupt() -> None:

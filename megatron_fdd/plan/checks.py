@@ -33,7 +33,7 @@ from megatron_fdd.plan.fp8 import check_fp8_device, check_fp8_shapes
 from megatron_fdd.plan.fp8_scales import check_student_scales, check_teacher_scales, warn_of_pickled_scales
 from megatron_fdd.plan.modules import check_kernels, check_layers, check_local_attention, check_windows
 from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_rate, warn_of_schedule
-from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule
+from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule, check_shares
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
 from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
@@ -48,7 +48,7 @@ from megatron_fdd.plan.vocabulary import (
     check_teacher_tokenizer,
     check_vocabularies,
 )
-from megatron_fdd.plan.written_files import check_metrics_place, check_save_place
+from megatron_fdd.plan.written_files import check_folders, check_metrics_place
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity
 
 
@@ -121,6 +121,7 @@ BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_numbers),
     Check(check_schedule),
     Check(check_models_kept),
+    Check(check_shares),
     Check(check_nothing_lost),
     Check(check_kernels),
 )
@@ -140,7 +141,7 @@ WITH_STUDENT: tuple[Check[Context], ...] = (
     Check(check_student_scales),
     Check(warn_of_pickled_scales),
     Check(check_metrics_place, needs_machine=True),
-    Check(check_save_place, needs_machine=True),
+    Check(check_folders, needs_machine=True),
     Check(_check_tokenizer_files),  # before Megatron builds the tokenizer, which it would look for online
 )
 AFTER_MEGATRON: tuple[Check[Context], ...] = (

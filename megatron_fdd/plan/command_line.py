@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from megatron_fdd.host.process import is_first_rank
 
 # Megatron reads these variables before any flag.
 _COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+_LAUNCHERS = "torchrun and fdd train set it"
 
 
 def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
@@ -37,6 +39,8 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
         parser.set_defaults(**dict.fromkeys(SPEC_ARGS))  # no flags: a checkpoint has them
         for action in parser._actions:
             defaults.setdefault(action.dest, action.default)  # the first counts, as in argparse
+            if action.dest == "yaml_cfg":
+                action.type = _refuse_yaml
             _name_wrong_values(action)
         _mend_help(parser)
         # argparse would print its usage and exit on every rank; this raises one error, like all other checks.
@@ -52,13 +56,18 @@ def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
 
 
 def _check_launch() -> None:
-    """Refuse an environment whose ranks are not numbers."""
+    """Refuse an environment whose ranks are not numbers, or more than the ranks that it says there are."""
+    counts = {}
     for name in _COUNTS:
-        value, least = os.environ.get(name, "1"), int(name == "WORLD_SIZE")
-        if not value.isdecimal() or int(value) < least:
-            raise ValueError(
-                f"{name}={value}: must be a whole number of at least {least}; torchrun and fdd train set it"
-            )
+        least = int(name == "WORLD_SIZE")
+        value = os.environ.get(name, str(least))
+        if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < least:
+            raise ValueError(f"{name}={value}: must be a whole number of at least {least}; {_LAUNCHERS}")
+        counts[name] = int(value)
+    if counts["RANK"] >= counts["WORLD_SIZE"]:
+        raise ValueError(
+            f"RANK={counts['RANK']}: must be below WORLD_SIZE={counts['WORLD_SIZE']}; {_LAUNCHERS}"
+        )
 
 
 def _name_wrong_values(action: argparse.Action) -> None:
@@ -79,10 +88,18 @@ def _name_wrong_values(action: argparse.Action) -> None:
             return read(value) if callable(read) else value
         except KeyError as error:
             names = [each.name for each in action.choices or () if isinstance(each, enum.Enum)]
-            raise argparse.ArgumentTypeError(f"{value!r}: must be one of {', '.join(names)}") from error
+            allowed = f"must be one of {', '.join(names)}" if names else "there is no such name"
+            raise argparse.ArgumentTypeError(f"{value!r}: {allowed}") from error
+        except (AssertionError, SyntaxError) as error:  # of a pattern of layers, which Megatron evaluates
+            raise argparse.ArgumentTypeError(f"{value!r} cannot be read: {error}") from error
 
     text.__name__ = getattr(read, "__name__", "text")  # argparse writes this name in its message
     action.type = text
+
+
+def _refuse_yaml(_path: str) -> NoReturn:
+    """Refuse Megatron's file of flags, which would take the place of the whole command line."""
+    raise argparse.ArgumentTypeError("would replace all other flags; give its entries as flags")
 
 
 def _warn_of_old_names(words: Iterable[str]) -> None:

@@ -1,26 +1,103 @@
-"""Conversion of Megatron's errors about a wrong flag or file into a ValueError."""
+"""One line about an error that Megatron raises: what it says, or the condition that it asserts, and its place."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import linecache
 import re
+import textwrap
 import traceback
 from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from megatron_fdd.host.console import PACKAGE
+
+# Packages whose lines tell more than those of the libraries that they call.
+_SPEAKING = re.compile(r"(?s).*/(?=(megatron|megatron_fdd)/)")
+_LONGEST = 400
 
 
 @contextlib.contextmanager
 def megatrons_errors(what: str) -> Iterator[None]:
-    """Raise a ValueError in place of Megatron's errors in a `with` block about `what`."""
+    """Raise a ValueError in place of Megatron's errors in a `with` block about `what`, and where it would exit."""
     try:
         yield
-    except (AssertionError, ValueError, OSError) as error:
-        raise ValueError(f"Megatron refuses {what}: {_reason(error)}") from error
+    except SystemExit as end:
+        raise ValueError(
+            f"Megatron refuses {what}: it exits at {_place(end)}; give --fdd-verbose to see what it printed"
+        ) from end
+    except Exception as error:
+        if is_from_here(error):
+            raise
+        raise ValueError(f"Megatron refuses {what}: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    """Return the message; without one, the condition that Megatron asserts, as in its source (0.19.2)."""
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    missing = re.fullmatch(r"assert args\.(\w+) is not None,?", line.strip())
-    if missing and not str(error):
-        return f"--{missing[1].replace('_', '-')} is missing"
-    return str(error) or f"needed is {line.removeprefix('assert ')}"
+def is_from_here(error: BaseException) -> bool:
+    """Whether a line of this package raised an error."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what an error says, and where it was raised; without words, the condition that is asserted."""
+    text = " ".join(str(error).split())
+    if isinstance(error, AssertionError) and not text:
+        text = _condition(error)
+    elif not text or not isinstance(error, (AssertionError, ValueError, OSError)):  # else it is a sentence
+        text = f"{type(error).__name__}: {text}"
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    return f"{shown} ({_place(error)})"
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and line that raised an error: the last ones in Megatron or in this package."""
+    entries = traceback.extract_tb(error.__traceback__)
+    speaking = [entry for entry in entries if _SPEAKING.match(entry.filename)]
+    last = (speaking or entries)[-1]
+    return f"{_SPEAKING.sub('', last.filename)}:{last.lineno}"
+
+
+def _condition(error: AssertionError) -> str:
+    """Return the asserted condition as Megatron's source (0.19.2) has it, with its values; arguments as flags."""
+    entry = traceback.extract_tb(error.__traceback__)[-1]
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    first, last = entry.lineno or 0, entry.end_lineno or entry.lineno or 0
+    source = "".join(linecache.getlines(entry.filename)[first - 1 : last])
+    try:
+        [statement] = ast.parse(textwrap.dedent(source)).body
+    except (SyntaxError, ValueError):  # no whole statement
+        return "a condition without a text"
+    if not isinstance(statement, ast.Assert):
+        return f"`{ast.unparse(statement)}`"
+    condition = _as_flags(ast.unparse(statement.test))
+    missing = re.fullmatch(r"(--[\w-]+) is not None", condition)
+    if missing:
+        return f"{missing[1]} is missing"
+    values = _values(statement.test, frame)
+    return f"needed is {condition}" + (f", and {', '.join(values)}" if values else "")
+
+
+def _values(node: ast.AST, frame: FrameType) -> list[str]:
+    """Return "name is value" for the numbers and texts that a condition reads."""
+    if not isinstance(node, (ast.Name, ast.Attribute)):
+        found = [each for child in ast.iter_child_nodes(node) for each in _values(child, frame)]
+        return list(dict.fromkeys(found))
+    name = ast.unparse(node)
+    value = _lookup(node, frame)
+    if isinstance(value, (bool, int, float, str)):
+        return [f"{_as_flags(name)} is {value}"]
+    return []
+
+
+def _lookup(node: ast.AST, frame: FrameType) -> Any:
+    """Return the value of `a` or `a.b.c` in a frame; None if it cannot be read there."""
+    if isinstance(node, ast.Attribute):
+        return getattr(_lookup(node.value, frame), node.attr, None)
+    if isinstance(node, ast.Name):
+        return frame.f_locals.get(node.id)
+    return None
+
+
+def _as_flags(text: str) -> str:
+    return re.sub(r"(?<![.\w])args\.(\w+)", lambda match: f"--{match[1].replace('_', '-')}", text)

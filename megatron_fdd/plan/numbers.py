@@ -30,22 +30,61 @@ def check_given(context: Context) -> None:
         raise ValueError(f"not given: {'; '.join(flags)}")
 
 
-# The smallest values of numbers that Megatron divides by, counts with or takes a root of, by their names in `args`.
-_SMALLEST = {
-    **dict.fromkeys(("micro_batch_size", "global_batch_size", "seq_length", "train_samples"), 1),
-    **dict.fromkeys(
-        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"), 1
-    ),
-    **dict.fromkeys(("expert_model_parallel_size", "expert_tensor_parallel_size"), 1),
-    **dict.fromkeys(("log_interval", "eval_interval", "tensorboard_log_interval"), 1),
-    **dict.fromkeys(("save_interval", "save_retain_interval", "exit_interval"), 1),
-    **dict.fromkeys(("lr_decay_iters", "lr_decay_samples", "distributed_timeout_minutes"), 1),
-    **dict.fromkeys(("eval_iters", "num_workers", "seed"), 0),
-    **dict.fromkeys(("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_warmup_init"), 0),
-    **dict.fromkeys(("lr", "min_lr", "weight_decay", "clip_grad", "adam_beta1", "adam_beta2", "adam_eps"), 0),
-    **dict.fromkeys(("hidden_dropout", "attention_dropout"), 0),
+# Megatron's numbers by their names in `args`. Not named here: at least 0, because nearly all are counts or shares.
+# What Megatron divides by, counts with or cuts into: at least 1.
+_FROM_ONE = frozenset(
+    """
+    micro_batch_size global_batch_size eval_micro_batch_size eval_global_batch_size train_samples
+    seq_length encoder_seq_length decoder_seq_length max_position_embeddings
+    num_layers encoder_num_layers decoder_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+    kv_channels vocab_size make_vocab_size_divisible_by rotary_base rotary_seq_len_interpolation_factor
+    moe_router_topk moe_ffn_hidden_size moe_router_num_groups moe_router_group_topk moe_upcycling_granularity
+    tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size hierarchical_context_parallel_sizes
+    expert_model_parallel_size expert_tensor_parallel_size tensor_parallel_num_weight_shards
+    expert_tensor_parallel_num_weight_shards num_distributed_optimizer_instances
+    num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage
+    decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers recompute_num_layers
+    log_interval eval_interval tensorboard_log_interval tensorboard_queue_size log_memory_interval
+    save_interval save_retain_interval save_params_interval non_persistent_save_interval
+    save_activations_interval save_tokens_per_expert_interval save_wgrads_interval save_dgrads_interval
+    exit_interval exit_duration_in_mins train_sync_interval gpu_sniff_test_interval adlr_autoresume_interval
+    check_weight_hash_across_dp_replicas_interval
+    lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
+    distributed_timeout_minutes distributed_timeout_seconds_after_init num_dataset_builder_threads dist_ckpt_workers
+    moe_layer_freq window_attn_skip_freq linear_attention_freq no_rope_freq
+    ddp_num_buckets ddp_bucket_size fp8_interval fp8_amax_history_len muon_num_ns_steps replication_factor
+    """.split()
+)
+_ABOVE_ZERO = frozenset("adam_eps init_method_std rotary_percent rope_scaling_factor".split())
+_BELOW_ONE = frozenset(
+    """
+    adam_eps hidden_dropout attention_dropout adam_beta1 adam_beta2 lr_warmup_fraction sgd_momentum muon_momentum
+    lion_beta1 lion_beta2
+    """.split()
+)
+_MAY_BE_NEGATIVE = frozenset(
+    """
+    window_size glu_linear_offset moe_router_force_biased fp8_margin null_tokenizer_pad_id async_ckpt_cpu_priority
+    rl_default_top_k
+    inference_batch_times_seqlen_threshold inference_dynamic_batching_num_cuda_graphs
+    """.split()
+)
+# Above these a run would only fill the memory, or blow up its weights.
+_MOST = {
+    "num_layers": 10_000,
+    "make_vocab_size_divisible_by": 10**6,
+    "train_iters": 10**7,
+    "eval_iters": 10**7,
+    "num_workers": 1_000,
+    "weight_decay": 1_000,
+    "seed": 2**31 - 1,
 }
-_PARTS = ("hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction")  # below 1
+_MOST_OF_ALL = 2**32
+# Flags with other names than their values in `args`.
+_FLAGS = {
+    "layernorm_epsilon": "norm_epsilon",
+    "microbatch_group_size_per_vp_stage": "microbatch_group_size_per_virtual_pipeline_stage",
+}
 
 
 def check_numbers(context: Context) -> None:
@@ -55,18 +94,34 @@ def check_numbers(context: Context) -> None:
         ValueError: names the flags whose value is not finite, too small or too large.
     """
     args = context.args
-    smallest = {**_SMALLEST, "train_iters": 0 if args.skip_train else 1}
     wrong = []
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, float) and not math.isfinite(value):
-            wrong.append(f"{flag}: must be a finite number")
-        elif isinstance(value, (int, float)) and value < smallest.get(name, -math.inf):
-            wrong.append(f"{flag}: must be at least {smallest[name]}")
-        elif isinstance(value, (int, float)) and name in _PARTS and value >= 1:
-            wrong.append(f"{flag}: must be below 1")
+    for name, given in vars(args).items():
+        is_pattern = isinstance(given, list) and name.endswith("_freq")  # of zeros and ones, for each layer
+        for value in given if isinstance(given, list | tuple) else [given]:
+            bound = None if is_pattern else _broken_bound(name, value, args.skip_train)
+            if bound:
+                wrong.append(f"--{_FLAGS.get(name, name).replace('_', '-')} {value}: must be {bound}")
     if wrong:
         raise ValueError("; ".join(wrong))
+
+
+def _broken_bound(name: str, value: object, skips_training: bool) -> str | None:
+    """Return in words the bound that a value breaks."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if name.startswith(("fdd_", "teacher_")):
+        return None  # `FddConfig` has their bounds
+    from_one = name in _FROM_ONE or (name == "train_iters" and not skips_training)
+    if name not in _MAY_BE_NEGATIVE and value < from_one:
+        return f"at least {int(from_one)}"
+    if name in _ABOVE_ZERO and value <= 0:
+        return "above 0"
+    if name in _BELOW_ONE and value >= 1:
+        return "below 1"
+    most = _MOST.get(name, _MOST_OF_ALL if isinstance(value, int) else math.inf)
+    return f"at most {most}" if value > most else None
 
 
 def check_schedule(context: Context) -> None:
@@ -88,3 +143,41 @@ def check_schedule(context: Context) -> None:
             continue
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in ((low, start), (high, end))]
         raise ValueError(f"{flags[0]}: must be {'below' if is_below else 'at most'} {flags[1]}")
+
+
+def check_shares(context: Context) -> None:
+    """Refuse shares of the data that are no numbers, and data paths that name no data.
+
+    Raises:
+        ValueError: names the flag and its value.
+    """
+    args = context.args
+    if args.split is not None:
+        shares = [_share(text) for text in args.split.split(",")]
+        if None in shares or not 1 <= len(shares) <= 3 or not sum(filter(None, shares)):
+            raise ValueError(
+                f"--split {args.split}: must be up to three numbers, of which one is above 0, as in 95,5,0"
+            )
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if words == []:
+            raise ValueError(f"{flag}: names no data; give a prefix, or pairs of a weight and a prefix")
+        for weight in words[::2] if words and len(words) % 2 == 0 else ():
+            if _is_number(weight) and not _share(weight):
+                raise ValueError(
+                    f"{flag} {weight}: a weight must be a finite number above 0; or leave its data out"
+                )
+
+
+def _share(text: str) -> float | None:
+    """Return a finite number of at least 0; None for any other text."""
+    number = float(text) if _is_number(text) else -1.0
+    return number if 0 <= number < math.inf else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

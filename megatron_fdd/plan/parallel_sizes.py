@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.context import Model
@@ -35,6 +36,11 @@ def check_splits(model: Model) -> None:
     if args.num_layers is None or args.num_attention_heads is None:
         return  # Megatron's own message names these well
     _check_sequence(args)
+    layout = str(args.pipeline_model_parallel_layout)
+    if re.search(r"\d{6}", layout):
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {layout}: at most 99999 of one kind in a row; lower it"
+        )
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     if args.num_attention_heads % tensor or (groups % tensor and tensor % groups):
         raise ValueError(
@@ -50,6 +56,10 @@ def check_splits(model: Model) -> None:
             args.num_layers_per_virtual_pipeline_stage,
         )
     )
+    if stages > args.num_layers and not is_cut:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages}: {label} has only {args.num_layers} layers; lower it"
+        )
     if stages > 1 and args.num_layers % stages and not is_cut:
         raise ValueError(
             f"--pipeline-model-parallel-size {stages} does not divide {label}'s {args.num_layers} layers: say how "

@@ -1,50 +1,43 @@
-"""Checks of the places that a run writes to: the metrics file and the folder of --save."""
+"""Checks of the places that a run writes to: the metrics file, and the folders of --save and of Megatron's writers."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
+from megatron_fdd.host.disk import make_folder, regular_file, writing
 from megatron_fdd.plan.context import Context
 from megatron_fdd.step.metrics import check_metrics_file
 
+# The folders that a run writes to, by their names in `args`.
+_FOLDERS = ("save", "tensorboard_dir", "wandb_save_dir", "data_cache_path", "non_persistent_global_ckpt_dir")
+
 
 def check_metrics_place(context: Context) -> None:
-    """Refuse a metrics file that cannot be written, or holds something else than metrics.
+    """Refuse a metrics file that cannot be written, or holds something else than metrics. Create its folder.
 
     Raises:
         ValueError: names the path and the obstacle.
     """
-    _check_writable(context.config.metrics_file, "--fdd-metrics-file")
-    check_metrics_file(context.config.metrics_file)
-
-
-def check_save_place(context: Context) -> None:
-    """Refuse a folder of --save in which files cannot be created. Create the folder.
-
-    Raises:
-        ValueError: names the path and the obstacle.
-    """
-    _check_writable(context.args.save, "--save")
-
-
-def _check_writable(path: str | None, flag: str) -> None:
-    """Refuse a path at which the file, or files in the folder, cannot be created. Create the folder."""
+    flag, path = "--fdd-metrics-file", context.config.metrics_file
     if path is None:
         return
-    if flag != "--save" and Path(path).is_dir():
-        raise ValueError(f"{flag} {path}: is a folder; name a file in it")
-    folder = Path(path) if flag == "--save" else Path(path).absolute().parent
-    probe = folder / f".fdd-probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        if flag != "--save":
-            is_new = not Path(path).exists()
-            with Path(path).open("a"):
-                pass
-            if is_new:  # a refused run leaves no file behind
-                Path(path).unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+    file = regular_file(flag, path)
+    check_metrics_file(path)
+    make_folder(flag, path, file.parent)
+    is_new = not file.exists()
+    with writing(flag, path):
+        file.open("a").close()
+    if is_new:  # a refused run leaves no file behind
+        file.unlink(missing_ok=True)
+
+
+def check_folders(context: Context) -> None:
+    """Refuse folders in which files cannot be created, on every rank alike. Create the folders.
+
+    Only one rank writes to some of them, and the others would wait for it in vain.
+
+    Raises:
+        ValueError: names the path and the obstacle.
+    """
+    for name in _FOLDERS:
+        path = getattr(context.args, name)
+        if path is not None:
+            make_folder(f"--{name.replace('_', '-')}", path, path)

@@ -8,13 +8,12 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_fdd.host.disk import writing
+from megatron_fdd.host.disk import regular_file, writing
 from megatron_fdd.host.saving import last_whole_checkpoint
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
@@ -101,7 +100,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str, first_iteration: int) -> None:
-        self._path = Path(path)
+        self._path = regular_file("--fdd-metrics-file", path)
         with self._told():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._cut_back(first_iteration)

@@ -20,6 +20,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_fdd import cli
 from megatron_fdd.config import add_fdd_args
+from megatron_fdd.plan import command_line
 from tests.harness.markdown import ROOT
 
 TRAINING = "megatron_fdd.distill"
@@ -121,6 +122,15 @@ def _flags_of_click(command: click.Command) -> list[str]:
 def training_parser() -> argparse.ArgumentParser:
     """Return Megatron's parser with our flags, as `megatron_fdd.distill` reads a command line."""
     return add_fdd_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+@cache
+def parser_of_a_run() -> argparse.ArgumentParser:
+    """Return that parser as a run changes it: every mistake is a ValueError."""
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    with mock.patch.object(command_line, "parse_args", lambda add_args: add_args(parser)):
+        command_line.parse_command_line()
+    return parser
 
 
 @cache

@@ -113,6 +113,34 @@ def test_a_full_disk_below_the_log_hides_nothing_from_the_terminal(tmp_path: Pat
     assert "megatron_fdd: rank 0 failed: RuntimeError: no more" in done.stderr
 
 
+# A rank whose error comes before there is a log.
+EARLY = """
+from megatron_fdd.host import console
+console.divide()
+print("before")
+try:
+    1 / 0
+except ZeroDivisionError:
+    console.complain(f"kept in {console.keep_traceback()}")
+"""
+
+
+def test_a_traceback_before_the_log_is_kept(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY],
+        env={**os.environ, "TMPDIR": str(tmp_path), "RANK": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [kept] = tmp_path.glob("megatron_fdd-*/rank3.log")
+    assert (done.stdout, done.stderr) == ("", f"kept in {kept}\n")
+    log = kept.read_text()
+    assert (
+        log.index("before") < log.index("Traceback (most recent call last)") < log.index("ZeroDivisionError")
+    )
+
+
 def test_an_interruption_has_no_tail(tmp_path: Path) -> None:
     done = rank(tmp_path, "raise KeyboardInterrupt")
     assert done.returncode != 0

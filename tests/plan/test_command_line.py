@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from functools import cache
 
 import pytest
-from megatron.training.arguments import add_megatron_arguments
 
 from megatron_fdd.config import OLD_NAMES
 from megatron_fdd.plan import command_line
-
-
-@cache
-def parser() -> argparse.ArgumentParser:
-    """Return Megatron's parser with our flags, as a run makes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        megatrons = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-        patch.setattr(command_line, "parse_args", lambda add_args: add_args(megatrons))
-        command_line.parse_command_line()
-    return megatrons
+from tests.harness.command_lines import parser_of_a_run as parser
 
 
 def test_every_flag_refuses_an_empty_value_by_name() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.plan import numbers
 from megatron_fdd.plan.context import Context
 from megatron_fdd.plan.numbers import check_numbers, check_schedule
 from tests.harness.command_lines import training_parser
@@ -48,10 +47,6 @@ def test_numbers_out_of_bounds_are_refused(words: str, message: str) -> None:
 )
 def test_numbers_within_bounds_pass(words: str) -> None:
     check_numbers(given(words))
-
-
-def test_every_name_with_a_bound_is_megatrons() -> None:
-    assert {*numbers._SMALLEST, *numbers._PARTS} <= {action.dest for action in training_parser()._actions}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron_fdd.evaluate.report.panels import draw_losses, draw_progress, draw
 from megatron_fdd.evaluate.report.runs import Run, read_runs
 from megatron_fdd.evaluate.report.scores import evaluation_rows, term_rows
 from megatron_fdd.evaluate.report.terms import kinds_of
-from megatron_fdd.host.disk import make_folder, writing
+from megatron_fdd.host.disk import make_folder, regular_file, writing
 
 __all__ = ["make_report", "write_report"]
 
@@ -63,6 +63,7 @@ def make_report(runs: Sequence[Run]) -> Report:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file at once, so that no half-written file has the final name."""
-    temporary = path.with_name(path.name + ".tmp")
+    real = regular_file("--out", path)
+    temporary = real.with_name(real.name + ".tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    os.replace(temporary, real)
