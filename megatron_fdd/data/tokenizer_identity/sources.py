@@ -84,7 +84,7 @@ def _encoded(backend: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
     try:
         return backend.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises no narrower class
-        raise ValueError(f"{path} cannot encode a text ({error}); fetch it again") from error
+        raise ValueError(f"{path} cannot encode a text ({error}); copy it again") from error
 
 
 def identity_of_transformers(
