@@ -33,10 +33,16 @@ def command(runs: tuple[str, ...], out: Path) -> None:
 
     Writes report.html (a single file), report.md and its PNG files. A run that is still going can be shown.
     """
-    from megatron_fdd.evaluate.report import write_report
-
     try:
+        from megatron_fdd.evaluate.report import write_report
+
         report = write_report(runs, out)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("megatron_fdd"):
+            raise
+        needed = f"a report needs {error.name}: pip install 'megatron_fdd[evaluate]'"
+        print(f"report: error: {needed}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"report: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)

@@ -21,8 +21,9 @@ from megatron_fdd.convert.checkpoint_entries import tensors_of
 from megatron_fdd.convert.families import FAMILIES
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.mcore_model import build_model
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
-from megatron_fdd.host.weight_names import listing
+from megatron_fdd.host.listing import listing
 
 
 def _alternate(layer_types: list[str]) -> bool:
@@ -179,15 +180,16 @@ def _auto_bridge() -> Any:
 
 
 def _checked_type(config: HfConfig) -> str:
-    model_type = config.get("model_type")
+    found = config.get("model_type")
+    model_type = found if isinstance(found, str) else ""
     if model_type in FAMILIES:
         raise ValueError(f"{model_type} needs no Megatron-Bridge: leave out --via bridge")
     if model_type not in CHECKED:
         raise ValueError(
-            f'config.json says "model_type": {model_type!r}; --via bridge converts {", ".join(sorted(CHECKED))}: '
+            f'config.json says "model_type": {shown(found)}; --via bridge converts {", ".join(sorted(CHECKED))}: '
             "model types that a GPTModel can express and whose logits were compared with transformers'"
         )
-    return str(model_type)
+    return model_type
 
 
 def _check_settings(settings: HfConfig, model_type: str) -> None:

@@ -32,8 +32,9 @@ from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE
 from megatron_fdd.host.damage import DAMAGE, cause_of
 from megatron_fdd.host.disk import is_torchs_writer
 from megatron_fdd.host.file_sums import write_sums
+from megatron_fdd.host.listing import listing
 from megatron_fdd.host.together import together
-from megatron_fdd.host.weight_names import listing, other_name, use_stored_names, weights_only
+from megatron_fdd.host.weight_names import other_name, use_stored_names, weights_only
 
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 

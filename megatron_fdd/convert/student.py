@@ -24,6 +24,7 @@ from megatron_fdd.convert.hf_writer import (
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import write_json
 
 # A model loses most quality when its first or last layers are removed.
@@ -38,17 +39,19 @@ def parse_layers(text: str, teacher_layers: int) -> list[int]:
     """
     layers: list[int] = []
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", item)
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", item)
         span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not span:
-            raise ValueError(f"--layers {text}: {item!r} is neither a layer number nor a range such as 0-3")
+            raise ValueError(
+                f"--layers {text:.60}: {shown(item)} is neither a layer number nor a range such as 0-3"
+            )
         if span[-1] >= teacher_layers:
             raise ValueError(
-                f"--layers {text}: {item.strip()} must lie within the teacher's 0-{teacher_layers - 1}"
+                f"--layers {text:.60}: {item.strip()} must lie within the teacher's 0-{teacher_layers - 1}"
             )
         layers.extend(span)
     if any(later <= earlier for earlier, later in zip(layers, layers[1:], strict=False)):
-        raise ValueError(f"--layers {text}: layers must increase")
+        raise ValueError(f"--layers {text:.60}: layers must increase")
     return layers
 
 

@@ -34,6 +34,7 @@ from megatron_fdd.convert.to_mcore import Via
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.json_file import read_json, write_json
+from megatron_fdd.host.model_fields import check_stored_args
 from megatron_fdd.host.together import together
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
@@ -115,7 +116,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             check_new_folder(hf_out, "--hf-out")
             max_shard_bytes = parse_size(options.get("max_shard_size", "5GB"))
             checkpoint = find_checkpoint(str(load), "--load", step=options.get("ckpt_step"))
-            args = read_checkpoint_args(checkpoint, "--load")
+            args = check_stored_args(read_checkpoint_args(checkpoint, "--load"), f"--load {checkpoint}")
             check_no_spec(args, "--load", "a family gives its layers a table (docs/extend/family.md)")
             left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
             config_path = find_hf_config(load, args, hf_config)

@@ -22,6 +22,7 @@ from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.host.json_file import read_json, write_json
+from megatron_fdd.host.listing import listing
 from megatron_fdd.host.together import together
 
 if TYPE_CHECKING:  # this imports Megatron, and a rehearsal must start before
@@ -198,7 +199,7 @@ def _progress_bar(owned: Iterable[Tensor], wanted: bool) -> tqdm:
 
 
 def check_names(family: Family, folder: HfFolder) -> None:
-    """Refuse a folder that lacks tensors of the table or has other ones; the message lists all of them."""
+    """Refuse a folder that lacks tensors of the table or has other ones; the message lists the first of them."""
     needed = [source for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"
@@ -211,6 +212,6 @@ def check_names(family: Family, folder: HfFolder) -> None:
     missing, extra = sorted(set(needed) - present), sorted(present - set(needed))
     if missing or extra:
         raise ValueError(
-            f"{folder.path} does not match its config.json. Missing: {', '.join(missing) or 'nothing'}. "
-            f"Not used: {', '.join(extra) or 'nothing'}"
+            f"{folder.path} does not match its config.json. Missing: {listing(missing) if missing else 'nothing'}. "
+            f"Not used: {listing(extra) if extra else 'nothing'}"
         )

@@ -7,20 +7,17 @@ template may ask for today's), templates by name, and a call's arguments as text
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.messages import Message
-
-if TYPE_CHECKING:
-    from jinja2 import Template, nodes
+from megatron_fdd.data.render_limits import Limits, TemplateLimitError, check_length
+from megatron_fdd.data.template_source import compiled, mark_places
 
 Turns = Literal["all", "last"]
 Spans = list[tuple[int, int]]
@@ -119,7 +116,7 @@ class ChatTemplate:
             ValueError: the template has marks whose place in the text cannot be known.
         """
         source = self.source(conversation.tools is not None)
-        if _mark_places(source) == "apart":
+        if mark_places(source) == "apart":
             raise ValueError(
                 "its {% generation %} marks stand in a macro or a captured block, where their place in the text is lost"
             )
@@ -128,7 +125,7 @@ class ChatTemplate:
 
     def has_marks(self, *, with_tools: bool) -> bool:
         """Whether the template marks what the assistant says; a mark inside a comment does not count."""
-        return _mark_places(self.source(with_tools)) != "none"
+        return mark_places(self.source(with_tools)) != "none"
 
     def source(self, with_tools: bool) -> str:
         """Return the template that is used.
@@ -200,10 +197,16 @@ class ChatTemplate:
         return max((token for token in special if text.endswith(token)), key=len, default=None)
 
     def _probe(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str | None:
-        """Return the text of a conversation of ours; None where the template refuses it."""
+        """Return the text of a conversation of ours; None where the template refuses it.
+
+        Raises:
+            TemplateLimitError: it would take too long, or too much memory, for every conversation.
+        """
         source = self.source(tools is not None)
         try:
             text, _ = self._render_source(source, messages, tools, {})
+        except TemplateLimitError:
+            raise
         except Exception:  # the template has no calls, or not these roles
             return None
         return text
@@ -227,15 +230,17 @@ class ChatTemplate:
     ) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _compiled(source).environment.globals["strftime_now"] = self.date.strftime
         variables: dict[str, Any] = {**self.special_tokens, **self.variables, **own, **options}
-        rendered: Any = render_jinja_template(
-            conversations=[list(messages)],
-            tools=None if tools is None else list(tools),
-            chat_template=source,
-            **variables,
-        )
-        texts, spans = rendered  # one entry for each conversation; no spans unless they were asked for
+        with Limits(source):
+            compiled(source).environment.globals["strftime_now"] = self.date.strftime
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)],
+                tools=None if tools is None else list(tools),
+                chat_template=source,
+                **variables,
+            )
+            texts, spans = rendered  # one entry for each conversation; no spans unless they were asked for
+            check_length(texts[0])
         return texts[0], spans[0] if spans else []
 
 
@@ -253,47 +258,3 @@ def _with_text_arguments(message: Message) -> Message:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
-
-
-def _compiled(source: str) -> Template:
-    """Return transformers' compiled template.
-
-    transformers caches it, so its environment is the one used for rendering.
-    """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    return _compile_jinja_template(source)
-
-
-@functools.cache
-def _mark_places(source: str) -> Literal["none", "in order", "apart"]:
-    """Return where a template has its marks; "apart" means in a part that is rendered first and written later.
-
-    The place of such a mark is lost: transformers counts the characters that were written before it.
-    """
-    from jinja2 import nodes
-
-    apart = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock)
-    found: Literal["none", "in order", "apart"] = "none"
-    if re.search(r"\bgeneration\b", source) is None:
-        return found
-    stack: list[tuple[nodes.Node, bool]] = [(_compiled(source).environment.parse(source), False)]
-    while stack:
-        node, is_apart = stack.pop()
-        if _is_generation(node):
-            if is_apart:
-                return "apart"
-            found = "in order"
-        inside = is_apart or isinstance(node, apart)
-        stack.extend((child, inside) for child in node.iter_child_nodes())
-    return found
-
-
-def _is_generation(node: nodes.Node) -> bool:
-    from jinja2 import nodes
-
-    return (
-        isinstance(node, nodes.CallBlock)
-        and isinstance(node.call.node, nodes.ExtensionAttribute)
-        and node.call.node.name == "_generation_support"
-    )

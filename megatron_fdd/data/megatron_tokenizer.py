@@ -42,10 +42,10 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
     )
     try:
         tokenizer = build_tokenizer(config)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # the libraries behind it raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: "
-            f"{error}"
+            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: {reason}"
         ) from error
     if tokenizer.library == "huggingface":
         # Documents are cut later; transformers' warning about too long an input would only mislead.

@@ -8,7 +8,6 @@ these objects and refuses one whose ids are not Megatron's.
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 import re
@@ -16,9 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate
+from megatron_fdd.host.json_file import read_json
 
 if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
     from sentencepiece import SentencePieceProcessor
@@ -86,12 +87,11 @@ def generation_stops(tokenizer_model: str) -> tuple[int, ...]:
     path = os.path.join(tokenizer_model, "generation_config.json")
     if not os.path.isfile(path):
         return ()
+    named = read_json(Path(path)).get("eos_token_id")
     try:
-        with open(path, encoding="utf-8") as file:
-            named = json.load(file).get("eos_token_id")
         ids = named if isinstance(named, list) else [] if named is None else [named]
         return tuple(operator.index(each) for each in ids)
-    except (ValueError, TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"{path}: eos_token_id cannot be read ({error})") from error
 
 

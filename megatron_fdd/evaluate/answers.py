@@ -15,6 +15,10 @@ from typing import Any
 
 from megatron_fdd.evaluate.generation import Prompt
 from megatron_fdd.host.disk import regular_file
+from megatron_fdd.host.field_kinds import TEXT, number, shown, whole, wrong_field
+from megatron_fdd.host.json_file import parse_json
+
+_ANSWER = {"number": whole(0, 10**15), "answer": TEXT, "rouge_l": number(0, 101)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +44,31 @@ class AnswersFile:
         self.answers = self._read() if self.path.exists() else {}
 
     def _read(self) -> dict[int, Answer]:
-        # Each line was written with its line break: text after the last line break is unfinished.
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        if not lines:
-            return {}
         try:
-            made_with = json.loads(lines[0])["settings"]
-            answers = [Answer(**json.loads(line)) for line in lines[1:]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} does not hold answers: delete it or give another --out") from error
+            # Each line was written with its line break: text after the last line break is unfinished.
+            lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+            if not lines:
+                return {}
+            first, *records = [parse_json(line, self.path) for line in lines]
+            made_with = dict(first["settings"])
+            answers = [Answer(**record) for record in records]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._no_answers() from error
+        if any(wrong_field(asdict(answer), _ANSWER) is not None for answer in answers):
+            raise self._no_answers()
         differing = [key for key in self.settings if made_with.get(key) != self.settings[key]]
         if differing:
-            changes = ", ".join(f"{key} {made_with.get(key)} -> {self.settings[key]}" for key in differing)
+            changes = ", ".join(
+                f"{key} {shown(made_with.get(key))} -> {shown(self.settings[key])}" for key in differing
+            )
             raise ValueError(
                 f"{self.path} holds answers made with other settings ({changes}): give another --out, or delete "
                 "it to start again"
             )
         return {answer.number: answer for answer in answers}
+
+    def _no_answers(self) -> ValueError:
+        return ValueError(f"{self.path} does not hold answers: delete it or give another --out")
 
     def open_batches(self, batches: Iterable[list[Prompt]]) -> list[list[Prompt]]:
         """Return the batches with unanswered prompts; each keeps its composition, and with it its rounding."""

@@ -70,6 +70,7 @@ def _encode_all(model: NamedModel, request: Request) -> dict[str, list[Prompt]]:
     tokenizer = model.tokenizer()
     prompts = {d.name: encode_prompts(d.examples, tokenizer, request.generation) for d in request.data}
     every = [prompt for several in prompts.values() for prompt in several]
+    model.check_ids(max(max(prompt.ids) for prompt in every))
     check_length(every, request.generation.max_new_tokens, num_positions(model.config()))
     return prompts
 
@@ -169,13 +170,17 @@ def check_known_tokens(model: NamedModel, windows: TextWindows) -> None:
 def _cut(model: NamedModel, request: Request) -> TextWindows:
     text, tokenizer = request.text, model.tokenizer()
     positions = min(num_positions(each.config()) for each in request.models)
-    text.check_length(positions, [len(encode_sample(tokenizer, prompt)) for prompt in text.prompts])
+    samples = [encode_sample(tokenizer, prompt) for prompt in text.prompts]
+    text.check_length(positions, [len(ids) for ids in samples])
+    model.check_ids(max((max(ids) for ids in samples), default=0))
     if text.validation is None:
         return TextWindows(tokenizer)
     validation = cut_windows(read_texts(text.validation), tokenizer, text.length, text.max_tokens)
+    model.check_ids(int(validation.max()))
     training = None
     if text.training is not None:
         training = cut_windows(read_texts(text.training), tokenizer, text.length)
+        model.check_ids(int(training.max()))
     return TextWindows(tokenizer, validation, training)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +21,15 @@ from transformers import (
 
 from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, has_tokenizer, without_second_start
 from megatron_fdd.evaluate.tokenizer import load_tokenizer
+from megatron_fdd.host.field_kinds import Kind, either, list_of, shown, wrong_field
+from megatron_fdd.host.json_file import read_json
+from megatron_fdd.host.model_fields import HEADS, LAYERS, POSITIONS, VOCABULARY
+
+# Under these names all kinds of models have them. Some models give a number for each layer.
+_SIZES: Mapping[str, Kind] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head"), either(HEADS, list_of(HEADS))),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,9 @@ class Placement:
             )
         except torch.OutOfMemoryError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (
+            Exception
+        ) as error:  # a config with a wrong number, a pickle with code: transformers raises anything
             raise ValueError(f"{folder} does not load as a model ({_first_line(error)})") from error
         model: PreTrainedModel = loaded[0]
         info: dict[str, Any] = loaded[1]
@@ -101,12 +112,35 @@ class NamedModel:
         """Return the configuration of the language model.
 
         Raises:
-            ValueError: transformers does not know the model.
+            ValueError: transformers does not know the model, or a size of it has no meaning.
         """
+        content = read_json(self.folder / "config.json")
+        _check_sizes(
+            content, self.folder
+        )  # before a class computes something from each of 100 million layers
         try:
-            return AutoConfig.from_pretrained(self.folder).get_text_config()
-        except (OSError, ValueError, KeyError) as error:
+            config = AutoConfig.from_pretrained(self.folder).get_text_config()
+        except Exception as error:  # classes check their fields in their own ways, or not at all
             raise ValueError(f"{self.folder}/config.json cannot be read ({_first_line(error)})") from error
+        if not VOCABULARY.fits(getattr(config, "vocab_size", None)):
+            raise ValueError(f"{self.folder}/config.json has no vocab_size, which must be {VOCABULARY.words}")
+        return config
+
+    def check_ids(self, largest: int) -> None:
+        """Refuse token ids for which the model has no embedding.
+
+        Args:
+            largest: the largest id that it would get.
+
+        Raises:
+            ValueError: names the id and the number of embeddings.
+        """
+        size = self.config().vocab_size
+        if largest >= size:
+            raise ValueError(
+                f"{self.folder}: the tokenizer gives the id {largest}, and the model has {size} embeddings "
+                "(vocab_size in config.json); copy the files of its own tokenizer into the folder"
+            )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the folder's own tokenizer, which gives the ids of its tokenizer.json whatever class it names.
@@ -137,10 +171,29 @@ class NamedModel:
         return digest.hexdigest()
 
 
+def _check_sizes(content: Mapping[str, Any], folder: Path) -> None:
+    """Refuse numbers of layers and heads that no model has, in a config.json and in the part about its text model."""
+    part = content.get("text_config")
+    for values in (content, part if isinstance(part, dict) else {}):
+        found = wrong_field(values, _SIZES)
+        if found is not None:
+            raise ValueError(
+                f'{folder}/config.json has "{found[0]}": {shown(found[1])}, which must be {found[2]}; '
+                "get the file again"
+            )
+
+
 def num_positions(config: PreTrainedConfig) -> int | float:
-    """Return the longest input that a model takes; infinite if its config sets no limit."""
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return math.inf if positions is None else positions
+    """Return the longest input that a model takes; infinite if its config sets no limit. ValueError for no number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return math.inf
+    if not POSITIONS.fits(positions):
+        raise ValueError(
+            f"{config.name_or_path}/config.json has max_position_embeddings: {shown(positions)}, which must be "
+            f"{POSITIONS.words}; get the file again"
+        )
+    return int(positions)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -197,4 +250,5 @@ def plain_generation(ends: list[int], max_new_tokens: int) -> GenerationConfig:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    line = next(iter(str(error).splitlines()), "")
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

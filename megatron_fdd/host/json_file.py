@@ -13,14 +13,33 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object. ValueError names the file if it is missing, malformed or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def parse_json(text: str, where: Path | str) -> Any:
+    """Return a JSON text as Python values.
+
+    Raises:
+        ValueError: the text is malformed, nested too deeply, or has an integer with thousands of digits; names `where`.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is not valid JSON: nested too deeply; copy or make it again") from None
+    except ValueError:  # Python's own message names a Python function
+        raise ValueError(
+            f"{where} is not valid JSON: an integer with thousands of digits; copy or make it again"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

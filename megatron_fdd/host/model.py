@@ -1,4 +1,4 @@
-"""The model that Megatron's arguments describe: which arguments shape it, its configuration, its layers by chunk."""
+"""The model that Megatron's arguments describe: its configuration, and its layers by chunk."""
 
 from __future__ import annotations
 
@@ -12,27 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_fdd.host.layer_specs import SPEC_ARGS, apply_layer_spec
-
-# Arguments that shape a GPT's function, beside its weights. `load_args_from_checkpoint` of 0.19.2 knows about half.
-ARCHITECTURE = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "group_query_attention", "kv_channels", "position_embedding_type", "rotary_base", "rotary_percent",
-    "rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor",
-    "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings",
-    "yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int",
-    "no_rope_freq", "add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu", "bias_gelu_fusion",
-    "untie_embeddings_and_output_weights", "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma",
-    "qk_layernorm", "qk_l2_norm", "apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm",
-    "softmax_type", "window_size", "window_attn_skip_freq", "glu_linear_offset", "activation_func_clamp_value",
-    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
-    "attention_output_gate",
-    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax",
-    "moe_router_score_function", "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk",
-    "moe_router_enable_expert_bias", "moe_apply_probs_on_input", "moe_latent_size", "moe_mlp_glu_interleave_size",
-    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_shared_expert_glu_interleave_size",
-    *SPEC_ARGS,
-)  # fmt: skip
+from megatron_fdd.host.layer_specs import apply_layer_spec
 
 
 def build_config(args: argparse.Namespace) -> GPTModelConfig:

@@ -33,13 +33,6 @@ def use_stored_names(sharded: Mapping[str, ShardedBase], stored: Collection[str]
             entry.key = other_name(entry.key)
 
 
-def listing(names: list[str], limit: int = 8) -> str:
-    """Return the first names, and how many more there are."""
-    if not names:
-        return "none"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def weights_only(keys: Iterable[str]) -> list[str]:
     """Leave out optimizer and other training state, empty extra state, and what is never built for use.
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_fdd.host.checkpoint import EXTRA_STATE
 from megatron_fdd.host.damage import DAMAGE, cause_of
-from megatron_fdd.host.weight_names import listing, other_name, use_stored_names, weights_only
+from megatron_fdd.host.listing import listing
+from megatron_fdd.host.weight_names import other_name, use_stored_names, weights_only
 
 
 def load_weights(

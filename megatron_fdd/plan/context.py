@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import RELEASE, find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.model_fields import check_stored_args
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 
@@ -39,10 +40,11 @@ class StoredModel:
         Collectives: none.
 
         Raises:
-            ValueError: there is no checkpoint, or it is incomplete.
+            ValueError: there is no checkpoint, it is incomplete, or its arguments describe no model.
         """
         path = find_checkpoint(folder, flag, to_plan=to_plan, step=step)
-        return cls(folder, flag, path, read_checkpoint_args(path, flag))
+        args = check_stored_args(read_checkpoint_args(path, flag), f"{flag} {path}")
+        return cls(folder, flag, path, args)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     set_vocab_size(args)
     make_checks(checks.AFTER_MEGATRON, known)
 
-    known = replace(known, stored_teacher=find_teacher(config))
+    known = replace(known, stored_teacher=find_teacher(config, defaults))
     make_checks(checks.WITH_STORED_TEACHER, known)
     if known.stored_teacher is not None:
         size = config.teacher_expert_model_parallel_size

@@ -11,7 +11,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_fdd.host.checkpoint import check_no_spec, has_checkpoint, is_same_folder
-from megatron_fdd.host.model import ARCHITECTURE
+from megatron_fdd.host.model_fields import ARCHITECTURE, check_like_flags
 from megatron_fdd.plan.context import Context, StoredModel
 
 # These are on by default, but need apex's kernels: if apex is not built, Megatron fails in the first step.
@@ -44,9 +44,10 @@ def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, objec
         return None
     model = StoredModel.find(directory, flag, to_plan=args.fdd_dry_run, step=args.ckpt_step)
     stored = model.args
+    check_like_flags(stored, defaults, f"{flag} {model.path}")
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
     # If Megatron took the vocabulary from a tokenizer, a checkpoint stores only the padded size.
-    fixed = ARCHITECTURE + ("vocab_size",) * (getattr(stored, "vocab_size", None) is not None)
+    fixed = [*ARCHITECTURE, *["vocab_size"] * (getattr(stored, "vocab_size", None) is not None)]
     _check_same(args, model, [name for name in fixed if name in given])
     if args.use_checkpoint_args:
         if "spec" not in given:
@@ -68,7 +69,7 @@ def check_same_model(context: Context) -> None:
         ValueError: names every field that differs; a checkpoint that lacks a field cannot contradict it.
     """
     if context.stored_student is not None:
-        _check_same(context.args, context.stored_student, ARCHITECTURE)
+        _check_same(context.args, context.stored_student, list(ARCHITECTURE))
 
 
 def _check_same(args: argparse.Namespace, model: StoredModel, names: Sequence[str]) -> None:

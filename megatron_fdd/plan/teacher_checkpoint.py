@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import check_no_spec
+from megatron_fdd.host.model_fields import check_like_flags
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.plan.context import Context, StoredModel
 
 
-def find_teacher(config: FddConfig) -> StoredModel | None:
+def find_teacher(config: FddConfig, defaults: Mapping[str, object]) -> StoredModel | None:
     """Look for the teacher's checkpoint; return None if no term needs a teacher.
 
+    Args:
+        defaults: the parser's default of every flag.
+
     Raises:
-        ValueError: there is no checkpoint, or it is incomplete.
+        ValueError: there is no checkpoint, it is incomplete, or its arguments describe no model.
     """
     if not needs_of(config).teacher or config.teacher_load is None:
         return None
-    return StoredModel.find(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
+    model = StoredModel.find(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
+    check_like_flags(model.args, defaults, f"{model.flag} {model.path}")
+    return model
 
 
 def check_teacher_model(context: Context) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from megatron_fdd.config import parse_layer_pairs
 from megatron_fdd.host.checkpoint import TERM_PREFIX, term_shapes
-from megatron_fdd.host.weight_names import listing
+from megatron_fdd.host.listing import listing
 from megatron_fdd.losses.pairs import plan_pairs
 from megatron_fdd.losses.term_modules import saved_shapes
 from megatron_fdd.plan.context import Context, StoredModel

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from megatron_fdd.losses.objective import COUNTS, Objective
 
 # The start of every record, and therefore of every file that may be cut back.
 _RECORD_START = b'{"iteration": '
+_LONGEST_RECORD = 2**20
+_RECORD = re.compile(rb'\{"iteration": \d{1,15}[,}]')
 
 
 def add_up(sums: Tensor, topology: Topology) -> Tensor:
@@ -76,17 +79,19 @@ def check_metrics_file(path: str | None) -> None:
     """Refuse a file that holds something else than metrics: a run would delete its content.
 
     Raises:
-        ValueError: names the file.
+        ValueError: names the file and the line.
     """
     if path is None or not os.path.isfile(path):
         return
     with open(path, "rb") as file:
-        start = file.read(len(_RECORD_START))
-    # A killed run may have left less than a record.
-    if not _RECORD_START.startswith(start):
-        raise ValueError(
-            f"--fdd-metrics-file {path}: holds something else than metrics, which would be lost; give another name"
-        )
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_RECORD), b""), 1):
+            # A killed run may have left less than a record.
+            is_part = not line.endswith(b"\n") and _RECORD_START.startswith(line[: len(_RECORD_START)])
+            if not (_RECORD.match(line) or is_part):
+                raise ValueError(
+                    f"--fdd-metrics-file {path}: holds something else than metrics (line {number}), which would be "
+                    "lost; give another name"
+                )
 
 
 class MetricsFile:
@@ -128,10 +133,10 @@ class MetricsFile:
         kept = []
         for line in self._path.read_text().splitlines():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                iteration = int(json.loads(line)["iteration"])
+            except (ValueError, TypeError, RecursionError):
                 break  # a killed run may leave part of a line
-            if record["iteration"] >= first_iteration:
+            if iteration >= first_iteration:
                 break
             kept.append(line + "\n")
         replacement = self._path.with_name(self._path.name + ".tmp")

@@ -90,7 +90,7 @@ REFUSED = {
     },
     "rope_scaling": {"rope_scaling": toys.LLAMA3_SCALING, "rope_parameters": {"rope_theta": 1e4}},
     "residual_multiplier": {"residual_multiplier": 0.22},
-    'lacks "hidden_size"': {"hidden_size": None},
+    '"hidden_size": None, which must be a whole number': {"hidden_size": None},
 }
 
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fdd.convert.families import gemma3, gpt2, llama, mistral, moe, olmo2, qwen
+from megatron_fdd.convert.families.config_fields import check_kinds
 from megatron_fdd.convert.families.family import Family
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.layer_specs import NAME, add_layer_spec
 from megatron_fdd.host.plugins import REMEDY
 
@@ -70,12 +72,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """Find the family that a config.json belongs to.
 
     Raises:
-        ValueError: no family has this `model_type`; the message gives the reason if it is known.
+        ValueError: no family has this `model_type`, and the message gives the reason if it is known; or a field has a
+            type or a range without a meaning.
     """
-    model_type = config.get("model_type")
+    found = config.get("model_type")
+    model_type = found if isinstance(found, str) else ""
     if model_type in FAMILIES:
+        check_kinds(config)
         return FAMILIES[model_type]
-    message = f'config.json says "model_type": {model_type!r}'
+    message = f'config.json says "model_type": {shown(found)}'
     if model_type in NOT_EXPRESSIBLE:
         message += (
             f", which neither Megatron's arguments nor a family here can describe; it has "

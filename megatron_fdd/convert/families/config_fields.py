@@ -1,4 +1,4 @@
-"""Rules that all families share: fields of config.json that mean nothing, and Megatron args that no family sets."""
+"""Rules that all families share: what fields of config.json may hold, and Megatron args that no family sets."""
 
 from __future__ import annotations
 
@@ -6,6 +6,33 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from megatron_fdd.convert.families.family import refuse_field
+from megatron_fdd.host.field_kinds import (
+    FLAG,
+    OBJECT,
+    TEXT,
+    Kind,
+    list_of,
+    number,
+    optional,
+    whole,
+    wrong_field,
+)
+from megatron_fdd.host.model_fields import (
+    DEVIATION,
+    EPSILON,
+    EXPERTS,
+    HEADS,
+    LAYERS,
+    POSITIONS,
+    PROBABILITY,
+    ROPE_FACTOR,
+    ROTARY_BASE,
+    SCALE,
+    VOCABULARY,
+    WIDTH,
+    WINDOW,
+    wrong_experts,
+)
 
 # Fields that do not change a model's function.
 _HARMLESS = {
@@ -22,6 +49,42 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     "pruned_heads": ({}, None),
+}
+# What a field may hold, for all families together. Fields of a family outside of this package have no kind here.
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "moe_intermediate_size"), WIDTH),
+    **dict.fromkeys(("head_dim", "n_inner"), optional(WIDTH)),
+    **dict.fromkeys(("num_attention_heads", "n_head"), HEADS),
+    "num_key_value_heads": optional(HEADS),
+    "vocab_size": VOCABULARY,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
+    "n_ctx": optional(POSITIONS),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), EPSILON),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob"), FLAG),
+    "use_sliding_window": optional(FLAG),
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), PROBABILITY),
+    "initializer_range": DEVIATION,
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), ROTARY_BASE),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), optional(OBJECT)),
+    "query_pre_attn_scalar": SCALE,
+    "sliding_window": optional(WINDOW),
+    "sliding_window_pattern": optional(LAYERS),
+    "max_window_layers": optional(whole(0, 10_000)),
+    "layer_types": optional(list_of(TEXT)),
+    **dict.fromkeys(("num_experts", "num_local_experts"), optional(EXPERTS)),
+    "num_experts_per_tok": EXPERTS,
+    "decoder_sparse_step": optional(LAYERS),
+    "mlp_only_layers": optional(list_of(whole(0, 10_000))),
+    **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),
+    **dict.fromkeys(("dtype", "torch_dtype"), optional(TEXT)),
+}
+_ROPE_KINDS: dict[str, Kind] = {
+    "rope_theta": ROTARY_BASE,
+    "factor": optional(ROPE_FACTOR),
+    **dict.fromkeys(("type", "rope_type"), TEXT),
+    **dict.fromkeys(("partial_rotary_factor", "low_freq_factor", "high_freq_factor"), number(0, 1_000)),
+    "original_max_position_embeddings": POSITIONS,
 }
 # Megatron args with which a GPTModel is the plain model that all these families share.
 PLAIN_MODEL: Mapping[str, Any] = {
@@ -45,6 +108,35 @@ PLAIN_MODEL: Mapping[str, Any] = {
     "use_mup": False,
     "spec": None,
 }
+
+
+def check_kinds(config: Mapping[str, Any]) -> None:
+    """Refuse fields whose type or range has no meaning, before anything is computed or built from them.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    _refuse(wrong_field(config, _KINDS))
+
+
+def check_rope_kinds(rope: Mapping[str, Any]) -> None:
+    """Refuse fields of `rope_scaling` or `rope_parameters` as `check_kinds` does."""
+    _refuse(wrong_field(rope, _ROPE_KINDS))
+
+
+def check_experts(layers: int, experts: tuple[str, int], per_token: tuple[str, int]) -> None:
+    """Refuse more experts than can be built, and tokens that go to more experts than there are.
+
+    Args:
+        experts, per_token: name and value of the two fields.
+    """
+    _refuse(wrong_experts(layers, experts, per_token))
+
+
+def _refuse(found: tuple[str, Any, str] | None) -> None:
+    if found is not None:
+        field, value, allowed = found
+        refuse_field(field, value, f"which must be {allowed}")
 
 
 def check_fields(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
+from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_experts, check_fields
 from megatron_fdd.convert.families.decoder_rows import decoder_rows
 from megatron_fdd.convert.families.decoder_shape import AttentionWindows, DecoderShape, Dialect, Experts
 from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
@@ -73,7 +73,7 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     _check_fields(dialect, config)
     derived = {
         "num_key_value_heads": lambda: config["num_attention_heads"],
-        "head_dim": lambda: config["hidden_size"] // config["num_attention_heads"],
+        "head_dim": lambda: _equal_parts(config),
     }
     plain = {}
     for field in DecoderShape.plain_fields():
@@ -93,6 +93,16 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     return shape
 
 
+def _equal_parts(config: Mapping[str, Any]) -> int:
+    """Return the width of a head where config.json gives none."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    if hidden % heads:
+        refuse_field(
+            "num_attention_heads", heads, f"which must divide hidden_size ({hidden}) without a head_dim"
+        )
+    return hidden // heads
+
+
 def _read_windows(dialect: Dialect, config: Mapping[str, Any], layers: int) -> AttentionWindows:
     size = config.get("sliding_window")
     if not dialect.window_fields and size is not None:
@@ -103,6 +113,8 @@ def _read_windows(dialect: Dialect, config: Mapping[str, Any], layers: int) -> A
     kinds = config.get("layer_types")
     if kinds is None and "max_window_layers" in dialect.window_fields:
         first = config["max_window_layers"]
+        if slides and first is None:
+            refuse_field("max_window_layers", first, "so that the first layer with a window is not known")
         return AttentionWindows(size, tuple(slides and layer >= first for layer in range(layers))).effective
     kinds = kinds or [_SLIDING if slides else _FULL] * layers
     allowed = {_FULL, _SLIDING} if slides and "layer_types" in dialect.window_fields else {_FULL}
@@ -121,9 +133,11 @@ def _read_experts(dialect: Dialect, config: Mapping[str, Any], layers: int) -> E
     counts = [config[field] for field in naming.count_fields if config.get(field) is not None]
     if not counts or any(count != counts[0] for count in counts):
         refuse_field(naming.count_fields[0], counts, "one number of experts is needed")
+    per_token = config["num_experts_per_tok"]
+    check_experts(layers, (naming.count_fields[0], counts[0]), ("num_experts_per_tok", per_token))
     return Experts(
         count=counts[0],
-        per_token=config["num_experts_per_tok"],
+        per_token=per_token,
         width=config[naming.width_field],
         normalised=bool(config.get("norm_topk_prob", True)),
         sparse=_sparse_layers(config, layers),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from megatron_fdd.convert.families.transforms import Same, Transform
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.layer_specs import LayerSpec
 
 HfConfig = dict[str, Any]
@@ -22,7 +23,7 @@ MegatronArgs = dict[str, Any]
 
 def refuse_field(field: str, value: Any, why: str) -> NoReturn:
     """Refuse one field of a config.json with a ValueError."""
-    raise ValueError(f'config.json has "{field}": {value!r}, {why}')
+    raise ValueError(f'config.json has "{field}": {shown(value)}, {why}')
 
 
 @dataclass(frozen=True, slots=True)

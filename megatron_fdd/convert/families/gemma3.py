@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_fdd.convert.families.config_fields import check_rope_kinds
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
 from megatron_fdd.convert.families.family import HfConfig, refuse_field
-from megatron_fdd.host.layer_specs import LayerSpec
+from megatron_fdd.host.field_kinds import shown
+from megatron_fdd.host.layer_specs import OPTIONS, LayerSpec
+from megatron_fdd.host.model_fields import ROTARY_BASE, SCALE
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -39,6 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
 }
 _PATTERN = 6
+_OPTIONS = {"query_pre_attn_scalar": SCALE, "rope_local_base_freq": ROTARY_BASE}
 
 
 def _flatten(config: HfConfig) -> HfConfig:
@@ -48,13 +52,17 @@ def _flatten(config: HfConfig) -> HfConfig:
     if by_kind:
         if not set(by_kind) <= {_FULL, _SLIDING}:
             refuse_field("rope_parameters", by_kind, f'where only "{_FULL}" and "{_SLIDING}" convert')
+        for kind in (_FULL, _SLIDING):
+            if not isinstance(by_kind.get(kind) or {}, dict):
+                refuse_field("rope_parameters", by_kind, f'where "{kind}" must be an object')
         sliding = dict(by_kind.get(_SLIDING) or {})
+        check_rope_kinds(sliding)
         if sliding.pop("rope_type", "default") != "default" or set(sliding) > {"rope_theta"}:
             refuse_field("rope_parameters", by_kind, f'where "{_SLIDING}" may have a rope_theta alone')
         flat["rope_parameters"] = {"rope_theta": _DEFAULTS["rope_theta"], **(by_kind.get(_FULL) or {})}
         flat["rope_local_base_freq"] = sliding.get("rope_theta", _DEFAULTS["rope_local_base_freq"])
     if config.get("layer_types") is None:
-        pattern = config.get("sliding_window_pattern", _PATTERN)
+        pattern = config.get("sliding_window_pattern") or _PATTERN
         layers = range(config.get("num_hidden_layers", _DEFAULTS["num_hidden_layers"]))
         flat["layer_types"] = [_SLIDING if (layer + 1) % pattern else _FULL for layer in layers]
     return flat
@@ -74,7 +82,16 @@ def _restore(flat: HfConfig) -> HfConfig:
 
 
 def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
-    """Set values that no argument of Megatron sets. Megatron has already checked the configuration."""
+    """Set values that no argument of Megatron sets. Megatron has already checked the configuration.
+
+    Raises:
+        ValueError: an option is missing or of the wrong kind.
+    """
+    for name, kind in _OPTIONS.items():
+        if not kind.fits(options.get(name)):
+            raise ValueError(
+                f"the checkpoint's {OPTIONS} have {name} = {shown(options.get(name))}, which must be {kind.words}"
+            )
     transformer = config.transformer
     transformer.activation_func = partial(torch.nn.functional.gelu, approximate="tanh")
     transformer.bias_activation_fusion = False
@@ -120,7 +137,7 @@ GEMMA3_TEXT = decoder_family(
         ),
         fixed={"layernorm_zero_centered_gamma": True},
         layer_spec=LayerSpec(_build, _configure),
-        own_fields=("query_pre_attn_scalar", "rope_local_base_freq"),
+        own_fields=tuple(_OPTIONS),
         flatten=_flatten,
         restore=_restore,
     )

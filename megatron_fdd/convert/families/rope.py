@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_fdd.convert.families.config_fields import check_rope_kinds
 from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, refuse_field
 
 ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
@@ -44,6 +45,7 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     if config.get("rope_parameters") and config.get("rope_scaling"):
         refuse_field("rope_scaling", config["rope_scaling"], "and rope_parameters too: remove one of them")
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    check_rope_kinds(rope)
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     if theta != int(theta):
         refuse_field("rope_theta", theta, "Megatron's rotary base is a whole number")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
 
 if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
+    import tokenizers
     from sentencepiece import SentencePieceProcessor
     from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +45,7 @@ def identity_of_folder(folder: Path) -> TokenizerIdentity:
     elif (folder / "tokenizer.model").is_file():
         identity = identity_of_sentencepiece(_sentencepiece(folder / "tokenizer.model"))
     elif (folder / "vocab.json").is_file():
-        identity = TokenizerIdentity("words", read_json(folder / "vocab.json"), {})
+        identity = TokenizerIdentity("words", _ids(folder / "vocab.json"), {})
     elif (folder / "vocab.txt").is_file():
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         identity = TokenizerIdentity("words", {token: index for index, token in enumerate(lines)}, {})
@@ -61,7 +63,8 @@ def identity_of_file(path: Path) -> TokenizerIdentity:
     import tokenizers
 
     content = read_json(path)
-    if not content.get("model", {}).get("vocab"):
+    model = content.get("model")
+    if not isinstance(model, dict) or not model.get("vocab"):
         raise ValueError(f"{path} has no model.vocab")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -71,9 +74,17 @@ def identity_of_file(path: Path) -> TokenizerIdentity:
         "tokenizers",
         backend.get_vocab(with_added_tokens=True),
         {token.content: index for index, token in backend.get_added_tokens_decoder().items()},
-        lambda text: backend.encode(text, add_special_tokens=False).ids,
+        lambda text: _encoded(backend, text, path),
         parts_of(content),
     )
+
+
+def _encoded(backend: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
+    """Return the ids of a text. ValueError if the file's parts do not fit together, which shows only now."""
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{path} cannot encode a text ({error}); copy it again") from error
 
 
 def identity_of_transformers(
@@ -107,8 +118,10 @@ def parts_of(content: Mapping[str, Any]) -> dict[str, str]:
     """Return the hash of each part of a tokenizer.json except the words."""
     model = content.get("model") or {}
     parts = {name: content.get(key) for name, key in _PARTS.items()}
+    merges = model.get("merges")
     parts["merges"] = [
-        pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or []
+        pair.split(" ") if isinstance(pair, str) else pair
+        for pair in (merges if isinstance(merges, list) else [])
     ]
     parts["model"] = {key: value for key, value in model.items() if key not in _OWN_PLACE}
     return {name: _hash(value) for name, value in parts.items()}
@@ -131,11 +144,28 @@ def _added_beside(folder: Path) -> dict[str, int]:
     """Return added tokens from the two files that may hold them beside the vocabulary."""
     added: dict[str, int] = {}
     if (folder / "tokenizer_config.json").is_file():
-        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        added |= {entry["content"]: int(index) for index, entry in decoder.items()}
+        decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        try:
+            added |= {str(entry["content"]): int(index) for index, entry in decoder.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'} has added_tokens_decoder: {shown(decoder)}, which must be an "
+                'object of ids, each with its "content"; fetch the file again'
+            ) from error
     if (folder / "added_tokens.json").is_file():
-        added |= read_json(folder / "added_tokens.json")
+        added |= _ids(folder / "added_tokens.json")
     return added
+
+
+def _ids(path: Path) -> dict[str, int]:
+    """Return a JSON object of ids by token. ValueError names the file if an id is no whole number."""
+    content = read_json(path)
+    for token, index in content.items():
+        if type(index) is not int or index < 0:
+            raise ValueError(
+                f"{path} has the id {shown(index)} for {shown(token)}, which must be a whole number"
+            )
+    return content
 
 
 def _with_added(identity: TokenizerIdentity, beside: Mapping[str, int]) -> TokenizerIdentity:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fdd.evaluate.report.facts import UNKNOWN, Facts
 from megatron_fdd.evaluate.report.runs import Run
+from megatron_fdd.host.field_kinds import OBJECT, Kind, object_of, optional, whole, wrong_field
 from megatron_fdd.host.json_file import read_json
 
 _INFO = ".prepared.json"  # also in `data.prepared`, which imports Megatron
@@ -17,6 +18,12 @@ _COUNTS = {
     "tokens": "tokens",
     "learned": "learned tokens",
     "truncated": "samples cut to the sequence length",
+}
+_COUNT = whole(0, 10**15)
+_KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(_COUNTS, optional(_COUNT)),
+    **dict.fromkeys(("lengths", "refused", "notes"), optional(object_of(_COUNT))),
+    "chat": optional(OBJECT),
 }
 
 
@@ -35,16 +42,17 @@ def data_facts(runs: Sequence[Run]) -> Facts:
 def _preparations(run: Run) -> dict[str, Mapping[str, Any]]:
     """Return the preparation of each set, by the set's prefix."""
     flags = [run.flags.get(name) or () for name in ("train_data_path", "data_path")]
+    flags = [[flag] if isinstance(flag, str) else flag for flag in flags]
     found: dict[str, Mapping[str, Any]] = {}
     for prefix in (str(word) for flag in flags for word in flag):  # the weights of a blend are among them
         path = Path(prefix + _INFO)
-        if not path.is_file():
-            continue
         try:
+            if not path.is_file():
+                continue
             preparation = read_json(path).get("preparation")
         except ValueError:
             continue  # training refuses such a file; a report continues without it
-        if isinstance(preparation, dict):
+        if isinstance(preparation, dict) and wrong_field(preparation, _KINDS) is None:
             found[prefix] = preparation
     return found
 

@@ -14,17 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_fdd.host.field_kinds import number, whole
+
 TOTAL = "total"
 # The key of a term at one layer pair.
 _OF_A_LAYER = r"\S+ s\d+:t\d+"
 VALIDATION = "valid "
 SHARE = "share "
 TOKENS_PER_SECOND = "tokens per second"
+# Sums of a million such numbers stay finite.
+NUMBER = number(-1e300, 1e300)
+_ITERATION = whole(0, 10**15)
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One number over training, finite values only.
+    """One number over training, without values that are not finite or no `NUMBER`.
 
     Attributes:
         iterations: int64 [points], ascending.
@@ -95,28 +100,29 @@ def read_metrics(path: Path) -> Metrics:
     malformed = None
     with path.open(encoding="utf-8", errors="replace") as file:
         lines = tqdm(file, desc=str(path), unit=" lines", leave=False, disable=None)
-        for number, line in enumerate(lines, start=1):
+        for place, line in enumerate(lines, start=1):
             if malformed is not None:
                 raise malformed
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                malformed = ValueError(f"{path}, line {number}: malformed JSON ({error.msg})")
+            except (ValueError, RecursionError) as error:  # also an integer with thousands of digits
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "too long or too deep"
+                malformed = ValueError(f"{path}, line {place}: malformed JSON ({reason})")
                 continue
-            if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            if not isinstance(record, dict) or not _ITERATION.fits(record.get("iteration")):
                 raise ValueError(
-                    f'{path}, line {number}: not an object with an "iteration": is it a metrics file?'
+                    f'{path}, line {place}: not an object with an "iteration": is it a metrics file?'
                 )
             if record["iteration"] < last:
                 raise ValueError(
-                    f"{path}, line {number}: iteration {record['iteration']} comes after {last}; "
+                    f"{path}, line {place}: iteration {record['iteration']} comes after {last}; "
                     "keep the lines of one run"
                 )
             last = record["iteration"]
             first = first if num_records else last
             num_records += 1
             for key, value in record.items():
-                if type(value) in (int, float) and math.isfinite(value):
+                if NUMBER.fits(value):
                     iterations, values = columns[key]
                     iterations.append(last)
                     values.append(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fdd.evaluate.named_path import split_name
+from megatron_fdd.evaluate.report.evaluation_file import read_evaluation
 from megatron_fdd.evaluate.report.metrics import Metrics, read_metrics
+from megatron_fdd.host.field_kinds import TEXT, Kind, either, list_of, optional, shown, whole, wrong_field
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
+# The arguments of a checkpoint that the report does more with than show them.
+_PATHS = optional(either(TEXT, list_of(TEXT)))
+_FLAGS: Mapping[str, Kind] = {
+    "train_iters": optional(whole(0, 10**15)),
+    "train_data_path": _PATHS,
+    "data_path": _PATHS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +120,6 @@ def _find_evaluation(name: str, folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Read a file that `fdd evaluate` wrote.
-
-    Raises:
-        ValueError: the file is not JSON, or another kind or version of file.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: malformed JSON ({error}); evaluate the model again") from error
-    if not isinstance(found, dict) or found.get("version") != 1:
-        raise ValueError(
-            f"{path} is not an evaluation of version 1: write it with this package's fdd evaluate"
-        )
-    return found
-
-
 def _read_flags(folder: Path) -> tuple[dict[str, Any], str | None]:
     """Return the arguments in the newest checkpoint of a `--save` folder, and what went wrong.
 
@@ -140,11 +131,17 @@ def _read_flags(folder: Path) -> tuple[dict[str, Any], str | None]:
         warnings.simplefilter("ignore")  # about kernels, which are not needed to read arguments
         # Importing Megatron takes seconds, and a report of metrics alone does not need it.
         from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+        from megatron_fdd.host.model_fields import check_stored_args
 
         try:
-            return vars(read_checkpoint_args(find_checkpoint(str(folder), "RUN"), "RUN")), None
+            path = find_checkpoint(str(folder), "RUN")
+            flags = vars(check_stored_args(read_checkpoint_args(path, "RUN"), f"RUN {path}"))
         except ValueError as error:
             return {}, str(error)
+    found = wrong_field(flags, _FLAGS)
+    if found is not None:
+        return {}, f"RUN {path}: stores {found[0]} = {shown(found[1])}, which must be {found[2]}"
+    return flags, None
 
 
 def _merge(run: Run, part: Run) -> Run:

@@ -14,9 +14,9 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from megatron_fdd.host.listing import listing
 from megatron_fdd.host.model import build_config
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.host.weight_names import listing
 from megatron_fdd.host.weights import load_weights
 from megatron_fdd.step.teacher.arguments import uses_delayed_scaling
 from megatron_fdd.step.teacher.scales import freeze_scales

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from megatron_fdd.host.weight_names import listing
+from megatron_fdd.host.listing import listing
 
 # Under this key TransformerEngine notes to which sets of scales, forward and backward, a module's scales belong; the
 # end of an FP8 context updates these sets. The value here names sets that do not exist.

@@ -1,0 +1,160 @@
+"""Values of the wrong kind are refused, with file, field, value and what is allowed, before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.families.decoder_shape import Experts
+from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.student import parse_layers
+from megatron_fdd.data.tokenizer_identity import identity_of_folder
+from megatron_fdd.host.field_kinds import shown
+from megatron_fdd.host.model_fields import ARCHITECTURE, check_like_flags, check_stored_args
+from tests.convert import toys
+from tests.hostile import configs
+
+CASES = [
+    (variant, field, value, allowed)
+    for variant, field, values, allowed in configs.FIELDS
+    for value in values
+    if not (field in ("head_dim", "num_key_value_heads", "n_inner") and value is None)
+]
+
+
+def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
+    return family_of(config).megatron_args(config)
+
+
+@pytest.mark.parametrize(("variant", "field", "value", "allowed"), CASES, ids=lambda each: shown(each)[:30])
+def test_a_field_of_the_wrong_kind(variant: str, field: str, value: Any, allowed: str) -> None:
+    started_s = time.process_time()
+    with pytest.raises(ValueError, match="config.json has") as refused:
+        arguments_of({**configs.config_of(variant), field: value})
+    assert str(refused.value).startswith(
+        f'config.json has "{field}": {shown(value)}, which must be {allowed}'
+    )
+    assert time.process_time() - started_s < 1
+
+
+@pytest.mark.parametrize(("variant", "changes", "message"), configs.TOGETHER)
+def test_fields_that_do_not_fit_together(variant: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arguments_of({**configs.config_of(variant), **changes})
+
+
+def test_the_largest_values_are_taken_at_once() -> None:
+    most = {"num_hidden_layers": 10_000, "hidden_size": 1_000_000, "num_attention_heads": 10_000}
+    config = configs.config_of("plain") | most | {"num_key_value_heads": 1, "vocab_size": 100_000_000}
+    started_s = time.process_time()
+    assert arguments_of(config)["num_layers"] == 10_000
+    assert len(family_of(config).rows(config)) > 60_000
+    assert time.process_time() - started_s < 5
+
+
+@pytest.mark.parametrize("variant", [*toys.VARIANTS, "gpt2"])
+def test_nothing_right_is_refused(variant: str) -> None:
+    """Neither a config, nor the arguments that are made of it."""
+    config = configs.config_of(variant)
+    args = arguments_of(config)
+    stored = argparse.Namespace(**{**family_of(config).fixed, **args})
+    assert check_stored_args(stored, "--load x") is stored
+    if "num_experts" in args:
+        assert Experts.of_args(stored).count == args["num_experts"]
+
+
+def test_megatrons_defaults_are_right() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    defaults = vars(parser.parse_args([]))
+    unset = {name for name in ("num_layers", "hidden_size", "num_attention_heads") if defaults[name] is None}
+    wrong = {
+        name: defaults[name]
+        for name in ARCHITECTURE.keys() & defaults
+        if not ARCHITECTURE[name].fits(defaults[name])
+    }
+    assert wrong.keys() <= unset, wrong
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), configs.ARGUMENTS, ids=lambda each: shown(each)[:30])
+def test_a_stored_argument_of_the_wrong_kind(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(ValueError, match="--teacher-load x") as refused:
+        check_stored_args(configs.stored_args(**{name: value}), "--teacher-load x")
+    assert str(refused.value).startswith(
+        f"--teacher-load x: stores {name} = {shown(value)}, which must be {allowed}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (5, "its arguments are 5, not those that Megatron stores"),
+        (argparse.Namespace(num_layers=2, hidden_size=8), "stores no num_attention_heads"),
+        (
+            configs.stored_args(num_experts=4, moe_router_topk=5),
+            "moe_router_topk = 5, .* at most .* experts, 4",
+        ),
+        (configs.stored_args(num_experts=10**5, num_layers=11), "1,000,000 in all 11 layers"),
+    ],
+)
+def test_arguments_that_describe_no_model(args: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"--load x: .*{message}"):
+        check_stored_args(args, "--load x")
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed"),
+    [("yes", "true or false"), (5, "true or false"), ({"a": 1}, "true or false"), (True, None), (None, None)],
+)
+def test_other_stored_arguments_are_like_their_flags(value: Any, allowed: str | None) -> None:
+    args = configs.stored_args(bf16=value, own={"a": 1}, data_path=["x"])
+    defaults = {"bf16": False, "data_path": None}
+    if allowed is None:
+        check_like_flags(args, defaults, "--load x")
+        return
+    with pytest.raises(ValueError, match=rf"^--load x: stores bf16 = .*, which must be {allowed}: "):
+        check_like_flags(args, defaults, "--load x")
+
+
+@pytest.mark.parametrize(("file", "message"), configs.SHARDS, ids=lambda each: shown(each)[:30])
+def test_an_index_that_names_no_file_of_its_folder(file: Any, message: str, tmp_path: Path) -> None:
+    toys.write_json(tmp_path / "config.json", configs.config_of("plain"))
+    (tmp_path / "model").mkdir()
+    index = configs.write_index(tmp_path, {"a": file})
+    with pytest.raises(
+        ValueError, match=re.escape(f"{index} names ") + ".*" + message.removeprefix("names ")
+    ):
+        _ = HfFolder(tmp_path).tensors
+
+
+def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
+    """The folders of a hub's cache are links to files elsewhere, named by their hashes."""
+    plain = toys.make_llama(tmp_path / "model", tokenizer=False)
+    before = {name: HfFolder(plain).read(name).clone() for name in HfFolder(plain).tensors}
+    configs.link_to_cache(plain, tmp_path / "cache")
+    assert (plain / "model.safetensors").is_symlink()
+    after = HfFolder(plain)
+    assert all(after.read(name).equal(value) for name, value in before.items())
+    assert len(before) > 10
+
+
+@pytest.mark.parametrize("name", configs.TOKENIZERS)
+def test_a_tokenizer_of_another_type(name: str, tmp_path: Path) -> None:
+    write, message = configs.TOKENIZERS[name]
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message) as refused:
+        identity_of_folder(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "0-100000000", "\u00b2", "1" * 5000, "0-", "-1", "1,,2"])
+def test_layers_of_a_student(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^--layers .*(is neither a layer|must lie within)"):
+        parse_layers(text, 30)

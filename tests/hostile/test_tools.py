@@ -1,0 +1,165 @@
+"""Damaged files and templates gone wrong end in one line, in a short time, in every tool that reads them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from megatron_fdd.cli.report import command as report_command
+from megatron_fdd.data import render_limits
+from megatron_fdd.data.chat import ChatSampler
+from megatron_fdd.data.chat_template import ChatSettings
+from megatron_fdd.data.refusals import Refusal
+from megatron_fdd.evaluate.answers import AnswersFile
+from megatron_fdd.evaluate.models import NamedModel, Placement, num_positions
+from megatron_fdd.evaluate.report import write_report
+from megatron_fdd.evaluate.report.runs import read_runs
+from megatron_fdd.step.metrics import MetricsFile, check_metrics_file
+from tests.convert import toys
+from tests.data.chat_templates import chat_template
+from tests.evaluate import report_files
+from tests.hostile import tools
+
+
+@pytest.mark.parametrize(("path", "value", "allowed"), tools.EVALUATIONS)
+def test_an_evaluation_with_a_part_of_another_type(
+    path: str, value: Any, allowed: str, tmp_path: Path
+) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps(tools.changed(path, value)))
+    with pytest.raises(ValueError, match=rf'evaluation\.json has "{path}": .*, which must be {allowed}'):
+        read_runs([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("content", "message"), tools.NO_EVALUATIONS, ids=range(len(tools.NO_EVALUATIONS)))
+def test_no_evaluation(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=rf"evaluation\.json .*{message}"):
+        read_runs([str(tmp_path)])
+
+
+@pytest.mark.parametrize(("line", "message"), tools.METRICS, ids=range(len(tools.METRICS)))
+def test_a_line_of_metrics_that_is_none(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"iteration": 1, "total": 1.0}}\n{line}\n{{"iteration": 3, "total": 1.0}}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, {message}"):
+        read_runs([str(path)])
+
+
+def test_numbers_of_metrics_that_are_none_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        f'{{"iteration": {n}, "total": 1.0, "kd": {value}}}' for n, value in enumerate(tools.LEFT_OUT, 1)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    [run] = read_runs([str(path)])
+    assert run.metrics is not None
+    assert run.metrics.curves.keys() == {"iteration", "total"}
+    assert run.metrics.last == len(tools.LEFT_OUT)
+
+
+@pytest.mark.tier("default")
+def test_a_report_of_extreme_numbers(tmp_path: Path) -> None:
+    values = [1e299, -1e299, 1e-300, 0.0, 5.0]
+    records = [report_files.record(10**15 - 9 + n, kd=value, total=-value) for n, value in enumerate(values)]
+    report_files.write(tmp_path / "run" / "metrics.jsonl", records)
+    report_files.write_evaluation(tmp_path / "run", mean=1e299, spread=1e-300)
+    assert write_report([str(tmp_path / "run")], tmp_path / "report").pictures
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def imports(name: str, *args: Any, **keywords: Any) -> Any:
+        if name == "megatron_fdd.evaluate.report":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *args, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", imports)
+    ended = CliRunner().invoke(report_command, [str(tmp_path), "--out", str(tmp_path / "report")])
+    assert ended.exit_code == 1
+    assert ended.stderr == "report: error: a report needs matplotlib: pip install 'megatron_fdd[evaluate]'\n"
+
+
+@pytest.mark.parametrize("line", tools.NO_RECORDS)
+def test_a_run_that_resumes_into_a_file_of_no_records(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"iteration": 1, "total": 1.0}}\n{line}\n{{"iteration": 3}}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"^--fdd-metrics-file .* something else than metrics \(line 2\)"):
+        check_metrics_file(str(path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("torn", ["", '{"itera', '{"iteration": 2, "tot', tools.DEEP])
+def test_a_run_that_resumes_after_a_torn_line(torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"iteration": 1, "total": 1.0}\n'
+    path.write_text(whole + (torn if torn != tools.DEEP else '{"iteration": 2, "kd": ' + torn))
+    check_metrics_file(str(path))
+    MetricsFile(str(path), 5)
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("content", tools.NO_ANSWERS, ids=range(len(tools.NO_ANSWERS)))
+def test_a_file_of_answers_that_holds_none(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text(content)
+    with pytest.raises(
+        ValueError, match=r"answers\.jsonl does not hold answers: delete it or give another --out"
+    ):
+        AnswersFile(path, {"seed": 10})
+
+
+def load_model(folder: Path) -> None:
+    num_positions(NamedModel("m", folder).config())
+    Placement("cpu", "float32").load(folder)
+
+
+@pytest.mark.parametrize("name", tools.MODELS)
+def test_a_model_that_cannot_be_evaluated(name: str, tmp_path: Path) -> None:
+    write, message = tools.MODELS[name]
+    write(tmp_path)
+    started_s = time.process_time()
+    with pytest.raises(ValueError, match=message) as refused:
+        load_model(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert time.process_time() - started_s < 10
+
+
+def test_pickled_weights_run_nothing(tmp_path: Path) -> None:
+    toys.write_json(tmp_path / "config.json", toys.llama_config())
+    tools.write_pickle(tmp_path, tmp_path / "sign")
+    with pytest.raises(ValueError, match="does not load as a model"):
+        Placement("cpu", "float32").load(tmp_path)
+    assert not (tmp_path / "sign").exists()
+
+
+def test_ids_beyond_the_embeddings(tmp_path: Path) -> None:
+    toys.write_json(tmp_path / "config.json", toys.llama_config())
+    model = NamedModel("m", tmp_path)
+    model.check_ids(98)
+    with pytest.raises(ValueError, match=r"the tokenizer gives the id 99, and the model has 99 embeddings"):
+        model.check_ids(99)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a limit may strike in a destructor
+@pytest.mark.parametrize("name", tools.TEMPLATES)
+def test_a_chat_template_gone_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_limits, "SECONDS", 0.3)
+    text, message = tools.TEMPLATES[name]
+    sampler = ChatSampler(chat_template(text), ChatSettings())
+    started_s = time.process_time()
+    for _ in range(10):
+        with pytest.raises(Refusal, match=rf"^x, line 1: .*{message}|earlier conversations") as refused:
+            sampler.samples(tools.QUESTION, "x, line 1", Counter())
+        assert "\n" not in str(refused.value)
+    assert time.process_time() - started_s < 10
