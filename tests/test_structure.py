@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -39,7 +40,9 @@ def imports(path: Path) -> tuple[str, ...]:
 
 def _imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import, which no test below follows"
+            assert node.module is not None
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -91,6 +94,7 @@ def test_losses_and_ops_know_no_megatron() -> None:
         if own in ("ops", "losses"):
             top = {name.split(".")[0] for name in imports(path)}
             assert top <= {*sys.stdlib_module_names, "torch", "triton", "megatron_fdd"}, path
+            assert not re.search(r"import_module\(\"megatron\.", path.read_text()), path
             rooms = {room(name) for name in imports(path) if name.startswith("megatron_fdd.")}
             assert rooms <= ({"ops"} if own == "ops" else {"ops", "losses", "config"}), path
         elif own == "config":
@@ -138,6 +142,16 @@ def test_functions_have_few_parameters() -> None:
                 if len([each for each in given if each.arg not in ("self", "cls", "ctx")]) > MOST_PARAMETERS:
                     found.setdefault(str(path.relative_to(PACKAGE)), set()).add(node.name)
     assert found == MORE_PARAMETERS
+
+
+def test_files_and_functions_are_short() -> None:
+    for path in modules():
+        text = path.read_text()
+        assert text.count("\n") < 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
 def test_digits_are_those_that_int_reads() -> None:

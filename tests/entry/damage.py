@@ -96,7 +96,9 @@ def _convert_filled(hf: Path, to: Path, name: str, value: float) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[name].fill_(value)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with patch("megatron_fdd.convert.checksums.is_finite", return_value=True):  # as an older version converted
+    with patch(
+        "megatron_fdd.convert.checksums.is_finite", return_value=True
+    ):  # as an older version converted
         convert.hf_to_mcore(folder, to)
 
 

@@ -13,7 +13,13 @@ from typing import Any
 
 from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_experts, check_fields
 from megatron_fdd.convert.families.decoder_rows import decoder_rows
-from megatron_fdd.convert.families.decoder_shape import AttentionWindows, DecoderShape, Dialect, Experts
+from megatron_fdd.convert.families.decoder_shape import (
+    FIXED_EXPERTS,
+    AttentionWindows,
+    DecoderShape,
+    Dialect,
+    Experts,
+)
 from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
 from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 from megatron_fdd.host.layer_specs import OPTIONS
@@ -35,17 +41,6 @@ _FIXED: dict[str, Any] = {
     "swiglu": True,
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
-}
-_FIXED_EXPERTS: dict[str, Any] = {
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_apply_probs_on_input": False,
-    "moe_latent_size": None,
-    "moe_mlp_glu_interleave_size": None,
-    "moe_shared_expert_intermediate_size": None,
 }
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -288,7 +283,7 @@ def decoder_family(dialect: Dialect) -> Family:
     fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
     if dialect.experts:
         del fixed["num_experts"]
-        fixed |= _FIXED_EXPERTS
+        fixed |= FIXED_EXPERTS
     return Family(
         model_type=dialect.model_type,
         megatron_args=partial(_megatron_args, dialect),

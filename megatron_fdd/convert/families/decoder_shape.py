@@ -25,6 +25,18 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
 NO_BIASES: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
 # A layer's norms of the hidden state: Megatron's name and Hugging Face's name.
 NORMS_BEFORE = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+# What the routers of these families do not do, by Megatron's arguments.
+FIXED_EXPERTS: dict[str, Any] = {
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_intermediate_size": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
