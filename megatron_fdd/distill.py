@@ -50,7 +50,7 @@ from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.damage import cause_of
-from megatron_fdd.host.disk import writing
+from megatron_fdd.host.disk import explain, writing
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.model import build_config, check_same_sizes
 from megatron_fdd.host.patches.adam import install_adam
@@ -178,7 +178,12 @@ class Distillation:
         """Compare the checkpoints' files with their checksums before any is loaded, as Megatron's pre-wrap hook."""
         run = self._run
         if run.checkpoints and not run.config.skip_checksums:
-            console.say(check_sums(run.checkpoints))
+            try:
+                console.say(check_sums(run.checkpoints))
+            except OSError as error:  # the same on every rank
+                raise ValueError(
+                    f"the checkpoint's files cannot be read: {explain(error)}; make them readable"
+                ) from error
         return chunks
 
     def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:

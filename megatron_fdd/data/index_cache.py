@@ -39,6 +39,8 @@ class _Kind:
     more: int = 0
 
 
+# The data sets whose files these are, by the class in the name; files of others may lie in the same folder.
+_CLASSES = ("TextDataset", "MockTextDataset", "GPTDataset", "MockGPTDataset", "BlendedDataset")
 # By the end of the name, as Megatron 0.19.2 writes them.
 _KINDS = {
     "document_index.npy": _Kind(("int32",)),
@@ -132,9 +134,12 @@ def _fault(path: Path) -> str | None:
     """Return what is wrong with a file of the cache; None if nothing is, or if it is not Megatron's."""
     start, _, end = path.name.rpartition("-")
     kind = _KINDS.get(end)
-    if kind is None:
+    if kind is None or not any(f"-{each}-" in path.name for each in _CLASSES):
         return None
-    array = _opened(path)
+    try:
+        array = _opened(path)
+    except OSError:  # another user's: if Megatron needs it, it says so
+        return None
     if array is None:
         return "is cut off, or holds no array"
     columns = () if kind.columns is None else (kind.columns,)
@@ -150,17 +155,15 @@ def _opened(path: Path) -> np.memmap | None:
     """Map an array; None if there is no file, or one whose length is not what its header says.
 
     Raises:
-        ValueError: the file cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         return array if path.stat().st_size == array.offset + array.nbytes else None
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ValueError(
-            f"the index cache cannot be read: {explain(error)}; give another folder with --data-cache-path"
-        ) from error
+    except OSError:
+        raise
     except Exception:  # whatever the bytes are
         return None
 
@@ -169,5 +172,10 @@ def _remove(path: Path, fault: str, *, is_needed: bool) -> None:
     told = f"the index cache {path} {fault}: a run was killed, or its disk was full, while it wrote this file"
     if is_needed:
         raise ValueError(f"{told}. Start once without --dataloader-fast-cache-load, which builds it again")
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{told}. It cannot be removed: {explain(error)}; give another --data-cache-path"
+        ) from error
     warnings.warn(f"{told}; removed, it is built again", stacklevel=3)
-    path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -21,14 +22,21 @@ def read_index(path: Path, flag: str) -> Metadata:
     index_path = path / ".metadata"
     if not index_path.is_file():
         raise ValueError(f"{flag} {path}: .metadata is missing; the save or the copy was interrupted")
+    status = index_path.stat()
     try:
-        with index_path.open("rb") as file:
-            index = load_index(file)
-        _check_index(index)
+        return _loaded(index_path, status.st_mtime_ns, status.st_size)
     except ForbiddenClassError as error:
         raise _forbidden(path, flag, ".metadata", error) from error
     except Exception as error:
         raise ValueError(f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged") from error
+
+
+@lru_cache(maxsize=4)
+def _loaded(index_path: Path, _mtime_ns: int, _num_bytes: int) -> Metadata:
+    """Load and check an index, once for all that a run asks of it: with experts it has 100,000 entries."""
+    with index_path.open("rb") as file:
+        index = load_index(file)
+    _check_index(index)
     return index
 
 

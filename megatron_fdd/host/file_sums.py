@@ -19,6 +19,8 @@ from megatron_fdd.host.together import together
 
 SUMS_FILE = "file_sums.json"
 _ALGORITHM = "xxh3_128"
+# Beside the `.distcp` files.
+_OTHER_FILES = frozenset({".metadata", "metadata.json", "common.pt"})
 SKIP_FLAG = "--fdd-skip-checksums"
 
 
@@ -27,7 +29,7 @@ def write_sums(folder: Path) -> None:
 
     A rank sums the files that it has written (`__RANK_0.distcp` ...), and the first rank the others.
 
-    Collectives: two all-gathers over all ranks, one of a few words per file.
+    Collectives: three all-gathers over all ranks, one of a few words per file.
 
     Raises:
         OSError, ValueError: a file cannot be read or written. The same on every rank.
@@ -35,19 +37,25 @@ def write_sums(folder: Path) -> None:
     own = {}
     with together():
         for path in sorted(folder.iterdir()):
-            if _writer_of(path.name) == dist.get_rank() and path.name != SUMS_FILE:
+            if _is_summed(path) and _writer_of(path.name) == dist.get_rank():
                 own[path.name] = {"bytes": path.stat().st_size, "sum": _sum_of(path)}
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
-    if dist.get_rank() == 0:
-        files = {name: entry for each in everyone for name, entry in sorted(each.items())}
-        unfinished = folder / f"{SUMS_FILE}.partial"
-        write_json(unfinished, {"algorithm": _ALGORITHM, "files": files})
-        unfinished.replace(folder / SUMS_FILE)
+    with together():
+        if dist.get_rank() == 0:
+            files = {name: entry for each in everyone for name, entry in sorted(each.items())}
+            unfinished = folder / f"{SUMS_FILE}.partial"
+            write_json(unfinished, {"algorithm": _ALGORITHM, "files": files})
+            unfinished.replace(folder / SUMS_FILE)
+
+
+def forget_sums(folder: Path) -> None:
+    """Remove the sums of a folder that is about to be written again: a kill in between must not leave wrong ones."""
+    (folder / SUMS_FILE).unlink(missing_ok=True)
 
 
 def check_sums(checkpoints: Mapping[str, Path]) -> str:
-    """Compare the files of checkpoints with the sums beside them, each rank its share of the bytes.
+    """Compare the files of checkpoints with the sums beside them, each rank its share of the files.
 
     A checkpoint without sums passes with a remark: this package did not save it, or was ended before it wrote them.
 
@@ -84,6 +92,11 @@ def check_sums(checkpoints: Mapping[str, Path]) -> str:
             "leaves that out)"
         )
     return "\n".join(remarks)
+
+
+def _is_summed(path: Path) -> bool:
+    """Whether a file is of the checkpoint: other programs may keep files and folders beside."""
+    return path.is_file() and (path.suffix == ".distcp" or path.name in _OTHER_FILES)
 
 
 def _sum_of(path: Path) -> str:

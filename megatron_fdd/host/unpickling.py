@@ -38,6 +38,7 @@ _INDEX_CLASSES = frozenset(
 )
 # torch reads these: the first overrules `weights_only=False`, the second overrules the default.
 _ONLY_WEIGHTS, _NOT_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_TRUE = ("1", "y", "yes", "true")
 # How torch's restricted unpickler (2.11) names a class that it refuses.
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 
@@ -72,7 +73,7 @@ def restrict_unpickling() -> None:
     """
     if _is_trusting:
         return
-    if os.environ.get(_NOT_ONLY_WEIGHTS):
+    if os.environ.get(_NOT_ONLY_WEIGHTS, "0") in _TRUE:
         raise ValueError(
             f"{_NOT_ONLY_WEIGHTS}={os.environ[_NOT_ONLY_WEIGHTS]}: lets checkpoints run code; unset it, or give "
             "--fdd-trust-checkpoint if you trust who made them"

@@ -45,13 +45,13 @@ _FROM_ONE = frozenset(
     num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage
     decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers recompute_num_layers
     log_interval eval_interval tensorboard_log_interval tensorboard_queue_size log_memory_interval
-    save_interval save_retain_interval save_params_interval non_persistent_save_interval
+    save_interval save_retain_interval save_params_interval
     save_activations_interval save_tokens_per_expert_interval save_wgrads_interval save_dgrads_interval
-    exit_interval exit_duration_in_mins train_sync_interval gpu_sniff_test_interval adlr_autoresume_interval
+    gpu_sniff_test_interval adlr_autoresume_interval
     check_weight_hash_across_dp_replicas_interval
     lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
     distributed_timeout_minutes distributed_timeout_seconds_after_init num_dataset_builder_threads dist_ckpt_workers
-    moe_layer_freq window_attn_skip_freq linear_attention_freq no_rope_freq
+    moe_layer_freq window_attn_skip_freq linear_attention_freq
     ddp_num_buckets ddp_bucket_size fp8_interval fp8_amax_history_len muon_num_ns_steps replication_factor
     """.split()
 )
@@ -77,6 +77,8 @@ _MOST = {
     "eval_iters": 10**7,
     "num_workers": 1_000,
     "weight_decay": 1_000,
+    "rotary_base": 10**15,
+    **dict.fromkeys(("train_samples", "lr_decay_samples", "lr_warmup_samples"), 10**13),
     "seed": 2**31 - 1,
 }
 _MOST_OF_ALL = 2**32

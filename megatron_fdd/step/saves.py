@@ -14,7 +14,7 @@ import torch
 from megatron.training import get_args
 
 from megatron_fdd.host.checkpoint import iteration_folder
-from megatron_fdd.host.file_sums import write_sums
+from megatron_fdd.host.file_sums import forget_sums, write_sums
 from megatron_fdd.host.saving import heard_failures
 from megatron_fdd.step.finite import check_weights_finite
 
@@ -46,11 +46,16 @@ class Saves:
         started_s = time.perf_counter()
         check_weights_finite(model, iteration)
         options = get_args()
-        is_kept = not keywords.get("non_persistent_ckpt", False)
-        self._folder = iteration_folder(options.save, iteration) if is_kept else None
-        with heard_failures(options.save, iteration):
+        if keywords.get("non_persistent_ckpt", False):  # in another folder, for the next start alone
+            self._folder = None
             self._save(iteration, model, *args, **keywords)
-            if self._folder is not None and not options.async_save:
+            return
+        self._folder = iteration_folder(options.save, iteration)
+        with heard_failures(options.save, iteration):
+            if torch.distributed.get_rank() == 0:
+                forget_sums(self._folder)
+            self._save(iteration, model, *args, **keywords)
+            if not options.async_save:
                 write_sums(self._folder)
         self._report(iteration, time.perf_counter() - started_s)
 

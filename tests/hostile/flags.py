@@ -46,8 +46,8 @@ FLAGS = {
     "--clip-grad nan": "--clip-grad nan: must be a finite number",
     "--clip-grad -1": "--clip-grad -1.0: must be at least 0",
     "--eval-iters -1": "--eval-iters -1: must be at least 0",
-    "--exit-duration-in-mins 0": "--exit-duration-in-mins 0: must be at least 1",
-    "--exit-interval -2": "--exit-interval -2: must be at least 1",
+    "--exit-duration-in-mins -1": "--exit-duration-in-mins -1: must be at least 0",
+    "--exit-interval -2": "--exit-interval -2: must be at least 0",
     "--rampup-batch-size 0 -8 100": "--rampup-batch-size -8: must be at least 0",
     # Memory that fills up.
     "--num-layers 100000000": "--num-layers 100000000: must be at most 10000",
