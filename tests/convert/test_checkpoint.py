@@ -10,6 +10,7 @@ import torch
 
 from megatron_fdd import convert
 from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.file_sums import SUMS_FILE
 from tests.convert import mcore, toys
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 
@@ -166,6 +167,7 @@ LOCAL_NORM, ENGINE_NORM = NORM.format("mlp.linear_fc1.layer_norm_"), NORM.format
 
 def _forget(checkpoint: Path, key: str) -> None:
     """Change the checkpoint as if it had been written without this tensor."""
+    (checkpoint / SUMS_FILE).unlink(missing_ok=True)
     path = checkpoint / ".metadata"
     index = pickle.loads(path.read_bytes())
     del index.state_dict_metadata[key]

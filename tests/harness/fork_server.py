@@ -52,7 +52,7 @@ FRESH = ("megatron.training", "megatron_fdd")
 READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MPL", "LD_")
 # Variables of torchrun and Megatron; those that importing torch sets; those that rehearsal.start() may set late.
 READ_LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCH_DIST", "CUDA_DEVICE_MAX_CONNECTIONS")
-READ_LATER += ("TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE")
+READ_LATER += ("TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
 # These start or change interpreters.
 OF_THE_INTERPRETER = ("pip", "venv", "ensurepip")
 
