@@ -19,7 +19,7 @@ from megatron_fdd.data.documents import JsonKeys, input_bytes, read_documents
 from megatron_fdd.data.encode import EMPTY_DOCUMENTS, Encoded, Encoder, EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import identify, load_tokenizer, text_tokenizer
 from megatron_fdd.data.parts import Done, Parts
-from megatron_fdd.data.prepared import SetKind, check_replaceable
+from megatron_fdd.data.prepared import SetKind, check_replaceable, written_files
 from megatron_fdd.data.show import page
 from megatron_fdd.data.summary import refusal_lines, summary_lines
 from megatron_fdd.data.tally import Tally
@@ -84,8 +84,12 @@ class PrepareSettings:
             )
         if not os.path.basename(self.output_prefix):
             raise ValueError(f"--output-prefix {self.output_prefix} is a folder; add a name for the files")
+        read = {os.path.realpath(path): path for path in self.inputs}
         for prefix in self.prefixes():
             check_replaceable(prefix)
+            for path in written_files(prefix):
+                if os.path.realpath(path) in read:
+                    raise ValueError(f"--output-prefix {prefix}: {path} is an input; give another prefix")
         if self.show:
             regular_file("--show", samples_page(self.output_prefix))
         there = [prefix for prefix in self.prefixes() if os.path.exists(prefix + ".idx")]

@@ -164,6 +164,11 @@ class SetWriter:
         self.truncated += info.truncated
 
 
+def written_files(prefix: str) -> list[str]:
+    """Return the files that a set of this prefix can have."""
+    return [prefix + end for end in _ENDS]
+
+
 def check_replaceable(prefix: str) -> None:
     """Refuse a prefix at which a set would take the place of a link, or of what is no regular file.
 

@@ -68,6 +68,18 @@ def test_jsonl_round_trip_with_sentencepiece(sp: TokenizerSettings, tmp_path: Pa
     assert summary.tally.notes[EMPTY_DOCUMENTS] == 1
 
 
+@pytest.mark.parametrize("name", ["text.bin", "text.idx", "linked.bin"])
+def test_an_input_is_never_the_output(name: str, hf: TokenizerSettings, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("the quick fox\n")
+    given = tmp_path / name
+    if name == "linked.bin":
+        (tmp_path / "text.txt").symlink_to(given)
+        given = tmp_path / "text.txt"
+    with pytest.raises(ValueError, match=rf"{name} is an input; give another prefix"):
+        run([given], tmp_path / name.partition(".")[0], EncodeSettings(hf, "text"))
+    assert given.read_text() == "the quick fox\n"
+
+
 def test_a_set_that_is_there_is_replaced_only_when_asked(hf: TokenizerSettings, tmp_path: Path) -> None:
     first, second = (
         write_jsonl(tmp_path / f"{seed}.jsonl", [{"text": sentences(1, seed)[0]}]) for seed in (1, 2)
