@@ -19,7 +19,7 @@ from tests.convert import toys
 from tests.convert.toy_gpt2 import make_gpt2
 from tests.transformer_engine import PYTHON
 
-pytestmark = pytest.mark.tier("default")
+pytestmark = pytest.mark.tier("all")
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = ("plain", "tied", "biases", "qwen2", "qwen3", "mistral_window", "bfloat16", "olmo2", "gemma3_text")

@@ -366,7 +366,7 @@ def test_the_tool_with_workers_writes_the_same_bytes(hf: TokenizerSettings, tmp_
     assert [len(documents_of(f"{prefix}_{part}")) for part in ("train", "valid")] == [1000, 500]
 
 
-@pytest.mark.tier("default")
+@pytest.mark.tier("all")
 def test_killed_in_the_middle_leaves_nothing_whole(hf: TokenizerSettings, tmp_path: Path) -> None:
     """The input is a pipe that never ends, so the tool is still writing when it is killed."""
     os.mkfifo(tmp_path / "a.jsonl")

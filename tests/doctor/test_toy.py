@@ -18,7 +18,7 @@ CURVE = Path(toy.__file__).parent / "curve.txt"
 RELATIVE = 0.5e-5
 
 
-@pytest.mark.tier("default")
+@pytest.mark.tier("all")
 def test_twenty_steps_on_a_cpu_are_the_committed_ones() -> None:
     rows = toy.steps("cpu")
     if os.environ.get("GOLDEN") == "write":

@@ -77,7 +77,7 @@ def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: 
     assert [line for line in lines if "megatron_fdd: error: " in line] == [said]
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.tier("all"))])
 def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_path: Path) -> None:
     """While the run works, no other run gets its folder."""
     places = ["--load", tmp_path, "--save", tmp_path, "--pretrained-checkpoint", toy.student]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from megatron_fdd.host.patches.table import PATCHES, REHEARSAL_PATCHES
 from tests.entry.conftest import Toys
 from tests.entry.megatron_names import replaced_in_a_run
@@ -34,6 +36,7 @@ def test_a_run_with_local_modules_replaces_what_the_tables_list(toy: Toys) -> No
 
 
 @needs_python
+@pytest.mark.tier("all")
 def test_a_run_with_transformer_engine_leaves_adam_alone(toy: Toys) -> None:
     during, after = replaced(toy, "--transformer-impl transformer_engine", TRANSFORMER_ENGINE)
     here = {

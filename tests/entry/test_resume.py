@@ -77,7 +77,9 @@ def shown_rates(ending: Ending) -> list[str]:
     return re.findall(r"^step .*\| lr (\S+) ", ending.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("is_distributed", [True, False], ids=["distributed", "plain"])
+@pytest.mark.parametrize(
+    "is_distributed", [pytest.param(True, marks=pytest.mark.tier("all")), False], ids=["distributed", "plain"]
+)
 def test_resumes_at_other_rates(is_distributed: bool, toy: Toys, tmp_path: Path) -> None:
     """The optimizer's state is the saved one; the rates are those that a flag names, from the next step on."""
 

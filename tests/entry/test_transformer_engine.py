@@ -108,7 +108,14 @@ def test_goes_on_where_the_other_modules_stopped(toy: Toys, local: Path, tmp_pat
     assert_near(back, local, 2e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in FP8 if name != "mxfp8"])  # a test below has mxfp8
+@pytest.mark.parametrize(
+    "name",  # a test below has mxfp8
+    [
+        pytest.param(name, marks=pytest.mark.tier("all") if name == "tensorwise" else ())
+        for name in FP8
+        if name != "mxfp8"
+    ],
+)
 def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = f"{TE} --bf16 {FP8[name]} {FULL} --fdd-tap-dtype fp8"
@@ -130,7 +137,7 @@ def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Pa
     assert tensor_hashes(whole / "converted") == tensor_hashes(stopped / "converted")
 
 
-@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("name", [pytest.param("tensorwise", marks=pytest.mark.tier("all")), "blockwise"])
 def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_path: Path) -> None:
     """A student's weights are copied into FP8 again. (Delayed scaling remembers the evaluation.)"""
     plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
@@ -220,6 +227,7 @@ EXPERTS = (
 )
 
 
+@pytest.mark.tier("all")
 def test_experts_in_mxfp8_resume_bit_for_bit(toy: Toys, tmp_path: Path) -> None:
     """The student starts from scratch, and its experts are multiplied together."""
     words = [word for word in toy.command(*SCRATCH) if word != "--use-checkpoint-args"]

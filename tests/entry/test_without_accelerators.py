@@ -22,7 +22,10 @@ ON_CPUS = (
 LOCAL = ["--transformer-impl", "local"]
 
 
-@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2 --sequence-parallel"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param("", marks=pytest.mark.tier("all")), "--tensor-model-parallel-size 2 --sequence-parallel"],
+)
 def test_local_modules_train_as_in_a_rehearsal(layout: str, toy: Toys, tmp_path: Path) -> None:
     """The run has every fusion that is on by default."""
     files = [tmp_path / name for name in ("plain.jsonl", "rehearsed.jsonl")]

@@ -308,7 +308,7 @@ def command(folder: Path, out: Path, *more: str, python: str) -> list[str]:
     return [python, str(TOOL), *model, *data, "--out", str(out), *sizes, *more]
 
 
-@pytest.mark.tier("default")
+@pytest.mark.tier("all")
 def test_the_tool_killed_and_started_again(folder: Path, tmp_path: Path) -> None:
     evaluate(request(folder, tmp_path / "whole"))
     file = tmp_path / "out/student/answers/data.seed10.jsonl"
