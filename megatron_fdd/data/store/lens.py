@@ -1,0 +1,129 @@
+"""The lens of a stored teacher: its final norm and its head, in one safetensors file beside the features.
+
+V vocabulary, T the teacher's width.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_fdd.host.disk import writing
+
+LENS_FILE = Path("lens", "lens.safetensors")
+NormKind = Literal["rms", "layer"]
+# The greatest error of logits that `lens` may have, relative to their largest: bf16 has 8 bits.
+LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNorm:
+    """A final norm, in float32.
+
+    Attributes:
+        kind: "rms" keeps the mean, "layer" takes it away.
+        weight_T: scale, as the norm multiplies with it: already shifted by 1 where the model stores it zero-centred.
+        bias_T: None where there is none.
+    """
+
+    kind: NormKind
+    weight_T: Tensor
+    bias_T: Tensor | None
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLens:
+    """What a teacher reads its last hidden state with: logits = head_VT norm(h).
+
+    Attributes:
+        head_VT: in the teacher's dtype; no padding rows.
+        error: how far the engine's own logits were from these, the largest difference over the largest logit.
+    """
+
+    norm: StoredNorm
+    head_VT: Tensor
+    error: float
+
+
+def write_stored_lens(store: Path, lens: StoredLens) -> None:
+    """Write a store's lens; a file that is there already stays: every producer of a store has the same one.
+
+    Raises:
+        ValueError: the disk cannot take the file, or a number is not finite.
+    """
+    path = store / LENS_FILE
+    if path.is_file():
+        return
+    tensors = {"head.weight": lens.head_VT, "norm.weight": lens.norm.weight_T.float()}
+    if lens.norm.bias_T is not None:
+        tensors["norm.bias"] = lens.norm.bias_T.float()
+    wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(f"the teacher's {wrong[0]} has numbers that are not finite: its weights are damaged")
+    header = {"kind": lens.norm.kind, "epsilon": repr(lens.norm.epsilon), "error": repr(lens.error)}
+    unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    with writing("--store", store):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def read_stored_norm(store: Path) -> StoredNorm:
+    """Read the final norm of a store's lens, on the CPU.
+
+    Raises:
+        ValueError: there is no lens, or it is damaged.
+    """
+    path = store / LENS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            kind, epsilon = header["kind"], float(header["epsilon"])
+            weight_T = file.get_tensor("norm.weight")
+            bias_T = file.get_tensor("norm.bias") if "norm.bias" in set(file.keys()) else None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damage(path, error) from error
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"{path}: a norm of the kind {kind!r}; this version knows rms and layer")
+    return StoredNorm(kind, weight_T, bias_T, epsilon)
+
+
+def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
+    """Read rows [first, first + rows) of a store's head, on the CPU; rows behind its last one are zeros.
+
+    Raises:
+        ValueError: there is no lens, or it is damaged.
+    """
+    path = store / LENS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            view = file.get_slice("head.weight")
+            num_rows, width = view.get_shape()
+            found = view[min(first, num_rows) : min(first + rows, num_rows)]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damage(path, error) from error
+    padding = found.new_zeros(rows - len(found), width)
+    return torch.cat([found, padding])
+
+
+def _damage(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: the teacher's lens cannot be read ({type(error).__name__}: {error}); run fdd teach again, which "
+        "writes it where it is missing"
+    )
+
+
+def relative_error(logits: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference of logits over the largest of the right ones."""
+    return float((logits.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-30))

@@ -1,0 +1,142 @@
+"""An open store, from which ranges of tokens are read; every byte that is given out was compared with its sum."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megatron_fdd.data.store.identity import StoreIdentity, read_identity
+from megatron_fdd.data.store.index import Index, Place, open_index, write_index
+from megatron_fdd.data.store.segment import REPAIR, SUM_TOKENS, Bytes, segment_path
+from megatron_fdd.data.store.unit import unit_key
+
+# How many segments a process holds open.
+_MOST_OPEN = 64
+
+
+class Store:
+    """A store on disk. A copy in a forked process opens files of its own.
+
+    Attributes:
+        path: the folder.
+        identity: what it holds.
+        index: where each unit lies.
+    """
+
+    def __init__(self, path: Path, identity: StoreIdentity, index: Index) -> None:
+        self.path, self.identity, self.index = path, identity, index
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._owner = os.getpid()
+
+    @classmethod
+    def open(cls, path: str | Path, flag: str, *, skip: Sequence[str] = ()) -> Store:
+        """Open the store in a folder.
+
+        Args:
+            flag: what named the folder, for messages.
+            skip: names of segments to leave out.
+
+        Raises:
+            ValueError: there is no store, or a segment is damaged, cut off or foreign.
+        """
+        identity = read_identity(path, flag)
+        index = open_index(Path(path), identity.digest, len(identity.blocks), skip=skip)
+        return cls(Path(path), identity, index)
+
+    def save_index(self) -> None:
+        """Write the index's cache, with which the store opens at once. ValueError if the disk cannot take it."""
+        write_index(self.path, self.identity.digest, self.index)
+
+    def read(self, ids: NDArray[np.int32], block_numbers: Sequence[int], first: int, last: int) -> Bytes:
+        """Read the packed hidden states of a unit's tokens [first, last): uint8 [blocks, last - first, P].
+
+        Args:
+            ids: the unit's ids, all of them; compared with those that are stored.
+            block_numbers: which blocks, by their place in `identity.blocks`.
+
+        Raises:
+            ValueError: the store lacks the unit, or what is read is not what was written.
+        """
+        place = self.index.find(unit_key(ids))
+        if place is None:
+            raise ValueError(
+                f"{self.path}: has no unit of the {len(ids)} tokens {_shown(ids)}; run fdd teach with this run's data "
+                "flags, which adds what is missing"
+            )
+        file = self._file(place.segment)
+        self._check_ids(file, place, ids)
+        # Whole blocks of sums: only these can be checked.
+        low, high = first // SUM_TOKENS * SUM_TOKENS, min(-(-last // SUM_TOKENS) * SUM_TOKENS, place.length)
+        sums = self._read_sums(file, place)
+        width = self.identity.token_bytes
+        states_at = int(self.index.layouts[place.segment, 2]) + place.start * len(sums) * width
+        found = np.empty((len(block_numbers), high - low, width), np.uint8)
+        for row, number in enumerate(block_numbers):
+            at = states_at + (number * place.length + low) * width
+            if os.preadv(file, [found[row].data], at) != found[row].nbytes:
+                raise self._damage(place, "is cut off")
+            self._check_sums(found[row], sums[number, low // SUM_TOKENS :], place)
+        return found[:, first - low : last - low]
+
+    def _check_ids(self, file: int, place: Place, ids: NDArray[np.int32]) -> None:
+        """Refuse a unit of other tokens."""
+        stored = os.pread(file, 4 * place.length, int(self.index.layouts[place.segment, 1]) + 4 * place.start)
+        if stored != ids.tobytes():
+            raise self._damage(place, f"has other tokens under the key of {_shown(ids)}")
+
+    def _read_sums(self, file: int, place: Place) -> NDArray[np.uint64]:
+        """Read the sums of a unit, [T, ceil(S / 64)]."""
+        shape = len(self.identity.blocks), -(-place.length // SUM_TOKENS)
+        at = int(self.index.layouts[place.segment, 3]) + 8 * place.sums
+        found = os.pread(file, 8 * shape[0] * shape[1], at)
+        if len(found) != 8 * shape[0] * shape[1]:
+            raise self._damage(place, "is cut off")
+        return np.frombuffer(found, "<u8").reshape(shape)
+
+    def _check_sums(self, states: Bytes, sums: NDArray[np.uint64], place: Place) -> None:
+        """Refuse bytes [S, P] that are not those that were written."""
+        for number, first in enumerate(range(0, len(states), SUM_TOKENS)):
+            if xxhash.xxh3_64_intdigest(states[first : first + SUM_TOKENS]) != int(sums[number]):
+                raise self._damage(place, "has other bytes than were written")
+
+    def _damage(self, place: Place, what: str) -> ValueError:
+        path = segment_path(self.path, self.index.names[place.segment])
+        return ValueError(f"{path}: {what}: the disk or the copy is damaged; {REPAIR}")
+
+    def _file(self, segment: int) -> int:
+        """Return the open file of a segment.
+
+        Raises:
+            ValueError: it is gone, or has another size.
+        """
+        if self._owner != os.getpid():
+            self._files, self._owner = OrderedDict(), os.getpid()
+        if segment in self._files:
+            self._files.move_to_end(segment)
+            return self._files[segment]
+        path = segment_path(self.path, self.index.names[segment])
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path}: is gone; was the store pruned while it was read? Run fdd teach again, which makes what is "
+                "missing"
+            ) from error
+        size, wanted = os.fstat(file).st_size, int(self.index.layouts[segment, 0])
+        if size != wanted:
+            os.close(file)
+            raise ValueError(f"{path}: has {size} bytes and had {wanted}; {REPAIR}")
+        self._files[segment] = file
+        if len(self._files) > _MOST_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+
+def _shown(ids: NDArray[np.int32]) -> str:
+    return f"{ids[:6].tolist()}{'...' if len(ids) > 6 else ''}"
