@@ -30,8 +30,8 @@ INDEX_FILE = "index.safetensors"
 # A unit: its key as two numbers, its segment, its tokens, the tokens of the segment before it, and the sums before it.
 _RECORD = np.dtype(
     [
-        ("high", ">u8"),
-        ("low", ">u8"),
+        ("high", "<u8"),
+        ("low", "<u8"),
         ("segment", "<u4"),
         ("length", "<u4"),
         ("start", "<u4"),
@@ -71,8 +71,8 @@ class Index:
         self.names = list(names)
         self.layouts = layouts
         self.records = records
-        # Numbers of the machine's own order, apart from the records: a look-up touches few pages.
-        self._high = records["high"].astype(np.uint64)
+        # Apart from the records, so that a look-up touches few pages.
+        self._high = np.ascontiguousarray(records["high"])
 
     def __len__(self) -> int:
         return len(self.records)

@@ -6,11 +6,13 @@ V vocabulary, T the teacher's width.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,6 +21,8 @@ from megatron_fdd.host.disk import writing
 
 LENS_FILE = Path("lens", "lens.safetensors")
 NormKind = Literal["rms", "layer"]
+# How many rows of the head one sum covers.
+_SUM_ROWS = 1024
 # The greatest error of logits that `lens` may have, relative to their largest: bf16 has 8 bits.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -68,12 +72,19 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
     wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if wrong:
         raise ValueError(f"the teacher's {wrong[0]} has numbers that are not finite: its weights are damaged")
-    header = {"kind": lens.norm.kind, "epsilon": repr(lens.norm.epsilon), "error": repr(lens.error)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {
+        "kind": lens.norm.kind,
+        "epsilon": repr(lens.norm.epsilon),
+        "error": repr(lens.error),
+        "norm.sum": _norm_sum(tensors),
+    }
+    tensors["head.sums"] = _sums(tensors["head.weight"])
     unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     with writing("--store", store):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, unfinished, header)
+            save_file(tensors, unfinished, header)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -90,8 +101,11 @@ def read_stored_norm(store: Path) -> StoredNorm:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             kind, epsilon = header["kind"], float(header["epsilon"])
-            weight_T = file.get_tensor("norm.weight")
-            bias_T = file.get_tensor("norm.bias") if "norm.bias" in set(file.keys()) else None
+            names = [name for name in file.keys() if name.startswith("norm.")]  # noqa: SIM118  # no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
+            if header["norm.sum"] != _norm_sum(tensors):
+                raise ValueError("it has other bytes than were written")
+            weight_T, bias_T = tensors["norm.weight"], tensors.get("norm.bias")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damage(path, error) from error
     if kind not in ("rms", "layer"):
@@ -106,15 +120,37 @@ def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
         ValueError: there is no lens, or it is damaged.
     """
     path = store / LENS_FILE
+    low = first // _SUM_ROWS * _SUM_ROWS
     try:
         with safe_open(path, framework="pt") as file:
-            view = file.get_slice("head.weight")
+            view, sums = file.get_slice("head.weight"), file.get_tensor("head.sums")
             num_rows, width = view.get_shape()
-            found = view[min(first, num_rows) : min(first + rows, num_rows)]
+            high = min(-(-(first + rows) // _SUM_ROWS) * _SUM_ROWS, num_rows)
+            # Whole blocks of sums: only these can be checked.
+            found = view[min(low, high) : high]
+        if not torch.equal(_sums(found), sums[low // _SUM_ROWS :][: -(-len(found) // _SUM_ROWS)]):
+            raise ValueError("it has other bytes than were written")
     except (SafetensorError, OSError, ValueError) as error:
         raise _damage(path, error) from error
-    padding = found.new_zeros(rows - len(found), width)
-    return torch.cat([found, padding])
+    wanted = found[first - low : first - low + rows]
+    return torch.cat([wanted, found.new_zeros(rows - len(wanted), width)])
+
+
+def _sums(head_VT: Tensor) -> Tensor:
+    """Return the sum of each 1,024 rows, XXH3 as int64."""
+    rows = head_VT.view(torch.uint8).numpy()
+    sums = [
+        xxhash.xxh3_64_intdigest(rows[first : first + _SUM_ROWS]) for first in range(0, len(rows), _SUM_ROWS)
+    ]
+    return torch.tensor([each - (1 << 63) for each in sums], dtype=torch.int64)
+
+
+def _norm_sum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sum of the norm's tensors."""
+    total = xxhash.xxh3_64()
+    for name in sorted(name for name in tensors if name.startswith("norm.")):
+        total.update(tensors[name].numpy())
+    return total.hexdigest()
 
 
 def _damage(path: Path, error: Exception) -> ValueError:
