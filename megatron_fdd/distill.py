@@ -49,6 +49,7 @@ from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.provider import train_valid_test_provider
+from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.disk import explain, writing
 from megatron_fdd.host.file_sums import check_sums
@@ -72,6 +73,7 @@ from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.schedule import installed
 from megatron_fdd.step.student import StudentForward
 from megatron_fdd.step.teacher.loading import build_teacher
+from megatron_fdd.step.teacher.stored import with_features
 from megatron_fdd.step.term_modules import add_term_modules
 
 
@@ -108,7 +110,7 @@ class Distillation:
         run = self._run
         log = console.keep_log(Path(run.args.save) / "logs" if run.args.save else Path("fdd-logs"))
         if is_first_rank():
-            console.say(describe_plan(run.plan, run.args, run.teacher))
+            console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_store))
             if log is not None:
                 console.say(
                     f"loading the models and the data; Megatron's own output: {log.with_name('rank*.log')}"
@@ -125,8 +127,13 @@ class Distillation:
             check_same_sizes(config, planned)
         config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
-        provider = parts.datasets or train_valid_test_provider
-        datasets: Any = partial(with_filler(provider) if run.args.full_validation else provider)
+        provider: Callable[..., Any] = parts.datasets or train_valid_test_provider
+        if run.args.full_validation:
+            provider = with_filler(provider)
+        if run.teacher_store is not None:
+            topology = partial(Topology.from_megatron, sequence_parallel=run.args.sequence_parallel)
+            provider = with_features(provider, run.teacher_store, run.plan, run.args, topology)
+        datasets: Any = partial(provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
@@ -189,10 +196,10 @@ class Distillation:
     def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
         """Join the terms' parameters to the student's chunks, as Megatron's pre-wrap hook."""
         run = self._run
-        if run.teacher is not None:
+        if run.teacher_size is not None:
             topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
             plans = run.plan.chunks_on(topology.stage)
-            widths = run.args.hidden_size, run.teacher.hidden_size
+            widths = run.args.hidden_size, run.teacher_size.hidden_size
             add_term_modules(chunks, plans, run.config, widths, run.fresh)
         return chunks
 
@@ -200,7 +207,7 @@ class Distillation:
         """Join the teacher to the student, which is built but not loaded, as Megatron's post-wrap hook."""
         run = self._run
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
-        teacher = None
+        teacher: GPTModel | Store | None = run.teacher_store
         if run.teacher is not None and run.teacher_checkpoint is not None:
             own_experts = topology.with_experts(run.teacher.expert_model_parallel_size)
             teacher = build_teacher(run.teacher, run.teacher_checkpoint, own_experts)
@@ -242,7 +249,7 @@ def main(parts: Parts = Parts()) -> int:
         run = prepare_run(checks_data=parts.datasets is None)
         if run.config.dry_run:
             if is_first_rank():
-                console.say(describe_plan(run.plan, run.args, run.teacher))
+                console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_store))
             return 0
         distillation = Distillation(run, parts)
         # With --exit-signal-handler, Megatron finishes the step and saves.

@@ -116,6 +116,12 @@ class FddConfig:
         "how the teacher's FP8 numbers are scaled; tensorwise is current scaling, mxfp8 is for Blackwell, delayed "
         "needs a checkpoint with scales, from a run with --fp8-recipe delayed",
     )
+    teacher_store: str | None = flag(
+        None,
+        "the teacher's features on disk, made by fdd teach from this run's data; they take the teacher's place, and "
+        "--teacher-load is left out",
+        metavar="DIR",
+    )
     teacher_lens: str | None = flag(
         None,
         "lens file through which the teacher's inner layers are read (default: its own final norm and head)",
@@ -243,6 +249,11 @@ class FddConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.teacher_store is not None and self.teacher_load is not None:
+            raise ValueError(
+                f"--teacher-load {self.teacher_load} and --fdd-teacher-store {self.teacher_store}: a run has one "
+                "teacher; leave one out"
+            )
         if self.teacher_lens is not None and self.lens_norm == "none":
             raise ValueError(
                 f"--teacher-lens {self.teacher_lens}: a lens file is made for the final norm; leave --fdd-lens-norm "

@@ -12,6 +12,8 @@ from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_fdd.data.store.taught import FEATURES
+
 # B micro-batch (1 when packed), S sequence (this context-parallel rank's part)
 
 
@@ -27,6 +29,8 @@ class Batch:
             forbidden, with `--reset-attention-mask`.
         packed: where documents begin, when attention stays inside each document
             (`--dataloader-inter-document-masking`); the whole micro-batch is then one row.
+        teacher_features: packed features of a stored teacher (`data/store/taught.py`), uint8 [B, K, R, P] of this
+            rank's R positions; when packed, [samples, K, sequence, P] of the whole row.
     """
 
     tokens_BS: Tensor
@@ -36,6 +40,7 @@ class Batch:
     token_mask_BS: Tensor
     attention_mask: Tensor | None = None
     packed: PackedSeqParams | None = None
+    teacher_features: Tensor | None = None
 
 
 # What a sample has, and so a batch.
@@ -102,6 +107,7 @@ def get_batch(
     none.
     """
     sample = dict(next(data_iterator))
+    features = sample.pop(FEATURES, None)  # this rank's own already
     boundaries = None
     if "cu_seqlens" in sample:
         sample["token_mask"] = sample["token_mask"].reshape(1, -1)
@@ -121,6 +127,7 @@ def get_batch(
         token_mask_BS=to_device(sample["token_mask"]),
         attention_mask=to_device(sample["attention_mask"]) if "attention_mask" in sample else None,
         packed=None if boundaries is None else _packed(to_device(boundaries[0]), boundaries[1]),
+        teacher_features=None if features is None else to_device(features),
     )
 
 

@@ -23,9 +23,11 @@ def check_student_tokenizer(context: Context) -> None:
 
 
 def check_teacher_tokenizer(context: Context) -> None:
-    """Refuse a teacher's checkpoint that was made with a tokenizer other than the run's."""
+    """Refuse a teacher that was made with a tokenizer other than the run's."""
     if context.stored_teacher is not None:
         check_checkpoint_tokenizer(Role.TEACHER, context.stored_teacher.folder, context.args)
+    if context.teacher_store is not None:
+        check_checkpoint_tokenizer(Role.TEACHER, str(context.teacher_store.path), context.args)
 
 
 def set_vocab_size(args: argparse.Namespace) -> None:
@@ -47,9 +49,9 @@ def check_vocabularies(context: Context) -> None:
             f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "
             "use the tokenizer that the student was made with"
         )
-    if context.stored_teacher is None:
+    if context.teacher_size is None:
         return
-    teacher_size = _stored_size(context.stored_teacher.args)
+    teacher_size = context.teacher_size.vocab_size
     if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
         raise ValueError(
             f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
@@ -70,18 +72,12 @@ def check_data_ids(context: Context) -> None:
     if args.mock_data or not context.checks_data:
         return
     holders = {Role.STUDENT.label: args.vocab_size}
-    if context.stored_teacher is not None:
-        holders[Role.TEACHER.label] = _stored_size(context.stored_teacher.args)
+    if context.teacher_size is not None:
+        holders[Role.TEACHER.label] = context.teacher_size.vocab_size
     check_token_ids(args, open_sets(args), holders)
 
 
 def common_vocab_size(context: Context) -> int:
     """Count the ids that tokenizer, student and teacher all have."""
     shared = min(get_tokenizer().vocab_size, context.args.vocab_size)
-    if context.stored_teacher is None:
-        return shared
-    return min(shared, _stored_size(context.stored_teacher.args))
-
-
-def _stored_size(stored: argparse.Namespace) -> int:
-    return getattr(stored, "vocab_size", None) or stored.padded_vocab_size
+    return shared if context.teacher_size is None else min(shared, context.teacher_size.vocab_size)

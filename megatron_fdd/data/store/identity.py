@@ -27,7 +27,8 @@ class StoreIdentity:
     Attributes:
         engine: what ran the teacher: "megatron" or "transformers".
         teacher: its name, for people; a moved folder is the same teacher, so that it is not compared.
-        weights: hash of the teacher's weights, or of what stands for them.
+        weights: hash of all weights that are vectors, which stands for all.
+        final_norm: SHA-256 of the final norm's weight in float32, as a lens file has it.
         architecture: hash of the teacher's configuration.
         num_layers, hidden_size: of the teacher.
         vocab_size: rows of its head, without padding.
@@ -40,6 +41,7 @@ class StoreIdentity:
     engine: str
     teacher: str
     weights: str
+    final_norm: str
     architecture: str
     num_layers: int
     hidden_size: int

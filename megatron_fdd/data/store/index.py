@@ -156,7 +156,7 @@ def write_index(store: Path, digest: str, index: Index) -> None:
         ValueError: the disk cannot take the file.
     """
     names = np.frombuffer(b"".join(bytes.fromhex(name) for name in index.names), np.uint8)
-    tensors = {
+    tensors: dict[str, NDArray[Any]] = {
         "names": names.reshape(-1, KEY_BYTES),
         "layouts": np.ascontiguousarray(index.layouts),
         "records": np.frombuffer(index.records.tobytes(), np.uint8),

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -99,7 +100,7 @@ class SegmentWriter:
         if not self._units:
             return
         keys = np.frombuffer(b"".join(unit_key(ids) for ids, _ in self._units), np.uint8)
-        tensors = {
+        tensors: dict[str, NDArray[Any]] = {
             "keys": keys.reshape(-1, KEY_BYTES),
             "lengths": np.array([len(ids) for ids, _ in self._units], np.int64),
             "ids": np.concatenate([ids for ids, _ in self._units]),
