@@ -68,7 +68,7 @@ def connect(
         if teacher is None or ahead is not None:
             return ahead
         layers = [pair.teacher_layer for pair in plan.pairs]
-        return BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
+        return BesideTeacher(teacher, layers, form=plan.config.tap_dtype)
 
     check = None
     if teacher_lens is not None:

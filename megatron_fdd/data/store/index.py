@@ -102,10 +102,9 @@ class Index:
         inside = first < len(self)
         hits = self.records[first[inside]]
         found[inside] = (hits["high"] == wanted[inside, 0]) & (hits["low"] == wanted[inside, 1])
-        for miss in np.flatnonzero(
-            inside & ~found
-        ):  # two keys with the same first half: once in 10**19 pairs
-            found[miss] = self.find(bytes(keys[miss])) is not None
+        # Two keys with the same first half: once in 10**19 pairs.
+        for miss in np.flatnonzero(inside & ~found).tolist():
+            found[miss] = self.find(keys[miss]) is not None
         return found
 
 

@@ -43,6 +43,7 @@ class StoredTeacher:
         self._taps = {pair: self._rows[plan.pairs[pair].teacher_block] for pair in chunk.teacher_pairs}
         self._last = self._rows[store.identity.num_layers] if chunk.is_last else None
         self._lens = lens
+        self._width = store.identity.hidden_size
         self._dtype = _DTYPES[store.identity.ran["dtype"]]
         self._format = TapFormat(self._dtype, store.identity.form)
         self._topology = topology
@@ -70,7 +71,7 @@ class StoredTeacher:
             rows = packed_BRP.flatten(0, 1).unsqueeze(1)
             if self._topology.sequence_parallel:
                 rows = rows.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
-        return self._format.unpack(rows.contiguous().view(self._format.packed_dtype))
+        return self._format.unpack(rows.contiguous().view(self._format.packed_dtype), self._width)
 
 
 def read_blocks(plan: Plan, chunk: ChunkPlan, store: Store) -> tuple[int, ...]:
