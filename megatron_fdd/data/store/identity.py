@@ -16,7 +16,7 @@ from megatron_fdd.host.json_file import read_json, read_record, write_json
 
 STORE_FILE = "store.json"
 FORMAT, VERSION = "fdd-features", 1
-Form = Literal["float32", "bf16", "fp8", "int8"]
+TapForm = Literal["float32", "bf16", "fp8", "int8"]
 _MAKE_NEW = "give another folder, or make this store with this version's fdd teach"
 
 
@@ -47,7 +47,7 @@ class StoreIdentity:
     hidden_size: int
     vocab_size: int
     blocks: list[int]
-    form: Form
+    form: TapForm
     token_bytes: int
     ran: dict[str, str]
 

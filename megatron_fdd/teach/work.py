@@ -1,0 +1,40 @@
+"""The work of a producer: units that the store lacks, its part of them, in batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_fdd.data.store.coverage import Source, Unit, read_ids
+from megatron_fdd.data.store.unit import unit_key
+
+
+def part_of(units: Sequence[Unit], sources: Sequence[Source], part: tuple[int, int]) -> list[Unit]:
+    """Return the units of one producer's part.
+
+    A unit is of the part that its key says, so that producers that began at different times share the work alike.
+
+    Args:
+        part: number of this producer's part, and of all parts.
+    """
+    number, count = part
+    if count == 1:
+        return list(units)
+    return [
+        unit for unit in units if int.from_bytes(unit_key(read_ids(sources, unit)), "big") % count == number
+    ]
+
+
+def batches(units: Sequence[Unit], most_tokens: int) -> list[list[Unit]]:
+    """Order units by length, else as they are, and cut them into batches.
+
+    Args:
+        most_tokens: of a batch with its padding; a longer unit is a batch of its own.
+    """
+    ordered = sorted(units, key=lambda unit: unit.last - unit.first)
+    cut: list[list[Unit]] = []
+    for unit in ordered:
+        if cut and (len(cut[-1]) + 1) * (unit.last - unit.first) <= most_tokens:
+            cut[-1].append(unit)
+        else:
+            cut.append([unit])
+    return cut
