@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,14 @@ class Batch:
 _ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
 
 
-def checked_batches(data_iterator: Any, vocab_size: int, iteration: int) -> Any:
+@dataclass(slots=True)
+class Wait:
+    """The time that a step has waited for its batches, in seconds."""
+
+    seconds: float = 0.0
+
+
+def checked_batches(data_iterator: Any, vocab_size: int, iteration: int, wait: Wait) -> Any:
     """Return an iterator over the same batches that refuses ids which tokenizer, teacher and student do not share.
 
     A prepared set is checked as a whole before training; this is for data that nothing describes. The host looks:
@@ -57,17 +65,21 @@ def checked_batches(data_iterator: Any, vocab_size: int, iteration: int) -> Any:
         data_iterator: Megatron's; a list of them with virtual stages.
         vocab_size: number of ids that all have.
         iteration: number of steps that are done.
+        wait: gets the time that each batch takes to arrive.
     """
     if isinstance(data_iterator, list):
-        return [checked_batches(each, vocab_size, iteration) for each in data_iterator]
-    return _CheckedBatches(data_iterator, vocab_size, iteration)
+        return [checked_batches(each, vocab_size, iteration, wait) for each in data_iterator]
+    return _CheckedBatches(data_iterator, vocab_size, iteration, wait)
 
 
 class _CheckedBatches:
     """An iterator without `__iter__`, as Megatron's own are."""
 
-    def __init__(self, batches: Iterator[Mapping[str, Tensor]], vocab_size: int, iteration: int) -> None:
+    def __init__(
+        self, batches: Iterator[Mapping[str, Tensor]], vocab_size: int, iteration: int, wait: Wait
+    ) -> None:
         self._batches, self._vocab_size, self._iteration = batches, vocab_size, iteration
+        self._wait = wait
 
     def __next__(self) -> Mapping[str, Tensor]:
         """Return the next batch.
@@ -75,7 +87,9 @@ class _CheckedBatches:
         Raises:
             ValueError: an entry is missing, or an id is unknown; on the ranks that read this batch.
         """
+        started_s = time.perf_counter()
         batch = next(self._batches)
+        self._wait.seconds += time.perf_counter() - started_s
         missing = [name for name in _ENTRIES if name not in batch]
         if missing:
             raise ValueError(

@@ -138,6 +138,7 @@ RESERVED = {
     "tokens",
     "grad_norm",
     "seconds",
+    "data_seconds",
 }
 TERMS: list[Term] = [CrossEntropy(), LogitKD(), Trajectory(), Delta()]
 """Every kind, in the order in which logs and files have them."""

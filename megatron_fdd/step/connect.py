@@ -64,7 +64,7 @@ def connect(
 
     def features(chunk: ChunkPlan) -> Teacher | None:
         if isinstance(teacher, Store):
-            return StoredTeacher(teacher, plan, chunk, teacher_lens, topology)
+            return StoredTeacher(teacher, plan, chunk, topology)
         if teacher is None or ahead is not None:
             return ahead
         layers = [pair.teacher_layer for pair in plan.pairs]

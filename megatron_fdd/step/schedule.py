@@ -17,7 +17,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_fdd.data.batch import checked_batches
+from megatron_fdd.data.batch import Wait, checked_batches
 from megatron_fdd.host.patches.table import replaced
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
@@ -63,7 +63,7 @@ class StepHooks:
         self._means: dict[str, Tensor] = {}
         self._label_tokens: Tensor | None = None
         self._validation = Validation(step.objective, topology)
-        self._started_s = 0.0
+        self._started_s, self._wait = 0.0, Wait()
         # Since the last line of `_progress`.
         self._seconds = 0.0
         self._tokens: Tensor | None = None
@@ -99,7 +99,10 @@ class StepHooks:
         """
         self._started_s = time.perf_counter()
         iteration = self._iteration()
-        keywords["data_iterator"] = checked_batches(keywords["data_iterator"], self._vocab_size, iteration)
+        self._wait = Wait()
+        keywords["data_iterator"] = checked_batches(
+            keywords["data_iterator"], self._vocab_size, iteration, self._wait
+        )
         ratio = 1.0
         if self._pipeline is not None or self._step.objective.config.tokens == "all":
             # The work before the first gradient needs all of the step's batches.
@@ -156,6 +159,7 @@ class StepHooks:
         grad_norm = values["grad_norm"]
         record["grad_norm"] = None if grad_norm is None else float(grad_norm)
         record["seconds"] = round(time.perf_counter() - self._started_s, 4)
+        record["data_seconds"] = round(self._wait.seconds, 4)
         self._metrics_file.write(iteration, record)
 
     def log_evaluation(self, bound: inspect.BoundArguments) -> None:

@@ -137,7 +137,7 @@ def _work(request: TeachRequest, sources: Sequence[Source]) -> list[Unit]:
             total = sum(source.num_samples for source in sources)
             with tqdm(total=total, unit="sample", desc="units", disable=None) as bar:
                 found = find_missing(sources, store.index, on_sample=bar.update)
-            work[0] = part_of(found.missing, sources, request.part)
+            work[0] = part_of(found.missing, request.part)
             _say_work(request, store, found, work[0])
     dist.broadcast_object_list(work, src=0)
     return work[0]

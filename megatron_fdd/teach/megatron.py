@@ -64,7 +64,7 @@ def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm) -> StoreIde
     precision = f"{args.fp8} {args.fp8_recipe}" if args.fp8 else "no"
     return StoreIdentity(
         engine="megatron",
-        teacher=str(path),
+        teacher=str(run.config.teacher_load),
         weights=norms_digest(path, "--teacher"),
         final_norm=TeacherIdentity.read(path, args).final_norm,
         architecture=hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),

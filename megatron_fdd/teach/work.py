@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from megatron_fdd.data.store.coverage import Source, Unit, read_ids
-from megatron_fdd.data.store.unit import unit_key
+from megatron_fdd.data.store.coverage import Unit
 
 
-def part_of(units: Sequence[Unit], sources: Sequence[Source], part: tuple[int, int]) -> list[Unit]:
+def part_of(missing: Mapping[bytes, Unit], part: tuple[int, int]) -> list[Unit]:
     """Return the units of one producer's part.
 
     A unit is of the part that its key says, so that producers that began at different times share the work alike.
@@ -17,11 +16,7 @@ def part_of(units: Sequence[Unit], sources: Sequence[Source], part: tuple[int, i
         part: number of this producer's part, and of all parts.
     """
     number, count = part
-    if count == 1:
-        return list(units)
-    return [
-        unit for unit in units if int.from_bytes(unit_key(read_ids(sources, unit)), "big") % count == number
-    ]
+    return [unit for key, unit in missing.items() if int.from_bytes(key, "big") % count == number]
 
 
 def batches(units: Sequence[Unit], most_tokens: int) -> list[list[Unit]]:

@@ -106,6 +106,10 @@ def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
     return results
 
 
+# What a metrics file measures with a clock.
+TIMES = ("seconds", "data_seconds")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return every record of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -113,4 +117,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def without_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the part of the records that must not depend on interruptions."""
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.training import training
 from numpy.typing import NDArray
 
@@ -35,12 +37,12 @@ class Coverage:
     """What was found among the samples that were looked at.
 
     Attributes:
-        missing: units that the store lacks, each once, in the order of the data.
+        missing: units that the store lacks by their keys, in the order of the data.
         num_units, num_tokens: different units, and their tokens.
         num_read, tokens_read: units and tokens as often as the run reads them.
     """
 
-    missing: list[Unit]
+    missing: dict[bytes, Unit]
     num_units: int = 0
     num_tokens: int = 0
     num_read: int = 0
@@ -49,7 +51,7 @@ class Coverage:
     @property
     def missing_tokens(self) -> int:
         """Tokens of the units that the store lacks."""
-        return sum(unit.last - unit.first for unit in self.missing)
+        return sum(unit.last - unit.first for unit in self.missing.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +95,12 @@ def find_missing(
     """
     seen: set[bytes] = set()
     waiting: list[tuple[bytes, Unit]] = []
-    found = Coverage([])
+    found = Coverage({})
 
     def look_up() -> None:
         if waiting:
             has = index.has([key for key, _ in waiting])
-            found.missing += [unit for (_, unit), is_there in zip(waiting, has, strict=True) if not is_there]
+            found.missing |= {key: unit for (key, unit), there in zip(waiting, has, strict=True) if not there}
             waiting.clear()
 
     for number, source in enumerate(sources):
@@ -115,6 +117,21 @@ def find_missing(
             on_sample()
     look_up()
     return found
+
+
+def whereabouts(source: Source, unit: Unit) -> str:
+    """Say where a unit's sample comes from: the set, and the document in which the sample begins."""
+    dataset, sample = source.dataset, unit.sample
+    if isinstance(dataset, BlendedDataset):
+        number, sample = int(dataset.dataset_index[sample]), int(dataset.dataset_sample_index[sample])
+        dataset = dataset.datasets[number]
+    place = f"{source.name} sample {unit.sample}, tokens {unit.first} to {unit.last - 1}"
+    low = getattr(dataset, "dataset", None)
+    path = getattr(getattr(low, "ids", low), "path_prefix", None)
+    if isinstance(dataset, GPTDataset) and path is not None:
+        row = dataset.sample_index[int(dataset.shuffle_index[sample])]
+        return f"{place} (begins in document {int(dataset.document_index[int(row[0])])} of {path})"
+    return place if path is None else f"{place} (of {path})"
 
 
 def read_ids(sources: Sequence[Source], unit: Unit) -> Ids:

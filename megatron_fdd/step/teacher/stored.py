@@ -6,18 +6,30 @@ vocabulary, R positions of a sample, P bytes a packed hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_fdd.data.batch import Batch
+from megatron_fdd.data.store.coverage import (
+    Coverage,
+    Source,
+    find_missing,
+    read_ids,
+    sources_of,
+    whereabouts,
+)
 from megatron_fdd.data.store.lens import read_stored_head, read_stored_norm
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FeatureReader, TaughtDataset, rank_ranges
+from megatron_fdd.host import console
+from megatron_fdd.host.together import together
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
@@ -32,17 +44,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class StoredTeacher:
     """The features of one chunk's micro-batches, unpacked on the device as they are used.
 
-    Args:
-        lens: the teacher's, on the stage with the student's head; others do not need its final hidden states.
+    The final hidden states are stored before the final norm too, which is applied here.
     """
 
-    def __init__(
-        self, store: Store, plan: Plan, chunk: ChunkPlan, lens: TeacherLens | None, topology: Topology
-    ) -> None:
+    def __init__(self, store: Store, plan: Plan, chunk: ChunkPlan, topology: Topology) -> None:
         self._rows = {block: row for row, block in enumerate(read_blocks(plan, chunk, store))}
         self._taps = {pair: self._rows[plan.pairs[pair].teacher_block] for pair in chunk.teacher_pairs}
         self._last = self._rows[store.identity.num_layers] if chunk.is_last else None
-        self._lens = lens
+        self._norm = read_norm(store) if chunk.is_last else None
         self._width = store.identity.hidden_size
         self._dtype = _DTYPES[store.identity.ran["dtype"]]
         self._format = TapFormat(self._dtype, store.identity.form)
@@ -55,10 +64,8 @@ class StoredTeacher:
         assert batch.teacher_features is not None, "StepHooks gave every chunk a batch with features"
         packed = batch.teacher_features
         final_SBT = None
-        if self._last is not None:
-            assert self._lens is not None
-            hidden_SBT = self._unpack(packed[:, self._last], batch)
-            final_SBT = self._lens.bare.normed(hidden_SBT).to(self._dtype)
+        if self._last is not None and self._norm is not None:
+            final_SBT = self._norm(self._unpack(packed[:, self._last], batch)).to(self._dtype)
         return TeacherFeatures(
             final_SBT, {pair: self._unpack(packed[:, row], batch) for pair, row in self._taps.items()}
         )
@@ -80,6 +87,13 @@ def read_blocks(plan: Plan, chunk: ChunkPlan, store: Store) -> tuple[int, ...]:
     return tuple(sorted(blocks | ({store.identity.num_layers} if chunk.is_last else set())))
 
 
+def read_norm(store: Store) -> FinalNorm:
+    """Read the teacher's final norm to this rank's device. ValueError if the store's lens is damaged."""
+    device, norm = torch.cuda.current_device(), read_stored_norm(store.path)
+    bias_T = None if norm.bias_T is None else norm.bias_T.to(device)
+    return FinalNorm(norm.weight_T.to(device), bias_T, norm.epsilon, norm.kind)
+
+
 def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLens | None:
     """Read the teacher's lens on the stages that tap or hold the head; None on others.
 
@@ -90,12 +104,10 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
     """
     if not (topology.is_last_stage or topology.stage in plan.tapping_stages):
         return None
-    device = torch.cuda.current_device()
-    norm, rows = read_stored_norm(store.path), plan.padded_vocab_size // topology.tensor_size
-    bias_T = None if norm.bias_T is None else norm.bias_T.to(device)
-    final = FinalNorm(norm.weight_T.to(device), bias_T, norm.epsilon, norm.kind)
-    head_WT = read_stored_head(store.path, topology.tensor_rank * rows, rows).to(device)
-    bare = Lens(head_WT, final if plan.config.lens_norm == "final" else None)
+    rows = plan.padded_vocab_size // topology.tensor_size
+    head_WT = read_stored_head(store.path, topology.tensor_rank * rows, rows)
+    norm = read_norm(store) if plan.config.lens_norm == "final" else None
+    bare = Lens(head_WT.to(torch.cuda.current_device()), norm)
     blocks = plan.teacher_blocks(topology.stage)
     if plan.config.teacher_lens is None or not blocks:
         return TeacherLens(bare)
@@ -120,12 +132,48 @@ def with_features(
         teach = (
             partial(_taught, reader=FeatureReader(store, blocks, _ranges(args, place))) if blocks else None
         )
-        found = provider(num_samples, vp_stage=vp_stage)
+        found = list(provider(num_samples, vp_stage=vp_stage))
+        if not vp_stage:  # the chunks of a stage read the same data
+            check_coverage(sources_of(found, args), store)
         if teach is None:
-            return list(found)
+            return found
         return [[teach(e) for e in each] if isinstance(each, list) else teach(each) for each in found]
 
     return provide
+
+
+def check_coverage(sources: Sequence[Source], store: Store) -> None:
+    """Refuse a store that lacks a unit of this run's data; every unit is looked up, the samples dealt over all ranks.
+
+    Collectives: two all-gathers over all ranks, one of the keys of missing units.
+
+    Raises:
+        ValueError: says how many are missing, where the first is, and what adds them. The same on every rank.
+    """
+    started_s = time.perf_counter()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with together():
+        found = find_missing(sources, store.index, deal=(rank, world))
+    everyone: list[Coverage] = [found] * world
+    dist.all_gather_object(everyone, found)
+    missing = {key: unit for each in everyone for key, unit in each.missing.items()}
+    num_read = sum(each.num_read for each in everyone)
+    if missing:
+        first = min(missing.values(), key=lambda unit: (unit.dataset, unit.sample, unit.first))
+        source = sources[first.dataset]
+        ids = read_ids(sources, first)
+        raise ValueError(
+            f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, "
+            f"{sum(unit.last - unit.first for unit in missing.values())} tokens; the first: "
+            f"{whereabouts(source, first)}, ids {ids[:6].tolist()}. Add them with fdd teach --engine "
+            f"{store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this run's data "
+            "flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
+        )
+    if rank == 0:
+        seconds = time.perf_counter() - started_s
+        console.say(
+            f"all {num_read} units of this run's data are in {store.path} (looked up in {seconds:.1f} s)"
+        )
 
 
 def _taught(dataset: Dataset[Any] | None, *, reader: FeatureReader) -> Dataset[Any] | None:
