@@ -197,7 +197,7 @@ def read_layout(path: Path, digest: str) -> Layout:
     return Layout(size, **places)
 
 
-REPAIR = "run fdd store check, which removes what is damaged, and then fdd teach again, which makes it anew"
+REPAIR = "fdd store check --remove-damaged removes it, and fdd teach makes it anew"
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,58 @@
+"""`fdd teach`: a teacher's features, computed once and stored."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from megatron_fdd.cli.train import launch, run_here
+
+ENTRY_POINT = "megatron_fdd.teach"
+EXAMPLES = """\b
+examples:
+  fdd teach --engine megatron --teacher teacher --store features \\
+      --data-path data/train --seq-length 2048 --train-iters 1000 --global-batch-size 64 ...
+      (one process; then: fdd train ... --fdd-teacher-store features, without --teacher-load)
+  fdd teach --nproc-per-node 8 -- --engine megatron --teacher teacher --store features \\
+      --tensor-model-parallel-size 8 --data-path data/train ...
+      (torchrun's flags before --; the teacher's own layout, whatever the student's)
+  fdd teach ... --part 3/16
+      (one of 16 producers that share the work; killed? the same command goes on)"""
+
+
+class _Split(click.Command):
+    """A command whose function gets torchrun's flags, which stand before `--`, and its own words."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else 0
+        own = args if "--" not in args else args[cut + 1 :]
+        if "--help" in args[:cut] or own == ["--help"]:
+            return super().parse_args(ctx, ["--help"])
+        ctx.params["launching"], ctx.params["words"] = tuple(args[:cut]), tuple(own)
+        return super().parse_args(ctx, [])
+
+
+@click.command("teach", cls=_Split, epilog=EXAMPLES, options_metavar="[TORCHRUN'S FLAGS --] FLAGS")
+@click.pass_context
+def command(ctx: click.Context, launching: tuple[str, ...], words: tuple[str, ...]) -> None:
+    """Run a teacher on the text of a training, and store its features for it.
+
+    \b
+    --engine megatron  what runs the teacher
+    --teacher T        the teacher's Megatron checkpoint
+    --store S          folder of the store; made, or added to
+    --blocks B,B,...   blocks of the teacher, 1-based (default: by the training's --fdd-layers)
+    --form FORM        float32, bf16, fp8 or int8 (default: bf16)
+    --part I/N         compute part I of N, which other producers share
+    --batch-tokens N   tokens of one forward pass (default: 16384)
+
+    The other flags are those of the training whose data is read: paths, --seq-length, --seed, --train-iters,
+    --global-batch-size and so on; and those of the layout in which the teacher runs, its own. Flags of the student are
+    not needed. A unit of text that the store has is not computed again.
+    """
+    if "RANK" in os.environ:
+        run_here(words, ENTRY_POINT)
+    else:
+        sys.exit(launch([*(launching or ["--nproc-per-node", "1"]), "-m", ENTRY_POINT, *words], "fdd teach"))
