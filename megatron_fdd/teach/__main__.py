@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,8 +78,12 @@ def teach(request: TeachRequest) -> None:
     experts = topology.with_experts(run.teacher.expert_model_parallel_size)
     engine = MegatronEngine(identity, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology)
     _write_lens(engine, request.store, [read_ids(sources, all_batches[0][0])])
-    produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
+    started_s = time.perf_counter()
+    produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank())
     dist.barrier()
+    seconds = time.perf_counter() - started_s
+    num_tokens = sum(unit.last - unit.first for batch in all_batches for unit in batch)
+    console.say(f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.0f} tokens/s")
     with together():
         if is_first_rank():
             _save_index(request.store)
@@ -188,7 +193,7 @@ def main() -> int:
         return 128 + signal.SIGINT
     except ValueError as error:
         console.log_traceback()
-        print_error(f"fdd teach: error: {error if is_from_here(error) else reason(error)}")
+        print_error(f"megatron_fdd: error: {error if is_from_here(error) else reason(error)}")
         return 1
     return 0
 

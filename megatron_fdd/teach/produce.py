@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,48 +20,40 @@ def produce(
     all_batches: Sequence[Sequence[Unit]],
     *,
     shows_progress: bool,
-    say: Callable[[str], None],
-) -> int:
-    """Run batches of units, and write their features; return how many tokens this rank wrote.
+) -> None:
+    """Run batches of units, and write their features.
 
     Replicas take every n-th batch. All run equally many, because experts may be shared by replicas: one that has none
-    left runs its last one again and throws it away.
+    left runs the last one again and throws it away.
 
-    Memory: a batch's hidden states, those of one segment, and one segment that is being written.
+    Memory: a batch's hidden states, those of one segment, and one batch that is being written.
 
     Raises:
         ValueError: the disk cannot take a segment, or a hidden state is not finite.
     """
     identity = engine.identity
-    own = list(all_batches[engine.replica :: engine.num_replicas])
-    num_rounds = -(-len(all_batches) // engine.num_replicas)
     writer = SegmentWriter(store, identity.digest, len(identity.blocks), identity.token_bytes)
-    written = 0
-    total = sum(unit.last - unit.first for batch in own for unit in batch)
-    started_s = time.perf_counter()
-    with (
-        ThreadPoolExecutor(1) as thread,
-        tqdm(
-            total=total, unit="token", unit_scale=True, desc="teach", disable=not shows_progress or None
-        ) as bar,
-    ):
-        pending: Future[None] | None = None
-        for number in range(num_rounds):
-            batch = own[number] if number < len(own) else all_batches[-1]
+    total = sum(unit.last - unit.first for batch in all_batches for unit in batch)
+    bar = tqdm(
+        total=total, unit="token", unit_scale=True, desc="teach", disable=None if shows_progress else True
+    )
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as thread, bar:
+        for first in range(0, len(all_batches), engine.num_replicas):
+            number = first + engine.replica
+            batch = all_batches[min(number, len(all_batches) - 1)]
             units = [read_ids(sources, unit) for unit in batch]
             states = engine.states(units)
             if pending is not None:
                 pending.result()
-            if number < len(own) and engine.writes:
+                pending = None
+            if number < len(all_batches) and engine.writes:
                 pending = thread.submit(_write, writer, units, states)
-                written += sum(map(len, units))
-                bar.update(sum(map(len, units)))
+            side_by_side = all_batches[first : first + engine.num_replicas]
+            bar.update(sum(unit.last - unit.first for each in side_by_side for unit in each))
         if pending is not None:
             pending.result()
     writer.flush()
-    seconds = time.perf_counter() - started_s
-    say(f"{written} tokens in {seconds:.1f} s, {written / max(seconds, 1e-9):.0f} tokens/s a replica")
-    return written
 
 
 def _write(writer: SegmentWriter, units: Sequence[Ids], states: Sequence[Bytes]) -> None:

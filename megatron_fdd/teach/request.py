@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -21,6 +22,8 @@ _NOT_HERE = {
     **dict.fromkeys(("--use-checkpoint-args", "--finetune", "--async-save"), 0),
     "--rampup-batch-size": 3,
 }
+# Flags that choose blocks, which are read here.
+_CHOICE = ("--fdd-layers", "--fdd-layer-rule", "--fdd-layer-pairs")
 # Of the training; a producer has its own.
 _BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
 _MOST_PARTS = 10**6
@@ -31,16 +34,18 @@ class TeachRequest:
     """What a producer is asked for.
 
     Attributes:
-        blocks: given with --blocks; None: by the rule of the training's flags.
+        blocks: given with --blocks; None: by `choice`.
+        choice: those of the training's flags that choose its layers.
         part: number of this producer's part, and of all parts.
         batch_tokens: most tokens of a forward pass, padding included, in one replica.
-        flags: the training's, without those that a producer has no use for.
+        flags: the training's, without those that a producer has no use for, or has read.
     """
 
     engine: str
     teacher: Path
     store: Path
     blocks: tuple[int, ...] | None
+    choice: tuple[str, ...]
     form: TapForm
     part: tuple[int, int]
     batch_tokens: int
@@ -108,7 +113,8 @@ def parse(words: Sequence[str]) -> TeachRequest:
         form=given.form,
         part=given.part,
         batch_tokens=given.batch_tokens,
-        flags=tuple(_kept(flags)),
+        choice=tuple(_cut(flags, dict.fromkeys(_CHOICE, 1))[1]),
+        flags=tuple(_cut(flags, _NOT_HERE | dict.fromkeys(_CHOICE, 1))[0]),
     )
 
 
@@ -125,7 +131,7 @@ def chosen_blocks(request: TeachRequest, num_layers: int) -> list[int]:
     if blocks is None:
         known = add_fdd_args(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
         known.error = _refuse  # type: ignore[method-assign]
-        config = FddConfig.from_args(known.parse_known_args(list(request.flags))[0])
+        config = FddConfig.from_args(known.parse_args(list(request.choice)))
         if config.layer_pairs is None:
             blocks = tuple(sample_blocks(config.layer_rule, config.layers, num_layers, "teacher"))
         else:
@@ -154,16 +160,18 @@ def batch_sizes(request: TeachRequest) -> tuple[int, int]:
     return given.global_batch_size, given.eval_global_batch_size or given.global_batch_size
 
 
-def _kept(flags: Sequence[str]) -> Iterator[str]:
-    """Yield the flags that a producer uses; a whole training command can be given."""
+def _cut(flags: Sequence[str], names: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Divide flags: the others, and those of `names` with so many words behind each."""
+    others, cut = [], []
     words = iter(flags)
     for word in words:
         name, has_value, _ = word.partition("=")
-        if name not in _NOT_HERE:
-            yield word
-        elif not has_value:
-            for _ in range(_NOT_HERE[name]):
-                next(words, None)
+        if name not in names:
+            others.append(word)
+            continue
+        cut.append(word)
+        cut += [] if has_value else islice(words, names[name])
+    return others, cut
 
 
 def _blocks(text: str) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def there_and_back(tap: Tensor, form: TapForm) -> Tensor:
 
 
 def reference(token: list[float]) -> tuple[list[int], float]:
-    """Return what an int8 record of a token is to hold: positions of kept entries, fewer if some are tied, and scale."""
+    """Return what an int8 record of a token holds: positions of kept entries, fewer if some are tied, and scale."""
     in_order = sorted(map(abs, token), reverse=True)
     largest_of_rest = in_order[8] if len(token) > 8 else 0.0
     kept = [index for index, value in enumerate(token) if abs(value) > largest_of_rest]
