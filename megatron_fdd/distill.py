@@ -131,8 +131,7 @@ class Distillation:
         if run.args.full_validation:
             provider = with_filler(provider)
         if run.teacher_store is not None:
-            topology = partial(Topology.from_megatron, sequence_parallel=run.args.sequence_parallel)
-            provider = with_features(provider, run.teacher_store, run.plan, run.args, topology)
+            provider = with_features(provider, run.teacher_store, run.plan, run.args)
         datasets: Any = partial(provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True

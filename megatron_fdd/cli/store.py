@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from megatron_fdd.cli.command import Command, Interruptible
+from megatron_fdd.cli.command import Command
 from megatron_fdd.host.disk import explain
 
 EXAMPLES = """\b
@@ -18,91 +18,69 @@ examples:
   fdd store prune features --older-than 30"""
 
 
-class _Group(Interruptible, click.Group):
-    """The group of what can be done with a store."""
-
-
-_folder = click.argument("store", type=click.Path(path_type=Path), metavar="S")
-
-
-@click.group("store", cls=_Group, epilog=EXAMPLES)
-def command() -> None:
-    """Look after a store of a teacher's features, which `fdd teach` makes and `fdd train` reads."""
-
-
-@command.command("info", cls=Command)
-@_folder
-def info(store: Path) -> None:
-    """Say which teacher's features are in the store S, of which blocks, in which form, and how many."""
-
-    def run() -> None:
-        from megatron_fdd.data.store.store import Store
-        from megatron_fdd.data.store.upkeep import describe
-
-        for line in describe(Store.open(store, "store")):
-            print(line)
-
-    _with_errors(run)
-
-
-@command.command("check", cls=Command)
-@_folder
-@click.option("--remove-damaged", is_flag=True, help="Remove damaged segments; fdd teach makes them anew.")
-def check(store: Path, remove_damaged: bool) -> None:
-    """Read every byte of the store S, and compare it with its sums. The exit status is 1 if a segment is damaged."""
-
-    def run() -> None:
-        from tqdm import tqdm
-
-        from megatron_fdd.data.store import upkeep
-        from megatron_fdd.data.store.segment import segment_names
-
-        with tqdm(total=sum(1 for _ in segment_names(store)), unit="segment", disable=None) as bar:
-            checked = upkeep.check_store(store, bar.update)
-        for message in checked.damaged.values():
-            print(message, file=sys.stderr)
-        print(
-            f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged; {checked.num_units} units and "
-            f"{checked.num_bytes / 1e9:.3f} GB are right"
-        )
-        if checked.damaged and remove_damaged:
-            upkeep.remove_damaged(store, checked)
-            print(
-                f"{store}: removed {len(checked.damaged)} segments; run fdd teach again, which makes them anew"
-            )
-        elif checked.damaged:
-            sys.exit(1)
-
-    _with_errors(run)
-
-
-@command.command("prune", cls=Command)
-@_folder
+@click.command("store", cls=Command, epilog=EXAMPLES)
+@click.argument("what", type=click.Choice(["info", "check", "prune"]), metavar="info|check|prune")
+@click.argument("store", type=click.Path(path_type=Path), metavar="S")
+@click.option("--remove-damaged", is_flag=True, help="check: remove damaged segments.")
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="Also remove segments that were written longer ago.",
+    help="prune: also remove segments that were written longer ago.",
 )
-def prune(store: Path, older_than: float | None) -> None:
-    """Remove what killed producers left in the store S, and segments whose units are all in other ones.
+def command(what: str, store: Path, remove_damaged: bool, older_than: float | None) -> None:
+    """Look after a store S of a teacher's features, which `fdd teach` makes and `fdd train` reads.
 
-    A training that reads what is removed ends with a message, and goes on after fdd teach has made it again.
+    \b
+    info   which teacher's features, of which blocks, in which form, how many
+    check  read every byte, and compare it with its sums; status 1 if a segment is damaged
+    prune  remove what killed producers left, and segments whose units are all in others
+
+    What is removed `fdd teach` makes anew. A training that reads it meanwhile ends with a message.
     """
-
-    def run() -> None:
-        from megatron_fdd.data.store import upkeep
-
-        count, num_bytes = upkeep.prune(store, older_than_days=older_than)
-        print(f"{store}: removed {count} files of {num_bytes / 1e9:.3f} GB")
-
-    _with_errors(run)
-
-
-def _with_errors(run: Callable[[], None]) -> None:
-    """Run, and end with one line and status 1 at an error that the user can correct."""
     try:
-        run()
+        lines = {
+            "info": _info(store),
+            "check": _check(store, remove_damaged),
+            "prune": _prune(store, older_than),
+        }
+        for line in lines[what]:
+            print(line)
     except (ValueError, OSError) as error:
         print(f"store: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _info(store: Path) -> Iterator[str]:
+    from megatron_fdd.data.store.store import Store
+    from megatron_fdd.data.store.upkeep import describe
+
+    yield from describe(Store.open(store, "store"))
+
+
+def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
+    from tqdm import tqdm
+
+    from megatron_fdd.data.store import upkeep
+    from megatron_fdd.data.store.segment import segment_names
+
+    with tqdm(total=sum(1 for _ in segment_names(store)), unit="segment", disable=None) as bar:
+        checked = upkeep.check_store(store, bar.update)
+    for message in checked.damaged.values():
+        print(message, file=sys.stderr)
+    yield (
+        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged; {checked.num_units} units and "
+        f"{checked.num_bytes / 1e9:.3f} GB are right"
+    )
+    if checked.damaged and not remove_damaged:
+        sys.exit(1)
+    if checked.damaged:
+        upkeep.remove_damaged(store, checked)
+        yield f"{store}: removed {len(checked.damaged)} segments; fdd teach makes them anew"
+
+
+def _prune(store: Path, older_than: float | None) -> Iterator[str]:
+    from megatron_fdd.data.store import upkeep
+
+    count, num_bytes = upkeep.prune(store, older_than_days=older_than)
+    yield f"{store}: removed {count} files of {num_bytes / 1e9:.3f} GB"

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from megatron_fdd.cli.train import launch, run_here
+from megatron_fdd.cli.train import Separated, launch, run_here
 
 ENTRY_POINT = "megatron_fdd.teach"
 EXAMPLES = """\b
@@ -22,21 +22,24 @@ examples:
       (one of 16 producers that share the work; killed? the same command goes on)"""
 
 
-class _Split(click.Command):
-    """A command whose function gets torchrun's flags, which stand before `--`, and its own words."""
+class _Divided(Separated):
+    """A command whose function gets the words before `--` as `launching`, and all others as `flags`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        cut = args.index("--") if "--" in args else 0
-        own = args if "--" not in args else args[cut + 1 :]
-        if "--help" in args[:cut] or own == ["--help"]:
-            return super().parse_args(ctx, ["--help"])
-        ctx.params["launching"], ctx.params["words"] = tuple(args[:cut]), tuple(own)
-        return super().parse_args(ctx, [])
+        """Divide the words; without `--` there are flags alone."""
+        words = args if "--" in args or "--help" in args else ["--", *args]
+        return super().parse_args(ctx, words)
 
 
-@click.command("teach", cls=_Split, epilog=EXAMPLES, options_metavar="[TORCHRUN'S FLAGS --] FLAGS")
-@click.pass_context
-def command(ctx: click.Context, launching: tuple[str, ...], words: tuple[str, ...]) -> None:
+@click.command(
+    "teach",
+    cls=_Divided,
+    epilog=EXAMPLES,
+    options_metavar="",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("launching", nargs=-1, type=click.UNPROCESSED, metavar="[[TORCHRUN'S FLAGS] --] FLAGS")
+def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     """Run a teacher on the text of a training, and store its features for it.
 
     \b
@@ -53,6 +56,6 @@ def command(ctx: click.Context, launching: tuple[str, ...], words: tuple[str, ..
     not needed. A unit of text that the store has is not computed again.
     """
     if "RANK" in os.environ:
-        run_here(words, ENTRY_POINT)
+        run_here(flags, ENTRY_POINT)
     else:
-        sys.exit(launch([*(launching or ["--nproc-per-node", "1"]), "-m", ENTRY_POINT, *words], "fdd teach"))
+        sys.exit(launch([*launching, "-m", ENTRY_POINT, *flags], "fdd teach"))

@@ -250,11 +250,6 @@ class FddConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.teacher_store is not None and self.teacher_load is not None:
-            raise ValueError(
-                f"--teacher-load {self.teacher_load} and --fdd-teacher-store {self.teacher_store}: a run has one "
-                "teacher; leave one out"
-            )
         if self.teacher_lens is not None and self.lens_norm == "none":
             raise ValueError(
                 f"--teacher-lens {self.teacher_lens}: a lens file is made for the final norm; leave --fdd-lens-norm "

@@ -41,7 +41,7 @@ from megatron_fdd.plan.resumption import check_resumption
 from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
-from megatron_fdd.plan.teacher_store import check_store
+from megatron_fdd.plan.teacher_store import check_one_teacher, check_store
 from megatron_fdd.plan.term_parameters import check_term_parameters, warn_of_left_out_terms
 from megatron_fdd.plan.vocabulary import (
     check_data_ids,
@@ -139,6 +139,7 @@ def _check_terms(context: Context) -> None:
 
 BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(_check_terms),
+    Check(check_one_teacher),
     Check(check_refusals),
     Check(check_given),
     Check(check_numbers),

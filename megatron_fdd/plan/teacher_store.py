@@ -30,6 +30,16 @@ def find_store(config: FddConfig) -> Store | None:
     return Store.open(config.teacher_store, FLAG)
 
 
+def check_one_teacher(context: Context) -> None:
+    """Refuse a teacher that runs beside one whose features are stored."""
+    config = context.config
+    if config.teacher_store is not None and config.teacher_load is not None:
+        raise ValueError(
+            f"--teacher-load {config.teacher_load} and {FLAG} {config.teacher_store}: a run has one teacher; leave one "
+            "out"
+        )
+
+
 def check_store(context: Context) -> None:
     """Refuse a store that lacks what this run compares.
 

@@ -6,6 +6,7 @@ vocabulary, R positions of a sample, P bytes a packed hidden state.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -116,17 +117,18 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
 
 
 def with_features(
-    provider: Callable[..., Any], store: Store, plan: Plan, args: Any, topology: Callable[[], Topology]
+    provider: Callable[..., Any], store: Store, plan: Plan, args: argparse.Namespace
 ) -> Callable[..., list[Any]]:
     """Return a provider of the same datasets, whose samples carry what this rank's chunk needs.
 
     Args:
         provider: with the interface of `data.provider.train_valid_test_provider`.
-        topology: returns this rank's place; called when the datasets are made.
+
+    Collectives: those of `check_coverage`, when the datasets are made.
     """
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> list[Any]:
-        place = topology()
+        place = Topology.from_megatron(sequence_parallel=args.sequence_parallel)
         chunk = plan.chunks_on(place.stage)[vp_stage or 0]
         blocks = read_blocks(plan, chunk, store)
         teach = (
@@ -180,7 +182,7 @@ def _taught(dataset: Dataset[Any] | None, *, reader: FeatureReader) -> Dataset[A
     return None if dataset is None else TaughtDataset(dataset, reader)
 
 
-def _ranges(args: Any, place: Topology) -> tuple[tuple[int, int], ...]:
+def _ranges(args: argparse.Namespace, place: Topology) -> tuple[tuple[int, int], ...]:
     """Return this rank's positions of a sample. The row of a packed micro-batch is cut only when it is whole."""
     if args.dataloader_inter_document_masking or not place.sequence_parallel:
         sequence = (0, 1)
