@@ -205,10 +205,11 @@ class FddConfig:
         False,
         "with several pipeline stages: a step's teacher features wait for their micro-batch in host memory",
     )
-    tap_dtype: Literal["bf16", "fp8"] = flag(
+    tap_dtype: Literal["bf16", "fp8", "int8"] = flag(
         "bf16",
-        "approximation: fp8 halves what the teacher's taps take while they wait for their micro-batch and move between "
-        "pipeline stages, with a scale a token; bf16 leaves them as they are",
+        "approximation: fp8 and int8 halve what the teacher's taps take while they wait for their micro-batch and move "
+        "between pipeline stages, with a scale a token; int8 keeps the 8 largest entries of a token in bf16 and is the "
+        "nearer one; bf16 leaves taps as they are",
     )
     metrics_file: str | None = flag(
         None, "append one JSON object per iteration here", group="distillation: the run", metavar="PATH"

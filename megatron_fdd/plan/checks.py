@@ -50,6 +50,7 @@ from megatron_fdd.plan.vocabulary import (
 )
 from megatron_fdd.plan.written_files import check_folders, check_metrics_place
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity
+from megatron_fdd.step.teacher.tap_format import TapFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,15 @@ def _check_teacher_lens(context: Context) -> None:
         LensFile.open(path).check(identity, {pair.teacher_block for pair in plan.pairs})
 
 
+def _check_tap_width(context: Context) -> None:
+    """Refuse a teacher whose hidden states do not fit the format of its taps."""
+    plan, teacher = context.plan, context.teacher_args
+    assert plan is not None, "the phase is made when it is known"
+    if plan.pairs and teacher is not None:
+        form = context.config.tap_dtype
+        TapFormat(context.args.params_dtype, form).check_width(teacher.hidden_size, f"--fdd-tap-dtype {form}")
+
+
 def _check_terms(context: Context) -> None:
     """Refuse terms that cannot be computed."""
     check_terms(context.config)
@@ -165,6 +175,7 @@ WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
 OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(check_recompute),
     Check(_check_teacher_lens),
+    Check(_check_tap_width),
     Check(check_term_parameters),
     Check(warn_of_left_out_terms),
 )

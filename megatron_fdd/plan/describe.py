@@ -163,7 +163,7 @@ def _distillation_bytes(
             figures["teacher's lens, tensors of its blocks"] = max(
                 sum(sizes[block] for block in plan.teacher_blocks(stage)) for stage in range(stages)
             )
-        tap = TapFormat(args.params_dtype, config.tap_dtype == "fp8" and stages > 1)
+        tap = TapFormat(args.params_dtype, config.tap_dtype if stages > 1 else "bf16")
         # Under a pipeline the teacher runs all micro-batches of a step first; otherwise one at a time.
         kept = _micro_batches(args) if stages > 1 else 1
         where = " in host memory" if config.offload_teacher_taps and stages > 1 else ""

@@ -59,7 +59,7 @@ def connect(
             finalize_with_lens(students[0].config, lens)
     elif teacher is not None:
         layers = [pair.teacher_layer for pair in plan.pairs]
-        features = BesideTeacher(teacher, layers, uses_fp8=plan.config.tap_dtype == "fp8")
+        features = BesideTeacher(teacher, layers, form=plan.config.tap_dtype)
     check = None
     if teacher_lens is not None:
         implementation = Implementation(plan.config.kernels)

@@ -121,9 +121,10 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     drawn = estimate(replace(plan, config=replace(config, sample_tokens=0.25)), args, teacher)
     assert drawn["features of tap(s), both models, float32"] == rows // 4 * (8192 + 4096) * 4
     assert drawn["gradients kept from the forward pass, float32"] == 16 * 2 * 1024 * 4096 * 4
-    in_fp8 = estimate(replace(plan, config=replace(config, tap_dtype="fp8")), args, teacher)
-    assert in_fp8["teacher taps, x micro-batch(es)"] == 2 * 64 * rows * (8192 + 4)
-    assert in_fp8["teacher's final hidden states, micro-batch(es)"] == 64 * rows * 8192 * 2
+    for form, token_bytes in (("fp8", 8192 + 4), ("int8", 8192 + 4 + 8 * (2 + 2) + 12)):
+        packed = estimate(replace(plan, config=replace(config, tap_dtype=form)), args, teacher)
+        assert packed["teacher taps, x micro-batch(es)"] == 2 * 64 * rows * token_bytes
+        assert packed["teacher's final hidden states, micro-batch(es)"] == 64 * rows * 8192 * 2
     # The first stage has 10 layers and the embedding, cut in two, with 2 bytes for each number.
     layer = 8192 * 128 * (2 * 64 + 2 * 8) + 3 * 8192 * 28672
     assert figures["teacher weights"] == 10 * layer + 128256 * 8192

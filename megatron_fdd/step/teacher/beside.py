@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron_fdd.data.batch import Batch
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.step.taps import forward_with_taps, stop_before_head
-from megatron_fdd.step.teacher.tap_format import TapFormat
+from megatron_fdd.step.teacher.tap_format import TapForm, TapFormat
 
 
 class BesideTeacher:
@@ -19,17 +19,18 @@ class BesideTeacher:
     Args:
         model: from `build_teacher`.
         layers: the sampled layer of each pair, 0-based, in depth order.
-        uses_fp8: whether taps are rounded to FP8 although none is kept, so that all layouts train on the same numbers.
+        form: how taps are rounded although none is kept, so that all layouts train on the same numbers.
     """
 
-    def __init__(self, model: GPTModel, layers: Sequence[int], *, uses_fp8: bool = False) -> None:
+    def __init__(self, model: GPTModel, layers: Sequence[int], *, form: TapForm = "bf16") -> None:
         self.model = model
         self._layers = list(layers)
-        self._format = TapFormat(model.config.params_dtype, uses_fp8)
+        self._format = TapFormat(model.config.params_dtype, form)
+        self._width = model.config.hidden_size
 
     @torch.no_grad()
     def features(self, _index: int, batch: Batch) -> TeacherFeatures:
         """Return the hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
         final_SBT, taps_SBT = forward_with_taps(self.model, batch, self._layers, stop_before_head)
-        taps = (self._format.unpack(self._format.pack(tap_SBT)) for tap_SBT in taps_SBT)
+        taps = (self._format.unpack(self._format.pack(tap_SBT), self._width) for tap_SBT in taps_SBT)
         return TeacherFeatures(final_SBT, dict(enumerate(taps)))

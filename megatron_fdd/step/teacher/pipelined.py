@@ -28,7 +28,7 @@ class PipelinedTeacher:
     """One stage of a frozen GPTModel that runs forward and holds, for one step, what this stage's student needs.
 
     With `--fdd-offload-teacher-taps` they wait in host memory, and the device holds the taps of one micro-batch at
-    a time. With `--fdd-tap-dtype fp8` taps wait and travel in FP8; the final hidden states never do.
+    a time. With `--fdd-tap-dtype` taps wait and travel packed; the final hidden states never do.
 
     Args:
         model: this stage's part, from `build_teacher`.
@@ -46,7 +46,8 @@ class PipelinedTeacher:
         self._topology = topology
         self._communicator = P2PCommunicator(topology.pipeline_group, model.config)
         self._offloads = plan.config.offload_teacher_taps
-        self._format = TapFormat(model.config.params_dtype, plan.config.tap_dtype == "fp8")
+        self._format = TapFormat(model.config.params_dtype, plan.config.tap_dtype)
+        self._width = model.config.hidden_size
         self._mine = [index for index, stage in enumerate(self._stages) if stage == topology.stage]
         # For each micro-batch: packed taps of this stage's teacher and for this stage's student; final hidden states.
         self._taps: list[dict[int, Tensor]] = []
@@ -58,7 +59,7 @@ class PipelinedTeacher:
         """Run all micro-batches forward through Megatron's own forward-only schedule, then exchange the taps.
 
         Collectives over the pipeline group: the schedule's sends; for each micro-batch and pair one send of
-        [S, B, T] (FP8: [S, B, T + 4] bytes) from the teacher's stage to each other stage whose student needs it.
+        [S, B, packed width of T] from the teacher's stage to each other stage whose student needs it.
         """
         self._taps, self._received, self._final = [], [], []
         forward_backward_pipelining_without_interleaving(
@@ -74,7 +75,7 @@ class PipelinedTeacher:
             pg_collection=self._topology.collection,
         )
         rows = seq_length // self._topology.sequence_parts
-        shape = (rows, micro_batch_size, self._format.packed_width(self.model.config.hidden_size))
+        shape = (rows, micro_batch_size, self._format.packed_width(self._width))
         for index in range(len(batches)):
             self._received.append(self._exchange(self._taps[index], shape))
             self._taps[index] = {}
@@ -84,7 +85,10 @@ class PipelinedTeacher:
         final_SBT = _on_device(self._final[index]) if self._topology.is_last_stage else None
         return TeacherFeatures(
             final_SBT,
-            {pair: self._format.unpack(_on_device(tap)) for pair, tap in self._received[index].items()},
+            {
+                pair: self._format.unpack(_on_device(tap), self._width)
+                for pair, tap in self._received[index].items()
+            },
         )
 
     def _forward_step(self, data_iterator: Iterator[Mapping[str, Tensor]], model: GPTModel) -> Any:
