@@ -1,17 +1,18 @@
-"""How rounding the teacher's taps to bf16 or FP8 changes every inner term and its gradient, on a real pair and text.
+"""How rounding the teacher's taps changes every inner term and its gradient, on a real pair and text.
 
     python -m benchmarks.tap_dtype --teacher-hf DIR --student-hf DIR --text FILE
 
 Taps of K sampled layers in float32 are rounded as `--fdd-tap-dtype` does, before the lens norms them; everything
 after that is float32. A term's error is relative to its value, a gradient's (to the student's features of all
-layers) to its norm. A bf16 run rounds its taps to bf16 whatever the flag says: that row is the yardstick.
+layers) to its norm. First comes what rounding does to the lens' predictions themselves: KL(teacher || teacher with
+rounded taps), over tokens and layers. A bf16 run rounds its taps to bf16 whatever the flag says: that row is the
+yardstick.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,16 +25,21 @@ from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, meas
 from megatron_fdd.losses.term import TapContext
 from megatron_fdd.losses.terms import Delta
 from megatron_fdd.ops.delta import head_grams
-from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard
+from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
 FORMS = ("logprob", "centred")
-FP8 = TapFormat(torch.bfloat16, is_fp8=True)
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": lambda tap: tap,
-    "bf16": lambda tap: tap.bfloat16().float(),
-    "fp8": lambda tap: FP8.unpack(FP8.pack(tap.bfloat16())).float(),
+FORMATS = {
+    "float32": TapFormat(torch.float32, "float32"),
+    "bf16": TapFormat(torch.bfloat16, "bf16"),
+    "fp8": TapFormat(torch.bfloat16, "fp8"),
+    "int8": TapFormat(torch.bfloat16, "int8"),
 }
+
+
+def rounded(tap: Tensor, tap_format: TapFormat) -> Tensor:
+    """Return a tap [S, B, width] in float32, packed and unpacked."""
+    return tap_format.unpack(tap_format.pack(tap.to(tap_format.dtype)), tap.shape[-1]).float()
 
 
 @torch.no_grad()
@@ -73,8 +79,24 @@ def terms(
     return values, gradients
 
 
-def main() -> int:
-    """Measure and print; return the exit status."""
+@torch.no_grad()
+def print_predictions(taps: dict[str, list[Tensor]], head: Tensor) -> None:
+    """Print what rounding does to the predictions of the teacher's lens; `taps` are normed, by the name of the form."""
+    heads = Heads(head, head, VocabShard(0, len(head), None))
+    print(f"{'taps':<9}{'bytes a token':>13}{'mean KL, nats':>15}{'99 %':>10}{'99.9 %':>10}")
+    exact_NT = torch.cat(taps["float32"]).flatten(0, 1)
+    for name, tap_format in FORMATS.items():
+        kl_N = linear_kl(
+            exact_NT, torch.cat(taps[name]).flatten(0, 1), heads, divergence=Divergence()
+        ).divergence_N
+        assert kl_N is not None, "asked for"
+        tails = kl_N.quantile(torch.tensor([0.99, 0.999])).tolist()
+        size = tap_format.token_bytes(exact_NT.shape[-1])
+        print(f"{name:<9}{size:>13}{kl_N.mean():>15.1e}{tails[0]:>10.1e}{tails[1]:>10.1e}")
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,7 +105,12 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True, help="plain text")
     parser.add_argument("--tokens", type=int, default=1024, help="(%(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="sampled of each model (%(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure and print; return the exit status."""
+    args = parsed()
     models = [
         AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)
         for f in (args.teacher_hf, args.student_hf)
@@ -106,11 +133,15 @@ def main() -> int:
     print(
         f"torch {torch.__version__}; {args.tokens} tokens, {args.layers} layers, vocabulary {len(teacher_head)}\n"
     )
-    print(f"{'taps':<9}{'term':<22}{'value':>9}{'off by':>10}{'gradient off by':>17}{'1 - cosine':>12}")
+    with torch.no_grad():
+        normed = {
+            name: [models[0].model.norm(rounded(tap, tap_format)) for tap in teacher]
+            for name, tap_format in FORMATS.items()
+        }
+    print_predictions(normed, teacher_head)
+    print(f"\n{'taps':<9}{'term':<22}{'value':>9}{'off by':>10}{'gradient off by':>17}{'1 - cosine':>12}")
     exact: dict[tuple[str, str], tuple[float, Tensor]] = {}
-    for name, rounded in ROUNDINGS.items():
-        with torch.no_grad():
-            taps = [models[0].model.norm(rounded(tap)) for tap in teacher]
+    for name, taps in normed.items():
         for form in FORMS:
             values, gradients = terms(taps, student, heads, form)
             for term, value in values.items():

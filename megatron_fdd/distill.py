@@ -121,10 +121,9 @@ class Distillation:
         if run.args.transformer_impl == "local":
             install_norms()
         parts = self._parts
-        config = build_config(run.args)
+        planned = config = build_config(run.args)
         if parts.student is not None:
-            planned, config = config, parts.student(run.args)
-            check_same_sizes(config, planned)
+            check_same_sizes(config := parts.student(run.args), planned)
         config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
         provider: Callable[..., Any] = parts.datasets or train_valid_test_provider

@@ -96,8 +96,7 @@ def test_packed_taps_are_the_same_in_every_layout(
     trained(toy.saving_command(folders["two"], *LAYOUTS["pp2-offload"][1].split(), *packed), ranks=2)
     trained(toy.saving_command(folders["four"], *LAYOUTS["tp2-pp2-sp"][1].split(), *packed), ranks=4)
     for name in ("two", "four"):
-        for record, wanted in zip(metrics(folders[name]), metrics(folders["one"]), strict=True):
-            assert record == pytest.approx(wanted, rel=1e-4, abs=1e-6), name
+        assert_close(folders[name], folders["one"], 3)
     first, exact = metrics(folders["one"])[0], metrics(on_one_rank)[0]
     assert first["kd"] == exact["kd"]
     for term in ("trajectory", "delta"):

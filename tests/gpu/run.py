@@ -48,6 +48,7 @@ def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
     parallel = ("-n", str(knobs.workers)) if importlib.util.find_spec("xdist") and not toy else ()
     operations = (
         "tests/gpu/test_ops.py",
+        "tests/gpu/test_taps.py",
         "tests/gpu/test_late_streams.py",
         "tests/gpu/test_transformer_engine.py",
     )

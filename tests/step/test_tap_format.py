@@ -36,7 +36,7 @@ def there_and_back(tap: Tensor, form: TapForm) -> Tensor:
 
 
 def reference(token: list[float]) -> tuple[list[int], float]:
-    """Return what an int8 record of a token holds: positions of kept entries, fewer if some are tied, and scale."""
+    """Return the positions that an int8 record of a token must keep (fewer than 8 if some are tied), and its scale."""
     in_order = sorted(map(abs, token), reverse=True)
     largest_of_rest = in_order[8] if len(token) > 8 else 0.0
     kept = [index for index, value in enumerate(token) if abs(value) > largest_of_rest]
@@ -81,6 +81,7 @@ def test_an_entry_in_int8_is_right_to_half_a_scale(dtype: torch.dtype, width: in
 @pytest.mark.parametrize("width", WIDTHS)
 def test_an_int8_record_byte_by_byte(width: int) -> None:
     int8, tap_RT = TapFormat(torch.bfloat16, "int8"), hidden((4, width)).bfloat16()
+    tap_RT[1] = 0
     packed_RP = int8.pack(tap_RT)
     assert packed_RP.dtype == int8.packed_dtype == torch.uint8
     assert packed_RP.shape == (4, int8.packed_width(width))
@@ -88,7 +89,7 @@ def test_an_int8_record_byte_by_byte(width: int) -> None:
     for token, record in zip(tap_RT.double().tolist(), packed_RP, strict=True):
         kept, scale = reference(token)
         found_scale = record[width:][:4].clone().view(torch.float32).item()
-        assert found_scale == pytest.approx(scale, rel=1e-6)
+        assert found_scale == pytest.approx(scale, rel=1e-6, abs=0)
         positions = record[width + 4 :][:16].clone().view(torch.uint16).tolist()
         values = record[width + 20 :][:16].clone().view(torch.bfloat16).tolist()
         assert len(set(positions)) == 8
@@ -189,7 +190,7 @@ def test_ties_are_harmless_in_int8(dtype: torch.dtype) -> None:
     tap_RT[0, 4:64:5], tap_RT[1] = -3.0, 0.7
     back_RT = there_and_back(tap_RT.to(dtype), "int8")
     bf16 = torch.tensor(0.7).bfloat16().float()
-    # Of equals in float32, kept ones are rounded to bf16.
+    # In float32 the kept ones of equal entries are rounded to bf16.
     wanted = torch.where((back_RT[1] - bf16).abs() < 1e-6, bf16, tap_RT[1].to(dtype).float())
     torch.testing.assert_close(back_RT[1].float(), wanted, rtol=2e-7, atol=0)
     assert ((back_RT[1].float() - bf16).abs() < 1e-6).sum() == (70 if dtype == torch.bfloat16 else 8)

@@ -96,7 +96,7 @@ def _pack_fp8(tap_RT: Tensor) -> Tensor:
     largest_R1 = tap_RT.abs().amax(-1, keepdim=True).float()
     scale_R1 = (largest_R1 / _LARGEST_FP8).clamp(min=_SMALLEST_SCALE)
     values_RT = (tap_RT.float() / scale_R1).to(_FP8)
-    return torch.cat([values_RT.view(torch.uint8), _bytes_of(scale_R1)], dim=-1)
+    return torch.cat([values_RT.view(torch.uint8), scale_R1.view(torch.uint8)], dim=-1)
 
 
 def _unpack_fp8(packed_RP: Tensor) -> Tensor:
@@ -107,19 +107,15 @@ def _unpack_fp8(packed_RP: Tensor) -> Tensor:
 def _pack_int8(tap_RT: Tensor) -> Tensor:
     positions_RK = tap_RT.abs().topk(_NUM_KEPT).indices
     kept_RK = tap_RT.gather(-1, positions_RK).bfloat16()
-    is_finite_R1 = kept_RK.isfinite().all(
-        -1, keepdim=True
-    )  # entries that are not finite count as the largest
+    # Entries that are not finite count as the largest.
+    is_finite_R1 = kept_RK.isfinite().all(-1, keepdim=True)
     rest_RT = tap_RT.float().scatter(-1, positions_RK, 0.0)
     scale_R1 = (rest_RT.abs().amax(-1, keepdim=True) / _LARGEST_INT8).clamp(min=_SMALLEST_SCALE)
     values_RT = rest_RT.div_(scale_R1).round_().to(torch.int8)
-    parts = [
-        values_RT.view(torch.uint8),
-        _bytes_of(scale_R1.where(is_finite_R1, torch.nan)),
-        _bytes_of(positions_RK.to(torch.uint16)),
-        _bytes_of(kept_RK.where(is_finite_R1, torch.nan)),
-    ]
-    record_RP = torch.cat(parts, dim=-1)
+    scale_R1 = scale_R1.where(is_finite_R1, torch.nan)
+    kept_RK = kept_RK.where(is_finite_R1, torch.nan)
+    parts = (values_RT, scale_R1, positions_RK.to(torch.uint16), kept_RK)
+    record_RP = torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
     return pad(record_RP, (0, -record_RP.shape[-1] % _RECORD_BYTES))
 
 
@@ -134,11 +130,6 @@ def _unpack_int8(packed_RP: Tensor, width: int) -> Tensor:
 def _int8_sizes(width: int) -> list[int]:
     """Return the bytes of a record's parts: values, scale, positions and values of the kept entries."""
     return [width, _SCALE_BYTES, _KEPT_BYTES, _KEPT_BYTES]
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of the last dimension; the copy has no gaps, whatever the strides of `tensor`."""
-    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _from_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
