@@ -157,7 +157,7 @@ class MegatronEngine:
         if not relative <= LARGEST_ERROR[final_SBT.dtype]:
             raise ValueError(
                 f"--teacher: its logits are not those of its final norm and head (they differ by {relative:.1e} of the "
-                "largest): its last block's output is changed by something else, which a lens cannot do"
+                "largest): its last block's output is changed by something else, which a lens cannot do; use another teacher"
             )
         shards = [torch.empty_like(head_WT) for _ in range(group.size())]
         dist.all_gather(shards, head_WT.contiguous(), group=group)
@@ -232,7 +232,9 @@ class MegatronEngine:
     def _whole(self, tap_SBT: Tensor) -> Tensor:
         """Pack a block's output, and gather its whole sequence: uint8 [S, B, P] on every rank of the stage."""
         if not bool(tap_SBT.isfinite().all()):
-            raise ValueError("--teacher: a hidden state is not finite: its weights are damaged")
+            raise ValueError(
+                "--teacher: a hidden state is not finite: its weights are damaged; convert it again"
+            )
         packed = self._format.pack(tap_SBT).contiguous().view(torch.uint8)
         topology = self._topology
         if topology.sequence_parallel:

@@ -24,7 +24,7 @@ _NOT_HERE = {
 }
 # Flags that choose blocks, which are read here.
 _CHOICE = ("--fdd-layers", "--fdd-layer-rule", "--fdd-layer-pairs")
-# Of the training; a producer has its own.
+# The training's own.
 _BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
 _MOST_PARTS = 10**6
 
@@ -138,7 +138,9 @@ def chosen_blocks(request: TeachRequest, num_layers: int) -> list[int]:
             blocks = tuple(teacher for _, teacher in config.layer_pairs)
     wrong = [block for block in blocks if not 1 <= block <= num_layers]
     if wrong:
-        raise ValueError(f"--blocks: the teacher has the blocks 1 to {num_layers}, and no block {wrong[0]}")
+        raise ValueError(
+            f"--blocks: the teacher has the blocks 1 to {num_layers}, and no block {wrong[0]}; name those that it has"
+        )
     return sorted({*blocks, num_layers})
 
 

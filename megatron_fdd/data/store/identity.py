@@ -17,7 +17,7 @@ from megatron_fdd.host.json_file import read_json, read_record, write_json
 STORE_FILE = "store.json"
 FORMAT, VERSION = "fdd-features", 1
 TapForm = Literal["float32", "bf16", "fp8", "int8"]
-_MAKE_NEW = "give another folder, or make this store with this version's fdd teach"
+_MAKE_NEW = "another folder, or make this store with this version's fdd teach"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,12 @@ def read_identity(store: str | Path, flag: str) -> StoreIdentity:
         raise ValueError(f"{flag} {store}: {what} (no {STORE_FILE}); make one with fdd teach --store {store}")
     values = read_json(path)
     if values.pop("format", None) != FORMAT:
-        raise ValueError(f"{flag} {store}: {STORE_FILE} is not of a store of features; {_MAKE_NEW}")
+        raise ValueError(f"{flag} {store}: {STORE_FILE} is not of a store of features; give {_MAKE_NEW}")
     version = values.pop("version", None)
     if version != VERSION:
         raise ValueError(
             f"{flag} {store}: has the format version {version!r}, and this version of the package reads {VERSION}; "
-            f"{_MAKE_NEW}"
+            f"give {_MAKE_NEW}"
         )
     try:
         identity = read_record(StoreIdentity, values)

@@ -214,7 +214,7 @@ def _records_of(path: Path, layout: Layout, number: int, num_blocks: int) -> NDA
     blocks = -(-lengths // SUM_TOKENS) * num_blocks
     num_tokens = layout.ids[1] // 4
     if len(keys) != len(lengths) or lengths.sum() != num_tokens or blocks.sum() * 8 != layout.sums[1]:
-        raise ValueError(f"{path}: its keys, lengths and sums do not fit each other; {REPAIR}")
+        raise ValueError(f"{path}: its keys, lengths and sums do not fit each other; run {REPAIR}")
     records = np.zeros(len(keys), _RECORD)
     records["high"], records["low"] = keys[:, 0], keys[:, 1]
     records["segment"], records["length"] = number, lengths

@@ -21,6 +21,8 @@ from megatron_fdd.host.disk import writing
 
 LENS_FILE = Path("lens", "lens.safetensors")
 NormKind = Literal["rms", "layer"]
+# The end of a message that says what to do.
+_CHANGED = "it has other bytes than were written; copy it again"
 # How many rows of the head one sum covers.
 _SUM_ROWS = 1024
 # The greatest error of logits that `lens` may have, relative to their largest: bf16 has 8 bits.
@@ -71,7 +73,9 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
         tensors["norm.bias"] = lens.norm.bias_T.float()
     wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if wrong:
-        raise ValueError(f"the teacher's {wrong[0]} has numbers that are not finite: its weights are damaged")
+        raise ValueError(
+            f"the teacher's {wrong[0]} has numbers that are not finite: its weights are damaged; convert it again"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "kind": lens.norm.kind,
@@ -104,12 +108,14 @@ def read_stored_norm(store: Path) -> StoredNorm:
             names = [name for name in file.keys() if name.startswith("norm.")]  # noqa: SIM118  # no mapping
             tensors = {name: file.get_tensor(name) for name in names}
             if header["norm.sum"] != _norm_sum(tensors):
-                raise ValueError("it has other bytes than were written")
+                raise ValueError(_CHANGED)
             weight_T, bias_T = tensors["norm.weight"], tensors.get("norm.bias")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damage(path, error) from error
     if kind not in ("rms", "layer"):
-        raise ValueError(f"{path}: a norm of the kind {kind!r}; this version knows rms and layer")
+        raise ValueError(
+            f"{path}: a norm of the kind {kind!r}; this version knows rms and layer; make the store with this version"
+        )
     return StoredNorm(kind, weight_T, bias_T, epsilon)
 
 
@@ -129,7 +135,7 @@ def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
             # Whole blocks of sums: only these can be checked.
             found = view[min(low, high) : high]
         if not torch.equal(_sums(found), sums[low // _SUM_ROWS :][: -(-len(found) // _SUM_ROWS)]):
-            raise ValueError("it has other bytes than were written")
+            raise ValueError(_CHANGED)
     except (SafetensorError, OSError, ValueError) as error:
         raise _damage(path, error) from error
     wanted = found[first - low : first - low + rows]

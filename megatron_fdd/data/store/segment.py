@@ -34,6 +34,8 @@ Bytes = NDArray[np.uint8]
 
 SUFFIX = ".safetensors"
 SEGMENTS = "segments"
+# The remedy of damage.
+REPAIR = "fdd store check --remove-damaged, and then fdd teach, which makes it anew"
 # How many tokens one sum covers.
 SUM_TOKENS = 64
 _DTYPES = {"keys": "U8", "lengths": "I64", "ids": "I32", "states": "U8", "sums": "U64"}
@@ -184,20 +186,19 @@ def read_layout(path: Path, digest: str) -> Layout:
         version, store = about["version"], about["store"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: is no segment of a store of features, or its header is damaged; {REPAIR}"
+            f"{path}: is no segment of a store of features, or its header is damaged; run {REPAIR}"
         ) from error
     if version != str(VERSION):
-        raise ValueError(f"{path}: has the format version {version}, not {VERSION}; {REPAIR}")
+        raise ValueError(f"{path}: has the format version {version}, not {VERSION}; run {REPAIR}")
     if store != digest:
         raise ValueError(
             f"{path}: is of the store {store}, not of this one ({digest}); move it out of the folder"
         )
     if max(first + count for first, count in places.values()) != size:
-        raise ValueError(f"{path}: has {size} bytes, which is not what its header says: cut off; {REPAIR}")
+        raise ValueError(
+            f"{path}: has {size} bytes, which is not what its header says: cut off; run {REPAIR}"
+        )
     return Layout(size, **places)
-
-
-REPAIR = "fdd store check --remove-damaged removes it, and fdd teach makes it anew"
 
 
 def _sync(path: Path) -> None:

@@ -107,7 +107,7 @@ class Store:
 
     def _damage(self, place: Place, what: str) -> ValueError:
         path = segment_path(self.path, self.index.names[place.segment])
-        return ValueError(f"{path}: {what}: the disk or the copy is damaged; {REPAIR}")
+        return ValueError(f"{path}: {what}: the disk or the copy is damaged; run {REPAIR}")
 
     def _file(self, segment: int) -> int:
         """Return the open file of a segment.
@@ -131,7 +131,7 @@ class Store:
         size, wanted = os.fstat(file).st_size, int(self.index.layouts[segment, 0])
         if size != wanted:
             os.close(file)
-            raise ValueError(f"{path}: has {size} bytes and had {wanted}; {REPAIR}")
+            raise ValueError(f"{path}: has {size} bytes and had {wanted}; run {REPAIR}")
         self._files[segment] = file
         if len(self._files) > _MOST_OPEN:
             os.close(self._files.popitem(last=False)[1])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_fdd.data.store.identity import StoreIdentity, read_identity
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.segment import (
+    REPAIR,
     Layout,
     read_layout,
     segment_names,
@@ -139,12 +140,14 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
         for number, length in enumerate(lengths.tolist()):
             unit = ids[first : first + length]
             if unit_key(unit) != keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]:
-                raise ValueError(f"{path}: unit {number} has other ids than its key says")
+                raise ValueError(f"{path}: unit {number} has other ids than its key says; run {REPAIR}")
             size = num_blocks * length * width
             states = read((layout.states[0] + first * num_blocks * width, size))
             found = sums_of(np.frombuffer(states, np.uint8).reshape(num_blocks, length, width)).reshape(-1)
             if not np.array_equal(found, sums[at : at + len(found)]):
-                raise ValueError(f"{path}: unit {number} has other hidden states than were written")
+                raise ValueError(
+                    f"{path}: unit {number} has other hidden states than were written; run {REPAIR}"
+                )
             first, at = first + length, at + len(found)
     return len(lengths)
 
@@ -160,4 +163,4 @@ def _check_sizes(
         or num_tokens * token_bytes != layout.states[1]
         or layout.sums[1] % 8
     ):
-        raise ValueError(f"{path}: its keys, lengths, ids and states do not fit each other")
+        raise ValueError(f"{path}: its keys, lengths, ids and states do not fit each other; run {REPAIR}")
