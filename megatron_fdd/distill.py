@@ -186,9 +186,8 @@ class Distillation:
             try:
                 console.say(check_sums(run.checkpoints))
             except OSError as error:  # the same on every rank
-                raise ValueError(
-                    f"the checkpoint's files cannot be read: {explain(error)}; make them readable"
-                ) from error
+                what = f"the checkpoint's files cannot be read: {explain(error)}; make them readable"
+                raise ValueError(what) from error
         return chunks
 
     def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
@@ -218,11 +217,9 @@ class Distillation:
             seed=run.args.seed,
         )
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
-        steps.write_metrics_to(
-            run.config.metrics_file if writes_metrics else None,
-            self._progress if is_first_rank() else None,
-            stop_at_nan=run.stop_at_nan,
-        )
+        metrics_file = run.config.metrics_file if writes_metrics else None
+        progress = self._progress if is_first_rank() else None
+        steps.write_metrics_to(metrics_file, progress, stop_at_nan=run.stop_at_nan)
         self._patches.enter_context(installed(steps))
         self._patches.enter_context(full_validation.installed())
         self._student_step = steps.forward_step

@@ -118,8 +118,7 @@ class FddConfig:
     )
     teacher_store: str | None = flag(
         None,
-        "the teacher's features on disk, made by fdd teach from this run's data; they take the teacher's place, and "
-        "--teacher-load is left out",
+        "the teacher's features on disk, which fdd teach made of this run's data, in place of --teacher-load",
         metavar="DIR",
     )
     teacher_lens: str | None = flag(

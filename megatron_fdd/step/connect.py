@@ -18,7 +18,7 @@ from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.ops.linear_kl import Heads, Implementation, VocabShard
 from megatron_fdd.step.pipeline import PipelineWork, finalize_with_lens
 from megatron_fdd.step.schedule import StepHooks
-from megatron_fdd.step.student import ChunkForward, StudentForward
+from megatron_fdd.step.student import ChunkForward, FirstBatchCheck, StudentForward
 from megatron_fdd.step.student_lens import StudentLens
 from megatron_fdd.step.teacher.beside import BesideTeacher
 from megatron_fdd.step.teacher.check import log_cross_entropy
@@ -70,12 +70,7 @@ def connect(
         layers = [pair.teacher_layer for pair in plan.pairs]
         return BesideTeacher(teacher, layers, form=plan.config.tap_dtype)
 
-    check = None
-    if teacher_lens is not None:
-        implementation = Implementation(plan.config.kernels)
-        heads = Heads(None, teacher_lens.head_WT, shard, implementation)
-        say = partial(console.say, is_chosen=topology.rows_rank == topology.tensor_rank == 0)
-        check = partial(log_cross_entropy, heads=heads, group=topology.rows_group, say=say)
+    check = None if teacher_lens is None else _first_batch_check(plan, teacher_lens, shard, topology)
     step = StudentForward(
         [
             ChunkForward(
@@ -92,6 +87,14 @@ def connect(
     )
     sampler = Sampler(plan.config, len(plan.pairs), seed=seed, place=topology.rows_rank)
     return StepHooks(step, topology, pipeline, sampler, iteration, plan.vocab_size)
+
+
+def _first_batch_check(
+    plan: Plan, lens: TeacherLens, shard: VocabShard, topology: Topology
+) -> FirstBatchCheck:
+    heads = Heads(None, lens.head_WT, shard, Implementation(plan.config.kernels))
+    say = partial(console.say, is_chosen=topology.rows_rank == topology.tensor_rank == 0)
+    return partial(log_cross_entropy, heads=heads, group=topology.rows_group, say=say)
 
 
 def _teacher_lens(teacher: GPTModel | Store | None, plan: Plan, topology: Topology) -> TeacherLens | None:

@@ -157,7 +157,7 @@ class MegatronEngine:
         if not relative <= LARGEST_ERROR[final_SBT.dtype]:
             raise ValueError(
                 f"--teacher: its logits are not those of its final norm and head (they differ by {relative:.1e} of the "
-                "largest): its last block's output is changed by something else, which a lens cannot do; use another teacher"
+                "largest): something else changes its last block's output, which a lens cannot do; use another teacher"
             )
         shards = [torch.empty_like(head_WT) for _ in range(group.size())]
         dist.all_gather(shards, head_WT.contiguous(), group=group)

@@ -192,7 +192,7 @@ def read_layout(path: Path, digest: str) -> Layout:
         raise ValueError(f"{path}: has the format version {version}, not {VERSION}; run {REPAIR}")
     if store != digest:
         raise ValueError(
-            f"{path}: is of the store {store}, not of this one ({digest}); move it out of the folder"
+            f"{path}: is of the store {store}, not of this one ({digest}); remove it from the folder"
         )
     if max(first + count for first, count in places.values()) != size:
         raise ValueError(
