@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_fdd.config import parse_layer_pairs
+from megatron_fdd.config.values import parse_layer_pairs
 from megatron_fdd.host.checkpoint import TERM_PREFIX, term_shapes
 from megatron_fdd.host.listing import listing
 from megatron_fdd.losses.pairs import plan_pairs
