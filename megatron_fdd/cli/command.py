@@ -103,11 +103,11 @@ trust_checkpoint = click.option(
 )
 
 
-skip_checksums = click.option(
-    "--fdd-skip-checksums",
-    "skip_checksums",
+skip_file_sums = click.option(
+    "--fdd-skip-file-sums",
+    "skip_file_sums",
     is_flag=True,
-    help="Do not compare the checkpoint's files with their checksums first; that reads them once more.",
+    help="Do not compare the checkpoint's files with their sums first; that reads them once more.",
 )
 
 

@@ -224,10 +224,10 @@ class FddConfig:
         "print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
         "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
     )
-    skip_checksums: bool = flag(
+    skip_file_sums: bool = flag(
         False,
-        "load checkpoints without comparing their files with the checksums that lie beside them (default: each rank "
-        "first reads its share of the files once more)",
+        "load checkpoints without comparing their files with the file_sums.json that lies beside them (default: each "
+        "rank first reads its share of their bytes once more)",
     )
     trust_checkpoint: bool = flag(
         False,

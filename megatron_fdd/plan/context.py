@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fdd.config import FddConfig
@@ -34,7 +35,8 @@ class StoredModel:
         """Look for the newest checkpoint in a folder, or that of iteration `step`, and read its arguments.
 
         Args:
-            to_plan: whether the arguments are enough; the checkpoint may then lack weights.
+            to_plan: whether the arguments are enough; the checkpoint may then lack weights. Otherwise its objects are
+                left to `PreparedRun.check_files`.
             step: the value of --ckpt-step.
 
         Collectives: none.
@@ -42,7 +44,7 @@ class StoredModel:
         Raises:
             ValueError: there is no checkpoint, it is incomplete, or its arguments describe no model.
         """
-        path = find_checkpoint(folder, flag, to_plan=to_plan, step=step)
+        path = find_checkpoint(folder, flag, to_plan=to_plan, step=step, leaves_objects=not to_plan)
         args = check_stored_args(read_checkpoint_args(path, flag), f"{flag} {path}")
         return cls(folder, flag, path, args)
 
@@ -71,6 +73,7 @@ class Context:
         stored_teacher: the teacher's checkpoint; None without a teacher.
         teacher_args: the teacher's arguments in this run.
         plan: layer pairs, layers of every chunk, vocabulary.
+        id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         checks_data: the datasets are ours; False where a training script brings its own.
     """
 
@@ -80,6 +83,7 @@ class Context:
     stored_teacher: StoredModel | None = None
     teacher_args: argparse.Namespace | None = None
     plan: Plan | None = None
+    id_holders: Mapping[str, int] = field(default_factory=dict)
     checks_data: bool = True
 
     @property
