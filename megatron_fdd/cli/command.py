@@ -103,9 +103,9 @@ trust_checkpoint = click.option(
 )
 
 
-skip_file_sums = click.option(
-    "--fdd-skip-file-sums",
-    "skip_file_sums",
+skip_checksums = click.option(
+    "--fdd-skip-checksums",
+    "skip_checksums",
     is_flag=True,
     help="Do not compare the checkpoint's files with their sums first; that reads them once more.",
 )

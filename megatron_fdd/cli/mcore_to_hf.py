@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from megatron_fdd.cli import conversion
-from megatron_fdd.cli.command import Command, plugin, skip_file_sums, trust_checkpoint
+from megatron_fdd.cli.command import Command, plugin, skip_checksums, trust_checkpoint
 
 if TYPE_CHECKING:
     from megatron_fdd.convert.to_hf import ExportOptions
@@ -37,7 +37,7 @@ examples:
 @conversion.max_shard_size
 @conversion.via
 @click.option("--ckpt-step", type=click.IntRange(min=1), help="Iteration to take (default: the newest).")
-@skip_file_sums
+@skip_checksums
 @plugin
 @trust_checkpoint
 def command(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> None:

@@ -224,7 +224,7 @@ class FddConfig:
         "print on the terminal all that Megatron and its libraries print, from every rank, and keep no log of it "
         "(default: SAVE/logs/rank*.log; without --save fdd-logs/ here)",
     )
-    skip_file_sums: bool = flag(
+    skip_checksums: bool = flag(
         False,
         "load checkpoints without comparing their files with the file_sums.json that lies beside them (default: each "
         "rank first reads its share of their bytes once more)",

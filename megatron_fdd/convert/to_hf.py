@@ -73,7 +73,7 @@ class ExportOptions(TypedDict, total=False):
         progress: whether to show a progress bar; by default not.
         via: "tables" (the default), or "bridge" for a model type that Megatron-Bridge knows and the tables lack; then
             one rank holds the model.
-        skip_file_sums: whether to read the checkpoint's files without comparing them with their sums before; by
+        skip_checksums: whether to read the checkpoint's files without comparing them with their sums before; by
             default not.
         ckpt_step: the iteration to take; by default the newest.
     """
@@ -84,7 +84,7 @@ class ExportOptions(TypedDict, total=False):
     max_shard_size: str
     progress: bool
     via: Via
-    skip_file_sums: bool
+    skip_checksums: bool
     ckpt_step: int | None
 
 
@@ -128,7 +128,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
         check_objects_together({"--load": checkpoint})
-        remark = "" if options.get("skip_file_sums") else check_sums({"--load": checkpoint})
+        remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
             written = Checksums(
                 name_of(export.dtype), _write_own(unfinished, shards, export, options.get("progress", False))

@@ -27,7 +27,7 @@ _BLOCK_BYTES = 1 << 30
 _READ_BYTES = 1 << 20
 # Beside the `.distcp` files.
 _OTHER_FILES = frozenset({".metadata", "metadata.json", "common.pt"})
-SKIP_FLAG = "--fdd-skip-file-sums"
+SKIP_FLAG = "--fdd-skip-checksums"
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ class PreparedRun:
         """
         try:
             check_objects_together(self.checkpoints)
-            if self.checkpoints and not self.config.skip_file_sums:
+            if self.checkpoints and not self.config.skip_checksums:
                 console.say(check_sums(self.checkpoints))
             if self.id_holders:
                 check_all_token_ids(self.args, self.id_holders)

@@ -22,7 +22,7 @@ WITHOUT_TEACHER = {**WITHOUT_TAPS, "kd_weight": 0.0, "ce_weight": 1.0}
 # Fields whose flags always have an effect, or none that could be told before training.
 ALWAYS = {
     *("alpha", "beta", "kd_weight", "ce_weight", "term", "kernels"),
-    *("metrics_file", "dry_run", "verbose", "plugin", "trust_checkpoint", "skip_file_sums"),
+    *("metrics_file", "dry_run", "verbose", "plugin", "trust_checkpoint", "skip_checksums"),
 }
 
 
