@@ -51,8 +51,7 @@ from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.damage import cause_of
-from megatron_fdd.host.disk import explain, writing
-from megatron_fdd.host.file_sums import check_sums
+from megatron_fdd.host.disk import writing
 from megatron_fdd.host.model import build_config, check_same_sizes
 from megatron_fdd.host.patches.adam import install_adam
 from megatron_fdd.host.patches.helpers import use_built_helpers
@@ -64,9 +63,9 @@ from megatron_fdd.host.saving import saved_iteration
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.terms import active_terms
 from megatron_fdd.plan.describe import describe_plan
-from megatron_fdd.plan.megatron_errors import is_from_here, reason
+from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
 from megatron_fdd.plan.run import PreparedRun, prepare_run
-from megatron_fdd.plan.save_folder import held
+from megatron_fdd.plan.save_folder import locked
 from megatron_fdd.plan.student_arguments import student_checkpoint
 from megatron_fdd.step.connect import connect
 from megatron_fdd.step.progress import Progress
@@ -180,14 +179,8 @@ class Distillation:
         return self._student_step(data_iterator, model)
 
     def _check_files(self, chunks: list[GPTModel]) -> list[GPTModel]:
-        """Compare the checkpoints' files with their checksums before any is loaded, as Megatron's pre-wrap hook."""
-        run = self._run
-        if run.checkpoints and not run.config.skip_checksums:
-            try:
-                console.say(check_sums(run.checkpoints))
-            except OSError as error:  # the same on every rank
-                what = f"the checkpoint's files cannot be read: {explain(error)}; make them readable"
-                raise ValueError(what) from error
+        """Check the files of checkpoints and data before any is loaded, as Megatron's pre-wrap hook."""
+        self._run.check_files()
         return chunks
 
     def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
@@ -250,7 +243,7 @@ def main(parts: Parts = Parts()) -> int:
         # With --exit-signal-handler, Megatron finishes the step and saves.
         is_ours = is_first_rank() and not run.args.exit_signal_handler
         with (
-            held(run.args.save),
+            locked(run.args.save),
             ended_by_sigterm(distillation.say_interrupted) if is_ours else nullcontext(),
         ):
             distillation.train()
@@ -280,7 +273,7 @@ def _say_error(error: Exception, *, is_same_everywhere: bool) -> None:
     kept = console.keep_traceback()
     where = "" if kept is None else f"; the traceback is in {kept}"
     say = print_error if is_same_everywhere else print_own_error
-    say(f"megatron_fdd: error: {reason(error)}{where}")
+    say(f"megatron_fdd: error: {in_one_line(error)}{where}")
 
 
 def run_as_script(parts: Parts = Parts()) -> NoReturn:

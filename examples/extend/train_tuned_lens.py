@@ -128,6 +128,7 @@ def train(run: PreparedRun) -> tuple[TunedBlocks, dict[str, Any]]:
     args, started = run.args, time.monotonic()
     use_built_helpers()
     initialize_megatron()
+    run.check_files()
     tuned = TunedBlocks(run)
     datasets: Any = train_valid_test_provider
     datasets.is_distributed = True  # Megatron reads this: every rank has its own loaders

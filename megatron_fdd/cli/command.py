@@ -107,7 +107,7 @@ skip_checksums = click.option(
     "--fdd-skip-checksums",
     "skip_checksums",
     is_flag=True,
-    help="Do not compare the checkpoint's files with their checksums first; that reads them once more.",
+    help="Do not compare the checkpoint's files with their sums first; that reads them once more.",
 )
 
 

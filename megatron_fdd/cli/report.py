@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from megatron_fdd.cli.command import Command, plugin
+from megatron_fdd.cli.command import Command, plugin, trust_checkpoint
 from megatron_fdd.host.disk import explain
 
 EXAMPLES = """\b
@@ -23,6 +23,7 @@ examples:
     "--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder for the report."
 )
 @plugin
+@trust_checkpoint
 def command(runs: tuple[str, ...], out: Path) -> None:
     """Show one or more runs side by side on one page: losses, layers, pace, scores, flags.
 

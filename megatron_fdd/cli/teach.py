@@ -47,7 +47,7 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --teacher T        the teacher's Megatron checkpoint
     --store S          folder of the store; made, or added to
     --blocks B,B,...   blocks of the teacher, 1-based (default: by the training's --fdd-layers)
-    --form FORM        float32, bf16, fp8 or int8 (default: bf16)
+    --form FORM        float32, bf16, fp8 or int8 (default: as the teacher computes)
     --part I/N         compute part I of N, which other producers share
     --batch-tokens N   tokens of one forward pass (default: 16384)
 

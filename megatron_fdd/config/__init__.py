@@ -123,8 +123,8 @@ class FddConfig:
     text_units: Literal["rows", "documents"] = flag(
         "rows",
         "how plain text is read: rows cut from all documents one behind the other, as Megatron does; or documents, "
-        "each cut once into pieces of --seq-length, so that a teacher's stored features of a piece serve every epoch and seed "
-        "(give --dataloader-inter-document-masking with it, which fills a row with pieces)",
+        "each cut once into pieces of --seq-length, so that a teacher's stored features of a piece serve every epoch "
+        "and seed (give --dataloader-inter-document-masking with it, which fills a row with pieces)",
     )
     warmup_iters: int = flag(
         0, "the weights of inner layers' terms rise linearly over this many steps", bound=AT_LEAST_0
@@ -182,8 +182,8 @@ class FddConfig:
     )
     skip_checksums: bool = flag(
         False,
-        "load checkpoints without comparing their files with the checksums that lie beside them (default: each rank "
-        "first reads its share of the files once more)",
+        "load checkpoints without comparing their files with the file_sums.json that lies beside them (default: each "
+        "rank first reads its share of their bytes once more)",
     )
     trust_checkpoint: bool = flag(
         False,

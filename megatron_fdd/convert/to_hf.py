@@ -53,7 +53,7 @@ class Exported:
         unchanged: number of these tensors with the bytes of the imported model; None if its checksums are not
             beside the checkpoint, or are for another dtype.
         left_out: names of the parameters that terms of the distillation learned beside the student.
-        remark: for people, about the checksums of the checkpoint's files; empty if they were not compared.
+        remark: for people, about the sums of the checkpoint's files; empty if they were not compared.
     """
 
     num_tensors: int
@@ -73,7 +73,7 @@ class ExportOptions(TypedDict, total=False):
         progress: whether to show a progress bar; by default not.
         via: "tables" (the default), or "bridge" for a model type that Megatron-Bridge knows and the tables lack; then
             one rank holds the model.
-        skip_checksums: whether to read the checkpoint's files without comparing them with their checksums before; by
+        skip_checksums: whether to read the checkpoint's files without comparing them with their sums before; by
             default not.
         ckpt_step: the iteration to take; by default the newest.
     """
@@ -107,6 +107,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
         from megatron_fdd.host.checkpoint import (
             RELEASE,
             check_no_spec,
+            check_objects_together,
             find_checkpoint,
             read_checkpoint_args,
             term_shapes,
@@ -115,7 +116,8 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
         with together():
             check_new_folder(hf_out, "--hf-out")
             max_shard_bytes = parse_size(options.get("max_shard_size", "5GB"))
-            checkpoint = find_checkpoint(str(load), "--load", step=options.get("ckpt_step"))
+            step = options.get("ckpt_step")
+            checkpoint = find_checkpoint(str(load), "--load", step=step, leaves_objects=True)
             args = check_stored_args(read_checkpoint_args(checkpoint, "--load"), f"--load {checkpoint}")
             check_no_spec(args, "--load", "a family gives its layers a table (docs/extend/family.md)")
             left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
@@ -125,6 +127,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             shards = plan_shards(export.specs(), max_shard_bytes)
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
+        check_objects_together({"--load": checkpoint})
         remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
             written = Checksums(

@@ -63,7 +63,7 @@ def _load(folder: Path) -> tuple[TokenizerIdentity, str | None]:
     try:
         library = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a class may raise anything; a caller that needs it says more
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        complain(f"warning: transformers cannot load this tokenizer, so only its files are known ({reason})")
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        complain(f"warning: transformers cannot load this tokenizer, so only its files are known ({cause})")
         return identity_of_folder(folder), None
     return difference_from_file(library, library.eos_token_id)

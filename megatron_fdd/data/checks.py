@@ -21,7 +21,7 @@ from megatron_fdd.data.index_cache import check_cache_folders
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet
 from megatron_fdd.data.sources import blends, cuts_documents, data_prefixes, evaluates, open_sets
-from megatron_fdd.data.token_ids import check_token_ids
+from megatron_fdd.data.token_ids import RUNS_TOKENIZER, check_token_ids
 from megatron_fdd.data.tokenizer_identity import FormerStamp, compare
 
 _PART_NAMES = ("training", "validation", "test")
@@ -60,7 +60,7 @@ def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase |
         _check_tokenizer(args, prepared, tokenizer)
     for part in _parts(args, sets):
         _check_part(args, part, sets[part.prefix])
-    check_token_ids(args, sets, {"the tokenizer of this run": tokenizer.vocab_size})
+    check_token_ids(args, sets, {RUNS_TOKENIZER: tokenizer.vocab_size})
 
 
 def _check_flags(args: argparse.Namespace) -> None:

@@ -135,9 +135,9 @@ def _files_below(folder: str) -> list[str]:
     data = [path for path in found if _suffix(path) in _SUFFIXES and os.path.basename(path) not in _NOTES]
     if not data:
         table = next((path for path in sorted(found) if _suffix(path) in _TABLES), None)
-        reason = f"{table} is {_TABLES[_suffix(table)]}" if table else "it has no file with a known suffix"
+        cause = f"{table} is {_TABLES[_suffix(table)]}" if table else "it has no file with a known suffix"
         raise ValueError(
-            f"no data in the folder {folder}: {reason}; names must end in {', '.join(_SUFFIXES)} (.gz, .zst)"
+            f"no data in the folder {folder}: {cause}; names must end in {', '.join(_SUFFIXES)} (.gz, .zst)"
         )
     return sorted(data)
 
@@ -276,7 +276,7 @@ def input_bytes(paths: Iterable[str]) -> int:
     total = 0
     for path in paths:
         if not os.path.exists(path) or os.path.isdir(path):
-            reason = "is a folder; name the files in it" if os.path.isdir(path) else "does not exist"
-            raise ValueError(f"input file {path} {reason}")
+            fault = "is a folder; name the files in it" if os.path.isdir(path) else "does not exist"
+            raise ValueError(f"input file {path} {fault}")
         total += os.path.getsize(path)
     return total

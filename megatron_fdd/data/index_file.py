@@ -15,6 +15,7 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import DType
 
 _MAGIC = b"MMIDIDX\0\0"
@@ -30,7 +31,7 @@ class IndexFile:
     """The contents of an index.
 
     Attributes:
-        lengths: int32 [sequences], in ids.
+        lengths: int32 [sequences], in ids; a mapped file.
         pointers: int64 [sequences], the first byte of each in the `.bin` file; a mapped file.
         dtype: of an id in the `.bin` file; an integer type.
     """
@@ -64,8 +65,8 @@ class IndexFile:
                 )
 
 
-def read_index(path: str) -> IndexFile:
-    """Read an index, all but its pointers, which stay on disk.
+def read_index_file(path: str) -> IndexFile:
+    """Read and check an index, all but its pointers. Its numbers stay on disk, mapped.
 
     Raises:
         ValueError: it is damaged; says how, without the file's name.
@@ -86,16 +87,17 @@ def read_index(path: str) -> IndexFile:
     if os.path.getsize(path) < needed:
         raise ValueError(f"it has {os.path.getsize(path)} bytes and needs {needed}")
     pointers_at = _HEADER.size + num_sequences * 4
-    lengths = np.array(_mapped(path, np.int32, num_sequences, _HEADER.size))
+    lengths = mapped_numbers(path, np.int32, num_sequences, _HEADER.size)
     if lengths.min(initial=0) < 0:
         raise ValueError(f"sequence {lengths.argmin()} has {lengths.min()} ids")
-    pointers = _mapped(path, np.int64, num_sequences, pointers_at)
-    _check_borders(_mapped(path, np.int64, num_borders, pointers_at + num_sequences * 8), num_sequences)
+    pointers = mapped_numbers(path, np.int64, num_sequences, pointers_at)
+    borders = mapped_numbers(path, np.int64, num_borders, pointers_at + num_sequences * 8)
+    _check_borders(borders, num_sequences)
     return IndexFile(lengths, pointers, dtype)
 
 
-def _mapped(path: str, dtype: type[np.integer], count: int, offset: int) -> np.ndarray:
-    """Map some numbers of the file; nothing can be mapped of an empty part."""
+def mapped_numbers(path: str, dtype: npt.DTypeLike, count: int, offset: int) -> np.ndarray:
+    """Map `count` numbers of a file from byte `offset` on, to be read only; nothing is mapped where there are none."""
     if count == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))

@@ -43,9 +43,9 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
     try:
         tokenizer = build_tokenizer(config)
     except Exception as error:  # the libraries behind it raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: {reason}"
+            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: {cause}"
         ) from error
     if tokenizer.library == "huggingface":
         # Documents are cut later; transformers' warning about too long an input would only mislead.

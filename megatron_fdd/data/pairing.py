@@ -13,8 +13,6 @@ from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
 from megatron_fdd.data.megatron_tokenizer import identity_of
-from megatron_fdd.data.sources import cache_folder, open_sets
-from megatron_fdd.data.token_ids import token_range
 from megatron_fdd.data.tokenizer_identity import (
     TOKENIZER_FOLDER,
     Comparison,
@@ -30,9 +28,10 @@ from megatron_fdd.host.role import Role
 def check_checkpoint_tokenizer(
     role: Role, load: str, args: argparse.Namespace, tokenizer: MegatronTokenizerBase | None = None
 ) -> None:
-    """Refuse a checkpoint whose tokenizer is not the run's, and data with ids that the teacher's tokenizer lacks.
+    """Refuse a checkpoint whose tokenizer is not the run's.
 
-    Tokens that were added to only one of the tokenizers do not count as a difference while no data holds them.
+    Tokens that were added to only one of the tokenizers do not count as a difference; `ids_of_tokenizer` is for data
+    that holds them.
 
     Args:
         load: the checkpoint's folder; it has the tokenizer's files in `tokenizer/` if our conversion made it.
@@ -71,8 +70,18 @@ def check_checkpoint_tokenizer(
         )
     for remark in found.remarks:
         _warn(args, f"{role.label}'s tokenizer ({folder}) and the run's: {remark}")
-    if role is Role.TEACHER and not args.mock_data:
-        _check_ids(args, stored)
+
+
+def ids_of_tokenizer(load: str, tokenizer: MegatronTokenizerBase | None = None) -> int | None:
+    """Count the ids of the tokenizer that a checkpoint stores; None where it cannot be compared with the run's.
+
+    Raises:
+        ValueError: a file of the tokenizer cannot be read.
+    """
+    stored = stored_identity(Path(load) / TOKENIZER_FOLDER)
+    if stored is None or identity_of(get_tokenizer() if tokenizer is None else tokenizer) is None:
+        return None
+    return (stored if isinstance(stored, TokenizerStamp) else stored.stamp).largest_id + 1
 
 
 def _compare(
@@ -91,18 +100,6 @@ def _compare(
         return found
     by_files = compare(identity_of_folder(folder), ours, names, with_added_texts=False)
     return found if by_files.difference is None else by_files
-
-
-def _check_ids(args: argparse.Namespace, teacher: TokenizerStamp | TokenizerIdentity) -> None:
-    """Refuse data with a token id that the teacher does not have; the teacher cannot teach it."""
-    stamp = teacher if isinstance(teacher, TokenizerStamp) else teacher.stamp
-    for prefix, prepared in open_sets(args).items():
-        largest = token_range(prepared, cache_folder(args, prefix)).largest
-        if largest > stamp.largest_id:
-            raise ValueError(
-                f"id {largest} of the data ({prefix}) is not in the teacher's vocabulary of {stamp.num_ids}: the "
-                "teacher does not know that added token; prepare the data with the teacher's tokenizer"
-            )
 
 
 def _warn(args: argparse.Namespace, message: str) -> None:

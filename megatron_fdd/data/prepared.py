@@ -18,16 +18,18 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_fdd.data.encode import Encoded
-from megatron_fdd.data.index_file import IndexFile, read_index
+from megatron_fdd.data.index_file import IndexFile, read_index_file
 from megatron_fdd.data.tokenizer_identity import FormerStamp, TokenizerStamp
 from megatron_fdd.host.disk import regular_file
-from megatron_fdd.host.json_file import read_record
+from megatron_fdd.host.json_file import read_json, read_record
 
 FORMAT_NAME = "megatron_fdd.data"
 FORMAT_VERSION = 2
@@ -74,7 +76,7 @@ class PreparedSet:
     """A set that was found to be whole.
 
     Attributes:
-        document_lengths: int32 [documents], in tokens.
+        document_lengths: int32 [documents], in tokens; a mapped file.
         dtype: of an id in `P.bin`.
         info: None for a set that was not made by this project.
     """
@@ -214,13 +216,28 @@ def content_identity(prefix: str) -> str:
 
 
 def open_set(prefix: str) -> PreparedSet:
-    """Read the index of a prepared set and refuse a set that is not whole.
+    """Read the index of a prepared set and refuse a set that is not whole. As long as its files stay, it is read once.
 
     Raises:
         ValueError: files are missing, truncated, or do not belong together; names them and the remedy.
     """
+    return _opened(prefix, tuple(_state(prefix + end) for end in _ENDS))
+
+
+def _state(path: str) -> tuple[int, int, int] | None:
+    """Return what changes when a file does; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _opened(prefix: str, _states: tuple[tuple[int, int, int] | None, ...]) -> PreparedSet:
+    """Open a set, once for each state of its files."""
     info = _read_info(prefix)
-    index = _read_index(prefix)
+    index = _index_of(prefix)
     lengths = index.lengths
     if info is None:
         if os.path.exists(mask_prefix(prefix) + ".idx"):
@@ -232,12 +249,12 @@ def open_set(prefix: str) -> PreparedSet:
             f"{prefix}{_INFO_SUFFIX} says {info.documents} documents and {info.tokens} tokens, "
             f"{prefix}.idx says {len(lengths)} and {tokens}; {PREPARE_AGAIN}"
         )
-    if info.kind == "instruction" and not np.array_equal(_read_index(mask_prefix(prefix)).lengths, lengths):
+    if info.kind == "instruction" and not np.array_equal(_index_of(mask_prefix(prefix)).lengths, lengths):
         raise ValueError(f"{mask_prefix(prefix)}.idx does not belong to {prefix}.idx; {PREPARE_AGAIN}")
     return PreparedSet(prefix, lengths, index.dtype, info)
 
 
-def _read_index(prefix: str) -> IndexFile:
+def _index_of(prefix: str) -> IndexFile:
     """Return the index of one indexed dataset, whose two files must agree."""
     for end in (".bin", ".idx"):
         if not os.path.exists(prefix + end):
@@ -246,7 +263,7 @@ def _read_index(prefix: str) -> IndexFile:
                 "fdd prepare got as --output-prefix (with _train or _valid after --split)"
             )
     try:
-        index = read_index(prefix + ".idx")
+        index = read_index_file(prefix + ".idx")
         actual = os.path.getsize(prefix + ".bin")
         if actual == index.bin_bytes:
             index.check_pointers()
@@ -265,10 +282,7 @@ def _read_info(prefix: str) -> SetInfo | None:
     if not os.path.exists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
+        values = read_json(Path(path))
         name, version = values.pop("format", None), values.pop("version", None)
         if name != FORMAT_NAME or version not in (FORMAT_VERSION, _FORMER_VERSION):
             raise ValueError(f"not {FORMAT_NAME} version {FORMAT_VERSION}")
@@ -277,5 +291,5 @@ def _read_info(prefix: str) -> SetInfo | None:
         if not isinstance(tokenizer, dict):
             raise ValueError('"tokenizer" is not a JSON object')
         return read_record(SetInfo, {**values, "tokenizer": read_record(stamp, tokenizer)})
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} does not describe a prepared set ({error}); {PREPARE_AGAIN}") from error

@@ -25,9 +25,9 @@ def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the classes and the library behind them raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{folder} has no tokenizer that loads ({reason}); copy its teacher's files into it"
+            f"{folder} has no tokenizer that loads ({cause}); copy its teacher's files into it"
         ) from error
     identity, difference = difference_from_file(tokenizer, tokenizer.eos_token_id)
     if difference is None:

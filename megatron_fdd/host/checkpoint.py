@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_fdd.host.checkpoint_index import check_files, check_objects, contents, read_index
+from megatron_fdd.host.checkpoint_index import (
+    check_files,
+    check_objects,
+    contents,
+    read_checkpoint_index,
+)
 from megatron_fdd.host.damage import DAMAGE, cause_of
+from megatron_fdd.host.together import together
 from megatron_fdd.host.unpickling import restrict_unpickling
 
 # What the terms of a distillation learn beside the student (`step/term_modules.py`).
@@ -44,7 +51,14 @@ def is_same_folder(one: str | None, other: str | None) -> bool:
     return None not in (one, other) and Path(str(one)).resolve() == Path(str(other)).resolve()
 
 
-def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False, step: int | None = None) -> Path:
+def find_checkpoint(
+    directory: str,
+    flag: str,
+    *,
+    to_plan: bool = False,
+    step: int | None = None,
+    leaves_objects: bool = False,
+) -> Path:
     """Return the newest checkpoint under `directory`, or that of iteration `step`, after checking its files.
 
     Every file has its full length, and what is pickled in them runs no code, here or when Megatron loads it.
@@ -53,6 +67,9 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False, step: i
         directory: what the user gave as `flag`.
         to_plan: true if the arguments are enough, so that it need not hold weights.
         step: the value of --ckpt-step; None or 0, as in Megatron: the newest.
+        leaves_objects: whether only the index and the common state are checked, which every rank reads by itself, and
+            `check_objects_together` follows before anything else is loaded. The files of thousands of ranks would
+            otherwise all be opened by each of them.
 
     Raises:
         ValueError: there is no checkpoint, the tracker is unreadable, a file is truncated or missing, a pickle in it
@@ -84,9 +101,9 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False, step: i
         raise ValueError(
             f"--ckpt-step {step}: {flag} {directory} holds the iterations {found}; give one of them"
         )
-    index = read_index(path, flag)
+    index = read_checkpoint_index(path, flag)
     check_files(path, flag, index)
-    check_objects(path, flag, index)
+    check_objects(path, flag, index, only_common=leaves_objects)
     if not to_plan and not _lists_tensors(index):
         raise ValueError(
             f"{flag} {directory}: holds a model's arguments and no weights (fdd import --config-only), enough for "
@@ -95,13 +112,33 @@ def find_checkpoint(directory: str, flag: str, *, to_plan: bool = False, step: i
     return path
 
 
+def check_objects_together(checkpoints: Mapping[str, Path]) -> None:
+    """Refuse checkpoints with an object that could run code when it is loaded, each rank its share of the files.
+
+    No rank returns before every rank has found its share harmless.
+
+    Args:
+        checkpoints: the folder of an iteration, or a `release` folder, by the flag that named it.
+
+    Collectives: one all-gather of a few words over all ranks.
+
+    Raises:
+        ValueError: names file and class. The same on every rank.
+        OSError: a file cannot be read. The same on every rank.
+    """
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    with together():
+        for flag, path in checkpoints.items():
+            check_objects(path, flag, read_checkpoint_index(path, flag), share=share)
+
+
 def holds_weights(path: Path, flag: str) -> bool:
     """Whether the checkpoint at `path` has more than a model's arguments.
 
     Raises:
         ValueError: its index cannot be read.
     """
-    return _lists_tensors(read_index(path, flag))
+    return _lists_tensors(read_checkpoint_index(path, flag))
 
 
 def term_shapes(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
@@ -112,7 +149,7 @@ def term_shapes(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
     """
     return {
         name: tuple(entry.size)
-        for name, entry in read_index(path, flag).state_dict_metadata.items()
+        for name, entry in read_checkpoint_index(path, flag).state_dict_metadata.items()
         if name.startswith(TERM_PREFIX) and isinstance(entry, TensorStorageMetadata)
     }
 
@@ -166,7 +203,7 @@ def read_extra_states(path: Path, flag: str) -> Iterator[bytes]:
     Raises:
         ValueError: the checkpoint's index cannot be read.
     """
-    index = read_index(path, flag)
+    index = read_checkpoint_index(path, flag)
     for _, _, content in contents(path, index, lambda name: name.partition("/")[0].endswith(EXTRA_STATE)):
         yield content
 
@@ -179,7 +216,7 @@ def read_tensor(path: Path, name: str, flag: str) -> Tensor | None:
     Raises:
         ValueError: the index, or the tensor's bytes, cannot be read.
     """
-    index = read_index(path, flag).storage_data
+    index = read_checkpoint_index(path, flag).storage_data
     found = sorted(
         (tuple(item.offset or ()), place.relative_path, place.offset, place.length)
         for item, place in index.items()
@@ -211,7 +248,7 @@ def norms_digest(path: Path, flag: str) -> str:
         ValueError: the checkpoint's index, or the tensors' bytes, cannot be read.
     """
     total = hashlib.sha256()
-    for name, entry in sorted(read_index(path, flag).state_dict_metadata.items()):
+    for name, entry in sorted(read_checkpoint_index(path, flag).state_dict_metadata.items()):
         if (
             isinstance(entry, TensorStorageMetadata)
             and "norm" in name

@@ -14,10 +14,14 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_fdd.host.damage import DAMAGE, cause_of
-from megatron_fdd.host.unpickling import ForbiddenClassError, check_object, load_index
+from megatron_fdd.host.unpickling import ForbiddenClassError, check_object, is_trusting, load_index
+
+_ALL = slice(None)
+# How the names of the objects begin in which Megatron stores its common state.
+_COMMON_STATE = "common_state/"
 
 
-def read_index(path: Path, flag: str) -> Metadata:
+def read_checkpoint_index(path: Path, flag: str) -> Metadata:
     """Return the index of torch's checkpoints: every entry, and where its bytes are."""
     index_path = path / ".metadata"
     if not index_path.is_file():
@@ -59,20 +63,30 @@ def _check_index(index: object) -> None:
                 raise UnpicklingError(f"{name} has the shape {shape!r} and the dtype {dtype!r}")
 
 
-def check_objects(path: Path, flag: str, index: Metadata) -> None:
-    """Refuse a checkpoint with an object that could run code when it is loaded.
+def check_objects(
+    path: Path, flag: str, index: Metadata, *, only_common: bool = False, share: slice = _ALL
+) -> None:
+    """Refuse a checkpoint with an object that could run code when it is loaded; nothing where checkpoints are trusted.
 
     Every object is read and unpickled by the restricted unpickler, which takes about a millisecond: the arguments,
     each rank's random state, and a few KB for each module of TransformerEngine. Equal ones are checked once.
+
+    Args:
+        only_common: whether to check the common state alone, which every rank reads: arguments, schedules.
+        share: which of the files that hold objects to read, in the order of their names.
     """
+    if is_trusting():
+        return
     legacy = path / COMMON_STATE_FNAME  # of older versions of Megatron, which is read first
     if legacy.is_file():
         _check_object(path, flag, legacy.name, legacy.read_bytes())
-    are_objects = {
-        name for name, entry in index.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)
+    are_wanted = {
+        name
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, BytesStorageMetadata) and (not only_common or name.startswith(_COMMON_STATE))
     }
     checked = set()
-    for name, file_name, content in contents(path, index, lambda name: name in are_objects):
+    for name, file_name, content in contents(path, index, lambda name: name in are_wanted, share=share):
         digest = hashlib.sha256(content).digest()
         if digest not in checked:
             _check_object(path, flag, f"{file_name}: {name}", content)
@@ -92,14 +106,18 @@ def _check_object(path: Path, flag: str, where: str, content: bytes) -> None:
 
 
 def contents(
-    path: Path, index: Metadata, is_wanted: Callable[[str], bool]
+    path: Path, index: Metadata, is_wanted: Callable[[str], bool], *, share: slice = _ALL
 ) -> Iterator[tuple[str, str, bytes]]:
-    """Yield name, file and bytes of entries. The files are read one after the other, and each is opened once."""
+    """Yield name, file and bytes of entries. The files are read one after the other, and each is opened once.
+
+    Args:
+        share: which of the files with such entries to read, in the order of their names.
+    """
     places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for item, place in index.storage_data.items():
         if is_wanted(item.fqn):
             places[place.relative_path].append((place.offset, place.length, item.fqn))
-    for file_name, spans in sorted(places.items()):
+    for file_name, spans in sorted(places.items())[share]:
         with (path / file_name).open("rb") as file:
             for offset, length, name in sorted(spans):
                 file.seek(offset)

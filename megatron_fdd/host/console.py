@@ -57,9 +57,9 @@ class _Divided:
 
     def undo(self) -> None:
         """Give the terminal its descriptors back, and print there what was printed so far."""
-        held = self.printed()
+        printed = self.printed()
         self._point_at(self.out.fileno(), self.err.fileno())
-        self.out.write(held.decode(errors="replace"))
+        self.out.write(printed.decode(errors="replace"))
         sys.excepthook, warnings.showwarning = sys.__excepthook__, self.show_warning
 
     def printed(self, most: int | None = None) -> bytes:

@@ -1,13 +1,16 @@
-"""Checksums of a checkpoint's files: written after each save, and compared before each load, by all ranks together.
+"""Sums of a checkpoint's files: written after each save, and compared before each load, by all ranks together.
 
-A sum finds damage on disk or in a copy. It is no signature: who can change a file can change its sum.
+`file_sums.json` beside the files has an xxh3 sum for each block of 1 GiB of each file, so that ranks share a large file
+too. A sum finds damage on disk or in a copy. It is no signature: who can change a file can change its sum.
 """
 
 from __future__ import annotations
 
-import hashlib
+import heapq
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,32 @@ from megatron_fdd.host.together import together
 
 SUMS_FILE = "file_sums.json"
 _ALGORITHM = "xxh3_128"
+_BLOCK_BYTES = 1 << 30
+# So much is in memory at a time.
+_READ_BYTES = 1 << 20
 # Beside the `.distcp` files.
 _OTHER_FILES = frozenset({".metadata", "metadata.json", "common.pt"})
 SKIP_FLAG = "--fdd-skip-checksums"
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A part of a file that one rank reads, and what it must be.
+
+    Attributes:
+        folder: the flag and the folder of the file's checkpoint, for a message.
+        file_bytes: of the whole file.
+        start: the block's first byte in it.
+        size: in bytes.
+        expected: the sum of its bytes.
+    """
+
+    folder: str
+    path: Path
+    file_bytes: int
+    start: int
+    size: int
+    expected: str
 
 
 def write_sums(folder: Path) -> None:
@@ -38,14 +64,17 @@ def write_sums(folder: Path) -> None:
     with together():
         for path in sorted(folder.iterdir()):
             if _is_summed(path) and _writer_of(path.name) == dist.get_rank():
-                own[path.name] = {"bytes": path.stat().st_size, "sum": _sum_of(path)}
+                size = path.stat().st_size
+                sums = [_sum_of(path, start, _BLOCK_BYTES) for start in _starts(size, _BLOCK_BYTES)]
+                own[path.name] = {"bytes": size, "sums": sums}
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     with together():
         if dist.get_rank() == 0:
             files = {name: entry for each in everyone for name, entry in sorted(each.items())}
             unfinished = folder / f"{SUMS_FILE}.partial"
-            write_json(unfinished, {"algorithm": _ALGORITHM, "files": files})
+            content = {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files}
+            write_json(unfinished, content)
             unfinished.replace(folder / SUMS_FILE)
 
 
@@ -55,7 +84,7 @@ def forget_sums(folder: Path) -> None:
 
 
 def check_sums(checkpoints: Mapping[str, Path]) -> str:
-    """Compare the files of checkpoints with the sums beside them, each rank its share of the files.
+    """Compare the files of checkpoints with the sums beside them, each rank its share of the bytes.
 
     A checkpoint without sums passes with a remark: this package did not save it, or was ended before it wrote them.
 
@@ -74,21 +103,22 @@ def check_sums(checkpoints: Mapping[str, Path]) -> str:
     remarks = []
     num_bytes = 0
     with together():
+        blocks: list[_Block] = []
         for flag, folder in checkpoints.items():
-            files = _read_sums(folder)
-            if files is None:
+            if (folder / SUMS_FILE).is_file():
+                blocks += _read_sums(folder, flag)
+            else:
                 remarks.append(
-                    f"{flag} {folder}: no checksums lie beside its files (another program saved "
+                    f"{flag} {folder}: no file sums lie beside its files (another program saved "
                     "it, or the run ended before they were written); damage inside a tensor would not be noticed"
                 )
-                continue
-            num_bytes += sum(entry["bytes"] for entry in files.values())
-            for name in _share(files):
-                _check_file(folder / name, files[name], f"{flag} {folder}")
+        num_bytes = sum(block.size for block in blocks)
+        for block in _deal(blocks, dist.get_world_size())[dist.get_rank()]:
+            _check_block(block)
     if num_bytes:
         seconds = time.perf_counter() - started_s
         remarks.append(
-            f"checksums of {num_bytes / 1e9:.2f} GB of checkpoints are right (compared in {seconds:.1f} s; {SKIP_FLAG} "
+            f"file sums of {num_bytes / 1e9:.2f} GB of checkpoints are right (compared in {seconds:.1f} s; {SKIP_FLAG} "
             "leaves that out)"
         )
     return "\n".join(remarks)
@@ -99,9 +129,20 @@ def _is_summed(path: Path) -> bool:
     return path.is_file() and (path.suffix == ".distcp" or path.name in _OTHER_FILES)
 
 
-def _sum_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+def _starts(num_bytes: int, block_bytes: int) -> range:
+    """Return the first byte of each block of a file; an empty file has one block."""
+    return range(0, max(num_bytes, 1), block_bytes)
+
+
+def _sum_of(path: Path, start: int, size: int) -> str:
+    """Return the sum of `size` bytes of a file, or of those up to its end."""
+    found = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while part := file.read(min(_READ_BYTES, size)):
+            found.update(part)
+            size -= len(part)
+    return found.hexdigest()
 
 
 def _writer_of(name: str) -> int:
@@ -110,53 +151,69 @@ def _writer_of(name: str) -> int:
     return int(rank) if rank.isdecimal() and int(rank) < dist.get_world_size() else 0
 
 
-def _read_sums(folder: Path) -> Mapping[str, Any] | None:
-    """Read the sums beside a checkpoint's files; None if there are none.
+def _read_sums(folder: Path, flag: str) -> list[_Block]:
+    """Read the sums beside a checkpoint's files.
 
     Raises:
         ValueError: they are malformed, or lack a file of weights.
     """
     path = folder / SUMS_FILE
-    if not path.is_file():
-        return None
     content = read_json(path)
     files = content.get("files")
-    if (
-        content.get("algorithm") != _ALGORITHM
-        or not isinstance(files, dict)
-        or not all(map(_is_entry, files.items()))
-    ):
+    by_name: dict[str, list[_Block]] = {}
+    if content.get("algorithm") == _ALGORITHM and isinstance(files, dict):
+        size = content.get("block_bytes")
+        by_name = {
+            name: _blocks_of(folder / name, entry, size, f"{flag} {folder}") for name, entry in files.items()
+        }
+    if not by_name or not all(Path(name).name == name and blocks for name, blocks in by_name.items()):
         raise ValueError(f"{path}: not the sums that this version writes; delete the file to load without it")
     for found in sorted(folder.glob("*.distcp")):
-        if found.name not in files:
+        if found.name not in by_name:
             raise ValueError(
                 f"{path}: does not list {found.name}; if that file was added on purpose, delete {SUMS_FILE}"
             )
-    return files
+    return [block for blocks in by_name.values() for block in blocks]
 
 
-def _is_entry(item: tuple[str, Any]) -> bool:
-    name, entry = item
-    is_dict = Path(name).name == name and isinstance(entry, dict)
-    return is_dict and type(entry.get("bytes")) is int and isinstance(entry.get("sum"), str)
+def _blocks_of(path: Path, entry: object, block_bytes: object, folder: str) -> list[_Block]:
+    """Return the blocks of a file; none if its entry is malformed. Earlier versions wrote one sum for a file."""
+    size = entry.get("bytes") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or type(size) is not int or size < 0:
+        return []
+    sums = [entry["sum"]] if "sum" in entry else entry.get("sums")
+    each = max(size, 1) if "sum" in entry else block_bytes
+    if not isinstance(sums, list) or not all(isinstance(found, str) for found in sums):
+        return []
+    if type(each) is not int or each < 1 or len(sums) != math.ceil(max(size, 1) / each):
+        return []
+    return [
+        _Block(folder, path, size, start, min(each, size - start), found)
+        for start, found in zip(_starts(size, each), sums, strict=True)
+    ]
 
 
-def _share(files: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of this rank's files: the largest are dealt out first."""
-    by_size = sorted(files, key=lambda name: (-files[name]["bytes"], name))
-    yield from by_size[dist.get_rank() :: dist.get_world_size()]
+def _deal(blocks: Sequence[_Block], num_ranks: int) -> list[list[_Block]]:
+    """Deal blocks to ranks: the largest first, each to the rank that has the fewest bytes. The same on every rank."""
+    shares: list[list[_Block]] = [[] for _ in range(num_ranks)]
+    loads = [(0, rank) for rank in range(num_ranks)]
+    for block in sorted(blocks, key=lambda block: -block.size):
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + block.size, rank))
+        shares[rank].append(block)
+    return shares
 
 
-def _check_file(path: Path, expected: Mapping[str, Any], what: str) -> None:
-    """Refuse a file that is not the one that was saved."""
-    size = path.stat().st_size if path.is_file() else None
-    if size != expected["bytes"]:
-        found = "is missing" if size is None else f"has {size} bytes and had {expected['bytes']}"
-    elif _sum_of(path) != expected["sum"]:
+def _check_block(block: _Block) -> None:
+    """Refuse a block of a file that is not the one that was saved."""
+    size = block.path.stat().st_size if block.path.is_file() else None
+    if size != block.file_bytes:
+        found = "is missing" if size is None else f"has {size} bytes and had {block.file_bytes}"
+    elif _sum_of(block.path, block.start, block.size) != block.expected:
         found = "has other bytes than when it was saved"
     else:
         return
     raise ValueError(
-        f"{what}: {path.name} {found}: the disk or the copy is damaged. Copy it again, or go on from another "
-        f"checkpoint; if it was changed on purpose, delete {SUMS_FILE} beside it"
+        f"{block.folder}: {block.path.name} {found}: the disk or the copy is damaged. Copy it again, or go on from "
+        f"another checkpoint; if it was changed on purpose, delete {SUMS_FILE} beside it"
     )

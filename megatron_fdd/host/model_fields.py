@@ -122,15 +122,6 @@ _STORED: Mapping[str, Kind] = {
     **dict.fromkeys(("load", "pretrained_checkpoint", "tokenizer_model", "tokenizer_type"), optional(TEXT)),
     "hybrid_layer_pattern": optional(TEXT),
 }
-_NUMBER_LIKE = Kind("a number", lambda value: type(value) in (int, float))
-_NO_OBJECT = Kind("no object", lambda value: not isinstance(value, dict))
-# By the type of a flag's default. A text may stand for one of a set of things, which Megatron stores as that thing.
-_LIKE: Mapping[type, Kind] = {
-    bool: FLAG,
-    int: _NUMBER_LIKE,
-    float: _NUMBER_LIKE,
-    str: Kind("a text", lambda value: not isinstance(value, bool | int | float | dict)),
-}
 _ALWAYS_STORED = ("num_layers", "hidden_size", "num_attention_heads")
 # Lists with an entry for each layer.
 _PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq")
@@ -161,30 +152,6 @@ def check_stored_args(args: object, where: str) -> argparse.Namespace:
             "program wrote it"
         )
     return args
-
-
-def check_like_flags(args: argparse.Namespace, defaults: Mapping[str, Any], where: str) -> None:
-    """Refuse stored arguments of another type than the flag of the same name has, for flags that no table covers.
-
-    Only what cannot be meant is refused: a number for a switch, a switch for a number or a text, an object for any.
-    Lists are left alone.
-
-    Args:
-        defaults: the parser's default of every flag.
-        where: the flag and the folder of the checkpoint, for the message.
-
-    Raises:
-        ValueError: names the argument, its value and what the flag takes.
-    """
-    for name, value in vars(args).items():
-        allowed = _LIKE.get(type(defaults.get(name)))
-        if allowed is not None and not (
-            value is None or isinstance(value, list | tuple) or allowed.fits(value)
-        ):
-            raise ValueError(
-                f"{where}: stores {name} = {shown(value)}, which must be {allowed.words}: the copy is damaged, or "
-                "another program wrote it"
-            )
 
 
 def _wrong_list(values: Mapping[str, Any]) -> tuple[str, Any, str] | None:

@@ -65,6 +65,11 @@ def trust_checkpoints() -> None:
     _is_trusting = True
 
 
+def is_trusting() -> bool:
+    """Whether `trust_checkpoints` was called in this process."""
+    return _is_trusting
+
+
 def restrict_unpickling() -> None:
     """Make torch unpickle listed classes only, in this process and its children, unless checkpoints are trusted.
 

@@ -8,13 +8,14 @@
 | `OF_EACH_MODEL`, for the student | its architecture: a checkpoint has completed the arguments, values are forced |
 | `WITH_STUDENT` | the same; the checks above have accepted its parallel sizes |
 | `AFTER_MEGATRON` | Megatron has validated the arguments and built the tokenizer |
-| `WITH_STORED_TEACHER` | the teacher as its checkpoint, or its store of features, describes it; nothing without one |
+| `WITH_STORED_TEACHER` | the teacher as its checkpoint, or its store of features, describes it; all vocabularies |
 | `OF_EACH_MODEL`, for the teacher | those arguments with this run's layout and precision; skipped without a teacher |
 | `WITH_TEACHER` | the same |
 | `OF_BOTH_MODELS` | the plan: layer pairs, layers of every chunk, the common vocabulary |
 
 No process group exists yet, so no check communicates. Every rank makes all checks and meets the same first error. A
-plan (`--fdd-dry-run`) can be made anywhere, and leaves out the checks with `needs_machine`.
+plan (`--fdd-dry-run`) can be made anywhere, and leaves out the checks with `needs_machine`. What only whole files can
+tell is checked as soon as there is a process group, by all ranks together (`PreparedRun.check_files` in `plan/run.py`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fdd.config import FddConfig
@@ -35,7 +36,8 @@ class StoredModel:
         """Look for the newest checkpoint in a folder, or that of iteration `step`, and read its arguments.
 
         Args:
-            to_plan: whether the arguments are enough; the checkpoint may then lack weights.
+            to_plan: whether the arguments are enough; the checkpoint may then lack weights. Otherwise its objects are
+                left to `PreparedRun.check_files`.
             step: the value of --ckpt-step.
 
         Collectives: none.
@@ -43,7 +45,7 @@ class StoredModel:
         Raises:
             ValueError: there is no checkpoint, it is incomplete, or its arguments describe no model.
         """
-        path = find_checkpoint(folder, flag, to_plan=to_plan, step=step)
+        path = find_checkpoint(folder, flag, to_plan=to_plan, step=step, leaves_objects=not to_plan)
         args = check_stored_args(read_checkpoint_args(path, flag), f"{flag} {path}")
         return cls(folder, flag, path, args)
 
@@ -82,6 +84,7 @@ class Context:
         teacher_args: the teacher's arguments in this run.
         teacher_store: the teacher's features on disk, which take the place of both.
         plan: layer pairs, layers of every chunk, vocabulary.
+        id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         checks_data: the datasets are ours; False where a training script brings its own.
     """
 
@@ -92,6 +95,7 @@ class Context:
     teacher_args: argparse.Namespace | None = None
     teacher_store: Store | None = None
     plan: Plan | None = None
+    id_holders: Mapping[str, int] = field(default_factory=dict)
     checks_data: bool = True
 
     @property
@@ -113,6 +117,13 @@ class Context:
         args = self.stored_teacher.args
         vocab_size = getattr(args, "vocab_size", None) or args.padded_vocab_size
         return TeacherSize(args.num_layers, args.hidden_size, vocab_size)
+
+    @property
+    def teacher_folder(self) -> str | None:
+        """The folder of the teacher's checkpoint, or of its features; its tokenizer may lie in it."""
+        if self.teacher_store is not None:
+            return str(self.teacher_store.path)
+        return None if self.stored_teacher is None else self.stored_teacher.folder
 
     @property
     def student(self) -> Model:

@@ -31,7 +31,7 @@ def megatrons_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if is_from_here(error):
             raise
-        raise ValueError(f"Megatron refuses {what}: {reason(error)}") from error
+        raise ValueError(f"Megatron refuses {what}: {in_one_line(error)}") from error
 
 
 def is_from_here(error: BaseException) -> bool:
@@ -39,7 +39,7 @@ def is_from_here(error: BaseException) -> bool:
     return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
 
 
-def reason(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
     """Return in one line what an error says, and where it was raised; without words, the condition that is asserted."""
     text = " ".join(str(error).split())
     if isinstance(error, AssertionError) and not text:

@@ -23,7 +23,7 @@ from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.context import Context
 
 # Returns why a flag has no effect; None where it has one.
-Reason = Callable[[FddConfig, argparse.Namespace], str | None]
+Why = Callable[[FddConfig, argparse.Namespace], str | None]
 
 
 def _without_teacher(config: FddConfig, _args: argparse.Namespace) -> str | None:
@@ -46,13 +46,13 @@ def _with_pairs(config: FddConfig, _args: argparse.Namespace) -> str | None:
     return "--fdd-layer-pairs takes its place" if config.layer_pairs is not None else None
 
 
-def _unread(name: str) -> Reason:
-    """Return the reason of a flag of which nothing but terms knows."""
+def _unread(name: str) -> Why:
+    """Return why a flag has no effect of which nothing but terms knows."""
 
-    def reason(config: FddConfig, _args: argparse.Namespace) -> str | None:
+    def why(config: FddConfig, _args: argparse.Namespace) -> str | None:
         return None if _is_read(config, name) else "no term that has a weight depends on it"
 
-    return reason
+    return why
 
 
 def _is_read(config: FddConfig, name: str) -> bool:
@@ -125,7 +125,7 @@ _OF_TAPS = (
     *("decay_iters", "skip_below", "sample_tokens", "sample_one_tap", "tap_dtype"),
 )
 # Each row: fields of `FddConfig`, and why their flags have no effect. The first row that applies names a flag.
-NO_EFFECT: tuple[tuple[tuple[str, ...], Reason], ...] = (
+NO_EFFECT: tuple[tuple[tuple[str, ...], Why], ...] = (
     (_OF_TEACHER, _without_teacher),
     (_OF_LIVE_TEACHER, _from_store),
     (_OF_TAPS, _without_taps),
@@ -151,10 +151,10 @@ def warn_of_flags(context: Context) -> None:
     config, named = context.config, set[str]()
     for names, why in NO_EFFECT:
         given = [name for name in names if getattr(config, name) != DEFAULTS[name] and name not in named]
-        reason = why(config, context.args) if given else None
-        if reason is not None:
+        cause = why(config, context.args) if given else None
+        if cause is not None:
             named.update(given)
-            _warn(f"{', '.join(_as_given(config, name) for name in given)}: no effect, {reason}")
+            _warn(f"{', '.join(_as_given(config, name) for name in given)}: no effect, {cause}")
 
 
 def warn_of_schedule(context: Context) -> None:

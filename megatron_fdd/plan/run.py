@@ -16,6 +16,11 @@ from megatron.training.global_vars import set_global_variables
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.token_ids import check_all_token_ids
+from megatron_fdd.host import console
+from megatron_fdd.host.checkpoint import check_objects_together
+from megatron_fdd.host.disk import explain
+from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.model import planned_layers
 from megatron_fdd.host.unpickling import restrict_unpickling, trust_checkpoints
 from megatron_fdd.losses.layer_plan import Plan
@@ -30,7 +35,7 @@ from megatron_fdd.plan.student_arguments import complete_student_args, force_val
 from megatron_fdd.plan.teacher_checkpoint import find_teacher
 from megatron_fdd.plan.teacher_store import find_store
 from megatron_fdd.plan.term_parameters import fresh_parameters
-from megatron_fdd.plan.vocabulary import common_vocab_size, set_vocab_size
+from megatron_fdd.plan.vocabulary import common_vocab_size, id_holders, set_vocab_size
 from megatron_fdd.step.teacher.arguments import teacher_args
 
 
@@ -44,6 +49,7 @@ class PreparedRun:
         teacher_store: the teacher's features on disk; None without.
         teacher_size: of either.
         checkpoints: the checkpoints that the run reads, by the flags that name them.
+        id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         fresh: names of parameters of terms that the student's checkpoint lacks.
         saved_groups: the groups of parameters of the checkpoint's optimizer; none if the run makes a new one.
         stop_at_nan: whether Megatron's `--no-check-for-nan-in-loss-and-grad` is left out.
@@ -56,6 +62,7 @@ class PreparedRun:
     teacher_store: Store | None
     teacher_size: TeacherSize | None
     checkpoints: dict[str, Path]
+    id_holders: Mapping[str, int]
     fresh: frozenset[str]
     saved_groups: tuple[Mapping[str, Any], ...]
     stop_at_nan: bool
@@ -64,6 +71,25 @@ class PreparedRun:
     def config(self) -> FddConfig:
         """The config of the plan."""
         return self.plan.config
+
+    def check_files(self) -> None:
+        """Refuse files that only reading them whole can tell to be wrong, each rank its share, before any is loaded.
+
+        They are objects in checkpoints, the checkpoints' files by their sums, and the ids of the data.
+
+        Collectives over all ranks: those of `check_objects_together`, `check_sums` and `check_all_token_ids`.
+
+        Raises:
+            ValueError: a check refuses, or a file cannot be read. The same on every rank.
+        """
+        try:
+            check_objects_together(self.checkpoints)
+            if self.checkpoints and not self.config.skip_checksums:
+                console.say(check_sums(self.checkpoints))
+            if self.id_holders:
+                check_all_token_ids(self.args, self.id_holders)
+        except OSError as error:  # the same on every rank
+            raise ValueError(f"a file cannot be read: {explain(error)}; make it readable") from error
 
 
 def prepare_run(*, checks_data: bool = True) -> PreparedRun:
@@ -105,6 +131,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     make_checks(checks.AFTER_MEGATRON, known)
 
     known = replace(known, stored_teacher=find_teacher(config, defaults), teacher_store=find_store(config))
+    known = replace(known, id_holders=id_holders(known))
     make_checks(checks.WITH_STORED_TEACHER, known)
     if known.stored_teacher is not None:
         size = config.teacher_expert_model_parallel_size
@@ -128,6 +155,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
         teacher_store=known.teacher_store,
         teacher_size=known.teacher_size,
         checkpoints=checkpoints,
+        id_holders=known.id_holders,
         fresh=fresh,
         saved_groups=groups,
         stop_at_nan=stop_at_nan,

@@ -30,10 +30,10 @@ def check_nothing_lost(context: Context) -> None:
     if is_read and not args.finetune:
         return
     label = (Path(args.save) / TRACKER_FILE).read_text(encoding="utf-8").strip()
-    held = "a converted model" if label == RELEASE else f"a checkpoint of iteration {label}"
+    content = "a converted model" if label == RELEASE else f"a checkpoint of iteration {label}"
     go_on = "leave --finetune out" if is_read else f"give --load {args.save}"
     raise ValueError(
-        f"--save {args.save}: holds {held}, and this run would begin at step 0 and take its place. To go on from it "
+        f"--save {args.save}: holds {content}, and this run would begin at step 0 and take its place. To go on from it "
         f"{go_on}; for a new run give another --save, or delete {args.save}"
     )
 
@@ -63,7 +63,7 @@ def check_models_kept(context: Context) -> None:
 
 
 @contextmanager
-def held(folder: str | None) -> Iterator[None]:
+def locked(folder: str | None) -> Iterator[None]:
     """Keep other runs out of `folder` during a `with` block; rank 0 does it for all ranks.
 
     The kernel releases the lock when rank 0 ends, however it ends; processes forked from it do not hold the lock. A

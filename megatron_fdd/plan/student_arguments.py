@@ -11,7 +11,8 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_fdd.host.checkpoint import check_no_spec, has_checkpoint, is_same_folder
-from megatron_fdd.host.model_fields import ARCHITECTURE, check_like_flags
+from megatron_fdd.host.like_flags import READ_HERE, READ_TO_LOAD, check_like_flags
+from megatron_fdd.host.model_fields import ARCHITECTURE
 from megatron_fdd.plan.context import Context, StoredModel
 
 # These are on by default, but need apex's kernels: if apex is not built, Megatron fails in the first step.
@@ -44,7 +45,7 @@ def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, objec
         return None
     model = StoredModel.find(directory, flag, to_plan=args.fdd_dry_run, step=args.ckpt_step)
     stored = model.args
-    check_like_flags(stored, defaults, f"{flag} {model.path}")
+    check_like_flags(stored, defaults, f"{flag} {model.path}", READ_TO_LOAD | READ_HERE)
     given = {name: value for name, value in vars(args).items() if value != defaults.get(name, value)}
     # If Megatron took the vocabulary from a tokenizer, a checkpoint stores only the padded size.
     fixed = [*ARCHITECTURE, *["vocab_size"] * (getattr(stored, "vocab_size", None) is not None)]

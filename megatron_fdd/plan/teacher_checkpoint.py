@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import check_no_spec
-from megatron_fdd.host.model_fields import check_like_flags
+from megatron_fdd.host.like_flags import READ_HERE, READ_TO_BUILD, check_like_flags
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.plan.context import Context, StoredModel
+from megatron_fdd.step.teacher.arguments import is_teachers_own
 
 
 def find_teacher(config: FddConfig, defaults: Mapping[str, object]) -> StoredModel | None:
@@ -23,7 +24,8 @@ def find_teacher(config: FddConfig, defaults: Mapping[str, object]) -> StoredMod
     if not needs_of(config).teacher or config.teacher_load is None:
         return None
     model = StoredModel.find(config.teacher_load, "--teacher-load", to_plan=config.dry_run)
-    check_like_flags(model.args, defaults, f"{model.flag} {model.path}")
+    read = READ_HERE | set(filter(is_teachers_own, READ_TO_BUILD))
+    check_like_flags(model.args, defaults, f"{model.flag} {model.path}", read)
     return model
 
 

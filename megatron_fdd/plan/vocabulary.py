@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from collections.abc import Mapping
 
 from megatron.training import get_tokenizer
 
-from megatron_fdd.data.pairing import check_checkpoint_tokenizer
+from megatron_fdd.data.pairing import check_checkpoint_tokenizer, ids_of_tokenizer
 from megatron_fdd.data.sources import open_sets
-from megatron_fdd.data.token_ids import check_token_ids
+from megatron_fdd.data.token_ids import RUNS_TOKENIZER, SAMPLED_IDS, check_token_ids, unread_sets
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.context import Context
 
@@ -24,10 +26,8 @@ def check_student_tokenizer(context: Context) -> None:
 
 def check_teacher_tokenizer(context: Context) -> None:
     """Refuse a teacher that was made with a tokenizer other than the run's."""
-    if context.stored_teacher is not None:
-        check_checkpoint_tokenizer(Role.TEACHER, context.stored_teacher.folder, context.args)
-    if context.teacher_store is not None:
-        check_checkpoint_tokenizer(Role.TEACHER, str(context.teacher_store.path), context.args)
+    if context.teacher_folder is not None:
+        check_checkpoint_tokenizer(Role.TEACHER, context.teacher_folder, context.args)
 
 
 def set_vocab_size(args: argparse.Namespace) -> None:
@@ -60,21 +60,44 @@ def check_vocabularies(context: Context) -> None:
         )
 
 
-def check_data_ids(context: Context) -> None:
-    """Refuse data with a token id that the student or the teacher does not have.
-
-    Megatron's embedding gives zeros for it if it is cut over ranks, and fails if it is not.
+def id_holders(context: Context) -> Mapping[str, int]:
+    """Count the ids of everything that must know each id of the data; nothing if no data of ours is read.
 
     Raises:
-        ValueError: names the set, the id and the model.
+        ValueError: a file of the teacher's tokenizer cannot be read.
     """
-    args = context.args
+    args, size, folder = context.args, context.teacher_size, context.teacher_folder
     if args.mock_data or not context.checks_data:
+        return {}
+    holders = {RUNS_TOKENIZER: get_tokenizer().vocab_size, Role.STUDENT.label: args.vocab_size}
+    if size is not None and folder is not None:
+        holders[Role.TEACHER.label] = size.vocab_size
+        num_ids = ids_of_tokenizer(folder)
+        if num_ids is not None:
+            holders[f"{Role.TEACHER.label}'s tokenizer"] = num_ids
+    return holders
+
+
+def check_data_ids(context: Context) -> None:
+    """Refuse data with a token id that tokenizer, student or teacher does not have, as far as one rank looks.
+
+    Megatron's embedding gives zeros for it if it is cut over ranks, and fails if it is not. A plan says of which data
+    it has seen a sample only; a training reads them whole (`PreparedRun.check_files`).
+
+    Raises:
+        ValueError: names the set, the id and who lacks it.
+    """
+    if not context.id_holders:
         return
-    holders = {Role.STUDENT.label: args.vocab_size}
-    if context.teacher_size is not None:
-        holders[Role.TEACHER.label] = context.teacher_size.vocab_size
-    check_token_ids(args, open_sets(args), holders)
+    args, sets = context.args, open_sets(context.args)
+    check_token_ids(args, sets, context.id_holders)
+    if context.config.dry_run and args.rank == 0:
+        for prefix in unread_sets(args, sets):
+            warnings.warn(
+                f"{prefix}: of its token ids this plan has looked at a sample of {SAMPLED_IDS:,}; a training reads all "
+                "of them, each rank its share, before it loads anything",
+                stacklevel=2,
+            )
 
 
 def common_vocab_size(context: Context) -> int:

@@ -1,4 +1,4 @@
-"""Additions to Megatron's saving: weights that are finite, why it failed, checksums of the files, a line for people."""
+"""Additions to Megatron's saving: weights that are finite, why it failed, sums of the files, a line for people."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Saves:
         self._report(iteration, time.perf_counter() - started_s)
 
     def schedule_async_save(self, request: Any) -> None:
-        """Start a save in the background, as Megatron does; checksums are written when its files are there."""
+        """Start a save in the background, as Megatron does; file sums are written when its files are there."""
         if self._folder is not None:
             request.add_finalize_fn(partial(write_sums, self._folder))
         self._schedule(request)

@@ -42,7 +42,7 @@ from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.together import together
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.plan.context import StoredModel
-from megatron_fdd.plan.megatron_errors import is_from_here, reason
+from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
 from megatron_fdd.plan.run import PreparedRun, prepare_run
 from megatron_fdd.step.teacher.loading import build_teacher
 from megatron_fdd.teach.engine import Engine
@@ -112,7 +112,7 @@ def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:
 
 
 def _start(run: PreparedRun) -> None:
-    """Make the process groups, as Megatron's `pretrain` does."""
+    """Make the process groups, as Megatron's `pretrain` does, and check the files that all ranks read together."""
     log = console.keep_log(Path(tempfile.mkdtemp(prefix="fdd-teach-")))
     if log is not None:
         console.say(f"loading the teacher and the data; Megatron's own output: {log.with_name('rank*.log')}")
@@ -120,6 +120,7 @@ def _start(run: PreparedRun) -> None:
     if run.args.transformer_impl == "local":
         install_norms()
     initialize_megatron()
+    run.check_files()
 
 
 def _open_folder(request: TeachRequest, identity: StoreIdentity) -> None:
@@ -193,7 +194,7 @@ def main() -> int:
         return 128 + signal.SIGINT
     except ValueError as error:
         console.log_traceback()
-        print_error(f"megatron_fdd: error: {error if is_from_here(error) else reason(error)}")
+        print_error(f"megatron_fdd: error: {error if is_from_here(error) else in_one_line(error)}")
         return 1
     return 0
 

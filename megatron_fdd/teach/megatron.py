@@ -38,12 +38,17 @@ from megatron_fdd.step.taps import forward_with_taps, stop_before_head
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
+# The form that keeps what a teacher computes in.
+_FORM_OF: dict[str, TapForm] = {"float32": "float32", "bfloat16": "bf16"}
 # FP8's products need a number of tokens that is a multiple of it.
 _FP8_MULTIPLE = 32
 
 
-def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm) -> StoreIdentity:
+def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm | None) -> StoreIdentity:
     """Return what a store of this run's teacher holds. Collectives: none.
+
+    Args:
+        form: None: that of the precision in which the teacher computes.
 
     Raises:
         ValueError: the checkpoint cannot be read, or a hidden state cannot be packed in this form.
@@ -52,14 +57,15 @@ def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm) -> StoreIde
     assert args is not None
     assert path is not None
     assert run.teacher_size is not None
-    packing = TapFormat(args.params_dtype, form)
-    packing.check_width(args.hidden_size, "--form int8")
-    if form in ("float32", "bf16") and str(args.params_dtype) != f"torch.{_DTYPE_OF[form]}":
-        other = next(each for each, name in _DTYPE_OF.items() if f"torch.{name}" == str(args.params_dtype))
+    dtype = str(args.params_dtype).removeprefix("torch.")
+    own = _FORM_OF[dtype]
+    if form in _FORM_OF.values() and form != own:
         raise ValueError(
-            f"--form {form}: the teacher computes in {str(args.params_dtype).removeprefix('torch.')}, and nothing is "
-            f"gained or kept by another width: use --form {other}, or --bf16 as the precision of the teacher"
+            f"--form {form}: the teacher computes in {dtype}, and another width gains nothing; use --form {own}, or "
+            "give --bf16 if the teacher is to compute in it"
         )
+    packing = TapFormat(args.params_dtype, form or own)
+    packing.check_width(args.hidden_size, f"--form {form}")
     architecture = {name: repr(getattr(args, name, None)) for name in ARCHITECTURE}
     precision = f"{args.fp8} {args.fp8_recipe}" if args.fp8 else "no"
     return StoreIdentity(
@@ -72,18 +78,15 @@ def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm) -> StoreIde
         hidden_size=args.hidden_size,
         vocab_size=run.teacher_size.vocab_size,
         blocks=list(blocks),
-        form=form,
+        form=packing.form,
         token_bytes=packing.token_bytes(args.hidden_size),
         ran={
-            "dtype": str(args.params_dtype).removeprefix("torch."),
+            "dtype": dtype,
             "fp8": precision,
             "modules": args.transformer_impl,
             "megatron-core": version("megatron-core"),
         },
     )
-
-
-_DTYPE_OF = {"float32": "float32", "bf16": "bfloat16"}
 
 
 class MegatronEngine:

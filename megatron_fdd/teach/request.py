@@ -36,6 +36,7 @@ class TeachRequest:
     Attributes:
         blocks: given with --blocks; None: by `choice`.
         choice: those of the training's flags that choose its layers.
+        form: None: the teacher's own precision.
         part: number of this producer's part, and of all parts.
         batch_tokens: most tokens of a forward pass, padding included, in one replica.
         flags: the training's, without those that a producer has no use for, or has read.
@@ -46,7 +47,7 @@ class TeachRequest:
     store: Path
     blocks: tuple[int, ...] | None
     choice: tuple[str, ...]
-    form: TapForm
+    form: TapForm | None
     part: tuple[int, int]
     batch_tokens: int
     flags: tuple[str, ...]
@@ -74,8 +75,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--form",
         choices=get_args(TapForm),
-        default="bf16",
-        help="how a hidden state is packed; int8 keeps the 8 largest entries of a token in bf16 (%(default)s)",
+        help="how a hidden state is packed; int8 keeps the 8 largest entries of a token in bf16 (default: as the "
+        "teacher computes, bf16 or float32)",
     )
     made.add_argument(
         "--part",

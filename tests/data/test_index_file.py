@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_fdd.data.index_file import read_index
+from megatron_fdd.data import prepared
+from megatron_fdd.data.index_file import IndexFile, read_index_file
 from megatron_fdd.data.prepared import open_set
+from megatron_fdd.data.sources import open_sets
+from tests.data.conftest import megatron_args
 
 # Three documents of 3, 1 and 2 ids of two bytes: where each number of the index is.
 HEADER, LENGTHS, POINTERS, BORDERS, END = 0, 34, 34 + 12, 34 + 12 + 24, 34 + 12 + 24 + 32
@@ -27,7 +31,7 @@ def prefix(tmp_path: Path) -> Path:
 
 
 def test_it_reads_what_megatron_reads(prefix: Path) -> None:
-    ours, megatrons = read_index(f"{prefix}.idx"), IndexedDataset(str(prefix))
+    ours, megatrons = read_index_file(f"{prefix}.idx"), IndexedDataset(str(prefix))
     assert ours.lengths.tolist() == megatrons.sequence_lengths.tolist() == [3, 1, 2]
     assert ours.pointers.tolist() == megatrons.index.sequence_pointers.tolist()
     assert (ours.dtype, ours.bin_bytes) == (np.dtype(np.uint16), 12)
@@ -75,6 +79,22 @@ def test_damage_is_named(
     with pytest.raises(ValueError, match=rf"p\.idx cannot be read \(.*{message}.*\); prepare the set again"):
         open_set(str(prefix))
     assert unraised == []
+
+
+def test_a_set_is_read_once_while_its_files_stay(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def noted(path: str) -> IndexFile:
+        read.append(path)
+        return read_index_file(path)
+
+    monkeypatch.setattr(prepared, "read_index_file", noted)
+    args = megatron_args("--data-path", str(prefix))
+    assert all(open_sets(args) == open_sets(args) for _ in range(3))
+    assert read == [f"{prefix}.idx"]
+    os.utime(f"{prefix}.idx", ns=(1, 1))
+    open_sets(args)
+    assert read == [f"{prefix}.idx"] * 2
 
 
 @pytest.mark.parametrize("left", [0, 20, END - 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -13,8 +14,10 @@ from megatron.training.config import TokenizerConfig
 from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.megatron_tokenizer import load_tokenizer
-from megatron_fdd.data.pairing import check_checkpoint_tokenizer
+from megatron_fdd.data.pairing import check_checkpoint_tokenizer, ids_of_tokenizer
 from megatron_fdd.data.prepare import PrepareSettings, prepare
+from megatron_fdd.data.sources import open_sets
+from megatron_fdd.data.token_ids import check_token_ids
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from megatron_fdd.host.role import Role
 from tests.data.conftest import megatron_args, write_jsonl
@@ -105,6 +108,8 @@ def test_what_cannot_be_compared_is_said(own: Path, tmp_path: Path) -> None:
     )
     with pytest.warns(UserWarning, match="--tokenizer-type NullTokenizer has no vocabulary"):
         check_checkpoint_tokenizer(Role.STUDENT, str(tmp_path / "merges"), args, null)
+    assert ids_of_tokenizer(str(tmp_path / "merges"), null) is None
+    assert ids_of_tokenizer(str(tmp_path)) is None
 
 
 def test_a_token_that_only_the_student_has_must_not_be_in_the_data(tmp_path: Path) -> None:
@@ -114,10 +119,13 @@ def test_a_token_that_only_the_student_has_must_not_be_in_the_data(tmp_path: Pat
     for name, text in (("without", "two <|im_end|>"), ("with", "two <|new|>")):
         source = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text}] * 5)
         prepare(PrepareSettings((source,), str(tmp_path / name), encode))
-    check(teacher, larger, "--data-path", str(tmp_path / "without"))
-    check(teacher, larger, "--data-path", str(tmp_path / "with"), role=Role.STUDENT)
-    ids = len(variants.base()["model"]["vocab"]) + len(variants.ADDED)
-    with pytest.raises(
-        ValueError, match=rf"id {ids} of the data .*/with. is not in the teacher's vocabulary of {ids}"
+    check(teacher, larger, "--data-path", str(tmp_path / "with"))
+    num_ids = ids_of_tokenizer(teacher, load_tokenizer(encode.tokenizer))
+    assert num_ids == len(variants.base()["model"]["vocab"]) + len(variants.ADDED)
+    for name, expectation in (
+        ("without", contextlib.nullcontext()),
+        ("with", pytest.raises(ValueError, match=f"with has the token id {num_ids}, and its tokenizer has")),
     ):
-        check(teacher, larger, "--data-path", str(tmp_path / "with"))
+        args = megatron_args("--data-path", str(tmp_path / name))
+        with expectation:
+            check_token_ids(args, open_sets(args), {"its tokenizer": num_ids})

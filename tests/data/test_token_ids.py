@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+import torch.distributed as dist
 
 from megatron_fdd.data import token_ids
 from megatron_fdd.data.batch import Wait, checked_batches
@@ -17,64 +18,108 @@ from megatron_fdd.data.megatron_tokenizer import load_tokenizer
 from megatron_fdd.data.prepared import open_set
 from megatron_fdd.data.provider import check_data_args
 from megatron_fdd.data.sources import open_sets
-from megatron_fdd.data.token_ids import TokenRange, check_token_ids, token_range
+from megatron_fdd.data.token_ids import (
+    TokenRange,
+    check_all_token_ids,
+    check_token_ids,
+    token_range,
+    unread_sets,
+)
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from tests.data.conftest import megatron_args
+from tests.data.foreign import foreign, forget
+from tests.harness.ranks import distributed
 
-
-def foreign(prefix: Path, documents: list[list[int]], dtype: type[np.number] = np.int32) -> str:
-    """Write a set as Megatron's own tools write it."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for ids in documents:
-        builder.add_document(ids, [len(ids)])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
+SHORT = {"_CHUNK": 5, "SAMPLED_IDS": 6, "_PIECES": 3}
 
 
 @pytest.fixture
 def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read a few ids at a time, as of a large file, and remember every read."""
-    monkeypatch.setattr(token_ids, "_CHUNK", 5)
-    monkeypatch.setattr(token_ids, "_LONG_S", -1.0)
-    token_ids._read.cache_clear()
+    """Read a few ids at a time, as of a large file."""
+    for name, value in SHORT.items():
+        monkeypatch.setattr(token_ids, name, value)
+    forget()
+
+
+def source(prefix: str) -> token_ids._Source:
+    return token_ids._Source.of(open_set(prefix))
 
 
 @pytest.mark.usefixtures("short_reads")
-def test_a_set_of_unknown_origin_is_read_to_its_end(tmp_path: Path) -> None:
-    prefix = foreign(tmp_path / "own", [[3, 4, 9] * 7, [5, 505, -7], [6]])
-    assert token_range(open_set(prefix), str(tmp_path)) == TokenRange(-7, 505)
+def test_a_set_of_unknown_origin_is_sampled_alone(tmp_path: Path) -> None:
+    """Its ends and its middle; a short one is read whole."""
+    long = [[3, 4, 9] * 4, [-7, 505], [8] * 7]
+    assert token_range(open_set(foreign(tmp_path / "own", long)), str(tmp_path)) == TokenRange(3, 8)
+    assert token_range(open_set(foreign(tmp_path / "short", [[5, 505, -7]])), str(tmp_path)) == TokenRange(
+        -7, 505
+    )
     assert token_range(open_set(foreign(tmp_path / "none", [])), str(tmp_path)) == TokenRange(0, -1)
+    args = megatron_args("--data-path", str(tmp_path / "own"), str(tmp_path / "short"))
+    assert unread_sets(args, open_sets(args)) == [str(tmp_path / "own")]
 
 
 @pytest.mark.usefixtures("short_reads")
-def test_it_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache"
-    prefix = foreign(tmp_path / "own", [[3, 4, 9] * 7])
-    assert token_range(open_set(prefix), str(cache)) == TokenRange(3, 9)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 50])
+def test_ranks_together_read_every_id_once(
+    num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"own": [[3, 4, 9] * 7, [5, 505, -7], [6]], "none": [], "other": [[1] * 12, [2, 4]]}
+    sources = [source(foreign(tmp_path / name, documents)) for name, documents in sets.items()]
+    read: list[list[tuple[str, int]]] = []
+
+    def noted(path: str, dtype: np.dtype, count: int, offset: int) -> np.ndarray:
+        first = offset // dtype.itemsize
+        read[-1] += [(path, number) for number in range(first, first + count)]
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+
+    monkeypatch.setattr(token_ids, "mapped_numbers", noted)
+    shares = []
+    for rank in range(num_ranks):
+        read.append([])
+        shares.append(token_ids._read_share(sources, rank, num_ranks))
+    whole = [token_ids._joined(each) for each in zip(*shares, strict=True)]
+    assert whole == [TokenRange(-7, 505), TokenRange(0, -1), TokenRange(1, 4)]
+    everything = sorted(each for share in read for each in share)
+    assert everything == sorted((each.path, number) for each in sources for number in range(each.num_ids))
+    sizes = [len(share) for share in read]
+    assert (
+        max(sizes) - min(sizes) <= 2 * 5
+    )  # a piece more or less, of which the last ones of a file are short
+
+
+@pytest.mark.usefixtures("short_reads")
+def test_what_was_read_is_kept(tmp_path: Path) -> None:
+    prefix, cache = foreign(tmp_path / "own", [[3, 4, 9] * 7]), tmp_path / "cache"
+    args = megatron_args("--data-path", prefix, "--data-cache-path", str(cache))
+    assert unread_sets(args, open_sets(args)) == [prefix]
+    token_ids._keep(str(cache), source(prefix), TokenRange(2, 11))
     (kept,) = cache.iterdir()
-    token_ids._read.cache_clear()
-    monkeypatch.setattr(token_ids, "_mapped", lambda *_: pytest.fail("read again"))
-    assert token_range(open_set(prefix), str(cache)) == TokenRange(3, 9)
-    monkeypatch.undo()
-    token_ids._read.cache_clear()
+    forget()
+    assert unread_sets(args, open_sets(args)) == []
+    assert token_range(open_set(prefix), str(cache)) == TokenRange(2, 11)
     for wrong in ("[]", "{", json.dumps({"source": 1})):
+        forget()
         kept.write_text(wrong)
+        assert unread_sets(args, open_sets(args)) == [prefix]
         assert token_range(open_set(prefix), str(cache)) == TokenRange(3, 9)
-        token_ids._read.cache_clear()
 
 
 @pytest.mark.usefixtures("short_reads")
 def test_another_file_at_the_same_place_is_read_again(tmp_path: Path) -> None:
     for number, largest in enumerate((9, 700)):
-        prefix = foreign(tmp_path / "own", [[3, largest]])
+        prefix = foreign(tmp_path / "own", [[3, largest] * 10])
         os.utime(prefix + ".bin", ns=(number, number))
+        args = megatron_args("--data-path", prefix, "--data-cache-path", str(tmp_path / "cache"))
+        assert unread_sets(args, open_sets(args)) == [prefix]
+        token_ids._keep(str(tmp_path / "cache"), source(prefix), TokenRange(3, largest))
+        forget()
         assert token_range(open_set(prefix), str(tmp_path / "cache")).largest == largest
 
 
-@pytest.mark.usefixtures("short_reads")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     prefix = foreign(tmp_path / "own", [[3, 9]])
+    token_ids._keep(str(tmp_path / "file" / "below"), source(prefix), TokenRange(3, 9))
     assert token_range(open_set(prefix), str(tmp_path / "file" / "below")).largest == 9
 
 
@@ -83,8 +128,41 @@ def test_a_long_read_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(token_ids, "_SAY_EVERY_S", -1.0)
-    token_range(open_set(foreign(tmp_path / "own", [[3] * 10])), str(tmp_path))
-    assert "own.bin: looking once for its smallest and largest token id, 50% done" in capsys.readouterr().out
+    token_ids._read_share([source(foreign(tmp_path / "own", [[3] * 10]))], 0, 1)
+    said = capsys.readouterr().out
+    assert "own.bin: looking once for its smallest and largest token id, 50% of rank 0's share" in said
+
+
+@distributed(ranks=2)
+def test_every_rank_refuses_what_one_has_found(tmp_path: Path) -> None:
+    """The id 500 is in the share of the second rank, and no sample holds it."""
+    with patch.multiple(token_ids, **SHORT):
+        forget()
+        is_first = dist.get_rank() == 0
+        if is_first:
+            foreign(tmp_path / "own", [[1, 2, 3] * 8, [500], [4] * 8])
+            foreign(tmp_path / "right", [[1, 2, 3] * 8])
+        dist.barrier()
+        flags = [
+            "--data-path",
+            str(tmp_path / "right"),
+            str(tmp_path / "own"),
+            "--data-cache-path",
+            str(tmp_path),
+        ]
+        args = megatron_args(*flags)
+        check_token_ids(args, open_sets(args), {"the student": 500})
+        with pytest.raises(ValueError, match="own has the token id 500, and the student has 500 ids"):
+            check_all_token_ids(args, {"the student": 500})
+        dist.barrier()
+        forget()
+        assert unread_sets(args, open_sets(args)) == [], "the next run knows at once"
+        with pytest.raises(ValueError, match="own has the token id 500, and the student has 500 ids"):
+            check_token_ids(args, open_sets(args), {"the student": 500})
+        check_all_token_ids(args, {"the student": 500})
+        if not is_first:  # a node that does not see what is kept reads nothing either
+            args.data_cache_path = str(tmp_path / "elsewhere")
+        check_all_token_ids(args, {"the student": 500})
 
 
 @pytest.mark.parametrize(
@@ -121,7 +199,7 @@ def test_a_file_that_is_not_as_prepared_is_refused(
     for end in (".bin", ".idx", ".prepared.json"):
         (tmp_path / f"text{end}").write_bytes((sets / f"text{end}").read_bytes())
     prepared = open_set(str(tmp_path / "text"))
-    monkeypatch.setattr(token_ids, "_SAMPLED_IDS", 100)
+    monkeypatch.setattr(token_ids, "SAMPLED_IDS", 100)
     monkeypatch.setattr(token_ids, "_PIECES", 4)
     stored = token_range(prepared, str(tmp_path))
     assert prepared.info is not None
@@ -130,6 +208,7 @@ def test_a_file_that_is_not_as_prepared_is_refused(
     pieces = np.linspace(0, len(ids) - 25, 4).astype(int)
     ids[at if at != 1 else pieces[1]] = 60000
     ids.flush()
+    forget()  # it may be the same instant for the file system
     with pytest.raises(ValueError, match=r"text.bin has the token id 60000, and .*text.prepared.json says"):
         token_range(prepared, str(tmp_path))
 

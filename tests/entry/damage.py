@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_fdd import convert
 from megatron_fdd.host.file_sums import SUMS_FILE
@@ -19,7 +21,7 @@ from tests.hostile.checkpoints import Payload
 
 
 def copied(source: Path, target: Path) -> Path:
-    """Copy a checkpoint folder, to damage it; without checksums, as another program would have saved it."""
+    """Copy a checkpoint folder, to damage it; without file sums, as another program would have saved it."""
     return Path(shutil.copytree(source, target, ignore=shutil.ignore_patterns(SUMS_FILE)))
 
 
@@ -39,6 +41,22 @@ def with_payload(source: Path, target: Path, sign: Path) -> Path:
     index = pickle.loads(path.read_bytes())
     index.planner_data = Payload(sign)
     path.write_bytes(pickle.dumps(index))
+    return target
+
+
+def with_object(source: Path, target: Path, sign: Path) -> Path:
+    """Make a copy with a file of its own for an object that runs code when it is unpickled without limits."""
+    release = copied(source, target) / "release"
+    index = pickle.loads((release / ".metadata").read_bytes())
+    torch.save({"state": Payload(sign)}, release / "__9_0.distcp")
+    item, place = next(iter(index.storage_data.items()))
+    added = dataclasses.replace(item, fqn="rng_state/shard_0.0_1.1", offset=None, index=None)
+    size = (release / "__9_0.distcp").stat().st_size
+    index.storage_data[added] = dataclasses.replace(
+        place, relative_path="__9_0.distcp", offset=0, length=size
+    )
+    index.state_dict_metadata[added.fqn] = BytesStorageMetadata()
+    (release / ".metadata").write_bytes(pickle.dumps(index))
     return target
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from megatron.training.arguments import add_megatron_arguments
 
+from megatron_fdd.config import add_fdd_args
 from megatron_fdd.data.encode import EncodeSettings
 from megatron_fdd.data.prepare import PrepareSettings, prepare
 from megatron_fdd.data.tokenizer import TokenizerSettings
+from megatron_fdd.host.like_flags import READ_HERE, READ_TO_BUILD, READ_TO_LOAD
+from megatron_fdd.host.model_fields import _STORED
+from megatron_fdd.step.teacher.arguments import is_teachers_own
 from tests.convert import toys
 from tests.entry import damage
 from tests.entry.checks import assert_refused
-from tests.entry.command import run
+from tests.entry.command import Patch, run, trained
 from tests.entry.conftest import Toys
 
 # Flags that are wrong by themselves, and the value, bound and remedy that the error must name. The configuration and
@@ -195,6 +201,37 @@ def test_a_checkpoint_that_runs_code(flag: str, more: list[str], toy: Toys, tmp_
     assert not (tmp_path / "sign").exists()
 
 
+def test_an_object_that_runs_code_beside_the_weights(toy: Toys, tmp_path: Path) -> None:
+    """A rank alone does not look at it, and nothing is loaded before one has."""
+    folder = damage.with_object(toy.teacher, tmp_path / "t", tmp_path / "sign")
+    command = toy.command("--teacher-load", folder)
+    patches = [Patch("megatron_fdd.distill", "build_teacher", load_nothing)]
+    for endings in run(command, [*command, "--fdd-dry-run"], patches=patches):
+        assert_refused(endings, r"--teacher-load .*__9_0\.distcp: rng_state/.* names the class posix\.mkdir")
+    assert not (tmp_path / "sign").exists()
+
+
+def load_nothing(*_: object) -> None:
+    raise AssertionError("a check comes first")
+
+
+def test_stored_arguments_that_nobody_reads_may_be_anything(toy: Toys, tmp_path: Path) -> None:
+    """A fork of Megatron may store what it likes under the names of other flags."""
+    defaults = vars(add_fdd_args(add_megatron_arguments(argparse.ArgumentParser())).parse_args([]))
+    typed = {name for name, value in defaults.items() if isinstance(value, bool | int | float | str)}
+    known = _STORED.keys() | READ_HERE
+    unread = {
+        "--load": typed - known - READ_TO_LOAD,
+        "--teacher-load": typed - known - set(filter(is_teachers_own, READ_TO_BUILD)),
+    }
+    assert min(map(len, unread.values())) > 300
+    flags: list[object] = []
+    for flag, source in (("--load", toy.student), ("--teacher-load", toy.teacher)):
+        changes = dict.fromkeys(unread[flag], {"of": "a fork"})
+        flags += [flag, damage.with_args(source, tmp_path / flag, **changes)]
+    trained(toy.command(*flags, "--train-iters", 1))
+
+
 @pytest.mark.parametrize("added", [20, 100])
 def test_tokenizer_with_more_ids_than_the_student_has(added: int, toy: Toys, tmp_path: Path) -> None:
     tokenizer = damage.other_tokenizer(tmp_path / "t", added=added)
@@ -245,7 +282,7 @@ def test_data_and_student_of_another_tokenizer(toy: Toys, tmp_path: Path) -> Non
             r"text-apart was prepared with a tokenizer that is not this run's: the probe line "
             r'"case" gets '
             r"other ids: .*tokenizer.json that differ: normaliser",
-            r"id 91 of the data .* is not in the teacher's vocabulary of 91",
+            r"text-larger has the token id 91, and the teacher's tokenizer has 91 ids \(0 to 90\)",
         ),
         strict=True,
     ):

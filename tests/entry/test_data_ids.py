@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from tests.entry.conftest import Toys
 TENSOR = ["--tensor-model-parallel-size", "2"]
 
 
-def as_megatron_makes_it(prefix: Path, last: int) -> list[str]:
-    """Write a set in which the last token is `last`; return the flags that name it."""
+def as_megatron_makes_it(prefix: Path, last: int, then: Sequence[list[int]] = ()) -> list[str]:
+    """Write a set whose second document ends with `last`, and others after it; return the flags that name the set."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for ids in ([1, 2, 3] * 40, [*[4] * 16, last]):
+    for ids in ([1, 2, 3] * 40, [*[4] * 16, last], *then):
         builder.add_document(ids, [len(ids)])
     builder.finalize(f"{prefix}.idx")
     return ["--data-path", str(prefix), "--split", "1,0,0"]
@@ -35,6 +36,15 @@ def test_refused_before_training(toy: Toys, tmp_path: Path) -> None:
     ]
     for last, endings in zip(cases, run(*commands), strict=True):
         assert_refused(endings, rf"own{last} has the token id {last}, and ")
+
+
+def test_refused_by_all_ranks_together(toy: Toys, tmp_path: Path) -> None:
+    """No sample holds the id; a plan has looked at no more, and says so."""
+    data = as_megatron_makes_it(tmp_path / "own", 95, then=[[5] * 20])
+    patches = [Patch("megatron_fdd.data.token_ids", name, 2) for name in ("SAMPLED_IDS", "_PIECES")]
+    planned, trained = run(toy.command(*data, "--fdd-dry-run"), toy.command(*data), patches=patches)
+    assert [ending.status for ending in planned] == [0, 0]
+    assert_refused(trained, r"own has the token id 95, and the tokenizer of this run has 91 ids")
 
 
 def test_a_teacher_with_fewer_ids(toy: Toys, tmp_path: Path) -> None:
@@ -53,7 +63,6 @@ def test_a_batch_is_refused_in_its_step(toy: Toys, tmp_path: Path) -> None:
     data = as_megatron_makes_it(tmp_path / "own", 95)
     places = ("megatron_fdd.data.checks", "megatron_fdd.plan.vocabulary")
     patches = [Patch(place, "check_token_ids", accept) for place in places]
-    patches.append(Patch("megatron_fdd.data.pairing", "_check_ids", accept))
     commands = [toy.command(*data, *more) for more in (TENSOR, ["--pipeline-model-parallel-size", "2"])]
     for endings in run(*commands, patches=patches):
         assert_refused(endings, "iteration 1: a batch has the (token|label) 95, .* share the ids 0 to 90")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_fdd.cli.train import ENTRY_POINT
-from megatron_fdd.plan.save_folder import held
+from megatron_fdd.plan.save_folder import locked
 from tests.entry.command import read_metrics, trained, without_seconds
 from tests.entry.conftest import Toys
 
@@ -94,7 +94,7 @@ def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_p
     for line in process.stdout:
         lines.append(line)
         if line.startswith("saved") and len(lines) > 1:
-            with pytest.raises(ValueError, match="another run saves there"), held(str(tmp_path)):
+            with pytest.raises(ValueError, match="another run saves there"), locked(str(tmp_path)):
                 pass
             if end == signal.SIGINT:
                 os.killpg(process.pid, end)  # a terminal does the same

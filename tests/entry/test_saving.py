@@ -69,9 +69,7 @@ def fail_to_write(folder: Path, error: BaseException) -> None:
         raise error
 
 
-def test_a_save_in_the_background_has_checksums_and_the_next_run_compares_them(
-    toy: Toys, tmp_path: Path
-) -> None:
+def test_a_save_in_the_background_has_sums_and_the_next_run_compares_them(toy: Toys, tmp_path: Path) -> None:
     start = toy.saving_command(tmp_path, "--train-iters", 4, "--async-save")
     resume = toy.saving_command(tmp_path, "--train-iters", 4, "--load", tmp_path, "--ckpt-step", 2)
     first, second = run(start, resume)

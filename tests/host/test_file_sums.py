@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 import torch.distributed as dist
+import xxhash
 
+from megatron_fdd.host import file_sums
 from megatron_fdd.host.file_sums import SUMS_FILE, check_sums, write_sums
 from tests.harness.ranks import distributed
 
@@ -43,7 +47,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "not the sums that this version writes",
     ),
     "no sum": (
-        lambda path: change_sums(path, lambda content: content["files"][path.name].update(sum=3)),
+        lambda path: change_sums(path, lambda content: content["files"][path.name].update(sums=[3])),
+        "not the sums that this version writes",
+    ),
+    "too few sums": (
+        lambda path: change_sums(path, lambda content: content["files"][path.name]["sums"].pop()),
+        "not the sums that this version writes",
+    ),
+    "blocks of no size": (
+        lambda path: change_sums(path, lambda content: content.update(block_bytes=0)),
         "not the sums that this version writes",
     ),
 }
@@ -61,18 +73,32 @@ def result(folder: Path) -> str:
     return told
 
 
+def as_earlier_versions(path: Path) -> None:
+    """Write the sums as earlier versions did: one for a file."""
+
+    def change(content: dict) -> None:
+        del content["block_bytes"]
+        for name, entry in content["files"].items():
+            del entry["sums"]
+            entry["sum"] = xxhash.xxh3_128((path.parent / name).read_bytes()).hexdigest()
+
+    change_sums(path, change)
+
+
 @distributed(ranks=2)
 def test_damage_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """In files of 100 to 600 bytes, that is of one to four blocks."""
     is_first = dist.get_rank() == 0
     for number, name in enumerate(NAMES):
         if is_first:
             (tmp_path / name).write_bytes(bytes(range(100)) * (number + 1))
     dist.barrier()
-    assert "no checksums lie beside its files" in result(tmp_path)
-    write_sums(tmp_path)
+    assert "no file sums lie beside its files" in result(tmp_path)
+    with patch.object(file_sums, "_BLOCK_BYTES", 150):
+        write_sums(tmp_path)
     dist.barrier()
     assert sorted(json.loads((tmp_path / SUMS_FILE).read_text())["files"]) == sorted(NAMES)
-    assert "checksums of 0.00 GB of checkpoints are right" in result(tmp_path)
+    assert "file sums of 0.00 GB of checkpoints are right" in result(tmp_path)
     saved = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for kind, (damage, said) in DAMAGE.items():
         for name in NAMES[:3] if kind == "not listed" else NAMES:
@@ -90,3 +116,39 @@ def test_damage_is_found_wherever_it_is(tmp_path: Path) -> None:
                     path.write_bytes(content)
             dist.barrier()
     assert "are right" in result(tmp_path)
+    dist.barrier()
+    if is_first:
+        as_earlier_versions(tmp_path / NAMES[0])
+    dist.barrier()
+    assert "are right" in result(tmp_path)
+    dist.barrier()
+    if is_first:
+        flip_bit(tmp_path / NAMES[3])
+    dist.barrier()
+    assert "has other bytes than when it was saved" in result(tmp_path)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8, 64])
+def test_a_large_file_is_shared(num_ranks: int, tmp_path: Path) -> None:
+    """No rank reads more than a block too many, where one file has 40 blocks and small files lie beside it."""
+    sizes = {"__0_0.distcp": 40 * 1024 + 7, ".metadata": 30, "__1_0.distcp": 0, "__2_0.distcp": 700}
+    entries = {
+        name: {"bytes": size, "sums": ["x"] * max(1, -(-size // 1024))} for name, size in sizes.items()
+    }
+    content = {"algorithm": "xxh3_128", "block_bytes": 1024, "files": entries}
+    (tmp_path / SUMS_FILE).write_text(json.dumps(content))
+    blocks = file_sums._read_sums(tmp_path, "--load")
+    shares = file_sums._deal(blocks, num_ranks)
+    assert sorted(map(str, blocks)) == sorted(str(block) for share in shares for block in share)
+    assert {name: sum(each.size for each in blocks if each.path.name == name) for name in sizes} == sizes
+    bytes_of = [sum(block.size for block in share) for share in shares]
+    assert max(bytes_of) <= sum(sizes.values()) / num_ranks + 1024
+    assert file_sums._deal(blocks, num_ranks) == shares
+
+
+def test_a_block_is_a_part_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_sums, "_READ_BYTES", 7)
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    for start, size in ((0, 100), (0, 30), (30, 30), (90, 30), (100, 5)):
+        found = file_sums._sum_of(tmp_path / "file", start, size)
+        assert found == xxhash.xxh3_128(bytes(range(100))[start : start + size]).hexdigest()

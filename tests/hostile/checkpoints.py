@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 # The class that a refusal must name: what a payload calls.
 CLASS = "posix.mkdir"
@@ -56,6 +58,22 @@ def make(folder: Path, **changes: Any) -> Path:
     )
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     return folder
+
+
+def joined(first: Path, *others: Path) -> Path:
+    """Add the objects of other folders to the first, in files of their own, as further ranks would have saved them."""
+    release = first / "release"
+    index = pickle.loads((release / ".metadata").read_bytes())
+    for number, other in enumerate(others, 1):
+        name = f"__{number}_0.distcp"
+        (other / "release/__0_0.distcp").rename(release / name)
+        for item, place in pickle.loads((other / "release/.metadata").read_bytes()).storage_data.items():
+            if item.fqn != WEIGHT:
+                moved = dataclasses.replace(item, fqn=f"{item.fqn}.{number}")
+                index.storage_data[moved] = dataclasses.replace(place, relative_path=name)
+                index.state_dict_metadata[moved.fqn] = BytesStorageMetadata()
+    (release / ".metadata").write_bytes(pickle.dumps(index))
+    return first
 
 
 def with_index(folder: Path, change: Callable[[Any], Any]) -> Path:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from click.testing import CliRunner
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 
+from megatron_fdd.cli import main
 from megatron_fdd.evaluate.report.runs import read_runs
 from megatron_fdd.host import unpickling
-from megatron_fdd.host.checkpoint import check_no_spec, find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.checkpoint import (
+    check_no_spec,
+    check_objects_together,
+    find_checkpoint,
+    read_checkpoint_args,
+)
+from megatron_fdd.host.checkpoint_index import check_objects, read_checkpoint_index
 from megatron_fdd.host.damage import DAMAGE
+from tests.harness.ranks import distributed
 from tests.hostile import checkpoints
-from tests.hostile.checkpoints import CLASS, COMMON, INDICES, PAYLOADS
+from tests.hostile.checkpoints import CLASS, COMMON, INDICES, OBJECTS, PAYLOADS
 
 
 @pytest.mark.parametrize("place", PAYLOADS)
@@ -58,6 +70,47 @@ def test_the_payloads_run_where_checkpoints_are_trusted(
         with pytest.raises(ValueError, match="no index|stores no arguments"):
             read_checkpoint_args(find_checkpoint(str(tmp_path / f"made{number}"), "--load"), "--load")
         assert sign.is_dir()
+
+
+@pytest.mark.parametrize("place", OBJECTS)
+def test_what_is_left_to_all_ranks(place: str, tmp_path: Path) -> None:
+    """Index and common state are checked by every rank, the other objects by the rank that has their file."""
+    for number in range(3):
+        changes = {place: [{"args": checkpoints.Payload(tmp_path / "sign")}]} if number == 1 else {}
+        checkpoints.make(tmp_path / f"made{number}", **changes)
+    folder = checkpoints.joined(*(tmp_path / f"made{number}" for number in range(3)))
+    refused = pytest.raises(ValueError, match=f"names the class {CLASS}")
+    with refused if place == COMMON else contextlib.nullcontext():
+        find_checkpoint(str(folder), "--load", leaves_objects=True)
+    path = folder / "release"
+    for rank in range(4):
+        with refused if rank == 1 else contextlib.nullcontext():
+            check_objects(path, "--load", read_checkpoint_index(path, "--load"), share=slice(rank, None, 4))
+    assert not (tmp_path / "sign").exists()
+
+
+@distributed(ranks=2)
+def test_every_rank_refuses_what_one_has_found(tmp_path: Path) -> None:
+    if dist.get_rank() == 0:
+        for number in range(2):
+            changes = {OBJECTS[1]: checkpoints.Payload(tmp_path / "sign")} if number else {}
+            checkpoints.make(tmp_path / f"made{number}", **changes)
+        checkpoints.joined(*(tmp_path / f"made{number}" for number in range(2)))
+    dist.barrier()
+    path = find_checkpoint(str(tmp_path / "made0"), "--load", leaves_objects=True)
+    with pytest.raises(ValueError, match=rf"--load .*__1_0\.distcp: .* names the class {CLASS}"):
+        check_objects_together({"--load": path})
+    assert not (tmp_path / "sign").exists()
+
+
+def test_a_trusted_checkpoint_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoints.make(tmp_path) / "release"
+    index = read_checkpoint_index(path, "--load")
+    (path / "__0_0.distcp").unlink()
+    with pytest.raises(FileNotFoundError):
+        check_objects(path, "--load", index)
+    monkeypatch.setattr(unpickling, "_is_trusting", True)
+    check_objects(path, "--load", index)
 
 
 def test_a_harmless_checkpoint_is_read(tmp_path: Path) -> None:
@@ -111,5 +164,23 @@ def test_a_report_runs_nothing(tmp_path: Path) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     (folder / "metrics.jsonl").write_text('{"iteration": 1, "total": 1.0}\n')
     [run] = read_runs([str(folder)])
-    assert CLASS in " ".join(run.remarks)
+    assert re.search(rf"{CLASS}.* give --fdd-trust-checkpoint$", " ".join(run.remarks))
     assert not (tmp_path / "sign").exists()
+
+
+def test_a_report_of_a_trusted_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy that the remark names is a flag of the command."""
+    monkeypatch.setattr(filesystem, "pickle", pickle)
+    monkeypatch.setattr(unpickling, "_is_trusting", False)
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    args = argparse.Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, train_iters=77)
+    args.own = checkpoints.Payload(tmp_path / "sign")
+    folder = checkpoints.make(tmp_path / "run", **{COMMON: [{"args": args}]})
+    (folder / "release").rename(folder / "iter_0000003")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    (folder / "metrics.jsonl").write_text('{"iteration": 1, "total": 1.0}\n')
+    words = ["report", str(folder), "--out", str(tmp_path / "out"), "--fdd-trust-checkpoint"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "| --train-iters | 77 |" in (tmp_path / "out/report.md").read_text()
+    assert (tmp_path / "sign").is_dir()

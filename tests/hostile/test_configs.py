@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
+import inspect
 import re
+import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.training import argument_utils, checkpointing
 
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.decoder_shape import Experts
@@ -16,7 +23,8 @@ from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.student import parse_layers
 from megatron_fdd.data.tokenizer_identity import identity_of_folder
 from megatron_fdd.host.field_kinds import shown
-from megatron_fdd.host.model_fields import ARCHITECTURE, check_like_flags, check_stored_args
+from megatron_fdd.host.like_flags import READ_TO_BUILD, READ_TO_LOAD, check_like_flags
+from megatron_fdd.host.model_fields import ARCHITECTURE, check_stored_args
 from tests.convert import toys
 from tests.hostile import configs
 
@@ -114,13 +122,50 @@ def test_arguments_that_describe_no_model(args: object, message: str) -> None:
     [("yes", "true or false"), (5, "true or false"), ({"a": 1}, "true or false"), (True, None), (None, None)],
 )
 def test_other_stored_arguments_are_like_their_flags(value: Any, allowed: str | None) -> None:
-    args = configs.stored_args(bf16=value, own={"a": 1}, data_path=["x"])
-    defaults = {"bf16": False, "data_path": None}
+    args = configs.stored_args(bf16=value, own={"a": 1}, data_path=["x"], unread={"b": 2})
+    defaults = {"bf16": False, "data_path": None, "unread": 3}
+    read = {"bf16", "own", "data_path"}
     if allowed is None:
-        check_like_flags(args, defaults, "--load x")
+        check_like_flags(args, defaults, "--load x", read)
         return
     with pytest.raises(ValueError, match=rf"^--load x: stores bf16 = .*, which must be {allowed}: "):
-        check_like_flags(args, defaults, "--load x")
+        check_like_flags(args, defaults, "--load x", read)
+
+
+def named_in(function: Callable[..., Any], namespaces: set[str], calls: set[str]) -> set[str]:
+    """The names that Megatron's source reads of some namespaces, or passes to functions of its own."""
+    found = set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in namespaces:
+            found.add(node.attr)
+        elif isinstance(node, ast.Call):
+            name, texts = (
+                ast.unparse(node.func),
+                [each for each in node.args if isinstance(each, ast.Constant)],
+            )
+            if name in calls or (name in ("getattr", "hasattr") and ast.unparse(node.args[0]) in namespaces):
+                found |= {str(each.value) for each in texts if isinstance(each.value, str)}
+    return found
+
+
+def test_what_megatron_reads_of_stored_arguments() -> None:
+    """The table has every name that Megatron's source has, and no other."""
+    stored, calls = {"checkpoint_args", "ckpt_args", "state_dict['args']"}, {"_set_arg", "_compare"}
+    loading = (
+        checkpointing.load_args_from_checkpoint,
+        checkpointing.load_checkpoint,
+        checkpointing.check_checkpoint_args,
+        checkpointing._maybe_setup_gpt_to_hybrid_load,
+    )
+    assert set().union(*(named_in(each, stored, calls) for each in loading)) == READ_TO_LOAD
+    building = (
+        argument_utils.gpt_config_from_args,
+        argument_utils.core_transformer_config_from_args,
+        argument_utils._apply_yarn_config_from_args,
+    )
+    named = set().union(*(named_in(each, {"args"}, set()) for each in building))
+    fields = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    assert named | fields == READ_TO_BUILD
 
 
 @pytest.mark.parametrize(("file", "message"), configs.SHARDS, ids=lambda each: shown(each)[:30])

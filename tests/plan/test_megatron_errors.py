@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fdd.plan.megatron_errors import megatrons_errors, reason
+from megatron_fdd.plan.megatron_errors import in_one_line, megatrons_errors
 
 # A module of Megatron, in small.
 SOURCE = """
@@ -86,16 +86,16 @@ def test_the_condition_of_an_object(small: dict[str, Callable[..., Any]]) -> Non
     with pytest.raises(AssertionError) as error:
         small["of_an_object"](owner)
     said = "needed is self.args.lr_decay_steps > 0 and (not self.is_done), and "
-    assert reason(error.value).startswith(f"{said}self.args.lr_decay_steps is 0, self.is_done is True (")
+    assert in_one_line(error.value).startswith(f"{said}self.args.lr_decay_steps is 0, self.is_done is True (")
 
 
 def test_a_long_text_is_cut(small: dict[str, Callable[..., Any]]) -> None:
     with pytest.raises(RuntimeError) as error:
         small["long_text"](ARGS)
-    assert len(reason(error.value).splitlines()) == 1
-    assert reason(error.value).startswith("RuntimeError: many lines many")
-    assert reason(error.value).endswith(" ... (megatron/training/small.py:33)")
-    assert len(reason(error.value)) < 500
+    assert len(in_one_line(error.value).splitlines()) == 1
+    assert in_one_line(error.value).startswith("RuntimeError: many lines many")
+    assert in_one_line(error.value).endswith(" ... (megatron/training/small.py:33)")
+    assert len(in_one_line(error.value)) < 500
 
 
 def test_an_exit_is_an_error_too(small: dict[str, Callable[..., Any]]) -> None:
@@ -108,4 +108,4 @@ def test_an_exit_is_an_error_too(small: dict[str, Callable[..., Any]]) -> None:
 def test_without_its_source_the_line_is_still_one(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as error:
         exec(compile("\n\nassert None", str(tmp_path / "gone.py"), "exec"))
-    assert reason(error.value) == f"a condition without a text ({tmp_path}/gone.py:3)"
+    assert in_one_line(error.value) == f"a condition without a text ({tmp_path}/gone.py:3)"

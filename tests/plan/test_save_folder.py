@@ -15,7 +15,7 @@ import pytest
 from megatron_fdd.config import FddConfig
 from megatron_fdd.plan import save_folder
 from megatron_fdd.plan.context import Context
-from megatron_fdd.plan.save_folder import LOCK_FILE, check_models_kept, check_nothing_lost, held
+from megatron_fdd.plan.save_folder import LOCK_FILE, check_models_kept, check_nothing_lost, locked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -114,12 +114,12 @@ def in_another_process(action: Callable[[], object]) -> str:
 
 
 def hold(folder: Path) -> None:
-    with held(str(folder)):
+    with locked(str(folder)):
         pass
 
 
 def test_two_runs_do_not_save_into_one_folder(run: Path) -> None:
-    with held(str(run)):
+    with locked(str(run)):
         said = in_another_process(lambda: hold(run))
         assert said.startswith(f"--save {run}: another run saves there (process {os.getpid()} on ")
         assert in_another_process(lambda: hold(run.parent)) == ""
@@ -128,7 +128,7 @@ def test_two_runs_do_not_save_into_one_folder(run: Path) -> None:
 
 def test_only_rank_0_holds_the_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with held(str(run)), held(None):
+    with locked(str(run)), locked(None):
         assert not (run / LOCK_FILE).exists()
 
 

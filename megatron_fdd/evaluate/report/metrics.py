@@ -106,8 +106,8 @@ def read_metrics(path: Path) -> Metrics:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # also an integer with thousands of digits
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "too long or too deep"
-                malformed = ValueError(f"{path}, line {place}: malformed JSON ({reason})")
+                cause = error.msg if isinstance(error, json.JSONDecodeError) else "too long or too deep"
+                malformed = ValueError(f"{path}, line {place}: malformed JSON ({cause})")
                 continue
             if not isinstance(record, dict) or not _ITERATION.fits(record.get("iteration")):
                 raise ValueError(

@@ -80,7 +80,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_TRAINING}.save_checkpoint",
         "always, while training",
-        "Refuses weights that are not finite, writes checksums beside a checkpoint's files, and says on the terminal "
+        "Refuses weights that are not finite, writes file sums beside a checkpoint's files, and says on the terminal "
         "that it has been saved.",
         "while the training loop has no callback before and after a save",
         "step.schedule.installed",
@@ -88,7 +88,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.training.checkpointing.schedule_async_save",
         "always, while training",
-        "With `--async-save` the checksums are written when the files are there.",
+        "With `--async-save` the file sums are written when the files are there.",
         "while a save in the background has no callback at its end",
         "step.schedule.installed",
     ),

@@ -96,7 +96,7 @@ def teacher_args(
     """
     args = argparse.Namespace(**{**vars(run_args), **copy.deepcopy(vars(checkpoint_args))})
     for name, value in vars(run_args).items():
-        if name in _FROM_RUN or "parallel" in name:
+        if _is_runs(name):
             setattr(args, name, value)
     if args.transformer_impl == "local" and getattr(args, "multi_latent_attention", False):
         raise ValueError(
@@ -125,6 +125,15 @@ def teacher_args(
     else:
         vars(args).update(_DENSE)
     return args
+
+
+def is_teachers_own(name: str) -> bool:
+    """Whether the teacher is built with an argument as its checkpoint stores it."""
+    return not _is_runs(name) and name not in _FORCED
+
+
+def _is_runs(name: str) -> bool:
+    return name in _FROM_RUN or "parallel" in name
 
 
 def uses_delayed_scaling(args: argparse.Namespace) -> bool:
