@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -107,6 +108,25 @@ class _CheckedBatches:
                         "loss_mask is 0 a label may be anything, a token may not)"
                     )
         return batch
+
+
+def read_ahead(*, data_iterator: Any, num_microbatches: int, **_: Any) -> tuple[list[dict[str, Tensor]], Any]:
+    """Return the step's batches, and iterators over them to replace Megatron's (one per chunk with virtual stages)."""
+    if not isinstance(data_iterator, list):
+        batches = [next(data_iterator) for _ in range(num_microbatches)]
+        return batches, iter(batches)
+    # Every chunk has a loader of its own over the same samples; all must advance equally.
+    by_chunk = [[next(iterator) for _ in range(num_microbatches)] for iterator in data_iterator]
+    return by_chunk[0], [iter(batches) for batches in by_chunk]
+
+
+def peek(data_iterator: Any) -> tuple[list[dict[str, Tensor]], Any]:
+    """Return the step's first batch, and iterators that still have it."""
+    if isinstance(data_iterator, list):
+        first, head = peek(data_iterator[0])
+        return first, [head, *data_iterator[1:]]
+    batch = next(data_iterator)
+    return [batch], chain([batch], iter(lambda: next(data_iterator), None))
 
 
 def get_batch(

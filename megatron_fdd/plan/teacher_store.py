@@ -86,7 +86,7 @@ def store_bytes(plan: Plan, args: argparse.Namespace, store: Store) -> dict[str,
         f"teacher features of a micro-batch, {max(chunks)} block(s)": max(chunks) * each,
     }
     ahead = _PREFETCHED * args.num_workers
-    if stages > 1:  # the schedule reads a step's batches first
+    if plan.config.tokens == "all":  # a step's batches are read first
         ahead += args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     figures[f"teacher features in host memory, {ahead} micro-batch(es) ahead"] = most * ahead * each
     return figures
