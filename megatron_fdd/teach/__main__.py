@@ -79,7 +79,7 @@ def teach(request: TeachRequest) -> None:
     engine = MegatronEngine(identity, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology)
     _write_lens(engine, request.store, [read_ids(sources, all_batches[0][0])])
     started_s = time.perf_counter()
-    produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank())
+    produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
     dist.barrier()
     seconds = time.perf_counter() - started_s
     num_tokens = sum(unit.last - unit.first for batch in all_batches for unit in batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,11 +21,14 @@ def produce(
     all_batches: Sequence[Sequence[Unit]],
     *,
     shows_progress: bool,
+    say: Callable[[str], None],
 ) -> None:
     """Run batches of units, and write their features.
 
     Replicas take every n-th batch. All run equally many, because experts may be shared by replicas: one that has none
     left runs the last one again and throws it away.
+
+    After the second round it says how long the rest will take; the first one also warms up.
 
     Memory: a batch's hidden states, those of one segment, and one batch that is being written.
 
@@ -37,6 +41,7 @@ def produce(
     bar = tqdm(
         total=total, unit="token", unit_scale=True, desc="teach", disable=None if shows_progress else True
     )
+    told, started_s = 0, time.perf_counter()
     pending: Future[None] | None = None
     with ThreadPoolExecutor(1) as thread, bar:
         for first in range(0, len(all_batches), engine.num_replicas):
@@ -49,8 +54,17 @@ def produce(
                 pending = None
             if number < len(all_batches) and engine.writes:
                 pending = thread.submit(_write, writer, units, states)
-            side_by_side = all_batches[first : first + engine.num_replicas]
-            bar.update(sum(unit.last - unit.first for each in side_by_side for unit in each))
+            done = sum(
+                unit.last - unit.first
+                for each in all_batches[first : first + engine.num_replicas]
+                for unit in each
+            )
+            told += done
+            bar.update(done)
+            if first == engine.num_replicas:
+                rate = done / (time.perf_counter() - started_s)
+                say(f"{rate:.0f} tokens/s: about {(total - told) / rate / 3600:.1f} hours for the rest")
+            started_s = time.perf_counter()
         if pending is not None:
             pending.result()
     writer.flush()
