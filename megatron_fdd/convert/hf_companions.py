@@ -36,7 +36,9 @@ def carry_companions(load: Path, save: Path) -> None:
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
         if (load / name).is_dir() and not (save / name).exists():
             partial = save / f".{name}.incomplete"
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_dir() and not partial.is_symlink():
+                shutil.rmtree(partial)
+            partial.unlink(missing_ok=True)
             shutil.copytree(load / name, partial)
             partial.rename(save / name)
 

@@ -24,12 +24,18 @@ from megatron_fdd.evaluate.tokenizer import load_tokenizer
 from megatron_fdd.host.field_kinds import Kind, either, list_of, shown, wrong_field
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.model_fields import HEADS, LAYERS, POSITIONS, VOCABULARY
+from megatron_fdd.host.weight_map import read_weight_map
 
 # Under these names all kinds of models have them. Some models give a number for each layer.
 _SIZES: Mapping[str, Kind] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head"), either(HEADS, list_of(HEADS))),
 }
+
+# Even with quantised weights.
+_MOST_WEIGHTS_A_BYTE = 8
+# So many random numbers are made at once; transformers then says which tensors are missing.
+_FEW_WEIGHTS = 10**8
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Placement:
         Raises:
             ValueError: the files are damaged, or are not those of the model that the config describes.
         """
+        check_weight_files(folder)
         several = self.device == "cuda" and torch.cuda.device_count() > 1
         device_map = "auto" if several else self.device
         try:
@@ -72,7 +79,9 @@ class Placement:
         except (
             Exception
         ) as error:  # a config with a wrong number, a pickle with code: transformers raises anything
-            raise ValueError(f"{folder} does not load as a model ({_first_line(error)})") from error
+            raise ValueError(
+                f"{folder} does not load as a model ({_first_line(error)}); get it again"
+            ) from error
         model: PreTrainedModel = loaded[0]
         info: dict[str, Any] = loaded[1]
         # Transformers fills both with random numbers, with a warning.
@@ -121,7 +130,9 @@ class NamedModel:
         try:
             config = AutoConfig.from_pretrained(self.folder).get_text_config()
         except Exception as error:  # classes check their fields in their own ways, or not at all
-            raise ValueError(f"{self.folder}/config.json cannot be read ({_first_line(error)})") from error
+            raise ValueError(
+                f"{self.folder}/config.json cannot be read ({_first_line(error)}); get it again"
+            ) from error
         if not VOCABULARY.fits(getattr(config, "vocab_size", None)):
             raise ValueError(f"{self.folder}/config.json has no vocab_size, which must be {VOCABULARY.words}")
         return config
@@ -169,6 +180,32 @@ class NamedModel:
                 status = path.stat()
                 digest.update(f"{path.name}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse weights that lie outside of the folder, or are far too few for its config.json.
+
+    transformers follows such names, and fills what is missing with random numbers before it says so.
+
+    Raises:
+        ValueError: names the file, or both numbers.
+    """
+    files = {path for end in ("*.safetensors", "*.bin") for path in folder.glob(end)}
+    for index in sorted(folder.glob("*.index.json")):
+        files |= {folder / name for name in read_weight_map(index).values()}
+    if any(path.exists() and not path.is_file() for path in files):
+        raise ValueError(f"{folder}: its weights are no regular files; copy or export the model again")
+    config = read_json(folder / "config.json")
+    names = (("vocab_size",), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
+    sizes = [next((config[name] for name in group if type(config.get(name)) is int), 0) for group in names]
+    vocabulary, width, layers = sizes
+    least = (vocabulary + layers) * width  # an embedding, and at least a norm in each layer
+    num_bytes = sum(path.stat().st_size for path in files if path.is_file())
+    if least > max(_FEW_WEIGHTS, _MOST_WEIGHTS_A_BYTE * num_bytes):
+        raise ValueError(
+            f"{folder}: its config.json describes a model of {least:,} weights or more, and its files of weights have "
+            f"{num_bytes:,} bytes: they belong to different models; copy or export the model again"
+        )
 
 
 def _check_sizes(content: Mapping[str, Any], folder: Path) -> None:
@@ -250,5 +287,8 @@ def plain_generation(ends: list[int], max_new_tokens: int) -> GenerationConfig:
 
 
 def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = " ".join(
+        lines[: 1 + (bool(lines) and lines[0].endswith(":"))]
+    )  # "Validation error for field ...:"
     return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

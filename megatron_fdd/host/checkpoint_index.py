@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -10,29 +11,37 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_fdd.host.damage import DAMAGE, cause_of
+from megatron_fdd.host.field_kinds import shown
+from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.unpickling import ForbiddenClassError, check_object, is_trusting, load_index
 
 _ALL = slice(None)
 # How the names of the objects begin in which Megatron stores its common state.
 _COMMON_STATE = "common_state/"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
 def read_checkpoint_index(path: Path, flag: str) -> Metadata:
     """Return the index of torch's checkpoints: every entry, and where its bytes are."""
     index_path = path / ".metadata"
     if not index_path.is_file():
-        raise ValueError(f"{flag} {path}: .metadata is missing; the save or the copy was interrupted")
+        raise ValueError(
+            f"{flag} {path}: .metadata is missing; the save or the copy was interrupted; copy it again"
+        )
     status = index_path.stat()
     try:
         return _loaded(index_path, status.st_mtime_ns, status.st_size)
     except ForbiddenClassError as error:
         raise _forbidden(path, flag, ".metadata", error) from error
     except Exception as error:
-        raise ValueError(f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged") from error
+        raise ValueError(
+            f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged; copy it again"
+        ) from error
 
 
 @lru_cache(maxsize=4)
@@ -101,7 +110,7 @@ def _check_object(path: Path, flag: str, where: str, content: bytes) -> None:
         raise _forbidden(path, flag, where, error) from error
     except DAMAGE as error:
         raise ValueError(
-            f"{flag} {path}: {where} cannot be read ({cause_of(error)}); the copy is damaged, copy it again"
+            f"{flag} {path}: {where} cannot be read ({cause_of(error)}); the copy is damaged; copy it again"
         ) from error
 
 
@@ -129,6 +138,31 @@ def _forbidden(path: Path, flag: str, where: str, error: ForbiddenClassError) ->
         f"{flag} {path}: {where} names the class {error}, which is on no list of harmless classes: unpickling it could "
         "run code, and nothing was unpickled. If you trust who made this checkpoint, give --fdd-trust-checkpoint"
     )
+
+
+def check_format(path: Path, flag: str) -> None:
+    """Refuse a checkpoint unless what Megatron opens by name can be read: its format, and what old versions stored.
+
+    Raises:
+        ValueError: one of these is no regular file, or the format is another one.
+    """
+    for name in (CONFIG_FNAME, COMMON_STATE_FNAME):
+        if os.path.lexists(path / name) and not (path / name).is_file():
+            raise ValueError(f"{flag} {path}: {name} is no regular file; the copy is damaged; copy it again")
+    if not (path / CONFIG_FNAME).is_file():
+        raise ValueError(
+            f"{flag} {path}: {CONFIG_FNAME} is missing; the save or the copy was interrupted; copy it again"
+        )
+    try:
+        found = read_json(path / CONFIG_FNAME)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+    for name, needed in _FORMAT.items():
+        if found.get(name) != needed:
+            raise ValueError(
+                f"{flag} {path}: {CONFIG_FNAME} has {name} {shown(found.get(name))} and must have {shown(needed)}: "
+                "another format is not read, or the copy is damaged; copy it again"
+            )
 
 
 def check_files(path: Path, flag: str, index: Metadata) -> None:

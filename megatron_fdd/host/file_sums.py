@@ -10,6 +10,7 @@ import heapq
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def _read_sums(folder: Path, flag: str) -> list[_Block]:
         ValueError: they are malformed, or lack a file of weights.
     """
     path = folder / SUMS_FILE
-    content = read_json(path)
+    content: dict[str, Any] = {}
+    with suppress(ValueError):  # malformed, or an empty file after a loss of power
+        content = read_json(path)
     files = content.get("files")
     by_name: dict[str, list[_Block]] = {}
     if content.get("algorithm") == _ALGORITHM and isinstance(files, dict):
@@ -167,11 +170,14 @@ def _read_sums(folder: Path, flag: str) -> list[_Block]:
             name: _blocks_of(folder / name, entry, size, f"{flag} {folder}") for name, entry in files.items()
         }
     if not by_name or not all(Path(name).name == name and blocks for name, blocks in by_name.items()):
-        raise ValueError(f"{path}: not the sums that this version writes; delete the file to load without it")
+        raise ValueError(
+            f"{flag} {path}: not the sums that this version writes; delete the file to load without it"
+        )
     for found in sorted(folder.glob("*.distcp")):
         if found.name not in by_name:
             raise ValueError(
-                f"{path}: does not list {found.name}; if that file was added on purpose, delete {SUMS_FILE}"
+                f"{flag} {path}: does not list {found.name}; copy the checkpoint again, or delete {SUMS_FILE} if that "
+                "file was added on purpose"
             )
     return [block for blocks in by_name.values() for block in blocks]
 

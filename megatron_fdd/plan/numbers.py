@@ -52,7 +52,7 @@ _FROM_ONE = frozenset(
     lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
     distributed_timeout_minutes distributed_timeout_seconds_after_init num_dataset_builder_threads dist_ckpt_workers
     moe_layer_freq window_attn_skip_freq linear_attention_freq
-    ddp_num_buckets ddp_bucket_size fp8_interval fp8_amax_history_len muon_num_ns_steps replication_factor
+    seed ddp_num_buckets ddp_bucket_size fp8_interval fp8_amax_history_len muon_num_ns_steps replication_factor
     """.split()
 )
 _ABOVE_ZERO = frozenset("adam_eps init_method_std rotary_percent rope_scaling_factor".split())

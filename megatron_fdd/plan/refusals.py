@@ -85,6 +85,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "from weights alone, as every distillation does; leave it out",
     ),
     (
+        lambda a: a.dataloader_type == "external",
+        "--dataloader-type external: takes the datasets for loaders, which Megatron then cannot read; leave it out",
+    ),
+    (
+        lambda a: a.ckpt_convert_format is not None,
+        "--ckpt-convert-format: Megatron writes the checkpoint again and ends, and nothing is distilled; leave it out",
+    ),
+    (
+        lambda a: bool(a.ddp_average_in_collective),
+        "--ddp-average-in-collective: gradients get their one divisor after they are summed; leave it out",
+    ),
+    (
         lambda a: a.ckpt_format not in (None, "torch_dist"),
         "--ckpt-format: only torch_dist can be read and written at every layout; leave it out",
     ),

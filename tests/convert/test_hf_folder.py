@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -145,6 +146,8 @@ def test_companions_that_were_copied_in_part_are_copied_again(tmp_path: Path) ->
     ):
         carry_companions(load, save)
     assert not (save / "tokenizer").exists()
+    shutil.rmtree(save / ".tokenizer.incomplete")
+    os.mkfifo(save / ".tokenizer.incomplete")  # nor does it wait for a pipe
     carry_companions(load, save)
     assert [path.name for path in save.iterdir()] == ["tokenizer"]
     assert [path.name for path in (save / "tokenizer").iterdir()] == ["tokenizer.json"]

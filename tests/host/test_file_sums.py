@@ -46,6 +46,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: change_sums(path, lambda content: content.update(algorithm="crc")),
         "not the sums that this version writes",
     ),
+    "not JSON": (
+        lambda path: (path.parent / SUMS_FILE).write_bytes(b"\xff{"),
+        "not the sums that this version writes; delete the file",
+    ),
+    "empty": (
+        lambda path: (path.parent / SUMS_FILE).write_bytes(b""),
+        "not the sums that this version writes",
+    ),
     "no sum": (
         lambda path: change_sums(path, lambda content: content["files"][path.name].update(sums=[3])),
         "not the sums that this version writes",

@@ -56,6 +56,8 @@ FIELDS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("gpt2", "activation_function", (["gelu"], 5, {}), "a text"),
     ("gpt2", "n_inner", (0, "64", 1.5), WHOLE),
     ("plain", "torch_dtype", (["float32"], 32), "a text"),
+    ("plain", "eos_token_id", ("2", -2, 1.5, [0, "2"], {}, True), WHOLE + "-1 to"),
+    ("gpt2", "bos_token_id", ("x", 10**9), WHOLE + "-1 to"),
 )  # fmt: skip
 # Fields that fit by themselves, and not together; what the message says.
 TOGETHER: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -101,7 +103,11 @@ ARGUMENTS: tuple[tuple[str, Any, str], ...] = (
     *(("layernorm_epsilon", value, "a number above 0") for value in (0, -1, math.nan, "1e-5")),
     ("swiglu", "yes", "true or false"),
     ("untie_embeddings_and_output_weights", 1, "true or false"),
-    ("normalization", ["RMSNorm"], "a text"),
+    *(("normalization", value, "one of LayerNorm, RMSNorm") for value in (["RMSNorm"], "rms", "")),
+    *(("position_embedding_type", value, "one of learned_absolute, rope") for value in ("x", None, 5)),
+    ("softmax_type", "hard", "one of vanilla"),
+    ("rope_type", "x", "one of rope, yarn, or null"),
+    ("moe_router_score_function", "x", "one of softmax"),
     *(("window_size", value, "two whole numbers") for value in (5, (3,), ("3", 0), (-9, 0), "30")),
     *(("window_attn_skip_freq", value, "a whole number") for value in (0, "2", [2, 2], {})),
     ("window_attn_skip_freq", [1, 0, 1], "as long as the model has layers"),

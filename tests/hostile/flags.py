@@ -54,6 +54,7 @@ FLAGS = {
     "--num-workers 1000000": "--num-workers 1000000: must be at most 1000",
     "--train-iters 10000000000000": "--train-iters 10000000000000: must be at most 10000000",
     "--exit-interval 9999999999": "--exit-interval 9999999999: must be at most 4294967296",
+    "--seed 0": "--seed 0: must be at least 1",
     "--seed 4294967296": "--seed 4294967296: must be at most 2147483647",
     # Shares of the data.
     "--split a,b,c": "--split a,b,c: must be up to three numbers, of which one is above 0",
@@ -64,6 +65,10 @@ FLAGS = {
     "--data-path": "--data-path: names no data; give a prefix",
     "--data-path nan a 1 b": "--data-path nan: a weight must be a finite number above 0",
     "--train-data-path 1 a 0 b": "--train-data-path 0: a weight must be a finite number above 0",
+    # Megatron does something else, or fails much later.
+    "--dataloader-type external": "--dataloader-type external: takes the datasets for loaders",
+    "--ckpt-convert-format torch_dist": "--ckpt-convert-format: Megatron writes the checkpoint again and ends",
+    "--ddp-average-in-collective": "--ddp-average-in-collective: gradients get their one divisor",
     # Several at once.
     "--log-interval 0 --lr nan": "--lr nan: must be a finite number; --log-interval 0: must be at least 1",
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,43 @@ def test_an_index_that_lies(name: str, tmp_path: Path) -> None:
     folder = checkpoints.with_index(checkpoints.make(tmp_path), change)
     with pytest.raises(ValueError, match=rf"--load .*\.metadata cannot be read \(.*{text}"):
         find_checkpoint(str(folder), "--load")
+
+
+_JSON = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+# What is put in the place of metadata.json, and what is said of it.
+FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (os.mkfifo, "metadata.json is no regular file; .* copy it again"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "metadata.json is no regular file"),
+    "a folder": (lambda path: path.mkdir(), "metadata.json is no regular file"),
+    "nothing": (lambda path: None, "metadata.json is missing; .* copy it again"),
+    "no bytes": (lambda path: path.touch(), "metadata.json is not valid JSON: .*; copy or make it again"),
+    "a list": (lambda path: path.write_text("[]"), "metadata.json must hold a JSON object, not a list; copy"),
+    "another format": (
+        lambda path: path.write_text(_JSON.replace("torch_dist", "zarr")),
+        "metadata.json has sharded_backend 'zarr' and must have 'torch_dist': another format is not read",
+    ),
+    "another version": (
+        lambda path: path.write_text(_JSON.replace("1", '"x"')),
+        "metadata.json has sharded_backend_version 'x' and must have 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_that_is_none(name: str, tmp_path: Path) -> None:
+    """Megatron opens this file by its name, and would wait for a pipe."""
+    put, text = FORMATS[name]
+    path = checkpoints.make(tmp_path) / "release" / "metadata.json"
+    path.unlink()
+    put(path)
+    with pytest.raises(ValueError, match=rf"^--load .*{text}"):
+        find_checkpoint(str(tmp_path), "--load")
+
+
+def test_arguments_of_older_versions_in_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(checkpoints.make(tmp_path) / "release" / "common.pt")
+    with pytest.raises(ValueError, match=r"common\.pt is no regular file"):
+        find_checkpoint(str(tmp_path), "--load")
 
 
 def test_the_opposite_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

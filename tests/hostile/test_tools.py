@@ -25,7 +25,7 @@ from megatron_fdd.step.metrics import MetricsFile, check_metrics_file
 from tests.convert import toys
 from tests.data.chat_templates import chat_template
 from tests.evaluate import report_files
-from tests.hostile import tools
+from tests.hostile import configs, tools
 
 
 @pytest.mark.parametrize(("path", "value", "allowed"), tools.EVALUATIONS)
@@ -139,6 +139,26 @@ def test_pickled_weights_run_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not load as a model"):
         Placement("cpu", "float32").load(tmp_path)
     assert not (tmp_path / "sign").exists()
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 10**8}, {"hidden_size": 10**6}])
+def test_far_too_few_weights(changes: dict[str, int], tmp_path: Path) -> None:
+    """transformers would fill gigabytes with random numbers before it says that the shapes differ."""
+    toys.make_llama(tmp_path / "m", tokenizer=False)
+    toys.write_json(tmp_path / "m" / "config.json", {**toys.llama_config(), **changes})
+    with pytest.raises(
+        ValueError, match=r"a model of [\d,]{10,} weights or more, .* belong to different models; copy"
+    ):
+        Placement("cpu", "float32").load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(("file", "message"), configs.SHARDS, ids=lambda each: str(each)[:20])
+def test_an_evaluation_reads_no_file_outside(index: str, file: Any, message: str, tmp_path: Path) -> None:
+    toys.write_json(tmp_path / "config.json", toys.llama_config())
+    toys.write_json(tmp_path / index, {"weight_map": {"a": file}})
+    with pytest.raises(ValueError, match=message):
+        Placement("cpu", "float32").load(tmp_path)
 
 
 def test_ids_beyond_the_embeddings(tmp_path: Path) -> None:
