@@ -15,13 +15,11 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses import terms
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
-from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.lens import Lens, TeacherLens
 from megatron_fdd.losses.objective import Objective, StepSettings
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import StepDraw
-from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import TapWindow, TokenWeights
-from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.losses.term import Needs, TapContext, TapTerm, computed
 from megatron_fdd.losses.terms import (
     TERMS,
@@ -32,6 +30,7 @@ from megatron_fdd.losses.terms import (
     needs_of,
     parts_of,
 )
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 
 PAIRS = (LayerPair(1, 2), LayerPair(2, 4))
@@ -188,7 +187,7 @@ def test_a_term_that_compares_nothing_has_its_log_sum_exps_whatever_is_drawn(
     config = distil(alpha=0, beta=0, kd_weight=0, sample_one_tap=True, term=(("length", 1.0),))
     shard, chunk = VocabShard(0, 7, None), ChunkPlan((0, 1), None, None, is_first=True, is_last=True)
     lens = TeacherLens(Lens(torch.randn(7, 4), None))
-    objective = Objective(config, PAIRS, chunk, shard, StepGrams(config), lens)
+    objective = Objective(config, PAIRS, chunk, shard, StepGrams(), lens)
     hidden = [torch.randn(3, 1, 4, requires_grad=True) for _ in PAIRS]
     features = TeacherFeatures(None, {0: torch.randn(3, 1, 4), 1: torch.randn(3, 1, 4)})
     weights = TokenWeights(torch.ones(3), torch.ones(3))

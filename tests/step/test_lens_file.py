@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_fdd.losses.lens import Lens
-from megatron_fdd.losses.teacher_lens import LENSES, LensKind, Norm, TeacherLens, add_lens
+from megatron_fdd.losses.lens import LENSES, Lens, LensKind, Norm, TeacherLens, add_lens
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity, write_lens
 
 TEACHER = TeacherIdentity(num_layers=6, hidden_size=4, final_norm="ab" * 32)

@@ -1,7 +1,7 @@
 """Lens files: what a lens has learned for each of a teacher's blocks, in one safetensors file. No code is in it.
 
 A tensor is called `BLOCK.NAME`, blocks as the paper counts them. The header says of which kind the lens is
-(`losses.teacher_lens.LENSES`), and of which teacher.
+(`losses.lens.LENSES`), and of which teacher.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_fdd.host.checkpoint import read_tensor
 from megatron_fdd.host.disk import writing
-from megatron_fdd.losses.teacher_lens import LENSES, LensKind
+from megatron_fdd.losses.lens import LENSES, LensKind
 
 FLAG = "--teacher-lens"
 _FINAL_NORM = "decoder.final_layernorm.weight"
