@@ -46,6 +46,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
+from megatron_fdd.data.own_datasets import with_checked_lengths
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.disk import writing
@@ -79,8 +80,8 @@ class Parts:
     Attributes:
         pretrain: the training loop, with the interface of `megatron.training.pretrain` 0.19.2.
         datasets: a function from (numbers of train, valid and test samples, vp_stage) to the three datasets. A sample
-            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank: only the ids
-            of each batch are checked.
+            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank: its lengths
+            are compared, and the ids of each batch checked.
         student: a function from the run's arguments to Megatron's configuration of the student, a GPTModel.
     """
 
@@ -122,7 +123,7 @@ class Distillation:
             check_same_sizes(config, planned)
         config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
-        provider = parts.datasets or train_valid_test_provider
+        provider = with_checked_lengths(parts.datasets) if parts.datasets else train_valid_test_provider
         datasets: Any = partial(with_filler(provider) if run.args.full_validation else provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True

@@ -109,7 +109,7 @@ def _mend_cache(context: Context) -> None:
 
 
 def _check_teacher_lens(context: Context) -> None:
-    """Refuse a lens file of another teacher, or without the blocks that are compared."""
+    """Refuse a lens file of another teacher, without the blocks that are compared, or with a number like NaN."""
     path, plan, teacher = context.config.teacher_lens, context.plan, context.teacher
     assert plan is not None, "the phase is made when it is known"
     if path is not None and plan.pairs and teacher is not None and teacher.stored is not None:

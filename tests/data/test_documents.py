@@ -62,7 +62,7 @@ def test_published_instructions_need_a_template(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "x", "context": "", "response": "y"}')
     assert detect_format([str(path)], JsonKeys(), has_template=True) == "instruction"
-    with pytest.raises(ValueError, match="or give --template: this is the layout dolly"):
+    with pytest.raises(ValueError, match="or give --template alpaca, which reads this layout .dolly"):
         detect_format([str(path)], JsonKeys())
 
 
