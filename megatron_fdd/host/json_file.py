@@ -11,7 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. ValueError names the file if it is missing, malformed or not an object."""
+    """Return a JSON object. ValueError names the file if it is missing, malformed, not an object or no regular file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file; copy or make it again")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -14,7 +14,7 @@ import torch
 from megatron.training import get_args
 
 from megatron_fdd.host.checkpoint import iteration_folder
-from megatron_fdd.host.file_sums import forget_sums, write_sums
+from megatron_fdd.host.file_sums import mark_unfinished, write_sums
 from megatron_fdd.host.saving import heard_failures
 from megatron_fdd.step.finite import check_weights_finite
 
@@ -53,7 +53,7 @@ class Saves:
         self._folder = iteration_folder(options.save, iteration)
         with heard_failures(options.save, iteration):
             if torch.distributed.get_rank() == 0:
-                forget_sums(self._folder)
+                mark_unfinished(self._folder)
             self._save(iteration, model, *args, **keywords)
             if not options.async_save:
                 write_sums(self._folder)
