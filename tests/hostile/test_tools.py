@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_fdd.cli.report import command as report_command
+from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data import render_limits
 from megatron_fdd.data.chat import ChatSampler
 from megatron_fdd.data.chat_template import ChatSettings
@@ -163,3 +164,18 @@ def test_a_chat_template_gone_wrong(name: str, monkeypatch: pytest.MonkeyPatch) 
             sampler.samples(tools.QUESTION, "x, line 1", Counter())
         assert "\n" not in str(refused.value)
     assert time.process_time() - started_s < 10
+
+
+def test_python_files_beside_a_model_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked whether to run them either: on a terminal transformers would ask, and take a yes."""
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda _: asked.append("") or "yes")
+    folder, sign = tmp_path / "model", tmp_path / "sign"
+    tools.write_program(folder, sign)
+    model = NamedModel("m", folder)
+    for load in (model.config, model.tokenizer, lambda: Placement("cpu", "float32").load(folder)):
+        with pytest.raises(ValueError, match="custom code"):
+            load()
+    copy_tokenizer(folder, tmp_path / "copy")
+    assert not asked
+    assert not sign.exists()
