@@ -154,7 +154,8 @@ def load_index(file: BinaryIO) -> Any:
 def _unchanged(classes: Iterable[Any]) -> Iterator[None]:
     """Refuse a pickle in the block that sets attributes of classes, or of members of enums; they are set back."""
     owners = [*classes]
-    owners += [member for each in owners if isinstance(each, enum.EnumType) for member in each]
+    for each in [each for each in owners if isinstance(each, enum.EnumType)]:
+        owners += vars(each)["_member_map_"].values()
     before = [(owner, dict(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
     try:
         yield

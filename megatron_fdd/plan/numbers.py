@@ -137,6 +137,7 @@ def check_schedule(context: Context) -> None:
     for low, high, is_below in (
         ("min_lr", "lr", False),
         ("lr_warmup_init", "lr", False),
+        ("decoupled_min_lr", "decoupled_lr", False),
         ("start_weight_decay", "end_weight_decay", False),
         ("lr_warmup_iters", "lr_decay_iters" if args.lr_decay_iters else "train_iters", True),
         ("lr_warmup_samples", "lr_decay_samples" if args.lr_decay_samples else "train_samples", True),

@@ -33,6 +33,7 @@ FLAGS = {
     "--lr-warmup-iters 50": "--lr-warmup-iters 50: must be below --train-iters 10",
     "--lr-warmup-iters -1": "--lr-warmup-iters -1: must be at least 0",
     "--min-lr 1": "--min-lr 1.0: must be at most --lr 0.001",
+    "--decoupled-lr 0.1 --decoupled-min-lr 1": "--decoupled-min-lr 1.0: must be at most --decoupled-lr 0.1",
     "--save-interval 0": "--save-interval 0: must be at least 1",
     "--weight-decay nan": "--weight-decay nan: must be a finite number",
     "--weight-decay -1": "--weight-decay -1.0: must be at least 0",
