@@ -263,7 +263,7 @@ def _index_of(prefix: str) -> IndexFile:
                 "fdd prepare got as --output-prefix (with _train or _valid after --split)"
             )
         if not os.path.isfile(prefix + end):  # a pipe would be waited for
-            raise ValueError(f"{prefix}{end} is no regular file; {PREPARE_AGAIN}")
+            raise ValueError(f"{prefix}{end} is no regular file, which a set needs; {PREPARE_AGAIN}")
     try:
         index = read_index_file(prefix + ".idx")
         actual = os.path.getsize(prefix + ".bin")

@@ -194,7 +194,7 @@ def _check_no_kernels(content: object, folder: Path) -> None:
         if name.endswith(_IMPLEMENTATION) and "/" in str(value):
             raise ValueError(
                 f'{folder}/config.json has "{name}": {shown(value)}, which is code on the hub, and nothing is run by a '
-                "name out of a file; take that field out"
+                "name out of a file; remove that field"
             )
 
 

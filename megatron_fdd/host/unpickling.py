@@ -132,7 +132,7 @@ def number_dtype(text: str, _align: bool = False, _copy: bool = False) -> np.dty
     """
     dtype = np.dtype(str(text))
     if dtype.isbuiltin != 1 or dtype.kind not in "biufc":
-        raise ValueError(f"it holds an array of {text!r}, which are no plain numbers")
+        raise ValueError(f"it holds an array of {text!r}, and only plain numbers are read")
     return dtype
 
 

@@ -58,12 +58,17 @@ def check_weights_finite(chunks: Sequence[torch.nn.Module], optimizer: Any, iter
     bad = torch.tensor([_has_other(weights), _has_other(_states(optimizer))], dtype=torch.float32)
     bad = bad.to(torch.cuda.current_device())
     torch.distributed.all_reduce(bad)
-    for count, what in zip(bad.tolist(), ("updated weights", "optimizer's moments"), strict=True):
-        if count > 0:
-            raise FloatingPointError(
-                f"iteration {iteration}: the {what} are not finite on {count:.0f} rank(s), so they were not saved. "
-                f"{_way_on()}"
-            )
+    weights_on, moments_on = bad.tolist()
+    if weights_on > 0:
+        raise FloatingPointError(
+            f"iteration {iteration}: the updated weights are not finite on {weights_on:.0f} rank(s), so they were not "
+            f"saved. {_way_on()}"
+        )
+    if moments_on > 0:
+        raise FloatingPointError(
+            f"iteration {iteration}: the optimizer's moments are not finite on {moments_on:.0f} rank(s), so nothing "
+            f"was saved. {_way_on()}"
+        )
 
 
 def _states(optimizer: Any) -> list[Tensor]:

@@ -62,7 +62,7 @@ _BYTES = torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(16), dtype
 ODD_OBJECTS: dict[str, tuple[Any, str]] = {
     "numbers that are addresses": (
         _array(Made((np.dtype, ("u4", False, True), (3, "<", (np.dtype("O"), (1,)), None, None, -1, -1, 0)))),
-        "it holds an array of 'O8', which are no plain numbers",
+        "it holds an array of 'O8', and only plain numbers are read",
     ),
     "a tensor outside of the file": (
         Made(
