@@ -147,9 +147,9 @@ def test_a_file_system_without_locks_keeps_nobody_out(run: Path, monkeypatch: py
 def test_a_full_disk_is_reported_by_what_needs_it(tmp_path: Path) -> None:
     """Not by the lock, whose end would hide the error of the run."""
     (tmp_path / LOCK_FILE).symlink_to("/dev/full")
-    with pytest.raises(ValueError, match="what needs it"), held(str(tmp_path)):
+    with pytest.raises(ValueError, match="what needs it"), locked(str(tmp_path)):
         raise ValueError("what needs it")
-    with held(str(tmp_path)):
+    with locked(str(tmp_path)):
         pass
 
 
