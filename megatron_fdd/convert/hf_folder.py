@@ -99,7 +99,7 @@ class HfFolder:
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         path = self.path / file
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ValueError(f"{path} is no regular file; copy the model again")
         try:
             with safe_open(path, framework="pt"):  # this checks the file and its length

@@ -166,11 +166,13 @@ def _fault(path: Path) -> str | None:
 
 
 def _opened(path: Path) -> np.memmap | None:
-    """Map an array; None if there is no file, or one whose length is not what its header says.
+    """Map an array; None if there is no regular file, or one whose length is not what its header says.
 
     Raises:
         OSError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return None
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         return array if path.stat().st_size == array.offset + array.nbytes else None

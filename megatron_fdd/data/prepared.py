@@ -262,8 +262,8 @@ def _index_of(prefix: str) -> IndexFile:
                 f"data file {prefix + end} does not exist; --data-path takes the prefix that "
                 "fdd prepare got as --output-prefix (with _train or _valid after --split)"
             )
-        if not os.path.isfile(prefix + end):
-            raise ValueError(f"{prefix + end} is no regular file; prepare the set again")
+        if not os.path.isfile(prefix + end):  # a pipe would be waited for
+            raise ValueError(f"{prefix}{end} is no regular file, which a set needs; {PREPARE_AGAIN}")
     try:
         index = read_index_file(prefix + ".idx")
         actual = os.path.getsize(prefix + ".bin")

@@ -31,6 +31,8 @@ _SIZES: Mapping[str, Kind] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head"), either(HEADS, list_of(HEADS))),
 }
+# Fields that choose how attention, or experts, are computed; a value with a slash is a repository of kernels.
+_IMPLEMENTATION = ("attn_implementation", "experts_implementation")
 
 # Even with quantised weights.
 _MOST_WEIGHTS_A_BYTE = 8
@@ -73,6 +75,7 @@ class Placement:
                 device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
         except torch.OutOfMemoryError:
             raise
@@ -124,11 +127,12 @@ class NamedModel:
             ValueError: transformers does not know the model, or a size of it has no meaning.
         """
         content = read_json(self.folder / "config.json")
+        _check_no_kernels(content, self.folder)
         _check_sizes(
             content, self.folder
         )  # before a class computes something from each of 100 million layers
         try:
-            config = AutoConfig.from_pretrained(self.folder).get_text_config()
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config()
         except Exception as error:  # classes check their fields in their own ways, or not at all
             raise ValueError(
                 f"{self.folder}/config.json cannot be read ({_first_line(error)}); get it again"
@@ -217,6 +221,17 @@ def _check_sizes(content: Mapping[str, Any], folder: Path) -> None:
             raise ValueError(
                 f'{folder}/config.json has "{found[0]}": {shown(found[1])}, which must be {found[2]}; '
                 "get the file again"
+            )
+
+
+def _check_no_kernels(content: object, folder: Path) -> None:
+    """Refuse a config.json, or a part of one, that names a kernel of the hub, which transformers would run."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        _check_no_kernels(value, folder)
+        if name.endswith(_IMPLEMENTATION) and "/" in str(value):
+            raise ValueError(
+                f'{folder}/config.json has "{name}": {shown(value)}, which is code on the hub, and nothing is run by a '
+                "name out of a file; remove that field"
             )
 
 

@@ -25,13 +25,17 @@ _ALL = slice(None)
 _COMMON_STATE = "common_state/"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
+# Beside the index and the files that it names.
+_OPENED_BY_NAME = ("metadata.json", COMMON_STATE_FNAME)
+
 
 def read_checkpoint_index(path: Path, flag: str) -> Metadata:
     """Return the index of torch's checkpoints: every entry, and where its bytes are."""
     index_path = path / ".metadata"
     if not index_path.is_file():
         raise ValueError(
-            f"{flag} {path}: .metadata is missing; the save or the copy was interrupted; copy it again"
+            f"{flag} {path}: .metadata is missing; the save or the copy was interrupted. Copy it again, or go on from "
+            "another iteration (--ckpt-step N)"
         )
     status = index_path.stat()
     try:
@@ -166,13 +170,19 @@ def check_format(path: Path, flag: str) -> None:
 
 
 def check_files(path: Path, flag: str, index: Metadata) -> None:
-    """Refuse a checkpoint unless every byte to which its index points is on disk."""
-    needed: dict[str, int] = {}
+    """Refuse a checkpoint unless every byte to which its index points is on disk.
+
+    Everything that Megatron opens in it must be a regular file: it would wait for the writer of a pipe.
+    """
+    needed = {name: 0 for name in _OPENED_BY_NAME if (path / name).exists()}
     for item in index.storage_data.values():
         needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
     for name, length in sorted(needed.items()):
         file_path = path / name
-        size = file_path.stat().st_size if file_path.is_file() else 0
+        if not file_path.is_file():
+            what = "is no regular file" if file_path.exists() else "is missing"
+            raise ValueError(f"{flag} {path}: {name} {what}; copy or save the checkpoint again")
+        size = file_path.stat().st_size
         if size < length:
             raise ValueError(
                 f"{flag} {path}: {name} has {size} bytes and needs {length}; "

@@ -142,6 +142,9 @@ def check_stored_args(args: object, where: str) -> argparse.Namespace:
             f"{where}: its arguments are {shown(args)}, not those that Megatron stores; save it again"
         )
     values = vars(args)
+    odd = next((name for name in values if not isinstance(name, str)), None)
+    if odd is not None:
+        raise ValueError(f"{where}: stores an argument named {shown(odd)}, which is no name; save it again")
     for name in _ALWAYS_STORED:
         if name not in values:
             raise ValueError(f"{where}: stores no {name}, which every model of Megatron has; save it again")

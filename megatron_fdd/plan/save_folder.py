@@ -81,19 +81,19 @@ def locked(folder: str | None) -> Iterator[None]:
         yield
         return
     lock = regular_file("--save", Path(folder) / LOCK_FILE)
-    with lock.open("a+", encoding="utf-8") as file:
+    with lock.open("a+b", buffering=0) as file:  # closing it must not write, and fail
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX lets the system choose between these two
             file.seek(0)
+            who = file.readline().decode().strip()
             raise ValueError(
-                f"--save {folder}: another run saves there ({file.readline().strip()}); give another --save, or wait "
-                "for its end. If it was killed, end what is left of it"
+                f"--save {folder}: another run saves there ({who}); give another --save, or wait for its end. "
+                "If it was killed, end what is left of it"
             ) from error
         except OSError:
             pass
         with contextlib.suppress(OSError):  # other code reports a full disk
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

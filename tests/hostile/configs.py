@@ -132,6 +132,13 @@ def stored_args(**changes: Any) -> Namespace:
     return Namespace(**{**values, "num_experts": None, "moe_router_topk": 2, **changes})
 
 
+def with_odd_name() -> Namespace:
+    """Return arguments of which one has a number in place of a name, which a pickle can store."""
+    args = stored_args()
+    vars(args).update({5: 6})  # type: ignore[dict-item]
+    return args
+
+
 def write_index(folder: Path, weight_map: Any) -> Path:
     """Write an index of shards with this map."""
     path = folder / "model.safetensors.index.json"

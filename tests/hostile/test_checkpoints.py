@@ -8,9 +8,11 @@ import io
 import os
 import pickle
 import re
+import signal
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ from megatron_fdd.host.checkpoint_index import check_objects, read_checkpoint_in
 from megatron_fdd.host.damage import DAMAGE
 from tests.harness.ranks import distributed
 from tests.hostile import checkpoints
-from tests.hostile.checkpoints import CLASS, COMMON, INDICES, OBJECTS, PAYLOADS
+from tests.hostile.checkpoints import CHANGED_CLASS, CLASS, COMMON, INDICES, OBJECTS, ODD_OBJECTS, PAYLOADS
 
 
 @pytest.mark.parametrize("place", PAYLOADS)
@@ -123,6 +125,43 @@ def test_a_harmless_checkpoint_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64])
 def test_an_index_of_any_dtype_is_read(dtype: torch.dtype) -> None:
     assert unpickling.load_index(io.BytesIO(pickle.dumps({"dtype": dtype}))) == {"dtype": dtype}
+
+
+@pytest.mark.parametrize("name", ODD_OBJECTS)
+def test_an_odd_object_of_harmless_classes(name: str, tmp_path: Path) -> None:
+    made, said = ODD_OBJECTS[name]
+    folder = checkpoints.make(tmp_path, **{COMMON: [{"args": argparse.Namespace(num_layers=made)}]})
+    with pytest.raises(ValueError, match=rf"__0_0\.distcp: {COMMON} .*{re.escape(said)}"):
+        find_checkpoint(str(folder), "--load")
+    assert signal.SIGKILL._value_ == 9
+
+
+def test_random_states_of_numpy_are_read() -> None:
+    content = io.BytesIO()
+    torch.save(np.random.RandomState(1).get_state(), content)
+    unpickling.restrict_unpickling()
+    unpickling.check_object(content.getvalue())
+    content.seek(0)
+    found = torch.load(content, weights_only=True)
+    assert np.array_equal(found[1], np.random.RandomState(1).get_state()[1])
+
+
+def test_an_index_that_changes_a_class(tmp_path: Path) -> None:
+    folder = checkpoints.make(tmp_path)
+    (folder / "release" / ".metadata").write_bytes(CHANGED_CLASS)
+    before = dict(vars(PosixPath))
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read \(it changes .*PosixPath.* itself"):
+        find_checkpoint(str(folder), "--load")
+    assert dict(vars(PosixPath)) == before
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "metadata.json", "common.pt"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = checkpoints.make(tmp_path)
+    (folder / "release" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "release" / name)
+    with pytest.raises(ValueError, match=rf"{name} is no regular file; copy or save"):
+        find_checkpoint(str(folder), "--load")
 
 
 @pytest.mark.parametrize("name", INDICES)

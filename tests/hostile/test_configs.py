@@ -121,6 +121,7 @@ def test_a_stored_argument_of_the_wrong_kind(name: str, value: Any, allowed: str
     [
         (5, "its arguments are 5, not those that Megatron stores"),
         (argparse.Namespace(num_layers=2, hidden_size=8), "stores no num_attention_heads"),
+        (configs.with_odd_name(), "stores an argument named 5, which is no name"),
         (
             configs.stored_args(num_experts=4, moe_router_topk=5),
             "moe_router_topk = 5, .* at most .* experts, 4",

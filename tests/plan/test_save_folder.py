@@ -6,6 +6,7 @@ import argparse
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.convert.hf_companions import carry_companions
+from megatron_fdd.host.disk import writing
 from megatron_fdd.host.saving import saved_iteration
 from megatron_fdd.plan import save_folder
 from megatron_fdd.plan.context import Context
@@ -166,3 +169,31 @@ def test_pipes_in_the_folder_are_refused(tmp_path: Path) -> None:
         locked(str(tmp_path)),
     ):
         pass
+
+
+def test_a_full_disk_is_reported_by_what_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the lock, whose end would hide the error of the run."""
+    monkeypatch.setattr(save_folder, "regular_file", lambda _flag, _path: Path("/dev/full"))
+    with pytest.raises(ValueError, match="what needs it"), locked(str(tmp_path)):
+        raise ValueError("what needs it")
+    with locked(str(tmp_path)):
+        pass
+
+
+def test_companions_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copyfile(_source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    for name in ("a", "b"):
+        (tmp_path / "load" / "hf").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "load" / "hf" / name).touch()
+    (tmp_path / "save").mkdir()
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    with (
+        pytest.raises(ValueError, match="^--save .*: cannot be written: No space left on device .*make room"),
+        writing("--save", tmp_path / "save"),
+    ):
+        carry_companions(tmp_path / "load", tmp_path / "save")
+    monkeypatch.undo()
+    carry_companions(tmp_path / "load", tmp_path / "save")
+    assert sorted(path.name for path in (tmp_path / "save" / "hf").iterdir()) == ["a", "b"]
