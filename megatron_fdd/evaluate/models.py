@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,11 @@ from transformers import (
 )
 
 from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, has_tokenizer, without_second_start
+from megatron_fdd.evaluate.model_files import check_no_kernels, check_sizes, check_weight_files
 from megatron_fdd.evaluate.tokenizer import load_tokenizer
-from megatron_fdd.host.field_kinds import Kind, either, list_of, shown, wrong_field
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
-from megatron_fdd.host.model_fields import HEADS, LAYERS, POSITIONS, VOCABULARY
-from megatron_fdd.host.weight_map import read_weight_map
-
-# Under these names all kinds of models have them. Some models give a number for each layer.
-_SIZES: Mapping[str, Kind] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head"), either(HEADS, list_of(HEADS))),
-}
-# Fields that choose how attention, or experts, are computed; a value with a slash is a repository of kernels.
-_IMPLEMENTATION = ("attn_implementation", "experts_implementation")
-
-# Even with quantised weights.
-_MOST_WEIGHTS_A_BYTE = 8
-# So many random numbers are made at once; transformers then says which tensors are missing.
-_FEW_WEIGHTS = 10**8
+from megatron_fdd.host.model_fields import POSITIONS, VOCABULARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +113,8 @@ class NamedModel:
             ValueError: transformers does not know the model, or a size of it has no meaning.
         """
         content = read_json(self.folder / "config.json")
-        _check_no_kernels(content, self.folder)
-        _check_sizes(
-            content, self.folder
-        )  # before a class computes something from each of 100 million layers
+        check_no_kernels(content, self.folder)
+        check_sizes(content, self.folder)  # before a class computes something from each of 100 million layers
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config()
         except Exception as error:  # classes check their fields in their own ways, or not at all
@@ -184,55 +168,6 @@ class NamedModel:
                 status = path.stat()
                 digest.update(f"{path.name}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
-
-
-def check_weight_files(folder: Path) -> None:
-    """Refuse weights that lie outside of the folder, or are far too few for its config.json.
-
-    transformers follows such names, and fills what is missing with random numbers before it says so.
-
-    Raises:
-        ValueError: names the file, or both numbers.
-    """
-    files = {path for end in ("*.safetensors", "*.bin") for path in folder.glob(end)}
-    for index in sorted(folder.glob("*.index.json")):
-        files |= {folder / name for name in read_weight_map(index).values()}
-    if any(path.exists() and not path.is_file() for path in files):
-        raise ValueError(f"{folder}: its weights are no regular files; copy or export the model again")
-    config = read_json(folder / "config.json")
-    names = (("vocab_size",), ("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"))
-    sizes = [next((config[name] for name in group if type(config.get(name)) is int), 0) for group in names]
-    vocabulary, width, layers = sizes
-    least = (vocabulary + layers) * width  # an embedding, and at least a norm in each layer
-    num_bytes = sum(path.stat().st_size for path in files if path.is_file())
-    if least > max(_FEW_WEIGHTS, _MOST_WEIGHTS_A_BYTE * num_bytes):
-        raise ValueError(
-            f"{folder}: its config.json describes a model of {least:,} weights or more, and its files of weights have "
-            f"{num_bytes:,} bytes: they belong to different models; copy or export the model again"
-        )
-
-
-def _check_sizes(content: Mapping[str, Any], folder: Path) -> None:
-    """Refuse numbers of layers and heads that no model has, in a config.json and in the part about its text model."""
-    part = content.get("text_config")
-    for values in (content, part if isinstance(part, dict) else {}):
-        found = wrong_field(values, _SIZES)
-        if found is not None:
-            raise ValueError(
-                f'{folder}/config.json has "{found[0]}": {shown(found[1])}, which must be {found[2]}; '
-                "get the file again"
-            )
-
-
-def _check_no_kernels(content: object, folder: Path) -> None:
-    """Refuse a config.json, or a part of one, that names a kernel of the hub, which transformers would run."""
-    for name, value in content.items() if isinstance(content, dict) else ():
-        _check_no_kernels(value, folder)
-        if name.endswith(_IMPLEMENTATION) and "/" in str(value):
-            raise ValueError(
-                f'{folder}/config.json has "{name}": {shown(value)}, which is code on the hub, and nothing is run by a '
-                "name out of a file; remove that field"
-            )
 
 
 def num_positions(config: PreTrainedConfig) -> int | float:
