@@ -29,13 +29,12 @@ from benchmarks.measure import Measurement, measure, record, table
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
-from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.lens import Lens, TeacherLens
 from megatron_fdd.losses.objective import Objective, StepSettings
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import Sampler, StepDraw
-from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import TokenWeights
-from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 
 EXACT = "exact"
@@ -117,7 +116,7 @@ def timed_step(config: FddConfig) -> Callable[[], None]:
     teacher_head, student_head = (
         torch.randn(TIMED["vocabulary"], TIMED[model]) * 0.05 for model in ("teacher", "student")
     )
-    grams = StepGrams(config)
+    grams = StepGrams()
     objective = Objective(config, pairs, chunk, shard, grams, TeacherLens(Lens(teacher_head, None)))
     taps = {index: torch.randn(tokens, 1, TIMED["teacher"]) for index in range(num_taps)}
     hidden = [torch.randn(tokens, 1, TIMED["student"], requires_grad=True) for _ in range(num_taps)]

@@ -20,8 +20,6 @@ from typing import Any, NoReturn
 from megatron_fdd.host.process import (
     end_at_interrupt,
     ended_by_sigterm,
-    print_error,
-    print_own_error,
     raise_at_interrupt,
 )
 
@@ -48,6 +46,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
+from megatron_fdd.data.own_datasets import with_checked_lengths
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.damage import cause_of
@@ -59,11 +58,11 @@ from megatron_fdd.host.patches.norms import install_norms
 from megatron_fdd.host.patches.rates import resumed_rates
 from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.process import is_first_rank
-from megatron_fdd.host.saving import saved_iteration
+from megatron_fdd.host.saving import last_whole_checkpoint, saved_iteration
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.terms import active_terms
 from megatron_fdd.plan.describe import describe_plan
-from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
+from megatron_fdd.plan.megatron_errors import ended, is_of_log, say_error
 from megatron_fdd.plan.run import PreparedRun, prepare_run
 from megatron_fdd.plan.save_folder import locked
 from megatron_fdd.plan.student_arguments import student_checkpoint
@@ -83,8 +82,8 @@ class Parts:
     Attributes:
         pretrain: the training loop, with the interface of `megatron.training.pretrain` 0.19.2.
         datasets: a function from (numbers of train, valid and test samples, vp_stage) to the three datasets. A sample
-            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank: only the ids
-            of each batch are checked.
+            has the entries of a sample of `data/datasets.py`. The result must be equal on every rank: its lengths
+            are compared, and the ids of each batch checked.
         student: a function from the run's arguments to Megatron's configuration of the student, a GPTModel.
     """
 
@@ -125,7 +124,7 @@ class Distillation:
             check_same_sizes(config := parts.student(run.args), planned)
         config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
-        provider: Callable[..., Any] = parts.datasets or train_valid_test_provider
+        provider = with_checked_lengths(parts.datasets) if parts.datasets else train_valid_test_provider
         if run.args.full_validation:
             provider = with_filler(provider)
         if run.teacher_store is not None:
@@ -140,6 +139,8 @@ class Distillation:
                     container, datasets, ModelType.encoder_or_decoder, self.forward_step
                 )
             except SystemExit as end:  # from --exit-interval and the like, or Megatron reports a failure
+                if end.code is None:  # Megatron ends so, with status 0, where it cannot go on
+                    raise ValueError(ended(end)) from end
                 self._end()
                 if end.code or (is_first_rank() and not self._progress.has_begun):
                     console.show_end_of_log()
@@ -151,7 +152,8 @@ class Distillation:
                         f"--save {run.args.save}: a checkpoint could not be written: {cause_of(error)}"
                     ) from error
                 raise ValueError(
-                    f"{flag} {folder}: the student's checkpoint could not be read: {cause_of(error)}"
+                    f"{flag} {folder}: the student's checkpoint could not be read: {cause_of(error)}; copy it "
+                    "again, or go on from another one (--ckpt-step N)"
                 ) from error
             except KeyboardInterrupt:
                 self.say_interrupted()
@@ -163,6 +165,11 @@ class Distillation:
         """Whether this start has made a training step."""
         args = self._run.args
         return getattr(args, "curr_iteration", 0) > getattr(args, "iteration", 0)
+
+    @property
+    def last_whole_checkpoint(self) -> str:
+        """Name the newest whole checkpoint of this run."""
+        return last_whole_checkpoint(self._run.args.save)
 
     def say_interrupted(self) -> None:
         """Write the last line of a run that is stopped from outside, which says how to continue."""
@@ -252,28 +259,11 @@ def main(parts: Parts = Parts()) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         has_trained = distillation is not None and distillation.has_made_a_step
-        if has_trained and not isinstance(error, (ValueError, FloatingPointError)):
+        if has_trained and not isinstance(error, (ValueError, FloatingPointError)) and not is_of_log(error):
             raise  # the end of the log tells more
-        _say_error(error, is_same_everywhere=distillation is None)
+        say_error(error, None if distillation is None else distillation.last_whole_checkpoint)
         return 1
     return 0
-
-
-def _say_error(error: Exception, *, is_same_everywhere: bool) -> None:
-    """Print one line about an error, and keep its traceback.
-
-    Args:
-        is_same_everywhere: whether every rank meets the same error, as in the preparation; else a rank may have its
-            own, and says it at once, unless it is a refusal of this package.
-    """
-    if is_from_here(error) and isinstance(error, (ValueError, FloatingPointError)):
-        console.log_traceback()
-        print_error(f"megatron_fdd: error: {error}")
-        return
-    kept = console.keep_traceback()
-    where = "" if kept is None else f"; the traceback is in {kept}"
-    say = print_error if is_same_everywhere else print_own_error
-    say(f"megatron_fdd: error: {in_one_line(error)}{where}")
 
 
 def run_as_script(parts: Parts = Parts()) -> NoReturn:

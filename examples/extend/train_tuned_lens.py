@@ -39,7 +39,7 @@ from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.process import is_first_rank, print_error
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.losses.lens import TeacherLens
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, linear_kl
 from megatron_fdd.plan.run import PreparedRun, prepare_run

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fdd.losses.teacher_lens import LensKind, Norm, add_lens
+from megatron_fdd.losses.lens import LensKind, Norm, add_lens
 
 
 def tuned_features(hidden_NT: Tensor, tensors: Mapping[str, Tensor], norm: Norm) -> Tensor:

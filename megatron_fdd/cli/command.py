@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -62,8 +64,16 @@ class Command(Interruptible):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with other packages quiet; SIGTERM and SIGHUP end it as Ctrl-C does."""
         importlib.import_module("megatron_fdd.host.quiet")  # before the command imports torch
-        with ended_like_interrupt():
-            return super().invoke(ctx)
+        try:
+            with ended_like_interrupt():
+                return super().invoke(ctx)
+        except BrokenPipeError:  # click ends it quietly
+            raise
+        except OSError as error:  # commands explain those of their files: this is of what they print
+            complain(f"{ctx.command_path}: error: what it prints cannot be written: {error}; make room there")
+            with suppress(OSError):
+                sys.stdout.close()  # else the interpreter tries again when it ends
+            ctx.exit(1)
 
 
 def _import_plugins(ctx: click.Context, _option: click.Parameter, names: tuple[str, ...]) -> None:

@@ -75,7 +75,7 @@ class Bridge:
         from transformers import AutoConfig
 
         with self._told():
-            settings = AutoConfig.from_pretrained(str(config_path))
+            settings = AutoConfig.from_pretrained(str(config_path), trust_remote_code=False)
         _check_settings(settings.to_dict(), self._model_type)
         if self.config.get(_PREDICTION_LAYERS):
             self.config = {**self.config, _PREDICTION_LAYERS: 0}

@@ -36,9 +36,19 @@ def carry_companions(load: Path, save: Path) -> None:
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
         if (load / name).is_dir() and not (save / name).exists():
             partial = save / f".{name}.incomplete"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(load / name, partial)
+            if partial.is_dir() and not partial.is_symlink():
+                shutil.rmtree(partial)
+            partial.unlink(missing_ok=True)
+            _copy_folder(load / name, partial)
             partial.rename(save / name)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder, and stop at the first error; `shutil.copytree` makes one without words of all of them."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        copy = _copy_folder if path.is_dir() else shutil.copyfile
+        copy(path, target / path.name)
 
 
 def _started_from(args: Namespace) -> list[Path]:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.mcore_model import DTYPES
-from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.listing import listing
+from megatron_fdd.host.weight_map import read_weight_map
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,28 +37,6 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor, as an index names it.
-
-    Raises:
-        ValueError: the index has no such map, or names a file outside of its folder.
-    """
-    declared = read_json(index).get("weight_map")
-    if not isinstance(declared, dict):
-        raise ValueError(f"{index} has no weight_map")
-    for name, file in declared.items():
-        if not isinstance(file, str) or not file or "\0" in file:
-            raise ValueError(
-                f"{index} names {shown(file)} for {name}, which is no name of a file; copy it again"
-            )
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ValueError(
-                f"{index} names the file {shown(file)} for {name}, which lies outside of the folder; put the files "
-                "together and name them without a path"
-            )
-    return declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +85,7 @@ class HfFolder:
                 f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other weight formats are not read: "
                 "save the model with save_pretrained(..., safe_serialization=True)"
             )
-        declared = _weight_map(index)
+        declared = read_weight_map(index)
         tensors: dict[str, StoredTensor] = {}
         for file in sorted(set(declared.values())):
             header = self._header(file)
@@ -121,6 +99,8 @@ class HfFolder:
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         path = self.path / file
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is no regular file; copy the model again")
         try:
             with safe_open(path, framework="pt"):  # this checks the file and its length
                 pass

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fdd.convert.checksums import bytes_of, check_finite
+from megatron_fdd.convert.checksums import bytes_of
 from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE
-from megatron_fdd.host.disk import writing
+from megatron_fdd.host.disk import check_no_link, writing
 from megatron_fdd.host.json_file import write_json
 
-_REMEDY = (
-    "take an earlier checkpoint if its training diverged (--ckpt-step N), another copy, or a wider --dtype"
-)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -98,6 +95,7 @@ def _take(folder: Path, told: str) -> int:
     Raises:
         ValueError: a living process is writing there.
     """
+    check_no_link(folder, told)
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -110,7 +108,7 @@ def _take(folder: Path, told: str) -> int:
     except OSError:
         pass
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return lock
 
 
@@ -183,9 +181,6 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
 
     Yields:
         The spec of each tensor after it is written, and the SHA-256 of its bytes in hexadecimal.
-
-    Raises:
-        ValueError: a tensor has values that are not finite.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -201,7 +196,6 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
         file.write(encoded)
         for spec, tensor in zip(shard.tensors, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
-            check_finite(tensor, spec.name, _REMEDY)
             raw = bytes_of(tensor)
             file.write(raw)
             yield spec, hashlib.sha256(raw).hexdigest()

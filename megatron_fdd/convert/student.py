@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_fdd.convert.checksums import Checksums
+from megatron_fdd.convert.checksums import Checksums, all_finite
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
@@ -117,7 +117,9 @@ def init_student(
         tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
     ):
         for shard in shards:
-            tensors = (folder.read(renamed[spec.name]) for spec in shard.tensors)
+            names = [renamed[spec.name] for spec in shard.tensors]
+            places = (f"{folder.path}: {name}" for name in names)
+            tensors = all_finite(map(folder.read, names), places, "take other weights")
             for spec, digest in write_shard(unfinished, shard, tensors):
                 if expected is not None:
                     expected.check(folder.path, renamed[spec.name], digest)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_fdd.convert.checksums import Checksums
+from megatron_fdd.convert.checksums import Checksums, all_finite
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
 from megatron_fdd.convert.hf_companions import HF_FOLDER, find_hf_config, find_tokenizer
@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts be
     from megatron_fdd.convert.mcore_checkpoint import StoredWeights
 
 CONFIG_FILE, GENERATION_FILE = CONFIG_FILES
+_OTHER_WEIGHTS = (
+    "take an earlier checkpoint if its training diverged (--ckpt-step N), another copy, or a wider --dtype"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +221,8 @@ def _write_own(
     )
     with bar, together():
         for shard in own:
-            for spec, digest in write_shard(folder, shard, export.read(shard)):
+            tensors = all_finite(export.read(shard), (spec.name for spec in shard.tensors), _OTHER_WEIGHTS)
+            for spec, digest in write_shard(folder, shard, tensors):
                 digests[spec.name] = digest
                 bar.update(spec.num_bytes)
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()

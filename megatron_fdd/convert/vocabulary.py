@@ -61,7 +61,7 @@ def _load(folder: Path) -> tuple[TokenizerIdentity, str | None]:
     from transformers import AutoTokenizer
 
     try:
-        library = AutoTokenizer.from_pretrained(folder)
+        library = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a class may raise anything; a caller that needs it says more
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         complain(f"warning: transformers cannot load this tokenizer, so only its files are known ({cause})")

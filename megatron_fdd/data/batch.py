@@ -86,11 +86,16 @@ class _CheckedBatches:
         """Return the next batch.
 
         Raises:
-            ValueError: an entry is missing, or an id is unknown; on the ranks that read this batch.
+            ValueError: there is no batch, an entry is missing, or an id is unknown; on the ranks that read it.
         """
         started_s = time.perf_counter()
-        batch = next(self._batches)
+        batch = next(self._batches, None)
         self._wait.seconds += time.perf_counter() - started_s
+        if batch is None:
+            raise ValueError(
+                f"iteration {self._iteration + 1}: the data have no batch left on this rank; give as many samples as "
+                "the run reads, the same on every rank"
+            )
         missing = [name for name in _ENTRIES if name not in batch]
         if missing:
             raise ValueError(

@@ -78,6 +78,10 @@ def _check_flags(args: argparse.Namespace) -> None:
         ),
         (args.fim_data, "--fim-data is not supported; leave it out"),
         (
+            args.dataloader_type == "external",
+            "--dataloader-type external: these data sets need one of Megatron's own loaders; leave it out",
+        ),
+        (
             args.dataloader_inter_document_masking and args.reset_attention_mask,
             "--reset-attention-mask and --dataloader-inter-document-masking both keep attention inside documents, "
             "in different ways; leave one out (the latter needs no mask of --seq-length x --seq-length)",

@@ -184,7 +184,7 @@ def _detect_file_format(path: str, keys: JsonKeys, has_template: bool) -> Docume
         return "instruction"
     if keys.text in fields:
         return "jsonl"
-    remedy = f"; or give --template: this is the layout {layout}" if layout else ""
+    remedy = f"; or give --template alpaca, which reads this layout ({layout})" if layout else ""
     if CHOSEN in fields:
         remedy += f"; or give --response-key {CHOSEN}, to learn the better answers"
     raise ValueError(

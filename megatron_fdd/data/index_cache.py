@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ def mend_cache(args: argparse.Namespace) -> None:
 
 @contextmanager
 def told_cache(args: argparse.Namespace) -> Iterator[None]:
-    """Explain, in a block that builds data sets, why the index cache could not be written.
+    """Explain, in a block that builds data sets, why the index cache could not be written or read.
 
     Raises:
         ValueError: names the folders and the system's message.
@@ -105,11 +106,21 @@ def told_cache(args: argparse.Namespace) -> Iterator[None]:
     except Exception as error:  # Megatron raises its own from the system's
         cause = error.__cause__
         if not isinstance(cause, OSError):
-            raise
+            if not _is_of_reading(error):
+                raise
+            raise ValueError(
+                f"the index cache in {', '.join(map(str, _folders(args)))} cannot be read: {error}. Delete that "
+                "folder: it is built again"
+            ) from error
         raise ValueError(
             f"the index cache in {', '.join(map(str, _folders(args)))} cannot be written: {explain(cause)}. Make room "
             "there, or give another folder with --data-cache-path; what is not whole is built again at the next start"
         ) from error
+
+
+def _is_of_reading(error: Exception) -> bool:
+    """Whether Megatron could not read a file of the cache."""
+    return any(entry.name == "safe_numpy_load" for entry in traceback.extract_tb(error.__traceback__))
 
 
 def _folders(args: argparse.Namespace) -> list[Path]:
@@ -136,6 +147,8 @@ def _fault(path: Path) -> str | None:
     kind = _KINDS.get(end)
     if kind is None or not any(f"-{each}-" in path.name for each in _CLASSES):
         return None
+    if not path.is_file():
+        return "is no regular file"
     try:
         array = _opened(path)
     except OSError:  # another user's: if Megatron needs it, it says so
@@ -145,18 +158,21 @@ def _fault(path: Path) -> str | None:
     columns = () if kind.columns is None else (kind.columns,)
     if array.ndim == 0 or array.shape[1:] != columns or str(array.dtype) not in kind.dtypes:
         return f"holds {array.dtype} of shape {list(array.shape)}"
-    other = None if kind.companion is None else _opened(path.with_name(f"{start}-{kind.companion}"))
+    other_path = path.with_name(f"{start}-{kind.companion}")
+    other = _opened(other_path) if kind.companion is not None and other_path.is_file() else None
     if other is not None and other.ndim and len(other) != len(array) + kind.more:
         return f"has {len(array)} entries, {kind.companion} beside it {len(other)}"
     return None
 
 
 def _opened(path: Path) -> np.memmap | None:
-    """Map an array; None if there is no file, or one whose length is not what its header says.
+    """Map an array; None if there is no regular file, or one whose length is not what its header says.
 
     Raises:
         OSError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return None
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         return array if path.stat().st_size == array.offset + array.nbytes else None
@@ -169,6 +185,9 @@ def _opened(path: Path) -> np.memmap | None:
 
 
 def _remove(path: Path, fault: str, *, is_needed: bool) -> None:
+    """Remove a file that is not whole. What is no file was never Megatron's, and stays."""
+    if not path.is_file():
+        raise ValueError(f"the index cache {path} {fault}; remove it, or give another --data-cache-path")
     told = f"the index cache {path} {fault}: a run was killed, or its disk was full, while it wrote this file"
     if is_needed:
         raise ValueError(f"{told}. Start once without --dataloader-fast-cache-load, which builds it again")

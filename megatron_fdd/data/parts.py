@@ -22,6 +22,7 @@ from typing import Any, Self
 from megatron_fdd.data.prepared import SetKind, SetWriter, move_sets
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer_identity import TokenizerStamp
+from megatron_fdd.host.disk import check_no_link
 
 # The seconds of work that a kill costs at most.
 PART_SECONDS = 60.0
@@ -74,6 +75,7 @@ class Parts:
         self._prefixes, self._kind, self._tokenizer = prefixes, kind, tokenizer
         self._fingerprint = fingerprint
         self.folder = _folder(os.path.join(os.path.dirname(prefixes[0]), name))
+        check_no_link(self.folder, f"--output-prefix {prefixes[0]}")
         self.folder.mkdir(exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:

@@ -262,6 +262,8 @@ def _index_of(prefix: str) -> IndexFile:
                 f"data file {prefix + end} does not exist; --data-path takes the prefix that "
                 "fdd prepare got as --output-prefix (with _train or _valid after --split)"
             )
+        if not os.path.isfile(prefix + end):  # a pipe would be waited for
+            raise ValueError(f"{prefix}{end} is no regular file, which a set needs; {PREPARE_AGAIN}")
     try:
         index = read_index_file(prefix + ".idx")
         actual = os.path.getsize(prefix + ".bin")
@@ -281,6 +283,8 @@ def _read_info(prefix: str) -> SetInfo | None:
     path = prefix + _INFO_SUFFIX
     if not os.path.exists(path):
         return None
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file; prepare the set again")
     try:
         values = read_json(Path(path))
         name, version = values.pop("format", None), values.pop("version", None)

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import stat
 import zlib
 from collections.abc import Buffer, Iterator
 from contextlib import contextmanager
@@ -150,6 +151,9 @@ def look(path: str) -> Iterator[Stream]:
 
 
 def _open(path: str) -> Stream:
+    mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):  # some never end
+        raise ValueError(f"{path} is a device; give a file or a pipe")
     return Stream(path, open(path, "rb", buffering=0))  # closed with the stream
 
 

@@ -122,7 +122,7 @@ SEAMS: tuple[Seam, ...] = (
         f"{_CORE}.transformer.TransformerConfig",
         ("finalize_model_grads_func", "grad_scale_func", "pipeline_dtype", "perform_initialization"),
         "the place for that function; the scale of an injected loss; what is sent",
-        ("step/pipeline.py", "step/injection.py", "step/student.py", "convert/mcore_model.py"),
+        ("step/pipeline.py", "step/student.py", "convert/mcore_model.py"),
         "pipelines, conversions",
     ),
     Seam(

@@ -99,11 +99,22 @@ def read_data_file(name: str, path: Path, selection: Selection) -> DataFile:
             f"{path}: none of {len(instructions)} examples has an answer of at least {least} words; "
             "lower --min-answer-words"
         )
-    digest = hashlib.sha256(path.read_bytes())
+    digest = _digest(path, documents)
     if layout == "vicuna" and selection.vicuna_answers is not None:
-        digest.update(selection.vicuna_answers.read_bytes())
+        given = selection.vicuna_answers
+        digest.update(given.read_bytes() if given.is_file() else json.dumps(answers).encode())
     examples = dict(list(kept.items())[: selection.limit])
     return DataFile(name, path, layout, least, examples, digest.hexdigest())
+
+
+def _digest(path: Path, documents: Iterable[RawDocument]) -> hashlib._Hash:
+    """Hash a file; or what was read of a pipe, which can be read once."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes())
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.content + b"\n")
+    return digest
 
 
 def _recognise(first: RawDocument) -> str:

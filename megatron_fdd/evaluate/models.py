@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,11 @@ from transformers import (
 )
 
 from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, has_tokenizer, without_second_start
+from megatron_fdd.evaluate.model_files import check_no_kernels, check_sizes, check_weight_files
 from megatron_fdd.evaluate.tokenizer import load_tokenizer
-from megatron_fdd.host.field_kinds import Kind, either, list_of, shown, wrong_field
+from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
-from megatron_fdd.host.model_fields import HEADS, LAYERS, POSITIONS, VOCABULARY
-
-# Under these names all kinds of models have them. Some models give a number for each layer.
-_SIZES: Mapping[str, Kind] = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head"), either(HEADS, list_of(HEADS))),
-}
+from megatron_fdd.host.model_fields import POSITIONS, VOCABULARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +51,7 @@ class Placement:
         Raises:
             ValueError: the files are damaged, or are not those of the model that the config describes.
         """
+        check_weight_files(folder)
         several = self.device == "cuda" and torch.cuda.device_count() > 1
         device_map = "auto" if several else self.device
         try:
@@ -66,13 +61,16 @@ class Placement:
                 device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
         except torch.OutOfMemoryError:
             raise
         except (
             Exception
         ) as error:  # a config with a wrong number, a pickle with code: transformers raises anything
-            raise ValueError(f"{folder} does not load as a model ({_first_line(error)})") from error
+            raise ValueError(
+                f"{folder} does not load as a model ({_first_line(error)}); get it again"
+            ) from error
         model: PreTrainedModel = loaded[0]
         info: dict[str, Any] = loaded[1]
         # Transformers fills both with random numbers, with a warning.
@@ -115,13 +113,14 @@ class NamedModel:
             ValueError: transformers does not know the model, or a size of it has no meaning.
         """
         content = read_json(self.folder / "config.json")
-        _check_sizes(
-            content, self.folder
-        )  # before a class computes something from each of 100 million layers
+        check_no_kernels(content, self.folder)
+        check_sizes(content, self.folder)  # before a class computes something from each of 100 million layers
         try:
-            config = AutoConfig.from_pretrained(self.folder).get_text_config()
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config()
         except Exception as error:  # classes check their fields in their own ways, or not at all
-            raise ValueError(f"{self.folder}/config.json cannot be read ({_first_line(error)})") from error
+            raise ValueError(
+                f"{self.folder}/config.json cannot be read ({_first_line(error)}); get it again"
+            ) from error
         if not VOCABULARY.fits(getattr(config, "vocab_size", None)):
             raise ValueError(f"{self.folder}/config.json has no vocab_size, which must be {VOCABULARY.words}")
         return config
@@ -169,18 +168,6 @@ class NamedModel:
                 status = path.stat()
                 digest.update(f"{path.name}\t{status.st_size}\t{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
-
-
-def _check_sizes(content: Mapping[str, Any], folder: Path) -> None:
-    """Refuse numbers of layers and heads that no model has, in a config.json and in the part about its text model."""
-    part = content.get("text_config")
-    for values in (content, part if isinstance(part, dict) else {}):
-        found = wrong_field(values, _SIZES)
-        if found is not None:
-            raise ValueError(
-                f'{folder}/config.json has "{found[0]}": {shown(found[1])}, which must be {found[2]}; '
-                "get the file again"
-            )
 
 
 def num_positions(config: PreTrainedConfig) -> int | float:
@@ -250,5 +237,8 @@ def plain_generation(ends: list[int], max_new_tokens: int) -> GenerationConfig:
 
 
 def _first_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = " ".join(
+        lines[: 1 + (bool(lines) and lines[0].endswith(":"))]
+    )  # "Validation error for field ...:"
     return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizer
         ValueError: the folder has no tokenizer, or none that gives the ids of its file.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the classes and the library behind them raise anything
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

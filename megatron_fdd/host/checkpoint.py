@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_fdd.host.checkpoint_index import (
     check_files,
+    check_format,
     check_objects,
     contents,
     read_checkpoint_index,
@@ -39,6 +41,26 @@ _LONGEST_NUMBER = 20
 def has_checkpoint(directory: str) -> bool:
     """Whether `directory` claims to hold a checkpoint: its tracker file exists."""
     return (Path(directory) / TRACKER_FILE).is_file()
+
+
+def read_tracker(root: str | Path) -> str | None:
+    """Return what the tracker file of a folder says: an iteration, or `RELEASE`; None without such a file.
+
+    Raises:
+        ValueError: it says something else; the message goes on from the name of the folder.
+    """
+    tracker = Path(root) / TRACKER_FILE
+    if not tracker.is_file():
+        if os.path.lexists(tracker):  # Megatron would write into it
+            raise ValueError(f"{TRACKER_FILE} is no regular file; remove it")
+        return None
+    label = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if label != RELEASE and not (label.isdecimal() and label.isascii() and len(label) < _LONGEST_NUMBER):
+        raise ValueError(
+            f"{TRACKER_FILE} says {label[:_LONGEST_NUMBER]!r}, not an iteration or 'release'; write the number of the "
+            "newest whole iter_ folder into it"
+        )
+    return label
 
 
 def iteration_folder(root: str | Path, iteration: int) -> Path:
@@ -85,12 +107,11 @@ def find_checkpoint(
             f"{flag} {directory}: {what} (no {TRACKER_FILE}); "
             "make one with fdd import or name the folder that a run gave to --save"
         )
-    label = (root / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    if label != RELEASE and not (label.isdecimal() and label.isascii() and len(label) < _LONGEST_NUMBER):
-        raise ValueError(
-            f"{flag} {directory}: {TRACKER_FILE} says {label[:_LONGEST_NUMBER]!r}, not an iteration or 'release'; "
-            "write the number of the newest whole iter_ folder into it"
-        )
+    try:
+        label = read_tracker(root)
+    except ValueError as error:
+        raise ValueError(f"{flag} {directory}: {error}") from None
+    assert label is not None, "has_checkpoint has seen the file"
     path = root / label if label == RELEASE else iteration_folder(root, step or int(label))
     if step and not path.name.endswith(f"_{step:07d}"):
         raise ValueError(
@@ -102,6 +123,7 @@ def find_checkpoint(
             f"--ckpt-step {step}: {flag} {directory} holds the iterations {found}; give one of them"
         )
     index = read_checkpoint_index(path, flag)
+    check_format(path, flag)
     check_files(path, flag, index)
     check_objects(path, flag, index, only_common=leaves_objects)
     if not to_plan and not _lists_tensors(index):
@@ -160,7 +182,7 @@ def read_common_state(path: Path, flag: str) -> dict[str, Any]:
         return dist_checkpointing.load_common_state_dict(str(path))
     except DAMAGE as error:
         raise ValueError(
-            f"{flag} {path}: its common state cannot be read ({cause_of(error)}); the copy is damaged"
+            f"{flag} {path}: its common state cannot be read ({cause_of(error)}); the copy is damaged; copy it again"
         ) from error
 
 
@@ -230,7 +252,7 @@ def read_tensor(path: Path, name: str, flag: str) -> Tensor | None:
                 parts.append(torch.load(io.BytesIO(file.read(length)), "cpu", weights_only=True))
         except DAMAGE as error:
             raise ValueError(
-                f"{flag} {path}: {name} cannot be read ({cause_of(error)}); the copy is damaged, copy it again"
+                f"{flag} {path}: {name} cannot be read ({cause_of(error)}); the copy is damaged; copy it again"
             ) from error
     return torch.cat(parts) if parts else None
 

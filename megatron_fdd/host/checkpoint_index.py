@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -10,29 +11,41 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_fdd.host.damage import DAMAGE, cause_of
+from megatron_fdd.host.field_kinds import shown
+from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.unpickling import ForbiddenClassError, check_object, is_trusting, load_index
 
 _ALL = slice(None)
 # How the names of the objects begin in which Megatron stores its common state.
 _COMMON_STATE = "common_state/"
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+# Beside the index and the files that it names.
+_OPENED_BY_NAME = ("metadata.json", COMMON_STATE_FNAME)
 
 
 def read_checkpoint_index(path: Path, flag: str) -> Metadata:
     """Return the index of torch's checkpoints: every entry, and where its bytes are."""
     index_path = path / ".metadata"
     if not index_path.is_file():
-        raise ValueError(f"{flag} {path}: .metadata is missing; the save or the copy was interrupted")
+        raise ValueError(
+            f"{flag} {path}: .metadata is missing; the save or the copy was interrupted. Copy it again, or go on from "
+            "another iteration (--ckpt-step N)"
+        )
     status = index_path.stat()
     try:
         return _loaded(index_path, status.st_mtime_ns, status.st_size)
     except ForbiddenClassError as error:
         raise _forbidden(path, flag, ".metadata", error) from error
     except Exception as error:
-        raise ValueError(f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged") from error
+        raise ValueError(
+            f"{flag} {path}: .metadata cannot be read ({error}); the copy is damaged; copy it again"
+        ) from error
 
 
 @lru_cache(maxsize=4)
@@ -101,7 +114,7 @@ def _check_object(path: Path, flag: str, where: str, content: bytes) -> None:
         raise _forbidden(path, flag, where, error) from error
     except DAMAGE as error:
         raise ValueError(
-            f"{flag} {path}: {where} cannot be read ({cause_of(error)}); the copy is damaged, copy it again"
+            f"{flag} {path}: {where} cannot be read ({cause_of(error)}); the copy is damaged; copy it again"
         ) from error
 
 
@@ -131,14 +144,45 @@ def _forbidden(path: Path, flag: str, where: str, error: ForbiddenClassError) ->
     )
 
 
+def check_format(path: Path, flag: str) -> None:
+    """Refuse a checkpoint unless what Megatron opens by name can be read: its format, and what old versions stored.
+
+    Raises:
+        ValueError: one of these is no regular file, or the format is another one.
+    """
+    for name in (CONFIG_FNAME, COMMON_STATE_FNAME):
+        if os.path.lexists(path / name) and not (path / name).is_file():
+            raise ValueError(f"{flag} {path}: {name} is no regular file; the copy is damaged; copy it again")
+    if not (path / CONFIG_FNAME).is_file():
+        raise ValueError(
+            f"{flag} {path}: {CONFIG_FNAME} is missing; the save or the copy was interrupted; copy it again"
+        )
+    try:
+        found = read_json(path / CONFIG_FNAME)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+    for name, needed in _FORMAT.items():
+        if found.get(name) != needed:
+            raise ValueError(
+                f"{flag} {path}: {CONFIG_FNAME} has {name} {shown(found.get(name))} and must have {shown(needed)}: "
+                "another format is not read, or the copy is damaged; copy it again"
+            )
+
+
 def check_files(path: Path, flag: str, index: Metadata) -> None:
-    """Refuse a checkpoint unless every byte to which its index points is on disk."""
-    needed: dict[str, int] = {}
+    """Refuse a checkpoint unless every byte to which its index points is on disk.
+
+    Everything that Megatron opens in it must be a regular file: it would wait for the writer of a pipe.
+    """
+    needed = {name: 0 for name in _OPENED_BY_NAME if (path / name).exists()}
     for item in index.storage_data.values():
         needed[item.relative_path] = max(needed.get(item.relative_path, 0), item.offset + item.length)
     for name, length in sorted(needed.items()):
         file_path = path / name
-        size = file_path.stat().st_size if file_path.is_file() else 0
+        if not file_path.is_file():
+            what = "is no regular file" if file_path.exists() else "is missing"
+            raise ValueError(f"{flag} {path}: {name} {what}; copy or save the checkpoint again")
+        size = file_path.stat().st_size
         if size < length:
             raise ValueError(
                 f"{flag} {path}: {name} has {size} bytes and needs {length}; "

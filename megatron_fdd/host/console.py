@@ -7,6 +7,7 @@ whatever language; only the lines of this module reach the terminal. Elsewhere t
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import shlex
@@ -48,6 +49,8 @@ class _Divided:
             OSError: the file cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_fifo():  # nobody may ever read it
+            raise OSError(errno.EINVAL, "it is a pipe", str(path))
         log = path.open("a+b", buffering=0)
         log.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(sys.argv)}\n".encode())
         log.write(self.printed())
@@ -147,6 +150,26 @@ def keep_traceback() -> Path | None:
         return None
     log_traceback()
     return _divided.path or keep_log(Path(tempfile.mkdtemp(prefix="megatron_fdd-")))
+
+
+def last_line() -> str:
+    """Return the last line that this rank has printed into its log; empty without a log."""
+    if _divided is None:
+        return ""
+    lines = _divided.printed(_TAIL_BYTES).decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def full_log() -> str | None:
+    """Return what keeps this rank's log from being written, with its path; None if nothing does."""
+    if _divided is None:
+        return None
+    try:
+        os.write(_divided.log.fileno(), b"\n")
+    except OSError as error:
+        where = _divided.path or f"in {tempfile.gettempdir()}"
+        return f"the log {where} cannot be written: {error.strerror}"
+    return None
 
 
 def show_end_of_log() -> None:

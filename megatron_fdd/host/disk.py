@@ -53,6 +53,21 @@ def regular_file(flag: str, given: str | Path) -> Path:
     return real
 
 
+def check_no_link(scratch: Path, told: str) -> None:
+    """Refuse a link in the place of a scratch folder: its target would be emptied.
+
+    Args:
+        told: begins the message.
+
+    Raises:
+        ValueError: names the link.
+    """
+    if scratch.is_symlink():
+        raise ValueError(
+            f"{told}: {scratch} is a link, and a folder of this program belongs there; remove it"
+        )
+
+
 @contextmanager
 def writing(flag: str, given: str | Path) -> Iterator[None]:
     """Turn errors of writing to `given`, the value of `flag`, into a refusal that says what to do.

@@ -51,6 +51,11 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict) and all(isinstance(k, str) for k in value))
 
 
+def one_of(*words: str) -> Kind:
+    """Return the kind of these texts."""
+    return Kind(f"one of {', '.join(words)}", lambda value: isinstance(value, str) and value in words)
+
+
 def optional(kind: Kind) -> Kind:
     """Return the same kind, or null."""
     return Kind(f"{kind.words}, or null", lambda value: value is None or kind.fits(value))

@@ -10,6 +10,7 @@ import heapq
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.together import together
 
 SUMS_FILE = "file_sums.json"
+_INDEX_FILE = ".metadata"
 _ALGORITHM = "xxh3_128"
 _BLOCK_BYTES = 1 << 30
 # So much is in memory at a time.
 _READ_BYTES = 1 << 20
 # Beside the `.distcp` files.
-_OTHER_FILES = frozenset({".metadata", "metadata.json", "common.pt"})
+_OTHER_FILES = frozenset({_INDEX_FILE, "metadata.json", "common.pt"})
 SKIP_FLAG = "--fdd-skip-checksums"
 
 
@@ -78,9 +80,13 @@ def write_sums(folder: Path) -> None:
             unfinished.replace(folder / SUMS_FILE)
 
 
-def forget_sums(folder: Path) -> None:
-    """Remove the sums of a folder that is about to be written again: a kill in between must not leave wrong ones."""
-    (folder / SUMS_FILE).unlink(missing_ok=True)
+def mark_unfinished(folder: Path) -> None:
+    """Make a folder that is about to be written again look as one that was never finished, until the save has ended.
+
+    Its index goes with its sums: after a kill, it would describe a mixture of old and new files.
+    """
+    for name in (SUMS_FILE, _INDEX_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_sums(checkpoints: Mapping[str, Path]) -> str:
@@ -155,10 +161,12 @@ def _read_sums(folder: Path, flag: str) -> list[_Block]:
     """Read the sums beside a checkpoint's files.
 
     Raises:
-        ValueError: they are malformed, or lack a file of weights.
+        ValueError: they are malformed, or lack a file of the checkpoint.
     """
     path = folder / SUMS_FILE
-    content = read_json(path)
+    content: dict[str, Any] = {}
+    with suppress(ValueError):  # malformed, or an empty file after a loss of power
+        content = read_json(path)
     files = content.get("files")
     by_name: dict[str, list[_Block]] = {}
     if content.get("algorithm") == _ALGORITHM and isinstance(files, dict):
@@ -167,11 +175,14 @@ def _read_sums(folder: Path, flag: str) -> list[_Block]:
             name: _blocks_of(folder / name, entry, size, f"{flag} {folder}") for name, entry in files.items()
         }
     if not by_name or not all(Path(name).name == name and blocks for name, blocks in by_name.items()):
-        raise ValueError(f"{path}: not the sums that this version writes; delete the file to load without it")
-    for found in sorted(folder.glob("*.distcp")):
-        if found.name not in by_name:
+        raise ValueError(
+            f"{flag} {path}: not the sums that this version writes; delete the file to load without it"
+        )
+    for found in sorted(folder.iterdir()):
+        if _is_summed(found) and found.name not in by_name:
             raise ValueError(
-                f"{path}: does not list {found.name}; if that file was added on purpose, delete {SUMS_FILE}"
+                f"{flag} {path}: does not list {found.name}; copy the checkpoint again, or delete {SUMS_FILE} if that "
+                "file was added on purpose"
             )
     return [block for blocks in by_name.values() for block in blocks]
 

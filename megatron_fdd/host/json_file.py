@@ -11,16 +11,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object. ValueError names the file if it is missing, malformed or not an object."""
+    """Return a JSON object. ValueError names the file if it is missing, no regular file, malformed or not an object."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no regular file; copy or make it again")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}; copy or make it again") from None
     value = parse_json(text, path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise ValueError(
+            f"{path} must hold a JSON object, not a {type(value).__name__}; copy or make it again"
+        )
     return value
 
 
@@ -33,7 +37,7 @@ def parse_json(text: str, where: Path | str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from None
+        raise ValueError(f"{where} is not valid JSON: {error}; copy or make it again") from None
     except RecursionError:
         raise ValueError(f"{where} is not valid JSON: nested too deeply; copy or make it again") from None
     except ValueError:  # Python's own message names a Python function

@@ -19,6 +19,7 @@ from megatron_fdd.host.field_kinds import (
     either,
     list_of,
     number,
+    one_of,
     optional,
     shown,
     whole,
@@ -61,14 +62,14 @@ ARCHITECTURE: Mapping[str, Kind] = {
     "num_query_groups": optional(HEADS),
     "group_query_attention": FLAG,
     "kv_channels": optional(WIDTH),
-    "position_embedding_type": TEXT,
+    "position_embedding_type": one_of("learned_absolute", "rope", "yarn", "mrope", "relative", "none"),
     "rotary_base": ROTARY_BASE,
     "rotary_percent": above_zero(1),
     "rotary_interleaved": FLAG,
     "rotary_seq_len_interpolation_factor": optional(SCALE),
     "use_rope_scaling": FLAG,
     "rope_scaling_factor": ROPE_FACTOR,
-    "rope_type": optional(TEXT),
+    "rope_type": optional(one_of("rope", "yarn")),
     **dict.fromkeys(("rotary_scaling_factor", "mscale", "mscale_all_dim"), optional(_ANY_NUMBER)),
     "yarn_original_max_position_embeddings": optional(POSITIONS),
     **dict.fromkeys(("yarn_beta_fast", "yarn_beta_slow"), optional(_ANY_NUMBER)),
@@ -76,14 +77,14 @@ ARCHITECTURE: Mapping[str, Kind] = {
     "no_rope_freq": optional(either(TEXT, _RULE)),
     **dict.fromkeys(("add_bias_linear", "add_qkv_bias", "swiglu", "squared_relu", "quick_geglu"), FLAG),
     **dict.fromkeys(("bias_gelu_fusion", "untie_embeddings_and_output_weights"), FLAG),
-    "normalization": TEXT,
+    "normalization": one_of("LayerNorm", "RMSNorm"),
     "layernorm_epsilon": EPSILON,
     **dict.fromkeys(("layernorm_zero_centered_gamma", "qk_layernorm", "qk_l2_norm"), FLAG),
     **dict.fromkeys(
         ("apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm"),
         FLAG,
     ),
-    "softmax_type": TEXT,
+    "softmax_type": one_of("vanilla", "off-by-one", "learnable"),
     "window_size": optional(_REACH),
     "window_attn_skip_freq": optional(_RULE),
     "glu_linear_offset": _ANY_NUMBER,
@@ -99,7 +100,7 @@ ARCHITECTURE: Mapping[str, Kind] = {
     "moe_ffn_hidden_size": optional(WIDTH),
     "moe_router_topk": EXPERTS,
     "moe_router_pre_softmax": FLAG,
-    "moe_router_score_function": TEXT,
+    "moe_router_score_function": one_of("softmax", "sigmoid", "sqrtsoftplus"),
     "moe_router_topk_scaling_factor": optional(_ANY_NUMBER),
     **dict.fromkeys(("moe_router_num_groups", "moe_router_group_topk"), optional(EXPERTS)),
     **dict.fromkeys(("moe_router_enable_expert_bias", "moe_apply_probs_on_input"), FLAG),
@@ -141,6 +142,9 @@ def check_stored_args(args: object, where: str) -> argparse.Namespace:
             f"{where}: its arguments are {shown(args)}, not those that Megatron stores; save it again"
         )
     values = vars(args)
+    odd = next((name for name in values if not isinstance(name, str)), None)
+    if odd is not None:
+        raise ValueError(f"{where}: stores an argument named {shown(odd)}, which is no name; save it again")
     for name in _ALWAYS_STORED:
         if name not in values:
             raise ValueError(f"{where}: stores no {name}, which every model of Megatron has; save it again")

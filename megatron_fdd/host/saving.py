@@ -6,12 +6,11 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_fdd.host.checkpoint import TRACKER_FILE
+from megatron_fdd.host.checkpoint import RELEASE, read_tracker
 from megatron_fdd.host.damage import cause_of
 
 # Megatron's writer logs the system's message and raises an error that has only its type.
@@ -75,6 +74,7 @@ def last_whole_checkpoint(folder: str | None) -> str:
 
 def saved_iteration(folder: str | None) -> int | None:
     """Return the step of the newest whole checkpoint in a folder of --save; None without one."""
-    tracker = Path(folder or "") / TRACKER_FILE
-    text = tracker.read_text(encoding="utf-8").strip() if folder and tracker.is_file() else ""
-    return int(text) if text.isdecimal() else None
+    with suppress(ValueError):  # whatever the file says: this is read for a message
+        label = read_tracker(folder) if folder else None
+        return None if label in (None, RELEASE) else int(str(label))
+    return None

@@ -8,16 +8,21 @@ Megatron adds its own, and a plug-in may add others with `torch.serialization.ad
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
 import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
-from megatron_fdd.host.patches.table import replace
+from megatron_fdd.host.patches.table import current, replace
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _METADATA = (
@@ -36,6 +41,16 @@ _INDEX_CLASSES = frozenset(
         ("collections", "OrderedDict"),
     }
 )
+# What torch's restricted unpickler makes by itself, by name.
+_ALLOWED = "torch._weights_only_unpickler._get_allowed_globals"
+# Tensors whose numbers torch (2.11) looks for wherever the file says, also outside of the file; and of other devices.
+_ODD_TENSORS = frozenset(
+    f"torch._utils._rebuild_{kind}"
+    for kind in (
+        "qtensor", "sparse_tensor", "nested_tensor", "wrapper_subclass", "device_tensor_from_numpy",
+        "device_tensor_from_cpu_tensor",
+    )
+)  # fmt: skip
 # torch reads these: the first overrules `weights_only=False`, the second overrules the default.
 _ONLY_WEIGHTS, _NOT_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _TRUE = ("1", "y", "yes", "true")
@@ -84,8 +99,41 @@ def restrict_unpickling() -> None:
             "--fdd-trust-checkpoint if you trust who made them"
         )
     os.environ[_ONLY_WEIGHTS] = "1"
+    _narrow_objects()
     # That module uses pickle to read and to write the index, and for nothing else.
     replace(f"{_CHECKPOINT}.filesystem.pickle", SimpleNamespace(load=load_index, dump=pickle.dump))
+
+
+def _narrow_objects() -> None:
+    """Take from torch's lists what makes memory be read wrongly, or calls other ranks; no checkpoint here needs it."""
+    allowed = {name: each for name, each in current(_ALLOWED)().items() if name not in _ODD_TENSORS}
+    replace(_ALLOWED, lambda: allowed)
+    safe = torch.serialization.get_safe_globals()
+    kept = [each for each in safe if each is not np.dtype and not _is_distributed(each)]
+    if np.dtype in safe:
+        kept.append((number_dtype, "numpy.dtype"))
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(kept)
+
+
+def _is_distributed(entry: Any) -> bool:
+    """Whether an entry of torch's list is one of its own classes for tensors over several ranks."""
+    return str(getattr(entry, "__module__", "")).startswith(("torch.distributed", "torch.nested"))
+
+
+def number_dtype(text: str, _align: bool = False, _copy: bool = False) -> np.dtype:
+    """Return numpy's own dtype of numbers, in place of the copy that a pickle asks `numpy.dtype` for.
+
+    A pickle may give a copy another state, such as that its numbers are addresses of objects; to print such an array
+    would follow them. numpy ignores a state for a dtype of its own.
+
+    Raises:
+        ValueError: it is no dtype of numbers, in this machine's order of bytes.
+    """
+    dtype = np.dtype(str(text))
+    if dtype.isbuiltin != 1 or dtype.kind not in "biufc":
+        raise ValueError(f"it holds an array of {text!r}, and only plain numbers are read")
+    return dtype
 
 
 def load_index(file: BinaryIO) -> Any:
@@ -93,8 +141,34 @@ def load_index(file: BinaryIO) -> Any:
 
     Raises:
         ForbiddenClassError: it names a class that is on no list.
+        ValueError: it sets attributes of such a class itself.
     """
-    return pickle.load(file) if _is_trusting else _IndexUnpickler(file).load()
+    if _is_trusting:
+        return pickle.load(file)
+    found = [getattr(sys.modules[module], name) for module, name in _INDEX_CLASSES if module in sys.modules]
+    with _unchanged(found):
+        return _IndexUnpickler(file).load()
+
+
+@contextmanager
+def _unchanged(classes: Iterable[Any]) -> Iterator[None]:
+    """Refuse a pickle in the block that sets attributes of classes, or of members of enums; they are set back."""
+    owners = [*classes]
+    for each in [each for each in owners if isinstance(each, enum.EnumType)]:
+        owners += vars(each)["_member_map_"].values()
+    before = [(owner, dict(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
+    try:
+        yield
+    finally:
+        changed = [(owner, attributes) for owner, attributes in before if dict(vars(owner)) != attributes]
+        for owner, attributes in changed:
+            for name in vars(owner).keys() - attributes.keys():
+                delattr(owner, name)
+            for name, value in attributes.items():
+                if vars(owner).get(name) is not value:
+                    setattr(owner, name, value)
+        if changed:
+            raise ValueError(f"it changes {changed[0][0]!r} itself, which no checkpoint needs")
 
 
 def check_object(content: bytes) -> None:
@@ -107,7 +181,10 @@ def check_object(content: bytes) -> None:
     if _is_trusting:
         return
     try:
-        torch.load(io.BytesIO(content), "cpu", weights_only=True)
+        with _unchanged(
+            each for each in torch.serialization.get_safe_globals() if isinstance(each, enum.EnumType)
+        ):
+            torch.load(io.BytesIO(content), "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
         if found is None:

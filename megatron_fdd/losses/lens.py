@@ -1,12 +1,13 @@
-"""The logit lens: a model's own final norm and language-model head, applied to any hidden state.
+"""The logit lens: a model's final norm and head, applied to any hidden state; the teacher's may be a learned one.
 
-Shape letters: S sequence (this rank's part), B micro-batch, N = S*B token rows, H hidden,
+Shape letters: S sequence (this rank's part), B micro-batch, N = S*B token rows, H hidden, T the teacher's width,
 W this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -55,3 +56,82 @@ class Lens:
     def normed(self, hidden_NH: Tensor) -> Tensor:
         """Return the normed features of rows [N, H], in float32."""
         return hidden_NH.float() if self.norm is None else self.norm(hidden_NH)
+
+
+Norm = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LensKind:
+    """A way to make features of a block's output, with tensors that were learned for the block.
+
+    Attributes:
+        tensors: the shape of each of a block's tensors, a letter a dimension: `{"weight": "TT", "bias": "T"}`. T is the
+            teacher's width; any other letter is a size of the file's own, one size a block.
+        features: makes features [N, T] of hidden states [N, T] in the teacher's dtype, a block's tensors by name, and
+            the teacher's final norm, which takes [N, T] of any dtype and returns float32. The head comes after it. Each
+            row is made from its own row alone: there are ranks, and steps, that see some rows of a sequence.
+    """
+
+    tensors: Mapping[str, str]
+    features: Callable[[Tensor, Mapping[str, Tensor], Norm], Tensor]
+
+
+LENSES: dict[str, LensKind] = {}
+"""Every kind that a lens file can be of, by name."""
+
+
+def add_lens(name: str, kind: LensKind) -> None:
+    """Add an own kind, from the module that `--fdd-plugin` names.
+
+    Raises:
+        ValueError: a kind of that name exists, the name is not one word, or the kind has no tensors.
+    """
+    if name in LENSES:
+        raise ValueError(f"a lens {name!r} exists already: give this one another name")
+    if not name.isidentifier():
+        raise ValueError(f"a lens cannot be called {name!r}: use letters, digits and _")
+    wrong = [tensor for tensor, shape in kind.tensors.items() if not shape.isalpha() or "." in tensor]
+    if wrong or not kind.tensors:
+        raise ValueError(
+            f"lens {name}: tensors {dict(kind.tensors)} must name at least one, without '.', with a letter for each of "
+            "its dimensions"
+        )
+    LENSES[name] = kind
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherLens:
+    """The teacher's lens on one pipeline stage. Constant.
+
+    Attributes:
+        bare: final norm and head. The final hidden states are read through nothing else.
+        kind: None: inner layers are read through the bare lens too.
+        blocks: tensors of the blocks that this stage reads, by name.
+    """
+
+    bare: Lens
+    kind: LensKind | None = None
+    blocks: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def head_WT(self) -> Tensor:
+        """The teacher's own head, whatever the kind."""
+        return self.bare.head_WH
+
+    def features(self, hidden_SBT: Tensor, block: int) -> Tensor:
+        """Make the features of every token row of a block's output, float32 [N, T], which the head multiplies.
+
+        Raises:
+            ValueError: the kind returned another shape.
+        """
+        if self.kind is None:
+            return self.bare.features(hidden_SBT)
+        hidden_NT = hidden_SBT.flatten(0, 1)
+        features_NT = self.kind.features(hidden_NT, self.blocks[block], self.bare.normed)
+        if features_NT.shape != hidden_NT.shape:
+            raise ValueError(
+                f"the lens made features {list(features_NT.shape)} of hidden states {list(hidden_NT.shape)}; both must "
+                "have one shape"
+            )
+        return features_NT.float()

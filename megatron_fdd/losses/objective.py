@@ -16,15 +16,22 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.carry import Carry
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
-from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.lens import Lens, TeacherLens
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
-from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
-from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.losses.term import TapContext, computed
 from megatron_fdd.losses.term_modules import NO_MODULES, TapModules
-from megatron_fdd.losses.terms import Part, needs_of, parts_of, tap_terms, uses_final_head
+from megatron_fdd.losses.terms import (
+    CrossEntropy,
+    LogitKD,
+    Part,
+    needs_of,
+    parts_of,
+    tap_terms,
+    uses_final_head,
+)
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard
 
@@ -163,8 +170,8 @@ class Objective:
         loss_weights = LossWeights(
             weights.term_N,
             weights.label_N,
-            divergence=self._factor("kd"),
-            entropy=self._factor("ce"),
+            divergence=self._factor(LogitKD.kind),
+            entropy=self._factor(CrossEntropy.kind),
             factor=loss_scale,
         )
         found = head_loss(
@@ -176,9 +183,9 @@ class Objective:
             weights=loss_weights,
         )
         assert found.cross_entropy is not None
-        sums = {"ce": found.cross_entropy}
+        sums = {CrossEntropy.kind: found.cross_entropy}
         if found.divergence is not None:
-            sums["kd"] = found.divergence
+            sums[LogitKD.kind] = found.divergence
         return ChunkLoss((found.loss,), sums)
 
     def inner(

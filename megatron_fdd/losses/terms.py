@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,7 +12,7 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.config.flags import none_of
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TapWindow
-from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term
+from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term, check_record
 from megatron_fdd.ops.delta import delta_cosine
 
 
@@ -153,7 +152,7 @@ def add_term(term: TapTerm) -> None:
     """
     if not isinstance(term, TapTerm):
         raise ValueError(f"a term must be an instance of a subclass of TapTerm: {term!r} is none")
-    _check_record(term)
+    check_record(term)
     if term.kind in {each.kind for each in TERMS} | RESERVED:
         raise ValueError(f"a term {term.kind!r} exists already: give this one another name")
     # Modules are children of a torch module by this name.
@@ -165,25 +164,6 @@ def add_term(term: TapTerm) -> None:
     TERMS.append(term)
     # The same order on every rank, whatever the order in which a plug-in adds them: sums are joined by it.
     TERMS[_NUM_BUILT_IN:] = sorted(TERMS[_NUM_BUILT_IN:], key=lambda each: each.kind)
-
-
-def _check_record(term: TapTerm) -> None:
-    """Refuse a term that lacks an attribute, or has one that cannot be used."""
-    name = type(term).__name__
-    missing = [
-        each for each in ("kind", "title", "caption") if not isinstance(getattr(term, each, None), str)
-    ]
-    if missing:
-        raise ValueError(f"the term {name} has no {', '.join(missing)}: give it a text for each")
-    if type(term).__hash__ is None:
-        raise ValueError(f"the term {name} cannot be hashed: leave @dataclass out, or give it frozen=True")
-    if term.reach not in (0, 1):
-        raise ValueError(f"the term {name} has reach {term.reach!r}: it must be 0 or 1")
-    unknown = sorted(set(term.settings) - {field.name for field in dataclasses.fields(FddConfig)})
-    if unknown:
-        raise ValueError(
-            f"the term {name} has the settings {unknown}, which FddConfig has not: use names of its fields"
-        )
 
 
 def check_terms(config: FddConfig) -> None:

@@ -74,6 +74,28 @@ def head_grams(heads: Heads, *, previous: HeadGrams | None = None) -> HeadGrams:
     )
 
 
+class StepGrams:
+    """The Gram matrices of a step's heads: made once where both heads are constants of the step."""
+
+    def __init__(self) -> None:
+        self._grams: HeadGrams | None = None
+        self._are_fresh = False
+
+    def begin_step(self) -> None:
+        """Forget that they are fresh: the student's head may have changed since the last step."""
+        self._are_fresh = False
+
+    def current(self, heads: Heads) -> HeadGrams:
+        """Return the matrices of the heads as they are in this step; of a trained head each call has its own graph.
+
+        Collectives over `heads.shard.group`: those of `head_grams`, once a step; for a trained head at every call.
+        """
+        if self._grams is None or not self._are_fresh or heads.student_WD.requires_grad:
+            self._grams = head_grams(heads, previous=self._grams)
+            self._are_fresh = True
+        return self._grams
+
+
 class _HeadGrams(torch.autograd.Function):
     """Gradient for the first input. Outputs: G_TD, G_SS, m_S and, without `previous`, G_TT, m_T, V."""
 

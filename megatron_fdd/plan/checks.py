@@ -32,7 +32,13 @@ from megatron_fdd.plan.context import Context, Model
 from megatron_fdd.plan.experts import check_experts, check_resume
 from megatron_fdd.plan.fp8 import check_fp8_device, check_fp8_shapes
 from megatron_fdd.plan.fp8_scales import check_student_scales, check_teacher_scales, warn_of_pickled_scales
-from megatron_fdd.plan.modules import check_kernels, check_layers, check_local_attention, check_windows
+from megatron_fdd.plan.modules import (
+    check_kernels,
+    check_layers,
+    check_local_attention,
+    check_spec,
+    check_windows,
+)
 from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_rate, warn_of_schedule
 from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule, check_shares
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
@@ -104,7 +110,7 @@ def _mend_cache(context: Context) -> None:
 
 
 def _check_teacher_lens(context: Context) -> None:
-    """Refuse a lens file of another teacher, or without the blocks that are compared."""
+    """Refuse a lens file of another teacher, without the blocks that are compared, or with a number like NaN."""
     path, plan, teacher, store = (
         context.config.teacher_lens,
         context.plan,
@@ -149,6 +155,7 @@ BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(check_shares),
     Check(check_nothing_lost),
     Check(check_kernels),
+    Check(check_spec, needs_machine=True),  # it may import what a planning machine lacks
 )
 # The checks of FP8 and experts rely on the sizes that `check_splits` has accepted.
 OF_EACH_MODEL: tuple[Check[Model], ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import enum
+import math
 import os
 import re
 import sys
@@ -20,6 +21,9 @@ from megatron_fdd.host.process import is_first_rank
 # Megatron reads these variables before any flag.
 _COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 _LAUNCHERS = "torchrun and fdd train set it"
+# Flags whose values Megatron evaluates: lists of zeros and ones such as ([0]+[1]*3)*8.
+_PATTERNS = frozenset(("moe_layer_freq", "no_rope_freq", "window_attn_skip_freq", "linear_attention_freq"))
+_LONGEST_PATTERN = 1_000_000
 
 
 def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
@@ -84,6 +88,8 @@ def _name_wrong_values(action: argparse.Action) -> None:
             raise argparse.ArgumentTypeError(
                 "its value is empty (an unset variable?); give one, or leave the flag out"
             )
+        if action.dest in _PATTERNS:
+            _check_pattern(value)
         try:
             return read(value) if callable(read) else value
         except KeyError as error:
@@ -95,6 +101,13 @@ def _name_wrong_values(action: argparse.Action) -> None:
 
     text.__name__ = getattr(read, "__name__", "text")  # argparse writes this name in its message
     action.type = text
+
+
+def _check_pattern(value: str) -> None:
+    """Refuse a pattern of layers that would fill the memory, or never end, when Megatron evaluates it."""
+    numbers = [int(each) for each in re.findall("[0-9]{1,9}", value)]
+    if "**" in value or re.search("[0-9]{10}", value) or math.prod(filter(None, numbers)) > _LONGEST_PATTERN:
+        raise argparse.ArgumentTypeError(f"{value!r}: more layers than any model has; write it shorter")
 
 
 def _refuse_yaml(_path: str) -> NoReturn:

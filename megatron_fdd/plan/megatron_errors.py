@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from megatron_fdd.host import console
 from megatron_fdd.host.console import PACKAGE
+from megatron_fdd.host.process import print_error, print_own_error
 
 # Packages whose lines tell more than those of the libraries that they call.
 _SPEAKING = re.compile(r"(?s).*/(?=(megatron|megatron_fdd)/)")
@@ -29,9 +31,41 @@ def megatrons_errors(what: str) -> Iterator[None]:
             f"Megatron refuses {what}: it exits at {_place(end)}; give --fdd-verbose to see what it printed"
         ) from end
     except Exception as error:
-        if is_from_here(error):
+        if is_from_here(error) or is_of_log(error):
             raise
         raise ValueError(f"Megatron refuses {what}: {in_one_line(error)}") from error
+
+
+def ended(end: SystemExit) -> str:
+    """Return in one line that Megatron has ended a training, and the last line that it has printed."""
+    said = console.last_line() or "give --fdd-verbose to see what it printed"
+    return f"Megatron ended this run ({_place(end)}): {said}"
+
+
+def say_error(error: Exception, whole: str | None) -> None:
+    """Print one line about an error of a run, and keep its traceback.
+
+    Args:
+        whole: names the checkpoint from which the run would go on; None in the preparation, where every rank meets the
+            same error. Later a rank may have its own, and says it at once, unless it is a refusal of this package.
+    """
+    if is_from_here(error) and isinstance(error, (ValueError, FloatingPointError)):
+        console.log_traceback()
+        print_error(f"megatron_fdd: error: {error}")
+        return
+    say = print_error if whole is None else print_own_error
+    if is_of_log(error):
+        way = "" if whole is None else f". The same command then goes on from {whole}"
+        say(f"megatron_fdd: error: {console.full_log()}; make room there{way}")
+        return
+    kept = console.keep_traceback()
+    where = "" if kept is None else f"; the traceback is in {kept}"
+    say(f"megatron_fdd: error: {in_one_line(error)}{where}")
+
+
+def is_of_log(error: BaseException) -> bool:
+    """Whether something could not be printed, because this rank's log cannot be written."""
+    return isinstance(error, OSError) and error.filename is None and console.full_log() is not None
 
 
 def is_from_here(error: BaseException) -> bool:

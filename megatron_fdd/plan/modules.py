@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -35,6 +36,30 @@ def check_kernels(context: Context) -> None:
         check_triton_function(config.kd_divergence)
     if needs_of(config).divergence:
         check_triton_function(config.trajectory_divergence)
+
+
+def check_spec(context: Context) -> None:
+    """Refuse layers that cannot be imported: Megatron would build its usual ones, with a line in the log.
+
+    Raises:
+        ValueError: names what the command line calls them.
+    """
+    words = context.args.spec
+    if words is None:
+        return
+    flag = f"--spec {' '.join(words)}"
+    if len(words) != 2:
+        raise ValueError(
+            f"{flag}: give two words, a module and the name of a specification in it; or --transformer-impl local"
+        )
+    try:
+        module = importlib.import_module(words[0])
+    except Exception as error:  # whatever that module does
+        raise ValueError(
+            f"{flag}: cannot import {words[0]} ({type(error).__name__}: {error}); install it, or put it on PYTHONPATH"
+        ) from error
+    if not hasattr(module, words[1]):
+        raise ValueError(f"{flag}: {words[0]} has no {words[1]}; give a name that it has")
 
 
 def check_layers(model: Model) -> None:

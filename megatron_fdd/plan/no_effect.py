@@ -186,7 +186,7 @@ def _num_steps(args: argparse.Namespace) -> int | None:
     """Return the number of the training's steps; None while the batch size rises."""
     if args.train_iters is not None:
         return args.train_iters
-    if args.train_samples is None or args.rampup_batch_size is not None:
+    if args.train_samples is None or args.step_batch_size_schedule is not None:
         return None
     return args.train_samples // args.global_batch_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from megatron_fdd.plan.context import Context
 
@@ -52,7 +53,7 @@ _FROM_ONE = frozenset(
     lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples
     distributed_timeout_minutes distributed_timeout_seconds_after_init num_dataset_builder_threads dist_ckpt_workers
     moe_layer_freq window_attn_skip_freq linear_attention_freq
-    ddp_num_buckets ddp_bucket_size fp8_interval fp8_amax_history_len muon_num_ns_steps replication_factor
+    seed ddp_num_buckets ddp_bucket_size fp8_interval fp8_amax_history_len muon_num_ns_steps replication_factor
     """.split()
 )
 _ABOVE_ZERO = frozenset("adam_eps init_method_std rotary_percent rope_scaling_factor".split())
@@ -75,7 +76,7 @@ _MOST = {
     "make_vocab_size_divisible_by": 10**6,
     "train_iters": 10**7,
     "eval_iters": 10**7,
-    "num_workers": 1_000,
+    "num_workers": 128,  # processes, for each rank
     "weight_decay": 1_000,
     "rotary_base": 10**15,
     **dict.fromkeys(("train_samples", "lr_decay_samples", "lr_warmup_samples"), 10**13),
@@ -136,6 +137,7 @@ def check_schedule(context: Context) -> None:
     for low, high, is_below in (
         ("min_lr", "lr", False),
         ("lr_warmup_init", "lr", False),
+        ("decoupled_min_lr", "decoupled_lr", False),
         ("start_weight_decay", "end_weight_decay", False),
         ("lr_warmup_iters", "lr_decay_iters" if args.lr_decay_iters else "train_iters", True),
         ("lr_warmup_samples", "lr_decay_samples" if args.lr_decay_samples else "train_samples", True),
@@ -155,7 +157,9 @@ def check_shares(context: Context) -> None:
     """
     args = context.args
     if args.split is not None:
-        shares = [_share(text) for text in args.split.split(",")]
+        texts = args.split.split(",")
+        # Megatron takes every run of digits and points for a number: 9e1,10 would be 9, 1 and 10.
+        shares = [_share(text) if re.fullmatch(r"[.0-9]+", text.strip()) else None for text in texts]
         if None in shares or not 1 <= len(shares) <= 3 or not sum(filter(None, shares)):
             raise ValueError(
                 f"--split {args.split}: must be up to three numbers, of which one is above 0, as in 95,5,0"

@@ -85,8 +85,33 @@ REFUSALS: tuple[Refusal, ...] = (
         "from weights alone, as every distillation does; leave it out",
     ),
     (
+        lambda a: a.dataloader_type == "external",
+        "--dataloader-type external: takes the datasets for loaders, which Megatron then cannot read; leave it out",
+    ),
+    (
+        lambda a: a.ckpt_convert_format is not None,
+        "--ckpt-convert-format: Megatron writes the checkpoint again and ends, and nothing is distilled; leave it out",
+    ),
+    (
+        lambda a: bool(a.ddp_average_in_collective),
+        "--ddp-average-in-collective: gradients get their one divisor after they are summed; leave it out",
+    ),
+    (
         lambda a: a.ckpt_format not in (None, "torch_dist"),
         "--ckpt-format: only torch_dist can be read and written at every layout; leave it out",
+    ),
+    (
+        lambda a: a.non_persistent_ckpt_type in ("local", "in_memory"),
+        "--non-persistent-ckpt-type local, in_memory: nothing here reads or checks such a checkpoint; use global",
+    ),
+    (
+        lambda a: a.rampup_batch_size is not None,
+        "--rampup-batch-size: this Megatron ignores it; give --step-batch-size-schedule and --train-samples",
+    ),
+    (
+        lambda a: a.step_batch_size_schedule is not None and a.train_iters is not None,
+        "--step-batch-size-schedule with --train-iters: Megatron counts warm-up and decay as if every batch were one "
+        "micro-batch of each rank, and the rate would be 0 long before the end; give --train-samples",
     ),
     (
         lambda a: a.fp4 is not None,

@@ -11,7 +11,7 @@ from typing import Any
 from megatron.training.training import get_optimizer_param_scheduler
 
 from megatron_fdd.host.checkpoint import read_common_state
-from megatron_fdd.plan.context import Context
+from megatron_fdd.plan.context import Context, StoredModel
 from megatron_fdd.plan.megatron_errors import megatrons_errors
 
 _SCHEDULER = "opt_param_scheduler"
@@ -28,11 +28,14 @@ _DECIDED_BY = {
     "wd_incr_style": "--weight-decay-incr-style",
 }
 
+# What decides which parts an optimizer's state has, by the names in `args`.
+_OPTIMIZER_KINDS = {"optimizer": "--optimizer", "use_distributed_optimizer": "--use-distributed-optimizer"}
+
 
 def check_resumption(context: Context) -> None:
     """Refuse schedules that Megatron cannot make, or others than the checkpoint's, unless a flag says which ones count.
 
-    Warn, on rank 0, of settings of Adam that the checkpoint overrules.
+    Warn, on rank 0, of settings of Adam that the checkpoint overrules, and of an optimizer that no run can load again.
 
     Raises:
         ValueError: names every value that differs, or says that the checkpoint has no optimizer.
@@ -40,6 +43,12 @@ def check_resumption(context: Context) -> None:
     args, stored = context.args, context.stored_student
     if args.skip_train:
         return
+    if args.rank == 0 and args.optimizer == "sgd" and args.save is not None:
+        warnings.warn(
+            "--optimizer sgd: Megatron cannot load its state again, so this run goes on from a checkpoint with "
+            "--no-load-optim only",
+            stacklevel=2,
+        )
     own = _schedules(args)
     if stored is None or not context.resumes_optimizer:
         return
@@ -49,6 +58,7 @@ def check_resumption(context: Context) -> None:
             f"{stored.flag} {stored.folder}: was saved without its optimizer; to begin with a new one at its "
             "iteration, give --no-load-optim"
         )
+    _check_same_optimizer(args, stored)
     if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
         _check_same_schedules(own, state[_SCHEDULER], stored.folder)
     if args.rank == 0:
@@ -70,6 +80,35 @@ def _groups(state: Any) -> Iterator[Mapping[str, Any]]:
         yield from state.get("param_groups", ())
         for each in state.values():
             yield from _groups(each)
+
+
+def _check_same_optimizer(args: argparse.Namespace, stored: StoredModel) -> None:
+    """Refuse an optimizer that Megatron cannot load, or of another kind than the checkpoint's.
+
+    A checkpoint of another program may not tell its kind.
+    """
+    if args.optimizer == "sgd":
+        raise ValueError(
+            f"{stored.flag} {stored.folder}: Megatron saves the state of --optimizer sgd and cannot load it; give "
+            "--no-load-optim, which begins with a new optimizer at its iteration"
+        )
+    kinds = dict(_OPTIMIZER_KINDS)
+    if not args.use_distributed_optimizer:  # which keeps weights in float32 whatever theirs is
+        kinds["bf16"] = "--bf16"
+    differences = [
+        f"{flag} is {getattr(args, name)} here and {getattr(stored.args, name)} there"
+        for name, flag in kinds.items()
+        if getattr(stored.args, name, getattr(args, name)) != getattr(args, name)
+    ]
+    was_decoupled = getattr(stored.args, "decoupled_lr", args.decoupled_lr) is not None
+    if was_decoupled != (args.decoupled_lr is not None):
+        differences.append(f"--decoupled-lr is given {'there' if was_decoupled else 'here'} only")
+    if differences:
+        raise ValueError(
+            f"{stored.flag} {stored.folder}: its optimizer is of another kind than this run's: "
+            f"{'; '.join(differences)}. Give these flags as the run that saved it, or --no-load-optim, which begins "
+            "with a new optimizer at its iteration"
+        )
 
 
 def _check_same_schedules(own: Mapping[str, Any], saved: Mapping[str, Any], folder: str) -> None:

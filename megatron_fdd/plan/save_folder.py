@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE, has_checkpoint, is_same_folder
+from megatron_fdd.host.checkpoint import RELEASE, has_checkpoint, is_same_folder, read_tracker
+from megatron_fdd.host.disk import regular_file
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.plan.context import Context
 
@@ -24,12 +25,17 @@ def check_nothing_lost(context: Context) -> None:
         ValueError: names the folder, its content, and the ways to continue.
     """
     args = context.args
-    if args.save is None or args.skip_train or not has_checkpoint(args.save):
+    if args.save is None or args.skip_train:
         return
     is_read = is_same_folder(args.load, args.save)
-    if is_read and not args.finetune:
+    if is_read and not args.finetune and has_checkpoint(args.save):
         return
-    label = (Path(args.save) / TRACKER_FILE).read_text(encoding="utf-8").strip()
+    try:
+        label = read_tracker(args.save)
+    except ValueError as error:
+        raise ValueError(f"--save {args.save}: {error}; or give another --save") from None
+    if label is None:
+        return
     content = "a converted model" if label == RELEASE else f"a checkpoint of iteration {label}"
     go_on = "leave --finetune out" if is_read else f"give --load {args.save}"
     raise ValueError(
@@ -75,19 +81,20 @@ def locked(folder: str | None) -> Iterator[None]:
     if folder is None or not is_first_rank():
         yield
         return
-    with (Path(folder) / LOCK_FILE).open("a+", encoding="utf-8") as file:
+    lock = regular_file("--save", Path(folder) / LOCK_FILE)
+    with lock.open("a+b", buffering=0) as file:  # closing it must not write, and fail
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX lets the system choose between these two
             file.seek(0)
+            who = file.readline().decode().strip()
             raise ValueError(
-                f"--save {folder}: another run saves there ({file.readline().strip()}); give another --save, or wait "
-                "for its end. If it was killed, end what is left of it"
+                f"--save {folder}: another run saves there ({who}); give another --save, or wait for its end. "
+                "If it was killed, end what is left of it"
             ) from error
         except OSError:
             pass
         with contextlib.suppress(OSError):  # other code reports a full disk
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

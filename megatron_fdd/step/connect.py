@@ -11,15 +11,15 @@ from megatron_fdd.data.store.store import Store
 from megatron_fdd.host import console
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
+from megatron_fdd.losses.lens import TeacherLens
 from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.sampling import Sampler
-from megatron_fdd.losses.step_grams import StepGrams
-from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.ops.linear_kl import Heads, Implementation, VocabShard
+from megatron_fdd.step.lens import StudentLens
 from megatron_fdd.step.pipeline import PipelineWork, finalize_with_lens
 from megatron_fdd.step.schedule import StepHooks
 from megatron_fdd.step.student import ChunkForward, FirstBatchCheck, StudentForward
-from megatron_fdd.step.student_lens import StudentLens
 from megatron_fdd.step.teacher.beside import BesideTeacher
 from megatron_fdd.step.teacher.check import log_cross_entropy
 from megatron_fdd.step.teacher.lens import send_teacher_lens
@@ -48,7 +48,7 @@ def connect(
     Collectives: with several pipeline stages, those of `send_teacher_lens`; none with stored features.
     """
     shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
-    grams = StepGrams(plan.config)
+    grams = StepGrams()
     lens = StudentLens(students, plan, topology)
     teacher_lens = _teacher_lens(teacher, plan, topology)
     chunks = plan.chunks_on(topology.stage)

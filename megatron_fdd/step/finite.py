@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.training import get_args
@@ -38,29 +39,51 @@ def check_gradient_finite(norm: float | None, iteration: int) -> None:
         raise FloatingPointError(f"iteration {iteration}: the norm of the gradient is {norm}. {_way_on()}")
 
 
-def check_weights_finite(chunks: Sequence[torch.nn.Module], iteration: int) -> None:
-    """Refuse to save weights that are not finite. The last update before a save is in no loss yet.
+def check_weights_finite(chunks: Sequence[torch.nn.Module], optimizer: Any, iteration: int) -> None:
+    """Refuse to save weights, or a state of the optimizer, that are not finite.
 
-    It reads the weights once and synchronises with the host once, which is little beside the save.
+    The last update before a save is in no loss yet, and a weight whose second moment is infinite only stands still. It
+    reads both once and synchronises with the host three times, which is little beside the save.
 
     Args:
         chunks: this rank's part of the student.
+        optimizer: Megatron's; None without one.
 
-    Collectives: one all-reduce of a number over all ranks.
+    Collectives: one all-reduce of two numbers over all ranks.
 
     Raises:
-        FloatingPointError: some rank has such weights; raised on every rank.
+        FloatingPointError: some rank has such numbers; raised on every rank.
     """
-    weights = [weight.detach() for chunk in chunks for weight in chunk.parameters() if weight.numel()]
-    # The largest absolute value; NaN if there is one.
-    largest = get_total_norm(weights, norm_type=math.inf) if weights else torch.zeros(())
-    bad = (~torch.isfinite(largest)).float().to(torch.cuda.current_device())
+    weights = [weight.detach() for chunk in chunks for weight in chunk.parameters()]
+    bad = torch.tensor([_has_other(weights), _has_other(_states(optimizer))], dtype=torch.float32)
+    bad = bad.to(torch.cuda.current_device())
     torch.distributed.all_reduce(bad)
-    if bad.item() > 0:
+    weights_on, moments_on = bad.tolist()
+    if weights_on > 0:
         raise FloatingPointError(
-            f"iteration {iteration}: the updated weights are not finite on {bad.item():.0f} rank(s), so they were not "
+            f"iteration {iteration}: the updated weights are not finite on {weights_on:.0f} rank(s), so they were not "
             f"saved. {_way_on()}"
         )
+    if moments_on > 0:
+        raise FloatingPointError(
+            f"iteration {iteration}: the optimizer's moments are not finite on {moments_on:.0f} rank(s), so nothing "
+            f"was saved. {_way_on()}"
+        )
+
+
+def _states(optimizer: Any) -> list[Tensor]:
+    """Return the tensors that an optimizer of Megatron's keeps for its weights, where they are not rounded to bytes."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [each.optimizer for each in chained if getattr(each, "optimizer", None) is not None]
+    values = [value for each in inner for state in each.state.values() for value in state.values()]
+    return [value for value in values if isinstance(value, Tensor) and value.itemsize > 1]
+
+
+def _has_other(tensors: Sequence[Tensor]) -> bool:
+    """Whether some number is not finite. Host synchronisation: one."""
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    # The largest absolute value; NaN if there is one.
+    return bool(floats) and not bool(get_total_norm(floats, norm_type=math.inf).isfinite())
 
 
 def _way_on() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,24 +9,18 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 
-def attach_loss(output: Tensor, loss: Tensor, grad_scale: Callable[[Tensor], Tensor] | None) -> Tensor:
+def attach_loss(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
     """Return `output`, unchanged; its backward pass also starts the backward pass of `loss`.
 
     Args:
         output: the tensor that the stage sends on.
-        loss: scalar; it receives the gradient `loss_scale`, as on the last stage.
-        grad_scale: the model config's `grad_scale_func`.
+        loss: scalar.
+        scale: the gradient of `loss`, 0-dim; on the last stage Megatron's schedule multiplies the loss by it.
 
     Megatron frees a stage's output once it is sent, and refuses views; the last line therefore makes it no view.
     """
-    attached = _Attach.apply(output, loss, loss_scale(grad_scale, loss.device))
+    attached = _Attach.apply(output, loss, scale)
     return make_viewless_tensor(attached, requires_grad=True, keep_graph=True)
-
-
-def loss_scale(grad_scale: Callable[[Tensor], Tensor] | None, device: torch.device) -> Tensor:
-    """Return the factor by which Megatron's schedule multiplies the last stage's loss before backward, 0-dim."""
-    scale = torch.ones((), device=device)
-    return scale if grad_scale is None else grad_scale(scale)
 
 
 class _Attach(torch.autograd.Function):

@@ -18,7 +18,7 @@ from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.carry import carried_rows
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
-from megatron_fdd.step.student_lens import StudentLens
+from megatron_fdd.step.lens import StudentLens
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
 
 BoundaryShape = tuple[int, int, int]

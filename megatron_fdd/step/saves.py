@@ -14,7 +14,7 @@ import torch
 from megatron.training import get_args
 
 from megatron_fdd.host.checkpoint import iteration_folder
-from megatron_fdd.host.file_sums import forget_sums, write_sums
+from megatron_fdd.host.file_sums import mark_unfinished, write_sums
 from megatron_fdd.host.saving import heard_failures
 from megatron_fdd.step.finite import check_weights_finite
 
@@ -33,28 +33,28 @@ class Saves:
         self._folder: Path | None = None
 
     def save_checkpoint(
-        self, iteration: int, model: list[torch.nn.Module], *args: Any, **keywords: Any
+        self, iteration: int, model: list[torch.nn.Module], optimizer: Any, *args: Any, **keywords: Any
     ) -> None:
         """Save, as Megatron's function of this name.
 
         Collectives: its own, and those of `check_weights_finite` and `write_sums`.
 
         Raises:
-            FloatingPointError: the weights are not finite.
+            FloatingPointError: the weights or the optimizer's moments are not finite.
             ValueError: the checkpoint could not be written; names the folder, the cause and how to continue.
         """
         started_s = time.perf_counter()
-        check_weights_finite(model, iteration)
+        check_weights_finite(model, optimizer, iteration)
         options = get_args()
         if keywords.get("non_persistent_ckpt", False):  # in another folder, for the next start alone
             self._folder = None
-            self._save(iteration, model, *args, **keywords)
+            self._save(iteration, model, optimizer, *args, **keywords)
             return
         self._folder = iteration_folder(options.save, iteration)
         with heard_failures(options.save, iteration):
             if torch.distributed.get_rank() == 0:
-                forget_sums(self._folder)
-            self._save(iteration, model, *args, **keywords)
+                mark_unfinished(self._folder)
+            self._save(iteration, model, optimizer, *args, **keywords)
             if not options.async_save:
                 write_sums(self._folder)
         self._report(iteration, time.perf_counter() - started_s)

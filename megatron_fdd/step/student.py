@@ -23,9 +23,8 @@ from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.objective import ChunkLoss, Objective, StepSettings
 from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.losses.terms import uses_final_head
-from megatron_fdd.step.injection import attach_loss, loss_scale
-from megatron_fdd.step.lens import read_head
-from megatron_fdd.step.student_lens import StudentLens
+from megatron_fdd.step.injection import attach_loss
+from megatron_fdd.step.lens import StudentLens, read_head
 from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
 from megatron_fdd.step.teacher.teacher import Teacher
 from megatron_fdd.step.term_modules import anchors, read_term_modules
@@ -165,8 +164,7 @@ class ChunkForward:
         objective = self.objective
         final_SBD, taps_SBD = hidden_and_taps(hidden_states)
         weights = self.token_weights(batch)
-        scale = loss_scale(student.config.grad_scale_func, final_SBD.device)
-        labels_N = self.label_rows(batch)
+        labels_N, scale = self.label_rows(batch), _loss_scale(student)
         loss = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
         loss += self._inner_loss(student, taps_SBD, teacher, carried, weights)[0]
         self._add_sums(loss, weights)
@@ -194,7 +192,7 @@ class ChunkForward:
             loss, passed_on = self._inner_loss(student, taps_SBD, teacher, carried, weights)
         self._add_sums(loss, weights)
         if loss.total is not None and loss.total.requires_grad:
-            hidden_SBD = attach_loss(hidden_SBD, loss.total, student.config.grad_scale_func)
+            hidden_SBD = attach_loss(hidden_SBD, loss.total, _loss_scale(student))
         if chunk.carry_out is not None:
             assert passed_on is not None
             return carry.append(hidden_SBD, passed_on)
@@ -251,6 +249,13 @@ class ChunkForward:
         if self._topology.sequence_parallel:
             value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
         return value_SB.flatten()
+
+
+def _loss_scale(student: GPTModel) -> Tensor:
+    """Return the factor by which Megatron's schedule multiplies the last stage's loss before backward, 0-dim."""
+    scale = torch.ones((), device=torch.cuda.current_device())
+    grad_scale = student.config.grad_scale_func
+    return scale if grad_scale is None else grad_scale(scale)
 
 
 def _loss_function(loss: Tensor, *, num_tokens: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

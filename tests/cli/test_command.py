@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import pytest
@@ -117,3 +119,15 @@ def test_other_packages_are_quiet_in_every_command(monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(sys.modules, "megatron_fdd.host.quiet", raising=False)
     assert CliRunner().invoke(Command("x", callback=lambda: None)).exit_code == 0
     assert not logger.filter(logging.LogRecord(logger.name, 30, "", 0, "No CUDA runtime is found", (), None))
+
+
+def test_what_cannot_be_printed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(**_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command_of("report"), "callback", fill)
+    ended = CliRunner().invoke(main, ["report", "r", "--out", "o"])
+    assert ended.exit_code == 1
+    assert ended.stderr.endswith(
+        "report: error: what it prints cannot be written: [Errno 28] No space left on device; make room there\n"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -140,11 +141,13 @@ def test_companions_that_were_copied_in_part_are_copied_again(tmp_path: Path) ->
     (load / "tokenizer" / "tokenizer.json").write_text("whole")
     save.mkdir()
     with (
-        mock.patch("shutil.copytree", lambda _, target: (target.mkdir(), (target / "half").touch(), 1 / 0)),
+        mock.patch("shutil.copyfile", lambda _, target: (target.with_name("half").touch(), 1 / 0)),
         pytest.raises(ZeroDivisionError),  # for a signal
     ):
         carry_companions(load, save)
     assert not (save / "tokenizer").exists()
+    shutil.rmtree(save / ".tokenizer.incomplete")
+    os.mkfifo(save / ".tokenizer.incomplete")  # nor does it wait for a pipe
     carry_companions(load, save)
     assert [path.name for path in save.iterdir()] == ["tokenizer"]
     assert [path.name for path in (save / "tokenizer").iterdir()] == ["tokenizer.json"]

@@ -62,7 +62,7 @@ def test_published_instructions_need_a_template(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"instruction": "x", "context": "", "response": "y"}')
     assert detect_format([str(path)], JsonKeys(), has_template=True) == "instruction"
-    with pytest.raises(ValueError, match="or give --template: this is the layout dolly"):
+    with pytest.raises(ValueError, match="or give --template alpaca, which reads this layout .dolly"):
         detect_format([str(path)], JsonKeys())
 
 
@@ -181,3 +181,13 @@ def test_compressed_text(tmp_path: Path, separator: str) -> None:
 def test_nul_is_in_no_text() -> None:
     with pytest.raises(ValueError, match=r"a.txt, line 2: byte 0x00 is in no text"):
         RawDocument("a.txt", 1, b"good\nb\0", 7).text()
+
+
+@pytest.mark.parametrize("name", ["zeros.txt", "zeros.jsonl"])
+def test_a_device_is_no_input(name: str, tmp_path: Path) -> None:
+    """It may never end."""
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"{name} is a device; give a file or a pipe"):
+        detect_format([str(tmp_path / name)], JsonKeys())
+    with pytest.raises(ValueError, match=rf"{name} is a device; give a file or a pipe"):
+        list(read_documents([str(tmp_path / name)], "text", "file"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron.core.safe_globals import safe_numpy_load
 
 from megatron_fdd.data import index_cache
 from megatron_fdd.data.index_cache import mend_cache, told_cache
@@ -173,3 +174,29 @@ def test_a_full_disk_names_the_cache(cache: Path, sets: Path) -> None:
         raise Exception("Failed to write dataset materials") from full  # noqa: TRY002  # as Megatron does
     with pytest.raises(IndexError), told_cache(args_for(cache, sets)):
         raise IndexError
+
+
+@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused(put: Callable[[Path], None], kind: str, cache: Path, sets: Path) -> None:
+    path = of_kind(cache, kind)
+    path.unlink()
+    put(path)
+    with pytest.raises(
+        ValueError, match=rf"^the index cache {path} is no regular file; remove it, or give another"
+    ):
+        mend_cache(args_for(cache, sets))
+    assert os.path.lexists(path)
+
+
+def test_an_index_that_cannot_be_read_is_named(cache: Path, sets: Path) -> None:
+    """It was whole when it was looked at."""
+    path = of_kind(cache, "shuffle_index")
+    cut(path)
+    with (
+        pytest.raises(
+            ValueError, match=rf"^the index cache in {cache} cannot be read: .*\. Delete that folder"
+        ),
+        told_cache(args_for(cache, sets)),
+    ):
+        safe_numpy_load(path, allow_pickle=True, mmap_mode="r")

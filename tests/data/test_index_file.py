@@ -111,3 +111,15 @@ def test_other_lengths_are_those_of_another_set(prefix: Path) -> None:
         file.write(struct.pack("<i", 4))
     with pytest.raises(ValueError, match=r"p\.bin has 12 bytes, but its index needs 14"):
         open_set(str(prefix))
+
+
+@pytest.mark.parametrize("end", [".bin", ".idx", ".prepared.json"])
+def test_a_part_that_is_no_file_is_named(end: str, prefix: Path) -> None:
+    """A pipe would be waited for."""
+    path = Path(f"{prefix}{end}")
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(
+        ValueError, match=rf"^{path} is no regular file(, which a set needs)?; prepare the set again"
+    ):
+        open_set(str(prefix))

@@ -236,7 +236,7 @@ def test_every_batch_is_held_to_the_vocabulary(wrong: dict[str, int], message: s
     whole = [batch(4, 0, masked_label=-100), batch(0, 4, masked_label=77)]
     several = checked_batches([iter([*whole, batch(**wrong)]), iter(whole)], 5, 2, Wait())
     assert [next(several[1]) for _ in whole] == whole
-    with pytest.raises(StopIteration):
+    with pytest.raises(ValueError, match="iteration 3: the data have no batch left on this rank"):
         next(several[1])
     assert [next(several[0]) for _ in whole] == whole
     with pytest.raises(ValueError, match=message):

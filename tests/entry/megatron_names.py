@@ -1,4 +1,4 @@
-"""The objects behind all names of Megatron (and of one module of torch), and the names that a run has replaced."""
+"""The objects behind all names of Megatron (and of two modules of torch), and the names that a run has replaced."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.entry.command import Ending, run_commands
 
 _BEFORE: dict[str, Any] = {}
 _MISSING = object()
-# The one module of torch in which a run replaces a name.
-_TORCHS = "torch.distributed.checkpoint.filesystem"
+# The modules of torch in which a run replaces a name.
+_TORCHS = ("torch._weights_only_unpickler", "torch.distributed.checkpoint.filesystem")
 
 
 def remember() -> None:
@@ -70,7 +70,7 @@ def _names() -> dict[str, Any]:
 
 def _modules() -> Iterator[ModuleType]:
     for name, module in list(sys.modules.items()):
-        is_watched = name.startswith("megatron.") or name == _TORCHS
+        is_watched = name.startswith("megatron.") or name in _TORCHS
         if is_watched and isinstance(module, ModuleType):
             yield module
 

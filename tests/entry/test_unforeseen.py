@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 from unittest import mock
@@ -25,6 +26,11 @@ def fail_without_words(*_: object, **__: object) -> NoReturn:
 
 def fail_in_another_package(*_: object, **__: object) -> NoReturn:
     raise ValueError("mmap length is greater than file size")
+
+
+def end_without_status(*_: object, **__: object) -> NoReturn:
+    """Megatron's way out where a checkpoint lacks something: Python makes status 0 of it."""
+    sys.exit()
 
 
 def fail_after_a_step(*_: object, **__: object) -> NoReturn:
@@ -53,6 +59,12 @@ def fail_after_a_step(*_: object, **__: object) -> NoReturn:
             "pretrain",
             fail_in_another_package,
             r"mmap length is greater than file size \(megatron_fdd/distill\.py:\d+\)",
+        ),
+        (
+            "megatron_fdd.distill",
+            "pretrain",
+            end_without_status,
+            r"Megatron ended this run \(megatron_fdd/distill\.py:\d+\): give --fdd-verbose to see what it printed",
         ),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,17 @@ def test_answers_to_vicuna_questions_are_joined_by_number(tmp_path: Path) -> Non
     other = write(tmp_path / "o.jsonl", {"question": "q", "answer": "a"})
     with pytest.raises(ValueError, match="--vicuna-answers: no file of --data holds Vicuna's questions"):
         read_data_files([("o", other)], Selection(vicuna_answers=answers))
+
+
+def test_pipes_are_told_apart_by_what_came_out_of_them(tmp_path: Path) -> None:
+    """`--data <(zcat data.jsonl.gz)`: what is left to read afterwards is the same of every pipe."""
+    found = set()
+    for number, answer in enumerate(("So.", "Thus.", "So.")):
+        pipe = tmp_path / f"pipe{number}"
+        os.mkfifo(pipe)
+        line = json.dumps({"instruction": "Why?", "context": "", "response": answer, "category": "qa"})
+        writer = threading.Thread(target=pipe.write_text, args=[line + "\n"])
+        writer.start()
+        found.add(read_data_file("d", pipe, Selection(min_answer_words=0)).sha256)
+        writer.join()
+    assert len(found) == 2

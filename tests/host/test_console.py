@@ -166,3 +166,10 @@ def test_an_undivided_process_prints(capsys: pytest.CaptureFixture[str], tmp_pat
     assert console.keep_log(tmp_path / "logs") is None
     assert not (tmp_path / "logs").exists()
     assert tuple(capsys.readouterr()) == ("out\n", "err\n")
+
+
+def test_a_full_disk_below_the_log_is_named(tmp_path: Path) -> None:
+    """Megatron's own print is then the first to fail, with an error that names no file."""
+    words = "console._divided.log = open('/dev/full', 'wb', 0); console.say(str(console.full_log()))"
+    ended = rank(tmp_path, words, RANK="0")
+    assert ended.stdout.splitlines()[-1].endswith("cannot be written: No space left on device")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fdd.convert.hf_writer import new_folder
+from megatron_fdd.data.parts import Parts
 from megatron_fdd.host.disk import explain, make_folder, writing
 
 TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
@@ -83,3 +85,17 @@ def test_other_errors_get_a_remedy() -> None:
     )
     assert explain(ValueError("ours")) == "ours"
     assert explain(OSError("a library's")) == "a library's"
+
+
+def test_a_link_in_the_place_of_a_scratch_folder_is_not_followed(tmp_path: Path) -> None:
+    """What lies there is not this program's to delete."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").touch()
+    for name in (".out.incomplete", ".text.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"^--hf-out .*\.out\.incomplete is a link, .*; remove it"):  # noqa: SIM117
+        with new_folder(tmp_path / "out", "--hf-out"):
+            pass
+    with pytest.raises(ValueError, match=r"^--output-prefix .*\.text\.partial is a link, .*; remove it"):
+        Parts([str(tmp_path / "text")], "text", "text", None, None)  # type: ignore[arg-type]
+    assert (tmp_path / "mine" / "letter").exists()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_fdd.host import file_sums
-from megatron_fdd.host.file_sums import SUMS_FILE, check_sums, write_sums
+from megatron_fdd.host.file_sums import SUMS_FILE, check_sums, mark_unfinished, write_sums
 from tests.harness.ranks import distributed
 
 NAMES = ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp", "__7_0.distcp", ".metadata", "metadata.json")
@@ -44,6 +44,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another program's": (
         lambda path: change_sums(path, lambda content: content.update(algorithm="crc")),
+        "not the sums that this version writes",
+    ),
+    "not JSON": (
+        lambda path: (path.parent / SUMS_FILE).write_bytes(b"\xff{"),
+        "not the sums that this version writes; delete the file",
+    ),
+    "empty": (
+        lambda path: (path.parent / SUMS_FILE).write_bytes(b""),
         "not the sums that this version writes",
     ),
     "no sum": (
@@ -152,3 +160,22 @@ def test_a_block_is_a_part_of_its_file(tmp_path: Path, monkeypatch: pytest.Monke
     for start, size in ((0, 100), (0, 30), (30, 30), (90, 30), (100, 5)):
         found = file_sums._sum_of(tmp_path / "file", start, size)
         assert found == xxhash.xxh3_128(bytes(range(100))[start : start + size]).hexdigest()
+
+
+def test_a_folder_that_is_written_again_is_not_whole_until_the_end(tmp_path: Path) -> None:
+    """A kill would leave old and new files together, and an index that fits both."""
+    for name in ("__0_0.distcp", ".metadata", SUMS_FILE):
+        (tmp_path / name).touch()
+    mark_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
+    mark_unfinished(tmp_path / "new")
+
+
+@distributed(ranks=1)
+def test_a_file_of_older_versions_is_not_slipped_in(tmp_path: Path) -> None:
+    """Megatron reads common.pt before all others, where it exists."""
+    (tmp_path / ".metadata").write_bytes(b"index")
+    write_sums(tmp_path)
+    assert "are right" in result(tmp_path)
+    (tmp_path / "common.pt").write_bytes(b"arguments")
+    assert "does not list common.pt" in result(tmp_path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from megatron_fdd.host.json_file import read_record
+from megatron_fdd.host.json_file import read_json, read_record
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,11 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> No
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match='^"words" is missing$'):
         read_record(Record, {"kind": "a", "count": 2})
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zeros.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zeros.json"):
+        with pytest.raises(ValueError, match=rf"{name} is no regular file; copy or make it again"):
+            read_json(tmp_path / name)

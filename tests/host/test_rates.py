@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_fdd.host.patches.rates import give_saved_rates
+import pytest
+
+from megatron_fdd.host.patches.rates import _told_groups, give_saved_rates
 
 
 def group(max_lr: float | None, *, wd_mult: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -41,3 +43,26 @@ def test_an_older_megatrons_groups_have_no_rates() -> None:
     groups = [group(9.0)]
     give_saved_rates(groups, [group(None)])
     assert rates(groups) == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError((None, 0.1)),
+        ValueError("Could not find parameter group with key x in loaded checkpoint"),
+        ValueError(
+            "Cannot merge two lists with different lengths (2 and 3, at level ('optimizer', 'param_groups'))"
+        ),
+    ],
+)
+def test_groups_without_a_counterpart_are_told(error: Exception) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^--load run: its optimizer has other groups of parameters"),
+        _told_groups("run"),
+    ):
+        raise error
+
+
+def test_other_errors_stay() -> None:
+    with pytest.raises(KeyError, match="x"), _told_groups("run"):
+        raise KeyError("x")

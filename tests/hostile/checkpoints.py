@@ -7,13 +7,16 @@ import dataclasses
 import json
 import os
 import pickle
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from numpy._core.multiarray import _reconstruct
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 # The class that a refusal must name: what a payload calls.
@@ -38,6 +41,45 @@ class Payload:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.mkdir, (str(self.sign),)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An object that is pickled as what `__reduce__` returns: a function, its arguments, and a state."""
+
+    how: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.how
+
+
+def _array(dtype: Any) -> Made:
+    return Made((_reconstruct, (np.ndarray, (0,), b"b"), (1, (2,), dtype, False, b"A" * 8)))
+
+
+_BYTES = torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(16), dtype=torch.qint8, _internal=True)
+# Objects of harmless classes that are not harmless, and what is said: to print the first two ends the process.
+ODD_OBJECTS: dict[str, tuple[Any, str]] = {
+    "numbers that are addresses": (
+        _array(Made((np.dtype, ("u4", False, True), (3, "<", (np.dtype("O"), (1,)), None, None, -1, -1, 0)))),
+        "it holds an array of 'O8', and only plain numbers are read",
+    ),
+    "a tensor outside of the file": (
+        Made(
+            (
+                torch._utils._rebuild_qtensor,
+                (_BYTES, 2**40, (2,), (1,), (torch.per_tensor_affine, 1.0, 0), False, {}),
+            )
+        ),
+        "names the class torch._utils._rebuild_qtensor",
+    ),
+    "a member of an enum with another value": (
+        Made((signal.Signals, (9,), {"_value_": 5})),
+        "it changes <Signals.SIGKILL: 9> itself",
+    ),
+}
+# An index that replaces a method of a class while it is read: PosixPath.is_file = OrderedDict.
+CHANGED_CLASS = b"\x80\x02cpathlib\nPosixPath\nN}X\x07\x00\x00\x00is_fileccollections\nOrderedDict\ns\x86b."
 
 
 def make(folder: Path, **changes: Any) -> Path:

@@ -56,6 +56,8 @@ FIELDS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("gpt2", "activation_function", (["gelu"], 5, {}), "a text"),
     ("gpt2", "n_inner", (0, "64", 1.5), WHOLE),
     ("plain", "torch_dtype", (["float32"], 32), "a text"),
+    ("plain", "eos_token_id", ("2", -2, 1.5, [0, "2"], {}, True), WHOLE + "-1 to"),
+    ("gpt2", "bos_token_id", ("x", 10**9), WHOLE + "-1 to"),
 )  # fmt: skip
 # Fields that fit by themselves, and not together; what the message says.
 TOGETHER: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -101,7 +103,11 @@ ARGUMENTS: tuple[tuple[str, Any, str], ...] = (
     *(("layernorm_epsilon", value, "a number above 0") for value in (0, -1, math.nan, "1e-5")),
     ("swiglu", "yes", "true or false"),
     ("untie_embeddings_and_output_weights", 1, "true or false"),
-    ("normalization", ["RMSNorm"], "a text"),
+    *(("normalization", value, "one of LayerNorm, RMSNorm") for value in (["RMSNorm"], "rms", "")),
+    *(("position_embedding_type", value, "one of learned_absolute, rope") for value in ("x", None, 5)),
+    ("softmax_type", "hard", "one of vanilla"),
+    ("rope_type", "x", "one of rope, yarn, or null"),
+    ("moe_router_score_function", "x", "one of softmax"),
     *(("window_size", value, "two whole numbers") for value in (5, (3,), ("3", 0), (-9, 0), "30")),
     *(("window_attn_skip_freq", value, "a whole number") for value in (0, "2", [2, 2], {})),
     ("window_attn_skip_freq", [1, 0, 1], "as long as the model has layers"),
@@ -124,6 +130,13 @@ def stored_args(**changes: Any) -> Namespace:
     """Return arguments such as a checkpoint stores."""
     values = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 1}
     return Namespace(**{**values, "num_experts": None, "moe_router_topk": 2, **changes})
+
+
+def with_odd_name() -> Namespace:
+    """Return arguments of which one has a number in place of a name, which a pickle can store."""
+    args = stored_args()
+    vars(args).update({5: 6})  # type: ignore[dict-item]
+    return args
 
 
 def write_index(folder: Path, weight_map: Any) -> Path:

@@ -33,6 +33,7 @@ FLAGS = {
     "--lr-warmup-iters 50": "--lr-warmup-iters 50: must be below --train-iters 10",
     "--lr-warmup-iters -1": "--lr-warmup-iters -1: must be at least 0",
     "--min-lr 1": "--min-lr 1.0: must be at most --lr 0.001",
+    "--decoupled-lr 0.1 --decoupled-min-lr 1": "--decoupled-min-lr 1.0: must be at most --decoupled-lr 0.1",
     "--save-interval 0": "--save-interval 0: must be at least 1",
     "--weight-decay nan": "--weight-decay nan: must be a finite number",
     "--weight-decay -1": "--weight-decay -1.0: must be at least 0",
@@ -48,22 +49,32 @@ FLAGS = {
     "--eval-iters -1": "--eval-iters -1: must be at least 0",
     "--exit-duration-in-mins -1": "--exit-duration-in-mins -1: must be at least 0",
     "--exit-interval -2": "--exit-interval -2: must be at least 0",
-    "--rampup-batch-size 0 -8 100": "--rampup-batch-size -8: must be at least 0",
+    # Ignored, or misunderstood, by Megatron without a word.
+    "--rampup-batch-size 8 8 100": "--rampup-batch-size: this Megatron ignores it",
+    "--step-batch-size-schedule 0:8": "--step-batch-size-schedule with --train-iters: Megatron counts",
+    "--non-persistent-ckpt-type local": "--non-persistent-ckpt-type local, in_memory: nothing here reads",
     # Memory that fills up.
     "--num-layers 100000000": "--num-layers 100000000: must be at most 10000",
-    "--num-workers 1000000": "--num-workers 1000000: must be at most 1000",
+    "--num-workers 1000": "--num-workers 1000: must be at most 128",
     "--train-iters 10000000000000": "--train-iters 10000000000000: must be at most 10000000",
     "--exit-interval 9999999999": "--exit-interval 9999999999: must be at most 4294967296",
+    "--seed 0": "--seed 0: must be at least 1",
     "--seed 4294967296": "--seed 4294967296: must be at most 2147483647",
     # Shares of the data.
     "--split a,b,c": "--split a,b,c: must be up to three numbers, of which one is above 0",
     "--split 0,0,0": "--split 0,0,0: must be up to three numbers",
     "--split 1e400,1,1": "--split 1e400,1,1: must be up to three numbers",
+    "--split 9e1,10": "--split 9e1,10: must be up to three numbers",  # to Megatron: 9, 1, 10
+    "--split 9_0,10": "--split 9_0,10: must be up to three numbers",
     "--split 1,2,3,4": "--split 1,2,3,4: must be up to three numbers",
     "--split=-1,1,1": "--split -1,1,1: must be up to three numbers",
     "--data-path": "--data-path: names no data; give a prefix",
     "--data-path nan a 1 b": "--data-path nan: a weight must be a finite number above 0",
     "--train-data-path 1 a 0 b": "--train-data-path 0: a weight must be a finite number above 0",
+    # Megatron does something else, or fails much later.
+    "--dataloader-type external": "--dataloader-type external: takes the datasets for loaders",
+    "--ckpt-convert-format torch_dist": "--ckpt-convert-format: Megatron writes the checkpoint again and ends",
+    "--ddp-average-in-collective": "--ddp-average-in-collective: gradients get their one divisor",
     # Several at once.
     "--log-interval 0 --lr nan": "--lr nan: must be a finite number; --log-interval 0: must be at least 1",
 }
@@ -79,6 +90,9 @@ UNREADABLE = {
     "--save=": "argument --save: its value is empty",
     "--cuda-graph-modules words": "argument --cuda-graph-modules: 'words': there is no such name",
     "--yaml-cfg F": "argument --yaml-cfg: would replace all other flags",
+    "--moe-layer-freq [1]*9**9**9": "argument --moe-layer-freq: '[1]*9**9**9': more layers than any model has",
+    "--no-rope-freq ([0]*99999+[1])*999": "argument --no-rope-freq: '([0]*99999+[1])*999': more layers than",
+    "--window-attn-skip-freq [1]*9999999999": "argument --window-attn-skip-freq: '[1]*9999999999': more layers",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 

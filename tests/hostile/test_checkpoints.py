@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import pickle
 import re
-from pathlib import Path
+import signal
+from collections.abc import Callable
+from pathlib import Path, PosixPath
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,7 +33,7 @@ from megatron_fdd.host.checkpoint_index import check_objects, read_checkpoint_in
 from megatron_fdd.host.damage import DAMAGE
 from tests.harness.ranks import distributed
 from tests.hostile import checkpoints
-from tests.hostile.checkpoints import CLASS, COMMON, INDICES, OBJECTS, PAYLOADS
+from tests.hostile.checkpoints import CHANGED_CLASS, CLASS, COMMON, INDICES, OBJECTS, ODD_OBJECTS, PAYLOADS
 
 
 @pytest.mark.parametrize("place", PAYLOADS)
@@ -123,12 +127,86 @@ def test_an_index_of_any_dtype_is_read(dtype: torch.dtype) -> None:
     assert unpickling.load_index(io.BytesIO(pickle.dumps({"dtype": dtype}))) == {"dtype": dtype}
 
 
+@pytest.mark.parametrize("name", ODD_OBJECTS)
+def test_an_odd_object_of_harmless_classes(name: str, tmp_path: Path) -> None:
+    made, said = ODD_OBJECTS[name]
+    folder = checkpoints.make(tmp_path, **{COMMON: [{"args": argparse.Namespace(num_layers=made)}]})
+    with pytest.raises(ValueError, match=rf"__0_0\.distcp: {COMMON} .*{re.escape(said)}"):
+        find_checkpoint(str(folder), "--load")
+    assert signal.SIGKILL._value_ == 9
+
+
+def test_random_states_of_numpy_are_read() -> None:
+    content = io.BytesIO()
+    torch.save(np.random.RandomState(1).get_state(), content)
+    unpickling.restrict_unpickling()
+    unpickling.check_object(content.getvalue())
+    content.seek(0)
+    found = torch.load(content, weights_only=True)
+    assert np.array_equal(found[1], np.random.RandomState(1).get_state()[1])
+
+
+def test_an_index_that_changes_a_class(tmp_path: Path) -> None:
+    folder = checkpoints.make(tmp_path)
+    (folder / "release" / ".metadata").write_bytes(CHANGED_CLASS)
+    before = dict(vars(PosixPath))
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read \(it changes .*PosixPath.* itself"):
+        find_checkpoint(str(folder), "--load")
+    assert dict(vars(PosixPath)) == before
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "metadata.json", "common.pt"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = checkpoints.make(tmp_path)
+    (folder / "release" / name).unlink(missing_ok=True)
+    os.mkfifo(folder / "release" / name)
+    with pytest.raises(ValueError, match=rf"{name} is no regular file; (copy or save|the copy is damaged)"):
+        find_checkpoint(str(folder), "--load")
+
+
 @pytest.mark.parametrize("name", INDICES)
 def test_an_index_that_lies(name: str, tmp_path: Path) -> None:
     change, text = INDICES[name]
     folder = checkpoints.with_index(checkpoints.make(tmp_path), change)
     with pytest.raises(ValueError, match=rf"--load .*\.metadata cannot be read \(.*{text}"):
         find_checkpoint(str(folder), "--load")
+
+
+_JSON = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+# What is put in the place of metadata.json, and what is said of it.
+FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (os.mkfifo, "metadata.json is no regular file; .* copy it again"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "metadata.json is no regular file"),
+    "a folder": (lambda path: path.mkdir(), "metadata.json is no regular file"),
+    "nothing": (lambda path: None, "metadata.json is missing; .* copy it again"),
+    "no bytes": (lambda path: path.touch(), "metadata.json is not valid JSON: .*; copy or make it again"),
+    "a list": (lambda path: path.write_text("[]"), "metadata.json must hold a JSON object, not a list; copy"),
+    "another format": (
+        lambda path: path.write_text(_JSON.replace("torch_dist", "zarr")),
+        "metadata.json has sharded_backend 'zarr' and must have 'torch_dist': another format is not read",
+    ),
+    "another version": (
+        lambda path: path.write_text(_JSON.replace("1", '"x"')),
+        "metadata.json has sharded_backend_version 'x' and must have 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_that_is_none(name: str, tmp_path: Path) -> None:
+    """Megatron opens this file by its name, and would wait for a pipe."""
+    put, text = FORMATS[name]
+    path = checkpoints.make(tmp_path) / "release" / "metadata.json"
+    path.unlink()
+    put(path)
+    with pytest.raises(ValueError, match=rf"^--load .*{text}"):
+        find_checkpoint(str(tmp_path), "--load")
+
+
+def test_arguments_of_older_versions_in_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(checkpoints.make(tmp_path) / "release" / "common.pt")
+    with pytest.raises(ValueError, match=r"common\.pt is no regular file"):
+        find_checkpoint(str(tmp_path), "--load")
 
 
 def test_the_opposite_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.like_flags import READ_TO_BUILD, READ_TO_LOAD, check_like_flags
 from megatron_fdd.host.model_fields import ARCHITECTURE, check_stored_args
 from tests.convert import toys
+from tests.harness.command_lines import training_parser
 from tests.hostile import configs
 
 CASES = [
@@ -91,6 +92,21 @@ def test_megatrons_defaults_are_right() -> None:
     assert wrong.keys() <= unset, wrong
 
 
+def test_stored_texts_are_those_of_megatrons_flags() -> None:
+    """What a checkpoint may name is what the flag of the same name takes: of another word Megatron makes nothing."""
+    choices = {action.dest: action.choices for action in training_parser()._actions}
+    for name in (
+        "position_embedding_type",
+        "rope_type",
+        "normalization",
+        "softmax_type",
+        "moe_router_score_function",
+    ):
+        assert choices[name]
+        assert all(ARCHITECTURE[name].fits(word) for word in choices[name]), name
+        assert not ARCHITECTURE[name].fits("x")
+
+
 @pytest.mark.parametrize(("name", "value", "allowed"), configs.ARGUMENTS, ids=lambda each: shown(each)[:30])
 def test_a_stored_argument_of_the_wrong_kind(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match="--teacher-load x") as refused:
@@ -105,6 +121,7 @@ def test_a_stored_argument_of_the_wrong_kind(name: str, value: Any, allowed: str
     [
         (5, "its arguments are 5, not those that Megatron stores"),
         (argparse.Namespace(num_layers=2, hidden_size=8), "stores no num_attention_heads"),
+        (configs.with_odd_name(), "stores an argument named 5, which is no name"),
         (
             configs.stored_args(num_experts=4, moe_router_topk=5),
             "moe_router_topk = 5, .* at most .* experts, 4",

@@ -17,6 +17,7 @@ from megatron_fdd.evaluate import report
 from megatron_fdd.evaluate.answers import AnswersFile
 from megatron_fdd.plan import checks, command_line, numbers
 from megatron_fdd.plan.context import Context
+from megatron_fdd.plan.modules import check_spec
 from megatron_fdd.plan.numbers import check_numbers
 from megatron_fdd.plan.written_files import check_folders, check_metrics_place
 from megatron_fdd.step.metrics import MetricsFile
@@ -233,3 +234,22 @@ def test_other_programs_replace_nothing_either(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"^--output-prefix {tmp_path}/{prefix}(.idx)?: {said}"):
             check_replaceable(str(tmp_path / prefix))
     check_replaceable(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("local", "give two words, a module and the name of a specification in it"),
+        (
+            "no.such.module layers",
+            r"cannot import no\.such\.module \(ModuleNotFoundError: .*put it on PYTHONPATH",
+        ),
+        ("json layers", "json has no layers; give a name that it has"),
+    ],
+)
+def test_layers_that_cannot_be_imported(words: str, said: str) -> None:
+    """Megatron builds its usual layers instead, with a line in the log."""
+    with pytest.raises(ValueError, match=f"^--spec {words}: {said}"):
+        check_spec(known("--spec", *words.split()))
+    check_spec(known("--spec", "json", "loads"))
+    check_spec(known())

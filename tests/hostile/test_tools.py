@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +16,23 @@ import pytest
 from click.testing import CliRunner
 
 from megatron_fdd.cli.report import command as report_command
-from megatron_fdd.data import render_limits
+from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.vocabulary import copy_tokenizer
+from megatron_fdd.data import index_cache, render_limits
 from megatron_fdd.data.chat import ChatSampler
 from megatron_fdd.data.chat_template import ChatSettings
+from megatron_fdd.data.prepared import open_set
 from megatron_fdd.data.refusals import Refusal
 from megatron_fdd.evaluate.answers import AnswersFile
 from megatron_fdd.evaluate.models import NamedModel, Placement, num_positions
 from megatron_fdd.evaluate.report import write_report
 from megatron_fdd.evaluate.report.runs import read_runs
+from megatron_fdd.host.json_file import read_json
 from megatron_fdd.step.metrics import MetricsFile, check_metrics_file
 from tests.convert import toys
 from tests.data.chat_templates import chat_template
 from tests.evaluate import report_files
-from tests.hostile import tools
+from tests.hostile import configs, tools
 
 
 @pytest.mark.parametrize(("path", "value", "allowed"), tools.EVALUATIONS)
@@ -141,6 +148,26 @@ def test_pickled_weights_run_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "sign").exists()
 
 
+@pytest.mark.parametrize("changes", [{"vocab_size": 10**8}, {"hidden_size": 10**6}])
+def test_far_too_few_weights(changes: dict[str, int], tmp_path: Path) -> None:
+    """transformers would fill gigabytes with random numbers before it says that the shapes differ."""
+    toys.make_llama(tmp_path / "m", tokenizer=False)
+    toys.write_json(tmp_path / "m" / "config.json", {**toys.llama_config(), **changes})
+    with pytest.raises(
+        ValueError, match=r"a model of [\d,]{10,} weights or more, .* belong to different models; copy"
+    ):
+        Placement("cpu", "float32").load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(("file", "message"), configs.SHARDS, ids=lambda each: str(each)[:20])
+def test_an_evaluation_reads_no_file_outside(index: str, file: Any, message: str, tmp_path: Path) -> None:
+    toys.write_json(tmp_path / "config.json", toys.llama_config())
+    toys.write_json(tmp_path / index, {"weight_map": {"a": file}})
+    with pytest.raises(ValueError, match=message):
+        Placement("cpu", "float32").load(tmp_path)
+
+
 def test_ids_beyond_the_embeddings(tmp_path: Path) -> None:
     toys.write_json(tmp_path / "config.json", toys.llama_config())
     model = NamedModel("m", tmp_path)
@@ -163,3 +190,49 @@ def test_a_chat_template_gone_wrong(name: str, monkeypatch: pytest.MonkeyPatch) 
             sampler.samples(tools.QUESTION, "x, line 1", Counter())
         assert "\n" not in str(refused.value)
     assert time.process_time() - started_s < 10
+
+
+def test_python_files_beside_a_model_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked whether to run them either: on a terminal transformers would ask, and take a yes."""
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda _: asked.append("") or "yes")
+    folder, sign = tmp_path / "model", tmp_path / "sign"
+    tools.write_program(folder, sign)
+    model = NamedModel("m", folder)
+    for load in (model.config, model.tokenizer, lambda: Placement("cpu", "float32").load(folder)):
+        with pytest.raises(ValueError, match="custom code"):
+            load()
+    copy_tokenizer(folder, tmp_path / "copy")
+    assert not asked
+    assert not sign.exists()
+
+
+def _of_a_model(folder: Path) -> None:
+    toys.write_json(folder / "config.json", toys.llama_config())
+    assert HfFolder(folder).tensors
+
+
+# A file that is a pipe without a writer, what opens it, and what is said of it; None: it counts as damaged.
+PIPES: dict[str, tuple[Callable[[Path], object], str | None]] = {
+    "config.json": (lambda folder: read_json(folder / "config.json"), "config.json is no regular file"),
+    "model.safetensors": (_of_a_model, "holds neither model.safetensors"),
+    "set.prepared.json": (lambda folder: open_set(str(folder / "set")), "prepared.json is no regular file"),
+    "set.bin": (lambda folder: open_set(str(folder / "set")), "set.bin is no regular file"),
+    "a-TextDataset-b-document_index.npy": (
+        lambda folder: index_cache._fault(folder / "a-TextDataset-b-document_index.npy"),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    read, message = PIPES[name]
+    os.mkfifo(tmp_path / name)
+    signal.alarm(20)
+    if message is None:
+        assert read(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
+    signal.alarm(0)

@@ -117,8 +117,30 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "window in words": (_config(variant="mistral", sliding_window="x"), "config.json|does not load"),
     "deep": (_raw_config(DEEP), "nested too deeply"),
     "a list": (_raw_config("[1]"), "must hold a JSON object"),
+    "a kernel of the hub": (
+        _config(attn_implementation="somebody/kernel"),
+        "\"attn_implementation\": 'somebody/kernel', which is code on the hub",
+    ),
+    "a kernel for a part": (
+        _config(text_config={"_experts_implementation": {"": "a/b@c"}}),
+        "_experts_implementation.*, which is code on the hub",
+    ),
     "model type in a list": (_config(model_type=["llama"]), "config.json cannot be read"),
 }
+
+
+def write_program(folder: Path, sign: Path) -> None:
+    """Make a model, of a type that nobody knows, and a tokenizer, which are programs that make a folder."""
+    toys.make_llama(folder)
+    toys.make_tokenizer(folder)
+    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    for file, changes in (
+        ("config.json", {"model_type": "own"}),
+        ("tokenizer_config.json", {"tokenizer_class": "Own"}),
+    ):
+        content = toys.read_json(folder / file) if (folder / file).is_file() else {}
+        toys.write_json(folder / file, {**content, **changes, "auto_map": names})
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(sign)!r})\nclass Own: pass\n")
 
 
 def write_pickle(folder: Path, sign: Path) -> None:

@@ -15,13 +15,11 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses import terms
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
-from megatron_fdd.losses.lens import Lens
+from megatron_fdd.losses.lens import Lens, TeacherLens
 from megatron_fdd.losses.objective import Objective, StepSettings
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import StepDraw
-from megatron_fdd.losses.step_grams import StepGrams
 from megatron_fdd.losses.tap import TapWindow, TokenWeights
-from megatron_fdd.losses.teacher_lens import TeacherLens
 from megatron_fdd.losses.term import Needs, TapContext, TapTerm, computed
 from megatron_fdd.losses.terms import (
     TERMS,
@@ -32,6 +30,7 @@ from megatron_fdd.losses.terms import (
     needs_of,
     parts_of,
 )
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.ops.linear_kl import VocabShard
 
 PAIRS = (LayerPair(1, 2), LayerPair(2, 4))
@@ -103,7 +102,7 @@ def test_an_own_term_has_its_parts_and_makes_the_first_tap_count() -> None:
     assert "length" not in {term.kind for term in active_terms(distil())}
 
 
-@pytest.mark.parametrize("kind", ["kd", "total", "two words", "", "a=b", "valid", "a.b", "_own", "train"])
+@pytest.mark.parametrize("kind", ["kd", "two words", "", "a=b", "a.b", "_own", "train"])
 def test_a_name_that_cannot_be_is_refused(kind: str) -> None:
     before = list(TERMS)
     term = type("Named", (Length,), {"kind": kind})()
@@ -118,8 +117,15 @@ def test_a_name_that_cannot_be_is_refused(kind: str) -> None:
         ({"reach": 2}, "reach 2: it must be 0 or 1"),
         ({"caption": None}, "has no caption: give it"),
         ({"settings": ("tokenz",)}, r"the settings \['tokenz'\].*use names of its fields"),
-        ({"kind": "seconds"}, "'seconds' exists already"),
-        ({"kind": "by_tap"}, "'by_tap' exists already"),
+        ({"unit": None}, "has no unit: give it"),
+        ({"color": 7}, "has no color: give it"),
+        ({"tokens": "labels"}, "tokens 'labels': a term of inner layers counts those of --fdd-tokens"),
+        ({"flag": "--mine"}, "flag '--mine': the weight of an own term comes from --fdd-term"),
+        ({"compute": "student_MD"}, r"compute: it must be a method that takes \(window, context\)"),
+        (
+            {"compute": lambda _self, _window: None},
+            r"compute: it must be a method that takes \(window, context\)",
+        ),
         ({"__hash__": None}, "cannot be hashed: leave @dataclass out"),
     ],
 )
@@ -130,6 +136,25 @@ def test_a_record_that_is_not_whole_is_refused(attributes: dict[str, Any], messa
     with pytest.raises(ValueError, match="an instance of a subclass of TapTerm"):
         add_term(cast(Any, Length))
     assert before == TERMS
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "total",
+        "valid",
+        "share",
+        "iteration",
+        "tokens",
+        "grad_norm",
+        "seconds",
+        "by_tap",
+        "sharded_state_dict",
+    ],
+)
+def test_a_word_of_the_metrics_file_or_of_a_module_is_no_name(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"a term '{kind}' exists already"):
+        add_term(type("Named", (Length,), {"kind": kind})())
 
 
 def test_a_sum_takes_one_number_for_each_row() -> None:
@@ -188,7 +213,7 @@ def test_a_term_that_compares_nothing_has_its_log_sum_exps_whatever_is_drawn(
     config = distil(alpha=0, beta=0, kd_weight=0, sample_one_tap=True, term=(("length", 1.0),))
     shard, chunk = VocabShard(0, 7, None), ChunkPlan((0, 1), None, None, is_first=True, is_last=True)
     lens = TeacherLens(Lens(torch.randn(7, 4), None))
-    objective = Objective(config, PAIRS, chunk, shard, StepGrams(config), lens)
+    objective = Objective(config, PAIRS, chunk, shard, StepGrams(), lens)
     hidden = [torch.randn(3, 1, 4, requires_grad=True) for _ in PAIRS]
     features = TeacherFeatures(None, {0: torch.randn(3, 1, 4), 1: torch.randn(3, 1, 4)})
     weights = TokenWeights(torch.ones(3), torch.ones(3))

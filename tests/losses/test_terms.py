@@ -141,8 +141,8 @@ def count_padding(padded: int, _vocab: int, topology: layouts.Topology) -> Vocab
     return VocabShard(topology.tensor_rank * rows, rows, topology.tensor_group, topology.sequence_parallel)
 
 
-def attach_twice(output: Tensor, loss: Tensor, grad_scale: Any) -> Tensor:
-    return attach_loss(attach_loss(output, loss, grad_scale), loss, grad_scale)
+def attach_twice(output: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+    return attach_loss(attach_loss(output, loss, scale), loss, scale)
 
 
 def rounded_rows(value_M: Tensor, width: int, dtype: torch.dtype) -> Tensor:

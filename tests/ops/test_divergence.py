@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.tap import TapWindow
+from megatron_fdd.losses.term import Needs, TapContext, TapTerm
+from megatron_fdd.losses.terms import add_term
 from megatron_fdd.ops.divergence import DIVERGENCES, Divergence, DivergenceKind, add_divergence
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.implementation import Implementation
@@ -29,6 +32,7 @@ from tests.ops import added_divergence
 from tests.ops.head_loss_case import reference, scaled, weights_of
 from tests.ops.linear_kl_case import RankPart, error, gradients, loss, make_case, reference_gradients, tiles
 from tests.oracle import reference as oracle
+from tests.oracle.added_term import own_table
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +110,19 @@ def run_of(config: FddConfig) -> Context:
     return cast(Context, SimpleNamespace(config=config))
 
 
+class ReadsTheDivergence(TapTerm):
+    """A term beside the trajectory that asks for the layers' divergence."""
+
+    kind, title, caption = "reads_it", "", ""
+
+    def needs(self, _config: FddConfig) -> Needs:
+        return Needs(divergence=True)
+
+    def compute(self, window: TapWindow, _context: TapContext) -> Tensor:
+        assert window.current.divergence is not None
+        return window.current.divergence
+
+
 def test_without_a_triton_function_triton_is_refused_and_torch_is_automatic(
     tv: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +138,10 @@ def test_without_a_triton_function_triton_is_refused_and_torch_is_automatic(
         check_kernels(run_of(config))
     check_kernels(run_of(replace(config, alpha=0.0)))
     check_kernels(run_of(replace(config, kernels="torch")))
+    with own_table():
+        add_term(ReadsTheDivergence())
+        with pytest.raises(ValueError, match=message):
+            check_kernels(run_of(replace(config, alpha=0.0, term=(("reads_it", 1.0),))))
     on_gpu = cast(Tensor, SimpleNamespace(is_cuda=True, dtype=torch.float32))
     assert Implementation().chosen(on_gpu, Divergence("tv")) == "torch"
     assert Implementation().chosen(on_gpu, Divergence("jsd")) == "triton"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,7 @@ from megatron_fdd.plan.balance import (
     token_flops,
 )
 from megatron_fdd.plan.model_shape import ModelShape
+from tests.oracle.added_term import known
 from tests.oracle.model_shapes import (
     GPT2,
     GPT2_XL,
@@ -161,6 +163,15 @@ def test_only_wanted_terms_cost(config: FddConfig, tap: float, head: int) -> Non
     flops = token_flops(student, teacher if needs_of(config).teacher else None, config)
     assert (flops.tap, flops.head) == (round(100 * tap), 100 * head)
     assert flops.layer == 3 * layer_flops(student)
+
+
+def test_the_products_of_an_own_term_cost_too() -> None:
+    alone = {"alpha": 0, "beta": 0, "kd_weight": 0, "sample_tokens": 0.5, "term": (("learned_mse", 1.0),)}
+    student = ModelShape(5, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
+    teacher = ModelShape(7, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
+    with known():
+        flops = token_flops(student, teacher, replace(FDD, **alone))
+    assert flops.tap == 3 * 2 * 5 * 7 / 2  # forward, and for both inputs backward
 
 
 def test_chunks_run_through_all_stages_of_a_virtual_stage_first() -> None:

@@ -17,7 +17,7 @@ from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.pairs import plan_pairs
-from megatron_fdd.losses.step_grams import StepGrams
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.plan import describe as dry_run
 from megatron_fdd.plan.sizes import student_bytes
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher

@@ -189,7 +189,12 @@ DECAYED = {"kd_weight": 0.0, "decay_iters": 50}
         (DECAYED, {}, "after that step of 100 no term has a weight, and the student only decays"),
         (
             DECAYED,
-            {"train_iters": None, "train_samples": 816, "global_batch_size": 8, "rampup_batch_size": None},
+            {
+                "train_iters": None,
+                "train_samples": 816,
+                "global_batch_size": 8,
+                "step_batch_size_schedule": None,
+            },
             "after that step of 102 no term",
         ),
     ],
@@ -212,7 +217,7 @@ def test_a_schedule_that_does_not_fit_the_training_warns(
         (DECAYED, {"rank": 1}),
         (DECAYED, {"skip_train": True}),
         ({"warmup_iters": 400, **WITHOUT_TAPS}, {}),
-        (DECAYED, {"train_iters": None, "train_samples": 816, "rampup_batch_size": [8, 8, 99]}),
+        (DECAYED, {"train_iters": None, "train_samples": 816, "step_batch_size_schedule": "0:8 99:16"}),
     ],
 )
 def test_a_schedule_that_fits_does_not_warn(options: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ def test_numbers_out_of_bounds_are_refused(words: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "--lr 0 --eval-iters 0 --seed 0 --seq-length 1", "--train-iters 0 --skip-train"]
+    "words", ["", "--lr 0 --eval-iters 0 --seed 1 --seq-length 1", "--train-iters 0 --skip-train"]
 )
 def test_numbers_within_bounds_pass(words: str) -> None:
     check_numbers(given(words))

@@ -18,7 +18,7 @@ from megatron_fdd.losses.carry import carried_rows
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.pairs import plan_pairs
-from megatron_fdd.losses.step_grams import StepGrams
+from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.step.connect import vocab_shard
 from megatron_fdd.step.pipeline import PipelineWork
 
@@ -58,9 +58,7 @@ def steps_of(plan: Plan, topology: Topology) -> PipelineWork:
     shard = vocab_shard(PADDED, VOCAB, topology)
     config = SimpleNamespace(pipeline_dtype=torch.bfloat16, hidden_size=WIDTH)
     chunks = plan.chunks_on(topology.stage)
-    objectives = [
-        Objective(plan.config, plan.pairs, chunk, shard, StepGrams(plan.config), None) for chunk in chunks
-    ]
+    objectives = [Objective(plan.config, plan.pairs, chunk, shard, StepGrams(), None) for chunk in chunks]
     students = [cast(Any, SimpleNamespace(config=config))] * len(chunks)
     return PipelineWork(students, objectives, plan, topology, None)
 

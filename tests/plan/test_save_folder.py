@@ -6,6 +6,7 @@ import argparse
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.convert.hf_companions import carry_companions
+from megatron_fdd.host.disk import writing
+from megatron_fdd.host.saving import saved_iteration
 from megatron_fdd.plan import save_folder
 from megatron_fdd.plan.context import Context
 from megatron_fdd.plan.save_folder import LOCK_FILE, check_models_kept, check_nothing_lost, locked
@@ -139,3 +143,57 @@ def test_a_file_system_without_locks_keeps_nobody_out(run: Path, monkeypatch: py
     monkeypatch.setattr(save_folder.fcntl, "lockf", refuse)
     assert save_folder.fcntl is fcntl
     hold(run)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"9" * 5000, b"-1", "\u0663".encode()])
+def test_a_tracker_that_names_no_iteration(content: bytes, run: Path) -> None:
+    (run / "latest_checkpointed_iteration.txt").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"^--save {run}: .* says '.{{0,30}}', not an iteration .*; or give another"
+    ):
+        check_nothing_lost(flags(run))
+    assert saved_iteration(str(run)) is None
+
+
+def test_pipes_in_the_folder_are_refused(tmp_path: Path) -> None:
+    """Megatron would wait in its first save until somebody reads the tracker."""
+    for name in ("latest_checkpointed_iteration.txt", LOCK_FILE):
+        os.mkfifo(tmp_path / name)
+    for load in (None, tmp_path):
+        with pytest.raises(
+            ValueError, match=rf"^--save {tmp_path}: latest.*txt is no regular file; remove it"
+        ):
+            check_nothing_lost(flags(tmp_path, load))
+    with (
+        pytest.raises(ValueError, match=rf"^--save {tmp_path}/{LOCK_FILE}: is a pipe"),
+        locked(str(tmp_path)),
+    ):
+        pass
+
+
+def test_a_full_disk_is_reported_by_what_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the lock, whose end would hide the error of the run."""
+    monkeypatch.setattr(save_folder, "regular_file", lambda _flag, _path: Path("/dev/full"))
+    with pytest.raises(ValueError, match="what needs it"), locked(str(tmp_path)):
+        raise ValueError("what needs it")
+    with locked(str(tmp_path)):
+        pass
+
+
+def test_companions_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def copyfile(_source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    for name in ("a", "b"):
+        (tmp_path / "load" / "hf").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "load" / "hf" / name).touch()
+    (tmp_path / "save").mkdir()
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    with (
+        pytest.raises(ValueError, match="^--save .*: cannot be written: No space left on device .*make room"),
+        writing("--save", tmp_path / "save"),
+    ):
+        carry_companions(tmp_path / "load", tmp_path / "save")
+    monkeypatch.undo()
+    carry_companions(tmp_path / "load", tmp_path / "save")
+    assert sorted(path.name for path in (tmp_path / "save" / "hf").iterdir()) == ["a", "b"]

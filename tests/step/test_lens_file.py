@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_fdd.losses.lens import Lens
-from megatron_fdd.losses.teacher_lens import LENSES, LensKind, Norm, TeacherLens, add_lens
+from megatron_fdd.losses.lens import LENSES, Lens, LensKind, Norm, TeacherLens, add_lens
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity, write_lens
 
 TEACHER = TeacherIdentity(num_layers=6, hidden_size=4, final_norm="ab" * 32)
@@ -83,6 +83,11 @@ HEADER = {"lens": "affine", "num_layers": "6", "hidden_size": "4", "final_norm":
         (HEADER, {"2.weight": torch.zeros(4, 4)}, "block 2 has tensors ['weight']; a lens 'affine' needs"),
         (HEADER, {"2.weight": torch.zeros(4, 4), "2.bias": torch.zeros(4, 1)}, "2.bias has the shape [4, 1]"),
         (HEADER, {"2.weight": torch.zeros(4, 5), "2.bias": torch.zeros(4)}, "2.weight has the shape [4, 5]"),
+        (
+            HEADER,
+            {"2.weight": torch.zeros(4, 4), "2.bias": torch.full((4,), math.inf)},
+            "2.bias has numbers that are not finite; make the lens again",
+        ),
         (
             HEADER | {"lens": "low_rank"},
             {"2.down": torch.zeros(2, 4), "2.up": torch.zeros(4, 3)},

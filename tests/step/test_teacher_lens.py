@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.losses.lens import TeacherLens
 from tests.harness.ranks import run_on_ranks
 from tests.oracle import reference
 from tests.oracle.case import Case, Result, assert_equal, expected, run_step, small

@@ -11,6 +11,7 @@ from megatron_fdd.host.field_kinds import (
     OBJECT,
     TEXT,
     Kind,
+    either,
     list_of,
     number,
     optional,
@@ -50,6 +51,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({}, None),
 }
+# Old configs say -1 where a tokenizer has no such token.
+_ID = whole(-1, 100_000_000)
 # What a field may hold, for all families together. Fields of a family outside of this package have no kind here.
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
@@ -78,6 +81,7 @@ _KINDS: dict[str, Kind] = {
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
     **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),
     **dict.fromkeys(("dtype", "torch_dtype"), optional(TEXT)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, list_of(_ID)))),
 }
 _ROPE_KINDS: dict[str, Kind] = {
     "rope_theta": ROTARY_BASE,

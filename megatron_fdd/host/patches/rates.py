@@ -20,6 +20,8 @@ _LOAD = "megatron.training.training.load_checkpoint"
 _RATES = ("max_lr", "min_lr")
 # `default_config` tells the groups of --decoupled-lr from the others.
 _KIND = (*(name for name in param_group_identifier_keys if name not in _RATES), "default_config")
+# In Megatron's messages: another group, or another number of them.
+_OTHER_GROUPS = ("Could not find parameter group", "('optimizer', 'param_groups')")
 
 Group = Mapping[str, Any]
 
@@ -81,7 +83,7 @@ def _told_groups(folder: str) -> Iterator[None]:
     except (KeyError, ValueError) as error:
         # The distributed optimizer's error is the key itself.
         is_key = isinstance(error, KeyError) and isinstance(error.args[0], tuple)
-        if not is_key and "Could not find parameter group" not in str(error):
+        if not is_key and not any(words in str(error) for words in _OTHER_GROUPS):
             raise
         raise ValueError(
             f"--load {folder}: its optimizer has other groups of parameters, or other rates for them, than this run: "

@@ -26,12 +26,15 @@ class BesideTeacher:
     def __init__(self, model: GPTModel, layers: Sequence[int], *, form: TapForm = "bf16") -> None:
         self.model = model
         self._layers = list(layers)
-        self._format = TapFormat(model.config.params_dtype, form)
+        tap_format = TapFormat(model.config.params_dtype, form)
+        self._rounding = None if tap_format.is_identity else tap_format
         self._width = model.config.hidden_size
 
     @torch.no_grad()
     def features(self, _index: int, batch: Batch) -> TeacherFeatures:
         """Return the hidden states of one micro-batch. Collectives: those of the model's own forward pass."""
         final_SBT, taps_SBT = forward_with_taps(self.model, batch, self._layers, stop_before_head)
-        taps = (self._format.unpack(self._format.pack(tap_SBT), self._width) for tap_SBT in taps_SBT)
-        return TeacherFeatures(final_SBT, dict(enumerate(taps)))
+        rounding = self._rounding
+        if rounding is not None:
+            taps_SBT = [rounding.unpack(rounding.pack(tap_SBT), self._width) for tap_SBT in taps_SBT]
+        return TeacherFeatures(final_SBT, dict(enumerate(taps_SBT)))

@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.losses.lens import TeacherLens
 from megatron_fdd.step.lens import read_lens
 from megatron_fdd.step.lens_copies import LensCopies, empty_lens
 from megatron_fdd.step.teacher.lens_file import LensFile

@@ -1,7 +1,7 @@
 """Lens files: what a lens has learned for each of a teacher's blocks, in one safetensors file. No code is in it.
 
 A tensor is called `BLOCK.NAME`, blocks as the paper counts them. The header says of which kind the lens is
-(`losses.teacher_lens.LENSES`), and of which teacher.
+(`losses.lens.LENSES`), and of which teacher.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_fdd.host.checkpoint import read_tensor
 from megatron_fdd.host.disk import writing
-from megatron_fdd.losses.teacher_lens import LENSES, LensKind
+from megatron_fdd.losses.lens import LENSES, LensKind
 
 FLAG = "--teacher-lens"
 _FINAL_NORM = "decoder.final_layernorm.weight"
@@ -114,10 +114,12 @@ class LensFile:
         return cls(path, name, teacher, shapes, num_bytes)
 
     def check(self, teacher: TeacherIdentity, blocks: Collection[int]) -> None:
-        """Refuse a file of another teacher, and one that lacks what these blocks need. No collectives.
+        """Refuse a file of another teacher, and one without what these blocks need. It reads their tensors.
+
+        Collectives: none.
 
         Raises:
-            ValueError: names what differs.
+            ValueError: names what differs, or the tensor with a number that is not finite.
         """
         for name, own in asdict(self.teacher).items():
             given = getattr(teacher, name)
@@ -134,6 +136,10 @@ class LensFile:
             )
         for block in sorted(blocks):
             self._check_block(block, {"T": teacher.hidden_size})
+        with safe_open(self.path, framework="pt") as file:
+            for block in sorted(blocks):
+                tensors = {name: file.get_tensor(f"{block}.{name}") for name in self.kind.tensors}
+                _check_finite(self.path, block, tensors)
 
     def _check_block(self, block: int, sizes: dict[str, int]) -> None:
         """Refuse tensors that are not the kind's; `sizes` are those of letters that are known before."""
@@ -155,20 +161,13 @@ class LensFile:
                 )
 
     def load(self, blocks: Collection[int]) -> dict[int, dict[str, Tensor]]:
-        """Read the tensors of these blocks to this rank's device, each in its own dtype; without gradient.
-
-        Raises:
-            ValueError: a number is not finite.
-        """
+        """Read the tensors of these blocks to this rank's device, each in its own dtype; without gradient."""
         device = torch.cuda.current_device()
         with safe_open(self.path, framework="pt") as file:
-            found = {
+            return {
                 block: {name: file.get_tensor(f"{block}.{name}").to(device) for name in self.kind.tensors}
                 for block in sorted(blocks)
             }
-        for block, tensors in found.items():
-            _check_finite(self.path, block, tensors)
-        return found
 
 
 def write_lens(

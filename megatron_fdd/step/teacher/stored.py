@@ -34,8 +34,7 @@ from megatron_fdd.host.together import together
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
-from megatron_fdd.losses.lens import FinalNorm, Lens
-from megatron_fdd.losses.teacher_lens import TeacherLens
+from megatron_fdd.losses.lens import FinalNorm, Lens, TeacherLens
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 

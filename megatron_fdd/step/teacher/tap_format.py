@@ -49,9 +49,14 @@ class TapFormat:
     form: TapForm
 
     @property
+    def is_identity(self) -> bool:
+        """Whether a packed tap is the tap itself."""
+        return self.form not in ("fp8", "int8")
+
+    @property
     def packed_dtype(self) -> torch.dtype:
         """The dtype of a packed tap."""
-        return torch.uint8 if self.form in ("fp8", "int8") else self.dtype
+        return self.dtype if self.is_identity else torch.uint8
 
     def packed_width(self, width: int) -> int:
         """Return the number of entries of a packed token whose tap has `width`."""
