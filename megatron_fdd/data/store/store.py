@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_fdd.data.store.identity import StoreIdentity, read_identity
 from megatron_fdd.data.store.index import Index, Place, open_index, write_index
-from megatron_fdd.data.store.segment import REPAIR, SUM_TOKENS, Bytes, segment_path
+from megatron_fdd.data.store.segment import REPAIR, SUM_TOKENS, Bytes, segment_path, unreadable
 from megatron_fdd.data.store.unit import unit_key
 
 # How many segments a process holds open.
@@ -78,26 +79,39 @@ class Store:
         states_at = int(self.index.layouts[place.segment, 2]) + place.start * len(sums) * width
         found = np.empty((len(block_numbers), high - low, width), np.uint8)
         for row, number in enumerate(block_numbers):
-            at = states_at + (number * place.length + low) * width
-            if os.preadv(file, [found[row].data], at) != found[row].nbytes:
-                raise self._damage(place, "is cut off")
+            self._fill(file, found[row], states_at + (number * place.length + low) * width, place)
             self._check_sums(found[row], sums[number, low // SUM_TOKENS :], place)
         return found[:, first - low : last - low]
 
     def _check_ids(self, file: int, place: Place, ids: NDArray[np.int32]) -> None:
         """Refuse a unit of other tokens."""
-        stored = os.pread(file, 4 * place.length, int(self.index.layouts[place.segment, 1]) + 4 * place.start)
-        if stored != ids.tobytes():
+        stored = np.empty(place.length, np.int32)
+        self._fill(file, stored, int(self.index.layouts[place.segment, 1]) + 4 * place.start, place)
+        if not np.array_equal(stored, ids):
             raise self._damage(place, f"has other tokens under the key of {_shown(ids)}")
 
     def _read_sums(self, file: int, place: Place) -> NDArray[np.uint64]:
         """Read the sums of a unit, [T, ceil(S / 64)]."""
         shape = len(self.identity.blocks), -(-place.length // SUM_TOKENS)
-        at = int(self.index.layouts[place.segment, 3]) + 8 * place.sums
-        found = os.pread(file, 8 * shape[0] * shape[1], at)
-        if len(found) != 8 * shape[0] * shape[1]:
-            raise self._damage(place, "is cut off")
-        return np.frombuffer(found, "<u8").reshape(shape)
+        sums = np.empty(shape, np.uint64)
+        self._fill(file, sums, int(self.index.layouts[place.segment, 3]) + 8 * place.sums, place)
+        return sums
+
+    def _fill(self, file: int, array: NDArray[Any], at: int, place: Place) -> None:
+        """Read an array's bytes from those of a segment that begin at `at`.
+
+        Raises:
+            ValueError: there are fewer, or the disk does not give them.
+        """
+        rest = array.reshape(-1).view(np.uint8)
+        while len(rest):  # the system gives at most 2 GiB at once
+            try:
+                count = os.preadv(file, [rest.data], at)
+            except OSError as error:
+                raise unreadable(self._path(place.segment), error) from error
+            if count == 0:
+                raise self._damage(place, "is cut off")
+            rest, at = rest[count:], at + count
 
     def _check_sums(self, states: Bytes, sums: NDArray[np.uint64], place: Place) -> None:
         """Refuse bytes [S, P] that are not those that were written."""
@@ -106,8 +120,10 @@ class Store:
                 raise self._damage(place, "has other bytes than were written")
 
     def _damage(self, place: Place, what: str) -> ValueError:
-        path = segment_path(self.path, self.index.names[place.segment])
-        return ValueError(f"{path}: {what}: the disk or the copy is damaged; run {REPAIR}")
+        return ValueError(f"{self._path(place.segment)}: {what}: the disk or the copy is damaged; {REPAIR}")
+
+    def _path(self, segment: int) -> Path:
+        return segment_path(self.path, self.index.names[segment])
 
     def _file(self, segment: int) -> int:
         """Return the open file of a segment.
@@ -120,14 +136,11 @@ class Store:
         if segment in self._files:
             self._files.move_to_end(segment)
             return self._files[segment]
-        path = segment_path(self.path, self.index.names[segment])
+        path = self._path(segment)
         try:
             file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{path}: is gone; was the store pruned while it was read? Run fdd teach again, which makes what is "
-                "missing"
-            ) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
         size, wanted = os.fstat(file).st_size, int(self.index.layouts[segment, 0])
         if size != wanted:
             os.close(file)
