@@ -155,6 +155,7 @@ def _norm_sum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Return the sum of the norm's tensors, and of what the header says."""
     total = xxhash.xxh3_64("".join(header[name] for name in ("store", "kind", "epsilon", "error")).encode())
     for name in sorted(name for name in tensors if name.startswith("norm.")):
+        total.update(name.encode())
         total.update(tensors[name].numpy())
     return total.hexdigest()
 

@@ -112,8 +112,9 @@ class SegmentWriter:
             "states": FileTensor("U8", (sum(each.size for each in states),), states),
             "sums": FileTensor("U64", (sum(each.size for each in sums),), sums),
         }
-        header = {"format": FORMAT, "version": str(VERSION), "store": self._digest}
-        write_tensors(self._store, segment_path(self._store, name_of(keys.tobytes())), tensors, header)
+        write_tensors(
+            self._store, segment_path(self._store, name_of(keys.tobytes())), tensors, _about(self._digest)
+        )
         self._units, self._num_bytes = [], 0
 
 
@@ -126,6 +127,15 @@ def sums_of(states: Bytes) -> NDArray[np.uint64]:
         for first in range(0, len(states), SUM_TOKENS)
     ]
     return np.array(sums, np.uint64)
+
+
+def _about(digest: str) -> dict[str, str]:
+    return {"format": FORMAT, "version": str(VERSION), "store": digest}
+
+
+def start_of(digest: str) -> bytes:
+    """Return the beginning of the header of a store's segments, behind its length."""
+    return f'{{"__metadata__":{json.dumps(_about(digest), separators=(",", ":"))}'.encode()
 
 
 def name_of(keys: bytes) -> str:
@@ -184,7 +194,8 @@ def read_layout(path: Path, digest: str) -> Layout:
         raise ValueError(f"{path}: has the format version {version}, not {VERSION}; run {REPAIR}")
     if store != digest:
         raise ValueError(
-            f"{path}: is of the store {store}, not of this one ({digest}); remove it from the folder"
+            f"{path}: is of the store {store}, not of this one ({digest}); move it out of the folder, "
+            "and run fdd teach again, which makes what is missing"
         )
     if max(first + count for first, count in places.values()) != size:
         raise ValueError(

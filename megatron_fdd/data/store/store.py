@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from megatron_fdd.data.store.identity import StoreIdentity, read_identity
 from megatron_fdd.data.store.index import Index, Place, open_index, write_index
-from megatron_fdd.data.store.segment import REPAIR, SUM_TOKENS, Bytes, segment_path, unreadable
+from megatron_fdd.data.store.segment import (
+    REPAIR,
+    SUM_TOKENS,
+    Bytes,
+    read_layout,
+    segment_path,
+    start_of,
+    unreadable,
+)
 from megatron_fdd.data.store.unit import unit_key
 
 # How many segments a process holds open.
@@ -34,6 +42,7 @@ class Store:
         self.path, self.identity, self.index = path, identity, index
         self._files: OrderedDict[int, int] = OrderedDict()
         self._owner = os.getpid()
+        self._start = start_of(identity.digest)
 
     @classmethod
     def open(cls, path: str | Path, flag: str, *, skip: Sequence[str] = ()) -> Store:
@@ -129,7 +138,7 @@ class Store:
         """Return the open file of a segment.
 
         Raises:
-            ValueError: it is gone, or has another size.
+            ValueError: it is gone, has another size, or is of another store.
         """
         if self._owner != os.getpid():
             self._files, self._owner = OrderedDict(), os.getpid()
@@ -144,7 +153,12 @@ class Store:
         size, wanted = os.fstat(file).st_size, int(self.index.layouts[segment, 0])
         if size != wanted:
             os.close(file)
-            raise ValueError(f"{path}: has {size} bytes and had {wanted}; run {REPAIR}")
+            raise ValueError(f"{path}: has {size} bytes and had {wanted}; {REPAIR}")
+        # An index's cache knows nothing of a file that came in the place of another one.
+        if not os.pread(file, 8 + len(self._start), 0).endswith(self._start):
+            os.close(file)
+            read_layout(path, self.identity.digest)  # says of which other store or version it is
+            raise ValueError(f"{path}: its header is not as fdd teach writes it; {REPAIR}")
         self._files[segment] = file
         if len(self._files) > _MOST_OPEN:
             os.close(self._files.popitem(last=False)[1])
