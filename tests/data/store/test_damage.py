@@ -51,29 +51,32 @@ def check(segment: Path) -> upkeep.Checked:
 def assert_refused_everywhere(segment: Path, message: str = "") -> None:
     """Check that opening or reading fails with the file and a remedy, and that the check finds it and nothing else."""
     with pytest.raises(ValueError, match=f"{segment.name}: .*{message}") as caught:
-        store = opened(segment.parents[2])
-        for ids, _ in UNITS:
-            read_whole(store, ids)
+        assert_holds(opened(segment.parents[2]), UNITS)
     assert "\n" not in str(caught.value)
     assert any(word in str(caught.value) for word in ("--remove-damaged", "fdd teach", "move it out"))
     assert list(check(segment).damaged) == [segment.stem]
 
 
+def failure(segment: Path) -> str | None:
+    """Open the store and compare all that it gives; return the message with which that ends."""
+    try:
+        assert_holds(opened(segment.parents[2]), UNITS)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.parametrize("region", ["header", "keys", "lengths", "ids", "states", "sums"])
 def test_no_flipped_bit_stays_unseen(segment: Path, region: str) -> None:
     right, places = segment.read_bytes(), regions(segment)[region]
-    step = max(1, len(places) // 40) if region != "header" else 1
+    step = 5 if region == "header" else max(1, len(places) // 30)
     for number, at in enumerate(places[::step]):
         flip(segment, at, number % 8)
         assert list(check(segment).damaged) == [segment.stem], at
-        try:
-            store = opened(segment.parents[2])
-            assert_holds(store, UNITS)  # what lies elsewhere in the file is right
-        except ValueError as error:
-            assert segment.name in str(error)
-            assert "fdd teach" in str(error)
-        else:
-            assert region == "header", at  # the shape of a tensor, which the reader does not need
+        message = failure(segment)
+        # The shape of a tensor is not needed for reading.
+        assert message is not None or region == "header", at
+        assert message is None or (segment.name in message and "fdd teach" in message)
         segment.write_bytes(right)
 
 
