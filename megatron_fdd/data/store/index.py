@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _RECORD = np.dtype(
         ("sums", "<u4"),
     ]
 )
+_FIELDS = struct.Struct("<QQIIII")
 _LAYOUT_NAMES = ("size", "ids", "states", "sums", "units")
 
 
@@ -72,6 +74,7 @@ class Index:
         self.records = records
         # Apart from the records, so that a look-up touches few pages.
         self._high = np.ascontiguousarray(records["high"])
+        self._bytes = memoryview(records.view(np.uint8)) if len(records) else memoryview(b"")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -83,14 +86,13 @@ class Index:
 
     def find(self, key: bytes) -> Place | None:
         """Return where a unit lies; None if the store lacks it."""
-        high = int.from_bytes(key[:8], "big")
-        at = int(np.searchsorted(self._high, np.uint64(high)))
-        low = int.from_bytes(key[8:], "big")
-        while at < len(self._high) and self._high[at] == high:
-            record = self.records[at]
-            if int(record["low"]) == low:
-                return Place(*(int(record[name]) for name in ("segment", "length", "start", "sums")))
-            at += 1
+        wanted = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+        for at in range(int(self._high.searchsorted(np.uint64(wanted[0]))), len(self._high)):
+            high, low, *place = _FIELDS.unpack_from(self._bytes, at * _RECORD.itemsize)
+            if high != wanted[0]:
+                break
+            if low == wanted[1]:
+                return Place(*place)
         return None
 
     def has(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -27,6 +27,8 @@ from megatron_fdd.data.store.unit import unit_key
 
 # How many segments a process holds open.
 _MOST_OPEN = 64
+
+Ids = NDArray[np.int32]
 
 
 class Store:
@@ -63,12 +65,24 @@ class Store:
         """Write the index's cache, with which the store opens at once. ValueError if the disk cannot take it."""
         write_index(self.path, self.identity.digest, self.index)
 
-    def read(self, ids: NDArray[np.int32], block_numbers: Sequence[int], first: int, last: int) -> Bytes:
+    def read(self, ids: Ids, block_numbers: Sequence[int], first: int, last: int) -> Bytes:
         """Read the packed hidden states of a unit's tokens [first, last): uint8 [blocks, last - first, P].
+
+        What `read_into` says.
+        """
+        found = np.empty((len(block_numbers), last - first, self.identity.token_bytes), np.uint8)
+        self.read_into(ids, block_numbers, [(first, last, found)])
+        return found
+
+    def read_into(
+        self, ids: Ids, block_numbers: Sequence[int], pieces: Sequence[tuple[int, int, Bytes]]
+    ) -> None:
+        """Read the packed hidden states of some ranges of a unit's tokens.
 
         Args:
             ids: the unit's ids, all of them; compared with those that are stored.
             block_numbers: which blocks, by their place in `identity.blocks`.
+            pieces: first token, the one behind the last, and where the states go, uint8 [blocks, tokens, P].
 
         Raises:
             ValueError: the store lacks the unit, or what is read is not what was written.
@@ -80,53 +94,82 @@ class Store:
                 "flags, which adds what is missing"
             )
         file = self._file(place.segment)
-        self._check_ids(file, place, ids)
-        # Whole blocks of sums: only these can be checked.
-        low, high = first // SUM_TOKENS * SUM_TOKENS, min(-(-last // SUM_TOKENS) * SUM_TOKENS, place.length)
-        sums = self._read_sums(file, place)
-        width = self.identity.token_bytes
-        states_at = int(self.index.layouts[place.segment, 2]) + place.start * len(sums) * width
-        found = np.empty((len(block_numbers), high - low, width), np.uint8)
-        for row, number in enumerate(block_numbers):
-            self._fill(file, found[row], states_at + (number * place.length + low) * width, place)
-            self._check_sums(found[row], sums[number, low // SUM_TOKENS :], place)
-        return found[:, first - low : last - low]
-
-    def _check_ids(self, file: int, place: Place, ids: NDArray[np.int32]) -> None:
-        """Refuse a unit of other tokens."""
-        stored = np.empty(place.length, np.int32)
-        self._fill(file, stored, int(self.index.layouts[place.segment, 1]) + 4 * place.start, place)
-        if not np.array_equal(stored, ids):
+        layout = self.index.layouts[place.segment].tolist()
+        if self._read(file, 4 * place.length, layout[1] + 4 * place.start, place) != ids.tobytes():
             raise self._damage(place, f"has other tokens under the key of {_shown(ids)}")
+        num_blocks, num_sums = len(self.identity.blocks), -(-place.length // SUM_TOKENS)
+        stored = self._read(file, 8 * num_blocks * num_sums, layout[3] + 8 * place.sums, place)
+        sums = struct.unpack(f"<{num_blocks * num_sums}Q", stored)
+        for row, number in enumerate(block_numbers):
+            own = sums[number * num_sums : (number + 1) * num_sums]
+            at = layout[2] + (place.start * num_blocks + number * place.length) * self.identity.token_bytes
+            for first, last, found in pieces:
+                self._read_range(file, at, (first, last), found[row], own, place)
 
-    def _read_sums(self, file: int, place: Place) -> NDArray[np.uint64]:
-        """Read the sums of a unit, [T, ceil(S / 64)]."""
-        shape = len(self.identity.blocks), -(-place.length // SUM_TOKENS)
-        sums = np.empty(shape, np.uint64)
-        self._fill(file, sums, int(self.index.layouts[place.segment, 3]) + 8 * place.sums, place)
-        return sums
+    def _read_range(
+        self,
+        file: int,
+        at: int,
+        tokens: tuple[int, int],
+        found: Bytes,
+        sums: Sequence[int],
+        place: Place,
+    ) -> None:
+        """Read a range of one block's tokens, and compare with the sums, which cover whole runs of 64 tokens.
 
-    def _fill(self, file: int, array: NDArray[Any], at: int, place: Place) -> None:
-        """Read an array's bytes from those of a segment that begin at `at`.
+        Args:
+            at: where the block's states of this unit begin in the file.
+            found: where they go, [tokens, P].
+            sums: of the block's states of this unit.
+        """
+        first, last = tokens
+        width = self.identity.token_bytes
+        low, high = first // SUM_TOKENS * SUM_TOKENS, min(-(-last // SUM_TOKENS) * SUM_TOKENS, place.length)
+        before, behind = bytearray((first - low) * width), bytearray((high - last) * width)
+        inside = memoryview(found.reshape(-1).view(np.uint8))
+        self._fill(
+            file,
+            [part for part in (memoryview(before), inside, memoryview(behind)) if part],
+            at + low * width,
+            place,
+        )
+        begin = 0
+        for number in range(low // SUM_TOKENS, -(-high // SUM_TOKENS)):
+            digest = xxhash.xxh3_64()
+            end = min((number + 1) * SUM_TOKENS - first, last - first) * width
+            if begin == 0 and before:
+                digest.update(before)
+            digest.update(inside[begin:end])
+            if end == len(inside) and behind:
+                digest.update(behind)
+            if digest.intdigest() != sums[number]:
+                raise self._damage(place, "has other bytes than were written")
+            begin = end
+
+    def _read(self, file: int, size: int, at: int, place: Place) -> bytes:
+        """Return bytes of a segment; raises what `_fill` raises."""
+        found = bytearray(size)
+        self._fill(file, [memoryview(found)], at, place)
+        return bytes(found)
+
+    def _fill(self, file: int, parts: list[memoryview], at: int, place: Place) -> None:
+        """Fill some memory, part by part, with the bytes of a segment that begin at `at`.
 
         Raises:
             ValueError: there are fewer, or the disk does not give them.
         """
-        rest = array.reshape(-1).view(np.uint8)
-        while len(rest):  # the system gives at most 2 GiB at once
+        while parts:  # the system gives at most 2 GiB at once
             try:
-                count = os.preadv(file, [rest.data], at)
+                count = os.preadv(file, parts, at)
             except OSError as error:
                 raise unreadable(self._path(place.segment), error) from error
             if count == 0:
                 raise self._damage(place, "is cut off")
-            rest, at = rest[count:], at + count
-
-    def _check_sums(self, states: Bytes, sums: NDArray[np.uint64], place: Place) -> None:
-        """Refuse bytes [S, P] that are not those that were written."""
-        for number, first in enumerate(range(0, len(states), SUM_TOKENS)):
-            if xxhash.xxh3_64_intdigest(states[first : first + SUM_TOKENS]) != int(sums[number]):
-                raise self._damage(place, "has other bytes than were written")
+            at += count
+            while parts and count >= len(parts[0]):
+                count -= len(parts.pop(0))
+            if parts:
+                parts[0] = parts[0][count:]
 
     def _damage(self, place: Place, what: str) -> ValueError:
         return ValueError(f"{self._path(place.segment)}: {what}: the disk or the copy is damaged; {REPAIR}")
@@ -154,6 +197,8 @@ class Store:
         if size != wanted:
             os.close(file)
             raise ValueError(f"{path}: has {size} bytes and had {wanted}; {REPAIR}")
+        # Ids and sums lie before the states.
+        os.posix_fadvise(file, 0, int(self.index.layouts[segment, 2]), os.POSIX_FADV_WILLNEED)
         # An index's cache knows nothing of a file that came in the place of another one.
         if not os.pread(file, 8 + len(self._start), 0).endswith(self._start):
             os.close(file)
@@ -165,5 +210,5 @@ class Store:
         return file
 
 
-def _shown(ids: NDArray[np.int32]) -> str:
+def _shown(ids: Ids) -> str:
     return f"{ids[:6].tolist()}{'...' if len(ids) > 6 else ''}"
