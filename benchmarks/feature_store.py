@@ -1,11 +1,12 @@
-"""A store of features: reading against bare `pread` of the same ranges, look-ups, and opening a store of a million units.
+"""A store of features: reading against bare `pread` of the same ranges, look-ups, and opening a million units.
 
     python -m benchmarks.feature_store                    # the quickstart's teacher, units of 512 tokens
     python -m benchmarks.feature_store --folder /scratch  # on another disk
 
 Reading: every implementation reads the same ranges of the same units in the same random order; rounds alternate, and
-the best of each counts. Cold: the system's cache is emptied of these files before each round; wall time. Warm: process
-CPU time, which other programs do not change. A rank under context parallelism reads two ranges of some blocks.
+the best of each counts. All keep the last 8 samples, as a batch does, so that none reads into memory that is warm from
+the sample before. Cold: the system's cache is emptied of these files before each round; wall time. Warm: process CPU
+time, which other programs change least. A rank under context parallelism reads two ranges of some blocks.
 Exits 1 when a goal is missed.
 """
 
@@ -18,8 +19,10 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,7 @@ from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FeatureReader, rank_ranges
 from megatron_fdd.data.store.unit import as_ids, unit_key
 
+BATCH = 8
 WIDTH, TOKENS, BLOCKS = 576, 512, (6, 12, 18, 24, 30)
 RAW, READ, READER = "os.pread", "Store.read", "FeatureReader.read"
 # The goals.
@@ -114,13 +118,24 @@ def passes(path: Path, shape: Shape, num_units: int) -> dict[str, Pass]:
     samples = [
         {"tokens": torch.from_numpy(ids).long(), "token_mask": ones, "loss_mask": ones} for ids in units
     ]
-    reader = FeatureReader(store, shape.blocks, shape.ranges)
+    reader, count = FeatureReader(store, shape.blocks, shape.ranges), len(places) // len(units)
+    size = count * places[0][1]
+
+    def raw(number: int) -> object:
+        return [os.pread(files[segment], size, at) for segment, size, at in places[number * count :][:count]]
+
+    def read(number: int) -> object:
+        return [store.read(units[number], numbers, first, last) for first, last in shape.ranges]
+
+    def whole(one: Callable[[int], object]) -> int:
+        kept = deque((one(number) for number in range(len(units))), maxlen=BATCH)
+        kept.clear()
+        return size * len(units)
+
     return {
-        RAW: lambda: sum(len(os.pread(files[segment], size, at)) for segment, size, at in places),
-        READ: lambda: sum(
-            store.read(ids, numbers, first, last).nbytes for ids in units for first, last in shape.ranges
-        ),
-        READER: lambda: sum(reader.read(sample).nbytes for sample in samples),
+        RAW: lambda: whole(raw),
+        READ: lambda: whole(read),
+        READER: lambda: whole(lambda number: reader.read(samples[number])),
     }
 
 
@@ -167,25 +182,30 @@ def write_large(path: Path, num_units: int) -> list[bytes]:
 def opening(path: Path, keys: Sequence[bytes], rounds: int) -> dict[str, float]:
     """Return seconds of opening a large store, its MiB, and seconds of a look-up, one by one and in bulk."""
     found = {"open_s": float("inf"), "find_s": float("inf"), "has_s": float("inf")}
+    before = resident()  # the first one: later ones use memory that was given back
+    store = Store.open(path, "--folder")
+    found["resident_mib"] = (resident() - before) / MIB
     for _ in range(rounds):
         started = time.perf_counter()
         store = Store.open(path, "--folder")
         found["open_s"] = min(found["open_s"], time.perf_counter() - started)
         for name, look_up in (
-            ("find_s", lambda: [store.index.find(key) for key in keys]),
-            ("has_s", lambda: store.index.has(keys)),
+            ("find_s", partial(find_all, store, keys)),
+            ("has_s", partial(store.index.has, keys)),
         ):
             started = time.process_time()
             look_up()
             found[name] = min(found[name], (time.process_time() - started) / len(keys))
-    before = resident()
-    store = Store.open(path, "--folder")
-    found["resident_mib"] = (resident() - before) / MIB
     tracemalloc.start()
     store = Store.open(path, "--folder")
     found["traced_mib"] = tracemalloc.get_traced_memory()[1] / MIB
     tracemalloc.stop()
     return found
+
+
+def find_all(store: Store, keys: Sequence[bytes]) -> None:
+    """Look up keys one by one; each is there."""
+    assert all(store.index.find(key) is not None for key in keys)
 
 
 def resident() -> int:
@@ -224,8 +244,8 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     print(
-        f"\n{large} units: opened in {opened['open_s']:.3f} s, {opened['resident_mib']:.0f} MiB resident (mapped included), "
-        f"at most {opened['traced_mib']:.0f} MiB allocated; a look-up {opened['find_s'] * 1e6:.1f} us, "
+        f"\n{large} units: opened in {opened['open_s']:.3f} s, {opened['resident_mib']:.0f} MiB resident, mapped "
+        f"ones included, at most {opened['traced_mib']:.0f} MiB allocated; a look-up {opened['find_s'] * 1e6:.1f} us, "
         f"in bulk {opened['has_s'] * 1e6:.2f} us"
     )
     if args.smoke:
@@ -233,12 +253,9 @@ def main() -> int:
     lines.write(
         RESULTS, "benchmark", {**origin(), "benchmark": "feature_store", "rows": found, "opening": opened}
     )
-    return int(
-        any(row[READER] < READING * row[RAW] for row in found.values())
-        or opened["find_s"] > LOOK_UP_S
-        or opened["open_s"] > OPEN_S
-        or max(opened["resident_mib"], opened["traced_mib"]) > OPEN_MIB
-    )
+    largest = max(opened["resident_mib"], opened["traced_mib"])
+    is_slow = any(row[READER] < READING * row[RAW] for row in found.values()) or opened["find_s"] > LOOK_UP_S
+    return int(is_slow or opened["open_s"] > OPEN_S or largest > OPEN_MIB)
 
 
 if __name__ == "__main__":

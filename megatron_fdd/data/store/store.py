@@ -135,22 +135,27 @@ class Store:
         )
         begin = 0
         for number in range(low // SUM_TOKENS, -(-high // SUM_TOKENS)):
-            digest = xxhash.xxh3_64()
             end = min((number + 1) * SUM_TOKENS - first, last - first) * width
-            if begin == 0 and before:
-                digest.update(before)
-            digest.update(inside[begin:end])
-            if end == len(inside) and behind:
-                digest.update(behind)
-            if digest.intdigest() != sums[number]:
+            part = inside[begin:end]
+            if (before and begin == 0) or (behind and end == len(inside)):
+                part = memoryview(
+                    b"".join((before if begin == 0 else b"", part, behind if end == len(inside) else b""))
+                )
+            if xxhash.xxh3_64_intdigest(part) != sums[number]:
                 raise self._damage(place, "has other bytes than were written")
             begin = end
 
     def _read(self, file: int, size: int, at: int, place: Place) -> bytes:
         """Return bytes of a segment; raises what `_fill` raises."""
-        found = bytearray(size)
-        self._fill(file, [memoryview(found)], at, place)
-        return bytes(found)
+        try:
+            found = os.pread(file, size, at)
+        except OSError as error:
+            raise unreadable(self._path(place.segment), error) from error
+        if len(found) == size:
+            return found
+        rest = bytearray(size - len(found))
+        self._fill(file, [memoryview(rest)], at + len(found), place)
+        return found + rest
 
     def _fill(self, file: int, parts: list[memoryview], at: int, place: Place) -> None:
         """Fill some memory, part by part, with the bytes of a segment that begin at `at`.
