@@ -30,7 +30,7 @@ def test_the_flags_of_a_training_stay_in_their_order() -> None:
     assert made.flags == request().flags == tuple(TRAINING)
     assert (made.engine, made.teacher, made.store) == ("megatron", Path("T"), Path("S"))
     assert (made.form, made.part, made.blocks, made.batch_tokens, made.choice) == (
-        "bf16",
+        None,  # by the teacher's precision
         (0, 1),
         None,
         16384,

@@ -240,7 +240,7 @@ def _records_of(path: Path, layout: Layout, number: int, num_blocks: int) -> NDA
         ValueError: the file is gone, its keys are not those of its name, or they do not fit each other.
     """
     if layout.keys[1] % KEY_BYTES or layout.lengths[1] % 8:
-        raise ValueError(f"{path}: its header is damaged; {REPAIR}")
+        raise ValueError(f"{path}: its header is damaged; run {REPAIR}")
     try:
         with path.open("rb") as file:
             file.seek(layout.keys[0])
@@ -250,7 +250,7 @@ def _records_of(path: Path, layout: Layout, number: int, num_blocks: int) -> NDA
     except OSError as error:
         raise unreadable(path, error) from error
     if segment_path(path.parents[2], name_of(names)) != path:
-        raise ValueError(f"{path}: has other keys than its name says; {REPAIR}")
+        raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
     keys = np.frombuffer(names, ">u8").reshape(-1, 2)
     blocks = -(-lengths // SUM_TOKENS) * num_blocks
     num_tokens = layout.ids[1] // 4

@@ -106,9 +106,11 @@ def read_stored_norm(store: Path) -> StoredNorm:
             names = [name for name in file.keys() if name.startswith("norm.")]  # noqa: SIM118  # no mapping
             tensors = {name: file.get_tensor(name) for name in names}
             if header["norm.sum"] != _norm_sum(header, tensors):
-                raise ValueError("it has other bytes than were written")
+                raise ValueError(_CHANGED)
             if header["store"] != digest:
-                raise ValueError(f"it is of the store {header['store']}, not of this one, {digest}")
+                raise ValueError(
+                    f"it is of the store {header['store']}, not of this one, {digest}; copy the right one"
+                )
             weight_T, bias_T = tensors["norm.weight"], tensors.get("norm.bias")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damage(path, error) from error

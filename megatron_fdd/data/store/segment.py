@@ -31,7 +31,6 @@ from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
 Bytes = NDArray[np.uint8]
 
 SUFFIX = ".safetensors"
-REPAIR = "fdd store check --remove-damaged removes it, and fdd teach makes it anew"
 SEGMENTS = "segments"
 # The remedy of damage.
 REPAIR = "fdd store check --remove-damaged, and then fdd teach, which makes it anew"
@@ -194,7 +193,7 @@ def read_layout(path: Path, digest: str) -> Layout:
         raise ValueError(f"{path}: has the format version {version}, not {VERSION}; run {REPAIR}")
     if store != digest:
         raise ValueError(
-            f"{path}: is of the store {store}, not of this one ({digest}); move it out of the folder, "
+            f"{path}: is of the store {store}, not of this one ({digest}); remove it from the folder, "
             "and run fdd teach again, which makes what is missing"
         )
     if max(first + count for first, count in places.values()) != size:
@@ -211,5 +210,5 @@ def unreadable(path: Path, error: OSError) -> ValueError:
             f"{path}: is gone; was the store pruned while it was read? Run fdd teach again, which makes what is missing"
         )
     return ValueError(
-        f"{path}: cannot be read ({error.strerror}); where it is damaged, {REPAIR}; else see what your system says"
+        f"{path}: cannot be read ({error.strerror}); where it is damaged, run {REPAIR}; else see what your system says"
     )

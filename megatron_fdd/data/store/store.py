@@ -183,7 +183,9 @@ class Store:
                 parts[0] = parts[0][count:]
 
     def _damage(self, place: Place, what: str) -> ValueError:
-        return ValueError(f"{self._path(place.segment)}: {what}: the disk or the copy is damaged; {REPAIR}")
+        return ValueError(
+            f"{self._path(place.segment)}: {what}: the disk or the copy is damaged; run {REPAIR}"
+        )
 
     def _path(self, segment: int) -> Path:
         return segment_path(self.path, self.index.names[segment])
@@ -207,14 +209,14 @@ class Store:
         size, wanted = os.fstat(file).st_size, int(self.index.layouts[segment, 0])
         if size != wanted:
             os.close(file)
-            raise ValueError(f"{path}: has {size} bytes and had {wanted}; {REPAIR}")
+            raise ValueError(f"{path}: has {size} bytes and had {wanted}; run {REPAIR}")
         # Ids and sums lie before the states.
         os.posix_fadvise(file, 0, int(self.index.layouts[segment, 2]), os.POSIX_FADV_WILLNEED)
         # An index's cache knows nothing of a file that came in the place of another one.
         if not os.pread(file, 8 + len(self._start), 0).endswith(self._start):
             os.close(file)
             read_layout(path, self.identity.digest)  # says of which other store or version it is
-            raise ValueError(f"{path}: its header is not as fdd teach writes it; {REPAIR}")
+            raise ValueError(f"{path}: its header is not as fdd teach writes it; run {REPAIR}")
         self._files[segment] = file
         if len(self._files) > _MOST_OPEN:
             os.close(self._files.popitem(last=False)[1])

@@ -16,6 +16,7 @@ from megatron_fdd.data.store.identity import StoreIdentity, read_identity
 from megatron_fdd.data.store.index import all_records, repeats
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.segment import (
+    REPAIR,
     SUM_TOKENS,
     Layout,
     name_of,
@@ -161,7 +162,7 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
         with safe_open(path, framework="np"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{path}: is no sound safetensors file ({error})") from error
+        raise ValueError(f"{path}: is no sound safetensors file ({error}); run {REPAIR}") from error
     num_blocks, width = len(identity.blocks), identity.token_bytes
     with path.open("rb") as file:
 
@@ -173,7 +174,7 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
         ids, sums = np.frombuffer(read(layout.ids), "<i4"), np.frombuffer(read(layout.sums), "<u8")
         _check_sizes(path, layout, lengths, num_blocks, width)
         if name_of(keys) != path.stem:
-            raise ValueError(f"{path}: has other keys than its name says")
+            raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
         first = at = 0
         for number, length in enumerate(lengths.tolist()):
             unit = ids[first : first + length]
@@ -202,4 +203,6 @@ def _check_sizes(
         or layout.states[1] != num_tokens * num_blocks * token_bytes
         or layout.sums[1] != num_sums * 8
     ):
-        raise ValueError(f"{path}: its keys, lengths, ids, states and sums do not fit each other")
+        raise ValueError(
+            f"{path}: its keys, lengths, ids, states and sums do not fit each other; run {REPAIR}"
+        )

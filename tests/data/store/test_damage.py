@@ -24,7 +24,7 @@ from tests.data.store.made import (
 
 UNITS = [unit(3), unit(64), unit(70)]
 OTHERS = [unit(5), unit(66)]
-REMEDY = r"fdd store check --remove-damaged removes it, and fdd teach makes it anew"
+REMEDY = "run fdd store check --remove-damaged, and then fdd teach, which makes it anew"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def assert_refused_everywhere(segment: Path, message: str = "") -> None:
     with pytest.raises(ValueError, match=f"{segment.name}: .*{message}") as caught:
         assert_holds(opened(segment.parents[2]), UNITS)
     assert "\n" not in str(caught.value)
-    assert any(word in str(caught.value) for word in ("--remove-damaged", "fdd teach", "move it out"))
+    assert any(word in str(caught.value) for word in ("--remove-damaged", "fdd teach", "remove it"))
     assert list(check(segment).damaged) == [segment.stem]
 
 
@@ -151,7 +151,7 @@ DAMAGES = {
     _header_of_brackets: f"is no segment of a store .*; {REMEDY}",
     _huge_header: f"is no segment of a store .*; {REMEDY}",
     _folder: f"cannot be read .*{REMEDY}",
-    _of_another_store: r"is of the store .*, not of this one .*; move it out of the folder",
+    _of_another_store: r"is of the store .*, not of this one .*; remove it from the folder",
     _another_segment: f"has other keys than its name says; {REMEDY}",
 }
 
