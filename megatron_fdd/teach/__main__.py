@@ -32,8 +32,8 @@ from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store.coverage import Coverage, Ids, Source, Unit, find_missing, read_ids, sources_of
 from megatron_fdd.data.store.identity import StoreIdentity, write_identity
 from megatron_fdd.data.store.lens import write_stored_lens
-from megatron_fdd.data.store.segment import sweep
 from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.store.whole_file import sweep
 from megatron_fdd.host import console, rehearsal
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.patches.norms import install_norms

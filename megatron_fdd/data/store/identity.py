@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_fdd.host.disk import writing
+from megatron_fdd.data.store.whole_file import sync_folder, unfinished
 from megatron_fdd.host.json_file import read_json, read_record, write_json
 
 STORE_FILE = "store.json"
@@ -62,7 +62,11 @@ class StoreIdentity:
         for field in dataclasses.fields(self):
             here, there = getattr(self, field.name), getattr(other, field.name)
             if field.name != "teacher" and here != there:
-                return f"its {field.name} is {_short(here)}, and here it is {_short(there)}"
+                name = field.name
+                if isinstance(here, dict):
+                    name = next(key for key in sorted({*here, *there}) if here.get(key) != there.get(key))
+                    here, there = here.get(name), there.get(name)
+                return f"its {name} is {_short(here)}, and here it is {_short(there)}"
         return None
 
 
@@ -106,14 +110,15 @@ def write_identity(store: Path, identity: StoreIdentity) -> None:
     """
     _check(identity)
     path = store / STORE_FILE
-    with writing("--store", store):
-        store.mkdir(parents=True, exist_ok=True)
-        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(identity)}
-        unfinished = store / f".{STORE_FILE}.{os.uname().nodename}.{os.getpid()}"
-        write_json(unfinished, values)
-        with contextlib.suppress(FileExistsError):
-            os.link(unfinished, path)  # unlike a rename, this never replaces what another producer wrote
-        unfinished.unlink()
+    values: dict[str, Any] = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(identity)}
+    if not path.exists():
+        with unfinished(store, path) as place:
+            write_json(place, values)
+            with place.open("rb") as file:
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(place, path)  # unlike a rename, this never replaces what another producer wrote
+            sync_folder(store)
     difference = read_identity(store, "--store").difference(identity)
     if difference is not None:
         raise ValueError(
@@ -134,4 +139,4 @@ def _check(identity: StoreIdentity) -> None:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return text if len(text) <= 400 else f"{text[:400]}..."

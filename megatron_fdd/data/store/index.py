@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from megatron_fdd.data.store.segment import (
     REPAIR,
     SUM_TOKENS,
     Layout,
+    name_of,
     read_layout,
     segment_names,
     segment_path,
+    unreadable,
 )
 from megatron_fdd.data.store.unit import KEY_BYTES
-from megatron_fdd.host.disk import writing
+from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
 
 INDEX_FILE = "index.safetensors"
 # A unit: its key as two numbers, its segment, its tokens, the tokens of the segment before it, and the sums before it.
@@ -38,7 +38,8 @@ _RECORD = np.dtype(
         ("sums", "<u4"),
     ]
 )
-_LAYOUT_NAMES = ("size", "ids", "states", "sums")
+_FIELDS = struct.Struct("<QQIIII")
+_LAYOUT_NAMES = ("size", "ids", "states", "sums", "units")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Index:
 
     Args:
         names: of the segments, by number.
-        layouts: int64 [segments, 4]: size of the file, and the first bytes of ids, states and sums.
+        layouts: int64 [segments, 5]: size of the file, the first bytes of ids, states and sums, number of units.
         records: sorted by key, one for each key.
     """
 
@@ -73,6 +74,7 @@ class Index:
         self.records = records
         # Apart from the records, so that a look-up touches few pages.
         self._high = np.ascontiguousarray(records["high"])
+        self._bytes = memoryview(records.view(np.uint8)) if len(records) else memoryview(b"")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,14 +86,13 @@ class Index:
 
     def find(self, key: bytes) -> Place | None:
         """Return where a unit lies; None if the store lacks it."""
-        high = int.from_bytes(key[:8], "big")
-        at = int(np.searchsorted(self._high, np.uint64(high)))
-        low = int.from_bytes(key[8:], "big")
-        while at < len(self._high) and self._high[at] == high:
-            record = self.records[at]
-            if int(record["low"]) == low:
-                return Place(*(int(record[name]) for name in ("segment", "length", "start", "sums")))
-            at += 1
+        wanted = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+        for at in range(int(self._high.searchsorted(np.uint64(wanted[0]))), len(self._high)):
+            high, low, *place = _FIELDS.unpack_from(self._bytes, at * _RECORD.itemsize)
+            if high != wanted[0]:
+                break
+            if low == wanted[1]:
+                return Place(*place)
         return None
 
     def has(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
@@ -121,31 +122,51 @@ def open_index(store: Path, digest: str, num_blocks: int, *, skip: Iterable[str]
     """
     present = sorted(set(segment_names(store)) - set(skip))
     cached = _read_cache(store, digest)
-    known = {} if cached is None else {name: number for number, name in enumerate(cached.names)}
     if cached is not None and cached.names == present:
         return cached
     layouts = np.zeros((len(present), len(_LAYOUT_NAMES)), np.int64)
-    parts = []
-    renumbered = np.full(len(known), -1, np.int64)
+    known = {} if cached is None else _reusable(cached, set(present))
+    renumbered = np.full(0 if cached is None else len(cached.names), -1, np.int64)
+    parts = [np.zeros(0, _RECORD)]
     for number, name in enumerate(present):
         if name in known and cached is not None:
             layouts[number] = cached.layouts[known[name]]
             renumbered[known[name]] = number
             continue
         layout = read_layout(segment_path(store, name), digest)
-        layouts[number] = layout.size, layout.ids[0], layout.states[0], layout.sums[0]
         parts.append(_records_of(segment_path(store, name), layout, number, num_blocks))
+        layouts[number] = layout.size, layout.ids[0], layout.states[0], layout.sums[0], len(parts[-1])
     if cached is not None:
         kept = cached.records[renumbered[cached.records["segment"]] >= 0].copy()
         kept["segment"] = renumbered[kept["segment"]]
         parts.append(kept)
-    records = np.concatenate(parts) if parts else np.zeros(0, _RECORD)
-    order = np.lexsort((records["segment"], records["low"], records["high"]))
-    records = records[order]
-    # A unit that two producers wrote: all are right, the first segment counts.
+    records = np.concatenate(parts)
+    records = records[np.lexsort((records["segment"], records["low"], records["high"]))]
+    return Index(present, layouts, records[~repeats(records)])
+
+
+def repeats(records: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Return which sorted records have the key of the one before: units that two producers wrote.
+
+    All are right, and the first segment counts.
+    """
     repeated = np.zeros(len(records), np.bool_)
     repeated[1:] = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
-    return Index(present, layouts, records[~repeated])
+    return repeated
+
+
+def all_records(store: Path, digest: str, num_blocks: int, names: Sequence[str]) -> NDArray[np.void]:
+    """Read the records of some segments, sorted by key; a unit that is in several has several.
+
+    Raises:
+        ValueError: a segment is damaged, cut off or foreign.
+    """
+    parts = [np.zeros(0, _RECORD)]
+    for number, name in enumerate(names):
+        path = segment_path(store, name)
+        parts.append(_records_of(path, read_layout(path, digest), number, num_blocks))
+    records = np.concatenate(parts)
+    return records[np.lexsort((records["segment"], records["low"], records["high"]))]
 
 
 def write_index(store: Path, digest: str, index: Index) -> None:
@@ -155,19 +176,27 @@ def write_index(store: Path, digest: str, index: Index) -> None:
         ValueError: the disk cannot take the file.
     """
     names = np.frombuffer(b"".join(bytes.fromhex(name) for name in index.names), np.uint8)
-    tensors: dict[str, NDArray[Any]] = {
-        "names": names.reshape(-1, KEY_BYTES),
-        "layouts": np.ascontiguousarray(index.layouts),
-        "records": np.frombuffer(index.records.tobytes(), np.uint8),
+    records = np.ascontiguousarray(index.records).view(np.uint8)
+    tensors = {
+        "names": FileTensor("U8", (len(index.names), KEY_BYTES), [names]),
+        "layouts": FileTensor("I64", index.layouts.shape, [np.ascontiguousarray(index.layouts)]),
+        "records": FileTensor("U8", records.shape, [records]),
     }
-    path = store / INDEX_FILE
-    unfinished = store / f".{INDEX_FILE}.{os.uname().nodename}.{os.getpid()}"
-    with writing("--store", store):
-        try:
-            save_file(tensors, unfinished, {"store": digest, "sum": _sum_of(tensors["records"])})
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    about = {"store": digest, "sum": _sum_of(index.names, index.layouts, index.records)}
+    write_tensors(store, store / INDEX_FILE, tensors, about)
+
+
+def _reusable(cached: Index, present: set[str]) -> dict[str, int]:
+    """Return the numbers of the cached segments that need not be read again.
+
+    When segments went, those are read again whose units were said to lie in others, which may be the ones that went.
+    """
+    names = {name: number for number, name in enumerate(cached.names) if name in present}
+    if len(names) == len(cached.names):
+        return names
+    counts = np.bincount(cached.records["segment"], minlength=len(cached.names))
+    is_whole = counts == cached.layouts[:, _LAYOUT_NAMES.index("units")]
+    return {name: number for name, number in names.items() if is_whole[number]}
 
 
 def _read_cache(store: Path, digest: str) -> Index | None:
@@ -178,7 +207,8 @@ def _read_cache(store: Path, digest: str) -> Index | None:
             about = file.metadata() or {}
             if about.get("store") != digest:
                 return None
-            names = [row.tobytes().hex() for row in file.get_tensor("names")]
+            joined = file.get_tensor("names").tobytes().hex()
+            names = [joined[first : first + 32] for first in range(0, len(joined), 2 * KEY_BYTES)]
             layouts = file.get_tensor("layouts")
             num_records = file.get_slice("records").get_shape()[0] // _RECORD.itemsize
         if layouts.shape != (len(names), len(_LAYOUT_NAMES)):
@@ -186,31 +216,42 @@ def _read_cache(store: Path, digest: str) -> Index | None:
         with path.open("rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
             (first, _) = json.loads(raw.read(header))["records"]["data_offsets"]
-        if num_records == 0:
-            return Index(names, layouts, np.zeros(0, _RECORD))
-        records = np.memmap(path, _RECORD, "r", 8 + header + first, num_records)
-        if about.get("sum") != _sum_of(records):
+        records = np.zeros(0, _RECORD)
+        if num_records:
+            records = np.memmap(path, _RECORD, "r", 8 + header + first, num_records)
+        if about.get("sum") != _sum_of(names, layouts, records):
             return None
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
     return Index(names, layouts, records)
 
 
-def _sum_of(records: NDArray[Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(records)
+def _sum_of(names: Sequence[str], layouts: NDArray[np.int64], records: NDArray[np.void]) -> str:
+    total = xxhash.xxh3_64("".join(names).encode())
+    total.update(np.ascontiguousarray(layouts))
+    total.update(records)
+    return total.hexdigest()
 
 
 def _records_of(path: Path, layout: Layout, number: int, num_blocks: int) -> NDArray[np.void]:
     """Read keys and lengths of a segment.
 
     Raises:
-        ValueError: they do not fit each other.
+        ValueError: the file is gone, its keys are not those of its name, or they do not fit each other.
     """
-    with path.open("rb") as file:
-        file.seek(layout.keys[0])
-        keys = np.frombuffer(file.read(layout.keys[1]), ">u8").reshape(-1, 2)
-        file.seek(layout.lengths[0])
-        lengths = np.frombuffer(file.read(layout.lengths[1]), "<i8")
+    if layout.keys[1] % KEY_BYTES or layout.lengths[1] % 8:
+        raise ValueError(f"{path}: its header is damaged; run {REPAIR}")
+    try:
+        with path.open("rb") as file:
+            file.seek(layout.keys[0])
+            names = file.read(layout.keys[1])
+            file.seek(layout.lengths[0])
+            lengths = np.frombuffer(file.read(layout.lengths[1]), "<i8")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if segment_path(path.parents[2], name_of(names)) != path:
+        raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
+    keys = np.frombuffer(names, ">u8").reshape(-1, 2)
     blocks = -(-lengths // SUM_TOKENS) * num_blocks
     num_tokens = layout.ids[1] // 4
     if len(keys) != len(lengths) or lengths.sum() != num_tokens or blocks.sum() * 8 != layout.sums[1]:

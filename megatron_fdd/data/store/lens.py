@@ -5,7 +5,6 @@ V vocabulary, T the teacher's width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Literal
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_fdd.host.disk import writing
+from megatron_fdd.data.store.identity import read_identity
+from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
 
 LENS_FILE = Path("lens", "lens.safetensors")
 NormKind = Literal["rms", "layer"]
@@ -25,6 +24,7 @@ NormKind = Literal["rms", "layer"]
 _CHANGED = "it has other bytes than were written; copy it again"
 # How many rows of the head one sum covers.
 _SUM_ROWS = 1024
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 # The greatest error of logits that `lens` may have, relative to their largest: bf16 has 8 bits.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -78,20 +78,18 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
+        "store": read_identity(store, "--store").digest,
         "kind": lens.norm.kind,
         "epsilon": repr(lens.norm.epsilon),
         "error": repr(lens.error),
-        "norm.sum": _norm_sum(tensors),
     }
+    header["norm.sum"] = _norm_sum(header, tensors)
     tensors["head.sums"] = _sums(tensors["head.weight"])
-    unfinished = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with writing("--store", store):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, unfinished, header)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    written = {
+        name: FileTensor(_DTYPES[tensor.dtype], tuple(tensor.shape), [tensor.view(torch.uint8).numpy()])
+        for name, tensor in tensors.items()
+    }
+    write_tensors(store, path, written, header)
 
 
 def read_stored_norm(store: Path) -> StoredNorm:
@@ -100,15 +98,19 @@ def read_stored_norm(store: Path) -> StoredNorm:
     Raises:
         ValueError: there is no lens, or it is damaged.
     """
-    path = store / LENS_FILE
+    path, digest = store / LENS_FILE, read_identity(store, "--fdd-teacher-store").digest
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             kind, epsilon = header["kind"], float(header["epsilon"])
             names = [name for name in file.keys() if name.startswith("norm.")]  # noqa: SIM118  # no mapping
             tensors = {name: file.get_tensor(name) for name in names}
-            if header["norm.sum"] != _norm_sum(tensors):
+            if header["norm.sum"] != _norm_sum(header, tensors):
                 raise ValueError(_CHANGED)
+            if header["store"] != digest:
+                raise ValueError(
+                    f"it is of the store {header['store']}, not of this one, {digest}; copy the right one"
+                )
             weight_T, bias_T = tensors["norm.weight"], tensors.get("norm.bias")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damage(path, error) from error
@@ -151,18 +153,19 @@ def _sums(head_VT: Tensor) -> Tensor:
     return torch.tensor([each - (1 << 63) for each in sums], dtype=torch.int64)
 
 
-def _norm_sum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sum of the norm's tensors."""
-    total = xxhash.xxh3_64()
+def _norm_sum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sum of the norm's tensors, and of what the header says."""
+    total = xxhash.xxh3_64("".join(header[name] for name in ("store", "kind", "epsilon", "error")).encode())
     for name in sorted(name for name in tensors if name.startswith("norm.")):
+        total.update(name.encode())
         total.update(tensors[name].numpy())
     return total.hexdigest()
 
 
 def _damage(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path}: the teacher's lens cannot be read ({type(error).__name__}: {error}); run fdd teach again, which "
-        "writes it where it is missing"
+        f"{path}: the teacher's lens cannot be read ({type(error).__name__}: {error}); remove the file if it is there, "
+        "and run fdd teach again, which writes it anew"
     )
 
 

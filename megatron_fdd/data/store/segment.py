@@ -15,20 +15,18 @@ import contextlib
 import hashlib
 import json
 import os
-import time
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from megatron_fdd.data.store.identity import FORMAT, VERSION
 from megatron_fdd.data.store.unit import KEY_BYTES, as_ids, unit_key
-from megatron_fdd.host.disk import writing
+from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
 
 Bytes = NDArray[np.uint8]
 
@@ -41,7 +39,7 @@ SUM_TOKENS = 64
 _DTYPES = {"keys": "U8", "lengths": "I64", "ids": "I32", "states": "U8", "sums": "U64"}
 # No header of ours is longer.
 _LONGEST_HEADER = 1 << 16
-_STALE_S = 24 * 3600.0
+_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,27 +99,21 @@ class SegmentWriter:
         """Write what is gathered. Raises what `add` raises; then nothing of it is in the store."""
         if not self._units:
             return
+        count = len(self._units)
         keys = np.frombuffer(b"".join(unit_key(ids) for ids, _ in self._units), np.uint8)
-        tensors: dict[str, NDArray[Any]] = {
-            "keys": keys.reshape(-1, KEY_BYTES),
-            "lengths": np.array([len(ids) for ids, _ in self._units], np.int64),
-            "ids": np.concatenate([ids for ids, _ in self._units]),
-            "states": np.concatenate([states.reshape(-1) for _, states in self._units]),
-            "sums": np.concatenate([sums_of(states).reshape(-1) for _, states in self._units]),
+        lengths = np.array([len(ids) for ids, _ in self._units], np.int64)
+        states = [np.ascontiguousarray(states) for _, states in self._units]
+        sums = [sums_of(each) for each in states]
+        tensors = {
+            "keys": FileTensor("U8", (count, KEY_BYTES), [keys]),
+            "lengths": FileTensor("I64", (count,), [lengths]),
+            "ids": FileTensor("I32", (int(lengths.sum()),), [ids for ids, _ in self._units]),
+            "states": FileTensor("U8", (sum(each.size for each in states),), states),
+            "sums": FileTensor("U64", (sum(each.size for each in sums),), sums),
         }
-        header = {"format": FORMAT, "version": str(VERSION), "store": self._digest}
-        name = hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
-        path = segment_path(self._store, name)
-        with writing("--store", self._store):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{name}.{os.uname().nodename}.{os.getpid()}")
-            try:
-                save_file(tensors, unfinished, header)
-                _sync(unfinished)
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-            _sync(path.parent)
+        write_tensors(
+            self._store, segment_path(self._store, name_of(keys.tobytes())), tensors, _about(self._digest)
+        )
         self._units, self._num_bytes = [], 0
 
 
@@ -136,42 +128,49 @@ def sums_of(states: Bytes) -> NDArray[np.uint64]:
     return np.array(sums, np.uint64)
 
 
+def _about(digest: str) -> dict[str, str]:
+    return {"format": FORMAT, "version": str(VERSION), "store": digest}
+
+
+def start_of(digest: str) -> bytes:
+    """Return the beginning of the header of a store's segments, behind its length."""
+    return f'{{"__metadata__":{json.dumps(_about(digest), separators=(",", ":"))}'.encode()
+
+
+def name_of(keys: bytes) -> str:
+    """Return the name of the segment with these units."""
+    return hashlib.blake2b(keys, digest_size=16).hexdigest()
+
+
 def segment_path(store: Path, name: str) -> Path:
     """Return the place of the segment `name`, 32 hexadecimal digits."""
     return store / SEGMENTS / name[:2] / f"{name}{SUFFIX}"
 
 
 def segment_names(store: Path) -> Iterator[str]:
-    """Yield the names of the segments that are there. A file that a producer still writes is none."""
+    """Yield the names of the segments that are there; no other files, and none that a producer still writes."""
     with contextlib.suppress(FileNotFoundError), os.scandir(store / SEGMENTS) as folders:
         for folder in folders:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as files:
                 for file in files:
-                    if file.name.endswith(SUFFIX) and not file.name.startswith("."):
-                        yield file.name.removesuffix(SUFFIX)
-
-
-def sweep(store: Path) -> int:
-    """Remove what producers left that were killed more than a day ago; return how many files that were."""
-    count = 0
-    for path in (store / SEGMENTS).glob("*/.*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink()
-                count += 1
-    return count
+                    name = file.name.removesuffix(SUFFIX)
+                    if file.name.endswith(SUFFIX) and _NAME.fullmatch(name) and name[:2] == folder.name:
+                        yield name
 
 
 def read_layout(path: Path, digest: str) -> Layout:
     """Read a segment's header.
 
     Raises:
-        ValueError: the file is cut off, damaged, no segment, of another version or of another store.
+        ValueError: the file is gone, cut off, damaged, no segment, of another version or of another store.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if 0 < length <= _LONGEST_HEADER else b""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if 0 < length <= _LONGEST_HEADER else b""
+    except OSError as error:
+        raise unreadable(path, error) from error
     try:
         entries = json.loads(header)
         about = entries.pop("__metadata__")
@@ -180,11 +179,13 @@ def read_layout(path: Path, digest: str) -> Layout:
         places = {}
         for name, dtype in _DTYPES.items():
             first, last = entries[name]["data_offsets"]
-            if entries[name]["dtype"] != dtype or not 0 <= first <= last:
+            if entries[name]["dtype"] != dtype or not (
+                type(first) is type(last) is int and 0 <= first <= last
+            ):
                 raise KeyError(name)
             places[name] = (8 + length + first, last - first)
         version, store = about["version"], about["store"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: is no segment of a store of features, or its header is damaged; run {REPAIR}"
         ) from error
@@ -192,7 +193,8 @@ def read_layout(path: Path, digest: str) -> Layout:
         raise ValueError(f"{path}: has the format version {version}, not {VERSION}; run {REPAIR}")
     if store != digest:
         raise ValueError(
-            f"{path}: is of the store {store}, not of this one ({digest}); remove it from the folder"
+            f"{path}: is of the store {store}, not of this one ({digest}); remove it from the folder, "
+            "and run fdd teach again, which makes what is missing"
         )
     if max(first + count for first, count in places.values()) != size:
         raise ValueError(
@@ -201,10 +203,12 @@ def read_layout(path: Path, digest: str) -> Layout:
     return Layout(size, **places)
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file's, or a folder's, content is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def unreadable(path: Path, error: OSError) -> ValueError:
+    """Return what is said about a segment that the system does not give."""
+    if isinstance(error, FileNotFoundError):
+        return ValueError(
+            f"{path}: is gone; was the store pruned while it was read? Run fdd teach again, which makes what is missing"
+        )
+    return ValueError(
+        f"{path}: cannot be read ({error.strerror}); where it is damaged, run {REPAIR}; else see what your system says"
+    )

@@ -48,18 +48,21 @@ class FeatureReader:
         identity = self.store.identity
         numbers = [identity.blocks.index(block) for block in self.blocks]
         length = sum(last - first for first, last in self.ranges)
-        found = np.zeros((len(numbers), length, identity.token_bytes), np.uint8)
-        tokens = sample["tokens"].numpy()
+        found = np.empty((len(numbers), length, identity.token_bytes), np.uint8)
+        tokens, is_read = sample["tokens"].numpy(), np.zeros(length, np.bool_)
         for start, end in units_of(sample):
-            at = 0
+            pieces, at = [], 0
             for first, last in self.ranges:
                 low, high = max(first, start), min(last, end)
                 if low < high:
                     place = slice(at + low - first, at + high - first)
-                    found[:, place] = self.store.read(
-                        as_ids(tokens[start:end]), numbers, low - start, high - start
-                    )
+                    pieces.append((low - start, high - start, found[:, place]))
+                    is_read[place] = True
                 at += last - first
+            if pieces:
+                self.store.read_into(as_ids(tokens[start:end]), numbers, pieces)
+        if not is_read.all():
+            found[:, ~is_read] = 0
         return torch.from_numpy(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,12 +30,12 @@ def units_of(sample: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     A packed sample has one for each document, another sample one. Padding behind a unit is not part of it, and what is
     padding alone is no unit: there neither the input nor the label counts.
     """
-    counts_S = ((sample["token_mask"] > 0) | (sample["loss_mask"] > 0)).numpy()
-    edges = np.array([0, len(counts_S)])
+    counts_S = (sample["token_mask"].numpy() > 0) | (sample["loss_mask"].numpy() > 0)
+    edges = [0, len(counts_S)]
     if "cu_seqlens" in sample:
-        edges = np.unique(sample["cu_seqlens"].numpy())
+        edges = np.unique(sample["cu_seqlens"].numpy()).tolist()
     units = []
-    for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for first, last in pairwise(edges):
         used = np.flatnonzero(counts_S[first:last])
         if len(used):
             units.append((first, first + int(used[-1]) + 1))

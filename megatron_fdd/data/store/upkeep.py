@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from megatron_fdd.data.store.identity import StoreIdentity, read_identity
+from megatron_fdd.data.store.index import all_records, repeats
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.segment import (
     REPAIR,
+    SUM_TOKENS,
     Layout,
+    name_of,
     read_layout,
     segment_names,
     segment_path,
     sums_of,
-    sweep,
+    unreadable,
 )
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.unit import KEY_BYTES, unit_key
+from megatron_fdd.data.store.whole_file import sweep
 
 _FLAG = "store"
 _DAY_S = 24 * 3600.0
@@ -54,8 +60,10 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
         try:
             result.num_units += _check_segment(file, identity)
             result.num_bytes += file.stat().st_size
-        except ValueError as error:
-            result.damaged[name] = str(error)
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        except (ValueError, OSError) as error:
+            result.damaged[name] = str(unreadable(file, error) if isinstance(error, OSError) else error)
         on_segment()
     return result
 
@@ -83,17 +91,20 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
     Raises:
         ValueError: there is no store, a segment is damaged, or the index cannot be written.
     """
-    store = Store.open(path, _FLAG)
-    before = time.time() - (older_than_days or 0.0) * _DAY_S
-    used = np.bincount(store.index.records["segment"], minlength=len(store.index.names))
+    identity = read_identity(path, _FLAG)
+    names = sorted(segment_names(path))
+    units, counts = _units_by_segment(path, identity, names)
+    old = set() if older_than_days is None else _older(path, names, time.time() - older_than_days * _DAY_S)
     count, num_bytes = sweep(path), 0
-    for number, name in enumerate(store.index.names):
-        file = segment_path(path, name)
-        is_old = older_than_days is not None and file.stat().st_mtime < before
-        if used[number] == 0 or is_old:
-            num_bytes += file.stat().st_size
-            count += 1
-            file.unlink()
+    # Old ones first. Then the last by name: an index names the first segment of a unit.
+    for name in sorted(names, key=lambda name: (name in old, name), reverse=True):
+        if name in old or bool((counts[units[name]] > 1).all()):
+            counts[units[name]] -= 1
+            file = segment_path(path, name)
+            with contextlib.suppress(FileNotFoundError):  # another process prunes too
+                num_bytes += file.stat().st_size
+                file.unlink()
+                count += 1
     Store.open(path, _FLAG).save_index()
     return count, num_bytes
 
@@ -119,6 +130,27 @@ def describe(store: Store) -> Iterator[str]:
         yield f"  tokens of a unit: {quantiles[0]} to {quantiles[2]}, half of them at most {quantiles[1]}"
 
 
+def _units_by_segment(
+    path: Path, identity: StoreIdentity, names: Sequence[str]
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
+    """Return for each segment the numbers of its units, each once; and in how many segments each unit is."""
+    records = all_records(path, identity.digest, len(identity.blocks), names)
+    numbers = np.cumsum(~repeats(records)) - 1
+    units = {name: np.unique(numbers[records["segment"] == place]) for place, name in enumerate(names)}
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *units.values()]))
+    return units, counts
+
+
+def _older(path: Path, names: Sequence[str], before_s: float) -> set[str]:
+    """Return the segments that were written before a time."""
+    found = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if segment_path(path, name).stat().st_mtime < before_s:
+                found.add(name)
+    return found
+
+
 def _check_segment(path: Path, identity: StoreIdentity) -> int:
     """Compare all bytes of a segment with its keys and sums; return how many units it has.
 
@@ -126,6 +158,11 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
         ValueError: says what is wrong.
     """
     layout = read_layout(path, identity.digest)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is no sound safetensors file ({error}); run {REPAIR}") from error
     num_blocks, width = len(identity.blocks), identity.token_bytes
     with path.open("rb") as file:
 
@@ -135,7 +172,9 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
 
         keys, lengths = read(layout.keys), np.frombuffer(read(layout.lengths), "<i8")
         ids, sums = np.frombuffer(read(layout.ids), "<i4"), np.frombuffer(read(layout.sums), "<u8")
-        _check_sizes(path, layout, keys, lengths, num_blocks * width)
+        _check_sizes(path, layout, lengths, num_blocks, width)
+        if name_of(keys) != path.stem:
+            raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
         first = at = 0
         for number, length in enumerate(lengths.tolist()):
             unit = ids[first : first + length]
@@ -153,14 +192,17 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
 
 
 def _check_sizes(
-    path: Path, layout: Layout, keys: bytes, lengths: NDArray[np.int64], token_bytes: int
+    path: Path, layout: Layout, lengths: NDArray[np.int64], num_blocks: int, token_bytes: int
 ) -> None:
     """Refuse tensors of a segment that do not fit each other."""
     num_tokens = int(lengths.sum()) if len(lengths) and lengths.min() > 0 else -1
+    num_sums = num_blocks * int((-(-lengths // SUM_TOKENS)).sum())
     if (
-        len(keys) != len(lengths) * KEY_BYTES
-        or num_tokens * 4 != layout.ids[1]
-        or num_tokens * token_bytes != layout.states[1]
-        or layout.sums[1] % 8
+        layout.keys[1] != len(lengths) * KEY_BYTES
+        or layout.ids[1] != num_tokens * 4
+        or layout.states[1] != num_tokens * num_blocks * token_bytes
+        or layout.sums[1] != num_sums * 8
     ):
-        raise ValueError(f"{path}: its keys, lengths, ids and states do not fit each other; run {REPAIR}")
+        raise ValueError(
+            f"{path}: its keys, lengths, ids, states and sums do not fit each other; run {REPAIR}"
+        )
