@@ -63,4 +63,4 @@ def test_an_error_is_one_line(toy: Toys, tmp_path: Path) -> None:
     done = teach("--teacher", toy.teacher, "--store", tmp_path, *toy.command())
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"fdd teach: error: {toy.teacher} is not a Hugging Face model folder")
+    assert line.startswith(f"megatron_fdd: error: {toy.teacher} is not a Hugging Face model folder")
