@@ -67,7 +67,7 @@ class HfTeacher:
         Raises:
             ValueError: names the file or the field, and the remedy.
         """
-        NamedModel(self.folder.name, self.folder).check()
+        NamedModel(self.folder.resolve().name, self.folder).check()
         try:
             _ = self._files.tensors
         except ValueError as error:
