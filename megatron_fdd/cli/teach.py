@@ -18,6 +18,8 @@ examples:
   fdd teach --nproc-per-node 8 -- --engine megatron --teacher teacher --store features \\
       --tensor-model-parallel-size 8 --data-path data/train ...
       (torchrun's flags before --; the teacher's own layout, whatever the student's)
+  fdd teach --engine transformers --teacher teacher-hf --store features --data-path data/train ...
+      (any causal language model of transformers, spread over this machine's GPUs, memory and disk)
   fdd teach ... --part 3/16
       (one of 16 producers that share the work; killed? the same command goes on)"""
 
@@ -43,13 +45,15 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     """Run a teacher on the text of a training, and store its features for it.
 
     \b
-    --engine megatron  what runs the teacher
-    --teacher T        the teacher's Megatron checkpoint
+    --engine ENGINE    what runs the teacher: megatron, or transformers (one process)
+    --teacher T        the teacher's Megatron checkpoint, or its Hugging Face folder
     --store S          folder of the store; made, or added to
     --blocks B,B,...   blocks of the teacher, 1-based (default: by the training's --fdd-layers)
     --form FORM        float32, bf16, fp8 or int8 (default: as the teacher computes)
     --part I/N         compute part I of N, which other producers share
     --batch-tokens N   tokens of one forward pass (default: 16384)
+    --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)
+    --dtype DTYPE      transformers: bfloat16 or float32 (default: bfloat16)
 
     The other flags are those of the training whose data is read: paths, --seq-length, --seed, --train-iters,
     --global-batch-size and so on; and those of the layout in which the teacher runs, its own. Flags of the student are

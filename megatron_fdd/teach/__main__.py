@@ -6,16 +6,20 @@ layout.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from megatron_fdd.host.process import end_at_interrupt, print_error, raise_at_interrupt
 from megatron_fdd.host.start import start
+from megatron_fdd.teach.request import TeachRequest, named_engine, parse, parser
 
 if __name__ == "__main__":
     end_at_interrupt()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a teacher is a folder: nothing of it is looked for online
+    if named_engine(sys.argv[1:]) == "transformers":
+        os.environ["FDD_REHEARSE"] = "0"  # transformers knows by itself what to do without a GPU
     start()
 
-import os
 import signal
 import tempfile
 import time
@@ -23,60 +27,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples
 from tqdm import tqdm
 
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store.coverage import Coverage, Ids, Source, Unit, find_missing, read_ids, sources_of
-from megatron_fdd.data.store.identity import StoreIdentity, write_identity
+from megatron_fdd.data.store.identity import write_identity
 from megatron_fdd.data.store.lens import write_stored_lens
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
-from megatron_fdd.host import console, rehearsal
-from megatron_fdd.host.patches.helpers import use_built_helpers
-from megatron_fdd.host.patches.norms import install_norms
-from megatron_fdd.host.plugins import import_plugins, named_plugins
+from megatron_fdd.host import console
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.together import together
-from megatron_fdd.host.topology import Topology
-from megatron_fdd.plan.context import StoredModel
 from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
-from megatron_fdd.plan.run import PreparedRun, prepare_run
-from megatron_fdd.step.teacher.loading import build_teacher
-from megatron_fdd.teach.engine import Engine
-from megatron_fdd.teach.megatron import MegatronEngine, describe
+from megatron_fdd.teach.engine import Engine, PreparedTeacher
+from megatron_fdd.teach.megatron_teacher import MegatronTeacher
 from megatron_fdd.teach.produce import produce
-from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks, parse, parser
 from megatron_fdd.teach.work import batches, part_of
 
 
 def teach(request: TeachRequest) -> None:
     """Compute what the store lacks of the training's data.
 
-    Collectives: Megatron's initialization; those of `build_teacher` and of the engine; a few gathers of objects.
+    Collectives: those of the teacher; a few gathers of objects.
 
     Raises:
         ValueError: something given is wrong, does not fit the store, or cannot be read or written.
     """
-    stored = StoredModel.find(str(request.teacher), "--teacher", to_plan=False)
-    blocks = chosen_blocks(request, stored.args.num_layers)
-    run = _prepare(request, blocks)
-    identity = describe(run, blocks, request.form)
-    _start(run)
-    sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), run.args)
+    teacher = _prepared(request)
+    log = console.keep_log(Path(tempfile.mkdtemp(prefix="fdd-teach-")))
+    if log is not None:
+        console.say(f"loading the teacher and the data; Megatron's own output: {log.with_name('rank*.log')}")
+    teacher.start()
+    sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
     with together():
         if is_first_rank():
-            _open_folder(request, identity)
+            _open_folder(request, teacher)
     all_batches = batches(_work(request, sources), request.batch_tokens)
     if not all_batches:
         return
-    assert run.teacher is not None
-    assert run.teacher_checkpoint is not None
-    topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
-    experts = topology.with_experts(run.teacher.expert_model_parallel_size)
-    engine = MegatronEngine(identity, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology)
+    engine = teacher.engine()
     _write_lens(engine, request.store, [read_ids(sources, all_batches[0][0])])
     started_s = time.perf_counter()
     produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
@@ -89,44 +80,19 @@ def teach(request: TeachRequest) -> None:
             _save_index(request.store)
 
 
-def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:
-    """Prepare a run whose student is the teacher, and is never built."""
-    world, teacher = os.environ.get("WORLD_SIZE", "1"), str(request.teacher)
-    pairs = ",".join(f"{block}:{block}" for block in blocks)
-    sizes = batch_sizes(request)
-    sys.argv[1:] = [
-        *("--lr", "1e-4"),
-        *request.flags,
-        *("--use-checkpoint-args", "--pretrained-checkpoint", teacher, "--teacher-load", teacher),
-        *("--fdd-layer-pairs", pairs, "--fdd-alpha", "1", "--fdd-beta", "0"),
-        *("--micro-batch-size", "1", "--global-batch-size", world),
-        *("--eval-micro-batch-size", "1", "--eval-global-batch-size", world),
-    ]
-    if rehearsal.is_wanted():
-        sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
-    import_plugins(named_plugins(sys.argv[1:]))
-    run = prepare_run()
-    # These only say how much of the data is read.
-    run.args.global_batch_size, run.args.eval_global_batch_size = sizes
-    return run
+def _prepared(request: TeachRequest) -> PreparedTeacher:
+    """Read and check the command line for the engine that it names."""
+    if request.engine == "megatron":
+        return MegatronTeacher(request)
+    from megatron_fdd.teach.transformers_teacher import TransformersTeacher  # whose imports take seconds
+
+    return TransformersTeacher(request)
 
 
-def _start(run: PreparedRun) -> None:
-    """Make the process groups, as Megatron's `pretrain` does, and check the files that all ranks read together."""
-    log = console.keep_log(Path(tempfile.mkdtemp(prefix="fdd-teach-")))
-    if log is not None:
-        console.say(f"loading the teacher and the data; Megatron's own output: {log.with_name('rank*.log')}")
-    use_built_helpers()
-    if run.args.transformer_impl == "local":
-        install_norms()
-    initialize_megatron()
-    run.check_files()
-
-
-def _open_folder(request: TeachRequest, identity: StoreIdentity) -> None:
+def _open_folder(request: TeachRequest, teacher: PreparedTeacher) -> None:
     """Make the store, or join it; put the teacher's tokenizer beside it."""
-    write_identity(request.store, identity)
-    carry_companions(request.teacher, request.store)
+    write_identity(request.store, teacher.identity)
+    carry_companions(teacher.companions, request.store)
     if count := sweep(request.store):
         console.say(f"{request.store}: removed {count} file(s) that killed producers had left")
 

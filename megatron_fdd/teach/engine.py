@@ -1,8 +1,10 @@
-"""The interface of an engine, which runs a teacher on units of text and gives their hidden states."""
+"""The interfaces of a teacher: prepared, and as an engine that gives the hidden states of units of text."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from megatron_fdd.data.store.coverage import Ids
@@ -40,3 +42,27 @@ class Engine(Protocol):
         Raises:
             ValueError: a hidden state is not finite.
         """
+
+
+class PreparedTeacher(Protocol):
+    """A teacher whose command line was read and checked.
+
+    Attributes:
+        args: the training's, as far as they concern the data: validated, and Megatron's globals.
+        companions: a folder with `hf/` and `tokenizer/`, where the teacher has them.
+        identity: what the store of its features holds; known after `start`.
+    """
+
+    args: argparse.Namespace
+    companions: Path
+    identity: StoreIdentity
+
+    def start(self) -> None:
+        """Make the process groups. Collectives: Megatron's initialization, if any.
+
+        Raises:
+            ValueError: the teacher cannot be loaded, or is not made as a lens needs it.
+        """
+
+    def engine(self) -> Engine:
+        """Return the teacher, ready to run, on every rank."""

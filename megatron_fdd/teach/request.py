@@ -14,7 +14,8 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.losses.pairs import sample_blocks
 
-ENGINES = ("megatron",)
+ENGINES = ("megatron", "transformers")
+DTYPES = ("bfloat16", "float32")
 # Flags of a training that a producer has no use for, and how many words stand behind each.
 _NOT_HERE = {
     **dict.fromkeys(("--load", "--save", "--save-interval", "--pretrained-checkpoint", "--ckpt-step"), 1),
@@ -39,6 +40,7 @@ class TeachRequest:
         form: None: the teacher's own precision.
         part: number of this producer's part, and of all parts.
         batch_tokens: most tokens of a forward pass, padding included, in one replica.
+        device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
         flags: the training's, without those that a producer has no use for, or has read.
     """
 
@@ -50,6 +52,8 @@ class TeachRequest:
     form: TapForm | None
     part: tuple[int, int]
     batch_tokens: int
+    device_map: str
+    dtype: str | None
     flags: tuple[str, ...]
 
 
@@ -61,7 +65,13 @@ def parser() -> argparse.ArgumentParser:
         description="Run a teacher on the text of a training, and store its features for it.",
     )
     made.add_argument("--engine", choices=ENGINES, required=True, help="what runs the teacher")
-    made.add_argument("--teacher", type=Path, required=True, metavar="T", help="its Megatron checkpoint")
+    made.add_argument(
+        "--teacher",
+        type=Path,
+        required=True,
+        metavar="T",
+        help="its Megatron checkpoint; transformers: its Hugging Face folder",
+    )
     made.add_argument(
         "--store", type=Path, required=True, metavar="S", help="folder of the store; made, or added to"
     )
@@ -92,7 +102,30 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of one forward pass, padding included (%(default)s)",
     )
+    own = made.add_argument_group("engine transformers")
+    own.add_argument(
+        "--device-map",
+        default="auto",
+        metavar="auto|cpu|JSON",
+        help="where the teacher's parts go: GPU numbers, cpu or disk by their names; auto fills GPUs first (auto)",
+    )
+    own.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what the teacher computes in (float32 with --form float32, else bfloat16)",
+    )
     return made
+
+
+def named_engine(words: Sequence[str]) -> str | None:
+    """Return the value of --engine, before anything else is read; None without."""
+    known = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    known.add_argument("--engine")
+    try:
+        engine: str | None = known.parse_known_args(list(words))[0].engine
+    except argparse.ArgumentError:
+        return None
+    return engine
 
 
 def parse(words: Sequence[str]) -> TeachRequest:
@@ -106,6 +139,11 @@ def parse(words: Sequence[str]) -> TeachRequest:
     given, flags = own.parse_known_args(list(words))
     if given.batch_tokens < 1:
         raise ValueError(f"--batch-tokens {given.batch_tokens}: must be at least 1")
+    if given.engine == "megatron" and (given.dtype or given.device_map != "auto"):
+        flag = f"--dtype {given.dtype}" if given.dtype else f"--device-map {given.device_map}"
+        raise ValueError(
+            f"{flag}: leave it out: with --engine megatron the layout and the precision are those of Megatron's flags"
+        )
     return TeachRequest(
         engine=given.engine,
         teacher=given.teacher,
@@ -114,6 +152,8 @@ def parse(words: Sequence[str]) -> TeachRequest:
         form=given.form,
         part=given.part,
         batch_tokens=given.batch_tokens,
+        device_map=given.device_map,
+        dtype=given.dtype,
         choice=tuple(_cut(flags, dict.fromkeys(_CHOICE, 1))[1]),
         flags=tuple(_cut(flags, _NOT_HERE | dict.fromkeys(_CHOICE, 1))[0]),
     )
