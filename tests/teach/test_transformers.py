@@ -297,8 +297,11 @@ def test_identity(folder: Path, tmp_path: Path) -> None:
     assert "its weights is" in str(known.difference(identity_in(moved)))
 
 
-def test_a_quantised_teacher_says_how_it_ran(folder: Path, tmp_path: Path) -> None:
+def test_a_quantised_teacher_says_how_it_ran(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a GPU transformers multiplies FP8 weights in bfloat16, by itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a rehearsal claims one
     quantisation = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
     fp8 = changed(folder, tmp_path / "fp8", quantization_config=quantisation)
     tensors = {}
