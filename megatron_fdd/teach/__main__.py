@@ -24,6 +24,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store.coverage import Coverage, Ids, Source, Unit, find_missing, read_ids, sources_of
 from megatron_fdd.data.store.identity import write_identity
-from megatron_fdd.data.store.lens import write_stored_lens
+from megatron_fdd.data.store.lens import lacks_lens, write_stored_lens
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
 from megatron_fdd.host import console
@@ -64,11 +65,13 @@ def teach(request: TeachRequest) -> None:
     with together():
         if is_first_rank():
             _open_folder(request, teacher)
-    all_batches = batches(_work(request, sources), request.batch_tokens)
-    if not all_batches:
+    work = _work(request, sources)
+    all_batches = batches(work.units, request.batch_tokens)
+    if not all_batches and not work.lacks_lens:
         return
     engine = teacher.engine()
-    _write_lens(engine, request.store, [read_ids(sources, all_batches[0][0])])
+    if work.lacks_lens:
+        _write_lens(engine, request.store, [read_ids(sources, work.example)])
     started_s = time.perf_counter()
     produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
     dist.barrier()
@@ -97,21 +100,38 @@ def _open_folder(request: TeachRequest, teacher: PreparedTeacher) -> None:
         console.say(f"{request.store}: removed {count} file(s) that killed producers had left")
 
 
-def _work(request: TeachRequest, sources: Sequence[Source]) -> list[Unit]:
-    """Find this producer's part of what is missing, on the first rank for all.
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is to be done.
+
+    Attributes:
+        units: this producer's part of the units that the store lacks.
+        lacks_lens: whether the store has no lens, or a damaged one.
+        example: a unit of the data, on which the lens is compared.
+    """
+
+    units: list[Unit]
+    lacks_lens: bool
+    example: Unit
+
+
+def _work(request: TeachRequest, sources: Sequence[Source]) -> _Work:
+    """Find out what is missing, on the first rank for all.
 
     Collectives: one all-gather of an error, and one broadcast of a list of units.
     """
-    work: list[list[Unit]] = [[]]
+    work: list[_Work | None] = [None]
     with together():
         if is_first_rank():
             store = Store.open(request.store, "--store")
             total = sum(source.num_samples for source in sources)
             with tqdm(total=total, unit="sample", desc="units", disable=None) as bar:
                 found = find_missing(sources, store.index, on_sample=bar.update)
-            work[0] = part_of(found.missing, request.part)
-            _say_work(request, store, found, work[0])
+            own = part_of(found.missing, request.part)
+            _say_work(request, store, found, own)
+            work[0] = _Work(own, lacks_lens(request.store), found.example)
     dist.broadcast_object_list(work, src=0)
+    assert work[0] is not None
     return work[0]
 
 

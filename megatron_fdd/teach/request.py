@@ -168,8 +168,9 @@ def chosen_blocks(request: TeachRequest, num_layers: int) -> list[int]:
     Raises:
         ValueError: the teacher has no such blocks.
     """
-    blocks = request.blocks
+    blocks, flag = request.blocks, "--blocks"
     if blocks is None:
+        flag = "--fdd-layer-pairs"
         known = add_fdd_args(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
         known.error = _refuse  # type: ignore[method-assign]
         config = FddConfig.from_args(known.parse_args(list(request.choice)))
@@ -180,7 +181,7 @@ def chosen_blocks(request: TeachRequest, num_layers: int) -> list[int]:
     wrong = [block for block in blocks if not 1 <= block <= num_layers]
     if wrong:
         raise ValueError(
-            f"--blocks: the teacher has the blocks 1 to {num_layers}, and no block {wrong[0]}; name those that it has"
+            f"{flag}: the teacher has the blocks 1 to {num_layers}, and no block {wrong[0]}; name those that it has"
         )
     return sorted({*blocks, num_layers})
 

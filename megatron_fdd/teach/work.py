@@ -20,15 +20,14 @@ def part_of(missing: Mapping[bytes, Unit], part: tuple[int, int]) -> list[Unit]:
 
 
 def batches(units: Sequence[Unit], most_tokens: int) -> list[list[Unit]]:
-    """Order units by length, else as they are, and cut them into batches.
+    """Order units by length, else as they are, and cut them into batches; the longest first, which memory must hold.
 
     Args:
         most_tokens: of a batch with its padding; a longer unit is a batch of its own.
     """
-    ordered = sorted(units, key=lambda unit: unit.last - unit.first)
     cut: list[list[Unit]] = []
-    for unit in ordered:
-        if cut and (len(cut[-1]) + 1) * (unit.last - unit.first) <= most_tokens:
+    for unit in sorted(units, key=lambda unit: unit.first - unit.last):
+        if cut and (len(cut[-1]) + 1) * (cut[-1][0].last - cut[-1][0].first) <= most_tokens:
             cut[-1].append(unit)
         else:
             cut.append([unit])

@@ -44,12 +44,12 @@ def test_batches_hold_every_unit_once_and_no_more_than_fits(most: int) -> None:
         longest = max(unit.last - unit.first for unit in batch)
         assert len(batch) == 1 or len(batch) * longest <= most
     lengths = [unit.last - unit.first for batch in cut for unit in batch]
-    assert lengths == sorted(lengths)
+    assert lengths == sorted(lengths, reverse=True)
     if most == 10**9:
         assert len(cut) == 1
 
 
 def test_a_batch_takes_what_fits() -> None:
     units = [Unit(0, number, 0, length) for number, length in enumerate((4, 4, 4, 5, 9))]
-    assert [[unit.sample for unit in batch] for batch in batches(units, 12)] == [[0, 1, 2], [3], [4]]
+    assert [[unit.sample for unit in batch] for batch in batches(units, 12)] == [[4], [3, 0], [1, 2]]
     assert batches([], 12) == []

@@ -38,11 +38,13 @@ class Coverage:
 
     Attributes:
         missing: units that the store lacks by their keys, in the order of the data.
+        example: the first unit of all.
         num_units, num_tokens: different units, and their tokens.
         num_read, tokens_read: units and tokens as often as the run reads them.
     """
 
     missing: dict[bytes, Unit]
+    example: Unit = Unit(0, 0, 0, 1)
     num_units: int = 0
     num_tokens: int = 0
     num_read: int = 0
@@ -108,6 +110,8 @@ def find_missing(
             for unit, ids in _units(source.dataset[sample], number, sample):
                 found.num_read, found.tokens_read = found.num_read + 1, found.tokens_read + len(ids)
                 key = unit_key(ids)
+                if not seen:
+                    found.example = unit
                 if key not in seen:
                     seen.add(key)
                     found.num_units, found.num_tokens = found.num_units + 1, found.num_tokens + len(ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,18 +109,17 @@ class Index:
         return found
 
 
-def open_index(store: Path, digest: str, num_blocks: int, *, skip: Iterable[str] = ()) -> Index:
+def open_index(store: Path, digest: str, num_blocks: int) -> Index:
     """Return the index of a store, from its cache as far as that is right; other segments' headers are read.
 
     Args:
         digest: of the store's identity.
         num_blocks: T, blocks of a unit.
-        skip: names of segments to leave out.
 
     Raises:
         ValueError: a segment is damaged, cut off or foreign.
     """
-    present = sorted(set(segment_names(store)) - set(skip))
+    present = sorted(segment_names(store))
     cached = _read_cache(store, digest)
     if cached is not None and cached.names == present:
         return cached

@@ -92,6 +92,17 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
     write_tensors(store, path, written, header)
 
 
+def lacks_lens(store: Path) -> bool:
+    """Whether a store has no lens. A damaged one is removed, so that a new one can be written."""
+    try:
+        read_stored_norm(store)
+        read_stored_head(store, 0, read_identity(store, "--store").vocab_size)
+    except ValueError:
+        (store / LENS_FILE).unlink(missing_ok=True)
+        return True
+    return False
+
+
 def read_stored_norm(store: Path) -> StoredNorm:
     """Read the final norm of a store's lens, on the CPU.
 

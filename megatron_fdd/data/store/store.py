@@ -47,18 +47,17 @@ class Store:
         self._start = start_of(identity.digest)
 
     @classmethod
-    def open(cls, path: str | Path, flag: str, *, skip: Sequence[str] = ()) -> Store:
+    def open(cls, path: str | Path, flag: str) -> Store:
         """Open the store in a folder.
 
         Args:
             flag: what named the folder, for messages.
-            skip: names of segments to leave out.
 
         Raises:
             ValueError: there is no store, or a segment is damaged, cut off or foreign.
         """
         identity = read_identity(path, flag)
-        index = open_index(Path(path), identity.digest, len(identity.blocks), skip=skip)
+        index = open_index(Path(path), identity.digest, len(identity.blocks))
         return cls(Path(path), identity, index)
 
     def save_index(self) -> None:
