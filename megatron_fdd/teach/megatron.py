@@ -151,7 +151,7 @@ class MegatronEngine:
         head_WT, norm = read_head(self._model).detach(), read_final_norm(self._model)
         taps, final_SBT = outputs[0]
         assert final_SBT is not None
-        last_SBT = self._format_free(taps[self._layers[-1]])
+        last_SBT = taps[self._layers[-1]]
         wanted = final_SBT.float() @ head_WT.float().T
         error = (norm(last_SBT) @ head_WT.float().T - wanted).abs().max()
         largest = torch.stack([error, wanted.abs().max()])
@@ -227,10 +227,6 @@ class MegatronEngine:
             pg_collection=self._topology.collection,
         )
         return results
-
-    def _format_free(self, tap_SBT: Tensor) -> Tensor:
-        """Return a tap as the losses will read it."""
-        return self._format.unpack(self._format.pack(tap_SBT), self.identity.hidden_size)
 
     def _whole(self, tap_SBT: Tensor) -> Tensor:
         """Pack a block's output, and gather its whole sequence: uint8 [S, B, P] on every rank of the stage."""
