@@ -1,6 +1,6 @@
 """Kill producers and readers of a store again and again; in the end every byte is what was written.
 
-    python -m tests.hostile.store_kills                        # 200 kills; tests/hostile/STORE_KILLS.md has the last result
+    python -m tests.hostile.store_kills  # 200 kills; tests/hostile/STORE_KILLS.md has the last result
     python -m tests.hostile.store_kills --toy TOY --toy-kills 4  # and some of whole `fdd teach` runs
 
 Four producers at a time write the units of a new store in orders of their own, some keep the index, and one reader
