@@ -24,6 +24,7 @@ ROOMS = {
     "cli": "the command fdd",
     "doctor": "the check of a machine",
     "distill": "the entry point",
+    "teach": "a teacher's features, computed once for a store",
     "plan": "all that is decided before a process group exists",
     "step": "all that runs inside a training step, and the teacher",
     "convert": "Hugging Face and Megatron",

@@ -3,6 +3,7 @@
 # Sourced by the recipes that distil on instructions: the course that they share, from Hugging Face folders to a
 # report. A recipe sets what it is about, and calls, in this order,
 #   rehearse (only with REHEARSE=1), plan (only with PLAN=1), bring_in, train NAME ..., take_out NAME, compare.
+# A teacher that runs first is called with `teach`, before `train`.
 #
 # Two models go in, TEACHER_HF and STUDENT_HF, and instructions: DATA to train on (5 % of it for validation), and
 # EVAL_DATA to ask for answers. `layout`, `schedule` and `distillation` are arrays of flags.
@@ -105,17 +106,39 @@ print(math.ceil(float(sys.argv[2]) * documents / int(sys.argv[3])))' \
         "$WORK/data/instructions_train.prepared.json" "$1" "$GLOBAL_BATCH"
 }
 
+# data_flags ITERATIONS: what is read, and how much of it; in the array of that name.
+data_flags() {
+    data_flags=(
+        --train-data-path "$WORK/data/instructions_train" --valid-data-path "$WORK/data/instructions_valid"
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$STUDENT_HF"
+        --train-iters "$1" --eval-interval "$SAVE_INTERVAL" --eval-iters "$EVAL_ITERS"
+    )
+}
+
+# teach PART ITERATIONS FLAGS...: part I/N of the teacher's features to WORK/features, for a training of so many steps.
+# FLAGS are those of the teacher's own layout. An interrupted part goes on with what is missing.
+teach() {
+    local part=$1
+    data_flags "$2"
+    RESUMABLE=1 step "teacher's features, part $part" "$WORK/taught/${part/\// of }" run_teacher "$part" \
+        "${data_flags[@]}" "${schedule[@]}" "${distillation[@]}" "${@:3}"
+}
+
+run_teacher() { # PART FLAGS...
+    launch -m megatron_fdd.teach --engine megatron --teacher "$WORK/teacher" --store "$WORK/features" \
+        --part "$1" "${@:2}"
+    mkdir -p "$WORK/taught/${1/\// of }"
+}
+
 # train NAME START ITERATIONS FLAGS...: from the weights of the checkpoint START to WORK/NAME. An interrupted run goes
 # on from its own last checkpoint.
 train() {
     local output=$WORK/$1 start=$2 iterations=$3
+    data_flags "$iterations"
     # shellcheck disable=SC2206  # words on purpose
     local flags=(
         --load "$output" --save "$output" --pretrained-checkpoint "$start" --use-checkpoint-args
-        --train-data-path "$WORK/data/instructions_train" --valid-data-path "$WORK/data/instructions_valid"
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$STUDENT_HF"
-        --train-iters "$iterations" --save-interval "$SAVE_INTERVAL" --ckpt-format torch_dist
-        --eval-interval "$SAVE_INTERVAL" --eval-iters "$EVAL_ITERS" --log-interval 1
+        "${data_flags[@]}" --save-interval "$SAVE_INTERVAL" --ckpt-format torch_dist --log-interval 1
         --fdd-metrics-file "$output/metrics.jsonl"
         "${layout[@]}" "${schedule[@]}" "${@:4}" $EXTRA_TRAIN_FLAGS
     )

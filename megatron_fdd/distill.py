@@ -48,6 +48,7 @@ from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.own_datasets import with_checked_lengths
 from megatron_fdd.data.provider import train_valid_test_provider
+from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.disk import writing
 from megatron_fdd.host.model import build_config, check_same_sizes
@@ -70,6 +71,7 @@ from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.schedule import installed
 from megatron_fdd.step.student import StudentForward
 from megatron_fdd.step.teacher.loading import build_teacher
+from megatron_fdd.step.teacher.stored import with_features
 from megatron_fdd.step.term_modules import add_term_modules
 
 
@@ -106,7 +108,7 @@ class Distillation:
         run = self._run
         log = console.keep_log(Path(run.args.save) / "logs" if run.args.save else Path("fdd-logs"))
         if is_first_rank():
-            console.say(describe_plan(run.plan, run.args, run.teacher))
+            console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_store))
             if log is not None:
                 console.say(
                     f"loading the models and the data; Megatron's own output: {log.with_name('rank*.log')}"
@@ -117,14 +119,17 @@ class Distillation:
         if run.args.transformer_impl == "local":
             install_norms()
         parts = self._parts
-        config = build_config(run.args)
+        planned = config = build_config(run.args)
         if parts.student is not None:
-            planned, config = config, parts.student(run.args)
-            check_same_sizes(config, planned)
+            check_same_sizes(config := parts.student(run.args), planned)
         config.pre_wrap_hooks += [self._check_files, self._add_terms]
         config.post_wrap_hooks.append(self._attach)
         provider = with_checked_lengths(parts.datasets) if parts.datasets else train_valid_test_provider
-        datasets: Any = partial(with_filler(provider) if run.args.full_validation else provider)
+        if run.args.full_validation:
+            provider = with_filler(provider)
+        if run.teacher_store is not None:
+            provider = with_features(provider, run.teacher_store, run.plan, run.args)
+        datasets: Any = partial(provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
@@ -188,10 +193,10 @@ class Distillation:
     def _add_terms(self, chunks: list[GPTModel]) -> list[GPTModel]:
         """Join the terms' parameters to the student's chunks, as Megatron's pre-wrap hook."""
         run = self._run
-        if run.teacher is not None:
+        if run.teacher_size is not None:
             topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
             plans = run.plan.chunks_on(topology.stage)
-            widths = run.args.hidden_size, run.teacher.hidden_size
+            widths = run.args.hidden_size, run.teacher_size.hidden_size
             add_term_modules(chunks, plans, run.config, widths, run.fresh)
         return chunks
 
@@ -199,7 +204,7 @@ class Distillation:
         """Join the teacher to the student, which is built but not loaded, as Megatron's post-wrap hook."""
         run = self._run
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
-        teacher = None
+        teacher: GPTModel | Store | None = run.teacher_store
         if run.teacher is not None and run.teacher_checkpoint is not None:
             own_experts = topology.with_experts(run.teacher.expert_model_parallel_size)
             teacher = build_teacher(run.teacher, run.teacher_checkpoint, own_experts)
@@ -212,11 +217,9 @@ class Distillation:
             seed=run.args.seed,
         )
         writes_metrics = run.args.rank == run.args.world_size - 1  # where Megatron logs
-        steps.write_metrics_to(
-            run.config.metrics_file if writes_metrics else None,
-            self._progress if is_first_rank() else None,
-            stop_at_nan=run.stop_at_nan,
-        )
+        metrics_file = run.config.metrics_file if writes_metrics else None
+        progress = self._progress if is_first_rank() else None
+        steps.write_metrics_to(metrics_file, progress, stop_at_nan=run.stop_at_nan)
         self._patches.enter_context(installed(steps))
         self._patches.enter_context(full_validation.installed())
         self._student_step = steps.forward_step
@@ -241,7 +244,7 @@ def main(parts: Parts = Parts()) -> int:
         run = prepare_run(checks_data=parts.datasets is None)
         if run.config.dry_run:
             if is_first_rank():
-                console.say(describe_plan(run.plan, run.args, run.teacher))
+                console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_store))
             return 0
         distillation = Distillation(run, parts)
         # With --exit-signal-handler, Megatron finishes the step and saves.

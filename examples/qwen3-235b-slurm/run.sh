@@ -18,6 +18,14 @@
 #   PLAN=1 TEACHER_HF=... STUDENT_HF=... bash examples/qwen3-235b-slurm/run.sh   # here, from the two config.json
 #   REHEARSE=1 bash examples/qwen3-235b-slurm/run.sh      # toy size, random weights, 4 processes on a CPU
 #
+# With TEACHER=store the teacher runs first and alone, in a layout of its own, and stores its features; the student then
+# trains without it, on fewer GPUs if you like. Three jobs; the second is an array, whose tasks share the work:
+#
+#   export TEACHER=store TEACHER_HF=... STUDENT_HF=... DATA=... EVAL_DATA=...
+#   ready=$(STEP=prepare sbatch --parsable examples/qwen3-235b-slurm/run.sh)
+#   taught=$(STEP=teach sbatch --parsable --dependency=afterok:$ready --array=0-7 --nodes=2 examples/qwen3-235b-slurm/run.sh)
+#   STEP=train sbatch --dependency=afterok:$taught --nodes=2 examples/qwen3-235b-slurm/run.sh
+#
 # A job that its time limit ends saves first and queues itself again; Slurm queues it again when a node fails.
 # Either way finished steps are passed over and the training goes on from its last checkpoint.
 set -euo pipefail
@@ -29,9 +37,22 @@ source examples/instructions.sh
 if [[ $REHEARSE == 1 ]]; then
     # work, nodes, GPUs a node, TP, PP, layers of the stages, experts over, precision, batch, length, epochs
     default=(runs/rehearsal 2 2 1 2 "" 2 "" 4 96 0.15)
+    teacher_default=(2 1 2 2)
 else
     default=(runs 8 8 4 4 'Etttttttttt|tttttttttt|tttttttt|ttttttttL' 8 --bf16 256 4096 1)
+    teacher_default=(4 2 8 1)
 fi
+TEACHER=${TEACHER:-live} # store: it runs first and alone
+STEP=${STEP:-all}        # with TEACHER=store: prepare, teach or train; all of them in one job
+case $TEACHER-$STEP in
+live-all | store-prepare | store-teach | store-train | store-all) ;;
+*) echo "error: TEACHER=$TEACHER STEP=$STEP: live, or store with prepare, teach, train or all" >&2 && exit 2 ;;
+esac
+# The teacher's own layout, where it runs alone.
+TEACHER_TENSOR_PARALLEL=${TEACHER_TENSOR_PARALLEL:-${teacher_default[0]}}
+TEACHER_PIPELINE_PARALLEL=${TEACHER_PIPELINE_PARALLEL:-${teacher_default[1]}}
+TEACHER_EXPERT_PARALLEL=${TEACHER_EXPERT_PARALLEL:-${teacher_default[2]}}
+PARTS=${SLURM_ARRAY_TASK_COUNT:-${teacher_default[3]}} # producers that share the work
 WORK=${WORK:-${default[0]}/qwen3-235b-to-8b}
 NODES=${SLURM_NNODES:-${NODES:-${default[1]}}}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${default[2]}}
@@ -53,10 +74,17 @@ RANKS=$((NODES * GPUS_PER_NODE))
 # shellcheck disable=SC2206  # words on purpose
 layout=(
     --tensor-model-parallel-size "$TENSOR_PARALLEL" --pipeline-model-parallel-size "$PIPELINE_PARALLEL"
-    --teacher-expert-model-parallel-size "$EXPERT_PARALLEL" --expert-tensor-parallel-size 1
+    --expert-tensor-parallel-size 1
     --use-distributed-optimizer --recompute-granularity selective $PRECISION_FLAGS
 )
 ((TENSOR_PARALLEL == 1)) || layout+=(--sequence-parallel)
+[[ $TEACHER == store ]] || layout+=(--teacher-expert-model-parallel-size "$EXPERT_PARALLEL")
+# shellcheck disable=SC2206  # words on purpose
+teacher_layout=(
+    --tensor-model-parallel-size "$TEACHER_TENSOR_PARALLEL" --pipeline-model-parallel-size "$TEACHER_PIPELINE_PARALLEL"
+    --expert-model-parallel-size "$TEACHER_EXPERT_PARALLEL" --expert-tensor-parallel-size 1 $PRECISION_FLAGS
+)
+((TEACHER_TENSOR_PARALLEL == 1)) || teacher_layout+=(--sequence-parallel)
 [[ -z $PIPELINE_LAYOUT ]] || layout+=(--pipeline-model-parallel-layout "$PIPELINE_LAYOUT")
 schedule=(
     --seq-length "$SEQ_LENGTH" --micro-batch-size "$MICRO_BATCH" --global-batch-size "$GLOBAL_BATCH"
@@ -90,12 +118,24 @@ convert_teacher() { # all processes share the work
 
 [[ $REHEARSE == 0 ]] || rehearse qwen3_moe 10 qwen3 6
 [[ $PLAN == 0 ]] || plan "$RANKS"
-bring_in
+if [[ $STEP == all || $STEP == prepare ]]; then
+    bring_in
+    [[ $STEP == all ]] || exit 0
+fi
+if [[ $TEACHER == store && $STEP != train ]]; then
+    for ((part = 0; part < PARTS; part++)); do
+        [[ ${SLURM_ARRAY_TASK_ID:-$part} != "$part" ]] ||
+            teach "$part/$PARTS" "$(iterations "$EPOCHS")" "${teacher_layout[@]}"
+    done
+    [[ $STEP == all ]] || exit 0
+fi
 if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
     minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - RESERVE_MINUTES))
     # Of 0 minutes Megatron thinks that there is no limit.
     STOP_FLAGS=${STOP_FLAGS:---exit-duration-in-mins $((minutes > 0 ? minutes : 1))}
 fi
-train distilled "$WORK/student" "$(iterations "$EPOCHS")" --teacher-load "$WORK/teacher" "${distillation[@]}"
+teacher=(--teacher-load "$WORK/teacher")
+[[ $TEACHER == live ]] || teacher=(--fdd-teacher-store "$WORK/features")
+train distilled "$WORK/student" "$(iterations "$EPOCHS")" "${teacher[@]}" "${distillation[@]}"
 take_out distilled
 compare distilled

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from megatron_fdd import convert
-from megatron_fdd.config import parse_layer_pairs
+from megatron_fdd.config.values import parse_layer_pairs
 from megatron_fdd.evaluate.perplexity import (
     PerplexityScore,
     cut_windows,

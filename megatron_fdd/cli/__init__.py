@@ -19,6 +19,8 @@ COMMANDS = {
     "import": ("hf_to_mcore", "Hugging Face model to Megatron checkpoint."),
     "prepare": ("prepare_data", "Text or instructions to token files."),
     "plan": ("plan", "Which rank does what, and the memory it needs; trains nothing."),
+    "teach": ("teach", "Compute a teacher's features once, for trainings that read them from disk."),
+    "store": ("store", "What is in a store of features, is it whole, and what can go."),
     "train": ("train", "Distil: Megatron's training loop with a teacher beside the student."),
     "export": ("mcore_to_hf", "Megatron checkpoint to Hugging Face model."),
     "evaluate": ("evaluate", "ROUGE-L of answers, perplexity, distance to the teacher."),

@@ -72,19 +72,19 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
         sys.exit(launch([*launching, "-m", ENTRY_POINT, *flags]))
 
 
-def launch(words: Sequence[str]) -> int:
+def launch(words: Sequence[str], command_name: str = "fdd train") -> int:
     """Run torchrun with these words and return the exit status.
 
     A failure ends with one line in place of torchrun's report of thirty: the ranks have already printed what went
     wrong.
     """
     try:
-        return _torchrun(words)
+        return _torchrun(words, command_name)
     except KeyboardInterrupt:  # before torchrun handles signals itself, which takes seconds
         return 128 + signal.SIGINT
 
 
-def _torchrun(words: Sequence[str]) -> int:
+def _torchrun(words: Sequence[str], command_name: str) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -115,13 +115,13 @@ def _torchrun(words: Sequence[str]) -> int:
         code = failure.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         hint = "; out of memory?" if code == -signal.SIGKILL else ""
-        click.echo(f"fdd train: rank {rank} {how}{hint}; the other ranks were ended", err=True)
+        click.echo(f"{command_name}: rank {rank} {how}{hint}; the other ranks were ended", err=True)
         return 1
     except SignalException as error:
         return 128 + error.sigval
     except (AssertionError, ValueError, RuntimeError, RendezvousError) as error:
         first_line, *_ = str(error).splitlines() or [type(error).__name__]
-        click.echo(f"fdd train: torchrun cannot start the ranks: {first_line}", err=True)
+        click.echo(f"{command_name}: torchrun cannot start the ranks: {first_line}", err=True)
         return 1
     return 0
 
@@ -160,7 +160,7 @@ def _usage_error(message: str) -> NoReturn:
     raise click.UsageError(message)
 
 
-def run_here(flags: Sequence[str]) -> None:
-    """Run the entry point in this process with these flags, as `python -m` would."""
-    sys.argv = [ENTRY_POINT, *flags]
-    runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)  # which exits
+def run_here(flags: Sequence[str], entry_point: str = ENTRY_POINT) -> None:
+    """Run an entry point in this process with these flags, as `python -m` would."""
+    sys.argv = [entry_point, *flags]
+    runpy.run_module(entry_point, run_name="__main__", alter_sys=True)  # which exits

@@ -49,8 +49,12 @@ def flag[T](default: T, text: str, **more: Any) -> T:
 
 
 def dest(field_name: str) -> str:
-    """Return a field's name in the parsed command line; with dashes it is the name of its flag."""
-    return field_name if field_name.startswith("teacher_") else f"fdd_{field_name}"
+    """Return a field's name in the parsed command line; with dashes it is the name of its flag.
+
+    A flag of the live teacher has its own name, as Megatron's flags have.
+    """
+    is_own = field_name.startswith("teacher_") and field_name != "teacher_store"
+    return field_name if is_own else f"fdd_{field_name}"
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

@@ -47,12 +47,14 @@ class StoredTensor:
         file: name of the file that holds the tensor.
         dtype: safetensors' name of the dtype, such as BF16.
         offset: position of the tensor's first byte in the file.
+        num_bytes: how many bytes it has there.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    num_bytes: int
 
 
 class HfFolder:
@@ -113,12 +115,12 @@ class HfFolder:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        return {
-            name: StoredTensor(
-                file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-            )
-            for name, entry in header.items()
-        }
+        tensors = {}
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            tensors[name] = StoredTensor(file, entry["dtype"], shape, 8 + length + first, last - first)
+        return tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""

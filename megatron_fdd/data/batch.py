@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_fdd.data.store.taught import FEATURES
 
 # B micro-batch (1 when packed), S sequence (this context-parallel rank's part)
 
@@ -27,6 +31,8 @@ class Batch:
             forbidden, with `--reset-attention-mask`.
         packed: where documents begin, when attention stays inside each document
             (`--dataloader-inter-document-masking`); the whole micro-batch is then one row.
+        teacher_features: packed features of a stored teacher (`data/store/taught.py`), uint8 [B, K, R, P] of this
+            rank's R positions; when packed, [samples, K, sequence, P] of the whole row.
     """
 
     tokens_BS: Tensor
@@ -36,13 +42,21 @@ class Batch:
     token_mask_BS: Tensor
     attention_mask: Tensor | None = None
     packed: PackedSeqParams | None = None
+    teacher_features: Tensor | None = None
 
 
 # What a sample has, and so a batch.
 _ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
 
 
-def checked_batches(data_iterator: Any, vocab_size: int, iteration: int) -> Any:
+@dataclass(slots=True)
+class Wait:
+    """The time that a step has waited for its batches, in seconds."""
+
+    seconds: float = 0.0
+
+
+def checked_batches(data_iterator: Any, vocab_size: int, iteration: int, wait: Wait) -> Any:
     """Return an iterator over the same batches that refuses ids which tokenizer, teacher and student do not share.
 
     A prepared set is checked as a whole before training; this is for data that nothing describes. The host looks:
@@ -52,17 +66,21 @@ def checked_batches(data_iterator: Any, vocab_size: int, iteration: int) -> Any:
         data_iterator: Megatron's; a list of them with virtual stages.
         vocab_size: number of ids that all have.
         iteration: number of steps that are done.
+        wait: gets the time that each batch takes to arrive.
     """
     if isinstance(data_iterator, list):
-        return [checked_batches(each, vocab_size, iteration) for each in data_iterator]
-    return _CheckedBatches(data_iterator, vocab_size, iteration)
+        return [checked_batches(each, vocab_size, iteration, wait) for each in data_iterator]
+    return _CheckedBatches(data_iterator, vocab_size, iteration, wait)
 
 
 class _CheckedBatches:
     """An iterator without `__iter__`, as Megatron's own are."""
 
-    def __init__(self, batches: Iterator[Mapping[str, Tensor]], vocab_size: int, iteration: int) -> None:
+    def __init__(
+        self, batches: Iterator[Mapping[str, Tensor]], vocab_size: int, iteration: int, wait: Wait
+    ) -> None:
         self._batches, self._vocab_size, self._iteration = batches, vocab_size, iteration
+        self._wait = wait
 
     def __next__(self) -> Mapping[str, Tensor]:
         """Return the next batch.
@@ -70,7 +88,9 @@ class _CheckedBatches:
         Raises:
             ValueError: there is no batch, an entry is missing, or an id is unknown; on the ranks that read it.
         """
+        started_s = time.perf_counter()
         batch = next(self._batches, None)
+        self._wait.seconds += time.perf_counter() - started_s
         if batch is None:
             raise ValueError(
                 f"iteration {self._iteration + 1}: the data have no batch left on this rank; give as many samples as "
@@ -95,6 +115,25 @@ class _CheckedBatches:
         return batch
 
 
+def read_ahead(*, data_iterator: Any, num_microbatches: int, **_: Any) -> tuple[list[dict[str, Tensor]], Any]:
+    """Return the step's batches, and iterators over them to replace Megatron's (one per chunk with virtual stages)."""
+    if not isinstance(data_iterator, list):
+        batches = [next(data_iterator) for _ in range(num_microbatches)]
+        return batches, iter(batches)
+    # Every chunk has a loader of its own over the same samples; all must advance equally.
+    by_chunk = [[next(iterator) for _ in range(num_microbatches)] for iterator in data_iterator]
+    return by_chunk[0], [iter(batches) for batches in by_chunk]
+
+
+def peek(data_iterator: Any) -> tuple[list[dict[str, Tensor]], Any]:
+    """Return the step's first batch, and iterators that still have it."""
+    if isinstance(data_iterator, list):
+        first, head = peek(data_iterator[0])
+        return first, [head, *data_iterator[1:]]
+    batch = next(data_iterator)
+    return [batch], chain([batch], iter(lambda: next(data_iterator), None))
+
+
 def get_batch(
     data_iterator: Iterator[Mapping[str, Tensor]],
     device: torch.device | str | int,
@@ -107,6 +146,7 @@ def get_batch(
     none.
     """
     sample = dict(next(data_iterator))
+    features = sample.pop(FEATURES, None)  # this rank's own already
     boundaries = None
     if "cu_seqlens" in sample:
         sample["token_mask"] = sample["token_mask"].reshape(1, -1)
@@ -126,6 +166,7 @@ def get_batch(
         token_mask_BS=to_device(sample["token_mask"]),
         attention_mask=to_device(sample["attention_mask"]) if "attention_mask" in sample else None,
         packed=None if boundaries is None else _packed(to_device(boundaries[0]), boundaries[1]),
+        teacher_features=None if features is None else to_device(features),
     )
 
 

@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
@@ -19,7 +20,7 @@ from megatron_fdd.data.full_validation import NO_TEST
 from megatron_fdd.data.index_cache import check_cache_folders
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet
-from megatron_fdd.data.sources import blends, data_prefixes, evaluates, open_sets
+from megatron_fdd.data.sources import blends, cuts_documents, data_prefixes, evaluates, open_sets
 from megatron_fdd.data.token_ids import RUNS_TOKENIZER, check_token_ids
 from megatron_fdd.data.tokenizer_identity import FormerStamp, compare
 
@@ -67,6 +68,10 @@ def _check_flags(args: argparse.Namespace) -> None:
     has_data = bool(data_prefixes(args))
     refused = (
         (
+            cuts_documents(args) and any(map(is_object_storage_path, data_prefixes(args))),
+            "--fdd-text-units documents: documents in object storage are not cut; copy the set to a disk",
+        ),
+        (
             args.sft,
             "--sft is Megatron's own instruction dataset; prepare the JSONL with fdd prepare and "
             "give it as --data-path: it is recognised",
@@ -107,6 +112,15 @@ def _check_kinds(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> None
             "kind, so give the sets to two runs"
         )
     ignored = [name for name in _FLAGS_OF_ENDS if getattr(args, name)]
+    if cuts_documents(args):
+        if "instruction" in kinds or args.mock_data:
+            _warn(args, "--fdd-text-units documents: no effect but on plain text")
+        elif not args.dataloader_inter_document_masking:
+            _warn(
+                args,
+                "--fdd-text-units documents: each row holds one piece of a document, and padding; give "
+                "--dataloader-inter-document-masking, which fills it with pieces",
+            )
     if "instruction" in kinds and ignored:
         flags = ", ".join("--" + name.replace("_", "-") for name in ignored)
         _warn(args, f"{flags}: no effect on instructions, whose samples are single documents")

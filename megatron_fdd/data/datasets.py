@@ -23,7 +23,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 
-from megatron_fdd.data.prepared import content_identity, mask_prefix
+from megatron_fdd.data.prepared import content_identity, mask_prefix, set_kind
 
 Sample = dict[str, torch.Tensor]
 # Stands at padded positions. Any id that the embedding has would do: the masks say that it does not count, and
@@ -98,6 +98,7 @@ class InstructionSet:
     def __init__(self, prefix: str, mmap: bool) -> None:
         self.ids = IndexedDataset(prefix, mmap=mmap)
         self.masks = IndexedDataset(mask_prefix(prefix), mmap=mmap)
+        self.lengths = self.ids.sequence_lengths
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -106,8 +107,34 @@ class InstructionSet:
         return self.ids[index], self.masks[index]
 
 
+class DocumentSet:
+    """Token ids and loss masks of plain text, piece by piece: documents are cut once, whatever is read of them.
+
+    A piece has at most one id more than a sequence, which is the last one's label and begins the next piece.
+    """
+
+    def __init__(self, prefix: str, mmap: bool, sequence_length: int) -> None:
+        self._documents = IndexedDataset(prefix, mmap=mmap)
+        self._length = sequence_length
+        lengths = self._documents.sequence_lengths.astype(np.int64)
+        counts = np.maximum(-(-(lengths - 1) // sequence_length), 0)
+        self._document = np.repeat(np.arange(len(lengths)), counts)
+        self._first = (
+            np.arange(len(self._document)) - np.repeat(np.cumsum(counts) - counts, counts)
+        ) * sequence_length
+        self.lengths = np.minimum(lengths[self._document] - self._first, sequence_length + 1)
+
+    def __len__(self) -> int:
+        return len(self._document)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        first, count = int(self._first[index]), int(self.lengths[index])
+        ids = self._documents.get(int(self._document[index]), offset=first, length=count)
+        return ids, np.ones(count, np.uint8)
+
+
 class InstructionDataset(MegatronDataset):
-    """A dataset with one instruction in each sample, padded on the right to the sequence length.
+    """A dataset with one instruction, or piece of a document, in each sample, padded on the right.
 
     With padding on the right and causal attention no attention mask is needed. All epochs are shuffled by the seed
     alone, so every rank has the same order without a file or a collective.
@@ -115,7 +142,7 @@ class InstructionDataset(MegatronDataset):
 
     def __init__(
         self,
-        dataset: InstructionSet,
+        dataset: InstructionSet | DocumentSet,
         dataset_path: str,
         indices: np.ndarray,
         num_samples: int | None,
@@ -136,14 +163,16 @@ class InstructionDataset(MegatronDataset):
         return np.random.default_rng(seed).permutation(self.indices)
 
     @staticmethod
-    def numel_low_level_dataset(low_level_dataset: InstructionSet) -> int:
+    def numel_low_level_dataset(low_level_dataset: InstructionSet | DocumentSet) -> int:
         """Return the number of instructions (Megatron's hook)."""
         return len(low_level_dataset)
 
     @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> InstructionSet:
-        """Open the two indexed datasets (Megatron's hook)."""
-        return InstructionSet(dataset_path, config.mmap_bin_files)
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> InstructionSet | DocumentSet:
+        """Open an instruction set, or text whose documents take the place of instructions (Megatron's hook)."""
+        if set_kind(dataset_path) == "instruction":
+            return InstructionSet(dataset_path, config.mmap_bin_files)
+        return DocumentSet(dataset_path, config.mmap_bin_files, config.sequence_length)
 
     def __len__(self) -> int:
         return len(self._order)

@@ -19,7 +19,7 @@ class PackedInstructionDataset(InstructionDataset):
 
     def _arrange(self, num_samples: int | None) -> list[np.ndarray]:
         # L ids give L - 1 pairs of input and label.
-        pairs = np.maximum(self.dataset.ids.sequence_lengths.astype(np.int64) - 1, 0)
+        pairs = np.maximum(self.dataset.lengths.astype(np.int64) - 1, 0)
         packs: list[np.ndarray] = []
         epoch = 0
         while not packs or len(packs) < (num_samples or 1):

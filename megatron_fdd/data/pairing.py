@@ -50,7 +50,7 @@ def check_checkpoint_tokenizer(
         if role is Role.TEACHER:
             _warn(
                 args,
-                f"--teacher-load {load} stores no tokenizer, so nothing checks that its ids mean what the data's ids "
+                f"the teacher {load} stores no tokenizer, so nothing checks that its ids mean what the data's ids "
                 "mean; if they do not, the student learns noise (fdd import stores it)",
             )
         return

@@ -25,7 +25,7 @@ from megatron_fdd.data.datasets import InstructionDataset, MockTextDataset, Text
 from megatron_fdd.data.index_cache import told_cache
 from megatron_fdd.data.packing import PackedInstructionDataset
 from megatron_fdd.data.prepared import set_kind
-from megatron_fdd.data.sources import blends, data_prefixes, evaluates
+from megatron_fdd.data.sources import blends, cuts_documents, data_prefixes, evaluates
 
 __all__ = ["Batch", "build_datasets", "check_data_args", "get_batch", "train_valid_test_provider"]
 
@@ -54,12 +54,18 @@ def build_datasets(
     dataset_class: type[MegatronDataset] = TextDataset
     if config.mock:
         dataset_class = MockTextDataset
-    elif not is_object_storage_path(prefixes[0]) and set_kind(prefixes[0]) == "instruction":
-        # All sets have one kind (checks.check_data_args).
+    elif _has_documents(args, prefixes[0]):  # all sets have one kind (checks.check_data_args)
         dataset_class = PackedInstructionDataset if config.inter_document_masking else InstructionDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config)
     with told_cache(args):
         return builder.build()
+
+
+def _has_documents(args: argparse.Namespace, prefix: str) -> bool:
+    """Whether samples are made of single documents: instructions, or text with `--fdd-text-units documents`."""
+    if is_object_storage_path(prefix):
+        return False
+    return set_kind(prefix) == "instruction" or cuts_documents(args)
 
 
 def _dataset_config(args: argparse.Namespace, tokenizer: MegatronTokenizerBase) -> GPTDatasetConfig:

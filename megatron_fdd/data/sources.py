@@ -20,6 +20,11 @@ def evaluates(args: argparse.Namespace) -> bool:
     return bool(args.full_validation or args.eval_iters)
 
 
+def cuts_documents(args: argparse.Namespace) -> bool:
+    """Whether documents of plain text are cut once (`--fdd-text-units documents`); not without this package's flags."""
+    return getattr(args, "fdd_text_units", "rows") == "documents"
+
+
 def blends(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
     """Return the blend for all parts together, or one for each of train, validation and test; only what is read."""
     blend, per_part = get_blend_and_blend_per_split(args)

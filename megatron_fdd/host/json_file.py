@@ -77,6 +77,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, each) for each in arguments)
     if origin is Literal:
         return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, arguments[0]) for each in value)
     if origin is not None:  # a mapping
         return isinstance(value, origin) and all(_fits(each, arguments[1]) for each in value.values())
     if hint is Any:

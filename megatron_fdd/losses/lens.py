@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,20 +20,23 @@ class FinalNorm:
 
     Attributes:
         weight_H: scale, already shifted by 1 where the model stores it zero-centred.
-        bias_H: None for RMSNorm, which also means that the mean is kept.
+        bias_H: None where there is none.
+        kind: "rms" keeps the mean, "layer" takes it away.
     """
 
     weight_H: Tensor
     bias_H: Tensor | None
     epsilon: float
+    kind: Literal["rms", "layer"]
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         hidden_NH = hidden_NH.float()
         width = hidden_NH.shape[-1:]
-        if self.bias_H is None:
-            return torch.nn.functional.rms_norm(hidden_NH, width, self.weight_H.float(), self.epsilon)
-        weight_H, bias_H = self.weight_H.float(), self.bias_H.float()
-        return torch.nn.functional.layer_norm(hidden_NH, width, weight_H, bias_H, self.epsilon)
+        weight_H, bias_H = self.weight_H.float(), None if self.bias_H is None else self.bias_H.float()
+        if self.kind == "layer":
+            return torch.nn.functional.layer_norm(hidden_NH, width, weight_H, bias_H, self.epsilon)
+        normed_NH = torch.nn.functional.rms_norm(hidden_NH, width, weight_H, self.epsilon)
+        return normed_NH if bias_H is None else normed_NH + bias_H
 
 
 @dataclass(frozen=True, slots=True)

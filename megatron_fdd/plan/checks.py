@@ -8,7 +8,7 @@
 | `OF_EACH_MODEL`, for the student | its architecture: a checkpoint has completed the arguments, values are forced |
 | `WITH_STUDENT` | the same; the checks above have accepted its parallel sizes |
 | `AFTER_MEGATRON` | Megatron has validated the arguments and built the tokenizer |
-| `WITH_STORED_TEACHER` | the teacher's arguments as its checkpoint stores them, if there is one; all vocabularies |
+| `WITH_STORED_TEACHER` | the teacher as its checkpoint, or its store of features, describes it; all vocabularies |
 | `OF_EACH_MODEL`, for the teacher | those arguments with this run's layout and precision; skipped without a teacher |
 | `WITH_TEACHER` | the same |
 | `OF_BOTH_MODELS` | the plan: layer pairs, layers of every chunk, the common vocabulary |
@@ -48,6 +48,7 @@ from megatron_fdd.plan.resumption import check_resumption
 from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
+from megatron_fdd.plan.teacher_store import check_one_teacher, check_store
 from megatron_fdd.plan.term_parameters import check_term_parameters, warn_of_left_out_terms
 from megatron_fdd.plan.vocabulary import (
     check_data_ids,
@@ -110,10 +111,22 @@ def _mend_cache(context: Context) -> None:
 
 def _check_teacher_lens(context: Context) -> None:
     """Refuse a lens file of another teacher, without the blocks that are compared, or with a number like NaN."""
-    path, plan, teacher = context.config.teacher_lens, context.plan, context.teacher
+    path, plan, teacher, store = (
+        context.config.teacher_lens,
+        context.plan,
+        context.teacher,
+        context.teacher_store,
+    )
     assert plan is not None, "the phase is made when it is known"
-    if path is not None and plan.pairs and teacher is not None and teacher.stored is not None:
+    if path is None or not plan.pairs:
+        return
+    identity = None
+    if store is not None:
+        known = store.identity
+        identity = TeacherIdentity(known.num_layers, known.hidden_size, known.final_norm)
+    elif teacher is not None and teacher.stored is not None:
         identity = TeacherIdentity.read(teacher.stored.path, teacher.args)
+    if identity is not None:
         LensFile.open(path).check(identity, {pair.teacher_block for pair in plan.pairs})
 
 
@@ -133,6 +146,7 @@ def _check_terms(context: Context) -> None:
 
 BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(_check_terms),
+    Check(check_one_teacher),
     Check(check_refusals),
     Check(check_given),
     Check(check_numbers),
@@ -182,6 +196,7 @@ WITH_STORED_TEACHER: tuple[Check[Context], ...] = (
 WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
 OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(check_recompute),
+    Check(check_store),
     Check(_check_teacher_lens),
     Check(_check_tap_width),
     Check(check_term_parameters),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.checkpoint import RELEASE, find_checkpoint, read_checkpoint_args
 from megatron_fdd.host.model_fields import check_stored_args
 from megatron_fdd.host.role import Role
@@ -64,6 +65,15 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherSize:
+    """What the losses must know of a teacher, whether it runs or its features are stored."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """The knowledge of a phase of checks; a later phase knows more (`plan/checks.py` lists the phases).
 
@@ -72,6 +82,7 @@ class Context:
         stored_student: the checkpoint that the student starts from; None from scratch.
         stored_teacher: the teacher's checkpoint; None without a teacher.
         teacher_args: the teacher's arguments in this run.
+        teacher_store: the teacher's features on disk, which take the place of both.
         plan: layer pairs, layers of every chunk, vocabulary.
         id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         checks_data: the datasets are ours; False where a training script brings its own.
@@ -82,6 +93,7 @@ class Context:
     stored_student: StoredModel | None = None
     stored_teacher: StoredModel | None = None
     teacher_args: argparse.Namespace | None = None
+    teacher_store: Store | None = None
     plan: Plan | None = None
     id_holders: Mapping[str, int] = field(default_factory=dict)
     checks_data: bool = True
@@ -93,6 +105,25 @@ class Context:
         if stored is None or stored.flag != "--load" or stored.path.name == RELEASE:
             return False
         return not (args.finetune or args.no_load_optim)
+
+    @property
+    def teacher_size(self) -> TeacherSize | None:
+        """The teacher's size; None without one, and before it is known."""
+        if self.teacher_store is not None:
+            identity = self.teacher_store.identity
+            return TeacherSize(identity.num_layers, identity.hidden_size, identity.vocab_size)
+        if self.stored_teacher is None:
+            return None
+        args = self.stored_teacher.args
+        vocab_size = getattr(args, "vocab_size", None) or args.padded_vocab_size
+        return TeacherSize(args.num_layers, args.hidden_size, vocab_size)
+
+    @property
+    def teacher_folder(self) -> str | None:
+        """The folder of the teacher's checkpoint, or of its features; its tokenizer may lie in it."""
+        if self.teacher_store is not None:
+            return str(self.teacher_store.path)
+        return None if self.stored_teacher is None else self.stored_teacher.folder
 
     @property
     def student(self) -> Model:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
@@ -16,26 +18,31 @@ from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
+from megatron_fdd.plan.teacher_store import describe_store, store_bytes
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
 _MIB = 2**20
 
 
-def describe_plan(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> str:
+def describe_plan(
+    plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None, store: Store | None = None
+) -> str:
     """Write the plan as text, with one line for each fact and memory in MiB per rank.
 
     Args:
         args: the student's (this run's) validated arguments.
-        teacher: the teacher's arguments; None without a teacher.
+        teacher: the teacher's arguments; None without a teacher that runs.
+        store: the teacher's features on disk.
     """
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += [f"  plug-ins: {', '.join(plan.config.plugin)}"] if plan.config.plugin else []
     lines += _pairs(plan.config, plan.pairs)
+    lines += [] if store is None else describe_store(plan, args, store)
     lines += _ranks(plan, args)
     lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
-    lines += _memory(plan, args, teacher)
-    lines += _balance(plan, args, teacher)
+    lines += _memory(plan, args, teacher, store)
+    lines += _balance(plan, args, _teacher_width(teacher, store))
     return "\n".join(lines)
 
 
@@ -106,14 +113,34 @@ def _experts(args: argparse.Namespace, role: Role) -> list[str]:
     ]
 
 
-def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
+def _teacher_width(teacher: argparse.Namespace | None, store: Store | None) -> int | None:
+    """Return the width of the teacher, whether it runs or its features are stored."""
+    if store is not None:
+        return store.identity.hidden_size
+    return None if teacher is None else teacher.hidden_size
+
+
+def _memory(
+    plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None, store: Store | None
+) -> list[str]:
     """Return lines with the estimates for the stage that holds most, and their sum."""
     figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
     if copies := weight_copies_bytes(args, plan.student_layers):
         figures["student weights, copies in FP8"] = copies
-    if learned := _learned_bytes(plan, args, teacher):
+    teacher_width = _teacher_width(teacher, store)
+    if learned := _learned_bytes(plan, args, teacher_width):
         figures["what terms learn, gradients and optimizer"] = learned
-    figures |= _distillation_bytes(plan, args, teacher)
+    figures["student head"] = (
+        args.padded_vocab_size
+        // args.tensor_model_parallel_size
+        * (args.hidden_size * args.params_dtype.itemsize)
+    )
+    if teacher is not None:
+        figures |= _teacher_bytes(plan, args, teacher)
+    if store is not None:
+        figures |= store_bytes(plan, args, store)
+    if teacher_width is not None:
+        figures |= _term_bytes(plan, args, teacher_width)
     # With several stages, heads are copies.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
     counted = [size for name, size in figures.items() if not any(part in name for part in elsewhere)]
@@ -125,11 +152,11 @@ def _memory(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | 
     ]
 
 
-def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> int:
+def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher_width: int | None) -> int:
     """Estimate the bytes of terms' parameters on the stage that holds most, counted like the student's."""
-    if teacher is None:
+    if teacher_width is None:
         return 0
-    widths = args.hidden_size, teacher.hidden_size
+    widths = args.hidden_size, teacher_width
     stages = [
         [index for chunk in plan.chunks_on(stage) for index in chunk.pairs]
         for stage in range(plan.num_stages)
@@ -139,55 +166,63 @@ def _learned_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Names
     return most * 6 + most * 12 // sharing
 
 
-def _distillation_bytes(
-    plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None
-) -> dict[str, int]:
-    """Estimate the bytes of the teacher and the terms on the stage that holds most."""
-    config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
-    needs = needs_of(config)
+def _own_rows(args: argparse.Namespace) -> int:
+    """Return the token rows of a micro-batch on this rank, outside the matrix products."""
     rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
-    own_rows = rows // (tensor if args.sequence_parallel else 1)
-    bytes_each, width = args.params_dtype.itemsize, args.hidden_size
-    figures = {"student head": args.padded_vocab_size // tensor * width * bytes_each}
-    if teacher is not None:
-        taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(stages))
-        held = max(len(plan.teacher_pairs(stage)) for stage in range(stages))
-        figures["teacher weights"], in_fp8 = frozen_weight_bytes(teacher)
-        if in_fp8:
-            figures["teacher weights in FP8"] = in_fp8
-        figures["teacher head (with one stage part of its weights)"] = (
-            args.padded_vocab_size // tensor * teacher.hidden_size * bytes_each
+    return rows // (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+
+
+def _teacher_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace) -> dict[str, int]:
+    """Estimate the bytes of a teacher that runs, on the stage that holds most."""
+    config, tensor, stages = plan.config, args.tensor_model_parallel_size, plan.num_stages
+    bytes_each, width = args.params_dtype.itemsize, teacher.hidden_size
+    held = max(len(plan.teacher_pairs(stage)) for stage in range(stages))
+    figures = {}
+    figures["teacher weights"], in_fp8 = frozen_weight_bytes(teacher)
+    if in_fp8:
+        figures["teacher weights in FP8"] = in_fp8
+    figures["teacher head (with one stage part of its weights)"] = (
+        args.padded_vocab_size // tensor * width * bytes_each
+    )
+    if config.teacher_lens is not None and plan.pairs:
+        sizes = LensFile.open(config.teacher_lens).num_bytes
+        figures["teacher's lens, tensors of its blocks"] = max(
+            sum(sizes[block] for block in plan.teacher_blocks(stage)) for stage in range(stages)
         )
-        if config.teacher_lens is not None and plan.pairs:
-            sizes = LensFile.open(config.teacher_lens).num_bytes
-            figures["teacher's lens, tensors of its blocks"] = max(
-                sum(sizes[block] for block in plan.teacher_blocks(stage)) for stage in range(stages)
-            )
-        tap = TapFormat(args.params_dtype, config.tap_dtype if stages > 1 else "bf16")
-        # Under a pipeline the teacher runs all micro-batches of a step first; otherwise one at a time.
-        kept = _micro_batches(args) if stages > 1 else 1
-        where = " in host memory" if config.offload_teacher_taps and stages > 1 else ""
-        figures[f"teacher taps{where}, {held} x {kept} micro-batch(es)"] = (
-            held * kept * own_rows * tap.token_bytes(teacher.hidden_size)
+    tap = TapFormat(args.params_dtype, config.tap_dtype if stages > 1 else "bf16")
+    # Under a pipeline the teacher runs all micro-batches of a step first; otherwise one at a time.
+    kept = _micro_batches(args) if stages > 1 else 1
+    where = " in host memory" if config.offload_teacher_taps and stages > 1 else ""
+    figures[f"teacher taps{where}, {held} x {kept} micro-batch(es)"] = (
+        held * kept * _own_rows(args) * tap.token_bytes(width)
+    )
+    if stages > 1:
+        figures[f"teacher's final hidden states{where}, {kept} micro-batch(es)"] = (
+            kept * _own_rows(args) * width * bytes_each
         )
-        if stages > 1:
-            figures[f"teacher's final hidden states{where}, {kept} micro-batch(es)"] = (
-                kept * own_rows * teacher.hidden_size * bytes_each
-            )
-        # A step uses a part of the rows; with one random tap, it uses the drawn tap and the one before it.
-        looked_at = min(taps, 2) if config.sample_one_tap else taps
-        own_drawn, drawn = (math.ceil(config.sample_tokens * each) for each in (own_rows, rows))
-        figures[f"features of {looked_at} tap(s), both models, float32"] = (
-            looked_at * own_drawn * (teacher.hidden_size + width) * 4
+    return figures
+
+
+def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_width: int) -> dict[str, int]:
+    """Estimate the bytes of features, gradients and Gram matrices on the stage that holds most."""
+    config, width, needs = plan.config, args.hidden_size, needs_of(plan.config)
+    rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
+    taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(plan.num_stages))
+    # A step uses a part of the rows; with one random tap, it uses the drawn tap and the one before it.
+    looked_at = min(taps, 2) if config.sample_one_tap else taps
+    own_drawn, drawn = (math.ceil(config.sample_tokens * each) for each in (_own_rows(args), rows))
+    figures = {
+        f"features of {looked_at} tap(s), both models, float32": (
+            looked_at * own_drawn * (teacher_width + width) * 4
         )
-        # The forward pass keeps sums [N, d_S] for each tap until the backward pass of the same micro-batch.
-        sums = 2 if needs.lse else 1
-        figures["gradients kept from the forward pass, float32"] = (
-            sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
-        )
-        if needs.grams:
-            grams = teacher.hidden_size**2 + teacher.hidden_size * width + width**2
-            figures["Gram matrices, float32"] = 4 * grams
+    }
+    # The forward pass keeps sums [N, d_S] for each tap until the backward pass of the same micro-batch.
+    sums = 2 if needs.lse else 1
+    figures["gradients kept from the forward pass, float32"] = (
+        sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
+    )
+    if needs.grams:
+        figures["Gram matrices, float32"] = 4 * (teacher_width**2 + teacher_width * width + width**2)
     return figures
 
 
@@ -215,12 +250,12 @@ def _micro_batches(args: argparse.Namespace) -> int:
     return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
 
 
-def _balance(plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None) -> list[str]:
+def _balance(plan: Plan, args: argparse.Namespace, teacher_width: int | None) -> list[str]:
     """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out."""
     if plan.num_stages == 1:
         return []
     shape = ModelShape.of_args(args, vocab=plan.vocab_size)
-    teachers = None if teacher is None else ModelShape.of_args(teacher, vocab=plan.vocab_size)
+    teachers = None if teacher_width is None else replace(shape, hidden=teacher_width)
     flops = token_flops(shape, teachers, plan.config)
     layers = [pair.student_layer for pair in plan.pairs]
     split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]

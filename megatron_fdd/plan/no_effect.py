@@ -30,6 +30,10 @@ def _without_teacher(config: FddConfig, _args: argparse.Namespace) -> str | None
     return None if needs_of(config).teacher else "no term that has a weight needs a teacher"
 
 
+def _from_store(config: FddConfig, _args: argparse.Namespace) -> str | None:
+    return "--fdd-teacher-store takes the teacher's place" if config.teacher_store is not None else None
+
+
 def _without_taps(config: FddConfig, _args: argparse.Namespace) -> str | None:
     return None if uses_taps(config) else "no term of inner layers has a weight"
 
@@ -111,10 +115,11 @@ def _nothing_to_skip(config: FddConfig, _args: argparse.Namespace) -> str | None
     return None
 
 
-_OF_TEACHER = (
-    *("teacher_load", "teacher_expert_model_parallel_size", "teacher_fp8_format", "teacher_fp8_recipe"),
-    "offload_teacher_taps",
+_OF_LIVE_TEACHER = (
+    *("teacher_expert_model_parallel_size", "teacher_fp8_format", "teacher_fp8_recipe"),
+    *("offload_teacher_taps", "tap_dtype"),
 )
+_OF_TEACHER = ("teacher_load", "teacher_store", *_OF_LIVE_TEACHER[:-1])
 _OF_TAPS = (
     *("teacher_lens", "layers", "layer_rule", "layer_pairs", "lens_norm", "lens_head", "warmup_iters"),
     *("decay_iters", "skip_below", "sample_tokens", "sample_one_tap", "tap_dtype"),
@@ -122,6 +127,7 @@ _OF_TAPS = (
 # Each row: fields of `FddConfig`, and why their flags have no effect. The first row that applies names a flag.
 NO_EFFECT: tuple[tuple[tuple[str, ...], Why], ...] = (
     (_OF_TEACHER, _without_teacher),
+    (_OF_LIVE_TEACHER, _from_store),
     (_OF_TAPS, _without_taps),
     (("teacher_fp8_recipe",), _without_fp8),
     (("layers", "layer_rule"), _with_pairs),

@@ -15,6 +15,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.token_ids import check_all_token_ids
 from megatron_fdd.host import console
 from megatron_fdd.host.checkpoint import check_objects_together
@@ -27,11 +28,12 @@ from megatron_fdd.losses.pairs import LayerPair, plan_pairs
 from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.plan import checks
 from megatron_fdd.plan.command_line import parse_command_line
-from megatron_fdd.plan.context import Context
+from megatron_fdd.plan.context import Context, TeacherSize
 from megatron_fdd.plan.megatron_errors import megatrons_errors
 from megatron_fdd.plan.resumption import saved_groups
 from megatron_fdd.plan.student_arguments import complete_student_args, force_values
 from megatron_fdd.plan.teacher_checkpoint import find_teacher
+from megatron_fdd.plan.teacher_store import find_store
 from megatron_fdd.plan.term_parameters import fresh_parameters
 from megatron_fdd.plan.vocabulary import common_vocab_size, id_holders, set_vocab_size
 from megatron_fdd.step.teacher.arguments import teacher_args
@@ -43,7 +45,9 @@ class PreparedRun:
 
     Attributes:
         args: arguments of the student and the run, validated by Megatron and set as its globals.
-        teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0.
+        teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0, and with a store.
+        teacher_store: the teacher's features on disk; None without.
+        teacher_size: of either.
         checkpoints: the checkpoints that the run reads, by the flags that name them.
         id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         fresh: names of parameters of terms that the student's checkpoint lacks.
@@ -55,6 +59,8 @@ class PreparedRun:
     args: argparse.Namespace
     teacher: argparse.Namespace | None
     teacher_checkpoint: Path | None
+    teacher_store: Store | None
+    teacher_size: TeacherSize | None
     checkpoints: dict[str, Path]
     id_holders: Mapping[str, int]
     fresh: frozenset[str]
@@ -124,7 +130,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     set_vocab_size(args)
     make_checks(checks.AFTER_MEGATRON, known)
 
-    known = replace(known, stored_teacher=find_teacher(config, defaults))
+    known = replace(known, stored_teacher=find_teacher(config, defaults), teacher_store=find_store(config))
     known = replace(known, id_holders=id_holders(known))
     make_checks(checks.WITH_STORED_TEACHER, known)
     if known.stored_teacher is not None:
@@ -142,15 +148,17 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     checkpoints = {model.flag: model.path for model in stored if model is not None}
     fresh, groups = fresh_parameters(known), saved_groups(known)
     return PreparedRun(
-        known.plan,
-        args,
-        known.teacher_args,
-        teacher_path,
-        checkpoints,
-        known.id_holders,
-        fresh,
-        groups,
-        stop_at_nan,
+        plan=known.plan,
+        args=args,
+        teacher=known.teacher_args,
+        teacher_checkpoint=teacher_path,
+        teacher_store=known.teacher_store,
+        teacher_size=known.teacher_size,
+        checkpoints=checkpoints,
+        id_holders=known.id_holders,
+        fresh=fresh,
+        saved_groups=groups,
+        stop_at_nan=stop_at_nan,
     )
 
 
@@ -160,12 +168,12 @@ def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:
     Raises:
         ValueError: the pairs do not fit the models, or Megatron cannot cut the teacher by these flags.
     """
-    args, teacher = known.args, known.teacher_args
+    args, size = known.args, known.teacher_size
     pairs: tuple[LayerPair, ...] = ()
-    if teacher is not None and uses_taps(known.config):
-        pairs = plan_pairs(known.config, args.num_layers, teacher.num_layers)
+    if size is not None and uses_taps(known.config):
+        pairs = plan_pairs(known.config, args.num_layers, size.num_layers)
     with megatrons_errors("the teacher of these flags"):
-        teacher_layers = () if teacher is None else planned_layers(teacher)
+        teacher_layers = () if known.teacher_args is None else planned_layers(known.teacher_args)
     return Plan(
         known.config,
         pairs,

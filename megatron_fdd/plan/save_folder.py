@@ -57,6 +57,7 @@ def check_models_kept(context: Context) -> None:
         return
     read = {
         "--teacher-load": context.config.teacher_load,
+        "--fdd-teacher-store": context.config.teacher_store,
         "--pretrained-checkpoint": args.pretrained_checkpoint,
     }
     for flag, folder in read.items():

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_fdd.config import parse_layer_pairs
+from megatron_fdd.config.values import parse_layer_pairs
 from megatron_fdd.host.checkpoint import TERM_PREFIX, term_shapes
 from megatron_fdd.host.listing import listing
 from megatron_fdd.losses.pairs import plan_pairs
@@ -52,7 +52,7 @@ def check_term_parameters(context: Context) -> None:
 
 def _check_same_layers(context: Context, stored: StoredModel) -> None:
     """Refuse to give what a term learned for one layer to another layer, which has the same name and shape."""
-    plan, teacher = context.plan, context.teacher_args
+    plan, teacher = context.plan, context.teacher_size
     assert plan is not None, "the phase is made when it is known"
     assert teacher is not None, "the run has terms"
     try:
@@ -86,7 +86,7 @@ def warn_of_left_out_terms(context: Context) -> None:
 
 
 def _of_run(context: Context) -> Shapes:
-    plan, teacher = context.plan, context.teacher_args
+    plan, teacher = context.plan, context.teacher_size
     assert plan is not None, "the phase is made when it is known"
     if teacher is None:
         return {}

@@ -25,9 +25,9 @@ def check_student_tokenizer(context: Context) -> None:
 
 
 def check_teacher_tokenizer(context: Context) -> None:
-    """Refuse a teacher's checkpoint that was made with a tokenizer other than the run's."""
-    if context.stored_teacher is not None:
-        check_checkpoint_tokenizer(Role.TEACHER, context.stored_teacher.folder, context.args)
+    """Refuse a teacher that was made with a tokenizer other than the run's."""
+    if context.teacher_folder is not None:
+        check_checkpoint_tokenizer(Role.TEACHER, context.teacher_folder, context.args)
 
 
 def set_vocab_size(args: argparse.Namespace) -> None:
@@ -49,9 +49,9 @@ def check_vocabularies(context: Context) -> None:
             f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "
             "use the tokenizer that the student was made with"
         )
-    if context.stored_teacher is None:
+    if context.teacher_size is None:
         return
-    teacher_size = _stored_size(context.stored_teacher.args)
+    teacher_size = context.teacher_size.vocab_size
     if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
         raise ValueError(
             f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
@@ -66,13 +66,13 @@ def id_holders(context: Context) -> Mapping[str, int]:
     Raises:
         ValueError: a file of the teacher's tokenizer cannot be read.
     """
-    args, teacher = context.args, context.stored_teacher
+    args, size, folder = context.args, context.teacher_size, context.teacher_folder
     if args.mock_data or not context.checks_data:
         return {}
     holders = {RUNS_TOKENIZER: get_tokenizer().vocab_size, Role.STUDENT.label: args.vocab_size}
-    if teacher is not None:
-        holders[Role.TEACHER.label] = _stored_size(teacher.args)
-        num_ids = ids_of_tokenizer(teacher.folder)
+    if size is not None and folder is not None:
+        holders[Role.TEACHER.label] = size.vocab_size
+        num_ids = ids_of_tokenizer(folder)
         if num_ids is not None:
             holders[f"{Role.TEACHER.label}'s tokenizer"] = num_ids
     return holders
@@ -103,10 +103,4 @@ def check_data_ids(context: Context) -> None:
 def common_vocab_size(context: Context) -> int:
     """Count the ids that tokenizer, student and teacher all have."""
     shared = min(get_tokenizer().vocab_size, context.args.vocab_size)
-    if context.stored_teacher is None:
-        return shared
-    return min(shared, _stored_size(context.stored_teacher.args))
-
-
-def _stored_size(stored: argparse.Namespace) -> int:
-    return getattr(stored, "vocab_size", None) or stored.padded_vocab_size
+    return shared if context.teacher_size is None else min(shared, context.teacher_size.vocab_size)

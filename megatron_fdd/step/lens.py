@@ -100,7 +100,7 @@ def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
         return Lens(head_WH, norm)
     if norm is not None:
         bias_H = None if norm.bias_H is None else norm.bias_H.detach()
-        norm = FinalNorm(norm.weight_H.detach(), bias_H, norm.epsilon)
+        norm = FinalNorm(norm.weight_H.detach(), bias_H, norm.epsilon, norm.kind)
     return Lens(head_WH.detach(), norm)
 
 
@@ -121,8 +121,9 @@ def read_final_norm(model: GPTModel) -> FinalNorm:
     config, norm = model.config, model.decoder.final_layernorm
     wait_for(norm)
     weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
-    bias_H = norm.bias if config.normalization == "LayerNorm" else None
-    return FinalNorm(weight_H, bias_H, config.layernorm_epsilon)
+    if config.normalization == "LayerNorm":
+        return FinalNorm(weight_H, norm.bias, config.layernorm_epsilon, "layer")
+    return FinalNorm(weight_H, None, config.layernorm_epsilon, "rms")
 
 
 def wait_for(owner: torch.nn.Module) -> None:

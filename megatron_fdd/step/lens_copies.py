@@ -63,7 +63,8 @@ def empty_lens(config: TransformerConfig, rows: int, *, with_norm: bool) -> Lens
     if with_norm:
         has_bias = config.normalization == "LayerNorm"
         bias_H = torch.empty(width, dtype=dtype, device=device) if has_bias else None
-        norm = FinalNorm(torch.empty(width, dtype=dtype, device=device), bias_H, config.layernorm_epsilon)
+        weight_H = torch.empty(width, dtype=dtype, device=device)
+        norm = FinalNorm(weight_H, bias_H, config.layernorm_epsilon, "layer" if has_bias else "rms")
     return Lens(torch.empty(rows, width, dtype=dtype, device=device), norm)
 
 

@@ -47,6 +47,11 @@ class PipelineWork:
         self._topology = topology
         self._teacher = teacher
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs here before the student's schedule."""
+        return self._teacher is not None
+
     def prepare(
         self, batches: Sequence[Mapping[str, Tensor]], seq_length: int, micro_batch_size: int
     ) -> None:

@@ -17,7 +17,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_fdd.data.batch import checked_batches
+from megatron_fdd.data.batch import Wait, checked_batches, peek, read_ahead
 from megatron_fdd.host.patches.table import replaced
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
@@ -63,7 +63,7 @@ class StepHooks:
         self._means: dict[str, Tensor] = {}
         self._label_tokens: Tensor | None = None
         self._validation = Validation(step.objective, topology)
-        self._started_s = 0.0
+        self._started_s, self._wait = 0.0, Wait()
         # Since the last line of `_progress`.
         self._seconds = 0.0
         self._tokens: Tensor | None = None
@@ -99,18 +99,11 @@ class StepHooks:
         """
         self._started_s = time.perf_counter()
         iteration = self._iteration()
-        keywords["data_iterator"] = checked_batches(keywords["data_iterator"], self._vocab_size, iteration)
-        ratio = 1.0
-        if self._pipeline is not None or self._step.objective.config.tokens == "all":
-            # The work before the first gradient needs all of the step's batches.
-            batches, keywords["data_iterator"] = _read_ahead(**keywords)
-            ratio = self._term_per_label_token(batches)
-            if "cu_seqlens" in batches[0]:  # with packed sequences, a micro-batch is one row
-                keywords["seq_length"] *= keywords["micro_batch_size"]
-                keywords["micro_batch_size"] = 1
-            if self._pipeline is not None:
-                self._pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
-                keywords |= self._pipeline.schedule_keywords(keywords["seq_length"])
+        self._wait = Wait()
+        keywords["data_iterator"] = checked_batches(
+            keywords["data_iterator"], self._vocab_size, iteration, self._wait
+        )
+        ratio = self._prepare(keywords)
         inner = self._step.objective.config.weight_scale(iteration)
         draw = EVERYTHING if keywords.get("forward_only") else self._sampler.draw(iteration)
         self._step.begin_step(StepSettings(inner, ratio, draw))
@@ -156,6 +149,7 @@ class StepHooks:
         grad_norm = values["grad_norm"]
         record["grad_norm"] = None if grad_norm is None else float(grad_norm)
         record["seconds"] = round(time.perf_counter() - self._started_s, 4)
+        record["data_seconds"] = round(self._wait.seconds, 4)
         self._metrics_file.write(iteration, record)
 
     def log_evaluation(self, bound: inspect.BoundArguments) -> None:
@@ -180,6 +174,26 @@ class StepHooks:
         if self._progress is not None:
             args = get_args()
             self._progress.saved(iteration, args.save, seconds, is_on_disk=not args.async_save)
+
+    def _prepare(self, keywords: dict[str, Any]) -> float:
+        """Do the work before the schedule, and set its keywords; return the ratio of the two token counts."""
+        pipeline, ratio = self._pipeline, 1.0
+        counts_all = self._step.objective.config.tokens == "all"
+        if pipeline is None and not counts_all:
+            return ratio
+        if counts_all or (pipeline is not None and pipeline.has_teacher):
+            # The work before the first gradient needs all of the step's batches.
+            batches, keywords["data_iterator"] = read_ahead(**keywords)
+            ratio = self._term_per_label_token(batches)
+        else:
+            batches, keywords["data_iterator"] = peek(keywords["data_iterator"])
+        if "cu_seqlens" in batches[0]:  # with packed sequences, a micro-batch is one row
+            keywords["seq_length"] *= keywords["micro_batch_size"]
+            keywords["micro_batch_size"] = 1
+        if pipeline is not None:
+            pipeline.prepare(batches, keywords["seq_length"], keywords["micro_batch_size"])
+            keywords |= pipeline.schedule_keywords(keywords["seq_length"])
+        return ratio
 
     def _say_step(self, values: dict[str, Any]) -> None:
         """Add this step to the sums; write a line where Megatron logs one, and at the end.
@@ -224,18 +238,6 @@ class StepHooks:
         torch.distributed.all_reduce(counts, group=self._topology.rows_group)
         label_tokens, term_tokens = counts.tolist()
         return term_tokens / max(label_tokens, 1.0)
-
-
-def _read_ahead(
-    *, data_iterator: Any, num_microbatches: int, **_: Any
-) -> tuple[list[dict[str, Tensor]], Any]:
-    """Return the step's batches, and iterators over them to replace Megatron's (one per chunk with virtual stages)."""
-    if not isinstance(data_iterator, list):
-        batches = [next(data_iterator) for _ in range(num_microbatches)]
-        return batches, iter(batches)
-    # Every chunk has a loader of its own over the same samples; all must advance equally.
-    by_chunk = [[next(iterator) for _ in range(num_microbatches)] for iterator in data_iterator]
-    return by_chunk[0], [iter(batches) for batches in by_chunk]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class TrainedLens:
         if norm is None:
             return Lens(present[0], None)
         bias_H = present[2] if len(present) == 3 else None
-        return Lens(present[0], FinalNorm(present[1], bias_H, norm.epsilon))
+        return Lens(present[0], FinalNorm(present[1], bias_H, norm.epsilon, norm.kind))
 
     @torch.no_grad()
     def send_home(self, model: GPTModel, num_tokens: Tensor) -> None:

@@ -21,7 +21,7 @@ from megatron_fdd.cli.command import Command
 from megatron_fdd.cli.train import Separated
 
 # These pass flags on, which are checked where the training starts.
-OWN = sorted(COMMANDS.keys() - {"train", "plan"})
+OWN = sorted(COMMANDS.keys() - {"teach", "train", "plan"})
 # An option for which an empty text has a meaning.
 MEANT = {("evaluate", "--prompt")}
 

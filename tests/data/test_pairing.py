@@ -95,7 +95,7 @@ def test_files_of_an_older_import_are_read_themselves(own: Path, tmp_path: Path)
 
 
 def test_what_cannot_be_compared_is_said(own: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"--teacher-load .* stores no tokenizer, so nothing checks"):
+    with pytest.warns(UserWarning, match=r"the teacher .* stores no tokenizer, so nothing checks"):
         check(str(tmp_path), own)
     with pytest.warns(
         UserWarning, match=r"the teacher's tokenizer .* and the run's: parts of tokenizer.json differ: merges"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -65,19 +66,20 @@ def run_commands(
 
 
 def call_main(command: Sequence[str]) -> Ending:
-    """Run `python -m megatron_fdd.distill COMMAND` in this process."""
-    from megatron_fdd import distill
+    """Run `python -m megatron_fdd.distill COMMAND` in this process, or `-m megatron_fdd.teach` for `teach ...`."""
+    is_teach = command[:1] == ["teach"]
+    program = importlib.import_module("megatron_fdd.teach.__main__" if is_teach else "megatron_fdd.distill")
 
     out, err = io.StringIO(), io.StringIO()
     with (
-        patch.object(sys, "argv", ["distill", *command]),
+        patch.object(sys, "argv", [program.__name__, *command[is_teach:]]),
         patch("megatron_fdd.host.process.PATIENCE_S", 0),  # no launcher: each rank reports its error
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
     ):
         try:
-            status = distill.main()
+            status = program.main()
         except SystemExit as end:  # --help, --exit-interval
             status = int(end.code or 0)
     return Ending(status, out.getvalue(), err.getvalue())
@@ -106,6 +108,10 @@ def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
     return results
 
 
+# What a metrics file measures with a clock.
+TIMES = ("seconds", "data_seconds")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return every record of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -113,4 +119,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def without_seconds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the part of the records that must not depend on interruptions."""
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]

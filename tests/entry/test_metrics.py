@@ -12,7 +12,7 @@ import pytest
 from megatron_fdd.ops import blocks
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.step.metrics import check_metrics_file
-from tests.entry.command import Ending, call_main, read_metrics, run, trained
+from tests.entry.command import TIMES, Ending, call_main, read_metrics, run, trained
 from tests.entry.conftest import Toys
 from tests.harness.ranks import Layout, run_on_ranks
 
@@ -49,7 +49,7 @@ def test_one_record_per_iteration_with_every_key(reported: tuple[list[dict], str
     records, _ = reported
     assert [record["iteration"] for record in records] == [1, 2, 3, 4]
     shares = [f"share {name}" for name in GROUPS]
-    names = ["iteration", "tokens", "total", *GROUPS, *LAYERS, *shares, "grad_norm", "seconds"]
+    names = ["iteration", "tokens", "total", *GROUPS, *LAYERS, *shares, "grad_norm", *TIMES]
     for record in records:
         assert list(record) == names
         assert record["tokens"] == 8 * 16

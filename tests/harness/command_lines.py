@@ -21,6 +21,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_fdd import cli
 from megatron_fdd.config import add_fdd_args
 from megatron_fdd.plan import command_line
+from megatron_fdd.teach import request
 from tests.harness.markdown import ROOT
 
 TRAINING = "megatron_fdd.distill"
@@ -47,6 +48,9 @@ def commands(bash: str) -> Iterator[Command]:
             program = _program(words, at)
             assert program
             rest = words[at + 1 + program.startswith("fdd ") :]
+            if program == "fdd teach":  # its own flags and the training's; before -- stand torchrun's
+                yield Command(program, _flags(rest[rest.index("--") :] if "--" in rest else rest))
+                continue
             if "--" in rest:  # what follows is the training's
                 yield Command(TRAINING, _flags(rest[rest.index("--") :]))
                 # The flags of `fdd train` before `--` are torchrun's.
@@ -138,6 +142,10 @@ def flags_of(program: str) -> frozenset[str]:
     """Return the flags that a script or module of this project knows: those of the parser that it makes."""
     if program == TRAINING:
         return frozenset(training_parser()._option_string_actions)
+    if program == "fdd teach":
+        return frozenset(training_parser()._option_string_actions) | frozenset(
+            request.parser()._option_string_actions
+        )
     if program.startswith("fdd "):
         subcommand = cli.main.get_command(click.Context(cli.main), program.removeprefix("fdd "))
         assert subcommand is not None, program

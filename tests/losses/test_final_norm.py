@@ -32,7 +32,7 @@ def test_weights_around_zero_are_read_as_weights_around_one(centred: bool, kind:
 def test_features_of_a_model_in_bf16_are_as_exact_as_float32(kind: str | None) -> None:
     weight_H, hidden_SBH = torch.randn(2, 8).bfloat16()[0], torch.randn(3, 2, 8).bfloat16()
     bias_H = torch.randn(8).bfloat16() if kind == "LayerNorm" else None
-    norm = None if kind is None else FinalNorm(weight_H, bias_H, 1e-5)
+    norm = None if kind is None else FinalNorm(weight_H, bias_H, 1e-5, "rms" if bias_H is None else "layer")
     found_NH = Lens(torch.zeros(4, 8), norm).features(hidden_SBH)
     expected_NH = hidden_SBH.flatten(0, 1).double()
     if kind is not None:

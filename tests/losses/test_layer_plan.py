@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_fdd.config import FddConfig, parse_layer_pairs
+from megatron_fdd.config import FddConfig
+from megatron_fdd.config.values import parse_layer_pairs
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import (
     LayerPair,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import examples.extend.tuned_lens  # noqa: F401  # adds the lens
 from megatron_fdd.config import FddConfig
+from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.host.model import chunk_layers
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
@@ -33,6 +35,7 @@ from tests.harness.ranks import Layout
 from tests.oracle import reference
 from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab
 from tests.oracle.reference import STUDENT, TEACHER, Shape, Terms, Weights
+from tests.oracle.stored import remove, taught_batches, write_store
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
 # Every layout must keep this tolerance (docs/gradients.md).
@@ -60,6 +63,7 @@ class Case:
     loss_scale: float = 1.0
     micro_batches: int = MICRO_BATCHES
     packed: bool = False
+    stored: TapForm | None = None  # the teacher's features lie on disk in this form
     length: int = LENGTH
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
@@ -79,6 +83,10 @@ class Result:
 
     means: dict[str, float]
     gradients: Weights
+
+
+# The batches of a stored teacher's steps, for each chunk of this rank.
+_TAUGHT: weakref.WeakKeyDictionary[StepHooks, list[list[dict[str, Tensor]]]] = weakref.WeakKeyDictionary()
 
 
 def fdd_config(case: Case) -> FddConfig:
@@ -165,7 +173,12 @@ def join(
     with tempfile.TemporaryDirectory() as folder:
         if case.terms.tuned:
             plan = replace(plan, config=replace(config, teacher_lens=write_maps(case.teacher, Path(folder))))
-        steps = connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
+        if case.stored is None:
+            return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
+        store = write_store(teacher, plan, topology, case_batches(case), case.teacher.vocab, case.stored)
+        steps = connect(plan, unwrap_model(chunks), store, topology, iteration, seed=0)
+    _TAUGHT[steps] = taught_batches(store, plan, topology, own_batches(case))
+    remove(store)
     return chunks, teacher, steps
 
 
@@ -200,13 +213,28 @@ def _run(
     return steps.run(
         get_forward_backward_func(),
         forward_step_func=steps.forward_step,
-        data_iterator=iter(batches) if case.vpp is None else [iter(batches) for _ in chunks],
+        data_iterator=_iterators(case, steps, batches),
         model=chunks,
         num_microbatches=len(batches),
         seq_length=case.length,
         micro_batch_size=MICRO_BATCH,
         forward_only=forward_only,
     )
+
+
+def _iterators(case: Case, steps: StepHooks, batches: list[dict[str, Tensor]]) -> Any:
+    """Return what Megatron's loaders give: an iterator, or with virtual stages one for each chunk."""
+    by_chunk = _TAUGHT.get(steps)
+    if by_chunk is None:
+        return iter(batches) if case.vpp is None else [iter(batches) for _ in range(case.vpp)]
+    own = own_batches(case)
+    places = [next(place for place, each in enumerate(own) if _same(each, batch)) for batch in batches]
+    iterators = [iter([taught[place] for place in places]) for taught in by_chunk]
+    return iterators[0] if case.vpp is None else iterators
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return torch.equal(one["tokens"], other["tokens"])
 
 
 def validate(case: Case) -> dict[str, float]:

@@ -23,6 +23,7 @@ WITHOUT_TEACHER = {**WITHOUT_TAPS, "kd_weight": 0.0, "ce_weight": 1.0}
 ALWAYS = {
     *("alpha", "beta", "kd_weight", "ce_weight", "term", "kernels"),
     *("metrics_file", "dry_run", "verbose", "plugin", "trust_checkpoint", "skip_checksums"),
+    "text_units",  # data/checks.py warns of it
 }
 
 

@@ -26,7 +26,7 @@ def resuming() -> Context:
     run = SimpleNamespace(
         args=SimpleNamespace(hidden_size=6),
         stored_student=stored,
-        teacher_args=SimpleNamespace(hidden_size=10),
+        teacher_size=SimpleNamespace(num_layers=8, hidden_size=10, vocab_size=20),
         plan=SimpleNamespace(config=config, pairs=PAIRS),
         resumes_optimizer=True,
     )

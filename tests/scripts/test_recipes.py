@@ -178,6 +178,22 @@ def test_a_slurm_job_that_is_queued_again(tmp_path: Path) -> None:
     check_second_run("qwen3-235b-slurm", work, **job)
 
 
+def test_a_teacher_that_runs_first_as_a_job_array(tmp_path: Path) -> None:
+    """Two tasks, each on two nodes of two ranks, share the teacher's work; then the student trains without it."""
+    job = slurm(tmp_path / "bin") | {"TEACHER": "store"}
+    work = tmp_path / "work"
+    finished("qwen3-235b-slurm", work, **job, STEP="prepare")
+    for task in ("1", "0"):
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        finished("qwen3-235b-slurm", work, **job, **array, STEP="teach")
+    finished("qwen3-235b-slurm", work, **job, STEP="train")
+    logs = logs_of(work)
+    assert "are missing, part 1/2" in logs
+    assert "are missing, part 0/2" in logs
+    assert f"units of this run's data are in {work}/features " in logs
+    check_student(work, "distilled", [1, 2])
+
+
 def logs_of(work: Path) -> str:
     """Return the logs of both nodes, because torchrun chooses the node of rank 0."""
     return "".join((work / f"logs/4711-node{node}.log").read_text() for node in range(2))

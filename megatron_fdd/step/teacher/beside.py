@@ -8,9 +8,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_fdd.data.batch import Batch
+from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.step.taps import forward_with_taps, stop_before_head
-from megatron_fdd.step.teacher.tap_format import TapForm, TapFormat
+from megatron_fdd.step.teacher.tap_format import TapFormat
 
 
 class BesideTeacher:

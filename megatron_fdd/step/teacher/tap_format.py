@@ -7,13 +7,12 @@ R stands for all dimensions before T, K for the kept entries of a token, P for t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-TapForm = Literal["float32", "bf16", "fp8", "int8"]
+from megatron_fdd.data.store.identity import TapForm
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST_FP8 = torch.finfo(_FP8).max

@@ -1,0 +1,86 @@
+"""`fdd store`: what is in a store of features, whether its bytes are right, and what can go."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from megatron_fdd.cli.command import Command
+from megatron_fdd.host.disk import explain
+
+EXAMPLES = """\b
+examples:
+  fdd store info features
+  fdd store check features --remove-damaged
+  fdd store prune features --older-than 30"""
+
+
+@click.command("store", cls=Command, epilog=EXAMPLES)
+@click.argument("what", type=click.Choice(["info", "check", "prune"]), metavar="info|check|prune")
+@click.argument("store", type=click.Path(path_type=Path), metavar="S")
+@click.option("--remove-damaged", is_flag=True, help="check: remove damaged segments.")
+@click.option(
+    "--older-than",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="prune: also remove segments that were written longer ago.",
+)
+def command(what: str, store: Path, remove_damaged: bool, older_than: float | None) -> None:
+    """Look after a store S of a teacher's features, which `fdd teach` makes and `fdd train` reads.
+
+    \b
+    info   which teacher's features, of which blocks, in which form, how many
+    check  read every byte, and compare it with its sums; status 1 if a segment is damaged
+    prune  remove what killed producers left, and segments whose units are all in others
+
+    What is removed `fdd teach` makes anew. A training that reads it meanwhile ends with a message.
+    """
+    try:
+        lines = {
+            "info": _info(store),
+            "check": _check(store, remove_damaged),
+            "prune": _prune(store, older_than),
+        }
+        for line in lines[what]:
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"store: error: {explain(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _info(store: Path) -> Iterator[str]:
+    from megatron_fdd.data.store.store import Store
+    from megatron_fdd.data.store.upkeep import describe
+
+    yield from describe(Store.open(store, "store"))
+
+
+def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
+    from tqdm import tqdm
+
+    from megatron_fdd.data.store import upkeep
+    from megatron_fdd.data.store.segment import segment_names
+
+    with tqdm(total=sum(1 for _ in segment_names(store)), unit="segment", disable=None) as bar:
+        checked = upkeep.check_store(store, bar.update)
+    for message in checked.damaged.values():
+        print(message, file=sys.stderr)
+    yield (
+        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged; {checked.num_units} units and "
+        f"{checked.num_bytes / 1e9:.3f} GB are right"
+    )
+    if checked.damaged and not remove_damaged:
+        sys.exit(1)
+    if checked.damaged:
+        upkeep.remove_damaged(store, checked)
+        yield f"{store}: removed {len(checked.damaged)} segments; fdd teach makes them anew"
+
+
+def _prune(store: Path, older_than: float | None) -> Iterator[str]:
+    from megatron_fdd.data.store import upkeep
+
+    count, num_bytes = upkeep.prune(store, older_than_days=older_than)
+    yield f"{store}: removed {count} files of {num_bytes / 1e9:.3f} GB"

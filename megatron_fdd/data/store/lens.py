@@ -1,0 +1,185 @@
+"""The lens of a stored teacher: its final norm and its head, in one safetensors file beside the features.
+
+V vocabulary, T the teacher's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_fdd.data.store.identity import read_identity
+from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
+
+LENS_FILE = Path("lens", "lens.safetensors")
+NormKind = Literal["rms", "layer"]
+# The end of a message that says what to do.
+_CHANGED = "it has other bytes than were written; copy it again"
+# How many rows of the head one sum covers.
+_SUM_ROWS = 1024
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+# The greatest error of logits that `lens` may have, relative to their largest: bf16 has 8 bits.
+LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNorm:
+    """A final norm, in float32.
+
+    Attributes:
+        kind: "rms" keeps the mean, "layer" takes it away.
+        weight_T: scale, as the norm multiplies with it: already shifted by 1 where the model stores it zero-centred.
+        bias_T: None where there is none.
+    """
+
+    kind: NormKind
+    weight_T: Tensor
+    bias_T: Tensor | None
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLens:
+    """What a teacher reads its last hidden state with: logits = head_VT norm(h).
+
+    Attributes:
+        head_VT: in the teacher's dtype; no padding rows.
+        error: how far the engine's own logits were from these, the largest difference over the largest logit.
+    """
+
+    norm: StoredNorm
+    head_VT: Tensor
+    error: float
+
+
+def write_stored_lens(store: Path, lens: StoredLens) -> None:
+    """Write a store's lens; a file that is there already stays: every producer of a store has the same one.
+
+    Raises:
+        ValueError: the disk cannot take the file, or a number is not finite.
+    """
+    path = store / LENS_FILE
+    if path.is_file():
+        return
+    tensors = {"head.weight": lens.head_VT, "norm.weight": lens.norm.weight_T.float()}
+    if lens.norm.bias_T is not None:
+        tensors["norm.bias"] = lens.norm.bias_T.float()
+    wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(
+            f"the teacher's {wrong[0]} has numbers that are not finite: its weights are damaged; convert it again"
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {
+        "store": read_identity(store, "--store").digest,
+        "kind": lens.norm.kind,
+        "epsilon": repr(lens.norm.epsilon),
+        "error": repr(lens.error),
+    }
+    header["norm.sum"] = _norm_sum(header, tensors)
+    tensors["head.sums"] = _sums(tensors["head.weight"])
+    written = {
+        name: FileTensor(_DTYPES[tensor.dtype], tuple(tensor.shape), [tensor.view(torch.uint8).numpy()])
+        for name, tensor in tensors.items()
+    }
+    write_tensors(store, path, written, header)
+
+
+def lacks_lens(store: Path) -> bool:
+    """Whether a store has no lens. A damaged one is removed, so that a new one can be written."""
+    try:
+        read_stored_norm(store)
+        read_stored_head(store, 0, read_identity(store, "--store").vocab_size)
+    except ValueError:
+        (store / LENS_FILE).unlink(missing_ok=True)
+        return True
+    return False
+
+
+def read_stored_norm(store: Path) -> StoredNorm:
+    """Read the final norm of a store's lens, on the CPU.
+
+    Raises:
+        ValueError: there is no lens, or it is damaged.
+    """
+    path, digest = store / LENS_FILE, read_identity(store, "--fdd-teacher-store").digest
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            kind, epsilon = header["kind"], float(header["epsilon"])
+            names = [name for name in file.keys() if name.startswith("norm.")]  # noqa: SIM118  # no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
+            if header["norm.sum"] != _norm_sum(header, tensors):
+                raise ValueError(_CHANGED)
+            if header["store"] != digest:
+                raise ValueError(
+                    f"it is of the store {header['store']}, not of this one, {digest}; copy the right one"
+                )
+            weight_T, bias_T = tensors["norm.weight"], tensors.get("norm.bias")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damage(path, error) from error
+    if kind not in ("rms", "layer"):
+        raise ValueError(
+            f"{path}: a norm of the kind {kind!r}; this version knows rms and layer; make the store with this version"
+        )
+    return StoredNorm(kind, weight_T, bias_T, epsilon)
+
+
+def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
+    """Read rows [first, first + rows) of a store's head, on the CPU; rows behind its last one are zeros.
+
+    Raises:
+        ValueError: there is no lens, or it is damaged.
+    """
+    path = store / LENS_FILE
+    low = first // _SUM_ROWS * _SUM_ROWS
+    try:
+        with safe_open(path, framework="pt") as file:
+            view, sums = file.get_slice("head.weight"), file.get_tensor("head.sums")
+            num_rows, width = view.get_shape()
+            high = min(-(-(first + rows) // _SUM_ROWS) * _SUM_ROWS, num_rows)
+            # Whole blocks of sums: only these can be checked.
+            found = view[min(low, high) : high]
+        if not torch.equal(_sums(found), sums[low // _SUM_ROWS :][: -(-len(found) // _SUM_ROWS)]):
+            raise ValueError(_CHANGED)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damage(path, error) from error
+    wanted = found[first - low : first - low + rows]
+    return torch.cat([wanted, found.new_zeros(rows - len(wanted), width)])
+
+
+def _sums(head_VT: Tensor) -> Tensor:
+    """Return the sum of each 1,024 rows, XXH3 as int64."""
+    rows = head_VT.view(torch.uint8).numpy()
+    sums = [
+        xxhash.xxh3_64_intdigest(rows[first : first + _SUM_ROWS]) for first in range(0, len(rows), _SUM_ROWS)
+    ]
+    return torch.tensor([each - (1 << 63) for each in sums], dtype=torch.int64)
+
+
+def _norm_sum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sum of the norm's tensors, and of what the header says."""
+    total = xxhash.xxh3_64("".join(header[name] for name in ("store", "kind", "epsilon", "error")).encode())
+    for name in sorted(name for name in tensors if name.startswith("norm.")):
+        total.update(name.encode())
+        total.update(tensors[name].numpy())
+    return total.hexdigest()
+
+
+def _damage(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: the teacher's lens cannot be read ({type(error).__name__}: {error}); remove the file if it is there, "
+        "and run fdd teach again, which writes it anew"
+    )
+
+
+def relative_error(logits: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference of logits over the largest of the right ones."""
+    return float((logits.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-30))

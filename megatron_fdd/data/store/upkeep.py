@@ -1,0 +1,208 @@
+"""The upkeep of a store: what is in it, whether its bytes are right, and the removal of what nobody needs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from megatron_fdd.data.store.identity import StoreIdentity, read_identity
+from megatron_fdd.data.store.index import all_records, repeats
+from megatron_fdd.data.store.lens import LENS_FILE, read_stored_head, read_stored_norm
+from megatron_fdd.data.store.segment import (
+    REPAIR,
+    SUM_TOKENS,
+    Layout,
+    name_of,
+    read_layout,
+    segment_names,
+    segment_path,
+    sums_of,
+    unreadable,
+)
+from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.store.unit import KEY_BYTES, unit_key
+from megatron_fdd.data.store.whole_file import sweep
+
+_FLAG = "store"
+_DAY_S = 24 * 3600.0
+
+
+@dataclass(slots=True)
+class Checked:
+    """The result of a check: the damaged segments, and what is wrong with each."""
+
+    num_segments: int = 0
+    num_units: int = 0
+    num_bytes: int = 0
+    damaged: dict[str, str] = field(default_factory=dict)
+
+
+def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> Checked:
+    """Read every byte of a store, and compare it with its sums. Nothing is changed.
+
+    Raises:
+        ValueError: there is no store, or its lens is damaged.
+    """
+    identity, result = read_identity(path, _FLAG), Checked()
+    if (path / LENS_FILE).is_file():
+        read_stored_norm(path)
+        read_stored_head(path, 0, identity.vocab_size)
+    for name in sorted(segment_names(path)):
+        file = segment_path(path, name)
+        result.num_segments += 1
+        try:
+            result.num_units += _check_segment(file, identity)
+            result.num_bytes += file.stat().st_size
+        except FileNotFoundError:
+            continue  # removed meanwhile
+        except (ValueError, OSError) as error:
+            result.damaged[name] = str(unreadable(file, error) if isinstance(error, OSError) else error)
+        on_segment()
+    return result
+
+
+def remove_damaged(path: Path, checked: Checked) -> None:
+    """Remove the segments that a check found damaged; `fdd teach` makes their units anew.
+
+    Raises:
+        ValueError: the index cannot be written.
+    """
+    for name in checked.damaged:
+        segment_path(path, name).unlink(missing_ok=True)
+    Store.open(path, _FLAG).save_index()
+
+
+def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int]:
+    """Remove what killed producers left, segments whose units are all in other ones, and old ones if asked to.
+
+    Args:
+        older_than_days: segments that were written longer ago are removed.
+
+    Returns:
+        How many files were removed, and their bytes.
+
+    Raises:
+        ValueError: there is no store, a segment is damaged, or the index cannot be written.
+    """
+    identity = read_identity(path, _FLAG)
+    names = sorted(segment_names(path))
+    units, counts = _units_by_segment(path, identity, names)
+    old = set() if older_than_days is None else _older(path, names, time.time() - older_than_days * _DAY_S)
+    count, num_bytes = sweep(path), 0
+    # Old ones first. Then the last by name: an index names the first segment of a unit.
+    for name in sorted(names, key=lambda name: (name in old, name), reverse=True):
+        if name in old or bool((counts[units[name]] > 1).all()):
+            counts[units[name]] -= 1
+            file = segment_path(path, name)
+            with contextlib.suppress(FileNotFoundError):  # another process prunes too
+                num_bytes += file.stat().st_size
+                file.unlink()
+                count += 1
+    Store.open(path, _FLAG).save_index()
+    return count, num_bytes
+
+
+def describe(store: Store) -> Iterator[str]:
+    """Yield lines about a store, for people."""
+    identity, index = store.identity, store.index
+    yield f"{store.path}: features of {identity.teacher}, made by the engine {identity.engine}"
+    ran = ", ".join(f"{name} {value}" for name, value in identity.ran.items())
+    yield f"  it ran with: {ran}"
+    yield f"  teacher: {identity.num_layers} blocks of width {identity.hidden_size}, {identity.vocab_size} tokens"
+    yield (
+        f"  stored: blocks {', '.join(map(str, identity.blocks))} before the final norm, {identity.form}, "
+        f"{identity.token_bytes} bytes each, {identity.token_bytes * len(identity.blocks)} a token"
+    )
+    has_lens = (store.path / LENS_FILE).is_file()
+    yield f"  lens: {'there' if has_lens else 'missing; run fdd teach again'}"
+    size = int(index.layouts[:, 0].sum())
+    yield f"  {len(index)} units, {index.num_tokens} tokens, in {len(index.names)} segments of {size / 1e9:.3f} GB"
+    lengths = index.records["length"]
+    if len(lengths):
+        quantiles = np.quantile(lengths, (0.0, 0.5, 1.0)).astype(int)
+        yield f"  tokens of a unit: {quantiles[0]} to {quantiles[2]}, half of them at most {quantiles[1]}"
+
+
+def _units_by_segment(
+    path: Path, identity: StoreIdentity, names: Sequence[str]
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:
+    """Return for each segment the numbers of its units, each once; and in how many segments each unit is."""
+    records = all_records(path, identity.digest, len(identity.blocks), names)
+    numbers = np.cumsum(~repeats(records)) - 1
+    units = {name: np.unique(numbers[records["segment"] == place]) for place, name in enumerate(names)}
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *units.values()]))
+    return units, counts
+
+
+def _older(path: Path, names: Sequence[str], before_s: float) -> set[str]:
+    """Return the segments that were written before a time."""
+    found = set()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if segment_path(path, name).stat().st_mtime < before_s:
+                found.add(name)
+    return found
+
+
+def _check_segment(path: Path, identity: StoreIdentity) -> int:
+    """Compare all bytes of a segment with its keys and sums; return how many units it has.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    layout = read_layout(path, identity.digest)
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is no sound safetensors file ({error}); run {REPAIR}") from error
+    num_blocks, width = len(identity.blocks), identity.token_bytes
+    with path.open("rb") as file:
+
+        def read(place: tuple[int, int]) -> bytes:
+            file.seek(place[0])
+            return file.read(place[1])
+
+        keys, lengths = read(layout.keys), np.frombuffer(read(layout.lengths), "<i8")
+        ids, sums = np.frombuffer(read(layout.ids), "<i4"), np.frombuffer(read(layout.sums), "<u8")
+        _check_sizes(path, layout, lengths, num_blocks, width)
+        if name_of(keys) != path.stem:
+            raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
+        first = at = 0
+        for number, length in enumerate(lengths.tolist()):
+            unit = ids[first : first + length]
+            if unit_key(unit) != keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]:
+                raise ValueError(f"{path}: unit {number} has other ids than its key says; run {REPAIR}")
+            size = num_blocks * length * width
+            states = read((layout.states[0] + first * num_blocks * width, size))
+            found = sums_of(np.frombuffer(states, np.uint8).reshape(num_blocks, length, width)).reshape(-1)
+            if not np.array_equal(found, sums[at : at + len(found)]):
+                raise ValueError(
+                    f"{path}: unit {number} has other hidden states than were written; run {REPAIR}"
+                )
+            first, at = first + length, at + len(found)
+    return len(lengths)
+
+
+def _check_sizes(
+    path: Path, layout: Layout, lengths: NDArray[np.int64], num_blocks: int, token_bytes: int
+) -> None:
+    """Refuse tensors of a segment that do not fit each other."""
+    num_tokens = int(lengths.sum()) if len(lengths) and lengths.min() > 0 else -1
+    num_sums = num_blocks * int((-(-lengths // SUM_TOKENS)).sum())
+    if (
+        layout.keys[1] != len(lengths) * KEY_BYTES
+        or layout.ids[1] != num_tokens * 4
+        or layout.states[1] != num_tokens * num_blocks * token_bytes
+        or layout.sums[1] != num_sums * 8
+    ):
+        raise ValueError(
+            f"{path}: its keys, lengths, ids, states and sums do not fit each other; run {REPAIR}"
+        )

@@ -1,0 +1,107 @@
+"""Files of a store that are there whole and on disk, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from megatron_fdd.host.disk import writing
+
+_UNFINISHED = ".unfinished"
+_STALE_S = 24 * 3600.0
+# Tensors that need the most begin first, as the format wants it.
+_ALIGNMENT = {"I64": 8, "U64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """A tensor of a safetensors file, whose bytes lie in several arrays, one behind the other.
+
+    Attributes:
+        dtype: by the format's name, such as "I64".
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Sequence[NDArray[Any]]
+
+
+@contextmanager
+def unfinished(store: Path, path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to, and remove what is left there at the end.
+
+    Raises:
+        ValueError: the disk cannot take it; the message names the store.
+    """
+    # A random part, because processes of several containers may have the same host name and number.
+    name = f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}{_UNFINISHED}"
+    with writing("--store", store):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        place = path.with_name(name)
+        try:
+            yield place
+        finally:
+            place.unlink(missing_ok=True)
+
+
+def write_tensors(
+    store: Path, path: Path, tensors: Mapping[str, FileTensor], about: Mapping[str, str]
+) -> None:
+    """Write a safetensors file of a store; one that is there is replaced.
+
+    The library's own writer is not used: it copies every tensor twice, and its errors do not say their number.
+
+    Raises:
+        ValueError: the disk cannot take the file; then there is none, or the one before.
+    """
+    order = sorted(tensors, key=lambda name: (-_ALIGNMENT[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": dict(about)}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        size = sum(part.nbytes for part in tensor.parts)
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (at, at + size)}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with unfinished(store, path) as place:
+        with place.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                for part in tensors[name].parts:
+                    file.write(part.reshape(-1).data)
+            file.flush()
+            os.fsync(file.fileno())
+        place.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(store: Path) -> int:
+    """Remove what writers left that were killed more than a day ago; return how many files that were."""
+    count = 0
+    for depth in ("", "*/", "*/*/"):
+        for path in store.glob(f"{depth}.*{_UNFINISHED}"):
+            with contextlib.suppress(OSError):  # what cannot be removed harms nobody
+                if time.time() - path.stat().st_mtime > _STALE_S:
+                    path.unlink()
+                    count += 1
+    return count

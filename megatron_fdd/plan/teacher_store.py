@@ -1,0 +1,116 @@
+"""The teacher's features on disk: the checks of a store, and what a run reads of it."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_fdd.config import FddConfig
+from megatron_fdd.data.store.lens import LENS_FILE
+from megatron_fdd.data.store.store import Store
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.losses.terms import needs_of
+from megatron_fdd.plan.context import Context
+from megatron_fdd.step.teacher.stored import read_blocks
+
+# Micro-batches that each of torch's workers reads ahead.
+_PREFETCHED = 2
+FLAG = "--fdd-teacher-store"
+# Flags with which a sample's attention or positions are not those of its units.
+_OTHER_ATTENTION = ("reset_attention_mask", "reset_position_ids")
+
+
+def find_store(config: FddConfig) -> Store | None:
+    """Open the store of the teacher's features; return None if the run has none, or no term needs a teacher.
+
+    Raises:
+        ValueError: there is no store, or a segment of it is damaged.
+    """
+    if not needs_of(config).teacher or config.teacher_store is None:
+        return None
+    return Store.open(config.teacher_store, FLAG)
+
+
+def check_one_teacher(context: Context) -> None:
+    """Refuse a teacher that runs beside one whose features are stored."""
+    config = context.config
+    if config.teacher_store is not None and config.teacher_load is not None:
+        raise ValueError(
+            f"--teacher-load {config.teacher_load} and {FLAG} {config.teacher_store}: a run has one teacher; leave one "
+            "out"
+        )
+
+
+def check_store(context: Context) -> None:
+    """Refuse a store that lacks what this run compares.
+
+    Raises:
+        ValueError: names what is missing, and the command that makes it.
+    """
+    store, plan, args = context.teacher_store, context.plan, context.args
+    if store is None:
+        return
+    assert plan is not None, "the phase is made when it is known"
+    identity, where = store.identity, f"{FLAG} {store.path}"
+    wanted = {pair.teacher_block for pair in plan.pairs}
+    if not wanted <= set(identity.blocks):
+        raise ValueError(
+            f"{where}: has the teacher's blocks {identity.blocks}, and this run compares {sorted(wanted)}; choose "
+            "among those with --fdd-layer-pairs, or make a store with fdd teach and this run's --fdd-layers"
+        )
+    if not (store.path / LENS_FILE).is_file():
+        raise ValueError(
+            f"{where}: has no {LENS_FILE}: its producer was ended before it wrote it; run fdd teach again"
+        )
+    for name in _OTHER_ATTENTION:
+        if getattr(args, name) and not args.dataloader_inter_document_masking:
+            raise ValueError(
+                f"--{name.replace('_', '-')} with {FLAG}: features are stored for text that is read as a whole, or "
+                "document by document; leave it out, or give --dataloader-inter-document-masking, which keeps "
+                "documents apart"
+            )
+
+
+def store_bytes(plan: Plan, args: argparse.Namespace, store: Store) -> dict[str, int]:
+    """Estimate what a stored teacher takes on the stage that holds most."""
+    identity, stages = store.identity, plan.num_stages
+    each = args.micro_batch_size * _positions(args) * identity.token_bytes
+    chunks = [len(read_blocks(plan, chunk, store)) for chunk in plan.chunks]
+    most = max(sum(chunks[stage::stages]) for stage in range(stages))
+    figures = {
+        "teacher head (with one stage part of its weights)": (
+            args.padded_vocab_size
+            // args.tensor_model_parallel_size
+            * identity.hidden_size
+            * args.params_dtype.itemsize
+        ),
+        f"teacher features of a micro-batch, {max(chunks)} block(s)": max(chunks) * each,
+    }
+    ahead = _PREFETCHED * args.num_workers
+    if plan.config.tokens == "all":  # a step's batches are read first
+        ahead += args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    figures[f"teacher features in host memory, {ahead} micro-batch(es) ahead"] = most * ahead * each
+    return figures
+
+
+def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[str]:
+    """Return lines about the store, and what a rank reads of it in a step."""
+    identity, stages, index = store.identity, plan.num_stages, store.index
+    samples = args.global_batch_size // args.data_parallel_size
+    chunks = [len(read_blocks(plan, chunk, store)) for chunk in plan.chunks]
+    each = samples * _positions(args) * identity.token_bytes
+    most = max(sum(chunks[stage::stages]) for stage in range(stages)) * each
+    whole = args.global_batch_size * args.seq_length * identity.token_bytes * sum(chunks)
+    size = index.num_tokens * identity.token_bytes * len(identity.blocks)
+    return [
+        f"  teacher: features of {identity.teacher}, {identity.form}, {identity.token_bytes} bytes a hidden state, of "
+        f"the blocks {', '.join(map(str, identity.blocks))}",
+        f"    {store.path}: {len(index)} units, {index.num_tokens} tokens, {size / 1e9:.3f} GB",
+        f"    a step reads at most {most / 1e6:.2f} MB on a rank; {whole / 1e6:.2f} MB are different, so that a step "
+        f"of one second needs {whole / 1e9:.3f} GB/s of the file system",
+    ]
+
+
+def _positions(args: argparse.Namespace) -> int:
+    """Return the positions of a sample that a rank reads."""
+    cut = args.sequence_parallel and not args.dataloader_inter_document_masking
+    return args.seq_length // args.context_parallel_size // (args.tensor_model_parallel_size if cut else 1)

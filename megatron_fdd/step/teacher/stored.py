@@ -1,0 +1,191 @@
+"""The teacher that is not there: its features come with each batch, and its lens from the store.
+
+Shape letters: S sequence (this rank's part), B micro-batch, T the teacher's width, W this rank's slice of the
+vocabulary, R positions of a sample, P bytes a packed hidden state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_fdd.data.batch import Batch
+from megatron_fdd.data.store.coverage import (
+    Coverage,
+    Source,
+    find_missing,
+    read_ids,
+    sources_of,
+    whereabouts,
+)
+from megatron_fdd.data.store.lens import read_stored_head, read_stored_norm
+from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.store.taught import FeatureReader, TaughtDataset, rank_ranges
+from megatron_fdd.host import console
+from megatron_fdd.host.together import together
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
+from megatron_fdd.losses.lens import FinalNorm, Lens, TeacherLens
+from megatron_fdd.step.teacher.lens_file import LensFile
+from megatron_fdd.step.teacher.tap_format import TapFormat
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class StoredTeacher:
+    """The features of one chunk's micro-batches, unpacked on the device as they are used.
+
+    The final hidden states are stored before the final norm too, which is applied here.
+    """
+
+    def __init__(self, store: Store, plan: Plan, chunk: ChunkPlan, topology: Topology) -> None:
+        self._rows = {block: row for row, block in enumerate(read_blocks(plan, chunk, store))}
+        self._taps = {pair: self._rows[plan.pairs[pair].teacher_block] for pair in chunk.teacher_pairs}
+        self._last = self._rows[store.identity.num_layers] if chunk.is_last else None
+        self._norm = read_norm(store) if chunk.is_last else None
+        self._width = store.identity.hidden_size
+        self._dtype = _DTYPES[store.identity.ran["dtype"]]
+        self._format = TapFormat(self._dtype, store.identity.form)
+        self._topology = topology
+
+    def features(self, _index: int, batch: Batch) -> TeacherFeatures:
+        """Return the hidden states of one micro-batch. Collectives: none."""
+        if not self._rows:
+            return TeacherFeatures(None, {})
+        assert batch.teacher_features is not None, "StepHooks gave every chunk a batch with features"
+        packed = batch.teacher_features
+        final_SBT = None
+        if self._last is not None and self._norm is not None:
+            final_SBT = self._norm(self._unpack(packed[:, self._last], batch)).to(self._dtype)
+        return TeacherFeatures(
+            final_SBT, {pair: self._unpack(packed[:, row], batch) for pair, row in self._taps.items()}
+        )
+
+    def _unpack(self, packed_BRP: Tensor, batch: Batch) -> Tensor:
+        """Unpack one block's hidden states to [S, B, T]."""
+        if batch.packed is None:
+            rows = packed_BRP.transpose(0, 1)
+        else:  # samples one behind the other are one row, of which this rank may have a slice
+            rows = packed_BRP.flatten(0, 1).unsqueeze(1)
+            if self._topology.sequence_parallel:
+                rows = rows.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
+        return self._format.unpack(rows.contiguous().view(self._format.packed_dtype), self._width)
+
+
+def read_blocks(plan: Plan, chunk: ChunkPlan, store: Store) -> tuple[int, ...]:
+    """Return the teacher's blocks that a chunk needs, 1-based: those of its pairs, and the last one beside the head."""
+    blocks = {plan.pairs[pair].teacher_block for pair in chunk.teacher_pairs}
+    return tuple(sorted(blocks | ({store.identity.num_layers} if chunk.is_last else set())))
+
+
+def read_norm(store: Store) -> FinalNorm:
+    """Read the teacher's final norm to this rank's device. ValueError if the store's lens is damaged."""
+    device, norm = torch.cuda.current_device(), read_stored_norm(store.path)
+    bias_T = None if norm.bias_T is None else norm.bias_T.to(device)
+    return FinalNorm(norm.weight_T.to(device), bias_T, norm.epsilon, norm.kind)
+
+
+def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLens | None:
+    """Read the teacher's lens on the stages that tap or hold the head; None on others.
+
+    Each rank reads its slice of the vocabulary. Collectives: none.
+
+    Raises:
+        ValueError: the store's lens, or the lens file, is damaged.
+    """
+    if not (topology.is_last_stage or topology.stage in plan.tapping_stages):
+        return None
+    rows = plan.padded_vocab_size // topology.tensor_size
+    head_WT = read_stored_head(store.path, topology.tensor_rank * rows, rows)
+    norm = read_norm(store) if plan.config.lens_norm == "final" else None
+    bare = Lens(head_WT.to(torch.cuda.current_device()), norm)
+    blocks = plan.teacher_blocks(topology.stage)
+    if plan.config.teacher_lens is None or not blocks:
+        return TeacherLens(bare)
+    file = LensFile.open(plan.config.teacher_lens)
+    return TeacherLens(bare, file.kind, file.load(blocks))
+
+
+def with_features(
+    provider: Callable[..., Any], store: Store, plan: Plan, args: argparse.Namespace
+) -> Callable[..., list[Any]]:
+    """Return a provider of the same datasets, whose samples carry what this rank's chunk needs.
+
+    Args:
+        provider: with the interface of `data.provider.train_valid_test_provider`.
+
+    Collectives: those of `check_coverage`, when the datasets are made.
+    """
+
+    def provide(num_samples: Any, vp_stage: int | None = None) -> list[Any]:
+        place = Topology.from_megatron(sequence_parallel=args.sequence_parallel)
+        chunk = plan.chunks_on(place.stage)[vp_stage or 0]
+        blocks = read_blocks(plan, chunk, store)
+        teach = (
+            partial(_taught, reader=FeatureReader(store, blocks, _ranges(args, place))) if blocks else None
+        )
+        found = list(provider(num_samples, vp_stage=vp_stage))
+        if not vp_stage:  # the chunks of a stage read the same data
+            check_coverage(sources_of(found, args), store)
+        if teach is None:
+            return found
+        return [[teach(e) for e in each] if isinstance(each, list) else teach(each) for each in found]
+
+    return provide
+
+
+def check_coverage(sources: Sequence[Source], store: Store) -> None:
+    """Refuse a store that lacks a unit of this run's data; every unit is looked up, the samples dealt over all ranks.
+
+    Collectives: two all-gathers over all ranks, one of the keys of missing units.
+
+    Raises:
+        ValueError: says how many are missing, where the first is, and what adds them. The same on every rank.
+    """
+    started_s = time.perf_counter()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with together():
+        found = find_missing(sources, store.index, deal=(rank, world))
+    everyone: list[Coverage] = [found] * world
+    dist.all_gather_object(everyone, found)
+    missing = {key: unit for each in everyone for key, unit in each.missing.items()}
+    num_read = sum(each.num_read for each in everyone)
+    if missing:
+        first = min(missing.values(), key=lambda unit: (unit.dataset, unit.sample, unit.first))
+        source = sources[first.dataset]
+        ids = read_ids(sources, first)
+        raise ValueError(
+            f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, "
+            f"{sum(unit.last - unit.first for unit in missing.values())} tokens; the first: "
+            f"{whereabouts(source, first)}, ids {ids[:6].tolist()}. Add them with fdd teach --engine "
+            f"{store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this run's data "
+            "flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
+        )
+    if rank == 0:
+        seconds = time.perf_counter() - started_s
+        console.say(
+            f"all {num_read} units of this run's data are in {store.path} (looked up in {seconds:.1f} s)"
+        )
+
+
+def _taught(dataset: Dataset[Any] | None, *, reader: FeatureReader) -> Dataset[Any] | None:
+    return None if dataset is None else TaughtDataset(dataset, reader)
+
+
+def _ranges(args: argparse.Namespace, place: Topology) -> tuple[tuple[int, int], ...]:
+    """Return this rank's positions of a sample. The row of a packed micro-batch is cut only when it is whole."""
+    if args.dataloader_inter_document_masking or not place.sequence_parallel:
+        sequence = (0, 1)
+    else:
+        sequence = (place.tensor_rank, place.tensor_size)
+    context = (place.context_group.rank(), place.context_size)
+    return rank_ranges(args.seq_length, context=context, sequence=sequence)

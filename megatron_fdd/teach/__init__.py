@@ -1,0 +1,1 @@
+"""Producers: a teacher runs, forward only, and its features go to a store (`data/store/`)."""

@@ -1,0 +1,247 @@
+"""A teacher in a Hugging Face folder: loaded without code from the folder and without a network, and its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_fdd.convert.hf_folder import DTYPE_OF_NAME, HfFolder
+from megatron_fdd.data.store.identity import StoreIdentity, TapForm
+from megatron_fdd.evaluate.models import NamedModel
+from megatron_fdd.step.teacher.tap_format import TapFormat
+from megatron_fdd.teach.hf_parts import Parts
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# The forms that keep a hidden state as it is.
+FORM_OF: dict[str, TapForm] = {"float32": "float32", "bfloat16": "bf16"}
+_FLAG = "--teacher"
+# What a config.json says that changes no hidden state.
+_IRRELEVANT = (
+    *(
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ),
+    *(
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+    ),
+)
+# How much of each tensor the hash of the weights covers: all of a norm, and a row of a matrix.
+_HASHED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class HfTeacher:
+    """A folder with a causal language model, checked before anything of it is loaded.
+
+    Attributes:
+        dtype: of the weights and of the hidden states: "bfloat16" or "float32".
+        device_map: where its parts go, as `from_pretrained` takes it.
+    """
+
+    folder: Path
+    dtype: str
+    device_map: str | Mapping[str, str | int]
+
+    def check(self, form: TapForm) -> None:
+        """Refuse a folder that has no model of this transformers, or whose states would depend on their batch.
+
+        Raises:
+            ValueError: names the file or the field, and the remedy.
+        """
+        NamedModel(self.folder.resolve().name, self.folder).check()
+        try:
+            _ = self._files.tensors
+        except ValueError as error:
+            raise ValueError(f"{_FLAG}: {error}") from error
+        if (self.folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"{_FLAG} {self.folder}: has an adapter (adapter_config.json), which may name another base model; "
+                "save the model with it merged, and give that"
+            )
+        if self._quantised is not None and self.dtype == "float32":
+            raise ValueError(
+                f"--dtype float32: {_FLAG} {self.folder} is quantised ({self._quantised}), and transformers leaves the "
+                "rest of it in its own precision; use bfloat16"
+            )
+        if "dynamic" in dict(_ropes(self.config.to_dict())):
+            raise ValueError(
+                f"{_FLAG} {self.folder}: its rotary embedding is of the type dynamic, so that hidden states depend on "
+                "the longest row that ran before; set another rope_type in its config.json, for example linear or yarn"
+            )
+        own = FORM_OF[self.dtype]
+        if form in FORM_OF.values() and form != own:
+            raise ValueError(
+                f"--form {form}: the teacher computes in {self.dtype}, and another width gains nothing; use --form "
+                f"{own}, or give another --dtype"
+            )
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the model. ValueError if transformers has no causal language model for it."""
+        try:
+            found = AutoConfig.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # classes check their fields in their own ways
+            raise ValueError(f"{_FLAG} {self.folder}: {_reason(error)}") from error
+        if type(found) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(
+                f"{_FLAG} {self.folder}: transformers {version('transformers')} has no causal language model of the "
+                f"type {found.model_type}, and code beside a model is never run; convert it, or choose another teacher"
+            )
+        return found
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of its language model."""
+        return int(self.config.get_text_config(decoder=True).num_hidden_layers)
+
+    @property
+    def row_limits(self) -> tuple[int, ...]:
+        """Lengths of a row beyond which every position of it is rotated otherwise (longrope), increasing."""
+        found = {limit for kind, limit in _ropes(self.config.to_dict()) if kind == "longrope" and limit}
+        return tuple(sorted(found))
+
+    def load(self, offload: Path) -> Any:
+        """Load the model, ready to run.
+
+        Args:
+            offload: a folder for weights that the device map keeps on disk.
+
+        Raises:
+            ValueError: the files are damaged, or are not those of the model that config.json describes.
+        """
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                config=self.config,
+                dtype=self.dtype,
+                device_map=self.device_map,
+                offload_folder=offload,
+                attn_implementation=None,  # a config.json may name a kernel of the hub
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a quantisation without its package, a device that is not there
+            raise ValueError(
+                f"{_FLAG} {self.folder} does not load ({_reason(error)}): copy the model again, or give another "
+                "--device-map"
+            ) from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing:  # transformers fills them with random numbers, with a warning
+            raise ValueError(
+                f"{_FLAG} {self.folder} lacks {len(missing)} of the tensors that its config.json asks for "
+                f"({missing[0]}): copy the model again"
+            )
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.use_cache = False
+        return model.eval().requires_grad_(False)
+
+    def identity(self, model: Any, parts: Parts, blocks: Sequence[int], form: TapForm) -> StoreIdentity:
+        """Return what a store of this teacher's features holds.
+
+        Raises:
+            ValueError: a hidden state cannot be packed in this form.
+        """
+        packing, width = TapFormat(DTYPES[self.dtype], form), parts.head.in_features
+        packing.check_width(width, f"--form {form}")
+        return StoreIdentity(
+            engine="transformers",
+            teacher=str(self.folder),
+            weights=self._weights_digest(),
+            final_norm=self._final_norm_digest(parts),
+            architecture=self._architecture_digest(),
+            num_layers=len(parts.layers),
+            hidden_size=width,
+            vocab_size=parts.head.out_features,
+            blocks=list(blocks),
+            form=form,
+            token_bytes=packing.token_bytes(width),
+            ran={
+                "dtype": self.dtype,
+                "attention": str(model.config.get_text_config(decoder=True)._attn_implementation),
+                "quantisation": self._quantisation(model),
+                "transformers": version("transformers"),
+            },
+        )
+
+    @cached_property
+    def _files(self) -> HfFolder:
+        return HfFolder(self.folder)
+
+    def _weights_digest(self) -> str:
+        """Return a hash of each tensor's name, dtype, shape and first bytes, whatever file it is in."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self._files.tensors.items()):
+            total.update(f"{name}\t{tensor.dtype}\t{tensor.shape}\n".encode())
+            with (self.folder / tensor.file).open("rb") as file:
+                file.seek(tensor.offset)
+                total.update(file.read(min(_HASHED_BYTES, tensor.num_bytes)))
+        return total.hexdigest()
+
+    def _final_norm_digest(self, parts: Parts) -> str:
+        """Return the hash of the final norm's weight, from the file where that has it, whatever --dtype is."""
+        stored = self._files.tensors.get(parts.weight_name)
+        is_plain = stored is not None and stored.dtype in DTYPE_OF_NAME
+        weight_T = self._files.read(parts.weight_name).float() if is_plain else parts.raw_weight_T
+        return hashlib.sha256(weight_T.contiguous().numpy().tobytes()).hexdigest()
+
+    def _architecture_digest(self) -> str:
+        """Return a hash of config.json without what changes no hidden state."""
+        values = {name: value for name, value in self._files.config.items() if name not in _IRRELEVANT}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _quantised(self) -> str | None:
+        """The method with which the folder's weights are quantised."""
+        asked = getattr(self.config, "quantization_config", None)
+        if asked is None:
+            return None
+        return str(asked.get("quant_method") if isinstance(asked, dict) else asked.quant_method)
+
+    def _quantisation(self, model: Any) -> str:
+        """Return how the weights were multiplied: transformers dequantises by itself where a kernel is missing."""
+        if self._quantised is None:
+            return "no"
+        ran = getattr(model, "hf_quantizer", None) is not None
+        return self._quantised if ran else f"{self._quantised} -> dequantised to {self.dtype}"
+
+
+def _ropes(values: Any) -> Iterator[tuple[str, int | None]]:
+    """Yield the types of rotary embeddings in a config, at any depth, each with its original length."""
+    if not isinstance(values, dict):
+        return
+    kind = values.get("rope_type")
+    if isinstance(kind, str):
+        limit = values.get("original_max_position_embeddings")
+        yield kind, limit if isinstance(limit, int) else None
+    for value in values.values():
+        yield from _ropes(value)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what transformers says."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if line and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {line}"

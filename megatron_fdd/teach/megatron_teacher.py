@@ -1,0 +1,80 @@
+"""The teacher of the engine `megatron`, from the command line to the engine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.training.initialize import initialize_megatron
+
+from megatron_fdd.host import rehearsal
+from megatron_fdd.host.patches.helpers import use_built_helpers
+from megatron_fdd.host.patches.norms import install_norms
+from megatron_fdd.host.plugins import import_plugins, named_plugins
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.plan.context import StoredModel
+from megatron_fdd.plan.run import PreparedRun, prepare_run
+from megatron_fdd.step.teacher.loading import build_teacher
+from megatron_fdd.teach.engine import Engine
+from megatron_fdd.teach.megatron import MegatronEngine, describe
+from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks
+
+
+class MegatronTeacher:
+    """A teacher's checkpoint in a run of its own; what `PreparedTeacher` says.
+
+    Raises:
+        ValueError: something given is wrong, or the checkpoint cannot be read.
+    """
+
+    def __init__(self, request: TeachRequest) -> None:
+        stored = StoredModel.find(str(request.teacher), "--teacher", to_plan=False)
+        blocks = chosen_blocks(request, stored.args.num_layers)
+        self._run = _prepare(request, blocks)
+        self.args: argparse.Namespace = self._run.args
+        self.companions = Path(request.teacher)
+        self.identity = describe(self._run, blocks, request.form)
+
+    def start(self) -> None:
+        """Make the process groups, as Megatron's `pretrain` does, and check the files that all ranks read together."""
+        use_built_helpers()
+        if self.args.transformer_impl == "local":
+            install_norms()
+        initialize_megatron()
+        self._run.check_files()
+
+    def engine(self) -> Engine:
+        """Return the teacher, loaded. Collectives: those of `build_teacher`."""
+        run = self._run
+        assert run.teacher is not None
+        assert run.teacher_checkpoint is not None
+        topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
+        experts = topology.with_experts(run.teacher.expert_model_parallel_size)
+        return MegatronEngine(
+            self.identity, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology
+        )
+
+
+def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:
+    """Prepare a run whose student is the teacher, and is never built."""
+    world, teacher = os.environ.get("WORLD_SIZE", "1"), str(request.teacher)
+    pairs = ",".join(f"{block}:{block}" for block in blocks)
+    sizes = batch_sizes(request)
+    sys.argv[1:] = [
+        *("--lr", "1e-4"),
+        *request.flags,
+        *("--use-checkpoint-args", "--pretrained-checkpoint", teacher, "--teacher-load", teacher),
+        *("--fdd-layer-pairs", pairs, "--fdd-alpha", "1", "--fdd-beta", "0"),
+        *("--micro-batch-size", "1", "--global-batch-size", world),
+        *("--eval-micro-batch-size", "1", "--eval-global-batch-size", world),
+    ]
+    if rehearsal.is_wanted():
+        sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
+    import_plugins(named_plugins(sys.argv[1:]))
+    run = prepare_run()
+    # These only say how much of the data is read.
+    run.args.global_batch_size, run.args.eval_global_batch_size = sizes
+    return run

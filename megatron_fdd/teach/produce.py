@@ -1,0 +1,75 @@
+"""The loop of a producer: units in batches through an engine, and their features into the store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_fdd.data.store.coverage import Ids, Source, Unit, read_ids
+from megatron_fdd.data.store.segment import Bytes, SegmentWriter
+from megatron_fdd.teach.engine import Engine
+
+
+def produce(
+    engine: Engine,
+    store: Path,
+    sources: Sequence[Source],
+    all_batches: Sequence[Sequence[Unit]],
+    *,
+    shows_progress: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Run batches of units, and write their features.
+
+    Replicas take every n-th batch. All run equally many, because experts may be shared by replicas: one that has none
+    left runs the last one again and throws it away.
+
+    After the second round it says how long the rest will take; the first one also warms up.
+
+    Memory: a batch's hidden states, those of one segment, and one batch that is being written.
+
+    Raises:
+        ValueError: the disk cannot take a segment, or a hidden state is not finite.
+    """
+    identity = engine.identity
+    writer = SegmentWriter(store, identity.digest, len(identity.blocks), identity.token_bytes)
+    total = sum(unit.last - unit.first for batch in all_batches for unit in batch)
+    bar = tqdm(
+        total=total, unit="token", unit_scale=True, desc="teach", disable=None if shows_progress else True
+    )
+    told, started_s = 0, time.perf_counter()
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as thread, bar:
+        for first in range(0, len(all_batches), engine.num_replicas):
+            number = first + engine.replica
+            batch = all_batches[min(number, len(all_batches) - 1)]
+            units = [read_ids(sources, unit) for unit in batch]
+            states = engine.states(units)
+            if pending is not None:
+                pending.result()
+                pending = None
+            if number < len(all_batches) and engine.writes:
+                pending = thread.submit(_write, writer, units, states)
+            done = sum(
+                unit.last - unit.first
+                for each in all_batches[first : first + engine.num_replicas]
+                for unit in each
+            )
+            told += done
+            bar.update(done)
+            if first == engine.num_replicas:
+                rate = done / (time.perf_counter() - started_s)
+                say(f"{rate:.0f} tokens/s: about {(total - told) / rate / 3600:.1f} hours for the rest")
+            started_s = time.perf_counter()
+        if pending is not None:
+            pending.result()
+    writer.flush()
+
+
+def _write(writer: SegmentWriter, units: Sequence[Ids], states: Sequence[Bytes]) -> None:
+    for ids, unit_states in zip(units, states, strict=True):
+        writer.add(ids, unit_states)

@@ -1,0 +1,236 @@
+"""The command line of a producer: its own flags, and those of the training whose data it reads."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NoReturn, get_args
+
+from megatron_fdd.config import FddConfig, add_fdd_args
+from megatron_fdd.data.store.identity import TapForm
+from megatron_fdd.losses.pairs import sample_blocks
+
+ENGINES = ("megatron", "transformers")
+DTYPES = ("bfloat16", "float32")
+# Flags of a training that a producer has no use for, and how many words stand behind each.
+_NOT_HERE = {
+    **dict.fromkeys(("--load", "--save", "--save-interval", "--pretrained-checkpoint", "--ckpt-step"), 1),
+    **dict.fromkeys(("--teacher-load", "--teacher-lens", "--fdd-teacher-store", "--fdd-metrics-file"), 1),
+    **dict.fromkeys(("--use-checkpoint-args", "--finetune", "--async-save"), 0),
+    "--rampup-batch-size": 3,
+}
+# Flags that choose blocks, which are read here.
+_CHOICE = ("--fdd-layers", "--fdd-layer-rule", "--fdd-layer-pairs")
+# The training's own.
+_BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
+_MOST_PARTS = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class TeachRequest:
+    """What a producer is asked for.
+
+    Attributes:
+        blocks: given with --blocks; None: by `choice`.
+        choice: those of the training's flags that choose its layers.
+        form: None: the teacher's own precision.
+        part: number of this producer's part, and of all parts.
+        batch_tokens: most tokens of a forward pass, padding included, in one replica.
+        device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
+        flags: the training's, without those that a producer has no use for, or has read.
+    """
+
+    engine: str
+    teacher: Path
+    store: Path
+    blocks: tuple[int, ...] | None
+    choice: tuple[str, ...]
+    form: TapForm | None
+    part: tuple[int, int]
+    batch_tokens: int
+    device_map: str
+    dtype: str | None
+    flags: tuple[str, ...]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of a producer's own flags."""
+    made = argparse.ArgumentParser(
+        prog="fdd teach",
+        allow_abbrev=False,
+        description="Run a teacher on the text of a training, and store its features for it.",
+    )
+    made.add_argument("--engine", choices=ENGINES, required=True, help="what runs the teacher")
+    made.add_argument(
+        "--teacher",
+        type=Path,
+        required=True,
+        metavar="T",
+        help="its Megatron checkpoint; transformers: its Hugging Face folder",
+    )
+    made.add_argument(
+        "--store", type=Path, required=True, metavar="S", help="folder of the store; made, or added to"
+    )
+    made.add_argument(
+        "--blocks",
+        type=_blocks,
+        metavar="B,B,...",
+        help="blocks of the teacher, 1-based; the last one is always added (default: those of the training's "
+        "--fdd-layers and --fdd-layer-rule, or --fdd-layer-pairs)",
+    )
+    made.add_argument(
+        "--form",
+        choices=get_args(TapForm),
+        help="how a hidden state is packed; int8 keeps the 8 largest entries of a token in bf16 (default: as the "
+        "teacher computes, bf16 or float32)",
+    )
+    made.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="compute part I, from 0, of N equal parts, which other producers share (0/1)",
+    )
+    made.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="tokens of one forward pass, padding included (%(default)s)",
+    )
+    own = made.add_argument_group("engine transformers")
+    own.add_argument(
+        "--device-map",
+        default="auto",
+        metavar="auto|cpu|JSON",
+        help="where the teacher's parts go: GPU numbers, cpu or disk by their names; auto fills GPUs first (auto)",
+    )
+    own.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="what the teacher computes in (float32 with --form float32, else bfloat16)",
+    )
+    return made
+
+
+def named_engine(words: Sequence[str]) -> str | None:
+    """Return the value of --engine, before anything else is read; None without."""
+    known = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    known.add_argument("--engine")
+    try:
+        engine: str | None = known.parse_known_args(list(words))[0].engine
+    except argparse.ArgumentError:
+        return None
+    return engine
+
+
+def parse(words: Sequence[str]) -> TeachRequest:
+    """Read a producer's command line.
+
+    Raises:
+        ValueError: a flag is missing or has a wrong value; names it.
+    """
+    own = parser()
+    own.error = _refuse  # type: ignore[method-assign]
+    given, flags = own.parse_known_args(list(words))
+    if given.batch_tokens < 1:
+        raise ValueError(f"--batch-tokens {given.batch_tokens}: must be at least 1")
+    if given.engine == "megatron" and (given.dtype or given.device_map != "auto"):
+        flag = f"--dtype {given.dtype}" if given.dtype else f"--device-map {given.device_map}"
+        raise ValueError(
+            f"{flag}: leave it out: with --engine megatron the layout and the precision are those of Megatron's flags"
+        )
+    return TeachRequest(
+        engine=given.engine,
+        teacher=given.teacher,
+        store=given.store,
+        blocks=given.blocks,
+        form=given.form,
+        part=given.part,
+        batch_tokens=given.batch_tokens,
+        device_map=given.device_map,
+        dtype=given.dtype,
+        choice=tuple(_cut(flags, dict.fromkeys(_CHOICE, 1))[1]),
+        flags=tuple(_cut(flags, _NOT_HERE | dict.fromkeys(_CHOICE, 1))[0]),
+    )
+
+
+def chosen_blocks(request: TeachRequest, num_layers: int) -> list[int]:
+    """Return the teacher's blocks that are stored, increasing; the last block of the teacher is one of them.
+
+    Args:
+        num_layers: of the teacher.
+
+    Raises:
+        ValueError: the teacher has no such blocks.
+    """
+    blocks, flag = request.blocks, "--blocks"
+    if blocks is None:
+        flag = "--fdd-layer-pairs"
+        known = add_fdd_args(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+        known.error = _refuse  # type: ignore[method-assign]
+        config = FddConfig.from_args(known.parse_args(list(request.choice)))
+        if config.layer_pairs is None:
+            blocks = tuple(sample_blocks(config.layer_rule, config.layers, num_layers, "teacher"))
+        else:
+            blocks = tuple(teacher for _, teacher in config.layer_pairs)
+    wrong = [block for block in blocks if not 1 <= block <= num_layers]
+    if wrong:
+        raise ValueError(
+            f"{flag}: the teacher has the blocks 1 to {num_layers}, and no block {wrong[0]}; name those that it has"
+        )
+    return sorted({*blocks, num_layers})
+
+
+def batch_sizes(request: TeachRequest) -> tuple[int, int]:
+    """Return the training's batch sizes, of training and of evaluation: they say how many samples are read.
+
+    Raises:
+        ValueError: the flags do not name one.
+    """
+    known = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    known.error = _refuse  # type: ignore[method-assign]
+    for flag in _BATCH_SIZES:
+        known.add_argument(flag, type=int)
+    given, _ = known.parse_known_args(list(request.flags))
+    if given.global_batch_size is None or given.global_batch_size < 1:
+        raise ValueError(
+            "--global-batch-size: give the training's, which with --train-iters says how much of the data it reads"
+        )
+    return given.global_batch_size, given.eval_global_batch_size or given.global_batch_size
+
+
+def _cut(flags: Sequence[str], names: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Divide flags: the others, and those of `names` with so many words behind each."""
+    others, cut = [], []
+    words = iter(flags)
+    for word in words:
+        name, has_value, _ = word.partition("=")
+        if name not in names:
+            others.append(word)
+            continue
+        cut.append(word)
+        cut += [] if has_value else islice(words, names[name])
+    return others, cut
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of block numbers such as 5,10,15")
+    return tuple(int(word) for word in text.split(","))
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
+    number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 <= number < count <= _MOST_PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N with I from 0 to N - 1, such as 0/8")
+    return number, count
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message} (see fdd teach --help)")

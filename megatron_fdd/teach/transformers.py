@@ -1,0 +1,111 @@
+"""The engine `transformers`: any causal language model of the installed transformers, tapped by hooks.
+
+Shape letters: B rows, S sequence, T the teacher's width, P packed width in bytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_fdd.data.store.coverage import Ids
+from megatron_fdd.data.store.identity import StoreIdentity
+from megatron_fdd.data.store.lens import StoredLens
+from megatron_fdd.data.store.segment import Bytes
+from megatron_fdd.step.teacher.tap_format import TapFormat
+from megatron_fdd.teach.hf_parts import Parts
+from megatron_fdd.teach.hf_run import input_device, run_without_head, tapped
+from megatron_fdd.teach.hf_teacher import DTYPES
+
+# Tokens of a unit whose logits are compared: with 256,000 words these are 128 MB.
+_COMPARED_TOKENS = 128
+
+
+class TransformersEngine:
+    """A model of transformers in this process, on the devices of its device map.
+
+    A row is one unit, padded on the right, without a mask: a causal model does not look at what follows.
+
+    Args:
+        model: in evaluation mode.
+        row_limits: lengths of a row on both sides of which all its states differ; a batch keeps to one side.
+
+    Raises:
+        ValueError: the model's logits have a soft cap.
+    """
+
+    replica, num_replicas, writes = 0, 1, True
+
+    def __init__(
+        self, identity: StoreIdentity, model: Any, parts: Parts, row_limits: Sequence[int] = ()
+    ) -> None:
+        assert not any(module.training for module in model.modules())
+        if parts.cap is not None:
+            raise ValueError(
+                f"--teacher: its logits have a soft cap of {parts.cap}, which the losses do not know yet; choose "
+                "another teacher (docs/teacher-types.md)"
+            )
+        self.identity = identity
+        self._model, self._parts, self._limits = model, parts, sorted(row_limits)
+        self._layers = [parts.layers[block - 1] for block in identity.blocks]
+        self._dtype = DTYPES[identity.ran["dtype"]]
+        self._format = TapFormat(self._dtype, identity.form)
+
+    @torch.no_grad()
+    def states(self, units: Sequence[Ids]) -> list[Bytes]:
+        """Run some units; what `Engine.states` says. Collectives: none."""
+        found: dict[int, Bytes] = {}
+
+        def side(number: int) -> int:
+            return bisect_left(self._limits, len(units[number]))
+
+        for _, numbers in groupby(sorted(range(len(units)), key=side), key=side):
+            rows = list(numbers)
+            found |= zip(rows, self._run([units[row] for row in rows]), strict=True)
+        return [found[number] for number in range(len(units))]
+
+    @torch.no_grad()
+    def lens(self, units: Sequence[Ids]) -> StoredLens:
+        """Return the lens; what `Engine.lens` says. Collectives: none."""
+        error, parts = 0.0, self._parts
+        for ids in units:
+            row_BS = torch.from_numpy(ids[None, :_COMPARED_TOKENS].astype(np.int64))
+            row_BS = row_BS.to(input_device(self._model))
+            with tapped(parts.layers[-1:]) as taps:
+                run_without_head(self._model, row_BS)
+            error = max(
+                error, parts.check_error(taps[0].to(self._dtype), self._model(input_ids=row_BS).logits)
+            )
+        return StoredLens(parts.folded_norm, parts.head_VT.cpu(), error)
+
+    def _run(self, units: Sequence[Ids]) -> list[Bytes]:
+        """Run one batch; return each unit's packed states [T, S, P]."""
+        lengths = [len(ids) for ids in units]
+        rows = np.zeros((len(units), max(lengths)), np.int64)
+        for row, ids in enumerate(units):
+            rows[row, : len(ids)] = ids
+        with tapped(self._layers) as taps:
+            run_without_head(self._model, torch.from_numpy(rows).to(input_device(self._model)))
+        assert len(taps) == len(self._layers), "find_parts saw each layer run once"
+        packed = [self._format.pack(tap_BST.to(self._dtype)).contiguous() for tap_BST in taps]
+        self._check_finite(taps, lengths)
+        stacked = np.stack([each_BSP.view(torch.uint8).cpu().numpy() for each_BSP in packed])
+        return [np.ascontiguousarray(stacked[:, row, :length]) for row, length in enumerate(lengths)]
+
+    @staticmethod
+    def _check_finite(taps: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        """Refuse states that are not finite; what stands for padding does not count."""
+        ends_B1 = torch.tensor(lengths)[:, None]
+        for tap_BST in taps:
+            finite_BS = tap_BST.isfinite().all(-1)
+            is_padding_BS = torch.arange(tap_BST.shape[1]) >= ends_B1
+            if not bool((finite_BS | is_padding_BS.to(tap_BST.device)).all()):
+                raise ValueError(
+                    "--teacher: a hidden state is not finite: its weights are damaged, copy them again"
+                )

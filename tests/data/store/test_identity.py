@@ -1,0 +1,123 @@
+"""A store has one identity: made once, joined by what is equal, and every difference said by its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fdd.data.store.identity import STORE_FILE, StoreIdentity, read_identity, write_identity
+from tests.data.store.made import IDENTITY
+
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
+    "engine": ({"engine": "transformers"}, "its engine is megatron, and here it is transformers"),
+    "weights": ({"weights": "99"}, "its weights is 12ab, and here it is 99"),
+    "final_norm": ({"final_norm": "99"}, "its final_norm is 34cd, and here it is 99"),
+    "architecture": ({"architecture": "99"}, "its architecture is 56ef, and here it is 99"),
+    "num_layers": ({"num_layers": 4, "blocks": [2, 4]}, "its num_layers is 6, and here it is 4"),
+    "hidden_size": ({"hidden_size": 6}, "its hidden_size is 5, and here it is 6"),
+    "vocab_size": ({"vocab_size": 9}, "its vocab_size is 2050, and here it is 9"),
+    "blocks": ({"blocks": [2, 6]}, r"its blocks is \[2, 4, 6\], and here it is \[2, 6\]"),
+    "form": ({"form": "fp8"}, "its form is bf16, and here it is fp8"),
+    "token_bytes": ({"token_bytes": 9}, "its token_bytes is 10, and here it is 9"),
+    "ran": (
+        {"ran": {**IDENTITY.ran, "dtype": "float32"}},
+        "its dtype is bfloat16, and here it is float32",
+    ),
+}
+
+
+def test_a_second_producer_joins(tmp_path: Path) -> None:
+    write_identity(tmp_path / "s", IDENTITY)
+    before = (tmp_path / "s" / STORE_FILE).stat()
+    write_identity(tmp_path / "s", replace(IDENTITY, teacher="the same one in another folder"))
+    assert (tmp_path / "s" / STORE_FILE).stat() == before
+    assert read_identity(tmp_path / "s", "--store") == IDENTITY
+    assert [path.name for path in (tmp_path / "s").iterdir()] == [STORE_FILE]
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(StoreIdentity) if field.name != "teacher"])
+def test_every_difference_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    changed, message = DIFFERENT[name]
+    other = replace(IDENTITY, **changed)
+    assert other.digest != IDENTITY.digest
+    write_identity(tmp_path, IDENTITY)
+    with pytest.raises(ValueError, match=f"^--store {tmp_path}: holds .*{message}. .*give another folder$"):
+        write_identity(tmp_path, other)
+    assert read_identity(tmp_path, "--store") == IDENTITY
+
+
+def test_how_it_ran_differs_by_what_only_one_says(tmp_path: Path) -> None:
+    write_identity(tmp_path, IDENTITY)
+    with pytest.raises(ValueError, match="its fp8 is None, and here it is e4m3"):
+        write_identity(tmp_path, replace(IDENTITY, ran={**IDENTITY.ran, "fp8": "e4m3"}))
+
+
+def test_the_digest_of_an_identity_is_frozen() -> None:
+    """Another one would make every store that there is foreign to itself."""
+    assert IDENTITY.digest == replace(IDENTITY, teacher="").digest == "27d3705f38c72f65"
+
+
+def test_where_no_store_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--flag .*x: there is no such folder .*make one with fdd teach"):
+        read_identity(tmp_path / "x", "--flag")
+    with pytest.raises(ValueError, match=r"the folder holds no store .*make one with fdd teach"):
+        read_identity(tmp_path, "--flag")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"^--store .*file: .*give another place"):
+        write_identity(tmp_path / "file", IDENTITY)
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "newer": (
+        {"version": 2},
+        "has the format version 2, and this version of the package reads 1; give another",
+    ),
+    "of another kind": ({"format": "zarr"}, "is not of a store of features; give another folder"),
+    "unknown field": ({"salt": "1"}, '"salt" is not known'),
+    "wrong type": ({"hidden_size": "5"}, "\"hidden_size\" is '5', which is of the wrong kind"),
+    "unknown form": ({"form": "int4"}, "\"form\" is 'int4', which is of the wrong kind"),
+    "blocks do not increase": ({"blocks": [4, 2, 6]}, "must increase, and end with the last block, 6"),
+    "without the last block": ({"blocks": [2, 4]}, "must increase, and end with the last block, 6"),
+    "no blocks": ({"blocks": []}, "must increase"),
+    "block 0": ({"blocks": [0, 6]}, "must increase"),
+    "no width": ({"hidden_size": 0}, "hidden_size 0 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_of_other_content_is_refused(tmp_path: Path, name: str) -> None:
+    changed, message = FOREIGN[name]
+    write_identity(tmp_path, IDENTITY)
+    path = tmp_path / STORE_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_identity(tmp_path, "--flag")
+    assert str(caught.value).startswith(f"--flag {tmp_path}: ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 300, b"[]", b'{"format": "fdd-fea', b"\xff\xfe", b"[" * 99999]
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STORE_FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=STORE_FILE) as caught:
+        read_identity(tmp_path, "--flag")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_producer_that_looked_before_the_other_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find no store; the second one's file must not replace the first one's."""
+    write_identity(tmp_path, IDENTITY)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda _: False)
+        write_identity(tmp_path, IDENTITY)
+        with pytest.raises(ValueError, match="its form is bf16, and here it is int8"):
+            write_identity(tmp_path, replace(IDENTITY, form="int8"))
+    assert read_identity(tmp_path, "--store") == IDENTITY
+    assert [path.name for path in tmp_path.iterdir()] == [STORE_FILE]

@@ -1,0 +1,118 @@
+"""A case whose teacher is stored: its features are written by the engine at the case's layout, and read from disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_fdd.data.store.coverage import Ids
+from megatron_fdd.data.store.identity import StoreIdentity, TapForm, write_identity
+from megatron_fdd.data.store.lens import write_stored_lens
+from megatron_fdd.data.store.segment import SegmentWriter
+from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.store.taught import FEATURES, FeatureReader, rank_ranges
+from megatron_fdd.data.store.unit import as_ids, units_of
+from megatron_fdd.host.topology import Topology
+from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.step.teacher.stored import read_blocks
+from megatron_fdd.step.teacher.tap_format import TapFormat
+from megatron_fdd.teach.megatron import MegatronEngine
+
+Batches = Sequence[dict[str, Tensor]]
+
+
+def write_store(
+    teacher: GPTModel, plan: Plan, topology: Topology, batches: Batches, vocab: int, form: TapForm
+) -> Store:
+    """Write, on all ranks, a store with the features of all batches in a new folder; return it open."""
+    config = teacher.config
+    blocks = sorted({pair.teacher_block for pair in plan.pairs} | {config.num_layers})
+    identity = StoreIdentity(
+        engine="megatron",
+        teacher="toy",
+        weights="",
+        final_norm="",
+        architecture="",
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=vocab,
+        blocks=blocks,
+        form=form,
+        token_bytes=TapFormat(config.params_dtype, form).token_bytes(config.hidden_size),
+        ran={"dtype": str(config.params_dtype).removeprefix("torch.")},
+    )
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    path = Path(folder[0])
+    if dist.get_rank() == 0:
+        write_identity(path, identity)
+    dist.barrier()
+    engine = MegatronEngine(identity, teacher, topology)
+    writer = SegmentWriter(path, identity.digest, len(blocks), identity.token_bytes, most_units=5)
+    for batch in batches:
+        units = units_of_batch(batch)
+        states = engine.states(units)
+        if engine.writes and engine.replica == 0:
+            for ids, found in zip(units, states, strict=True):
+                writer.add(ids, found)
+    lens = engine.lens(units_of_batch(batches[0]))
+    if engine.writes and engine.replica == 0:
+        assert lens is not None
+        write_stored_lens(path, lens)
+        writer.flush()
+    dist.barrier()
+    return Store.open(path, "--store")
+
+
+def units_of_batch(batch: dict[str, Tensor]) -> list[Ids]:
+    """Return the ids of every unit of a micro-batch."""
+    return [
+        as_ids(sample["tokens"].numpy()[first:last])
+        for sample in samples(batch)
+        for first, last in units_of(sample)
+    ]
+
+
+def samples(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the rows of a micro-batch, as a dataset gives them."""
+    return [{name: value[row] for name, value in batch.items()} for row in range(batch["tokens"].shape[0])]
+
+
+def taught_batches(
+    store: Store, plan: Plan, topology: Topology, batches: Batches
+) -> list[list[dict[str, Tensor]]]:
+    """Return, for each chunk of this rank, its batches with the features that it needs."""
+    is_packed, length = "cu_seqlens" in batches[0], batches[0]["tokens"].shape[1]
+    cut = (
+        (topology.tensor_rank, topology.tensor_size)
+        if topology.sequence_parallel and not is_packed
+        else (0, 1)
+    )
+    ranges = rank_ranges(length, context=(topology.context_group.rank(), topology.context_size), sequence=cut)
+    taught = []
+    for chunk in plan.chunks_on(topology.stage):
+        blocks = read_blocks(plan, chunk, store)
+        reader = FeatureReader(store, blocks, ranges)
+        taught.append(
+            [
+                {**batch, FEATURES: torch.stack([reader.read(sample) for sample in samples(batch)])}
+                if blocks
+                else batch
+                for batch in batches
+            ]
+        )
+    return taught
+
+
+def remove(store: Store) -> None:
+    """Remove a store's folder when all ranks have read what they need."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(store.path)

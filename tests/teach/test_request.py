@@ -1,0 +1,139 @@
+"""The command line of a producer: its own flags, and a whole training command behind them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks, parse
+
+OWN = "--engine megatron --teacher T --store S".split()
+TRAINING = (
+    "--seq-length 16 --micro-batch-size 2 --global-batch-size 8 --train-iters 3 --eval-iters 1 --split 80,20,0 "
+    "--data-path 0.5 a 0.5 b --lr 3e-3 --seed -1 --tensor-model-parallel-size 2 --sequence-parallel --bf16"
+).split()
+NOT_HERE = (
+    "--load L --save=D --save-interval 5 --pretrained-checkpoint P --ckpt-step 4 --teacher-load T --teacher-lens N "
+    "--fdd-teacher-store S --fdd-metrics-file M --use-checkpoint-args --finetune --async-save "
+    "--rampup-batch-size 2 2 99"
+).split()
+
+
+def request(*more: str) -> TeachRequest:
+    return parse([*OWN, *TRAINING, *more])
+
+
+def test_the_flags_of_a_training_stay_in_their_order() -> None:
+    made = parse([*OWN[:2], *TRAINING[:7], *OWN[2:], *TRAINING[7:]])
+    assert made.flags == request().flags == tuple(TRAINING)
+    assert (made.engine, made.teacher, made.store) == ("megatron", Path("T"), Path("S"))
+    assert (made.form, made.part, made.blocks, made.batch_tokens, made.choice) == (
+        None,  # by the teacher's precision
+        (0, 1),
+        None,
+        16384,
+        (),
+    )
+
+
+def test_a_whole_training_command_may_be_pasted() -> None:
+    """What a producer has no use for goes, with as many words as it has."""
+    for place in range(0, len(TRAINING), 5):
+        if TRAINING[place].startswith("--"):
+            assert parse([*OWN, *TRAINING[:place], *NOT_HERE, *TRAINING[place:]]).flags == tuple(TRAINING)
+
+
+def test_flags_that_choose_blocks_are_kept_apart() -> None:
+    made = request("--fdd-layers", "2", "--fdd-layer-rule=paper", "--fdd-alpha", "1")
+    assert made.choice == ("--fdd-layers", "2", "--fdd-layer-rule=paper")
+    assert made.flags == (*TRAINING, "--fdd-alpha", "1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "blocks"),
+    [
+        ("--blocks 5,1,5", [1, 5, 12]),
+        ("--blocks 12", [12]),
+        ("--fdd-layer-pairs 1:3,2:7", [3, 7, 12]),
+        ("--fdd-layers 3 --fdd-layer-rule linspace", [3, 6, 9, 12]),
+        ("--fdd-layers 2 --blocks 4", [4, 12]),
+    ],
+)
+def test_blocks_are_those_of_the_training_or_given(flags: str, blocks: list[int]) -> None:
+    assert chosen_blocks(request(*flags.split()), 12) == blocks
+
+
+@pytest.mark.parametrize("flags", ["--blocks 0", "--blocks 13", "--blocks 5,99", "--fdd-layer-pairs 1:13"])
+def test_blocks_that_the_teacher_lacks_are_refused(flags: str) -> None:
+    with pytest.raises(ValueError, match="the teacher has the blocks 1 to 12, and no block (0|13|99)"):
+        chosen_blocks(request(*flags.split()), 12)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--fdd-layers 99", "--fdd-layers 0", "--fdd-layers x", "--fdd-layer-pairs 1"]
+)
+def test_a_choice_that_is_none_is_refused(flags: str) -> None:
+    with pytest.raises(ValueError, match="--fdd-layer") as caught:
+        chosen_blocks(request(*flags.split()), 12)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "part"), [("0/1", (0, 1)), ("7/8", (7, 8)), ("00/2", (0, 2))])
+def test_a_part(text: str, part: tuple[int, int]) -> None:
+    assert request("--part", text).part == part
+
+
+REFUSED = {
+    "--part 1/1": "argument --part: '1/1' must be I/N with I from 0 to N - 1",
+    "--part 8/8": "argument --part",
+    "--part -1/8": "argument --part",
+    "--part 0/0": "argument --part",
+    "--part 1": "argument --part",
+    "--part 1/2/3": "argument --part",
+    "--part 0/99999999": "argument --part",
+    "--part ١/2": "argument --part",
+    "--part=": "argument --part",
+    "--blocks 1,": "argument --blocks: '1,' is no list of block numbers such as 5,10,15",
+    "--blocks -1": "argument --blocks",
+    "--blocks 1.5": "argument --blocks",
+    "--blocks=": "argument --blocks",
+    "--blocks 12345678": "argument --blocks",
+    "--form int4": "argument --form: invalid choice: 'int4'",
+    "--engine vllm": "argument --engine: invalid choice: 'vllm'",
+    "--batch-tokens 0": "--batch-tokens 0: must be at least 1",
+    "--batch-tokens -5": "--batch-tokens -5: must be at least 1",
+    "--batch-tokens many": "argument --batch-tokens: invalid int value",
+    "--store": "argument --store: expected one argument",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_a_wrong_value_is_one_line_with_the_flag(flags: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(REFUSED[flags])) as caught:
+        parse([*OWN, *TRAINING, *flags.split()])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--engine", "--teacher", "--store"])
+def test_what_is_needed_must_be_there(flag: str) -> None:
+    at = OWN.index(flag)
+    with pytest.raises(ValueError, match=f"required: {flag} .see fdd teach --help"):
+        parse([*OWN[:at], *OWN[at + 2 :], *TRAINING])
+
+
+def test_flags_are_not_abbreviated() -> None:
+    """`--form` is a producer's own; a longer or shorter flag of a training is not."""
+    assert request("--for", "x", "--blocksize", "4").flags == (*TRAINING, "--for", "x", "--blocksize", "4")
+
+
+def test_batch_sizes_are_the_trainings() -> None:
+    assert batch_sizes(request()) == (8, 8)
+    assert batch_sizes(request("--eval-global-batch-size=4")) == (8, 4)
+    at = TRAINING.index("--global-batch-size")
+    for words in ([], ["--global-batch-size", "0"]):
+        with pytest.raises(ValueError, match="--global-batch-size: give the training's"):
+            batch_sizes(parse([*OWN, *TRAINING[:at], *words, *TRAINING[at + 2 :]]))
+    with pytest.raises(ValueError, match="--global-batch-size: invalid int value: 'x'"):
+        batch_sizes(parse([*OWN, "--global-batch-size", "x"]))
