@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.training.training import get_train_valid_test_num_samples
+from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 from tqdm import tqdm
 
 from megatron_fdd.convert.hf_companions import carry_companions
@@ -61,6 +61,7 @@ def teach(request: TeachRequest) -> None:
     if log is not None:
         console.say(f"loading the teacher and the data; Megatron's own output: {log.with_name('rank*.log')}")
     teacher.start()
+    update_train_iters(teacher.args)  # from --train-samples
     sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
     with together():
         if is_first_rank():

@@ -32,7 +32,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     r"^--fp8-format.*local modules": (),  # a rehearsal leaves them out: test_fp8
     r"^--fp8-format.*not installed": (),
     r"^--fp8-param-gather: .*leave it out": ("--fp8-param-gather",),
+    r"^--dataloader-type external: .*leave it out": ("--dataloader-type external",),
+    r"^--ckpt-convert-format: .*leave it out": ("--ckpt-convert-format torch_dist",),
+    r"^--ddp-average-in-collective: .*leave it out": ("--ddp-average-in-collective",),
     r"^--ckpt-format: .*leave it out": ("--ckpt-format torch",),
+    r"^--non-persistent-ckpt-type local, in_memory: .*use global": ("--non-persistent-ckpt-type local",),
+    r"^--rampup-batch-size: .*--train-samples": ("--rampup-batch-size 2 2 10",),
+    r"^--step-batch-size-schedule with --train-iters: .*--train-samples": ("--step-batch-size-schedule 0:8",),
     r"^--fp4-format: .*use --fp8-format": ("--fp4-format e2m1",),
     r"^--transformer-impl transformer_engine": (),  # not in a rehearsal: test_without_transformer_engine
     r"^--optimizer-cuda-graph: .*leave it out": ("--optimizer-cuda-graph",),
