@@ -19,7 +19,7 @@ examples:
       --tensor-model-parallel-size 8 --data-path data/train ...
       (torchrun's flags before --; the teacher's own layout, whatever the student's)
   fdd teach --engine transformers --teacher teacher-hf --store features --data-path data/train ...
-      (any causal language model of transformers, spread over this machine's GPUs, memory and disk)
+      (types of transformers: docs/teacher-types.md; spread over this machine's GPUs, memory and disk)
   fdd teach ... --part 3/16
       (one of 16 producers that share the work; killed? the same command goes on)"""
 
