@@ -39,6 +39,7 @@ from megatron_fdd.data.store.lens import lacks_lens, write_stored_lens
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
 from megatron_fdd.host import console
+from megatron_fdd.host.disk import explain
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.together import together
 from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
@@ -179,9 +180,10 @@ def main() -> int:
     except KeyboardInterrupt:
         console.complain("fdd teach: interrupted; the same command goes on")
         return 128 + signal.SIGINT
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         console.log_traceback()
-        print_error(f"megatron_fdd: error: {error if is_from_here(error) else in_one_line(error)}")
+        told = explain(error) if is_from_here(error) or isinstance(error, OSError) else in_one_line(error)
+        print_error(f"megatron_fdd: error: {told}")
         return 1
     return 0
 

@@ -173,13 +173,17 @@ class MegatronEngine:
         )
 
     def _samples(self, units: Sequence[Ids]) -> list[dict[str, Tensor]]:
-        """Make micro-batches of rows that are padded on the right; under a pipeline several, so that stages overlap."""
-        stages = self._topology.num_stages
-        rows = len(units) if stages == 1 else -(-len(units) // (4 * stages))
+        """Make micro-batches of rows that are padded on the right; under a pipeline several, so that stages overlap.
+
+        Their number does not depend on the units: replicas that share experts run equally many. What lacks units is
+        filled with rows of zeros.
+        """
+        count = 1 if self._topology.num_stages == 1 else 4 * self._topology.num_stages
+        rows = -(-len(units) // count)
         multiple = math.lcm(self._cut, _FP8_MULTIPLE if self._model.config.fp8 else 1)
         length = -(-max(map(len, units)) // multiple) * multiple
         samples = []
-        for first in range(0, len(units), rows):
+        for first in range(0, count * rows, rows):
             tokens = torch.zeros(rows, length, dtype=torch.int64)
             for row, ids in enumerate(units[first : first + rows]):
                 tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))

@@ -33,6 +33,7 @@ LAYOUTS = {
     "pp2-vpp3-cp2": Case(pp=2, vpp=3, cp=2),
     "dp2-all-tokens": Case(dp=2, terms=Terms(all_tokens=True, ce=0.5)),
     "ep2-dp2": Case(dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
+    "pp2-ep2-dp2": Case(pp=2, dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
     "packed": Case(packed=True),
     "packed-tp2-pp2-sp": Case(packed=True, tp=2, pp=2, sequence_parallel=True),
     "pp2-live-centred": Case(pp=2, terms=Terms(live=True, centred=True)),

@@ -85,6 +85,18 @@ def test_a_lens_that_is_cut_off_gone_or_foreign(tmp_path: Path) -> None:
             _read(tmp_path / "a")
 
 
+def test_a_rank_behind_the_last_row_gets_zeros(tmp_path: Path) -> None:
+    """The student's vocabulary may be larger by more than a block of sums."""
+    write(tmp_path)
+    lens = write_lens(tmp_path)
+    behind = -(-ROWS // 1024) * 1024
+    for first in (behind, behind + 5000):
+        found = read_stored_head(tmp_path, first, 16)
+        assert found.shape == (16, lens.head_VT.shape[1])
+        assert found.dtype == lens.head_VT.dtype
+        assert not found.any()
+
+
 def test_the_first_lens_stays(tmp_path: Path) -> None:
     write(tmp_path)
     lens = write_lens(tmp_path)

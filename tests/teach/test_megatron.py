@@ -1,0 +1,26 @@
+"""The micro-batches of the engine `megatron`, without ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_fdd.teach.megatron import MegatronEngine
+
+
+@pytest.mark.parametrize("num_units", [1, 7, 8, 9, 20])
+def test_their_number_does_not_depend_on_the_units(num_units: int) -> None:
+    """Replicas with other numbers of units may share experts: one would wait for the other."""
+    engine = object.__new__(MegatronEngine)
+    engine._topology = SimpleNamespace(num_stages=2)  # type: ignore[assignment]
+    engine._model = SimpleNamespace(config=SimpleNamespace(fp8=None))  # type: ignore[assignment]
+    engine._cut = 2
+    units = [np.arange(1, 4 + number, dtype=np.int32) for number in range(num_units)]
+    samples = engine._samples(units)
+    assert len(samples) == 8
+    rows = [row.numpy() for sample in samples for row in sample["tokens"]]
+    for ids, row in zip(units, rows, strict=False):
+        assert np.array_equal(row[: len(ids)], ids)
+    assert not any(row.any() for row in rows[num_units:])
