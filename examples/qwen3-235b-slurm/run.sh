@@ -26,7 +26,8 @@
 #   taught=$(STEP=teach sbatch --parsable --dependency=afterok:$ready --array=0-7 --nodes=2 examples/qwen3-235b-slurm/run.sh)
 #   STEP=train sbatch --dependency=afterok:$taught --nodes=2 examples/qwen3-235b-slurm/run.sh
 #
-# A job that its time limit ends saves first and queues itself again; Slurm queues it again when a node fails.
+# A training that its time limit ends saves first and queues itself again; a job of STEP=prepare or STEP=teach does not:
+# submit it again, and the training behind it. Slurm queues any of them again when a node fails.
 # Either way finished steps are passed over and the training goes on from its last checkpoint.
 set -euo pipefail
 # Slurm runs a copy of this script from a folder of its own.
@@ -52,7 +53,10 @@ esac
 TEACHER_TENSOR_PARALLEL=${TEACHER_TENSOR_PARALLEL:-${teacher_default[0]}}
 TEACHER_PIPELINE_PARALLEL=${TEACHER_PIPELINE_PARALLEL:-${teacher_default[1]}}
 TEACHER_EXPERT_PARALLEL=${TEACHER_EXPERT_PARALLEL:-${teacher_default[2]}}
-PARTS=${SLURM_ARRAY_TASK_COUNT:-${teacher_default[3]}} # producers that share the work
+# Producers that share the work. To repeat one task of an array: PARTS=8 STEP=teach sbatch --array=3 ...
+PARTS=${PARTS:-${SLURM_ARRAY_TASK_COUNT:-${teacher_default[3]}}}
+((${SLURM_ARRAY_TASK_ID:-0} < PARTS)) ||
+    { echo "error: task $SLURM_ARRAY_TASK_ID of PARTS=$PARTS: number an array from 0, and give PARTS for a part of it" >&2 && exit 2; }
 WORK=${WORK:-${default[0]}/qwen3-235b-to-8b}
 NODES=${SLURM_NNODES:-${NODES:-${default[1]}}}
 GPUS_PER_NODE=${GPUS_PER_NODE:-${default[2]}}
@@ -117,6 +121,8 @@ convert_teacher() { # all processes share the work
 }
 
 [[ $REHEARSE == 0 ]] || rehearse qwen3_moe 10 qwen3 6
+[[ $PLAN-$TEACHER != 1-store ]] ||
+    { echo "error: PLAN=1 plans a teacher in memory: leave TEACHER out (fdd plan with --fdd-teacher-store plans the other)" >&2 && exit 2; }
 [[ $PLAN == 0 ]] || plan "$RANKS"
 if [[ $STEP == all || $STEP == prepare ]]; then
     bring_in

@@ -66,17 +66,18 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
 
     with tqdm(total=sum(1 for _ in segment_names(store)), unit="segment", disable=None) as bar:
         checked = upkeep.check_store(store, bar.update)
-    for message in checked.damaged.values():
+    for message in (*checked.damaged.values(), *checked.unread.values()):
         print(message, file=sys.stderr)
     yield (
-        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged; {checked.num_units} units and "
+        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged, {len(checked.unread)} unreadable; "
+        f"{checked.num_units} units and "
         f"{checked.num_bytes / 1e9:.3f} GB are right"
     )
-    if checked.damaged and not remove_damaged:
-        sys.exit(1)
-    if checked.damaged:
+    if checked.damaged and remove_damaged:
         upkeep.remove_damaged(store, checked)
         yield f"{store}: removed {len(checked.damaged)} segments; fdd teach makes them anew"
+    if checked.unread or (checked.damaged and not remove_damaged):
+        sys.exit(1)
 
 
 def _prune(store: Path, older_than: float | None) -> Iterator[str]:

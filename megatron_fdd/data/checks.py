@@ -16,6 +16,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers import MegatronTokenizerBase
 from megatron.training import get_tokenizer
 
+from megatron_fdd.data.datasets import piece_counts
 from megatron_fdd.data.full_validation import NO_TEST
 from megatron_fdd.data.index_cache import check_cache_folders
 from megatron_fdd.data.megatron_tokenizer import identity_of
@@ -198,9 +199,17 @@ def _parts(args: argparse.Namespace, sets: dict[str, PreparedSet]) -> Iterator[_
             raise ValueError(NO_TEST)
         for prefix in source[0]:
             if prefix in sets:
-                count = len(sets[prefix].document_lengths)
+                count = len(_split_lengths(args, sets[prefix]))
                 # Rounded as in BlendedMegatronDatasetBuilder.
                 yield _Part(name, prefix, int(round(share[0] * count)), int(round(share[1] * count)))
+
+
+def _split_lengths(args: argparse.Namespace, prepared: PreparedSet) -> np.ndarray:
+    """Return the lengths of what --split divides: documents, or pieces of them (1 for each, which has a token)."""
+    is_text = prepared.info is None or prepared.info.kind == "text"
+    if not (is_text and cuts_documents(args)):
+        return prepared.document_lengths
+    return np.ones(int(piece_counts(prepared.document_lengths, args.seq_length).sum()), np.uint8)
 
 
 def _no_data(name: str, is_split: bool, split: str) -> str:
@@ -211,11 +220,12 @@ def _no_data(name: str, is_split: bool, split: str) -> str:
 
 def _check_part(args: argparse.Namespace, part: _Part, prepared: PreparedSet) -> None:
     """Refuse a part without a token: Megatron's dataset would count its epochs for ever."""
-    if np.any(prepared.document_lengths[part.first : part.last]):
+    lengths, what = _split_lengths(args, prepared), "pieces" if cuts_documents(args) else "documents"
+    if np.any(lengths[part.first : part.last]):
         return
     raise ValueError(
-        f"the {part.name} part of {part.prefix} has {part.last - part.first} documents and no token (the set "
-        f"has {len(prepared.document_lengths)} documents, --split is {args.split}); give it a larger share "
+        f"the {part.name} part of {part.prefix} has {part.last - part.first} {what} and no token (the set "
+        f"has {len(lengths)} {what}, --split is {args.split}); give it a larger share "
         "in --split, a share of 0, or a set of its own (--valid-data-path)"
     )
 

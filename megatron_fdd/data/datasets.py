@@ -107,6 +107,11 @@ class InstructionSet:
         return self.ids[index], self.masks[index]
 
 
+def piece_counts(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+    """Return into how many pieces documents of so many ids are cut; one without a label gives none."""
+    return np.maximum(-(-(lengths.astype(np.int64) - 1) // sequence_length), 0)
+
+
 class DocumentSet:
     """Token ids and loss masks of plain text, piece by piece: documents are cut once, whatever is read of them.
 
@@ -117,7 +122,7 @@ class DocumentSet:
         self._documents = IndexedDataset(prefix, mmap=mmap)
         self._length = sequence_length
         lengths = self._documents.sequence_lengths.astype(np.int64)
-        counts = np.maximum(-(-(lengths - 1) // sequence_length), 0)
+        counts = piece_counts(lengths, sequence_length)
         self._document = np.repeat(np.arange(len(lengths)), counts)
         self._first = (
             np.arange(len(self._document)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -61,12 +61,17 @@ def check_store(context: Context) -> None:
         raise ValueError(
             f"{where}: has no {LENS_FILE}: its producer was ended before it wrote it; run fdd teach again"
         )
+    check_attention(args)
+
+
+def check_attention(args: argparse.Namespace) -> None:
+    """Refuse flags with which a sample's attention is not that of its units; for a training and for `fdd teach`."""
     for name in _OTHER_ATTENTION:
         if getattr(args, name) and not args.dataloader_inter_document_masking:
             raise ValueError(
-                f"--{name.replace('_', '-')} with {FLAG}: features are stored for text that is read as a whole, or "
-                "document by document; leave it out, or give --dataloader-inter-document-masking, which keeps "
-                "documents apart"
+                f"--{name.replace('_', '-')} with {FLAG} or fdd teach: features are stored for text that is read "
+                "as a whole, or document by document; leave it out, or give "
+                "--dataloader-inter-document-masking, which keeps documents apart"
             )
 
 

@@ -33,7 +33,16 @@ from tqdm import tqdm
 
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
-from megatron_fdd.data.store.coverage import Coverage, Ids, Source, Unit, find_missing, read_ids, sources_of
+from megatron_fdd.data.store.coverage import (
+    Coverage,
+    Ids,
+    Source,
+    Unit,
+    find_missing,
+    joined,
+    read_ids,
+    sources_of,
+)
 from megatron_fdd.data.store.identity import write_identity
 from megatron_fdd.data.store.lens import lacks_lens, write_stored_lens
 from megatron_fdd.data.store.store import Store
@@ -47,6 +56,9 @@ from megatron_fdd.teach.engine import Engine, PreparedTeacher
 from megatron_fdd.teach.megatron_teacher import MegatronTeacher
 from megatron_fdd.teach.produce import produce
 from megatron_fdd.teach.work import batches, part_of
+
+# Tokens of a unit whose logits are compared with the lens: with 256,000 words these are 128 MB.
+_COMPARED_TOKENS = 128
 
 
 def teach(request: TeachRequest) -> None:
@@ -69,20 +81,29 @@ def teach(request: TeachRequest) -> None:
             _open_folder(request, teacher)
     work = _work(request, sources)
     all_batches = batches(work.units, request.batch_tokens)
-    if not all_batches and not work.lacks_lens:
-        return
-    engine = teacher.engine()
+    if all_batches or work.lacks_lens:
+        _compute(teacher.engine(), request.store, sources, work, all_batches)
+    with together():
+        if is_first_rank():
+            _save_index(request.store)
+
+
+def _compute(
+    engine: Engine,
+    store: Path,
+    sources: Sequence[Source],
+    work: _Work,
+    all_batches: Sequence[Sequence[Unit]],
+) -> None:
+    """Write the lens, if there is none, and the features of all batches."""
     if work.lacks_lens:
-        _write_lens(engine, request.store, [read_ids(sources, work.example)])
+        _write_lens(engine, store, [read_ids(sources, work.example)[:_COMPARED_TOKENS]])
     started_s = time.perf_counter()
-    produce(engine, request.store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
+    produce(engine, store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
     dist.barrier()
     seconds = time.perf_counter() - started_s
     num_tokens = sum(unit.last - unit.first for batch in all_batches for unit in batch)
     console.say(f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.0f} tokens/s")
-    with together():
-        if is_first_rank():
-            _save_index(request.store)
 
 
 def _prepared(request: TeachRequest) -> PreparedTeacher:
@@ -118,17 +139,27 @@ class _Work:
 
 
 def _work(request: TeachRequest, sources: Sequence[Source]) -> _Work:
-    """Find out what is missing, on the first rank for all.
+    """Find out what is missing; the samples are dealt over all ranks, and the first one's answer is that of all.
 
-    Collectives: one all-gather of an error, and one broadcast of a list of units.
+    Collectives: two all-gathers over all ranks, one of the keys of all units; one broadcast of a list of units.
+
+    Raises:
+        ValueError: the data have no sample, or the store cannot be read. The same on every rank.
     """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with together():
+        store = Store.open(request.store, "--store")
+        total = sum(len(range(rank, source.num_samples, world)) for source in sources)
+        with tqdm(total=total, unit="sample", desc="units", disable=None if rank == 0 else True) as bar:
+            share = find_missing(sources, store.index, deal=(rank, world), on_sample=bar.update)
+    shares = [share] * world
+    dist.all_gather_object(shares, share)
+    found = joined(shares)
+    if found.example is None:
+        raise ValueError("the training of these flags reads no token: give --train-iters and data")
     work: list[_Work | None] = [None]
     with together():
-        if is_first_rank():
-            store = Store.open(request.store, "--store")
-            total = sum(source.num_samples for source in sources)
-            with tqdm(total=total, unit="sample", desc="units", disable=None) as bar:
-                found = find_missing(sources, store.index, on_sample=bar.update)
+        if rank == 0:
             own = part_of(found.missing, request.part)
             _say_work(request, store, found, own)
             work[0] = _Work(own, lacks_lens(request.store), found.example)
@@ -141,11 +172,12 @@ def _say_work(request: TeachRequest, store: Store, found: Coverage, own: Sequenc
     """Say before the work begins how much of it there is."""
     identity = store.identity
     unit_bytes = identity.token_bytes * len(identity.blocks)
-    again = found.num_read - found.num_units
+    num_units = len(found.keys)
+    again = found.num_read - num_units
     tokens = sum(unit.last - unit.first for unit in own)
     part = "" if request.part[1] == 1 else f", part {request.part[0]}/{request.part[1]}"
     console.say(
-        f"The run reads {found.num_read} units of {found.tokens_read} tokens; {found.num_units} are different, "
+        f"The run reads {found.num_read} units of {found.tokens_read} tokens; {num_units} are different, "
         f"{again} are read again ({again / max(found.num_read, 1):.0%})."
     )
     console.say(

@@ -23,6 +23,7 @@ from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.command_line import parse_command_line
 from megatron_fdd.plan.megatron_errors import megatrons_errors
+from megatron_fdd.plan.teacher_store import check_attention
 
 # What decides which text a training reads. All else that its command says is about the student and its layout.
 _OF_THE_DATA = frozenset(
@@ -76,6 +77,7 @@ def data_arguments(flags: Sequence[str], companions: Path) -> argparse.Namespace
     with megatrons_errors("these flags"):
         validate_args(args, {})
         set_global_variables(args)
+    check_attention(args)
     check_full_validation(args)
     check_data_args(args)
     mend_cache(args)

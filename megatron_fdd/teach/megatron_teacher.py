@@ -17,6 +17,7 @@ from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.plan.context import StoredModel
 from megatron_fdd.plan.run import PreparedRun, prepare_run
+from megatron_fdd.plan.teacher_store import check_attention
 from megatron_fdd.step.teacher.loading import build_teacher
 from megatron_fdd.teach.engine import Engine
 from megatron_fdd.teach.megatron import MegatronEngine, describe
@@ -75,6 +76,7 @@ def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
     import_plugins(named_plugins(sys.argv[1:]))
     run = prepare_run()
+    check_attention(run.args)
     # These only say how much of the data is read.
     run.args.global_batch_size, run.args.eval_global_batch_size = sizes
     return run

@@ -25,6 +25,8 @@ _NOT_HERE = {
 }
 # Flags that choose blocks, which are read here.
 _CHOICE = ("--fdd-layers", "--fdd-layer-rule", "--fdd-layer-pairs")
+# With these the number of samples depends on the training's progress.
+_UNCOUNTED = ("--phase-transition-iterations", "--step-batch-size-schedule")
 # The training's own.
 _BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
 _MOST_PARTS = 10**6
@@ -137,6 +139,12 @@ def parse(words: Sequence[str]) -> TeachRequest:
     own = parser()
     own.error = _refuse  # type: ignore[method-assign]
     given, flags = own.parse_known_args(list(words))
+    uncounted = [flag for flag in _UNCOUNTED if any(word.partition("=")[0] == flag for word in flags)]
+    if uncounted:
+        raise ValueError(
+            f"{uncounted[0]}: how much such a training reads cannot be told beforehand; give the --train-iters and "
+            "--global-batch-size that read as much"
+        )
     if given.batch_tokens < 1:
         raise ValueError(f"--batch-tokens {given.batch_tokens}: must be at least 1")
     if given.engine == "megatron" and (given.dtype or given.device_map != "auto"):

@@ -23,9 +23,6 @@ from megatron_fdd.teach.hf_parts import Parts
 from megatron_fdd.teach.hf_run import input_device, run_without_head, tapped
 from megatron_fdd.teach.hf_teacher import DTYPES
 
-# Tokens of a unit whose logits are compared: with 256,000 words these are 128 MB.
-_COMPARED_TOKENS = 128
-
 
 class TransformersEngine:
     """A model of transformers in this process, on the devices of its device map.
@@ -75,7 +72,7 @@ class TransformersEngine:
         """Return the lens; what `Engine.lens` says. Collectives: none."""
         error, parts = 0.0, self._parts
         for ids in units:
-            row_BS = torch.from_numpy(ids[None, :_COMPARED_TOKENS].astype(np.int64))
+            row_BS = torch.from_numpy(ids[None].astype(np.int64))
             row_BS = row_BS.to(input_device(self._model))
             with tapped(parts.layers[-1:]) as taps:
                 run_without_head(self._model, row_BS)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.datasets import DocumentSet
@@ -78,3 +79,21 @@ def test_what_it_cannot_do_is_said(text: str, sets: Path, hf: TokenizerSettings)
     args.fdd_text_units = "documents"
     with pytest.raises(ValueError, match="documents in object storage are not cut; copy the set"):
         check_data_args(args, load_tokenizer(hf))
+
+
+def test_pieces_are_what_the_split_divides(text: str, hf: TokenizerSettings) -> None:
+    """One part of a long document is enough for training, and another for validation."""
+    documents = IndexedDataset(text)
+    whole = str(Path(text).with_name("one"))
+    builder = IndexedDatasetBuilder(f"{whole}.bin", dtype=np.uint16)
+    ids = np.concatenate([documents[index] for index in range(len(documents))])
+    builder.add_document(torch.from_numpy(ids.astype(np.int64)), [len(ids)])
+    builder.finalize(f"{whole}.idx")
+    args = megatron_args("--data-path", whole, "--split", "80,20,0", "--seq-length", "7")
+    with pytest.raises(ValueError, match="has 0 documents and no token"):
+        check_data_args(args, load_tokenizer(hf))
+    args.fdd_text_units, args.dataloader_inter_document_masking = "documents", True
+    check_data_args(args, load_tokenizer(hf))
+    train, valid, _ = build_datasets(args, (4, 2, 0), load_tokenizer(hf))
+    assert len(train) >= 4
+    assert len(valid) >= 2

@@ -137,3 +137,9 @@ def test_batch_sizes_are_the_trainings() -> None:
             batch_sizes(parse([*OWN, *TRAINING[:at], *words, *TRAINING[at + 2 :]]))
     with pytest.raises(ValueError, match="--global-batch-size: invalid int value: 'x'"):
         batch_sizes(parse([*OWN, "--global-batch-size", "x"]))
+
+
+@pytest.mark.parametrize("flags", ["--phase-transition-iterations 1,2", "--step-batch-size-schedule=0:8"])
+def test_a_training_whose_samples_cannot_be_counted_is_refused(flags: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{flags.split()[0].split('=')[0]}: how much .*; give the"):
+        request(*flags.split())

@@ -38,15 +38,14 @@ class Coverage:
 
     Attributes:
         missing: units that the store lacks by their keys, in the order of the data.
-        example: the first unit of all.
-        num_units, num_tokens: different units, and their tokens.
+        keys: of all units; each once.
+        example: the first unit of all; None without any.
         num_read, tokens_read: units and tokens as often as the run reads them.
     """
 
     missing: dict[bytes, Unit]
-    example: Unit = Unit(0, 0, 0, 1)
-    num_units: int = 0
-    num_tokens: int = 0
+    keys: set[bytes]
+    example: Unit | None = None
     num_read: int = 0
     tokens_read: int = 0
 
@@ -95,9 +94,8 @@ def find_missing(
         deal: number of this rank, and how many ranks deal the samples among them.
         on_sample: called after each sample, for a progress bar.
     """
-    seen: set[bytes] = set()
     waiting: list[tuple[bytes, Unit]] = []
-    found = Coverage({})
+    found = Coverage({}, set())
 
     def look_up() -> None:
         if waiting:
@@ -110,17 +108,35 @@ def find_missing(
             for unit, ids in _units(source.dataset[sample], number, sample):
                 found.num_read, found.tokens_read = found.num_read + 1, found.tokens_read + len(ids)
                 key = unit_key(ids)
-                if not seen:
-                    found.example = unit
-                if key not in seen:
-                    seen.add(key)
-                    found.num_units, found.num_tokens = found.num_units + 1, found.num_tokens + len(ids)
+                found.example = found.example or unit
+                if key not in found.keys:
+                    found.keys.add(key)
                     waiting.append((key, unit))
                     if len(waiting) == _LOOKED_UP:
                         look_up()
             on_sample()
     look_up()
     return found
+
+
+def joined(shares: Sequence[Coverage]) -> Coverage:
+    """Join what several ranks have found in their shares of the samples."""
+    missing: dict[bytes, Unit] = {}
+    for share in shares:
+        for key, unit in share.missing.items():
+            missing[key] = min(unit, missing.get(key, unit), key=_place)
+    examples = [share.example for share in shares if share.example is not None]
+    return Coverage(
+        dict(sorted(missing.items(), key=lambda item: _place(item[1]))),
+        set().union(*(share.keys for share in shares)),
+        min(examples, key=_place, default=None),
+        sum(share.num_read for share in shares),
+        sum(share.tokens_read for share in shares),
+    )
+
+
+def _place(unit: Unit) -> tuple[int, int, int]:
+    return unit.dataset, unit.sample, unit.first
 
 
 def whereabouts(source: Source, unit: Unit) -> str:

@@ -80,6 +80,11 @@ class Index:
         return len(self.records)
 
     @property
+    def digest(self) -> str:
+        """A hash of the segments' names: two processes with the same one see the same store."""
+        return xxhash.xxh3_64_hexdigest("".join(self.names).encode())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all units."""
         return int(self.records["length"].sum(dtype=np.int64))
@@ -199,7 +204,10 @@ def _reusable(cached: Index, present: set[str]) -> dict[str, int]:
 
 
 def _read_cache(store: Path, digest: str) -> Index | None:
-    """Return what the cache says; None if there is none that can be used. Its numbers are mapped, not read."""
+    """Return what the cache says; None if there is none that can be used.
+
+    It is read, not mapped: another machine may replace it meanwhile.
+    """
     path = store / INDEX_FILE
     try:
         with safe_open(path, framework="np") as file:
@@ -215,9 +223,7 @@ def _read_cache(store: Path, digest: str) -> Index | None:
         with path.open("rb") as raw:
             header = int.from_bytes(raw.read(8), "little")
             (first, _) = json.loads(raw.read(header))["records"]["data_offsets"]
-        records = np.zeros(0, _RECORD)
-        if num_records:
-            records = np.memmap(path, _RECORD, "r", 8 + header + first, num_records)
+        records = np.fromfile(path, _RECORD, num_records, offset=8 + header + first)
         if about.get("sum") != _sum_of(names, layouts, records):
             return None
     except (OSError, SafetensorError, ValueError, KeyError):

@@ -93,11 +93,17 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
 
 
 def lacks_lens(store: Path) -> bool:
-    """Whether a store has no lens. A damaged one is removed, so that a new one can be written."""
+    """Whether a store has no lens. A damaged one is removed, so that a new one can be written.
+
+    Raises:
+        ValueError: the file is there and the system does not give it; it may be sound.
+    """
     try:
         read_stored_norm(store)
         read_stored_head(store, 0, read_identity(store, "--store").vocab_size)
-    except ValueError:
+    except ValueError as error:
+        if isinstance(error.__cause__, OSError) and (store / LENS_FILE).exists():
+            raise
         (store / LENS_FILE).unlink(missing_ok=True)
         return True
     return False

@@ -203,12 +203,16 @@ def read_layout(path: Path, digest: str) -> Layout:
     return Layout(size, **places)
 
 
-def unreadable(path: Path, error: OSError) -> ValueError:
+class UnreadableError(ValueError):
+    """A segment that the system does not give: it may be sound."""
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableError:
     """Return what is said about a segment that the system does not give."""
     if isinstance(error, FileNotFoundError):
-        return ValueError(
+        return UnreadableError(
             f"{path}: is gone; was the store pruned while it was read? Run fdd teach again, which makes what is missing"
         )
-    return ValueError(
+    return UnreadableError(
         f"{path}: cannot be read ({error.strerror}); where it is damaged, run {REPAIR}; else see what your system says"
     )

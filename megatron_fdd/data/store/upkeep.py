@@ -19,6 +19,7 @@ from megatron_fdd.data.store.segment import (
     REPAIR,
     SUM_TOKENS,
     Layout,
+    UnreadableError,
     name_of,
     read_layout,
     segment_names,
@@ -36,19 +37,20 @@ _DAY_S = 24 * 3600.0
 
 @dataclass(slots=True)
 class Checked:
-    """The result of a check: the damaged segments, and what is wrong with each."""
+    """The result of a check: the damaged segments, and those that could not be read, each with what is wrong."""
 
     num_segments: int = 0
     num_units: int = 0
     num_bytes: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> Checked:
     """Read every byte of a store, and compare it with its sums. Nothing is changed.
 
     Raises:
-        ValueError: there is no store, or its lens is damaged.
+        ValueError: there is no store, or its lens is damaged or cannot be read.
     """
     identity, result = read_identity(path, _FLAG), Checked()
     if (path / LENS_FILE).is_file():
@@ -60,10 +62,13 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
         try:
             result.num_units += _check_segment(file, identity)
             result.num_bytes += file.stat().st_size
-        except FileNotFoundError:
-            continue  # removed meanwhile
-        except (ValueError, OSError) as error:
-            result.damaged[name] = str(unreadable(file, error) if isinstance(error, OSError) else error)
+        except (UnreadableError, OSError) as error:
+            if not file.exists():
+                continue  # removed meanwhile
+            found = result.unread if file.is_file() else result.damaged
+            found[name] = str(unreadable(file, error) if isinstance(error, OSError) else error)
+        except ValueError as error:
+            result.damaged[name] = str(error)
         on_segment()
     return result
 

@@ -22,6 +22,7 @@ from megatron_fdd.data.store.coverage import (
     Coverage,
     Source,
     find_missing,
+    joined,
     read_ids,
     sources_of,
     whereabouts,
@@ -149,23 +150,29 @@ def check_coverage(sources: Sequence[Source], store: Store) -> None:
     Collectives: two all-gathers over all ranks, one of the keys of missing units.
 
     Raises:
-        ValueError: says how many are missing, where the first is, and what adds them. The same on every rank.
+        ValueError: says how many are missing, where the first is, and what adds them; or ranks see different stores.
+            The same on every rank.
     """
     started_s = time.perf_counter()
     rank, world = dist.get_rank(), dist.get_world_size()
     with together():
         found = find_missing(sources, store.index, deal=(rank, world))
-    everyone: list[Coverage] = [found] * world
-    dist.all_gather_object(everyone, found)
-    missing = {key: unit for each in everyone for key, unit in each.missing.items()}
-    num_read = sum(each.num_read for each in everyone)
-    if missing:
-        first = min(missing.values(), key=lambda unit: (unit.dataset, unit.sample, unit.first))
+    found.keys.clear()  # many, and of no use here
+    shares: list[tuple[Coverage, str]] = [(found, "")] * world
+    dist.all_gather_object(shares, (found, store.index.digest))
+    if len({digest for _, digest in shares}) > 1:
+        raise ValueError(
+            f"--fdd-teacher-store {store.path}: ranks see different segments in it; start again when fdd teach has "
+            "ended and all machines see what it wrote"
+        )
+    whole = joined([share for share, _ in shares])
+    if whole.missing:
+        first = next(iter(whole.missing.values()))
         source = sources[first.dataset]
         ids = read_ids(sources, first)
         raise ValueError(
-            f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, "
-            f"{sum(unit.last - unit.first for unit in missing.values())} tokens; the first: "
+            f"--fdd-teacher-store {store.path}: lacks {len(whole.missing)} units of this run's data, "
+            f"{whole.missing_tokens} tokens; the first: "
             f"{whereabouts(source, first)}, ids {ids[:6].tolist()}. Add them with fdd teach --engine "
             f"{store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this run's data "
             "flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
@@ -173,7 +180,7 @@ def check_coverage(sources: Sequence[Source], store: Store) -> None:
     if rank == 0:
         seconds = time.perf_counter() - started_s
         console.say(
-            f"all {num_read} units of this run's data are in {store.path} (looked up in {seconds:.1f} s)"
+            f"all {whole.num_read} units of this run's data are in {store.path} (looked up in {seconds:.1f} s)"
         )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_fdd.data.store import upkeep
+from megatron_fdd.data.store import lens, upkeep
 from megatron_fdd.data.store.index import INDEX_FILE
 from megatron_fdd.data.store.lens import LENS_FILE
 from megatron_fdd.data.store.segment import segment_names
@@ -49,6 +51,38 @@ def test_each_damaged_segment_is_found_and_only_those_are_removed(tmp_path: Path
     assert_holds(opened(tmp_path), some("13"))
 
 
+def test_what_the_system_does_not_give_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of a disk or of a network is no damage: the segment and the lens may be sound."""
+    names = write(tmp_path, UNITS[:2], UNITS[2:])
+    write_lens(tmp_path)
+    real = Path.open
+
+    def failing(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.stem == names[0]:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **more)
+
+    def no_lens(path: Path, **_: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing)
+        checked = upkeep.check_store(tmp_path)
+    assert (set(checked.unread), checked.damaged, checked.num_units) == ({names[0]}, {}, 2)
+    upkeep.remove_damaged(tmp_path, checked)
+    assert set(segment_names(tmp_path)) == set(names)
+    with monkeypatch.context() as patch:
+        patch.setattr(lens, "safe_open", no_lens)
+        with pytest.raises(ValueError, match="Stale file handle"):
+            lens.lacks_lens(tmp_path)
+    assert not lens.lacks_lens(tmp_path)
+    flip(tmp_path / LENS_FILE, -1)
+    assert lens.lacks_lens(tmp_path)
+    assert not (tmp_path / LENS_FILE).exists()
+
+
 def test_a_damaged_lens_is_found(tmp_path: Path) -> None:
     write(tmp_path, UNITS)
     write_lens(tmp_path)
@@ -63,8 +97,8 @@ def test_a_segment_that_is_pruned_while_it_is_checked(
     names = sorted(write(tmp_path, UNITS[:2], UNITS[2:]))
     monkeypatch.setattr(upkeep, "segment_names", lambda _: names)
     file_of(tmp_path, names[1]).unlink()
-    (message,) = upkeep.check_store(tmp_path).damaged.values()
-    assert "is gone; was the store pruned" in message
+    checked = upkeep.check_store(tmp_path)
+    assert (checked.num_units, checked.damaged, checked.unread) == (2, {}, {})
 
 
 @pytest.mark.parametrize(
