@@ -193,6 +193,8 @@ def conduct(knobs: Knobs, title: str, sections: Plan, at_end: Callable[[Path], N
             has_te = runner.ended["transformer-engine"] == "passed"
             well &= runner.run(sections(knobs, runner.results, has_te))
         print(f"\nresults: {knobs.out}/results.md; {'all passed' if well else 'NOT ALL PASSED'}", flush=True)
+        for line in runner.misses():
+            print(line, flush=True)
     finally:
         at_end(knobs.out)
     return well

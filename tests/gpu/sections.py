@@ -130,6 +130,16 @@ class Runner:
         """Return how each section ended last, in this call or an earlier one."""
         return {line["name"]: line["ending"] for line in lines.read(self.results, "section")}
 
+    def misses(self) -> list[str]:
+        """Return how each section of this call ended that neither passed nor was skipped, with what its log told."""
+        last = {line["name"]: line for line in lines.read(self.results, "section")}
+        missed = [last[name] for name, ending in self.ended.items() if ending not in ("passed", "skipped")]
+        return [
+            text
+            for line in missed
+            for text in (f"-- {line['name']}: {line['ending']} {line['why']}", *line.get("told", ()))
+        ]
+
     def run(self, sections: Iterable[Section]) -> bool:
         """Run all sections in order. Return whether each passed, or was skipped because something is missing here."""
         together: list[list[Section]] = []

@@ -43,7 +43,7 @@ def endings(out: Path) -> Mapping[str, str]:
 
 def test_on_a_cpu_from_end_to_end(tmp_path: Path) -> None:
     status, printed = call(tmp_path, DEVICE="cpu", PART="1")
-    assert status == 0, printed
+    assert status == 0, printed[printed.rindex("\nresults:") :] + printed
     ended = endings(tmp_path)
     for name in ("machine", "losses", "operations", "small-runs", "step"):
         assert ended[name] == "passed", printed
@@ -111,7 +111,13 @@ def test_every_ending_is_told_and_the_rest_is_run(tmp_path: Path) -> None:
         bash("lacking", "echo never", missing="made-up-program is not on PATH"),
         bash("last", "echo last"),
     ]
-    assert not runner(out, 30).run(sections)
+    ours = runner(out, 30)
+    assert not ours.run(sections)
+    assert ours.misses() == [
+        "-- bad: failed status 3",
+        "FAILED tests/made_up.py",
+        "-- slow: hung longer than its 0 s",
+    ]
     assert endings(out) == {
         "good": "passed",
         "bad": "failed",
