@@ -122,9 +122,9 @@ class FddConfig:
     )
     text_units: Literal["rows", "documents"] = flag(
         "rows",
-        "how plain text is read: rows cut from all documents one behind the other, as Megatron does; or documents, "
-        "each cut once into pieces of --seq-length, so that a teacher's stored features of a piece serve every epoch "
-        "and seed (give --dataloader-inter-document-masking with it, which fills a row with pieces)",
+        "how plain text becomes samples. rows: cut from all documents one behind the other, as Megatron does. "
+        "documents: each document is cut once into pieces of --seq-length, so that a teacher's stored features of a "
+        "piece serve every epoch and seed; give --dataloader-inter-document-masking too, which fills a row with pieces",
     )
     warmup_iters: int = flag(
         0, "the weights of inner layers' terms rise linearly over this many steps", bound=AT_LEAST_0
@@ -163,9 +163,10 @@ class FddConfig:
     )
     tap_dtype: Literal["bf16", "fp8", "int8"] = flag(
         "bf16",
-        "approximation: fp8 and int8 halve what the teacher's taps take while they wait for their micro-batch and move "
-        "between pipeline stages, with a scale a token; int8 keeps the 8 largest entries of a token in bf16 and is the "
-        "nearer one; bf16 leaves taps as they are",
+        "approximation, of a teacher in memory with several pipeline stages (a store has its own --form): fp8 and int8 "
+        "halve what the teacher's taps take while they wait for their micro-batch and move between stages, with a "
+        "scale a token; int8 keeps the 8 largest entries of a token in bf16 and is the nearer one; bf16 leaves taps as "
+        "they are",
     )
     metrics_file: str | None = flag(
         None, "append one JSON object per iteration here", group="distillation: the run", metavar="PATH"
