@@ -1,5 +1,5 @@
 """`python -m megatron_fdd` is `fdd`, also under torchrun."""
 
-from megatron_fdd.cli import main
+from megatron_fdd.cli import run
 
-main(prog_name="fdd")
+run()

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from megatron_fdd.host.process import (
     end_at_interrupt,
+    end_with,
     ended_by_sigterm,
     raise_at_interrupt,
 )
@@ -269,12 +270,7 @@ def main(parts: Parts = Parts()) -> int:
 def run_as_script(parts: Parts = Parts()) -> NoReturn:
     """Run `main` and end this process. It is the last line of a training script; the first is `host.start.start`."""
     raise_at_interrupt()
-    try:
-        status = main(parts)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    sys.exit(status)
+    end_with(partial(main, parts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`fdd student` from a checkout."""
 
 from megatron_fdd.cli.init_student import command
+from megatron_fdd.host.process import end_with
 
 if __name__ == "__main__":
-    command()
+    end_with(command)

@@ -37,7 +37,7 @@ from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.plugins import import_plugins, named_plugins
-from megatron_fdd.host.process import is_first_rank, print_error
+from megatron_fdd.host.process import end_with, is_first_rank, print_error
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.lens import TeacherLens
 from megatron_fdd.ops.head_loss import masked_sum
@@ -223,7 +223,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
+    end_with(main)

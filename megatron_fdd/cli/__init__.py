@@ -7,10 +7,13 @@ A subcommand is a `click` command in the module that `COMMANDS` names. It import
 from __future__ import annotations
 
 import importlib
+from functools import partial
+from typing import NoReturn
 
 import click
 
 from megatron_fdd.cli.command import Interruptible
+from megatron_fdd.host.process import end_with
 
 # In the order of use; each with its module and its line in `fdd --help`.
 COMMANDS = {
@@ -68,3 +71,8 @@ def main() -> None:
     The student learns its teacher's predictions, the trajectory of predictions through the teacher's depth, and the
     trajectory's first derivative (Feature Dynamics Distillation).
     """
+
+
+def run() -> NoReturn:
+    """Run the command line as `fdd`, and end this process."""
+    end_with(partial(main, prog_name="fdd"))

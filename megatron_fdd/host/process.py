@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from megatron_fdd.host import console
 
 # How much later than another rank rank 0 may reach the same error; imports and reading take different times.
 PATIENCE_S = 15.0
+# Python's own status when it cannot write what it has printed.
+_NOT_FLUSHED = 120
 # Signals that ask a process to end: a scheduler's, and that of a terminal which is closed.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -38,6 +43,37 @@ def print_error(line: str) -> None:
 def print_own_error(line: str) -> None:
     """Print `line` on stderr at once, on any rank, with its number except on rank 0."""
     console.complain(line if is_first_rank() else f"rank {os.environ['RANK']}: {line}")
+
+
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and end this process with the status that it returns, or with that of its `sys.exit`.
+
+    As always, an exception is printed (status 1), process groups are destroyed, other threads are waited for, exit
+    handlers are called and the streams flushed. Only the interpreter is not torn down: a thread of gloo or NCCL that
+    still lets go of the last collective's tensors needs it, and where it is gone ends the process with SIGABRT
+    ("terminate called without an active exception"), after all work is done.
+    """
+    try:
+        status = main() or 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(*sys.exc_info())
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a pipe that nobody reads, a full disk, a closed stream
+            status = status or _NOT_FLUSHED
+    os._exit(status & 0xFF)
 
 
 def end_at_interrupt() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_fdd.host.process import end_at_interrupt, print_error, raise_at_interrupt
+from megatron_fdd.host.process import end_at_interrupt, end_with, print_error, raise_at_interrupt
 from megatron_fdd.host.start import start
 from megatron_fdd.teach.request import TeachRequest, named_engine, parse, parser
 
@@ -225,9 +225,4 @@ if __name__ == "__main__":
         parser().print_help()
         sys.exit()
     raise_at_interrupt()
-    try:
-        status = main()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    sys.exit(status)
+    end_with(main)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -132,3 +134,46 @@ def test_an_interrupted_checkpoint_is_no_damaged_one() -> None:
     with pytest.raises(KeyboardInterrupt) as interrupt:
         cause_of(collected)
     assert status_after(interrupt.value) == 143
+
+
+ENDING = """
+import atexit, os, sys
+from megatron_fdd.host.process import end_with
+
+class Late:
+    def __del__(self):
+        os.abort()  # as a thread of gloo does that asks for an interpreter which is gone
+
+late = Late()
+atexit.register(print, "handler")
+
+def main():
+    print("works", end=" ")
+    {end}
+
+end_with(main)
+"""
+
+
+@pytest.mark.tier("default")
+@pytest.mark.parametrize(
+    ("end", "status", "printed", "complaint"),
+    [
+        ("return 3", 3, "works handler\n", ""),
+        ("pass", 0, "works handler\n", ""),
+        ("sys.exit(4)", 4, "works handler\n", ""),
+        ("sys.exit('no')", 1, "works handler\n", "no\n"),
+        ("1 / 0", 1, "works handler\n", "ZeroDivisionError: division by zero\n"),
+        ("raise KeyboardInterrupt", 130, "works handler\n", "KeyboardInterrupt\n"),
+        ("sys.stdout.flush(); sys.stdout = open('/dev/full', 'w'); print('more')", 120, "works ", ""),
+    ],
+)
+def test_a_process_ends_without_tearing_down_the_interpreter(
+    end: str, status: int, printed: str, complaint: str
+) -> None:
+    """Whatever is left behind cannot change the status; exit handlers and streams are served as always."""
+    program = ENDING.format(end=end)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (status, printed)
+    assert result.stderr.endswith(complaint)
+    assert bool(result.stderr) == bool(complaint)
