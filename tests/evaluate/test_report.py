@@ -118,6 +118,10 @@ def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_tool_says_what_it_wrote_or_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(
+        "megatron_fdd.host.process.end_with", lambda main: main()
+    )  # it would end this process
+
     def report(run: str) -> None:
         monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / run), "--out", str(tmp_path / "out")])
         runpy.run_path(str(ROOT / "tools/report.py"), run_name="__main__")
