@@ -45,7 +45,8 @@ def capped_change(earlier_NT: Tensor, later_NT: Tensor, heads: Heads, grams: Hea
 
     Gradient flows to the student's head if it requires one. Each token costs three products over the vocabulary,
     [T, V] twice and [V, D], in float32; with a trained head as many again in the backward pass, which makes the logits
-    anew. Memory: three buffers [block_rows, tile], [R, D + 2] and for the backward pass the features of both layers.
+    anew. Memory: up to four buffers [block_rows, tile], [R, D + 2], and for the backward pass of a trained head the
+    features of both layers.
 
     Args:
         earlier_NT, later_NT: normed hidden states of both layers, float32.

@@ -72,7 +72,7 @@ def test_a_student_learns_from_a_teacher_with_a_soft_cap(toy: Toys, tmp_path: Pa
     [record] = read_metrics(metrics)
     for term, value in wanted.items():
         assert record[term] == pytest.approx(value.item(), rel=2e-5), term
-    # Of a row's last token the label is not in the store.
+    # The label of a row's last token is not in the store.
     [said] = re.findall(r"teacher cross-entropy on the first batch: (\S+)", run.out)
     entropy = -of_teacher[-1][:, :-1].gather(-1, ids_BS[:, 1:, None]).mean()
     assert float(said) == pytest.approx(entropy.item(), rel=0.05)

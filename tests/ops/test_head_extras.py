@@ -153,9 +153,10 @@ def test_ranks_agree_with_the_definition(vocab_size: int, padded: int, sequence_
     part = RankPart.of(case, sequence_parallel=sequence_parallel)
     for kind in ("fkl", "jsd"):
         divergence = Divergence(kind, temperature=2.0)
-        ours = part.run(*part.inputs(live=False), divergence, implementation=tiles(2))
-        for value, wanted in zip(ours, case.reference(divergence), strict=True):
-            assert error(value, wanted[part.tokens]) < 1e-12
+        for implementation in (tiles(2), Implementation("reference")):
+            ours = part.run(*part.inputs(live=False), divergence, implementation=implementation)
+            for value, wanted in zip(ours, case.reference(divergence), strict=True):
+                assert error(value, wanted[part.tokens]) < 1e-12
     heads = replace(part.heads(case.teacher_head[part.rows]), student_WD=case.teacher_head[part.rows])
     wanted = cross_entropy(case.teacher_logits(), case.labels, ignore_index=-100, reduction="none")
     found = teacher_cross_entropy(case.teacher[part.tokens], heads, case.labels[part.tokens])

@@ -70,16 +70,15 @@ def load_row(logits_RC, row, stride, column, num_columns, factor):
 
 
 @triton.jit
-def load_teacher(logits_RC, bias_C, cap, row, stride, column, num_columns, factor):
-    """Load a token's products with the teacher's head as logits times a factor (see `HeadExtras`)."""
-    logits = load_row(logits_RC, row, stride, column, num_columns, 1.0)
+def teacher_logits(products, bias_C, cap, column, num_columns, factor):
+    """Return a token's products with the teacher's head as logits times a factor (see `HeadExtras`)."""
+    logits, inside = products, column < num_columns
     if bias_C is not None:
-        logits += tl.load(bias_C + column, mask=column < num_columns, other=0.0)
+        logits += tl.load(bias_C + column, mask=inside, other=0.0)
     if cap is not None:
         shrunk = tl.exp(-2.0 / cap * tl.abs(logits))
         size = cap * (1.0 - shrunk) / (1.0 + shrunk)
-        capped = tl.where(logits < 0.0, -size, size)
-        logits = tl.where(column < num_columns, capped, logits)
+        logits = tl.where(inside, tl.where(logits < 0.0, -size, size), logits)
     return logits * factor
 
 
@@ -139,7 +138,8 @@ def softmax_kernel(
     at = row
     if teacher_RC is not None:
         at = num_rows + row
-        teacher = load_teacher(teacher_RC, bias_C, cap, row, stride, column, num_columns, inverse_temperature)
+        teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
+        teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
         weights, shrink, peak, rise = fold_row(
             teacher, row, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit
         )
@@ -191,7 +191,8 @@ def second_kernel(
     """Sum value and score of a divergence, which VALUE_AND_SCORE computes from log-probabilities."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < num_columns
-    teacher = load_teacher(teacher_RC, bias_C, cap, row, stride, column, num_columns, inverse_temperature)
+    teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
+    teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
     student = load_row(student_RC, row, stride, column, num_columns, inverse_temperature)
     teacher = tl.where(inside, teacher - tl.load(lse_M + row), 0.0)
     student = tl.where(inside, student - tl.load(lse_M + num_rows + row), 0.0)
@@ -218,7 +219,8 @@ def gradient_kernel(
     student = load_row(student_RC, row, stride, column, num_columns, 1.0)
     gradient = tl.zeros((COLUMNS,), tl.float32)
     if VALUE_AND_SCORE is not None:
-        teacher = load_teacher(teacher_RC, bias_C, cap, row, stride, column, num_columns, inverse_temperature)
+        teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
+        teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
         student_log = student * inverse_temperature - tl.load(lse_M + num_rows + row)
         teacher_log = teacher - tl.load(lse_M + row)
         value, score = VALUE_AND_SCORE(teacher_log, student_log, mix, log_mix, log_rest)
