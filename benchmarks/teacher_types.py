@@ -27,26 +27,25 @@ from megatron_fdd.teach.hf_parts import Parts, find_parts
 
 PAGE = Path(__file__).parents[1] / "docs/teacher-types.md"
 PACKAGES = ("transformers", "torch", "accelerate")
-YES, CAPPED, NO, NOT_BUILT = "yes", "soft cap", "no", "not built"
+YES, NO, NOT_BUILT = "yes", "no", "not built"
 _LONGEST = 220
 _HEAD = """# Which types of transformers can be a teacher
 
 `fdd teach --engine transformers` takes any causal language model whose logits are a linear head of one norm of the last
-layer's output, times a constant. It finds these parts by running the model, and compares what they give with the
-model's own logits before it stores anything.
+layer's output, times a constant, behind a soft cap if it has one. It finds these parts by running the model, and
+compares what they give with the model's own logits before it stores anything.
 
 The tables are the result of `python -m benchmarks.teacher_types`: each type of a causal language model in transformers
 is built from a small config with random weights, in float32, and the engine looks for its parts. They say what the code
 of a type is like, not that a published model of it was run.
 
 Made with {packages}, on CPUs. There are {total} types:
-{yes} can be a teacher, {capped} have a soft cap, {no} cannot, {not_built} were not built small.
+{yes} can be a teacher, {no} cannot, {not_built} were not built small.
 
 ## What was found
 
 In the column of the norm, `1 + w` means that the weight is stored without its 1, and `no weight` that there is none;
-epsilon is that of the small config. A *soft cap* is a tanh over the logits, behind which the parts were
-found too; such a teacher is refused as long as the losses do not know the cap.
+epsilon is that of the small config. A *soft cap* c makes a logit z to c tanh(z / c).
 """
 _REST = """
 ## What is refused, or was not built
@@ -63,7 +62,7 @@ class Row(NamedTuple):
     layers: str
     norm: str
     constant: str
-    cap: str
+    beside: str
     verdict: str
     why: str
 
@@ -78,9 +77,10 @@ def judge(name: str) -> Row:
         parts = find_parts(model)
     except ValueError as error:
         return Row(name, "", "", "", "", NO, _line(error))
-    cap = "" if parts.cap is None else f"{parts.cap:g}"
+    words = [] if parts.extras.bias_V is None else ["bias"]
+    words += [] if parts.cap is None else [f"soft cap {parts.cap:g}"]
     constant = f"{parts.constant:.6g}"
-    return Row(name, f"`{parts.layers_name}`", _norm(parts), constant, cap, CAPPED if cap else YES, "")
+    return Row(name, f"`{parts.layers_name}`", _norm(parts), constant, ", ".join(words), YES, "")
 
 
 def page(rows: Sequence[Row]) -> str:
@@ -91,13 +91,12 @@ def page(rows: Sequence[Row]) -> str:
         packages=f"{packages} and Python {platform.python_version()}",
         total=len(rows),
         yes=counts[YES],
-        capped=counts[CAPPED],
         no=counts[NO],
         not_built=counts[NOT_BUILT],
     )
-    found = [row[:6] for row in rows if row.verdict in (YES, CAPPED)]
+    found = [row[:5] for row in rows if row.verdict == YES]
     others = [(row.name, row.verdict, row.why) for row in rows if row.verdict in (NO, NOT_BUILT)]
-    first = _table(("type", "layers", "norm", "constant", "cap", "verdict"), found)
+    first = _table(("type", "layers", "norm", "constant", "of the head"), found)
     return "\n".join((text, *first, _REST, *_table(("type", "verdict", "why"), others), ""))
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_fdd.ops.head_extras import HeadExtras
+
 
 @dataclass(frozen=True, slots=True)
 class FinalNorm:
@@ -108,11 +110,13 @@ class TeacherLens:
         bare: final norm and head. The final hidden states are read through nothing else.
         kind: None: inner layers are read through the bare lens too.
         blocks: tensors of the blocks that this stage reads, by name.
+        extras: bias and soft cap of its logits, of final and inner layers alike; None: neither.
     """
 
     bare: Lens
     kind: LensKind | None = None
     blocks: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    extras: HeadExtras | None = None
 
     @property
     def head_WT(self) -> Tensor:

@@ -277,9 +277,11 @@ class Objective:
         return self.weight_of(part) * per_token
 
     def _heads(self, student_WD: Tensor) -> Heads:
-        teacher_WT = None if self._teacher_lens is None else self._teacher_lens.head_WT
         implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)
-        return Heads(teacher_WT, student_WD, self._shard, implementation)
+        teacher = self._teacher_lens
+        if teacher is None:
+            return Heads(None, student_WD, self._shard, implementation)
+        return Heads(teacher.head_WT, student_WD, self._shard, implementation, teacher.extras)
 
     def _divergence(self, kind: str) -> Divergence:
         return Divergence(kind, self.config.divergence_mix, self.config.temperature)

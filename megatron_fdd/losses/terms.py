@@ -13,7 +13,7 @@ from megatron_fdd.config.flags import none_of
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TapWindow
 from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term, check_record
-from megatron_fdd.ops.delta import delta_cosine
+from megatron_fdd.ops.delta import TeacherChange, capped_change, delta_cosine
 
 
 class CrossEntropy(Term):
@@ -83,7 +83,8 @@ class Trajectory(TapTerm):
 class Delta(TapTerm):
     """1 - cosine of both models' change of prediction since the sampled layer before.
 
-    Collectives over the tensor-parallel group: those of `delta_cosine`, once a tap.
+    Collectives over the tensor-parallel group: those of `delta_cosine`, once a tap; where the teacher's logits have a
+    soft cap, those of `capped_change` too.
     """
 
     kind = "delta"
@@ -115,12 +116,18 @@ class Delta(TapTerm):
             student_lse_before_N = before.student_lse_N.detach() if detaches else before.student_lse_N
             teacher_lse_delta_N = after.teacher_lse_N - before.teacher_lse_N
             student_lse_delta_N = after.student_lse_N - student_lse_before_N
+        heads, grams = context.heads, context.grams()
+        teacher: Tensor | TeacherChange
+        if heads.teacher_extras is None or heads.teacher_extras.cap is None:
+            teacher = current.teacher_MT - previous.teacher_MT
+        else:
+            teacher = capped_change(previous.teacher_MT, current.teacher_MT, heads, grams)
         cosine_N = delta_cosine(
-            current.teacher_MT - previous.teacher_MT,
+            teacher,
             current.student_MD - student_previous_MD,
             teacher_lse_delta_N,
             student_lse_delta_N,
-            context.grams(),
+            grams,
             student_later_ND=current.student_MD if detaches else None,
         )
         return context.sum(1 - cosine_N)

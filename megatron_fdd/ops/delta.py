@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_fdd.ops.capped_change import TeacherChange, capped_change
 from megatron_fdd.ops.full_precision import exact_product, full_precision
 from megatron_fdd.ops.head_grams import HeadGrams, head_grams
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
-__all__ = ["HeadGrams", "delta_cosine", "head_grams"]
+__all__ = ["HeadGrams", "TeacherChange", "capped_change", "delta_cosine", "head_grams"]
 
 # Where all logits rise alike, D is only what c leaves of their mean, and c comes from rounded log-sum-exps. |D|^2 below
 # this multiple of the rounding error of V mean^2 may be noise, and D counts as zero.
@@ -36,7 +37,7 @@ ZERO_SHARE = 16.0
 
 
 def delta_cosine(
-    teacher_delta_NT: Tensor,
+    teacher_delta_NT: Tensor | TeacherChange,
     student_delta_ND: Tensor,
     teacher_lse_delta_N: Tensor | None,
     student_lse_delta_N: Tensor | None,
@@ -55,7 +56,8 @@ def delta_cosine(
     `student_later_ND`.
 
     Args:
-        teacher_delta_NT, student_delta_ND: differences of normed hidden states, taken in float32.
+        teacher_delta_NT, student_delta_ND: differences of normed hidden states, taken in float32. A teacher whose
+            logits have a soft cap gives its `capped_change` in place of the first.
         teacher_lse_delta_N, student_lse_delta_N: differences of log-sum-exps at temperature 1, for log-probabilities;
             both None: the centred form, which removes the mean over the vocabulary.
         grams: the Grams of the heads, with their shard. With `shard.sequence_parallel` each rank has tokens of its own.
@@ -70,14 +72,19 @@ def delta_cosine(
         float32, the inputs' dtype: a narrower one would round what a single rank does not round.
     """
     assert (teacher_lse_delta_N is None) == (student_lse_delta_N is None), "form of the delta"
+    constant: Tensor | TeacherChange
+    if isinstance(teacher_delta_NT, TeacherChange):
+        teacher_student, constant = teacher_delta_NT.on_student_nD, teacher_delta_NT.detach()
+    else:
+        teacher_student, constant = grams.teacher_student_TD, teacher_delta_NT.detach()
     return _DeltaCosine.apply(
         student_delta_ND,
         student_lse_delta_N,
-        grams.teacher_student_TD,
+        teacher_student,
         grams.student_student_DD,
         grams.student_mean_D,
         _Constants(
-            teacher_delta_NT.detach(),
+            constant,
             None if teacher_lse_delta_N is None else teacher_lse_delta_N.detach(),
             None if student_later_ND is None else student_later_ND.detach(),
             grams,
@@ -89,10 +96,25 @@ def delta_cosine(
 class _Constants:
     """Inputs without a gradient; from `grams` only the teacher's part and the shard are read."""
 
-    teacher_delta_NT: Tensor
+    teacher_delta_NT: Tensor | TeacherChange
     teacher_lse_delta_N: Tensor | None
     student_later_ND: Tensor | None
     grams: HeadGrams
+
+    def teacher(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, TeacherChange]:
+        """Return the teacher's differences [n, T], None under a cap, and what the cosine needs of them.
+
+        Args:
+            factor: what brings the gradient to the student's head: G_TD [T, D], or under a cap C_S' u [n, D].
+        """
+        change, grams = self.teacher_delta_NT, self.grams
+        if isinstance(change, TeacherChange):
+            return None, change._replace(on_student_nD=factor.clone())
+        teacher_nT = grams.shard.token_share(change).to(dtype)
+        form_n = (exact_product(teacher_nT, grams.teacher_teacher_TT) * teacher_nT).sum(1)
+        return teacher_nT, TeacherChange(
+            exact_product(teacher_nT, factor), teacher_nT @ grams.teacher_mean_T, form_n
+        )
 
 
 class _DeltaCosine(torch.autograd.Function):
@@ -104,21 +126,21 @@ class _DeltaCosine(torch.autograd.Function):
         ctx: Any,
         student_delta_ND: Tensor,
         student_lse_delta_N: Tensor | None,
-        teacher_student_TD: Tensor,
+        teacher_student: Tensor,
         student_student_DD: Tensor,
         student_mean_D: Tensor,
         constants: _Constants,
     ) -> Tensor:
-        grams, shard, size = constants.grams, constants.grams.shard, constants.grams.vocab_size
+        shard, size = constants.grams.shard, constants.grams.vocab_size
         dtype = statistics_dtype(student_delta_ND)
-        teacher_nT = shard.token_share(constants.teacher_delta_NT).to(dtype)
+        teacher_nT, (from_teacher_nD, teacher_mean_n, teacher_form_n) = constants.teacher(
+            teacher_student, dtype
+        )
         student_nD = shard.token_share(student_delta_ND).to(dtype)
-        from_teacher_nD = exact_product(teacher_nT, teacher_student_TD)
         from_student_nD = exact_product(student_nD, student_student_DD)
-        teacher_mean_n, student_mean_n = teacher_nT @ grams.teacher_mean_T, student_nD @ student_mean_D
+        student_mean_n = student_nD @ student_mean_D
         teacher_e_n = _rest(constants.teacher_lse_delta_N, teacher_mean_n, shard)
         student_e_n = _rest(student_lse_delta_N, student_mean_n, shard)
-        teacher_form_n = (exact_product(teacher_nT, grams.teacher_teacher_TT) * teacher_nT).sum(1)
         student_form_n = (from_student_nD * student_nD).sum(1)
         cosine_n, scale_n, shrink_n = _cosine(
             (from_teacher_nD * student_nD).sum(1) + size * teacher_e_n * student_e_n,
@@ -129,7 +151,7 @@ class _DeltaCosine(torch.autograd.Function):
         lse_gradient_n = size * (scale_n * teacher_e_n - shrink_n * student_e_n)
         gradient_nD = from_teacher_nD.mul_(scale_n[:, None]).sub_(from_student_nD.mul_(shrink_n[:, None]))
         gradient_nD.addr_(lse_gradient_n, student_mean_D, alpha=-1)
-        kept: tuple[Tensor, ...] = ()
+        kept: tuple[Tensor | None, ...] = ()
         if any(ctx.needs_input_grad[2:5]):
             later_ND = constants.student_later_ND
             later_nD = student_nD if later_ND is None else shard.token_share(later_ND).to(dtype)
@@ -159,10 +181,11 @@ class _DeltaCosine(torch.autograd.Function):
         # difference, or its later end if the other is a constant: it is the right factor of all three products.
         teacher_nT, student_nD, later_nD, scale_n, shrink_n = kept
         factor_nD = upstream_n1 * later_nD
+        teacher_nD = scale_n[:, None] * factor_nD
         return (
             gradient_ND,
             lse_gradient_N,
-            exact_product(teacher_nT.T, scale_n[:, None] * factor_nD),
+            teacher_nD if teacher_nT is None else exact_product(teacher_nT.T, teacher_nD),
             exact_product(student_nD.T, -shrink_n[:, None] * factor_nD),
             factor_nD.T @ -lse_gradient_n1[:, 0],
             None,

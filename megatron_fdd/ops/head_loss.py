@@ -109,6 +109,7 @@ def head_loss(
         body_gradient=False,
         head_gradient=has_gradient,
         held_rows=implementation.held_rows(heads.student_WD) if has_gradient else None,
+        teacher_extras=heads.teacher_extras,
     )
     if implementation.chosen(heads.student_WD, divergence) == "reference":
         outputs = LinearKL(*reference_linear_kl(request, teacher, student, labels_N))

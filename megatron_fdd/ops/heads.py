@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
 from megatron_fdd.ops.vocab_shard import VocabShard
 
@@ -25,12 +26,14 @@ class Heads:
         student_WD: gets a gradient if it requires one.
         shard: the part of the vocabulary that the rows hold; behind it, the two heads may have different padding.
         implementation: which implementation runs, and how it cuts its work.
+        teacher_extras: bias and soft cap of the teacher's logits; None: they are the products with its head.
     """
 
     teacher_WT: Tensor | None
     student_WD: Tensor
     shard: VocabShard
     implementation: Implementation = DEFAULT_IMPLEMENTATION
+    teacher_extras: HeadExtras | None = None
 
     def models(self, teacher_NT: Tensor | None, student_ND: Tensor) -> tuple[Model | None, Model]:
         """Pair hidden states with their heads; the teacher's are detached. None if `teacher_NT` is None."""

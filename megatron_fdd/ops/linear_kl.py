@@ -91,6 +91,7 @@ def linear_kl(
         implementation=heads.implementation,
         body_gradient=torch.is_grad_enabled() and student_ND.requires_grad and not head_gradient,
         head_gradient=head_gradient,
+        teacher_extras=heads.teacher_extras,
     )
     if heads.implementation.chosen(heads.student_WD, divergence) == "reference":
         return LinearKL(*reference_linear_kl(request, teacher, student, labels_N))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
 from megatron_fdd.ops.divergence import Divergence
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.request import Request
@@ -32,7 +33,7 @@ def reference_linear_kl(
     shard = request.shard
     student = (student[0], collected(student[1]))
     student_NV = _own_logits(*student, shard)
-    teacher_NV = None if teacher is None else _own_logits(*teacher, shard).detach()
+    teacher_NV = None if teacher is None else _own_logits(*teacher, shard, request.teacher_extras).detach()
     divergence_N = entropy_N = None
     if request.divergence is not None:
         assert teacher_NV is not None
@@ -63,11 +64,15 @@ def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return torch.where(beyond_N, logits_NV.logsumexp(-1) + torch.nan, entropy_N)
 
 
-def _own_logits(hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard) -> Tensor:
+def _own_logits(
+    hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard, extras: HeadExtras | None = None
+) -> Tensor:
     """Return logits [N, V] of this rank's tokens over the whole vocabulary, float32 (float64 for float64)."""
     dtype = statistics_dtype(head_WX)
     hidden_RX = _AllTokens.apply(hidden_NX, shard)
     logits_RW = hidden_RX.to(dtype) @ head_WX[: shard.num_valid].to(dtype).T
+    if extras is not None:
+        extras.apply(logits_RW, slice(0, shard.num_valid))
     return shard.own_tokens(_WholeVocabulary.apply(logits_RW, shard))
 
 

@@ -41,6 +41,7 @@ class TorchSweeps:
             if request.held_rows is None
             else request.shard.num_valid,
             temperature=request.temperature,
+            teacher_extras=request.teacher_extras,
         )
         self._held: list[Tile] | None = None
 

@@ -18,7 +18,7 @@ from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
-from megatron_fdd.plan.teacher_store import describe_store, store_bytes
+from megatron_fdd.plan.teacher_store import describe_store, has_cap, store_bytes
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -42,7 +42,7 @@ def describe_plan(
     lines += _ranks(plan, args)
     lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
     lines += _memory(plan, args, teacher, store)
-    lines += _balance(plan, args, _teacher_width(teacher, store))
+    lines += _balance(plan, args, _teacher_width(teacher, store), is_capped=has_cap(store))
     return "\n".join(lines)
 
 
@@ -250,13 +250,15 @@ def _micro_batches(args: argparse.Namespace) -> int:
     return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
 
 
-def _balance(plan: Plan, args: argparse.Namespace, teacher_width: int | None) -> list[str]:
+def _balance(
+    plan: Plan, args: argparse.Namespace, teacher_width: int | None, *, is_capped: bool
+) -> list[str]:
     """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out."""
     if plan.num_stages == 1:
         return []
     shape = ModelShape.of_args(args, vocab=plan.vocab_size)
     teachers = None if teacher_width is None else replace(shape, hidden=teacher_width)
-    flops = token_flops(shape, teachers, plan.config)
+    flops = token_flops(shape, teachers, plan.config, is_capped=is_capped)
     layers = [pair.student_layer for pair in plan.pairs]
     split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]
     return describe_balance(flops, split, layers, _micro_batches(args))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.data.store.lens import LENS_FILE
+from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.terms import needs_of
@@ -75,6 +75,11 @@ def check_attention(args: argparse.Namespace) -> None:
             )
 
 
+def has_cap(store: Store | None) -> bool:
+    """Whether a stored teacher's logits have a soft cap. ValueError if the store's lens is damaged."""
+    return store is not None and read_stored_extras(store.path).cap is not None
+
+
 def store_bytes(plan: Plan, args: argparse.Namespace, store: Store) -> dict[str, int]:
     """Estimate what a stored teacher takes on the stage that holds most."""
     identity, stages = store.identity, plan.num_stages
@@ -106,12 +111,14 @@ def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[s
     most = max(sum(chunks[stage::stages]) for stage in range(stages)) * each
     whole = args.global_batch_size * args.seq_length * identity.token_bytes * sum(chunks)
     size = index.num_tokens * identity.token_bytes * len(identity.blocks)
+    streamed = has_cap(store) and needs_of(plan.config).grams
     return [
         f"  teacher: features of {identity.teacher}, {identity.form}, {identity.token_bytes} bytes a hidden state, of "
         f"the blocks {', '.join(map(str, identity.blocks))}",
         f"    {store.path}: {len(index)} units, {index.num_tokens} tokens, {size / 1e9:.3f} GB",
         f"    a step reads at most {most / 1e6:.2f} MB on a rank; {whole / 1e6:.2f} MB are different, so that a step "
         f"of one second needs {whole / 1e9:.3f} GB/s of the file system",
+        *["    its logits have a soft cap: each delta makes those of both its layers again"] * streamed,
     ]
 
 

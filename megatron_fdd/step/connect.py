@@ -92,7 +92,8 @@ def connect(
 def _first_batch_check(
     plan: Plan, lens: TeacherLens, shard: VocabShard, topology: Topology
 ) -> FirstBatchCheck:
-    heads = Heads(None, lens.head_WT, shard, Implementation(plan.config.kernels))
+    implementation = Implementation(plan.config.kernels)
+    heads = Heads(lens.head_WT, lens.head_WT, shard, implementation, lens.extras)
     say = partial(console.say, is_chosen=topology.rows_rank == topology.tensor_rank == 0)
     return partial(log_cross_entropy, heads=heads, group=topology.rows_group, say=say)
 

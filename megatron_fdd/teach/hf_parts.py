@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_fdd.data.store.lens import LARGEST_ERROR, StoredNorm, relative_error
+from megatron_fdd.data.store.lens import LARGEST_ERROR, StoredExtras, StoredNorm, relative_error
 from megatron_fdd.losses.lens import FinalNorm
 from megatron_fdd.teach.hf_norm import measure_norm, real_tensors
 from megatron_fdd.teach.hf_run import first_tensor, input_device, run_without_head, tapped
@@ -32,14 +32,14 @@ _NEAR_POWER = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """How a model makes logits of its last layer's output h: cap(constant head(norm(h))), cap(z) = c tanh(z / c).
+    """How a model makes logits of its last layer's output h: cap(constant (W norm(h) + b)), cap(z) = c tanh(z / c).
 
     Attributes:
         layers: modules whose first output is the hidden state behind a block, in order.
         layers_name, norm_name, head_name: where they are in the model, for people.
         norm: without the constant.
         weight_name, raw_weight_T: the norm's weight as the model stores it; no name and ones where it has none.
-        head: without bias.
+        head: with or without a bias b.
         cap: None where there is none.
     """
 
@@ -65,6 +65,14 @@ class Parts:
     def head_VT(self) -> Tensor:
         """The head's weight."""
         return real_tensors(self.head)["weight"]
+
+    @property
+    def extras(self) -> StoredExtras:
+        """The bias, times the constant, and the cap; on the CPU."""
+        bias_V = real_tensors(self.head).get("bias")
+        if bias_V is None or not bool(bias_V.any()):
+            return StoredExtras(None, self.cap)
+        return StoredExtras(self.constant * bias_V.float().cpu(), self.cap)
 
     def error(self, hidden_BST: Tensor, logits_BSV: Tensor) -> float:
         """Return how far the model's logits are from those of a student's lens, over the largest logit.
@@ -113,7 +121,9 @@ class Parts:
         place = head_VT.device
         bias_T = None if stored.bias_T is None else stored.bias_T.to(place)
         norm = FinalNorm(stored.weight_T.to(place), bias_T, stored.epsilon, stored.kind)
-        return nn.functional.linear(norm(hidden_BST.to(place)).to(head_VT.dtype), head_VT).float()
+        logits_BSV = nn.functional.linear(norm(hidden_BST.to(place)).to(head_VT.dtype), head_VT).float()
+        bias_V = self.extras.bias_V
+        return logits_BSV if bias_V is None else logits_BSV + bias_V.to(place)
 
 
 class _Run(NamedTuple):
@@ -144,9 +154,8 @@ def find_parts(model: Any) -> Parts:
     states = _states(layers, ran, (1, _PROBE_TOKENS, head.in_features))
     _check_causal(model, layers, ids_BS[:, : _PROBE_TOKENS // 2], states)
     norm_name, module = _find_norm(model, layers, head, ran)
-    _check_no_bias(head_name, head)
     norm, weight, raw_T = measure_norm(module, norm_name, states[-1])
-    cap = next((float(found) for name in _CAPS if (found := getattr(text, name, None))), None)
+    cap = next((abs(float(found)) for name in _CAPS if (found := getattr(text, name, None))), None)
     parts = Parts(
         *(layers, layers_name, norm_name, norm, f"{norm_name}.{weight}" if weight else "", raw_T),
         *(head_name, head),
@@ -264,14 +273,6 @@ def _find_norm(
             "choose another teacher (docs/teacher-types.md)"
         )
     return names[between[0]], between[0]
-
-
-def _check_no_bias(name: str, head: nn.Linear) -> None:
-    """Refuse a head with a bias that is not zero."""
-    if head.bias is not None and bool((real_tensors(head)["bias"] != 0).any()):
-        raise ValueError(
-            f"--teacher: its head {name} has a bias, which the losses do not know yet; choose a teacher without one"
-        )
 
 
 def _changes_nothing(run: _Run) -> bool:

@@ -33,8 +33,6 @@ class TransformersEngine:
         model: in evaluation mode.
         row_limits: lengths of a row on both sides of which all its states differ; a batch keeps to one side.
 
-    Raises:
-        ValueError: the model's logits have a soft cap.
     """
 
     replica, num_replicas, writes = 0, 1, True
@@ -43,11 +41,6 @@ class TransformersEngine:
         self, identity: StoreIdentity, model: Any, parts: Parts, row_limits: Sequence[int] = ()
     ) -> None:
         assert not any(module.training for module in model.modules())
-        if parts.cap is not None:
-            raise ValueError(
-                f"--teacher: its logits have a soft cap of {parts.cap}, which the losses do not know yet; choose "
-                "another teacher (docs/teacher-types.md)"
-            )
         self.identity = identity
         self._model, self._parts, self._limits = model, parts, sorted(row_limits)
         self._layers = [parts.layers[block - 1] for block in identity.blocks]
@@ -79,7 +72,7 @@ class TransformersEngine:
             error = max(
                 error, parts.check_error(taps[0].to(self._dtype), self._model(input_ids=row_BS).logits)
             )
-        return StoredLens(parts.folded_norm, parts.head_VT.cpu(), error)
+        return StoredLens(parts.folded_norm, parts.head_VT.cpu(), error, parts.extras)
 
     def _run(self, units: Sequence[Ids]) -> list[Bytes]:
         """Run one batch; return each unit's packed states [T, S, P]."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.delta import delta_cosine, head_grams
+from megatron_fdd.ops.delta import capped_change, delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
 from tests.ops.head_loss_case import FACTOR, scaled, weights_of
@@ -16,6 +16,7 @@ from tests.ops.head_loss_case import reference as head_reference
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
+    capped,
     error,
     gradients,
     loss,
@@ -35,9 +36,12 @@ LARGE = (300, 151_936, 152_064, (256, 128))
 
 def on_gpu(size: tuple[int, int, int, tuple[int, int]], dtype: torch.dtype) -> Case:
     num_tokens, vocab_size, padded, widths = size
-    case = make_case(num_tokens, vocab_size, padded=padded, widths=widths).to(dtype)
-    tensors = {name: getattr(case, name).cuda() for name in Case.__dataclass_fields__ if name != "vocab_size"}
-    return replace(case, **tensors)
+    return to_gpu(make_case(num_tokens, vocab_size, padded=padded, widths=widths).to(dtype))
+
+
+def to_gpu(case: Case) -> Case:
+    fields = {name: getattr(case, name) for name in Case.__dataclass_fields__}
+    return replace(case, **{name: each.cuda() for name, each in fields.items() if isinstance(each, Tensor)})
 
 
 def assert_linear_kl(
@@ -95,6 +99,32 @@ def test_large_vocabularies(size: tuple, implementation: str, dtype: torch.dtype
     assert_linear_kl(case, Divergence("rkl"), Implementation(implementation), live=True)
     assert_head_loss(case, Divergence("fkl"), Implementation(implementation))
     assert_head_loss(case, None, Implementation(implementation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_a_cap_and_a_bias_of_the_teacher(implementation: str, dtype: torch.dtype) -> None:
+    for case in (to_gpu(capped(on_gpu(size, dtype))) for size in (ODD, SEVERAL_TILES)):
+        for kind in KINDS:
+            divergence = Divergence(kind, temperature=2.0)
+            assert_linear_kl(case, divergence, Implementation(implementation), live=False)
+            assert_head_loss(case, divergence, Implementation(implementation))
+
+
+def test_the_delta_under_a_cap() -> None:
+    """In float32 products of TF32 parts; the reference is float64."""
+    case = to_gpu(capped(on_gpu((200, 20_000, 20_032, (256, 128)), torch.bfloat16)))
+    heads = case.heads()
+    grams = head_grams(heads)
+    earlier_NT, student_ND = case.teacher.float().flip(0), (case.student.float() * 0.3).requires_grad_()
+    change = capped_change(earlier_NT, case.teacher.float(), heads, grams)
+    cosine = delta_cosine(change, student_ND, None, None, grams)
+    changes = [
+        case.teacher_logits() - case.teacher_logits().flip(0),
+        student_ND.double() @ case.student_head[: case.vocab_size].double().T,
+    ]
+    changes = [each - each.mean(1, keepdim=True) for each in changes]
+    assert (cosine - torch.nn.functional.cosine_similarity(*changes, dim=1)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
 
-from megatron_fdd.ops.delta import HeadGrams, delta_cosine
+from megatron_fdd.ops.delta import HeadGrams, capped_change, delta_cosine
+from megatron_fdd.ops.heads import Heads
 from tests.ops.linear_kl_case import Case, make_case
 
 
@@ -28,6 +29,8 @@ class Layers:
     later: Case
 
     def logits(self, model: str, layer: Case) -> Tensor:
+        if model == "teacher":
+            return replace(layer, teacher_head=self.earlier.teacher_head).teacher_logits()
         head = getattr(self.earlier, f"{model}_head")[: self.earlier.vocab_size].double()
         return getattr(layer, model).double() @ head.T
 
@@ -40,9 +43,15 @@ class Layers:
         return reference_cosine(*logits, centred=centred)
 
     def cosine(
-        self, grams: HeadGrams, tokens: slice = slice(None), *, centred: bool, detached: bool = False
+        self,
+        grams: HeadGrams,
+        tokens: slice = slice(None),
+        *,
+        centred: bool,
+        detached: bool = False,
+        capped: Heads | None = None,
     ) -> Tensor:
-        """Run the operation, with log-sum-exps from whole logits."""
+        """Run the operation, with log-sum-exps from whole logits; `capped`: the heads, if the teacher's has a cap."""
         deltas, lse_deltas = [], []
         for model in ("teacher", "student"):
             before, after = getattr(self.earlier, model), getattr(self.later, model)
@@ -56,7 +65,10 @@ class Layers:
             lse_deltas.append((lse_after - lse_before)[tokens])
         lse = [None, None] if centred else lse_deltas
         later_ND = self.later.student[tokens] if detached else None
-        return delta_cosine(*deltas, *lse, grams, student_later_ND=later_ND)
+        teacher, student = deltas
+        if capped is not None:
+            teacher = capped_change(self.earlier.teacher[tokens], self.later.teacher[tokens], capped, grams)
+        return delta_cosine(teacher, student, *lse, grams, student_later_ND=later_ND)
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights
@@ -26,7 +28,7 @@ def scaled(result: HeadLoss) -> Tensor:
 
 
 def reference(case: Case, divergence: Divergence | None, weights: LossWeights, *leaves: Tensor) -> HeadLoss:
-    double = Case(case.teacher, case.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
+    double = replace(case, student=leaves[0], student_head=leaves[1])
     outputs = double.reference(divergence)
     entropy = (outputs.cross_entropy_N * weights.entropy_N).sum()
     if divergence is None:

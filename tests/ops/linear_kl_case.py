@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fdd.ops.divergence import DIVERGENCES
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.linear_kl import (
     DEFAULT_IMPLEMENTATION,
     Divergence,
@@ -45,6 +46,22 @@ class Case:
     labels: Tensor
     upstream: Tensor  # [3, N]: for divergence, student lse, cross-entropy
     vocab_size: int
+    teacher_bias: Tensor | None = None  # of the padded head, float32
+    teacher_cap: float | None = None
+
+    @property
+    def extras(self) -> HeadExtras | None:
+        """Bias and cap of the teacher's logits; None if there is neither."""
+        has_none = self.teacher_bias is None and self.teacher_cap is None
+        return None if has_none else HeadExtras(self.teacher_bias, self.teacher_cap)
+
+    def teacher_logits(self) -> Tensor:
+        """Compute the teacher's logits in float64, without padding."""
+        logits_NV = self.teacher.double() @ self.teacher_head[: self.vocab_size].double().T
+        if self.teacher_bias is not None:
+            logits_NV = logits_NV + self.teacher_bias[: self.vocab_size].double()
+        cap = self.teacher_cap
+        return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
     def to(self, dtype: torch.dtype) -> Case:
         """Return the same case with rounded numbers."""
@@ -56,12 +73,13 @@ class Case:
     ) -> Heads:
         """Return both heads on one rank; the student's is the case's unless another is given."""
         head = self.student_head if student_head is None else student_head
-        return Heads(self.teacher_head, head, VocabShard(0, self.vocab_size, None), implementation)
+        shard = VocabShard(0, self.vocab_size, None)
+        return Heads(self.teacher_head, head, shard, implementation, self.extras)
 
     def reference(self, divergence: Divergence | None) -> LinearKL:
         """Compute all outputs in float64, without shards, tiles or padding."""
         student_NV = self.student.double() @ self.student_head[: self.vocab_size].double().T
-        teacher_NV = self.teacher.double() @ self.teacher_head[: self.vocab_size].double().T
+        teacher_NV = self.teacher_logits()
         value = reference_divergence(teacher_NV, student_NV, divergence) if divergence else None
         entropy = cross_entropy(student_NV, self.labels, ignore_index=-100, reduction="none")
         return LinearKL(value, teacher_NV.logsumexp(-1), student_NV.logsumexp(-1), entropy)
@@ -89,6 +107,13 @@ def make_case(
     upstream = 1 + normal(3, num_tokens).abs()
     teacher, student = normal(num_tokens, widths[0]) * 1.5, normal(num_tokens, widths[1])
     return Case(teacher, heads[0], student, heads[1], labels, upstream, vocab_size)
+
+
+def capped(case: Case, *, cap: float | None = 1.5, biased: bool = True) -> Case:
+    """Give a case's teacher a cap that bends most logits, and a bias; that of padded rows is not a number."""
+    bias = torch.linspace(-1.5, 2.0, len(case.teacher_head))
+    bias[case.vocab_size :] = torch.nan
+    return replace(case, teacher_bias=bias if biased else None, teacher_cap=cap)
 
 
 def tiles(tile_size: int, block_rows: int = 8192) -> Implementation:
@@ -152,7 +177,10 @@ class RankPart:
 
     def heads(self, head: Tensor, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Heads:
         """Put the teacher's part beside the student's, `head`."""
-        return Heads(self.case.teacher_head[self.rows], head, self.shard, implementation)
+        extras = self.case.extras
+        if extras is not None and extras.bias_W is not None:
+            extras = replace(extras, bias_W=extras.bias_W[self.rows])
+        return Heads(self.case.teacher_head[self.rows], head, self.shard, implementation, extras)
 
     def run(
         self,
@@ -173,8 +201,7 @@ class RankPart:
 def reference_gradients(case: Case, divergence: Divergence | None, keep: tuple[bool, ...] = (True,) * 4):
     """Return the reference's kept outputs, and their weighted sum's gradients for hidden states and head."""
     leaves = [x.double().clone().requires_grad_() for x in (case.student, case.student_head)]
-    double = case.to(torch.float64)
-    double = Case(double.teacher, double.teacher_head, *leaves, case.labels, case.upstream, case.vocab_size)
+    double = replace(case.to(torch.float64), student=leaves[0], student_head=leaves[1])
     outputs = double.reference(divergence)
     outputs = outputs._make(output if kept else None for output, kept in zip(outputs, keep, strict=True))
     return outputs, gradients(loss(outputs, case.upstream), *leaves)

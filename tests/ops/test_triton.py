@@ -18,7 +18,16 @@ from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from tests.ops import added_divergence
-from tests.ops.linear_kl_case import KINDS, Case, error, gradients, loss, make_case, reference_gradients
+from tests.ops.linear_kl_case import (
+    KINDS,
+    Case,
+    capped,
+    error,
+    gradients,
+    loss,
+    make_case,
+    reference_gradients,
+)
 
 triton = pytest.importorskip("triton")
 from megatron_fdd.ops.gpu import sweeps  # noqa: E402
@@ -57,7 +66,10 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     shard, implementation = options.pop("shard", case.heads().shard), options.pop("implementation", TRITON)
     labels_N = options.pop("labels_N", case.labels)
     labels_N = None if labels_N is None else labels_N.to(DEVICE)
-    heads = Heads(teacher_WT, head, shard, implementation)
+    extras = case.extras
+    if extras is not None and extras.bias_W is not None:
+        extras = replace(extras, bias_W=extras.bias_W.to(DEVICE))
+    heads = Heads(teacher_WT, head, shard, implementation, extras)
     outputs = linear_kl(teacher_NT, hidden, heads, divergence=divergence, labels_N=labels_N, **options)
     leaves = (hidden, head) if live else (hidden,)
     grads = gradients(loss(outputs, case.upstream.to(DEVICE)), *leaves)
@@ -86,6 +98,15 @@ def test_values_and_gradients(kind: str, temperature: float, live: bool, dtype: 
     case = make_case(5, 53, padded=70, widths=WIDTHS).to(dtype)
     case.student_head[53:] = case.teacher_head[53:] = math.nan  # never read, not even to be multiplied by 0
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cap_and_a_bias_of_the_teacher(kind: str, live: bool) -> None:
+    case = capped(make_case(5, 53, padded=70, widths=WIDTHS).to(torch.float32))
+    assert_matches(case, Divergence(kind, temperature=2.0), live=live)
+    assert_matches(capped(case, biased=False), Divergence(kind), live=live)
+    assert_matches(capped(case, cap=None), Divergence(kind), live=live)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])

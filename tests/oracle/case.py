@@ -175,7 +175,7 @@ def join(
             plan = replace(plan, config=replace(config, teacher_lens=write_maps(case.teacher, Path(folder))))
         if case.stored is None:
             return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
-        store = write_store(teacher, plan, topology, case_batches(case), case.teacher.vocab, case.stored)
+        store = write_store(teacher, plan, topology, case_batches(case), case.teacher, case.stored)
         steps = connect(plan, unwrap_model(chunks), store, topology, iteration, seed=0)
     _TAUGHT[steps] = taught_batches(store, plan, topology, own_batches(case))
     remove(store)

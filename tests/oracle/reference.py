@@ -36,6 +36,8 @@ class Shape:
     experts: int | None = None
     topk: int = 2
     aux_loss: float = 0.0
+    cap: float | None = None  # of the logits, as only a stored teacher has it
+    head_bias: bool = False  # likewise
 
 
 STUDENT = Shape(num_layers=6, hidden=48, heads=24, groups=12, head_width=4, ffn=96)
@@ -181,7 +183,7 @@ def distillation_loss(
     term = batch["token_mask"].double() if terms.all_tokens else label
     vocab = min(student_shape.vocab, teacher_shape.vocab)
     z_student = F.linear(student_final, head(student)[:vocab])
-    z_teacher = F.linear(teacher_final, head(teacher)[:vocab])
+    z_teacher = finished(teacher_shape, F.linear(teacher_final, head(teacher)[:vocab]))
 
     def mean(value: Tensor, mask: Tensor) -> Tensor:
         return value[mask > 0].sum() / mask.sum().clamp(min=1)
@@ -202,6 +204,7 @@ def distillation_loss(
             weight, bias = (each.double() for each in random_maps(teacher_shape)[t])
             block_t = block_t + F.linear(block_t, weight, bias)
         lens_t = lens(terms, teacher_shape, teacher, block_t, detached=True)[..., :vocab]
+        lens_t = finished(teacher_shape, lens_t)
         value = of_logits(terms.trajectory_kind, lens_t, lens_s)
         parts[f"trajectory s{s}:t{t}"] = value
         total = total + terms.alpha * value / len(terms.pairs)
@@ -243,6 +246,18 @@ def lens(terms: Terms, shape: Shape, weights: Weights, x: Tensor, *, detached: b
     if detached:
         norm, matrix = norm.detach(), matrix.detach()
     return F.linear(rms_norm(x, norm, shape.epsilon) if terms.lens_norm else x, matrix)
+
+
+def bias_of_head(shape: Shape) -> Tensor:
+    """Bias of a head, float32."""
+    return torch.linspace(-2, 3, shape.vocab)
+
+
+def finished(shape: Shape, z: Tensor) -> Tensor:
+    """Add what the logits of some models have beside the product with their head; z [..., some of the vocabulary]."""
+    if shape.head_bias:
+        z = z + bias_of_head(shape)[: z.shape[-1]].double()
+    return z if shape.cap is None else shape.cap * torch.tanh(z / shape.cap)
 
 
 def delta_space(terms: Terms, z: Tensor) -> Tensor:

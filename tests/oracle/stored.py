@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megatron_fdd.data.store.coverage import Ids
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm, write_identity
-from megatron_fdd.data.store.lens import write_stored_lens
+from megatron_fdd.data.store.lens import StoredExtras, write_stored_lens
 from megatron_fdd.data.store.segment import SegmentWriter
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FEATURES, FeatureReader, rank_ranges
@@ -24,12 +25,13 @@ from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.step.teacher.stored import read_blocks
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.megatron import MegatronEngine
+from tests.oracle.reference import Shape, bias_of_head
 
 Batches = Sequence[dict[str, Tensor]]
 
 
 def write_store(
-    teacher: GPTModel, plan: Plan, topology: Topology, batches: Batches, vocab: int, form: TapForm
+    teacher: GPTModel, plan: Plan, topology: Topology, batches: Batches, shape: Shape, form: TapForm
 ) -> Store:
     """Write, on all ranks, a store with the features of all batches in a new folder; return it open."""
     config = teacher.config
@@ -42,7 +44,7 @@ def write_store(
         architecture="",
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
-        vocab_size=vocab,
+        vocab_size=shape.vocab,
         blocks=blocks,
         form=form,
         token_bytes=TapFormat(config.params_dtype, form).token_bytes(config.hidden_size),
@@ -65,7 +67,8 @@ def write_store(
     lens = engine.lens(units_of_batch(batches[0]))
     if engine.writes and engine.replica == 0:
         assert lens is not None
-        write_stored_lens(path, lens)
+        bias_V = bias_of_head(shape) if shape.head_bias else None
+        write_stored_lens(path, replace(lens, extras=StoredExtras(bias_V, shape.cap)))
         writer.flush()
     dist.barrier()
     return Store.open(path, "--store")

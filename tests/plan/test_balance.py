@@ -18,12 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.terms import needs_of
+from megatron_fdd.ops.delta import capped_change, head_grams
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from megatron_fdd.plan.balance import (
     TokenFlops,
     balanced_split,
     bubble_fraction,
+    capped_change_flops,
     chunk_loads,
     describe_balance,
     head_loss_flops,
@@ -135,6 +138,31 @@ def test_flops_of_a_summed_loss_are_those_of_the_products_done(
     student_shape = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
     expected = head_loss_flops(student_shape, teacher_shape if divergence else None, trains_head=trains_head)
     assert counter.get_total_flops() == tokens * expected
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_flops_of_a_capped_change_are_those_of_the_products_done(trains_head: bool) -> None:
+    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
+    ends = torch.randn(2, tokens, teacher_width)
+    head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
+    shard, extras = VocabShard(0, vocab, None), HeadExtras(cap=2.0)
+    heads = Heads(torch.randn(vocab, teacher_width), head_WD, shard, teacher_extras=extras)
+    grams = head_grams(heads)
+    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        change = capped_change(*ends, heads, grams)
+        if trains_head:
+            change.on_student_nD.sum().backward()
+    teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    student = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    expected = capped_change_flops(student, teacher, trains_head=trains_head)
+    assert counter.get_total_flops() == tokens * expected
+    plain, capped = (
+        token_flops(student, teacher, replace(FDD, lens_head="live"), is_capped=each)
+        for each in (False, True)
+    )
+    of_live = capped_change_flops(student, teacher, trains_head=True)
+    assert capped.tap - plain.tap == round(of_live * 3 / 4), "the first of four pairs has no delta"
 
 
 @pytest.mark.parametrize(

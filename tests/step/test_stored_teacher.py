@@ -20,6 +20,8 @@ from tests.oracle.reference import STUDENT, TEACHER, Terms
 
 pytestmark = pytest.mark.tier("default")
 
+# The logits of such a teacher have a bias and a soft cap, which bends most of them.
+CAPPED = replace(TEACHER, cap=3.0, head_bias=True)
 EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
 LAYOUTS = {
     "1x1": Case(),
@@ -41,6 +43,11 @@ LAYOUTS = {
     "teacher-lacks-added-tokens": Case(tp=2, teacher=replace(TEACHER, vocab=47)),
     "no-norm": Case(tp=2, terms=Terms(lens_norm=False)),
     "only-kd": Case(pp=2, terms=Terms(alpha=0.0, beta=0.0)),
+    "capped": Case(teacher=CAPPED, terms=Terms(temperature=2.0, centred=True)),
+    "capped-cp2": Case(cp=2, teacher=CAPPED),
+    "capped-tp2-sp": Case(tp=2, sequence_parallel=True, teacher=replace(CAPPED, vocab=47), terms=EVERYTHING),
+    "capped-pp2-live": Case(pp=2, teacher=CAPPED, terms=Terms(live=True)),
+    "capped-packed-tp2": Case(tp=2, teacher=CAPPED, terms=Terms(tuned=True), packed=True),
     "tied": Case(pp=2, student=replace(STUDENT, tied=True), teacher=replace(TEACHER, tied=True)),
 }
 

@@ -14,6 +14,7 @@ from megatron_fdd.data.store.coverage import Ids
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.data.store.lens import StoredLens
 from megatron_fdd.losses.lens import FinalNorm
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.hf_parts import Parts
 from megatron_fdd.teach.hf_teacher import DTYPES
@@ -85,5 +86,8 @@ def plain_states(model: Any, ids: Ids) -> tuple[list[Tensor], Tensor]:
 
 
 def logits_of(lens: StoredLens, hidden_ST: Tensor) -> Tensor:
-    norm = lens.norm
-    return FinalNorm(norm.weight_T, norm.bias_T, norm.epsilon, norm.kind)(hidden_ST) @ lens.head_VT.T
+    norm, extras = lens.norm, lens.extras
+    normed_ST = FinalNorm(norm.weight_T, norm.bias_T, norm.epsilon, norm.kind)(hidden_ST)
+    logits_SV = normed_ST @ lens.head_VT.T
+    HeadExtras(extras.bias_V, extras.cap).apply(logits_SV, slice(None))
+    return logits_SV

@@ -37,7 +37,11 @@ KINDS: dict[str, tuple[str, bool, float]] = {
     "mamba": ("rms", False, 1.0),
     "deepseek_v3": ("rms", False, 1.0),
     "gpt_oss": ("rms", False, 1.0),
+    "gemma2": ("rms", False, 1.0),
+    "phi": ("layer", True, 1.0),
 }
+# Some logits have a soft cap; the head has a bias.
+EXTRAS = {"gemma2": (30.0, False), "phi": (None, True)}
 
 
 @pytest.mark.parametrize("model_type", KINDS)
@@ -54,6 +58,7 @@ def test_states_and_lens_are_the_models(model_type: str) -> None:
     )
     lens = engine.lens(texts[:2])
     assert lens.error <= 1e-5
+    assert (lens.extras.cap, lens.extras.bias_V is not None) == EXTRAS.get(model_type, (None, False))
     for ids, found in zip(texts, engine.states(texts), strict=True):
         wanted, logits = plain_states(model, ids)
         states = unpacked(found)
@@ -119,8 +124,6 @@ def test_states_that_are_not_finite_are_refused() -> None:
 
 
 REFUSED = {
-    "gemma2": r"its logits have a soft cap of 30\.0, which the losses do not know yet",
-    "phi": "its head lm_head has a bias",
     "deepseek_v4": r"gives \[1, 32, 4, 64\] where .* is \[1, 32, 64\]; several residual streams",
     "bert": r"runs cls.predictions.transform.dense \(Linear\), .*, and a lens is one norm and a linear head",
     "modernbert-decoder": r"runs model.final_norm \(LayerNorm\), lm_head.dense \(Linear\), lm_head.act \(GELU",

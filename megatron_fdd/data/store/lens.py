@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -22,6 +22,8 @@ LENS_FILE = Path("lens", "lens.safetensors")
 NormKind = Literal["rms", "layer"]
 # The end of a message that says what to do.
 _CHANGED = "it has other bytes than were written; copy it again"
+# The tensors that are read as a whole, and have one sum with the header.
+_SMALL = ("head.bias", "norm.bias", "norm.weight")
 # How many rows of the head one sum covers.
 _SUM_ROWS = 1024
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
@@ -46,8 +48,21 @@ class StoredNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredExtras:
+    """What most teachers' logits have not.
+
+    Attributes:
+        bias_V: of the head, in float32; None where there is none.
+        cap: c of the soft cap c tanh(z / c) over the logits; None where there is none.
+    """
+
+    bias_V: Tensor | None = None
+    cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredLens:
-    """What a teacher reads its last hidden state with: logits = head_VT norm(h).
+    """What a teacher reads its last hidden state with: logits = cap(head_VT norm(h) + bias_V).
 
     Attributes:
         head_VT: in the teacher's dtype; no padding rows.
@@ -57,6 +72,7 @@ class StoredLens:
     norm: StoredNorm
     head_VT: Tensor
     error: float
+    extras: StoredExtras = StoredExtras()
 
 
 def write_stored_lens(store: Path, lens: StoredLens) -> None:
@@ -71,6 +87,8 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
     tensors = {"head.weight": lens.head_VT, "norm.weight": lens.norm.weight_T.float()}
     if lens.norm.bias_T is not None:
         tensors["norm.bias"] = lens.norm.bias_T.float()
+    if lens.extras.bias_V is not None:
+        tensors["head.bias"] = lens.extras.bias_V.float()
     wrong = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if wrong:
         raise ValueError(
@@ -83,7 +101,9 @@ def write_stored_lens(store: Path, lens: StoredLens) -> None:
         "epsilon": repr(lens.norm.epsilon),
         "error": repr(lens.error),
     }
-    header["norm.sum"] = _norm_sum(header, tensors)
+    if lens.extras.cap is not None:
+        header["cap"] = repr(lens.extras.cap)
+    header["norm.sum"] = _small_sum(header, tensors)
     tensors["head.sums"] = _sums(tensors["head.weight"])
     written = {
         name: FileTensor(_DTYPES[tensor.dtype], tuple(tensor.shape), [tensor.view(torch.uint8).numpy()])
@@ -115,27 +135,43 @@ def read_stored_norm(store: Path) -> StoredNorm:
     Raises:
         ValueError: there is no lens, or it is damaged.
     """
+    header, tensors = _read_small(store)
+    kind = header["kind"]
+    if kind not in ("rms", "layer"):
+        raise ValueError(
+            f"{store / LENS_FILE}: a norm of the kind {kind!r}; this version knows rms and layer; make the store with "
+            "this version"
+        )
+    return StoredNorm(kind, tensors["norm.weight"], tensors.get("norm.bias"), float(header["epsilon"]))
+
+
+def read_stored_extras(store: Path) -> StoredExtras:
+    """Read what a store's lens has beside norm and head, on the CPU.
+
+    Raises:
+        ValueError: there is no lens, or it is damaged.
+    """
+    header, tensors = _read_small(store)
+    return StoredExtras(tensors.get("head.bias"), float(header["cap"]) if "cap" in header else None)
+
+
+def _read_small(store: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """Read all of a store's lens but the head, compared with its sum."""
     path, digest = store / LENS_FILE, read_identity(store, "--fdd-teacher-store").digest
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            kind, epsilon = header["kind"], float(header["epsilon"])
-            names = [name for name in file.keys() if name.startswith("norm.")]  # noqa: SIM118  # no mapping
+            names = [name for name in file.keys() if name in _SMALL]  # noqa: SIM118  # no mapping
             tensors = {name: file.get_tensor(name) for name in names}
-            if header["norm.sum"] != _norm_sum(header, tensors):
+            if header["norm.sum"] != _small_sum(header, tensors):
                 raise ValueError(_CHANGED)
             if header["store"] != digest:
                 raise ValueError(
                     f"it is of the store {header['store']}, not of this one, {digest}; copy the right one"
                 )
-            weight_T, bias_T = tensors["norm.weight"], tensors.get("norm.bias")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damage(path, error) from error
-    if kind not in ("rms", "layer"):
-        raise ValueError(
-            f"{path}: a norm of the kind {kind!r}; this version knows rms and layer; make the store with this version"
-        )
-    return StoredNorm(kind, weight_T, bias_T, epsilon)
+    return header, tensors
 
 
 def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
@@ -170,10 +206,11 @@ def _sums(head_VT: Tensor) -> Tensor:
     return torch.tensor([each - (1 << 63) for each in sums], dtype=torch.int64)
 
 
-def _norm_sum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Return the sum of the norm's tensors, and of what the header says."""
-    total = xxhash.xxh3_64("".join(header[name] for name in ("store", "kind", "epsilon", "error")).encode())
-    for name in sorted(name for name in tensors if name.startswith("norm.")):
+def _small_sum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sum of all tensors but the head, and of what the header says."""
+    said = [header[name] for name in ("store", "kind", "epsilon", "error")]
+    total = xxhash.xxh3_64("".join([*said, header.get("cap", "")]).encode())
+    for name in (name for name in _SMALL if name in tensors):
         total.update(name.encode())
         total.update(tensors[name].numpy())
     return total.hexdigest()

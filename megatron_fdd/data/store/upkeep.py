@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_fdd.data.store.identity import StoreIdentity, read_identity
 from megatron_fdd.data.store.index import all_records, repeats
-from megatron_fdd.data.store.lens import LENS_FILE, read_stored_head, read_stored_norm
+from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.segment import (
     REPAIR,
     SUM_TOKENS,
@@ -125,14 +125,24 @@ def describe(store: Store) -> Iterator[str]:
         f"  stored: blocks {', '.join(map(str, identity.blocks))} before the final norm, {identity.form}, "
         f"{identity.token_bytes} bytes each, {identity.token_bytes * len(identity.blocks)} a token"
     )
-    has_lens = (store.path / LENS_FILE).is_file()
-    yield f"  lens: {'there' if has_lens else 'missing; run fdd teach again'}"
+    yield f"  lens: {_lens(store.path)}"
     size = int(index.layouts[:, 0].sum())
     yield f"  {len(index)} units, {index.num_tokens} tokens, in {len(index.names)} segments of {size / 1e9:.3f} GB"
     lengths = index.records["length"]
     if len(lengths):
         quantiles = np.quantile(lengths, (0.0, 0.5, 1.0)).astype(int)
         yield f"  tokens of a unit: {quantiles[0]} to {quantiles[2]}, half of them at most {quantiles[1]}"
+
+
+def _lens(path: Path) -> str:
+    """Say what a store's lens is."""
+    if not (path / LENS_FILE).is_file():
+        return "missing; run fdd teach again"
+    norm, extras = read_stored_norm(path), read_stored_extras(path)
+    words = [{"rms": "RMSNorm", "layer": "LayerNorm"}[norm.kind], "head"]
+    words += ["its bias"] if extras.bias_V is not None else []
+    words += [f"a soft cap of {extras.cap:g} over the logits"] if extras.cap is not None else []
+    return ", ".join(words)
 
 
 def _units_by_segment(

@@ -70,6 +70,19 @@ def load_row(logits_RC, row, stride, column, num_columns, factor):
 
 
 @triton.jit
+def teacher_logits(products, bias_C, cap, column, num_columns, factor):
+    """Return a token's products with the teacher's head as logits times a factor (see `HeadExtras`)."""
+    logits, inside = products, column < num_columns
+    if bias_C is not None:
+        logits += tl.load(bias_C + column, mask=inside, other=0.0)
+    if cap is not None:
+        shrunk = tl.exp(-2.0 / cap * tl.abs(logits))
+        size = cap * (1.0 - shrunk) / (1.0 + shrunk)
+        logits = tl.where(inside, tl.where(logits < 0.0, -size, size), logits)
+    return logits * factor
+
+
+@triton.jit
 def store_row(weights_RC, block, row, out_stride, column, num_columns):
     """Store a token's weights, in their own dtype."""
     places = weights_RC + row.to(tl.int64) * out_stride + column
@@ -106,7 +119,7 @@ def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, tempe
 
 @triton.jit
 def softmax_kernel(
-    teacher_RC, student_RC,
+    teacher_RC, student_RC, bias_C, cap,
     first_RC, weights_RC, unit_RC,  # out: weights of the rows to sum
     peak_M, mass_M, unit_mass_M, cross_R,  # statistics of the tiles so far, in place (see SoftmaxSums)
     reference_M, drop_M,  # what weights are relative to, in place; out: the reference before this tile minus this one
@@ -125,7 +138,8 @@ def softmax_kernel(
     at = row
     if teacher_RC is not None:
         at = num_rows + row
-        teacher = load_row(teacher_RC, row, stride, column, num_columns, inverse_temperature)
+        teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
+        teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
         weights, shrink, peak, rise = fold_row(
             teacher, row, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit
         )
@@ -168,7 +182,7 @@ def rescale_kernel(rows_MD, drop_M, width, power, COLUMNS: tl.constexpr):
 
 @triton.jit
 def second_kernel(
-    teacher_RC, student_RC, lse_M,
+    teacher_RC, student_RC, bias_C, cap, lse_M,
     score_RC, weights_RC,  # out: weights of the rows to sum; None: not needed
     value_R, score_R,  # sums, in place
     stride, out_stride, num_rows, num_columns, inverse_temperature, mix, log_mix, log_rest,
@@ -177,7 +191,8 @@ def second_kernel(
     """Sum value and score of a divergence, which VALUE_AND_SCORE computes from log-probabilities."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < num_columns
-    teacher = load_row(teacher_RC, row, stride, column, num_columns, inverse_temperature)
+    teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
+    teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
     student = load_row(student_RC, row, stride, column, num_columns, inverse_temperature)
     teacher = tl.where(inside, teacher - tl.load(lse_M + row), 0.0)
     student = tl.where(inside, student - tl.load(lse_M + num_rows + row), 0.0)
@@ -192,7 +207,7 @@ def second_kernel(
 
 @triton.jit
 def gradient_kernel(
-    teacher_RC, student_RC, lse_M, unit_lse_R,
+    teacher_RC, student_RC, bias_C, cap, lse_M, unit_lse_R,
     scale_R, own_R, unit_R,  # factors of the score, the student's probability, the same at temperature 1
     label_R, label_scale_R,  # ids relative to the tile, and what is subtracted there
     gradient_RC,  # out
@@ -204,7 +219,8 @@ def gradient_kernel(
     student = load_row(student_RC, row, stride, column, num_columns, 1.0)
     gradient = tl.zeros((COLUMNS,), tl.float32)
     if VALUE_AND_SCORE is not None:
-        teacher = load_row(teacher_RC, row, stride, column, num_columns, inverse_temperature)
+        teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
+        teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
         student_log = student * inverse_temperature - tl.load(lse_M + num_rows + row)
         teacher_log = teacher - tl.load(lse_M + row)
         value, score = VALUE_AND_SCORE(teacher_log, student_log, mix, log_mix, log_rest)

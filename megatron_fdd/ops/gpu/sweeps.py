@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.gpu import kernels as kernels
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.request import Request
@@ -29,6 +30,7 @@ from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
 # Columns that a program holds in registers at most, and its warps.
 MOST_COLUMNS = 4096
 WARPS = 8
+_NO_EXTRAS = HeadExtras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +155,12 @@ class TritonSweeps:
 
     def _launch(self, kernel: Any, piece: Tile, arguments: dict[str, Any]) -> None:
         num_columns = piece.columns.stop - piece.columns.start
+        extras = self._request.teacher_extras or _NO_EXTRAS
         arguments = arguments | {
             "teacher_RC": piece.teacher_RC,
             "student_RC": piece.student_RC,
+            "bias_C": None if extras.bias_W is None else extras.bias_W[piece.columns],
+            "cap": extras.cap,
             "stride": piece.student_RC.stride(0),
             "num_rows": self._tiles.num_tokens,
             "num_columns": num_columns,

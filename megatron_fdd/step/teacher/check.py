@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.ops.head_loss import masked_sum
-from megatron_fdd.ops.linear_kl import Heads, linear_kl
+from megatron_fdd.ops.heads import Heads
+from megatron_fdd.ops.teacher_entropy import teacher_cross_entropy
 
 
 def log_cross_entropy(
@@ -27,28 +28,20 @@ def log_cross_entropy(
     Args:
         features: the teacher's features of that batch.
         labels_N: labels of this rank's rows, negative where there is none.
-        heads: the teacher's head in the student's place, and no teacher.
+        heads: the teacher's head in both places.
         group: ranks whose rows differ.
         say: prints on one rank of the last stage.
 
-    Collectives: those of one call of `linear_kl`; one all-reduce of two numbers over `group`, and one of the
+    Collectives: those of `teacher_cross_entropy`; one all-reduce of two numbers over `group`, and one of the
     vocabulary's size over the tensor-parallel group.
 
     Raises:
         ValueError: the cross-entropy is not finite; raised on every rank of the last stage.
     """
     assert features.final_SBT is not None
-    result = linear_kl(
-        None,
-        features.final_SBT.flatten(0, 1),
-        heads,
-        divergence=None,
-        labels_N=labels_N,
-        needs_lse=False,
-    )
+    entropy_N = teacher_cross_entropy(features.final_SBT.flatten(0, 1), heads, labels_N)
     counts_N = (labels_N >= 0).float()
-    assert result.cross_entropy_N is not None
-    sums = torch.stack([masked_sum(result.cross_entropy_N, counts_N), counts_N.sum()])
+    sums = torch.stack([masked_sum(entropy_N, counts_N), counts_N.sum()])
     torch.distributed.all_reduce(sums, group=group)
     vocab_size = heads.shard.all_reduce(sums.new_tensor([heads.shard.num_valid]))
     nats, uniform = float(sums[0] / sums[1]), math.log(vocab_size.item())

@@ -27,7 +27,7 @@ from megatron_fdd.data.store.coverage import (
     sources_of,
     whereabouts,
 )
-from megatron_fdd.data.store.lens import read_stored_head, read_stored_norm
+from megatron_fdd.data.store.lens import read_stored_extras, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FeatureReader, TaughtDataset, rank_ranges
 from megatron_fdd.host import console
@@ -36,6 +36,7 @@ from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens, TeacherLens
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -95,6 +96,21 @@ def read_norm(store: Store) -> FinalNorm:
     return FinalNorm(norm.weight_T.to(device), bias_T, norm.epsilon, norm.kind)
 
 
+def read_extras(store: Store, first: int, rows: int) -> HeadExtras | None:
+    """Read bias and soft cap of the teacher's logits to this rank's device, for rows of its head; None: neither.
+
+    Raises:
+        ValueError: the store's lens is damaged.
+    """
+    found = read_stored_extras(store.path)
+    if found.bias_V is None:
+        return None if found.cap is None else HeadExtras(cap=found.cap)
+    bias_W = torch.zeros(rows, device=torch.cuda.current_device())
+    own_V = found.bias_V[first : first + rows]
+    bias_W[: len(own_V)] = own_V
+    return HeadExtras(bias_W, found.cap)
+
+
 def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLens | None:
     """Read the teacher's lens on the stages that tap or hold the head; None on others.
 
@@ -106,14 +122,15 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
     if not (topology.is_last_stage or topology.stage in plan.tapping_stages):
         return None
     rows = plan.padded_vocab_size // topology.tensor_size
-    head_WT = read_stored_head(store.path, topology.tensor_rank * rows, rows)
+    first = topology.tensor_rank * rows
+    head_WT, extras = read_stored_head(store.path, first, rows), read_extras(store, first, rows)
     norm = read_norm(store) if plan.config.lens_norm == "final" else None
     bare = Lens(head_WT.to(torch.cuda.current_device()), norm)
     blocks = plan.teacher_blocks(topology.stage)
     if plan.config.teacher_lens is None or not blocks:
-        return TeacherLens(bare)
+        return TeacherLens(bare, extras=extras)
     file = LensFile.open(plan.config.teacher_lens)
-    return TeacherLens(bare, file.kind, file.load(blocks))
+    return TeacherLens(bare, file.kind, file.load(blocks), extras)
 
 
 def with_features(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_fdd.data.store.identity import StoreIdentity, write_identity
-from megatron_fdd.data.store.lens import StoredLens, StoredNorm, write_stored_lens
+from megatron_fdd.data.store.lens import StoredExtras, StoredLens, StoredNorm, write_stored_lens
 from megatron_fdd.data.store.segment import Bytes, SegmentWriter, segment_names, segment_path
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.unit import as_ids
@@ -56,13 +56,14 @@ def write(path: Path, *segments: Sequence[Unit], identity: StoreIdentity = IDENT
 
 
 def write_lens(path: Path, *, bias: bool = True, rows: int = IDENTITY.vocab_size) -> StoredLens:
-    """Write the lens of a store, and return it."""
+    """Write the lens of a store, and return it; `bias`: its norm and its head have one, and its logits a cap."""
     random = torch.Generator().manual_seed(3)
     width = IDENTITY.hidden_size
     norm = StoredNorm(
         "layer", torch.randn(width, generator=random), torch.randn(width) if bias else None, 1e-5
     )
-    lens = StoredLens(norm, torch.randn(rows, width, generator=random).bfloat16(), 1e-3)
+    extras = StoredExtras(torch.randn(rows, generator=random), 30.0) if bias else StoredExtras()
+    lens = StoredLens(norm, torch.randn(rows, width, generator=random).bfloat16(), 1e-3, extras)
     write_stored_lens(path, lens)
     return lens
 

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fdd.data.store.lens import LENS_FILE, read_stored_head, read_stored_norm, write_stored_lens
+from megatron_fdd.data.store.lens import (
+    LENS_FILE,
+    read_stored_extras,
+    read_stored_head,
+    read_stored_norm,
+    write_stored_lens,
+)
 from tests.data.store.made import IDENTITY, OTHER, flip, write, write_lens
 
 ROWS = IDENTITY.vocab_size
@@ -23,6 +29,16 @@ def test_the_norm_is_read_as_written(tmp_path: Path, bias: bool) -> None:
     assert (found.bias_T is None) == (not bias)
     if found.bias_T is not None and wanted.bias_T is not None:
         assert torch.equal(found.bias_T, wanted.bias_T)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_extras_are_read_as_written(tmp_path: Path, bias: bool) -> None:
+    write(tmp_path)
+    wanted, found = write_lens(tmp_path, bias=bias).extras, read_stored_extras(tmp_path)
+    assert found.cap == wanted.cap == (30.0 if bias else None)
+    assert (found.bias_V is None) == (wanted.bias_V is None) == (not bias)
+    if found.bias_V is not None and wanted.bias_V is not None:
+        assert torch.equal(found.bias_V, wanted.bias_V)
 
 
 @pytest.mark.parametrize(
@@ -104,19 +120,21 @@ def test_the_first_lens_stays(tmp_path: Path) -> None:
     assert torch.equal(read_stored_head(tmp_path, 0, ROWS), lens.head_VT)
 
 
-@pytest.mark.parametrize("name", ["head.weight", "norm.weight", "norm.bias"])
+@pytest.mark.parametrize("name", ["head.weight", "head.bias", "norm.weight", "norm.bias"])
 def test_numbers_that_are_not_finite_are_not_written(tmp_path: Path, name: str) -> None:
     write(tmp_path / "s")
     write(tmp_path / "t")
     lens = write_lens(tmp_path / "s")
-    norm, head_VT = lens.norm, lens.head_VT.clone()
+    norm, head_VT, extras = lens.norm, lens.head_VT.clone(), lens.extras
     bad_T = torch.full_like(norm.weight_T, torch.inf)
     if name == "head.weight":
         head_VT[7, 1] = torch.nan
+    elif name == "head.bias":
+        extras = replace(extras, bias_V=torch.full((ROWS,), torch.nan))
     elif name == "norm.weight":
         norm = replace(norm, weight_T=bad_T)
     else:
         norm = replace(norm, bias_T=bad_T)
     with pytest.raises(ValueError, match=f"the teacher's {name} has numbers that are not finite"):
-        write_stored_lens(tmp_path / "t", replace(lens, norm=norm, head_VT=head_VT))
+        write_stored_lens(tmp_path / "t", replace(lens, norm=norm, head_VT=head_VT, extras=extras))
     assert not (tmp_path / "t" / LENS_FILE).exists()

@@ -192,6 +192,8 @@ def test_a_store_is_described(tmp_path: Path) -> None:
     ):
         assert words in text
     write_lens(tmp_path)
-    assert "lens: there" in "\n".join(upkeep.describe(opened(tmp_path)))
+    assert "lens: LayerNorm, head, its bias, a soft cap of 30 over the logits" in "\n".join(
+        upkeep.describe(opened(tmp_path))
+    )
     write(tmp_path / "empty")
     assert "0 units, 0 tokens, in 0 segments" in "\n".join(upkeep.describe(opened(tmp_path / "empty")))
