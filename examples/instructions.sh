@@ -69,6 +69,24 @@ plan() {
     exit
 }
 
+# same_settings NAME...: refuse a WORK that was begun with other values of these variables. Jobs that each do a part of
+# the work see no commands of the others.
+same_settings() {
+    local name now=() begun
+    for name in "$@"; do now+=("$name=${!name:-}"); done
+    mkdir -p "$WORK"
+    if [[ ! -e $WORK/settings ]]; then
+        printf '%s\n' "${now[@]}" >"$WORK/settings.$$"
+        ln "$WORK/settings.$$" "$WORK/settings" 2>/dev/null || cp -n "$WORK/settings.$$" "$WORK/settings"
+        rm "$WORK/settings.$$"
+    fi
+    mapfile -t begun <"$WORK/settings"
+    for name in "${!now[@]}"; do
+        [[ ${now[name]} == "${begun[name]:-}" ]] ||
+            { echo "error: WORK=$WORK was begun with ${begun[name]:-other settings}, and now it is ${now[name]}: take another WORK" >&2 && exit 2; }
+    done
+}
+
 prepare_data() { # OUTPUT FILE TEMPLATE LENGTH
     mkdir -p "$1"
     python tools/prepare_data.py --input "$2" --output-prefix "$1/instructions" --format instruction \
@@ -106,8 +124,10 @@ print(math.ceil(float(sys.argv[2]) * documents / int(sys.argv[3])))' \
         "$WORK/data/instructions_train.prepared.json" "$1" "$GLOBAL_BATCH"
 }
 
-# data_flags ITERATIONS: what is read, and how much of it; in the array of that name.
+# data_flags ITERATIONS: what is read, and how much of it; in the array of that name. Steps behind it are done again
+# when the data were prepared again.
 data_flags() {
+    recipe+="$(cksum <"$WORK/data/instructions_train.prepared.json");"
     data_flags=(
         --train-data-path "$WORK/data/instructions_train" --valid-data-path "$WORK/data/instructions_valid"
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$STUDENT_HF"
@@ -126,7 +146,7 @@ teach() {
 
 run_teacher() { # PART FLAGS...
     launch -m megatron_fdd.teach --engine megatron --teacher "$WORK/teacher" --store "$WORK/features" \
-        --part "$1" "${@:2}"
+        --part "$1" --log-folder "$WORK/logs/teach-${1/\//of}" "${@:2}"
     mkdir -p "$WORK/taught/${1/\// of }"
 }
 

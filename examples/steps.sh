@@ -2,6 +2,7 @@
 # Sourced by quickstart.sh and the recipes: steps that are done once, and training over several processes.
 
 recipe=
+steps_done=0
 STEP_LOG=${STEP_LOG:-} # a file: what the commands of steps print goes there, and descriptors 3 and 4 are the terminal's
 
 # step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here have made
@@ -32,6 +33,7 @@ step() {
         "$@"
     fi
     mv "$output.begun" "$output.done"
+    steps_done=$((steps_done + 1))
     echo "-- $name: $((SECONDS - started)) s"
 }
 

@@ -26,8 +26,8 @@
 #   taught=$(STEP=teach sbatch --parsable --dependency=afterok:$ready --array=0-7 --nodes=2 examples/qwen3-235b-slurm/run.sh)
 #   STEP=train sbatch --dependency=afterok:$taught --nodes=2 examples/qwen3-235b-slurm/run.sh
 #
-# A training that its time limit ends saves first and queues itself again; a job of STEP=prepare or STEP=teach does not:
-# submit it again, and the training behind it. Slurm queues any of them again when a node fails.
+# A job that its time limit would end stops before and queues itself again; a training saves first. Slurm queues any of
+# them again when a node fails.
 # Either way finished steps are passed over and the training goes on from its last checkpoint.
 set -euo pipefail
 # Slurm runs a copy of this script from a folder of its own.
@@ -53,6 +53,8 @@ esac
 TEACHER_TENSOR_PARALLEL=${TEACHER_TENSOR_PARALLEL:-${teacher_default[0]}}
 TEACHER_PIPELINE_PARALLEL=${TEACHER_PIPELINE_PARALLEL:-${teacher_default[1]}}
 TEACHER_EXPERT_PARALLEL=${TEACHER_EXPERT_PARALLEL:-${teacher_default[2]}}
+[[ -n ${PARTS:-} || ${SLURM_ARRAY_TASK_MIN:-0} == 0 ]] ||
+    { echo "error: the array begins with $SLURM_ARRAY_TASK_MIN, and parts with 0: --array=0-7; for a part of an array give PARTS" >&2 && exit 2; }
 # Producers that share the work. To repeat one task of an array: PARTS=8 STEP=teach sbatch --array=3 ...
 PARTS=${PARTS:-${SLURM_ARRAY_TASK_COUNT:-${teacher_default[3]}}}
 ((${SLURM_ARRAY_TASK_ID:-0} < PARTS)) ||
@@ -74,6 +76,12 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-50}
 EVAL_ITERS=${EVAL_ITERS:-2}
 RESERVE_MINUTES=${RESERVE_MINUTES:-15}             # before the job's end, for the last step and saving
 RANKS=$((NODES * GPUS_PER_NODE))
+# Seconds after which what may be stopped at any moment is stopped: two minutes before the job's end.
+LIMIT_S=
+if [[ $TEACHER == store && $STEP != train && -n ${SLURM_JOB_END_TIME:-} ]]; then
+    LIMIT_S=$((SLURM_JOB_END_TIME - $(date +%s) - 120))
+    ((LIMIT_S > 0)) || LIMIT_S=1
+fi
 
 # shellcheck disable=SC2206  # words on purpose
 layout=(
@@ -103,14 +111,42 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     mkdir -p "$WORK/logs"
     # One torchrun a node; they meet at the first. A log for each node: WORK/logs/JOB-node0.log, ...
     launch() {
-        show srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
-            --kill-on-bad-exit=1 --open-mode=append --output="$WORK/logs/%j-node%n.log" \
-            torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d \
+        local words=(
+            srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE"
+            --kill-on-bad-exit=1 --open-mode=append --output="$WORK/logs/%j-node%n.log"
+            torchrun --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" --rdzv-backend c10d
             --rdzv-endpoint "$head_node:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID-$SECONDS" "$@"
+        )
+        printf '%q ' "${words[@]}"
+        echo
+        limited "${words[@]}"
+    }
+    python() {
+        limited python "$@"
+    }
+    # limited COMMAND...: until LIMIT_S.
+    limited() {
+        local status=0
+        if [[ -z $LIMIT_S ]]; then
+            command "$@"
+            return
+        fi
+        timeout --kill-after=60 $((LIMIT_S > SECONDS ? LIMIT_S - SECONDS : 1)) "$@" || status=$?
+        if ((status != 0 && SECONDS >= LIMIT_S)); then
+            echo "the job's time is over; the next start goes on where it was"
+            status=$UNFINISHED
+        fi
+        return "$status"
     }
     queue_again() {
-        (($? != UNFINISHED)) || scontrol requeue "$SLURM_JOB_ID"
+        (($? == UNFINISHED)) || return 0
+        if [[ -n $preparing && $steps_done == 0 ]]; then
+            echo "error: not one step of preparing was done in this job's time: give it a longer --time" >&2
+        else
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
     }
+    preparing=
     trap queue_again EXIT
 elif [[ $REHEARSE$PLAN == 00 ]]; then
     echo "error: not in a Slurm job; submit this script with sbatch (or set PLAN=1, or REHEARSE=1)" >&2
@@ -124,8 +160,11 @@ convert_teacher() { # all processes share the work
 [[ $PLAN-$TEACHER != 1-store ]] ||
     { echo "error: PLAN=1 plans a teacher in memory: leave TEACHER out (fdd plan with --fdd-teacher-store plans the other)" >&2 && exit 2; }
 [[ $PLAN == 0 ]] || plan "$RANKS"
+[[ $TEACHER == live ]] || same_settings TEACHER_HF STUDENT_HF DATA TEMPLATE SEQ_LENGTH
 if [[ $STEP == all || $STEP == prepare ]]; then
+    preparing=1
     bring_in
+    preparing=
     [[ $STEP == all ]] || exit 0
 fi
 if [[ $TEACHER == store && $STEP != train ]]; then
@@ -135,6 +174,7 @@ if [[ $TEACHER == store && $STEP != train ]]; then
     done
     [[ $STEP == all ]] || exit 0
 fi
+LIMIT_S= # training looks at the clock itself
 if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
     minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - RESERVE_MINUTES))
     # Of 0 minutes Megatron thinks that there is no limit.

@@ -20,6 +20,8 @@ examples:
       (torchrun's flags before --; the teacher's own layout, whatever the student's)
   fdd teach --engine transformers --teacher teacher-hf --store features --data-path data/train ...
       (types of transformers: docs/teacher-types.md; spread over this machine's GPUs, memory and disk)
+  fdd teach ... --dry-run
+      (how many units are new, how many bytes and hours; refused if the disk has no room)
   fdd teach ... --part 3/16
       (one of 16 producers that share the work; killed? the same command goes on)"""
 
@@ -52,6 +54,8 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --form FORM        float32, bf16, fp8 or int8 (default: as the teacher computes)
     --part I/N         compute part I of N, which other producers share
     --batch-tokens N   tokens of one forward pass (default: 16384)
+    --dry-run          say what there is to compute, load no teacher, and write nothing
+    --log-folder F     where each rank's log goes (default: a new folder for temporary files)
     --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)
     --dtype DTYPE      transformers: bfloat16 or float32 (default: bfloat16)
 

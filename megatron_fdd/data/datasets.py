@@ -84,6 +84,14 @@ class TextDataset(_PaddedDataset):
     def __getitem__(self, idx: int) -> Sample:
         return _with_token_mask(self, super().__getitem__(idx), idx)
 
+    def document_at(self, idx: int, position: int) -> int:
+        """Return the number of the document to which a position of a sample belongs, in the set's files."""
+        place, offset = (int(each) for each in self.sample_index[int(self.shuffle_index[idx])])
+        left = offset + position
+        while left >= (length := int(self.dataset.sequence_lengths[self.document_index[place]])):
+            left, place = left - length, place + 1
+        return int(self.document_index[place])
+
 
 class MockTextDataset(_PaddedDataset, MockGPTDataset):
     """`--mock-data`: Megatron's made-up text with `token_mask`."""
@@ -96,6 +104,7 @@ class InstructionSet:
     """Token ids and loss masks of a prepared instruction set, document by document."""
 
     def __init__(self, prefix: str, mmap: bool) -> None:
+        self.path_prefix = prefix
         self.ids = IndexedDataset(prefix, mmap=mmap)
         self.masks = IndexedDataset(mask_prefix(prefix), mmap=mmap)
         self.lengths = self.ids.sequence_lengths
@@ -105,6 +114,10 @@ class InstructionSet:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         return self.ids[index], self.masks[index]
+
+    def document_of(self, index: int) -> int:
+        """Return the number of a document in the set's files."""
+        return index
 
 
 def piece_counts(lengths: np.ndarray, sequence_length: int) -> np.ndarray:
@@ -119,6 +132,7 @@ class DocumentSet:
     """
 
     def __init__(self, prefix: str, mmap: bool, sequence_length: int) -> None:
+        self.path_prefix = prefix
         self._documents = IndexedDataset(prefix, mmap=mmap)
         self._length = sequence_length
         lengths = self._documents.sequence_lengths.astype(np.int64)
@@ -134,8 +148,12 @@ class DocumentSet:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         first, count = int(self._first[index]), int(self.lengths[index])
-        ids = self._documents.get(int(self._document[index]), offset=first, length=count)
+        ids = self._documents.get(self.document_of(index), offset=first, length=count)
         return ids, np.ones(count, np.uint8)
+
+    def document_of(self, index: int) -> int:
+        """Return the number of the document of which a piece is, in the set's files."""
+        return int(self._document[index])
 
 
 class InstructionDataset(MegatronDataset):
@@ -185,6 +203,10 @@ class InstructionDataset(MegatronDataset):
     def __getitem__(self, idx: int) -> Sample:
         ids, mask = self.dataset[int(self._order[idx])]
         return instruction_sample(ids, mask, self.config.sequence_length)
+
+    def document_at(self, idx: int, _position: int) -> int:
+        """Return the number of the document that a sample holds, in the set's files."""
+        return self.dataset.document_of(int(self._order[idx]))
 
 
 def instruction_sample(ids: np.ndarray, mask: np.ndarray, sequence_length: int) -> Sample:

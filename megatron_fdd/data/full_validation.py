@@ -55,15 +55,15 @@ class FilledDataset(Dataset[Sample]):
     index_split = Split.valid
 
     def __init__(self, dataset: Dataset[Sample] | Sequence[Sample]) -> None:
-        self._dataset: Any = dataset
+        self.filled: Any = dataset
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.filled)
 
     def __getitem__(self, index: int) -> Sample:
         if index < len(self):
-            return self._dataset[index]
-        sample = self._dataset[0]
+            return self.filled[index]
+        sample = self.filled[0]
         return {**sample, **{name: torch.zeros_like(sample[name]) for name in ("loss_mask", "token_mask")}}
 
 

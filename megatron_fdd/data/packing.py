@@ -32,6 +32,12 @@ class PackedInstructionDataset(InstructionDataset):
         documents = [self.dataset[int(index)] for index in self._order[idx]]
         return packed_sample(documents, self.config.sequence_length)
 
+    def document_at(self, idx: int, position: int) -> int:
+        """Return the number of the document to which a position of a sample belongs, in the set's files."""
+        indices = self._order[idx]
+        ends = np.cumsum(np.maximum(self.dataset.lengths[indices].astype(np.int64) - 1, 0))
+        return self.dataset.document_of(int(indices[int(np.searchsorted(ends, position, side="right"))]))
+
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Return where each pack ends if documents fill packs in their order, each as full as possible.

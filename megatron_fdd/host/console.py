@@ -133,6 +133,11 @@ def complain(text: str) -> None:
     _print(text, None if _divided is None else _divided.err, sys.stderr)
 
 
+def terminal() -> TextIO:
+    """Return what people see of stderr, for a bar that is drawn where it is a terminal."""
+    return sys.stderr if _divided is None else _divided.err
+
+
 def log_traceback() -> None:
     """Print the traceback of the exception that is being handled, in the log only."""
     if _divided is not None:

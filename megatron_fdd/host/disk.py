@@ -103,6 +103,11 @@ def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
         raise _refusal(flag, given, error) from error
 
 
+def free_bytes(given: str | Path) -> int:
+    """Return the room of the file system on which `given` is, or would be made."""
+    return shutil.disk_usage(_nearest(Path(given))).free
+
+
 def is_torchs_writer(error: BaseException) -> bool:
     """Whether torch could not write a file; its writer raises no OSError."""
     return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCHS_WRITER)

@@ -115,11 +115,12 @@ def _nothing_to_skip(config: FddConfig, _args: argparse.Namespace) -> str | None
     return None
 
 
-_OF_LIVE_TEACHER = (
-    *("teacher_expert_model_parallel_size", "teacher_fp8_format", "teacher_fp8_recipe"),
-    *("offload_teacher_taps", "tap_dtype"),
+# A store has its own precision, which is compared with the flags of it (`plan/teacher_store.py`).
+_OF_LIVE_TEACHER = ("teacher_expert_model_parallel_size", "offload_teacher_taps")
+_OF_TEACHER = (
+    *("teacher_load", "teacher_store", *_OF_LIVE_TEACHER),
+    *("teacher_fp8_format", "teacher_fp8_recipe"),
 )
-_OF_TEACHER = ("teacher_load", "teacher_store", *_OF_LIVE_TEACHER[:-1])
 _OF_TAPS = (
     *("teacher_lens", "layers", "layer_rule", "layer_pairs", "lens_norm", "lens_head", "warmup_iters"),
     *("decay_iters", "skip_below", "sample_tokens", "sample_one_tap", "tap_dtype"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_fdd.config import FddConfig
+from megatron_fdd.config import DEFAULTS, FddConfig
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.losses.layer_plan import Plan
@@ -61,7 +61,25 @@ def check_store(context: Context) -> None:
         raise ValueError(
             f"{where}: has no {LENS_FILE}: its producer was ended before it wrote it; run fdd teach again"
         )
+    check_precision(context.config, store)
     check_attention(args)
+
+
+def check_precision(config: FddConfig, store: Store) -> None:
+    """Refuse a store whose teacher ran, or whose features are packed, in another precision than flags ask for."""
+    identity, where = store.identity, f"{FLAG} {store.path}"
+    ran = identity.ran.get("fp8", "no")
+    if config.teacher_fp8_format and ran != f"{config.teacher_fp8_format} {config.teacher_fp8_recipe}":
+        raise ValueError(
+            f"--teacher-fp8-format {config.teacher_fp8_format} --teacher-fp8-recipe {config.teacher_fp8_recipe}: the "
+            f"teacher of {where} ran in {identity.ran['dtype']}, FP8: {ran}; leave them out, or make a store with fdd "
+            "teach and these flags"
+        )
+    if config.tap_dtype not in (DEFAULTS["tap_dtype"], identity.form):
+        raise ValueError(
+            f"--fdd-tap-dtype {config.tap_dtype}: {where} has hidden states in {identity.form}, which are read as they "
+            f"are; leave it out, or make a store with fdd teach --form {config.tap_dtype}"
+        )
 
 
 def check_attention(args: argparse.Namespace) -> None:
@@ -112,9 +130,13 @@ def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[s
     whole = args.global_batch_size * args.seq_length * identity.token_bytes * sum(chunks)
     size = index.num_tokens * identity.token_bytes * len(identity.blocks)
     streamed = has_cap(store) and needs_of(plan.config).grams
+    ran = ", ".join(f"{name} {value}" for name, value in identity.ran.items() if name != "dtype")
+    own = str(args.params_dtype).removeprefix("torch.")
     return [
         f"  teacher: features of {identity.teacher}, {identity.form}, {identity.token_bytes} bytes a hidden state, of "
         f"the blocks {', '.join(map(str, identity.blocks))}",
+        f"    it ran in {identity.ran['dtype']} ({ran}), in which its head is and its features are unpacked; the "
+        f"student computes in {own}",
         f"    {store.path}: {len(index)} units, {index.num_tokens} tokens, {size / 1e9:.3f} GB",
         f"    a step reads at most {most / 1e6:.2f} MB on a rank; {whole / 1e6:.2f} MB are different, so that a step "
         f"of one second needs {whole / 1e9:.3f} GB/s of the file system",

@@ -24,26 +24,16 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
-from tqdm import tqdm
 
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
-from megatron_fdd.data.store.coverage import (
-    Coverage,
-    Ids,
-    Source,
-    Unit,
-    find_missing,
-    joined,
-    read_ids,
-    sources_of,
-)
-from megatron_fdd.data.store.identity import write_identity
+from megatron_fdd.data.store.counted import keep
+from megatron_fdd.data.store.coverage import Ids, Source, read_ids, sources_of
+from megatron_fdd.data.store.identity import StoreIdentity, write_identity
 from megatron_fdd.data.store.lens import lacks_lens, write_stored_lens
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
@@ -55,14 +45,16 @@ from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
 from megatron_fdd.teach.engine import Engine, PreparedTeacher
 from megatron_fdd.teach.megatron_teacher import MegatronTeacher
 from megatron_fdd.teach.produce import produce
-from megatron_fdd.teach.work import batches, part_of
+from megatron_fdd.teach.progress import TeachProgress, keep_rate
+from megatron_fdd.teach.survey import Survey, look
+from megatron_fdd.teach.work import batches
 
 # Tokens of a unit whose logits are compared with the lens: with 256,000 words these are 128 MB.
 _COMPARED_TOKENS = 128
 
 
 def teach(request: TeachRequest) -> None:
-    """Compute what the store lacks of the training's data.
+    """Compute what the store lacks of the training's data; with --dry-run only say it.
 
     Collectives: those of the teacher; a few gathers of objects.
 
@@ -70,40 +62,49 @@ def teach(request: TeachRequest) -> None:
         ValueError: something given is wrong, does not fit the store, or cannot be read or written.
     """
     teacher = _prepared(request)
-    log = console.keep_log(Path(tempfile.mkdtemp(prefix="fdd-teach-")))
+    log = console.keep_log(request.log_folder or Path(tempfile.mkdtemp(prefix="fdd-teach-")))
     if log is not None:
-        console.say(f"loading the teacher and the data; Megatron's own output: {log.with_name('rank*.log')}")
+        console.say(f"looking through the data; Megatron's own output: {log.with_name('rank*.log')}")
     teacher.start()
     update_train_iters(teacher.args)  # from --train-samples
     sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
+    survey = look(request, teacher, sources)
+    if request.dry_run:
+        return
+    lacks = [False]
     with together():
         if is_first_rank():
-            _open_folder(request, teacher)
-    work = _work(request, sources)
-    all_batches = batches(work.units, request.batch_tokens)
-    if all_batches or work.lacks_lens:
-        _compute(teacher.engine(), request.store, sources, work, all_batches)
+            lacks[0] = lacks_lens(request.store)
+    dist.broadcast_object_list(lacks, src=0)
+    if survey.units or lacks[0]:
+        _compute(request, teacher, sources, survey)
     with together():
         if is_first_rank():
+            keep(request.store, survey.counted)
             _save_index(request.store)
 
 
 def _compute(
-    engine: Engine,
-    store: Path,
-    sources: Sequence[Source],
-    work: _Work,
-    all_batches: Sequence[Sequence[Unit]],
+    request: TeachRequest, teacher: PreparedTeacher, sources: Sequence[Source], survey: Survey
 ) -> None:
-    """Write the lens, if there is none, and the features of all batches."""
-    if work.lacks_lens:
-        _write_lens(engine, store, [read_ids(sources, work.example)[:_COMPARED_TOKENS]])
+    """Load the teacher, and write its lens, if there is none, and the features of all units."""
+    console.say("loading the teacher")
+    engine, store = teacher.engine(), request.store
+    with together():
+        if is_first_rank():
+            _open_folder(store, engine.identity, teacher.companions)
+    _write_lens(engine, store, [read_ids(sources, survey.example)[:_COMPARED_TOKENS]])
+    if not survey.units:
+        return
+    num_tokens = sum(unit.last - unit.first for unit in survey.units)
     started_s = time.perf_counter()
-    produce(engine, store, sources, all_batches, shows_progress=is_first_rank(), say=console.say)
+    with TeachProgress(num_tokens, is_shown=is_first_rank()) as progress:
+        produce(engine, store, sources, batches(survey.units, request.batch_tokens), progress)
     dist.barrier()
     seconds = time.perf_counter() - started_s
-    num_tokens = sum(unit.last - unit.first for batch in all_batches for unit in batch)
     console.say(f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.0f} tokens/s")
+    if is_first_rank() and progress.tokens_per_s is not None:
+        keep_rate(store, progress.tokens_per_s)
 
 
 def _prepared(request: TeachRequest) -> PreparedTeacher:
@@ -115,81 +116,18 @@ def _prepared(request: TeachRequest) -> PreparedTeacher:
     return TransformersTeacher(request)
 
 
-def _open_folder(request: TeachRequest, teacher: PreparedTeacher) -> None:
+def _open_folder(store: Path, identity: StoreIdentity, companions: Path) -> None:
     """Make the store, or join it; put the teacher's tokenizer beside it."""
-    write_identity(request.store, teacher.identity)
-    carry_companions(teacher.companions, request.store)
-    if count := sweep(request.store):
-        console.say(f"{request.store}: removed {count} file(s) that killed producers had left")
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What is to be done.
-
-    Attributes:
-        units: this producer's part of the units that the store lacks.
-        lacks_lens: whether the store has no lens, or a damaged one.
-        example: a unit of the data, on which the lens is compared.
-    """
-
-    units: list[Unit]
-    lacks_lens: bool
-    example: Unit
-
-
-def _work(request: TeachRequest, sources: Sequence[Source]) -> _Work:
-    """Find out what is missing; the samples are dealt over all ranks, and the first one's answer is that of all.
-
-    Collectives: two all-gathers over all ranks, one of the keys of all units; one broadcast of a list of units.
-
-    Raises:
-        ValueError: the data have no sample, or the store cannot be read. The same on every rank.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    with together():
-        store = Store.open(request.store, "--store")
-        total = sum(len(range(rank, source.num_samples, world)) for source in sources)
-        with tqdm(total=total, unit="sample", desc="units", disable=None if rank == 0 else True) as bar:
-            share = find_missing(sources, store.index, deal=(rank, world), on_sample=bar.update)
-    shares = [share] * world
-    dist.all_gather_object(shares, share)
-    found = joined(shares)
-    if found.example is None:
-        raise ValueError("the training of these flags reads no token: give --train-iters and data")
-    work: list[_Work | None] = [None]
-    with together():
-        if rank == 0:
-            own = part_of(found.missing, request.part)
-            _say_work(request, store, found, own)
-            work[0] = _Work(own, lacks_lens(request.store), found.example)
-    dist.broadcast_object_list(work, src=0)
-    assert work[0] is not None
-    return work[0]
-
-
-def _say_work(request: TeachRequest, store: Store, found: Coverage, own: Sequence[Unit]) -> None:
-    """Say before the work begins how much of it there is."""
-    identity = store.identity
-    unit_bytes = identity.token_bytes * len(identity.blocks)
-    num_units = len(found.keys)
-    again = found.num_read - num_units
-    tokens = sum(unit.last - unit.first for unit in own)
-    part = "" if request.part[1] == 1 else f", part {request.part[0]}/{request.part[1]}"
-    console.say(
-        f"The run reads {found.num_read} units of {found.tokens_read} tokens; {num_units} are different, "
-        f"{again} are read again ({again / max(found.num_read, 1):.0%})."
-    )
-    console.say(
-        f"{request.store}: {len(found.missing)} of them are missing{part}. To compute: {len(own)} units, {tokens} "
-        f"tokens, {tokens * unit_bytes / 1e9:.3f} GB ({identity.form}, {len(identity.blocks)} blocks)."
-    )
+    write_identity(store, identity)
+    carry_companions(companions, store)
+    if count := sweep(store):
+        console.say(f"{store}: removed {count} file(s) that killed producers had left")
 
 
 def _write_lens(engine: Engine, store: Path, units: Sequence[Ids]) -> None:
-    """Write the teacher's lens, compared with the teacher's own logits, where the store has none."""
-    lens = engine.lens(units)
+    """Compare the teacher's lens with the teacher's own logits, and write it where the store has none."""
     with together():
+        lens = engine.lens(units)
         if lens is not None and engine.replica == 0:
             write_stored_lens(store, lens)
             console.say(

@@ -45,24 +45,28 @@ class Engine(Protocol):
 
 
 class PreparedTeacher(Protocol):
-    """A teacher whose command line was read and checked.
+    """A teacher whose command line was read and checked, and which is not loaded.
 
     Attributes:
         args: the training's, as far as they concern the data: validated, and Megatron's globals.
         companions: a folder with `hf/` and `tokenizer/`, where the teacher has them.
-        identity: what the store of its features holds; known after `start`.
+        outline: what the store of its features holds, as far as that is known before it is loaded.
+        unknown: fields of `outline` that are not.
     """
 
     args: argparse.Namespace
     companions: Path
-    identity: StoreIdentity
+    outline: StoreIdentity
+    unknown: frozenset[str]
 
     def start(self) -> None:
-        """Make the process groups. Collectives: Megatron's initialization, if any.
-
-        Raises:
-            ValueError: the teacher cannot be loaded, or is not made as a lens needs it.
-        """
+        """Make the process groups. Collectives: Megatron's initialization, if any."""
 
     def engine(self) -> Engine:
-        """Return the teacher, ready to run, on every rank."""
+        """Load the teacher; return it, ready to run, on every rank.
+
+        Collectives: those of the checks of its files, and of loading.
+
+        Raises:
+            ValueError: the teacher cannot be loaded, does not know the data's ids, or is not made as a lens needs it.
+        """

@@ -26,6 +26,23 @@ def tapped(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+@contextmanager
+def handed_on(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Give a list to which each of some layers adds the hidden states that it is given when it runs."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states = first_tensor(given)
+        found.append(named["hidden_states"] if states is None else states)
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def run_without_head(model: Any, ids_BS: Tensor) -> None:
     """Run a model's layers on rows that are padded on the right, each one text; there is no mask, and no logits."""
     model.base_model(input_ids=ids_BS)

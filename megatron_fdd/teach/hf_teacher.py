@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,8 @@ _IRRELEVANT = (
         "output_hidden_states",
     ),
 )
+# Fields of a store's identity that only a loaded model tells.
+UNKNOWN = frozenset(("final_norm", "hidden_size", "vocab_size", "token_bytes", "ran"))
 # How much of each tensor the hash of the weights covers: all of a norm, and a row of a matrix.
 _HASHED_BYTES = 4096
 
@@ -159,26 +161,46 @@ class HfTeacher:
             config.use_cache = False
         return model.eval().requires_grad_(False)
 
-    def identity(self, model: Any, parts: Parts, blocks: Sequence[int], form: TapForm) -> StoreIdentity:
+    def outline(self, blocks: Sequence[int], form: TapForm) -> StoreIdentity:
+        """Return what a store of this teacher's features holds, but for `UNKNOWN`.
+
+        Raises:
+            ValueError: a hidden state cannot be packed in this form.
+        """
+        text = self.config.get_text_config(decoder=True)
+        width = getattr(text, "hidden_size", None)
+        if not isinstance(width, int):
+            raise ValueError(
+                f"{_FLAG} {self.folder}: its config.json has no hidden_size; choose another teacher"
+            )
+        return StoreIdentity(
+            engine="transformers",
+            teacher=str(self.folder),
+            weights=self._weights_digest(),
+            final_norm="",
+            architecture=self._architecture_digest(),
+            num_layers=self.num_layers,
+            hidden_size=width,
+            vocab_size=text.vocab_size,
+            blocks=list(blocks),
+            form=form,
+            token_bytes=self._token_bytes(form, width),
+            ran={"dtype": self.dtype},
+        )
+
+    def identity(self, model: Any, parts: Parts, outline: StoreIdentity) -> StoreIdentity:
         """Return what a store of this teacher's features holds.
 
         Raises:
             ValueError: a hidden state cannot be packed in this form.
         """
-        packing, width = TapFormat(DTYPES[self.dtype], form), parts.head.in_features
-        packing.check_width(width, f"--form {form}")
-        return StoreIdentity(
-            engine="transformers",
-            teacher=str(self.folder),
-            weights=self._weights_digest(),
+        width = parts.head.in_features
+        return replace(
+            outline,
             final_norm=self._final_norm_digest(parts),
-            architecture=self._architecture_digest(),
-            num_layers=len(parts.layers),
             hidden_size=width,
             vocab_size=parts.head.out_features,
-            blocks=list(blocks),
-            form=form,
-            token_bytes=packing.token_bytes(width),
+            token_bytes=self._token_bytes(outline.form, width),
             ran={
                 "dtype": self.dtype,
                 "attention": str(model.config.get_text_config(decoder=True)._attn_implementation),
@@ -186,6 +208,11 @@ class HfTeacher:
                 "transformers": version("transformers"),
             },
         )
+
+    def _token_bytes(self, form: TapForm, width: int) -> int:
+        packing = TapFormat(DTYPES[self.dtype], form)
+        packing.check_width(width, f"--form {form}")
+        return packing.token_bytes(width)
 
     @cached_property
     def _files(self) -> HfFolder:

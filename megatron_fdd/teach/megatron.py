@@ -37,6 +37,7 @@ from megatron_fdd.step.lens import read_final_norm, read_head
 from megatron_fdd.step.taps import forward_with_taps, stop_before_head
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity
 from megatron_fdd.step.teacher.tap_format import TapFormat
+from megatron_fdd.teach.soundness import check_states
 
 # The form that keeps what a teacher computes in.
 _FORM_OF: dict[str, TapForm] = {"float32": "float32", "bfloat16": "bf16"}
@@ -123,6 +124,9 @@ class MegatronEngine:
         outputs = self._run(samples)
         found: list[Bytes] = []
         for number, (taps, _) in enumerate(outputs):
+            is_token_SB = self._is_token(samples[number])
+            for tap_SBT in taps.values():
+                check_states(tap_SBT, is_token_SB)
             blocks = self._on_writer(
                 {layer: self._whole(tap) for layer, tap in taps.items()}, samples[number]
             )
@@ -188,13 +192,14 @@ class MegatronEngine:
             for row, ids in enumerate(units[first : first + rows]):
                 tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
             mask = torch.ones(rows, length)
+            lengths = torch.tensor([*map(len, units[first : first + rows]), *[0] * rows])[:rows, None]
             samples.append(
                 {
                     "tokens": tokens,
                     "labels": torch.zeros_like(tokens),
                     "position_ids": torch.arange(length).expand(rows, -1).contiguous(),
                     "loss_mask": mask,
-                    "token_mask": mask,
+                    "token_mask": (torch.arange(length) < lengths).float(),
                 }
             )
         return samples
@@ -232,12 +237,17 @@ class MegatronEngine:
         )
         return results
 
+    def _is_token(self, sample: dict[str, Tensor]) -> Tensor:
+        """Return which of this rank's positions of a micro-batch are real tokens, bool [S, B]."""
+        topology = self._topology
+        batch = get_batch(iter([sample]), torch.cuda.current_device(), topology.context_group)
+        is_token_SB = batch.token_mask_BS.T > 0
+        if topology.sequence_parallel:
+            return is_token_SB.chunk(topology.tensor_size)[topology.tensor_rank]
+        return is_token_SB
+
     def _whole(self, tap_SBT: Tensor) -> Tensor:
         """Pack a block's output, and gather its whole sequence: uint8 [S, B, P] on every rank of the stage."""
-        if not bool(tap_SBT.isfinite().all()):
-            raise ValueError(
-                "--teacher: a hidden state is not finite: its weights are damaged; convert it again"
-            )
         packed = self._format.pack(tap_SBT).contiguous().view(torch.uint8)
         topology = self._topology
         if topology.sequence_parallel:

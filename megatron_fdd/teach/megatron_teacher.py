@@ -31,36 +31,46 @@ class MegatronTeacher:
         ValueError: something given is wrong, or the checkpoint cannot be read.
     """
 
+    unknown: frozenset[str] = frozenset()
+
     def __init__(self, request: TeachRequest) -> None:
         stored = StoredModel.find(str(request.teacher), "--teacher", to_plan=False)
         blocks = chosen_blocks(request, stored.args.num_layers)
         self._run = _prepare(request, blocks)
         self.args: argparse.Namespace = self._run.args
         self.companions = Path(request.teacher)
-        self.identity = describe(self._run, blocks, request.form)
+        self.outline = describe(self._run, blocks, request.form)
 
     def start(self) -> None:
-        """Make the process groups, as Megatron's `pretrain` does, and check the files that all ranks read together."""
+        """Make the process groups, as Megatron's `pretrain` does."""
         use_built_helpers()
         if self.args.transformer_impl == "local":
             install_norms()
         initialize_megatron()
-        self._run.check_files()
 
     def engine(self) -> Engine:
-        """Return the teacher, loaded. Collectives: those of `build_teacher`."""
+        """Check the files that all ranks read together, and load the teacher.
+
+        Collectives: those of `check_files` and `build_teacher`.
+        """
         run = self._run
+        run.check_files()
         assert run.teacher is not None
         assert run.teacher_checkpoint is not None
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
         experts = topology.with_experts(run.teacher.expert_model_parallel_size)
         return MegatronEngine(
-            self.identity, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology
+            self.outline, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology
         )
 
 
 def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:
     """Prepare a run whose student is the teacher, and is never built."""
+    if rehearsal.is_wanted() and any(each.startswith("--teacher-fp8-format") for each in request.flags):
+        raise ValueError(
+            "--teacher-fp8-format: a rehearsal on CPUs has no FP8, and the store would hold features of another "
+            "precision; leave it out here, and give it on a GPU with TransformerEngine"
+        )
     world, teacher = os.environ.get("WORLD_SIZE", "1"), str(request.teacher)
     pairs = ",".join(f"{block}:{block}" for block in blocks)
     sizes = batch_sizes(request)

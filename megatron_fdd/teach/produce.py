@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm import tqdm
 
 from megatron_fdd.data.store.coverage import Ids, Source, Unit, read_ids
 from megatron_fdd.data.store.segment import Bytes, SegmentWriter
 from megatron_fdd.teach.engine import Engine
+from megatron_fdd.teach.progress import TeachProgress
 
 
 def produce(
@@ -19,16 +17,12 @@ def produce(
     store: Path,
     sources: Sequence[Source],
     all_batches: Sequence[Sequence[Unit]],
-    *,
-    shows_progress: bool,
-    say: Callable[[str], None],
+    progress: TeachProgress,
 ) -> None:
     """Run batches of units, and write their features.
 
     Replicas take every n-th batch. All run equally many, because experts may be shared by replicas: one that has none
     left runs the last one again and throws it away.
-
-    After the second round it says how long the rest will take; the first one also warms up.
 
     Memory: a batch's hidden states, those of one segment, and one batch that is being written.
 
@@ -37,13 +31,8 @@ def produce(
     """
     identity = engine.identity
     writer = SegmentWriter(store, identity.digest, len(identity.blocks), identity.token_bytes)
-    total = sum(unit.last - unit.first for batch in all_batches for unit in batch)
-    bar = tqdm(
-        total=total, unit="token", unit_scale=True, desc="teach", disable=None if shows_progress else True
-    )
-    told, started_s = 0, time.perf_counter()
     pending: Future[None] | None = None
-    with ThreadPoolExecutor(1) as thread, bar:
+    with ThreadPoolExecutor(1) as thread:
         for first in range(0, len(all_batches), engine.num_replicas):
             number = first + engine.replica
             batch = all_batches[min(number, len(all_batches) - 1)]
@@ -54,17 +43,8 @@ def produce(
                 pending = None
             if number < len(all_batches) and engine.writes:
                 pending = thread.submit(_write, writer, units, states)
-            done = sum(
-                unit.last - unit.first
-                for each in all_batches[first : first + engine.num_replicas]
-                for unit in each
-            )
-            told += done
-            bar.update(done)
-            if first == engine.num_replicas:
-                rate = done / (time.perf_counter() - started_s)
-                say(f"{rate:.0f} tokens/s: about {(total - told) / rate / 3600:.1f} hours for the rest")
-            started_s = time.perf_counter()
+            together = all_batches[first : first + engine.num_replicas]
+            progress.round(sum(unit.last - unit.first for each in together for unit in each))
         if pending is not None:
             pending.result()
     writer.flush()

@@ -25,8 +25,22 @@ _NOT_HERE = {
 }
 # Flags that choose blocks, which are read here.
 _CHOICE = ("--fdd-layers", "--fdd-layer-rule", "--fdd-layer-pairs")
-# With these the number of samples depends on the training's progress.
-_UNCOUNTED = ("--phase-transition-iterations", "--step-batch-size-schedule")
+_UNCOUNTED = (
+    "how much such a training reads cannot be told beforehand; give the --train-iters and --global-batch-size that "
+    "read as much"
+)
+# Flags that are refused, and why.
+_WRONG_HERE = {
+    "--phase-transition-iterations": _UNCOUNTED,
+    "--step-batch-size-schedule": _UNCOUNTED,
+    "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
+}
+_STUDENTS = "is the student's precision; leave it out, or give --teacher-fp8-format for a teacher in FP8"
+_QUANTISED = "leave it out: --engine transformers runs a quantised checkpoint as it is, and others in --dtype"
+_WRONG_BY_ENGINE = {
+    "megatron": {"--fp8-format": _STUDENTS, "--fp8-recipe": _STUDENTS},
+    "transformers": {"--teacher-fp8-format": _QUANTISED, "--teacher-fp8-recipe": _QUANTISED},
+}
 # The training's own.
 _BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
 _MOST_PARTS = 10**6
@@ -42,6 +56,8 @@ class TeachRequest:
         form: None: the teacher's own precision.
         part: number of this producer's part, and of all parts.
         batch_tokens: most tokens of a forward pass, padding included, in one replica.
+        dry_run: whether the work is only told.
+        log_folder: of the ranks' logs; None: a new one.
         device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
         flags: the training's, without those that a producer has no use for, or has read.
     """
@@ -54,6 +70,8 @@ class TeachRequest:
     form: TapForm | None
     part: tuple[int, int]
     batch_tokens: int
+    dry_run: bool
+    log_folder: Path | None
     device_map: str
     dtype: str | None
     flags: tuple[str, ...]
@@ -104,7 +122,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of one forward pass, padding included (%(default)s)",
     )
-    own = made.add_argument_group("engine transformers")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what there is to compute, load no teacher, and write nothing",
+    )
+    made.add_argument(
+        "--log-folder",
+        type=Path,
+        metavar="FOLDER",
+        help="where each rank's log goes (default: a new folder for temporary files)",
+    )
+    _add_transformers(made.add_argument_group("engine transformers"))
+    return made
+
+
+def _add_transformers(own: argparse._ArgumentGroup) -> None:
     own.add_argument(
         "--device-map",
         default="auto",
@@ -116,7 +149,6 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="what the teacher computes in (float32 with --form float32, else bfloat16)",
     )
-    return made
 
 
 def named_engine(words: Sequence[str]) -> str | None:
@@ -139,12 +171,10 @@ def parse(words: Sequence[str]) -> TeachRequest:
     own = parser()
     own.error = _refuse  # type: ignore[method-assign]
     given, flags = own.parse_known_args(list(words))
-    uncounted = [flag for flag in _UNCOUNTED if any(word.partition("=")[0] == flag for word in flags)]
-    if uncounted:
-        raise ValueError(
-            f"{uncounted[0]}: how much such a training reads cannot be told beforehand; give the --train-iters and "
-            "--global-batch-size that read as much"
-        )
+    named = {word.partition("=")[0] for word in flags}
+    for flag, why in (_WRONG_HERE | _WRONG_BY_ENGINE[given.engine]).items():
+        if flag in named:
+            raise ValueError(f"{flag}: {why}")
     if given.batch_tokens < 1:
         raise ValueError(f"--batch-tokens {given.batch_tokens}: must be at least 1")
     if given.engine == "megatron" and (given.dtype or given.device_map != "auto"):
@@ -160,6 +190,8 @@ def parse(words: Sequence[str]) -> TeachRequest:
         form=given.form,
         part=given.part,
         batch_tokens=given.batch_tokens,
+        dry_run=given.dry_run,
+        log_folder=given.log_folder,
         device_map=given.device_map,
         dtype=given.dtype,
         choice=tuple(_cut(flags, dict.fromkeys(_CHOICE, 1))[1]),

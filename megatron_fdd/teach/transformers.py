@@ -6,7 +6,7 @@ Shape letters: B rows, S sequence, T the teacher's width, P packed width in byte
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,8 +20,9 @@ from megatron_fdd.data.store.lens import StoredLens
 from megatron_fdd.data.store.segment import Bytes
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.hf_parts import Parts
-from megatron_fdd.teach.hf_run import input_device, run_without_head, tapped
+from megatron_fdd.teach.hf_run import handed_on, input_device, run_without_head, tapped
 from megatron_fdd.teach.hf_teacher import DTYPES
+from megatron_fdd.teach.soundness import check_place, check_states
 
 
 class TransformersEngine:
@@ -69,9 +70,11 @@ class TransformersEngine:
             row_BS = row_BS.to(input_device(self._model))
             with tapped(parts.layers[-1:]) as taps:
                 run_without_head(self._model, row_BS)
-            error = max(
-                error, parts.check_error(taps[0].to(self._dtype), self._model(input_ids=row_BS).logits)
-            )
+            inner = [block for block in self.identity.blocks if block < len(parts.layers)]
+            with handed_on([parts.layers[block] for block in inner]) as given:
+                logits = self._model(input_ids=row_BS).logits
+            error = max(error, parts.check_error(taps[0].to(self._dtype), logits))
+            self._check_places(ids, dict(zip(inner, given, strict=True)) | {len(parts.layers): taps[0]})
         return StoredLens(parts.folded_norm, parts.head_VT.cpu(), error, parts.extras)
 
     def _run(self, units: Sequence[Ids]) -> list[Bytes]:
@@ -84,18 +87,17 @@ class TransformersEngine:
             run_without_head(self._model, torch.from_numpy(rows).to(input_device(self._model)))
         assert len(taps) == len(self._layers), "find_parts saw each layer run once"
         packed = [self._format.pack(tap_BST.to(self._dtype)).contiguous() for tap_BST in taps]
-        self._check_finite(taps, lengths)
+        is_token_SB = torch.arange(rows.shape[1])[:, None] < torch.tensor(lengths)
+        for tap_BST in taps:
+            check_states(tap_BST.transpose(0, 1), is_token_SB.to(tap_BST.device))
         stacked = np.stack([each_BSP.view(torch.uint8).cpu().numpy() for each_BSP in packed])
         return [np.ascontiguousarray(stacked[:, row, :length]) for row, length in enumerate(lengths)]
 
-    @staticmethod
-    def _check_finite(taps: Sequence[Tensor], lengths: Sequence[int]) -> None:
-        """Refuse states that are not finite; what stands for padding does not count."""
-        ends_B1 = torch.tensor(lengths)[:, None]
-        for tap_BST in taps:
-            finite_BS = tap_BST.isfinite().all(-1)
-            is_padding_BS = torch.arange(tap_BST.shape[1]) >= ends_B1
-            if not bool((finite_BS | is_padding_BS.to(tap_BST.device)).all()):
-                raise ValueError(
-                    "--teacher: a hidden state is not finite: its weights are damaged, copy them again"
-                )
+    def _check_places(self, ids: Ids, wanted: Mapping[int, Tensor]) -> None:
+        """Refuse states that would be stored of a unit, and are not what the model hands on behind each block."""
+        [states] = self.states([ids])
+        width = self.identity.hidden_size
+        for row, block in enumerate(self.identity.blocks):
+            wanted_ST = self._format.unpack(self._format.pack(wanted[block][0].to(self._dtype)), width)
+            packed = torch.from_numpy(states[row]).view(self._format.packed_dtype)
+            check_place(self._format.unpack(packed, width), wanted_ST.cpu(), block)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_fdd.convert.hf_companions import write_companions
-from megatron_fdd.data.store.identity import StoreIdentity, TapForm
+from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.evaluate.models import num_positions
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.teach.data_arguments import check_teacher_ids, data_arguments
 from megatron_fdd.teach.engine import Engine
 from megatron_fdd.teach.hf_parts import find_parts
-from megatron_fdd.teach.hf_teacher import FORM_OF, HfTeacher
+from megatron_fdd.teach.hf_teacher import FORM_OF, UNKNOWN, HfTeacher
 from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks
 from megatron_fdd.teach.transformers import TransformersEngine
 
@@ -29,6 +29,8 @@ class TransformersTeacher:
         ValueError: something given is wrong, or the folder has no model that can be a teacher.
     """
 
+    unknown: frozenset[str] = UNKNOWN
+
     def __init__(self, request: TeachRequest) -> None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError(
@@ -37,9 +39,9 @@ class TransformersTeacher:
             )
         dtype = request.dtype or ("float32" if request.form == "float32" else "bfloat16")
         self._teacher = HfTeacher(request.teacher, dtype, _device_map(request.device_map))
-        self._form: TapForm = request.form or FORM_OF[dtype]
-        self._teacher.check(self._form)
-        self._blocks = chosen_blocks(request, self._teacher.num_layers)
+        form: TapForm = request.form or FORM_OF[dtype]
+        self._teacher.check(form)
+        self.outline = self._teacher.outline(chosen_blocks(request, self._teacher.num_layers), form)
         batch_sizes(request)
         self._work = tempfile.TemporaryDirectory(prefix="fdd-teach-")
         self.companions = Path(self._work.name, request.teacher.resolve().name)
@@ -47,21 +49,20 @@ class TransformersTeacher:
         self.args: argparse.Namespace = data_arguments(request.flags, self.companions)
 
     def start(self) -> None:
-        """Make a process group of this process, and load the teacher."""
+        """Make a process group of this process."""
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         use_built_helpers()
+
+    def engine(self) -> Engine:
+        """Load the teacher, and find its parts. Collectives: none."""
         model = self._teacher.load(Path(self._work.name, "offload"))
         parts = find_parts(model)
         num_ids = model.get_input_embeddings().num_embeddings
         longest = num_positions(self._teacher.config.get_text_config())
         check_teacher_ids(self.args, self.companions, num_ids, longest)
-        self.identity: StoreIdentity = self._teacher.identity(model, parts, self._blocks, self._form)
-        self._engine = TransformersEngine(self.identity, model, parts, self._teacher.row_limits)
-
-    def engine(self) -> Engine:
-        """Return the teacher, which `start` has loaded. Collectives: none."""
-        return self._engine
+        identity = self._teacher.identity(model, parts, self.outline)
+        return TransformersEngine(identity, model, parts, self._teacher.row_limits)
 
 
 def _device_map(text: str) -> str | dict[str, str | int]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from megatron_fdd.data.store.coverage import Unit
+import numpy as np
+
+from megatron_fdd.data.store.coverage import Table, Unit, places_of
 
 
-def part_of(missing: Mapping[bytes, Unit], part: tuple[int, int]) -> list[Unit]:
+def part_of(missing: Table, part: tuple[int, int]) -> list[Unit]:
     """Return the units of one producer's part.
 
     A unit is of the part that its key says, so that producers that began at different times share the work alike.
 
     Args:
-        part: number of this producer's part, and of all parts.
+        missing: units that the store lacks, in the order of the data.
+        part: number of this producer's part, and of all parts, below 2**31.
     """
     number, count = part
-    return [unit for key, unit in missing.items() if int.from_bytes(key, "big") % count == number]
+    # The key's remainder, from those of its halves.
+    rest = missing["high"] % np.uint64(count) * np.uint64(2**64 % count) + missing["low"] % np.uint64(count)
+    return places_of(missing[rest % np.uint64(count) == number])
 
 
 def batches(units: Sequence[Unit], most_tokens: int) -> list[list[Unit]]:

@@ -17,6 +17,8 @@ from tests.harness import forked_python
 
 # Float32 in another order of sums, of three steps of the student.
 SAME_LOSSES = 1e-5
+# A teacher in bfloat16, whose numbers have 8 bits.
+NEAR_LOSSES = 1e-2
 
 
 def teach(*words: object) -> subprocess.CompletedProcess[str]:
@@ -57,6 +59,30 @@ def test_a_student_learns_from_the_store_what_the_live_teacher_says(toy: Toys, t
         assert names == {name for name in stored if "seconds" not in name}
         for name in names:
             assert stored[name] == pytest.approx(alive[name], rel=SAME_LOSSES, abs=1e-9), name
+
+
+@pytest.mark.tier("all")
+def test_a_student_in_float32_reads_a_teacher_in_bfloat16(toy: Toys, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    own = ("--teacher", toy.root / "teacher-hf", "--store", store, "--device-map", "cpu")
+    looked = teach(*own, *toy.command("--dry-run"))
+    assert looked.returncode == 0, looked.stderr
+    assert "To compute: 24 units, 384 tokens, 0.000 GB (bf16, 3 blocks). Free there: " in looked.stdout
+    assert "loading the teacher" not in looked.stdout
+    assert not store.exists()
+    assert teach(*own, *toy.command()).returncode == 0
+    flags = [str(word) for word in toy.command("--fdd-metrics-file", tmp_path / "stored")]
+    at = flags.index("--teacher-load")
+    flags[at : at + 2] = ["--fdd-teacher-store", str(store)]
+    [stored, _] = trained(flags, toy.command("--fdd-metrics-file", tmp_path / "live"))
+    assert "it ran in bfloat16 (attention sdpa, quantisation no, transformers " in stored[0].out
+    assert (
+        "in which its head is and its features are unpacked; the student computes in float32" in stored[0].out
+    )
+    records = [read_metrics(tmp_path / name) for name in ("stored", "live")]
+    for rounded, exact in zip(*records, strict=True):
+        assert rounded["total"] == pytest.approx(exact["total"], rel=NEAR_LOSSES)
+        assert rounded["total"] != exact["total"]
 
 
 def test_an_error_is_one_line(toy: Toys, tmp_path: Path) -> None:

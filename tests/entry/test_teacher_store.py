@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fdd.data.store.store import Store
 from tests.entry.checks import assert_refused
-from tests.entry.command import TIMES, read_metrics, run, trained
+from tests.entry.command import TIMES, Patch, read_metrics, run, trained
 from tests.entry.conftest import Toys
 
 EVALUATION = "--eval-iters 1".split()
@@ -44,7 +44,8 @@ def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
     live, stored = tmp_path / "live.jsonl", tmp_path / "stored.jsonl"
     pipeline = "--pipeline-model-parallel-size 2".split()
     tensor = "--tensor-model-parallel-size 2 --sequence-parallel".split()
-    taught, again, _, _, went_on = trained(
+    looked, taught, again, _, _, went_on = trained(
+        [*teach(toy, store, *tensor), "--dry-run"],
         teach(toy, store, *tensor),
         teach(toy, store, "--part", "0/1"),
         toy.command(*EVALUATION, "--fdd-metrics-file", live),
@@ -55,9 +56,14 @@ def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
         ],
     )
     assert "The run reads 32 units of 512 tokens; 32 are different, 0 are read again (0%).\n" in taught[0].out
-    assert "To compute: 32 units, 512 tokens, 0.000 GB (float32, 3 blocks).\n" in taught[0].out
+    assert "A second epoch would read other rows of text" in taught[0].out
+    assert "To compute: 32 units, 512 tokens, 0.000 GB (float32, 3 blocks). Free there: " in taught[0].out
+    for line in ("The run reads 32 units of 512 tokens; 32", "To compute: 32 units, 512 tokens, 0.000 GB"):
+        assert line in looked[0].out
+    assert "loading the teacher" in taught[0].out
+    assert "loading the teacher" not in looked[0].out + again[0].out
     assert "0 of them are missing. To compute: 0 units" in again[0].out
-    assert f"all 32 units of this run's data are in {store} " in went_on[0].out
+    assert f"all 32 units of this run's data are in {store} (which were counted before, " in went_on[0].out
     assert_same(stored, live)
     identity = Store.open(store, "--store").identity
     assert (identity.blocks, identity.num_layers, identity.form) == ([2, 4, 6], 6, "float32")
@@ -82,17 +88,47 @@ def test_the_same_micro_batches_give_the_same_bits(toy: Toys, tmp_path: Path) ->
 def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
     store, metrics = tmp_path / "store", tmp_path / "metrics.jsonl"
     trained(teach(toy, store), ranks=1)
-    longer, other_blocks, other_form, two_teachers, masked, *_ = run(
+    longer, other_blocks, other_form, two_teachers, masked, in_int8, in_fp8 = run(
         stored_run(toy, store, metrics, "--train-iters", 5),
         stored_run(toy, store, metrics, "--fdd-layer-pairs", "1:1,2:4"),
         [*teach(toy, store), "--form", "int8"],
         toy.command("--fdd-teacher-store", store),
         stored_run(toy, store, metrics, "--reset-attention-mask"),
+        stored_run(toy, store, metrics, "--fdd-tap-dtype", "int8"),
+        teach(toy, tmp_path / "fp8", "--teacher-fp8-format", "e4m3"),
     )
-    assert_refused(longer, "lacks 16 units of this run's data, 256 tokens; the first: training sample 24")
+    assert_refused(
+        longer, r"lacks 16 units .*, 256 tokens; the first: training sample 24, .*\(document \d+ of"
+    )
+    assert_refused(in_int8, "has hidden states in float32, which are read as they are; leave it out")
+    assert_refused(in_fp8, "--teacher-fp8-format: a rehearsal on CPUs has no FP8, and the store would hold")
+    assert not (tmp_path / "fp8").exists()
     assert_refused(other_blocks, r"has the teacher's blocks \[2, 4, 6\], and this run compares \[1, 4\]")
     assert_refused(
         other_form, "holds the features of something else: its form is float32, and here it is int8"
     )
+    assert "loading the teacher" not in other_form[0].out
     assert_refused(two_teachers, "a run has one teacher; leave one out")
     assert_refused(masked, "--reset-attention-mask with --fdd-teacher-store")
+
+
+def full_disk(_: object) -> int:
+    return 1000
+
+
+def test_a_dry_run_writes_nothing_and_a_full_disk_is_refused_before_the_teacher_is_loaded(
+    toy: Toys, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    patches = [Patch("megatron_fdd.teach.survey", "free_bytes", full_disk)]
+    full, looked = run(teach(toy, store), [*teach(toy, store), "--dry-run"], patches=patches)
+    for endings in (full, looked):
+        assert_refused(
+            endings,
+            r"what is missing takes 0\.000 GB \(\d+ bytes\), and 0\.000 GB \(1000 bytes\) are free there",
+        )
+        assert "To compute: 32 units" in endings[0].out
+        assert "loading the teacher" not in endings[0].out
+    [done] = trained([*teach(toy, store), "--dry-run", "--log-folder", str(tmp_path / "logs")])
+    assert "To compute: 32 units" in done[0].out
+    assert not store.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +187,52 @@ def test_a_teacher_that_runs_first_as_a_job_array(tmp_path: Path) -> None:
     for task in ("1", "0"):
         array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
         finished("qwen3-235b-slurm", work, **job, **array, STEP="teach")
+        assert f"Megatron's own output: {work}/logs/teach-{task}of2/rank*.log" in logs_of(work)
+        assert list((work / f"logs/teach-{task}of2").glob("rank?.log"))
     finished("qwen3-235b-slurm", work, **job, STEP="train")
     logs = logs_of(work)
     assert "are missing, part 1/2" in logs
     assert "are missing, part 0/2" in logs
     assert f"units of this run's data are in {work}/features " in logs
     check_student(work, "distilled", [1, 2])
+
+
+def test_a_producer_that_its_time_limit_ends_is_queued_again(tmp_path: Path) -> None:
+    """What was prepared is there; the time of the first start is over before the teacher is loaded."""
+    job, work = slurm(tmp_path / "bin") | {"TEACHER": "store", "STEP": "teach"}, tmp_path / "work"
+    (work / "data").mkdir(parents=True)
+    (work / "data/instructions_train.prepared.json").write_text(json.dumps({"documents": 9}))
+    models = {name: str(tmp_path) for name in ("TEACHER_HF", "STUDENT_HF")}
+    models |= {"REHEARSE": "0", "DATA": "train.jsonl", "SLURM_JOB_END_TIME": str(int(time.time()))}
+    ended = run("qwen3-235b-slurm", work, **job, **models)
+    assert ended.returncode == 75, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert "the job's time is over; the next start goes on where it was" in ended.stdout
+    assert (tmp_path / "bin/scontrol.log").read_text() == "requeue 4711\n"
+    models |= {"STEP": "prepare", "DATA": str(tmp_path / "train.jsonl"), "WORK": str(tmp_path / "other")}
+    for name in ("config.json", "train.jsonl"):
+        (tmp_path / name).touch()
+    never = run("qwen3-235b-slurm", work, **(job | models))
+    assert never.returncode == 75
+    assert "not one step of preparing was done in this job's time: give it a longer --time" in never.stderr
+    assert (tmp_path / "bin/scontrol.log").read_text() == "requeue 4711\n"
+
+
+def test_jobs_of_other_settings_and_arrays_that_begin_with_1_are_refused(tmp_path: Path) -> None:
+    job = slurm(tmp_path / "bin") | {"TEACHER": "store", "STEP": "teach", "REHEARSE": "0"}
+    work, models = tmp_path / "work", {"TEACHER_HF": "T", "STUDENT_HF": "S", "DATA": "d.jsonl"}
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1"}
+    refused = run("qwen3-235b-slurm", work, **job, **models, **array)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        "error: the array begins with 1, and parts with 0: --array=0-7; for a part of an array give PARTS\n"
+    )
+    run("qwen3-235b-slurm", work, **job, **models)  # nothing is prepared
+    assert (work / "settings").read_text().startswith("TEACHER_HF=T\nSTUDENT_HF=S\nDATA=d.jsonl\n")
+    for name, value in (("DATA", "e.jsonl"), ("TEACHER_HF", "other"), ("SEQ_LENGTH", "9"), ("TEMPLATE", "")):
+        refused = run("qwen3-235b-slurm", work, **job, **(models | {name: value}))
+        assert refused.returncode == 2
+        assert refused.stderr.endswith(f", and now it is {name}={value}: take another WORK\n")
+        assert refused.stderr.startswith(f"error: WORK={work} was begun with {name}=")
 
 
 def logs_of(work: Path) -> str:

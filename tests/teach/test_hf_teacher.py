@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.tiny_teachers import LAYERS, tiny_model
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.teach.hf_parts import find_parts
-from megatron_fdd.teach.hf_teacher import HfTeacher
+from megatron_fdd.teach.hf_teacher import UNKNOWN, HfTeacher
 from megatron_fdd.teach.transformers import TransformersEngine
 from tests.teach.engines import (
     BLOCKS,
@@ -56,7 +56,8 @@ def test_a_folder_gives_the_same_states_from_disk(folder: Path, tmp_path: Path) 
         model = teacher.load(tmp_path / str(number))
         assert (model.lm_head.weight.device.type == "meta") == (device_map is places)
         parts = find_parts(model)
-        engine = TransformersEngine(teacher.identity(model, parts, BLOCKS, "float32"), model, parts)
+        identity = teacher.identity(model, parts, teacher.outline(BLOCKS, "float32"))
+        engine = TransformersEngine(identity, model, parts)
         found.append((engine.identity, engine.lens(units()), engine.states(units())))
     (identity, lens, states), (other_identity, other_lens, other_states) = found
     assert identity == other_identity
@@ -71,7 +72,11 @@ def identity_in(folder: Path, dtype: str = "bfloat16") -> StoreIdentity:
     teacher = teacher_in(folder, dtype)
     teacher.check("int8")
     model = teacher.load(folder)
-    return teacher.identity(model, find_parts(model), BLOCKS, "int8")
+    outline = teacher.outline(BLOCKS, "int8")
+    identity = teacher.identity(model, find_parts(model), outline)
+    assert outline.difference(identity, UNKNOWN) is None
+    assert (outline.token_bytes, outline.vocab_size) == (identity.token_bytes, identity.vocab_size)
+    return identity
 
 
 def test_identity(folder: Path, tmp_path: Path) -> None:

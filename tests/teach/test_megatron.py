@@ -24,3 +24,7 @@ def test_their_number_does_not_depend_on_the_units(num_units: int) -> None:
     for ids, row in zip(units, rows, strict=False):
         assert np.array_equal(row[: len(ids)], ids)
     assert not any(row.any() for row in rows[num_units:])
+    masks = [row for sample in samples for row in sample["token_mask"]]
+    lengths = [*map(len, units), *[0] * (len(rows) - num_units)]
+    assert [int(mask.sum()) for mask in masks] == lengths
+    assert all(mask[:length].all() for mask, length in zip(masks, lengths, strict=True))

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
-from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks, parse
+from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks, parse, parser
 
 OWN = "--engine megatron --teacher T --store S".split()
 TRAINING = (
@@ -139,7 +140,45 @@ def test_batch_sizes_are_the_trainings() -> None:
         batch_sizes(parse([*OWN, "--global-batch-size", "x"]))
 
 
-@pytest.mark.parametrize("flags", ["--phase-transition-iterations 1,2", "--step-batch-size-schedule=0:8"])
-def test_a_training_whose_samples_cannot_be_counted_is_refused(flags: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{flags.split()[0].split('=')[0]}: how much .*; give the"):
-        request(*flags.split())
+WRONG_HERE = {
+    "megatron": {
+        "--phase-transition-iterations 1,2": "how much .*; give the --train-iters",
+        "--step-batch-size-schedule=0:8": "how much .*; give the --train-iters",
+        "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
+        "--fp8-format e4m3": "is the student's precision; leave it out, or give --teacher-fp8-format",
+        "--fp8-recipe=tensorwise": "is the student's precision",
+    },
+    "transformers": {
+        "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
+        "--teacher-fp8-format e4m3": "leave it out: --engine transformers runs a quantised checkpoint as it is",
+        "--teacher-fp8-recipe=mxfp8": "leave it out",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags"), [(name, each) for name in WRONG_HERE for each in WRONG_HERE[name]]
+)
+def test_flags_that_mean_nothing_here_are_refused(engine: str, flags: str) -> None:
+    name = flags.replace("=", " ").split()[0]
+    with pytest.raises(ValueError, match=f"^{name}: {WRONG_HERE[engine][flags]}"):
+        parse(["--engine", engine, *OWN[2:], *TRAINING, *flags.split()])
+
+
+def test_the_students_precision_is_not_the_engine_transformers_matter() -> None:
+    assert parse(["--engine", "transformers", *OWN[2:], *TRAINING, "--fp8-format", "e4m3"])
+
+
+def test_a_dry_run_and_a_folder_of_logs() -> None:
+    assert (request().dry_run, request().log_folder) == (False, None)
+    made = request("--dry-run", "--log-folder", "L")
+    assert (made.dry_run, made.log_folder, made.flags) == (True, Path("L"), tuple(TRAINING))
+
+
+def test_torchrun_takes_no_flag_of_a_producer_for_its_own() -> None:
+    """It looks at all words of its command line, and knows a flag by its beginning."""
+    for action in parser()._actions:
+        for flag in action.option_strings:
+            if flag not in ("-h", "--help"):
+                given = get_args_parser().parse_args(["-m", "megatron_fdd.teach", flag, "x"])
+                assert given.training_script_args == [flag, "x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron_fdd.teach.hf_parts import find_parts
 from megatron_fdd.teach.transformers import TransformersEngine
 from tests.teach.engines import (
     BLOCKS,
+    LENGTHS,
     SAME_ROWS,
     SAME_SUMS,
     engine_of,
@@ -121,6 +123,51 @@ def test_states_that_are_not_finite_are_refused() -> None:
     engine.states(texts)
     with pytest.raises(ValueError, match="a hidden state is not finite"):
         engine.states([*texts, np.array([3, 7], np.int32)])
+
+
+def test_padding_may_be_anything() -> None:
+    model = tiny_model("llama")
+    engine, texts = engine_of(model, find_parts(model)), units()
+    before = engine.states(texts)
+
+    def spoil(_module: nn.Module, _given: object, output: Tensor) -> Tensor:
+        output[1, LENGTHS[1] :] = torch.nan
+        return output
+
+    model.model.layers[-1].register_forward_hook(spoil)
+    assert all(np.array_equal(one, other) for one, other in zip(before, engine.states(texts), strict=True))
+
+
+def _late(states: np.ndarray) -> np.ndarray:
+    """Return each token's states in the place of the next one, as with a doubled start token."""
+    return np.concatenate([states[:, :1], states[:, :-1]], axis=1)
+
+
+WRONG: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
+    "early": (lambda states: np.concatenate([states[:, 1:], states[:, -1:]], axis=1), BLOCKS[0]),
+    "late": (_late, BLOCKS[0]),
+    "zeros": (np.zeros_like, BLOCKS[0]),
+    "another text": (lambda states: states[:, ::-1], BLOCKS[0]),
+    "another order": (lambda states: states[[1, 0, 2]], BLOCKS[0]),
+    "inner blocks alone": (lambda states: states[[0, 0, 2]], BLOCKS[1]),
+    "the last block alone": (lambda states: states[[0, 1, 1]], BLOCKS[2]),
+}
+
+
+@pytest.mark.parametrize("form", ["float32", "fp8", "int8"])
+@pytest.mark.parametrize("name", WRONG)
+def test_states_of_another_place_are_refused(
+    name: str, form: TapForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    engine, (damage, block) = engine_of(model, find_parts(model), form), WRONG[name]
+    engine.lens(units()[:1])
+    states = engine.states
+    monkeypatch.setattr(
+        engine, "states", lambda texts: [np.ascontiguousarray(damage(each)) for each in states(texts)]
+    )
+    with pytest.raises(ValueError, match=f"the states of block {block} are not what the model hands on"):
+        engine.lens(units()[:1])
 
 
 REFUSED = {

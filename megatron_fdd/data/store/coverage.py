@@ -8,18 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.training import training
 from numpy.typing import NDArray
 
 from megatron_fdd.data.store.index import Index
 from megatron_fdd.data.store.unit import as_ids, unit_key, units_of
 
-# Keys that are looked up together.
-_LOOKED_UP = 4096
+# Units that are gathered before those which come again are left out.
+_GATHERED = 1 << 16
+# A unit: its key as two numbers, and where it is first read.
+UNIT = np.dtype(
+    [
+        ("high", "<u8"),
+        ("low", "<u8"),
+        ("sample", "<i8"),
+        ("dataset", "<i4"),
+        ("first", "<i4"),
+        ("last", "<i4"),
+    ]
+)
 
 Ids = NDArray[np.int32]
+Table = NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +42,23 @@ class Unit:
     last: int
 
 
-@dataclass(slots=True)
-class Coverage:
-    """What was found among the samples that were looked at.
+@dataclass(frozen=True, slots=True)
+class RunUnits:
+    """The units of the samples that a run reads.
 
     Attributes:
-        missing: units that the store lacks by their keys, in the order of the data.
-        keys: of all units; each once.
-        example: the first unit of all; None without any.
+        table: of `UNIT`; each different unit once, where it is first read, in the order of the data.
         num_read, tokens_read: units and tokens as often as the run reads them.
     """
 
-    missing: dict[bytes, Unit]
-    keys: set[bytes]
-    example: Unit | None = None
-    num_read: int = 0
-    tokens_read: int = 0
+    table: Table
+    num_read: int
+    tokens_read: int
 
-    @property
-    def missing_tokens(self) -> int:
-        """Tokens of the units that the store lacks."""
-        return sum(unit.last - unit.first for unit in self.missing.values())
+    def missing(self, index: Index) -> Table:
+        """Return the units that a store lacks."""
+        keys = np.stack([self.table["high"], self.table["low"]], axis=1).astype(">u8").tobytes()
+        return self.table[~index.has([keys])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,77 +87,61 @@ def sources_of(datasets: Sequence[Any], args: argparse.Namespace) -> list[Source
     return sources
 
 
-def find_missing(
+def count_share(
     sources: Sequence[Source],
-    index: Index,
     *,
     deal: tuple[int, int] = (0, 1),
     on_sample: Callable[[], object] = lambda: None,
-) -> Coverage:
-    """Look up every unit of the samples that a run reads.
+) -> RunUnits:
+    """Find every unit of this rank's share of the samples that a run reads.
+
+    Memory: 36 bytes a different unit, a few times that while they are sorted.
 
     Args:
         deal: number of this rank, and how many ranks deal the samples among them.
         on_sample: called after each sample, for a progress bar.
     """
-    waiting: list[tuple[bytes, Unit]] = []
-    found = Coverage({}, set())
-
-    def look_up() -> None:
-        if waiting:
-            has = index.has([key for key, _ in waiting])
-            found.missing |= {key: unit for (key, unit), there in zip(waiting, has, strict=True) if not there}
-            waiting.clear()
-
+    known, parts, records = np.zeros(0, UNIT), [np.zeros(0, UNIT)], []
+    num_read = tokens_read = 0
     for number, source in enumerate(sources):
         for sample in range(deal[0], source.num_samples, deal[1]):
             for unit, ids in _units(source.dataset[sample], number, sample):
-                found.num_read, found.tokens_read = found.num_read + 1, found.tokens_read + len(ids)
+                num_read, tokens_read = num_read + 1, tokens_read + len(ids)
                 key = unit_key(ids)
-                found.example = found.example or unit
-                if key not in found.keys:
-                    found.keys.add(key)
-                    waiting.append((key, unit))
-                    if len(waiting) == _LOOKED_UP:
-                        look_up()
+                halves = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
+                records.append((*halves, sample, number, unit.first, unit.last))
             on_sample()
-    look_up()
-    return found
+            if len(records) >= _GATHERED:
+                parts.append(np.array(records, UNIT))
+                records.clear()
+                if sum(map(len, parts)) > max(_GATHERED, len(known)):
+                    known, parts = _first_places([known, *parts]), []
+    return RunUnits(_first_places([known, *parts, np.array(records, UNIT)]), num_read, tokens_read)
 
 
-def joined(shares: Sequence[Coverage]) -> Coverage:
+def joined(shares: Sequence[RunUnits]) -> RunUnits:
     """Join what several ranks have found in their shares of the samples."""
-    missing: dict[bytes, Unit] = {}
-    for share in shares:
-        for key, unit in share.missing.items():
-            missing[key] = min(unit, missing.get(key, unit), key=_place)
-    examples = [share.example for share in shares if share.example is not None]
-    return Coverage(
-        dict(sorted(missing.items(), key=lambda item: _place(item[1]))),
-        set().union(*(share.keys for share in shares)),
-        min(examples, key=_place, default=None),
+    return RunUnits(
+        _first_places([share.table for share in shares]),
         sum(share.num_read for share in shares),
         sum(share.tokens_read for share in shares),
     )
 
 
-def _place(unit: Unit) -> tuple[int, int, int]:
-    return unit.dataset, unit.sample, unit.first
+def _first_places(tables: Sequence[Table]) -> Table:
+    """Return each unit once, where it is first read, in the order of the data."""
+    table = np.concatenate(tables)
+    table = table[np.lexsort([table[name] for name in ("first", "sample", "dataset", "low", "high")])]
+    repeated = np.zeros(len(table), np.bool_)
+    repeated[1:] = (table["high"][1:] == table["high"][:-1]) & (table["low"][1:] == table["low"][:-1])
+    table = table[~repeated]
+    return table[np.lexsort([table[name] for name in ("first", "sample", "dataset")])]
 
 
-def whereabouts(source: Source, unit: Unit) -> str:
-    """Say where a unit's sample comes from: the set, and the document in which the sample begins."""
-    dataset, sample = source.dataset, unit.sample
-    if isinstance(dataset, BlendedDataset):
-        number, sample = int(dataset.dataset_index[sample]), int(dataset.dataset_sample_index[sample])
-        dataset = dataset.datasets[number]
-    place = f"{source.name} sample {unit.sample}, tokens {unit.first} to {unit.last - 1}"
-    low = getattr(dataset, "dataset", None)
-    path = getattr(getattr(low, "ids", low), "path_prefix", None)
-    if isinstance(dataset, GPTDataset) and path is not None:
-        row = dataset.sample_index[int(dataset.shuffle_index[sample])]
-        return f"{place} (begins in document {int(dataset.document_index[int(row[0])])} of {path})"
-    return place if path is None else f"{place} (of {path})"
+def places_of(table: Table) -> list[Unit]:
+    """Return where the units of a table of `UNIT` are."""
+    columns = [table[name].tolist() for name in ("dataset", "sample", "first", "last")]
+    return [Unit(*place) for place in zip(*columns, strict=True)]
 
 
 def read_ids(sources: Sequence[Source], unit: Unit) -> Ids:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_fdd.data.store.whole_file import sync_folder, unfinished
+from megatron_fdd.data.store.whole_file import give_name, sync_folder, unfinished
 from megatron_fdd.host.json_file import read_json, read_record, write_json
 
 STORE_FILE = "store.json"
+# A folder of counts of runs' units (`counted.py`).
+RUNS = "runs"
 FORMAT, VERSION = "fdd-features", 1
 TapForm = Literal["float32", "bf16", "fp8", "int8"]
 _MAKE_NEW = "another folder, or make this store with this version's fdd teach"
@@ -57,11 +59,15 @@ class StoreIdentity:
         compared = {name: value for name, value in dataclasses.asdict(self).items() if name != "teacher"}
         return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
-    def difference(self, other: StoreIdentity) -> str | None:
-        """Return the first field in which two identities differ, as a sentence; None if they are the same."""
+    def difference(self, other: StoreIdentity, unknown: Container[str] = ()) -> str | None:
+        """Return the first field in which two identities differ, as a sentence; None if they are the same.
+
+        Args:
+            unknown: fields that nobody knows yet.
+        """
         for field in dataclasses.fields(self):
             here, there = getattr(self, field.name), getattr(other, field.name)
-            if field.name != "teacher" and here != there:
+            if field.name != "teacher" and field.name not in unknown and here != there:
                 name = field.name
                 if isinstance(here, dict):
                     name = next(key for key in sorted({*here, *there}) if here.get(key) != there.get(key))
@@ -116,10 +122,21 @@ def write_identity(store: Path, identity: StoreIdentity) -> None:
             write_json(place, values)
             with place.open("rb") as file:
                 os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(place, path)  # unlike a rename, this never replaces what another producer wrote
+            give_name(place, path)
             sync_folder(store)
-    difference = read_identity(store, "--store").difference(identity)
+    check_same(store, identity)
+
+
+def check_same(store: Path, identity: StoreIdentity, unknown: Container[str] = ()) -> None:
+    """Refuse to add features to a store of something else.
+
+    Args:
+        unknown: fields of the identity that nobody knows yet.
+
+    Raises:
+        ValueError: names the first difference; or there is no store.
+    """
+    difference = read_identity(store, "--store").difference(identity, unknown)
     if difference is not None:
         raise ValueError(
             f"--store {store}: holds the features of something else: {difference}. One store has one teacher, one "

@@ -101,16 +101,18 @@ class Index:
         return None
 
     def has(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Return for each of many keys whether the store has it."""
-        wanted = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
-        first = np.searchsorted(self._high, wanted[:, 0].astype(np.uint64))
+        """Return for each of many keys whether the store has it; an entry may hold several, one behind the other."""
+        together = b"".join(keys)
+        wanted = np.frombuffer(together, ">u8").reshape(-1, 2).astype(np.uint64)
+        first = np.searchsorted(self._high, wanted[:, 0])
         found = np.zeros(len(wanted), np.bool_)
-        inside = first < len(self)
+        inside = np.flatnonzero(first < len(self))
         hits = self.records[first[inside]]
-        found[inside] = (hits["high"] == wanted[inside, 0]) & (hits["low"] == wanted[inside, 1])
+        is_near = hits["high"] == wanted[inside, 0]
+        found[inside] = is_near & (hits["low"] == wanted[inside, 1])
         # Two keys with the same first half: once in 10**19 pairs.
-        for miss in np.flatnonzero(inside & ~found).tolist():
-            found[miss] = self.find(keys[miss]) is not None
+        for miss in inside[is_near & ~found[inside]].tolist():
+            found[miss] = self.find(together[KEY_BYTES * miss : KEY_BYTES * (miss + 1)]) is not None
         return found
 
 

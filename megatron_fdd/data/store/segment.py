@@ -128,6 +128,12 @@ def sums_of(states: Bytes) -> NDArray[np.uint64]:
     return np.array(sums, np.uint64)
 
 
+def segment_bytes(lengths: NDArray[np.int64], num_blocks: int, token_bytes: int) -> int:
+    """Return what units of these lengths take in segments, without the headers."""
+    num_sums = num_blocks * int((-(-lengths // SUM_TOKENS)).sum())
+    return int(lengths.sum()) * (4 + num_blocks * token_bytes) + 8 * num_sums + (KEY_BYTES + 8) * len(lengths)
+
+
 def _about(digest: str) -> dict[str, str]:
     return {"format": FORMAT, "version": str(VERSION), "store": digest}
 

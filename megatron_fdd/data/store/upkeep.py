@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from megatron_fdd.data.store.identity import StoreIdentity, read_identity
+from megatron_fdd.data.store.identity import RUNS, StoreIdentity, read_identity
 from megatron_fdd.data.store.index import all_records, repeats
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.segment import (
@@ -88,7 +89,7 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
     """Remove what killed producers left, segments whose units are all in other ones, and old ones if asked to.
 
     Args:
-        older_than_days: segments that were written longer ago are removed.
+        older_than_days: segments, and counts of runs, that were written longer ago are removed.
 
     Returns:
         How many files were removed, and their bytes.
@@ -99,8 +100,15 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
     identity = read_identity(path, _FLAG)
     names = sorted(segment_names(path))
     units, counts = _units_by_segment(path, identity, names)
-    old = set() if older_than_days is None else _older(path, names, time.time() - older_than_days * _DAY_S)
+    before_s = -math.inf if older_than_days is None else time.time() - older_than_days * _DAY_S
+    old = _older(path, names, before_s)
     count, num_bytes = sweep(path), 0
+    for run in (path / RUNS).glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            if run.stat().st_mtime < before_s:
+                num_bytes += run.stat().st_size
+                run.unlink()
+                count += 1
     # Old ones first. Then the last by name: an index names the first segment of a unit.
     for name in sorted(names, key=lambda name: (name in old, name), reverse=True):
         if name in old or bool((counts[units[name]] > 1).all()):

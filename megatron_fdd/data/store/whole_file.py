@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -19,6 +20,10 @@ from megatron_fdd.host.disk import writing
 
 _UNFINISHED = ".unfinished"
 _STALE_S = 24 * 3600.0
+# What os.link says where there are no hard links.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# How long another process may have for a rename, and how often it is looked for.
+_CLAIM_S, _WAIT_S = 30.0, 0.05
 # Tensors that need the most begin first, as the format wants it.
 _ALIGNMENT = {"I64": 8, "U64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
@@ -84,6 +89,45 @@ def write_tensors(
             os.fsync(file.fileno())
         place.replace(path)
         sync_folder(path.parent)
+
+
+def give_name(place: Path, path: Path) -> None:
+    """Give a whole file its name, unless a file of that name is there: unlike a rename, this never replaces one.
+
+    Where the file system has no hard links (FAT, some of FUSE), the one process that can make a folder of a certain
+    name renames the file; the others wait for it.
+
+    Raises:
+        ValueError: a process was killed between both; names the folder.
+        OSError: the system refuses.
+    """
+    try:
+        os.link(place, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    else:
+        return
+    claim = path.with_name(f".{path.name}.claim")
+    until_s = time.monotonic() + _CLAIM_S
+    while not path.exists():
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            if time.monotonic() > until_s:
+                raise ValueError(
+                    f"{path}: another producer was ended while it made this file: remove the folder {claim}, and "
+                    "start again"
+                ) from None
+            time.sleep(_WAIT_S)
+            continue
+        try:
+            if not path.exists():
+                place.replace(path)
+        finally:
+            claim.rmdir()
 
 
 def sync_folder(path: Path) -> None:

@@ -12,22 +12,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_fdd.data.batch import Batch
-from megatron_fdd.data.store.coverage import (
-    Coverage,
-    Source,
-    find_missing,
-    joined,
-    read_ids,
-    sources_of,
-    whereabouts,
-)
+from megatron_fdd.data.store.counted import count_units, keep
+from megatron_fdd.data.store.coverage import RunUnits, Source, places_of, read_ids, sources_of
 from megatron_fdd.data.store.lens import read_stored_extras, read_stored_head, read_stored_norm
+from megatron_fdd.data.store.origin import whereabouts
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FeatureReader, TaughtDataset, rank_ranges
 from megatron_fdd.host import console
@@ -162,43 +157,47 @@ def with_features(
 
 
 def check_coverage(sources: Sequence[Source], store: Store) -> None:
-    """Refuse a store that lacks a unit of this run's data; every unit is looked up, the samples dealt over all ranks.
+    """Refuse a store that lacks a unit of this run's data; every unit is looked up.
 
-    Collectives: two all-gathers over all ranks, one of the keys of missing units.
+    Collectives over all ranks: one all-gather of the index's hash, those of `count_units`, and one all-gather.
 
     Raises:
         ValueError: says how many are missing, where the first is, and what adds them; or ranks see different stores.
             The same on every rank.
     """
     started_s = time.perf_counter()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    with together():
-        found = find_missing(sources, store.index, deal=(rank, world))
-    found.keys.clear()  # many, and of no use here
-    shares: list[tuple[Coverage, str]] = [(found, "")] * world
-    dist.all_gather_object(shares, (found, store.index.digest))
-    if len({digest for _, digest in shares}) > 1:
+    digests = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, store.index.digest)
+    if len(set(digests)) > 1:
         raise ValueError(
             f"--fdd-teacher-store {store.path}: ranks see different segments in it; start again when fdd teach has "
             "ended and all machines see what it wrote"
         )
-    whole = joined([share for share, _ in shares])
-    if whole.missing:
-        first = next(iter(whole.missing.values()))
-        source = sources[first.dataset]
-        ids = read_ids(sources, first)
-        raise ValueError(
-            f"--fdd-teacher-store {store.path}: lacks {len(whole.missing)} units of this run's data, "
-            f"{whole.missing_tokens} tokens; the first: "
-            f"{whereabouts(source, first)}, ids {ids[:6].tolist()}. Add them with fdd teach --engine "
-            f"{store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this run's data "
-            "flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
-        )
-    if rank == 0:
-        seconds = time.perf_counter() - started_s
-        console.say(
-            f"all {whole.num_read} units of this run's data are in {store.path} (looked up in {seconds:.1f} s)"
-        )
+    counted = count_units(sources, store.path)
+    with together():
+        if counted.units is not None:
+            _check_units(counted.units, sources, store)
+            keep(store.path, counted)
+            how = "which were counted before, " if counted.is_kept else ""
+            console.say(
+                f"all {counted.units.num_read} units of this run's data are in {store.path} ({how}looked up in "
+                f"{time.perf_counter() - started_s:.1f} s)"
+            )
+
+
+def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> None:
+    """Refuse a store that lacks one of these units."""
+    missing = units.missing(store.index)
+    if not len(missing):
+        return
+    [first] = places_of(missing[:1])
+    tokens = int((missing["last"] - missing["first"]).sum(dtype=np.int64))
+    raise ValueError(
+        f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, {tokens} tokens; the first: "
+        f"{whereabouts(sources[first.dataset], first)}, ids {read_ids(sources, first)[:6].tolist()}. Add them with fdd "
+        f"teach --engine {store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this "
+        "run's data flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
+    )
 
 
 def _taught(dataset: Dataset[Any] | None, *, reader: FeatureReader) -> Dataset[Any] | None:

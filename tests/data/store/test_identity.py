@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_fdd.data.store.identity import STORE_FILE, StoreIdentity, read_identity, write_identity
+from megatron_fdd.data.store.identity import (
+    STORE_FILE,
+    StoreIdentity,
+    check_same,
+    read_identity,
+    write_identity,
+)
+from megatron_fdd.data.store.whole_file import give_name
 from tests.data.store.made import IDENTITY
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
@@ -121,3 +131,66 @@ def test_a_producer_that_looked_before_the_other_wrote(
             write_identity(tmp_path, replace(IDENTITY, form="int8"))
     assert read_identity(tmp_path, "--store") == IDENTITY
     assert [path.name for path in tmp_path.iterdir()] == [STORE_FILE]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """One of several producers that begin together makes the store; others join it or are refused."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    identities = [IDENTITY, replace(IDENTITY, form="int8"), IDENTITY, replace(IDENTITY, form="fp8")]
+
+    def make(number: int) -> str | None:
+        try:
+            write_identity(tmp_path, identities[number])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(4) as threads:
+        refused = list(threads.map(make, range(4)))
+    made = read_identity(tmp_path, "--store")
+    for identity, message in zip(identities, refused, strict=True):
+        assert (message is None) == (identity == made)
+        assert message is None or "holds the features of something else: its form is" in message
+    assert [path.name for path in tmp_path.iterdir()] == [STORE_FILE]
+
+
+def test_a_file_that_came_meanwhile_is_not_replaced_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(place: Path, path: Path) -> None:
+        Path(path).write_text("another producer's")
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "mine").write_text("mine")
+    give_name(tmp_path / "mine", tmp_path / "it")
+    assert (tmp_path / "it").read_text() == "another producer's"
+
+
+def test_a_producer_that_was_killed_between_claim_and_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("megatron_fdd.data.store.whole_file._CLAIM_S", 0.1)
+    (tmp_path / f".{STORE_FILE}.claim").mkdir()
+    with pytest.raises(
+        ValueError, match=r"ended while it made this file: remove the folder .*claim, and start"
+    ):
+        write_identity(tmp_path, IDENTITY)
+    (tmp_path / f".{STORE_FILE}.claim").rmdir()
+    write_identity(tmp_path, IDENTITY)
+
+
+def test_what_nobody_knows_yet_is_not_compared(tmp_path: Path) -> None:
+    write_identity(tmp_path, IDENTITY)
+    check_same(tmp_path, replace(IDENTITY, vocab_size=9), {"vocab_size"})
+    with pytest.raises(ValueError, match="its weights is 12ab, and here it is 99"):
+        check_same(tmp_path, replace(IDENTITY, vocab_size=9, weights="99"), {"vocab_size"})

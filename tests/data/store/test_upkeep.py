@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_fdd.data.store import lens, upkeep
+from megatron_fdd.data.store.identity import RUNS
 from megatron_fdd.data.store.index import INDEX_FILE
 from megatron_fdd.data.store.lens import LENS_FILE
 from megatron_fdd.data.store.segment import segment_names
@@ -147,6 +148,13 @@ def test_prune_removes_old_segments_only_if_asked(tmp_path: Path) -> None:
     old, new = write(tmp_path, UNITS[:2], UNITS[2:])
     long_ago = time.time() - 10 * 24 * 3600
     os.utime(file_of(tmp_path, old), (long_ago, long_ago))
+    (tmp_path / RUNS).mkdir()
+    for name, time_s in (("a", 0), ("b", long_ago + 24 * 3600)):
+        (tmp_path / RUNS / f"{name}.safetensors").touch()
+        os.utime(tmp_path / RUNS / f"{name}.safetensors", (time_s, time_s))
+    assert upkeep.prune(tmp_path) == (0, 0)
+    assert upkeep.prune(tmp_path, older_than_days=20) == (1, 0)
+    assert [path.name for path in (tmp_path / RUNS).iterdir()] == ["b.safetensors"]
     assert upkeep.prune(tmp_path) == upkeep.prune(tmp_path, older_than_days=11) == (0, 0)
     assert upkeep.prune(tmp_path, older_than_days=9.5)[0] == 1
     assert list(segment_names(tmp_path)) == [new]
