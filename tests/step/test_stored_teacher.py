@@ -37,6 +37,7 @@ LAYOUTS = {
     "ep2-dp2": Case(dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
     "pp2-ep2-dp2": Case(pp=2, dp=2, ep=2, teacher_ep=2, **ALL_EXPERTS),
     "packed": Case(packed=True),
+    "packed-tp2": Case(packed=True, tp=2),
     "packed-tp2-pp2-sp": Case(packed=True, tp=2, pp=2, sequence_parallel=True),
     "pp2-live-centred": Case(pp=2, terms=Terms(live=True, centred=True)),
     "tuned-lens-tp2-sp": Case(tp=2, sequence_parallel=True, terms=Terms(tuned=True)),

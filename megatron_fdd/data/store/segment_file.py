@@ -111,6 +111,13 @@ class SegmentFile:
         """Tell the system what will be read."""
         os.posix_fadvise(self._descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
+    def is_in_memory(self, at: int) -> bool:
+        """Return whether the system has a byte in its cache; not where it cannot say."""
+        try:
+            return os.preadv(self._descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
+
     def read(self, size: int, at: int) -> bytes:
         """Return some bytes.
 

@@ -207,10 +207,11 @@ def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> No
     if not len(missing):
         return
     [first] = places_of(missing[:1])
+    (ids,) = read_ids(sources, [first])
     tokens = int((missing["last"] - missing["first"]).sum(dtype=np.int64))
     raise ValueError(
         f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, {tokens} tokens; the first: "
-        f"{whereabouts(sources[first.dataset], first)}, ids {read_ids(sources, first)[:6].tolist()}. Add them with fdd "
+        f"{whereabouts(sources[first.dataset], first)}, ids {ids[:6].tolist()}. Add them with fdd "
         f"teach --engine {store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this "
         "run's data flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
     )
