@@ -65,9 +65,7 @@ class ThreadedLoader:
         """Begin to read; an error of a batch is raised where that batch is asked for."""
         batches = iter(self._loader)
         thread = ThreadPoolExecutor(1)
-        if (
-            torch.cuda.is_available()
-        ):  # a thread begins on the first device, and every rank would pin memory there
+        if torch.cuda.is_available():  # else memory would be pinned by way of the first device, on every rank
             thread.submit(torch.cuda.set_device, torch.cuda.current_device())
         waiting = deque(thread.submit(next, batches, None) for _ in range(self._ahead))
         return self._taken(batches, thread, waiting)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class Range(NamedTuple):
 
 def ranges_of(
     at: int, tokens: tuple[int, int], length: int, into: memoryview, sums: tuple[int, ...]
-) -> Iterator[Range]:
+) -> list[Range]:
     """Cut a range of one block's tokens into what one call reads.
 
     Args:
@@ -47,11 +47,11 @@ def ranges_of(
         sums: of the block's states of the unit.
     """
     begin, last = tokens
-    if begin == 0 and last == length and len(into) <= _AT_ONCE:  # most of them
-        yield Range(at, into, sums)
-        return
     width = len(into) // (last - begin)
-    most = max(1, _AT_ONCE // (SUM_TOKENS * width))
+    ends_with_a_run = last == length or last % SUM_TOKENS == 0
+    if ends_with_a_run and begin % SUM_TOKENS == 0 and len(into) <= _AT_ONCE:  # most of them
+        return [Range(at + begin * width, into, sums[begin // SUM_TOKENS : -(-last // SUM_TOKENS)])]
+    ranges, most = [], max(1, _AT_ONCE // (SUM_TOKENS * width))
     while begin < last:
         run, offset = divmod(begin, SUM_TOKENS)
         whole = min(begin - offset + SUM_TOKENS, length)
@@ -59,13 +59,16 @@ def ranges_of(
             start, stop = begin - offset, min(whole, last)
             beside = memoryview(bytearray((whole - start) * width))
             wanted = beside[offset * width : (stop - start) * width]
-            yield Range(at + start * width, beside, sums[run : run + 1], (into[: len(wanted)], wanted))
+            copies = into[: len(wanted)], wanted
+            ranges.append(Range(at + start * width, beside, sums[run : run + 1], copies))
         else:
-            stop = min(begin + most * SUM_TOKENS, last if last == length else last // SUM_TOKENS * SUM_TOKENS)
+            end = last if last == length else last // SUM_TOKENS * SUM_TOKENS
+            stop = min(begin + most * SUM_TOKENS, end)
             runs = sums[run : -(-stop // SUM_TOKENS)]
-            yield Range(at + begin * width, into[: (stop - begin) * width], runs)
+            ranges.append(Range(at + begin * width, into[: (stop - begin) * width], runs))
         into = into[(stop - begin) * width :]
         begin = stop
+    return ranges
 
 
 class SegmentFile:
