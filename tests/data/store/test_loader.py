@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_fdd.data.batch import Wait, checked_batches
 from megatron_fdd.data.store import loader
 from megatron_fdd.data.store.loader import ThreadedLoader, read_ahead, taught_loader
 from megatron_fdd.data.store.slots import Slots
@@ -39,7 +40,9 @@ class Told(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         self.is_read[index].set()
         ones = torch.ones(LENGTH)
-        return {"tokens": torch.from_numpy(UNITS[index][0]).long(), "token_mask": ones, "loss_mask": ones}
+        tokens = torch.from_numpy(UNITS[index][0]).long()
+        masks = {"token_mask": ones, "loss_mask": ones}
+        return {"tokens": tokens, "labels": tokens, "position_ids": torch.arange(LENGTH), **masks}
 
 
 @pytest.fixture
@@ -133,11 +136,13 @@ def test_damage_is_said_where_the_batch_is_asked_for(
 ) -> None:
     (name,) = reader.store.index.names
     flip(file_of(tmp_path, name), -1)
-    iterator = iter(taught(reader, workers)[1])
+    batches = checked_batches(iter(taught(reader, workers)[1]), 2000, 0, Wait())
     for number in range(NUM_BATCHES - 1):
-        assert_right(next(iterator), number)
-    with pytest.raises(ValueError, match=f"{name}.safetensors: has other bytes than were written"):
-        next(iterator)
+        assert_right(next(batches), number)
+    with pytest.raises(ValueError, match=f"{name}.safetensors: has other bytes than were written") as caught:
+        next(batches)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def arguments(workers: int, micro_batches: int) -> Namespace:
