@@ -125,7 +125,7 @@ def passes(path: Path, shape: Shape, num_units: int) -> dict[str, Pass]:
     batches = [default_collate(samples[at : at + BATCH]) for at in range(0, len(units), BATCH)]
     reader, count = FeatureReader(store, shape.blocks, shape.ranges), len(places) // len(units)
     size = count * places[0][1]
-    slots = Slots(BATCH * size, 1, 2)
+    slots = Slots(BATCH * size, 0, 2)
     used_again = memoryview(bytearray(2 * BATCH * size))
 
     def raw(number: int) -> object:

@@ -98,7 +98,7 @@ def taught_loader(
     each = ahead // workers
     num_bytes = math.prod(reader.shape(rows))
     # One more is in the hands of whoever reads or waits.
-    slots = Slots(num_bytes, workers, each + 1 + math.ceil(used / workers))
+    slots = Slots(num_bytes, loader.num_workers, each + 1 + math.ceil(used / workers))
     loader.collate_fn = Collate(reader, slots)
     if not loader.num_workers:
         return ThreadedLoader(loader, each)

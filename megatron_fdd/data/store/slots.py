@@ -6,6 +6,7 @@ slot is taken where a batch is read, and is free again when the last tensor of i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import mmap
@@ -32,16 +33,18 @@ class Slots:
 
     Args:
         num_bytes: of a slot.
-        num_workers: each has slots of its own; 1 where a loader's own process reads.
-        each: slots of a worker.
+        num_workers: each has slots of its own; 0 where the loader's process reads.
+        each: slots of a worker, or of the process.
     """
 
     def __init__(self, num_bytes: int, num_workers: int, each: int) -> None:
-        self._each, count = each, num_workers * each
+        self._each, count = each, max(1, num_workers) * each
         self._stride = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         # Anonymous, so that the size of /dev/shm is no limit.
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        self._memory = mmap.mmap(-1, count * self._stride + count, flags)
+        kind = mmap.MAP_SHARED if num_workers else mmap.MAP_PRIVATE
+        self._memory = mmap.mmap(-1, count * self._stride + count, kind | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._is_taken = np.frombuffer(self._memory, np.bool_, count, count * self._stride)
         self._number = next(_numbers)
         _slots[self._number] = self

@@ -125,7 +125,7 @@ def test_a_slot_is_free_when_the_last_view_of_it_is_gone() -> None:
 
 
 def test_a_batch_that_is_too_large_gets_no_slot() -> None:
-    slots = Slots(10, 1, 1)
+    slots = Slots(10, 0, 1)
     assert slots.take(0, (10_000,)) is None
     assert slots.take(0, (10,)) is not None
 
