@@ -114,11 +114,13 @@ def store_bytes(plan: Plan, args: argparse.Namespace, store: Store) -> dict[str,
         * _used_positions(args)
         * each,
     }
-    ahead = read_ahead(args, whole_steps=plan.config.tokens == "all")
-    if plan.config.tokens == "all":  # a step's own batches are there too
-        ahead += micro_batches(args)
-    figures[f"teacher features in host memory, {ahead} micro-batch(es) ahead"] = (
-        most * ahead * _read_positions(args) * each
+    count = read_ahead(args, whole_steps=plan.config.tokens == "all")
+    if (
+        plan.config.tokens == "all" or args.rerun_mode != "disabled"
+    ):  # Megatron keeps a step's own to run it again
+        count += micro_batches(args)
+    figures[f"teacher features in host memory, {count} micro-batch(es)"] = (
+        most * count * _read_positions(args) * each
     )
     return figures
 
