@@ -5,9 +5,10 @@
 
 Reading: every implementation reads the same ranges of the same units in the same random order; rounds alternate, and
 the best of each counts. All keep the last 8 samples, as a batch does, so that none reads into memory that is warm from
-the sample before. Cold: the system's cache is emptied of these files before each round; wall time. Warm: process CPU
-time, which other programs change least. A rank under context parallelism reads two ranges of some blocks.
-Exits 1 when a goal is missed.
+the sample before. `FeatureReader` reads batches of 8 as a loader does, into memory that is used again; the floor reads
+the same ranges into such memory and sums them, and does nothing else. Cold: the system's cache is emptied of these
+files before each round; wall time. Warm: process CPU time, which other programs change least. A rank under context
+parallelism reads two ranges of some blocks. Exits 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
+from torch.utils.data import default_collate
 
 from benchmarks import lines
 from benchmarks.measure import MIB, RESULTS, origin
 from megatron_fdd.data.store.identity import StoreIdentity, write_identity
 from megatron_fdd.data.store.index import _RECORD, Index
-from megatron_fdd.data.store.segment import SegmentWriter, segment_names, segment_path
+from megatron_fdd.data.store.segment import SUM_TOKENS, SegmentWriter, segment_names, segment_path
+from megatron_fdd.data.store.slots import Slots
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FeatureReader, rank_ranges
 from megatron_fdd.data.store.unit import as_ids, unit_key
 
 BATCH = 8
 WIDTH, TOKENS, BLOCKS = 576, 512, (6, 12, 18, 24, 30)
-RAW, READ, READER = "os.pread", "Store.read", "FeatureReader.read"
+RAW, FLOOR, READ, READER = "os.pread", "preadv + xxh3", "Store.read", "FeatureReader.read"
 # The goals.
 READING, LOOK_UP_S, OPEN_S, OPEN_MIB = 0.8, 20e-6, 1.0, 100.0
 MILLION = 10**6
@@ -118,24 +122,42 @@ def passes(path: Path, shape: Shape, num_units: int) -> dict[str, Pass]:
     samples = [
         {"tokens": torch.from_numpy(ids).long(), "token_mask": ones, "loss_mask": ones} for ids in units
     ]
+    batches = [default_collate(samples[at : at + BATCH]) for at in range(0, len(units), BATCH)]
     reader, count = FeatureReader(store, shape.blocks, shape.ranges), len(places) // len(units)
     size = count * places[0][1]
+    slots = Slots(BATCH * size, 0, 2)
+    used_again = memoryview(bytearray(2 * BATCH * size))
 
     def raw(number: int) -> object:
         return [os.pread(files[segment], size, at) for segment, size, at in places[number * count :][:count]]
 
+    def floor(number: int) -> None:
+        into = used_again[number % (2 * BATCH) * size :]
+        for segment, part, at in places[number * count :][:count]:
+            os.preadv(files[segment], [into[:part]], at)
+            for first in range(0, part, SUM_TOKENS * width):
+                xxhash.xxh3_64_intdigest(into[first : min(first + SUM_TOKENS * width, part)])
+            into = into[part:]
+
     def read(number: int) -> object:
         return [store.read(units[number], numbers, first, last) for first, last in shape.ranges]
 
-    def whole(one: Callable[[int], object]) -> int:
-        kept = deque((one(number) for number in range(len(units))), maxlen=BATCH)
+    def read_batch(number: int) -> object:
+        slot = slots.take(0, reader.shape(len(batches[number]["tokens"])))
+        assert slot is not None
+        reader.read(batches[number], slot.array)
+        return slot.tensor()
+
+    def whole(one: Callable[[int], object], parts: int = len(units), keeps: int = BATCH) -> int:
+        kept = deque((one(number) for number in range(parts)), maxlen=keeps)
         kept.clear()
         return size * len(units)
 
     return {
         RAW: lambda: whole(raw),
+        FLOOR: lambda: whole(floor),
         READ: lambda: whole(read),
-        READER: lambda: whole(lambda number: reader.read(samples[number])),
+        READER: lambda: whole(read_batch, len(batches), 1),
     }
 
 
@@ -231,15 +253,20 @@ def main() -> int:
     try:
         write_store(folder / "small", num_units)
         found: dict[str, dict[str, float]] = {}
-        print(f"{'GB/s (of os.pread)':<40}{RAW:>12}{READ:>18}{READER:>20}")
+        head = "".join(f"{name:>22}" for name in (FLOOR, READ, READER))
+        print(f"{'GB/s (of os.pread, of the floor)':<36}{RAW:>10}{head}")
         for shape in SHAPES:
             made = passes(folder / "small", shape, num_units)
             for cold in (False, True):
                 row = found[f"{shape.name}, {'cold' if cold else 'warm'}"] = rates(
                     folder / "small", made, rounds, cold=cold
                 )
-                cells = [f"{row[name] / 1e9:.2f} ({row[name] / row[RAW]:.2f})" for name in (READ, READER)]
-                print(f"{list(found)[-1]:<40}{row[RAW] / 1e9:>12.2f}{cells[0]:>18}{cells[1]:>20}", flush=True)
+                cells = [
+                    f"{row[name] / 1e9:.2f} ({row[name] / row[RAW]:.2f}, {row[name] / row[FLOOR]:.2f})"
+                    for name in (FLOOR, READ, READER)
+                ]
+                head = "".join(f"{cell:>22}" for cell in cells)
+                print(f"{list(found)[-1]:<36}{row[RAW] / 1e9:>10.2f}{head}", flush=True)
         opened = opening(folder / "large", write_large(folder / "large", large), rounds)
     finally:
         shutil.rmtree(folder)

@@ -49,6 +49,7 @@ from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.own_datasets import with_checked_lengths
 from megatron_fdd.data.provider import train_valid_test_provider
+from megatron_fdd.data.store import loader
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.disk import writing
@@ -223,6 +224,7 @@ class Distillation:
         steps.write_metrics_to(metrics_file, progress, stop_at_nan=run.stop_at_nan)
         self._patches.enter_context(installed(steps))
         self._patches.enter_context(full_validation.installed())
+        self._patches.enter_context(loader.installed(whole_steps=run.config.tokens == "all"))
         self._student_step = steps.forward_step
         return chunks
 

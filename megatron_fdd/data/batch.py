@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -86,10 +87,14 @@ class _CheckedBatches:
         """Return the next batch.
 
         Raises:
-            ValueError: there is no batch, an entry is missing, or an id is unknown; on the ranks that read it.
+            ValueError: there is no batch, an entry is missing, an id is unknown, or what the data sets raise; on the
+                ranks that read it.
         """
         started_s = time.perf_counter()
-        batch = next(self._batches, None)
+        try:
+            batch = next(self._batches, None)
+        except ValueError as error:
+            raise ValueError(_said_by_worker(str(error))) from error
         self._wait.seconds += time.perf_counter() - started_s
         if batch is None:
             raise ValueError(
@@ -113,6 +118,14 @@ class _CheckedBatches:
                         "loss_mask is 0 a label may be anything, a token may not)"
                     )
         return batch
+
+
+def _said_by_worker(message: str) -> str:
+    """Return the message of an error in a loader's worker, which torch gives with the worker's traceback around it."""
+    if not message.startswith("Caught "):
+        return message
+    found = re.search(r"^[\w.]*Error: (?!.*^[\w.]*Error: )(.+)", message, re.DOTALL | re.MULTILINE)
+    return found[1].strip() if found else message
 
 
 def read_ahead(*, data_iterator: Any, num_microbatches: int, **_: Any) -> tuple[list[dict[str, Tensor]], Any]:

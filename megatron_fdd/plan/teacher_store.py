@@ -6,14 +6,13 @@ import argparse
 
 from megatron_fdd.config import DEFAULTS, FddConfig
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras
+from megatron_fdd.data.store.loader import micro_batches, read_ahead
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.plan.context import Context
 from megatron_fdd.step.teacher.stored import read_blocks
 
-# Micro-batches that each of torch's workers reads ahead.
-_PREFETCHED = 2
 FLAG = "--fdd-teacher-store"
 # Flags with which a sample's attention or positions are not those of its units.
 _OTHER_ATTENTION = ("reset_attention_mask", "reset_position_ids")
@@ -101,7 +100,7 @@ def has_cap(store: Store | None) -> bool:
 def store_bytes(plan: Plan, args: argparse.Namespace, store: Store) -> dict[str, int]:
     """Estimate what a stored teacher takes on the stage that holds most."""
     identity, stages = store.identity, plan.num_stages
-    each = args.micro_batch_size * _positions(args) * identity.token_bytes
+    each = args.micro_batch_size * identity.token_bytes
     chunks = [len(read_blocks(plan, chunk, store)) for chunk in plan.chunks]
     most = max(sum(chunks[stage::stages]) for stage in range(stages))
     figures = {
@@ -111,12 +110,18 @@ def store_bytes(plan: Plan, args: argparse.Namespace, store: Store) -> dict[str,
             * identity.hidden_size
             * args.params_dtype.itemsize
         ),
-        f"teacher features of a micro-batch, {max(chunks)} block(s)": max(chunks) * each,
+        f"teacher features of a micro-batch, {max(chunks)} block(s)": max(chunks)
+        * _used_positions(args)
+        * each,
     }
-    ahead = _PREFETCHED * args.num_workers
-    if plan.config.tokens == "all":  # a step's batches are read first
-        ahead += args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    figures[f"teacher features in host memory, {ahead} micro-batch(es) ahead"] = most * ahead * each
+    count = read_ahead(args, whole_steps=plan.config.tokens == "all")
+    if (
+        plan.config.tokens == "all" or args.rerun_mode != "disabled"
+    ):  # Megatron keeps a step's own to run it again
+        count += micro_batches(args)
+    figures[f"teacher features in host memory, {count} micro-batch(es)"] = (
+        most * count * _read_positions(args) * each
+    )
     return figures
 
 
@@ -125,7 +130,7 @@ def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[s
     identity, stages, index = store.identity, plan.num_stages, store.index
     samples = args.global_batch_size // args.data_parallel_size
     chunks = [len(read_blocks(plan, chunk, store)) for chunk in plan.chunks]
-    each = samples * _positions(args) * identity.token_bytes
+    each = samples * _read_positions(args) * identity.token_bytes
     most = max(sum(chunks[stage::stages]) for stage in range(stages)) * each
     whole = args.global_batch_size * args.seq_length * identity.token_bytes * sum(chunks)
     size = index.num_tokens * identity.token_bytes * len(identity.blocks)
@@ -144,7 +149,13 @@ def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[s
     ]
 
 
-def _positions(args: argparse.Namespace) -> int:
-    """Return the positions of a sample that a rank reads."""
+def _used_positions(args: argparse.Namespace) -> int:
+    """Return the positions of a sample whose features a rank has on its device."""
     cut = args.sequence_parallel and not args.dataloader_inter_document_masking
-    return args.seq_length // args.context_parallel_size // (args.tensor_model_parallel_size if cut else 1)
+    return _read_positions(args) if cut else args.seq_length // args.context_parallel_size
+
+
+def _read_positions(args: argparse.Namespace) -> int:
+    """Return the positions of a sample that a rank reads."""
+    positions, ranks = args.seq_length // args.context_parallel_size, args.tensor_model_parallel_size
+    return positions if positions % ranks else positions // ranks

@@ -93,7 +93,8 @@ def _compute(
     with together():
         if is_first_rank():
             _open_folder(store, engine.identity, teacher.companions)
-    _write_lens(engine, store, [read_ids(sources, survey.example)[:_COMPARED_TOKENS]])
+    (example,) = read_ids(sources, [survey.example])
+    _write_lens(engine, store, [example[:_COMPARED_TOKENS]])
     if not survey.units:
         return
     num_tokens = sum(unit.last - unit.first for unit in survey.units)

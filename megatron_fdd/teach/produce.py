@@ -36,7 +36,7 @@ def produce(
         for first in range(0, len(all_batches), engine.num_replicas):
             number = first + engine.replica
             batch = all_batches[min(number, len(all_batches) - 1)]
-            units = [read_ids(sources, unit) for unit in batch]
+            units = read_ids(sources, batch)
             states = engine.states(units)
             if pending is not None:
                 pending.result()

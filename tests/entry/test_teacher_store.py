@@ -49,7 +49,7 @@ def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
         teach(toy, store, *tensor),
         teach(toy, store, "--part", "0/1"),
         toy.command(*EVALUATION, "--fdd-metrics-file", live),
-        stored_run(toy, store, stored, *pipeline, *save, "--exit-interval", 2),
+        stored_run(toy, store, stored, *pipeline, *save, "--exit-interval", 2, "--num-workers", 2),
         [
             *stored_run(toy, store, stored, *tensor, *save),
             *("--load", str(tmp_path / "run")),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -18,11 +17,11 @@ from megatron_fdd.data.store.identity import StoreIdentity, TapForm, write_ident
 from megatron_fdd.data.store.lens import StoredExtras, write_stored_lens
 from megatron_fdd.data.store.segment import SegmentWriter
 from megatron_fdd.data.store.store import Store
-from megatron_fdd.data.store.taught import FEATURES, FeatureReader, rank_ranges
+from megatron_fdd.data.store.taught import FEATURES, FeatureReader
 from megatron_fdd.data.store.unit import as_ids, units_of
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.step.teacher.stored import read_blocks
+from megatron_fdd.step.teacher.stored import read_blocks, read_ranges
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.megatron import MegatronEngine
 from tests.oracle.reference import Shape, bias_of_head
@@ -92,25 +91,12 @@ def taught_batches(
     store: Store, plan: Plan, topology: Topology, batches: Batches
 ) -> list[list[dict[str, Tensor]]]:
     """Return, for each chunk of this rank, its batches with the features that it needs."""
-    is_packed, length = "cu_seqlens" in batches[0], batches[0]["tokens"].shape[1]
-    cut = (
-        (topology.tensor_rank, topology.tensor_size)
-        if topology.sequence_parallel and not is_packed
-        else (0, 1)
-    )
-    ranges = rank_ranges(length, context=(topology.context_group.rank(), topology.context_size), sequence=cut)
+    ranges = read_ranges(batches[0]["tokens"].shape[1], topology)
     taught = []
     for chunk in plan.chunks_on(topology.stage):
         blocks = read_blocks(plan, chunk, store)
         reader = FeatureReader(store, blocks, ranges)
-        taught.append(
-            [
-                {**batch, FEATURES: torch.stack([reader.read(sample) for sample in samples(batch)])}
-                if blocks
-                else batch
-                for batch in batches
-            ]
-        )
+        taught.append([{**batch, FEATURES: reader.read(batch)} if blocks else batch for batch in batches])
     return taught
 
 

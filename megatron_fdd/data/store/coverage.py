@@ -144,10 +144,14 @@ def places_of(table: Table) -> list[Unit]:
     return [Unit(*place) for place in zip(*columns, strict=True)]
 
 
-def read_ids(sources: Sequence[Source], unit: Unit) -> Ids:
-    """Read the ids of a unit again."""
-    tokens = sources[unit.dataset].dataset[unit.sample]["tokens"].numpy()
-    return as_ids(tokens[unit.first : unit.last])
+def read_ids(sources: Sequence[Source], units: Sequence[Unit]) -> list[Ids]:
+    """Read the ids of some units again; a sample that has several is read once."""
+    samples: dict[tuple[int, int], Ids] = {}
+    for unit in units:
+        place = unit.dataset, unit.sample
+        if place not in samples:
+            samples[place] = as_ids(sources[unit.dataset].dataset[unit.sample]["tokens"].numpy())
+    return [samples[unit.dataset, unit.sample][unit.first : unit.last] for unit in units]
 
 
 def _units(sample: Any, dataset: int, number: int) -> Iterator[tuple[Unit, Ids]]:

@@ -91,12 +91,21 @@ class Index:
 
     def find(self, key: bytes) -> Place | None:
         """Return where a unit lies; None if the store lacks it."""
-        wanted = int.from_bytes(key[:8], "big"), int.from_bytes(key[8:], "big")
-        for at in range(int(self._high.searchsorted(np.uint64(wanted[0]))), len(self._high)):
+        return self.find_all([key])[0]
+
+    def find_all(self, keys: Sequence[bytes]) -> list[Place | None]:
+        """Return for each of some keys what `find` returns."""
+        wanted = np.frombuffer(b"".join(keys), ">u8").astype(np.uint64).reshape(-1, 2)
+        first = self._high.searchsorted(wanted[:, 0]).tolist()
+        return [self._place(at, *key) for at, key in zip(first, wanted.tolist(), strict=True)]
+
+    def _place(self, first: int, wanted_high: int, wanted_low: int) -> Place | None:
+        """Return the place of a key, whose record is at `first` or behind it."""
+        for at in range(first, len(self._high)):
             high, low, *place = _FIELDS.unpack_from(self._bytes, at * _RECORD.itemsize)
-            if high != wanted[0]:
+            if high != wanted_high:
                 break
-            if low == wanted[1]:
+            if low == wanted_low:
                 return Place(*place)
         return None
 

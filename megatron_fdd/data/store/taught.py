@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_fdd.data.datasets import Sample
-from megatron_fdd.data.store.store import Store
-from megatron_fdd.data.store.unit import as_ids, units_of
+from megatron_fdd.data.store.segment import Bytes
+from megatron_fdd.data.store.store import Store, Wanted
+from megatron_fdd.data.store.unit import as_ids, units_of_rows
 
 # The entry of a sample, and so of a batch.
 FEATURES = "teacher_features"
+
 # By these names Megatron knows which batch sizes a dataset is read with.
 _SPLITS = ("split", "index_split")
 
@@ -39,49 +41,76 @@ class FeatureReader:
     blocks: tuple[int, ...]
     ranges: Ranges
 
-    def read(self, sample: Mapping[str, Tensor]) -> Tensor:
-        """Read the features of a sample, packed: uint8 [K, R, P]. Zeros stand where it is padding.
+    def shape(self, num_samples: int) -> tuple[int, int, int, int]:
+        """Return the shape of the features of some samples: [B, K, R, P]."""
+        length = sum(last - first for first, last in self.ranges)
+        return num_samples, len(self.blocks), length, self.store.identity.token_bytes
+
+    def read(self, batch: Mapping[str, Tensor], into: Bytes | None = None) -> Tensor:
+        """Read the features of a batch of samples, packed: uint8 [B, K, R, P]. Zeros stand where it is padding.
+
+        Args:
+            into: where they go, of this shape; new memory if it is None.
 
         Raises:
-            ValueError: the store lacks a unit of the sample, or is damaged.
+            ValueError: the store lacks a unit of the batch, or is damaged.
         """
-        identity = self.store.identity
-        numbers = [identity.blocks.index(block) for block in self.blocks]
-        length = sum(last - first for first, last in self.ranges)
-        found = np.empty((len(numbers), length, identity.token_bytes), np.uint8)
-        tokens, is_read = sample["tokens"].numpy(), np.zeros(length, np.bool_)
-        for start, end in units_of(sample):
-            pieces, at = [], 0
-            for first, last in self.ranges:
-                low, high = max(first, start), min(last, end)
-                if low < high:
-                    place = slice(at + low - first, at + high - first)
-                    pieces.append((low - start, high - start, found[:, place]))
-                    is_read[place] = True
-                at += last - first
-            if pieces:
-                self.store.read_into(as_ids(tokens[start:end]), numbers, pieces)
-        if not is_read.all():
-            found[:, ~is_read] = 0
+        tokens_BS, identity = as_ids(batch["tokens"].numpy()), self.store.identity
+        _, num_blocks, length, width = shape = self.shape(len(tokens_BS))
+        found = np.empty(shape, np.uint8) if into is None else into
+        flat, size = memoryview(found.reshape(-1)), length * width
+        wanted = []
+        for number, (tokens, units) in enumerate(zip(tokens_BS, units_of_rows(batch), strict=True)):
+            first, num_read = number * num_blocks * size, 0
+            rows = [flat[at : at + size] for at in range(first, first + num_blocks * size, size)]
+            for start, end in units:
+                pieces = []
+                for low, high, place in self._parts(start, end):
+                    goes = slice(place * width, (place + high - low) * width)
+                    pieces.append((low - start, high - start, [row[goes] for row in rows]))
+                    num_read += high - low
+                if pieces:
+                    wanted.append(Wanted(tokens[start:end], pieces))
+            if num_read < length:
+                found[number] = 0
+        self.store.read_into([identity.blocks.index(block) for block in self.blocks], wanted)
         return torch.from_numpy(found)
+
+    def _parts(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Return what this rank has of the positions [start, end): first, the one behind the last, and their place."""
+        parts, at = [], 0
+        for first, last in self.ranges:
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                parts.append((low, high, at + low - first))
+            at += last - first
+        return parts
 
 
 class TaughtDataset(Dataset[Sample]):
-    """A dataset of `data/datasets.py` or of a training script, with `FEATURES` in each sample."""
+    """A dataset of `data/datasets.py` or of a training script, with `FEATURES` in each sample.
+
+    Megatron's loaders read batch by batch instead (`data/store/loader.py`).
+
+    Attributes:
+        plain: the dataset itself.
+        reader: of the features.
+    """
 
     def __init__(self, dataset: Dataset[Sample] | Sequence[Sample], reader: FeatureReader) -> None:
-        self._dataset: Any = dataset
-        self._reader = reader
+        self.plain: Any = dataset
+        self.reader = reader
         for name in _SPLITS:
             if hasattr(dataset, name):
                 setattr(self, name, getattr(dataset, name))
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.plain)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = self._dataset[index]
-        return {**sample, FEATURES: self._reader.read(sample)}
+        sample = self.plain[index]
+        batch = {name: value[None] for name, value in sample.items()}
+        return {**sample, FEATURES: self.reader.read(batch)[0]}
 
 
 def rank_ranges(

@@ -100,6 +100,15 @@ PATCHES: tuple[Patch, ...] = (
         "data.full_validation.installed",
     ),
     Patch(
+        f"{_TRAINING}.build_pretraining_data_loader",
+        "always, while training",
+        "With `--fdd-teacher-store` the loaders read features into memory that is used again, a step ahead, also "
+        "without workers.",
+        "while Megatron's loaders take no function that makes a batch of samples, and read nothing ahead without "
+        "workers",
+        "data.store.loader.installed",
+    ),
+    Patch(
         f"{_TRAINING}.load_checkpoint",
         "always, while training",
         "Resumes an optimizer at another `--lr` or `--min-lr` than it was saved with, if a flag asks for that.",

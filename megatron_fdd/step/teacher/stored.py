@@ -24,7 +24,7 @@ from megatron_fdd.data.store.coverage import RunUnits, Source, places_of, read_i
 from megatron_fdd.data.store.lens import read_stored_extras, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.origin import whereabouts
 from megatron_fdd.data.store.store import Store
-from megatron_fdd.data.store.taught import FeatureReader, TaughtDataset, rank_ranges
+from megatron_fdd.data.store.taught import FeatureReader, Ranges, TaughtDataset, rank_ranges
 from megatron_fdd.host import console
 from megatron_fdd.host.together import together
 from megatron_fdd.host.topology import Topology
@@ -55,17 +55,31 @@ class StoredTeacher:
         self._topology = topology
 
     def features(self, _index: int, batch: Batch) -> TeacherFeatures:
-        """Return the hidden states of one micro-batch. Collectives: none."""
+        """Return the hidden states of one micro-batch. Collectives: those of `_whole`."""
         if not self._rows:
             return TeacherFeatures(None, {})
         assert batch.teacher_features is not None, "StepHooks gave every chunk a batch with features"
-        packed = batch.teacher_features
+        packed = self._whole(batch.teacher_features, batch)
         final_SBT = None
         if self._last is not None and self._norm is not None:
             final_SBT = self._norm(self._unpack(packed[:, self._last], batch)).to(self._dtype)
         return TeacherFeatures(
             final_SBT, {pair: self._unpack(packed[:, row], batch) for pair, row in self._taps.items()}
         )
+
+    def _whole(self, packed_BKRP: Tensor, batch: Batch) -> Tensor:
+        """Join what the tensor-parallel ranks have read, where each needs all of it.
+
+        Collectives over the tensor-parallel group: one all-gather of [B, K, R, P] without sequence parallelism, and for
+        packed samples; none where each rank has read the whole sample (`read_ranges`).
+        """
+        topology = self._topology
+        is_cut_alike = topology.sequence_parallel and batch.packed is None
+        if is_cut_alike or packed_BKRP[:, 0, :, 0].numel() == batch.tokens_BS.numel():
+            return packed_BKRP
+        parts = [torch.empty_like(packed_BKRP) for _ in range(topology.tensor_size)]
+        dist.all_gather(parts, packed_BKRP.contiguous(), group=topology.tensor_group)
+        return torch.cat(parts, dim=2)
 
     def _unpack(self, packed_BRP: Tensor, batch: Batch) -> Tensor:
         """Unpack one block's hidden states to [S, B, T]."""
@@ -144,7 +158,9 @@ def with_features(
         chunk = plan.chunks_on(place.stage)[vp_stage or 0]
         blocks = read_blocks(plan, chunk, store)
         teach = (
-            partial(_taught, reader=FeatureReader(store, blocks, _ranges(args, place))) if blocks else None
+            partial(_taught, reader=FeatureReader(store, blocks, read_ranges(args.seq_length, place)))
+            if blocks
+            else None
         )
         found = list(provider(num_samples, vp_stage=vp_stage))
         if not vp_stage:  # the chunks of a stage read the same data
@@ -191,10 +207,11 @@ def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> No
     if not len(missing):
         return
     [first] = places_of(missing[:1])
+    (ids,) = read_ids(sources, [first])
     tokens = int((missing["last"] - missing["first"]).sum(dtype=np.int64))
     raise ValueError(
         f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, {tokens} tokens; the first: "
-        f"{whereabouts(sources[first.dataset], first)}, ids {read_ids(sources, first)[:6].tolist()}. Add them with fdd "
+        f"{whereabouts(sources[first.dataset], first)}, ids {ids[:6].tolist()}. Add them with fdd "
         f"teach --engine {store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this "
         "run's data flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
     )
@@ -204,11 +221,12 @@ def _taught(dataset: Dataset[Any] | None, *, reader: FeatureReader) -> Dataset[A
     return None if dataset is None else TaughtDataset(dataset, reader)
 
 
-def _ranges(args: argparse.Namespace, place: Topology) -> tuple[tuple[int, int], ...]:
-    """Return this rank's positions of a sample. The row of a packed micro-batch is cut only when it is whole."""
-    if args.dataloader_inter_document_masking or not place.sequence_parallel:
-        sequence = (0, 1)
-    else:
-        sequence = (place.tensor_rank, place.tensor_size)
+def read_ranges(length: int, place: Topology) -> Ranges:
+    """Return the positions that a rank reads of a sample of `length`.
+
+    Tensor-parallel ranks deal them among them, unless they cannot be cut equally.
+    """
     context = (place.context_group.rank(), place.context_size)
-    return rank_ranges(args.seq_length, context=context, sequence=sequence)
+    is_dealt = length // place.context_size % place.tensor_size == 0
+    sequence = (place.tensor_rank, place.tensor_size) if is_dealt else (0, 1)
+    return rank_ranges(length, context=context, sequence=sequence)

@@ -11,7 +11,15 @@ import torch
 from megatron_fdd.data.datasets import Sample
 from megatron_fdd.data.store import coverage
 from megatron_fdd.data.store.counted import Counted, _path, _read, keep
-from megatron_fdd.data.store.coverage import RunUnits, Source, count_share, joined, places_of
+from megatron_fdd.data.store.coverage import (
+    RunUnits,
+    Source,
+    Unit,
+    count_share,
+    joined,
+    places_of,
+    read_ids,
+)
 from megatron_fdd.data.store.unit import unit_key
 from tests.data.store.made import flip, opened, unit, write
 
@@ -107,3 +115,19 @@ def test_a_count_that_cannot_be_kept_is_no_error(tmp_path: Path, monkeypatch: py
     (tmp_path / "runs").write_text("in the way")
     kept(tmp_path)
     assert _read(tmp_path, RUN) is None
+
+
+def test_a_sample_with_several_units_is_read_once() -> None:
+    read: list[int] = []
+
+    class Samples(list[Sample]):
+        def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+            read.append(index)
+            return super().__getitem__(index)
+
+    source = Source("training", Samples([sample(9), sample(7)]), 2)
+    units = [Unit(0, 1, 0, 3), Unit(0, 0, 2, 9), Unit(0, 1, 3, 7)]
+    found = read_ids([source], units)
+    assert read == [1, 0]
+    for ids, wanted in zip(found, (unit(7)[0][:3], unit(9)[0][2:], unit(7)[0][3:]), strict=True):
+        np.testing.assert_array_equal(ids, wanted)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from megatron_fdd.data.store import segment_file
 from megatron_fdd.data.store.segment import SegmentWriter, segment_names
 from tests.data.store.made import (
     IDENTITY,
@@ -23,8 +24,13 @@ from tests.data.store.made import (
 LENGTHS = (1, 63, 64, 65, 129)
 
 
-def test_ranges_of_units_are_what_was_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at_once", "most_parts"), [(1 << 20, 512), (1, 512), (130 * P, 2), (1 << 20, 1)])
+def test_ranges_of_units_are_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, most_parts: int
+) -> None:
     """Units that end before, at and behind the tokens of a sum; every block, in any order, any range."""
+    monkeypatch.setattr(segment_file, "_AT_ONCE", at_once)
+    monkeypatch.setattr(segment_file, "_MOST_PARTS", most_parts)
     units = [unit(length) for length in LENGTHS]
     write(tmp_path, units[:3], units[3:])
     store = opened(tmp_path)
