@@ -22,8 +22,9 @@ from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from benchmarks.tiny_teachers import tiny_model
+from benchmarks.tiny_teachers import tiny_config, tiny_model
 from megatron_fdd.teach.hf_parts import Parts, find_parts
+from megatron_fdd.teach.hf_teacher import check_alone
 
 PAGE = Path(__file__).parents[1] / "docs/teacher-types.md"
 PACKAGES = ("transformers", "torch", "accelerate")
@@ -52,7 +53,7 @@ _REST = """
 
 A type that was not built is not refused: its config has sizes of other names, or needs a package.
 """
-_REMEDY = re.compile(r": choose another teacher.*|; (choose|set|give) .*")
+_REMEDY = re.compile(r": (choose|give) another .*|; (choose|set|give) .*")
 
 
 class Row(NamedTuple):
@@ -74,6 +75,7 @@ def judge(name: str) -> Row:
     except Exception as error:  # a config refuses a size, a package is missing
         return Row(name, "", "", "", "", NOT_BUILT, f"{type(error).__name__}: {_line(error)}")
     try:
+        check_alone(tiny_config(name), "--teacher")
         parts = find_parts(model)
     except ValueError as error:
         return Row(name, "", "", "", "", NO, _line(error))

@@ -113,6 +113,48 @@ def test_a_quantised_teacher_says_how_it_ran(
         identity_in(fp8, "float32")
 
 
+def test_numbers_that_are_no_weights_by_themselves_are_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers runs them without their scales, after a warning or without one."""
+    tensors = load_file(folder / "model.safetensors")
+    scales = {f"{name}_scale": torch.tensor(0.01) for name in tensors if "_proj" in name}
+    packed = {
+        name: (value * 100).to(torch.float8_e4m3fn) for name, value in tensors.items() if "_proj" in name
+    }
+    for name, method, wanted in (
+        ("modelopt", {"quant_method": "modelopt", "quant_algo": "FP8"}, "is quantised by modelopt, which"),
+        ("nameless", {"bits": 4}, "is quantised by one without a name, which"),
+        (
+            "none",
+            None,
+            r"layers\.0\.mlp\.down_proj\.weight is stored as F8_E4M3, and config.json has no quant",
+        ),
+    ):
+        path = changed(folder, tmp_path / name, **({} if method is None else {"quantization_config": method}))
+        save_file(tensors | scales | packed, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=wanted):
+            teacher_in(path, "bfloat16").check("bf16")
+
+
+def test_a_quantisation_without_its_package_says_what_to_install(folder: Path, tmp_path: Path) -> None:
+    gptq = changed(folder, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
+    teacher = teacher_in(gptq, "bfloat16")
+    teacher.check("bf16")
+    with pytest.raises(
+        ValueError, match=r"does not load \(ImportError: .*\): install what it needs, or give"
+    ):
+        teacher.load(tmp_path)
+
+
+def test_an_encoder_and_its_decoder_are_refused(tmp_path: Path) -> None:
+    """Without what the encoder has read, a decoder predicts something else; one that was trained alone may teach."""
+    model = tiny_model("mbart")
+    model.save_pretrained(tmp_path / "alone")
+    teacher_in(tmp_path / "alone").check("float32")
+    both = changed(tmp_path / "alone", tmp_path / "both", is_encoder_decoder=True)
+    with pytest.raises(ValueError, match=r"both: a mbart has an encoder, and its decoder predicts nothing"):
+        teacher_in(both).check("float32")
+
+
 def test_nothing_but_safetensors_of_a_known_model_is_read(folder: Path, tmp_path: Path) -> None:
     def refused(path: Path, form: TapForm = "float32") -> str:
         with pytest.raises(ValueError, match=".") as raised:
