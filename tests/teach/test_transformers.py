@@ -141,6 +141,17 @@ def test_hidden_states_in_float32_before_a_head_in_bfloat16() -> None:
     assert engine_of(model, find_parts(model), dtype="bfloat16").lens(units()).error < 1e-2
 
 
+def test_a_row_that_a_model_cannot_take_is_one_line() -> None:
+    """Not every config says under the usual name how long a row may be."""
+    model = tiny_model("mpt", max_seq_len=64)
+    engine = engine_of(model, find_parts(model))
+    engine.states(units((64,)))
+    with pytest.raises(
+        ValueError, match=r"MptForCausalLM does not run on rows of 65 tokens \(RuntimeError: The "
+    ):
+        engine.states(units((65,)))
+
+
 def test_states_that_are_not_finite_are_refused() -> None:
     model = tiny_model("llama")
     engine = engine_of(model, find_parts(model))
