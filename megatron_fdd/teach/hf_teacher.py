@@ -256,7 +256,7 @@ def check_alone(config: Any, what: str) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{what}: a {config.model_type} has an encoder, and its decoder predicts nothing without it "
+            f"{what}: {config.model_type} has an encoder, and its decoder predicts nothing without it "
             "(is_encoder_decoder in config.json); choose another teacher (docs/teacher-types.md)"
         )
 
