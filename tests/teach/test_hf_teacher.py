@@ -113,6 +113,37 @@ def test_a_quantised_teacher_says_how_it_ran(
         identity_in(fp8, "float32")
 
 
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def test_a_teacher_in_mxfp4_is_the_one_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gpt-oss is published: experts in blocks of 32 numbers of 4 bits, the lower half of a byte first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a rehearsal claims one
+    model = tiny_model("gpt_oss").bfloat16()
+    packed, generator = {}, torch.Generator().manual_seed(3)
+    for name, value in model.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = value
+            continue
+        experts, inputs, outputs = value.shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(121, 125, shape, dtype=torch.uint8, generator=generator)
+        codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()
+        numbers = FP4[codes & 7] * (1 - 2 * (codes >> 3)) * 2.0 ** (scales.int() - 127)[..., None]
+        value.copy_(numbers.flatten(-2).mT)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    model.save_pretrained(tmp_path / "plain")
+    path = changed(tmp_path / "plain", tmp_path / "mxfp4", quantization_config={"quant_method": "mxfp4"})
+    save_file(packed, path / "model.safetensors", {"format": "pt"})
+    assert identity_in(path).ran["quantisation"] == "mxfp4 -> dequantised to bfloat16"
+    found = []
+    for each in ("plain", "mxfp4"):
+        loaded = teacher_in(tmp_path / each, "bfloat16").load(tmp_path)
+        found.append(engine_of(loaded, find_parts(loaded), "bf16", "bfloat16").states(units()))
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_numbers_that_are_no_weights_by_themselves_are_refused(folder: Path, tmp_path: Path) -> None:
     """transformers runs them without their scales, after a warning or without one."""
     tensors = load_file(folder / "model.safetensors")
