@@ -49,12 +49,12 @@ def test_a_student_learns_from_the_store_what_the_live_teacher_says(toy: Toys, t
 def test_a_student_in_float32_reads_a_teacher_in_bfloat16(toy: Toys, tmp_path: Path) -> None:
     store = tmp_path / "store"
     own = ("--teacher", toy.root / "teacher-hf", "--store", store, "--device-map", "cpu")
-    looked = teach(*own, *toy.command("--dry-run"))
+    looked = teach_by_transformers(*own, *toy.command("--dry-run"))
     assert looked.returncode == 0, looked.stderr
     assert "To compute: 24 units, 384 tokens, 0.000 GB (bf16, 3 blocks). Free there: " in looked.stdout
     assert "loading the teacher" not in looked.stdout
     assert not store.exists()
-    assert teach(*own, *toy.command()).returncode == 0
+    assert teach_by_transformers(*own, *toy.command()).returncode == 0
     flags = [str(word) for word in toy.command("--fdd-metrics-file", tmp_path / "stored")]
     at = flags.index("--teacher-load")
     flags[at : at + 2] = ["--fdd-teacher-store", str(store)]
