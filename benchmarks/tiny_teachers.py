@@ -63,6 +63,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH},
         "attn_config": {"kv_n_heads": 2},
     },
+    "deepseek_v3": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1},
     "falcon": {"new_decoder_architecture": False},
     "falcon_h1": {"lm_head_multiplier": 0.2, "embedding_multiplier": 5.0},

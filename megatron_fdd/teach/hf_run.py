@@ -44,8 +44,29 @@ def handed_on(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def run_without_head(model: Any, ids_BS: Tensor) -> None:
-    """Run a model's layers on rows that are padded on the right, each one text; there is no mask, and no logits."""
-    model.base_model(input_ids=ids_BS)
+    """Run a model's layers on rows that are padded on the right, each one text; there is no mask, and no logits.
+
+    Raises:
+        ValueError: the model's code fails; says how.
+    """
+    with in_one_line(model, ids_BS):
+        model.base_model(input_ids=ids_BS)
+
+
+@contextmanager
+def in_one_line(model: Any, ids_BS: Tensor) -> Iterator[None]:
+    """Make what a model's code raises on some rows an error for people. Memory that runs out is another matter."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # anything, from a missing input to a position without an embedding
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--teacher: a {type(model).__name__} does not run on rows of {ids_BS.shape[1]} tokens "
+            f"({type(error).__name__}: {reason}): give another --dtype or a shorter --seq-length, or choose another "
+            "teacher (docs/teacher-types.md)"
+        ) from error
 
 
 def input_device(model: Any) -> torch.device:

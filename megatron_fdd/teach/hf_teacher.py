@@ -19,6 +19,7 @@ from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.evaluate.models import NamedModel
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.hf_parts import Parts
+from megatron_fdd.teach.hf_quantised import check_quantised, how_it_ran, method_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # The forms that keep a hidden state as it is.
@@ -79,9 +80,11 @@ class HfTeacher:
                 f"{_FLAG} {self.folder}: has an adapter (adapter_config.json), which may name another base model; "
                 "save the model with it merged, and give that"
             )
-        if self._quantised is not None and self.dtype == "float32":
+        check_quantised(self.config, self.folder, self._files.tensors)
+        method = method_of(self.config)
+        if method is not None and self.dtype == "float32":
             raise ValueError(
-                f"--dtype float32: {_FLAG} {self.folder} is quantised ({self._quantised}), and transformers leaves the "
+                f"--dtype float32: {_FLAG} {self.folder} is quantised ({method}), and transformers leaves the "
                 "rest of it in its own precision; use bfloat16"
             )
         if "dynamic" in dict(_ropes(self.config.to_dict())):
@@ -108,6 +111,7 @@ class HfTeacher:
                 f"{_FLAG} {self.folder}: transformers {version('transformers')} has no causal language model of the "
                 f"type {found.model_type}, and code beside a model is never run; convert it, or choose another teacher"
             )
+        check_alone(found, f"{_FLAG} {self.folder}")
         return found
 
     @property
@@ -146,9 +150,9 @@ class HfTeacher:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a quantisation without its package, a device that is not there
+            other = "install what it needs" if isinstance(error, ImportError) else "copy the model again"
             raise ValueError(
-                f"{_FLAG} {self.folder} does not load ({_reason(error)}): copy the model again, or give another "
-                "--device-map"
+                f"{_FLAG} {self.folder} does not load ({_reason(error)}): {other}, or give another --device-map"
             ) from error
         model, info = loaded
         missing = sorted(info["missing_keys"])
@@ -204,7 +208,7 @@ class HfTeacher:
             ran={
                 "dtype": self.dtype,
                 "attention": str(model.config.get_text_config(decoder=True)._attn_implementation),
-                "quantisation": self._quantisation(model),
+                "quantisation": how_it_ran(method_of(self.config), model, self.dtype),
                 "transformers": version("transformers"),
             },
         )
@@ -240,20 +244,21 @@ class HfTeacher:
         values = {name: value for name, value in self._files.config.items() if name not in _IRRELEVANT}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    @property
-    def _quantised(self) -> str | None:
-        """The method with which the folder's weights are quantised."""
-        asked = getattr(self.config, "quantization_config", None)
-        if asked is None:
-            return None
-        return str(asked.get("quant_method") if isinstance(asked, dict) else asked.quant_method)
 
-    def _quantisation(self, model: Any) -> str:
-        """Return how the weights were multiplied: transformers dequantises by itself where a kernel is missing."""
-        if self._quantised is None:
-            return "no"
-        ran = getattr(model, "hf_quantizer", None) is not None
-        return self._quantised if ran else f"{self._quantised} -> dequantised to {self.dtype}"
+def check_alone(config: Any, what: str) -> None:
+    """Refuse the config of an encoder and a decoder: without what its encoder reads, a decoder predicts nothing.
+
+    Args:
+        what: the folder, for the message.
+
+    Raises:
+        ValueError: says so.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{what}: {config.model_type} has an encoder, and its decoder predicts nothing without it "
+            "(is_encoder_decoder in config.json); choose another teacher (docs/teacher-types.md)"
+        )
 
 
 def _ropes(values: Any) -> Iterator[tuple[str, int | None]]:

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from tests.harness import forked_python
 from tests.harness.ranks import IMAGE, Layout, clean_megatron, run_on_ranks
 
 # Batch, schedule and optimizer of every toy run; a later flag overrides an earlier one.
@@ -106,6 +108,21 @@ def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
         for ending in endings:
             assert ending.status == 0, ending.err
     return results
+
+
+def teach_by_transformers(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run `fdd teach --engine transformers` in a process of its own, which rehearses nothing."""
+    command = [
+        forked_python.python(),
+        "-m",
+        "megatron_fdd.teach",
+        "--engine",
+        "transformers",
+        *map(str, words),
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "1"}
+    )
 
 
 # What a metrics file measures with a clock.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,8 @@ import pytest
 from megatron_fdd.data.store.identity import read_identity
 from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity
-from tests.entry.command import read_metrics, trained
+from tests.entry.command import read_metrics, teach_by_transformers, trained
 from tests.entry.conftest import Toys
-from tests.harness import forked_python
 
 # Float32 in another order of sums, of three steps of the student.
 SAME_LOSSES = 1e-5
@@ -21,26 +18,13 @@ SAME_LOSSES = 1e-5
 NEAR_LOSSES = 1e-2
 
 
-def teach(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run the producer in a process of its own, on text of the toy set."""
-    command = [
-        forked_python.python(),
-        "-m",
-        "megatron_fdd.teach",
-        "--engine",
-        "transformers",
-        *map(str, words),
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "1"}
-    )
-
-
 def test_a_student_learns_from_the_store_what_the_live_teacher_says(toy: Toys, tmp_path: Path) -> None:
     store = tmp_path / "store"
     own = ("--teacher", toy.root / "teacher-hf", "--store", store, "--form", "float32", "--device-map", "cpu")
     # A whole training's command: what is about its data counts.
-    done = teach(*own, *toy.command("--tensor-model-parallel-size", 2, "--sequence-parallel", "--bf16"))
+    done = teach_by_transformers(
+        *own, *toy.command("--tensor-model-parallel-size", 2, "--sequence-parallel", "--bf16")
+    )
     assert done.returncode == 0, done.stderr
     assert "24 of them are missing. To compute: 24 units, 384 tokens" in done.stdout
     identity = read_identity(store, "--store")
@@ -65,12 +49,12 @@ def test_a_student_learns_from_the_store_what_the_live_teacher_says(toy: Toys, t
 def test_a_student_in_float32_reads_a_teacher_in_bfloat16(toy: Toys, tmp_path: Path) -> None:
     store = tmp_path / "store"
     own = ("--teacher", toy.root / "teacher-hf", "--store", store, "--device-map", "cpu")
-    looked = teach(*own, *toy.command("--dry-run"))
+    looked = teach_by_transformers(*own, *toy.command("--dry-run"))
     assert looked.returncode == 0, looked.stderr
     assert "To compute: 24 units, 384 tokens, 0.000 GB (bf16, 3 blocks). Free there: " in looked.stdout
     assert "loading the teacher" not in looked.stdout
     assert not store.exists()
-    assert teach(*own, *toy.command()).returncode == 0
+    assert teach_by_transformers(*own, *toy.command()).returncode == 0
     flags = [str(word) for word in toy.command("--fdd-metrics-file", tmp_path / "stored")]
     at = flags.index("--teacher-load")
     flags[at : at + 2] = ["--fdd-teacher-store", str(store)]
@@ -86,7 +70,7 @@ def test_a_student_in_float32_reads_a_teacher_in_bfloat16(toy: Toys, tmp_path: P
 
 
 def test_an_error_is_one_line(toy: Toys, tmp_path: Path) -> None:
-    done = teach("--teacher", toy.teacher, "--store", tmp_path, *toy.command())
+    done = teach_by_transformers("--teacher", toy.teacher, "--store", tmp_path, *toy.command())
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
     assert line.startswith(f"megatron_fdd: error: {toy.teacher} is not a Hugging Face model folder")

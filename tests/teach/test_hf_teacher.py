@@ -113,6 +113,79 @@ def test_a_quantised_teacher_says_how_it_ran(
         identity_in(fp8, "float32")
 
 
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def test_a_teacher_in_mxfp4_is_the_one_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gpt-oss is published: experts in blocks of 32 numbers of 4 bits, the lower half of a byte first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a rehearsal claims one
+    model = tiny_model("gpt_oss").bfloat16()
+    packed, generator = {}, torch.Generator().manual_seed(3)
+    for name, value in model.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = value
+            continue
+        experts, inputs, outputs = value.shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(121, 125, shape, dtype=torch.uint8, generator=generator)
+        codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()
+        numbers = FP4[codes & 7] * (1 - 2 * (codes >> 3)) * 2.0 ** (scales.int() - 127)[..., None]
+        value.copy_(numbers.flatten(-2).mT)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    model.save_pretrained(tmp_path / "plain")
+    path = changed(tmp_path / "plain", tmp_path / "mxfp4", quantization_config={"quant_method": "mxfp4"})
+    save_file(packed, path / "model.safetensors", {"format": "pt"})
+    assert identity_in(path).ran["quantisation"] == "mxfp4 -> dequantised to bfloat16"
+    found = []
+    for each in ("plain", "mxfp4"):
+        loaded = teacher_in(tmp_path / each, "bfloat16").load(tmp_path)
+        found.append(engine_of(loaded, find_parts(loaded), "bf16", "bfloat16").states(units()))
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_numbers_that_are_no_weights_by_themselves_are_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers runs them without their scales, after a warning or without one."""
+    tensors = load_file(folder / "model.safetensors")
+    scales = {f"{name}_scale": torch.tensor(0.01) for name in tensors if "_proj" in name}
+    packed = {
+        name: (value * 100).to(torch.float8_e4m3fn) for name, value in tensors.items() if "_proj" in name
+    }
+    for name, method, wanted in (
+        ("modelopt", {"quant_method": "modelopt", "quant_algo": "FP8"}, "is quantised by modelopt, which"),
+        ("nameless", {"bits": 4}, "is quantised by one without a name, which"),
+        (
+            "none",
+            None,
+            r"layers\.0\.mlp\.down_proj\.weight is stored as F8_E4M3, and config.json has no quant",
+        ),
+    ):
+        path = changed(folder, tmp_path / name, **({} if method is None else {"quantization_config": method}))
+        save_file(tensors | scales | packed, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=wanted):
+            teacher_in(path, "bfloat16").check("bf16")
+
+
+def test_a_quantisation_without_its_package_says_what_to_install(folder: Path, tmp_path: Path) -> None:
+    gptq = changed(folder, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
+    teacher = teacher_in(gptq, "bfloat16")
+    teacher.check("bf16")
+    with pytest.raises(
+        ValueError, match=r"does not load \(ImportError: .*\): install what it needs, or give"
+    ):
+        teacher.load(tmp_path)
+
+
+def test_an_encoder_and_its_decoder_are_refused(tmp_path: Path) -> None:
+    """Without what the encoder has read, a decoder predicts something else; one that was trained alone may teach."""
+    model = tiny_model("mbart")
+    model.save_pretrained(tmp_path / "alone")
+    teacher_in(tmp_path / "alone").check("float32")
+    both = changed(tmp_path / "alone", tmp_path / "both", is_encoder_decoder=True)
+    with pytest.raises(ValueError, match=r"both: mbart has an encoder, and its decoder predicts nothing"):
+        teacher_in(both).check("float32")
+
+
 def test_nothing_but_safetensors_of_a_known_model_is_read(folder: Path, tmp_path: Path) -> None:
     def refused(path: Path, form: TapForm = "float32") -> str:
         with pytest.raises(ValueError, match=".") as raised:
