@@ -37,7 +37,6 @@ from benchmarks import lines
 from benchmarks.measure import MIB, RESULTS, origin
 from benchmarks.step import in_own_process, new_process
 from benchmarks.teacher_store_run import (
-    Alternation,
     Held,
     Job,
     make_inputs,
@@ -45,6 +44,7 @@ from benchmarks.teacher_store_run import (
     run_step,
     watch_memory,
 )
+from benchmarks.teacher_store_turns import Alternation
 
 PARTS = ("megatron", "transformers", "memory", "step")
 # The goals.

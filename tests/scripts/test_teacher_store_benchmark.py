@@ -12,7 +12,8 @@ from unittest.mock import patch
 import pytest
 
 from benchmarks import teacher_store
-from benchmarks.teacher_store_run import Alternation, Held
+from benchmarks.teacher_store_run import Held
+from benchmarks.teacher_store_turns import Alternation
 from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 
 
