@@ -68,6 +68,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what is measured (all of it)")
+    parser.add_argument(
+        "--teacher-hf", type=Path, metavar="DIR", help="a teacher of that shape in place of random weights"
+    )
     parser.add_argument("--folder", type=Path, help="keep models and stores there, or take them from there")
     parser.add_argument("--count", type=int, help="batches, or steps, of either kind (50)")
     parser.add_argument("--taps", type=int, help="K, sampled layers of the step (4)")
@@ -202,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
         in_own_process(new_process("cpu"), make_inputs, vars(args), folder, folder / "inputs.log")
         if "memory" in args.parts:
             # What is held beyond the model does not depend on its depth.
-            small = {**vars(args), "layers": args.taps + 1, "student_layers": 1}
+            small = {**vars(args), "layers": args.taps + 1, "student_layers": 1, "teacher_hf": None}
             in_own_process(new_process("cpu"), make_inputs, small, folder / "memory", folder / "inputs.log")
         for part in args.parts:
             if part == "memory":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,39 +51,26 @@ class Held:
 
 
 def make_inputs(shape: Mapping[str, Any], folder: Path, log: Path) -> None:
-    """Write models with random weights as Hugging Face folders and checkpoints, and random text, unless they exist."""
+    """Write a teacher, a student with random weights and random text, unless they exist."""
     if (folder / "text.idx").exists():
         return
     _be_one_rank()
     with log.open("a") as file, _everything_into(file):
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         from megatron_fdd import convert
 
         folder.mkdir(parents=True, exist_ok=True)
-        vocabulary = {f"w{number}": number for number in range(shape["vocab_size"])}
-        words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        for name, layers in (("teacher", shape["layers"]), ("student", shape["student_layers"])):
-            config = LlamaConfig(
-                vocab_size=shape["vocab_size"],
-                hidden_size=shape["width"],
-                intermediate_size=shape["ffn"],
-                num_hidden_layers=layers,
-                num_attention_heads=shape["heads"],
-                num_key_value_heads=shape["groups"],
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-            )
-            torch.manual_seed(layers)
-            hf = folder / f"{name}-hf"
-            LlamaForCausalLM(config).save_pretrained(hf)
-            PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(
-                hf
-            )
-            convert.hf_to_mcore(hf, folder / name)
+        if shape["teacher_hf"] is None:
+            write_teacher(shape, folder / "teacher-hf")
+        else:
+            shutil.copytree(shape["teacher_hf"], folder / "teacher-hf")
+        config = AutoConfig.from_pretrained(folder / "teacher-hf", num_hidden_layers=shape["student_layers"])
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "student-hf")
+        AutoTokenizer.from_pretrained(folder / "teacher-hf").save_pretrained(folder / "student-hf")
+        for name in ("teacher", "student"):
+            convert.hf_to_mcore(folder / f"{name}-hf", folder / name)
         builder = IndexedDatasetBuilder(f"{folder / 'text'}.bin", dtype=np.int32)
         random = np.random.default_rng(1)
         most = (max(shape["units"]) + 2 * shape["count"] + 4 * shape["block"] + 2) * shape["seq_length"]
@@ -90,6 +78,30 @@ def make_inputs(shape: Mapping[str, Any], folder: Path, log: Path) -> None:
             ids = torch.from_numpy(random.integers(2, shape["vocab_size"], 1000))
             builder.add_document(ids, [len(ids)])
         builder.finalize(f"{folder / 'text'}.idx")
+
+
+def write_teacher(shape: Mapping[str, Any], folder: Path) -> None:
+    """Write a Llama with random weights, and a tokenizer with as many words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["width"],
+        intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["groups"],
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(
+        models.WordLevel({f"w{number}": number for number in range(shape["vocab_size"])}, unk_token="w0")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(folder)
 
 
 def run_producer(job: Job) -> Alternation:
