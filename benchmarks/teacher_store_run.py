@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -140,6 +141,7 @@ def watch_memory(job: Job) -> Held:
 
     def watched(*arguments: Any, **keywords: Any) -> None:
         nonlocal before, most
+        ctypes.CDLL(None).malloc_trim(0)  # what loading the model has left
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
         before = _resident("VmRSS")
         loop(*arguments, **keywords)
