@@ -5,8 +5,8 @@
 Taps of K sampled layers in float32 are rounded as `--fdd-tap-dtype` does, before the lens norms them; everything
 after that is float32. A term's error is relative to its value, a gradient's (to the student's features of all
 layers) to its norm. First comes what rounding does to the lens' predictions themselves: KL(teacher || teacher with
-rounded taps), over tokens and layers. A bf16 run rounds its taps to bf16 whatever the flag says: that row is the
-yardstick.
+rounded taps), over tokens and layers, and the same for the last block's output, which only a store rounds
+(`fdd teach --form`). A bf16 run rounds its taps to bf16 whatever the flag says: that row is the yardstick.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron_fdd.losses.terms import Delta
 from megatron_fdd.ops.delta import head_grams
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from megatron_fdd.step.teacher.tap_format import TapFormat
+from megatron_fdd.teach.hf_run import tapped
 
 FORMS = ("logprob", "centred")
 FORMATS = {
@@ -44,10 +45,11 @@ def rounded(tap: Tensor, tap_format: TapFormat) -> Tensor:
 
 @torch.no_grad()
 def features(model: PreTrainedModel, rows: Tensor, layers: int, folder: Path) -> list[Tensor]:
-    """Return [S, B, width] of each sampled layer, before the norm."""
-    states = model.model(rows, output_hidden_states=True).hidden_states
+    """Return [S, B, width] of each sampled layer and of the last one, before the norm."""
     blocks = sample_blocks("paper", layers, model.config.num_hidden_layers, str(folder))
-    return [states[block].transpose(0, 1) for block in blocks]
+    with tapped([*(model.model.layers[block - 1] for block in blocks), model.model.layers[-1]]) as taps_BSH:
+        model.model(rows)
+    return [tap_BSH.transpose(0, 1) for tap_BSH in taps_BSH]
 
 
 def terms(
@@ -83,16 +85,19 @@ def terms(
 def print_predictions(taps: dict[str, list[Tensor]], head: Tensor) -> None:
     """Print what rounding does to the predictions of the teacher's lens; `taps` are normed, by the name of the form."""
     heads = Heads(head, head, VocabShard(0, len(head), None))
-    print(f"{'taps':<9}{'bytes a token':>13}{'mean KL, nats':>15}{'99 %':>10}{'99.9 %':>10}")
-    exact_NT = torch.cat(taps["float32"]).flatten(0, 1)
+    columns = f"{'mean KL, nats':>15}{'99 %':>10}{'99.9 %':>10}"
+    print(
+        f"{'':<22}{'sampled layers':^35}{'last block':^35}\n{'taps':<9}{'bytes a token':>13}{columns}{columns}"
+    )
     for name, tap_format in FORMATS.items():
-        kl_N = linear_kl(
-            exact_NT, torch.cat(taps[name]).flatten(0, 1), heads, divergence=Divergence()
-        ).divergence_N
-        assert kl_N is not None, "asked for"
-        tails = kl_N.quantile(torch.tensor([0.99, 0.999])).tolist()
-        size = tap_format.token_bytes(exact_NT.shape[-1])
-        print(f"{name:<9}{size:>13}{kl_N.mean():>15.1e}{tails[0]:>10.1e}{tails[1]:>10.1e}")
+        line = f"{name:<9}{tap_format.token_bytes(head.shape[-1]):>13}"
+        for part in (slice(-1), slice(-1, None)):
+            exact_NT, rounded_NT = (torch.cat(taps[each][part]).flatten(0, 1) for each in ("float32", name))
+            kl_N = linear_kl(exact_NT, rounded_NT, heads, divergence=Divergence()).divergence_N
+            assert kl_N is not None, "asked for"
+            tails = kl_N.quantile(torch.tensor([0.99, 0.999])).tolist()
+            line += f"{kl_N.mean():>15.1e}{tails[0]:>10.1e}{tails[1]:>10.1e}"
+        print(line)
 
 
 def parsed() -> argparse.Namespace:
@@ -126,7 +131,7 @@ def main() -> int:
     teacher = features(models[0], rows, args.layers, args.teacher_hf)
     with torch.no_grad():
         student = [
-            models[1].model.norm(tap) for tap in features(models[1], rows, args.layers, args.student_hf)
+            models[1].model.norm(tap) for tap in features(models[1], rows, args.layers, args.student_hf)[:-1]
         ]
     teacher_head, student_head = (model.lm_head.weight.detach() for model in models)
     heads = Heads(teacher_head, student_head, VocabShard(0, len(teacher_head), None))
@@ -143,7 +148,7 @@ def main() -> int:
     exact: dict[tuple[str, str], tuple[float, Tensor]] = {}
     for name, taps in normed.items():
         for form in FORMS:
-            values, gradients = terms(taps, student, heads, form)
+            values, gradients = terms(taps[:-1], student, heads, form)
             for term, value in values.items():
                 if term == "trajectory" and form != FORMS[0]:
                     continue

@@ -36,6 +36,10 @@ METHODS = {
     "fdd-live-head": "FDD, `--fdd-lens-head live`",
     "fdd-fp8-taps": "FDD, `--fdd-tap-dtype fp8`",
     "fdd-fading": "FDD, alpha and beta falling to 0",
+    "fdd-store-float32": "FDD, stored features, float32",
+    "fdd-store-bf16": "FDD, stored features of a teacher in bf16",
+    "fdd-store-fp8": "FDD, stored features, fp8",
+    "fdd-store-int8": "FDD, stored features, int8",
 }
 STUDENTS = {
     "thin": "Thin student, from scratch",

@@ -155,6 +155,12 @@ def test_study_at_toy_size(tmp_path: Path) -> None:
         + [("thin", "fdd", 100), ("thin", "kd-delta", 100), ("shallow", "fdd", 100), ("shallow", "fdd", 1)]
     )
 
+    stored = study(tmp_path, STUDENTS="thin", METHODS="fdd-store-float32", SEEDS="1")
+    assert stored.returncode == 0, stored.stdout + stored.stderr
+    runs = [metrics(tmp_path, f"thin-{method}-1e-3-1") for method in ("fdd-store-float32", "fdd")]
+    assert [step["total"] for step in runs[0]] == [step["total"] for step in runs[1]]
+    assert not (tmp_path / "work/runs/thin-fdd-store-float32-1e-3-1/store").exists()
+
     refused = study(tmp_path, TRAIN_ITERS="3")
     assert refused.returncode == 1
     assert "settings.json" in refused.stderr
