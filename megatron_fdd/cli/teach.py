@@ -54,7 +54,7 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --form FORM        float32, bf16, fp8 or int8 (default: as the teacher computes)
     --part I/N         compute part I of N, which other producers share
     --batch-tokens N   tokens of one forward pass (default: 16384)
-    --dry-run          say what there is to compute, load no teacher, and write nothing
+    --dry-run          say what there is to compute, load no teacher, and write nothing into the store
     --log-folder F     where each rank's log goes (default: a new folder for temporary files)
     --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)
     --dtype DTYPE      transformers: bfloat16 or float32 (default: bfloat16)

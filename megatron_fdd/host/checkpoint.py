@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -259,24 +258,3 @@ def read_tensor(path: Path, name: str, flag: str) -> Tensor | None:
 
 def _lists_tensors(index: Metadata) -> bool:
     return any(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values())
-
-
-def norms_digest(path: Path, flag: str) -> str:
-    """Return a hash of the weights of all norms, which differ between any two models that were trained apart.
-
-    It does not depend on the layout at which the checkpoint was saved. Collectives: none.
-
-    Raises:
-        ValueError: the checkpoint's index, or the tensors' bytes, cannot be read.
-    """
-    total = hashlib.sha256()
-    for name, entry in sorted(read_checkpoint_index(path, flag).state_dict_metadata.items()):
-        if (
-            isinstance(entry, TensorStorageMetadata)
-            and "norm" in name
-            and not name.startswith(("optim", TERM_PREFIX))
-        ):
-            tensor = read_tensor(path, name, flag)
-            assert tensor is not None
-            total.update(name.encode() + tensor.float().numpy().tobytes())
-    return total.hexdigest()

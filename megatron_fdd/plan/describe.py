@@ -144,11 +144,12 @@ def _memory(
     # With several stages, heads are copies.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
     counted = [size for name, size in figures.items() if not any(part in name for part in elsewhere)]
+    at_work = "" if teacher is None else "the teacher's layers at work, "
     return [
         "  estimated memory per rank, MiB:",
         *(f"    {name}: {size / _MIB:.1f}" for name, size in figures.items()),
         f"    sum: {sum(counted) / _MIB:.1f}",
-        "    (not included: the teacher's layers at work, tokens sent to experts, communication, CUDA's own)",
+        f"    (not included: {at_work}tokens sent to experts, communication, CUDA's own)",
     ]
 
 

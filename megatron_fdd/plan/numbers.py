@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 
@@ -14,7 +15,15 @@ def check_given(context: Context) -> None:
     Raises:
         ValueError: names every flag that is missing.
     """
-    args = context.args
+    refuse_missing(context.args)
+
+
+def refuse_missing(args: argparse.Namespace) -> None:
+    """Refuse flags of a training among which one is missing that has no default.
+
+    Raises:
+        ValueError: names every flag that is missing.
+    """
     missing = {
         "--seq-length N (a checkpoint's own is the longest that its model takes)": args.seq_length is None,
         "--micro-batch-size N": args.micro_batch_size is None,

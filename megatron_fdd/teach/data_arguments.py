@@ -23,6 +23,7 @@ from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.command_line import parse_command_line
 from megatron_fdd.plan.megatron_errors import megatrons_errors
+from megatron_fdd.plan.numbers import refuse_missing
 from megatron_fdd.plan.teacher_store import check_attention
 
 # What decides which text a training reads. All else that its command says is about the student and its layout.
@@ -70,6 +71,7 @@ def data_arguments(flags: Sequence[str], companions: Path) -> argparse.Namespace
         if name not in _OF_THE_DATA and not name.startswith(_PREFIXES):
             setattr(args, name, defaults[name])
     vars(args).update(_NO_MODEL, max_position_embeddings=args.seq_length)
+    refuse_missing(args)
     if args.tokenizer_type is None and has_tokenizer(companions / TOKENIZER_FOLDER):
         args.tokenizer_type = "HuggingFaceTokenizer"
         args.tokenizer_model = str(companions / TOKENIZER_FOLDER)

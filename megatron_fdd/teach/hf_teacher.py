@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_fdd.convert.hf_folder import DTYPE_OF_NAME, HfFolder
+from megatron_fdd.convert.hf_folder import DTYPE_OF_NAME, HfFolder, StoredTensor
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.evaluate.models import NamedModel
 from megatron_fdd.step.teacher.tap_format import TapFormat
@@ -46,9 +48,9 @@ _IRRELEVANT = (
     ),
 )
 # Fields of a store's identity that only a loaded model tells.
-UNKNOWN = frozenset(("final_norm", "hidden_size", "vocab_size", "token_bytes", "ran"))
-# How much of each tensor the hash of the weights covers: all of a norm, and a row of a matrix.
-_HASHED_BYTES = 4096
+UNKNOWN = frozenset(("weights", "final_norm", "hidden_size", "vocab_size", "token_bytes", "ran"))
+# The files are read a second time to be hashed, mostly from memory: loading has just read them.
+_HASHING_THREADS, _HASHED_AT_ONCE = 8, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class HfTeacher:
         return StoreIdentity(
             engine="transformers",
             teacher=str(self.folder),
-            weights=self._weights_digest(),
+            weights="",
             final_norm="",
             architecture=self._architecture_digest(),
             num_layers=self.num_layers,
@@ -201,6 +203,7 @@ class HfTeacher:
         width = parts.head.in_features
         return replace(
             outline,
+            weights=self._weights_digest(),
             final_norm=self._final_norm_digest(parts),
             hidden_size=width,
             vocab_size=parts.head.out_features,
@@ -223,14 +226,22 @@ class HfTeacher:
         return HfFolder(self.folder)
 
     def _weights_digest(self) -> str:
-        """Return a hash of each tensor's name, dtype, shape and first bytes, whatever file it is in."""
-        total = hashlib.sha256()
-        for name, tensor in sorted(self._files.tensors.items()):
-            total.update(f"{name}\t{tensor.dtype}\t{tensor.shape}\n".encode())
-            with (self.folder / tensor.file).open("rb") as file:
-                file.seek(tensor.offset)
-                total.update(file.read(min(_HASHED_BYTES, tensor.num_bytes)))
+        """Return a hash of each tensor's name, dtype, shape and bytes, whatever file it is in."""
+        total, tensors = hashlib.sha256(), sorted(self._files.tensors.items())
+        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            sums = threads.map(self._sum, (tensor for _, tensor in tensors))
+            for (name, tensor), found in zip(tensors, sums, strict=True):
+                total.update(f"{name}\t{tensor.dtype}\t{tensor.shape}\t{found}\n".encode())
         return total.hexdigest()
+
+    def _sum(self, tensor: StoredTensor) -> str:
+        digest, left = xxhash.xxh3_128(), tensor.num_bytes
+        with (self.folder / tensor.file).open("rb") as file:
+            file.seek(tensor.offset)
+            while part := file.read(min(_HASHED_AT_ONCE, left)):
+                digest.update(part)
+                left -= len(part)
+        return digest.hexdigest()
 
     def _final_norm_digest(self, parts: Parts) -> str:
         """Return the hash of the final norm's weight, from the file where that has it, whatever --dtype is."""

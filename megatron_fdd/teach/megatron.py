@@ -28,7 +28,6 @@ from megatron_fdd.data.store.coverage import Ids
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.data.store.lens import LARGEST_ERROR, StoredLens, StoredNorm
 from megatron_fdd.data.store.segment import Bytes
-from megatron_fdd.host.checkpoint import norms_digest
 from megatron_fdd.host.model import chunk_layers
 from megatron_fdd.host.model_fields import ARCHITECTURE
 from megatron_fdd.host.topology import Topology
@@ -72,7 +71,7 @@ def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm | None) -> S
     return StoreIdentity(
         engine="megatron",
         teacher=str(run.config.teacher_load),
-        weights=norms_digest(path, "--teacher"),
+        weights="",  # known when they are loaded
         final_norm=TeacherIdentity.read(path, args).final_norm,
         architecture=hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
         num_layers=args.num_layers,

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.training.initialize import initialize_megatron
@@ -15,6 +16,7 @@ from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.patches.norms import install_norms
 from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.topology import Topology
+from megatron_fdd.host.weights_digest import weights_digest
 from megatron_fdd.plan.context import StoredModel
 from megatron_fdd.plan.run import PreparedRun, prepare_run
 from megatron_fdd.plan.teacher_store import check_attention
@@ -31,7 +33,7 @@ class MegatronTeacher:
         ValueError: something given is wrong, or the checkpoint cannot be read.
     """
 
-    unknown: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset({"weights"})
 
     def __init__(self, request: TeachRequest) -> None:
         stored = StoredModel.find(str(request.teacher), "--teacher", to_plan=False)
@@ -51,7 +53,7 @@ class MegatronTeacher:
     def engine(self) -> Engine:
         """Check the files that all ranks read together, and load the teacher.
 
-        Collectives: those of `check_files` and `build_teacher`.
+        Collectives: those of `check_files`, `build_teacher` and `weights_digest`.
         """
         run = self._run
         run.check_files()
@@ -59,9 +61,9 @@ class MegatronTeacher:
         assert run.teacher_checkpoint is not None
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
         experts = topology.with_experts(run.teacher.expert_model_parallel_size)
-        return MegatronEngine(
-            self.outline, build_teacher(run.teacher, run.teacher_checkpoint, experts), topology
-        )
+        model = build_teacher(run.teacher, run.teacher_checkpoint, experts)
+        weights = weights_digest(model, experts.collection)
+        return MegatronEngine(replace(self.outline, weights=weights), model, topology)
 
 
 def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:

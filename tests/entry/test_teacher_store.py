@@ -10,6 +10,7 @@ from megatron_fdd.data.store.store import Store
 from tests.entry.checks import assert_refused
 from tests.entry.command import TIMES, Patch, read_metrics, run, trained
 from tests.entry.conftest import Toys
+from tests.entry.damage import with_tensor
 
 EVALUATION = "--eval-iters 1".split()
 # Sums in another order.
@@ -85,6 +86,27 @@ def test_the_same_micro_batches_give_the_same_bits(toy: Toys, tmp_path: Path) ->
         }
 
 
+@pytest.mark.tier("all")
+def test_a_store_has_one_teacher_at_any_layout(toy: Toys, tmp_path: Path) -> None:
+    """Its weights are compared, whole: a merged adapter changes no norm, and is another teacher."""
+    store, steps = tmp_path / "store", "--train-iters"
+    trained(
+        teach(toy, store, *"--tensor-model-parallel-size 2 --sequence-parallel".split(), steps, 1),
+        teach(toy, store, *"--pipeline-model-parallel-size 2".split(), steps, 2),
+        teach(toy, store, steps, 3),
+    )
+    name = "model.layers.4.self_attn.v_proj.weight"
+    other = teach(toy, store, steps, 4)
+    other[other.index("--teacher") + 1] = str(
+        with_tensor(toy.root / "teacher-hf", tmp_path / "other", name, 0.01)
+    )
+    (refused,) = run(other)
+    assert_refused(
+        refused, "holds the features of something else: weights [0-9a-f]{16} there, and [0-9a-f]{16} here"
+    )
+    assert len(Store.open(store, "--store").index) == 32
+
+
 def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
     store, metrics = tmp_path / "store", tmp_path / "metrics.jsonl"
     trained(teach(toy, store), ranks=1)
@@ -104,9 +126,7 @@ def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
     assert_refused(in_fp8, "--teacher-fp8-format: a rehearsal on CPUs has no FP8, and the store would hold")
     assert not (tmp_path / "fp8").exists()
     assert_refused(other_blocks, r"has the teacher's blocks \[2, 4, 6\], and this run compares \[1, 4\]")
-    assert_refused(
-        other_form, "holds the features of something else: its form is float32, and here it is int8"
-    )
+    assert_refused(other_form, "holds the features of something else: form float32 there, and int8 here")
     assert "loading the teacher" not in other_form[0].out
     assert_refused(two_teachers, "a run has one teacher; leave one out")
     assert_refused(masked, "--reset-attention-mask with --fdd-teacher-store")

@@ -84,13 +84,13 @@ def test_identity(folder: Path, tmp_path: Path) -> None:
     assert (known.ran["dtype"], known.ran["quantisation"]) == ("bfloat16", "no")
     moved = changed(folder, tmp_path / "moved", use_cache=False, _name_or_path="elsewhere", eos_token_id=3)
     assert known.difference(identity_in(moved)) is None
-    assert "its dtype is bfloat16" in str(known.difference(identity_in(folder, "float32")))
+    assert "dtype bfloat16 there" in str(known.difference(identity_in(folder, "float32")))
     other = changed(folder, tmp_path / "other", rms_norm_eps=1e-3)
-    assert "its architecture is" in str(known.difference(identity_in(other)))
+    assert "architecture" in str(known.difference(identity_in(other)))
     tensors = load_file(moved / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"] *= 1.01
+    tensors["model.layers.2.mlp.up_proj.weight"][-1, -1] *= 1.01
     save_file(tensors, moved / "model.safetensors", {"format": "pt"})
-    assert "its weights is" in str(known.difference(identity_in(moved)))
+    assert str(known.difference(identity_in(moved))).startswith("weights ")
 
 
 def test_a_quantised_teacher_says_how_it_ran(

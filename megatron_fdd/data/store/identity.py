@@ -29,7 +29,7 @@ class StoreIdentity:
     Attributes:
         engine: what ran the teacher: "megatron" or "transformers".
         teacher: its name, for people; a moved folder is the same teacher, so that it is not compared.
-        weights: hash of all weights that are vectors, which stands for all.
+        weights: hash of all weights: each engine has its own, which does not depend on files and layout.
         final_norm: SHA-256 of the final norm's weight in float32, as a lens file has it.
         architecture: hash of the teacher's configuration.
         num_layers, hidden_size: of the teacher.
@@ -60,7 +60,7 @@ class StoreIdentity:
         return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, other: StoreIdentity, unknown: Container[str] = ()) -> str | None:
-        """Return the first field in which two identities differ, as a sentence; None if they are the same.
+        """Return the first field in which two identities differ, in words; None if they are the same.
 
         Args:
             unknown: fields that nobody knows yet.
@@ -72,7 +72,7 @@ class StoreIdentity:
                 if isinstance(here, dict):
                     name = next(key for key in sorted({*here, *there}) if here.get(key) != there.get(key))
                     here, there = here.get(name), there.get(name)
-                return f"its {name} is {_short(here)}, and here it is {_short(there)}"
+                return f"{name} {_short(here)} there, and {_short(there)} here"
         return None
 
 

@@ -33,7 +33,7 @@ Bytes = NDArray[np.uint8]
 SUFFIX = ".safetensors"
 SEGMENTS = "segments"
 # The remedy of damage.
-REPAIR = "fdd store check --remove-damaged, and then fdd teach, which makes it anew"
+REPAIR = "fdd store check STORE --remove-damaged, and then fdd teach, which makes it anew"
 # How many tokens one sum covers.
 SUM_TOKENS = 64
 _DTYPES = {"keys": "U8", "lengths": "I64", "ids": "I32", "states": "U8", "sums": "U64"}

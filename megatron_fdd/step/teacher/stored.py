@@ -209,10 +209,13 @@ def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> No
     [first] = places_of(missing[:1])
     (ids,) = read_ids(sources, [first])
     tokens = int((missing["last"] - missing["first"]).sum(dtype=np.int64))
+    identity = store.identity
+    dtype = f" --dtype {identity.ran['dtype']}" if identity.engine == "transformers" else ""
     raise ValueError(
         f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, {tokens} tokens; the first: "
         f"{whereabouts(sources[first.dataset], first)}, ids {ids[:6].tolist()}. Add them with fdd "
-        f"teach --engine {store.identity.engine} --teacher {store.identity.teacher} --store {store.path} and this "
+        f"teach --engine {identity.engine} --teacher {identity.teacher} --store {store.path} --blocks "
+        f"{','.join(map(str, identity.blocks))} --form {identity.form}{dtype} and this "
         "run's data flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
     )
 

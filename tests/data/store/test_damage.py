@@ -24,7 +24,7 @@ from tests.data.store.made import (
 
 UNITS = [unit(3), unit(64), unit(70)]
 OTHERS = [unit(5), unit(66)]
-REMEDY = "run fdd store check --remove-damaged, and then fdd teach, which makes it anew"
+REMEDY = "run fdd store check STORE --remove-damaged, and then fdd teach, which makes it anew"
 
 
 @pytest.fixture

@@ -23,19 +23,19 @@ from megatron_fdd.data.store.whole_file import give_name
 from tests.data.store.made import IDENTITY
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
-    "engine": ({"engine": "transformers"}, "its engine is megatron, and here it is transformers"),
-    "weights": ({"weights": "99"}, "its weights is 12ab, and here it is 99"),
-    "final_norm": ({"final_norm": "99"}, "its final_norm is 34cd, and here it is 99"),
-    "architecture": ({"architecture": "99"}, "its architecture is 56ef, and here it is 99"),
-    "num_layers": ({"num_layers": 4, "blocks": [2, 4]}, "its num_layers is 6, and here it is 4"),
-    "hidden_size": ({"hidden_size": 6}, "its hidden_size is 5, and here it is 6"),
-    "vocab_size": ({"vocab_size": 9}, "its vocab_size is 2050, and here it is 9"),
-    "blocks": ({"blocks": [2, 6]}, r"its blocks is \[2, 4, 6\], and here it is \[2, 6\]"),
-    "form": ({"form": "fp8"}, "its form is bf16, and here it is fp8"),
-    "token_bytes": ({"token_bytes": 9}, "its token_bytes is 10, and here it is 9"),
+    "engine": ({"engine": "transformers"}, "engine megatron there, and transformers here"),
+    "weights": ({"weights": "99"}, "weights 12ab there, and 99 here"),
+    "final_norm": ({"final_norm": "99"}, "final_norm 34cd there, and 99 here"),
+    "architecture": ({"architecture": "99"}, "architecture 56ef there, and 99 here"),
+    "num_layers": ({"num_layers": 4, "blocks": [2, 4]}, "num_layers 6 there, and 4 here"),
+    "hidden_size": ({"hidden_size": 6}, "hidden_size 5 there, and 6 here"),
+    "vocab_size": ({"vocab_size": 9}, "vocab_size 2050 there, and 9 here"),
+    "blocks": ({"blocks": [2, 6]}, r"blocks \[2, 4, 6\] there, and \[2, 6\] here"),
+    "form": ({"form": "fp8"}, "form bf16 there, and fp8 here"),
+    "token_bytes": ({"token_bytes": 9}, "token_bytes 10 there, and 9 here"),
     "ran": (
         {"ran": {**IDENTITY.ran, "dtype": "float32"}},
-        "its dtype is bfloat16, and here it is float32",
+        "dtype bfloat16 there, and float32 here",
     ),
 }
 
@@ -62,7 +62,7 @@ def test_every_difference_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 def test_how_it_ran_differs_by_what_only_one_says(tmp_path: Path) -> None:
     write_identity(tmp_path, IDENTITY)
-    with pytest.raises(ValueError, match="its fp8 is None, and here it is e4m3"):
+    with pytest.raises(ValueError, match="fp8 None there, and e4m3 here"):
         write_identity(tmp_path, replace(IDENTITY, ran={**IDENTITY.ran, "fp8": "e4m3"}))
 
 
@@ -127,7 +127,7 @@ def test_a_producer_that_looked_before_the_other_wrote(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "exists", lambda _: False)
         write_identity(tmp_path, IDENTITY)
-        with pytest.raises(ValueError, match="its form is bf16, and here it is int8"):
+        with pytest.raises(ValueError, match="form bf16 there, and int8 here"):
             write_identity(tmp_path, replace(IDENTITY, form="int8"))
     assert read_identity(tmp_path, "--store") == IDENTITY
     assert [path.name for path in tmp_path.iterdir()] == [STORE_FILE]
@@ -155,7 +155,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     made = read_identity(tmp_path, "--store")
     for identity, message in zip(identities, refused, strict=True):
         assert (message is None) == (identity == made)
-        assert message is None or "holds the features of something else: its form is" in message
+        assert message is None or "holds the features of something else: form " in message
     assert [path.name for path in tmp_path.iterdir()] == [STORE_FILE]
 
 
@@ -192,5 +192,5 @@ def test_a_producer_that_was_killed_between_claim_and_rename(
 def test_what_nobody_knows_yet_is_not_compared(tmp_path: Path) -> None:
     write_identity(tmp_path, IDENTITY)
     check_same(tmp_path, replace(IDENTITY, vocab_size=9), {"vocab_size"})
-    with pytest.raises(ValueError, match="its weights is 12ab, and here it is 99"):
+    with pytest.raises(ValueError, match="weights 12ab there, and 99 here"):
         check_same(tmp_path, replace(IDENTITY, vocab_size=9, weights="99"), {"vocab_size"})
