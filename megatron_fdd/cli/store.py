@@ -66,17 +66,21 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
 
     with tqdm(total=sum(1 for _ in segment_names(store)), unit="segment", disable=None) as bar:
         checked = upkeep.check_store(store, bar.update)
-    for message in (*checked.damaged.values(), *checked.unread.values()):
+    for message in (*checked.damaged.values(), *checked.unread.values(), *checked.foreign.values()):
         print(message, file=sys.stderr)
+    if not checked.has_lens:
+        print(f"{store}: has no lens; run fdd teach again, which writes it", file=sys.stderr)
     yield (
-        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged, {len(checked.unread)} unreadable; "
+        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged, {len(checked.unread)} unreadable, "
+        f"{len(checked.foreign)} of other stores or versions; "
         f"{checked.num_units} units and "
         f"{checked.num_bytes / 1e9:.3f} GB are right"
     )
     if checked.damaged and remove_damaged:
         upkeep.remove_damaged(store, checked)
         yield f"{store}: removed {len(checked.damaged)} segments; fdd teach makes them anew"
-    if checked.unread or (checked.damaged and not remove_damaged):
+    is_sound = not (checked.unread or checked.foreign) and checked.has_lens
+    if not is_sound or (checked.damaged and not remove_damaged):
         sys.exit(1)
 
 

@@ -89,6 +89,22 @@ def _prepare(request: TeachRequest, blocks: Sequence[int]) -> PreparedRun:
     import_plugins(named_plugins(sys.argv[1:]))
     run = prepare_run()
     check_attention(run.args)
+    check_capacity(run)
     # These only say how much of the data is read.
     run.args.global_batch_size, run.args.eval_global_batch_size = sizes
     return run
+
+
+def check_capacity(run: PreparedRun) -> None:
+    """Refuse a teacher whose experts drop tokens: its states depend on what else is in a batch.
+
+    Raises:
+        ValueError: names its setting.
+    """
+    capacity = getattr(run.teacher, "moe_expert_capacity_factor", None)
+    if capacity is not None:
+        raise ValueError(
+            f"--teacher {run.config.teacher_load}: its experts drop tokens beyond moe_expert_capacity_factor "
+            f"{capacity}, so that its states depend on what else is in a batch, and cannot be stored by text; train "
+            "beside it with --teacher-load"
+        )

@@ -87,13 +87,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--engine", choices=ENGINES, required=True, help="what runs the teacher")
     made.add_argument(
         "--teacher",
-        type=Path,
+        type=_path,
         required=True,
         metavar="T",
         help="its Megatron checkpoint; transformers: its Hugging Face folder",
     )
     made.add_argument(
-        "--store", type=Path, required=True, metavar="S", help="folder of the store; made, or added to"
+        "--store", type=_path, required=True, metavar="S", help="folder of the store; made, or added to"
     )
     made.add_argument(
         "--blocks",
@@ -125,11 +125,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--dry-run",
         action="store_true",
-        help="say what there is to compute, load no teacher, and write nothing",
+        help="say what there is to compute, load no teacher, and write nothing into the store",
     )
     made.add_argument(
         "--log-folder",
-        type=Path,
+        type=_path,
         metavar="FOLDER",
         help="where each rank's log goes (default: a new folder for temporary files)",
     )
@@ -256,6 +256,13 @@ def _cut(flags: Sequence[str], names: Mapping[str, int]) -> tuple[list[str], lis
         cut.append(word)
         cut += [] if has_value else islice(words, names[name])
     return others, cut
+
+
+def _path(text: str) -> Path:
+    """Refuse an empty path, which an unset shell variable leaves; it would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("its value is empty (an unset variable?); give one")
+    return Path(text)
 
 
 def _blocks(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_fdd.teach.megatron import MegatronEngine
+from megatron_fdd.teach.megatron_teacher import check_capacity
 
 
 @pytest.mark.parametrize("num_units", [1, 7, 8, 9, 20])
@@ -28,3 +29,15 @@ def test_their_number_does_not_depend_on_the_units(num_units: int) -> None:
     lengths = [*map(len, units), *[0] * (len(rows) - num_units)]
     assert [int(mask.sum()) for mask in masks] == lengths
     assert all(mask[:length].all() for mask, length in zip(masks, lengths, strict=True))
+
+
+def test_experts_that_drop_tokens_are_refused() -> None:
+    """What they drop depends on the batch, so that a unit would have no states of its own."""
+    config = SimpleNamespace(teacher_load="mixture")
+    check_capacity(SimpleNamespace(config=config, teacher=SimpleNamespace(moe_expert_capacity_factor=None)))
+    with pytest.raises(
+        ValueError, match="--teacher mixture: its experts drop tokens .* 1.5, .*--teacher-load"
+    ):
+        check_capacity(
+            SimpleNamespace(config=config, teacher=SimpleNamespace(moe_expert_capacity_factor=1.5))
+        )

@@ -107,6 +107,8 @@ REFUSED = {
     "--batch-tokens -5": "--batch-tokens -5: must be at least 1",
     "--batch-tokens many": "argument --batch-tokens: invalid int value",
     "--store": "argument --store: expected one argument",
+    "--store=": "argument --store: its value is empty (an unset variable?); give one",
+    "--teacher=": "argument --teacher: its value is empty",
 }
 
 

@@ -82,6 +82,8 @@ def keep(store: Path, counted: Counted) -> None:
 def _read(store: Path, run: str) -> RunUnits | None:
     """Return what a store keeps of a run; None if there is nothing that can be used."""
     path = _path(store, run)
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(path, framework="np") as file:
             about = file.metadata() or {}

@@ -220,6 +220,8 @@ def _read_cache(store: Path, digest: str) -> Index | None:
     It is read, not mapped: another machine may replace it meanwhile.
     """
     path = store / INDEX_FILE
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(path, framework="np") as file:
             about = file.metadata() or {}

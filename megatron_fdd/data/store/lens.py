@@ -5,6 +5,7 @@ V vocabulary, T the teacher's width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_fdd.data.store.identity import read_identity
+from megatron_fdd.data.store.identity import StoreIdentity, read_identity
 from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
 
 LENS_FILE = Path("lens", "lens.safetensors")
@@ -116,13 +117,15 @@ def lacks_lens(store: Path) -> bool:
     """Whether a store has no lens. A damaged one is removed, so that a new one can be written.
 
     Raises:
-        ValueError: the file is there and the system does not give it; it may be sound.
+        ValueError: the file is there and the system does not give it, or is of another store or version; it may be
+            sound.
     """
     try:
         read_stored_norm(store)
         read_stored_head(store, 0, read_identity(store, "--store").vocab_size)
     except ValueError as error:
-        if isinstance(error.__cause__, OSError) and (store / LENS_FILE).exists():
+        is_damaged = isinstance(error.__cause__, SafetensorError | KeyError | ValueError)
+        if not is_damaged and (store / LENS_FILE).exists():
             raise
         (store / LENS_FILE).unlink(missing_ok=True)
         return True
@@ -157,7 +160,8 @@ def read_stored_extras(store: Path) -> StoredExtras:
 
 def _read_small(store: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """Read all of a store's lens but the head, compared with its sum."""
-    path, digest = store / LENS_FILE, read_identity(store, "--fdd-teacher-store").digest
+    path, identity = store / LENS_FILE, read_identity(store, "--fdd-teacher-store")
+    _check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -165,13 +169,39 @@ def _read_small(store: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in names}
             if header["norm.sum"] != _small_sum(header, tensors):
                 raise ValueError(_CHANGED)
-            if header["store"] != digest:
-                raise ValueError(
-                    f"it is of the store {header['store']}, not of this one, {digest}; copy the right one"
-                )
+        of_store = header["store"]
+        if of_store == identity.digest:
+            _check_fit(identity, header, tensors)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damage(path, error) from error
+    if of_store != identity.digest:
+        raise ValueError(
+            f"{path}: the teacher's lens is of the store {of_store}, not of this one, {identity.digest}; copy the "
+            "right one, or move it away and run fdd teach again, which writes one"
+        )
     return header, tensors
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse a pipe, which would be waited for, or a folder in the place of the lens."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file; remove it, and run fdd teach again, which writes one")
+
+
+def _check_fit(identity: StoreIdentity, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a lens that no teacher of this identity has."""
+    lengths = {"norm.weight": identity.hidden_size, "norm.bias": identity.hidden_size}
+    lengths["head.bias"] = identity.vocab_size
+    for name, tensor in tensors.items():
+        if tensor.shape != (lengths[name],):
+            raise ValueError(
+                f"its {name} has the shape {list(tensor.shape)}, and not [{lengths[name]}]; copy it again"
+            )
+    for name in ("epsilon", "cap"):
+        if name in header and not 0 <= float(header[name]) < math.inf:
+            raise ValueError(f"its {name} is {header[name]}, and must be a number of at least 0")
+    if "cap" in header and float(header["cap"]) == 0:
+        raise ValueError("its cap is 0, and must be above 0")
 
 
 def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
@@ -180,12 +210,18 @@ def read_stored_head(store: Path, first: int, rows: int) -> Tensor:
     Raises:
         ValueError: there is no lens, or it is damaged.
     """
-    path = store / LENS_FILE
+    path, identity = store / LENS_FILE, read_identity(store, "--fdd-teacher-store")
+    _check_regular(path)
     low = first // _SUM_ROWS * _SUM_ROWS
     try:
         with safe_open(path, framework="pt") as file:
             view, sums = file.get_slice("head.weight"), file.get_tensor("head.sums")
-            num_rows, width = view.get_shape()
+            num_rows, width = shape = view.get_shape()
+            if shape != [identity.vocab_size, identity.hidden_size]:
+                raise ValueError(
+                    f"its head has the shape {shape}, and not [{identity.vocab_size}, {identity.hidden_size}]; copy "
+                    "it again"
+                )
             high = min(-(-(first + rows) // _SUM_ROWS) * _SUM_ROWS, num_rows)
             # Whole blocks of sums: only these can be checked.
             found = view[min(low, high) : high]

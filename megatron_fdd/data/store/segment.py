@@ -160,7 +160,12 @@ def segment_names(store: Path) -> Iterator[str]:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as files:
                 for file in files:
                     name = file.name.removesuffix(SUFFIX)
-                    if file.name.endswith(SUFFIX) and _NAME.fullmatch(name) and name[:2] == folder.name:
+                    if (
+                        file.name.endswith(SUFFIX)
+                        and file.is_file()
+                        and _NAME.fullmatch(name)
+                        and name[:2] == folder.name
+                    ):
                         yield name
 
 
@@ -168,8 +173,11 @@ def read_layout(path: Path, digest: str) -> Layout:
     """Read a segment's header.
 
     Raises:
-        ValueError: the file is gone, cut off, damaged, no segment, of another version or of another store.
+        ForeignError: it is of another version or of another store.
+        ValueError: the file is gone, no regular file, cut off, damaged, or no segment.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: is no regular file; remove it, and run fdd teach, which makes it anew")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -196,17 +204,24 @@ def read_layout(path: Path, digest: str) -> Layout:
             f"{path}: is no segment of a store of features, or its header is damaged; run {REPAIR}"
         ) from error
     if version != str(VERSION):
-        raise ValueError(f"{path}: has the format version {version}, not {VERSION}; run {REPAIR}")
+        raise ForeignError(
+            f"{path}: has the format version {version}, not {VERSION}; read it with the version that wrote it, or move "
+            "it out of the folder and run fdd teach, which makes it anew"
+        )
     if store != digest:
-        raise ValueError(
-            f"{path}: is of the store {store}, not of this one ({digest}); remove it from the folder, "
-            "and run fdd teach again, which makes what is missing"
+        raise ForeignError(
+            f"{path}: is of the store {store}, not of this one ({digest}); move it out of the folder, and run fdd "
+            "teach again, which makes what is missing; if all segments are, store.json has changed: copy that again"
         )
     if max(first + count for first, count in places.values()) != size:
         raise ValueError(
             f"{path}: has {size} bytes, which is not what its header says: cut off; run {REPAIR}"
         )
     return Layout(size, **places)
+
+
+class ForeignError(ValueError):
+    """A segment of another store or version: it may be sound, and nobody here can make it anew."""
 
 
 class UnreadableError(ValueError):

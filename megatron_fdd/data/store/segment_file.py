@@ -94,7 +94,7 @@ class SegmentFile:
         self._path, self._descriptor = path, -1
         wanted, self.ids, self.states, self.sums = layout[:4]
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         except OSError as error:
             raise unreadable(path, error) from error
         if (size := os.fstat(self._descriptor).st_size) != wanted:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_fdd.data.store.identity import StoreIdentity, read_identity
+from megatron_fdd.data.store.identity import RUNS, StoreIdentity, read_identity
 from megatron_fdd.data.store.index import Index, Place, open_index, write_index
 from megatron_fdd.data.store.segment import SUM_TOKENS, Bytes, segment_path, start_of
 from megatron_fdd.data.store.segment_file import Range, SegmentFile, ranges_of
@@ -104,7 +104,8 @@ class Store:
             if place is None:
                 raise ValueError(
                     f"{self.path}: has no unit of the {len(unit.ids)} tokens {_shown(unit.ids)}; run fdd teach with "
-                    "this run's data flags, which adds what is missing"
+                    f"this run's data flags, which adds what is missing; if that finds nothing, a file of the data was "
+                    f"changed and kept its time: remove {self.path / RUNS} first"
                 )
             file = self._file(place.segment)
             found.append((file, self._ranges(file, block_numbers, unit, place)))

@@ -19,6 +19,7 @@ from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras, read_sto
 from megatron_fdd.data.store.segment import (
     REPAIR,
     SUM_TOKENS,
+    ForeignError,
     Layout,
     UnreadableError,
     name_of,
@@ -38,13 +39,15 @@ _DAY_S = 24 * 3600.0
 
 @dataclass(slots=True)
 class Checked:
-    """The result of a check: the damaged segments, and those that could not be read, each with what is wrong."""
+    """The result of a check: segments that are damaged, were not read, or are of others, each with what is wrong."""
 
     num_segments: int = 0
     num_units: int = 0
     num_bytes: int = 0
     damaged: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    foreign: dict[str, str] = field(default_factory=dict)
+    has_lens: bool = True
 
 
 def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> Checked:
@@ -54,7 +57,8 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
         ValueError: there is no store, or its lens is damaged or cannot be read.
     """
     identity, result = read_identity(path, _FLAG), Checked()
-    if (path / LENS_FILE).is_file():
+    result.has_lens = (path / LENS_FILE).exists()
+    if result.has_lens:
         read_stored_norm(path)
         read_stored_head(path, 0, identity.vocab_size)
     for name in sorted(segment_names(path)):
@@ -68,6 +72,8 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
                 continue  # removed meanwhile
             found = result.unread if file.is_file() else result.damaged
             found[name] = str(unreadable(file, error) if isinstance(error, OSError) else error)
+        except ForeignError as error:
+            result.foreign[name] = str(error)
         except ValueError as error:
             result.damaged[name] = str(error)
         on_segment()
@@ -100,6 +106,9 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
     identity = read_identity(path, _FLAG)
     names = sorted(segment_names(path))
     units, counts = _units_by_segment(path, identity, names)
+    for name in names:  # the copy that stays must be the right one
+        if bool((counts[units[name]] > 1).any()):
+            _check_segment(segment_path(path, name), identity)
     before_s = -math.inf if older_than_days is None else time.time() - older_than_days * _DAY_S
     old = _older(path, names, before_s)
     count, num_bytes = sweep(path), 0
@@ -125,7 +134,8 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
 def describe(store: Store) -> Iterator[str]:
     """Yield lines about a store, for people."""
     identity, index = store.identity, store.index
-    yield f"{store.path}: features of {identity.teacher}, made by the engine {identity.engine}"
+    teacher = identity.teacher if identity.teacher.isprintable() else repr(identity.teacher)
+    yield f"{store.path}: features of {teacher}, made by the engine {identity.engine}"
     ran = ", ".join(f"{name} {value}" for name, value in identity.ran.items())
     yield f"  it ran with: {ran}"
     yield f"  teacher: {identity.num_layers} blocks of width {identity.hidden_size}, {identity.vocab_size} tokens"

@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,8 @@ def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> No
     raise ValueError(
         f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, {tokens} tokens; the first: "
         f"{whereabouts(sources[first.dataset], first)}, ids {ids[:6].tolist()}. Add them with fdd "
-        f"teach --engine {identity.engine} --teacher {identity.teacher} --store {store.path} --blocks "
+        f"teach --engine {identity.engine} --teacher {quote(identity.teacher)} --store "
+        f"{quote(str(store.path))} --blocks "
         f"{','.join(map(str, identity.blocks))} --form {identity.form}{dtype} and this "
         "run's data flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def assert_refused_everywhere(segment: Path, message: str = "") -> None:
         assert_holds(opened(segment.parents[2]), UNITS)
     assert "\n" not in str(caught.value)
     assert any(word in str(caught.value) for word in ("--remove-damaged", "fdd teach", "remove it"))
-    assert list(check(segment).damaged) == [segment.stem]
+    found = check(segment)
+    assert [*found.damaged, *found.foreign] == [segment.stem]
 
 
 def failure(segment: Path) -> str | None:
@@ -72,7 +74,8 @@ def test_no_flipped_bit_stays_unseen(segment: Path, region: str) -> None:
     step = 5 if region == "header" else max(1, len(places) // 30)
     for number, at in enumerate(places[::step]):
         flip(segment, at, number % 8)
-        assert list(check(segment).damaged) == [segment.stem], at
+        found = check(segment)
+        assert [*found.damaged, *found.foreign] == [segment.stem], at
         message = failure(segment)
         # The shape of a tensor is not needed for reading.
         assert message is not None or region == "header", at
@@ -130,6 +133,11 @@ def _folder(segment: Path) -> None:
     segment.mkdir()
 
 
+def _pipe(segment: Path) -> None:
+    segment.unlink()
+    os.mkfifo(segment)
+
+
 def _of_another_store(segment: Path) -> None:
     (name,) = write(segment.parents[3] / "other", UNITS, identity=OTHER)
     segment.write_bytes(file_of(segment.parents[3] / "other", name).read_bytes())
@@ -145,13 +153,12 @@ DAMAGES = {
     _only_a_header: f"cut off; {REMEDY}",
     _emptied: f"is no segment of a store .*; {REMEDY}",
     _zeros_behind: f"cut off; {REMEDY}",
-    _newer: f"has the format version 2, not 1; {REMEDY}",
+    _newer: "has the format version 2, not 1; read it with the version that wrote it",
     _another_kind: f"is no segment of a store .*; {REMEDY}",
     _offsets_of_another_type: f"is no segment of a store .*; {REMEDY}",
     _header_of_brackets: f"is no segment of a store .*; {REMEDY}",
     _huge_header: f"is no segment of a store .*; {REMEDY}",
-    _folder: f"cannot be read .*{REMEDY}",
-    _of_another_store: r"is of the store .*, not of this one .*; remove it from the folder",
+    _of_another_store: r"is of the store .*, not of this one .*; move it out of the folder",
     _another_segment: f"has other keys than its name says; {REMEDY}",
 }
 
@@ -162,7 +169,34 @@ def test_a_damaged_segment_is_refused_by_name(segment: Path, damage: Callable[[P
     assert_refused_everywhere(segment, DAMAGES[damage])
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not _folder])
+FOREIGN = (_newer, _of_another_store)
+
+
+@pytest.mark.parametrize("damage", FOREIGN)
+def test_what_another_wrote_is_not_removed(segment: Path, damage: Callable[[Path], None]) -> None:
+    """Nobody here can make it anew."""
+    path = segment.parents[2]
+    damage(segment)
+    content, found = segment.read_bytes(), check(segment)
+    assert (list(found.damaged), list(found.foreign)) == ([], [segment.stem])
+    with pytest.raises(ValueError, match=segment.name):
+        upkeep.remove_damaged(path, found)
+    assert segment.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [_folder, _pipe])
+def test_what_is_no_file_is_no_segment(segment: Path, damage: Callable[[Path], None]) -> None:
+    """A pipe would be waited for."""
+    path = segment.parents[2]
+    store = opened(path)
+    damage(segment)
+    assert check(segment).damaged == {}
+    assert_holds(opened(path), OTHERS)
+    with pytest.raises(ValueError, match=segment.name):
+        read_whole(store, UNITS[0][0])
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d not in FOREIGN])
 def test_the_rest_of_a_store_stays_when_the_damaged_goes(
     segment: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -232,8 +266,6 @@ def test_a_disk_that_fails_is_said_with_the_file(segment: Path, monkeypatch: pyt
 
 def test_a_read_that_comes_in_pieces_is_whole(segment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system gives at most 2 GiB at once, and some file systems less."""
-    import os
-
     whole = os.preadv
     monkeypatch.setattr("os.preadv", lambda file, buffers, at: whole(file, [buffers[0][:7]], at))
     assert_holds(opened(segment.parents[2]), UNITS)

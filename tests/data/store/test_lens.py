@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_fdd.data.store.lens import (
     LENS_FILE,
+    StoredExtras,
+    StoredNorm,
+    lacks_lens,
     read_stored_extras,
     read_stored_head,
     read_stored_norm,
@@ -93,12 +97,41 @@ def test_a_lens_that_is_cut_off_gone_or_foreign(tmp_path: Path) -> None:
     path.parent.mkdir()
     content = (tmp_path / "b" / LENS_FILE).read_bytes()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="it is of the store .*, not of this one"):
+    with pytest.raises(ValueError, match="lens is of the store .*, not of this one"):
         _read(tmp_path / "a")
+    with pytest.raises(ValueError, match="or move it away and run fdd teach again"):
+        lacks_lens(tmp_path / "a")
+    assert path.read_bytes() == content, "another store's only copy, perhaps"
     for size in (0, 7, 300, len(content) - 1):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match=r"lens.safetensors: .*remove the file"):
             _read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extras": StoredExtras(cap=0.0)}, "its cap is 0, and must be above 0"),
+        ({"extras": StoredExtras(cap=-3.0)}, "its cap is -3.0, and must be a number of at least 0"),
+        ({"extras": StoredExtras(cap=float("nan"))}, "its cap is nan"),
+        ({"extras": StoredExtras(torch.zeros(7))}, "its head.bias has the shape .7., and not .2050."),
+        (
+            {"norm": StoredNorm("rms", torch.ones(3), None, 1e-5)},
+            "its norm.weight has the shape .3., and not .5.",
+        ),
+        ({"norm": StoredNorm("rms", torch.ones(5), None, -1.0)}, "its epsilon is -1.0"),
+        ({"head_VT": torch.zeros(2049, 5)}, r"its head has the shape \[2049, 5\], and not \[2050, 5\]"),
+    ],
+)
+def test_a_lens_that_no_teacher_of_the_store_has(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(tmp_path)
+    lens = replace(write_lens(tmp_path), **changes)
+    (tmp_path / LENS_FILE).unlink()
+    write_stored_lens(tmp_path, lens)
+    with pytest.raises(ValueError, match=f"lens.safetensors: .*{message}"):
+        _read(tmp_path)
 
 
 def test_a_rank_behind_the_last_row_gets_zeros(tmp_path: Path) -> None:

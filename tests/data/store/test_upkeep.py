@@ -32,6 +32,7 @@ def test_a_sound_store_is_counted(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     seen: list[int] = []
     checked = upkeep.check_store(tmp_path, lambda: seen.append(1))
+    assert checked.has_lens
     sizes = sum(file_of(tmp_path, name).stat().st_size for name in names)
     assert (checked.num_segments, checked.num_units, checked.num_bytes, checked.damaged) == (2, 4, sizes, {})
     assert len(seen) == 2
@@ -125,6 +126,18 @@ def test_prune_removes_what_is_elsewhere_and_only_that(
     assert size - num_bytes == sum(path.stat().st_size for path in tmp_path.rglob("segments/*/*"))
     assert_holds(opened(tmp_path), units)
     assert upkeep.prune(tmp_path) == (0, 0)
+
+
+def test_prune_keeps_the_copy_that_is_right(tmp_path: Path) -> None:
+    """Sums are compared before the second copy of a unit goes; nothing goes where one is damaged."""
+    names = write(tmp_path, some("01"), some("0"), some("1"), some("23"))
+    flip(file_of(tmp_path, names[0]), -20)
+    with pytest.raises(ValueError, match=f"{names[0]}.*--remove-damaged"):
+        upkeep.prune(tmp_path)
+    assert set(segment_names(tmp_path)) == set(names)
+    upkeep.remove_damaged(tmp_path, upkeep.check_store(tmp_path))
+    assert upkeep.prune(tmp_path) == (0, 0)
+    assert_holds(opened(tmp_path), UNITS)
 
 
 def test_prune_of_a_random_store_is_complete(tmp_path: Path) -> None:
