@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from megatron_fdd.cli.command import Command
-from megatron_fdd.host.disk import explain
+from megatron_fdd.host.disk import explain, sized
 
 EXAMPLES = """\b
 examples:
@@ -71,14 +71,13 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
     if not checked.has_lens:
         print(f"{store}: has no lens; run fdd teach again, which writes it", file=sys.stderr)
     yield (
-        f"{store}: {checked.num_segments} segments, {len(checked.damaged)} damaged, {len(checked.unread)} unreadable, "
-        f"{len(checked.foreign)} of other stores or versions; "
-        f"{checked.num_units} units and "
-        f"{checked.num_bytes / 1e9:.3f} GB are right"
+        f"{store}: {checked.num_segments} segment(s), {len(checked.damaged)} damaged, {len(checked.unread)} "
+        f"unreadable, {len(checked.foreign)} of other stores or versions; {checked.num_units} units and "
+        f"{sized(checked.num_bytes)} are right"
     )
     if checked.damaged and remove_damaged:
         upkeep.remove_damaged(store, checked)
-        yield f"{store}: removed {len(checked.damaged)} segments; fdd teach makes them anew"
+        yield f"{store}: removed {len(checked.damaged)} segment(s); fdd teach makes them anew"
     is_sound = not (checked.unread or checked.foreign) and checked.has_lens
     if not is_sound or (checked.damaged and not remove_damaged):
         sys.exit(1)
@@ -88,4 +87,4 @@ def _prune(store: Path, older_than: float | None) -> Iterator[str]:
     from megatron_fdd.data.store import upkeep
 
     count, num_bytes = upkeep.prune(store, older_than_days=older_than)
-    yield f"{store}: removed {count} files of {num_bytes / 1e9:.3f} GB"
+    yield f"{store}: removed {count} file(s) of {sized(num_bytes)}"

@@ -103,6 +103,15 @@ def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
         raise _refusal(flag, given, error) from error
 
 
+def sized(num_bytes: float) -> str:
+    """Write a number of bytes in the unit that suits it, to three digits: 71.2 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.0f} PB"
+
+
 def free_bytes(given: str | Path) -> int:
     """Return the room of the file system on which `given` is, or would be made."""
     return shutil.disk_usage(_nearest(Path(given))).free

@@ -8,6 +8,7 @@ from megatron_fdd.config import DEFAULTS, FddConfig
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras
 from megatron_fdd.data.store.loader import micro_batches, read_ahead
 from megatron_fdd.data.store.store import Store
+from megatron_fdd.host.disk import sized
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.plan.context import Context
@@ -142,9 +143,9 @@ def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[s
         f"the blocks {', '.join(map(str, identity.blocks))}",
         f"    it ran in {identity.ran['dtype']} ({ran}), in which its head is and its features are unpacked; the "
         f"student computes in {own}",
-        f"    {store.path}: {len(index)} units, {index.num_tokens} tokens, {size / 1e9:.3f} GB",
-        f"    a step reads at most {most / 1e6:.2f} MB on a rank; {whole / 1e6:.2f} MB are different, so that a step "
-        f"of one second needs {whole / 1e9:.3f} GB/s of the file system",
+        f"    {store.path}: {len(index)} units, {index.num_tokens} tokens, {sized(size)}",
+        f"    a step reads at most {sized(most)} on a rank, and {sized(whole)} that are different on all of them: a "
+        f"step of one second needs {sized(whole)}/s of the file system",
         *["    its logits have a soft cap: each delta makes those of both its layers again"] * streamed,
     ]
 

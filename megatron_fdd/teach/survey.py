@@ -15,7 +15,7 @@ from megatron_fdd.data.store.origin import cuts_rows
 from megatron_fdd.data.store.segment import segment_bytes
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.host import console
-from megatron_fdd.host.disk import free_bytes
+from megatron_fdd.host.disk import free_bytes, sized
 from megatron_fdd.host.together import together
 from megatron_fdd.teach.engine import PreparedTeacher
 from megatron_fdd.teach.progress import hours, known_rate
@@ -101,8 +101,8 @@ def _say_work(request: TeachRequest, identity: StoreIdentity, missing: Table, ow
     time = f"; {hours(tokens / rate)} at the last producer's {rate:.0f} tokens/s" if own and rate else ""
     console.say(
         f"{request.store}: {len(missing)} of them are missing{part}. To compute: {len(own)} units, {tokens} tokens, "
-        f"{size / 1e9:.3f} GB ({identity.form}, {len(identity.blocks)} blocks){time}. Free there: "
-        f"{free_bytes(request.store) / 1e9:.3f} GB."
+        f"{sized(size)} ({identity.form}, {len(identity.blocks)} blocks){time}. Free there: "
+        f"{sized(free_bytes(request.store))}."
     )
 
 
@@ -114,6 +114,6 @@ def _check_room(store: Path, identity: StoreIdentity, missing: Table) -> None:
     free = free_bytes(store)
     if need > free:
         raise ValueError(
-            f"--store {store}: what is missing takes {need / 1e9:.3f} GB ({need} bytes), and {free / 1e9:.3f} GB "
+            f"--store {store}: what is missing takes {sized(need)} ({need} bytes), and {sized(free)} "
             f"({free} bytes) are free there: make room, give another place, a smaller --form or fewer --blocks"
         )

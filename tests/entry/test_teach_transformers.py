@@ -51,7 +51,7 @@ def test_a_student_in_float32_reads_a_teacher_in_bfloat16(toy: Toys, tmp_path: P
     own = ("--teacher", toy.root / "teacher-hf", "--store", store, "--device-map", "cpu")
     looked = teach_by_transformers(*own, *toy.command("--dry-run"))
     assert looked.returncode == 0, looked.stderr
-    assert "To compute: 24 units, 384 tokens, 0.000 GB (bf16, 3 blocks). Free there: " in looked.stdout
+    assert "To compute: 24 units, 384 tokens, 111 kB (bf16, 3 blocks). Free there: " in looked.stdout
     assert "loading the teacher" not in looked.stdout
     assert not store.exists()
     assert teach_by_transformers(*own, *toy.command()).returncode == 0

@@ -58,8 +58,8 @@ def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
     )
     assert "The run reads 32 units of 512 tokens; 32 are different, 0 are read again (0%).\n" in taught[0].out
     assert "A second epoch would read other rows of text" in taught[0].out
-    assert "To compute: 32 units, 512 tokens, 0.000 GB (float32, 3 blocks). Free there: " in taught[0].out
-    for line in ("The run reads 32 units of 512 tokens; 32", "To compute: 32 units, 512 tokens, 0.000 GB"):
+    assert "To compute: 32 units, 512 tokens, 295 kB (float32, 3 blocks). Free there: " in taught[0].out
+    for line in ("The run reads 32 units of 512 tokens; 32", "To compute: 32 units, 512 tokens, 295 kB"):
         assert line in looked[0].out
     assert "loading the teacher" in taught[0].out
     assert "loading the teacher" not in looked[0].out + again[0].out
@@ -145,7 +145,7 @@ def test_a_dry_run_writes_nothing_and_a_full_disk_is_refused_before_the_teacher_
     for endings in (full, looked):
         assert_refused(
             endings,
-            r"what is missing takes 0\.000 GB \(\d+ bytes\), and 0\.000 GB \(1000 bytes\) are free there",
+            r"what is missing takes 2\d\d kB \(\d+ bytes\), and 1 kB \(1000 bytes\) are free there",
         )
         assert "To compute: 32 units" in endings[0].out
         assert "loading the teacher" not in endings[0].out

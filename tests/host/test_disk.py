@@ -11,7 +11,7 @@ import pytest
 
 from megatron_fdd.convert.hf_writer import new_folder
 from megatron_fdd.data.parts import Parts
-from megatron_fdd.host.disk import explain, make_folder, writing
+from megatron_fdd.host.disk import explain, make_folder, sized, writing
 
 TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
 
@@ -99,3 +99,19 @@ def test_a_link_in_the_place_of_a_scratch_folder_is_not_followed(tmp_path: Path)
     with pytest.raises(ValueError, match=r"^--output-prefix .*\.text\.partial is a link, .*; remove it"):
         Parts([str(tmp_path / "text")], "text", "text", None, None)  # type: ignore[arg-type]
     assert (tmp_path / "mine" / "letter").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (71_234_000, "71.2 MB"),
+        (999_600_000, "1 GB"),
+        (5368709120000, "5.37 TB"),
+        (10**19, "10,000 PB"),
+    ],
+)
+def test_bytes_have_the_unit_that_suits_them(number: int, text: str) -> None:
+    assert sized(number) == text

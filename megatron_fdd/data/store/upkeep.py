@@ -32,6 +32,7 @@ from megatron_fdd.data.store.segment import (
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.unit import KEY_BYTES, unit_key
 from megatron_fdd.data.store.whole_file import sweep
+from megatron_fdd.host.disk import sized
 
 _FLAG = "store"
 _DAY_S = 24 * 3600.0
@@ -145,7 +146,7 @@ def describe(store: Store) -> Iterator[str]:
     )
     yield f"  lens: {_lens(store.path)}"
     size = int(index.layouts[:, 0].sum())
-    yield f"  {len(index)} units, {index.num_tokens} tokens, in {len(index.names)} segments of {size / 1e9:.3f} GB"
+    yield f"  {len(index)} units, {index.num_tokens} tokens, in {len(index.names)} segment(s) of {sized(size)}"
     lengths = index.records["length"]
     if len(lengths):
         quantiles = np.quantile(lengths, (0.0, 0.5, 1.0)).astype(int)

@@ -208,7 +208,7 @@ def test_a_store_is_described(tmp_path: Path) -> None:
         "6 blocks of width 5, 2050 tokens",
         "blocks 2, 4, 6 before the final norm, bf16, 10 bytes each, 30 a token",
         "lens: missing; run fdd teach again",
-        "4 units, 133 tokens, in 2 segments of 0.000 GB",
+        "4 units, 133 tokens, in 2 segment(s) of ",
         "tokens of a unit: 1 to 65, half of them at most 33",
     ):
         assert words in text
@@ -217,4 +217,6 @@ def test_a_store_is_described(tmp_path: Path) -> None:
         upkeep.describe(opened(tmp_path))
     )
     write(tmp_path / "empty")
-    assert "0 units, 0 tokens, in 0 segments" in "\n".join(upkeep.describe(opened(tmp_path / "empty")))
+    assert "0 units, 0 tokens, in 0 segment(s) of 0 B" in "\n".join(
+        upkeep.describe(opened(tmp_path / "empty"))
+    )
