@@ -151,8 +151,9 @@ def test_a_second_call_goes_on_where_the_first_was_cut_off(tmp_path: Path) -> No
 
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests were started by nohup
 from tests.gpu import run
 os.environ |= {"BUDGET_S": "60", "DEVICE": "cpu", "PART": "1", "FRESH": "0", "WHEELS": "", "OUT": sys.argv[1]}
 os.environ |= {"STATE": sys.argv[1], "WORKERS": "1"}
