@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from megatron_fdd.cli import COMMANDS, main, train
+from megatron_fdd.cli import COMMANDS, main, run, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,7 +52,7 @@ def test_no_help_imports_torch() -> None:
 
 def test_the_command_is_installed() -> None:
     [entry] = entry_points(group="console_scripts", name="fdd")
-    assert entry.load() is main
+    assert entry.load() is run
 
 
 class Started:

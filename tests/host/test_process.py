@@ -88,6 +88,7 @@ def test_a_command_cleans_up_when_it_is_asked_to_end(number: signal.Signals) -> 
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(number, signal.SIG_DFL)  # nohup ignores one of them
         try:
             with ended_like_interrupt():
                 try:
