@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,17 @@ class Patch:
     replacement: Any
 
 
+def meet() -> None:
+    """Wait for all ranks by way of the store.
+
+    gloo's barrier has hung where a quicker rank was closing its groups meanwhile.
+    """
+    store, size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    arrived = store.add("meetings", 1)
+    while store.add("meetings", 0) < -(-arrived // size) * size:
+        time.sleep(0.002)
+
+
 def run_commands(
     commands: Sequence[Sequence[str]],
     patches: Sequence[Patch] = (),
@@ -57,8 +69,9 @@ def run_commands(
     endings = []
     for index, command in enumerate(commands):
         if index:
-            dist.barrier()
+            meet()
             clean_megatron()
+            meet()
         torch.manual_seed(0)
         with contextlib.ExitStack() as stack, patch.dict(os.environ, environment or {}):
             for each in patches:
