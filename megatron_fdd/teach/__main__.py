@@ -20,6 +20,7 @@ if __name__ == "__main__":
         os.environ["FDD_REHEARSE"] = "0"  # transformers knows by itself what to do without a GPU
     start()
 
+import contextlib
 import signal
 import tempfile
 import time
@@ -81,7 +82,7 @@ def teach(request: TeachRequest) -> None:
     with together():
         if is_first_rank():
             keep(request.store, survey.counted)
-            _save_index(request.store)
+            _save_index(request.store, is_changed=bool(survey.units))
 
 
 def _compute(
@@ -137,10 +138,11 @@ def _write_lens(engine: Engine, store: Path, units: Sequence[Ids]) -> None:
             )
 
 
-def _save_index(store: Path) -> None:
-    """Write the index, with which trainings open the store at once."""
+def _save_index(store: Path, *, is_changed: bool) -> None:
+    """Write the index, with which trainings open the store at once; a store that had all may be one to be read only."""
     made = Store.open(store, "--store")
-    made.save_index()
+    with contextlib.nullcontext() if is_changed else contextlib.suppress(ValueError):
+        made.save_index()
     console.say(f"{store}: {len(made.index)} units, {made.index.num_tokens} tokens")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_fdd.data.store.counted import Counted, count_units
@@ -41,7 +42,7 @@ class Survey:
 def look(request: TeachRequest, teacher: PreparedTeacher, sources: Sequence[Source]) -> Survey:
     """Find out what is missing, and say it. Nothing is written, and the teacher need not be loaded.
 
-    Collectives over all ranks: those of `count_units`, a few all-gathers, and one broadcast of a list of units.
+    Collectives over all ranks: those of `count_units`, a few all-gathers, and one broadcast of a table of units.
 
     Raises:
         ValueError: the data have no token, the store is another teacher's, cannot be read, or has no room for what is
@@ -51,7 +52,7 @@ def look(request: TeachRequest, teacher: PreparedTeacher, sources: Sequence[Sour
     with together():
         store = _opened(request, teacher) if is_first else None
     counted = count_units(sources, request.store)
-    found: list[tuple[list[Unit], Unit] | None] = [None]
+    found: list[tuple[Table, Table] | None] = [None]
     with together():
         if counted.units is not None:
             units = counted.units
@@ -63,10 +64,11 @@ def look(request: TeachRequest, teacher: PreparedTeacher, sources: Sequence[Sour
             _say_run(units, is_cut=cuts_rows(sources))
             _say_work(request, identity, missing, own)
             _check_room(request.store, identity, missing)
-            found[0] = own, places_of(units.table[:1])[0]
-    dist.broadcast_object_list(found, src=0)
+            found[0] = own, units.table[:1]
+    dist.broadcast_object_list(found, src=0)  # tables: as objects a million units would take 190 MB
     assert found[0] is not None
-    return Survey(*found[0], counted)
+    to_do, example = (places_of(table) for table in found[0])
+    return Survey(to_do, example[0], counted)
 
 
 def _opened(request: TeachRequest, teacher: PreparedTeacher) -> Store | None:
@@ -92,13 +94,13 @@ def _say_run(units: RunUnits, *, is_cut: bool) -> None:
     )
 
 
-def _say_work(request: TeachRequest, identity: StoreIdentity, missing: Table, own: Sequence[Unit]) -> None:
+def _say_work(request: TeachRequest, identity: StoreIdentity, missing: Table, own: Table) -> None:
     """Say how much there is to compute, how long it takes if that is known, and how much room there is."""
-    tokens = sum(unit.last - unit.first for unit in own)
+    tokens = int((own["last"] - own["first"]).sum(dtype=np.int64))
     size = tokens * identity.token_bytes * len(identity.blocks)
     part = "" if request.part[1] == 1 else f", part {request.part[0]}/{request.part[1]}"
     rate = known_rate(request.store)
-    time = f"; {hours(tokens / rate)} at the last producer's {rate:.0f} tokens/s" if own and rate else ""
+    time = f"; {hours(tokens / rate)} at the last producer's {rate:.0f} tokens/s" if len(own) and rate else ""
     console.say(
         f"{request.store}: {len(missing)} of them are missing{part}. To compute: {len(own)} units, {tokens} tokens, "
         f"{sized(size)} ({identity.form}, {len(identity.blocks)} blocks){time}. Free there: "

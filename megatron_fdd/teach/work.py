@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_fdd.data.store.coverage import Table, Unit, places_of
+from megatron_fdd.data.store.coverage import Table, Unit
 
 
-def part_of(missing: Table, part: tuple[int, int]) -> list[Unit]:
+def part_of(missing: Table, part: tuple[int, int]) -> Table:
     """Return the units of one producer's part.
 
     A unit is of the part that its key says, so that producers that began at different times share the work alike.
@@ -21,7 +21,7 @@ def part_of(missing: Table, part: tuple[int, int]) -> list[Unit]:
     number, count = part
     # The key's remainder, from those of its halves.
     rest = missing["high"] % np.uint64(count) * np.uint64(2**64 % count) + missing["low"] % np.uint64(count)
-    return places_of(missing[rest % np.uint64(count) == number])
+    return missing[rest % np.uint64(count) == number]
 
 
 def batches(units: Sequence[Unit], most_tokens: int) -> list[list[Unit]]:

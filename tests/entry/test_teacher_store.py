@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fdd.data.store.index import INDEX_FILE, Index, write_index
 from megatron_fdd.data.store.store import Store
 from tests.entry.checks import assert_refused
 from tests.entry.command import TIMES, Patch, read_metrics, run, trained
@@ -39,6 +40,13 @@ def assert_same(metrics: Path, wanted: Path) -> None:
                 assert record[name] == pytest.approx(value, rel=RELATIVE), name
 
 
+def write_once(store: Path, digest: str, index: Index) -> None:
+    """Write an index where none is: the next time the store is one to be read only."""
+    if (store / INDEX_FILE).exists():
+        raise ValueError(f"{store}: Read-only file system")
+    write_index(store, digest, index)
+
+
 def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
     """The producer's layout is not the student's; a training that stops goes on at another one."""
     store, save = tmp_path / "store", ("--save", tmp_path / "run", "--save-interval", 2)
@@ -55,6 +63,7 @@ def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
             *stored_run(toy, store, stored, *tensor, *save),
             *("--load", str(tmp_path / "run")),
         ],
+        patches=[Patch("megatron_fdd.data.store.store", "write_index", write_once)],
     )
     assert "The run reads 32 units of 512 tokens; 32 are different, 0 are read again (0%).\n" in taught[0].out
     assert "A second epoch would read other rows of text" in taught[0].out
