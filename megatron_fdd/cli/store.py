@@ -68,8 +68,8 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
         checked = upkeep.check_store(store, bar.update)
     for message in (*checked.damaged.values(), *checked.unread.values(), *checked.foreign.values()):
         print(message, file=sys.stderr)
-    if not checked.has_lens:
-        print(f"{store}: has no lens; run fdd teach again, which writes it", file=sys.stderr)
+    if checked.lens is not None:
+        print(checked.lens, file=sys.stderr)
     yield (
         f"{store}: {checked.num_segments} segment(s), {len(checked.damaged)} damaged, {len(checked.unread)} "
         f"unreadable, {len(checked.foreign)} of other stores or versions; {checked.num_units} units and "
@@ -78,7 +78,7 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
     if checked.damaged and remove_damaged:
         upkeep.remove_damaged(store, checked)
         yield f"{store}: removed {len(checked.damaged)} segment(s); fdd teach makes them anew"
-    is_sound = not (checked.unread or checked.foreign) and checked.has_lens
+    is_sound = not (checked.unread or checked.foreign or checked.lens)
     if not is_sound or (checked.damaged and not remove_damaged):
         sys.exit(1)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
+from megatron_fdd.host.disk import sized
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.together import together
 
@@ -124,7 +125,7 @@ def check_sums(checkpoints: Mapping[str, Path]) -> str:
     if num_bytes:
         seconds = time.perf_counter() - started_s
         remarks.append(
-            f"file sums of {num_bytes / 1e9:.2f} GB of checkpoints are right (compared in {seconds:.1f} s; {SKIP_FLAG} "
+            f"file sums of {sized(num_bytes)} of checkpoints are right (compared in {seconds:.1f} s; {SKIP_FLAG} "
             "leaves that out)"
         )
     return "\n".join(remarks)

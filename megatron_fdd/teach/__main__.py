@@ -79,6 +79,11 @@ def teach(request: TeachRequest) -> None:
     dist.broadcast_object_list(lacks, src=0)
     if survey.units or lacks[0]:
         _compute(request, teacher, sources, survey)
+    else:
+        console.say(
+            "Nothing is to be computed, so --teacher was not loaded, and its weights were not compared with those that "
+            "the store was made with. Features of other weights need another store."
+        )
     with together():
         if is_first_rank():
             keep(request.store, survey.counted)

@@ -73,6 +73,8 @@ def test_a_store_takes_the_teachers_place(toy: Toys, tmp_path: Path) -> None:
     assert "loading the teacher" in taught[0].out
     assert "loading the teacher" not in looked[0].out + again[0].out
     assert "0 of them are missing. To compute: 0 units" in again[0].out
+    assert "its weights were not compared" in again[0].out
+    assert "its weights were not compared" not in taught[0].out + looked[0].out
     assert f"all 32 units of this run's data are in {store} (which were counted before, " in went_on[0].out
     assert_same(stored, live)
     identity = Store.open(store, "--store").identity

@@ -155,18 +155,18 @@ def segment_path(store: Path, name: str) -> Path:
 
 def segment_names(store: Path) -> Iterator[str]:
     """Yield the names of the segments that are there; no other files, and none that a producer still writes."""
+    return (name for name, is_file in segment_entries(store) if is_file)
+
+
+def segment_entries(store: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the names of all that is named as a segment, and whether it is a regular file."""
     with contextlib.suppress(FileNotFoundError), os.scandir(store / SEGMENTS) as folders:
         for folder in folders:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as files:
                 for file in files:
                     name = file.name.removesuffix(SUFFIX)
-                    if (
-                        file.name.endswith(SUFFIX)
-                        and file.is_file()
-                        and _NAME.fullmatch(name)
-                        and name[:2] == folder.name
-                    ):
-                        yield name
+                    if file.name.endswith(SUFFIX) and _NAME.fullmatch(name) and name[:2] == folder.name:
+                        yield name, file.is_file()
 
 
 def read_layout(path: Path, digest: str) -> Layout:

@@ -24,6 +24,7 @@ from megatron_fdd.data.store.segment import (
     UnreadableError,
     name_of,
     read_layout,
+    segment_entries,
     segment_names,
     segment_path,
     sums_of,
@@ -40,7 +41,11 @@ _DAY_S = 24 * 3600.0
 
 @dataclass(slots=True)
 class Checked:
-    """The result of a check: segments that are damaged, were not read, or are of others, each with what is wrong."""
+    """The result of a check: segments that are damaged, were not read, or are of others, each with what is wrong.
+
+    Attributes:
+        lens: what is wrong with the lens, or None.
+    """
 
     num_segments: int = 0
     num_units: int = 0
@@ -48,21 +53,18 @@ class Checked:
     damaged: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, str] = field(default_factory=dict)
-    has_lens: bool = True
+    lens: str | None = None
 
 
 def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> Checked:
     """Read every byte of a store, and compare it with its sums. Nothing is changed.
 
     Raises:
-        ValueError: there is no store, or its lens is damaged or cannot be read.
+        ValueError: there is no store.
     """
     identity, result = read_identity(path, _FLAG), Checked()
-    result.has_lens = (path / LENS_FILE).exists()
-    if result.has_lens:
-        read_stored_norm(path)
-        read_stored_head(path, 0, identity.vocab_size)
-    for name in sorted(segment_names(path)):
+    result.lens = _check_lens(path, identity)
+    for name, _ in sorted(segment_entries(path)):
         file = segment_path(path, name)
         result.num_segments += 1
         try:
@@ -79,6 +81,18 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
             result.damaged[name] = str(error)
         on_segment()
     return result
+
+
+def _check_lens(path: Path, identity: StoreIdentity) -> str | None:
+    """Say what is wrong with a store's lens; None if it is sound."""
+    if not (path / LENS_FILE).exists():
+        return f"{path}: has no lens; run fdd teach again, which writes it"
+    try:
+        read_stored_norm(path)
+        read_stored_head(path, 0, identity.vocab_size)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def remove_damaged(path: Path, checked: Checked) -> None:

@@ -125,8 +125,8 @@ class LensFile:
             given = getattr(teacher, name)
             if given and own != given:
                 raise ValueError(
-                    f"{FLAG} {self.path}: was made for another teacher: its {name} is {_short(own)}, that of "
-                    f"--teacher-load {_short(given)}; make a lens for this one"
+                    f"{FLAG} {self.path}: was made for another teacher: its {name} is {_short(own)}, and that of "
+                    f"this run's teacher {_short(given)}; make a lens for this one"
                 )
         missing = sorted(set(blocks) - set(self.shapes))
         if missing:

@@ -32,7 +32,7 @@ def test_a_sound_store_is_counted(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     seen: list[int] = []
     checked = upkeep.check_store(tmp_path, lambda: seen.append(1))
-    assert checked.has_lens
+    assert checked.lens is None
     sizes = sum(file_of(tmp_path, name).stat().st_size for name in names)
     assert (checked.num_segments, checked.num_units, checked.num_bytes, checked.damaged) == (2, 4, sizes, {})
     assert len(seen) == 2
@@ -86,18 +86,24 @@ def test_what_the_system_does_not_give_is_not_removed(
 
 
 def test_a_damaged_lens_is_found(tmp_path: Path) -> None:
-    write(tmp_path, UNITS)
+    """And all segments are looked at all the same; one is a pipe, which nobody waits for."""
+    names = write(tmp_path, UNITS[:2], UNITS[2:])
     write_lens(tmp_path)
     flip(tmp_path / LENS_FILE, -1)
-    with pytest.raises(ValueError, match="lens cannot be read"):
-        upkeep.check_store(tmp_path)
+    pipe = file_of(tmp_path, names[0])
+    pipe.unlink()
+    os.mkfifo(pipe)
+    checked = upkeep.check_store(tmp_path)
+    assert "lens cannot be read" in str(checked.lens)
+    assert (checked.num_segments, checked.num_units) == (2, 2)
+    assert "is no regular file" in checked.damaged[names[0]]
 
 
 def test_a_segment_that_is_pruned_while_it_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = sorted(write(tmp_path, UNITS[:2], UNITS[2:]))
-    monkeypatch.setattr(upkeep, "segment_names", lambda _: names)
+    monkeypatch.setattr(upkeep, "segment_entries", lambda _: [(name, True) for name in names])
     file_of(tmp_path, names[1]).unlink()
     checked = upkeep.check_store(tmp_path)
     assert (checked.num_units, checked.damaged, checked.unread) == (2, {}, {})
