@@ -94,7 +94,7 @@ class _CheckedBatches:
         try:
             batch = next(self._batches, None)
         except ValueError as error:
-            raise ValueError(_said_by_worker(str(error))) from error
+            raise ValueError(f"iteration {self._iteration + 1}: {_said_by_worker(str(error))}") from error
         self._wait.seconds += time.perf_counter() - started_s
         if batch is None:
             raise ValueError(

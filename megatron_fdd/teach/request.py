@@ -47,6 +47,19 @@ _MOST_PARTS = 10**6
 
 
 @dataclass(frozen=True, slots=True)
+class Following:
+    """How a producer of a stream follows a training.
+
+    Attributes:
+        window_bytes: what may be asked for and kept at once.
+        idle_s: how long to wait for a sign of life of the training.
+    """
+
+    window_bytes: int
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TeachRequest:
     """What a producer is asked for.
 
@@ -57,6 +70,7 @@ class TeachRequest:
         part: number of this producer's part, and of all parts.
         batch_tokens: most tokens of a forward pass, padding included, in one replica.
         dry_run: whether the work is only told.
+        follow: the stream to work for; None: the training's data, all of them.
         log_folder: of the ranks' logs; None: a new one.
         device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
         flags: the training's, without those that a producer has no use for, or has read.
@@ -71,6 +85,7 @@ class TeachRequest:
     part: tuple[int, int]
     batch_tokens: int
     dry_run: bool
+    follow: Following | None
     log_folder: Path | None
     device_map: str
     dtype: str | None
@@ -127,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="say what there is to compute, load no teacher, and write nothing into the store",
     )
+    _add_stream(made.add_argument_group("streams"))
     made.add_argument(
         "--log-folder",
         type=_path,
@@ -135,6 +151,51 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_transformers(made.add_argument_group("engine transformers"))
     return made
+
+
+def _add_stream(own: argparse._ArgumentGroup) -> None:
+    own.add_argument(
+        "--follow",
+        action="store_true",
+        help="make what a training with --fdd-teacher-follow asks for, while it runs, in place of all its data",
+    )
+    own.add_argument(
+        "--window-bytes",
+        type=_bytes,
+        metavar="SIZE",
+        help="room of the stream, such as 200GiB: what the training asks for ahead and keeps",
+    )
+    own.add_argument(
+        "--idle-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end, with status 0, when the training has given no sign of life for so long (600)",
+    )
+
+
+def _following(given: argparse.Namespace) -> Following | None:
+    """Refuse flags of a stream that do not go together; return what they say.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if not given.follow:
+        for flag, value in (("--window-bytes", given.window_bytes), ("--idle-timeout", given.idle_timeout)):
+            if value is not None:
+                raise ValueError(f"{flag} {value}: is for a stream; give --follow too, or leave it out")
+        return None
+    if given.window_bytes is None:
+        raise ValueError("--follow: give --window-bytes, the room of the stream, such as 200GiB")
+    if given.part != (0, 1):
+        raise ValueError(
+            f"--part {given.part[0]}/{given.part[1]}: leave it out: producers of a stream share whatever is asked for"
+        )
+    if given.dry_run:
+        raise ValueError("--dry-run: with --follow nothing is known beforehand; leave one out")
+    idle_s = 600.0 if given.idle_timeout is None else given.idle_timeout
+    if not 0 < idle_s < float("inf"):
+        raise ValueError(f"--idle-timeout {idle_s:g}: must be above 0, and finite")
+    return Following(given.window_bytes, idle_s)
 
 
 def _add_transformers(own: argparse._ArgumentGroup) -> None:
@@ -191,6 +252,7 @@ def parse(words: Sequence[str]) -> TeachRequest:
         part=given.part,
         batch_tokens=given.batch_tokens,
         dry_run=given.dry_run,
+        follow=_following(given),
         log_folder=given.log_folder,
         device_map=given.device_map,
         dtype=given.dtype,
@@ -269,6 +331,13 @@ def _blocks(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of block numbers such as 5,10,15")
     return tuple(int(word) for word in text.split(","))
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])iB)?", text)
+    if not found or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 200GiB, 512MiB or a number of bytes")
+    return int(found[1]) << 10 * (" KMGT".index(found[2]) if found[2] else 0)
 
 
 def _part(text: str) -> tuple[int, int]:
