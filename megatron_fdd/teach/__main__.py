@@ -17,7 +17,7 @@ from megatron_fdd.host.process import (
     status_after,
 )
 from megatron_fdd.host.start import start
-from megatron_fdd.teach.request import Following, TeachRequest, named_engine, parse, parser
+from megatron_fdd.teach.request import TeachRequest, named_engine, parse, parser
 
 if __name__ == "__main__":
     end_at_interrupt()
@@ -51,6 +51,7 @@ from megatron_fdd.host.together import together
 from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
 from megatron_fdd.teach.engine import Engine, PreparedTeacher
 from megatron_fdd.teach.follow import check_window, follow
+from megatron_fdd.teach.following import Following
 from megatron_fdd.teach.megatron_teacher import MegatronTeacher
 from megatron_fdd.teach.produce import produce
 from megatron_fdd.teach.progress import TeachProgress, keep_rate

@@ -23,7 +23,7 @@ from megatron_fdd.data.stream.sign import Clock, Sign, Watch, read_sign
 from megatron_fdd.host import console
 from megatron_fdd.host.process import ended_like_interrupt, is_first_rank
 from megatron_fdd.teach.engine import Engine
-from megatron_fdd.teach.request import Following
+from megatron_fdd.teach.following import Following
 from megatron_fdd.teach.work import batches
 
 # Seconds between two looks for asks, and how long the other ranks hear nothing at most.

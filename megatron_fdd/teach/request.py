@@ -13,6 +13,7 @@ from typing import NoReturn, get_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.losses.pairs import sample_blocks
+from megatron_fdd.teach.following import Following, add_stream_flags, following
 
 ENGINES = ("megatron", "transformers")
 DTYPES = ("bfloat16", "float32")
@@ -44,19 +45,6 @@ _WRONG_BY_ENGINE = {
 # The training's own.
 _BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
 _MOST_PARTS = 10**6
-
-
-@dataclass(frozen=True, slots=True)
-class Following:
-    """How a producer of a stream follows a training.
-
-    Attributes:
-        window_bytes: what may be asked for and kept at once.
-        idle_s: how long to wait for a sign of life of the training.
-    """
-
-    window_bytes: int
-    idle_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="say what there is to compute, load no teacher, and write nothing into the store",
     )
-    _add_stream(made.add_argument_group("streams"))
+    add_stream_flags(made.add_argument_group("streams"))
     made.add_argument(
         "--log-folder",
         type=_path,
@@ -151,51 +139,6 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_transformers(made.add_argument_group("engine transformers"))
     return made
-
-
-def _add_stream(own: argparse._ArgumentGroup) -> None:
-    own.add_argument(
-        "--follow",
-        action="store_true",
-        help="make what a training with --fdd-teacher-follow asks for, while it runs, in place of all its data",
-    )
-    own.add_argument(
-        "--window-bytes",
-        type=_bytes,
-        metavar="SIZE",
-        help="room of the stream, such as 200GiB: what the training asks for ahead and keeps",
-    )
-    own.add_argument(
-        "--idle-timeout",
-        type=float,
-        metavar="SECONDS",
-        help="end, with status 0, when the training has given no sign of life for so long (600)",
-    )
-
-
-def _following(given: argparse.Namespace) -> Following | None:
-    """Refuse flags of a stream that do not go together; return what they say.
-
-    Raises:
-        ValueError: names the flag.
-    """
-    if not given.follow:
-        for flag, value in (("--window-bytes", given.window_bytes), ("--idle-timeout", given.idle_timeout)):
-            if value is not None:
-                raise ValueError(f"{flag} {value}: is for a stream; give --follow too, or leave it out")
-        return None
-    if given.window_bytes is None:
-        raise ValueError("--follow: give --window-bytes, the room of the stream, such as 200GiB")
-    if given.part != (0, 1):
-        raise ValueError(
-            f"--part {given.part[0]}/{given.part[1]}: leave it out: producers of a stream share whatever is asked for"
-        )
-    if given.dry_run:
-        raise ValueError("--dry-run: with --follow nothing is known beforehand; leave one out")
-    idle_s = 600.0 if given.idle_timeout is None else given.idle_timeout
-    if not 0 < idle_s < float("inf"):
-        raise ValueError(f"--idle-timeout {idle_s:g}: must be above 0, and finite")
-    return Following(given.window_bytes, idle_s)
 
 
 def _add_transformers(own: argparse._ArgumentGroup) -> None:
@@ -252,7 +195,7 @@ def parse(words: Sequence[str]) -> TeachRequest:
         part=given.part,
         batch_tokens=given.batch_tokens,
         dry_run=given.dry_run,
-        follow=_following(given),
+        follow=following(given),
         log_folder=given.log_folder,
         device_map=given.device_map,
         dtype=given.dtype,
@@ -331,13 +274,6 @@ def _blocks(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of block numbers such as 5,10,15")
     return tuple(int(word) for word in text.split(","))
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])iB)?", text)
-    if not found or int(found[1]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 200GiB, 512MiB or a number of bytes")
-    return int(found[1]) << 10 * (" KMGT".index(found[2]) if found[2] else 0)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -12,6 +12,6 @@ The student asks, producers answer. In the folder of the store:
 
 NAME is the hash of the micro-batch's units, as a segment's name is: who has the batch knows the file, and nobody needs
 an index. The first rank of a replica asks for its batches ahead of its loaders, as far as the window allows, and
-removes what was used. Asks are the only credit: what nobody asked for nobody makes. Clocks of machines are never compared: a
-process is taken for dead when its sign of life has not changed for a while of the observer's own clock.
+removes what was used. Asks are the only credit: what nobody asked for nobody makes. Clocks of machines are never
+compared: a process is taken for dead when its sign of life has not changed for a while of the observer's own clock.
 """
