@@ -29,7 +29,7 @@ def add_stream_flags(own: argparse._ArgumentGroup) -> None:
     )
     own.add_argument(
         "--window-bytes",
-        type=_bytes,
+        type=size_in_bytes,
         metavar="SIZE",
         help="room of the stream, such as 200GiB: what the training asks for ahead and keeps",
     )
@@ -66,7 +66,7 @@ def following(given: argparse.Namespace) -> Following | None:
     return Following(given.window_bytes, idle_s)
 
 
-def _bytes(text: str) -> int:
+def size_in_bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])iB)?", text)
     if not found or int(found[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 200GiB, 512MiB or a number of bytes")
