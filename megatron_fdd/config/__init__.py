@@ -214,11 +214,6 @@ class FddConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.teacher_follow and self.teacher_store is None:
-            raise ValueError(
-                "--fdd-teacher-follow: says how --fdd-teacher-store is read; give the folder that fdd teach --follow "
-                "writes to, or leave it out"
-            )
         if self.teacher_lens is not None and self.lens_norm == "none":
             raise ValueError(
                 f"--teacher-lens {self.teacher_lens}: a lens file is made for the final norm; leave --fdd-lens-norm "

@@ -59,12 +59,17 @@ def _await_stream(path: Path, wait_s: float) -> None:
 
 
 def check_one_teacher(context: Context) -> None:
-    """Refuse a teacher that runs beside one whose features are stored."""
+    """Refuse a teacher that runs beside one whose features are stored, and to follow a teacher that is not stored."""
     config = context.config
     if config.teacher_store is not None and config.teacher_load is not None:
         raise ValueError(
             f"--teacher-load {config.teacher_load} and {FLAG} {config.teacher_store}: a run has one teacher; leave one "
             "out"
+        )
+    if config.teacher_follow and config.teacher_store is None:
+        raise ValueError(
+            f"--fdd-teacher-follow: says how {FLAG} is read; give the folder that fdd teach --follow writes to, or "
+            "leave it out"
         )
 
 

@@ -15,7 +15,7 @@ from megatron_fdd.teach.follow import follow
 from tests.entry.checks import assert_refused
 from tests.entry.command import TIMES, read_metrics, run, trained
 from tests.entry.conftest import Toys
-from tests.entry.test_teacher_store import stored_run, teach
+from tests.entry.stored import stored_run, teach
 
 WINDOW = 1 << 20
 FOLLOW = ("--fdd-teacher-follow", "--fdd-teacher-wait", "60")

@@ -100,7 +100,7 @@ class StreamFeatures:
                 self._look(watch, ask)
             pause_s = min(_LONGEST_PAUSE_S, max(0.002, _PAUSE * (now - begun_s)))
             if self._ended.wait(pause_s):
-                raise ValueError("the run has ended")
+                raise RuntimeError("the run has ended")
         return state
 
     def _look(self, watch: Watch, ask: Ask) -> None:

@@ -123,7 +123,8 @@ def test_a_failure_of_the_students_first_rank_ends_all_waits(tmp_path: Path) -> 
 def test_no_wait_outlives_the_run(tmp_path: Path) -> None:
     features = reader(stream(tmp_path))
     threading.Timer(0.05, features.end).start()
-    assert fail(features) == "the run has ended"
+    with pytest.raises(RuntimeError, match="^the run has ended$"):
+        assert_reads(features, batch(0))
 
 
 def test_damage_is_asked_for_again_once(tmp_path: Path) -> None:
