@@ -67,6 +67,7 @@ def following(given: argparse.Namespace) -> Following | None:
 
 
 def size_in_bytes(text: str) -> int:
+    """Read a size such as 200GiB. argparse.ArgumentTypeError if it is none."""
     found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])iB)?", text)
     if not found or int(found[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 200GiB, 512MiB or a number of bytes")

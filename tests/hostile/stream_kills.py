@@ -34,7 +34,9 @@ from benchmarks import replay  # noqa: E402
 from megatron_fdd import distill  # noqa: E402
 from megatron_fdd.data.stream import claims, sign  # noqa: E402
 from megatron_fdd.data.stream.folder import replicas  # noqa: E402
+from megatron_fdd.host import process  # noqa: E402
 
+process.PATIENCE_S = 0.0  # there is no launcher
 claims.STALE_S, claims._LOOK_S, sign.BEAT_S = 2.0, 0.5, 0.2
 STEPS, PRODUCERS, WINDOW, TOKENS_PER_S = 30, 2, 400_000, 1500
 FLAGS = (
@@ -45,7 +47,7 @@ TRAINING = (
     "--use-checkpoint-args --lr 3e-3 --hidden-dropout 0 --attention-dropout 0 --save-interval 4".split()
 )
 LAYOUTS = {2: "", 4: "--tensor-model-parallel-size 2 --sequence-parallel"}
-LONGEST_S, QUIET_S, MOST_S = 5.0, 30.0, 300.0
+LONGEST_S, QUIET_S, MOST_S = 5.0, 90.0, 600.0
 
 
 def forked(run: Callable[[], int], log: Path) -> int:
@@ -129,7 +131,7 @@ def producer(finished: Path, stream: Path, log: Path) -> Training:
 
     def run() -> int:
         os.environ.pop("RANK", None)
-        return replay.main([*words, "--batch-tokens", "64"])
+        return replay.main([*words, "--batch-tokens", "64", "--idle-timeout", "60"])
 
     made.ends[forked(run, log)] = None
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -89,14 +90,16 @@ def test_an_answer_of_a_producer_that_died_behind_it_counts(tmp_path: Path) -> N
     assert not folder.listing().claims
 
 
-@pytest.mark.parametrize("has_sign", [True, False])
-def test_a_dead_producers_claim_is_taken_over_by_one(tmp_path: Path, has_sign: bool) -> None:
+@pytest.mark.parametrize(("has_sign", "written_s"), [(True, 0), (True, 1 << 33), (False, 0)])
+def test_a_dead_producers_claim_is_taken_over_by_one(tmp_path: Path, has_sign: bool, written_s: int) -> None:
     """By the observer's own clock: what the sign or the files say of the time does not matter."""
     folder, clock = stream(tmp_path), Hand()
     ask(folder, 0)
     if has_sign:
         Sign(producer_path(tmp_path, "dead")).close()
     Claims(tmp_path, "dead").take(1, 1)
+    for path in tmp_path.rglob("*.*"):
+        os.utime(path, (written_s, written_s))
     first, second = Claims(tmp_path, "a", clock), Claims(tmp_path, "b", clock)
     while clock.now_s < STALE_S:
         assert first.take(1, 1) == second.take(1, 1) == []
