@@ -132,9 +132,10 @@ def check_stream(context: Context) -> None:
     Raises:
         ValueError: names what is missing or too long.
     """
-    store, config, limit = context.teacher_store, context.config, context.args.distributed_timeout_minutes
+    store, config = context.teacher_store, context.config
     if store is None or not config.teacher_follow:
         return
+    limit = context.args.distributed_timeout_minutes
     if window_bytes(store.path) is None:
         raise ValueError(
             f"--fdd-teacher-follow: {FLAG} {store.path} is no stream; leave it out, or make the store with fdd teach "
