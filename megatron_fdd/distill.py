@@ -11,7 +11,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,7 @@ from megatron_fdd.step.connect import connect
 from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.schedule import installed
 from megatron_fdd.step.student import StudentForward
+from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.teacher.loading import build_teacher
 from megatron_fdd.step.teacher.stored import with_features
 from megatron_fdd.step.term_modules import add_term_modules
@@ -102,6 +103,7 @@ class Distillation:
         self._parts = parts
         self._patches = ExitStack()
         self._student_step: StudentForward | None = None
+        self._stream = FollowedStream.of(run.teacher_store, run.args, run.config)
         terms = tuple(term.kind for term in active_terms(run.config))
         self._progress = Progress(lambda: run.args.train_iters, terms)
 
@@ -130,12 +132,12 @@ class Distillation:
         if run.args.full_validation:
             provider = with_filler(provider)
         if run.teacher_store is not None:
-            provider = with_features(provider, run.teacher_store, run.plan, run.args)
+            provider = with_features(provider, run.teacher_store, run.plan, run.args, self._stream)
         datasets: Any = partial(provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
         container = pretrain_cfg_container_from_args(run.args, config)
-        with self._patches, resumed_rates(run.saved_groups, run.args):
+        with self._patches, self._following(), resumed_rates(run.saved_groups, run.args):
             try:
                 (parts.pretrain or pretrain)(
                     container, datasets, ModelType.encoder_or_decoder, self.forward_step
@@ -177,6 +179,17 @@ class Distillation:
         """Write the last line of a run that is stopped from outside, which says how to continue."""
         save = self._run.args.save
         self._progress.interrupted(save, saved_iteration(save))
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        """Run the training in a `with` block; at its end the stream, if any, is told whether there is more to come."""
+        is_over = False
+        try:
+            yield
+            is_over = True
+        finally:
+            if self._stream is not None:
+                self._stream.end(is_over=is_over)
 
     def _end(self) -> None:
         args = self._run.args
@@ -222,6 +235,8 @@ class Distillation:
         metrics_file = run.config.metrics_file if writes_metrics else None
         progress = self._progress if is_first_rank() else None
         steps.write_metrics_to(metrics_file, progress, stop_at_nan=run.stop_at_nan)
+        if self._stream is not None:
+            steps.follow(self._stream)
         self._patches.enter_context(installed(steps))
         self._patches.enter_context(full_validation.installed())
         self._patches.enter_context(loader.installed(whole_steps=run.config.tokens == "all"))

@@ -32,9 +32,11 @@ def command(what: str, store: Path, remove_damaged: bool, older_than: float | No
     """Look after a store S of a teacher's features, which `fdd teach` makes and `fdd train` reads.
 
     \b
-    info   which teacher's features, of which blocks, in which form, how many
+    info   which teacher's features, of which blocks, in which form, how many; of a stream, what happens there
     check  read every byte, and compare it with its sums; status 1 if a segment is damaged
     prune  remove what killed producers left, and segments whose units are all in others
+
+    check and prune leave a stream alone, which looks after itself.
 
     What is removed `fdd teach` makes anew. A training that reads it meanwhile ends with a message.
     """
@@ -54,8 +56,10 @@ def command(what: str, store: Path, remove_damaged: bool, older_than: float | No
 def _info(store: Path) -> Iterator[str]:
     from megatron_fdd.data.store.store import Store
     from megatron_fdd.data.store.upkeep import describe
+    from megatron_fdd.data.stream.describe import describe_stream
 
     yield from describe(Store.open(store, "store"))
+    yield from describe_stream(store)
 
 
 def _check(store: Path, remove_damaged: bool) -> Iterator[str]:

@@ -22,6 +22,8 @@ examples:
       (types of transformers: docs/teacher-types.md; spread over this machine's GPUs, memory and disk)
   fdd teach ... --dry-run
       (how many units are new, how many bytes and hours; refused if the disk has no room)
+  fdd teach ... --follow --window-bytes 200GiB
+      (a stream: features are made while fdd train ... --fdd-teacher-follow reads them, and then removed)
   fdd teach ... --part 3/16
       (one of 16 producers that share the work; killed? the same command goes on)"""
 
@@ -54,6 +56,8 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --form FORM        float32, bf16, fp8 or int8 (default: as the teacher computes)
     --part I/N         compute part I of N, which other producers share
     --batch-tokens N   tokens of one forward pass (default: 16384)
+    --follow           make what a training asks for while it runs; with --window-bytes 200GiB (its room) and
+                       --idle-timeout SECONDS (end without a training, default: 600)
     --dry-run          say what there is to compute, load no teacher, and write nothing into the store
     --log-folder F     where each rank's log goes (default: a new folder for temporary files)
     --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)

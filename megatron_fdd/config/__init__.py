@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_fdd.config.flags import add_flags, check_bounds, flag, read_flags
 from megatron_fdd.config.values import (
+    ABOVE_0,
     AT_LEAST_0,
     AT_LEAST_1,
     MIX,
@@ -65,6 +66,18 @@ class FddConfig:
         None,
         "the teacher's features on disk, which fdd teach made of this run's data, in place of --teacher-load",
         metavar="DIR",
+    )
+    teacher_follow: bool = flag(
+        False,
+        "the store is a stream: this training asks for the features that it will read, and fdd teach --follow makes "
+        "them meanwhile, in a room of --window-bytes",
+    )
+    teacher_wait: float = flag(
+        540.0,
+        "with --fdd-teacher-follow: seconds to wait for a store to be begun, and for an answer while no producer gives "
+        "any; less than --distributed-timeout-minutes",
+        metavar="SECONDS",
+        bound=ABOVE_0,
     )
     teacher_lens: str | None = flag(
         None,

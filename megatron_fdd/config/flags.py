@@ -48,12 +48,16 @@ def flag[T](default: T, text: str, **more: Any) -> T:
     return dataclasses.field(default=default, metadata={"flag": Flag(text, **more)})
 
 
+# Flags of a teacher that does not run.
+_OF_THE_STORE = ("teacher_store", "teacher_follow", "teacher_wait")
+
+
 def dest(field_name: str) -> str:
     """Return a field's name in the parsed command line; with dashes it is the name of its flag.
 
     A flag of the live teacher has its own name, as Megatron's flags have.
     """
-    is_own = field_name.startswith("teacher_") and field_name != "teacher_store"
+    is_own = field_name.startswith("teacher_") and field_name not in _OF_THE_STORE
     return field_name if is_own else f"fdd_{field_name}"
 
 

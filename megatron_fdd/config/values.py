@@ -62,6 +62,7 @@ def parse_term_weights(words: Sequence[str] | None) -> tuple[tuple[str, float], 
 
 
 AT_LEAST_0 = Bound("at least 0", lambda value: value >= 0)
+ABOVE_0 = Bound("above 0, and finite", lambda value: 0 < value < math.inf)
 AT_LEAST_1 = Bound("at least 1", lambda value: value >= 1)
 WEIGHT = Bound("at least 0, and finite", lambda value: 0 <= value < math.inf)
 MIX = Bound("between 0 and 1", lambda value: 0 < value < 1)

@@ -94,7 +94,7 @@ class _CheckedBatches:
         try:
             batch = next(self._batches, None)
         except ValueError as error:
-            raise ValueError(_said_by_worker(str(error))) from error
+            raise ValueError(_said_by_worker(str(error), self._iteration + 1)) from error
         self._wait.seconds += time.perf_counter() - started_s
         if batch is None:
             raise ValueError(
@@ -120,12 +120,15 @@ class _CheckedBatches:
         return batch
 
 
-def _said_by_worker(message: str) -> str:
-    """Return the message of an error in a loader's worker, which torch gives with the worker's traceback around it."""
-    if not message.startswith("Caught "):
-        return message
-    found = re.search(r"^[\w.]*Error: (?!.*^[\w.]*Error: )(.+)", message, re.DOTALL | re.MULTILINE)
-    return found[1].strip() if found else message
+def _said_by_worker(message: str, iteration: int) -> str:
+    """Return the message of an error of a loader, with the iteration that needs the batch.
+
+    torch gives that of a worker with the worker's traceback around it.
+    """
+    if message.startswith("Caught "):
+        found = re.search(r"^[\w.]*Error: (?!.*^[\w.]*Error: )(.+)", message, re.DOTALL | re.MULTILINE)
+        message = found[1].strip() if found else message
+    return f"iteration {iteration}: {message}"
 
 
 def read_ahead(*, data_iterator: Any, num_microbatches: int, **_: Any) -> tuple[list[dict[str, Tensor]], Any]:

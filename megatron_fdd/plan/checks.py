@@ -48,7 +48,7 @@ from megatron_fdd.plan.resumption import check_resumption
 from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
-from megatron_fdd.plan.teacher_store import check_one_teacher, check_store
+from megatron_fdd.plan.teacher_store import check_one_teacher, check_store, check_stream
 from megatron_fdd.plan.term_parameters import check_term_parameters, warn_of_left_out_terms
 from megatron_fdd.plan.vocabulary import (
     check_data_ids,
@@ -197,6 +197,7 @@ WITH_TEACHER: tuple[Check[Model], ...] = (Check(check_teacher_scales),)
 OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(check_recompute),
     Check(check_store),
+    Check(check_stream),
     Check(_check_teacher_lens),
     Check(_check_tap_width),
     Check(check_term_parameters),

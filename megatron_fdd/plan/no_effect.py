@@ -34,6 +34,11 @@ def _from_store(config: FddConfig, _args: argparse.Namespace) -> str | None:
     return "--fdd-teacher-store takes the teacher's place" if config.teacher_store is not None else None
 
 
+def _without_stream(config: FddConfig, _args: argparse.Namespace) -> str | None:
+    """Return why nothing is waited for."""
+    return None if config.teacher_follow else "only a stream is waited for, with --fdd-teacher-follow"
+
+
 def _without_taps(config: FddConfig, _args: argparse.Namespace) -> str | None:
     return None if uses_taps(config) else "no term of inner layers has a weight"
 
@@ -118,7 +123,7 @@ def _nothing_to_skip(config: FddConfig, _args: argparse.Namespace) -> str | None
 # A store has its own precision, which is compared with the flags of it (`plan/teacher_store.py`).
 _OF_LIVE_TEACHER = ("teacher_expert_model_parallel_size", "offload_teacher_taps")
 _OF_TEACHER = (
-    *("teacher_load", "teacher_store", *_OF_LIVE_TEACHER),
+    *("teacher_load", "teacher_store", "teacher_follow", *_OF_LIVE_TEACHER),
     *("teacher_fp8_format", "teacher_fp8_recipe"),
 )
 _OF_TAPS = (
@@ -129,6 +134,7 @@ _OF_TAPS = (
 NO_EFFECT: tuple[tuple[tuple[str, ...], Why], ...] = (
     (_OF_TEACHER, _without_teacher),
     (_OF_LIVE_TEACHER, _from_store),
+    (("teacher_wait",), _without_stream),
     (_OF_TAPS, _without_taps),
     (("teacher_fp8_recipe",), _without_fp8),
     (("layers", "layer_rule"), _with_pairs),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
 
 from megatron_fdd.config import DEFAULTS, FddConfig
 from megatron_fdd.data.store.lens import LENS_FILE, read_stored_extras
 from megatron_fdd.data.store.loader import micro_batches, read_ahead
 from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.stream.folder import window_bytes
+from megatron_fdd.host import console
 from megatron_fdd.host.disk import sized
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.terms import needs_of
@@ -15,6 +19,8 @@ from megatron_fdd.plan.context import Context
 from megatron_fdd.step.teacher.stored import read_blocks
 
 FLAG = "--fdd-teacher-store"
+# Seconds between two looks for a stream that is not begun.
+_PAUSE_S = 0.5
 # Flags with which a sample's attention or positions are not those of its units.
 _OTHER_ATTENTION = ("reset_attention_mask", "reset_position_ids")
 
@@ -22,21 +28,48 @@ _OTHER_ATTENTION = ("reset_attention_mask", "reset_position_ids")
 def find_store(config: FddConfig) -> Store | None:
     """Open the store of the teacher's features; return None if the run has none, or no term needs a teacher.
 
+    A stream that is to be followed may be begun later: this waits for its lens, which comes last.
+
     Raises:
         ValueError: there is no store, or a segment of it is damaged.
     """
     if not needs_of(config).teacher or config.teacher_store is None:
         return None
+    if config.teacher_follow and not config.dry_run:
+        _await_stream(Path(config.teacher_store), config.teacher_wait)
     return Store.open(config.teacher_store, FLAG)
 
 
+def _await_stream(path: Path, wait_s: float) -> None:
+    """Wait until a producer has begun a stream.
+
+    Raises:
+        ValueError: none has in that time.
+    """
+    until_s = time.monotonic() + wait_s
+    if not (path / LENS_FILE).exists():
+        console.say(f"{FLAG} {path}: waiting for a producer to begin the stream, {wait_s:g} s at most")
+    while not (path / LENS_FILE).exists():
+        if time.monotonic() > until_s:
+            raise ValueError(
+                f"{FLAG} {path}: no producer has begun this stream in {wait_s:g} s (no {LENS_FILE}); start fdd teach "
+                "--follow, or wait longer with --fdd-teacher-wait"
+            )
+        time.sleep(_PAUSE_S)
+
+
 def check_one_teacher(context: Context) -> None:
-    """Refuse a teacher that runs beside one whose features are stored."""
+    """Refuse a teacher that runs beside one whose features are stored, and to follow a teacher that is not stored."""
     config = context.config
     if config.teacher_store is not None and config.teacher_load is not None:
         raise ValueError(
             f"--teacher-load {config.teacher_load} and {FLAG} {config.teacher_store}: a run has one teacher; leave one "
             "out"
+        )
+    if config.teacher_follow and config.teacher_store is None:
+        raise ValueError(
+            f"--fdd-teacher-follow: says how {FLAG} is read; give the folder that fdd teach --follow writes to, or "
+            "leave it out"
         )
 
 
@@ -93,6 +126,28 @@ def check_attention(args: argparse.Namespace) -> None:
             )
 
 
+def check_stream(context: Context) -> None:
+    """Refuse a stream that cannot be followed, and to follow a store that is none.
+
+    Raises:
+        ValueError: names what is missing or too long.
+    """
+    store, config = context.teacher_store, context.config
+    if store is None or not config.teacher_follow:
+        return
+    limit = context.args.distributed_timeout_minutes
+    if window_bytes(store.path) is None:
+        raise ValueError(
+            f"--fdd-teacher-follow: {FLAG} {store.path} is no stream; leave it out, or make the store with fdd teach "
+            "--follow"
+        )
+    if config.teacher_wait >= 60 * limit:
+        raise ValueError(
+            f"--fdd-teacher-wait {config.teacher_wait:g}: ranks that wait for each other give up after "
+            f"--distributed-timeout-minutes {limit}, and nobody would hear why; give less, or raise that"
+        )
+
+
 def has_cap(store: Store | None) -> bool:
     """Whether a stored teacher's logits have a soft cap. ValueError if the store's lens is damaged."""
     return store is not None and read_stored_extras(store.path).cap is not None
@@ -138,12 +193,15 @@ def describe_store(plan: Plan, args: argparse.Namespace, store: Store) -> list[s
     streamed = has_cap(store) and needs_of(plan.config).grams
     ran = ", ".join(f"{name} {value}" for name, value in identity.ran.items() if name != "dtype")
     own = str(args.params_dtype).removeprefix("torch.")
+    there = f"{store.path}: {len(index)} units, {index.num_tokens} tokens, {sized(size)}"
+    if plan.config.teacher_follow:
+        there = f"{store.path}: a stream, with a window of {sized(window_bytes(store.path) or 0)}"
     return [
         f"  teacher: features of {identity.teacher}, {identity.form}, {identity.token_bytes} bytes a hidden state, of "
         f"the blocks {', '.join(map(str, identity.blocks))}",
         f"    it ran in {identity.ran['dtype']} ({ran}), in which its head is and its features are unpacked; the "
         f"student computes in {own}",
-        f"    {store.path}: {len(index)} units, {index.num_tokens} tokens, {sized(size)}",
+        f"    {there}",
         f"    a step reads at most {sized(most)} on a rank, and {sized(whole)} that are different on all of them: a "
         f"step of one second needs {sized(whole)}/s of the file system",
         *["    its logits have a soft cap: each delta makes those of both its layers again"] * streamed,

@@ -23,11 +23,13 @@ class Saves:
     """The stand-ins for two functions of Megatron, which they call.
 
     Args:
+        begin: called when a save begins; returns what is called when the checkpoint is whole.
         report: gets the iteration and the seconds that its save took.
     """
 
-    def __init__(self, report: Callable[[int, float], None]) -> None:
-        self._report = report
+    def __init__(self, begin: Callable[[], Callable[[], None]], report: Callable[[int, float], None]) -> None:
+        self._begin, self._report = begin, report
+        self._end: Callable[[], None] | None = None
         self._save = megatron_training.save_checkpoint
         self._schedule = megatron_checkpointing.schedule_async_save
         self._folder: Path | None = None
@@ -51,16 +53,20 @@ class Saves:
             self._save(iteration, model, optimizer, *args, **keywords)
             return
         self._folder = iteration_folder(options.save, iteration)
+        self._end = self._begin()
         with heard_failures(options.save, iteration):
             if torch.distributed.get_rank() == 0:
                 mark_unfinished(self._folder)
             self._save(iteration, model, optimizer, *args, **keywords)
             if not options.async_save:
                 write_sums(self._folder)
+                self._end()
         self._report(iteration, time.perf_counter() - started_s)
 
     def schedule_async_save(self, request: Any) -> None:
         """Start a save in the background, as Megatron does; file sums are written when its files are there."""
         if self._folder is not None:
             request.add_finalize_fn(partial(write_sums, self._folder))
+            if self._end is not None:
+                request.add_finalize_fn(self._end)
         self._schedule(request)

@@ -29,6 +29,7 @@ from megatron_fdd.step.pipeline import PipelineWork
 from megatron_fdd.step.progress import Progress, Step
 from megatron_fdd.step.saves import Saves
 from megatron_fdd.step.student import StudentForward
+from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.validation import Evaluation, Validation
 
 
@@ -56,6 +57,7 @@ class StepHooks:
         self._pipeline = pipeline
         self._sampler = sampler
         self._iteration, self._vocab_size = iteration, vocab_size
+        self._stream: FollowedStream | None = None
         self._metrics_path: str | None = None
         self._stop_at_nan = True
         self._metrics_file: MetricsFile | None = None
@@ -72,6 +74,10 @@ class StepHooks:
     def forward_step(self) -> StudentForward:
         """The function that Megatron takes as its `forward_step_func`."""
         return self._step
+
+    def follow(self, stream: FollowedStream) -> None:
+        """Tell a stream of the teacher's features when steps end, and when checkpoints are whole."""
+        self._stream = stream
 
     def write_metrics_to(
         self, metrics_path: str | None, progress: Progress | None, *, stop_at_nan: bool
@@ -95,10 +101,13 @@ class StepHooks:
 
         Raises:
             FloatingPointError: the loss is not finite; raised on every rank, before the optimizer sees the gradients.
-            ValueError: a batch has an id that is not in the vocabulary; raised on the ranks that read it.
+            ValueError: a batch has an id that is not in the vocabulary, or cannot be read; raised on the ranks that
+                read it.
         """
         self._started_s = time.perf_counter()
         iteration = self._iteration()
+        if self._stream is not None:
+            self._stream.begin()
         self._wait = Wait()
         keywords["data_iterator"] = checked_batches(
             keywords["data_iterator"], self._vocab_size, iteration, self._wait
@@ -111,6 +120,8 @@ class StepHooks:
         if keywords.get("collect_non_loss_data"):
             return dicts
         sums = add_up(self._step.take_sums(), self._topology)
+        if self._stream is not None:
+            self._stream.step_ended()
         if keywords.get("forward_only"):
             self._validation.add(sums)
             return []
@@ -168,6 +179,10 @@ class StepHooks:
             self._progress.evaluation(what, iteration, numbers)
         if self._metrics_file is not None and what != "test":
             self._metrics_file.write(iteration, {f"valid {name}": number for name, number in numbers.items()})
+
+    def begin_save(self) -> Callable[[], None]:
+        """Note that a checkpoint is begun; return what is to be called when it is whole."""
+        return (lambda: None) if self._stream is None else self._stream.save()
 
     def log_checkpoint(self, iteration: int, seconds: float) -> None:
         """Write the line about a saved checkpoint."""
@@ -247,7 +262,7 @@ def installed(steps: StepHooks) -> Iterator[None]:
     original_log = megatron_training.training_log
     original_evaluate = megatron_training.evaluate
     original_evaluation = megatron_training.evaluate_and_print_results
-    saves = Saves(steps.log_checkpoint)
+    saves = Saves(steps.begin_save, steps.log_checkpoint)
     signature, evaluation_signature = inspect.signature(original_log), inspect.signature(original_evaluation)
 
     def lookup(*args: Any, **keywords: Any) -> Callable[..., list[dict[str, Tensor]]]:

@@ -9,7 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_fdd.host.process import end_at_interrupt, end_with, print_error, raise_at_interrupt
+from megatron_fdd.host.process import (
+    end_at_interrupt,
+    end_with,
+    print_error,
+    raise_at_interrupt,
+    status_after,
+)
 from megatron_fdd.host.start import start
 from megatron_fdd.teach.request import TeachRequest, named_engine, parse, parser
 
@@ -21,7 +27,6 @@ if __name__ == "__main__":
     start()
 
 import contextlib
-import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,17 +38,20 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 from megatron_fdd.convert.hf_companions import carry_companions
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store.counted import keep
-from megatron_fdd.data.store.coverage import Ids, Source, read_ids, sources_of
-from megatron_fdd.data.store.identity import StoreIdentity, write_identity
+from megatron_fdd.data.store.coverage import Ids, Source, first_unit, read_ids, sources_of
+from megatron_fdd.data.store.identity import STORE_FILE, StoreIdentity, check_same, write_identity
 from megatron_fdd.data.store.lens import lacks_lens, write_stored_lens
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
+from megatron_fdd.data.stream.folder import write_window
 from megatron_fdd.host import console
 from megatron_fdd.host.disk import explain
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.together import together
 from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
 from megatron_fdd.teach.engine import Engine, PreparedTeacher
+from megatron_fdd.teach.follow import check_window, follow
+from megatron_fdd.teach.following import Following
 from megatron_fdd.teach.megatron_teacher import MegatronTeacher
 from megatron_fdd.teach.produce import produce
 from megatron_fdd.teach.progress import TeachProgress, keep_rate
@@ -69,6 +77,9 @@ def teach(request: TeachRequest) -> None:
     teacher.start()
     update_train_iters(teacher.args)  # from --train-samples
     sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
+    if request.follow is not None:
+        _follow(request, request.follow, teacher, sources)
+        return
     survey = look(request, teacher, sources)
     if request.dry_run:
         return
@@ -114,6 +125,25 @@ def _compute(
         keep_rate(store, progress.tokens_per_s)
 
 
+def _follow(
+    request: TeachRequest, following: Following, teacher: PreparedTeacher, sources: Sequence[Source]
+) -> None:
+    """Load the teacher, begin the stream or join it, and make what is asked for."""
+    store = request.store
+    with together():
+        if is_first_rank() and (store / STORE_FILE).exists():
+            check_same(store, teacher.outline, teacher.unknown)
+        check_window(following, teacher.outline, teacher.args.seq_length)
+    console.say("loading the teacher")
+    engine = teacher.engine()
+    with together():
+        if is_first_rank():
+            _open_folder(store, engine.identity, teacher.companions)
+            write_window(store, following.window_bytes)  # before the lens, for which a training waits
+    _write_lens(engine, store, [first_unit(sources)[:_COMPARED_TOKENS]])
+    follow(engine, store, request.batch_tokens, following.idle_s)
+
+
 def _prepared(request: TeachRequest) -> PreparedTeacher:
     """Read and check the command line for the engine that it names."""
     if request.engine == "megatron":
@@ -155,9 +185,9 @@ def main() -> int:
     """Run as `sys.argv` says. Return the exit status, which is 1 after an error that the user can correct."""
     try:
         teach(parse(sys.argv[1:]))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         console.complain("fdd teach: interrupted; the same command goes on")
-        return 128 + signal.SIGINT
+        return status_after(interrupt)
     except (ValueError, OSError) as error:
         console.log_traceback()
         told = explain(error) if is_from_here(error) or isinstance(error, OSError) else in_one_line(error)

@@ -13,6 +13,7 @@ from typing import NoReturn, get_args
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.losses.pairs import sample_blocks
+from megatron_fdd.teach.following import Following, add_stream_flags, following
 
 ENGINES = ("megatron", "transformers")
 DTYPES = ("bfloat16", "float32")
@@ -57,6 +58,7 @@ class TeachRequest:
         part: number of this producer's part, and of all parts.
         batch_tokens: most tokens of a forward pass, padding included, in one replica.
         dry_run: whether the work is only told.
+        follow: the stream to work for; None: the training's data, all of them.
         log_folder: of the ranks' logs; None: a new one.
         device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
         flags: the training's, without those that a producer has no use for, or has read.
@@ -71,6 +73,7 @@ class TeachRequest:
     part: tuple[int, int]
     batch_tokens: int
     dry_run: bool
+    follow: Following | None
     log_folder: Path | None
     device_map: str
     dtype: str | None
@@ -127,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="say what there is to compute, load no teacher, and write nothing into the store",
     )
+    add_stream_flags(made.add_argument_group("streams"))
     made.add_argument(
         "--log-folder",
         type=_path,
@@ -191,6 +195,7 @@ def parse(words: Sequence[str]) -> TeachRequest:
         part=given.part,
         batch_tokens=given.batch_tokens,
         dry_run=given.dry_run,
+        follow=following(given),
         log_folder=given.log_folder,
         device_map=given.device_map,
         dtype=given.dtype,

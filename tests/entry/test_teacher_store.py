@@ -12,25 +12,12 @@ from tests.entry.checks import assert_refused
 from tests.entry.command import TIMES, Patch, read_metrics, run, trained
 from tests.entry.conftest import Toys
 from tests.entry.damage import with_tensor
+from tests.entry.stored import EVALUATION, stored_run, teach
 
-EVALUATION = "--eval-iters 1".split()
 # Sums in another order.
 RELATIVE = 2e-6
 # The toy's micro-batches: 2 rows of 16 tokens.
 MICRO_BATCH_TOKENS = 32
-
-
-def teach(toy: Toys, store: Path, *more: object) -> list[str]:
-    """Return the command of a producer for the data of `stored_run`."""
-    own = ("--engine", "megatron", "--teacher", toy.teacher, "--store", store, "--form", "float32")
-    return ["teach", *map(str, own), *toy.command(*EVALUATION, *more)]
-
-
-def stored_run(toy: Toys, store: Path, metrics: Path, *more: object) -> list[str]:
-    """Return the command of a training that reads a store."""
-    live = toy.command(*EVALUATION, "--fdd-metrics-file", metrics, *more)
-    at = live.index("--teacher-load")
-    return [*live[:at], "--fdd-teacher-store", str(store), *live[at + 2 :]]
 
 
 def assert_same(metrics: Path, wanted: Path) -> None:

@@ -154,6 +154,19 @@ def read_ids(sources: Sequence[Source], units: Sequence[Unit]) -> list[Ids]:
     return [samples[unit.dataset, unit.sample][unit.first : unit.last] for unit in units]
 
 
+def first_unit(sources: Sequence[Source]) -> Ids:
+    """Return the ids of the first unit of some data.
+
+    Raises:
+        ValueError: the data have none.
+    """
+    for number, source in enumerate(sources):
+        for sample in range(source.num_samples):
+            for _, ids in _units(source.dataset[sample], number, sample):
+                return ids
+    raise ValueError("the training of these flags reads no token: give --train-iters and data")
+
+
 def _units(sample: Any, dataset: int, number: int) -> Iterator[tuple[Unit, Ids]]:
     tokens = sample["tokens"].numpy()
     for first, last in units_of(sample):

@@ -160,6 +160,19 @@ def open_index(store: Path, digest: str, num_blocks: int) -> Index:
     return Index(present, layouts, records[~repeats(records)])
 
 
+def index_of(path: Path, digest: str, num_blocks: int) -> Index:
+    """Return the index of one segment, wherever it lies.
+
+    Raises:
+        ValueError: it is gone, damaged, cut off or foreign.
+    """
+    layout = read_layout(path, digest)
+    records = _records_of(path, layout, 0, num_blocks)
+    row = layout.size, layout.ids[0], layout.states[0], layout.sums[0], len(records)
+    order = np.lexsort((records["low"], records["high"]))
+    return Index([path.stem], np.array([row], np.int64), records[order])
+
+
 def repeats(records: NDArray[np.void]) -> NDArray[np.bool_]:
     """Return which sorted records have the key of the one before: units that two producers wrote.
 
@@ -267,7 +280,7 @@ def _records_of(path: Path, layout: Layout, number: int, num_blocks: int) -> NDA
             lengths = np.frombuffer(file.read(layout.lengths[1]), "<i8")
     except OSError as error:
         raise unreadable(path, error) from error
-    if segment_path(path.parents[2], name_of(names)) != path:
+    if name_of(names) != path.stem:
         raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
     keys = np.frombuffer(names, ">u8").reshape(-1, 2)
     blocks = -(-lengths // SUM_TOKENS) * num_blocks

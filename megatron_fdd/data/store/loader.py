@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -121,6 +121,16 @@ def micro_batches(args: argparse.Namespace) -> int:
     return max(training, validation // (rows * args.data_parallel_size))
 
 
+def _batches(dataset: Any, sampler: Iterable[Sequence[int]]) -> Iterator[Batch]:
+    """Yield the batches of a sampler again and again, as Megatron's cyclic loaders do."""
+    while True:
+        number = -1
+        for number, indices in enumerate(sampler):  # noqa: B007
+            yield default_collate([dataset[index] for index in indices])
+        if number < 0:
+            return
+
+
 def installed(*, whole_steps: bool) -> AbstractContextManager[None]:
     """Replace, in a `with` block, what builds Megatron's loaders: those of a `TaughtDataset` read ahead.
 
@@ -135,7 +145,12 @@ def installed(*, whole_steps: bool) -> AbstractContextManager[None]:
         args = get_args()
         rows = max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
         loader = original(dataset.plain, consumed_samples)
-        ahead = read_ahead(args, whole_steps=whole_steps)
-        return taught_loader(loader, dataset.reader, rows, used=micro_batches(args), ahead=ahead)
+        if dataset.reader is not None:
+            ahead = read_ahead(args, whole_steps=whole_steps)
+            loader = taught_loader(loader, dataset.reader, rows, used=micro_batches(args), ahead=ahead)
+        if dataset.ask is None:
+            return loader
+        sampler = original(dataset.plain, consumed_samples).batch_sampler
+        return dataset.ask(loader, _batches(dataset.plain, sampler), consumed_samples)
 
     return replaced({"megatron.training.training.build_pretraining_data_loader": build})

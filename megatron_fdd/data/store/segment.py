@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,22 +99,31 @@ class SegmentWriter:
         """Write what is gathered. Raises what `add` raises; then nothing of it is in the store."""
         if not self._units:
             return
-        count = len(self._units)
-        keys = np.frombuffer(b"".join(unit_key(ids) for ids, _ in self._units), np.uint8)
-        lengths = np.array([len(ids) for ids, _ in self._units], np.int64)
-        states = [np.ascontiguousarray(states) for _, states in self._units]
-        sums = [sums_of(each) for each in states]
-        tensors = {
-            "keys": FileTensor("U8", (count, KEY_BYTES), [keys]),
-            "lengths": FileTensor("I64", (count,), [lengths]),
-            "ids": FileTensor("I32", (int(lengths.sum()),), [ids for ids, _ in self._units]),
-            "states": FileTensor("U8", (sum(each.size for each in states),), states),
-            "sums": FileTensor("U64", (sum(each.size for each in sums),), sums),
-        }
-        write_tensors(
-            self._store, segment_path(self._store, name_of(keys.tobytes())), tensors, _about(self._digest)
-        )
+        name = name_of(b"".join(unit_key(ids) for ids, _ in self._units))
+        write_segment(self._store, segment_path(self._store, name), self._digest, self._units)
         self._units, self._num_bytes = [], 0
+
+
+def write_segment(
+    store: Path, path: Path, digest: str, units: Sequence[tuple[NDArray[np.int32], Bytes]]
+) -> None:
+    """Write units, each with its ids [S] and packed hidden states [T, S, P], as one segment at `path`.
+
+    Raises:
+        ValueError: the disk cannot take the file; then it is not there.
+    """
+    keys = np.frombuffer(b"".join(unit_key(ids) for ids, _ in units), np.uint8)
+    lengths = np.array([len(ids) for ids, _ in units], np.int64)
+    states = [np.ascontiguousarray(states) for _, states in units]
+    sums = [sums_of(each) for each in states]
+    tensors = {
+        "keys": FileTensor("U8", (len(units), KEY_BYTES), [keys]),
+        "lengths": FileTensor("I64", (len(units),), [lengths]),
+        "ids": FileTensor("I32", (int(lengths.sum()),), [as_ids(ids) for ids, _ in units]),
+        "states": FileTensor("U8", (sum(each.size for each in states),), states),
+        "sums": FileTensor("U64", (sum(each.size for each in sums),), sums),
+    }
+    write_tensors(store, path, tensors, _about(digest))
 
 
 def sums_of(states: Bytes) -> NDArray[np.uint64]:

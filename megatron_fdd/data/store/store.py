@@ -6,7 +6,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +52,20 @@ class Store:
         path: the folder.
         identity: what it holds.
         index: where each unit lies.
+
+    Args:
+        place: from the folder and a segment's name to the file.
     """
 
-    def __init__(self, path: Path, identity: StoreIdentity, index: Index) -> None:
+    def __init__(
+        self,
+        path: Path,
+        identity: StoreIdentity,
+        index: Index,
+        place: Callable[[Path, str], Path] = segment_path,
+    ) -> None:
         self.path, self.identity, self.index = path, identity, index
-        self._open = _Open()
+        self._place, self._open = place, _Open()
         self._start = start_of(identity.digest)
 
     @classmethod
@@ -94,13 +103,15 @@ class Store:
 
         Args:
             block_numbers: which blocks, by their place in `identity.blocks`.
+            units: one without pieces is not looked up.
 
         Raises:
             ValueError: the store lacks a unit, or what is read is not what was written.
         """
-        places = self.index.find_all([unit_key(unit.ids) for unit in units])
+        wanted = [unit for unit in units if unit.pieces]
+        places = self.index.find_all([unit_key(unit.ids) for unit in wanted])
         found = []
-        for unit, place in zip(units, places, strict=True):
+        for unit, place in zip(wanted, places, strict=True):
             if place is None:
                 raise ValueError(
                     f"{self.path}: has no unit of the {len(unit.ids)} tokens {_shown(unit.ids)}; run fdd teach with "
@@ -144,7 +155,7 @@ class Store:
         if segment in files:
             files.move_to_end(segment)
             return files[segment]
-        path, layout = segment_path(self.path, self.index.names[segment]), self.index.layouts[segment]
+        path, layout = self._place(self.path, self.index.names[segment]), self.index.layouts[segment]
         file = files[segment] = SegmentFile(path, layout.tolist(), self._start, self.identity.digest)
         if len(files) > _MOST_OPEN:
             files.popitem(last=False)

@@ -5,9 +5,9 @@ R positions of this rank, K blocks, P bytes a packed hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_fdd.data.datasets import Sample
+from megatron_fdd.data.store.identity import StoreIdentity
 from megatron_fdd.data.store.segment import Bytes
-from megatron_fdd.data.store.store import Store, Wanted
+from megatron_fdd.data.store.store import Wanted
 from megatron_fdd.data.store.unit import as_ids, units_of_rows
 
 # The entry of a sample, and so of a batch.
@@ -28,23 +29,37 @@ _SPLITS = ("split", "index_split")
 Ranges = tuple[tuple[int, int], ...]
 
 
+class Features(Protocol):
+    """Where features are read from: a `Store`, or a stream that is filled meanwhile.
+
+    Attributes:
+        identity: what they are of.
+    """
+
+    identity: StoreIdentity
+
+    def read_into(self, block_numbers: Sequence[int], units: Sequence[Wanted]) -> None:
+        """Read what is wanted of the units of one micro-batch, in their order; what `Store.read_into` says."""
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureReader:
     """The part of each sample's features that one rank needs.
 
     Attributes:
+        features: where they come from.
         blocks: which of the teacher's blocks, 1-based, increasing.
         ranges: the positions [first, last) of this rank in a sample, in the order of its hidden states.
     """
 
-    store: Store
+    features: Features
     blocks: tuple[int, ...]
     ranges: Ranges
 
     def shape(self, num_samples: int) -> tuple[int, int, int, int]:
         """Return the shape of the features of some samples: [B, K, R, P]."""
         length = sum(last - first for first, last in self.ranges)
-        return num_samples, len(self.blocks), length, self.store.identity.token_bytes
+        return num_samples, len(self.blocks), length, self.features.identity.token_bytes
 
     def read(self, batch: Mapping[str, Tensor], into: Bytes | None = None) -> Tensor:
         """Read the features of a batch of samples, packed: uint8 [B, K, R, P]. Zeros stand where it is padding.
@@ -55,7 +70,7 @@ class FeatureReader:
         Raises:
             ValueError: the store lacks a unit of the batch, or is damaged.
         """
-        tokens_BS, identity = as_ids(batch["tokens"].numpy()), self.store.identity
+        tokens_BS, identity = as_ids(batch["tokens"].numpy()), self.features.identity
         _, num_blocks, length, width = shape = self.shape(len(tokens_BS))
         found = np.empty(shape, np.uint8) if into is None else into
         flat, size = memoryview(found.reshape(-1)), length * width
@@ -69,11 +84,10 @@ class FeatureReader:
                     goes = slice(place * width, (place + high - low) * width)
                     pieces.append((low - start, high - start, [row[goes] for row in rows]))
                     num_read += high - low
-                if pieces:
-                    wanted.append(Wanted(tokens[start:end], pieces))
+                wanted.append(Wanted(tokens[start:end], pieces))
             if num_read < length:
                 found[number] = 0
-        self.store.read_into([identity.blocks.index(block) for block in self.blocks], wanted)
+        self.features.read_into([identity.blocks.index(block) for block in self.blocks], wanted)
         return torch.from_numpy(found)
 
     def _parts(self, start: int, end: int) -> list[tuple[int, int, int]]:
@@ -87,6 +101,18 @@ class FeatureReader:
         return parts
 
 
+class Asking(Protocol):
+    """What asks for the features of a loader's micro-batches, ahead of it."""
+
+    def __call__(self, loader: Any, batches: Iterable[Mapping[str, Tensor]], num_consumed: int) -> Any:
+        """Return the loader to use.
+
+        Args:
+            batches: those of the loader, in its order and without end, each read when it is asked for.
+            num_consumed: samples of the data set that the run has read before.
+        """
+
+
 class TaughtDataset(Dataset[Sample]):
     """A dataset of `data/datasets.py` or of a training script, with `FEATURES` in each sample.
 
@@ -94,12 +120,18 @@ class TaughtDataset(Dataset[Sample]):
 
     Attributes:
         plain: the dataset itself.
-        reader: of the features.
+        reader: of the features; None where this rank needs none, and only asks.
+        ask: how its features are asked for, on the rank that asks for those of a stream.
     """
 
-    def __init__(self, dataset: Dataset[Sample] | Sequence[Sample], reader: FeatureReader) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Sample] | Sequence[Sample],
+        reader: FeatureReader | None,
+        ask: Asking | None = None,
+    ) -> None:
         self.plain: Any = dataset
-        self.reader = reader
+        self.reader, self.ask = reader, ask
         for name in _SPLITS:
             if hasattr(dataset, name):
                 setattr(self, name, getattr(dataset, name))
@@ -109,6 +141,8 @@ class TaughtDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.plain[index]
+        if self.reader is None:
+            return sample
         batch = {name: value[None] for name, value in sample.items()}
         return {**sample, FEATURES: self.reader.read(batch)[0]}
 

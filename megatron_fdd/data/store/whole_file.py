@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_fdd.host.disk import writing
 
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 _STALE_S = 24 * 3600.0
 # What os.link says where there are no hard links.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -49,7 +49,7 @@ def unfinished(store: Path, path: Path) -> Iterator[Path]:
         ValueError: the disk cannot take it; the message names the store.
     """
     # A random part, because processes of several containers may have the same host name and number.
-    name = f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}{_UNFINISHED}"
+    name = f".{path.name}.{os.uname().nodename}.{os.getpid()}.{secrets.token_hex(4)}{UNFINISHED}"
     with writing("--store", store):
         path.parent.mkdir(parents=True, exist_ok=True)
         place = path.with_name(name)
@@ -143,7 +143,7 @@ def sweep(store: Path) -> int:
     """Remove what writers left that were killed more than a day ago; return how many files that were."""
     count = 0
     for depth in ("", "*/", "*/*/"):
-        for path in store.glob(f"{depth}.*{_UNFINISHED}"):
+        for path in store.glob(f"{depth}.*{UNFINISHED}"):
             with contextlib.suppress(OSError):  # what cannot be removed harms nobody
                 if time.time() - path.stat().st_mtime > _STALE_S:
                     path.unlink()

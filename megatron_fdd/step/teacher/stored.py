@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import nullcontext
 from shlex import quote
 from typing import Any
 
@@ -25,7 +25,14 @@ from megatron_fdd.data.store.coverage import RunUnits, Source, places_of, read_i
 from megatron_fdd.data.store.lens import read_stored_extras, read_stored_head, read_stored_norm
 from megatron_fdd.data.store.origin import whereabouts
 from megatron_fdd.data.store.store import Store
-from megatron_fdd.data.store.taught import FeatureReader, Ranges, TaughtDataset, rank_ranges
+from megatron_fdd.data.store.taught import (
+    Asking,
+    FeatureReader,
+    Features,
+    Ranges,
+    TaughtDataset,
+    rank_ranges,
+)
 from megatron_fdd.host import console
 from megatron_fdd.host.together import together
 from megatron_fdd.host.topology import Topology
@@ -33,6 +40,7 @@ from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens, TeacherLens
 from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -144,33 +152,47 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
 
 
 def with_features(
-    provider: Callable[..., Any], store: Store, plan: Plan, args: argparse.Namespace
+    provider: Callable[..., Any],
+    store: Store,
+    plan: Plan,
+    args: argparse.Namespace,
+    stream: FollowedStream | None = None,
 ) -> Callable[..., list[Any]]:
     """Return a provider of the same datasets, whose samples carry what this rank's chunk needs.
 
     Args:
         provider: with the interface of `data.provider.train_valid_test_provider`.
+        stream: where the features come from, if the store is one.
 
-    Collectives: those of `check_coverage`, when the datasets are made.
+    Collectives, when the datasets are made: those of `check_coverage`; with a stream one all-gather over all ranks.
     """
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> list[Any]:
         place = Topology.from_megatron(sequence_parallel=args.sequence_parallel)
         chunk = plan.chunks_on(place.stage)[vp_stage or 0]
         blocks = read_blocks(plan, chunk, store)
-        teach = (
-            partial(_taught, reader=FeatureReader(store, blocks, read_ranges(args.seq_length, place)))
-            if blocks
-            else None
-        )
-        found = list(provider(num_samples, vp_stage=vp_stage))
-        if not vp_stage:  # the chunks of a stage read the same data
+        found: list[Any] = list(provider(num_samples, vp_stage=vp_stage))
+        features: Features = store
+        if not vp_stage and stream is None:  # the chunks of a stage read the same data
             check_coverage(sources_of(found, args), store)
-        if teach is None:
-            return found
-        return [[teach(e) for e in each] if isinstance(each, list) else teach(each) for each in found]
+        asks: list[Asking | None] = [None] * len(found)
+        if stream is not None:
+            with together() if not vp_stage else nullcontext():
+                features = stream.open(place, sum(1 for each in _flat(found) if each is not None))
+            if not vp_stage:
+                asks = [stream.asking(number, count) for number, count in enumerate(num_samples)]
+        reader = FeatureReader(features, blocks, read_ranges(args.seq_length, place)) if blocks else None
+        return [
+            [_taught(e, reader, ask) for e in each] if isinstance(each, list) else _taught(each, reader, ask)
+            for each, ask in zip(found, asks, strict=True)
+        ]
 
     return provide
+
+
+def _flat(found: Sequence[Any]) -> list[Any]:
+    """Return the data sets of a provider, those of a list too."""
+    return [each for part in found for each in (part if isinstance(part, list) else [part])]
 
 
 def check_coverage(sources: Sequence[Source], store: Store) -> None:
@@ -222,8 +244,12 @@ def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> No
     )
 
 
-def _taught(dataset: Dataset[Any] | None, *, reader: FeatureReader) -> Dataset[Any] | None:
-    return None if dataset is None else TaughtDataset(dataset, reader)
+def _taught(
+    dataset: Dataset[Any] | None, reader: FeatureReader | None, ask: Asking | None
+) -> Dataset[Any] | None:
+    if dataset is None or (reader is None and ask is None):
+        return dataset
+    return TaughtDataset(dataset, reader, ask)
 
 
 def read_ranges(length: int, place: Topology) -> Ranges:

@@ -134,14 +134,14 @@ def test_a_batch_that_is_too_large_gets_no_slot() -> None:
 def test_damage_is_said_where_the_batch_is_asked_for(
     reader: FeatureReader, workers: int, tmp_path: Path
 ) -> None:
-    (name,) = reader.store.index.names
+    (name,) = reader.features.index.names
     flip(file_of(tmp_path, name), -1)
     batches = checked_batches(iter(taught(reader, workers)[1]), 2000, 0, Wait())
     for number in range(NUM_BATCHES - 1):
         assert_right(next(batches), number)
     with pytest.raises(ValueError, match=f"{name}.safetensors: has other bytes than were written") as caught:
         next(batches)
-    assert str(caught.value).startswith(str(tmp_path))
+    assert str(caught.value).startswith(f"iteration 1: {tmp_path}")
     assert "\n" not in str(caught.value)
 
 
