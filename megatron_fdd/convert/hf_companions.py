@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import shutil
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, has_tokenizer
 
 HF_FOLDER = "hf"
+_STALE_S = 24 * 3600.0
 
 
 def write_companions(hf_model: Path, folder: Path) -> None:
@@ -30,17 +34,37 @@ def set_tokenizer(args: Namespace, hf_model: Path, save: Path) -> None:
 def carry_companions(load: Path, save: Path) -> None:
     """Copy the companions of the checkpoint that a training run starts from to its save folder, if they are not there.
 
-    With them, `mcore_to_hf` needs no flags for the trained checkpoint. Only one rank calls this. A folder appears when
-    it is whole: what a killed run left is replaced.
+    With them, `mcore_to_hf` needs no flags for the trained checkpoint. A folder appears when it is whole, whoever else
+    copies it at the same time. What runs left that were killed more than a day ago is removed.
     """
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
-        if (load / name).is_dir() and not (save / name).exists():
-            partial = save / f".{name}.incomplete"
-            if partial.is_dir() and not partial.is_symlink():
-                shutil.rmtree(partial)
-            partial.unlink(missing_ok=True)
+        _sweep(save, name)
+        if not (load / name).is_dir() or _is_there(save / name):
+            continue
+        partial = save / f".{name}.{secrets.token_hex(8)}.incomplete"
+        try:
             _copy_folder(load / name, partial)
-            partial.rename(save / name)
+            partial.rename(save / name)  # an empty folder is replaced
+        except OSError:
+            if not _is_there(save / name):
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether something is in the place of a folder, other than an empty one."""
+    if folder.is_dir():
+        return any(folder.iterdir())
+    return folder.exists() or folder.is_symlink()
+
+
+def _sweep(save: Path, name: str) -> None:
+    """Remove copies that were begun long ago and not ended."""
+    for partial in save.glob(f".{name}.*incomplete"):
+        with contextlib.suppress(OSError):  # what cannot be removed harms nobody
+            if time.time() - partial.lstat().st_mtime > _STALE_S and partial.is_dir():
+                shutil.rmtree(partial)
 
 
 def _copy_folder(source: Path, target: Path) -> None:

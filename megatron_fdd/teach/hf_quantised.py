@@ -35,6 +35,12 @@ def check_quantised(config: Any, folder: Path, tensors: Mapping[str, StoredTenso
             "does not read: it would take the stored numbers for weights; give the model in bfloat16, or in another "
             "format"
         )
+    if values is not None and values.get("load_in_8bit") and values.get("llm_int8_threshold", 6.0) > 0:
+        raise ValueError(
+            f"--teacher {folder}: is quantised by bitsandbytes' LLM.int8, which keeps those columns apart that have an "
+            "entry above llm_int8_threshold anywhere in a batch: a token's states depend on other texts, and on what "
+            "comes behind it, so that they cannot be stored by text; give the model in bfloat16, or in 4 bit"
+        )
     packed = (name for name in sorted(tensors) if name.endswith("weight") and _is_packed(tensors[name]))
     if values is None and (name := next(packed, None)) is not None:
         raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -145,12 +146,32 @@ def test_companions_that_were_copied_in_part_are_copied_again(tmp_path: Path) ->
         pytest.raises(ZeroDivisionError),  # for a signal
     ):
         carry_companions(load, save)
-    assert not (save / "tokenizer").exists()
-    shutil.rmtree(save / ".tokenizer.incomplete")
+    assert not any(save.iterdir())
     os.mkfifo(save / ".tokenizer.incomplete")  # nor does it wait for a pipe
+    for name, mtime in ((".tokenizer.0.incomplete", 1), (".tokenizer.1.incomplete", time.time())):
+        (save / name).mkdir()  # of a killed run
+        os.utime(save / name, (mtime, mtime))
+    (save / "tokenizer").mkdir()  # nobody puts a whole one there
     carry_companions(load, save)
-    assert [path.name for path in save.iterdir()] == ["tokenizer"]
+    names = {path.name for path in save.iterdir()}
+    assert names == {"tokenizer", ".tokenizer.1.incomplete", ".tokenizer.incomplete"}
     assert [path.name for path in (save / "tokenizer").iterdir()] == ["tokenizer.json"]
+
+
+def test_companions_are_copied_by_several_at_once(tmp_path: Path) -> None:
+    load = tmp_path / "load"
+    for name in ("hf", "tokenizer"):
+        (load / name).mkdir(parents=True)
+        for number in range(5):
+            (load / name / f"{number}.json").write_text("whole")
+    for number in range(30):
+        save = tmp_path / str(number)
+        save.mkdir()
+        with ThreadPoolExecutor(4) as threads:
+            for each in [threads.submit(carry_companions, load, save) for _ in range(4)]:
+                each.result()
+        assert sorted(path.name for path in save.iterdir()) == ["hf", "tokenizer"]
+        assert [len(list(path.iterdir())) for path in save.iterdir()] == [5, 5]
 
 
 def _change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> None:

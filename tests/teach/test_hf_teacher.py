@@ -155,6 +155,11 @@ def test_numbers_that_are_no_weights_by_themselves_are_refused(folder: Path, tmp
         ("modelopt", {"quant_method": "modelopt", "quant_algo": "FP8"}, "is quantised by modelopt, which"),
         ("nameless", {"bits": 4}, "is quantised by one without a name, which"),
         (
+            "int8",
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            "LLM.int8, which keeps those columns",
+        ),
+        (
             "none",
             None,
             r"layers\.0\.mlp\.down_proj\.weight is stored as F8_E4M3, and config.json has no quant",

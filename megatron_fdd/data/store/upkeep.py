@@ -64,7 +64,7 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
     """
     identity, result = read_identity(path, _FLAG), Checked()
     result.lens = _check_lens(path, identity)
-    for name, _ in sorted(segment_entries(path)):
+    for name, is_file in sorted(segment_entries(path)):
         file = segment_path(path, name)
         result.num_segments += 1
         try:
@@ -78,7 +78,7 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
         except ForeignError as error:
             result.foreign[name] = str(error)
         except ValueError as error:
-            result.damaged[name] = str(error)
+            (result.damaged if is_file else result.unread)[name] = str(error)
         on_segment()
     return result
 
@@ -103,7 +103,8 @@ def remove_damaged(path: Path, checked: Checked) -> None:
     """
     for name in checked.damaged:
         segment_path(path, name).unlink(missing_ok=True)
-    Store.open(path, _FLAG).save_index()
+    if not checked.foreign:  # with them it does not open, and the check has named them
+        Store.open(path, _FLAG).save_index()
 
 
 def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int]:
@@ -221,8 +222,6 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
         keys, lengths = read(layout.keys), np.frombuffer(read(layout.lengths), "<i8")
         ids, sums = np.frombuffer(read(layout.ids), "<i4"), np.frombuffer(read(layout.sums), "<u8")
         _check_sizes(path, layout, lengths, num_blocks, width)
-        if name_of(keys) != path.stem:
-            raise ValueError(f"{path}: has other keys than its name says; run {REPAIR}")
         first = at = 0
         for number, length in enumerate(lengths.tolist()):
             unit = ids[first : first + length]
@@ -236,6 +235,10 @@ def _check_segment(path: Path, identity: StoreIdentity) -> int:
                     f"{path}: unit {number} has other hidden states than were written; run {REPAIR}"
                 )
             first, at = first + length, at + len(found)
+    if (name := name_of(keys)) != path.stem:
+        raise ForeignError(
+            f"{path}: is sound, but has the name of another segment: rename it to {segment_path(path.parents[2], name)}"
+        )
     return len(lengths)
 
 

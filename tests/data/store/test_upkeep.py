@@ -53,6 +53,20 @@ def test_each_damaged_segment_is_found_and_only_those_are_removed(tmp_path: Path
     assert_holds(opened(tmp_path), some("13"))
 
 
+def test_a_sound_segment_under_another_name_is_not_removed(tmp_path: Path) -> None:
+    names = write(tmp_path, UNITS[:2], UNITS[2:])
+    flip(file_of(tmp_path, names[0]), -20)
+    other = "0" * 32
+    moved = file_of(tmp_path, other)
+    moved.parent.mkdir(exist_ok=True)
+    file_of(tmp_path, names[1]).rename(moved)
+    checked = upkeep.check_store(tmp_path)
+    assert (set(checked.damaged), set(checked.foreign)) == ({names[0]}, {other})
+    assert f"rename it to {file_of(tmp_path, names[1])}" in checked.foreign[other]
+    upkeep.remove_damaged(tmp_path, checked)
+    assert set(segment_names(tmp_path)) == {other}
+
+
 def test_what_the_system_does_not_give_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +110,7 @@ def test_a_damaged_lens_is_found(tmp_path: Path) -> None:
     checked = upkeep.check_store(tmp_path)
     assert "lens cannot be read" in str(checked.lens)
     assert (checked.num_segments, checked.num_units) == (2, 2)
-    assert "is no regular file" in checked.damaged[names[0]]
+    assert "is no regular file" in checked.unread[names[0]]
 
 
 def test_a_segment_that_is_pruned_while_it_is_checked(
