@@ -96,6 +96,8 @@ def measure(
     stream, metrics = folder / "stream", folder / "metrics.jsonl"
     folder.mkdir()
     running = [started_producer(finished, stream, window, rate) for rate in rates]
+    while len(producers(stream)) < len(rates):
+        time.sleep(0.1)
     watcher = Watcher(stream)
     command = train(toy, stream, steps, metrics, "--fdd-teacher-follow")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
