@@ -1,6 +1,6 @@
 """Does a stream keep its word? A training follows producers that replay a finished store at a set rate.
 
-    python -m benchmarks.stream --toy TOY  # the figures are in LOG.md
+    python -m benchmarks.stream --toy TOY  # the figures are in benchmarks/LOG.md
 
 Measured are: the part of a step that waits for data, with producers that are faster than the student; the student's
 speed, with producers that are slower, against theirs; the most bytes that the stream's files took at any look; and how
@@ -96,6 +96,8 @@ def measure(
     stream, metrics = folder / "stream", folder / "metrics.jsonl"
     folder.mkdir()
     running = [started_producer(finished, stream, window, rate) for rate in rates]
+    while len(producers(stream)) < len(rates):
+        time.sleep(0.1)
     watcher = Watcher(stream)
     command = train(toy, stream, steps, metrics, "--fdd-teacher-follow")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -116,13 +118,13 @@ def measure(
     }
 
 
-def measure_takeover(toy: Path, finished: Path, folder: Path, window: int) -> float:
+def measure_takeover(toy: Path, finished: Path, folder: Path, *, steps: int, window: int) -> float:
     """Kill a producer that holds a claim; return the seconds until another producer has answered it."""
     stream = folder / "stream"
     folder.mkdir()
     dead = started_producer(finished, stream, window, 20.0)  # a micro-batch takes it half a minute
     training = subprocess.Popen(
-        train(toy, stream, 20, folder / "m.jsonl", "--fdd-teacher-follow"), stdout=subprocess.DEVNULL
+        train(toy, stream, steps, folder / "m.jsonl", "--fdd-teacher-follow"), stdout=subprocess.DEVNULL
     )
     replica = ReplicaFolder(stream, 0)
     while not (claimed := replica.listing().claims):
@@ -179,12 +181,16 @@ def main() -> int:
     fast = found["fast"] = measure(
         toy, finished, folder / "fast", steps=args.steps, rates=[None, None], window=window
     )
+    print(json.dumps(fast), flush=True)
     rate = fast["tokens/s"] / 4
     found["slow"] = slow = measure(
         toy, finished, folder / "slow", steps=args.steps, rates=[rate * 0.75, rate * 0.25], window=window
     )
     slow["producers' tokens/s"] = rate
-    found["takeover, s"] = measure_takeover(toy, finished, folder / "takeover", window)
+    print(json.dumps(slow), flush=True)
+    found["takeover, s"] = measure_takeover(
+        toy, finished, folder / "takeover", steps=args.steps, window=window
+    )
     goals = {
         "fast enough: wait below 1 % of a step": fast["wait, part of a step"] < GOAL_WAIT,
         "too slow: within 5 % of the producers": abs(slow["tokens/s"] / rate - 1) <= GOAL_RATE,

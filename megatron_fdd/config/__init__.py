@@ -75,7 +75,7 @@ class FddConfig:
     teacher_wait: float = flag(
         540.0,
         "with --fdd-teacher-follow: seconds to wait for a store to be begun, and for an answer while no producer gives "
-        "any; less than --distributed-timeout-minutes",
+        "any; at most --distributed-timeout-minutes",
         metavar="SECONDS",
         bound=ABOVE_0,
     )

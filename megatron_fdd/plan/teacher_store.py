@@ -141,7 +141,7 @@ def check_stream(context: Context) -> None:
             f"--fdd-teacher-follow: {FLAG} {store.path} is no stream; leave it out, or make the store with fdd teach "
             "--follow"
         )
-    if config.teacher_wait >= 60 * limit:
+    if config.teacher_wait > 60 * limit:
         raise ValueError(
             f"--fdd-teacher-wait {config.teacher_wait:g}: ranks that wait for each other give up after "
             f"--distributed-timeout-minutes {limit}, and nobody would hear why; give less, or raise that"

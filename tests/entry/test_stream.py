@@ -135,7 +135,7 @@ def test_what_cannot_be_followed_is_refused(toy: Toys, tmp_path: Path) -> None:
     begin(Store.open(finished, "finished"), stream, 30000)
     no_stream, too_long, small, alone, nobody = run(
         stored_run(toy, finished, metrics, *FOLLOW),
-        stored_run(toy, stream, metrics, "--fdd-teacher-follow", "--fdd-teacher-wait", "600"),
+        stored_run(toy, stream, metrics, "--fdd-teacher-follow", "--fdd-teacher-wait", "601"),
         stored_run(toy, stream, metrics, *FOLLOW),
         toy.command("--fdd-teacher-follow"),
         stored_run(toy, tmp_path / "none", metrics, "--fdd-teacher-follow", "--fdd-teacher-wait", "0.2"),
@@ -143,7 +143,7 @@ def test_what_cannot_be_followed_is_refused(toy: Toys, tmp_path: Path) -> None:
     assert_refused(
         no_stream, "finished is no stream; leave it out, or make the store with fdd teach --follow"
     )
-    assert_refused(too_long, "--fdd-teacher-wait 600: ranks that wait for each other give up after")
+    assert_refused(too_long, "--fdd-teacher-wait 601: ranks that wait for each other give up after")
     assert_refused(
         small, r"its window of 30000 bytes is too small: 2 data-parallel replica\(s\) with 2 data set\(s\)"
     )
