@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,6 @@ from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.own_datasets import with_checked_lengths
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store import loader
-from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.disk import writing
 from megatron_fdd.host.model import build_config, check_same_sizes
@@ -74,7 +73,7 @@ from megatron_fdd.step.schedule import installed
 from megatron_fdd.step.student import StudentForward
 from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.teacher.loading import build_teacher
-from megatron_fdd.step.teacher.stored import with_features
+from megatron_fdd.step.teacher.stored import PlannedStore, with_features
 from megatron_fdd.step.term_modules import add_term_modules
 
 
@@ -103,16 +102,19 @@ class Distillation:
         self._parts = parts
         self._patches = ExitStack()
         self._student_step: StudentForward | None = None
-        self._stream = FollowedStream.of(run.teacher_store, run.args, run.config)
+        self._stream = FollowedStream.of(
+            run.teacher_stores[0].store if run.teacher_stores else None, run.args, run.config
+        )
         terms = tuple(term.kind for term in active_terms(run.config))
-        self._progress = Progress(lambda: run.args.train_iters, terms)
+        names = [each.named.name for each in run.teacher_stores] if len(run.teacher_stores) > 1 else []
+        self._progress = Progress(lambda: run.args.train_iters, terms, teachers=names)
 
     def train(self) -> None:
         """Run Megatron's own `pretrain`. Collectives: its own, and those that the parts below document."""
         run = self._run
         log = console.keep_log(Path(run.args.save) / "logs" if run.args.save else Path("fdd-logs"))
         if is_first_rank():
-            console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_store))
+            console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_stores))
             if log is not None:
                 console.say(
                     f"loading the models and the data; Megatron's own output: {log.with_name('rank*.log')}"
@@ -131,8 +133,8 @@ class Distillation:
         provider = with_checked_lengths(parts.datasets) if parts.datasets else train_valid_test_provider
         if run.args.full_validation:
             provider = with_filler(provider)
-        if run.teacher_store is not None:
-            provider = with_features(provider, run.teacher_store, run.plan, run.args, self._stream)
+        if run.teacher_stores:
+            provider = with_features(provider, run.teacher_stores, run.args, self._stream)
         datasets: Any = partial(provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
@@ -219,7 +221,7 @@ class Distillation:
         """Join the teacher to the student, which is built but not loaded, as Megatron's post-wrap hook."""
         run = self._run
         topology = Topology.from_megatron(sequence_parallel=run.args.sequence_parallel)
-        teacher: GPTModel | Store | None = run.teacher_store
+        teacher: GPTModel | Sequence[PlannedStore] = run.teacher_stores
         if run.teacher is not None and run.teacher_checkpoint is not None:
             own_experts = topology.with_experts(run.teacher.expert_model_parallel_size)
             teacher = build_teacher(run.teacher, run.teacher_checkpoint, own_experts)
@@ -262,7 +264,7 @@ def main(parts: Parts = Parts()) -> int:
         run = prepare_run(checks_data=parts.datasets is None)
         if run.config.dry_run:
             if is_first_rank():
-                console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_store))
+                console.say(describe_plan(run.plan, run.args, run.teacher, run.teacher_stores))
             return 0
         distillation = Distillation(run, parts)
         # With --exit-signal-handler, Megatron finishes the step and saves.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -172,3 +173,15 @@ def test_every_number_has_a_bound() -> None:
 def test_weights_of_inner_layers_rise_and_fall(options: dict[str, Any], scales: list[float]) -> None:
     config = FddConfig(teacher_load="T", **options)
     assert [config.weight_scale(iteration) for iteration in range(5)] == scales
+
+
+def test_stores_of_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("--fdd-teacher-store", "S").teacher_store == (("", "S"),)
+    several = parse("--fdd-teacher-store", "code=S1", "maths=S=2", "--fdd-layers", "3").teacher_store
+    assert several == (("code", "S1"), ("maths", "S=2"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    assert parse("--fdd-teacher-store", "lr=1").teacher_store == (("", "lr=1"),)
+    for words in (("S", "code=S1"), ("=S", "code=S1"), ("code=", "maths=S"), ("code=S1", "code=S2")):
+        with pytest.raises(ValueError, match="^--fdd-teacher-store "):
+            parse("--fdd-teacher-store", *words)

@@ -20,6 +20,7 @@ from megatron_fdd.config.values import (
     default_mixes,
     divergences,
     parse_layer_pairs,
+    parse_teacher_stores,
     parse_term_weights,
 )
 from megatron_fdd.host.plugins import WHERE
@@ -62,10 +63,13 @@ class FddConfig:
         "how the teacher's FP8 numbers are scaled; tensorwise is current scaling, mxfp8 is for Blackwell, delayed "
         "needs a checkpoint with scales, from a run with --fp8-recipe delayed",
     )
-    teacher_store: str | None = flag(
-        None,
-        "the teacher's features on disk, which fdd teach made of this run's data, in place of --teacher-load",
-        metavar="DIR",
+    teacher_store: tuple[tuple[str, str], ...] = flag(
+        (),
+        "the teacher's features on disk, which fdd teach made of this run's data, in place of --teacher-load. Several "
+        "NAME=DIR, one behind the other: as many teachers, each of the data sets in whose prefix the name stands",
+        metavar="[NAME=]DIR",
+        read=parse_teacher_stores,
+        takes_words=True,
     )
     teacher_follow: bool = flag(
         False,

@@ -33,6 +33,7 @@ class Flag:
             called when the parser is made. A closed set is the field's `Literal`.
         read: makes the field's value from the command line's. Raises ValueError.
         bound: the bound of a number.
+        takes_words: several words stand behind the flag; the default is ().
     """
 
     text: str
@@ -41,6 +42,7 @@ class Flag:
     choices: Callable[[], Collection[str]] | None = None
     read: Callable[[Any], Any] | None = None
     bound: Bound | None = None
+    takes_words: bool = False
 
 
 def flag[T](default: T, text: str, **more: Any) -> T:
@@ -113,7 +115,7 @@ def _option(field_name: str) -> str:
 def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
     """Describe a flag to argparse: a switch for a bool, else a value of the field's type, with its default in the text.
 
-    A field whose default is () takes a value each time that its flag is given.
+    A field whose default is () takes a value each time that its flag is given, or several words at once.
     """
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = set(get_args(annotation)) - {NoneType}
@@ -122,6 +124,8 @@ def _keywords(annotation: Any, default: object, about: Flag) -> dict[str, Any]:
     text = "; ".join([about.text, *said]).replace("%", "%%")
     if annotation is bool:
         return {"action": "store_true", "help": text}
+    if about.takes_words:
+        return {"nargs": "+", "metavar": about.metavar, "help": text}
     if default == ():
         return {"action": "append", "metavar": about.metavar, "help": text}
     keywords = {"default": default, "metavar": about.metavar, "help": text}

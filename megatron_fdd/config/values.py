@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 from megatron_fdd.config.flags import Bound
@@ -27,6 +28,32 @@ def parse_layer_pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
             )
         pairs.append((int(student), int(teacher)))
     return tuple(pairs)
+
+
+def parse_teacher_stores(words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Read `["code=S1", "maths=S2"]` as `(("code", "S1"), ("maths", "S2"))`, and `["S"]` as `(("", "S"),)`.
+
+    A word alone that names a folder is one, whatever signs it has.
+
+    Raises:
+        ValueError: one of several words is not NAME=DIR, or a name is there twice.
+    """
+    if words is not None and len(words) == 1 and ("=" not in words[0] or os.path.isdir(words[0])):
+        return (("", words[0]),)
+    stores: dict[str, str] = {}
+    for word in words or ():
+        name, _, folder = word.partition("=")
+        if not name or not folder:
+            raise ValueError(
+                f"--fdd-teacher-store {word}: each of several must be NAME=DIR, a name of data sets and the store of "
+                "their teacher"
+            )
+        if name in stores:
+            raise ValueError(
+                f"--fdd-teacher-store {word}: {name} has the store {stores[name]} already; give it one"
+            )
+        stores[name] = folder
+    return tuple(stores.items())
 
 
 def divergences() -> dict[str, str]:

@@ -15,7 +15,7 @@ from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_fdd.data.store.taught import FEATURES
+from megatron_fdd.data.store.taught import FEATURES, TEACHER
 
 # B micro-batch (1 when packed), S sequence (this context-parallel rank's part)
 
@@ -33,7 +33,9 @@ class Batch:
         packed: where documents begin, when attention stays inside each document
             (`--dataloader-inter-document-masking`); the whole micro-batch is then one row.
         teacher_features: packed features of a stored teacher (`data/store/taught.py`), uint8 [B, K, R, P] of this
-            rank's R positions; when packed, [samples, K, sequence, P] of the whole row.
+            rank's R positions; when packed, [samples, K, sequence, P] of the whole row. With several teachers uint8
+            [samples, bytes], each sample's own [K, R, P] first (`data/store/routed.py`).
+        teachers: the number of each sample's teacher, on the host; None where the run has one.
     """
 
     tokens_BS: Tensor
@@ -44,6 +46,7 @@ class Batch:
     attention_mask: Tensor | None = None
     packed: PackedSeqParams | None = None
     teacher_features: Tensor | None = None
+    teachers: tuple[int, ...] | None = None
 
 
 # What a sample has, and so a batch.
@@ -163,6 +166,7 @@ def get_batch(
     """
     sample = dict(next(data_iterator))
     features = sample.pop(FEATURES, None)  # this rank's own already
+    teachers = sample.pop(TEACHER, None)
     boundaries = None
     if "cu_seqlens" in sample:
         sample["token_mask"] = sample["token_mask"].reshape(1, -1)
@@ -183,6 +187,7 @@ def get_batch(
         attention_mask=to_device(sample["attention_mask"]) if "attention_mask" in sample else None,
         packed=None if boundaries is None else _packed(to_device(boundaries[0]), boundaries[1]),
         teacher_features=None if features is None else to_device(features),
+        teachers=None if teachers is None else tuple(teachers.tolist()),
     )
 
 

@@ -53,6 +53,9 @@ class ModuleSize:
     num_trained: int
 
 
+NOTHING = ModuleSize({}, 0)
+
+
 @cache
 def module_size(term: TapTerm, widths: tuple[int, int], config: FddConfig) -> ModuleSize:
     """Make one tap's module and measure it: those of all taps are alike.
@@ -62,7 +65,7 @@ def module_size(term: TapTerm, widths: tuple[int, int], config: FddConfig) -> Mo
     """
     module, again = (_make(term, term.reach, widths, config) for _ in range(2))
     if module is None or again is None:
-        return ModuleSize({}, 0)
+        return NOTHING
     if not isinstance(module, nn.Module) or not _are_equal(module, again):
         raise ValueError(
             f"the term {term.kind}: make_module must return a torch module, the same at every call, or ranks would "

@@ -199,7 +199,7 @@ def check_terms(config: FddConfig) -> None:
                 f"{config.num_pairs}: raise --fdd-layers, give more --fdd-layer-pairs, or switch the term off with a "
                 f"weight of 0 ({term.flag})"
             )
-    if needs_of(config).teacher and config.teacher_load is None and config.teacher_store is None:
+    if needs_of(config).teacher and config.teacher_load is None and not config.teacher_store:
         raise ValueError(
             "no teacher: give its Megatron checkpoint with --teacher-load DIR (fdd import makes one from a Hugging "
             "Face model), or its features with --fdd-teacher-store DIR (fdd teach makes them)"

@@ -48,7 +48,7 @@ from megatron_fdd.plan.resumption import check_resumption
 from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
-from megatron_fdd.plan.teacher_store import check_one_teacher, check_store, check_stream
+from megatron_fdd.plan.teacher_store import check_store, check_stream, check_teachers
 from megatron_fdd.plan.term_parameters import check_term_parameters, warn_of_left_out_terms
 from megatron_fdd.plan.vocabulary import (
     check_data_ids,
@@ -111,18 +111,13 @@ def _mend_cache(context: Context) -> None:
 
 def _check_teacher_lens(context: Context) -> None:
     """Refuse a lens file of another teacher, without the blocks that are compared, or with a number like NaN."""
-    path, plan, teacher, store = (
-        context.config.teacher_lens,
-        context.plan,
-        context.teacher,
-        context.teacher_store,
-    )
+    path, plan, teacher = context.config.teacher_lens, context.plan, context.teacher
     assert plan is not None, "the phase is made when it is known"
     if path is None or not plan.pairs:
         return
     identity = None
-    if store is not None:
-        known = store.identity
+    if context.teacher_stores:  # one: `check_teachers`
+        known = context.teacher_stores[0].store.identity
         identity = TeacherIdentity(known.num_layers, known.hidden_size, known.final_norm)
     elif teacher is not None and teacher.stored is not None:
         identity = TeacherIdentity.read(teacher.stored.path, teacher.args)
@@ -146,7 +141,7 @@ def _check_terms(context: Context) -> None:
 
 BEFORE_MEGATRON: tuple[Check[Context], ...] = (
     Check(_check_terms),
-    Check(check_one_teacher),
+    Check(check_teachers),
     Check(check_refusals),
     Check(check_given),
     Check(check_numbers),

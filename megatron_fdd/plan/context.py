@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.data.store.store import Store
+from megatron_fdd.data.store.routed import NamedStore
 from megatron_fdd.host.checkpoint import RELEASE, find_checkpoint, read_checkpoint_args
 from megatron_fdd.host.model_fields import check_stored_args
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
+from megatron_fdd.step.teacher.stored import PlannedStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,20 @@ class TeacherSize:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownTeacher:
+    """A teacher of the run, for checks and messages.
+
+    Attributes:
+        label: "the teacher", or "the teacher code" where names tell several apart.
+        folder: of its checkpoint, or of its features; its tokenizer may lie in it.
+    """
+
+    label: str
+    size: TeacherSize
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """The knowledge of a phase of checks; a later phase knows more (`plan/checks.py` lists the phases).
 
@@ -82,8 +97,9 @@ class Context:
         stored_student: the checkpoint that the student starts from; None from scratch.
         stored_teacher: the teacher's checkpoint; None without a teacher.
         teacher_args: the teacher's arguments in this run.
-        teacher_store: the teacher's features on disk, which take the place of both.
-        plan: layer pairs, layers of every chunk, vocabulary.
+        teacher_stores: the features of one teacher or several on disk, which take the place of both.
+        plan: layer pairs, layers of every chunk, vocabulary; with several teachers the pairs of the first.
+        planned_stores: each stored teacher with its own plan.
         id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         checks_data: the datasets are ours; False where a training script brings its own.
     """
@@ -93,8 +109,9 @@ class Context:
     stored_student: StoredModel | None = None
     stored_teacher: StoredModel | None = None
     teacher_args: argparse.Namespace | None = None
-    teacher_store: Store | None = None
+    teacher_stores: tuple[NamedStore, ...] = ()
     plan: Plan | None = None
+    planned_stores: tuple[PlannedStore, ...] = ()
     id_holders: Mapping[str, int] = field(default_factory=dict)
     checks_data: bool = True
 
@@ -108,22 +125,24 @@ class Context:
 
     @property
     def teacher_size(self) -> TeacherSize | None:
-        """The teacher's size; None without one, and before it is known."""
-        if self.teacher_store is not None:
-            identity = self.teacher_store.identity
-            return TeacherSize(identity.num_layers, identity.hidden_size, identity.vocab_size)
-        if self.stored_teacher is None:
-            return None
-        args = self.stored_teacher.args
-        vocab_size = getattr(args, "vocab_size", None) or args.padded_vocab_size
-        return TeacherSize(args.num_layers, args.hidden_size, vocab_size)
+        """The size of the only teacher, or the first; None without one, and before it is known."""
+        return self.known_teachers[0].size if self.known_teachers else None
 
     @property
-    def teacher_folder(self) -> str | None:
-        """The folder of the teacher's checkpoint, or of its features; its tokenizer may lie in it."""
-        if self.teacher_store is not None:
-            return str(self.teacher_store.path)
-        return None if self.stored_teacher is None else self.stored_teacher.folder
+    def known_teachers(self) -> tuple[KnownTeacher, ...]:
+        """Every teacher of the run; none before they are known."""
+        if self.stored_teacher is not None:
+            args = self.stored_teacher.args
+            vocab_size = getattr(args, "vocab_size", None) or args.padded_vocab_size
+            size = TeacherSize(args.num_layers, args.hidden_size, vocab_size)
+            return (KnownTeacher(Role.TEACHER.label, size, self.stored_teacher.folder),)
+        found = []
+        for named in self.teacher_stores:
+            identity = named.store.identity
+            size = TeacherSize(identity.num_layers, identity.hidden_size, identity.vocab_size)
+            label = f"{Role.TEACHER.label} {named.name}".rstrip()
+            found.append(KnownTeacher(label, size, str(named.store.path)))
+        return tuple(found)
 
     @property
     def student(self) -> Model:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.data.store.store import Store
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
@@ -20,29 +19,40 @@ from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
 from megatron_fdd.plan.teacher_store import describe_store, has_cap, store_bytes
 from megatron_fdd.step.teacher.lens_file import LensFile
+from megatron_fdd.step.teacher.stored import PlannedStore
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
 _MIB = 2**20
 
 
 def describe_plan(
-    plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None, store: Store | None = None
+    plan: Plan,
+    args: argparse.Namespace,
+    teacher: argparse.Namespace | None,
+    stores: Sequence[PlannedStore] = (),
 ) -> str:
     """Write the plan as text, with one line for each fact and memory in MiB per rank.
 
     Args:
         args: the student's (this run's) validated arguments.
         teacher: the teacher's arguments; None without a teacher that runs.
-        store: the teacher's features on disk.
+        stores: the features of one teacher or several on disk.
     """
+    widths = [each.store.identity.hidden_size for each in stores]
+    widths += [] if teacher is None else [teacher.hidden_size]
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
     lines += [f"  plug-ins: {', '.join(plan.config.plugin)}"] if plan.config.plugin else []
-    lines += _pairs(plan.config, plan.pairs)
-    lines += [] if store is None else describe_store(plan, args, store)
-    lines += _ranks(plan, args)
+    is_only = len(stores) <= 1
+    lines += _pairs(plan.config, plan.pairs) if is_only else []
+    for each in stores:
+        lines += describe_store(args, each)
+        lines += [] if is_only else _pairs(plan.config, each.plan.pairs, f" {each.named.name}")
+    lines += _ranks(plan, args, [pair.name if is_only else f"s{pair.student_block}" for pair in plan.pairs])
     lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
-    lines += _memory(plan, args, teacher, store)
-    lines += _balance(plan, args, _teacher_width(teacher, store), is_capped=has_cap(store))
+    lines += _memory(plan, args, teacher, stores, widths)
+    lines += _balance(
+        plan, args, max(widths, default=None), is_capped=any(has_cap(each.store) for each in stores)
+    )
     return "\n".join(lines)
 
 
@@ -69,16 +79,17 @@ def _lens(config: FddConfig) -> list[str]:
     return [f"  lens of the teacher's inner layers: {name}, from {config.teacher_lens}"]
 
 
-def _pairs(config: FddConfig, pairs: Sequence[LayerPair]) -> list[str]:
+def _pairs(config: FddConfig, pairs: Sequence[LayerPair], teacher: str = "") -> list[str]:
     if not pairs:
         return ["  no inner layers: none of their terms has a weight"]
     rule = config.layer_rule if config.layer_pairs is None else "given"
-    return [f"  layer pairs ({rule}), output of block, student <- teacher:"] + [
+    return [f"  layer pairs ({rule}), output of block, student <- teacher{teacher}:"] + [
         f"    {pair.student_block} <- {pair.teacher_block}" for pair in pairs
     ]
 
 
-def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
+def _ranks(plan: Plan, args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return lines about each tensor-parallel rank and each stage. `names`: of the pairs."""
     tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     shard = args.padded_vocab_size // tensor
     lines = [
@@ -92,8 +103,8 @@ def _ranks(plan: Plan, args: argparse.Namespace) -> list[str]:
     first_layer = 0
     for index, (chunk, count) in enumerate(zip(plan.chunks, plan.student_layers, strict=True)):
         stage = index % plan.num_stages
-        taps = ", ".join(plan.pairs[index].name for index in chunk.pairs) or "nothing"
-        carried = "" if chunk.carry_out is None else f"; sends on {plan.pairs[chunk.carry_out].name}"
+        taps = ", ".join(names[index] for index in chunk.pairs) or "nothing"
+        carried = "" if chunk.carry_out is None else f"; sends on {names[chunk.carry_out]}"
         heads = "; holds both heads" if chunk.is_last or chunk.pairs else ""
         lines.append(
             f"    stage {stage}: student blocks {first_layer + 1}..{first_layer + count}, taps {taps}{heads}{carried}"
@@ -113,22 +124,18 @@ def _experts(args: argparse.Namespace, role: Role) -> list[str]:
     ]
 
 
-def _teacher_width(teacher: argparse.Namespace | None, store: Store | None) -> int | None:
-    """Return the width of the teacher, whether it runs or its features are stored."""
-    if store is not None:
-        return store.identity.hidden_size
-    return None if teacher is None else teacher.hidden_size
-
-
 def _memory(
-    plan: Plan, args: argparse.Namespace, teacher: argparse.Namespace | None, store: Store | None
+    plan: Plan,
+    args: argparse.Namespace,
+    teacher: argparse.Namespace | None,
+    stores: Sequence[PlannedStore],
+    widths: Sequence[int],
 ) -> list[str]:
-    """Return lines with the estimates for the stage that holds most, and their sum."""
+    """Return lines with the estimates for the stage that holds most, and their sum. `widths`: of all teachers."""
     figures = student_bytes(args, _micro_batches(args), _layers_of_fullest_stage(plan))
     if copies := weight_copies_bytes(args, plan.student_layers):
         figures["student weights, copies in FP8"] = copies
-    teacher_width = _teacher_width(teacher, store)
-    if learned := _learned_bytes(plan, args, teacher_width):
+    if learned := _learned_bytes(plan, args, widths[0] if widths else None):
         figures["what terms learn, gradients and optimizer"] = learned
     figures["student head"] = (
         args.padded_vocab_size
@@ -137,10 +144,10 @@ def _memory(
     )
     if teacher is not None:
         figures |= _teacher_bytes(plan, args, teacher)
-    if store is not None:
-        figures |= store_bytes(plan, args, store)
-    if teacher_width is not None:
-        figures |= _term_bytes(plan, args, teacher_width)
+    if stores:
+        figures |= store_bytes(args, stores)
+    if widths:
+        figures |= _term_bytes(plan, args, widths)
     # With several stages, heads are copies.
     elsewhere = ("in host memory", "student head", "teacher head")[: 3 if plan.num_stages == 1 else 1]
     counted = [size for name, size in figures.items() if not any(part in name for part in elsewhere)]
@@ -204,8 +211,11 @@ def _teacher_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Names
     return figures
 
 
-def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_width: int) -> dict[str, int]:
-    """Estimate the bytes of features, gradients and Gram matrices on the stage that holds most."""
+def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_widths: Sequence[int]) -> dict[str, int]:
+    """Estimate the bytes of features, gradients and Gram matrices on the stage that holds most.
+
+    A row has the features of one teacher; Gram matrices are there for each.
+    """
     config, width, needs = plan.config, args.hidden_size, needs_of(plan.config)
     rows = args.seq_length // args.context_parallel_size * args.micro_batch_size
     taps = max(sum(len(chunk.pairs) for chunk in plan.chunks_on(stage)) for stage in range(plan.num_stages))
@@ -214,7 +224,7 @@ def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_width: int) -> dic
     own_drawn, drawn = (math.ceil(config.sample_tokens * each) for each in (_own_rows(args), rows))
     figures = {
         f"features of {looked_at} tap(s), both models, float32": (
-            looked_at * own_drawn * (teacher_width + width) * 4
+            looked_at * own_drawn * (max(teacher_widths) + width) * 4
         )
     }
     # The forward pass keeps sums [N, d_S] for each tap until the backward pass of the same micro-batch.
@@ -223,7 +233,9 @@ def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_width: int) -> dic
         sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
     )
     if needs.grams:
-        figures["Gram matrices, float32"] = 4 * (teacher_width**2 + teacher_width * width + width**2)
+        figures["Gram matrices, float32"] = sum(
+            4 * (each**2 + each * width + width**2) for each in teacher_widths
+        )
     return figures
 
 

@@ -31,7 +31,7 @@ def _without_teacher(config: FddConfig, _args: argparse.Namespace) -> str | None
 
 
 def _from_store(config: FddConfig, _args: argparse.Namespace) -> str | None:
-    return "--fdd-teacher-store takes the teacher's place" if config.teacher_store is not None else None
+    return "--fdd-teacher-store takes the teacher's place" if config.teacher_store else None
 
 
 def _without_stream(config: FddConfig, _args: argparse.Namespace) -> str | None:

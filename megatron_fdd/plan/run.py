@@ -15,7 +15,6 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.token_ids import check_all_token_ids
 from megatron_fdd.host import console
 from megatron_fdd.host.checkpoint import check_objects_together
@@ -33,10 +32,11 @@ from megatron_fdd.plan.megatron_errors import megatrons_errors
 from megatron_fdd.plan.resumption import saved_groups
 from megatron_fdd.plan.student_arguments import complete_student_args, force_values
 from megatron_fdd.plan.teacher_checkpoint import find_teacher
-from megatron_fdd.plan.teacher_store import find_store
+from megatron_fdd.plan.teacher_store import find_stores, plan_stores
 from megatron_fdd.plan.term_parameters import fresh_parameters
 from megatron_fdd.plan.vocabulary import common_vocab_size, id_holders, set_vocab_size
 from megatron_fdd.step.teacher.arguments import teacher_args
+from megatron_fdd.step.teacher.stored import PlannedStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ class PreparedRun:
     Attributes:
         args: arguments of the student and the run, validated by Megatron and set as its globals.
         teacher: arguments to build the teacher with; None if every weight that needs a teacher is 0, and with a store.
-        teacher_store: the teacher's features on disk; None without.
-        teacher_size: of either.
+        teacher_stores: the features of one teacher or several on disk; none without.
+        teacher_size: of the teacher, or of the first.
         checkpoints: the checkpoints that the run reads, by the flags that name them.
         id_holders: the number of ids of each holder of a vocabulary, by its name; none if no data of ours is read.
         fresh: names of parameters of terms that the student's checkpoint lacks.
@@ -59,7 +59,7 @@ class PreparedRun:
     args: argparse.Namespace
     teacher: argparse.Namespace | None
     teacher_checkpoint: Path | None
-    teacher_store: Store | None
+    teacher_stores: tuple[PlannedStore, ...]
     teacher_size: TeacherSize | None
     checkpoints: dict[str, Path]
     id_holders: Mapping[str, int]
@@ -130,7 +130,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     set_vocab_size(args)
     make_checks(checks.AFTER_MEGATRON, known)
 
-    known = replace(known, stored_teacher=find_teacher(config, defaults), teacher_store=find_store(config))
+    known = replace(known, stored_teacher=find_teacher(config, defaults), teacher_stores=find_stores(known))
     known = replace(known, id_holders=id_holders(known))
     make_checks(checks.WITH_STORED_TEACHER, known)
     if known.stored_teacher is not None:
@@ -141,6 +141,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
         make_checks(checks.WITH_TEACHER, known.teacher)
 
     known = replace(known, plan=_plan(known, student_layers))
+    known = replace(known, planned_stores=plan_stores(known))
     make_checks(checks.OF_BOTH_MODELS, known)
     assert known.plan is not None
     teacher_path = None if known.stored_teacher is None else known.stored_teacher.path
@@ -152,7 +153,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
         args=args,
         teacher=known.teacher_args,
         teacher_checkpoint=teacher_path,
-        teacher_store=known.teacher_store,
+        teacher_stores=known.planned_stores,
         teacher_size=known.teacher_size,
         checkpoints=checkpoints,
         id_holders=known.id_holders,

@@ -55,12 +55,12 @@ def check_models_kept(context: Context) -> None:
     args = context.args
     if args.skip_train:
         return
-    read = {
-        "--teacher-load": context.config.teacher_load,
-        "--fdd-teacher-store": context.config.teacher_store,
-        "--pretrained-checkpoint": args.pretrained_checkpoint,
-    }
-    for flag, folder in read.items():
+    read = [
+        ("--teacher-load", context.config.teacher_load),
+        *(("--fdd-teacher-store", folder) for _, folder in context.config.teacher_store),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ]
+    for flag, folder in read:
         if is_same_folder(folder, args.save):
             raise ValueError(
                 f"--save {args.save}: is the folder of {flag}, and the next start would take this run's last "

@@ -26,8 +26,8 @@ def check_student_tokenizer(context: Context) -> None:
 
 def check_teacher_tokenizer(context: Context) -> None:
     """Refuse a teacher that was made with a tokenizer other than the run's."""
-    if context.teacher_folder is not None:
-        check_checkpoint_tokenizer(Role.TEACHER, context.teacher_folder, context.args)
+    for teacher in context.known_teachers:
+        check_checkpoint_tokenizer(Role.TEACHER, teacher.folder, context.args)
 
 
 def set_vocab_size(args: argparse.Namespace) -> None:
@@ -39,8 +39,8 @@ def check_vocabularies(context: Context) -> None:
     """Refuse models whose embeddings are not for the run's tokenizer.
 
     Raises:
-        ValueError: the tokenizer has ids for which the student has no embedding, or the teacher lacks more ids
-            than added tokens explain.
+        ValueError: the tokenizer has ids for which the student has no embedding, the teacher lacks more ids than added
+            tokens explain, or one of several teachers lacks ids that another has.
     """
     args, tokenizer_size = context.args, get_tokenizer().vocab_size
     if tokenizer_size > args.vocab_size:
@@ -49,14 +49,20 @@ def check_vocabularies(context: Context) -> None:
             f"{tokenizer_size} tokens, the student only {args.vocab_size} embeddings; "
             "use the tokenizer that the student was made with"
         )
-    if context.teacher_size is None:
-        return
-    teacher_size = context.teacher_size.vocab_size
-    if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
+    for teacher in context.known_teachers:
+        teacher_size = teacher.size.vocab_size
+        if teacher_size < max(tokenizer_size - _MAX_ADDED_TOKENS, tokenizer_size // 2):
+            raise ValueError(
+                f"vocabulary mismatch: {teacher.label} has {teacher_size} tokens, the tokenizer "
+                f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "
+                "teacher and student must share a vocabulary"
+            )
+    known = {t.label: min(tokenizer_size, t.size.vocab_size) for t in context.known_teachers}
+    if len(set(known.values())) > 1:
+        told = ", ".join(f"{label} {count}" for label, count in known.items())
         raise ValueError(
-            f"vocabulary mismatch: the teacher has {teacher_size} tokens, the tokenizer "
-            f"({args.tokenizer_model or args.tokenizer_type}) {tokenizer_size}; "
-            "teacher and student must share a vocabulary"
+            f"vocabulary mismatch: the teachers have different ones (of {tokenizer_size} of the tokenizer: {told}); "
+            "all teachers of a run must share one vocabulary: leave one out"
         )
 
 
@@ -66,15 +72,15 @@ def id_holders(context: Context) -> Mapping[str, int]:
     Raises:
         ValueError: a file of the teacher's tokenizer cannot be read.
     """
-    args, size, folder = context.args, context.teacher_size, context.teacher_folder
+    args = context.args
     if args.mock_data or not context.checks_data:
         return {}
     holders = {RUNS_TOKENIZER: get_tokenizer().vocab_size, Role.STUDENT.label: args.vocab_size}
-    if size is not None and folder is not None:
-        holders[Role.TEACHER.label] = size.vocab_size
-        num_ids = ids_of_tokenizer(folder)
+    for teacher in context.known_teachers:
+        holders[teacher.label] = teacher.size.vocab_size
+        num_ids = ids_of_tokenizer(teacher.folder)
         if num_ids is not None:
-            holders[f"{Role.TEACHER.label}'s tokenizer"] = num_ids
+            holders[f"{teacher.label}'s tokenizer"] = num_ids
     return holders
 
 
@@ -103,4 +109,4 @@ def check_data_ids(context: Context) -> None:
 def common_vocab_size(context: Context) -> int:
     """Count the ids that tokenizer, student and teacher all have."""
     shared = min(get_tokenizer().vocab_size, context.args.vocab_size)
-    return shared if context.teacher_size is None else min(shared, context.teacher_size.vocab_size)
+    return min([shared, *(teacher.size.vocab_size for teacher in context.known_teachers)])

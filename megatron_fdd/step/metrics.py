@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from megatron_fdd.host.disk import regular_file, writing
 from megatron_fdd.host.saving import last_whole_checkpoint
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
+from megatron_fdd.losses.terms import TERMS
 
 # The start of every record, and therefore of every file that may be cut back.
 _RECORD_START = b'{"iteration": '
@@ -34,6 +35,82 @@ def add_up(sums: Tensor, topology: Topology) -> Tensor:
     if topology.num_stages > 1:
         torch.distributed.all_reduce(sums, group=topology.pipeline_group)
     return sums
+
+
+class Report:
+    """What the sums of a step say: the means of all teachers together, and of each of several by itself.
+
+    Args:
+        objectives: one for each teacher, of any chunk.
+        teachers: their names; of the only one it is empty.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], teachers: Sequence[str]) -> None:
+        self._first = objectives[0]
+        self._several = dict(zip(teachers, objectives, strict=True)) if len(objectives) > 1 else {}
+        self._num_teachers = len(objectives)
+        # Layers of several teachers have a common mean where they are compared with the same layers of the student.
+        self._has_layers = len({tuple(part.name for part in each.parts) for each in objectives}) == 1
+
+    @property
+    def num_sums(self) -> int:
+        """How many numbers the packed sums of all teachers are (`Objective.packed_sums`, one behind the other)."""
+        return self._num_teachers * (len(COUNTS) + len(self._first.parts))
+
+    def counts(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the numbers of tokens with a label: "tokens", and of each of several teachers "tokens code"."""
+        label_tokens = self._by_teacher(sums)[:, 0]
+        own = {f"tokens {name}": label_tokens[number] for number, name in enumerate(self._several)}
+        return {"tokens": label_tokens.sum()} | own
+
+    def seen(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the number of tokens that each of several teachers was compared on; 0: it was in no batch."""
+        tokens = self._by_teacher(sums)[:, 1]
+        return {name: tokens[number] for number, name in enumerate(self._several)}
+
+    def _by_teacher(self, sums: Tensor) -> Tensor:
+        return sums.view(self._num_teachers, -1)
+
+    def means(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return the means over tokens: `token_means` of all, and of each of several teachers over its own tokens.
+
+        A teacher's names end with its own: "total code", "kd code", "trajectory s4:t9 code".
+        """
+        each = self._by_teacher(sums)
+        means = token_means(self._first, each.sum(0))
+        if not self._has_layers:
+            layers = {part.name for part in self._first.parts if part.pair is not None}
+            means = {name: mean for name, mean in means.items() if name not in layers}
+        for number, (name, objective) in enumerate(self._several.items()):
+            own = without_shares(token_means(objective, each[number]))
+            means |= {f"{term} {name}": mean for term, mean in own.items()}
+        return means
+
+    def without_absent(self, means: Mapping[str, Tensor], seen: Mapping[str, float]) -> dict[str, Tensor]:
+        """Leave out the means of teachers that were in no batch, as `seen` says."""
+        ends = tuple(f" {name}" for name, tokens in seen.items() if not tokens)
+        return {name: mean for name, mean in means.items() if not (ends and name.endswith(ends))}
+
+    def record(self, sums: Tensor, means: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """Return a step's numbers for the metrics file. One host synchronisation.
+
+        Args:
+            means: what `means` gave for these sums.
+        """
+        counts, seen = self.counts(sums), self.seen(sums)
+        numbers = iter(torch.stack([*counts.values(), *seen.values(), *means.values()]).tolist())
+        record: dict[str, float | None] = {name: int(next(numbers)) for name in counts}
+        record |= dict.fromkeys(("total", *(term.kind for term in TERMS)))
+        compared = {name: next(numbers) for name in seen}
+        return record | {name: self._measured(name, next(numbers), compared) for name in means}
+
+    def _measured(self, name: str, value: float, seen: Mapping[str, float]) -> float | None:
+        """Return what a step saw of a mean (`Objective.measured`); None for a teacher that was in no batch."""
+        for teacher, objective in self._several.items():
+            if name.endswith(f" {teacher}"):
+                own = objective.measured(name.removesuffix(f" {teacher}"), value)
+                return own if seen[teacher] else None
+        return self._first.measured(name, value)
 
 
 def token_means(objective: Objective, sums: Tensor) -> dict[str, Tensor]:

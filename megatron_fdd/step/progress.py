@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fdd.host import console
@@ -28,6 +28,7 @@ class Progress:
         num_iterations: returns how many steps the whole run has, including the steps before a resumption; called for
             each line, because with `--train-samples` Megatron computes the number late.
         terms: the kinds of terms that have a weight, in the order of their display.
+        teachers: names of several teachers, whose totals are shown; none with one.
         clock: seconds of a clock that never goes back.
     """
 
@@ -36,11 +37,12 @@ class Progress:
         num_iterations: Callable[[], int],
         terms: tuple[str, ...],
         *,
+        teachers: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = console.say,
     ) -> None:
         self._num_iterations = num_iterations
-        self._terms = terms
+        self._terms, self._totals = terms, [f"total {name}" for name in teachers]
         self._clock, self._say = clock, say
         self._started_s = clock()
         self._first: tuple[int, float] | None = None
@@ -117,8 +119,9 @@ class Progress:
         return f"{what:5} {iteration:{len(total)}}/{total}"
 
     def _losses(self, values: Mapping[str, float | None]) -> list[str]:
-        terms = [f"{name} {_loss(values[name])}" for name in self._terms if name in values]
-        return [f"total {_loss(values['total'])}", *(["  ".join(terms)] if terms else [])]
+        shown = [[name for name in names if name in values] for names in (self._totals, self._terms)]
+        parts = ["  ".join(f"{name} {_loss(values[name])}" for name in names) for names in shown if names]
+        return [f"total {_loss(values['total'])}", *parts]
 
     def _seconds_left(self, step: Step) -> float:
         now = self._clock()

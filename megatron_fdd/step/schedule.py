@@ -22,9 +22,8 @@ from megatron_fdd.host.patches.table import replaced
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
-from megatron_fdd.losses.terms import TERMS
 from megatron_fdd.step.finite import check_gradient_finite, check_means_finite
-from megatron_fdd.step.metrics import MetricsFile, add_up, token_means, without_shares
+from megatron_fdd.step.metrics import MetricsFile, Report, add_up, without_shares
 from megatron_fdd.step.pipeline import PipelineWork
 from megatron_fdd.step.progress import Progress, Step
 from megatron_fdd.step.saves import Saves
@@ -53,6 +52,7 @@ class StepHooks:
         vocab_size: int,
     ) -> None:
         self._step = step
+        self._report = Report(step.objectives, step.teachers)
         self._topology = topology
         self._pipeline = pipeline
         self._sampler = sampler
@@ -63,8 +63,8 @@ class StepHooks:
         self._metrics_file: MetricsFile | None = None
         self._progress: Progress | None = None
         self._means: dict[str, Tensor] = {}
-        self._label_tokens: Tensor | None = None
-        self._validation = Validation(step.objective, topology)
+        self._sums: Tensor | None = None
+        self._validation = Validation(self._report, topology)
         self._started_s, self._wait = 0.0, Wait()
         # Since the last line of `_progress`.
         self._seconds = 0.0
@@ -113,7 +113,7 @@ class StepHooks:
             keywords["data_iterator"], self._vocab_size, iteration, self._wait
         )
         ratio = self._prepare(keywords)
-        inner = self._step.objective.config.weight_scale(iteration)
+        inner = self._step.objectives[0].config.weight_scale(iteration)
         draw = EVERYTHING if keywords.get("forward_only") else self._sampler.draw(iteration)
         self._step.begin_step(StepSettings(inner, ratio, draw))
         dicts = schedule(**keywords)
@@ -125,7 +125,7 @@ class StepHooks:
         if keywords.get("forward_only"):
             self._validation.add(sums)
             return []
-        self._label_tokens, self._means = sums[0], token_means(self._step.objective, sums)
+        self._sums, self._means = sums, self._report.means(sums)
         if self._stop_at_nan:
             check_means_finite(self._means)
         return [self._means] if self._topology.is_last_stage else []
@@ -150,13 +150,8 @@ class StepHooks:
         iteration = values["iteration"]
         if self._metrics_file is None:
             self._metrics_file = MetricsFile(self._metrics_path, iteration)
-        assert self._label_tokens is not None
-        names = list(values["loss_dict"])
-        numbers = torch.stack([self._label_tokens, *(values["loss_dict"][name] for name in names)]).tolist()
-        record: dict[str, float | None] = {"tokens": int(numbers[0])}
-        record |= dict.fromkeys(("total", *(term.kind for term in TERMS)))
-        measured = self._step.objective.measured
-        record |= {name: measured(name, value) for name, value in zip(names, numbers[1:], strict=True)}
+        assert self._sums is not None
+        record = self._report.record(self._sums, values["loss_dict"])
         grad_norm = values["grad_norm"]
         record["grad_norm"] = None if grad_norm is None else float(grad_norm)
         record["seconds"] = round(time.perf_counter() - self._started_s, 4)
@@ -193,7 +188,7 @@ class StepHooks:
     def _prepare(self, keywords: dict[str, Any]) -> float:
         """Do the work before the schedule, and set its keywords; return the ratio of the two token counts."""
         pipeline, ratio = self._pipeline, 1.0
-        counts_all = self._step.objective.config.tokens == "all"
+        counts_all = self._step.objectives[0].config.tokens == "all"
         if pipeline is None and not counts_all:
             return ratio
         if counts_all or (pipeline is not None and pipeline.has_teacher):
@@ -216,10 +211,12 @@ class StepHooks:
         Args:
             values: arguments of Megatron's `training_log`.
         """
-        if self._progress is None or self._label_tokens is None:
+        if self._progress is None or self._sums is None:
             return
         self._seconds += time.perf_counter() - self._started_s
-        self._tokens = self._label_tokens + (0 if self._tokens is None else self._tokens)
+        self._tokens = self._report.counts(self._sums)["tokens"] + (
+            0 if self._tokens is None else self._tokens
+        )
         args, iteration = get_args(), values["iteration"]
         self._progress.made(iteration)
         if (
@@ -244,7 +241,7 @@ class StepHooks:
 
     def _term_per_label_token(self, batches: list[dict[str, Tensor]]) -> float:
         """Return the global ratio of the two token counts. Collectives: one all-reduce of both, where they differ."""
-        if self._step.objective.config.tokens == "labels":
+        if self._step.objectives[0].config.tokens == "labels":
             return 1.0
         counts = torch.stack(
             [torch.stack([batch["loss_mask"].sum(), batch["token_mask"].sum()]).float() for batch in batches]

@@ -19,17 +19,16 @@ from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses import carry
 from megatron_fdd.losses.carry import Carry
-from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.objective import ChunkLoss, Objective, StepSettings
 from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.losses.terms import uses_final_head
 from megatron_fdd.step.injection import attach_loss
 from megatron_fdd.step.lens import StudentLens, read_head
+from megatron_fdd.step.lessons import NO_LABEL, Course, Dealing, Lesson, share_of
 from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
-from megatron_fdd.step.teacher.teacher import Teacher
 from megatron_fdd.step.term_modules import anchors, read_term_modules
 
-FirstBatchCheck = Callable[[TeacherFeatures, Tensor], None]
+FirstBatchCheck = Callable[[Sequence[Lesson]], bool]
 
 
 class StudentForward:
@@ -38,16 +37,19 @@ class StudentForward:
     Args:
         chunks: this rank's chunks, by virtual stage.
         lens: the student's lens on this stage, which the chunks share.
+        teachers: names of several teachers; the only one's is empty.
     """
 
-    def __init__(self, chunks: Sequence[ChunkForward], lens: StudentLens) -> None:
-        self.chunks = list(chunks)
+    def __init__(
+        self, chunks: Sequence[ChunkForward], lens: StudentLens, teachers: Sequence[str] = ("",)
+    ) -> None:
+        self.chunks, self.teachers = list(chunks), teachers
         self._lens = lens
 
     @property
-    def objective(self) -> Objective:
-        """The objective of any chunk: names and weights of the terms are the same for all."""
-        return self.chunks[-1].objective
+    def objectives(self) -> Sequence[Objective]:
+        """Each teacher's, of any chunk: names and weights of the terms are the same for all chunks."""
+        return [course.objective for course in self.chunks[-1].courses]
 
     def begin_step(self, settings: StepSettings) -> None:
         """Forget the last step, and bring the student's lens to where it is used.
@@ -73,25 +75,25 @@ class ChunkForward:
     """The run of one micro-batch through one chunk.
 
     Args:
-        teacher: None if no term needs it.
+        courses: one for each teacher, in the order of their numbers; one without a teacher too.
         lens: the student's lens on this stage.
         has_one_width: whether every boundary has room for a carry (`Plan.has_one_width`).
-        first_batch_check: called once, where the teacher's final hidden states are, with the teacher's features and
-            the labels of the first batch's rows.
+        first_batch_check: called where the teachers' final hidden states are, with the lessons of the first micro-batch
+            of each step, until it returns that it is done.
     """
 
     def __init__(
         self,
-        objective: Objective,
-        teacher: Teacher | None,
+        courses: Sequence[Course],
         lens: StudentLens,
         topology: Topology,
         *,
         has_one_width: bool = False,
         first_batch_check: FirstBatchCheck | None = None,
     ) -> None:
-        self.objective = objective
-        self._teacher = teacher
+        self.courses = list(courses)
+        # Chunks and needs are the same for all teachers.
+        self.objective = objective = courses[0].objective
         self._lens = lens
         self._topology = topology
         self._has_one_width = has_one_width
@@ -102,7 +104,8 @@ class ChunkForward:
 
     def begin_step(self, settings: StepSettings) -> None:
         """Forget the last step."""
-        self.objective.begin_step(settings)
+        for course in self.courses:
+            course.objective.begin_step(settings)
         self._num_started, self._sums = 0, None
 
     def take_sums(self) -> Tensor:
@@ -118,11 +121,11 @@ class ChunkForward:
         self._num_started += 1
         student = unwrap_model(model)
         carried = self._split_input(student, batch)
-        teacher = self._teacher_features(batch)
-        processor = partial(self._loss, student, batch, teacher, carried)
+        lessons, dealing = self._lessons(batch)
+        processor = partial(self._loss, student, lessons, dealing, carried)
         output, taps_SBD = forward_with_taps(model, batch, self._layers, processor)
         if not self.objective.chunk.is_last:
-            output = self._stage_output(student, batch, teacher, carried, output, taps_SBD)
+            output = self._stage_output(student, lessons, dealing, carried, output, taps_SBD)
         return output, partial(_loss_function, num_tokens=self._term_mask(batch).sum().to(torch.int))
 
     def _split_input(self, student: GPTModel, batch: Batch) -> Carry | None:
@@ -141,58 +144,69 @@ class ChunkForward:
         )
         return carried
 
-    def _teacher_features(self, batch: Batch) -> TeacherFeatures | None:
-        if self._teacher is None:
-            return None
-        features = self._teacher.features(self._num_started - 1, batch)
-        if self._first_batch_check is not None and features.final_SBT is not None:
-            check, self._first_batch_check = self._first_batch_check, None
-            check(features, self.label_rows(batch))
-        return features
+    def _lessons(self, batch: Batch) -> tuple[list[Lesson], Dealing]:
+        """Deal a micro-batch's rows among the teachers that are in it, and ask them. Collectives: the teachers' own."""
+        shares = {number: share_of(batch, number, self._topology) for number in range(len(self.courses))}
+        shares = {number: share for number, share in shares.items() if share.samples}
+        weights, labels_N = self.token_weights(batch), self.label_rows(batch)
+        dealing = Dealing(list(shares.values()), labels_N.device)
+        dealt = zip(shares, dealing.weights(weights), dealing.rows(labels_N, filler=NO_LABEL), strict=True)
+        lessons = []
+        for number, own_weights, own_labels_N in dealt:
+            course = self.courses[number]
+            features = None
+            if course.teacher is not None:
+                features = course.teacher.features(self._num_started - 1, batch)
+            lessons.append(Lesson(number, course.objective, features, own_weights, own_labels_N))
+        check = self._first_batch_check
+        if check is not None and self._num_started == 1 and check(lessons):
+            self._first_batch_check = None
+        return lessons, dealing
 
     def _loss(
         self,
         student: GPTModel,
-        batch: Batch,
-        teacher: TeacherFeatures | None,
+        lessons: Sequence[Lesson],
+        dealing: Dealing,
         carried: Carry | None,
         *,
         hidden_states: Tensor | tuple[Tensor, list[Tensor]],
         **_: object,
     ) -> Tensor:
         """Return the loss in place of logits, as GPTModel's `output_processor` on the last stage."""
-        objective = self.objective
         final_SBD, taps_SBD = hidden_and_taps(hidden_states)
-        weights = self.token_weights(batch)
-        labels_N, scale = self.label_rows(batch), _loss_scale(student)
-        loss = objective.final(final_SBD, read_head(student), teacher, labels_N, weights, scale)
-        loss += self._inner_loss(student, taps_SBD, teacher, carried, weights)[0]
-        self._add_sums(loss, weights)
+        head_WD, scale = read_head(student), _loss_scale(student)
+        losses = [
+            lesson.objective.final(own_SBD, head_WD, lesson.features, lesson.labels_N, lesson.weights, scale)
+            for lesson, own_SBD in zip(lessons, dealing.hidden(final_SBD), strict=True)
+        ]
+        inner = self._inner_loss(student, taps_SBD, lessons, dealing, carried)[0]
+        losses = [loss + more for loss, more in zip(losses, inner, strict=True)]
+        self._add_sums(lessons, losses)
         # If all weights are 0, the stage's input would have no gradient, and the schedule would hang.
         anchor = final_SBD.flatten()[0].float() * 0.0
-        if not uses_final_head(objective.config):
+        if not uses_final_head(self.objective.config):
             # Megatron's overlapped reduction waits in every step for a gradient of every parameter.
             anchor = anchor + read_head(student).flatten()[0].float() * 0.0
-        return anchor if loss.total is None else loss.total + anchor
+        total = _total(losses)
+        return anchor if total is None else total + anchor
 
     def _stage_output(
         self,
         student: GPTModel,
-        batch: Batch,
-        teacher: TeacherFeatures | None,
+        lessons: Sequence[Lesson],
+        dealing: Dealing,
         carried: Carry | None,
         hidden_SBD: Tensor,
         taps_SBD: Sequence[Tensor],
     ) -> Tensor:
         """Return the hidden states for the next stage, with this stage's loss attached and the carry behind them."""
         chunk = self.objective.chunk
-        weights = self.token_weights(batch)
-        loss, passed_on = ChunkLoss(), carried
-        if chunk.pairs:
-            loss, passed_on = self._inner_loss(student, taps_SBD, teacher, carried, weights)
-        self._add_sums(loss, weights)
-        if loss.total is not None and loss.total.requires_grad:
-            hidden_SBD = attach_loss(hidden_SBD, loss.total, _loss_scale(student))
+        losses, passed_on = self._inner_loss(student, taps_SBD, lessons, dealing, carried)
+        self._add_sums(lessons, losses)
+        total = _total(losses)
+        if total is not None and total.requires_grad:
+            hidden_SBD = attach_loss(hidden_SBD, total, _loss_scale(student))
         if chunk.carry_out is not None:
             assert passed_on is not None
             return carry.append(hidden_SBD, passed_on)
@@ -208,23 +222,34 @@ class ChunkForward:
         self,
         student: GPTModel,
         taps_SBD: Sequence[Tensor],
-        teacher: TeacherFeatures | None,
+        lessons: Sequence[Lesson],
+        dealing: Dealing,
         carried: Carry | None,
-        weights: TokenWeights,
-    ) -> tuple[ChunkLoss, Carry | None]:
+    ) -> tuple[list[ChunkLoss], Carry | None]:
+        """Return each lesson's loss of this chunk's taps, and what goes on behind it: without taps, `carried`."""
         if not self.objective.chunk.pairs:
-            return ChunkLoss(), None
-        assert teacher is not None
-        # A draw depends on the number of the micro-batch, counted from 1.
-        sample = self.objective.settings.draw.rows(weights, self._num_started)
-        modules = read_term_modules(student)
-        loss, passed_on = self.objective.inner(
-            taps_SBD, carried, self._lens.for_micro_batch(student), teacher, sample, modules
-        )
-        return loss + ChunkLoss(anchors(modules)), passed_on
+            return [ChunkLoss() for _ in lessons], carried
+        lens, modules = self._lens.for_micro_batch(student), read_term_modules(student)
+        own_taps = zip(*(dealing.hidden(tap_SBD) for tap_SBD in taps_SBD), strict=True)
+        losses, sent = [], []
+        for lesson, taps, own_carry in zip(lessons, own_taps, dealing.carries(carried), strict=True):
+            assert lesson.features is not None
+            # A draw depends on the number of the micro-batch, counted from 1.
+            sample = lesson.objective.settings.draw.rows(lesson.weights, self._num_started)
+            loss, passed_on = lesson.objective.inner(taps, own_carry, lens, lesson.features, sample, modules)
+            losses.append(loss)
+            sent.append(passed_on)
+        losses[0] += ChunkLoss(anchors(modules))
+        return losses, dealing.joined(sent, taps_SBD[-1])
 
-    def _add_sums(self, loss: ChunkLoss, weights: TokenWeights) -> None:
-        sums = self.objective.packed_sums(loss, weights)
+    def _add_sums(self, lessons: Sequence[Lesson], losses: Sequence[ChunkLoss]) -> None:
+        """Add this micro-batch's sums, teacher by teacher; 0 for a teacher that is not in it."""
+        taught = {
+            lesson.number: lesson.objective.packed_sums(loss, lesson.weights)
+            for lesson, loss in zip(lessons, losses, strict=True)
+        }
+        nothing = torch.zeros_like(next(iter(taught.values())))
+        sums = torch.cat([taught.get(number, nothing) for number in range(len(self.courses))])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def token_weights(self, batch: Batch) -> TokenWeights:
@@ -237,8 +262,8 @@ class ChunkForward:
         return batch.loss_mask_BS if self.objective.config.tokens == "labels" else batch.token_mask_BS
 
     def label_rows(self, batch: Batch) -> Tensor:
-        """Return the labels of this rank's rows; -100 where there is none."""
-        return self.rows(torch.where(batch.loss_mask_BS > 0, batch.labels_BS, -100))
+        """Return the labels of this rank's rows; `NO_LABEL` where there is none."""
+        return self.rows(torch.where(batch.loss_mask_BS > 0, batch.labels_BS, NO_LABEL))
 
     def rows(self, value_BS: Tensor) -> Tensor:
         """Return this rank's rows, [B, S] -> [N], in the order of Megatron's hidden states.
@@ -249,6 +274,11 @@ class ChunkForward:
         if self._topology.sequence_parallel:
             value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
         return value_SB.flatten()
+
+
+def _total(losses: Sequence[ChunkLoss]) -> Tensor | None:
+    """Return the loss of all lessons, float32; None without a term."""
+    return ChunkLoss(tuple(part for loss in losses for part in loss.parts)).total
 
 
 def _loss_scale(student: GPTModel) -> Tensor:

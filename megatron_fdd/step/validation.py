@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.losses.objective import COUNTS, Objective
-from megatron_fdd.step.metrics import token_means, without_shares
+from megatron_fdd.step.metrics import Report, without_shares
 
 # Means, what `process_non_loss_data_func` collected, whether time ran out.
 Evaluation = tuple[dict[str, Tensor] | None, Any, bool]
@@ -22,14 +21,14 @@ class Validation:
     Megatron would weigh all terms of a step by one count of tokens; terms have two (`--fdd-tokens all`).
     """
 
-    def __init__(self, objective: Objective, topology: Topology) -> None:
-        self._objective = objective
+    def __init__(self, report: Report, topology: Topology) -> None:
+        self._report = report
         self._topology = topology
         self._sets: list[Tensor] = []
 
     def evaluate(self, original: Callable[..., Evaluation], *args: Any, **keywords: Any) -> Evaluation:
         """Run Megatron's `evaluate` on one set, whose steps call `add`; return what it returns, with our means."""
-        num = len(COUNTS) + len(self._objective.parts)
+        num = self._report.num_sums
         self._sets.append(torch.zeros(num, dtype=torch.float64, device=torch.cuda.current_device()))
         _, collected, is_cut_short = original(*args, **keywords)
         if is_cut_short:  # by --exit-duration-in-mins: no mean of a part of the data
@@ -47,4 +46,5 @@ class Validation:
         return self._means(torch.stack(sets).sum(0)) if sets else {}
 
     def _means(self, sums: Tensor) -> dict[str, Tensor]:
-        return without_shares(token_means(self._objective, sums))
+        seen = {name: tokens.item() for name, tokens in self._report.seen(sums).items()}
+        return without_shares(self._report.without_absent(self._report.means(sums), seen))

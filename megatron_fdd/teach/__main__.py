@@ -56,7 +56,7 @@ from megatron_fdd.teach.megatron_teacher import MegatronTeacher
 from megatron_fdd.teach.produce import produce
 from megatron_fdd.teach.progress import TeachProgress, keep_rate
 from megatron_fdd.teach.survey import Survey, look
-from megatron_fdd.teach.work import batches
+from megatron_fdd.teach.work import batches, own_sources
 
 # Tokens of a unit whose logits are compared with the lens: with 256,000 words these are 128 MB.
 _COMPARED_TOKENS = 128
@@ -77,6 +77,7 @@ def teach(request: TeachRequest) -> None:
     teacher.start()
     update_train_iters(teacher.args)  # from --train-samples
     sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
+    sources = own_sources(request, teacher.args, sources)
     if request.follow is not None:
         _follow(request, request.follow, teacher, sources)
         return

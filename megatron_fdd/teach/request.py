@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -14,13 +13,15 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.losses.pairs import sample_blocks
 from megatron_fdd.teach.following import Following, add_stream_flags, following
+from megatron_fdd.teach.words import STORES, cut, teachers_of
 
 ENGINES = ("megatron", "transformers")
 DTYPES = ("bfloat16", "float32")
-# Flags of a training that a producer has no use for, and how many words stand behind each.
+# Flags of a training that a producer has no use for, and how many words stand behind each; None: up to the next flag.
 _NOT_HERE = {
+    STORES: None,
     **dict.fromkeys(("--load", "--save", "--save-interval", "--pretrained-checkpoint", "--ckpt-step"), 1),
-    **dict.fromkeys(("--teacher-load", "--teacher-lens", "--fdd-teacher-store", "--fdd-metrics-file"), 1),
+    **dict.fromkeys(("--teacher-load", "--teacher-lens", "--fdd-metrics-file"), 1),
     **dict.fromkeys(("--use-checkpoint-args", "--finetune", "--async-save"), 0),
     "--rampup-batch-size": 3,
 }
@@ -61,6 +62,7 @@ class TeachRequest:
         follow: the stream to work for; None: the training's data, all of them.
         log_folder: of the ranks' logs; None: a new one.
         device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
+        teachers: names of data sets and the stores of their teachers, where the training has several.
         flags: the training's, without those that a producer has no use for, or has read.
     """
 
@@ -77,6 +79,7 @@ class TeachRequest:
     log_folder: Path | None
     device_map: str
     dtype: str | None
+    teachers: tuple[tuple[str, str], ...]
     flags: tuple[str, ...]
 
 
@@ -199,8 +202,9 @@ def parse(words: Sequence[str]) -> TeachRequest:
         log_folder=given.log_folder,
         device_map=given.device_map,
         dtype=given.dtype,
-        choice=tuple(_cut(flags, dict.fromkeys(_CHOICE, 1))[1]),
-        flags=tuple(_cut(flags, _NOT_HERE | dict.fromkeys(_CHOICE, 1))[0]),
+        teachers=teachers_of(flags),
+        choice=tuple(cut(flags, dict.fromkeys(_CHOICE, 1))[1]),
+        flags=tuple(cut(flags, _NOT_HERE | dict.fromkeys(_CHOICE, 1))[0]),
     )
 
 
@@ -247,20 +251,6 @@ def batch_sizes(request: TeachRequest) -> tuple[int, int]:
             "--global-batch-size: give the training's, which with --train-iters says how much of the data it reads"
         )
     return given.global_batch_size, given.eval_global_batch_size or given.global_batch_size
-
-
-def _cut(flags: Sequence[str], names: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """Divide flags: the others, and those of `names` with so many words behind each."""
-    others, cut = [], []
-    words = iter(flags)
-    for word in words:
-        name, has_value, _ = word.partition("=")
-        if name not in names:
-            others.append(word)
-            continue
-        cut.append(word)
-        cut += [] if has_value else islice(words, names[name])
-    return others, cut
 
 
 def _path(text: str) -> Path:

@@ -1,12 +1,41 @@
-"""The work of a producer: units that the store lacks, its part of them, in batches of similar length."""
+"""The work of a producer: the data that are its own, units that the store lacks, in batches of similar length."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from megatron_fdd.data.store.coverage import Table, Unit
+from megatron_fdd.data.sources import data_prefixes
+from megatron_fdd.data.store.coverage import Source, Table, Unit
+from megatron_fdd.data.store.routed import picked
+from megatron_fdd.plan.routing import FLAG, routes
+from megatron_fdd.teach.request import TeachRequest
+
+
+def own_sources(request: TeachRequest, args: argparse.Namespace, sources: Sequence[Source]) -> list[Source]:
+    """Return what this teacher teaches of a training: all of it, or with several teachers its own data sets.
+
+    Args:
+        args: the training's, with its data flags.
+
+    Raises:
+        ValueError: the store is none of the training's, or a data set has not exactly one teacher.
+    """
+    if not request.teachers:
+        return list(sources)
+    own = [name for name, folder in request.teachers if Path(folder).resolve() == request.store.resolve()]
+    if not own:
+        told = ", ".join(f"{name}={folder}" for name, folder in request.teachers)
+        raise ValueError(
+            f"--store {request.store}: is none of the stores of {FLAG} {told}; give the training's, or leave "
+            f"{FLAG} out to teach all of its data"
+        )
+    by_name = routes([name for name, _ in request.teachers], data_prefixes(args))
+    number_of = {prefix: int(name in own) for name, prefixes in by_name.items() for prefix in prefixes}
+    return picked(sources, number_of, 1)
 
 
 def part_of(missing: Table, part: tuple[int, int]) -> Table:

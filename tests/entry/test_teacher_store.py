@@ -12,10 +12,8 @@ from tests.entry.checks import assert_refused
 from tests.entry.command import TIMES, Patch, read_metrics, run, trained
 from tests.entry.conftest import Toys
 from tests.entry.damage import with_tensor
-from tests.entry.stored import EVALUATION, stored_run, teach
+from tests.entry.stored import EVALUATION, RELATIVE, stored_run, teach
 
-# Sums in another order.
-RELATIVE = 2e-6
 # The toy's micro-batches: 2 rows of 16 tokens.
 MICRO_BATCH_TOKENS = 32
 

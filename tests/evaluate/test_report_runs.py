@@ -26,6 +26,9 @@ def test_metrics_become_curves(tmp_path: Path) -> None:
     assert metrics.curves["tokens per second"].values.tolist() == [200.0, 200.0]
     assert "ce" not in metrics.curves
     assert metrics.layer_pairs("trajectory") == list(PAIRS)
+    own = {"kd code": 1.0, f"trajectory {PAIRS[0]} code": 1.0}
+    metrics = read_metrics(write(tmp_path / "metrics.jsonl", [record(0) | own]))
+    assert (metrics.layer_pairs("trajectory"), metrics.layer_pairs("kd")) == (list(PAIRS), [])
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from torch import Tensor
 
 import examples.extend.tuned_lens  # noqa: F401  # adds the lens
 from megatron_fdd.config import FddConfig
+from megatron_fdd.data.store import taught
 from megatron_fdd.data.store.identity import TapForm
+from megatron_fdd.data.store.routed import NamedStore
 from megatron_fdd.host.model import chunk_layers
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
@@ -29,12 +31,14 @@ from megatron_fdd.losses.terms import uses_taps
 from megatron_fdd.step.connect import connect
 from megatron_fdd.step.schedule import StepHooks
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
+from megatron_fdd.step.teacher.stored import PlannedStore
 from megatron_fdd.step.term_modules import add_term_modules
 from megatron_fdd.step.validation import Evaluation
 from tests.harness.ranks import Layout
 from tests.oracle import reference
 from tests.oracle.models import build_frozen, build_student, full_gradients, padded_vocab
 from tests.oracle.reference import STUDENT, TEACHER, Shape, Terms, Weights
+from tests.oracle.several import TEACHERS_OF_ROWS, second_pairs, second_weights, several_losses
 from tests.oracle.stored import remove, taught_batches, write_store
 
 MICRO_BATCHES, MICRO_BATCH, LENGTH = 4, reference.MICRO_BATCH, 12
@@ -64,6 +68,7 @@ class Case:
     micro_batches: int = MICRO_BATCHES
     packed: bool = False
     stored: TapForm | None = None  # the teacher's features lie on disk in this form
+    second: Shape | None = None  # another stored teacher, of some of the samples (`tests/oracle/several.py`)
     length: int = LENGTH
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
@@ -175,11 +180,24 @@ def join(
             plan = replace(plan, config=replace(config, teacher_lens=write_maps(case.teacher, Path(folder))))
         if case.stored is None:
             return chunks, teacher, connect(plan, unwrap_model(chunks), teacher, topology, iteration, seed=0)
-        store = write_store(teacher, plan, topology, case_batches(case), case.teacher, case.stored)
-        steps = connect(plan, unwrap_model(chunks), store, topology, iteration, seed=0)
-    _TAUGHT[steps] = taught_batches(store, plan, topology, own_batches(case))
-    remove(store)
+        stores = [planned_store(case, "code" if case.second else "", teacher, plan, topology)]
+        if case.second is not None:
+            other = replace(case, teacher=case.second)
+            pairs = tuple(LayerPair(*pair) for pair in second_pairs(case.terms.pairs)) if plan.pairs else ()
+            second = make_teacher(other, topology)
+            stores.append(planned_store(other, "maths", second, replace(plan, pairs=pairs), topology))
+        steps = connect(plan, unwrap_model(chunks), stores, topology, iteration, seed=0)
+    _TAUGHT[steps] = taught_batches(stores, topology, own_batches(case))
+    for each in stores:
+        remove(each.store)
     return chunks, teacher, steps
+
+
+def planned_store(case: Case, name: str, teacher: GPTModel, plan: Plan, topology: Topology) -> PlannedStore:
+    """Return, on every rank, a store with the teacher's features of all batches."""
+    assert case.stored is not None
+    store = write_store(teacher, plan, topology, case_batches(case), case.teacher, case.stored)
+    return PlannedStore(NamedStore(name, store), plan)
 
 
 def write_maps(shape: Shape, folder: Path) -> str:
@@ -282,6 +300,11 @@ def own_batches(case: Case) -> list[dict[str, Tensor]]:
 
 def case_batches(case: Case) -> list[dict[str, Tensor]]:
     batches = reference.random_batches(case.micro_batches, MICRO_BATCH, case.length, shard_vocab(case))
+    if case.second is not None:
+        batches = [
+            {**batch, taught.TEACHER: torch.tensor(numbers)}
+            for batch, numbers in zip(batches, TEACHERS_OF_ROWS, strict=False)
+        ]
     return reference.packed(batches) if case.packed else batches
 
 
@@ -291,7 +314,7 @@ def shard_vocab(case: Case) -> int:
 
 def expected(case: Case) -> Result:
     """Return the float64 reference on all tokens at once. It is shared by all layouts: a caller must not change it."""
-    free = ("terms", "student", "teacher", "micro_batches", "packed", "length")
+    free = ("terms", "student", "teacher", "second", "micro_batches", "packed", "length", "stored")
     # A test may have replaced these, which gives another result.
     sources = (reference.random_batches, reference.random_weights, reference.double)
     return _reference(Case(**{name: getattr(case, name) for name in free}), sources)
@@ -301,10 +324,14 @@ def expected(case: Case) -> Result:
 def _reference(case: Case, _sources: tuple[Callable[..., Any], ...]) -> Result:
     student = reference.double(reference.random_weights(case.student, 1), requires_grad=True)
     teacher = reference.double(reference.random_weights(case.teacher, 2), requires_grad=False)
-    batches = case_batches(case)
-    total, means = reference.distillation_loss(
-        case.terms, (case.student, case.teacher), (student, teacher), reference.stacked(batches)
-    )
+    batch = reference.stacked(case_batches(case))
+    if case.second is None:
+        total, means = reference.distillation_loss(
+            case.terms, (case.student, case.teacher), (student, teacher), batch
+        )
+    else:
+        teachers = {"code": (case.teacher, teacher), "maths": (case.second, second_weights(case.second))}
+        total, means = several_losses(case.terms, (case.student, student), teachers, batch)
     total.backward()
     zero = {name: torch.zeros_like(value) for name, value in student.items()}
     return Result(means, {name: zero[name] if w.grad is None else w.grad for name, w in student.items()})

@@ -15,13 +15,14 @@ from torch import Tensor
 from megatron_fdd.data.store.coverage import Ids
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm, write_identity
 from megatron_fdd.data.store.lens import StoredExtras, write_stored_lens
+from megatron_fdd.data.store.routed import RoutedReader
 from megatron_fdd.data.store.segment import SegmentWriter
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import FEATURES, FeatureReader
 from megatron_fdd.data.store.unit import as_ids, units_of
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
-from megatron_fdd.step.teacher.stored import read_blocks, read_ranges
+from megatron_fdd.step.teacher.stored import PlannedStore, read_blocks, read_ranges
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.megatron import MegatronEngine
 from tests.oracle.reference import Shape, bias_of_head
@@ -88,15 +89,19 @@ def samples(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def taught_batches(
-    store: Store, plan: Plan, topology: Topology, batches: Batches
+    stores: Sequence[PlannedStore], topology: Topology, batches: Batches
 ) -> list[list[dict[str, Tensor]]]:
     """Return, for each chunk of this rank, its batches with the features that it needs."""
     ranges = read_ranges(batches[0]["tokens"].shape[1], topology)
     taught = []
-    for chunk in plan.chunks_on(topology.stage):
-        blocks = read_blocks(plan, chunk, store)
-        reader = FeatureReader(store, blocks, ranges)
-        taught.append([{**batch, FEATURES: reader.read(batch)} if blocks else batch for batch in batches])
+    for chunk in stores[0].plan.chunks_on(topology.stage):
+        readers = [
+            FeatureReader(each.store, read_blocks(each.plan, chunk, each.store), ranges) for each in stores
+        ]
+        reader = readers[0] if len(readers) == 1 else RoutedReader(tuple(readers))
+        taught.append(
+            [{**batch, FEATURES: reader.read(batch)} if readers[0].blocks else batch for batch in batches]
+        )
     return taught
 
 

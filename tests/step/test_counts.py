@@ -18,8 +18,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses import objective, tap
-from megatron_fdd.step import connect, schedule
+from megatron_fdd.step import schedule
 from megatron_fdd.step.lens_copies import LensCopies
+from megatron_fdd.step.teacher import check
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.step.trained_lens import TrainedLens
 from tests.harness.ranks import run_on_ranks
@@ -61,7 +62,7 @@ def named_phases(traffic: Traffic) -> Iterator[None]:
         (LensCopies, "refresh", "lens"),
         (TrainedLens, "send_home", "live"),
         (schedule, "add_up", "means"),
-        (connect, "log_cross_entropy", "first batch"),
+        (check, "log_cross_entropy", "first batch"),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, phase in places:

@@ -9,7 +9,8 @@ import torch
 
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.ops.linear_kl import Heads, Implementation, VocabShard
-from megatron_fdd.step.teacher.check import log_cross_entropy
+from megatron_fdd.step.lessons import Lesson
+from megatron_fdd.step.teacher.check import FirstBatchCheck, log_cross_entropy
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,24 @@ def test_it_says_when_nothing_is_scored(
     features = TeacherFeatures(torch.ones(3, 1, 4), {})
     log_cross_entropy(features, torch.tensor(labels), heads=heads, group=group, say=said.append)
     assert said == [line]
+
+
+def test_each_teacher_is_checked_on_its_own_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that no rank has in its batch waits for a later one; nothing is said twice."""
+    said: list[str] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    head = torch.tensor([0, 1, 1, 0, 0])[:, None].expand(5, 4).float()
+    heads = Heads(head, head, VocabShard(0, 5, None), Implementation("torch"))
+    anyone: Any = None
+    check = FirstBatchCheck(["code", "maths"], [heads, heads], group=anyone, say=said.append)
+
+    def lesson(number: int) -> Lesson:
+        return Lesson(
+            number, anyone, TeacherFeatures(torch.ones(3, 1, 4), {}), anyone, torch.tensor([-100, 1, 2])
+        )
+
+    assert not check([lesson(1)])
+    assert not check([lesson(1)])
+    assert check([lesson(0), lesson(1)])
+    told = "cross-entropy on the first batch: 0.7203 nats per token (uniform: 1.6094)"
+    assert said == [f"teacher maths {told}", f"teacher code {told}"]

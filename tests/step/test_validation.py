@@ -11,6 +11,7 @@ import torch
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.terms import Part, parts_of
+from megatron_fdd.step.metrics import Report
 from megatron_fdd.step.validation import Evaluation, Validation
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import Case, expected, validate
@@ -51,7 +52,7 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> Validation:
         return part.term.weight(config)
 
     objective: Any = SimpleNamespace(parts=parts_of(config, ()), weight_of=weight_of)
-    return Validation(objective, mock.Mock(is_last_stage=True))
+    return Validation(Report([objective], [""]), mock.Mock(is_last_stage=True))
 
 
 def evaluate(validation: Validation, *steps: tuple[float, ...], is_cut_short: bool = False) -> Any:

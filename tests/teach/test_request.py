@@ -46,6 +46,15 @@ def test_a_whole_training_command_may_be_pasted() -> None:
             assert parse([*OWN, *TRAINING[:place], *NOT_HERE, *TRAINING[place:]]).flags == tuple(TRAINING)
 
 
+def test_several_teachers_of_a_training_are_known() -> None:
+    """Then a producer computes its own data sets alone; with one store for all it computes all."""
+    several = request("--fdd-teacher-store", "code=S1", "maths=S2", "--fdd-alpha", "1")
+    assert several.teachers == (("code", "S1"), ("maths", "S2"))
+    assert several.flags == (*TRAINING, "--fdd-alpha", "1")
+    assert request("--fdd-teacher-store", "S1").teachers == ()
+    assert request("--fdd-teacher-store=code=S1").teachers == (("code", "S1"),)
+
+
 def test_flags_that_choose_blocks_are_kept_apart() -> None:
     made = request("--fdd-layers", "2", "--fdd-layer-rule=paper", "--fdd-alpha", "1")
     assert made.choice == ("--fdd-layers", "2", "--fdd-layer-rule=paper")

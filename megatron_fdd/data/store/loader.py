@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from megatron_fdd.data.datasets import Sample
 from megatron_fdd.data.store.slots import Slots
-from megatron_fdd.data.store.taught import FEATURES, FeatureReader, TaughtDataset
+from megatron_fdd.data.store.taught import FEATURES, Reader, TaughtDataset
 from megatron_fdd.host.patches.table import replaced
 
 # Micro-batches that each worker reads ahead, torch's default; as many without workers.
@@ -31,7 +31,7 @@ Batch = dict[str, Any]
 class Collate:
     """What makes a batch of samples, in a loader's worker or thread: its features are read to their place in it."""
 
-    reader: FeatureReader
+    reader: Reader
     slots: Slots
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -84,7 +84,7 @@ class ThreadedLoader:
 
 
 def taught_loader(
-    loader: DataLoader[Any], reader: FeatureReader, rows: int, *, used: int, ahead: int
+    loader: DataLoader[Any], reader: Reader, rows: int, *, used: int, ahead: int
 ) -> DataLoader[Any] | ThreadedLoader:
     """Return a loader of the same batches with their features.
 

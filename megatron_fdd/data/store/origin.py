@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron_fdd.data.datasets import InstructionDataset, TextDataset
 from megatron_fdd.data.full_validation import FilledDataset
 from megatron_fdd.data.store.coverage import Source, Unit
+from megatron_fdd.data.store.routed import PickedSamples
 
 # Another one for another way to make samples of a set.
 _VERSION = 1
@@ -26,6 +27,9 @@ def whereabouts(source: Source, unit: Unit) -> str:
     """Say where a unit comes from: its sample, and the document and the files of a set of ours."""
     place = f"{source.name} sample {unit.sample}, tokens {unit.first} to {unit.last - 1}"
     dataset, sample = _unfilled(source), unit.sample
+    if isinstance(source.dataset, PickedSamples):
+        sample = int(source.dataset.numbers[sample])
+        place = f"{source.name} sample {sample}, tokens {unit.first} to {unit.last - 1}"
     if isinstance(dataset, BlendedDataset):
         number, sample = int(dataset.dataset_index[sample]), int(dataset.dataset_sample_index[sample])
         dataset = dataset.datasets[number]
@@ -46,6 +50,8 @@ def identity_of_data(sources: Sequence[Source]) -> str | None:
         if not all(isinstance(each, InstructionDataset | TextDataset) for each in inner):
             return None
         parts += [source.num_samples, dataset.unique_description]
+        if isinstance(source.dataset, PickedSamples):
+            parts.append(source.dataset.digest)
         for each in inner:
             try:
                 parts.append(_state_of(each))
@@ -77,6 +83,8 @@ def _inner(source: Source) -> list[Any]:
 
 
 def _unfilled(source: Source) -> Any:
-    """Return the dataset behind the filler of `--full-validation`."""
+    """Return the dataset behind the choice of some samples, and behind the filler of `--full-validation`."""
     dataset = source.dataset
+    if isinstance(dataset, PickedSamples):
+        dataset = dataset.dataset
     return dataset.filled if isinstance(dataset, FilledDataset) else dataset

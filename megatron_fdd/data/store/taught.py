@@ -20,11 +20,11 @@ from megatron_fdd.data.store.segment import Bytes
 from megatron_fdd.data.store.store import Wanted
 from megatron_fdd.data.store.unit import as_ids, units_of_rows
 
-# The entry of a sample, and so of a batch.
-FEATURES = "teacher_features"
+# The entries of a sample, and so of a batch; the second only where a run has several teachers (`routed.py`).
+FEATURES, TEACHER = "teacher_features", "teacher"
 
 # By these names Megatron knows which batch sizes a dataset is read with.
-_SPLITS = ("split", "index_split")
+SPLITS = ("split", "index_split")
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -40,6 +40,16 @@ class Features(Protocol):
 
     def read_into(self, block_numbers: Sequence[int], units: Sequence[Wanted]) -> None:
         """Read what is wanted of the units of one micro-batch, in their order; what `Store.read_into` says."""
+
+
+class Reader(Protocol):
+    """What reads the features of batches, packed: uint8, the samples first."""
+
+    def shape(self, num_samples: int) -> tuple[int, ...]:
+        """Return the shape of the features of some samples."""
+
+    def read(self, batch: Mapping[str, Tensor], into: Bytes | None = None) -> Tensor:
+        """Read the features of a batch of samples, to `into`, of that shape, or to new memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +137,12 @@ class TaughtDataset(Dataset[Sample]):
     def __init__(
         self,
         dataset: Dataset[Sample] | Sequence[Sample],
-        reader: FeatureReader | None,
+        reader: Reader | None,
         ask: Asking | None = None,
     ) -> None:
         self.plain: Any = dataset
         self.reader, self.ask = reader, ask
-        for name in _SPLITS:
+        for name in SPLITS:
             if hasattr(dataset, name):
                 setattr(self, name, getattr(dataset, name))
 

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from megatron_fdd.host.field_kinds import number, whole
 
 TOTAL = "total"
+_PAIR = r"s\d+:t\d+"
 # The key of a term at one layer pair.
-_OF_A_LAYER = r"\S+ s\d+:t\d+"
+_OF_A_LAYER = rf"\S+ {_PAIR}"
 VALIDATION = "valid "
 SHARE = "share "
 TOKENS_PER_SECOND = "tokens per second"
@@ -76,8 +77,8 @@ class Metrics:
 
     def layer_pairs(self, term: str) -> list[str]:
         """Return "s4:t9" of every layer pair of a term such as "trajectory", from the first to the last block."""
-        pairs = [key.removeprefix(term + " ") for key in self.curves if key.startswith(term + " ")]
-        return sorted(pairs, key=_block_numbers)
+        pairs = [re.fullmatch(rf"{re.escape(term)} ({_PAIR})", key) for key in self.curves]
+        return sorted((found[1] for found in pairs if found), key=_block_numbers)
 
     @property
     def has_gaps(self) -> bool:

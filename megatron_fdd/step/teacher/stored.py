@@ -7,39 +7,40 @@ vocabulary, R positions of a sample, P bytes a packed hidden state.
 from __future__ import annotations
 
 import argparse
-import time
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from shlex import quote
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_fdd.data.batch import Batch
-from megatron_fdd.data.store.counted import count_units, keep
-from megatron_fdd.data.store.coverage import RunUnits, Source, places_of, read_ids, sources_of
+from megatron_fdd.data.store.coverage import sources_of
 from megatron_fdd.data.store.lens import read_stored_extras, read_stored_head, read_stored_norm
-from megatron_fdd.data.store.origin import whereabouts
+from megatron_fdd.data.store.routed import NamedStore, RoutedDataset, RoutedReader, picked
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import (
     Asking,
     FeatureReader,
     Features,
     Ranges,
+    Reader,
     TaughtDataset,
     rank_ranges,
 )
-from megatron_fdd.host import console
 from megatron_fdd.host.together import together
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens, TeacherLens
 from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.step.lessons import Share, share_of
+from megatron_fdd.step.teacher.coverage import check_coverage
 from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
@@ -47,13 +48,35 @@ from megatron_fdd.step.teacher.tap_format import TapFormat
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedStore:
+    """A stored teacher of a run, and what is compared with it.
+
+    Attributes:
+        plan: the run's, with the layer pairs of this teacher; the student's layers are the same for all.
+    """
+
+    named: NamedStore
+    plan: Plan
+
+    @property
+    def store(self) -> Store:
+        """Its features."""
+        return self.named.store
+
+
 class StoredTeacher:
     """The features of one chunk's micro-batches, unpacked on the device as they are used.
 
     The final hidden states are stored before the final norm too, which is applied here.
+
+    Args:
+        number: of this teacher in the run; features are those of its own samples.
     """
 
-    def __init__(self, store: Store, plan: Plan, chunk: ChunkPlan, topology: Topology) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, chunk: ChunkPlan, topology: Topology, *, number: int = 0
+    ) -> None:
         self._rows = {block: row for row, block in enumerate(read_blocks(plan, chunk, store))}
         self._taps = {pair: self._rows[plan.pairs[pair].teacher_block] for pair in chunk.teacher_pairs}
         self._last = self._rows[store.identity.num_layers] if chunk.is_last else None
@@ -61,20 +84,30 @@ class StoredTeacher:
         self._width = store.identity.hidden_size
         self._dtype = _DTYPES[store.identity.ran["dtype"]]
         self._format = TapFormat(self._dtype, store.identity.form)
-        self._topology = topology
+        self._token_bytes = store.identity.token_bytes
+        self._topology, self._number = topology, number
 
     def features(self, _index: int, batch: Batch) -> TeacherFeatures:
         """Return the hidden states of one micro-batch. Collectives: those of `_whole`."""
         if not self._rows:
             return TeacherFeatures(None, {})
         assert batch.teacher_features is not None, "StepHooks gave every chunk a batch with features"
-        packed = self._whole(batch.teacher_features, batch)
+        share = share_of(batch, self._number, self._topology)
+        packed = self._whole(self._own(batch.teacher_features, batch, share), batch)
+        unpack = partial(self._unpack, batch=batch, share=share)
         final_SBT = None
         if self._last is not None and self._norm is not None:
-            final_SBT = self._norm(self._unpack(packed[:, self._last], batch)).to(self._dtype)
-        return TeacherFeatures(
-            final_SBT, {pair: self._unpack(packed[:, row], batch) for pair, row in self._taps.items()}
-        )
+            final_SBT = self._norm(unpack(packed[:, self._last])).to(self._dtype)
+        return TeacherFeatures(final_SBT, {pair: unpack(packed[:, row]) for pair, row in self._taps.items()})
+
+    def _own(self, packed: Tensor, batch: Batch, share: Share) -> Tensor:
+        """Return the features of this teacher's samples, [B, K, R, P]; with one teacher they are what was read."""
+        if batch.teachers is None:
+            return packed
+        length = batch.tokens_BS.numel() // len(batch.teachers) * self._topology.context_size
+        ranges = read_ranges(length, self._topology)
+        shape = len(self._rows), sum(last - first for first, last in ranges), self._token_bytes
+        return torch.stack([packed[sample, : math.prod(shape)].view(shape) for sample in share.samples])
 
     def _whole(self, packed_BKRP: Tensor, batch: Batch) -> Tensor:
         """Join what the tensor-parallel ranks have read, where each needs all of it.
@@ -84,20 +117,21 @@ class StoredTeacher:
         """
         topology = self._topology
         is_cut_alike = topology.sequence_parallel and batch.packed is None
-        if is_cut_alike or packed_BKRP[:, 0, :, 0].numel() == batch.tokens_BS.numel():
+        assert batch.teacher_features is not None
+        num_samples = len(batch.teacher_features)
+        if is_cut_alike or packed_BKRP.shape[2] * num_samples == batch.tokens_BS.numel():
             return packed_BKRP
         parts = [torch.empty_like(packed_BKRP) for _ in range(topology.tensor_size)]
         dist.all_gather(parts, packed_BKRP.contiguous(), group=topology.tensor_group)
         return torch.cat(parts, dim=2)
 
-    def _unpack(self, packed_BRP: Tensor, batch: Batch) -> Tensor:
-        """Unpack one block's hidden states to [S, B, T]."""
+    def _unpack(self, packed_BRP: Tensor, *, batch: Batch, share: Share) -> Tensor:
+        """Unpack one block's hidden states of this teacher's samples to [S, B, T]."""
         if batch.packed is None:
             rows = packed_BRP.transpose(0, 1)
         else:  # samples one behind the other are one row, of which this rank may have a slice
-            rows = packed_BRP.flatten(0, 1).unsqueeze(1)
-            if self._topology.sequence_parallel:
-                rows = rows.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
+            rows = packed_BRP.flatten(0, 1)[share.first : share.first + len(share.rows)].unsqueeze(1)
+            rows = torch.cat([rows, rows.new_zeros(share.filler, *rows.shape[1:])]) if share.filler else rows
         return self._format.unpack(rows.contiguous().view(self._format.packed_dtype), self._width)
 
 
@@ -153,38 +187,42 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
 
 def with_features(
     provider: Callable[..., Any],
-    store: Store,
-    plan: Plan,
+    stores: Sequence[PlannedStore],
     args: argparse.Namespace,
     stream: FollowedStream | None = None,
 ) -> Callable[..., list[Any]]:
-    """Return a provider of the same datasets, whose samples carry what this rank's chunk needs.
+    """Return a provider of the same datasets, whose samples carry what this rank's chunk needs of their teacher.
 
     Args:
         provider: with the interface of `data.provider.train_valid_test_provider`.
         stream: where the features come from, if the store is one.
 
-    Collectives, when the datasets are made: those of `check_coverage`; with a stream one all-gather over all ranks.
+    Collectives, when the datasets are made: those of `check_coverage`, for each store; with a stream one all-gather
+    over all ranks.
     """
+    number_of = {prefix: number for number, each in enumerate(stores) for prefix in each.named.prefixes}
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> list[Any]:
         place = Topology.from_megatron(sequence_parallel=args.sequence_parallel)
-        chunk = plan.chunks_on(place.stage)[vp_stage or 0]
-        blocks = read_blocks(plan, chunk, store)
-        found: list[Any] = list(provider(num_samples, vp_stage=vp_stage))
-        features: Features = store
+        found = list(provider(num_samples, vp_stage=vp_stage))
+        if len(stores) > 1:
+            found = [_each(part, partial(RoutedDataset, number_of=number_of)) for part in found]
         if not vp_stage and stream is None:  # the chunks of a stage read the same data
-            check_coverage(sources_of(found, args), store)
+            sources = sources_of(found, args)
+            for number, each in enumerate(stores):
+                own = sources if len(stores) == 1 else picked(sources, number_of, number)
+                check_coverage(own, each.named)
+        features: list[Features] = [each.store for each in stores]
         asks: list[Asking | None] = [None] * len(found)
-        if stream is not None:
+        if stream is not None:  # of the only teacher: `check_teachers`
             with together() if not vp_stage else nullcontext():
-                features = stream.open(place, sum(1 for each in _flat(found) if each is not None))
+                features = [stream.open(place, sum(1 for each in _flat(found) if each is not None))]
             if not vp_stage:
                 asks = [stream.asking(number, count) for number, count in enumerate(num_samples)]
-        reader = FeatureReader(features, blocks, read_ranges(args.seq_length, place)) if blocks else None
+        reader = _reader(stores, features, place, vp_stage or 0, args.seq_length)
         return [
-            [_taught(e, reader, ask) for e in each] if isinstance(each, list) else _taught(each, reader, ask)
-            for each, ask in zip(found, asks, strict=True)
+            _each(part, partial(_taught, reader=reader, ask=ask))
+            for part, ask in zip(found, asks, strict=True)
         ]
 
     return provide
@@ -195,61 +233,28 @@ def _flat(found: Sequence[Any]) -> list[Any]:
     return [each for part in found for each in (part if isinstance(part, list) else [part])]
 
 
-def check_coverage(sources: Sequence[Source], store: Store) -> None:
-    """Refuse a store that lacks a unit of this run's data; every unit is looked up.
-
-    Collectives over all ranks: one all-gather of the index's hash, those of `count_units`, and one all-gather.
-
-    Raises:
-        ValueError: says how many are missing, where the first is, and what adds them; or ranks see different stores.
-            The same on every rank.
-    """
-    started_s = time.perf_counter()
-    digests = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, store.index.digest)
-    if len(set(digests)) > 1:
-        raise ValueError(
-            f"--fdd-teacher-store {store.path}: ranks see different segments in it; start again when fdd teach has "
-            "ended and all machines see what it wrote"
-        )
-    counted = count_units(sources, store.path)
-    with together():
-        if counted.units is not None:
-            _check_units(counted.units, sources, store)
-            keep(store.path, counted)
-            how = "which were counted before, " if counted.is_kept else ""
-            console.say(
-                f"all {counted.units.num_read} units of this run's data are in {store.path} ({how}looked up in "
-                f"{time.perf_counter() - started_s:.1f} s)"
-            )
+def _each(part: Any, change: Callable[[Any], Any]) -> Any:
+    """Change each dataset of a part of what a provider returned."""
+    if isinstance(part, list):
+        return [change(each) for each in part]
+    return None if part is None else change(part)
 
 
-def _check_units(units: RunUnits, sources: Sequence[Source], store: Store) -> None:
-    """Refuse a store that lacks one of these units."""
-    missing = units.missing(store.index)
-    if not len(missing):
-        return
-    [first] = places_of(missing[:1])
-    (ids,) = read_ids(sources, [first])
-    tokens = int((missing["last"] - missing["first"]).sum(dtype=np.int64))
-    identity = store.identity
-    dtype = f" --dtype {identity.ran['dtype']}" if identity.engine == "transformers" else ""
-    raise ValueError(
-        f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data, {tokens} tokens; the first: "
-        f"{whereabouts(sources[first.dataset], first)}, ids {ids[:6].tolist()}. Add them with fdd "
-        f"teach --engine {identity.engine} --teacher {quote(identity.teacher)} --store "
-        f"{quote(str(store.path))} --blocks "
-        f"{','.join(map(str, identity.blocks))} --form {identity.form}{dtype} and this "
-        "run's data flags (rows of text depend on --seed, --split, --seq-length and the number of samples)"
-    )
+def _taught(dataset: Dataset[Any], *, reader: Reader | None, ask: Asking | None) -> Dataset[Any]:
+    return dataset if reader is None and ask is None else TaughtDataset(dataset, reader, ask)
 
 
-def _taught(
-    dataset: Dataset[Any] | None, reader: FeatureReader | None, ask: Asking | None
-) -> Dataset[Any] | None:
-    if dataset is None or (reader is None and ask is None):
-        return dataset
-    return TaughtDataset(dataset, reader, ask)
+def _reader(
+    stores: Sequence[PlannedStore], features: Sequence[Features], place: Topology, chunk: int, length: int
+) -> Reader | None:
+    """Return what reads the features that a chunk of this rank needs; None if it needs none, of any teacher."""
+    ranges, readers = read_ranges(length, place), []
+    for each, source in zip(stores, features, strict=True):
+        blocks = read_blocks(each.plan, each.plan.chunks_on(place.stage)[chunk], each.store)
+        if not blocks:
+            return None
+        readers.append(FeatureReader(source, blocks, ranges))
+    return readers[0] if len(readers) == 1 else RoutedReader(tuple(readers))
 
 
 def read_ranges(length: int, place: Topology) -> Ranges:
