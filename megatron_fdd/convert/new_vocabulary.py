@@ -1,118 +1,113 @@
-"""A model's embeddings and head for another model's tokens."""
+"""The rows of a model's embedding and head for the tokens of another model.
+
+Shape letters: V the old vocabulary, W the new one, X whatever follows (the hidden size; nothing for a bias).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
-from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.hf_folder import HfFolder
-from megatron_fdd.convert.token_bytes import TokenBytes
-from megatron_fdd.host.json_file import read_json
+from megatron_fdd.convert.vocabulary_source import VocabularySource
 
-# Tokens with a role, as a config.json or generation_config.json names them.
-_ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "sep_token_id")
-GENERATION_FILE = "generation_config.json"
+# New rows that are made at a time: 8,192 wide and of three pieces each they take 100 MiB.
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class NewVocabulary:
-    """For each token of the new vocabulary, the old tokens whose rows it starts from.
+    """For each row of the new vocabulary, the old tokens that it is made of.
 
     Attributes:
-        folder: the model whose vocabulary it is; its tokenizer, template and special tokens are taken.
-        origins: old ids of each new id, in the order of the text; empty: the mean of all old rows.
-        num_same: new tokens that stand for the same bytes as an old one, or are the same special token.
+        origins: old ids for each new id, in the order of the text; none: the new row is the mean of all old rows.
+        num_kept: new tokens that are an old one: they stand for the same bytes, or have the same name or role.
     """
 
-    folder: Path
     origins: Sequence[Sequence[int]]
-    num_same: int
+    num_kept: int
 
     @classmethod
-    def between(cls, old: Path, new: Path) -> NewVocabulary:
-        """Compare the tokenizers of two model folders.
+    def between(cls, old: VocabularySource, new: VocabularySource) -> NewVocabulary:
+        """Compare two vocabularies.
 
-        A token of text is an old token of the same bytes, or else the pieces into which the old model cuts its bytes. A
-        special token is an old one of the same name, or else of the same role (end, begin, padding), or else the
-        pieces of its name.
+        - A token of text is the old token of the same bytes, else the pieces into which the old model cuts its bytes.
+        - A special token is the old one of the same name, else that of the same role if no other new token is it
+          already, else the pieces of its name.
+        - A row without a token, or with one that no text has (`TokenBytes.is_idle`), has no origin: a second row like
+          that of a token in use would take half of its probability.
 
         Raises:
-            ValueError: a folder has no model, or no tokenizer that can be compared.
+            ValueError: there is no tokenizer, or none whose tokens can be compared.
         """
-        folder = HfFolder(new)
-        rows = family_of(folder.config).megatron_args(folder.config)["vocab_size"]
-        mine, theirs = TokenBytes.read(old), TokenBytes.read(new)
-        if len(theirs) > rows:
-            raise ValueError(
-                f"{new}: its tokenizer has {len(theirs)} ids and its config.json a vocab_size of {rows}: copy the model "
-                "again"
-            )
-        known = len(mine.tokenizer.get_vocab())
-        if not known:
-            raise ValueError(f"{old}: its tokenizer has no token; copy the model again")
-        roles = _roles(old, new)
-        origins, num_same = [], 0
-        for number in range(rows):
-            same = _same(number, mine, theirs, roles)
-            num_same += same is not None
-            if same is not None:
-                origins.append([same])
-            else:
-                name = theirs.special.get(number)
-                data = theirs.by_id.get(number, b"") if name is None else name.encode()
-                origins.append(mine.pieces(data))
-        return cls(new, origins, num_same)
+        by_role = _by_role(old, new)
+        origins, num_kept = [], 0
+        for number in range(new.num_rows):
+            same = _same(number, old, new)
+            same = by_role.get(number) if same is None else same
+            num_kept += same is not None
+            found = _pieces(number, old, new) if same is None else [same]
+            origins.append([each for each in found if each < old.num_rows])
+        return cls(origins, num_kept)
 
-    def rows_of(self, old_VX: Tensor) -> Tensor:
-        """Return a tensor of the new vocabulary, of the dtype of the old one: embeddings, a head, or its bias.
+    @property
+    def num_without(self) -> int:
+        """How many new rows have no origin."""
+        return sum(not origin for origin in self.origins)
 
-        A token with several origins starts from their mean, computed in float32.
+    @property
+    def num_cut(self) -> int:
+        """How many new rows are made of pieces."""
+        return len(self.origins) - self.num_kept - self.num_without
+
+    def rows(self, old_VX: Tensor) -> Tensor:
+        """Return the new rows [W, X] in the dtype of the old ones: the mean of each row's origins.
+
+        A row with one origin is that row bit for bit. Sums are in float32 (float64 where the rows are).
         """
-        flat = old_VX.float().flatten(1)
-        counts = torch.tensor([len(origin) for origin in self.origins])
-        offsets = counts.cumsum(0) - counts
-        ids = torch.tensor([number for origin in self.origins for number in origin])
-        found = embedding_bag(ids, flat, offsets, mode="mean")
-        found[counts == 0] = flat.mean(0)
-        return found.reshape(len(self.origins), *old_VX.shape[1:]).to(old_VX.dtype)
-
-    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a config.json with this vocabulary and its special tokens."""
-        theirs = HfFolder(self.folder).config
-        kept = {name: value for name, value in config.items() if name not in _ROLES}
-        return {
-            **kept,
-            "vocab_size": len(self.origins),
-            **{name: theirs[name] for name in _ROLES if name in theirs},
-        }
+        wide = torch.promote_types(old_VX.dtype, torch.float32)
+        mean_X = old_VX.mean(0, dtype=wide)
+        new_WX = old_VX.new_empty(len(self.origins), *old_VX.shape[1:])
+        for first in range(0, len(self.origins), _ROWS_AT_ONCE):
+            part = self.origins[first : first + _ROWS_AT_ONCE]
+            counts = torch.tensor([len(origin) for origin in part])
+            ids = torch.tensor(list(chain.from_iterable(part)), dtype=torch.long)
+            sums = torch.zeros(len(part), *old_VX.shape[1:], dtype=wide)
+            sums.index_add_(0, torch.arange(len(part)).repeat_interleave(counts), old_VX[ids].to(wide))
+            sums /= counts.clamp(min=1).view(-1, *[1] * (old_VX.dim() - 1))
+            sums[counts == 0] = mean_X
+            new_WX[first : first + len(part)] = sums
+        return new_WX
 
 
-def _same(number: int, old: TokenBytes, new: TokenBytes, roles: Mapping[int, int]) -> int | None:
-    """Return the old token that stands for the same as a new one; None if there is none."""
-    if number in new.special:
-        found = old.tokenizer.token_to_id(new.special[number])
-        return roles.get(number) if found is None else found
-    return old.by_bytes.get(new.by_id[number]) if number in new.by_id else None
+def _same(number: int, old: VocabularySource, new: VocabularySource) -> int | None:
+    """Return the old token with the same name, for a special one, or with the same bytes; None if there is none."""
+    if number in new.tokens.special:
+        return old.tokens.tokenizer.token_to_id(new.tokens.special[number])
+    if number in new.tokens.by_id and not new.tokens.is_idle(number):
+        return old.tokens.by_bytes.get(new.tokens.by_id[number])
+    return None
 
 
-def _roles(old: Path, new: Path) -> dict[int, int]:
-    """Return the old token of the same role for each new one that has a role."""
-    mine, theirs = _named(old), _named(new)
-    return {number: mine[role] for role, number in reversed(theirs.items()) if role in mine}
+def _by_role(old: VocabularySource, new: VocabularySource) -> dict[int, int]:
+    """Return the old token of the same role for each new token with a role that is no old one otherwise."""
+    taken = {_same(number, old, new) for number in (*new.tokens.special, *new.roles.values())}
+    found: dict[int, int] = {}
+    for role, number in new.roles.items():
+        theirs = old.roles.get(role)
+        if theirs is None or theirs in taken or number in found or _same(number, old, new) is not None:
+            continue
+        found[number] = theirs
+        taken.add(theirs)
+    return found
 
 
-def _named(folder: Path) -> dict[str, int]:
-    """Return the tokens of a folder that have a role; where several have it, the first."""
-    values: dict[str, Any] = {}
-    for name in ("config.json", GENERATION_FILE):
-        if (folder / name).is_file():
-            values |= {key: value for key, value in read_json(folder / name).items() if key in _ROLES}
-    first = {role: value[0] if isinstance(value, list) and value else value for role, value in values.items()}
-    return {role: first[role] for role in _ROLES if isinstance(first.get(role), int)}
+def _pieces(number: int, old: VocabularySource, new: VocabularySource) -> list[int]:
+    if number in new.tokens.special:
+        return old.tokens.pieces(new.tokens.special[number].encode())
+    if number in new.tokens.by_id and not new.tokens.is_idle(number):
+        return old.tokens.pieces(new.tokens.by_id[number])
+    return []

@@ -1,44 +1,51 @@
-"""The bytes that each token of a `tokenizer.json` stands for, and how a text's bytes are cut into a model's pieces."""
+"""The bytes that each token of a `tokenizer.json` stands for, and the tokens into which it cuts given bytes."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from megatron_fdd.host.json_file import read_json
+from megatron_fdd.host.model_fields import VOCABULARY
 
 TOKENIZER_FILE = "tokenizer.json"
-# SentencePiece's sign for a space.
+_MODELS = ("BPE", "Unigram")
+# SentencePiece's sign for a space, and its name of a byte.
 _SPACE = "\u2581"
-# Its name of a byte for which there is no token.
-_BYTE = "<0x{:02X}>"
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+# How Python's decoder writes a byte that is no text, and how many values a byte has.
+_NO_TEXT, _BYTES = 0xDC00, 256
 
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """A tokenizer whose tokens are compared with another's by the bytes that they stand for.
+    """A tokenizer whose tokens can be compared with another's by the bytes that they stand for.
 
     Attributes:
         is_byte_level: whether a token's letters stand for bytes, as GPT-2's do; else they are SentencePiece's.
         special: the tokens that no text is made of, by their ids.
+        unknown: id of the token for what the vocabulary lacks.
     """
 
     tokenizer: Tokenizer
     is_byte_level: bool
     special: dict[int, str]
+    unknown: int | None
 
     @classmethod
     def read(cls, folder: Path) -> TokenBytes:
-        """Read a model folder's `tokenizer.json`.
+        """Read a folder's `tokenizer.json`.
 
         Raises:
-            ValueError: there is none, it cannot be read, or its tokens are neither byte-level nor SentencePiece's.
+            ValueError: there is none, it cannot be read, or what its tokens stand for is not known.
         """
         path = folder / TOKENIZER_FILE
         if not path.is_file():
@@ -49,73 +56,89 @@ class TokenBytes:
         content = read_json(path)
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # whatever the library raises, which is a bare Exception
-            raise ValueError(f"{path}: cannot be read ({error}); copy the file again") from error
-        kinds = set(_kinds(content.get("decoder"))) | set(_kinds(content.get("pre_tokenizer")))
-        words = json.dumps(content.get("decoder"))
-        if "ByteLevel" not in kinds and "Metaspace" not in kinds and json.dumps(_SPACE)[1:-1] not in words:
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
+        kinds = {*_kinds(content.get("decoder")), *_kinds(content.get("pre_tokenizer"))}
+        is_sentencepiece = "Metaspace" in kinds or _SPACE in _texts(content.get("decoder"))
+        model = content["model"]
+        if model.get("type", "BPE") not in _MODELS or not (is_sentencepiece or "ByteLevel" in kinds):
             raise ValueError(
-                f"{path}: its tokens are neither byte-level (GPT-2, Llama 3, Qwen) nor SentencePiece's, and what they "
-                "stand for is not known; choose another model"
+                f"{path}: its tokens are neither byte-level as GPT-2's (Llama 3, Qwen) nor SentencePiece's (Llama 2, "
+                "Gemma), and which bytes they stand for is not known; choose another model"
+            )
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        if not VOCABULARY.fits(largest + 1):
+            raise ValueError(
+                f"{path}: its largest id is {largest}, and the number of ids must be {VOCABULARY.words}; fetch it again"
             )
         added = tokenizer.get_added_tokens_decoder()
         special = {number: token.content for number, token in added.items() if token.special}
-        return cls(tokenizer, "ByteLevel" in kinds, special)
+        name = model.get("unk_token")  # Unigram has an id
+        unknown = tokenizer.token_to_id(name) if isinstance(name, str) else model.get("unk_id")
+        return cls(tokenizer, "ByteLevel" in kinds, special, unknown)
 
-    def __len__(self) -> int:
+    @cached_property
+    def num_ids(self) -> int:
         """One more than the largest id."""
         return 1 + max(self.tokenizer.get_vocab().values())
 
     @cached_property
     def by_id(self) -> dict[int, bytes]:
-        """What each token stands for, special tokens excepted."""
+        """What each token stands for, special tokens left out."""
         added = self.tokenizer.get_added_tokens_decoder()
         return {
             number: added[number].content.encode() if number in added else self._bytes_of(token)
             for token, number in self.tokenizer.get_vocab().items()
-            if number not in self.special
+            if number not in self.special and number != self.unknown
         }
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
-        """The lowest id of each string of bytes."""
-        return {found: number for number, found in sorted(self.by_id.items(), reverse=True)}
+        """The token of a string of bytes; of several, not a byte token, and then the one with the lowest id."""
+        numbers = sorted(self.by_id, key=lambda number: (number in self.byte_tokens, number), reverse=True)
+        return {self.by_id[number]: number for number in numbers}
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """SentencePiece's tokens of one byte, which it uses where it has no other token."""
+        if self.is_byte_level:
+            return frozenset()
+        names = self.tokenizer.get_vocab().items()
+        return frozenset(number for token, number in names if _BYTE.fullmatch(token))
+
+    def is_idle(self, number: int) -> bool:
+        """Whether no text has this token: the token of a byte for which there is another token."""
+        return number in self.byte_tokens and self.by_bytes[self.by_id[number]] != number
 
     def pieces(self, data: bytes) -> list[int]:
-        """Return the ids of the pieces into which this tokenizer's model cuts some bytes; without its normaliser."""
+        """Return the tokens into which the model cuts some bytes, without normaliser and without unknown ones."""
+        if self.is_byte_level:
+            return self._cut("".join(_LETTER_OF[byte] for byte in data))
         ids: list[int] = []
-        for text in self._spelled(data):
-            number = self.tokenizer.token_to_id(text)
-            ids += (
-                [number] if number is not None else [t.id for t in self.tokenizer.model.tokenize(text)]
-            )
+        letters = data.decode(errors="surrogateescape")
+        for is_text, group in groupby(letters, lambda letter: not 0 <= ord(letter) - _NO_TEXT < _BYTES):
+            if is_text:
+                ids += self._cut("".join(group).replace(" ", _SPACE))
+            else:
+                found = (self.by_bytes.get(bytes([ord(letter) - _NO_TEXT])) for letter in group)
+                ids += [number for number in found if number is not None]
         return ids
+
+    def _cut(self, text: str) -> list[int]:
+        whole = self.tokenizer.token_to_id(text)
+        if whole is not None:
+            return [whole]
+        return [piece.id for piece in self.tokenizer.model.tokenize(text) if piece.id != self.unknown]
 
     def _bytes_of(self, token: str) -> bytes:
         if self.is_byte_level:
-            return b"".join(_LETTERS[letter] if letter in _LETTERS else letter.encode() for letter in token)
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return token.replace(_SPACE, " ").encode()
-
-    def _spelled(self, data: bytes) -> Iterator[str]:
-        """Write bytes in this tokenizer's letters: a text, or a token each for bytes that are no text."""
-        if self.is_byte_level:
-            yield "".join(_BYTES[byte] for byte in data)
-            return
-        text = ""
-        for letter in data.decode(errors="surrogateescape"):
-            if "\udc80" <= letter <= "\udcff":
-                yield from [text] * bool(text)
-                text = ""
-                yield _BYTE.format(ord(letter) - 0xDC00)
-            else:
-                text += _SPACE if letter == " " else letter
-        yield from [text] * bool(text)
+            return b"".join(_BYTE_OF.get(letter, letter.encode()) for letter in token)
+        byte = _BYTE.fullmatch(token)
+        return bytes([int(byte[1], 16)]) if byte else token.replace(_SPACE, " ").encode()
 
 
 def _kinds(part: Any) -> Iterator[str]:
-    """Yield the types of a part of `tokenizer.json` and of what it consists of."""
+    """Yield the types of a part of `tokenizer.json` and of all that it consists of."""
     if isinstance(part, dict):
         if isinstance(part.get("type"), str):
             yield part["type"]
@@ -126,12 +149,16 @@ def _kinds(part: Any) -> Iterator[str]:
             yield from _kinds(value)
 
 
+def _texts(part: Any) -> str:
+    return json.dumps(part, ensure_ascii=False)
+
+
 def _letters() -> dict[int, str]:
     """Return GPT-2's letter for each byte: the byte's own where that can be printed, else one from 256 on."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {byte: chr(byte) for byte in own} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+    others = [byte for byte in range(_BYTES) if byte not in own]
+    return {byte: chr(byte) for byte in own} | {byte: chr(_BYTES + at) for at, byte in enumerate(others)}
 
 
-_BYTES = _letters()
-_LETTERS = {letter: bytes([byte]) for byte, letter in _BYTES.items()}
+_LETTER_OF = _letters()
+_BYTE_OF = {letter: bytes([byte]) for byte, letter in _LETTER_OF.items()}
