@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from megatron_fdd.convert import replace_vocabulary
 from megatron_fdd.convert.new_vocabulary import NewVocabulary
@@ -34,9 +35,13 @@ from megatron_fdd.evaluate.bits import SAMPLE, compare_bits
 from megatron_fdd.evaluate.models import Placement
 from megatron_fdd.evaluate.perplexity import read_texts
 
+logging.disable_progress_bar()
 FLOAT32 = Placement("cpu", "float32")
 WEIGHTS = "model.safetensors"
 KEPT_ENDS = "\n<|endoftext|>\n"
+TEST_STORIES = 24
+# Other first rows are looked at where more than this part of them is made of pieces.
+_MANY = 0.01
 
 
 def _shrunk(pieces_PH: Tensor, mean_H: Tensor, share: float) -> Tensor:
@@ -74,14 +79,16 @@ class Exchange:
 
     Attributes:
         rate: learning rate of both trainings; 0: no training.
+        batch: sequences a step.
         lengths: tokens of a sequence with the new and with the own vocabulary, about the same bytes.
     """
 
     name: str
     student: Path
     teacher: Path
-    rate: float
-    lengths: tuple[int, int]
+    rate: float = 0
+    batch: int = 0
+    lengths: tuple[int, int] = (0, 0)
 
 
 def run(log: Path, *words: object) -> None:
@@ -147,7 +154,7 @@ def train(
         log, "megatron_fdd.distill", "--pretrained-checkpoint", work / "start", "--use-checkpoint-args",
         "--teacher-load", work / "teacher", "--train-data-path", work / "text", *tokenizer,
         "--fdd-alpha", 0, "--fdd-beta", 0, "--fdd-ce-weight", 1,
-        "--train-iters", args.steps, "--micro-batch-size", args.batch, "--global-batch-size", args.batch,
+        "--train-iters", args.steps,
         "--min-lr", 0, "--lr-decay-style", "cosine", "--lr-warmup-iters", args.steps // 10,
         "--weight-decay", 0, "--adam-beta2", 0.95, "--clip-grad", 1.0, "--hidden-dropout", 0, "--attention-dropout", 0,
         "--eval-interval", args.steps, "--eval-iters", 0, "--seed", 1, "--log-interval", 10,
@@ -170,16 +177,24 @@ def exchange(case: Exchange, args: argparse.Namespace) -> None:
         flush=True,
     )
     models = {"own vocabulary": case.student, "mean of the pieces": swapped}
-    for name, make in list(FIRST_ROWS.items())[1:]:
+    others = list(FIRST_ROWS.items())[1:] if vocabulary.num_cut > _MANY * len(vocabulary.origins) else ()
+    for name, make in others:
         models[name] = work / name
         write_first_rows(case.student, swapped, vocabulary, make, models[name])
-    if case.rate:
-        rate = ["--lr", str(case.rate)]
+    if case.rate and args.steps:
+        same = [
+            "--lr",
+            str(case.rate),
+            "--micro-batch-size",
+            str(case.batch),
+            "--global-batch-size",
+            str(case.batch),
+        ]
         for start in args.trained:
-            flags = [*rate, "--seq-length", str(case.lengths[0])]
+            flags = [*same, "--seq-length", str(case.lengths[0])]
             out = train(work / f"distilled {start}", models[start], case.teacher, args.train, args, flags)
             models[f"{start}, {args.steps} steps of distillation"] = out
-        flags = [*rate, "--seq-length", str(case.lengths[1]), "--fdd-kd-weight", "0"]
+        flags = [*same, "--seq-length", str(case.lengths[1]), "--fdd-kd-weight", "0"]
         out = train(work / "control", case.student, case.student, args.train, args, flags)
         models[f"own vocabulary, {args.steps} steps"] = out
         models["teacher"] = case.teacher
@@ -202,8 +217,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gpt2", type=Path, required=True, help="a folder with GPT-2's tokenizer.json")
     parser.add_argument("--text", type=Path, required=True, help="stories, a line <|endoftext|> between them")
     parser.add_argument("--work", type=Path, required=True, help="new folder for models")
-    parser.add_argument("--steps", type=int, default=200, help="(%(default)s)")
-    parser.add_argument("--batch", type=int, default=2, help="sequences a step (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of training; 0: none (%(default)s)")
     parser.add_argument("--only", nargs="*", help="names of exchanges")
     parser.add_argument(
         "--trained",
@@ -221,14 +235,14 @@ def main() -> int:
     args.work.mkdir(parents=True)
     stories = [story.strip() for story in args.text.read_text().split(KEPT_ENDS)[:-1]]
     args.train, test = args.work / "train.jsonl", args.work / "test.jsonl"
-    for path, part in ((args.train, stories[64:]), (test, stories[:64])):
+    for path, part in ((args.train, stories[TEST_STORIES:]), (test, stories[:TEST_STORIES])):
         path.write_text("".join(json.dumps({"text": story}) + "\n" for story in part))
     args.test = read_texts(test)
     cases = [
-        Exchange("stories260K with SmolLM2's", args.stories, args.smol, 1e-2, (128, 256)),
-        Exchange("SmolLM2 with stories260K's", args.smol, args.stories, 1e-4, (256, 128)),
-        Exchange("SmolLM2 with GPT-2's", args.smol, args.gpt2, 0, (0, 0)),
-        Exchange("stories260K with GPT-2's", args.stories, args.gpt2, 0, (0, 0)),
+        Exchange("stories260K with SmolLM2's", args.stories, args.smol, 1e-2, 2, (128, 256)),
+        Exchange("SmolLM2 with stories260K's", args.smol, args.stories, 1e-4, 1, (128, 64)),
+        Exchange("SmolLM2 with GPT-2's", args.smol, args.gpt2),
+        Exchange("stories260K with GPT-2's", args.stories, args.gpt2),
     ]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
     for case in cases:

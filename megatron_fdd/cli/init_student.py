@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -51,18 +51,9 @@ examples:
 @click.option("--no-score", is_flag=True, help="With --vocabulary-of: do not run the models.")
 @conversion.max_shard_size
 @plugin
-def command(
-    hf_model: Path,
-    hf_out: Path,
-    layers: str | None,
-    num_layers: int | None,
-    vocabulary_of: Path | None,
-    validation_text: Path | None,
-    no_score: bool,
-    max_shard_size: str,
-) -> None:
-    """Write a Hugging Face model that keeps only some layers of another, or gets the vocabulary of a third; give one
-    of --layers, --num-layers and --vocabulary-of.
+def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> None:
+    """Write a Hugging Face model with some of another one's layers, or with the vocabulary of a third; give one of
+    --layers, --num-layers and --vocabulary-of.
 
     Layers: embeddings, final norm, head, config, generation config and tokenizer are carried over; num_hidden_layers
     changes. The first and last layers matter most: with --num-layers N of at least 8, the first four, the last four
@@ -72,44 +63,53 @@ def command(
     of their old pieces. Tokenizer, chat template and special tokens are the teacher's. Bits a byte before and after
     are printed: what the exchange costs before any training.
     """
-    if sum(given is not None for given in (layers, num_layers, vocabulary_of)) != 1:
+    if sum(given[name] is not None for name in ("layers", "num_layers", "vocabulary_of")) != 1:
         raise click.UsageError("give one of --layers, --num-layers and --vocabulary-of")
-    if vocabulary_of is None and (no_score or validation_text is not None):
+    if given["vocabulary_of"] is None and (given["no_score"] or given["validation_text"] is not None):
         raise click.UsageError("--validation-text and --no-score are for --vocabulary-of")
-    if no_score and validation_text is not None:
+    if given["no_score"] and given["validation_text"] is not None:
         raise click.UsageError("give one of --validation-text and --no-score")
 
-    def layers_action() -> str:
-        from megatron_fdd import convert
+    def action() -> str:
+        if given["vocabulary_of"] is None:
+            return _of_layers(hf_model, hf_out, max_shard_size, given["layers"], given["num_layers"])
+        return _of_vocabulary(hf_model, hf_out, max_shard_size, **given)
 
-        teacher_layers = convert.count_layers(hf_model)
-        if layers is not None:
-            chosen = convert.parse_layers(layers, teacher_layers)
-        else:
-            assert num_layers is not None
-            chosen = convert.choose_layers(num_layers, teacher_layers)
-        parameters = convert.init_student(
-            hf_model, chosen, hf_out, max_shard_size=max_shard_size, progress=True
-        )
-        kept = ",".join(str(layer) for layer in chosen)
-        return f"{hf_out}: {parameters:,} parameters, {len(chosen)} layers of {hf_model}: {kept}"
+    conversion.convert(action)
 
-    def vocabulary_action() -> str:
-        from megatron_fdd import convert
-        from megatron_fdd.evaluate.bits import SAMPLE
-        from megatron_fdd.evaluate.perplexity import read_texts
 
-        assert vocabulary_of is not None
-        texts = [SAMPLE] if validation_text is None else read_texts(validation_text)
-        vocabulary = convert.replace_vocabulary(
-            hf_model, vocabulary_of, hf_out, max_shard_size=max_shard_size, progress=True
-        )
-        lines = [f"{hf_out}: {hf_model} with the vocabulary of {vocabulary_of}", _origins(vocabulary)]
-        if not no_score:
-            lines += _bits(hf_model, hf_out, texts)
-        return "\n".join(lines)
+def _of_layers(
+    hf_model: Path, hf_out: Path, max_shard_size: str, layers: str | None, num_layers: int | None
+) -> str:
+    from megatron_fdd import convert
 
-    conversion.convert(layers_action if vocabulary_of is None else vocabulary_action)
+    teacher_layers = convert.count_layers(hf_model)
+    if layers is not None:
+        chosen = convert.parse_layers(layers, teacher_layers)
+    else:
+        assert num_layers is not None
+        chosen = convert.choose_layers(num_layers, teacher_layers)
+    parameters = convert.init_student(hf_model, chosen, hf_out, max_shard_size=max_shard_size, progress=True)
+    kept = ",".join(str(layer) for layer in chosen)
+    return f"{hf_out}: {parameters:,} parameters, {len(chosen)} layers of {hf_model}: {kept}"
+
+
+def _of_vocabulary(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> str:
+    from megatron_fdd import convert
+    from megatron_fdd.evaluate.bits import SAMPLE
+    from megatron_fdd.evaluate.perplexity import read_texts
+
+    teacher, text = given["vocabulary_of"], given["validation_text"]
+    texts = [SAMPLE] if text is None else read_texts(text)
+    if not texts:
+        raise ValueError(f"--validation-text {text}: holds no text; give another")
+    vocabulary = convert.replace_vocabulary(
+        hf_model, teacher, hf_out, max_shard_size=max_shard_size, progress=True
+    )
+    lines = [f"{hf_out}: {hf_model} with the vocabulary of {teacher}", _origins(vocabulary)]
+    if not given["no_score"]:
+        lines += _bits(hf_model, hf_out, texts)
+    return "\n".join(lines)
 
 
 def _origins(vocabulary: NewVocabulary) -> str:
@@ -122,9 +122,12 @@ def _origins(vocabulary: NewVocabulary) -> str:
 
 def _bits(before: Path, after: Path, texts: list[str]) -> list[str]:
     """Score both models; nothing, with a warning, if one cannot be run here."""
+    from transformers.utils import logging
+
     from megatron_fdd.evaluate.bits import compare_bits
     from megatron_fdd.evaluate.models import Placement
 
+    logging.disable_progress_bar()
     placement = Placement(Placement.choose(None, None).device, "auto")
     try:
         scores = compare_bits([before, after], texts, placement)

@@ -63,8 +63,9 @@ def replace_vocabulary(
 
 def _check_different(old: VocabularySource, new: VocabularySource) -> None:
     """Refuse models with one vocabulary, unless the new one has ids for which the old one has no row."""
+    has_rows = new.tokens.num_ids <= old.num_rows
     theirs, ours = identity_of_folder(new.tokenizer), identity_of_folder(old.tokenizer)
-    if compare(theirs, ours).difference is None and new.tokens.num_ids <= old.num_rows:
+    if has_rows and compare(theirs, ours).difference is None:
         raise ValueError(
             f"{_FLAG} {new.tokenizer}: {old.tokenizer} has this vocabulary already, so there is nothing to do; use it "
             "as it is"

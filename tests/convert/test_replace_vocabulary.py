@@ -43,8 +43,8 @@ def test_rows_are_old_ones_or_means_of_their_pieces(tmp_path: Path, variant: str
     student, teacher = make_student(tmp_path / "student", variant), make_teacher(tmp_path / "teacher")
     vocabulary = convert.replace_vocabulary(student, teacher, tmp_path / "new", max_shard_size="60KB")
     origins = expected_origins(student, teacher, 500)
-    origins[478] = [2]  # the end of a text
-    assert [list(origin) for origin in vocabulary.origins][:479] == origins[:479]
+    origins[449] = [2]  # the end of a text
+    assert [list(origin) for origin in vocabulary.origins][:450] == origins[:450]
     counts = vocabulary.num_kept, vocabulary.num_cut, vocabulary.num_without
     assert sum(counts) == 500
     assert min(counts) > 10
@@ -77,9 +77,9 @@ def test_files_of_both_models(tmp_path: Path) -> None:
     new = tmp_path / "new"
     convert.replace_vocabulary(student, teacher, new)
     before = toys.read_json(student / "config.json")
-    ids = {"bos_token_id": None, "eos_token_id": 478, "pad_token_id": None}
+    ids = {"bos_token_id": None, "eos_token_id": 449, "pad_token_id": None}
     assert toys.read_json(new / "config.json") == {**before, **ids, "vocab_size": 500}
-    generation = {"temperature": 0.6, **ids, "eos_token_id": [478, 480]}
+    generation = {"temperature": 0.6, **ids, "eos_token_id": [449, 451]}
     assert toys.read_json(new / "generation_config.json") == generation
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (new / name).read_bytes() == (teacher / name).read_bytes()
@@ -92,19 +92,19 @@ def test_files_of_both_models(tmp_path: Path) -> None:
 
 def test_a_renumbered_vocabulary_is_the_same_model(tmp_path: Path) -> None:
     """Gradients of nothing: tokens that only have other ids give the same logits."""
-    toys.make_llama(tmp_path / "student", tokenizer=False, vocab_size=481)
+    toys.make_llama(tmp_path / "student", tokenizer=False, vocab_size=452)
     write_byte_level(tmp_path / "student")
     words = variants.base()["model"]["vocab"]
-    order = torch.randperm(478, generator=torch.Generator().manual_seed(5)).tolist()
+    order = torch.randperm(449, generator=torch.Generator().manual_seed(5)).tolist()
 
     def renumber(content: dict[str, Any]) -> None:
         content["model"]["vocab"] = {token: order[number] for token, number in words.items()}
 
     variants.write(tmp_path / "teacher", variants.variant(renumber))
-    assert len(words) == 478
+    assert len(words) == 449
     vocabulary = convert.replace_vocabulary(tmp_path / "student", tmp_path / "teacher", tmp_path / "new")
-    assert vocabulary.num_kept == 481
-    theirs = torch.tensor([*order, 478, 479, 480])
+    assert vocabulary.num_kept == 452
+    theirs = torch.tensor([*order, 449, 450, 451])
     ours = toys.hf_logits(tmp_path / "student", toys.TOKENS)
     assert torch.equal(toys.hf_logits(tmp_path / "new", theirs[toys.TOKENS])[..., theirs], ours)
 
@@ -140,7 +140,7 @@ def test_where_a_vocabulary_is_found(tmp_path: Path) -> None:
     shutil.copytree(alone, checkpoint / "tokenizer")
     shutil.copytree(teacher, checkpoint / "hf")
     (checkpoint / TRACKER_FILE).write_text("release")
-    for place, rows, ends in ((teacher, 495, 478), (alone, 481, 478), (checkpoint, 495, 478)):
+    for place, rows, ends in ((teacher, 495, 449), (alone, 452, 449), (checkpoint, 495, 449)):
         convert.replace_vocabulary(student, place, tmp_path / "new")
         config = toys.read_json(tmp_path / "new" / "config.json")
         assert (config["vocab_size"], config["eos_token_id"]) == (rows, ends)
@@ -150,7 +150,7 @@ def test_where_a_vocabulary_is_found(tmp_path: Path) -> None:
     toys.write_json(teacher / "config.json", config)
     assert VocabularySource.find(teacher, "--flag").num_rows == 490
     toys.write_json(teacher / "config.json", {**config, "vocab_size": 100})  # added tokens without rows
-    assert VocabularySource.find(teacher, "--flag").num_rows == 481
+    assert VocabularySource.find(teacher, "--flag").num_rows == 452
 
 
 def test_gpt2_and_a_head_that_repeats_the_embedding(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_gpt2_and_a_head_that_repeats_the_embedding(tmp_path: Path) -> None:
         ("no folder", "^--vocabulary-of .* is not a folder; give"),
         ("no tokenizer", "^.*teacher: has no tokenizer.json; save"),
         ("no own tokenizer", "^.*student: has no tokenizer.json; save"),
-        ("size", 'has vocab_size: "many", which must be'),
+        ("size", "has vocab_size: 'many', which must be"),
         ("rows", "lm_head.weight of shape .298, 48. does not fit config.json, which makes it .299, 48."),
         ("damaged", "model.embed_tokens.weight is not what checksums.json says"),
     ],
@@ -201,8 +201,8 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, wrong: str, message: str)
 
 def test_more_ids_for_the_same_words_are_a_new_vocabulary(tmp_path: Path) -> None:
     """A chat model's teacher has markers for which the base model has no row."""
-    toys.make_llama(tmp_path / "student", tokenizer=False, vocab_size=481)
+    toys.make_llama(tmp_path / "student", tokenizer=False, vocab_size=452)
     write_byte_level(tmp_path / "student")
     variants.write(tmp_path / "teacher", variants.variant(variants.add_added))
     vocabulary = convert.replace_vocabulary(tmp_path / "student", tmp_path / "teacher", tmp_path / "new")
-    assert (vocabulary.num_kept, vocabulary.num_cut) == (481, 1)
+    assert (vocabulary.num_kept, vocabulary.num_cut) == (452, 1)

@@ -77,7 +77,7 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="cannot be read as a tokenizer .* fetch it again"):
         TokenBytes.read(tmp_path)
-    content = variants.variant(lambda content: content["added_tokens"][-1].update(id=4_000_000_000))
+    content = variants.variant(lambda content: content["model"]["vocab"].update(a=4_000_000_000))
     variants.write(tmp_path, content)
     with pytest.raises(ValueError, match=re.escape("the number of ids must be a whole number")):
         TokenBytes.read(tmp_path)

@@ -101,6 +101,10 @@ def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.Cap
     )
     assert _main("init_student", *command, str(tmp_path / "new")) == 1
     assert "not empty" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "text.jsonl").write_text('{"text": " "}\n')
+    assert _main("init_student", *command, str(tmp_path / "none"), *text) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("text.jsonl: holds no text; give another")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

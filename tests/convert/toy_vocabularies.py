@@ -62,7 +62,7 @@ def make_student(folder: Path, variant: str = "plain", **changes: Any) -> Path:
 def make_teacher(folder: Path, **config: Any) -> Path:
     """Make what is needed of a model with the byte-level tokenizer: its configs, for 500 rows."""
     write_byte_level(folder)
-    ids = {"bos_token_id": None, "eos_token_id": 478}
+    ids = {"bos_token_id": None, "eos_token_id": 449}
     toys.write_json(folder / "config.json", {"model_type": "none", "vocab_size": 500, **ids, **config})
-    toys.write_json(folder / "generation_config.json", {**ids, "eos_token_id": [478, 480], "top_p": 0.5})
+    toys.write_json(folder / "generation_config.json", {**ids, "eos_token_id": [449, 451], "top_p": 0.5})
     return folder

@@ -18,7 +18,7 @@ def _import(folder: Path, save: Path) -> None:
 
 
 def test_training_takes_a_student_with_the_teachers_vocabulary(toy: Toys, tmp_path: Path) -> None:
-    student = toys.make_llama(tmp_path / "hf", tokenizer=False, **{**STUDENT, "vocab_size": 481})
+    student = toys.make_llama(tmp_path / "hf", tokenizer=False, **{**STUDENT, "vocab_size": 452})
     write_byte_level(student)
     convert.replace_vocabulary(student, toy.teacher, tmp_path / "new-hf")
     for name, folder in (("old", student), ("new", tmp_path / "new-hf")):
