@@ -61,10 +61,12 @@ def _rising(pieces_PH: Tensor) -> Tensor:
 
 
 # A new row, from the rows of its old pieces [P, H] and the mean of all old rows [H].
+OURS = "halfway from the mean of the pieces to that of all rows"
 FIRST_ROWS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    OURS: lambda pieces, mean: _shrunk(pieces, mean, 0.5),
     "mean of the pieces": lambda pieces, mean: pieces.mean(0),
-    "the same, with the norm of the pieces": lambda pieces, mean: _of_norm(pieces.mean(0), pieces),
-    "half of it, half the mean of all rows": lambda pieces, mean: _shrunk(pieces, mean, 0.5),
+    "three quarters of the way": lambda pieces, mean: _shrunk(pieces, mean, 0.75),
+    "mean of the pieces, with their norm": lambda pieces, mean: _of_norm(pieces.mean(0), pieces),
     "later pieces count more": lambda pieces, mean: _weighted(pieces, _rising(pieces)),
     "earlier pieces count more": lambda pieces, mean: _weighted(pieces, _rising(pieces).flip(0)),
     "last piece": lambda pieces, mean: pieces[-1],
@@ -168,7 +170,7 @@ def train(
 def exchange(case: Exchange, args: argparse.Namespace) -> None:
     """Make, train and score the models of one exchange; print the bits a byte of all."""
     work = args.work / case.name.replace(" ", "-")
-    swapped = work / "mean of the pieces"
+    swapped = work / OURS
     began = time.monotonic()
     vocabulary = replace_vocabulary(case.student, case.teacher, swapped)
     print(
@@ -176,7 +178,7 @@ def exchange(case: Exchange, args: argparse.Namespace) -> None:
         f"pieces, {vocabulary.num_without:,} without; {time.monotonic() - began:.1f} s",
         flush=True,
     )
-    models = {"own vocabulary": case.student, "mean of the pieces": swapped}
+    models = {"own vocabulary": case.student, OURS: swapped}
     others = list(FIRST_ROWS.items())[1:] if vocabulary.num_cut > _MANY * len(vocabulary.origins) else ()
     for name, make in others:
         models[name] = work / name
@@ -222,7 +224,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--trained",
         nargs="*",
-        default=["mean of the pieces"],
+        default=[OURS],
         choices=FIRST_ROWS,
         help="first rows to train from",
     )

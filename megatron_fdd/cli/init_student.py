@@ -59,8 +59,8 @@ def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> 
     changes. The first and last layers matter most: with --num-layers N of at least 8, the first four, the last four
     and N - 8 layers spread evenly between them are kept; with fewer, N layers spread evenly from the first to the last.
 
-    Vocabulary: tokens that both models have keep their rows of embedding and head, new ones get the mean of the rows
-    of their old pieces. Tokenizer, chat template and special tokens are the teacher's. Bits a byte before and after
+    Vocabulary: tokens that both models have keep their rows of embedding and head, new ones begin halfway between the
+    mean of the rows of their old pieces and that of all rows. Tokenizer, chat template and special tokens are the teacher's. Bits a byte before and after
     are printed: what the exchange costs before any training.
     """
     if sum(given[name] is not None for name in ("layers", "num_layers", "vocabulary_of")) != 1:
@@ -115,8 +115,8 @@ def _of_vocabulary(hf_model: Path, hf_out: Path, max_shard_size: str, **given: A
 def _origins(vocabulary: NewVocabulary) -> str:
     """Say where the rows of the new vocabulary come from."""
     return (
-        f"{len(vocabulary.origins):,} rows: {vocabulary.num_kept:,} kept, {vocabulary.num_cut:,} the mean of their old "
-        f"pieces, {vocabulary.num_without:,} without pieces (the mean of all rows)"
+        f"{len(vocabulary.origins):,} rows: {vocabulary.num_kept:,} kept, {vocabulary.num_cut:,} made of their old "
+        f"pieces, {vocabulary.num_without:,} without pieces"
     )
 
 

@@ -24,11 +24,12 @@ class NewVocabulary:
 
     Attributes:
         origins: old ids for each new id, in the order of the text; none: the new row is the mean of all old rows.
-        num_kept: new tokens that are an old one: they stand for the same bytes, or have the same name or role.
+        is_kept: for each new id, whether it has one origin and is that token: it stands for the same bytes, or has the
+            same name or role.
     """
 
     origins: Sequence[Sequence[int]]
-    num_kept: int
+    is_kept: Sequence[bool]
 
     @classmethod
     def between(cls, old: VocabularySource, new: VocabularySource) -> NewVocabulary:
@@ -44,14 +45,19 @@ class NewVocabulary:
             ValueError: there is no tokenizer, or none whose tokens can be compared.
         """
         by_role = _by_role(old, new)
-        origins, num_kept = [], 0
+        origins, is_kept = [], []
         for number in range(new.num_rows):
             same = _same(number, old, new)
             same = by_role.get(number) if same is None else same
-            num_kept += same is not None
             found = _pieces(number, old, new) if same is None else [same]
             origins.append([each for each in found if each < old.num_rows])
-        return cls(origins, num_kept)
+            is_kept.append(same is not None and len(origins[-1]) == 1)
+        return cls(origins, is_kept)
+
+    @property
+    def num_kept(self) -> int:
+        """How many new rows are an old one."""
+        return sum(self.is_kept)
 
     @property
     def num_without(self) -> int:
@@ -64,9 +70,11 @@ class NewVocabulary:
         return len(self.origins) - self.num_kept - self.num_without
 
     def rows(self, old_VX: Tensor) -> Tensor:
-        """Return the new rows [W, X] in the dtype of the old ones: the mean of each row's origins.
+        """Return the new rows [W, X] in the dtype of the old ones.
 
-        A row with one origin is that row bit for bit. Sums are in float32 (float64 where the rows are).
+        A token that is kept has its row, bit for bit. One of pieces is halfway between the mean of their rows and the
+        mean of all: like its pieces, but not as likely as they are (benchmarks/LOG.md has other ways). Sums are in
+        float32, or in float64 where the rows are.
         """
         wide = torch.promote_types(old_VX.dtype, torch.float32)
         mean_X = old_VX.mean(0, dtype=wide)
@@ -79,6 +87,8 @@ class NewVocabulary:
             sums.index_add_(0, torch.arange(len(part)).repeat_interleave(counts), old_VX[ids].to(wide))
             sums /= counts.clamp(min=1).view(-1, *[1] * (old_VX.dim() - 1))
             sums[counts == 0] = mean_X
+            is_new = ~torch.tensor(self.is_kept[first : first + len(part)])
+            sums[is_new] = (sums[is_new] + mean_X) / 2
             new_WX[first : first + len(part)] = sums
         return new_WX
 

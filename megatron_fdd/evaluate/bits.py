@@ -71,7 +71,7 @@ class BitsScore:
 def compare_bits(folders: Sequence[Path], texts: Sequence[str], placement: Placement) -> list[BitsScore]:
     """Score the models of several folders, each with its own tokenizer, on the same pieces of texts.
 
-    One model is in memory at a time. Of a long text, 32 pieces spread over it are read.
+    One model is in memory at a time. A long text is read in 32 pieces spread over it.
 
     Raises:
         ValueError: a folder does not load, a prediction is not a number, or there is no text.
@@ -139,7 +139,9 @@ def _score(named: NamedModel, pieces: Sequence[str], placement: Placement) -> Bi
 
 
 def _nats(model: PreTrainedModel, ids: list[int]) -> float:
-    """Return the sum of -log p of all tokens but the first."""
+    """Return the sum of -log p of all tokens but the first; 0 of a text that its tokenizer leaves out."""
+    if len(ids) < 2:
+        return 0.0
     tokens = torch.tensor([ids], device=model.device)
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
     return cross_entropy(logits[0], tokens[0, 1:].to(logits.device), reduction="sum").item()

@@ -80,7 +80,7 @@ def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.Cap
     first, rows, bits = capsys.readouterr().out.splitlines()[-3:]
     assert first == f"{tmp_path}/new: {student} with the vocabulary of {teacher}"
     assert re.fullmatch(
-        r"500 rows: \d+ kept, \d+ the mean of their old pieces, \d+ without pieces \(the mean of all rows\)",
+        r"500 rows: \d+ kept, \d+ made of their old pieces, \d+ without pieces",
         rows,
     )
     number = r"\d+\.\d{3} \(\d+ tokens\)"
