@@ -60,8 +60,8 @@ def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> 
     and N - 8 layers spread evenly between them are kept; with fewer, N layers spread evenly from the first to the last.
 
     Vocabulary: tokens that both models have keep their rows of embedding and head, new ones begin halfway between the
-    mean of the rows of their old pieces and that of all rows. Tokenizer, chat template and special tokens are the teacher's. Bits a byte before and after
-    are printed: what the exchange costs before any training.
+    mean of the rows of their old pieces and that of all rows. Tokenizer, chat template and special tokens are the
+    teacher's. Bits a byte before and after are printed: what the exchange costs before any training.
     """
     if sum(given[name] is not None for name in ("layers", "num_layers", "vocabulary_of")) != 1:
         raise click.UsageError("give one of --layers, --num-layers and --vocabulary-of")
