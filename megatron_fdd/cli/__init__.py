@@ -18,7 +18,10 @@ from megatron_fdd.host.process import end_with
 # In the order of use; each with its module and its line in `fdd --help`.
 COMMANDS = {
     "doctor": ("doctor", "Is this machine fit for a training? Versions, Megatron's seams, limits."),
-    "student": ("init_student", "Make a student out of some of a teacher's layers."),
+    "student": (
+        "init_student",
+        "Make a student: some of a teacher's layers, or a small model with its vocabulary.",
+    ),
     "import": ("hf_to_mcore", "Hugging Face model to Megatron checkpoint."),
     "prepare": ("prepare_data", "Text or instructions to token files."),
     "plan": ("plan", "Which rank does what, and the memory it needs; trains nothing."),

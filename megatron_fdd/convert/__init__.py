@@ -3,6 +3,7 @@
 import megatron_fdd.host.quiet  # noqa: F401  # before Megatron is imported
 from megatron_fdd.convert.config_only import config_to_mcore
 from megatron_fdd.convert.hf_companions import HF_FOLDER, carry_companions
+from megatron_fdd.convert.replace_vocabulary import replace_vocabulary
 from megatron_fdd.convert.student import choose_layers, count_layers, init_student, parse_layers
 from megatron_fdd.convert.to_hf import mcore_to_hf
 from megatron_fdd.convert.to_mcore import hf_to_mcore
@@ -17,4 +18,5 @@ __all__ = [
     "init_student",
     "mcore_to_hf",
     "parse_layers",
+    "replace_vocabulary",
 ]

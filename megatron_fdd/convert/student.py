@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from megatron_fdd.convert.checksums import Checksums, all_finite
+from megatron_fdd.convert.derived_weights import Derived, write_derived
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
-from megatron_fdd.convert.hf_writer import (
-    TensorSpec,
-    new_folder,
-    parse_size,
-    plan_shards,
-    write_index,
-    write_shard,
-)
-from megatron_fdd.convert.mcore_model import name_of
+from megatron_fdd.convert.hf_writer import TensorSpec, new_folder
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
 from megatron_fdd.host.field_kinds import shown
@@ -105,32 +94,16 @@ def init_student(
         raise ValueError(f"{first}: {hf_model} has the layers 0 to {teacher_layers - 1}; choose from them")
     check_names(family, folder)
     renamed = _student_names(folder, family, layers)
-    shards = plan_shards(
-        (TensorSpec(new, folder.dtype(old), folder.shape(old)) for new, old in renamed.items()),
-        parse_size(max_shard_size),
-    )
-    digests: dict[str, str] = {}
-    expected = Checksums.read(folder.path)
-    total = sum(shard.num_bytes for shard in shards)
-    with (
-        new_folder(Path(hf_out), "--hf-out") as unfinished,
-        tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
-    ):
-        for shard in shards:
-            names = [renamed[spec.name] for spec in shard.tensors]
-            places = (f"{folder.path}: {name}" for name in names)
-            tensors = all_finite(map(folder.read, names), places, "take other weights")
-            for spec, digest in write_shard(unfinished, shard, tensors):
-                if expected is not None:
-                    expected.check(folder.path, renamed[spec.name], digest)
-                digests[spec.name] = digest
-                bar.update(spec.num_bytes)
-        write_index(unfinished, shards)
-        dtypes = {name_of(spec.dtype) for shard in shards for spec in shard.tensors}
-        Checksums(dtypes.pop() if len(dtypes) == 1 else "mixed", digests).write(unfinished)
+    tensors = [
+        Derived(TensorSpec(new, folder.dtype(old), folder.shape(old)), old) for new, old in renamed.items()
+    ]
+    with new_folder(Path(hf_out), "--hf-out") as unfinished:
+        parameters = write_derived(
+            folder, tensors, unfinished, max_shard_size=max_shard_size, progress=progress
+        )
         write_json(unfinished / CONFIG_FILES[0], family.keep_layers(folder.config, layers))
         copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
-    return sum(math.prod(spec.shape) for shard in shards for spec in shard.tensors)
+    return parameters
 
 
 def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> dict[str, str]:

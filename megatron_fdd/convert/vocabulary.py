@@ -38,6 +38,15 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     Raises:
         ValueError: the files cannot be read, or no class loads them as they say.
     """
+    write_stamp(target, copy_loadable_tokenizer(source, target, "the checkpoint's copy in tokenizer/"))
+
+
+def copy_loadable_tokenizer(source: Path, target: Path, copy: str) -> TokenizerIdentity:
+    """Copy a model folder's tokenizer files as `copy_tokenizer` does, which calls them `copy`; return their identity.
+
+    Raises:
+        ValueError: as `copy_tokenizer`.
+    """
     copy_files(TOKENIZER_FILES, source, target)
     identity, found = _load(target)
     if found is not None:
@@ -50,10 +59,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 "tokenizer_config.json and tokenizer.json agree"
             )
         complain(
-            f"warning: {source}: its tokenizer does not load as its tokenizer.json says ({found}); the checkpoint's "
-            f"copy in tokenizer/ has the class {PLAIN_CLASS} and does: train with that one"
+            f"warning: {source}: its tokenizer does not load as its tokenizer.json says ({found}); {copy} "
+            f"has the class {PLAIN_CLASS} and does: train with that one"
         )
-    write_stamp(target, identity)
+    return identity
 
 
 def _load(folder: Path) -> tuple[TokenizerIdentity, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from megatron_fdd.host.checkpoint import TRACKER_FILE
 from tests.convert import mcore, toys
+from tests.convert.toy_vocabularies import make_student, make_teacher
 from tests.harness import forked_python
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 
@@ -67,6 +69,61 @@ def test_init_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "not empty" in error
+
+
+def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student, teacher = make_student(tmp_path / "student"), make_teacher(tmp_path / "teacher")
+    (tmp_path / "text.jsonl").write_text('{"text": "the fox quit."}\n')
+    command = ["--from", str(student), "--vocabulary-of", str(teacher), "--hf-out"]
+    text = ["--validation-text", str(tmp_path / "text.jsonl")]
+    assert _main("init_student", *command, str(tmp_path / "new"), *text) == 0
+    first, rows, bits = capsys.readouterr().out.splitlines()[-3:]
+    assert first == f"{tmp_path}/new: {student} with the vocabulary of {teacher}"
+    assert re.fullmatch(
+        r"500 rows: \d+ kept, \d+ made of their old pieces, \d+ without pieces",
+        rows,
+    )
+    number = r"\d+\.\d{3} \(\d+ tokens\)"
+    assert re.fullmatch(
+        f"bits a byte, of a text of 13 bytes: {number} before, {number} now, without training", bits
+    )
+    assert _main("init_student", *command, str(tmp_path / "quick"), "--no-score") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/quick: {student} with the vocabulary of {teacher}",
+        rows,
+    ]
+    with mock.patch("megatron_fdd.evaluate.bits.compare_bits", side_effect=ValueError("no such class")):
+        assert _main("init_student", *command, str(tmp_path / "other")) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[-1] == rows
+    assert (
+        f"warning: {tmp_path}/other is written, and its bits a byte are not known: no such class" in shown.err
+    )
+    assert _main("init_student", *command, str(tmp_path / "new")) == 1
+    assert "not empty" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "text.jsonl").write_text('{"text": " "}\n')
+    assert _main("init_student", *command, str(tmp_path / "none"), *text) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("text.jsonl: holds no text; give another")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--vocabulary-of t --layers 0",
+        "--num-layers 2 --no-score",
+        "--layers 0 --validation-text {file}",
+        "--vocabulary-of t --no-score --validation-text {file}",
+    ],
+)
+def test_flags_of_a_student_that_exclude_each_other(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("")
+    given = words.format(file=tmp_path / "text").split()
+    assert _main("init_student", "--from", "s", "--hf-out", str(tmp_path / "new"), *given) == 2
+    assert "Error: " in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("tool", ["hf_to_mcore", "mcore_to_hf", "init_student"])

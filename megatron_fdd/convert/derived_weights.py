@@ -1,0 +1,72 @@
+"""The weights of a model folder that is made from another one: tensors renamed, left out, or changed one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_fdd.convert.checksums import Checksums, check_finite, digest
+from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.hf_writer import TensorSpec, parse_size, plan_shards, write_index, write_shard
+from megatron_fdd.convert.mcore_model import name_of
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A tensor to be written.
+
+    Attributes:
+        source: name of the tensor that it is made from.
+        change: makes it, with the spec's dtype and shape; None if it is the source bit for bit.
+    """
+
+    spec: TensorSpec
+    source: str
+    change: Callable[[Tensor], Tensor] | None = None
+
+
+def write_derived(
+    source: HfFolder, tensors: Sequence[Derived], target: Path, *, max_shard_size: str, progress: bool
+) -> int:
+    """Write tensors with their index and checksums into the folder `target`; return their number of parameters.
+
+    One tensor is in memory at a time, and its source mapped.
+
+    Raises:
+        ValueError: a tensor of the source is not finite, or not what its `checksums.json` says.
+    """
+    shards = plan_shards((tensor.spec for tensor in tensors), parse_size(max_shard_size))
+    by_name = {tensor.spec.name: tensor for tensor in tensors}
+    expected = Checksums.read(source.path)
+    digests: dict[str, str] = {}
+    total = sum(shard.num_bytes for shard in shards)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for shard in shards:
+            values = _values(source, [by_name[spec.name] for spec in shard.tensors], expected)
+            for spec, written in write_shard(target, shard, values):
+                tensor = by_name[spec.name]
+                if expected is not None and tensor.change is None:
+                    expected.check(source.path, tensor.source, written)
+                digests[spec.name] = written
+                bar.update(spec.num_bytes)
+    write_index(target, shards)
+    dtypes = {name_of(tensor.spec.dtype) for tensor in tensors}
+    Checksums(dtypes.pop() if len(dtypes) == 1 else "mixed", digests).write(target)
+    return sum(math.prod(tensor.spec.shape) for tensor in tensors)
+
+
+def _values(source: HfFolder, tensors: Sequence[Derived], expected: Checksums | None) -> Iterator[Tensor]:
+    """Yield the values of tensors; what is written unchanged is held to the checksums after it is written."""
+    for tensor in tensors:
+        value = source.read(tensor.source)
+        check_finite(value, f"{source.path}: {tensor.source}", "take other weights")
+        if tensor.change is not None:
+            if expected is not None:
+                expected.check(source.path, tensor.source, digest(value))
+            value = tensor.change(value)
+        yield value
