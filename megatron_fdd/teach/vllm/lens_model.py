@@ -101,7 +101,7 @@ def _loaded(folder: Path, config: Any, dtype: str) -> tuple[Any, set[str]]:
             work,
             config=config,
             dtype=dtype,
-            attn_implementation="eager",
+            attn_implementation=None,  # a config.json may name a kernel of the hub
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
