@@ -232,9 +232,9 @@ def test_an_answer_that_is_not_sound_is_refused(name: str, stand_in: StandIn) ->
     [
         (
             [400],
-            r"status 400 \(\{\"message\": \"no\\nmore room\"\}\); look at its log, or start it again as --dry-run",
+            r"status 400 \(\{\"message\": \"no\\nmore room\"\}\); see the server's log, or start it as --dry-run",
         ),
-        ([401], "status 401 .* set VLLM_API_KEY to its key"),
+        ([401], "status 401 .*, or set VLLM_API_KEY to its key"),
         ([503, 503], "status 503 "),
         ([-1, -1], "no answer in 0 s; look at the server's log"),
     ],
@@ -273,7 +273,7 @@ def test_a_server_of_another_model_is_refused(stand_in: StandIn, tmp_path: Path)
         with pytest.raises(ValueError, match=r"serves .*other, and not --teacher .*own; give the folder"):
             ServerSource(Client(url), files, tmp_path / "own", COMMAND)
         assert ServerSource(Client(url), files, tmp_path / "other", COMMAND).model == "teacher"
-        with pytest.raises(ValueError, match="status 404 .*is it a server of vLLM"):
+        with pytest.raises(ValueError, match="status 404 .*give the address of a server of vLLM"):
             Client(f"{url}/somewhere").get("/version")
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from benchmarks.tiny_teachers import WIDTH, tiny_model
+from megatron_fdd.losses.pairs import sample_blocks
 from megatron_fdd.teach.hf_parts import find_parts
 from megatron_fdd.teach.vllm.checks import Expected
 from megatron_fdd.teach.vllm.in_process import LocalSource
-from megatron_fdd.teach.vllm.settings import VllmSettings
+from megatron_fdd.teach.vllm.settings import ANY_FOLDER, VllmSettings
+from tests.harness.markdown import pages
 from tests.teach.engines import BLOCKS, engine_of, units
 from tests.teach.vllm_server import StandIn
 
@@ -110,3 +112,18 @@ def test_the_command_of_a_server(tmp_path: Path) -> None:
     assert json.loads(words[words.index("--kv-transfer-config") + 1])["kv_role"] == "kv_producer"
     long = settings(tmp_path, positions=128).command(8001)
     assert long.startswith("VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve ")
+
+
+def test_the_page_has_the_command_that_is_printed() -> None:
+    page = next(page for page in pages("docs/*.md") if page.path.name == "teaching-from-vllm.md")
+    [shown] = [block.strip() for block in page.blocks("bash") if block.startswith("vllm serve")]
+    blocks = sorted({*sample_blocks("paper", 4, 61, "teacher"), 61})
+    made = settings(
+        ANY_FOLDER,
+        teacher=Path("teacher-hf"),
+        blocks=blocks,
+        longest=4096,
+        positions=163840,
+        dtype="bfloat16",
+    )
+    assert made.command(8000) == shown

@@ -16,7 +16,6 @@ from benchmarks.tiny_teachers import VOCABULARY, tiny_model
 from megatron_fdd.teach.hf_parts import Parts, find_parts
 from megatron_fdd.teach.vllm.lens_model import find_lens
 from megatron_fdd.teach.vllm.teacher import sampled_digest
-from tests.teach.test_transformers import KINDS
 
 
 def found_in(folder: Path, **changes: Any) -> tuple[Parts, int]:
@@ -24,6 +23,8 @@ def found_in(folder: Path, **changes: Any) -> tuple[Parts, int]:
 
 
 SLOW = pytest.mark.tier("default")
+# Each stands for a kind: of norm, constant, bias, cap, layer, or mixture of experts.
+KINDS = "llama gpt2 cohere granite gemma olmo falcon_h1 mamba deepseek_v3 gpt_oss gemma2 phi".split()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ from megatron_fdd.losses.lens import FinalNorm
 from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.teach.vllm.checks import restart
 
+# The mean may be so much of what the largest may be. With SmolLM2-135M in bfloat16 the mean was 8e-4 at most, and at
+# least 4e-3 behind a doubled start token whose own state was left out; the largest was 4e-3, and at least 2.6e-2.
+_MEAN = 0.1
 # States of another place are named where half of the log-probabilities come so much nearer with them.
 _NEARER = 0.5
 
@@ -58,8 +61,9 @@ def agree(lens: StoredLens, states_SLT: Tensor, said: Told, blocks: Sequence[int
         ValueError: they are others; says which states would fit, if some do.
     """
     apart_P = _apart(lens, states_SLT[said.places, -1], said)
-    error = float(apart_P.max())
-    if error <= LARGEST_ERROR[states_SLT.dtype]:
+    error, mean = float(apart_P.max()), float(apart_P.mean())
+    most = LARGEST_ERROR[states_SLT.dtype]
+    if error <= most and mean <= _MEAN * most:
         return error
     others = {
         what: float(_apart(lens, at_PT, said, normed=normed).median())
@@ -71,7 +75,7 @@ def agree(lens: StoredLens, states_SLT: Tensor, said: Told, blocks: Sequence[int
     raise restart(
         source,
         "the server's log-probabilities are not those of the teacher's norm and head over the states of block "
-        f"{blocks[-1]} (they differ by {error:.1e} of the largest logit): {found}",
+        f"{blocks[-1]} (they differ by {error:.1e} of the largest logit, on average by {mean:.1e}): {found}",
     )
 
 

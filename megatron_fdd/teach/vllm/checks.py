@@ -72,6 +72,7 @@ class Expected:
         )
 
     def _check_names(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a file of another connector."""
         names = sorted(tensors)
         packed = [name for name in names if "scale" in name] or [
             name for name in names if tensors[name].element_size() == 1
@@ -88,6 +89,7 @@ class Expected:
             )
 
     def _check_shape(self, shape: tuple[int, ...], length: int) -> None:
+        """Refuse states of other tokens, layers or width."""
         wanted = (length, len(self.blocks), self.width)
         if shape == wanted:
             return
@@ -104,6 +106,7 @@ class Expected:
         )
 
     def _check_values(self, states_SLT: Tensor) -> None:
+        """Refuse states that are no numbers, all zeros, or there twice."""
         largest_SL = states_SLT.abs().amax(-1)
         if not bool(largest_SL.isfinite().all()):
             raise ValueError(

@@ -17,6 +17,7 @@ _CONNECT_S, _ANSWER_S = 10.0, 600.0
 # Between attempts, where the server does not answer, or says that it is its own fault.
 _PAUSES_S = (1.0, 5.0, 20.0)
 _MOST_TEXT = 300
+_MEANINGS = {401: "set VLLM_API_KEY to its key", 404: "give the address of a server of vLLM"}
 
 
 class Client:
@@ -106,11 +107,10 @@ class Client:
         """Return an answer's JSON. ValueError if it is none, or the server refuses."""
         if status != 200:
             said = " ".join(text.decode(errors="replace").split())[:_MOST_TEXT]
-            what = {
-                401: "set VLLM_API_KEY to its key",
-                404: "is it a server of vLLM? give the address of one",
-            }.get(status, "look at its log, or start it again as --dry-run says")
-            raise ValueError(f"--url {self.url}: {path}: status {status} ({said}); {what}")
+            what = _MEANINGS.get(status, "start it as --dry-run says")
+            raise ValueError(
+                f"--url {self.url}: {path}: status {status} ({said}); see the server's log, or {what}"
+            )
         try:
             return json.loads(text)
         except ValueError as error:

@@ -37,7 +37,7 @@ from megatron_fdd.teach.vllm.source import ServerSource, Source
 from megatron_fdd.teach.vllm.state_file import StateFiles
 
 _PORT = 8000
-# Of each tensor so many bytes of its middle are hashed: the whole of a large teacher takes too long to read.
+# So many bytes of each tensor's middle are hashed: a large teacher takes too long to be read as a whole.
 _HASHED_BYTES, _HASHING_THREADS = 1 << 16, 8
 # Two tokens that every vocabulary has.
 _GREETING = np.array([1, 2], np.int32)
