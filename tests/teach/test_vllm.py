@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from benchmarks.tiny_teachers import WIDTH, tiny_model
 from megatron_fdd.data.store.lens import StoredLens
 from megatron_fdd.step.teacher.tap_format import TapFormat
 from megatron_fdd.teach.hf_parts import find_parts
+from megatron_fdd.teach.vllm.agreement import agree, told
 from megatron_fdd.teach.vllm.checks import Expected, check_version
 from megatron_fdd.teach.vllm.client import Client
 from megatron_fdd.teach.vllm.engine import VllmEngine
 from megatron_fdd.teach.vllm.source import ServerSource
 from megatron_fdd.teach.vllm.state_file import NAME_TAG, StateFiles
-from tests.teach.engines import BLOCKS, engine_of, logits_of, units, unpacked
+from tests.teach.engines import BLOCKS, engine_of, logits_of, plain_states, units, unpacked
 from tests.teach.vllm_server import StandIn, Tensors, serving
 
 COMMAND = "vllm serve teacher --port 8000"
@@ -262,6 +263,39 @@ def test_a_server_that_goes_away_ends_all_requests_at_once(stand_in: StandIn) ->
         assert time.monotonic() - started_s < 3
     with pytest.raises(ValueError, match=r"no server answers there \(ConnectionRefusedError"):
         Client("http://127.0.0.1:9").get("/version")
+
+
+def test_a_refusal_ends_requests_that_are_not_answered(stand_in: StandIn) -> None:
+    stand_in.status = [-5, 400]
+    with engine_at(stand_in, answer_s=4.0) as engine:
+        started_s = time.monotonic()
+        with pytest.raises(ValueError, match="status 400"):
+            engine.states(units([5, 5]))
+        assert time.monotonic() - started_s < 3
+
+
+@pytest.mark.parametrize(
+    ("apart", "is_sound"),
+    [({}, True), ({7: 5e-5}, True), ({7: 5e-4}, False), (dict.fromkeys(range(39), 5e-5), False)],
+)
+def test_log_probabilities_may_differ_by_rounding(
+    apart: dict[int, float], is_sound: bool, model: Any
+) -> None:
+    """By a part of the largest logit: 1e-4 in one place, in float32, and a tenth of it on average."""
+    [ids], parts = units([40]), find_parts(model)
+    states, logits = plain_states(model, ids)
+    own = logits[:-1].log_softmax(-1).gather(1, torch.from_numpy(ids[1:, None].astype(np.int64)))[:, 0]
+    for place, much in apart.items():
+        own[place] += much * float(logits[:-1].abs().max())
+    lens = StoredLens(parts.folded_norm, parts.head_VT, 0.0, parts.extras)
+    said = told(ids, own.tolist(), 128)
+    assert list(said.places) == list(range(39))
+    with nullcontext() if is_sound else pytest.raises(ValueError, match="log-probabilities are not those"):
+        agree(lens, torch.stack(states, dim=1), said, (1, 2, 3, 4), "U")
+
+
+def test_places_are_spread_over_a_unit() -> None:
+    assert list(told(units([40])[0], [0.0] * 39, 4).places) == [9, 19, 29, 38]
 
 
 def test_a_server_of_another_model_is_refused(stand_in: StandIn, tmp_path: Path) -> None:

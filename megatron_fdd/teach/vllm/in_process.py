@@ -16,7 +16,7 @@ import torch
 
 from megatron_fdd.data.store.coverage import Ids
 from megatron_fdd.data.store.segment import Bytes
-from megatron_fdd.teach.vllm.checks import Expected
+from megatron_fdd.teach.vllm.checks import Expected, check_version
 from megatron_fdd.teach.vllm.settings import CONNECTOR, VllmSettings
 from megatron_fdd.teach.vllm.source import Answer, Finish, own_logprobs
 from megatron_fdd.teach.vllm.state_file import StateFiles
@@ -47,10 +47,14 @@ class LocalSource:
     source = "--engine vllm"
 
     def __init__(self, settings: VllmSettings) -> None:
-        vllm = importlib.import_module("vllm")
-        self.version, self.max_model_len = str(vllm.__version__), settings.max_model_len
-        self._sampling: Any = vllm.SamplingParams
+        self.version, self.max_model_len = "", settings.max_model_len
         self._files = StateFiles(settings.folder, threading.Event())
+        try:
+            vllm: Any = importlib.import_module("vllm")
+            self.version, self._sampling = str(vllm.__version__), vllm.SamplingParams
+        except Exception as error:  # of any part of vLLM
+            raise self._failure(error) from error
+        check_version(self.version, self.source)
         try:
             with _as_alone(is_long=settings.is_long):
                 self._llm: Any = vllm.LLM(
@@ -62,12 +66,8 @@ class LocalSource:
                     speculative_config=settings.speculative_config,
                     kv_transfer_config=settings.kv_transfer_config,
                 )
-        except Exception as error:  # of any part of vLLM
-            said = " ".join(str(error).split())
-            raise ValueError(
-                f"{self.source}: vLLM {self.version} does not start here ({type(error).__name__}: {said}); start a "
-                "server in the way that suits this machine (--dry-run prints the command), and give --url"
-            ) from error
+        except Exception as error:
+            raise self._failure(error) from error
 
     def ask(
         self, units: Sequence[Ids], expected: Expected, compared: Collection[int], finish: Finish
@@ -83,6 +83,13 @@ class LocalSource:
             self._finished(result, ids, expected, number in compared, finish)
             for number, (ids, result) in enumerate(zip(units, results, strict=True))
         ]
+
+    def _failure(self, error: Exception) -> ValueError:
+        said = " ".join(str(error).split())
+        return ValueError(
+            f"{self.source}: vLLM {self.version} does not start here ({type(error).__name__}: {said}); start a server "
+            "in the way that suits this machine (--dry-run prints the command), and give --url"
+        )
 
     def _finished(
         self, result: Any, ids: Ids, expected: Expected, is_compared: bool, finish: Finish

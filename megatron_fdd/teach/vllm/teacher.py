@@ -7,7 +7,6 @@ import hashlib
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from megatron_fdd.teach.hf_parts import Parts
 from megatron_fdd.teach.hf_quantised import method_of
 from megatron_fdd.teach.hf_teacher import DTYPES, FORM_OF, UNKNOWN, HfTeacher
 from megatron_fdd.teach.request import TeachRequest, batch_sizes, chosen_blocks
+from megatron_fdd.teach.transformers_teacher import check_one_process
 from megatron_fdd.teach.vllm.checks import LAST_READ, Expected, check_version
 from megatron_fdd.teach.vllm.client import Client
 from megatron_fdd.teach.vllm.engine import VllmEngine
@@ -56,6 +56,7 @@ class VllmTeacher:
     unknown: frozenset[str] = UNKNOWN
 
     def __init__(self, request: TeachRequest) -> None:
+        check_one_process("vllm", "vLLM spreads the teacher over GPUs by itself")
         self._dtype = request.dtype or ("float32" if request.form == "float32" else "bfloat16")
         self._teacher = HfTeacher(request.teacher, self._dtype, "cpu")
         form: TapForm = request.form or FORM_OF[self._dtype]
@@ -79,7 +80,7 @@ class VllmTeacher:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         use_built_helpers()
         if self._is_dry:
-            console.say(f"a server of vLLM for this: {self._command}", is_chosen=True)
+            console.say(f"a server of vLLM for this: {self._command}")
 
     def engine(self) -> Engine:
         """Find norm and head, start vLLM if it is not a server, and compare nothing yet. Collectives: none."""
@@ -119,7 +120,6 @@ class VllmTeacher:
                     "--engine vllm: vLLM is not installed here, and no server is named: start one with: "
                     f"{self._command} (and the GPUs it needs), then give --url http://HOST:{_PORT} --hidden-states DIR"
                 )
-            check_version(version("vllm"), LocalSource.source)
             return
         client = Client(self._server.url)
         files = StateFiles(self._server.folder, client.stopped)
