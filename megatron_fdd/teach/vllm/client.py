@@ -89,19 +89,24 @@ class Client:
             answer = connection.getresponse()
             return answer.status, answer.read()
         except TimeoutError as error:
-            raise _NoAnswerError(
-                f"--url {self.url}: no answer in {self._answer_s:.0f} s; look at the server's log, and start the same "
+            if connection.sock is None:
+                raise self._silence(error) from error
+            raise ValueError(
+                f"--url {self.url}: no answer in {self._answer_s:.0f} s; see the server's log, and start the same "
                 "command again"
             ) from error
         except (OSError, http.client.HTTPException) as error:
-            raise _NoAnswerError(
-                f"--url {self.url}: no server answers there ({type(error).__name__}: {error}); see that it runs, and "
-                "start the same command again"
-            ) from error
+            raise self._silence(error) from error
         finally:
             with self._lock:
                 self._open.discard(connection)
             connection.close()
+
+    def _silence(self, error: Exception) -> _NoAnswerError:
+        return _NoAnswerError(
+            f"--url {self.url}: no server answers there ({type(error).__name__}: {error}); see that it runs, and start "
+            "the same command again"
+        )
 
     def _read(self, path: str, status: int, text: bytes) -> Any:
         """Return an answer's JSON. ValueError if it is none, or the server refuses."""
