@@ -149,6 +149,7 @@ def serving(stand_in: StandIn) -> Iterator[str]:
     handler = type("Handler", (_Handler,), {"stand_in": stand_in})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_given: None  # type: ignore[method-assign]  # a client that went away
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
