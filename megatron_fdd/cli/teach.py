@@ -20,6 +20,9 @@ examples:
       (torchrun's flags before --; the teacher's own layout, whatever the student's)
   fdd teach --engine transformers --teacher teacher-hf --store features --data-path data/train ...
       (types of transformers: docs/teacher-types.md; spread over this machine's GPUs, memory and disk)
+  fdd teach --engine vllm --teacher teacher-hf --store features --url http://node7:8000 \\
+      --hidden-states /shared/states --data-path data/train ...
+      (a running server, started as --dry-run says; has never run against a real vLLM)
   fdd teach ... --dry-run
       (how many units are new, how many bytes and hours; refused if the disk has no room)
   fdd teach ... --follow --window-bytes 200GiB
@@ -49,7 +52,8 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     """Run a teacher on the text of a training, and store its features for it.
 
     \b
-    --engine ENGINE    what runs the teacher: megatron, or transformers (one process)
+    --engine ENGINE    what runs the teacher: megatron, transformers (one process), or vllm (a running
+                       server, or in this process; has never run against a real vLLM)
     --teacher T        the teacher's Megatron checkpoint, or its Hugging Face folder
     --store S          folder of the store; made, or added to
     --blocks B,B,...   blocks of the teacher, 1-based (default: by the training's --fdd-layers)
@@ -61,7 +65,9 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --dry-run          say what there is to compute, load no teacher, and write nothing into the store
     --log-folder F     where each rank's log goes (default: a new folder for temporary files)
     --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)
-    --dtype DTYPE      transformers: bfloat16 or float32 (default: bfloat16)
+    --dtype DTYPE      transformers, vllm: bfloat16 or float32 (default: bfloat16)
+    --url URL          vllm: a running server
+    --hidden-states D  vllm: the folder in which it writes, as this machine sees it
 
     The other flags are those of the training whose data is read: paths, --seq-length, --seed, --train-iters,
     --global-batch-size and so on; and those of the layout in which the teacher runs, its own. Flags of the student are

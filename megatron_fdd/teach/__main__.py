@@ -22,8 +22,8 @@ from megatron_fdd.teach.request import TeachRequest, named_engine, parse, parser
 if __name__ == "__main__":
     end_at_interrupt()
     os.environ["HF_HUB_OFFLINE"] = "1"  # a teacher is a folder: nothing of it is looked for online
-    if named_engine(sys.argv[1:]) == "transformers":
-        os.environ["FDD_REHEARSE"] = "0"  # transformers knows by itself what to do without a GPU
+    if named_engine(sys.argv[1:]) in ("transformers", "vllm"):
+        os.environ["FDD_REHEARSE"] = "0"  # these know by themselves what to do without a GPU
     start()
 
 import contextlib
@@ -149,6 +149,10 @@ def _prepared(request: TeachRequest) -> PreparedTeacher:
     """Read and check the command line for the engine that it names."""
     if request.engine == "megatron":
         return MegatronTeacher(request)
+    if request.engine == "vllm":
+        from megatron_fdd.teach.vllm.teacher import VllmTeacher
+
+        return VllmTeacher(request)
     from megatron_fdd.teach.transformers_teacher import TransformersTeacher  # whose imports take seconds
 
     return TransformersTeacher(request)

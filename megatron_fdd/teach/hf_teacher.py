@@ -67,7 +67,27 @@ class HfTeacher:
     device_map: str | Mapping[str, str | int]
 
     def check(self, form: TapForm) -> None:
-        """Refuse a folder that has no model of this transformers, or whose states would depend on their batch.
+        """Refuse a folder that does not run in transformers, or whose states would depend on their batch.
+
+        Raises:
+            ValueError: names the file or the field, and the remedy.
+        """
+        self.check_files(form)
+        check_quantised(self.config, self.folder, self._files.tensors)
+        method = method_of(self.config)
+        if method is not None and self.dtype == "float32":
+            raise ValueError(
+                f"--dtype float32: {_FLAG} {self.folder} is quantised ({method}), and transformers leaves the "
+                "rest of it in its own precision; use bfloat16"
+            )
+        if "dynamic" in dict(_ropes(self.config.to_dict())):
+            raise ValueError(
+                f"{_FLAG} {self.folder}: its rotary embedding is of the type dynamic, so that hidden states depend on "
+                "the longest row that ran before; set another rope_type in its config.json, for example linear or yarn"
+            )
+
+    def check_files(self, form: TapForm) -> None:
+        """Refuse a folder without a model of a known type in whole files, and a form that does not suit it.
 
         Raises:
             ValueError: names the file or the field, and the remedy.
@@ -81,18 +101,6 @@ class HfTeacher:
             raise ValueError(
                 f"{_FLAG} {self.folder}: has an adapter (adapter_config.json), which may name another base model; "
                 "save the model with it merged, and give that"
-            )
-        check_quantised(self.config, self.folder, self._files.tensors)
-        method = method_of(self.config)
-        if method is not None and self.dtype == "float32":
-            raise ValueError(
-                f"--dtype float32: {_FLAG} {self.folder} is quantised ({method}), and transformers leaves the "
-                "rest of it in its own precision; use bfloat16"
-            )
-        if "dynamic" in dict(_ropes(self.config.to_dict())):
-            raise ValueError(
-                f"{_FLAG} {self.folder}: its rotary embedding is of the type dynamic, so that hidden states depend on "
-                "the longest row that ran before; set another rope_type in its config.json, for example linear or yarn"
             )
         own = FORM_OF[self.dtype]
         if form in FORM_OF.values() and form != own:
@@ -204,7 +212,7 @@ class HfTeacher:
         return replace(
             outline,
             weights=self._weights_digest(),
-            final_norm=self._final_norm_digest(parts),
+            final_norm=self.final_norm_digest(parts),
             hidden_size=width,
             vocab_size=parts.head.out_features,
             token_bytes=self._token_bytes(outline.form, width),
@@ -215,6 +223,13 @@ class HfTeacher:
                 "transformers": version("transformers"),
             },
         )
+
+    def final_norm_digest(self, parts: Parts) -> str:
+        """Return the hash of the final norm's weight, from the file where that has it, whatever --dtype is."""
+        stored = self._files.tensors.get(parts.weight_name)
+        is_plain = stored is not None and stored.dtype in DTYPE_OF_NAME
+        weight_T = self._files.read(parts.weight_name).float() if is_plain else parts.raw_weight_T
+        return hashlib.sha256(weight_T.contiguous().numpy().tobytes()).hexdigest()
 
     def _token_bytes(self, form: TapForm, width: int) -> int:
         packing = TapFormat(DTYPES[self.dtype], form)
@@ -242,13 +257,6 @@ class HfTeacher:
                 digest.update(part)
                 left -= len(part)
         return digest.hexdigest()
-
-    def _final_norm_digest(self, parts: Parts) -> str:
-        """Return the hash of the final norm's weight, from the file where that has it, whatever --dtype is."""
-        stored = self._files.tensors.get(parts.weight_name)
-        is_plain = stored is not None and stored.dtype in DTYPE_OF_NAME
-        weight_T = self._files.read(parts.weight_name).float() if is_plain else parts.raw_weight_T
-        return hashlib.sha256(weight_T.contiguous().numpy().tobytes()).hexdigest()
 
     def _architecture_digest(self) -> str:
         """Return a hash of config.json without what changes no hidden state."""

@@ -13,9 +13,10 @@ from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.losses.pairs import sample_blocks
 from megatron_fdd.teach.following import Following, add_stream_flags, following
+from megatron_fdd.teach.vllm.flags import ServerRequest, add_flags, server_request
 from megatron_fdd.teach.words import STORES, cut, teachers_of
 
-ENGINES = ("megatron", "transformers")
+ENGINES = ("megatron", "transformers", "vllm")
 DTYPES = ("bfloat16", "float32")
 # Flags of a training that a producer has no use for, and how many words stand behind each; None: up to the next flag.
 _NOT_HERE = {
@@ -38,10 +39,12 @@ _WRONG_HERE = {
     "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
 }
 _STUDENTS = "is the student's precision; leave it out, or give --teacher-fp8-format for a teacher in FP8"
-_QUANTISED = "leave it out: --engine transformers runs a quantised checkpoint as it is, and others in --dtype"
+_QUANTISED = "leave it out: this engine runs a quantised checkpoint as it is, and others in --dtype"
 _WRONG_BY_ENGINE = {
     "megatron": {"--fp8-format": _STUDENTS, "--fp8-recipe": _STUDENTS},
-    "transformers": {"--teacher-fp8-format": _QUANTISED, "--teacher-fp8-recipe": _QUANTISED},
+    **dict.fromkeys(
+        ("transformers", "vllm"), {"--teacher-fp8-format": _QUANTISED, "--teacher-fp8-recipe": _QUANTISED}
+    ),
 }
 # The training's own.
 _BATCH_SIZES = ("--global-batch-size", "--eval-global-batch-size")
@@ -61,7 +64,8 @@ class TeachRequest:
         dry_run: whether the work is only told.
         follow: the stream to work for; None: the training's data, all of them.
         log_folder: of the ranks' logs; None: a new one.
-        device_map, dtype: those of the engine `transformers`; dtype None: as the form asks.
+        device_map, dtype: those of the engine `transformers`; dtype None: as the form asks; dtype also of `vllm`.
+        server: that of the engine `vllm`; None: none is named.
         teachers: names of data sets and the stores of their teachers, where the training has several.
         flags: the training's, without those that a producer has no use for, or has read.
     """
@@ -80,6 +84,7 @@ class TeachRequest:
     device_map: str
     dtype: str | None
     teachers: tuple[tuple[str, str], ...]
+    server: ServerRequest | None
     flags: tuple[str, ...]
 
 
@@ -96,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
         type=_path,
         required=True,
         metavar="T",
-        help="its Megatron checkpoint; transformers: its Hugging Face folder",
+        help="its Megatron checkpoint; transformers, vllm: its Hugging Face folder",
     )
     made.add_argument(
         "--store", type=_path, required=True, metavar="S", help="folder of the store; made, or added to"
@@ -141,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
         help="where each rank's log goes (default: a new folder for temporary files)",
     )
     _add_transformers(made.add_argument_group("engine transformers"))
+    add_flags(made.add_argument_group("engine vllm (has never run against a real vLLM)"))
     return made
 
 
@@ -154,7 +160,7 @@ def _add_transformers(own: argparse._ArgumentGroup) -> None:
     own.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="what the teacher computes in (float32 with --form float32, else bfloat16)",
+        help="what the teacher computes in, engine vllm too (float32 with --form float32, else bfloat16)",
     )
 
 
@@ -203,6 +209,7 @@ def parse(words: Sequence[str]) -> TeachRequest:
         device_map=given.device_map,
         dtype=given.dtype,
         teachers=teachers_of(flags),
+        server=server_request(given),
         choice=tuple(cut(flags, dict.fromkeys(_CHOICE, 1))[1]),
         flags=tuple(cut(flags, _NOT_HERE | dict.fromkeys(_CHOICE, 1))[0]),
     )

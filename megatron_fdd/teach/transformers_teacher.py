@@ -32,11 +32,7 @@ class TransformersTeacher:
     unknown: frozenset[str] = UNKNOWN
 
     def __init__(self, request: TeachRequest) -> None:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError(
-                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: --engine transformers is one process: start it alone; "
-                "--device-map auto spreads the teacher over GPUs, and several producers share the work with --part I/N"
-            )
+        check_one_process("transformers", "--device-map auto spreads the teacher over GPUs")
         dtype = request.dtype or ("float32" if request.form == "float32" else "bfloat16")
         self._teacher = HfTeacher(request.teacher, dtype, _device_map(request.device_map))
         form: TapForm = request.form or FORM_OF[dtype]
@@ -63,6 +59,22 @@ class TransformersTeacher:
         check_teacher_ids(self.args, self.companions, num_ids, longest)
         identity = self._teacher.identity(model, parts, self.outline)
         return TransformersEngine(identity, model, parts, self._teacher.row_limits)
+
+
+def check_one_process(engine: str, instead: str) -> None:
+    """Refuse several processes for an engine of one.
+
+    Args:
+        instead: how it gets several GPUs.
+
+    Raises:
+        ValueError: torchrun started several.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: --engine {engine} is one process: start it alone; {instead}, and "
+            "several producers share the work with --part I/N"
+        )
 
 
 def _device_map(text: str) -> str | dict[str, str | int]:

@@ -125,14 +125,12 @@ def trained(*commands: Sequence[str], **options: Any) -> list[list[Ending]]:
 
 def teach_by_transformers(*words: object) -> subprocess.CompletedProcess[str]:
     """Run `fdd teach --engine transformers` in a process of its own, which rehearses nothing."""
-    command = [
-        forked_python.python(),
-        "-m",
-        "megatron_fdd.teach",
-        "--engine",
-        "transformers",
-        *map(str, words),
-    ]
+    return teach("transformers", *words)
+
+
+def teach(engine: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run `fdd teach` with an engine of one process."""
+    command = [forked_python.python(), "-m", "megatron_fdd.teach", "--engine", engine, *map(str, words)]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "WORLD_SIZE": "1"}
     )

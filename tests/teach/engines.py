@@ -82,7 +82,7 @@ def plain_states(model: Any, ids: Ids) -> tuple[list[Tensor], Tensor]:
     logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
     for hook in hooks:
         hook.remove()
-    return [given[block][0] for block in range(1, LAYERS + 1)], logits
+    return [given[block][0] for block in range(1, len(layers) + 1)], logits
 
 
 def logits_of(lens: StoredLens, hidden_ST: Tensor) -> Tensor:

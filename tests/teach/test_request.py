@@ -111,7 +111,7 @@ REFUSED = {
     "--blocks=": "argument --blocks",
     "--blocks 12345678": "argument --blocks",
     "--form int4": "argument --form: invalid choice: 'int4'",
-    "--engine vllm": "argument --engine: invalid choice: 'vllm'",
+    "--engine sglang": "argument --engine: invalid choice: 'sglang'",
     "--batch-tokens 0": "--batch-tokens 0: must be at least 1",
     "--batch-tokens -5": "--batch-tokens -5: must be at least 1",
     "--batch-tokens many": "argument --batch-tokens: invalid int value",
@@ -161,7 +161,7 @@ WRONG_HERE = {
     },
     "transformers": {
         "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
-        "--teacher-fp8-format e4m3": "leave it out: --engine transformers runs a quantised checkpoint as it is",
+        "--teacher-fp8-format e4m3": "leave it out: this engine runs a quantised checkpoint as it is",
         "--teacher-fp8-recipe=mxfp8": "leave it out",
     },
 }
@@ -193,3 +193,29 @@ def test_torchrun_takes_no_flag_of_a_producer_for_its_own() -> None:
             if flag not in ("-h", "--help"):
                 given = get_args_parser().parse_args(["-m", "megatron_fdd.teach", flag, "x"])
                 assert given.training_script_args == [flag, "x"]
+
+
+def test_a_server_is_an_address_and_a_folder(tmp_path: Path) -> None:
+    vllm = ["--engine", "vllm", *OWN[2:], *TRAINING]
+    assert parse(vllm).server is None
+    server = parse([*vllm, "--url", "https://node7/api/v1/", "--hidden-states", str(tmp_path)]).server
+    assert server is not None
+    assert (server.url, server.folder, server.port) == ("https://node7/api", tmp_path, 443)
+
+
+WRONG_SERVERS = {
+    "--url http://node7:8000": "--url: give --hidden-states, the folder of its files, too",
+    "--hidden-states .": "--hidden-states: give --url, the server's address, too",
+    "--url node7:8000 --hidden-states .": "--url node7:8000: is no address of a server; give one such as",
+    "--url http://node7:x --hidden-states .": "--url http://node7:x: is no address",
+    "--url http:// --hidden-states .": "--url http://: is no address",
+    "--url http://node7 --hidden-states nowhere": "--hidden-states nowhere: there is no such folder here; give",
+    "--device-map cpu": "--device-map cpu: leave it out: with --engine vllm the layout is that of vLLM's own",
+    "--engine megatron --url http://node7": "--url: is for --engine vllm; leave it out with --engine megatron",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_SERVERS)
+def test_a_wrong_server_is_one_line_with_the_flag(flags: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(WRONG_SERVERS[flags])):
+        parse(["--engine", "vllm", *OWN[2:], *TRAINING, *flags.split()])

@@ -27,9 +27,10 @@ class StoreIdentity:
     """The identity of a store. Two producers of one store have the same one.
 
     Attributes:
-        engine: what ran the teacher: "megatron" or "transformers".
+        engine: what ran the teacher: "megatron", "transformers" or "vllm".
         teacher: its name, for people; a moved folder is the same teacher, so that it is not compared.
-        weights: hash of all weights: each engine has its own, which does not depend on files and layout.
+        weights: hash of all weights (vllm: of a part of each): each engine has its own, which does not depend on files
+            and layout.
         final_norm: SHA-256 of the final norm's weight in float32, as a lens file has it.
         architecture: hash of the teacher's configuration.
         num_layers, hidden_size: of the teacher.

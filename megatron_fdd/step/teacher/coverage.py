@@ -63,7 +63,7 @@ def _check_units(units: RunUnits, sources: Sequence[Source], named: NamedStore) 
     (ids,) = read_ids(sources, [first])
     tokens = int((missing["last"] - missing["first"]).sum(dtype=np.int64))
     identity = store.identity
-    dtype = f" --dtype {identity.ran['dtype']}" if identity.engine == "transformers" else ""
+    dtype = f" --dtype {identity.ran['dtype']}" if identity.engine != "megatron" else ""
     raise ValueError(
         f"--fdd-teacher-store {store.path}: lacks {len(missing)} units of this run's data{_of(named)}, {tokens} "
         f"tokens; the first: {whereabouts(sources[first.dataset], first)}, ids {ids[:6].tolist()}. Add them with fdd "

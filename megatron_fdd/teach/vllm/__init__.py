@@ -1,0 +1,1 @@
+"""The engine `vllm`: a teacher that vLLM runs, of which nothing is believed that was not compared."""
