@@ -30,7 +30,7 @@ from benchmarks.measure import RESULTS, origin
 ROOT = Path(__file__).parents[1]
 SEPARATOR = "<|endoftext|>"
 NEW_TOKENS, PROMPT_TOKENS = 64, 128
-SIZE = {"rounds": 3, "steps": 50, "batch": 16, "warm_up_steps": 200, "held_out": 200, "lr": "1e-3"}
+SIZE = {"rounds": 3, "steps": 50, "batch": 8, "warm_up_steps": 200, "held_out": 200, "lr": "1e-3"}
 SMOKE = {"rounds": 1, "steps": 1, "batch": 4, "warm_up_steps": 1, "held_out": 4, "lr": "1e-3"}
 
 
@@ -152,7 +152,10 @@ def main(argv: Sequence[str]) -> int:
         ]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     warm_up = size | {"rounds": 1, "steps": size["warm_up_steps"]}
-    start = run(folder / "start", teacher, cut, prompts, warm_up, OWN_FRACTION=0, SEED=0) / "student-1/hf"
+    start = (
+        run(folder / "start", teacher, cut, prompts, warm_up, OWN_FRACTION=0, SEED=100, MEASURE=0)
+        / "student-1/hf"
+    )
 
     def one(seed: int, fraction: int) -> Path:
         work = folder / f"{'own' if fraction else 'given'}-{seed}"

@@ -70,6 +70,7 @@ case $GENERATE-$TEMPLATE in
 transformers-chat | transformers-alpaca | transformers-none | vllm-chat | vllm-alpaca | vllm-none) ;;
 *) echo "error: GENERATE=$GENERATE TEMPLATE=$TEMPLATE: transformers or vllm; chat, alpaca or none" >&2 && exit 2 ;;
 esac
+((SEED > 0)) || { echo "error: SEED=$SEED: at least 1" >&2 && exit 2; }
 [[ -n $TEACH_FLAGS ]] || TEACH_FLAGS="--engine transformers --teacher $TEACHER_HF"
 # shellcheck disable=SC2034  # read by name below
 PROMPTS_SUM=$(cksum <"$PROMPTS")
