@@ -143,11 +143,11 @@ def divided(records: Sequence[Record], held_out: int, seed: int) -> tuple[list[R
     return order[held_out:], order[:held_out]
 
 
-def counted(wheres: Sequence[str], what: str) -> Iterator[str]:
+def counted(what: str, wheres: Sequence[str]) -> Iterator[str]:
     """Yield a line for records that are not used as they came, if there are any: their number and the first three."""
     if wheres:
         more = ", ..." if len(wheres) > 3 else ""
-        yield f"{len(wheres)} {what} ({', '.join(wheres[:3])}{more})"
+        yield f"{what}: {len(wheres)} ({', '.join(wheres[:3])}{more})"
 
 
 def write_lines(path: Path, records: Sequence[Record]) -> None:
@@ -191,8 +191,8 @@ def run(given: argparse.Namespace) -> None:
     longest = given.seq_length - given.max_new_tokens
     counts = token_counts(records, given.template, given.hf_model, given.chat_template_kwargs)
     too_long = [where for (where, _), count in zip(placed, counts, strict=True) if count > longest]
-    room = f"prompts leave less than {given.max_new_tokens} of {given.seq_length} tokens for an answer and are left out"
-    for line in (*counted(repeats, "prompts came before and are taken once"), *counted(too_long, room)):
+    room = f"prompts that leave less than {given.max_new_tokens} of {given.seq_length} tokens for an answer, left out"
+    for line in (*counted("prompts that came before, taken once", repeats), *counted(room, too_long)):
         print(line)
     fitting = [record for record, count in zip(records, counts, strict=True) if count <= longest]
     train, held_out = divided(fitting, given.held_out, given.seed)

@@ -94,9 +94,10 @@ def run_mix(given: argparse.Namespace) -> None:
             "look at the template of the prompts (TEMPLATE) and at the student"
         )
     others = read_lines(given.given) if given.given else []
-    wheres = [f"{given.own}:{number + 1}" for number in empty]
-    done = f"{len(empty) - left_out} have the given one in their place, {left_out} are left out"
-    print(*counted(wheres, f"answers end at once: {done}"), sep="\n", end="\n" if empty else "")
+    wheres = [f"{given.own}, line {number + 1}" for number in empty]
+    done = f"{len(empty) - left_out} with the given one in their place, {left_out} left out"
+    for line in counted(f"answers that end at once, {done}", wheres):
+        print(line)
     write_lines(given.out, [*mixed, *others])
     print(f"{len(own) - len(empty)} answers of the student, {len(mixed) + len(others)} records in all")
 

@@ -79,9 +79,9 @@ def test_a_prompt_may_come_in_any_layout_and_without_its_answer(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text": "q"}, r"p.jsonl:1: has the fields \['text'\], which hold no prompt"),
-        ({"messages": ANSWERED[1:] * 2 + ANSWERED[2:]}, r"p.jsonl:1: its turns are \['user', 'assistant', 'user', 'a"),
-        ({"messages": CHAT, "enable_thinking": True}, "p.jsonl:1: has tools, reasoning or switches"),
+        ({"text": "q"}, r"p.jsonl, line 1: has the fields \['text'\], which hold no prompt"),
+        ({"messages": ANSWERED[1:] * 2 + ANSWERED[2:]}, r"p.jsonl, line 1: its turns are \['user', 'assistant', 'us"),
+        ({"messages": CHAT, "enable_thinking": True}, "p.jsonl, line 1: has tools, reasoning or switches"),
     ],
 )  # fmt: skip
 def test_a_record_without_a_prompt_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_prompts_are_counted_and_divided(
     status, out, _ = run(prompts, given, monkeypatch, capsys)
     assert (status, out) == (
         0,
-        f"1 prompts came before and are taken once ({file}:9)\n"
-        f"1 prompts leave less than 6 of 30 tokens for an answer and are left out ({file}:10)\n"
+        f"prompts that came before, taken once: 1 ({file}, line 9)\n"
+        f"prompts that leave less than 6 of 30 tokens for an answer, left out: 1 ({file}, line 10)\n"
         "5 prompts to train on, 3 held out\n",
     )
     train, held_out = (read(tmp_path / f"out/{name}.jsonl") for name in ("train", "held-out"))
@@ -180,7 +180,8 @@ def test_an_answer_that_ends_at_once_gives_way_to_the_given_one(
     status, out, _ = run(rounds, [*words, "--given", given], monkeypatch, capsys)
     assert status == 0
     assert out == (
-        f"2 answers end at once: 1 have the given one in their place, 1 are left out ({own}:2, {own}:3)\n"
+        "answers that end at once, 1 with the given one in their place, 1 left out: 2 "
+        f"({own}, line 2, {own}, line 3)\n"
         "1 answers of the student, 3 records in all\n"
     )
     assert read(tmp_path / "text.jsonl") == [
@@ -232,7 +233,10 @@ def test_vllm_gets_token_ids_and_goes_on_where_it_was(
 
         def generate(self, batch: list[dict[str, Any]], parameters: list[SimpleNamespace]) -> list[Any]:
             asked.extend(zip((each["prompt_token_ids"] for each in batch), parameters, strict=True))
-            return [SimpleNamespace(outputs=[SimpleNamespace(text=f" {len(each)}")]) for each in batch]
+            return [
+                SimpleNamespace(outputs=[SimpleNamespace(text=f" {len(each['prompt_token_ids'])}")])
+                for each in batch
+            ]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
     file = write(tmp_path / "own.jsonl", *({"prompt": "fox " * n, "response": ""} for n in (1, 2, 3)))
@@ -250,8 +254,8 @@ def test_vllm_gets_token_ids_and_goes_on_where_it_was(
     words += ["--engine-args", '{"tensor_parallel_size": 2}']
     assert run(vllm_answers, words, monkeypatch, capsys)[0] == 0
     lines = read(tmp_path / "own/answers/prompts.seed7.jsonl")
-    assert [(line["number"], line["answer"]) for line in lines[1:]] == [(0, "1"), (1, "2"), (2, "3")]
-    assert [len(ids) for ids, _ in asked] == [3, 2, 1]
+    assert [(line["number"], line["answer"]) for line in lines[1:]] == [(0, "2"), (1, "3"), (2, "4")]
+    assert [len(ids) for ids, _ in asked] == [4, 3, 2]
     expected = {"temperature": 0.5, "top_p": 1.0, "max_tokens": 5, "seed": example_seed(7, 2) % 2**31}
     assert vars(asked[0][1]) == expected
     assert run(vllm_answers, words, monkeypatch, capsys)[0] == 0
