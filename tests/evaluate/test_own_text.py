@@ -92,17 +92,17 @@ def test_a_record_without_a_prompt_is_refused(fields: dict[str, Any], message: s
 def test_prompts_are_counted_and_divided(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nine prompts: one twice, one too long, three held out."""
+    """Nine prompts: one twice, one too long, the longest other one just fits, three held out."""
     records = [{"prompt": "the quick " * number, "response": "fox"} for number in range(1, 9)]
     file = write(tmp_path / "p.jsonl", *records, records[2] | {"response": "dog"}, {"prompt": "fox " * 40})
     words = ["--input", file, "--hf-model", model, "--template", "none", "--max-new-tokens", 6, "--seed", 1]
-    words += ["--seq-length", 30, "--out", tmp_path / "out"]
+    words += ["--seq-length", 23, "--out", tmp_path / "out"]
     given = [*words, "--held-out", 3, "--own-fraction", 1]
     status, out, _ = run(prompts, given, monkeypatch, capsys)
     assert (status, out) == (
         0,
         f"prompts that came before, taken once: 1 ({file}, line 9)\n"
-        f"prompts that leave less than 6 of 30 tokens for an answer, left out: 1 ({file}, line 10)\n"
+        f"prompts that leave less than 6 of 23 tokens for an answer, left out: 1 ({file}, line 10)\n"
         "5 prompts to train on, 3 held out\n",
     )
     train, held_out = (read(tmp_path / f"out/{name}.jsonl") for name in ("train", "held-out"))
@@ -198,7 +198,7 @@ def test_an_answer_that_ends_at_once_gives_way_to_the_given_one(
 
 
 def test_kl_is_the_mean_over_what_is_learned(model: Path, tmp_path: Path) -> None:
-    """Of samples alone, in float64, without a batch."""
+    """The reference reads each sample alone, in float64."""
     other = make_llama(tmp_path / "other", num_hidden_layers=2)
     teacher, student = (Placement("cpu", "float32").load(folder) for folder in (model, other))
     rng = np.random.default_rng(0)
