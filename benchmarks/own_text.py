@@ -5,7 +5,7 @@
 The teacher is a small Llama (benchmarks/LOG.md: stories260K of karpathy/tinyllamas, 5 layers), the stories are a text
 with a line <|endoftext|> between them. A prompt is a story's first paragraph, the given answer its next 64 tokens at
 most. Three of the teacher's layers first learn on given text; then examples/on-policy/run.sh trains this student for
-three rounds, once with OWN_FRACTION=1 and once with 0, with each seed: same prompts, steps and records. A seed draws
+three rounds with OWN_FRACTION 1, 0.5 and 0, with each seed: same prompts, steps and records. A seed draws
 which prompts are held out, the order of the others, and the student's answers. An interrupted run goes on where it was.
 """
 
@@ -30,6 +30,8 @@ from benchmarks.measure import RESULTS, origin
 ROOT = Path(__file__).parents[1]
 SEPARATOR = "<|endoftext|>"
 NEW_TOKENS, PROMPT_TOKENS = 64, 128
+# Of a round's records with the student's own answers, and the name of such a run.
+FRACTIONS = {1.0: "own", 0.5: "half", 0.0: "given"}
 SIZE = {"rounds": 3, "steps": 50, "batch": 8, "warm_up_steps": 200, "held_out": 200, "lr": "1e-3"}
 SMOKE = {"rounds": 1, "steps": 1, "batch": 4, "warm_up_steps": 1, "held_out": 4, "lr": "1e-3"}
 
@@ -118,10 +120,11 @@ def learned_tokens(work: Path, rounds: int) -> int:
 
 
 def compare(own: Sequence[float], given: Sequence[float]) -> str:
-    """Say what the seeds say."""
+    """Return the difference of two kinds of runs in words, seed by seed."""
     differences = [one - other for one, other in zip(own, given, strict=True)]
     lower = sum(difference < 0 for difference in differences)
-    return f"own less given: mean {statistics.mean(differences):+.4f}; lower with {lower} of {len(differences)} seeds"
+    mean = statistics.mean(differences)
+    return f"less the one of given text: mean {mean:+.4f}, lower with {lower} of {len(differences)} seeds"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -157,28 +160,29 @@ def main(argv: Sequence[str]) -> int:
         / "student-1/hf"
     )
 
-    def one(seed: int, fraction: int) -> Path:
-        work = folder / f"{'own' if fraction else 'given'}-{seed}"
-        return run(work, teacher, start, prompts, size, OWN_FRACTION=fraction, SEED=seed)
+    def one(seed: int, fraction: float) -> Path:
+        work = folder / f"{FRACTIONS[fraction]}-{seed}"
+        return run(work, teacher, start, prompts, size, OWN_FRACTION=f"{fraction:g}", SEED=seed)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        tasks = [(seed, fraction) for seed in args.seeds for fraction in (1, 0)]
+        tasks = [(seed, fraction) for seed in args.seeds for fraction in FRACTIONS]
         works = dict(zip(tasks, pool.map(lambda task: one(*task), tasks), strict=True))
     print(
         f"{count} prompts. KL to the teacher, nats a token, on own text of the prompts held out (on given text):"
     )
-    final: dict[int, list[float]] = {1: [], 0: []}
+    last: dict[float, list[float]] = {fraction: [] for fraction in FRACTIONS}
     for (seed, fraction), work in works.items():
-        each = [measured(work, number) for number in range(size["rounds"] + 1)]
+        found = [measured(work, number) for number in range(size["rounds"] + 1)]
+        kls = [(each["own"]["kl"], each["given"]["kl"]) for each in found]
         tokens = learned_tokens(work, size["rounds"])
-        kls = [(found["own"]["kl"], found["given"]["kl"]) for found in each]
         shown = "  ".join(f"{own:.4f} ({other:.4f})" for own, other in kls)
-        print(f"seed {seed}, {'own' if fraction else 'given'} text, {tokens} tokens learned: {shown}")
-        final[fraction].append(kls[-1][0])
+        print(f"seed {seed}, {FRACTIONS[fraction]:>5} text, {tokens} tokens learned: {shown}")
+        last[fraction].append(kls[-1][0])
         case = {"seed": seed, "own_fraction": fraction, "learned_tokens": tokens, "kl_own_and_given": kls}
         if not args.smoke:
             lines.write(RESULTS, "benchmark", {**origin(), "benchmark": "own text", "size": size, **case})
-    print(compare(final[1], final[0]))
+    for fraction in (1.0, 0.5):
+        print(f"{FRACTIONS[fraction]}: {compare(last[fraction], last[0.0])}")
     return 0
 
 
