@@ -30,7 +30,7 @@ from benchmarks.measure import RESULTS, origin
 ROOT = Path(__file__).parents[1]
 SEPARATOR = "<|endoftext|>"
 NEW_TOKENS, PROMPT_TOKENS = 64, 128
-# Of a round's records with the student's own answers, and the name of such a run.
+# The share of a round's records that have the student's own answers, and the name of such a run.
 FRACTIONS = {1.0: "own", 0.5: "half", 0.0: "given"}
 SIZE = {"rounds": 3, "steps": 50, "batch": 8, "warm_up_steps": 200, "held_out": 200, "lr": "1e-3"}
 SMOKE = {"rounds": 1, "steps": 1, "batch": 4, "warm_up_steps": 1, "held_out": 4, "lr": "1e-3"}
