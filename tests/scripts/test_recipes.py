@@ -122,6 +122,38 @@ def test_tensor_parallel_qwen3(tmp_path: Path) -> None:
     check_second_run("qwen3-32b", tmp_path, SET_UP="0")
 
 
+def test_rounds_on_the_students_own_text(tmp_path: Path) -> None:
+    """Stopped after a step, gone on with, and a round added; half of the text is the student's."""
+    knobs = {"SET_UP": "0", "OWN_FRACTION": "0.5", "SAVE_INTERVAL": "1", "ROUNDS": "1"}
+    stopped = run("on-policy", tmp_path, **knobs, STOP_FLAGS="--exit-interval 1")
+    assert stopped.returncode == 75, stopped.stdout[-3000:] + stopped.stderr[-3000:]
+    assert "stopped at step 1 of 2" in stopped.stdout
+    assert finished("on-policy", tmp_path, **knobs).count("done before") == 8
+    out = finished("on-policy", tmp_path, **knobs | {"ROUNDS": "2"})
+    assert [record["iteration"] for record in records_of(tmp_path, "training")] == [1, 2, 3, 4]
+    rows = (tmp_path / "own-text.md").read_text().splitlines()[2:]
+    assert [row.split(" |")[0] for row in rows] == ["| start", "| after round 1", "| after round 2"]
+    assert len({row.split(" | ")[1] for row in rows}) == 3
+    assert "\n".join(rows) in out
+    first, second = (
+        [json.loads(line) for line in (tmp_path / f"round-{number}/answers/text.jsonl").open()]
+        for number in (1, 2)
+    )
+    given = [json.loads(line) for line in (tmp_path / "prompts/train.jsonl").open()]
+    assert [sum(record in given for record in records) for records in (first, second)] == [4, 4]
+    assert first != second
+    before, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "student-1/hf", tmp_path / "student-2/hf")
+    )
+    assert any(not before[key].equal(after[key]) for key in before)
+    check_second_run("on-policy", tmp_path, **knobs | {"ROUNDS": "2"})
+    for changed in ({"STEPS": "3"}, {"OWN_FRACTION": "1"}, {"GENERATE": "sglang"}):
+        refused = run("on-policy", tmp_path, **knobs | changed)
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+
+
 SRUN = """\
 #!/usr/bin/env bash
 # Every node is this machine.
