@@ -29,7 +29,9 @@ from megatron_fdd.data.stream.claims import owner_of
 from megatron_fdd.data.stream.folder import ReplicaFolder, producers
 
 FDD = [sys.executable, "-c", "from megatron_fdd.cli import main; main()"]
-LENGTH, ROWS, WARM_UP = 64, 8, 5
+LENGTH, ROWS = 64, 8
+# Micro-batches of the window, and steps after which what was made before the first one is used up.
+WINDOW, WARM_UP = 12, 15
 GOAL_WAIT, GOAL_RATE, GOAL_TAKEOVER_S = 0.01, 0.05, 90.0
 
 
@@ -157,7 +159,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--toy", type=Path, required=True, help="folder with small models and their text")
-    parser.add_argument("--steps", type=int, default=60, help="of a training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="of a training (%(default)s)")
     args = parser.parse_args()
     toy, folder = args.toy.absolute(), Path(tempfile.mkdtemp())
     finished = folder / "finished"
@@ -176,7 +178,7 @@ def main() -> int:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     identity = Store.open(finished, "finished").identity
     segment = ROWS * LENGTH * identity.token_bytes * len(identity.blocks)
-    window = 12 * segment
+    window = WINDOW * segment
     found: dict[str, Any] = {"a micro-batch's bytes": segment}
     fast = found["fast"] = measure(
         toy, finished, folder / "fast", steps=args.steps, rates=[None, None], window=window
