@@ -12,6 +12,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from megatron_fdd.data.checks import check_data_args
+from megatron_fdd.data.flags import is_of_the_data
 from megatron_fdd.data.full_validation import check_full_validation
 from megatron_fdd.data.index_cache import mend_cache
 from megatron_fdd.data.pairing import check_checkpoint_tokenizer, ids_of_tokenizer
@@ -26,24 +27,6 @@ from megatron_fdd.plan.megatron_errors import megatrons_errors
 from megatron_fdd.plan.numbers import refuse_missing
 from megatron_fdd.plan.teacher_store import check_attention
 
-# What decides which text a training reads. All else that its command says is about the student and its layout.
-_OF_THE_DATA = frozenset(
-    (
-        *("seed", "seq_length", "train_iters", "train_samples", "skip_train", "phase_transition_iterations"),
-        *("eval_iters", "eval_interval", "start_eval_at_iter", "full_validation", "multiple_validation_sets"),
-        *("validation_set_names",),
-        *("global_batch_size", "eval_global_batch_size", "dataloader_type", "mock_data", "fim_data", "sft"),
-        *("data_path", "split", "train_data_path", "valid_data_path", "test_data_path"),
-        *("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path", "data_cache_path"),
-        *("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap", "mmap_bin_files"),
-        *("num_dataset_builder_threads", "object_storage_cache_path", "mid_level_dataset_surplus"),
-        *("dataloader_inter_document_masking", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
-        *("allow_ambiguous_pad_tokens", "vocab_size", "vocab_file", "merge_file", "vocab_extra_ids"),
-        *("metadata_path", "special_tokens", "chat_template", "pad_vocab_size"),
-    )
-)
-# With these beginnings too.
-_PREFIXES = ("tokenizer_", "tiktoken_", "null_tokenizer_", "fdd_")
 # A model that Megatron accepts, and nobody builds.
 _NO_MODEL: dict[str, object] = {
     **dict.fromkeys(("num_layers", "num_attention_heads", "micro_batch_size", "eval_micro_batch_size"), 1),
@@ -68,7 +51,7 @@ def data_arguments(flags: Sequence[str], companions: Path) -> argparse.Namespace
     import_plugins(named_plugins(flags))
     args, defaults = parse_command_line()
     for name in defaults:
-        if name not in _OF_THE_DATA and not name.startswith(_PREFIXES):
+        if not (is_of_the_data(name) or name.startswith("fdd_")):
             setattr(args, name, defaults[name])
     vars(args).update(_NO_MODEL, max_position_embeddings=args.seq_length)
     refuse_missing(args)

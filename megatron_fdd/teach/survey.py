@@ -76,7 +76,9 @@ def _opened(request: TeachRequest, teacher: PreparedTeacher) -> Store | None:
     if not (request.store / STORE_FILE).exists():
         return None
     check_same(request.store, teacher.outline, teacher.unknown)
-    return Store.open(request.store, "--store")
+    store = Store.open(request.store, "--store")
+    store.check_segments()
+    return store
 
 
 def _say_run(units: RunUnits, *, is_cut: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -116,7 +118,9 @@ def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
         teach(toy, tmp_path / "fp8", "--teacher-fp8-format", "e4m3"),
     )
     assert_refused(
-        longer, r"lacks 16 units .*, 256 tokens; the first: training sample 24, .*\(document \d+ of"
+        longer,
+        r"lacks 16 units .*, 256 tokens; the first: training sample 24, .*\(document \d+ of",
+        most=2000,  # with a whole command
     )
     assert_refused(in_int8, "has hidden states in float32, which are read as they are; leave it out")
     assert_refused(in_fp8, "--teacher-fp8-format: a rehearsal on CPUs has no FP8, and the store would hold")
@@ -126,6 +130,25 @@ def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
     assert "loading the teacher" not in other_form[0].out
     assert_refused(two_teachers, "a run has one teacher; leave one out")
     assert_refused(masked, "--reset-attention-mask with --fdd-teacher-store")
+
+
+@pytest.mark.tier("all")
+def test_the_command_that_a_refusal_names_adds_what_is_missing(toy: Toys, tmp_path: Path) -> None:
+    """And a segment that is cut off behind the index's back is found before the first step."""
+    store, metrics = tmp_path / "the store", tmp_path / "metrics.jsonl"
+    longer = stored_run(toy, store, metrics, "--train-iters", 5)
+    _, refused = run(teach(toy, store, "--bf16", "--form", "int8"), longer, ranks=1)
+    command = shlex.split(refused[0].err.strip().partition("in the teacher's layout: ")[2])
+    assert command[:2] == ["fdd", "teach"]
+    assert "--bf16" in command
+    trained(command[1:], longer, ranks=1)
+    segment = next((store / "segments").glob("*/*.safetensors"))
+    os.truncate(segment, segment.stat().st_size - 1)
+    records = read_metrics(metrics)
+    cut_off, not_taught = run(longer, command[1:], ranks=1)
+    assert read_metrics(metrics) == records
+    for endings in (cut_off, not_taught):
+        assert_refused(endings, rf"{segment.name}: has \d+ bytes and had \d+; run fdd store check")
 
 
 def full_disk(_: object) -> int:

@@ -99,8 +99,6 @@ class SegmentFile:
             raise unreadable(path, error) from error
         if (size := os.fstat(self._descriptor).st_size) != wanted:
             raise ValueError(f"{path}: has {size} bytes and had {wanted}; run {REPAIR}")
-        # Ids and sums lie before the states.
-        self.announce(0, self.states)
         # An index's cache knows nothing of a file that came in the place of another one.
         if not self.read(8 + len(start), 0).endswith(start):
             read_layout(path, digest)  # says of which other store or version it is

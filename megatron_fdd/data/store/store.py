@@ -7,6 +7,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from megatron_fdd.data.store.unit import unit_key
 
 # How many segments a thread holds open.
 _MOST_OPEN = 64
+# How many segments are opened at once, to look at them.
+_THREADS = 16
 
 Ids = NDArray[np.int32]
 
@@ -85,6 +88,16 @@ class Store:
     def save_index(self) -> None:
         """Write the index's cache, with which the store opens at once. ValueError if the disk cannot take it."""
         write_index(self.path, self.identity.digest, self.index)
+
+    def check_segments(self) -> None:
+        """Refuse a segment that changed behind the index's cache: each is opened, and its size and header compared.
+
+        Raises:
+            ValueError: it is gone, of another size, or of another store or version.
+        """
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for _ in threads.map(self._opened, range(len(self.index.names))):
+                pass
 
     def read(self, ids: Ids, block_numbers: Sequence[int], first: int, last: int) -> Bytes:
         """Read the packed hidden states of a unit's tokens [first, last): uint8 [blocks, last - first, P].
@@ -155,11 +168,15 @@ class Store:
         if segment in files:
             files.move_to_end(segment)
             return files[segment]
-        path, layout = self._place(self.path, self.index.names[segment]), self.index.layouts[segment]
-        file = files[segment] = SegmentFile(path, layout.tolist(), self._start, self.identity.digest)
+        file = files[segment] = self._opened(segment)
+        file.announce(0, file.states)  # ids and sums
         if len(files) > _MOST_OPEN:
             files.popitem(last=False)
         return file
+
+    def _opened(self, segment: int) -> SegmentFile:
+        path, layout = self._place(self.path, self.index.names[segment]), self.index.layouts[segment]
+        return SegmentFile(path, layout.tolist(), self._start, self.identity.digest)
 
 
 def _shown(ids: Ids) -> str:
