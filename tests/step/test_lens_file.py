@@ -56,9 +56,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("teacher", "blocks", "message"),
     [
-        (replace(TEACHER, num_layers=8), {2}, "its num_layers is 6, that of --teacher-load 8"),
-        (replace(TEACHER, hidden_size=8), {2}, "its hidden_size is 4, that of --teacher-load 8"),
-        (replace(TEACHER, final_norm="cd" * 32), {2}, "its final_norm is abababababab..., that of"),
+        (replace(TEACHER, num_layers=8), {2}, "its num_layers is 6, and that of this run's teacher 8"),
+        (replace(TEACHER, hidden_size=8), {2}, "its hidden_size is 4, and that of this run's teacher 8"),
+        (replace(TEACHER, final_norm="cd" * 32), {2}, "its final_norm is abababababab..., and that of"),
         (TEACHER, {2, 3, 5}, "no tensors for the teacher's blocks [3, 5], only for [2, 4]"),
     ],
 )
