@@ -80,7 +80,7 @@ class Exchange:
     """A student, the model whose vocabulary it gets, and its training.
 
     Attributes:
-        rate: learning rate of both trainings; 0: no training.
+        rates: learning rates of the distillation and of the control; none: no training.
         batch: sequences a step.
         lengths: tokens of a sequence with the new and with the own vocabulary, about the same bytes.
     """
@@ -88,7 +88,7 @@ class Exchange:
     name: str
     student: Path
     teacher: Path
-    rate: float = 0
+    rates: tuple[float, float] | None = None
     batch: int = 0
     lengths: tuple[int, int] = (0, 0)
 
@@ -183,20 +183,14 @@ def exchange(case: Exchange, args: argparse.Namespace) -> None:
     for name, make in others:
         models[name] = work / name
         write_first_rows(case.student, swapped, vocabulary, make, models[name])
-    if case.rate and args.steps:
-        same = [
-            "--lr",
-            str(case.rate),
-            "--micro-batch-size",
-            str(case.batch),
-            "--global-batch-size",
-            str(case.batch),
-        ]
+    if case.rates and args.steps:
+        batch = ["--micro-batch-size", str(case.batch), "--global-batch-size", str(case.batch)]
+        rates, lengths = [["--lr", str(rate)] for rate in case.rates], map(str, case.lengths)
+        each = [[*batch, *rate, "--seq-length", length] for rate, length in zip(rates, lengths, strict=True)]
         for start in args.trained:
-            flags = [*same, "--seq-length", str(case.lengths[0])]
-            out = train(work / f"distilled {start}", models[start], case.teacher, args.train, args, flags)
+            out = train(work / f"distilled {start}", models[start], case.teacher, args.train, args, each[0])
             models[f"{start}, {args.steps} steps of distillation"] = out
-        flags = [*same, "--seq-length", str(case.lengths[1]), "--fdd-kd-weight", "0"]
+        flags = [*each[1], "--fdd-kd-weight", "0"]
         out = train(work / "control", case.student, case.student, args.train, args, flags)
         models[f"own vocabulary, {args.steps} steps"] = out
         models["teacher"] = case.teacher
@@ -241,8 +235,8 @@ def main() -> int:
         path.write_text("".join(json.dumps({"text": story}) + "\n" for story in part))
     args.test = read_texts(test)
     cases = [
-        Exchange("stories260K with SmolLM2's", args.stories, args.smol, 1e-2, 2, (128, 256)),
-        Exchange("SmolLM2 with stories260K's", args.smol, args.stories, 1e-4, 1, (128, 64)),
+        Exchange("stories260K with SmolLM2's", args.stories, args.smol, (1e-2, 1e-3), 2, (128, 256)),
+        Exchange("SmolLM2 with stories260K's", args.smol, args.stories, (1e-4, 1e-4), 1, (128, 64)),
         Exchange("SmolLM2 with GPT-2's", args.smol, args.gpt2),
         Exchange("stories260K with GPT-2's", args.stories, args.gpt2),
     ]
