@@ -62,11 +62,17 @@ def train(toy: Path, store: Path, steps: int, metrics: Path, *more: str) -> list
 
 
 class Watcher(threading.Thread):
-    """What the files of answers take, looked at again and again."""
+    """What the files of answers take, and when steps end, looked at again and again.
 
-    def __init__(self, stream: Path) -> None:
+    Attributes:
+        most: bytes.
+        ended_s: when the n-th step had written its metrics.
+    """
+
+    def __init__(self, stream: Path, metrics: Path) -> None:
         super().__init__(daemon=True)
-        self.stream, self.most = stream, 0
+        self.stream, self.metrics, self.most = stream, metrics, 0
+        self.ended_s: dict[int, float] = {}
         self.start()
 
     def run(self) -> None:
@@ -79,6 +85,8 @@ class Watcher(threading.Thread):
                 except FileNotFoundError:
                     continue
             self.most = max(self.most, size)
+            if self.metrics.exists():
+                self.ended_s.setdefault(self.metrics.read_bytes().count(b"\n"), time.monotonic())
             time.sleep(0.01)
 
 
@@ -100,7 +108,7 @@ def measure(
     running = [started_producer(finished, stream, window, rate) for rate in rates]
     while len(producers(stream)) < len(rates):
         time.sleep(0.1)
-    watcher = Watcher(stream)
+    watcher = Watcher(stream, metrics)
     command = train(toy, stream, steps, metrics, "--fdd-teacher-follow")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     for each in running:
@@ -108,13 +116,14 @@ def measure(
     records = [json.loads(line) for line in metrics.read_text().splitlines()][WARM_UP:]
     seconds = [record["seconds"] for record in records]
     waits = [record["data_seconds"] for record in records]
+    first, last = (pick(each for each in watcher.ended_s if each >= WARM_UP) for pick in (min, max))
     return {
         "step, median s": statistics.median(seconds),
         "wait, part of a step": sum(waits) / sum(seconds),
         "wait, median part": statistics.median(
             wait / all_ for wait, all_ in zip(waits, seconds, strict=True)
         ),
-        "tokens/s": len(records) * ROWS * LENGTH / sum(seconds),
+        "tokens/s": (last - first) * ROWS * LENGTH / (watcher.ended_s[last] - watcher.ended_s[first]),
         "window": window,
         "most bytes": watcher.most,
     }
