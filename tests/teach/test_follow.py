@@ -83,8 +83,7 @@ def test_it_answers_until_the_training_has_ended(tmp_path: Path, capsys: pytest.
         for number in range(3):
             assert_reads(reader(folder), batch(number))
         until(lambda: not folder.listing().claims)
-        [found] = producers(tmp_path).values()
-        assert found["answered"] == 3
+        until(lambda: [found["answered"] for found in producers(tmp_path).values()] == [3])
         sign.close(state="ended")
     assert raised == []
     assert folder.listing().asks == producers(tmp_path) == {}
