@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import forked_python
+from tests.harness.rank_process import note
 from tests.harness.ranks import IMAGE, Layout, clean_megatron, run_on_ranks
 
 # Batch, schedule and optimizer of every toy run; a later flag overrides an earlier one.
@@ -49,17 +49,6 @@ class Patch:
     replacement: Any
 
 
-def meet() -> None:
-    """Wait for all ranks by way of the store.
-
-    gloo's barrier has hung where a quicker rank was closing its groups meanwhile.
-    """
-    store, size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-    arrived = store.add("meetings", 1)
-    while store.add("meetings", 0) < -(-arrived // size) * size:
-        time.sleep(0.002)
-
-
 def run_commands(
     commands: Sequence[Sequence[str]],
     patches: Sequence[Patch] = (),
@@ -69,14 +58,15 @@ def run_commands(
     endings = []
     for index, command in enumerate(commands):
         if index:
-            meet()
+            dist.barrier()
             clean_megatron()
-            meet()
         torch.manual_seed(0)
         with contextlib.ExitStack() as stack, patch.dict(os.environ, environment or {}):
             for each in patches:
                 stack.enter_context(patch(f"{each.module}.{each.attribute}", each.replacement))
             endings.append(call_main(command))
+        if endings[-1].status:
+            note(f"ended its command {index} with status {endings[-1].status}: {endings[-1].err[-2000:]}")
     return endings
 
 

@@ -77,6 +77,6 @@ def test_a_save_in_the_background_has_sums_and_the_next_run_compares_them(toy: T
     for iteration in (2, 4):
         sums = json.loads((tmp_path / f"iter_{iteration:07d}" / SUMS_FILE).read_text())["files"]
         assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= set(sums)
-    assert "GB of checkpoints are right" in second[0].out
+    assert "B of checkpoints are right" in second[0].out
     assert [record["iteration"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [int(step) for step in re.findall(r" iteration +(\d+)/", second[1].out)] == [3, 4]

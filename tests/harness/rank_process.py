@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import pytest
 
@@ -86,8 +86,9 @@ class Outcome:
 
 def serve(rank: int, size: int, rendezvous: Path, stack_file: Path, pipe: Connection) -> None:
     """Live as one rank: join the others, then run each call until None or the end of the pipe."""
-    stack = stack_file.open("w")
-    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+    global _notes
+    _notes = stack_file.open("w")
+    faulthandler.register(signal.SIGUSR1, file=_notes, all_threads=False)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives the tests
     multiprocessing.set_start_method("fork", force=True)  # as under torchrun; here it was the pool's
     os.setsid()  # a rank ends with its data loaders and whatever else it started
@@ -103,6 +104,12 @@ def serve(rank: int, size: int, rendezvous: Path, stack_file: Path, pipe: Connec
     except EOFError:
         pass
     os._exit(0)  # neither gloo's threads nor exit handlers of half-finished runs are waited for
+
+
+def note(text: str) -> None:
+    """Keep a line that stands above this rank's stack if the call hangs: why this rank waits for the others."""
+    if _notes is not None:
+        print(text, file=_notes, flush=True)
 
 
 def _join(rank: int, size: int, rendezvous: Path) -> None:
@@ -128,6 +135,9 @@ def run_call(call: Call, rank: int) -> Outcome:
 
     environment = dict(os.environ)
     outcome = Outcome(rank, "passed")
+    if _notes is not None:
+        _notes.seek(0)
+        _notes.truncate()
     try:
         torch.manual_seed(0)
         random.seed(0)
@@ -175,6 +185,8 @@ def _enter_layout(layout: Layout) -> None:
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
 
+# On a rank: where its stack goes, and its notes.
+_notes: TextIO | None = None
 # On a rank: the parallel states of the last layouts, and the state in which the rank was born.
 _LAYOUTS: dict[Layout, dict[str, Any]] = {}
 _NO_LAYOUT: dict[str, Any] = {}

@@ -213,7 +213,9 @@ class Pool:
 
     def _stack(self, rank: int) -> str:
         deadline = time.monotonic() + GRACE_S
-        while not (stack := self._stack_files[rank].read_text()) and time.monotonic() < deadline:
+        while "most recent call" not in (stack := self._stack_files[rank].read_text()):
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.05)  # the rank writes it when it is scheduled
         return "\n".join(frame for frame in stack.splitlines() if "multiprocessing" not in frame)
 
