@@ -36,8 +36,8 @@ class NewVocabulary:
         """Compare two vocabularies.
 
         - A token of text is the old token of the same bytes, else the pieces into which the old model cuts its bytes.
-        - A special token is the old one of the same name, else that of the same role if no other new token is it
-          already, else the pieces of its name.
+        - A special token is the old special one of the same name, else that of the same role if no other new token is
+          it already, else an old token of text with its name, else the pieces of its name.
         - A row without a token, or with one that no text has (`TokenBytes.is_idle`), has no origin: a second row like
           that of a token in use would take half of its probability.
 
@@ -49,6 +49,7 @@ class NewVocabulary:
         for number in range(new.num_rows):
             same = _same(number, old, new)
             same = by_role.get(number) if same is None else same
+            same = _named(number, old, new) if same is None else same
             found = _pieces(number, old, new) if same is None else [same]
             origins.append([each for each in found if each < old.num_rows])
             is_kept.append(same is not None and len(origins[-1]) == 1)
@@ -94,12 +95,20 @@ class NewVocabulary:
 
 
 def _same(number: int, old: VocabularySource, new: VocabularySource) -> int | None:
-    """Return the old token with the same name, for a special one, or with the same bytes; None if there is none."""
+    """Return the old special token of the same name, or for one of text the same bytes; None if there is none."""
     if number in new.tokens.special:
-        return old.tokens.tokenizer.token_to_id(new.tokens.special[number])
+        found = old.tokens.tokenizer.token_to_id(new.tokens.special[number])
+        return found if found in old.tokens.special else None
     if number in new.tokens.by_id and not new.tokens.is_idle(number):
         return old.tokens.by_bytes.get(new.tokens.by_id[number])
     return None
+
+
+def _named(number: int, old: VocabularySource, new: VocabularySource) -> int | None:
+    """Return the old token of text that is written as a special one, as a marker may be; None if there is none."""
+    if number not in new.tokens.special:
+        return None
+    return old.tokens.tokenizer.token_to_id(new.tokens.special[number])
 
 
 def _by_role(old: VocabularySource, new: VocabularySource) -> dict[int, int]:

@@ -51,7 +51,8 @@ class TokenBytes:
         if not path.is_file():
             raise ValueError(
                 f"{folder}: has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...), or where vocab.json and merges.txt lie alone "
+                "with GPT2Tokenizer in its place"
             )
         content = read_json(path)
         try:
@@ -126,9 +127,10 @@ class TokenBytes:
 
     def _cut(self, text: str) -> list[int]:
         whole = self.tokenizer.token_to_id(text)
-        if whole is not None:
+        if whole is not None and whole not in self.special:  # what a text only looks like
             return [whole]
-        return [piece.id for piece in self.tokenizer.model.tokenize(text) if piece.id != self.unknown]
+        found = (piece.id for piece in self.tokenizer.model.tokenize(text))
+        return [number for number in found if number != self.unknown and number not in self.special]
 
     def _bytes_of(self, token: str) -> bytes:
         if self.is_byte_level:

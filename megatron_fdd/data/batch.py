@@ -51,6 +51,7 @@ class Batch:
 
 # What a sample has, and so a batch.
 _ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
+_OPTIONAL = ("attention_mask", "cu_seqlens", "max_seqlen")
 
 
 @dataclass(slots=True)
@@ -164,9 +165,10 @@ def get_batch(
     context-parallel ranks, each has two of 2 C equal pieces of the sequence (Megatron's zig-zag). Collectives:
     none.
     """
-    sample = dict(next(data_iterator))
-    features = sample.pop(FEATURES, None)  # this rank's own already
-    teachers = sample.pop(TEACHER, None)
+    whole = next(data_iterator)
+    features, teachers = whole.get(FEATURES), whole.get(TEACHER)  # this rank's own already
+    # Megatron cuts all that it is given along the sequence, and a blend adds the number of the data set.
+    sample = {name: whole[name] for name in (*_ENTRIES, *_OPTIONAL) if name in whole}
     boundaries = None
     if "cu_seqlens" in sample:
         sample["token_mask"] = sample["token_mask"].reshape(1, -1)

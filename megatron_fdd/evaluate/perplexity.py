@@ -13,6 +13,7 @@ from torch.nn.functional import nll_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_fdd.data.documents import read_documents
+from megatron_fdd.data.refusals import Refusal
 from megatron_fdd.evaluate.models import begun, check_finite, end_ids, leading_ids, plain_generation
 
 # One batch's logits hold at most this many numbers (64 MiB in float32), unless one window has more.
@@ -42,7 +43,12 @@ def read_texts(path: Path) -> list[str]:
         ValueError: a line is not an object with a `text`; names file and line.
     """
     documents = read_documents([str(path)], "jsonl", "")
-    texts = [document.text_field(document.json_object(), "text") for document in documents]
+    try:
+        texts = [document.text_field(document.json_object(), "text") for document in documents]
+    except Refusal as error:  # its remedy is that of a data set
+        raise ValueError(
+            f'{error.where}: {error.detail}; give JSON lines, each an object with "text"'
+        ) from error
     return [text for text in texts if text.strip()]
 
 

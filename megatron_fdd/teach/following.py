@@ -68,7 +68,9 @@ def following(given: argparse.Namespace) -> Following | None:
 
 def size_in_bytes(text: str) -> int:
     """Read a size such as 200GiB. argparse.ArgumentTypeError if it is none."""
-    found = re.fullmatch(r"([0-9]{1,15})(?:([KMGT])iB)?", text)
+    found = re.fullmatch(r"([0-9]{1,15})(?:([kKMGT])(i?)B)?", text)
     if not found or int(found[1]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 200GiB, 512MiB or a number of bytes")
-    return int(found[1]) << 10 * (" KMGT".index(found[2]) if found[2] else 0)
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 200GiB, 500MB or a number of bytes")
+    return int(found[1]) * (1024 if found[3] else 1000) ** (
+        " KMGT".index(found[2].upper()) if found[2] else 0
+    )

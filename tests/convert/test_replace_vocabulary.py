@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer
 
 from megatron_fdd import convert
 from megatron_fdd.convert.new_vocabulary import NewVocabulary
@@ -130,6 +131,23 @@ def test_special_tokens_by_name_then_by_role_then_by_pieces(tmp_path: Path) -> N
     assert found["<begin>"] == old.pieces(b"<begin>") != []
     assert found["<0x61>"] == []
     assert found["<0x0A>"] == [old.by_bytes[b"\n"]]
+
+
+def test_a_text_that_looks_like_a_special_token_is_none(tmp_path: Path) -> None:
+    """Gemma's `<s>` is text, and Llama's begins one."""
+    gemma = write_sentencepiece(tmp_path / "gemma", ("<unk>", "<bos>", "<eos>"))
+    tokenizer = Tokenizer.from_file(str(gemma / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<s>", "<call>")])
+    tokenizer.save(str(gemma / "tokenizer.json"))
+    llama = write_sentencepiece(tmp_path / "llama")
+    found = origins_of(gemma, llama)
+    assert [found[name] for name in ("<s>", "</s>")] == [[1], [2]]
+    found = origins_of(llama, gemma)
+    assert [found[name] for name in ("<bos>", "<eos>")] == [[1], [2]]
+    assert found["<s>"] == TokenBytes.read(llama).pieces(b"<s>") != [1]
+    assert 1 not in found["<s>"]
+    markers = write_sentencepiece(tmp_path / "markers", ("<unk>", "<call>", "<fin>"))
+    assert origins_of(gemma, markers)["<call>"] == [1]  # a role comes before a name that is text
 
 
 def test_where_a_vocabulary_is_found(tmp_path: Path) -> None:

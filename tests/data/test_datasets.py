@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.training import global_vars
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
@@ -215,6 +216,16 @@ def test_batch_leaves_the_dict_alone_and_has_a_mask_only_when_asked() -> None:
         iter([{**sample, "attention_mask": torch.ones(2, 1, 3, 3, dtype=torch.bool)}]), "cpu"
     )
     assert with_mask.attention_mask.shape == (2, 1, 3, 3)
+
+
+@distributed(cp=2)
+def test_a_blends_number_is_not_cut_along_the_sequence() -> None:
+    """Megatron's blend adds it to each sample; an own data set may add anything."""
+    sample = {key: torch.arange(16).view(2, 8) for key in KEYS} | {"dataset_id": torch.tensor([0, 1])}
+    group = parallel_state.get_context_parallel_group()
+    batch = get_batch(iter([sample]), "cpu", group)
+    wanted = [[0, 1, 6, 7], [2, 3, 4, 5]][group.rank()]
+    assert batch.tokens_BS.tolist() == [wanted, [each + 8 for each in wanted]]
 
 
 def test_reset_attention_mask_reaches_the_batch(sets: Path, hf: TokenizerSettings, tmp_path: Path) -> None:
