@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def test_a_failure_is_told_to_all_ranks(tmp_path: Path) -> None:
     asker.begin()
     until(lambda: "failure" in (read_sign(folder.student) or {}))
     with pytest.raises(ValueError, match="^asking the producers has failed: data: sample 3 cannot be read$"):
-        reader(folder, 1.0)._look(asker._watch, Ask.of(0, [unit(3)[0]]))
+        reader(folder, 1.0)._look(asker._watch, Counter(), Ask.of(0, [unit(3)[0]]))
     with pytest.raises(ValueError, match="sample 3 cannot be read"):
         asker.step_ended()
     asker.end(is_over=False)
