@@ -25,6 +25,11 @@ class Claimed:
     folder: ReplicaFolder
     ask: Ask
 
+    def is_asked(self) -> bool:
+        """Whether the ask is still there; a student that has started again may have given it another place."""
+        own = self.folder.ask(self.ask.place, self.ask.name)
+        return own.exists() or self.ask.name in self.folder.listing().asks
+
     def answered(self) -> None:
         """Take ask and claim away, when the answer is there."""
         self.folder.ask(self.ask.place, self.ask.name).unlink(missing_ok=True)
