@@ -13,7 +13,7 @@ import pytest
 
 from megatron_fdd.data.stream import asker as asker_module
 from megatron_fdd.data.stream.ask import Ask
-from megatron_fdd.data.stream.asker import Asker, bytes_of
+from megatron_fdd.data.stream.asker import Asker, bytes_of, check_alone
 from megatron_fdd.data.stream.claims import Claims
 from megatron_fdd.data.stream.folder import ReplicaFolder
 from megatron_fdd.data.stream.sign import Sign, read_sign
@@ -238,9 +238,9 @@ def test_a_second_training_is_refused(tmp_path: Path) -> None:
     folder = stream(tmp_path)
     sign = Sign(folder.student, state="running")
     with pytest.raises(ValueError, match="another training follows this stream .*student.json changes"):
-        Asker(folder, IDENTITY, LARGEST, keeps=False)
+        check_alone(tmp_path)
     sign.close()
-    Asker(folder, IDENTITY, LARGEST, keeps=False).end(is_over=True)
+    check_alone(tmp_path)
 
 
 def test_batches_without_units_are_not_asked_for(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_fdd.data.stream.ask import Ask
 from megatron_fdd.data.stream.claims import Claims
 from megatron_fdd.data.stream.folder import ReplicaFolder, producer_path, window_bytes, write_window
-from megatron_fdd.data.stream.sign import STALE_S, Sign, changes, read_sign
+from megatron_fdd.data.stream.sign import STALE_S, Sign, changing, read_sign
 from tests.data.store.made import unit
 from tests.data.stream.made import WINDOW, Hand, answer, answer_all, batch, ids_of, stream
 
@@ -175,11 +175,11 @@ def test_what_is_no_file_of_a_stream_is_none(tmp_path: Path) -> None:
 def test_a_sign_changes_until_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_fdd.data.stream.sign.BEAT_S", 0.02)
     path = tmp_path / "here" / "student.json"
-    assert not changes(path)
+    assert changing([path]) is None
     sign = Sign(path, state="running")
-    assert changes(path)
+    assert changing([tmp_path, path]) == path
     sign.close()
-    assert not changes(path)
+    assert changing([path]) is None
     assert read_sign(path)["state"] == "running"  # type: ignore[index]
     Sign(path, state="ended").close()
     path.write_text("{half")
