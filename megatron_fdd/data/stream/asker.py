@@ -262,7 +262,9 @@ class Asker:
         for paths, of in ((there.claims, self._folder.claim), (there.segments, self._folder.segment)):
             for name in paths - self._needed.keys():
                 of(name).unlink(missing_ok=True)
-        for path in self._folder.unfinished():
+        unfinished = self._folder.unfinished()
+        self._watch.forget_others(unfinished)
+        for path in unfinished:
             with contextlib.suppress(FileNotFoundError):
                 if self._watch.unchanged_s(path, path.stat().st_size) >= _ABANDONED_S:
                     path.unlink()

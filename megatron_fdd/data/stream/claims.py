@@ -106,6 +106,7 @@ class Claims:
             value = owner, signs.get(owner or "", {}).get("beat")
             if self._watch.unchanged_s(path, value) >= STALE_S and owner is not None:
                 stale[path] = owner
+        self._watch.forget_others(claims)
         return stale
 
     def _claim(self, path: Path, *, is_claimed: bool) -> bool:
@@ -118,7 +119,7 @@ class Claims:
                 os.rename(path, aside)  # of several producers one can
             except FileNotFoundError:
                 return False
-            aside.unlink()
+            aside.unlink(missing_ok=True)
         try:
             with path.open("x") as file:
                 file.write(self._producer)

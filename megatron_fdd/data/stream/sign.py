@@ -108,3 +108,7 @@ class Watch:
         if seen is None or seen[0] != value:
             seen = self._seen[key] = value, now
         return now - seen[1]
+
+    def forget_others(self, keys: Iterable[Any]) -> None:
+        """Forget all but some things, which are there still."""
+        self._seen = {key: self._seen[key] for key in keys if key in self._seen}

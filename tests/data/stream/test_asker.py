@@ -213,6 +213,7 @@ def test_abandoned_files_go_after_a_while(tmp_path: Path, monkeypatch: pytest.Mo
     assert left.exists()
     monkeypatch.setattr(asker_module, "_ABANDONED_S", 0.05)
     until(lambda: not left.exists())
+    until(lambda: run.asker._watch._seen == {})
     run.asker.end(is_over=False)
 
 
