@@ -93,8 +93,12 @@ def plan_stores(context: Context) -> tuple[PlannedStore, ...]:
 
 
 def check_teachers(context: Context) -> None:
-    """Refuse a teacher that runs beside stored ones, what several cannot share, and to follow what is not stored."""
-    config = context.config
+    """Refuse a teacher that runs beside stored ones, what several cannot share, and to follow what is not stored.
+
+    And a schedule of batch sizes with stored ones: a step reads more than `loader.micro_batches` says, and the last
+    one reads behind the last sample.
+    """
+    config, schedule = context.config, context.args.step_batch_size_schedule
     if config.teacher_store and config.teacher_load is not None:
         raise ValueError(
             f"--teacher-load {config.teacher_load} and {FLAG} {config.teacher_store[0][1]}: a run has one teacher; "
@@ -114,6 +118,12 @@ def check_teachers(context: Context) -> None:
         raise ValueError(
             f"--fdd-teacher-follow: says how {FLAG} is read; give the folder that fdd teach --follow writes to, or "
             "leave it out"
+        )
+    if config.teacher_store and schedule is not None:
+        raise ValueError(
+            f"--step-batch-size-schedule {schedule} with --fdd-teacher-store: how many samples such a training reads "
+            "in a step, and in all, cannot be told beforehand, and features would be missing; leave it out, or give "
+            "--teacher-load"
         )
 
 

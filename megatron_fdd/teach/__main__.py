@@ -43,7 +43,7 @@ from megatron_fdd.data.store.identity import STORE_FILE, StoreIdentity, check_sa
 from megatron_fdd.data.store.lens import lacks_lens, write_stored_lens
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
-from megatron_fdd.data.stream.folder import write_window
+from megatron_fdd.data.stream.folder import sweep_stream, write_window
 from megatron_fdd.host import console
 from megatron_fdd.host.disk import explain
 from megatron_fdd.host.process import is_first_rank
@@ -162,7 +162,7 @@ def _open_folder(store: Path, identity: StoreIdentity, companions: Path) -> None
     """Make the store, or join it; put the teacher's tokenizer beside it."""
     write_identity(store, identity)
     carry_companions(companions, store)
-    if count := sweep(store):
+    if count := sweep(store) + sweep_stream(store):
         console.say(f"{store}: removed {count} file(s) that killed producers had left")
 
 

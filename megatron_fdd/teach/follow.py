@@ -118,9 +118,12 @@ def _run(engine: Engine, work: Round, batch_tokens: int) -> list[list[Bytes]]:
 def _answer(
     store: Path, identity: StoreIdentity, own: Sequence[Claimed], states: Sequence[Sequence[Bytes]]
 ) -> None:
-    """Write the answers, and take away what was asked."""
+    """Write the answers, and take away what was asked; what nobody asks for any more is dropped."""
     with _given_back(own):
         for claimed, found in zip(own, states, strict=True):
+            if not claimed.is_asked():  # nobody would remove the answer
+                claimed.give_back()
+                continue
             path = claimed.folder.segment(claimed.ask.name)
             units = list(zip(claimed.ask.units, found, strict=True))
             write_segment(store, path, identity.digest, units)

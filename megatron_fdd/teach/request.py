@@ -24,7 +24,6 @@ _NOT_HERE = {
     **dict.fromkeys(("--load", "--save", "--save-interval", "--pretrained-checkpoint", "--ckpt-step"), 1),
     **dict.fromkeys(("--teacher-load", "--teacher-lens", "--fdd-metrics-file"), 1),
     **dict.fromkeys(("--use-checkpoint-args", "--finetune", "--async-save"), 0),
-    "--rampup-batch-size": 3,
 }
 # Flags that choose blocks, which are read here.
 _CHOICE = ("--fdd-layers", "--fdd-layer-rule", "--fdd-layer-pairs")
@@ -36,6 +35,7 @@ _UNCOUNTED = (
 _WRONG_HERE = {
     "--phase-transition-iterations": _UNCOUNTED,
     "--step-batch-size-schedule": _UNCOUNTED,
+    "--rampup-batch-size": "this Megatron ignores it, and fdd train refuses it; leave it out",
     "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
 }
 _STUDENTS = "is the student's precision; leave it out, or give --teacher-fp8-format for a teacher in FP8"

@@ -16,7 +16,7 @@ from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.term_modules import ModuleSize
 from megatron_fdd.plan.context import Context
-from megatron_fdd.plan.teacher_store import check_precision, check_store, plan_stores
+from megatron_fdd.plan.teacher_store import check_precision, check_store, check_teachers, plan_stores
 from megatron_fdd.plan.vocabulary import check_vocabularies, common_vocab_size
 from megatron_fdd.step.teacher.stored import PlannedStore
 from tests.data.store.made import IDENTITY, opened, write
@@ -103,6 +103,20 @@ def test_each_teacher_has_its_own_layers(tmp_path: Path) -> None:
         ValueError, match=f"^--fdd-teacher-store {flat.path}: --fdd-layers 2 needs a teacher of at least 3"
     ):
         plan_stores(replace(context(shallow, flat), plan=plan))
+
+
+def test_a_schedule_of_batch_sizes_needs_a_teacher_in_memory() -> None:
+    """A finished store and a stream alike are read by a plan for one batch size."""
+    args: Any = SimpleNamespace(step_batch_size_schedule="0:8 99:16")
+    for follow in (False, True):
+        config = FddConfig(teacher_store=(("", "S"),), teacher_follow=follow)
+        with pytest.raises(
+            ValueError,
+            match="^--step-batch-size-schedule 0:8 99:16 with --fdd-teacher-store: how many .*leave it out, or",
+        ):
+            check_teachers(Context(config, args))
+        check_teachers(Context(config, SimpleNamespace(step_batch_size_schedule=None)))  # type: ignore[arg-type]
+    check_teachers(Context(FddConfig(teacher_load="T"), args))
 
 
 def test_a_term_that_learns_has_one_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

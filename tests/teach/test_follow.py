@@ -146,6 +146,29 @@ def test_an_engine_that_fails_gives_the_claims_back(tmp_path: Path) -> None:
     assert folder.listing().claims == set()
 
 
+def test_what_nobody_asks_for_any_more_is_dropped(tmp_path: Path) -> None:
+    """The student has ended, or started again with other batches, while the engine ran."""
+    folder = stream(tmp_path)
+    gone, moved = (Ask.of(number, ids_of(batch(number))) for number in range(2))
+
+    class Slow(Engine):
+        def states(self, units: Sequence[Ids]) -> list[Bytes]:
+            folder.clear()
+            folder.write_ask(7, moved.name, moved.content())
+            return super().states(units)
+
+    sign = Sign(folder.student, state="running")
+    for made in (gone, moved):
+        folder.write_ask(made.place, made.name, made.content())
+    with following(Slow(), tmp_path) as raised:
+        until(lambda: folder.listing().segments != set())
+        until(lambda: folder.listing().asks == {})
+        sign.close(state="ended")
+    assert raised == []
+    assert folder.listing().segments == {moved.name}
+    assert folder.listing().claims == set()
+
+
 def work_of(folder: ReplicaFolder, *numbers: Sequence[int]) -> list[list[Claimed]]:
     return [[Claimed(folder, Ask.of(each, ids_of(batch(each)))) for each in own] for own in numbers]
 

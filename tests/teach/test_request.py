@@ -17,8 +17,7 @@ TRAINING = (
 ).split()
 NOT_HERE = (
     "--load L --save=D --save-interval 5 --pretrained-checkpoint P --ckpt-step 4 --teacher-load T --teacher-lens N "
-    "--fdd-teacher-store S --fdd-metrics-file M --use-checkpoint-args --finetune --async-save "
-    "--rampup-batch-size 2 2 99"
+    "--fdd-teacher-store S --fdd-metrics-file M --use-checkpoint-args --finetune --async-save"
 ).split()
 
 
@@ -155,6 +154,7 @@ WRONG_HERE = {
     "megatron": {
         "--phase-transition-iterations 1,2": "how much .*; give the --train-iters",
         "--step-batch-size-schedule=0:8": "how much .*; give the --train-iters",
+        "--rampup-batch-size 2 2 99": "this Megatron ignores it, and fdd train refuses it; leave it out",
         "--fdd-dry-run": "is for a training; fdd teach has --dry-run",
         "--fp8-format e4m3": "is the student's precision; leave it out, or give --teacher-fp8-format",
         "--fp8-recipe=tensorwise": "is the student's precision",

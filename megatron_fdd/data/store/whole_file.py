@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +141,15 @@ def sync_folder(path: Path) -> None:
 
 def sweep(store: Path) -> int:
     """Remove what writers left that were killed more than a day ago; return how many files that were."""
+    return sum(remove_old(store.glob(f"{depth}.*{UNFINISHED}")) for depth in ("", "*/", "*/*/"))
+
+
+def remove_old(paths: Iterable[Path]) -> int:
+    """Remove those of some files that have not changed for a day; return how many that were."""
     count = 0
-    for depth in ("", "*/", "*/*/"):
-        for path in store.glob(f"{depth}.*{UNFINISHED}"):
-            with contextlib.suppress(OSError):  # what cannot be removed harms nobody
-                if time.time() - path.stat().st_mtime > _STALE_S:
-                    path.unlink()
-                    count += 1
+    for path in paths:
+        with contextlib.suppress(OSError):  # what cannot be removed harms nobody
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink()
+                count += 1
     return count

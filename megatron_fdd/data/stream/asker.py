@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from megatron_fdd.data.store.identity import StoreIdentity
 from megatron_fdd.data.store.segment import segment_bytes
 from megatron_fdd.data.store.store import Ids
 from megatron_fdd.data.stream.ask import Ask
-from megatron_fdd.data.stream.folder import ReplicaFolder
-from megatron_fdd.data.stream.sign import Sign, Watch, changes
+from megatron_fdd.data.stream.folder import ReplicaFolder, replicas
+from megatron_fdd.data.stream.sign import Sign, Watch, changing
 
 # Seconds between two looks for what is there and should not be, and the other way round.
 _LOOK_S = 2.0
@@ -98,11 +99,6 @@ class Asker:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._watch = Watch()
-        if changes(folder.student):
-            raise ValueError(
-                f"--fdd-teacher-store {folder.store}: another training follows this stream ({folder.student} changes); "
-                "end it, or give each training a store of its own"
-            )
         self._sign = Sign(folder.student, state="running")
 
     def follow(
@@ -266,7 +262,9 @@ class Asker:
         for paths, of in ((there.claims, self._folder.claim), (there.segments, self._folder.segment)):
             for name in paths - self._needed.keys():
                 of(name).unlink(missing_ok=True)
-        for path in self._folder.unfinished():
+        unfinished = self._folder.unfinished()
+        self._watch.forget_others(unfinished)
+        for path in unfinished:
             with contextlib.suppress(FileNotFoundError):
                 if self._watch.unchanged_s(path, path.stat().st_size) >= _ABANDONED_S:
                     path.unlink()
@@ -276,6 +274,16 @@ class Asker:
 
     def _size(self, ask: Ask) -> int:
         return bytes_of(self._identity, [len(ids) for ids in ask.units])
+
+
+def check_alone(store: Path) -> None:
+    """Refuse a stream that another training follows: a sign of life of one of its replicas changes."""
+    found = changing(folder.student for folder in replicas(store))
+    if found is not None:
+        raise ValueError(
+            f"--fdd-teacher-store {store}: another training follows this stream ({found} changes); end it, or give "
+            "each training a store of its own"
+        )
 
 
 def bytes_of(identity: StoreIdentity, lengths: Sequence[int]) -> int:

@@ -25,6 +25,11 @@ class Claimed:
     folder: ReplicaFolder
     ask: Ask
 
+    def is_asked(self) -> bool:
+        """Whether the ask is still there; a student that has started again may have given it another place."""
+        own = self.folder.ask(self.ask.place, self.ask.name)
+        return own.exists() or self.ask.name in self.folder.listing().asks
+
     def answered(self) -> None:
         """Take ask and claim away, when the answer is there."""
         self.folder.ask(self.ask.place, self.ask.name).unlink(missing_ok=True)
@@ -101,6 +106,7 @@ class Claims:
             value = owner, signs.get(owner or "", {}).get("beat")
             if self._watch.unchanged_s(path, value) >= STALE_S and owner is not None:
                 stale[path] = owner
+        self._watch.forget_others(claims)
         return stale
 
     def _claim(self, path: Path, *, is_claimed: bool) -> bool:
@@ -113,7 +119,7 @@ class Claims:
                 os.rename(path, aside)  # of several producers one can
             except FileNotFoundError:
                 return False
-            aside.unlink()
+            aside.unlink(missing_ok=True)
         try:
             with path.open("x") as file:
                 file.write(self._producer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,27 +92,31 @@ class StreamFeatures:
         Raises:
             ValueError: no producer has answered anything for too long, or the student's first rank has failed.
         """
-        watch = Watch(self._clock)
+        watch, answered = Watch(self._clock), Counter[str]()
         begun_s = looked_s = self._clock()
         while (state := _state_of(path)) is None:
             now = self._clock()
             if now - looked_s >= min(_LOOK_S, self._wait_s / 4):
                 looked_s = now
-                self._look(watch, ask)
+                self._look(watch, answered, ask)
             pause_s = min(_LONGEST_PAUSE_S, max(0.002, _PAUSE * (now - begun_s)))
             if self._ended.wait(pause_s):
                 raise RuntimeError("the run has ended")
         return state
 
-    def _look(self, watch: Watch, ask: Ask) -> None:
-        """Look at the signs of life; raises what `_await` raises."""
+    def _look(self, watch: Watch, answered: Counter[str], ask: Ask) -> None:
+        """Look at the signs of life; raises what `_await` raises.
+
+        Args:
+            answered: the most that each producer has told so far in this wait; one that comes or goes is no answer.
+        """
         failure = (read_sign(self._folder.student) or {}).get("failure")
         if failure is not None:
             raise ValueError(failure)
         signs = producers(self._folder.store)
         alive = {name: watch.unchanged_s(name, sign.get("beat")) for name, sign in signs.items()}
-        answered = {name: sign.get("answered") for name, sign in signs.items()}
-        if watch.unchanged_s("all", answered) >= self._wait_s:
+        answered |= Counter({name: sign.get("answered", 0) for name, sign in signs.items()})
+        if watch.unchanged_s("all", answered.total()) >= self._wait_s:
             raise ValueError(self._why(ask, alive))
 
     def _why(self, ask: Ask, alive: dict[str, float]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fdd.data.store.segment import SUFFIX
-from megatron_fdd.data.store.whole_file import UNFINISHED, give_name, sync_folder, unfinished
+from megatron_fdd.data.store.whole_file import UNFINISHED, give_name, remove_old, sync_folder, unfinished
 from megatron_fdd.data.stream.sign import read_sign
 from megatron_fdd.host.disk import writing
 from megatron_fdd.host.json_file import read_json, write_json
@@ -117,6 +117,12 @@ def producers(store: Path) -> dict[str, dict[str, Any]]:
     names = [name for name in _names(store / _STREAM / "producers") if not name.startswith(".")]
     signs = {Path(name).stem: read_sign(store / _STREAM / "producers" / name) for name in names}
     return {name: sign for name, sign in signs.items() if sign is not None}
+
+
+def sweep_stream(store: Path) -> int:
+    """Remove what producers left that were killed more than a day ago: signs of life and claims put aside; count it."""
+    folder = store / _STREAM
+    return remove_old([*folder.glob("producers/*.json"), *folder.glob("*/.*.claim.*")])
 
 
 def window_bytes(store: Path) -> int | None:

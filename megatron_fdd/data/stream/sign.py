@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,18 @@ def read_sign(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def changes(path: Path) -> bool:
-    """Whether the process of a sign that has not ended is alive; that takes a few seconds."""
-    before = read_sign(path)
-    if before is None or before.get("state") != "running":
-        return False
+def changing(paths: Iterable[Path]) -> Path | None:
+    """Return a sign of a process that is alive and has not ended, if there is one; that takes a few seconds."""
+    signs = {path: read_sign(path) or {} for path in paths}
+    before = {path: sign.get("beat") for path, sign in signs.items() if sign.get("state") == "running"}
     until_s = time.monotonic() + 3 * BEAT_S
-    while time.monotonic() < until_s:
+    while before and time.monotonic() < until_s:
         time.sleep(BEAT_S / 4)
-        now = read_sign(path)
-        if now is not None and now.get("beat") != before.get("beat"):
-            return True
-    return False
+        for path, beat in before.items():
+            now = read_sign(path)
+            if now is not None and now.get("beat") != beat:
+                return path
+    return None
 
 
 class Watch:
@@ -108,3 +108,7 @@ class Watch:
         if seen is None or seen[0] != value:
             seen = self._seen[key] = value, now
         return now - seen[1]
+
+    def forget_others(self, keys: Iterable[Any]) -> None:
+        """Forget all but some things, which are there still."""
+        self._seen = {key: self._seen[key] for key in keys if key in self._seen}

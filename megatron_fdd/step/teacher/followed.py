@@ -16,7 +16,7 @@ from megatron_fdd.data.store.loader import micro_batches, read_ahead
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.taught import Asking
 from megatron_fdd.data.store.unit import as_ids, units_of_rows
-from megatron_fdd.data.stream.asker import Asker, bytes_of
+from megatron_fdd.data.stream.asker import Asker, bytes_of, check_alone
 from megatron_fdd.data.stream.features import StreamFeatures
 from megatron_fdd.data.stream.folder import ReplicaFolder, replicas, window_bytes
 from megatron_fdd.host.topology import Topology
@@ -38,7 +38,9 @@ class FollowedStream:
         return cls(store, args, config) if store is not None and config.teacher_follow else None
 
     def open(self, place: Topology, num_sets: int) -> StreamFeatures:
-        """Return this replica's features; on its first rank, begin to give a sign of life.
+        """Return this replica's features; the first rank of all looks whether another training follows the stream.
+
+        Nothing is written or removed: `join` does, when no rank has refused.
 
         Args:
             num_sets: data sets that the run reads.
@@ -49,28 +51,36 @@ class FollowedStream:
             ValueError: the window is too small for what the loaders read ahead, or another training follows the stream.
         """
         replica, count = place.collection.dp.rank(), place.collection.dp.size()
-        window = window_bytes(self._store.path)
-        assert window is not None, "check_stream"
-        room, need = window // count, num_sets * self._bytes()
-        if room < need:
+        window, need = self._window(), num_sets * self._bytes()
+        if window // count < need:
             raise ValueError(
                 f"--fdd-teacher-store {self._store.path}: its window of {window} bytes is too small: {count} data-"
                 f"parallel replica(s) with {num_sets} data set(s) need {count * need} for what their loaders read "
                 f"ahead ({self._each} micro-batches a set); start a new stream with fdd teach --follow --window-bytes "
                 f"{count * need} or more, or give fewer --num-workers"
             )
-        folder = ReplicaFolder(self._store.path, replica)
-        is_first = place.tensor_rank == place.stage == place.context_group.rank() == 0
-        if is_first and self._asker is None:
-            if replica == 0:
-                for former in replicas(self._store.path)[count:]:
-                    former.clear()
-                    former.student.unlink(missing_ok=True)
-            keeps = self._args.save is not None
-            self._asker = Asker(folder, self._store.identity, room, keeps=keeps)
+        if replica == 0 and _is_first(place) and self._asker is None:
+            check_alone(self._store.path)
         if self._features is None:
+            folder = ReplicaFolder(self._store.path, replica)
             self._features = StreamFeatures(folder, self._store.identity, self._wait_s)
         return self._features
+
+    def join(self, place: Topology) -> None:
+        """Begin to give a sign of life, on this replica's first rank; replicas that are no more lose what they have.
+
+        Collectives: none.
+        """
+        if not _is_first(place) or self._asker is not None:
+            return
+        replica, count = place.collection.dp.rank(), place.collection.dp.size()
+        if replica == 0:
+            for former in replicas(self._store.path):
+                if former.replica >= count:
+                    former.clear()
+                    former.student.unlink(missing_ok=True)
+        folder, keeps = ReplicaFolder(self._store.path, replica), self._args.save is not None
+        self._asker = Asker(folder, self._store.identity, self._window() // count, keeps=keeps)
 
     def asking(self, number: int, num_samples: int | None) -> Asking | None:
         """Return what asks for the features of a data set; None on a rank that does not ask.
@@ -119,11 +129,22 @@ class FollowedStream:
         most = None if is_training else self._each
         return self._asker.follow(loader, units, most=most, num_bytes=self._bytes())
 
+    def _window(self) -> int:
+        """Return the bytes of the window."""
+        window = window_bytes(self._store.path)
+        assert window is not None, "check_stream"
+        return window
+
     def _bytes(self) -> int:
         """Return what the micro-batches of a data set take at most that are read ahead or used at once."""
         args = self._args
         rows = max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
         return self._each * largest_bytes(self._store.identity, rows * args.seq_length)
+
+
+def _is_first(place: Topology) -> bool:
+    """Whether this is the first rank of its data-parallel replica."""
+    return place.tensor_rank == place.stage == place.context_group.rank() == 0
 
 
 def largest_bytes(identity: StoreIdentity, num_tokens: int) -> int:

@@ -218,6 +218,7 @@ def with_features(
             with together() if not vp_stage else nullcontext():
                 features = [stream.open(place, sum(1 for each in _flat(found) if each is not None))]
             if not vp_stage:
+                stream.join(place)
                 asks = [stream.asking(number, count) for number, count in enumerate(num_samples)]
         reader = _reader(stores, features, place, vp_stage or 0, args.seq_length)
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from megatron_fdd.data.stream import asker as asker_module
 from megatron_fdd.data.stream.ask import Ask
-from megatron_fdd.data.stream.asker import Asker, bytes_of
+from megatron_fdd.data.stream.asker import Asker, bytes_of, check_alone
 from megatron_fdd.data.stream.claims import Claims
 from megatron_fdd.data.stream.folder import ReplicaFolder
 from megatron_fdd.data.stream.sign import Sign, read_sign
@@ -212,6 +213,7 @@ def test_abandoned_files_go_after_a_while(tmp_path: Path, monkeypatch: pytest.Mo
     assert left.exists()
     monkeypatch.setattr(asker_module, "_ABANDONED_S", 0.05)
     until(lambda: not left.exists())
+    until(lambda: run.asker._watch._seen == {})
     run.asker.end(is_over=False)
 
 
@@ -227,7 +229,7 @@ def test_a_failure_is_told_to_all_ranks(tmp_path: Path) -> None:
     asker.begin()
     until(lambda: "failure" in (read_sign(folder.student) or {}))
     with pytest.raises(ValueError, match="^asking the producers has failed: data: sample 3 cannot be read$"):
-        reader(folder, 1.0)._look(asker._watch, Ask.of(0, [unit(3)[0]]))
+        reader(folder, 1.0)._look(asker._watch, Counter(), Ask.of(0, [unit(3)[0]]))
     with pytest.raises(ValueError, match="sample 3 cannot be read"):
         asker.step_ended()
     asker.end(is_over=False)
@@ -237,9 +239,9 @@ def test_a_second_training_is_refused(tmp_path: Path) -> None:
     folder = stream(tmp_path)
     sign = Sign(folder.student, state="running")
     with pytest.raises(ValueError, match="another training follows this stream .*student.json changes"):
-        Asker(folder, IDENTITY, LARGEST, keeps=False)
+        check_alone(tmp_path)
     sign.close()
-    Asker(folder, IDENTITY, LARGEST, keeps=False).end(is_over=True)
+    check_alone(tmp_path)
 
 
 def test_batches_without_units_are_not_asked_for(tmp_path: Path) -> None:

@@ -10,8 +10,14 @@ import pytest
 
 from megatron_fdd.data.stream.ask import Ask
 from megatron_fdd.data.stream.claims import Claims
-from megatron_fdd.data.stream.folder import ReplicaFolder, producer_path, window_bytes, write_window
-from megatron_fdd.data.stream.sign import STALE_S, Sign, changes, read_sign
+from megatron_fdd.data.stream.folder import (
+    ReplicaFolder,
+    producer_path,
+    sweep_stream,
+    window_bytes,
+    write_window,
+)
+from megatron_fdd.data.stream.sign import STALE_S, Sign, changing, read_sign
 from tests.data.store.made import unit
 from tests.data.stream.made import WINDOW, Hand, answer, answer_all, batch, ids_of, stream
 
@@ -140,6 +146,39 @@ def test_a_claim_that_was_begun_and_not_written_goes_stale_too(tmp_path: Path) -
     assert folder.claim(made.name).read_text() == "a"
 
 
+def test_what_is_gone_is_forgotten(tmp_path: Path) -> None:
+    """A long training has millions of claims."""
+    folder, clock = stream(tmp_path), Hand()
+    own, other = Claims(tmp_path, "a", clock), Claims(tmp_path, "b", clock)
+    for number in range(4):
+        ask(folder, number)
+        [[claimed]] = own.take(1, 1)
+        clock.now_s += 6.0
+        assert other.take(1, 1) == []  # and looks at the claim
+        assert list(other._watch._seen) == [folder.claim(claimed.ask.name)]
+        answer(claimed)
+
+
+def test_what_killed_producers_left_goes_after_a_day(tmp_path: Path) -> None:
+    folder = stream(tmp_path)
+    made = ask(folder, 0)
+    Sign(folder.student).close()
+    Claims(tmp_path, "a").take(1, 1)
+    kept = {path for path in tmp_path.rglob("*") if path.is_file()}
+    aside = folder.claim(made.name).with_name(f".{made.name}.claim.killed")
+    aside.touch()
+    Sign(producer_path(tmp_path, "killed")).close()
+    assert sweep_stream(tmp_path) == 0
+    for path in tmp_path.rglob("*.*"):
+        os.utime(path, (0, 0))
+    Sign(producer_path(tmp_path, "alive")).close()
+    assert sweep_stream(tmp_path) == 2
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {
+        *kept,
+        producer_path(tmp_path, "alive"),
+    }
+
+
 def test_a_damaged_ask_is_taken_away(tmp_path: Path) -> None:
     """The student asks again."""
     folder = stream(tmp_path)
@@ -175,11 +214,11 @@ def test_what_is_no_file_of_a_stream_is_none(tmp_path: Path) -> None:
 def test_a_sign_changes_until_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_fdd.data.stream.sign.BEAT_S", 0.02)
     path = tmp_path / "here" / "student.json"
-    assert not changes(path)
+    assert changing([path]) is None
     sign = Sign(path, state="running")
-    assert changes(path)
+    assert changing([tmp_path, path]) == path
     sign.close()
-    assert not changes(path)
+    assert changing([path]) is None
     assert read_sign(path)["state"] == "running"  # type: ignore[index]
     Sign(path, state="ended").close()
     path.write_text("{half")

@@ -114,6 +114,23 @@ def test_a_wait_goes_on_as_long_as_anything_is_answered(tmp_path: Path) -> None:
     assert calls >= 100
 
 
+def test_producers_that_come_and_go_are_no_answer(tmp_path: Path) -> None:
+    """One that crashes in a loop has another name each time."""
+    folder = stream(tmp_path)
+    Sign(producer_path(tmp_path, "idle"), answered=7).close()
+
+    class Crashing(Quick):
+        def __call__(self) -> float:
+            Sign(producer_path(tmp_path, f"host-{self.now_s}"), answered=0).close()
+            producer_path(tmp_path, f"host-{self.now_s - 3}").unlink(missing_ok=True)
+            if self.now_s == 4.0:  # it ends, and its answers with it
+                producer_path(tmp_path, "idle").unlink()
+            assert self.now_s < 30.0, "the wait has no end"
+            return super().__call__()
+
+    assert "nobody has answered anything for 6 s" in fail(StreamFeatures(folder, IDENTITY, 6.0, Crashing()))
+
+
 def test_a_failure_of_the_students_first_rank_ends_all_waits(tmp_path: Path) -> None:
     folder = stream(tmp_path)
     Sign(folder.student, state="running", failure="asking has failed: no room").close()
