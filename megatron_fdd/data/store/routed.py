@@ -13,14 +13,13 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from megatron_fdd.data.datasets import Sample
 from megatron_fdd.data.full_validation import FilledDataset
 from megatron_fdd.data.store.coverage import Source
 from megatron_fdd.data.store.segment import Bytes
 from megatron_fdd.data.store.store import Store
-from megatron_fdd.data.store.taught import SPLITS, TEACHER, FeatureReader
+from megatron_fdd.data.store.taught import TEACHER, DatasetAround, FeatureReader
 
 # Megatron's blend adds it to a sample: the number of the set in the blend.
 _SET = "dataset_id"
@@ -40,7 +39,7 @@ class NamedStore:
     prefixes: tuple[str, ...] = ()
 
 
-class RoutedDataset(Dataset[Sample]):
+class RoutedDataset(DatasetAround):
     """A dataset of ours, or Megatron's blend of some, whose samples have the number of their teacher.
 
     Attributes:
@@ -51,14 +50,8 @@ class RoutedDataset(Dataset[Sample]):
     """
 
     def __init__(self, dataset: Any, number_of: Mapping[str, int]) -> None:
-        self.plain = dataset
+        super().__init__(dataset)
         self._numbers = [number_of[prefix] for prefix in prefixes_of(dataset)]
-        for name in SPLITS:
-            if hasattr(dataset, name):
-                setattr(self, name, getattr(dataset, name))
-
-    def __len__(self) -> int:
-        return len(self.plain)
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.plain[index]

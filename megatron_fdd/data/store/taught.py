@@ -24,7 +24,7 @@ from megatron_fdd.data.store.unit import as_ids, units_of_rows
 FEATURES, TEACHER = "teacher_features", "teacher"
 
 # By these names Megatron knows which batch sizes a dataset is read with.
-SPLITS = ("split", "index_split")
+_SPLITS = ("split", "index_split")
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -123,7 +123,24 @@ class Asking(Protocol):
         """
 
 
-class TaughtDataset(Dataset[Sample]):
+class DatasetAround(Dataset[Sample]):
+    """A dataset of as many samples as another one, read with the same batch sizes.
+
+    Attributes:
+        plain: the other one.
+    """
+
+    def __init__(self, dataset: Dataset[Sample] | Sequence[Sample]) -> None:
+        self.plain: Any = dataset
+        for name in _SPLITS:
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+
+class TaughtDataset(DatasetAround):
     """A dataset of `data/datasets.py` or of a training script, with `FEATURES` in each sample.
 
     Megatron's loaders read batch by batch instead (`data/store/loader.py`).
@@ -140,14 +157,8 @@ class TaughtDataset(Dataset[Sample]):
         reader: Reader | None,
         ask: Asking | None = None,
     ) -> None:
-        self.plain: Any = dataset
+        super().__init__(dataset)
         self.reader, self.ask = reader, ask
-        for name in SPLITS:
-            if hasattr(dataset, name):
-                setattr(self, name, getattr(dataset, name))
-
-    def __len__(self) -> int:
-        return len(self.plain)
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.plain[index]
