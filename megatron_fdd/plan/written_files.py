@@ -22,11 +22,10 @@ def check_metrics_place(context: Context) -> None:
     file = regular_file(flag, path)
     check_metrics_file(path)
     make_folder(flag, path, file.parent)
-    is_new = not file.exists()
-    with writing(flag, path):
-        file.open("a").close()
-    if is_new:  # a refused run leaves no file behind
-        file.unlink(missing_ok=True)
+    # A new one is not made: other ranks look at the same time, and a refused run leaves no file behind.
+    if file.exists():
+        with writing(flag, path):
+            file.open("a").close()
 
 
 def check_folders(context: Context) -> None:
