@@ -63,6 +63,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if value is not None} for record in records]
 
 
+@pytest.mark.tier("all")
 def test_a_run_goes_on_at_another_layout_and_is_exported_without_them(toy: Toys, tmp_path: Path) -> None:
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     trained(

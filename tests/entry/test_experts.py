@@ -115,6 +115,7 @@ def test_the_metrics_file_does_not_depend_on_the_layout(
         assert record == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.tier("all")
 def test_resumes_with_its_experts_spread_otherwise(toy: Toys, experts: Path, tmp_path: Path) -> None:
     whole, moved, folder = tmp_path / "whole.jsonl", tmp_path / "moved.jsonl", tmp_path / "moved"
     flags = ("--train-iters", "4", "--use-distributed-optimizer", "--save-interval", "2", *BALANCED)

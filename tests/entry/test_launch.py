@@ -44,6 +44,7 @@ def stderr_of_a_launch(launch: Sequence[str], command: Sequence[object]) -> list
     return result.stderr.splitlines()
 
 
+@pytest.mark.tier("all")
 def test_an_error_is_the_end_of_all_ranks(toy: Toys) -> None:
     why, who = stderr_of_a_launch(LAUNCH, toy.command("--fdd-layers", 9))
     assert why.startswith("megatron_fdd: error: --fdd-layers 9 needs a student of at least 10 layers")
@@ -77,7 +78,8 @@ def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: 
     assert [line for line in lines if "megatron_fdd: error: " in line] == [said]
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.tier("all"))])
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_path: Path) -> None:
     """While the run works, no other run gets its folder."""
     places = ["--load", tmp_path, "--save", tmp_path, "--pretrained-checkpoint", toy.student]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.entry.command import read_metrics
 from tests.entry.conftest import Toys
 from tests.harness.markdown import ROOT
@@ -15,6 +17,7 @@ SCRIPT = ROOT / "examples/extend/own_pretrain.py"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+@pytest.mark.tier("all")
 def test_own_data_and_a_teacher(toy: Toys, tmp_path: Path) -> None:
     command = toy.saving_command(tmp_path, "--train-iters", 3, "--tensor-model-parallel-size", 2)
     place = command.index("--data-path")

@@ -27,6 +27,7 @@ def replaced(
     return during, after
 
 
+@pytest.mark.tier("all")
 def test_a_run_with_local_modules_replaces_what_the_tables_list(toy: Toys) -> None:
     """Without apex and TransformerEngine, from a wheel: every patch is needed."""
     during, after = replaced(toy, f"--transformer-impl local {ON_CPUS}", UNTOUCHED, NO_REHEARSAL)

@@ -44,7 +44,9 @@ def metrics(folder: Path) -> list[dict]:
     return without_seconds(read_metrics(folder / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize(("more", "torn"), [((), 4), (("--bf16", *SAMPLED), 3)])
+@pytest.mark.parametrize(
+    ("more", "torn"), [((), 4), pytest.param(("--bf16", *SAMPLED), 3, marks=pytest.mark.tier("all"))]
+)
 def test_a_killed_run_resumes_bit_for_bit(
     more: tuple[str, ...], torn: int, toy: Toys, tmp_path: Path
 ) -> None:
@@ -77,9 +79,8 @@ def shown_rates(ending: Ending) -> list[str]:
     return re.findall(r"^step .*\| lr (\S+) ", ending.out, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "is_distributed", [pytest.param(True, marks=pytest.mark.tier("all")), False], ids=["distributed", "plain"]
-)
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("is_distributed", [True, False], ids=["distributed", "plain"])
 def test_resumes_at_other_rates(is_distributed: bool, toy: Toys, tmp_path: Path) -> None:
     """The optimizer's state is the saved one; the rates are those that a flag names, from the next step on."""
 
@@ -111,6 +112,7 @@ def test_resumes_at_other_rates(is_distributed: bool, toy: Toys, tmp_path: Path)
     assert after[3]["total"] != pytest.approx(before[3]["total"], rel=1e-3)
 
 
+@pytest.mark.tier("all")
 def test_a_student_from_scratch_resumes_with_the_same_command(toy: Toys, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 

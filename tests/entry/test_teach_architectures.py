@@ -31,7 +31,6 @@ from tests.oracle import reference
 
 # S tokens, V words
 
-ALL = pytest.mark.tier("all")
 # Latent attention and experts; attention sinks, windows shorter than the documents, and experts; no attention.
 TEACHERS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
@@ -59,9 +58,10 @@ def documents(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "text"
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     "model_type",
-    ["gpt_oss", pytest.param("deepseek_v3", marks=ALL), pytest.param("mamba", marks=ALL)],
+    ["gpt_oss", "deepseek_v3", "mamba"],
 )
 def test_a_student_learns_from_another_architecture(
     model_type: str, toy: Toys, documents: Path, tmp_path: Path

@@ -24,6 +24,7 @@ TERMS = ("total", "kd", "trajectory", "delta", "trajectory s1:t2", "delta s2:t4"
 WEIGHTS = "--fdd-ce-weight 0.25 --eval-interval 2 --eval-iters 1".split()
 
 
+@pytest.mark.tier("all")
 def test_the_terminal_of_a_launch(toy: Toys, tmp_path: Path) -> None:
     command = toy.saving_command(tmp_path, "--train-iters", 3, "--eval-interval", 2, "--eval-iters", 1)
     done = subprocess.run(

@@ -93,7 +93,10 @@ def local(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "tp2-sp" else pytest.mark.tier("all")) for name in LAYOUTS],
+)
 def test_gives_the_numbers_of_the_local_modules(name: str, toy: Toys, local: Path, tmp_path: Path) -> None:
     trained(command(toy, tmp_path, TE, LAYOUTS[name]), image=IMAGE)
     assert_near(tmp_path, local, 2e-5)
@@ -111,7 +114,7 @@ def test_goes_on_where_the_other_modules_stopped(toy: Toys, local: Path, tmp_pat
 @pytest.mark.parametrize(
     "name",  # a test below has mxfp8
     [
-        pytest.param(name, marks=pytest.mark.tier("all") if name == "tensorwise" else ())
+        pytest.param(name, marks=() if name == "blockwise" else pytest.mark.tier("all"))
         for name in FP8
         if name != "mxfp8"
     ],
@@ -137,7 +140,8 @@ def test_fp8_resumes_bit_for_bit_and_converts(name: str, toy: Toys, tmp_path: Pa
     assert tensor_hashes(whole / "converted") == tensor_hashes(stopped / "converted")
 
 
-@pytest.mark.parametrize("name", [pytest.param("tensorwise", marks=pytest.mark.tier("all")), "blockwise"])
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("name", ["tensorwise", "blockwise"])
 def test_an_evaluation_between_steps_changes_no_step(name: str, toy: Toys, tmp_path: Path) -> None:
     """A student's weights are copied into FP8 again. (Delayed scaling remembers the evaluation.)"""
     plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
