@@ -44,7 +44,8 @@ class BridgeSource:
         bridge, self._folder = Bridge(hf_model / "config.json"), HfFolder(hf_model)
         self._names = [name for name in self._folder.tensors if bridge.converts(name)]
         self.config, self.digests = bridge.config, dict[str, str]()
-        params_dtype = self._folder.common_dtype(_NOT_WEIGHTS) if dtype == "checkpoint" else DTYPES[dtype]
+        weights = [name for name in self._folder.tensors if not name.endswith(_NOT_WEIGHTS)]
+        params_dtype = self._folder.common_dtype(weights) if dtype == "checkpoint" else DTYPES[dtype]
         self.args = complete_args(bridge.values, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
         self.model = bridge.build(self.args, groups)
         bridge.load(self.model, hf_model)

@@ -30,7 +30,7 @@ from megatron_fdd.convert.hf_writer import (
 )
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
-from megatron_fdd.convert.to_mcore import Via
+from megatron_fdd.convert.to_mcore import Via, stored_tensors
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.json_file import read_json, write_json
@@ -160,7 +160,7 @@ class _Export:
 
     Attributes:
         parameters: Megatron's names, shapes and stored dtypes, on the meta device.
-        dtype: the dtype to write.
+        dtype: to write all in that have no dtype of their own.
     """
 
     weights: StoredWeights
@@ -186,7 +186,7 @@ class _Export:
             if row.sources:
                 parts = self.split(row, self.parameters[row.mcore])
                 for name, part in zip(row.sources, parts, strict=True):
-                    yield TensorSpec(name, self.dtype, tuple(part.shape))
+                    yield TensorSpec(name, row.dtype or self.dtype, tuple(part.shape))
 
     def read(self, shard: Shard) -> Iterator[Tensor]:
         """Yield the tensors of one file; a parameter is read once for all its tensors in sequence."""
@@ -199,7 +199,7 @@ class _Export:
                 current = row_of[spec.name]
                 whole = self.weights.read(current.mcore)
                 parts.update(zip(current.sources, self.split(current, whole), strict=True))
-            yield parts.pop(spec.name).to(self.dtype).contiguous()
+            yield parts.pop(spec.name).to(spec.dtype).contiguous()
 
 
 def _write_own(
@@ -262,11 +262,13 @@ def _by_table(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, gro
         vocabulary_divisor=args.make_vocab_size_divisible_by,
     )
     model = build_model(own_args, groups, "meta")
-    weights = StoredWeights(checkpoint, model, groups)
     rows = family.rows(config)
+    tensors = stored_tensors(model, rows)
+    weights = StoredWeights(checkpoint, model, groups)
     _check_absent_are_zero(weights, rows, family)
-    out_dtype = weights.common_dtype() if dtype == "checkpoint" else DTYPES[dtype]
-    return _Export(weights, dict(model.named_parameters()), rows, config, vocab_size, out_dtype)
+    own = [row.mcore for row in rows if row.dtype is not None]
+    out_dtype = weights.common_dtype(except_for=own) if dtype == "checkpoint" else DTYPES[dtype]
+    return _Export(weights, tensors, rows, config, vocab_size, out_dtype)
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
