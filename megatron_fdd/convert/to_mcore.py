@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,6 @@ from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.listing import listing
 from megatron_fdd.host.together import together
 
-if TYPE_CHECKING:  # this imports Megatron, and a rehearsal must start before
-    from megatron_fdd.convert.bridge_weights import BridgeSource
-
-Via = Literal["tables", "bridge"]
-
 
 def hf_to_mcore(
     hf_model: Path,
@@ -38,7 +33,6 @@ def hf_to_mcore(
     dtype: str = "checkpoint",
     vocabulary_divisor: int = 128,
     progress: bool = False,
-    via: Via = "tables",
 ) -> int:
     """Write a Hugging Face model as an ordinary Megatron checkpoint; return the number of parameters.
 
@@ -49,7 +43,6 @@ def hf_to_mcore(
     Args:
         dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.
         vocabulary_divisor: see `complete_args`.
-        via: "bridge" for a model type that Megatron-Bridge knows and the tables lack; one rank holds the model.
 
     Collectives: barriers, a gather of a few words per tensor, and those of `dist_checkpointing.save`, over all
     ranks.
@@ -63,7 +56,7 @@ def hf_to_mcore(
 
         with together():
             check_new_folder(save, "--save")
-            source = _source(hf_model, dtype, vocabulary_divisor, groups, via)
+            source = _Source(hf_model, dtype, vocabulary_divisor, groups)
             args, parameters = source.args, source.parameters
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
@@ -85,16 +78,6 @@ def hf_to_mcore(
                     digests = {name: digest for each in everyone for name, digest in each.items()}
                     Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
     return source.num_parameters
-
-
-def _source(
-    hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any, via: Via
-) -> _Source | BridgeSource:
-    if via == "bridge":
-        from megatron_fdd.convert.bridge_weights import BridgeSource
-
-        return BridgeSource(hf_model, dtype, vocabulary_divisor, groups)
-    return _Source(hf_model, dtype, vocabulary_divisor, groups)
 
 
 class _Source:

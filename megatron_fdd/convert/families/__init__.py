@@ -54,9 +54,7 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "opt": ("positions that start at 2", "ReLU"),
 }
 # Model types that a GPTModel can express, but nobody has written and tested their tables.
-NO_TABLE = ("deepseek_v2", "starcoder2")
-# Model types that also have no table, but that Megatron-Bridge converts; `bridge.CHECKED` says what was compared.
-VIA_BRIDGE = ("deepseek_v3", "gpt_oss", "nemotron")
+NO_TABLE = ("deepseek_v2", "deepseek_v3", "gpt_oss", "nemotron", "starcoder2")
 
 
 def add_family(family: Family) -> None:
@@ -100,7 +98,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     elif model_type in NO_TABLE:
         message += ", which Megatron's GPTModel could express, but its table is not written yet"
-    elif model_type in VIA_BRIDGE:
-        message += ", for which there is no table: try --via bridge"
     known = ", ".join(sorted(FAMILIES))
     raise ValueError(f"{message}. The model types that can be converted are {known}; {REMEDY}")

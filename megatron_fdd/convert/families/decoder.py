@@ -33,10 +33,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "rope_interleaved": (False,),
 }
-# Args of the plain model that these families set themselves.
-_OWN_ARGS = ("no_rope_freq", "qk_layernorm")
 _FIXED: dict[str, Any] = {
-    **{name: value for name, value in PLAIN_MODEL.items() if name not in _OWN_ARGS},
+    **PLAIN_MODEL,
     "rotary_interleaved": False,
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -229,7 +227,11 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
 
 def decoder_family(dialect: Dialect) -> Family:
     """Make the family that a dialect describes."""
-    fixed = {**_FIXED, **dialect.fixed}
+    fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
+    if isinstance(dialect.qk_norm, str):
+        del fixed["qk_layernorm"]
+    if dialect.rotation is not Rotation.ALL:
+        del fixed["no_rope_freq"]
     if dialect.experts:
         del fixed["num_experts"]
         fixed |= FIXED_EXPERTS

@@ -205,7 +205,9 @@ class Yarn:
         fields["original_max_position_embeddings"] = fields.pop("original")
         if self.mscale_all_dim == 0.0:  # what transformers takes where neither is given
             if self.mscale != 1.0:
-                raise ValueError(f"a config.json cannot say mscale {self.mscale} without mscale_all_dim")
+                raise ValueError(
+                    f"a config.json cannot say mscale {self.mscale} without mscale_all_dim: give both, or --mscale 1"
+                )
             del fields["mscale"], fields["mscale_all_dim"]
         return fields
 
