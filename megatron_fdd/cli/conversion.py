@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import NoReturn
 
 import click
 
@@ -20,7 +20,6 @@ from megatron_fdd.host.process import is_first_rank, print_error
 # M_MMAP_THRESHOLD in <malloc.h>.
 _M_MMAP_THRESHOLD = -3
 FOLDER = click.Path(path_type=Path)
-Via = Literal["tables", "bridge"]
 
 dtype = click.option(
     "--dtype",
@@ -35,15 +34,6 @@ max_shard_size = click.option(
     show_default=True,
     metavar="SIZE",
     help="Largest file of weights, such as 5GB or 500MB.",
-)
-via = click.option(
-    "--via",
-    type=click.Choice(get_args(Via)),
-    default="tables",
-    show_default=True,
-    help="bridge: let Megatron-Bridge convert a DeepSeek-V3, GLM-4.5, gpt-oss or Nemotron model, which our tables "
-    "lack. It must be installed, with TransformerEngine, on a machine with a GPU. One process then holds the whole "
-    "model in host memory.",
 )
 
 

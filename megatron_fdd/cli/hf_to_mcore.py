@@ -35,14 +35,10 @@ examples:
     help="Pad the vocabulary to a multiple of N. Training with --use-checkpoint-args keeps the padded size, so its "
     "tensor parallel size must divide it: for 3 or 6, give 384.",
 )
-@conversion.via
 @plugin
 @click.option("--config-only", is_flag=True, help="A checkpoint without weights, for `fdd plan` alone.")
-def command(
-    hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, via: conversion.Via, config_only: bool
-) -> None:
-    """Write a Hugging Face model (Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMo-2, Gemma 3, GPT-2) as an
-    ordinary Megatron torch_dist checkpoint.
+def command(hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, config_only: bool) -> None:
+    """Write a Hugging Face model (docs/conversion.md lists the families) as an ordinary Megatron torch_dist checkpoint.
 
     Give a student's folder as --pretrained-checkpoint and a teacher's as --teacher-load; --load and --save name the
     folder of the run, from which the same command continues. The checkpoint loads at every tensor, pipeline and data
@@ -56,10 +52,6 @@ def command(
     With --config-only no weights are read or written, so the model folder needs only config.json: enough for `fdd
     plan` to tell what a run would take before the weights are downloaded. A run refuses such a checkpoint.
     """
-    if config_only and via == "bridge":
-        raise click.UsageError(
-            "--config-only takes no --via bridge, which needs the weights: convert the model, then plan with it"
-        )
 
     def action() -> str:
         from megatron_fdd.convert import config_to_mcore, hf_to_mcore
@@ -68,7 +60,7 @@ def command(
             config_to_mcore(hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor)
             return f"{save}: the arguments of {hf_model} without weights, for fdd plan"
         parameters = hf_to_mcore(
-            hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True, via=via
+            hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True
         )
         return (
             f"{save}: {parameters:,} parameters of {hf_model}; a student: --pretrained-checkpoint {save}, "

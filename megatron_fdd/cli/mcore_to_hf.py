@@ -35,7 +35,6 @@ examples:
 @click.option("--tokenizer", type=conversion.FOLDER, help="Folder with the tokenizer's files.")
 @conversion.dtype
 @conversion.max_shard_size
-@conversion.via
 @click.option("--ckpt-step", type=click.IntRange(min=1), help="Iteration to take (default: the newest).")
 @skip_checksums
 @plugin

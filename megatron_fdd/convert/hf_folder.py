@@ -135,14 +135,13 @@ class HfFolder:
             )
         return DTYPE_OF_NAME[stored]
 
-    def common_dtype(self, ignored: tuple[str, ...] = ()) -> torch.dtype:
-        """Return the one dtype of all tensors, except those whose names end in `ignored`.
+    def common_dtype(self, names: Iterable[str]) -> torch.dtype:
+        """Return the one dtype of some tensors.
 
         Raises:
             ValueError: there are several dtypes, or Megatron holds no parameters in this one.
         """
-        weights = [name for name in sorted(self.tensors, reverse=True) if not name.endswith(ignored)]
-        by_dtype = {self.dtype(name): name for name in weights}
+        by_dtype = {self.dtype(name): name for name in sorted(names, reverse=True)}
         if len(by_dtype) > 1:
             found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
             raise ValueError(f"{self.path} mixes dtypes ({found}); choose one with --dtype")

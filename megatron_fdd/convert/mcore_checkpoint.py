@@ -125,9 +125,9 @@ class StoredWeights:
     def _dtype_of(entry: ShardedBase, stored: Mapping[str, ShardedTensor]) -> torch.dtype:
         return stored[pieces_of(entry, entry.data)[0].key].dtype
 
-    def common_dtype(self) -> torch.dtype:
+    def common_dtype(self, except_for: Collection[str] = ()) -> torch.dtype:
         """Return the one dtype of all weights. ValueError if they differ: the user must ask for rounding."""
-        by_dtype = {self._dtypes[name]: name for name in self._weights}
+        by_dtype = {self._dtypes[name]: name for name in self._weights if name not in except_for}
         if len(by_dtype) > 1:
             found = ", ".join(f"{name} is {dtype}" for dtype, name in by_dtype.items())
             raise ValueError(f"--load {self._path} mixes dtypes ({found}); choose one with --dtype")

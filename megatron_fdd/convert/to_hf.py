@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import shutil
-from argparse import Namespace
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums, all_finite
-from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
+from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.hf_companions import HF_FOLDER, find_hf_config, find_tokenizer
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.hf_writer import (
     Shard,
-    TensorSpec,
     check_new_folder,
     parse_size,
     plan_shards,
     write_index,
     write_shard,
 )
-from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
+from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
-from megatron_fdd.convert.to_mcore import Via
+from megatron_fdd.convert.table_export import TableExport, table_export
 from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.model_fields import check_stored_args
 from megatron_fdd.host.together import together
-
-if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
-    from megatron_fdd.convert.bridge_weights import BridgeExport
-    from megatron_fdd.convert.mcore_checkpoint import StoredWeights
 
 CONFIG_FILE, GENERATION_FILE = CONFIG_FILES
 _OTHER_WEIGHTS = (
@@ -74,8 +65,6 @@ class ExportOptions(TypedDict, total=False):
         dtype: "checkpoint" (the default) keeps the stored dtype; the others are float32, bfloat16 and float16.
         max_shard_size: largest size of one file, by default 5GB; a larger tensor gets its own file.
         progress: whether to show a progress bar; by default not.
-        via: "tables" (the default), or "bridge" for a model type that Megatron-Bridge knows and the tables lack; then
-            one rank holds the model.
         skip_checksums: whether to read the checkpoint's files without comparing them with their sums before; by
             default not.
         ckpt_step: the iteration to take; by default the newest.
@@ -86,7 +75,6 @@ class ExportOptions(TypedDict, total=False):
     dtype: str
     max_shard_size: str
     progress: bool
-    via: Via
     skip_checksums: bool
     ckpt_step: int | None
 
@@ -126,7 +114,9 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
             config_path = find_hf_config(load, args, hf_config)
             tokenizer_path = find_tokenizer(load, args, options.get("tokenizer"))
-            export = _prepare(checkpoint, args, config_path, groups, options)
+            export = table_export(
+                checkpoint, args, read_json(config_path), options.get("dtype", "checkpoint"), groups
+            )
             shards = plan_shards(export.specs(), max_shard_bytes)
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
@@ -154,57 +144,7 @@ def _check_untouched(written: Checksums, imported: Checksums | None, load: Path)
             imported.check(load / HF_FOLDER, name, written.digests[name])
 
 
-@dataclass(frozen=True, slots=True)
-class _Export:
-    """A model to be written: the place of its weights, and the table that writes them.
-
-    Attributes:
-        parameters: Megatron's names, shapes and stored dtypes, on the meta device.
-        dtype: the dtype to write.
-    """
-
-    weights: StoredWeights
-    parameters: dict[str, Tensor]
-    rows: list[WeightRow]
-    config: HfConfig
-    vocab_size: int
-    dtype: torch.dtype
-
-    @property
-    def _row_of(self) -> dict[str, WeightRow]:
-        """Map each Hugging Face name to its row."""
-        return {name: row for row in self.rows for name in row.sources}
-
-    def split(self, row: WeightRow, whole: Tensor) -> list[Tensor]:
-        """Split a Megatron parameter into its Hugging Face tensors, in the order of the row's sources."""
-        parts = row.transform.split(whole)
-        return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
-
-    def specs(self) -> Iterator[TensorSpec]:
-        """Yield every Hugging Face tensor, in the order of the table."""
-        for row in self.rows:
-            if row.sources:
-                parts = self.split(row, self.parameters[row.mcore])
-                for name, part in zip(row.sources, parts, strict=True):
-                    yield TensorSpec(name, self.dtype, tuple(part.shape))
-
-    def read(self, shard: Shard) -> Iterator[Tensor]:
-        """Yield the tensors of one file; a parameter is read once for all its tensors in sequence."""
-        row_of = self._row_of
-        current: WeightRow | None = None
-        parts: dict[str, Tensor] = {}
-        for spec in shard.tensors:
-            if row_of[spec.name] is not current:
-                parts.clear()  # free one parameter before reading the next
-                current = row_of[spec.name]
-                whole = self.weights.read(current.mcore)
-                parts.update(zip(current.sources, self.split(current, whole), strict=True))
-            yield parts.pop(spec.name).to(self.dtype).contiguous()
-
-
-def _write_own(
-    folder: Path, shards: list[Shard], export: _Export | BridgeExport, progress: bool
-) -> dict[str, str]:
+def _write_own(folder: Path, shards: list[Shard], export: TableExport, progress: bool) -> dict[str, str]:
     """Write this rank's files; return tensor name -> digest for the tensors of all ranks.
 
     Collectives: two all-gathers over all ranks, also on a rank without files.
@@ -228,64 +168,6 @@ def _write_own(
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, digests)
     return {name: digest for each in everyone for name, digest in each.items()}
-
-
-def _prepare(
-    checkpoint: Path, args: Namespace, config_path: Path, groups: Any, options: ExportOptions
-) -> _Export | BridgeExport:
-    dtype = options.get("dtype", "checkpoint")
-    if options.get("via") == "bridge":
-        from megatron_fdd.convert.bridge_weights import BridgeExport
-
-        return BridgeExport(checkpoint, args, config_path, dtype, groups)
-    return _by_table(checkpoint, args, read_json(config_path), dtype, groups)
-
-
-def _by_table(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, groups: Any) -> _Export:
-    """Describe the model again from its Hugging Face config, so that no setting of the run has an effect."""
-    from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
-
-    family = family_of(seed)
-    check_architecture(args, family.fixed, family.model_type)
-    config = family.hf_config(seed, args)
-    architecture = family.megatron_args(config)
-    stored_dtype, stored_rows = stored_layout(checkpoint)
-    vocab_size = architecture["vocab_size"]
-    if stored_rows < vocab_size:
-        raise ValueError(
-            f"{checkpoint} holds {stored_rows} vocabulary rows, fewer than the vocab_size {vocab_size} of the "
-            "Hugging Face config; give the model's own config with --hf-config"
-        )
-    own_args = complete_args(
-        {**family.fixed, **architecture},
-        dtype=stored_dtype,
-        vocabulary_divisor=args.make_vocab_size_divisible_by,
-    )
-    model = build_model(own_args, groups, "meta")
-    weights = StoredWeights(checkpoint, model, groups)
-    rows = family.rows(config)
-    _check_absent_are_zero(weights, rows, family)
-    out_dtype = weights.common_dtype() if dtype == "checkpoint" else DTYPES[dtype]
-    return _Export(weights, dict(model.named_parameters()), rows, config, vocab_size, out_dtype)
-
-
-def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
-    """Refuse a checkpoint unless its args have the values that all models of a family have."""
-    wrong = {name: getattr(args, name, value) for name, value in fixed.items()}
-    wrong = {name: value for name, value in wrong.items() if value != fixed[name]}
-    if wrong:
-        told = ", ".join(f"{name} = {value!r} (needs {fixed[name]!r})" for name, value in wrong.items())
-        raise ValueError(f"the checkpoint's model is not of the shape of a {model_type}: {told}")
-
-
-def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family: Family) -> None:
-    """Refuse values other than 0 that have no place in the Hugging Face model. Every rank checks all values."""
-    trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
-    if trained:
-        raise ValueError(
-            f"config.json gives this {family.model_type} no place for {', '.join(trained)}, which are not zero; "
-            'pass --hf-config with "attention_bias" and "mlp_bias" both true'
-        )
 
 
 def _write_config(folder: Path, seed_path: Path, config: HfConfig, dtype: torch.dtype) -> None:

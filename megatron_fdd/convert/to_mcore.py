@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums, check_finite, digest
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.families.family import Family
+from megatron_fdd.convert.families.family import Family, WeightRow
 from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_companions
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
@@ -25,11 +25,6 @@ from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.listing import listing
 from megatron_fdd.host.together import together
 
-if TYPE_CHECKING:  # this imports Megatron, and a rehearsal must start before
-    from megatron_fdd.convert.bridge_weights import BridgeSource
-
-Via = Literal["tables", "bridge"]
-
 
 def hf_to_mcore(
     hf_model: Path,
@@ -38,7 +33,6 @@ def hf_to_mcore(
     dtype: str = "checkpoint",
     vocabulary_divisor: int = 128,
     progress: bool = False,
-    via: Via = "tables",
 ) -> int:
     """Write a Hugging Face model as an ordinary Megatron checkpoint; return the number of parameters.
 
@@ -49,7 +43,6 @@ def hf_to_mcore(
     Args:
         dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.
         vocabulary_divisor: see `complete_args`.
-        via: "bridge" for a model type that Megatron-Bridge knows and the tables lack; one rank holds the model.
 
     Collectives: barriers, a gather of a few words per tensor, and those of `dist_checkpointing.save`, over all
     ranks.
@@ -63,7 +56,7 @@ def hf_to_mcore(
 
         with together():
             check_new_folder(save, "--save")
-            source = _source(hf_model, dtype, vocabulary_divisor, groups, via)
+            source = _Source(hf_model, dtype, vocabulary_divisor, groups)
             args, parameters = source.args, source.parameters
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
@@ -87,16 +80,6 @@ def hf_to_mcore(
     return source.num_parameters
 
 
-def _source(
-    hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any, via: Via
-) -> _Source | BridgeSource:
-    if via == "bridge":
-        from megatron_fdd.convert.bridge_weights import BridgeSource
-
-        return BridgeSource(hf_model, dtype, vocabulary_divisor, groups)
-    return _Source(hf_model, dtype, vocabulary_divisor, groups)
-
-
 class _Source:
     """Megatron parameters made from a Hugging Face folder, one at a time.
 
@@ -116,22 +99,24 @@ class _Source:
         family = family_of(folder.config).as_stored(folder.tensors)
         architecture = {**family.fixed, **family.megatron_args(folder.config)}
         check_names(family, folder)
-        params_dtype = folder.common_dtype(family.ignored) if dtype == "checkpoint" else DTYPES[dtype]
+        self._row_of = {row.mcore: row for row in family.rows(folder.config)}
+        params_dtype = folder.common_dtype(self._weights()) if dtype == "checkpoint" else DTYPES[dtype]
         self.args = complete_args(architecture, dtype=params_dtype, vocabulary_divisor=vocabulary_divisor)
         self.model = build_model(self.args, groups, "meta")
-        self.parameters = dict(self.model.named_parameters())
-        self._row_of = {row.mcore: row for row in family.rows(folder.config)}
-        assert set(self._row_of) == set(self.parameters), set(self._row_of) ^ set(self.parameters)
+        self.parameters = stored_tensors(self.model, self._row_of.values())
         self._expected = Checksums.read(folder.path)
         self.digests: dict[str, str] = {}
         self._check_tensors(architecture["vocab_size"])
 
     @property
     def dtype(self) -> str:
-        """Dtype of all tensors, such as bfloat16; "mixed" where they differ."""
-        names = {name for row in self._row_of.values() for name in row.sources}
-        found = {name_of(self._folder.dtype(name)) for name in names}
+        """Dtype of all tensors that have the model's, such as bfloat16; "mixed" where they differ."""
+        found = {name_of(self._folder.dtype(name)) for name in self._weights()}
         return found.pop() if len(found) == 1 else "mixed"
+
+    def _weights(self) -> set[str]:
+        """List the tensors that have the dtype of the model."""
+        return {name for row in self._row_of.values() if row.dtype is None for name in row.sources}
 
     def _check_tensors(self, vocab_size: int) -> None:
         """Refuse files with tensors that are not floats, or whose shapes are not those that config.json describes."""
@@ -179,6 +164,20 @@ class _Source:
         if self._expected is not None:
             self._expected.check(self._folder.path, name, self.digests[name])
         return part
+
+
+def stored_tensors(model: torch.nn.Module, rows: Collection[WeightRow]) -> dict[str, Tensor]:
+    """Return the tensors of a model on the meta device that a checkpoint holds, in the dtypes that `rows` give them."""
+    from megatron_fdd.convert.checkpoint_entries import tensors_of
+
+    own = {row.mcore: row.dtype for row in rows if row.dtype is not None}
+    for name, parameter in model.named_parameters():
+        if name in own:
+            parameter.data = parameter.data.to(own[name])
+    tensors = tensors_of(model)
+    names = {row.mcore for row in rows}
+    assert names == set(tensors), names ^ set(tensors)
+    return tensors
 
 
 def _share(parameters: Mapping[str, Tensor], rank: int, ranks: int) -> list[str]:

@@ -47,6 +47,7 @@ def above_zero(most: float) -> Kind:
 
 
 FLAG = Kind("true or false", lambda value: type(value) is bool)
+ZERO_OR_ONE = Kind("0 or 1", lambda value: type(value) in (int, bool) and value in (0, 1))
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict) and all(isinstance(k, str) for k in value))
 

@@ -14,6 +14,7 @@ from megatron_fdd.host.field_kinds import (
     FLAG,
     OBJECT,
     TEXT,
+    ZERO_OR_ONE,
     Kind,
     above_zero,
     either,
@@ -43,8 +44,7 @@ DEVIATION = number(0, 1_000)
 SCALE = above_zero(1_000_000)
 WINDOW = whole(1, 1_000_000_000)
 _ANY_NUMBER = number(-(10**9), 10**9)
-_ZERO_OR_ONE = Kind("0 or 1", lambda value: type(value) in (int, bool) and value in (0, 1))
-_RULE = either(whole(1, 10_000), list_of(_ZERO_OR_ONE))
+_RULE = either(whole(1, 10_000), list_of(ZERO_OR_ONE))
 _REACH = Kind(
     "two whole numbers of at least -1",
     lambda value: (
@@ -125,7 +125,7 @@ _STORED: Mapping[str, Kind] = {
 }
 _ALWAYS_STORED = ("num_layers", "hidden_size", "num_attention_heads")
 # Lists with an entry for each layer.
-_PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq")
+_PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq")
 
 
 def check_stored_args(args: object, where: str) -> argparse.Namespace:

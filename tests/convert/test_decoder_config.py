@@ -70,10 +70,18 @@ def test_a_student_of_some_layers(variant: str) -> None:
     args = _args(student)
     assert args["num_layers"] == 2
     differing = {name for name in args if args[name] != whole[name]}
-    assert differing <= {"num_layers", "window_size", "window_attn_skip_freq", "moe_layer_freq"}
+    assert differing <= {
+        "num_layers",
+        "window_size",
+        "window_attn_skip_freq",
+        "moe_layer_freq",
+        "no_rope_freq",
+    }
     kept = {"qwen2_window": [0, 1], "gemma3_text": [1, 0], "qwen3_types": None, "qwen3_moe_mixed": None}
     assert args["window_attn_skip_freq"] == kept.get(variant)
-    assert args.get("moe_layer_freq", 1) == 1
+    sparse = {"qwen2_moe": [0, 0], "glm4_moe": [0, 1]}
+    assert args.get("moe_layer_freq", 1) == sparse.get(variant, 1)
+    assert args["no_rope_freq"] is None
     assert family.keep_layers(config, [0, 1, 2]) == config
 
 
@@ -133,7 +141,22 @@ def test_what_a_config_cannot_say(variant: str, changes: dict[str, Any], named: 
         ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
         ("mistral", {"max_window_layers": 2}, "max_window_layers"),
         ("mistral", {"attention_bias": True}, "attention_bias"),
-        ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+        (
+            "llama_yarn",
+            {"rope_scaling": {**toys.YARN, "attention_factor": 1.2}},
+            "attention_factor.*computes it",
+        ),
+        ("llama_yarn", {"rope_scaling": {**toys.YARN, "short_factor": [1.0]}}, "short_factor"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "LongRoPE.*fdd teach"),
+        ("plain", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("glm4_moe", {"rope_scaling": toys.YARN}, "YaRN turns all"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers.*3 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2]}, "no_rope_layers"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob.*sigmoid"),
+        ("glm4_moe", {"n_group": 4}, "n_group.*divide"),
+        ("glm4_moe", {"n_group": 3, "topk_group": 2}, "topk_group.*best 2"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias"),
     ],
 )
 def test_configs_refused_by_name(variant: str, changes: dict[str, Any], named: str) -> None:

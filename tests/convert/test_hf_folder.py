@@ -230,7 +230,7 @@ def test_a_repeated_tied_head_and_rope_buffers_are_no_extra_weights(tmp_path: Pa
     _change_weights(folder, {"lm_head.weight": embedding.clone(), **buffer})
     source = HfFolder(folder)
     check_names(family_of(source.config), source)
-    assert source.common_dtype() == torch.float32
+    assert source.common_dtype(source.tensors) == torch.float32
     _change_weights(folder, {"lm_head.weight": embedding + 1})
     source = HfFolder(folder)
     with pytest.raises(ValueError, match="ties the embeddings, but lm_head.weight"):

@@ -81,7 +81,7 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
     assert _args(got) == args
     assert ("rope_local_base_freq" in got) != written
     assert Gemma3TextConfig(**got).rope_parameters == {  # transformers reads it in the same way
-        "full_attention": {"rope_type": "default", "rope_theta": 70000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 70000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
     }
 
@@ -95,7 +95,7 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
         ("gemma3_text", {"hidden_activation": "silu"}, "hidden_activation"),
         ("gemma3_text", {"attention_bias": True}, "attention_bias"),
         ("gemma3_text", {"sliding_window": None}, "layer_types"),
-        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_type.*linear"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_type.*yarn"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
         (
             "gemma3_text",

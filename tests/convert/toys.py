@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,83 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 3,
         "rope_theta": 1000000.0,
         "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "cache_implementation": "hybrid",
     },
 }
-MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed")
+# The texts are longer than the context before scaling.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS |= {
+    "llama_yarn": {"rope_scaling": {**YARN, "attention_factor": 0.1 * math.log(4.0) + 1.0}},
+    "qwen3_yarn": {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "max_window_layers": 3,
+        "rope_scaling": {
+            **YARN,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        },
+    },
+    "qwen2_linear": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_scaling": {"type": "linear", "factor": 8.0},
+    },
+    "seed_oss": {
+        "model_type": "seed_oss",
+        "architectures": ["SeedOssForCausalLM"],
+        "attention_out_bias": False,
+    },
+    "smollm3": {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "head_dim": 4,
+        "pad_token_id": 0,
+        "no_rope_layer_interval": 2,
+        "tie_word_embeddings": True,
+    },
+    "ernie4_5": {"model_type": "ernie4_5", "architectures": ["Ernie4_5ForCausalLM"], "use_bias": False},
+    "phi3": {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.6,
+        "original_max_position_embeddings": 64,
+        "sliding_window": 7,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [],
+    },
+    # Its first layer is dense; experts are chosen by a bias in float32.
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "partial_rotary_factor": 0.4,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "torch_dtype": "bfloat16",
+    },
+}
+MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe")
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
@@ -148,7 +220,16 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
     one = 0.0 if config["model_type"].startswith("gemma") else 1.0  # its norms scale by 1 + weight
     for name, parameter in model.named_parameters():
         parameter.data = torch.randn(parameter.shape) * 0.15 + one * ("norm" in name)
-    model.to(getattr(torch, config["torch_dtype"])).save_pretrained(folder)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape) * 0.15)
+    biases = {
+        name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
+    }
+    model.to(getattr(torch, config["torch_dtype"]))
+    for name, bias in biases.items():  # published files keep them in float32
+        model.get_buffer(name).data = bias
+    model.save_pretrained(folder)
     write_json(folder / "config.json", config)  # the original, without what transformers adds
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.6})
     if tokenizer:

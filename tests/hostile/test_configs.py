@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training import argument_utils, checkpointing
 
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.families.decoder_shape import Experts
+from megatron_fdd.convert.families.experts import Experts
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.student import parse_layers
 from megatron_fdd.data.tokenizer_identity import identity_of_folder

@@ -9,7 +9,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_fdd.convert.families import gemma3, gpt2, llama, mistral, moe, olmo2, qwen
+from megatron_fdd.convert.families import (
+    gemma3,
+    gpt2,
+    llama,
+    llama_like,
+    mistral,
+    moe,
+    olmo2,
+    phi3,
+    qwen,
+    shared_experts,
+)
 from megatron_fdd.convert.families.config_fields import check_kinds
 from megatron_fdd.convert.families.family import Family
 from megatron_fdd.host.field_kinds import shown
@@ -18,7 +29,8 @@ from megatron_fdd.host.plugins import REMEDY
 
 _ALL = (
     gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE, olmo2.OLMO2,
-    gemma3.GEMMA3_TEXT,
+    gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
+    shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -42,9 +54,7 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "opt": ("positions that start at 2", "ReLU"),
 }
 # Model types that a GPTModel can express, but nobody has written and tested their tables.
-NO_TABLE = ("deepseek_v2", "phi3", "smollm3", "starcoder2")
-# Model types that also have no table, but that Megatron-Bridge converts; `bridge.CHECKED` says what was compared.
-VIA_BRIDGE = ("deepseek_v3", "glm4_moe", "gpt_oss", "nemotron")
+NO_TABLE = ("deepseek_v2", "deepseek_v3", "gpt_oss", "nemotron", "starcoder2")
 
 
 def add_family(family: Family) -> None:
@@ -88,7 +98,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
         )
     elif model_type in NO_TABLE:
         message += ", which Megatron's GPTModel could express, but its table is not written yet"
-    elif model_type in VIA_BRIDGE:
-        message += ", for which there is no table: try --via bridge"
     known = ", ".join(sorted(FAMILIES))
     raise ValueError(f"{message}. The model types that can be converted are {known}; {REMEDY}")

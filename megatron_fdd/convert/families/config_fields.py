@@ -10,7 +10,9 @@ from megatron_fdd.host.field_kinds import (
     FLAG,
     OBJECT,
     TEXT,
+    ZERO_OR_ONE,
     Kind,
+    above_zero,
     either,
     list_of,
     number,
@@ -64,7 +66,9 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     "n_ctx": optional(POSITIONS),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), EPSILON),
-    **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob"), FLAG),
+    **dict.fromkeys(
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "use_qk_norm"), FLAG
+    ),
     "use_sliding_window": optional(FLAG),
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), PROBABILITY),
     "initializer_range": DEVIATION,
@@ -75,7 +79,16 @@ _KINDS: dict[str, Kind] = {
     "sliding_window_pattern": optional(LAYERS),
     "max_window_layers": optional(whole(0, 10_000)),
     "layer_types": optional(list_of(TEXT)),
-    **dict.fromkeys(("num_experts", "num_local_experts"), optional(EXPERTS)),
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), optional(EXPERTS)
+    ),
+    **dict.fromkeys(("n_group", "topk_group"), optional(EXPERTS)),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), whole(0, 10_000)),
+    "shared_expert_intermediate_size": WIDTH,
+    "routed_scaling_factor": SCALE,
+    "no_rope_layers": optional(list_of(ZERO_OR_ONE)),
+    "no_rope_layer_interval": LAYERS,
+    "partial_rotary_factor": optional(above_zero(1)),
     "num_experts_per_tok": EXPERTS,
     "decoder_sparse_step": optional(LAYERS),
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
@@ -87,8 +100,12 @@ _ROPE_KINDS: dict[str, Kind] = {
     "rope_theta": ROTARY_BASE,
     "factor": optional(ROPE_FACTOR),
     **dict.fromkeys(("type", "rope_type"), TEXT),
-    **dict.fromkeys(("partial_rotary_factor", "low_freq_factor", "high_freq_factor"), number(0, 1_000)),
-    "original_max_position_embeddings": POSITIONS,
+    "partial_rotary_factor": optional(above_zero(1)),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), number(0, 1_000)),
+    **dict.fromkeys(("beta_fast", "beta_slow", "attention_factor"), optional(above_zero(1_000))),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), optional(number(0, 1_000))),
+    "truncate": FLAG,
+    "original_max_position_embeddings": optional(POSITIONS),
 }
 # Megatron args with which a GPTModel is the plain model that all these families share.
 PLAIN_MODEL: Mapping[str, Any] = {

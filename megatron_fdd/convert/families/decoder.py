@@ -11,16 +11,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_experts, check_fields
+from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
 from megatron_fdd.convert.families.decoder_rows import decoder_rows
-from megatron_fdd.convert.families.decoder_shape import (
-    FIXED_EXPERTS,
-    AttentionWindows,
-    DecoderShape,
-    Dialect,
-    Experts,
-)
+from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
+from megatron_fdd.convert.families.experts import FIXED_EXPERTS, Experts, read_experts, write_experts
 from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
+from megatron_fdd.convert.families.layer_kinds import (
+    AttentionWindows,
+    Rotation,
+    read_windows,
+    rotation_args,
+    rotation_of_args,
+    write_windows,
+)
 from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
 from megatron_fdd.host.layer_specs import OPTIONS
 
@@ -28,21 +31,16 @@ from megatron_fdd.host.layer_specs import OPTIONS
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False,),
 }
 _FIXED: dict[str, Any] = {
     **PLAIN_MODEL,
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
     "normalization": "RMSNorm",
     "swiglu": True,
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
 }
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
@@ -50,8 +48,7 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
     neutral = {**_NEUTRAL, **dialect.neutral}
     if "use_sliding_window" not in dialect.window_fields:
         neutral["use_sliding_window"] = (False, None)
-    mapped = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dialect.window_fields, *dialect.expert_fields}
-    mapped |= set(dialect.own_fields)
+    mapped = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dialect.fields}
     check_fields(
         config,
         model_type=dialect.model_type,
@@ -66,6 +63,30 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     """Read the shape from config.json, and refuse everything that is not understood."""
     config = {**dialect.defaults, **dialect.flatten(raw)}
     _check_fields(dialect, config)
+    plain = _plain_values(config)
+    qkv_bias = dialect.qkv_bias == "always"
+    if dialect.qkv_bias == "attention_bias":
+        qkv_bias, plain["attention_bias"] = plain["attention_bias"], False
+    layers = plain["num_hidden_layers"]
+    windows = read_windows(dialect.model_type, dialect.window_fields, config, layers)
+    shape = DecoderShape(
+        **plain,
+        qkv_bias=qkv_bias,
+        qk_norm=config[dialect.qk_norm] if isinstance(dialect.qk_norm, str) else dialect.qk_norm,
+        rope=read_rope(config, dialect.partial_rotary, dialect.rope_kinds),
+        windows=windows,
+        rotates=dialect.rotation.read(config, windows),
+        experts=read_experts(dialect.experts, config, layers),
+        own={field: config[field] for field in dialect.own_fields},
+    )
+    if shape.num_attention_heads % shape.num_key_value_heads:
+        refuse_field(
+            "num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads"
+        )
+    return shape
+
+
+def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
     derived = {
         "num_key_value_heads": lambda: config["num_attention_heads"],
         "head_dim": lambda: _equal_parts(config),
@@ -76,16 +97,7 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
         if value is None and field not in derived:
             raise ValueError(f'config.json lacks "{field}"')
         plain[field] = derived[field]() if value is None else value
-    layers = plain["num_hidden_layers"]
-    windows = _read_windows(dialect, config, layers)
-    experts = _read_experts(dialect, config, layers)
-    own = {field: config[field] for field in dialect.own_fields}
-    shape = DecoderShape(**plain, rope=read_rope(config), windows=windows, experts=experts, own=own)
-    if shape.num_attention_heads % shape.num_key_value_heads:
-        refuse_field(
-            "num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads"
-        )
-    return shape
+    return plain
 
 
 def _equal_parts(config: Mapping[str, Any]) -> int:
@@ -96,53 +108,6 @@ def _equal_parts(config: Mapping[str, Any]) -> int:
             "num_attention_heads", heads, f"which must divide hidden_size ({hidden}) without a head_dim"
         )
     return hidden // heads
-
-
-def _read_windows(dialect: Dialect, config: Mapping[str, Any], layers: int) -> AttentionWindows:
-    size = config.get("sliding_window")
-    if not dialect.window_fields and size is not None:
-        refuse_field("sliding_window", size, f"which a {dialect.model_type} does not have; remove the field")
-    if "use_sliding_window" in dialect.window_fields and not config["use_sliding_window"]:
-        size = None
-    slides = size is not None
-    kinds = config.get("layer_types")
-    if kinds is None and "max_window_layers" in dialect.window_fields:
-        first = config["max_window_layers"]
-        if slides and first is None:
-            refuse_field("max_window_layers", first, "so that the first layer with a window is not known")
-        return AttentionWindows(size, tuple(slides and layer >= first for layer in range(layers))).effective
-    kinds = kinds or [_SLIDING if slides else _FULL] * layers
-    allowed = {_FULL, _SLIDING} if slides and "layer_types" in dialect.window_fields else {_FULL}
-    if slides and "layer_types" not in dialect.window_fields:
-        allowed = {_SLIDING}
-    if len(kinds) != layers or not set(kinds) <= allowed:
-        only = " and ".join(f'"{kind}"' for kind in sorted(allowed))
-        refuse_field("layer_types", kinds, f"where this config allows {layers} layers of {only}")
-    return AttentionWindows(size, tuple(kind == _SLIDING for kind in kinds)).effective
-
-
-def _read_experts(dialect: Dialect, config: Mapping[str, Any], layers: int) -> Experts | None:
-    naming = dialect.experts
-    if naming is None:
-        return None
-    counts = [config[field] for field in naming.count_fields if config.get(field) is not None]
-    if not counts or any(count != counts[0] for count in counts):
-        refuse_field(naming.count_fields[0], counts, "one number of experts is needed")
-    per_token = config["num_experts_per_tok"]
-    check_experts(layers, (naming.count_fields[0], counts[0]), ("num_experts_per_tok", per_token))
-    return Experts(
-        count=counts[0],
-        per_token=per_token,
-        width=config[naming.width_field],
-        normalised=bool(config.get("norm_topk_prob", True)),
-        sparse=_sparse_layers(config, layers),
-    )
-
-
-def _sparse_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
-    """Find which layers have experts, by Qwen's two fields; without these fields every layer has experts."""
-    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
-    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
 
 def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
@@ -161,13 +126,15 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         "seq_length": shape.max_position_embeddings,
         "layernorm_epsilon": shape.rms_norm_eps,
         "add_bias_linear": biased,
-        "add_qkv_bias": biased or dialect.qkv_bias,
+        "add_qkv_bias": biased or shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
         "untie_embeddings_and_output_weights": not shape.tie_word_embeddings,
         "attention_dropout": float(shape.attention_dropout),
         "hidden_dropout": 0.0,
         "init_method_std": shape.initializer_range,
         **shape.rope.megatron_args(),
         **shape.windows.megatron_args(),
+        **rotation_args(shape.rotates),
         **(shape.experts.megatron_args() if shape.experts else {}),
         **({OPTIONS: dict(shape.own)} if shape.own else {}),
     }
@@ -175,11 +142,15 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
 
 def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> DecoderShape:
     """Read the shape from Megatron's args. What Megatron does not keep (which of two biases, tokens) is the seed's."""
-    biased = args.add_bias_linear
-    if args.add_qkv_bias != (biased or dialect.qkv_bias) or (biased and dialect.qkv_bias):
-        alone = args.add_qkv_bias and not biased
+    biased, qkv_bias = args.add_bias_linear, args.add_qkv_bias and not args.add_bias_linear
+    fits = (
+        qkv_bias and not biased
+        if dialect.qkv_bias == "always"
+        else not (qkv_bias and dialect.qkv_bias == "no")
+    )
+    if not fits or (biased and dialect.qkv_bias == "attention_bias"):
         raise ValueError(
-            f"the checkpoint has biases {'on query, key and value alone' if alone else 'elsewhere'}; a "
+            f"the checkpoint has biases {'on query, key and value alone' if qkv_bias else 'elsewhere'}; a "
             f"{dialect.model_type} has no such form"
         )
     which = (seed.attention_bias, seed.mlp_bias) if seed.attention_bias or seed.mlp_bias else (True, True)
@@ -198,8 +169,11 @@ def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> Dec
         attention_bias=biased and which[0],
         mlp_bias=biased and which[1],
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
-        rope=Rope(args.rotary_base, args.rope_scaling_factor if args.use_rope_scaling else None),
+        qkv_bias=qkv_bias,
+        qk_norm=args.qk_layernorm,
+        rope=Rope.of_args(args),
         windows=AttentionWindows.of_args(args),
+        rotates=rotation_of_args(args),
         experts=Experts.of_args(args) if dialect.experts else None,
         own={field: getattr(args, OPTIONS)[field] for field in dialect.own_fields},
     )
@@ -224,12 +198,18 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
         if getattr(before, field) != getattr(after, field):
             config[field] = getattr(after, field)
     config |= {field: value for field, value in after.own.items() if value != before.own[field]}
+    if before.qkv_bias != after.qkv_bias:
+        config["attention_bias"] = after.qkv_bias
+    if before.qk_norm != after.qk_norm and isinstance(dialect.qk_norm, str):
+        config[dialect.qk_norm] = after.qk_norm
     if before.rope != after.rope:
         write_rope(config, after.rope)
     if before.windows != after.windows:
-        _write_windows(dialect, config, before.windows, after.windows)
-    if before.experts is not None and after.experts is not None:
-        _write_experts(dialect, config, before.experts, after.experts)
+        write_windows(dialect.window_fields, config, before.windows, after.windows)
+    if before.rotates != after.rotates and dialect.rotation is Rotation.LISTED:
+        config["no_rope_layers"] = [int(one) for one in after.rotates]
+    if dialect.experts is not None and before.experts is not None and after.experts is not None:
+        write_experts(dialect.experts, config, before.experts, after.experts)
     config = dialect.restore(config)
     again = _read(dialect, config)
     if again != after:
@@ -245,42 +225,13 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
     return config
 
 
-def _write_windows(
-    dialect: Dialect, config: HfConfig, before: AttentionWindows, after: AttentionWindows
-) -> None:
-    kinds = [_SLIDING if slides else _FULL for slides in after.slides]
-    if before.size is None and after.size is None:
-        if config.get("layer_types") is not None:
-            config["layer_types"] = kinds
-        return
-    if after.size is not None or "use_sliding_window" not in dialect.window_fields:
-        config["sliding_window"] = after.size
-    if "use_sliding_window" in dialect.window_fields:
-        config["use_sliding_window"] = after.size is not None
-    if "layer_types" in dialect.window_fields or config.get("layer_types") is not None:
-        config["layer_types"] = kinds
-
-
-def _write_experts(dialect: Dialect, config: HfConfig, before: Experts, after: Experts) -> None:
-    naming = dialect.experts
-    assert naming is not None
-    if before.count != after.count:
-        for field in [name for name in naming.count_fields if name in config] or naming.count_fields[:1]:
-            config[field] = after.count
-    if before.per_token != after.per_token:
-        config["num_experts_per_tok"] = after.per_token
-    if before.width != after.width:
-        config[naming.width_field] = after.width
-    if before.normalised != after.normalised and naming.mixed:
-        config["norm_topk_prob"] = after.normalised
-    if _sparse_layers(config, len(after.sparse)) != after.sparse and naming.mixed:
-        config["decoder_sparse_step"] = 1
-        config["mlp_only_layers"] = [layer for layer, sparse in enumerate(after.sparse) if not sparse]
-
-
 def decoder_family(dialect: Dialect) -> Family:
     """Make the family that a dialect describes."""
     fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
+    if isinstance(dialect.qk_norm, str):
+        del fixed["qk_layernorm"]
+    if dialect.rotation is not Rotation.ALL:
+        del fixed["no_rope_freq"]
     if dialect.experts:
         del fixed["num_experts"]
         fixed |= FIXED_EXPERTS

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect, ExpertNaming
+import torch
+
+from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
+from megatron_fdd.convert.families.experts import ExpertNaming, Experts
 from megatron_fdd.convert.families.family import WeightRow
-from megatron_fdd.convert.families.transforms import GroupedQkv, Stacked
+from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv, Same, Stacked, Transform
 
 
 def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
@@ -15,9 +18,9 @@ def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
         rows += [first, *_attention_rows(dialect, shape, layer), *others]
         if shape.experts is not None and shape.experts.sparse[layer]:
             assert dialect.experts is not None
-            rows += _expert_rows(dialect.experts, shape.experts.count, layer)
+            rows += _expert_rows(dialect.experts, shape.experts, layer)
         else:
-            rows += _mlp_rows(shape, layer)
+            rows += _mlp_rows(dialect, shape, layer)
     rows.append(WeightRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
     if not shape.tie_word_embeddings:
         rows.append(WeightRow("output_layer.weight", ("lm_head.weight",), vocabulary=True))
@@ -33,19 +36,23 @@ def _norm_rows(dialect: Dialect, layer: int) -> list[WeightRow]:
 
 def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-    qkv = GroupedQkv(shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
+    grouped = GroupedQkv(shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
+    fused = "qkv" in dialect.fused
+    qkv: Transform = FusedQkv(grouped) if fused else grouped
+    parts = ("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj")
     rows = []
     for kind in ("weight", "bias"):
         # Megatron has all biases, or those of query, key and value; the ones that the model lacks are 0.
         in_megatron = kind == "weight" or shape.attention_bias or shape.mlp_bias
         present = kind == "weight" or shape.attention_bias
-        names = tuple(f"{hf}self_attn.{part}_proj.{kind}" for part in "qkvo")
-        if in_megatron or dialect.qkv_bias:
-            sources = names[:3] if present or dialect.qkv_bias else ()
+        if in_megatron or shape.qkv_bias:
+            names = tuple(f"{hf}self_attn.{part}.{kind}" for part in parts)
+            sources = names if present or shape.qkv_bias else ()
             rows.append(WeightRow(f"{mcore}self_attention.linear_qkv.{kind}", sources, qkv))
         if in_megatron:
-            rows.append(WeightRow(f"{mcore}self_attention.linear_proj.{kind}", names[3:] if present else ()))
-    if dialect.qk_norm:
+            output = (f"{hf}self_attn.o_proj.{kind}",) if present else ()
+            rows.append(WeightRow(f"{mcore}self_attention.linear_proj.{kind}", output))
+    if shape.qk_norm:
         rows += [
             WeightRow(
                 f"{mcore}self_attention.{part}_layernorm.weight", (f"{hf}self_attn.{part}_norm.weight",)
@@ -55,26 +62,39 @@ def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[W
     return rows
 
 
-def _mlp_rows(shape: DecoderShape, layer: int) -> list[WeightRow]:
+def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+    fused = "gate_up" in dialect.fused
+    first = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
     rows = []
     for kind in ("weight", "bias")[: 1 + (shape.attention_bias or shape.mlp_bias)]:
         present = kind == "weight" or shape.mlp_bias
-        names = tuple(f"{hf}mlp.{part}_proj.{kind}" for part in ("gate", "up", "down")) if present else ()
+        names = tuple(f"{hf}mlp.{part}.{kind}" for part in (*first, "down_proj")) if present else ()
         rows += [
-            WeightRow(f"{mcore}mlp.linear_fc1.{kind}", names[:2], Stacked(2)),
-            WeightRow(f"{mcore}mlp.linear_fc2.{kind}", names[2:]),
+            WeightRow(f"{mcore}mlp.linear_fc1.{kind}", names[:-1], Same() if fused else Stacked(2)),
+            WeightRow(f"{mcore}mlp.linear_fc2.{kind}", names[-1:]),
         ]
     return rows
 
 
-def _expert_rows(naming: ExpertNaming, count: int, layer: int) -> list[WeightRow]:
+def _expert_rows(naming: ExpertNaming, experts: Experts, layer: int) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.{naming.block}.", f"decoder.layers.{layer}.mlp."
-    rows = [WeightRow(f"{mcore}router.weight", (f"{hf}gate.weight",))]
-    for expert in range(count):
-        gate, up, down = (f"{hf}experts.{expert}.{name}.weight" for name in naming.projections)
-        rows += [
-            WeightRow(f"{mcore}experts.local_experts.{expert}.linear_fc1.weight", (gate, up), Stacked(2)),
-            WeightRow(f"{mcore}experts.local_experts.{expert}.linear_fc2.weight", (down,)),
-        ]
+    rows = [WeightRow(f"{mcore}router.weight", (f"{hf}{naming.router}",))]
+    if naming.bias is not None:
+        rows.append(WeightRow(f"{mcore}router.expert_bias", (f"{hf}{naming.bias}",), dtype=torch.float32))
+    for expert in range(experts.count):
+        local = f"{mcore}experts.local_experts.{expert}."
+        rows += _glu_rows(local, f"{hf}experts.{expert}.", naming.projections)
+    if naming.shared is not None and experts.shared_width:
+        rows += _glu_rows(f"{mcore}shared_experts.", f"{hf}{naming.shared.block}.", naming.projections)
+        if naming.shared.gate is not None:
+            rows.append(WeightRow(f"{mcore}shared_experts.gate_weight", (f"{hf}{naming.shared.gate}",)))
     return rows
+
+
+def _glu_rows(mcore: str, hf: str, projections: tuple[str, str, str]) -> list[WeightRow]:
+    gate, up, down = (f"{hf}{name}.weight" for name in projections)
+    return [
+        WeightRow(f"{mcore}linear_fc1.weight", (gate, up), Stacked(2)),
+        WeightRow(f"{mcore}linear_fc2.weight", (down,)),
+    ]

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+import torch
+
 from megatron_fdd.convert.families.transforms import Same, Transform
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.layer_specs import LayerSpec
@@ -35,12 +37,14 @@ class WeightRow:
         sources: names of the Hugging Face tensors, in the transform's order. They are empty if the model lacks a
             parameter that Megatron has; the parameter is then 0.
         vocabulary: whether dim 0 is the vocabulary, which Megatron pads; padded rows are 0 and never exported.
+        dtype: in which both sides keep it, whatever the dtype of the model; None if it has the model's.
     """
 
     mcore: str
     sources: tuple[str, ...]
     transform: Transform = Same()
     vocabulary: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,8 @@ GEMMA3_TEXT = decoder_family(
         # The patterns are read if `layer_types` is absent; the last field says how transformers keeps keys and values.
         harmless=frozenset({"sliding_window_pattern", "_sliding_window_pattern", "cache_implementation"}),
         qk_norm=True,
+        # Megatron multiplies with YaRN's factor in all layers, and here it would be in those without a window alone.
+        rope_kinds=("default", "linear"),
         window_fields=("sliding_window", "layer_types"),
         norms=(
             ("input_layernorm", "input_layernorm"),

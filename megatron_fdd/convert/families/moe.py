@@ -1,7 +1,8 @@
 """Mixtral and Qwen3-MoE, whose MLP is a mixture of experts, in all layers or in some."""
 
 from megatron_fdd.convert.families.decoder import decoder_family
-from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect, ExpertNaming
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
+from megatron_fdd.convert.families.experts import QWENS_LAYERS, QWENS_PROJECTIONS, ExpertNaming
 
 # The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
@@ -26,7 +27,6 @@ MIXTRAL = decoder_family(
             projections=("w1", "w3", "w2"),
             count_fields=("num_local_experts",),
             width_field="intermediate_size",
-            mixed=False,
         ),
     )
 )
@@ -52,11 +52,12 @@ QWEN3_MOE = decoder_family(
         window_fields=("sliding_window", "use_sliding_window"),
         experts=ExpertNaming(
             block="mlp",
-            projections=("gate_proj", "up_proj", "down_proj"),
+            projections=QWENS_PROJECTIONS,
             # transformers 5 writes the second name.
             count_fields=("num_experts", "num_local_experts"),
             width_field="moe_intermediate_size",
-            mixed=True,
+            layer_fields=QWENS_LAYERS,
+            normalises=True,
         ),
     )
 )

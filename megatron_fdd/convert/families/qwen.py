@@ -22,7 +22,7 @@ QWEN2 = decoder_family(
         _DEFAULTS,
         # The biases of query, key and value do not depend on its config.
         neutral={**NO_BIASES, "use_mrope": (False,)},
-        qkv_bias=True,
+        qkv_bias="always",
         window_fields=_WINDOW_FIELDS,
     )
 )

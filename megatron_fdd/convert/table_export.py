@@ -1,0 +1,118 @@
+"""A Megatron checkpoint as the table of its family writes it: Hugging Face tensors, one parameter at a time."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
+from megatron_fdd.convert.hf_writer import Shard, TensorSpec
+from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
+from megatron_fdd.convert.to_mcore import stored_tensors
+
+if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
+    from megatron_fdd.convert.mcore_checkpoint import StoredWeights
+
+
+@dataclass(frozen=True, slots=True)
+class TableExport:
+    """A model to be written: the place of its weights, and the table that writes them.
+
+    Attributes:
+        parameters: Megatron's names, shapes and stored dtypes, on the meta device.
+        dtype: to write all in that have no dtype of their own.
+    """
+
+    weights: StoredWeights
+    parameters: dict[str, Tensor]
+    rows: list[WeightRow]
+    config: HfConfig
+    vocab_size: int
+    dtype: torch.dtype
+
+    @property
+    def _row_of(self) -> dict[str, WeightRow]:
+        """Map each Hugging Face name to its row."""
+        return {name: row for row in self.rows for name in row.sources}
+
+    def split(self, row: WeightRow, whole: Tensor) -> list[Tensor]:
+        """Split a Megatron parameter into its Hugging Face tensors, in the order of the row's sources."""
+        parts = row.transform.split(whole)
+        return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
+
+    def specs(self) -> Iterator[TensorSpec]:
+        """Yield every Hugging Face tensor, in the order of the table."""
+        for row in self.rows:
+            if row.sources:
+                parts = self.split(row, self.parameters[row.mcore])
+                for name, part in zip(row.sources, parts, strict=True):
+                    yield TensorSpec(name, row.dtype or self.dtype, tuple(part.shape))
+
+    def read(self, shard: Shard) -> Iterator[Tensor]:
+        """Yield the tensors of one file; a parameter is read once for all its tensors in sequence."""
+        row_of = self._row_of
+        current: WeightRow | None = None
+        parts: dict[str, Tensor] = {}
+        for spec in shard.tensors:
+            if row_of[spec.name] is not current:
+                parts.clear()  # free one parameter before reading the next
+                current = row_of[spec.name]
+                whole = self.weights.read(current.mcore)
+                parts.update(zip(current.sources, self.split(current, whole), strict=True))
+            yield parts.pop(spec.name).to(spec.dtype).contiguous()
+
+
+def table_export(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, groups: Any) -> TableExport:
+    """Describe the model again from its Hugging Face config, so that no setting of the run has an effect."""
+    from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
+
+    family = family_of(seed)
+    check_architecture(args, family.fixed, family.model_type)
+    config = family.hf_config(seed, args)
+    architecture = family.megatron_args(config)
+    stored_dtype, stored_rows = stored_layout(checkpoint)
+    vocab_size = architecture["vocab_size"]
+    if stored_rows < vocab_size:
+        raise ValueError(
+            f"{checkpoint} holds {stored_rows} vocabulary rows, fewer than the vocab_size {vocab_size} of the "
+            "Hugging Face config; give the model's own config with --hf-config"
+        )
+    own_args = complete_args(
+        {**family.fixed, **architecture},
+        dtype=stored_dtype,
+        vocabulary_divisor=args.make_vocab_size_divisible_by,
+    )
+    model = build_model(own_args, groups, "meta")
+    rows = family.rows(config)
+    tensors = stored_tensors(model, rows)
+    weights = StoredWeights(checkpoint, model, groups)
+    _check_absent_are_zero(weights, rows, family)
+    own = [row.mcore for row in rows if row.dtype is not None]
+    out_dtype = weights.common_dtype(except_for=own) if dtype == "checkpoint" else DTYPES[dtype]
+    return TableExport(weights, tensors, rows, config, vocab_size, out_dtype)
+
+
+def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:
+    """Refuse a checkpoint unless its args have the values that all models of a family have."""
+    wrong = {name: getattr(args, name, value) for name, value in fixed.items()}
+    wrong = {name: value for name, value in wrong.items() if value != fixed[name]}
+    if wrong:
+        told = ", ".join(f"{name} = {value!r} (needs {fixed[name]!r})" for name, value in wrong.items())
+        raise ValueError(f"the checkpoint's model is not of the shape of a {model_type}: {told}")
+
+
+def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family: Family) -> None:
+    """Refuse values other than 0 that have no place in the Hugging Face model. Every rank checks all values."""
+    trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
+    if trained:
+        raise ValueError(
+            f"config.json gives this {family.model_type} no place for {', '.join(trained)}, which are not zero; "
+            'pass --hf-config with "attention_bias" and "mlp_bias" both true'
+        )
