@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_fdd.convert.families.family import whole_name
 from megatron_fdd.host.json_file import read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
@@ -62,7 +63,7 @@ class Checksums:
 
     Attributes:
         dtype: the dtype of the tensors, such as bfloat16; "mixed" where they differ.
-        digests: tensor name -> SHA-256 of its bytes.
+        digests: name of a tensor, or of a slice of one that holds all experts of a layer -> SHA-256 of its bytes.
     """
 
     dtype: str
@@ -86,11 +87,18 @@ class Checksums:
         content = {"algorithm": _ALGORITHM, "dtype": self.dtype, "tensors": tensors}
         write_json(folder / CHECKSUMS_FILE, content)
 
+    def count(self) -> int:
+        """Count the tensors; one of which slices have digests is one."""
+        return len(set(map(whole_name, self.digests)))
+
     def count_same(self, other: Checksums | None) -> int | None:
         """Count the tensors with the same digest in `other`; return None without `other` or if its dtype differs."""
         if other is None or other.dtype != self.dtype:
             return None
-        return sum(other.digests.get(name) == digest for name, digest in self.digests.items())
+        changed = {
+            whole_name(name) for name, digest in self.digests.items() if other.digests.get(name) != digest
+        }
+        return self.count() - len(changed)
 
     def check(self, folder: Path, name: str, found: str) -> None:
         """Refuse a tensor of `folder` unless it agrees with this report, which lies there.

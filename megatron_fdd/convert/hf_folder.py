@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_fdd.convert.families.family import HfConfig
+from megatron_fdd.convert.families.family import HfConfig, slice_name
 from megatron_fdd.convert.mcore_model import DTYPES
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.listing import listing
@@ -121,6 +122,27 @@ class HfFolder:
             shape = tuple(entry["shape"])
             tensors[name] = StoredTensor(file, entry["dtype"], shape, 8 + length + first, last - first)
         return tensors
+
+    def apart(self, endings: tuple[str, ...]) -> HfFolder:
+        """Return the same folder with each tensor whose name ends so taken apart along dim 0, as `slice_name` names it.
+
+        A slice is read by itself: an expert, of a tensor with all experts of a layer.
+        """
+        view = copy.copy(self)
+        view.tensors = {}
+        for name, stored in self.tensors.items():
+            if not name.endswith(endings) or not stored.shape:
+                view.tensors[name] = stored
+                continue
+            count, *shape = stored.shape
+            size = stored.num_bytes // max(count, 1)
+            view.tensors |= {
+                slice_name(name, index): replace(
+                    stored, shape=tuple(shape), offset=stored.offset + index * size, num_bytes=size
+                )
+                for index in range(count)
+            }
+        return view
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""

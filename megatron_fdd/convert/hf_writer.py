@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.convert.checksums import bytes_of
+from megatron_fdd.convert.families.family import slice_name, whole_name
 from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE
 from megatron_fdd.host.disk import check_no_link, writing
 from megatron_fdd.host.json_file import write_json
@@ -123,7 +125,7 @@ def _to_disk(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor to be written, before there is any data."""
+    """A tensor, or a slice of one (`slice_name`), to be written, before there is any data."""
 
     name: str
     dtype: torch.dtype
@@ -152,16 +154,18 @@ def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int) -> list[Sha
     """Divide tensors, in the given order, into as few files as `max_shard_bytes` allows, with Hugging Face's names.
 
     A tensor larger than a shard gets its own shard. The plan depends only on the specs of the tensors, so that every
-    rank makes the same plan, for any number of ranks.
+    rank makes the same plan, for any number of ranks. The slices of a tensor follow one another, in one file.
     """
     files: list[list[TensorSpec]] = []
     size = 0
-    for spec in tensors:
-        if not files or size + spec.num_bytes > max_shard_bytes:
+    for _, specs in itertools.groupby(tensors, lambda spec: whole_name(spec.name)):
+        whole = list(specs)
+        num_bytes = sum(spec.num_bytes for spec in whole)
+        if not files or size + num_bytes > max_shard_bytes:
             files.append([])
             size = 0
-        files[-1].append(spec)
-        size += spec.num_bytes
+        files[-1] += whole
+        size += num_bytes
     if len(files) == 1:
         return [Shard(SINGLE_FILE, tuple(files[0]))]
     return [
@@ -182,13 +186,7 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
     Yields:
         The spec of each tensor after it is written, and the SHA-256 of its bytes in hexadecimal.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in shard.tensors:
-        end = offset + spec.num_bytes
-        name_of_dtype = NAME_OF_DTYPE[spec.dtype]
-        header[spec.name] = {"dtype": name_of_dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
-        offset = end
+    header = {"__metadata__": {"format": "pt"}, **_entries(shard.tensors)}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data begins aligned
     with (folder / shard.file).open("wb") as file:
@@ -201,9 +199,26 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
             yield spec, hashlib.sha256(raw).hexdigest()
 
 
+def _entries(specs: Iterable[TensorSpec]) -> dict[str, Any]:
+    """Return a header's entries. The slices of a tensor make one entry: their bytes are the tensor's."""
+    entries: dict[str, Any] = {}
+    offset = 0
+    for name, parts in itertools.groupby(specs, lambda spec: whole_name(spec.name)):
+        whole = list(parts)
+        assert name not in entries, f"the slices of {name} do not follow one another"
+        first, shape = whole[0], list(whole[0].shape)
+        if first.name != name:
+            assert [spec.name for spec in whole] == [slice_name(name, index) for index in range(len(whole))]
+            shape = [len(whole), *shape]
+        end = offset + sum(spec.num_bytes for spec in whole)
+        entries[name] = {"dtype": NAME_OF_DTYPE[first.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return entries
+
+
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     """Write the index of several shards; a single shard has no index."""
     if len(shards) > 1:
-        weight_map = {spec.name: shard.file for shard in shards for spec in shard.tensors}
+        weight_map = {whole_name(spec.name): shard.file for shard in shards for spec in shard.tensors}
         total = sum(shard.num_bytes for shard in shards)
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -50,6 +50,7 @@ def replace_vocabulary(
     _check_different(old, new)
     vocabulary = NewVocabulary.between(old, new)
     config = _with_ids(folder.config, new.ids(CONFIG_FILES[0])) | {"vocab_size": new.num_rows}
+    folder = folder.apart(family.stacked)
     tensors = _tensors(folder, family, vocabulary)
     with new_folder(Path(hf_out), "--hf-out") as unfinished:
         write_derived(folder, tensors, unfinished, max_shard_size=max_shard_size, progress=progress)

@@ -93,6 +93,7 @@ def init_student(
         first = f"layer {outside[0]}" if outside else "no layer"
         raise ValueError(f"{first}: {hf_model} has the layers 0 to {teacher_layers - 1}; choose from them")
     check_names(family, folder)
+    folder = folder.apart(family.stacked)
     renamed = _student_names(folder, family, layers)
     tensors = [
         Derived(TensorSpec(new, folder.dtype(old), folder.shape(old)), old) for new, old in renamed.items()

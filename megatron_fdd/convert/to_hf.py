@@ -134,7 +134,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
                     _write_config(unfinished, config_path, export.config, export.dtype)
                     copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
                     written.write(unfinished)
-    return Exported(len(written.digests), written.count_same(imported), left_out, remark)
+    return Exported(written.count(), written.count_same(imported), left_out, remark)
 
 
 def _check_untouched(written: Checksums, imported: Checksums | None, load: Path) -> None:

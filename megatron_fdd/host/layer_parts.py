@@ -22,7 +22,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
@@ -38,12 +40,50 @@ def stock_layer(config: GPTModelConfig) -> ModuleSpec:
     Raises:
         ValueError: `--transformer-impl` is neither local nor transformer_engine.
     """
+    _check_impl(config)
+    return default_layer_spec(config, 0)
+
+
+def _check_impl(config: GPTModelConfig) -> None:
+    """Refuse an implementation of layers whose parts have other names."""
     impl = config.transformer.transformer_impl
     if impl not in ("local", "transformer_engine"):
         raise ValueError(
             f"--transformer-impl {impl}: not with layers of a family's own; use local or transformer_engine"
         )
-    return default_layer_spec(config, 0)
+
+
+def stock_block(config: GPTModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Make Megatron's own specification of all layers of a chunk with experts, whose parts the caller may change.
+
+    Raises:
+        ValueError: as `stock_layer`.
+    """
+    _check_impl(config)
+    return default_layer_spec(config, vp_stage)
+
+
+def let_biased_experts_train(block: TransformerBlockSubmodules) -> None:
+    """Let local experts with biases train. Megatron's MLP adds the bias in place, to a view that autograd forbids."""
+    for layer in block.layer_specs:
+        experts = layer.submodules.mlp.keywords["submodules"].experts
+        if issubclass(experts.func, SequentialMLP):
+            parts = experts.keywords["submodules"]
+            parts.linear_fc2 = _with_own_output(parts.linear_fc2)
+
+
+@functools.cache
+def _with_own_output(linear: type[nn.Module]) -> type[nn.Module]:
+    """Make a subclass of `linear` whose output is no view."""
+
+    class OwnOutputRow(linear):  # type: ignore[valid-type, misc]
+        """A row-parallel matrix, [tokens, inputs] -> [tokens, H]."""
+
+        def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+            output_NH, bias_H = super().forward(input_)
+            return output_NH.clone(), bias_H
+
+    return OwnOutputRow
 
 
 def mlp_parts(layer: ModuleSpec) -> MLPSubmodules:

@@ -42,6 +42,29 @@ def _write(folder: Path, max_bytes: int) -> Path:
     return folder
 
 
+def test_slices_of_one_tensor(tmp_path: Path) -> None:
+    """Experts are written one after the other, as one tensor in one file, and read one by one."""
+    experts = torch.randn(3, 6, 4)
+    names = ["a", "e.w[0]", "e.w[1]", "e.w[2]", "b"]
+    values = [TENSORS["a"], *experts, TENSORS["b"]]
+    specs = [TensorSpec(name, v.dtype, tuple(v.shape)) for name, v in zip(names, values, strict=True)]
+    shards = plan_shards(specs, 100)
+    assert [len(shard.tensors) for shard in shards] == [1, 3, 1]
+    (tmp_path / "out").mkdir()
+    toys.write_json(tmp_path / "out" / "config.json", {})
+    by_name = dict(zip(names, values, strict=True))
+    for shard in shards:
+        list(write_shard(tmp_path / "out", shard, [by_name[spec.name] for spec in shard.tensors]))
+    write_index(tmp_path / "out", shards)
+    source = HfFolder(tmp_path / "out")
+    assert set(source.tensors) == {"a", "b", "e.w"}
+    assert torch.equal(source.read("e.w"), experts)
+    apart = source.apart((".w",))
+    assert set(apart.tensors) == set(names)
+    for name, value in by_name.items():
+        assert torch.equal(apart.read(name), value)
+
+
 @pytest.mark.parametrize(("max_bytes", "files"), [(96, 4), (200, 2), (10, 4), (10_000, 1)])
 def test_shards_and_index(tmp_path: Path, max_bytes: int, files: int) -> None:
     folder = _write(tmp_path / "out", max_bytes)

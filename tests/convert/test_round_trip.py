@@ -49,7 +49,7 @@ TWO_RANKS = [
     "mistral_window",
     "qwen2",
     "qwen3",
-    *toys.MIXTURES,
+    *(variant for variant in toys.MIXTURES if variant != "gpt_oss"),
 ]
 
 
@@ -65,7 +65,12 @@ def test_experts_on_two_ranks(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 
-@pytest.mark.parametrize("variant", ["qwen3_moe", "qwen3_moe_mixed"])
+@distributed(tp=2, ep=2, etp=1)
+def test_experts_with_biases_are_whole_on_a_rank(tmp_path: Path) -> None:
+    _check(tmp_path, "gpt_oss")
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "qwen3_moe_mixed", "glm4_moe"])
 @distributed(tp=2, dp=2, ep=2)
 def test_experts_and_tensors_on_four_ranks(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)

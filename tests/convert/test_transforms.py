@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_fdd.convert.families.transforms import GroupedQkv, Same, Stacked
+from megatron_fdd.convert.families.transforms import (
+    Alternating,
+    GroupedQkv,
+    Same,
+    Stacked,
+    Transposed,
+)
 
 
 @pytest.mark.parametrize("width", [(), (5,)], ids=["bias", "weight"])
@@ -34,3 +40,12 @@ def test_stacked_and_same() -> None:
     assert torch.equal(joined[4:], up)
     assert all(map(torch.equal, Stacked(2).split(joined), (gate, up)))
     assert Same().split(Same().join([gate]))[0] is gate
+
+
+def test_alternating_columns_of_a_transposed_matrix() -> None:
+    stored = torch.randn(3, 8)  # [in, gate 0, up 0, gate 1, ...]
+    transform = Transposed(Alternating())
+    joined = transform.join([stored])
+    expected = [stored[:, column] for column in (0, 2, 4, 6, 1, 3, 5, 7)]
+    assert torch.equal(joined, torch.stack(expected))
+    assert torch.equal(transform.split(joined)[0], stored)

@@ -195,7 +195,22 @@ VARIANTS |= {
         "torch_dtype": "bfloat16",
     },
 }
-MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe")
+VARIANTS["gpt_oss"] = {
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "intermediate_size": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 7,
+    "rope_theta": 150000,
+    "rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "swiglu_limit": 7.0,
+    "pad_token_id": 0,
+    "experts_per_token": 2,
+    "initial_context_length": 16,
+}
+MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", "gpt_oss")
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:

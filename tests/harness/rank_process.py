@@ -32,8 +32,8 @@ class Layout:
     """The number of ranks, and Megatron's parallel sizes on them.
 
     With `ranks` set, only the world group exists when the body starts. Otherwise Megatron's parallel state exists
-    too, over tp * pp * cp * dp ranks. `ep` divides cp * dp; an expert is split over as many tensor ranks as the
-    other layers.
+    too, over tp * pp * cp * dp ranks. `ep` divides the ranks of a stage by `etp`, the tensor ranks of an expert:
+    by default as many as those of the other layers.
     """
 
     ranks: int | None = None
@@ -42,6 +42,7 @@ class Layout:
     cp: int = 1
     dp: int = 1
     ep: int = 1
+    etp: int | None = None
     vpp: int | None = None
 
     def __post_init__(self) -> None:
@@ -178,6 +179,7 @@ def _enter_layout(layout: Layout) -> None:
             layout.vpp,
             context_parallel_size=layout.cp,
             expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
         )
         state = _parallel_state()
     _LAYOUTS[layout] = state

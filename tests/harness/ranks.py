@@ -50,6 +50,7 @@ def distributed(
     cp: int = 1,
     dp: int = 1,
     ep: int = 1,
+    etp: int | None = None,
     vpp: int | None = None,
     timeout_s: float = 120.0,
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -57,7 +58,7 @@ def distributed(
 
     Parameters and fixtures must be plain data that pickles (`tmp_path` is; `monkeypatch` is not).
     """
-    layout = Layout(ranks, tp, pp, cp, dp, ep, vpp)
+    layout = Layout(ranks, tp, pp, cp, dp, ep, etp, vpp)
 
     def decorate(body: Callable[..., Any]) -> Callable[..., None]:
         @pytest.mark.tier("default")

@@ -225,6 +225,14 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
     return config
 
 
+def _stacked(dialect: Dialect) -> tuple[str, ...]:
+    """List the endings of tensors with all experts of a layer."""
+    naming = None if dialect.experts is None else dialect.experts.stacked
+    if naming is None:
+        return ()
+    return tuple(f".{name}{ending}" for name in (naming.gate_up, naming.down) for ending in ("", "_bias"))
+
+
 def decoder_family(dialect: Dialect) -> Family:
     """Make the family that a dialect describes."""
     fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
@@ -244,6 +252,7 @@ def decoder_family(dialect: Dialect) -> Family:
         rows=lambda config: decoder_rows(dialect, _read(dialect, config)),
         layer_prefix="model.layers.{layer}.",
         ignored=("rotary_emb.inv_freq",),
+        stacked=_stacked(dialect),
         tied=("lm_head.weight", "model.embed_tokens.weight"),
         layer_spec=dialect.layer_spec,
     )

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 
 from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
-from megatron_fdd.convert.families.experts import ExpertNaming, Experts
-from megatron_fdd.convert.families.family import WeightRow
-from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv, Same, Stacked, Transform
+from megatron_fdd.convert.families.expert_naming import ExpertNaming, StackedNaming
+from megatron_fdd.convert.families.experts import Experts
+from megatron_fdd.convert.families.family import WeightRow, slice_name
+from megatron_fdd.convert.families.transforms import (
+    Alternating,
+    FusedQkv,
+    GroupedQkv,
+    Same,
+    Stacked,
+    Transform,
+    Transposed,
+)
 
 
 def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
@@ -18,7 +27,8 @@ def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
         rows += [first, *_attention_rows(dialect, shape, layer), *others]
         if shape.experts is not None and shape.experts.sparse[layer]:
             assert dialect.experts is not None
-            rows += _expert_rows(dialect.experts, shape.experts, layer)
+            biased = shape.attention_bias or shape.mlp_bias
+            rows += _expert_rows(dialect.experts, shape.experts, layer, biased=biased)
         else:
             rows += _mlp_rows(dialect, shape, layer)
     rows.append(WeightRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
@@ -59,6 +69,10 @@ def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[W
             )
             for part in "qk"
         ]
+    if dialect.sinks:
+        rows.append(
+            WeightRow(f"{mcore}self_attention.core_attention.softmax_offset", (f"{hf}self_attn.sinks",))
+        )
     return rows
 
 
@@ -77,18 +91,41 @@ def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightR
     return rows
 
 
-def _expert_rows(naming: ExpertNaming, experts: Experts, layer: int) -> list[WeightRow]:
+def _expert_rows(naming: ExpertNaming, experts: Experts, layer: int, *, biased: bool) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.{naming.block}.", f"decoder.layers.{layer}.mlp."
     rows = [WeightRow(f"{mcore}router.weight", (f"{hf}{naming.router}",))]
+    if naming.router_bias is not None:
+        rows.append(WeightRow(f"{mcore}router.bias", (f"{hf}{naming.router_bias}",)))
     if naming.bias is not None:
         rows.append(WeightRow(f"{mcore}router.expert_bias", (f"{hf}{naming.bias}",), dtype=torch.float32))
-    for expert in range(experts.count):
-        local = f"{mcore}experts.local_experts.{expert}."
-        rows += _glu_rows(local, f"{hf}experts.{expert}.", naming.projections)
+    local = f"{mcore}experts.local_experts"
+    if naming.stacked is not None:
+        rows += _stacked_rows(local, hf, naming.stacked, experts.count, biased=biased)
+    else:
+        for expert in range(experts.count):
+            rows += _glu_rows(f"{local}.{expert}.", f"{hf}experts.{expert}.", naming.projections)
     if naming.shared is not None and experts.shared_width:
         rows += _glu_rows(f"{mcore}shared_experts.", f"{hf}{naming.shared.block}.", naming.projections)
         if naming.shared.gate is not None:
             rows.append(WeightRow(f"{mcore}shared_experts.gate_weight", (f"{hf}{naming.shared.gate}",)))
+    return rows
+
+
+def _stacked_rows(mcore: str, hf: str, naming: StackedNaming, count: int, *, biased: bool) -> list[WeightRow]:
+    first: Transform = Alternating() if naming.alternates else Same()
+    matrices = (naming.gate_up, "linear_fc1", first), (naming.down, "linear_fc2", Same())
+    rows = []
+    for tensor, linear, transform in matrices:
+        weight = Transposed(transform) if naming.is_transposed else transform
+        for kind, ending, arranged in (("weight", "", weight), ("bias", "_bias", transform))[: 1 + biased]:
+            rows += [
+                WeightRow(
+                    f"{mcore}.{expert}.{linear}.{kind}",
+                    (slice_name(f"{hf}{tensor}{ending}", expert),),
+                    arranged,
+                )
+                for expert in range(count)
+            ]
     return rows
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_fdd.convert.families.experts import ExpertNaming, Experts
+from megatron_fdd.convert.families.expert_naming import ExpertNaming
+from megatron_fdd.convert.families.experts import Experts
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.families.layer_kinds import AttentionWindows, Rotation
 from megatron_fdd.convert.families.rope import ROPE_KINDS, Rope
@@ -47,6 +48,7 @@ class Dialect:
         partial_rotary: the part of a head that turns where the config does not say it; None if always all of it turns.
         rope_kinds: the kinds of rotary scaling that the model type can have.
         fused: matrices that one tensor holds: query, key and value one after the other; gate and up.
+        sinks: whether each head has a learned logit that takes attention away from all tokens.
         norms: a layer's norms of the hidden state, by Megatron's name and by Hugging Face's name.
         fixed: Megatron args that differ from those of the others.
         layer_spec: the layers, if they are not Megatron's own.
@@ -68,6 +70,7 @@ class Dialect:
     rope_kinds: tuple[str, ...] = ROPE_KINDS
     fused: tuple[Fused, ...] = ()
     experts: ExpertNaming | None = None
+    sinks: bool = False
     norms: tuple[tuple[str, str], ...] = NORMS_BEFORE
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layer_spec: LayerSpec | None = None

@@ -8,6 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_fdd.convert.families.config_fields import check_experts
+from megatron_fdd.convert.families.expert_naming import (
+    FIRST_DENSE,
+    GROUPS,
+    PER_TOKEN,
+    SCALING,
+    TOP_GROUPS,
+    ExpertNaming,
+    SharedNaming,
+)
 from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, refuse_field
 
 # What the routers of these families do not do, by Megatron's arguments.
@@ -17,80 +26,6 @@ FIXED_EXPERTS: dict[str, Any] = {
     "moe_mlp_glu_interleave_size": None,
     "moe_shared_expert_glu_interleave_size": None,
 }
-_PER_TOKEN = "num_experts_per_tok"
-_GROUPS, _TOP_GROUPS, _SCALING = "n_group", "topk_group", "routed_scaling_factor"
-_QWENS_LAYERS = ("decoder_sparse_step", "mlp_only_layers")
-_FIRST_DENSE = "first_k_dense_replace"
-
-
-@dataclass(frozen=True, slots=True)
-class SharedNaming:
-    """An expert that processes every token, beside those that a router chooses.
-
-    Attributes:
-        block: its module, beside the router.
-        count_field: config.json field with the number of experts that it replaces, each as wide as the others; None if
-            `width_field` has its width.
-        gate: the name of the vector by which a sigmoid scales its output; None if nothing does.
-    """
-
-    block: str
-    count_field: str | None = None
-    width_field: str | None = None
-    gate: str | None = None
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The config.json fields that describe it."""
-        return tuple(field for field in (self.count_field, self.width_field) if field is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertNaming:
-    """The names under which a model type keeps its experts.
-
-    Attributes:
-        block: the module that replaces the MLP.
-        projections: names of gate, up and down in an expert.
-        count_fields: config.json fields that may hold the number of experts, the usual one first.
-        width_field: config.json field with the width of one expert.
-        layer_fields: config.json fields that say which layers have experts; none if all have. The width of the others
-            is then `intermediate_size`.
-        normalises: whether `norm_topk_prob` says if the weights of a token's experts sum to 1; they do without it.
-        router: the name of the router's matrix in the block.
-        bias: the name of the bias by which a sigmoid router chooses experts, always float32; None for a softmax.
-        grouped: whether `n_group`, `topk_group` and `routed_scaling_factor` describe the router.
-        shared: an expert for every token; None if there is none.
-    """
-
-    block: str
-    projections: tuple[str, str, str]
-    count_fields: tuple[str, ...]
-    width_field: str
-    layer_fields: tuple[str, ...] = ()
-    normalises: bool = False
-    router: str = "gate.weight"
-    bias: str | None = None
-    grouped: bool = False
-    shared: SharedNaming | None = None
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The config.json fields that describe experts."""
-        return (
-            *self.count_fields,
-            self.width_field,
-            _PER_TOKEN,
-            *self.layer_fields,
-            *(("norm_topk_prob",) if self.normalises else ()),
-            *((_GROUPS, _TOP_GROUPS, _SCALING) if self.grouped else ()),
-            *(self.shared.fields if self.shared else ()),
-        )
-
-
-QWENS_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-QWENS_LAYERS = _QWENS_LAYERS
-FIRST_DENSE = (_FIRST_DENSE,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +116,8 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
     counts = [config[field] for field in naming.count_fields if config.get(field) is not None]
     if not counts or any(count != counts[0] for count in counts):
         refuse_field(naming.count_fields[0], counts, "one number of experts is needed")
-    per_token = config[_PER_TOKEN]
-    check_experts(layers, (naming.count_fields[0], counts[0]), (_PER_TOKEN, per_token))
+    per_token = config[PER_TOKEN]
+    check_experts(layers, (naming.count_fields[0], counts[0]), (PER_TOKEN, per_token))
     normalised = bool(config.get("norm_topk_prob", True)) if naming.normalises else True
     if naming.bias is not None and not normalised:
         refuse_field("norm_topk_prob", False, "and Megatron's sigmoid router always makes weights sum to 1")
@@ -195,7 +130,7 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
         sparse=_sparse_layers(naming, config, layers),
         chosen_by_sigmoid=naming.bias is not None,
         groups=_groups(config, counts[0], per_token) if naming.grouped else None,
-        scaling=float(config[_SCALING]) if naming.grouped else 1.0,
+        scaling=float(config[SCALING]) if naming.grouped else 1.0,
         shared_width=_shared_width(naming.shared, config, width),
         shared_gate=naming.shared is not None and naming.shared.gate is not None,
     )
@@ -203,14 +138,14 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
 
 def _groups(config: Mapping[str, Any], count: int, per_token: int) -> tuple[int, int] | None:
     """Return the groups of experts. Megatron scores a group by the best of its share of a token's experts."""
-    groups, top = config[_GROUPS], config[_TOP_GROUPS]
+    groups, top = config[GROUPS], config[TOP_GROUPS]
     if groups in (None, 1):
         return None
     if count % groups:
-        refuse_field(_GROUPS, groups, f"which must divide the number of experts ({count})")
+        refuse_field(GROUPS, groups, f"which must divide the number of experts ({count})")
     if per_token // top != 2:
         refuse_field(
-            _TOP_GROUPS,
+            TOP_GROUPS,
             top,
             f"and Megatron scores a group by {per_token} // {top} experts, where this model takes the best 2",
         )
@@ -232,7 +167,7 @@ def _shared_width(naming: SharedNaming | None, config: Mapping[str, Any], width:
 def _sparse_layers(naming: ExpertNaming, config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
     """Find which layers have experts; without fields that say it, every layer has."""
     if naming.layer_fields == FIRST_DENSE:
-        return tuple(layer >= config[_FIRST_DENSE] for layer in range(layers))
+        return tuple(layer >= config[FIRST_DENSE[0]] for layer in range(layers))
     step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or ()
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
 
@@ -243,7 +178,7 @@ def write_experts(naming: ExpertNaming, config: HfConfig, before: Experts, after
         for field in [name for name in naming.count_fields if name in config] or naming.count_fields[:1]:
             config[field] = after.count
     if before.per_token != after.per_token:
-        config[_PER_TOKEN] = after.per_token
+        config[PER_TOKEN] = after.per_token
     if before.width != after.width:
         config[naming.width_field] = after.width
     if before.normalised != after.normalised and naming.normalises:
@@ -257,9 +192,9 @@ def write_experts(naming: ExpertNaming, config: HfConfig, before: Experts, after
 
 def _write_grouped(config: HfConfig, before: Experts, after: Experts) -> None:
     if before.groups != after.groups:
-        config[_GROUPS], config[_TOP_GROUPS] = after.groups or (1, 1)
+        config[GROUPS], config[TOP_GROUPS] = after.groups or (1, 1)
     if before.scaling != after.scaling:
-        config[_SCALING] = after.scaling
+        config[SCALING] = after.scaling
 
 
 def _write_shared(naming: SharedNaming, config: HfConfig, after: Experts) -> None:
@@ -275,7 +210,7 @@ def _write_sparse(naming: ExpertNaming, config: HfConfig, sparse: Sequence[bool]
     if not naming.layer_fields:
         return
     if naming.layer_fields == FIRST_DENSE:
-        config[_FIRST_DENSE] = next((layer for layer, one in enumerate(sparse) if one), len(sparse))
+        config[FIRST_DENSE[0]] = next((layer for layer, one in enumerate(sparse) if one), len(sparse))
     elif _sparse_layers(naming, config, len(sparse)) != tuple(sparse):
         config["decoder_sparse_step"] = 1
         config["mlp_only_layers"] = [layer for layer, one in enumerate(sparse) if not one]

@@ -23,6 +23,16 @@ MegatronArgs = dict[str, Any]
 """Megatron's argparse destinations and their values, which are plain values only."""
 
 
+def slice_name(name: str, index: int) -> str:
+    """Name one entry of dim 0 of a tensor that a folder holds as a whole, such as an expert."""
+    return f"{name}[{index}]"
+
+
+def whole_name(name: str) -> str:
+    """Return the tensor to which a slice belongs; another name is returned unchanged."""
+    return name.partition("[")[0]
+
+
 def refuse_field(field: str, value: Any, why: str) -> NoReturn:
     """Refuse one field of a config.json with a ValueError."""
     raise ValueError(f'config.json has "{field}": {shown(value)}, {why}')
@@ -62,6 +72,8 @@ class Family:
             one layer stay together.
         layer_prefix: the beginning of the names of one layer's tensors, with `{layer}` in it.
         ignored: endings of the names of buffers that may be present and carry no information.
+        stacked: endings of the names of tensors that hold all experts of a layer, in dim 0. Rows name one of them
+            by `slice_name`.
         tied: (name of the head, name of the embedding); a tied model may repeat the embedding under the head's name.
         prefix: a beginning that all names of a file may lack, as in a base model without a head.
         layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
@@ -78,6 +90,7 @@ class Family:
     ignored: tuple[str, ...]
     tied: tuple[str, str]
     prefix: str = ""
+    stacked: tuple[str, ...] = ()
     layer_spec: LayerSpec | None = None
 
     def as_stored(self, names: Collection[str]) -> Family:

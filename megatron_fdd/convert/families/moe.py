@@ -2,7 +2,7 @@
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
-from megatron_fdd.convert.families.experts import QWENS_LAYERS, QWENS_PROJECTIONS, ExpertNaming
+from megatron_fdd.convert.families.expert_naming import QWENS_LAYERS, QWENS_PROJECTIONS, ExpertNaming
 
 # The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})

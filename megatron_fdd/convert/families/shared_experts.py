@@ -2,7 +2,7 @@
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
-from megatron_fdd.convert.families.experts import (
+from megatron_fdd.convert.families.expert_naming import (
     FIRST_DENSE,
     QWENS_LAYERS,
     QWENS_PROJECTIONS,

@@ -54,6 +54,20 @@ class Stacked:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternating:
+    """One tensor whose rows are gate, up, gate, up, ...; in Megatron's all rows of gate come first."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put the even rows before the odd ones."""
+        (only,) = parts
+        return torch.cat([only[0::2], only[1::2]])
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Let the rows of both halves take turns."""
+        return [torch.stack(whole.chunk(2), dim=1).flatten(0, 1)]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedQkv:
     """Query, key and value rows, interleaved per query group: [q ... q k v], [q ... q k v], ...
 
