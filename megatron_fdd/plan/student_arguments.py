@@ -21,6 +21,9 @@ _APEX_KERNELS = {
     "masked_softmax_fusion": "scaled_upper_triang_masked_softmax_cuda",
 }
 
+# How exactly a model is computed: as its checkpoint says, unless a flag says otherwise.
+_PRECISION = ("moe_router_dtype",)
+
 
 def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, object]) -> StoredModel | None:
     """Complete the student's architecture from its checkpoint where `--use-checkpoint-args` leaves parts out.
@@ -54,7 +57,7 @@ def complete_student_args(args: argparse.Namespace, defaults: Mapping[str, objec
         if "spec" not in given:
             check_no_spec(stored, flag, "if you trust it, give the flag yourself")
         load_args_from_checkpoint(args, load_arg=flag.removeprefix("--").replace("-", "_"))
-        for name in ARCHITECTURE:
+        for name in (*ARCHITECTURE, *_PRECISION):
             if hasattr(stored, name):
                 setattr(args, name, getattr(stored, name))
         # Megatron lets the checkpoint overrule --tokenizer-model, --hidden-dropout and more.

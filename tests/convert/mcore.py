@@ -81,9 +81,9 @@ def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
     save_model(folder, model, args, groups, list(values), values.__getitem__)
 
 
-def make_checkpoint(folder: Path, variant: str) -> None:
+def make_checkpoint(folder: Path, variant: str, **changes: Any) -> None:
     """Make `folder/source` (Hugging Face) and `folder/mcore` on the ranks of this run."""
     if dist.get_rank() == 0:
-        toys.make_llama(folder / "source", variant)
+        toys.make_llama(folder / "source", variant, **changes)
     dist.barrier()
     convert.hf_to_mcore(folder / "source", folder / "mcore")

@@ -45,6 +45,14 @@ def test_absent_windows_are_those_of_transformers() -> None:
     )
 
 
+def test_a_rotary_base_that_is_no_whole_number() -> None:
+    """StarCoder2-3B has one. Only Megatron's command line wants a whole number."""
+    args = _args(toys.llama_config("starcoder2", rope_theta=999999.4420358813))
+    assert args["rotary_base"] == 999999.4420358813
+    whole = _args(toys.llama_config("starcoder2", rope_theta=1e6))["rotary_base"]
+    assert (whole, type(whole)) == (1000000, int)
+
+
 def test_experts() -> None:
     args = _args(toys.llama_config("qwen3_moe_mixed"))
     names = (

@@ -74,7 +74,6 @@ REFUSED = {
         "attention_bias": True,
     },
     "num_key_value_heads": {"num_key_value_heads": 5},
-    "rope_theta": {"rope_theta": 10000.5},
     "rope_type": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     "ntk": {"rope_scaling": {"type": "ntk", "factor": 2.0}},
     "low_freq_factor": {"rope_scaling": {**toys.LLAMA3_SCALING, "low_freq_factor": 2.0}},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.data.batch import Batch
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.step.lens import read_lens
@@ -103,12 +103,17 @@ def _factors() -> torch.Tensor:
 
 
 def _expected_gradients(source: Path) -> dict[str, torch.Tensor]:
+    """Return transformers' gradients under Megatron's names. It saves them as weights, under the names of files."""
     model = _reference(source)
     (model(toys.TOKENS).logits * _factors()).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    config: dict[str, Any] = toys.read_json(source / "config.json")
-    rows = family_of(config).rows(config)
-    return {row.mcore: row.transform.join([gradients[name] for name in row.sources]).double() for row in rows}
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    folder = source.with_name("gradients")
+    model.save_pretrained(folder)
+    family = family_of(toys.read_json(source / "config.json"))
+    stored = HfFolder(folder).apart(family.stacked)
+    rows = [row for row in family.rows(toys.read_json(source / "config.json")) if row.dtype is None]
+    return {row.mcore: row.transform.join(list(map(stored.read, row.sources))).double() for row in rows}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -122,7 +127,26 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_gradients(saved: Path, tp: int, sequence_parallel: bool) -> None:
     arguments = {"folder": saved, "sequence_parallel": sequence_parallel}
     found, *others = run_on_ranks(_gradients, Layout(tp=tp), arguments)
-    expected = _expected_gradients(saved / "source")
+    _check_gradients(found, saved)
+
+
+def _check_gradients(found: dict[str, torch.Tensor], folder: Path) -> None:
+    expected = _expected_gradients(folder / "source")
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
+        assert wanted.any(), name
         assert (found[name] - wanted).abs().max() < GRADIENT_TOLERANCE * wanted.abs().max(), name
+
+
+# One variant for each thing that Megatron's own layers do differently.
+STOCK = ("llama_yarn", "smollm3", "phi3", "ernie4_5", "qwen2_moe", "glm4_moe", "gpt_oss")
+
+
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("variant", STOCK)
+def test_gradients_of_stock_layers(variant: str, tmp_path: Path) -> None:
+    made = {"folder": tmp_path, "variant": variant, "torch_dtype": "float32"}
+    run_on_ranks(mcore.make_checkpoint, Layout(tp=1), made)
+    arguments = {"folder": tmp_path, "sequence_parallel": False}
+    (found,) = run_on_ranks(_gradients, Layout(tp=1), arguments)
+    _check_gradients(found, tmp_path)

@@ -43,6 +43,11 @@ def _count_parameters(config: dict[str, Any]) -> int:
         ("Qwen3-30B-A3B", 30532.1),
         ("OLMo-2-0425-1B", 1484.9),
         ("gemma-3-1b", 999.9),
+        ("SmolLM3-3B", 3075.1),
+        ("phi-4", 14659.5),
+        ("Qwen1.5-MoE-A2.7B", 14315.8),
+        ("gpt-oss-20b in bfloat16", 20914.8),
+        ("starcoder2-3b", 3030.4),
         ("gpt2-xl", 1557.6),
     ],
 )

@@ -210,12 +210,35 @@ VARIANTS["gpt_oss"] = {
     "experts_per_token": 2,
     "initial_context_length": 16,
 }
+VARIANTS |= {
+    "nemotron": {
+        "model_type": "nemotron",
+        "architectures": ["NemotronForCausalLM"],
+        "hidden_act": "relu2",
+        "norm_eps": 3e-4,
+        "rms_norm_eps": ...,
+        "partial_rotary_factor": 0.6,
+    },
+    "starcoder2": {
+        "model_type": "starcoder2",
+        "architectures": ["Starcoder2ForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 3e-4,
+        "rope_theta": 999999.4420358813,
+        "rms_norm_eps": ...,
+        "use_bias": True,
+        "sliding_window": 7,
+        "head_dim": ...,
+        "tie_word_embeddings": True,
+    },
+}
 MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", "gpt_oss")
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
-    """Return the config.json of a variant."""
-    return {**SHAPE, **VARIANTS[variant], **changes}
+    """Return the config.json of a variant; a field at `...` is absent."""
+    config = {**SHAPE, **VARIANTS[variant], **changes}
+    return {field: value for field, value in config.items() if value is not ...}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -29,9 +29,17 @@ PAIRS = [
     ("plain", "qwen3_types"),
     ("gemma3_text", "olmo2"),  # layers of their own
     ("olmo2", "gemma3_text"),
+    # Shared experts and a router with a bias; sinks, windows by layer and experts with biases; layers without rotation.
+    ("glm4_moe", "gpt_oss"),
+    ("gpt_oss", "smollm3"),
+    ("qwen2_moe", "glm4_moe"),
+    ("llama_yarn", "phi3"),  # rotary scaling; a part of each head rotated
+    ("nemotron", "starcoder2"),  # no gate, LayerNorm, a rotary base that is no whole number
+    ("ernie4_5", "qwen2_linear"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
-    "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "glm4_moe": {"torch_dtype": "float32"},
 }
 
 
@@ -77,6 +85,16 @@ LAYOUTS = {
         "gemma3_text",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
+    "pp2_shared": ("qwen2_moe", "glm4_moe", "--pipeline-model-parallel-size 2"),
+    "tp2_shared": ("qwen2_moe", "glm4_moe", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "ep2_sinks": (
+        "glm4_moe",
+        "gpt_oss",
+        "--expert-model-parallel-size 2 --teacher-expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
+    ),
+    "pp2_sinks": ("gpt_oss", "smollm3", "--pipeline-model-parallel-size 2"),
+    "cp2_yarn": ("llama_yarn", "phi3", "--context-parallel-size 2"),
+    "tp2_ungated": ("nemotron", "starcoder2", "--tensor-model-parallel-size 2 --sequence-parallel"),
     "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
 }
 
@@ -95,7 +113,14 @@ def on_one_rank(toy: Toys, models: Path) -> Metrics:
     return {pair: without_seconds(read_metrics(path)) for pair, path in pairs.items()}
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+# Mechanisms that other tests show at this layout.
+_COVERED = {name for name in LAYOUTS if name.endswith(("shared", "sinks", "yarn", "ungated"))} - {"ep2_sinks"}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.tier("all") if name in _COVERED else ()) for name in LAYOUTS],
+)
 def test_every_layout_trains_alike(
     toy: Toys, models: Path, on_one_rank: Metrics, tmp_path: Path, layout: str
 ) -> None:

@@ -13,6 +13,7 @@ from megatron_fdd.convert.families import (
     gemma3,
     gpt2,
     gpt_oss,
+    layer_norm,
     llama,
     llama_like,
     mistral,
@@ -32,6 +33,7 @@ _ALL = (
     gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE, olmo2.OLMO2,
     gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
+    layer_norm.NEMOTRON, layer_norm.STARCODER2,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -55,7 +57,7 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "opt": ("positions that start at 2", "ReLU"),
 }
 # Model types that a GPTModel can express, but nobody has written and tested their tables.
-NO_TABLE = ("deepseek_v2", "deepseek_v3", "nemotron", "starcoder2")
+NO_TABLE = ("deepseek_v2", "deepseek_v3")
 
 
 def add_family(family: Family) -> None:

@@ -65,9 +65,10 @@ _KINDS: dict[str, Kind] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     "n_ctx": optional(POSITIONS),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), EPSILON),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), EPSILON),
     **dict.fromkeys(
-        ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "use_qk_norm"), FLAG
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "use_qk_norm", "use_bias"),
+        FLAG,
     ),
     "use_sliding_window": optional(FLAG),
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), PROBABILITY),

@@ -48,6 +48,8 @@ def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
     neutral = {**_NEUTRAL, **dialect.neutral}
     if "use_sliding_window" not in dialect.window_fields:
         neutral["use_sliding_window"] = (False, None)
+    for field in dialect.harmless & neutral.keys():
+        del neutral[field]
     mapped = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dialect.fields}
     check_fields(
         config,
@@ -136,6 +138,7 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         **shape.windows.megatron_args(),
         **rotation_args(shape.rotates),
         **(shape.experts.megatron_args() if shape.experts else {}),
+        **({"moe_router_dtype": "fp32"} if dialect.experts and dialect.experts.float32_router else {}),
         **({OPTIONS: dict(shape.own)} if shape.own else {}),
     }
 

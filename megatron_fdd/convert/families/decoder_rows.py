@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 
 from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
@@ -23,25 +25,26 @@ def decoder_rows(dialect: Dialect, shape: DecoderShape) -> list[WeightRow]:
     """Return the rows of all parameters, in the order of an export."""
     rows = [WeightRow("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary=True)]
     for layer in range(shape.num_hidden_layers):
-        first, *others = _norm_rows(dialect, layer)
-        rows += [first, *_attention_rows(dialect, shape, layer), *others]
+        first, *others = (
+            _norm_rows(dialect, f"decoder.layers.{layer}.{mcore}", f"model.layers.{layer}.{hf}")
+            for mcore, hf in dialect.norms
+        )
+        rows += [*first, *_attention_rows(dialect, shape, layer), *chain(*others)]
         if shape.experts is not None and shape.experts.sparse[layer]:
             assert dialect.experts is not None
             biased = shape.attention_bias or shape.mlp_bias
             rows += _expert_rows(dialect.experts, shape.experts, layer, biased=biased)
         else:
             rows += _mlp_rows(dialect, shape, layer)
-    rows.append(WeightRow("decoder.final_layernorm.weight", ("model.norm.weight",)))
+    rows += _norm_rows(dialect, "decoder.final_layernorm", "model.norm")
     if not shape.tie_word_embeddings:
         rows.append(WeightRow("output_layer.weight", ("lm_head.weight",), vocabulary=True))
     return rows
 
 
-def _norm_rows(dialect: Dialect, layer: int) -> list[WeightRow]:
-    return [
-        WeightRow(f"decoder.layers.{layer}.{mcore}.weight", (f"model.layers.{layer}.{hf}.weight",))
-        for mcore, hf in dialect.norms
-    ]
+def _norm_rows(dialect: Dialect, mcore: str, hf: str) -> list[WeightRow]:
+    kinds = ("weight", "bias")[: 1 + dialect.norm_biases]
+    return [WeightRow(f"{mcore}.{kind}", (f"{hf}.{kind}",)) for kind in kinds]
 
 
 def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
@@ -79,13 +82,14 @@ def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[W
 def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.", f"decoder.layers.{layer}."
     fused = "gate_up" in dialect.fused
-    first = ("gate_up_proj",) if fused else ("gate_proj", "up_proj")
+    *first, down = ("gate_up_proj", "down_proj") if fused else dialect.mlp
+    transform: Transform = Same() if len(first) == 1 else Stacked(2)
     rows = []
     for kind in ("weight", "bias")[: 1 + (shape.attention_bias or shape.mlp_bias)]:
         present = kind == "weight" or shape.mlp_bias
-        names = tuple(f"{hf}mlp.{part}.{kind}" for part in (*first, "down_proj")) if present else ()
+        names = tuple(f"{hf}mlp.{part}.{kind}" for part in (*first, down)) if present else ()
         rows += [
-            WeightRow(f"{mcore}mlp.linear_fc1.{kind}", names[:-1], Same() if fused else Stacked(2)),
+            WeightRow(f"{mcore}mlp.linear_fc1.{kind}", names[:-1], transform),
             WeightRow(f"{mcore}mlp.linear_fc2.{kind}", names[-1:]),
         ]
     return rows

@@ -49,7 +49,9 @@ class Dialect:
         rope_kinds: the kinds of rotary scaling that the model type can have.
         fused: matrices that one tensor holds: query, key and value one after the other; gate and up.
         sinks: whether each head has a learned logit that takes attention away from all tokens.
+        mlp: names of the MLP's matrices: gate, up and down, or up and down alone.
         norms: a layer's norms of the hidden state, by Megatron's name and by Hugging Face's name.
+        norm_biases: whether these, and the final norm, have a bias.
         fixed: Megatron args that differ from those of the others.
         layer_spec: the layers, if they are not Megatron's own.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
@@ -71,7 +73,9 @@ class Dialect:
     fused: tuple[Fused, ...] = ()
     experts: ExpertNaming | None = None
     sinks: bool = False
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
     norms: tuple[tuple[str, str], ...] = NORMS_BEFORE
+    norm_biases: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layer_spec: LayerSpec | None = None
     own_fields: tuple[str, ...] = ()

@@ -65,6 +65,7 @@ class ExpertNaming:
         router_bias: the name of the bias of the router's logits; None if they have none.
         bias: the name of the bias by which a sigmoid router chooses experts, always float32; None for a softmax.
         grouped: whether `n_group`, `topk_group` and `routed_scaling_factor` describe the router.
+        float32_router: whether transformers computes the router's logits in float32. --moe-router-dtype overrules it.
         shared: an expert for every token; None if there is none.
         stacked: the tensors with all experts of a layer; None if each expert has its own three.
     """
@@ -79,6 +80,7 @@ class ExpertNaming:
     router_bias: str | None = None
     bias: str | None = None
     grouped: bool = False
+    float32_router: bool = False
     shared: SharedNaming | None = None
     stacked: StackedNaming | None = None
 

@@ -48,7 +48,7 @@ SMOLLM3 = decoder_family(
             "use_sliding_window": False,
             "sliding_window": None,
         },
-        harmless=frozenset({"max_window_layers"}),
+        harmless=frozenset({"max_window_layers", "pretraining_tp"}),
         window_fields=("sliding_window", "use_sliding_window", "layer_types"),
         rotation=Rotation.LISTED,
     )

@@ -219,7 +219,7 @@ _SCALINGS: dict[str, type[Scaling]] = {scaling.kind: scaling for scaling in (Lin
 class Rope:
     """The base of the angles, their scaling (None without one), and the part of a head's dimensions that turns."""
 
-    theta: int
+    theta: float
     scaling: Scaling | None = None
     partial: float = 1.0
 
@@ -255,8 +255,6 @@ def read_rope(config: Config, partial: float | None = None, kinds: Collection[st
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     check_rope_kinds(rope)
     theta = rope.pop("rope_theta", config.get("rope_theta", _THETA))
-    if theta != int(theta):
-        refuse_field("rope_theta", theta, "Megatron's rotary base is a whole number")
     legacy_kind = rope.pop("type", "default")
     kind = rope.pop("rope_type", legacy_kind)
     turned = rope.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
@@ -265,7 +263,7 @@ def read_rope(config: Config, partial: float | None = None, kinds: Collection[st
     if kind not in kinds:
         refuse_field("rope_type", kind, f"only {', '.join(map(repr, kinds))} convert")
     scaling = _read_scaling(kind, rope, config)
-    found = Rope(int(theta), scaling, float(turned or partial or 1.0))
+    found = Rope(int(theta) if theta == int(theta) else theta, scaling, float(turned or partial or 1.0))
     if isinstance(scaling, Yarn) and found.partial != 1.0:
         refuse_field("partial_rotary_factor", found.partial, "and Megatron's YaRN turns all of a head")
     return found

@@ -83,8 +83,6 @@ GLM4_MOE = decoder_family(
         qkv_bias="attention_bias",
         qk_norm="use_qk_norm",
         partial_rotary=0.5,
-        # transformers computes the router's logits in float32.
-        fixed={"moe_router_dtype": "fp32"},
         experts=ExpertNaming(
             block="mlp",
             projections=QWENS_PROJECTIONS,
@@ -94,6 +92,7 @@ GLM4_MOE = decoder_family(
             normalises=True,
             bias="gate.e_score_correction_bias",
             grouped=True,
+            float32_router=True,
             shared=SharedNaming("shared_experts", count_field="n_shared_experts"),
         ),
     )
