@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from megatron_fdd.losses.tap import TapWindow, TokenWeights
 from megatron_fdd.ops.delta import HeadGrams
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.heads import Heads
+from megatron_fdd.ops.own_code import called
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +156,9 @@ def computed(term: TapTerm, window: TapWindow, context: TapContext) -> Tensor:
     """Compute a term at a tap.
 
     Raises:
-        ValueError: the result is not one float32 number, or would train nothing.
+        ValueError: the term fails, or the result is not one float32 number, or would train nothing.
     """
-    result = term.compute(window, context)
+    result = called(f"the term {term.kind}: compute", term.compute, window, context)
     if (
         not isinstance(result, Tensor)
         or result.shape != ()
@@ -175,45 +174,3 @@ def computed(term: TapTerm, window: TapWindow, context: TapContext) -> Tensor:
             "nothing; use the tap's student side"
         )
     return result
-
-
-def check_record(term: TapTerm) -> None:
-    """Refuse a term that lacks an attribute, or has one that cannot be used.
-
-    Raises:
-        ValueError: names the term's class and the attribute.
-    """
-    name = type(term).__name__
-    texts = ("kind", "title", "caption", "unit", "color")
-    missing = [each for each in texts if not isinstance(getattr(term, each, None), str)]
-    if missing:
-        raise ValueError(f"the term {name} has no {', '.join(missing)}: give it a text for each")
-    if type(term).__hash__ is None:
-        raise ValueError(f"the term {name} cannot be hashed: leave @dataclass out, or give it frozen=True")
-    if term.reach not in (0, 1):
-        raise ValueError(f"the term {name} has reach {term.reach!r}: it must be 0 or 1")
-    if term.tokens != TapTerm.tokens:
-        raise ValueError(
-            f"the term {name} has tokens {term.tokens!r}: a term of inner layers counts those of --fdd-tokens; leave "
-            "it out"
-        )
-    if term.flag != TapTerm.flag:
-        raise ValueError(
-            f"the term {name} has flag {term.flag!r}: the weight of an own term comes from {TapTerm.flag}; leave it out"
-        )
-    if not _takes(term.compute, "window", "context"):
-        raise ValueError(f"the term {name}: compute: it must be a method that takes (window, context)")
-    unknown = sorted(set(term.settings) - {field.name for field in dataclasses.fields(FddConfig)})
-    if unknown:
-        raise ValueError(
-            f"the term {name} has the settings {unknown}, which FddConfig has not: use names of its fields"
-        )
-
-
-def _takes(function: Callable[..., object], *arguments: object) -> bool:
-    """Whether a function can be called with as many arguments; what is no function cannot."""
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    return True
