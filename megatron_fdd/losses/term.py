@@ -156,19 +156,31 @@ def computed(term: TapTerm, window: TapWindow, context: TapContext) -> Tensor:
     """Compute a term at a tap.
 
     Raises:
-        ValueError: the term fails, or the result is not one float32 number, or would train nothing.
+        ValueError: the term fails or writes to what it reads; the result is not one float32 number on the tap's device,
+            or would train nothing.
     """
+    features = [tap.features for tap in (window.current, window.previous) if tap is not None]
+    read = [tensor for each in features for tensor in each.tensors]
+    before = [tensor._version for tensor in read]
     result = called(f"the term {term.kind}: compute", term.compute, window, context)
-    if (
-        not isinstance(result, Tensor)
-        or result.shape != ()
-        or result.dtype not in (torch.float32, torch.float64)
+    if before != [tensor._version for tensor in read]:
+        raise ValueError(
+            f"the term {term.kind} writes to the features of a tap, which others read: compute must make new tensors "
+            "(x * 2, not x.mul_(2))"
+        )
+    student_MD = window.current.features.student_MD
+    if not (
+        isinstance(result, Tensor)
+        and result.shape == ()
+        and result.dtype in (torch.float32, torch.float64)
+        and result.device == student_MD.device
     ):
-        found = f"{[*result.shape]} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+        is_tensor = isinstance(result, Tensor)
+        found = f"{[*result.shape]} of {result.dtype} on {result.device}" if is_tensor else repr(result)
         raise ValueError(
             f"the term {term.kind} gives {found}: compute must return context.sum(one number a row)"
         )
-    if window.current.features.student_MD.requires_grad and not result.requires_grad:
+    if student_MD.requires_grad and not result.requires_grad:
         raise ValueError(
             f"the term {term.kind} does not depend on the student, or its result is detached: it would train "
             "nothing; use the tap's student side"
