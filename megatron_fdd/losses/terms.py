@@ -134,13 +134,15 @@ class Delta(TapTerm):
         return context.sum(1 - cosine_N)
 
 
+# How names in a metrics file begin: of a validation's means, and of each kind's share of the total.
+VALIDATION, SHARE = "valid ", "share "
 # Words that metrics files use for other numbers, and names in the module that holds what terms learn.
 RESERVED = {
     "by_tap",
     "sharded_state_dict",
     "total",
-    "valid",
-    "share",
+    VALIDATION.strip(),
+    SHARE.strip(),
     "iteration",
     "tokens",
     "grad_norm",
