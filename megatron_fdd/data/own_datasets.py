@@ -68,8 +68,8 @@ def _lengths(datasets: Any) -> Lengths:
     """Return the lengths of three datasets; refuse what is not three."""
     if not isinstance(datasets, Sequence) or len(datasets) != len(_NAMES):
         raise ValueError(
-            f"the script's `datasets` returns {datasets!r}: return the {', '.join(_NAMES)} set, None for one that is not "
-            "read (docs/extend/own-pretrain.md)"
+            f"the script's `datasets` returns {datasets!r}: return the {', '.join(_NAMES)} set, None for one that is "
+            "not read (docs/extend/own-pretrain.md)"
         )
     return [_length(dataset) for dataset in datasets]
 
