@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from megatron.training import get_args
 
 from megatron_fdd.host.together import together
-from megatron_fdd.ops.own_code import called
 
 Lengths = Sequence[int | None]
 _NAMES = ("training", "validation", "test")
@@ -28,13 +26,13 @@ def with_checked_lengths(provider: Callable[..., Sequence[Any]]) -> Callable[...
 
     def provide(num_samples: Lengths, vp_stage: int | None = None) -> Sequence[Any]:
         with together():
-            datasets = called("the script's `datasets`", partial(provider, vp_stage=vp_stage), num_samples)
+            datasets = _made(provider, num_samples, vp_stage)
             lengths = _lengths(datasets)
         by_rank: list[Lengths] = [()] * dist.get_world_size()
         dist.all_gather_object(by_rank, lengths)
         reads_once = get_args().dataloader_type == "single"
         check_lengths(by_rank, num_samples if reads_once else (None,) * len(num_samples))
-        return cast(Sequence[Any], datasets)
+        return datasets
 
     return provide
 
@@ -64,12 +62,25 @@ def check_lengths(by_rank: Sequence[Lengths], num_samples: Lengths) -> None:
             )
 
 
+def _made(
+    provider: Callable[..., Sequence[Any]], num_samples: Lengths, vp_stage: int | None
+) -> Sequence[Any]:
+    """Call the script's function; refuse one that fails, or would end the process."""
+    try:
+        return provider(num_samples, vp_stage=vp_stage)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"the script's `datasets` fails with {type(error).__name__}: {error}; make it give three datasets (a "
+            "rank's log has the traceback)"
+        ) from error
+
+
 def _lengths(datasets: Any) -> Lengths:
     """Return the lengths of three datasets; refuse what is not three."""
     if not isinstance(datasets, Sequence) or len(datasets) != len(_NAMES):
         raise ValueError(
-            f"the script's `datasets` returns {datasets!r}: return the {', '.join(_NAMES)} set, None for one that is "
-            "not read (docs/extend/own-pretrain.md)"
+            f"the script's `datasets` returns {datasets!r}: it must give the {', '.join(_NAMES)} set, None for one "
+            "that is not read (docs/extend/own-pretrain.md)"
         )
     return [_length(dataset) for dataset in datasets]
 

@@ -82,9 +82,15 @@ def said_of(wrong: str) -> str:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("leaves", "the script's `datasets` fails with SystemExit: 0 ("),
-        ("fails", "the script's `datasets` fails with IndexError: list index out of range ("),
-        ("two", "the script's `datasets` returns [None, None]: return the training, validation, test set"),
+        ("leaves", "the script's `datasets` fails with SystemExit: 0; make it give three datasets"),
+        (
+            "fails",
+            "the script's `datasets` fails with IndexError: list index out of range; make it give",
+        ),
+        (
+            "two",
+            "the script's `datasets` returns [None, None]: it must give the training, validation, test set",
+        ),
     ],
 )
 def test_what_goes_wrong_on_one_rank_is_heard_on_every_one(wrong: str, message: str) -> None:
