@@ -1,4 +1,4 @@
-"""Print what pyproject.toml requires, without torch and megatron-core: `python requirements.py [EXTRA...]`."""
+"""The requirements of pyproject.toml, printed without torch and megatron-core: `python requirements.py [EXTRA...]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the parts of the pages that are made from the code: table of flags, picture of modules, tables of Megatron.
+"""The parts of the pages that are made from the code: table of flags, picture of modules, tables of Megatron.
 
 python docs/generate.py      # writes them between their marks; tests/test_docs.py tests that they are up to date
 """

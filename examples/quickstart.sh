@@ -168,5 +168,5 @@ python examples/quickstart/verdict.py --before "$WORK/evaluation/student before/
 echo "student: $WORK/student-after-hf   report: $WORK/report/report.html"
 echo "logs: $STEP_LOG and $WORK/training/logs/   each step's losses: $WORK/training/metrics.jsonl"
 echo "quickstart: $((SECONDS - quickstart_started)) s"
-# Of random weights nothing is expected.
+# Nothing is expected of random weights.
 exit $((${REHEARSE:-0} == 1 ? 0 : verdict))

@@ -203,7 +203,7 @@ class Distillation:
         return self._student_step(data_iterator, model)
 
     def _check_files(self, chunks: list[GPTModel]) -> list[GPTModel]:
-        """Check the files of checkpoints and data before any is loaded, as Megatron's pre-wrap hook."""
+        """Refuse wrong files of checkpoints and data before any is loaded, as Megatron's pre-wrap hook."""
         self._run.check_files()
         return chunks
 

@@ -1,4 +1,4 @@
-"""Train a tuned lens: an affine map for each of some blocks of a teacher, whose prediction comes near the final one.
+"""The training of a tuned lens: an affine map for each of some blocks, whose prediction comes near the final one.
 
     torchrun --nproc-per-node 8 -m examples.extend.train_tuned_lens --lens-out lens.safetensors --blocks 16,32,48 -- \
         --teacher-load TEACHER --tensor-model-parallel-size 8 --train-iters 250 --lr 1e-3 --eval-iters 16 ...

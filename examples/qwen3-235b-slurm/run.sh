@@ -177,7 +177,7 @@ fi
 LIMIT_S= # training looks at the clock itself
 if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
     minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - RESERVE_MINUTES))
-    # Of 0 minutes Megatron thinks that there is no limit.
+    # Megatron takes 0 minutes for no limit.
     STOP_FLAGS=${STOP_FLAGS:---exit-duration-in-mins $((minutes > 0 ? minutes : 1))}
 fi
 teacher=(--teacher-load "$WORK/teacher")

@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.training import get_args
 
+from megatron_fdd.host.together import together
+
 Lengths = Sequence[int | None]
 _NAMES = ("training", "validation", "test")
 
@@ -15,17 +17,19 @@ _NAMES = ("training", "validation", "test")
 def with_checked_lengths(provider: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:
     """Return a provider of the same datasets that refuses other lengths on other ranks, and too few samples.
 
-    The new provider raises ValueError, the same on every rank. Its collectives: one all-gather of the lengths over all
-    ranks.
+    The new provider raises ValueError, the same on every rank. Its collectives: two all-gathers over all ranks, of
+    errors and of the lengths.
 
     Args:
         provider: makes the training, validation and test dataset; any may be None.
     """
 
     def provide(num_samples: Lengths, vp_stage: int | None = None) -> Sequence[Any]:
-        datasets = provider(num_samples, vp_stage=vp_stage)
+        with together():
+            datasets = _made(provider, num_samples, vp_stage)
+            lengths = _lengths(datasets)
         by_rank: list[Lengths] = [()] * dist.get_world_size()
-        dist.all_gather_object(by_rank, [_length(dataset) for dataset in datasets])
+        dist.all_gather_object(by_rank, lengths)
         reads_once = get_args().dataloader_type == "single"
         check_lengths(by_rank, num_samples if reads_once else (None,) * len(num_samples))
         return datasets
@@ -56,6 +60,29 @@ def check_lengths(by_rank: Sequence[Lengths], num_samples: Lengths) -> None:
                 f"the script's {name} set has {length} samples, and the run reads {number}: give it as many, such as "
                 "each sample again and again, or shorten the run (docs/extend/own-pretrain.md)"
             )
+
+
+def _made(
+    provider: Callable[..., Sequence[Any]], num_samples: Lengths, vp_stage: int | None
+) -> Sequence[Any]:
+    """Call the script's function; refuse one that fails, or would end the process."""
+    try:
+        return provider(num_samples, vp_stage=vp_stage)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"the script's `datasets` fails with {type(error).__name__}: {error}; make it give three datasets (a "
+            "rank's log has the traceback)"
+        ) from error
+
+
+def _lengths(datasets: Any) -> Lengths:
+    """Return the lengths of three datasets; refuse what is not three."""
+    if not isinstance(datasets, Sequence) or len(datasets) != len(_NAMES):
+        raise ValueError(
+            f"the script's `datasets` returns {datasets!r}: it must give the {', '.join(_NAMES)} set, None for one "
+            "that is not read (docs/extend/own-pretrain.md)"
+        )
+    return [_length(dataset) for dataset in datasets]
 
 
 def _length(dataset: Any) -> int | None:

@@ -91,7 +91,7 @@ def mark_unfinished(folder: Path) -> None:
 
 
 def check_sums(checkpoints: Mapping[str, Path]) -> str:
-    """Compare the files of checkpoints with the sums beside them, each rank its share of the bytes.
+    """Refuse checkpoints whose files differ from the sums beside them; each rank reads its share of the bytes.
 
     A checkpoint without sums passes with a remark: this package did not save it, or was ended before it wrote them.
 

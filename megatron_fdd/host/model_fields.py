@@ -129,7 +129,7 @@ _PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq")
 
 
 def check_stored_args(args: object, where: str) -> argparse.Namespace:
-    """Return the arguments that a checkpoint stores, after checking that each has a type and range with a meaning.
+    """Refuse stored arguments with a type or range that has no meaning; return them.
 
     Args:
         where: the flag and the folder of the checkpoint, for the message.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.ops.own_code import called, takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +88,30 @@ def add_lens(name: str, kind: LensKind) -> None:
     """Add an own kind, from the module that `--fdd-plugin` names.
 
     Raises:
-        ValueError: a kind of that name exists, the name is not one word, or the kind has no tensors.
+        ValueError: a kind of that name exists, the name is not one word, or the kind's tensors or function cannot be.
     """
+    if not isinstance(kind, LensKind):
+        raise ValueError(f"lens {name!r}: must be a LensKind: {kind!r} is none")
     if name in LENSES:
         raise ValueError(f"a lens {name!r} exists already: give this one another name")
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"a lens cannot be called {name!r}: use letters, digits and _")
-    wrong = [tensor for tensor, shape in kind.tensors.items() if not shape.isalpha() or "." in tensor]
-    if wrong or not kind.tensors:
+    tensors = kind.tensors
+    if not isinstance(tensors, Mapping) or not tensors or not all(map(_is_named, tensors.items())):
         raise ValueError(
-            f"lens {name}: tensors {dict(kind.tensors)} must name at least one, without '.', with a letter for each of "
-            "its dimensions"
+            f"lens {name}: tensors {tensors!r} must name at least one, without '.', with a letter for each of its "
+            "dimensions, as {'weight': 'TT'}"
+        )
+    if not takes(kind.features, "hidden_NT", "tensors", "norm"):
+        raise ValueError(
+            f"lens {name}: features: it must be a function that takes (hidden_NT, tensors, norm)"
         )
     LENSES[name] = kind
+
+
+def _is_named(row: tuple[object, object]) -> bool:
+    """Whether a row has the name of a tensor and its shape."""
+    return all(isinstance(each, str) for each in row) and "." not in str(row[0]) and str(row[1]).isalpha()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +139,18 @@ class TeacherLens:
         """Make the features of every token row of a block's output, float32 [N, T], which the head multiplies.
 
         Raises:
-            ValueError: the kind returned another shape.
+            ValueError: the kind failed, or returned another shape.
         """
         if self.kind is None:
             return self.bare.features(hidden_SBT)
         hidden_NT = hidden_SBT.flatten(0, 1)
-        features_NT = self.kind.features(hidden_NT, self.blocks[block], self.bare.normed)
-        if features_NT.shape != hidden_NT.shape:
+        features_NT = called(
+            "the lens: features", self.kind.features, hidden_NT, self.blocks[block], self.bare.normed
+        )
+        shape = features_NT.shape if isinstance(features_NT, Tensor) else None
+        if shape != hidden_NT.shape:
+            found = repr(features_NT) if shape is None else f"features {[*shape]}"
             raise ValueError(
-                f"the lens made features {list(features_NT.shape)} of hidden states {list(hidden_NT.shape)}; both must "
-                "have one shape"
+                f"the lens made {found} of hidden states {[*hidden_NT.shape]}; both must have one shape"
             )
         return features_NT.float()

@@ -17,6 +17,7 @@ from megatron_fdd.losses.carry import Carry
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens, TeacherLens
+from megatron_fdd.losses.own_term import ask_needs
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
@@ -103,7 +104,7 @@ class Objective:
         self._grams = grams
         self._teacher_lens = teacher_lens
         self._tap_terms = tap_terms(config)
-        self._reads_own_lse = any(not term.reach and term.needs(config).lse for term in self._tap_terms)
+        self._reads_own_lse = any(not term.reach and ask_needs(term, config).lse for term in self._tap_terms)
         self._parts = {part.name: part for part in self.parts}
 
     def begin_step(self, settings: StepSettings) -> None:

@@ -47,6 +47,11 @@ class Features:
     teacher_MT: Tensor
     student_MD: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.teacher_hidden_MT, self.student_hidden_MD, self.teacher_MT, self.student_MD
+
 
 @dataclass(frozen=True, slots=True)
 class Tap:

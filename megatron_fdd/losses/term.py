@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from megatron_fdd.losses.tap import TapWindow, TokenWeights
 from megatron_fdd.ops.delta import HeadGrams
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.heads import Heads
+from megatron_fdd.ops.own_code import called
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,63 +156,33 @@ def computed(term: TapTerm, window: TapWindow, context: TapContext) -> Tensor:
     """Compute a term at a tap.
 
     Raises:
-        ValueError: the result is not one float32 number, or would train nothing.
+        ValueError: the term fails or writes to what it reads; the result is not one float32 number on the tap's device,
+            or would train nothing.
     """
-    result = term.compute(window, context)
-    if (
-        not isinstance(result, Tensor)
-        or result.shape != ()
-        or result.dtype not in (torch.float32, torch.float64)
+    features = [tap.features for tap in (window.current, window.previous) if tap is not None]
+    read = [tensor for each in features for tensor in each.tensors]
+    before = [tensor._version for tensor in read]
+    result = called(f"the term {term.kind}: compute", term.compute, window, context)
+    if before != [tensor._version for tensor in read]:
+        raise ValueError(
+            f"the term {term.kind} writes to the features of a tap, which others read: compute must make new tensors "
+            "(x * 2, not x.mul_(2))"
+        )
+    student_MD = window.current.features.student_MD
+    if not (
+        isinstance(result, Tensor)
+        and result.shape == ()
+        and result.dtype in (torch.float32, torch.float64)
+        and result.device == student_MD.device
     ):
-        found = f"{[*result.shape]} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+        is_tensor = isinstance(result, Tensor)
+        found = f"{[*result.shape]} of {result.dtype} on {result.device}" if is_tensor else repr(result)
         raise ValueError(
             f"the term {term.kind} gives {found}: compute must return context.sum(one number a row)"
         )
-    if window.current.features.student_MD.requires_grad and not result.requires_grad:
+    if student_MD.requires_grad and not result.requires_grad:
         raise ValueError(
             f"the term {term.kind} does not depend on the student, or its result is detached: it would train "
             "nothing; use the tap's student side"
         )
     return result
-
-
-def check_record(term: TapTerm) -> None:
-    """Refuse a term that lacks an attribute, or has one that cannot be used.
-
-    Raises:
-        ValueError: names the term's class and the attribute.
-    """
-    name = type(term).__name__
-    texts = ("kind", "title", "caption", "unit", "color")
-    missing = [each for each in texts if not isinstance(getattr(term, each, None), str)]
-    if missing:
-        raise ValueError(f"the term {name} has no {', '.join(missing)}: give it a text for each")
-    if type(term).__hash__ is None:
-        raise ValueError(f"the term {name} cannot be hashed: leave @dataclass out, or give it frozen=True")
-    if term.reach not in (0, 1):
-        raise ValueError(f"the term {name} has reach {term.reach!r}: it must be 0 or 1")
-    if term.tokens != TapTerm.tokens:
-        raise ValueError(
-            f"the term {name} has tokens {term.tokens!r}: a term of inner layers counts those of --fdd-tokens; leave "
-            "it out"
-        )
-    if term.flag != TapTerm.flag:
-        raise ValueError(
-            f"the term {name} has flag {term.flag!r}: the weight of an own term comes from {TapTerm.flag}; leave it out"
-        )
-    if not _takes(term.compute, "window", "context"):
-        raise ValueError(f"the term {name}: compute: it must be a method that takes (window, context)")
-    unknown = sorted(set(term.settings) - {field.name for field in dataclasses.fields(FddConfig)})
-    if unknown:
-        raise ValueError(
-            f"the term {name} has the settings {unknown}, which FddConfig has not: use names of its fields"
-        )
-
-
-def _takes(function: Callable[..., object], *arguments: object) -> bool:
-    """Whether a function can be called with as many arguments; what is no function cannot."""
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        return False
-    return True

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.own_term import ask_module
 from megatron_fdd.losses.term import TapTerm
 from megatron_fdd.losses.terms import tap_terms
 
@@ -61,15 +62,15 @@ def module_size(term: TapTerm, widths: tuple[int, int], config: FddConfig) -> Mo
     """Make one tap's module and measure it: those of all taps are alike.
 
     Raises:
-        ValueError: it is no module, or made a second time it is another one.
+        ValueError: it cannot be made, or made a second time it is another one.
     """
     module, again = (_make(term, term.reach, widths, config) for _ in range(2))
     if module is None or again is None:
         return NOTHING
-    if not isinstance(module, nn.Module) or not _are_equal(module, again):
+    if not _are_equal(module, again):
         raise ValueError(
-            f"the term {term.kind}: make_module must return a torch module, the same at every call, or ranks would "
-            "train different ones: draw with torch's generator alone, which is seeded for it"
+            f"the term {term.kind}: make_module must return the same at every call, or ranks would train different "
+            "ones: draw with torch's generator alone, which is seeded for it"
         )
     saved = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     return ModuleSize(saved, sum(p.numel() for p in module.parameters() if p.requires_grad))
@@ -103,4 +104,4 @@ def _are_equal(module: nn.Module, other: nn.Module) -> bool:
 def _make(term: TapTerm, index: int, widths: tuple[int, int], config: FddConfig) -> nn.Module | None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.random.default_generator.manual_seed(random.Random(f"term {term.kind} {index}").getrandbits(63))
-        return term.make_module(widths, config)
+        return ask_module(term, widths, config)

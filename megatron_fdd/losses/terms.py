@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.config.flags import none_of
+from megatron_fdd.losses.own_term import ask_needs, check_record
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TapWindow
-from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term, check_record
+from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term
 from megatron_fdd.ops.delta import TeacherChange, capped_change, delta_cosine
 
 
@@ -133,13 +134,15 @@ class Delta(TapTerm):
         return context.sum(1 - cosine_N)
 
 
+# How names in a metrics file begin: of a validation's means, and of each kind's share of the total.
+VALIDATION, SHARE = "valid ", "share "
 # Words that metrics files use for other numbers, and names in the module that holds what terms learn.
 RESERVED = {
     "by_tap",
     "sharded_state_dict",
     "total",
-    "valid",
-    "share",
+    VALIDATION.strip(),
+    SHARE.strip(),
     "iteration",
     "tokens",
     "grad_norm",
@@ -218,7 +221,7 @@ def tap_terms(config: FddConfig) -> tuple[TapTerm, ...]:
 
 def needs_of(config: FddConfig) -> Needs:
     """Return what a run has to provide for all of its terms; terms of inner layers always need the teacher."""
-    needs = (term.needs(config) for term in active_terms(config))
+    needs = (ask_needs(term, config) for term in active_terms(config))
     return reduce(Needs.__or__, needs, Needs(teacher=uses_taps(config)))
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-ValueAndScore = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+from megatron_fdd.ops.own_divergence import ValueAndScore, check_functions, check_triton
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,9 +207,11 @@ def add_divergence(name: str, kind: DivergenceKind) -> None:
         ValueError: the name is taken or malformed, or `kind` breaks a rule of `DivergenceKind`; its functions are
             tried on a few random distributions.
     """
+    if not isinstance(kind, DivergenceKind):
+        raise ValueError(f"divergence {name!r}: must be a DivergenceKind: {kind!r} is none")
     if name in DIVERGENCES:
         raise ValueError(f"divergence {name!r} exists: give yours another name than {tuple(DIVERGENCES)}")
-    if re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
+    if not isinstance(name, str) or re.fullmatch(r"[a-z][a-z0-9_-]*", name) is None:
         raise ValueError(
             f"divergence name {name!r}: use a small letter, then small letters, digits, - and _, as in 'tv'"
         )
@@ -218,11 +219,17 @@ def add_divergence(name: str, kind: DivergenceKind) -> None:
         raise ValueError(
             f"divergence {name!r} has the leader {kind.leader!r}: only fkl and rkl need one sweep; leave it out"
         )
-    if kind.default_mix is not None and not 0 < kind.default_mix < 1:
-        raise ValueError(
-            f"divergence {name!r} has default_mix {kind.default_mix}: it must lie between 0 and 1"
-        )
-    _check_functions(name, kind)
+    mix = kind.default_mix
+    if mix is not None and (not isinstance(mix, (int, float)) or not 0 < mix < 1):
+        raise ValueError(f"divergence {name!r} has default_mix {mix!r}: it must lie between 0 and 1")
+    for what in ("formula", "explanation"):
+        text = getattr(kind, what)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"divergence {name!r} has the {what} {text!r}: give it a text, which --help shows"
+            )
+    check_functions(name, kind.value_and_score, (math.nan,) if mix is None else (mix, 0.37))
+    check_triton(name, kind.triton)
     DIVERGENCES[name] = kind
 
 
@@ -236,50 +243,4 @@ def check_triton_function(name: str) -> None:
         raise ValueError(
             f"divergence {name!r} has no Triton function: use --fdd-kernels torch (or auto), or add it with one "
             "(`triton` of DivergenceKind)"
-        )
-
-
-def _check_functions(name: str, kind: DivergenceKind) -> None:
-    """Refuse a divergence whose functions, when tried, give wrong shapes, rows, columns or derivatives."""
-    draw = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(8, 12, generator=draw, dtype=torch.float64) * 2 for _ in range(2)]
-    for mix in (math.nan,) if kind.default_mix is None else (kind.default_mix, 0.37):
-        _check_at(name, kind, mix, *inputs)
-
-
-def _check_at(name: str, kind: DivergenceKind, mix: float, teacher_NC: Tensor, logits_NC: Tensor) -> None:
-    """Refuse a divergence that is wrong at these logits and with this mix."""
-    teacher_NC, logits_NC = teacher_NC.log_softmax(-1), logits_NC.clone().requires_grad_()
-    student_NC = logits_NC.log_softmax(-1)
-    value_NC, score_NC = kind.value_and_score(teacher_NC, student_NC, mix)
-    for what, tensor in (("value", value_NC), ("score", score_NC)):
-        if tensor.shape != teacher_NC.shape or not tensor.isfinite().all():
-            raise ValueError(
-                f"divergence {name!r}: its {what} has the shape {[*tensor.shape]} or is not finite: give one finite "
-                f"number for each log-probability, here {[*teacher_NC.shape]}"
-            )
-    tensors = (value_NC, score_NC, teacher_NC, student_NC)
-    places = [tensor.untyped_storage().data_ptr() for tensor in tensors]
-    if set(places[:2]) & set(places[2:]) or 0 in (*value_NC.stride(), *score_NC.stride()):
-        raise ValueError(
-            f"divergence {name!r}: its value or score shares memory with an input or itself, and both are written to "
-            "afterwards: return new tensors (.clone())"
-        )
-    for what, some in (("five columns", (slice(None), slice(5))), ("three rows", (slice(3), slice(None)))):
-        some_teacher, some_student = (tensor[some].detach().clone() for tensor in (teacher_NC, student_NC))
-        parts = (*kind.value_and_score(some_teacher, some_student, mix), some_teacher, some_student)
-        error = max(
-            (part - whole[some]).abs().max().item() for part, whole in zip(parts, tensors, strict=True)
-        )
-        if not error <= 1e-9:
-            raise ValueError(
-                f"divergence {name!r}: {what} alone are off by {error:.2g}, or its inputs are written to: "
-                "compute each number from its own two log-probabilities, into new tensors"
-            )
-    (wanted_NC,) = torch.autograd.grad(value_NC.sum(), logits_NC)
-    error = (score_NC - score_NC.sum(-1, keepdim=True) * student_NC.exp() - wanted_NC).abs().max().item()
-    if not error <= 1e-9:
-        raise ValueError(
-            f"divergence {name!r}: the score is off by up to {error:.2g} from the value's derivative with respect to "
-            f"the student's log-probability (mix {mix:g}): correct one of the two"
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.own_term import ask_flops
 from megatron_fdd.losses.terms import compares_taps, first_tap, needs_of, tap_terms, uses_final_head
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.plan.model_shape import ModelShape
@@ -107,7 +108,7 @@ def token_flops(
         is_always_one = config.sample_one_tap and first_tap(config) > 0
         tap += flops * (1 if is_always_one else (config.num_pairs - 1) / config.num_pairs)
     if teacher is not None:
-        tap += sum(term.flops((student.hidden, teacher.hidden), config) for term in tap_terms(config))
+        tap += sum(ask_flops(term, (student.hidden, teacher.hidden), config) for term in tap_terms(config))
     if uses_final_head(config):
         head = head_loss_flops(student, teacher if config.kd_weight > 0 else None, trains_head=True)
     return TokenFlops(layer=3 * layer_flops(student), tap=_sampled(tap, config), head=head)

@@ -18,7 +18,7 @@ from megatron_fdd.host.disk import regular_file, writing
 from megatron_fdd.host.saving import last_whole_checkpoint
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
-from megatron_fdd.losses.terms import TERMS
+from megatron_fdd.losses.terms import SHARE, TERMS
 
 # The start of every record, and therefore of every file that may be cut back.
 _RECORD_START = b'{"iteration": '
@@ -135,7 +135,7 @@ def token_means(objective: Objective, sums: Tensor) -> dict[str, Tensor]:
     every = [value for values in weighted.values() for value in values]
     total = sum(every, start=torch.zeros_like(label_tokens))
     shares = {
-        f"share {kind}": torch.where(total > 0, torch.stack(values).sum() / total, 0.0)
+        f"{SHARE}{kind}": torch.where(total > 0, torch.stack(values).sum() / total, 0.0)
         for kind, values in weighted.items()
     }
     of_kinds = {kind: torch.stack(values).mean() for kind, values in groups.items()}
@@ -149,7 +149,7 @@ def token_means(objective: Objective, sums: Tensor) -> dict[str, Tensor]:
 
 def without_shares(means: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all but the shares: the step's own, which a validation and a line for people have not."""
-    return {name: mean for name, mean in means.items() if not name.startswith("share ")}
+    return {name: mean for name, mean in means.items() if not name.startswith(SHARE)}
 
 
 def check_metrics_file(path: str | None) -> None:

@@ -22,6 +22,7 @@ from megatron_fdd.host.patches.table import replaced
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
+from megatron_fdd.losses.terms import VALIDATION
 from megatron_fdd.step.finite import check_gradient_finite, check_means_finite
 from megatron_fdd.step.metrics import MetricsFile, Report, add_up, without_shares
 from megatron_fdd.step.pipeline import PipelineWork
@@ -173,7 +174,9 @@ class StepHooks:
         if self._progress is not None:
             self._progress.evaluation(what, iteration, numbers)
         if self._metrics_file is not None and what != "test":
-            self._metrics_file.write(iteration, {f"valid {name}": number for name, number in numbers.items()})
+            self._metrics_file.write(
+                iteration, {f"{VALIDATION}{name}": number for name, number in numbers.items()}
+            )
 
     def begin_save(self) -> Callable[[], None]:
         """Note that a checkpoint is begun; return what is to be called when it is whole."""

@@ -168,6 +168,27 @@ def test_a_family_is_added_once() -> None:
             add_family(twin)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", ["own"]),
+        ("rows", None),
+        ("fixed", []),
+        ("ignored", "abc"),
+        ("tied", ("one",)),
+        ("layer_prefix", None),
+        ("layer_spec", lambda _config: None),
+        ("layer_spec", layer_specs.LayerSpec("module.layer")),  # type: ignore[arg-type]
+    ],
+)
+def test_a_family_with_a_field_of_another_type_is_refused(field: str, value: object) -> None:
+    wrong: Any = replace(FAMILIES["olmo2"], **{"model_type": "own", field: value})
+    with pytest.raises(ValueError, match=f"the family .* has {field} "):
+        add_family(wrong)
+    with pytest.raises(ValueError, match="a family must be a Family: 7 is none"):
+        add_family(7)  # type: ignore[arg-type]
+
+
 def test_the_norm_rounds_where_gemma_does() -> None:
     """The norm agrees bit for bit in bf16: neither 1 + weight nor the normed value before the gain is rounded."""
     config = TransformerConfig(

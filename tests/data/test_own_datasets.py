@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -57,3 +58,42 @@ def test_every_rank_hears_the_same() -> None:
     assert "training set has 5 samples on rank 0 and 4 on rank 1" in first
     assert said([4, 4], "single") == said([3, 3], "cyclic") == ["", ""]
     assert all("has 3 samples, and the run reads 4" in each for each in said([3, 3], "single"))
+
+
+def said_of(wrong: str) -> str:
+    """Return, on each rank, what is said of a function that goes wrong on rank 1 alone."""
+
+    def provider(_numbers: Lengths, vp_stage: int | None = None) -> object:
+        if dist.get_rank() == 1:
+            if wrong == "leaves":
+                raise SystemExit(0)
+            return [None, None] if wrong == "two" else [][0]
+        return [None, None, None]
+
+    with patch("megatron_fdd.data.own_datasets.get_args", lambda: Namespace(dataloader_type="cyclic")):
+        try:
+            with_checked_lengths(cast(Any, provider))((4, 4, 4))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+@pytest.mark.tier("default")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("leaves", "the script's `datasets` fails with SystemExit: 0; make it give three datasets"),
+        (
+            "fails",
+            "the script's `datasets` fails with IndexError: list index out of range; make it give",
+        ),
+        (
+            "two",
+            "the script's `datasets` returns [None, None]: it must give the training, validation, test set",
+        ),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_heard_on_every_one(wrong: str, message: str) -> None:
+    first, second = run_on_ranks(said_of, Layout(ranks=2), {"wrong": wrong})
+    assert first == second
+    assert first.startswith(message)

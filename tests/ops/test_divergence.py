@@ -78,6 +78,8 @@ def kind_of(value_and_score: object, **changes: object) -> DivergenceKind:
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
+        (cast(str, 7), kind_of(half), "name 7: use a small letter"),
+        ("own", cast(DivergenceKind, half), "must be a DivergenceKind"),
         ("jsd", kind_of(half), "'jsd' exists: give yours another name"),
         ("My divergence", kind_of(half), "name 'My divergence': use a small letter"),
         ("own", kind_of(half, leader="teacher"), "leader 'teacher': .*leave it out"),
@@ -90,6 +92,17 @@ def kind_of(value_and_score: object, **changes: object) -> DivergenceKind:
         ("own", kind_of(lambda t, s, _: (s.square() / 2, s)), "shares memory .* return new tensors"),
         ("own", kind_of(lambda t, s, _: (s.sum().expand_as(s), s + 0)), "memory with an input or itself"),
         ("own", kind_of(lambda t, s, _: [x / len(s) for x in half(t, s, 0)]), "three rows alone are off by"),
+        ("own", kind_of(7), r"value_and_score: it must be a function that takes \(teacher_NC"),
+        ("own", kind_of(lambda t, s, _: 1 / 0), r"value_and_score fails with ZeroDivisionError: .*test_divergence.py"),
+        ("own", kind_of(lambda t, s, _: half(t, s, 0)[0].sum()), "return two tensors, value and score"),
+        ("own", kind_of(lambda t, s, _: half(t.float(), s.float(), 0)), "its value is torch.float32 on cpu: give a"),
+        ("own", kind_of(lambda t, s, _: half(t.double(), s.double(), 0)), "dtype and device, here torch.float32"),
+        ("own", kind_of(lambda t, s, _: half(t, s.detach(), 0)), "autograd cannot differentiate its value"),
+        ("own", kind_of(half, formula=None), "the formula None: give it a text"),
+        ("own", kind_of(half, default_mix="0.5"), "default_mix '0.5': it must lie"),
+        ("own", kind_of(half, triton=half), "triton <function half .*: give a function decorated with @triton.jit"),
+        ("own", kind_of(half, triton="kernels"), "triton 'kernels': give a function decorated"),
+        ("own", kind_of(half, triton=SimpleNamespace(fn=half)), r"triton: .* takes \(teacher, student, mix, log_mix"),
         ("own", kind_of(lambda t, s, mix: (half(t, s, 0)[0] * mix, half(t, s, 0)[1] / 2), default_mix=0.5), "mix 0.37"),
     ],
 )  # fmt: skip

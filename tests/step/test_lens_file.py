@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -146,6 +147,9 @@ def test_a_teacher_is_known_by_its_final_norm(tmp_path: Path) -> None:
         ("affine", {"weight": "TT"}, "'affine' exists already"),
         ("two words", {"weight": "TT"}, "cannot be called 'two words'"),
         ("empty", {}, "must name at least one"),
+        ("texts", ["w"], "must name at least one"),
+        ("numbers", {"w": 2}, "must name at least one"),
+        (7, {"w": "TT"}, "cannot be called 7"),
         ("scalar", {"scale": ""}, "a letter for each of its dimensions"),
         ("dotted", {"a.b": "T"}, "without '.'"),
     ],
@@ -164,3 +168,19 @@ def test_features_of_another_shape_are_refused() -> None:
     lens = TeacherLens(Lens(torch.zeros(8, 4), None), LensKind({"a": "T"}, first_row), {2: {}})
     with pytest.raises(ValueError, match=re.escape("made features [1, 4] of hidden states [6, 4]")):
         lens.features(torch.zeros(3, 2, 4), 2)
+
+
+def test_features_that_fail_or_are_none_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("features: it must be a function that takes (hidden_NT, tensors")
+    ):
+        add_lens("short", LensKind({"a": "T"}, lambda hidden_NT: hidden_NT))  # type: ignore[arg-type,misc]
+    with pytest.raises(ValueError, match="must be a LensKind: 7 is none"):
+        add_lens("number", 7)  # type: ignore[arg-type]
+    for features, message in (
+        (lambda *_: 1 / 0, "the lens: features fails with ZeroDivisionError"),
+        (lambda *_: None, "the lens made None of hidden states"),
+    ):
+        kind: Any = LensKind({"a": "T"}, features)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            TeacherLens(Lens(torch.zeros(8, 4), None), kind, {2: {}}).features(torch.zeros(3, 2, 4), 2)

@@ -24,7 +24,7 @@ from megatron_fdd.convert.families import (
     shared_experts,
 )
 from megatron_fdd.convert.families.config_fields import check_kinds
-from megatron_fdd.convert.families.family import Family
+from megatron_fdd.convert.families.family import Family, check_record
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.layer_specs import NAME, add_layer_spec
 from megatron_fdd.host.plugins import REMEDY
@@ -66,8 +66,9 @@ def add_family(family: Family) -> None:
     If the family has a `layer_spec`, checkpoints name it by the model type.
 
     Raises:
-        ValueError: this model type has a family already.
+        ValueError: this model type has a family already, or a field of the record is of another type.
     """
+    check_record(family)
     if family.model_type in FAMILIES:
         raise ValueError(f"there is a family for the model type {family.model_type!r} already; add it once")
     name = None

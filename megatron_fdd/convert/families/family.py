@@ -108,3 +108,39 @@ class Family:
         return replace(
             self, rows=rows, layer_prefix=bare(self.layer_prefix), tied=(head, bare(embedding)), prefix=""
         )
+
+
+_TEXTS = ("model_type", "layer_prefix", "prefix")
+_FUNCTIONS = ("megatron_args", "hf_config", "keep_layers", "rows")
+
+
+def check_record(family: Family) -> None:
+    """Refuse a record with a field of another type, which a conversion would stumble over.
+
+    Raises:
+        ValueError: names the field.
+    """
+    if not isinstance(family, Family):
+        raise ValueError(
+            f"a family must be a Family: {family!r} is none; make one, such as with decoder_family"
+        )
+    spec = family.layer_spec
+    is_right = {
+        **{name: isinstance(getattr(family, name), str) for name in _TEXTS},
+        **{name: callable(getattr(family, name)) for name in _FUNCTIONS},
+        "fixed": isinstance(family.fixed, Mapping),
+        "ignored": _are_texts(family.ignored),
+        "tied": _are_texts(family.tied) and len(family.tied) == 2,
+        "layer_spec": spec is None
+        or (isinstance(spec, LayerSpec) and callable(spec.build) and callable(spec.configure)),
+    }
+    wrong = [f"{name} {getattr(family, name)!r}" for name, right in is_right.items() if not right]
+    if wrong or not family.model_type:
+        raise ValueError(
+            f"the family {family.model_type!r} has {', '.join(wrong) or 'no name'}: give what the docstring of "
+            "Family says"
+        )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, str) for each in value)

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_fdd.host.field_kinds import number, whole
+from megatron_fdd.losses.terms import VALIDATION
 
 TOTAL = "total"
 _PAIR = r"s\d+:t\d+"
 # The key of a term at one layer pair.
 _OF_A_LAYER = rf"\S+ {_PAIR}"
-VALIDATION = "valid "
-SHARE = "share "
 TOKENS_PER_SECOND = "tokens per second"
 # Sums of a million such numbers stay finite.
 NUMBER = number(-1e300, 1e300)

@@ -13,10 +13,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from megatron_fdd.evaluate.report.metrics import (
-    SHARE,
     TOKENS_PER_SECOND,
     TOTAL,
-    VALIDATION,
     Metrics,
     bin_width,
     cut_into_bins,
@@ -37,6 +35,7 @@ from megatron_fdd.evaluate.report.pictures import (
 )
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.evaluate.report.terms import kinds_of
+from megatron_fdd.losses.terms import SHARE, VALIDATION
 
 # More points than this only make a line thick.
 _MOST_POINTS = 150

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fdd.evaluate.report.metrics import TOTAL, VALIDATION, Curve, in_digits
+from megatron_fdd.evaluate.report.metrics import TOTAL, Curve, in_digits
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.evaluate.report.terms import kinds_of
+from megatron_fdd.losses.terms import VALIDATION
 
 # The usual name of the run with which the others are compared.
 TEACHER = "teacher"

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_fdd.evaluate.report.metrics import SHARE
 from megatron_fdd.evaluate.report.runs import Run
 from megatron_fdd.losses.term import TapTerm
-from megatron_fdd.losses.terms import TERMS
+from megatron_fdd.losses.terms import SHARE, TERMS
 
 # For terms without a colour of their own, one after the other.
 _COLORS = ("#b07aa1", "#d37295", "#59a14f", "#9c755f", "#76b7b2", "#6b4c9a")
