@@ -113,8 +113,8 @@ def told_cache(args: argparse.Namespace) -> Iterator[None]:
                 "folder: it is built again"
             ) from error
         raise ValueError(
-            f"the index cache in {', '.join(map(str, _folders(args)))} cannot be written: {explain(cause)}. Make room "
-            "there, or give another folder with --data-cache-path; what is not whole is built again at the next start"
+            f"the index cache in {', '.join(map(str, _folders(args)))} cannot be written: {explain(cause)} with "
+            "--data-cache-path. What is not whole is built again at the next start"
         ) from error
 
 

@@ -130,7 +130,9 @@ class Objective:
 
     def unseen(self, label_tokens: float, term_tokens: float) -> set[str]:
         """Return the names of reported means that are over no token in a step with these counts."""
-        tokens = {part.name: label_tokens if part.term.tokens == "labels" else term_tokens for part in self.parts}
+        tokens = {
+            part.name: label_tokens if part.term.tokens == "labels" else term_tokens for part in self.parts
+        }
         names = {each for part in self.parts if not tokens[part.name] for each in (part.name, part.term.kind)}
         return names if label_tokens or term_tokens else names | {"total"}
 

@@ -80,7 +80,7 @@ class Report:
         return means
 
     def seen(self, sums: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Leave out the means over no token, such as those of a teacher that was in no batch. One host synchronisation."""
+        """Leave out the means over no token, as of a teacher that was in no batch. One host synchronisation."""
         unseen = self._unseen(self._tokens(sums).tolist())
         return {name: mean for name, mean in means.items() if name not in unseen}
 

@@ -214,9 +214,7 @@ class StepHooks:
         if self._progress is None or self._sums is None:
             return
         self._seconds += time.perf_counter() - self._started_s
-        self._tokens = self._report.label_tokens(self._sums) + (
-            0 if self._tokens is None else self._tokens
-        )
+        self._tokens = self._report.label_tokens(self._sums) + (0 if self._tokens is None else self._tokens)
         args, iteration = get_args(), values["iteration"]
         self._progress.made(iteration)
         if (

@@ -78,7 +78,11 @@ def test_one_teacher_has_the_names_it_always_had() -> None:
 def test_a_mean_over_no_token_is_no_number() -> None:
     """A step without a label, and a step without any token."""
     report = Report([objective(2, 4)], [""])
-    for labels, tokens, absent in ((0, 3, {"ce"}), (0, 0, {"total", "ce", "kd", "trajectory"}), (3, 3, set())):
+    for labels, tokens, absent in (
+        (0, 3, {"ce"}),
+        (0, 0, {"total", "ce", "kd", "trajectory"}),
+        (3, 3, set()),
+    ):
         sums = torch.tensor([labels, tokens, *[value * (tokens > 0) for value in (0.0, 9, 3, 6)]])
         record = report.record(sums, report.means(sums))
         shown = ("total", "ce", "kd", "trajectory")
