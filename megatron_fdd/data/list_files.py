@@ -36,7 +36,9 @@ def check_list_files(args: argparse.Namespace) -> None:
         path = regular_file(flag, given)
         if not path.is_file():
             raise ValueError(f"{flag} {given}: there is no such file; give another path")
-        if name != "data_args_path":
+        if name == "data_args_path":
+            _check_words(path, f"{flag} {given}")
+        else:
             try:
                 content = read_json(path)
             except ValueError as error:
@@ -44,6 +46,18 @@ def check_list_files(args: argparse.Namespace) -> None:
             (_check_parts if name.startswith("per_split") else _check_lengths)(
                 args, f"{flag} {given}", content
             )
+
+
+def _check_words(path: Path, told: str) -> None:
+    """Refuse a text that names no data."""
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{told}: is no text ({error}); write prefixes into it, or weights and prefixes"
+        ) from error
+    if not words:
+        raise ValueError(f"{told}: names no data; write prefixes into it, or weights and prefixes")
 
 
 def _check_parts(_args: argparse.Namespace, told: str, content: Mapping[str, Any]) -> None:

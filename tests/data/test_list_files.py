@@ -35,6 +35,8 @@ def test_what_is_no_file(put: Callable[[Path], object], said: str, flag: str, tm
 @pytest.mark.parametrize(
     ("flag", "text", "said"),
     [
+        (FLAGS[0], " \n", "names no data"),
+        (FLAGS[0], b"\xff", "is no text"),
         (FLAGS[1], "{", "is not valid JSON"),
         (FLAGS[1], "[]", "must hold a JSON object"),
         (FLAGS[1], '{"train": null, "valid": null}', "'test' is missing"),
@@ -44,9 +46,9 @@ def test_what_is_no_file(put: Callable[[Path], object], said: str, flag: str, tm
         (FLAGS[2], "{}", "has None for"),
     ],
 )
-def test_what_lists_nothing(flag: str, text: str, said: str, sets: Path, tmp_path: Path) -> None:
-    (tmp_path / "list").write_text(text)
-    data = () if flag == FLAGS[1] else ("--data-path", str(sets / "text"))
+def test_what_lists_nothing(flag: str, text: str | bytes, said: str, sets: Path, tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(text if isinstance(text, bytes) else text.encode())
+    data = () if flag != FLAGS[2] else ("--data-path", str(sets / "text"))
     with pytest.raises(ValueError, match=f"^{flag}.*{re.escape(said)}"):
         check_list_files(megatron_args(*data, flag, str(tmp_path / "list")))
 
