@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.terms import Part, parts_of
 from megatron_fdd.step.metrics import Report
 from megatron_fdd.step.validation import Evaluation, Validation
@@ -52,6 +54,7 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> Validation:
         return part.term.weight(config)
 
     objective: Any = SimpleNamespace(parts=parts_of(config, ()), weight_of=weight_of)
+    objective.unseen = partial(Objective.unseen, objective)
     return Validation(Report([objective], [""]), mock.Mock(is_last_stage=True))
 
 
