@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.vocabulary import copy_tokenizer
-from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, has_tokenizer
+from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, check_copy, has_tokenizer
 
 HF_FOLDER = "hf"
 _STALE_S = 24 * 3600.0
@@ -111,17 +111,19 @@ def find_tokenizer(load: Path, args: Namespace, given: Path | None) -> Path:
     """Find the tokenizer folder for an export, in the places of `find_hf_config` and then in `--tokenizer-model`.
 
     Raises:
-        ValueError: none of these places has one.
+        ValueError: none of these places has one, or what is found is damaged.
     """
     if given is not None:
         if not has_tokenizer(Path(given)):
             raise ValueError(f"--tokenizer {given}: not a folder with a tokenizer; give another")
+        check_copy(Path(given))
         return Path(given)
     candidates = [folder / TOKENIZER_FOLDER for folder in (load, *_started_from(args))]
     if getattr(args, "tokenizer_model", None):
         candidates.append(Path(args.tokenizer_model))
     for folder in candidates:
         if has_tokenizer(folder):
+            check_copy(folder)
             return folder
     raise ValueError(
         f"no tokenizer for {load} ({', '.join(str(path) for path in candidates)}); pass --tokenizer with a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -31,8 +32,18 @@ NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
-    """Copy the files in `names` that `source` has into the folder `target`; return their names."""
-    found = [name for name in names if (source / name).is_file()]
+    """Copy the files in `names` that `source` has into the folder `target`; return their names.
+
+    Raises:
+        ValueError: what has such a name is no file.
+    """
+    found = [name for name in names if os.path.lexists(source / name)]
+    for name in found:
+        if not (source / name).is_file():
+            raise ValueError(
+                f"{source / name} is no file (a link that leads nowhere, a pipe, a folder); fetch or copy the model "
+                "again, or remove it"
+            )
     if found:
         target.mkdir(parents=True, exist_ok=True)
     for name in found:

@@ -12,7 +12,7 @@ from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import TensorSpec, new_folder
 from megatron_fdd.convert.to_mcore import check_names
-from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
+from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import write_json
 

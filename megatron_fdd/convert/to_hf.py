@@ -26,7 +26,7 @@ from megatron_fdd.convert.hf_writer import (
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.table_export import TableExport, table_export
-from megatron_fdd.convert.vocabulary import TOKENIZER_FILES
+from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.model_fields import check_stored_args

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_fdd.convert.hf_folder import copy_files
 from megatron_fdd.data.tokenizer_identity import (
+    TOKENIZER_FILES,
     TokenizerIdentity,
     difference_from_file,
     identity_of_folder,
@@ -15,17 +16,6 @@ from megatron_fdd.data.tokenizer_identity.own_file import PLAIN_CLASS
 from megatron_fdd.host.console import complain
 from megatron_fdd.host.json_file import read_json, write_json
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _CONFIG = "tokenizer_config.json"
 
 

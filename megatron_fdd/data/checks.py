@@ -19,6 +19,7 @@ from megatron.training import get_tokenizer
 from megatron_fdd.data.datasets import piece_counts
 from megatron_fdd.data.full_validation import NO_TEST
 from megatron_fdd.data.index_cache import check_cache_folders
+from megatron_fdd.data.list_files import check_list_files
 from megatron_fdd.data.megatron_tokenizer import identity_of
 from megatron_fdd.data.prepared import PreparedSet
 from megatron_fdd.data.sources import blends, cuts_documents, data_prefixes, evaluates, open_sets
@@ -49,6 +50,7 @@ def check_data_args(args: argparse.Namespace, tokenizer: MegatronTokenizerBase |
     Raises:
         ValueError: names the value, the bound and the remedy.
     """
+    check_list_files(args)
     _check_flags(args)
     if args.mock_data:
         return

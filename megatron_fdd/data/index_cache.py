@@ -85,10 +85,10 @@ def mend_cache(args: argparse.Namespace) -> None:
         return
     faults = _faults(args)
     while faults:
-        sizes = {path: path.stat().st_size for path in faults}
+        sizes = {path: _size(path) for path in faults}
         time.sleep(_GROWTH_S)
         later = _faults(args)
-        settled = [path for path in later if sizes.get(path) == path.stat().st_size]
+        settled = [path for path in later if path in sizes and sizes[path] == _size(path)]
         for path in settled:
             _remove(path, later[path], is_needed=args.dataloader_fast_cache_load)
         faults = {path: fault for path, fault in later.items() if path not in settled}
@@ -113,8 +113,8 @@ def told_cache(args: argparse.Namespace) -> Iterator[None]:
                 "folder: it is built again"
             ) from error
         raise ValueError(
-            f"the index cache in {', '.join(map(str, _folders(args)))} cannot be written: {explain(cause)}. Make room "
-            "there, or give another folder with --data-cache-path; what is not whole is built again at the next start"
+            f"the index cache in {', '.join(map(str, _folders(args)))} cannot be written: {explain(cause)} with "
+            "--data-cache-path. What is not whole is built again at the next start"
         ) from error
 
 
@@ -184,8 +184,18 @@ def _opened(path: Path) -> np.memmap | None:
         return None
 
 
+def _size(path: Path) -> int | None:
+    """Return the length of a file; None if another run has removed it meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def _remove(path: Path, fault: str, *, is_needed: bool) -> None:
     """Remove a file that is not whole. What is no file was never Megatron's, and stays."""
+    if not os.path.lexists(path):
+        return  # another run was quicker
     if not path.is_file():
         raise ValueError(f"the index cache {path} {fault}; remove it, or give another --data-cache-path")
     told = f"the index cache {path} {fault}: a run was killed, or its disk was full, while it wrote this file"

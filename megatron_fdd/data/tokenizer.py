@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate
+from megatron_fdd.data.tokenizer_identity import has_tokenizer
 from megatron_fdd.host.json_file import read_json
 
 if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
@@ -53,10 +54,10 @@ class TokenizerSettings:
 
 
 def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | None) -> None:
-    """Refuse a tokenizer whose files do not exist, before anything looks for them online.
+    """Refuse a tokenizer whose files do not exist or are none, before anything looks for them online.
 
     Raises:
-        ValueError: names the path and the flag.
+        ValueError: names the path.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         return
@@ -76,6 +77,7 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
             f"--tokenizer-model {tokenizer_model} does not exist; give the folder of a Hugging Face "
             "tokenizer (or its owner/name on the hub) or the file of a SentencePiece model"
         )
+    has_tokenizer(Path(tokenizer_model))  # refuses what is no file
 
 
 def generation_stops(tokenizer_model: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -112,7 +113,7 @@ def check_sums(checkpoints: Mapping[str, Path]) -> str:
     with together():
         blocks: list[_Block] = []
         for flag, folder in checkpoints.items():
-            if (folder / SUMS_FILE).is_file():
+            if os.path.lexists(folder / SUMS_FILE):
                 blocks += _read_sums(folder, flag)
             else:
                 remarks.append(

@@ -9,12 +9,19 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+# A tokenizer of a million words has 100 MB. What is longer would only fill the memory.
+_MOST_BYTES = 1 << 30
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object. ValueError names the file if it is missing, no regular file, malformed or not an object."""
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError(f"{path} is no regular file; copy or make it again")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes, more than any file of its kind; make it again"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None

@@ -129,6 +129,14 @@ class Objective:
             return value
         return value / draw.factor if part.pair == self.pairs[draw.tap] else None
 
+    def unseen(self, label_tokens: float, term_tokens: float) -> set[str]:
+        """Return the names of reported means that are over no token in a step with these counts."""
+        tokens = {
+            part.name: label_tokens if part.term.tokens == "labels" else term_tokens for part in self.parts
+        }
+        names = {each for part in self.parts if not tokens[part.name] for each in (part.name, part.term.kind)}
+        return names if label_tokens or term_tokens else names | {"total"}
+
     def packed_sums(self, loss: ChunkLoss, weights: TokenWeights) -> Tensor:
         """Pack counts and unweighted sums, float32 [len(COUNTS) + len(parts)]; 0 for other chunks' parts.
 

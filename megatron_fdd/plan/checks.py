@@ -37,6 +37,7 @@ from megatron_fdd.plan.modules import (
     check_layers,
     check_local_attention,
     check_spec,
+    check_ways,
     check_windows,
 )
 from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_rate, warn_of_schedule
@@ -159,6 +160,7 @@ OF_EACH_MODEL: tuple[Check[Model], ...] = (
     Check(check_splits),
     Check(check_local_attention),
     Check(check_windows),
+    Check(check_ways),
     Check(check_fp8_shapes),
     Check(check_fp8_device, needs_machine=True),
     Check(check_experts),

@@ -15,6 +15,8 @@ from megatron_fdd.losses.terms import needs_of
 from megatron_fdd.ops.divergence import check_triton_function
 from megatron_fdd.plan.context import Context, Model
 
+# TransformerEngine's ways to communicate under context parallelism.
+_WAYS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 # With these, TransformerEngine's attention of a cut sequence takes a window.
 _WAYS_WITH_WINDOWS = ("a2a", "all_gather")
 
@@ -119,7 +121,7 @@ def check_windows(model: Model) -> None:
     args = model.args
     if args.context_parallel_size == 1 or args.transformer_impl == "local":
         return
-    ways = [args.cp_comm_type] if isinstance(args.cp_comm_type, str) else args.cp_comm_type or ["p2p"]
+    ways = _ways(args)
     for layer in _window_layers(args):
         way = ways[layer] if layer < len(ways) > 1 else ways[0]
         if way not in _WAYS_WITH_WINDOWS:
@@ -128,6 +130,39 @@ def check_windows(model: Model) -> None:
                 f"--context-parallel-size above 1 TransformerEngine has none for --cp-comm-type {way}: give "
                 f"{' or '.join(_WAYS_WITH_WINDOWS)}"
             )
+
+
+def check_ways(model: Model) -> None:
+    """Refuse ways to communicate under context parallelism that do not exist, or that cannot deal a model's heads.
+
+    With `a2a` the ranks that share a sequence deal the attention heads of a tensor rank among them. TransformerEngine
+    would refuse both in the first step.
+
+    Raises:
+        ValueError: names the way, and the numbers that do not divide.
+    """
+    args, ways = model.args, _ways(model.args)
+    unknown = [way for way in ways if way not in _WAYS]
+    if unknown:
+        raise ValueError(f"--cp-comm-type {unknown[0]}: must be {', '.join(_WAYS[:-1])} or {_WAYS[-1]}")
+    heads, tensor = args.num_attention_heads, args.tensor_model_parallel_size
+    if args.context_parallel_size == 1 or args.transformer_impl == "local" or heads is None:
+        return
+    groups = args.num_query_groups if args.group_query_attention else heads
+    own_heads, own_groups = heads // tensor, max(groups // tensor, 1)
+    levels = args.hierarchical_context_parallel_sizes or [1]
+    ranks_of = {"a2a": args.context_parallel_size, "a2a+p2p": levels[0]}
+    for way, ranks in ranks_of.items():
+        if way in ways and (own_heads % ranks or own_groups % ranks):
+            raise ValueError(
+                f"--cp-comm-type {way} deals heads to {ranks} ranks, and of {model.role.label}'s a tensor rank has "
+                f"{own_heads} in {own_groups} query groups: choose sizes so that {ranks} divides both, or give p2p"
+            )
+
+
+def _ways(args: argparse.Namespace) -> list[str]:
+    """Return the ways of `--cp-comm-type`: one for all layers, or one for each."""
+    return [args.cp_comm_type] if isinstance(args.cp_comm_type, str) else args.cp_comm_type or ["p2p"]
 
 
 def _window_layers(args: argparse.Namespace) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from megatron_fdd.host.disk import make_folder, regular_file, writing
 from megatron_fdd.plan.context import Context
 from megatron_fdd.step.metrics import check_metrics_file
@@ -29,7 +31,7 @@ def check_metrics_place(context: Context) -> None:
 
 
 def check_folders(context: Context) -> None:
-    """Refuse folders in which files cannot be created, on every rank alike. Create the folders.
+    """Refuse folders in which files cannot be created, on every rank alike, and the root. Create the folders.
 
     Only one rank writes to some of them, and the others would wait for it in vain.
 
@@ -37,6 +39,11 @@ def check_folders(context: Context) -> None:
         ValueError: names the path and the obstacle.
     """
     for name in _FOLDERS:
-        path = getattr(context.args, name)
-        if path is not None:
-            make_folder(f"--{name.replace('_', '-')}", path, path)
+        path, flag = getattr(context.args, name), f"--{name.replace('_', '-')}"
+        if path is None:
+            continue
+        if os.path.realpath(path) == os.sep:
+            raise ValueError(
+                f"{flag} {path}: is the root of the file system (an unset variable before the slash?); name a folder"
+            )
+        make_folder(flag, path, path)

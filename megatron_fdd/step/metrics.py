@@ -57,16 +57,9 @@ class Report:
         """How many numbers the packed sums of all teachers are (`Objective.packed_sums`, one behind the other)."""
         return self._num_teachers * (len(COUNTS) + len(self._first.parts))
 
-    def counts(self, sums: Tensor) -> dict[str, Tensor]:
-        """Return the numbers of tokens with a label: "tokens", and of each of several teachers "tokens code"."""
-        label_tokens = self._by_teacher(sums)[:, 0]
-        own = {f"tokens {name}": label_tokens[number] for number, name in enumerate(self._several)}
-        return {"tokens": label_tokens.sum()} | own
-
-    def seen(self, sums: Tensor) -> dict[str, Tensor]:
-        """Return the number of tokens that each of several teachers was compared on; 0: it was in no batch."""
-        tokens = self._by_teacher(sums)[:, 1]
-        return {name: tokens[number] for number, name in enumerate(self._several)}
+    def label_tokens(self, sums: Tensor) -> Tensor:
+        """Return the number of tokens with a label, of all teachers together, 0-dim."""
+        return self._by_teacher(sums)[:, 0].sum()
 
     def _by_teacher(self, sums: Tensor) -> Tensor:
         return sums.view(self._num_teachers, -1)
@@ -86,30 +79,47 @@ class Report:
             means |= {f"{term} {name}": mean for term, mean in own.items()}
         return means
 
-    def without_absent(self, means: Mapping[str, Tensor], seen: Mapping[str, float]) -> dict[str, Tensor]:
-        """Leave out the means of teachers that were in no batch, as `seen` says."""
-        ends = tuple(f" {name}" for name, tokens in seen.items() if not tokens)
-        return {name: mean for name, mean in means.items() if not (ends and name.endswith(ends))}
+    def seen(self, sums: Tensor, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the means over no token, as of a teacher that was in no batch. One host synchronisation."""
+        unseen = self._unseen(self._tokens(sums).tolist())
+        return {name: mean for name, mean in means.items() if name not in unseen}
 
     def record(self, sums: Tensor, means: Mapping[str, Tensor]) -> dict[str, float | None]:
-        """Return a step's numbers for the metrics file. One host synchronisation.
+        """Return a step's numbers for the metrics file; None for a mean over no token. One host synchronisation.
 
         Args:
             means: what `means` gave for these sums.
         """
-        counts, seen = self.counts(sums), self.seen(sums)
-        numbers = iter(torch.stack([*counts.values(), *seen.values(), *means.values()]).tolist())
-        record: dict[str, float | None] = {name: int(next(numbers)) for name in counts}
+        tokens = self._tokens(sums)
+        numbers = torch.cat([tokens.flatten(), torch.stack(list(means.values()))]).tolist()
+        rows = [numbers[start : start + 2] for start in range(0, tokens.numel(), 2)]
+        names = ["tokens", *(f"tokens {name}" for name in self._several)]
+        record: dict[str, float | None] = {name: int(row[0]) for name, row in zip(names, rows, strict=True)}
         record |= dict.fromkeys(("total", *(term.kind for term in TERMS)))
-        compared = {name: next(numbers) for name in seen}
-        return record | {name: self._measured(name, next(numbers), compared) for name in means}
+        unseen = self._unseen(rows)
+        for name, value in zip(means, numbers[tokens.numel() :], strict=True):
+            record[name] = None if name in unseen else self._measured(name, value)
+        return record
 
-    def _measured(self, name: str, value: float, seen: Mapping[str, float]) -> float | None:
-        """Return what a step saw of a mean (`Objective.measured`); None for a teacher that was in no batch."""
+    def _tokens(self, sums: Tensor) -> Tensor:
+        """Return the counts of tokens with a label and of the other terms' tokens: of all, then of each of several."""
+        each = self._by_teacher(sums)[:, : len(COUNTS)]
+        return torch.cat([each.sum(0, keepdim=True), each[: len(self._several)]])
+
+    def _unseen(self, tokens: Sequence[Sequence[float]]) -> set[str]:
+        """Return the names of the means over no token; `tokens` are the rows of `_tokens`."""
+        owners = [("", self._first), *((f" {name}", own) for name, own in self._several.items())]
+        return {
+            f"{name}{end}"
+            for (end, objective), row in zip(owners, tokens, strict=True)
+            for name in objective.unseen(*row)
+        }
+
+    def _measured(self, name: str, value: float) -> float | None:
+        """Return what a step saw of a mean (`Objective.measured`)."""
         for teacher, objective in self._several.items():
             if name.endswith(f" {teacher}"):
-                own = objective.measured(name.removesuffix(f" {teacher}"), value)
-                return own if seen[teacher] else None
+                return objective.measured(name.removesuffix(f" {teacher}"), value)
         return self._first.measured(name, value)
 
 

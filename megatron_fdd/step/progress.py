@@ -121,7 +121,7 @@ class Progress:
     def _losses(self, values: Mapping[str, float | None]) -> list[str]:
         shown = [[name for name in names if name in values] for names in (self._totals, self._terms)]
         parts = ["  ".join(f"{name} {_loss(values[name])}" for name in names) for names in shown if names]
-        return [f"total {_loss(values['total'])}", *parts]
+        return [f"total {_loss(values.get('total'))}", *parts]
 
     def _seconds_left(self, step: Step) -> float:
         now = self._clock()

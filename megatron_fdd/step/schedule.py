@@ -217,9 +217,7 @@ class StepHooks:
         if self._progress is None or self._sums is None:
             return
         self._seconds += time.perf_counter() - self._started_s
-        self._tokens = self._report.counts(self._sums)["tokens"] + (
-            0 if self._tokens is None else self._tokens
-        )
+        self._tokens = self._report.label_tokens(self._sums) + (0 if self._tokens is None else self._tokens)
         args, iteration = get_args(), values["iteration"]
         self._progress.made(iteration)
         if (
@@ -228,15 +226,14 @@ class StepHooks:
             and iteration < args.train_iters
         ):
             return
-        shown = without_shares(self._means)
-        tokens, *numbers = torch.stack([self._tokens, *shown.values()]).tolist()
+        shown = self._report.record(self._sums, without_shares(self._means))
         norm, rate = values["grad_norm"], values["learning_rate"]
         step = Step(
             iteration,
-            dict(zip(shown, numbers, strict=True)),
+            shown,
             None if rate is None else float(rate),
             None if norm is None else float(norm),
-            tokens,
+            self._tokens.item(),
             self._seconds,
         )
         self._seconds, self._tokens = 0.0, None

@@ -46,5 +46,4 @@ class Validation:
         return self._means(torch.stack(sets).sum(0)) if sets else {}
 
     def _means(self, sums: Tensor) -> dict[str, Tensor]:
-        seen = {name: tokens.item() for name, tokens in self._report.seen(sums).items()}
-        return without_shares(self._report.without_absent(self._report.means(sums), seen))
+        return without_shares(self._report.seen(sums, self._report.means(sums)))

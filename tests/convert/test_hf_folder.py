@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from megatron_fdd import convert
 from megatron_fdd.convert.checksums import digest
 from megatron_fdd.convert.hf_companions import carry_companions
-from megatron_fdd.convert.hf_folder import INDEX_FILE, HfFolder
+from megatron_fdd.convert.hf_folder import INDEX_FILE, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import (
     TensorSpec,
     new_folder,
@@ -258,3 +258,12 @@ def test_a_repeated_tied_head_and_rope_buffers_are_no_extra_weights(tmp_path: Pa
     source = HfFolder(folder)
     with pytest.raises(ValueError, match="ties the embeddings, but lm_head.weight"):
         check_names(family_of(source.config), source)
+
+
+def test_what_is_no_file_is_not_left_out_of_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").symlink_to("gone")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'b'} is no file"):
+        copy_files(["a", "b", "c"], tmp_path, tmp_path / "copy")
+    (tmp_path / "b").unlink()
+    assert copy_files(["a", "b", "c"], tmp_path, tmp_path / "copy") == ["a"]

@@ -9,7 +9,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_fdd.convert.vocabulary import copy_tokenizer
-from megatron_fdd.data.tokenizer_identity import TokenizerStamp, difference_from_file, stored_identity
+from megatron_fdd.data.tokenizer_identity import (
+    TokenizerStamp,
+    check_copy,
+    difference_from_file,
+    stored_identity,
+)
 from tests.convert import toys
 from tests.data.tokenizer_identity import variants
 
@@ -22,6 +27,27 @@ def test_copies_carry_their_identity(tmp_path: Path) -> None:
     assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "fdd_tokenizer.json"}
     for name in names - {"fdd_tokenizer.json"}:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+def test_a_copy_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    variants.write(tmp_path / "source")
+    copy = tmp_path / "copy"
+    copy_tokenizer(tmp_path / "source", copy)
+    check_copy(copy)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "y"}))
+    check_copy(copy)  # a template is no part of it
+    whole = (copy / "tokenizer.json").read_text()
+    variants.write(copy, variants.variant(variants.swap_words))
+    with pytest.raises(
+        ValueError, match=f"^{copy} is not the tokenizer that was copied there: .*delete fdd_"
+    ):
+        check_copy(copy)
+    (copy / "fdd_tokenizer.json").unlink()
+    check_copy(copy)  # changed on purpose
+    (copy / "tokenizer.json").write_text(whole.replace('"', "!", 1))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not valid JSON"):
+        check_copy(copy)
 
 
 def test_a_copy_names_a_class_that_does_what_the_file_says(

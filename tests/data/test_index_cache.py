@@ -143,6 +143,31 @@ def test_a_file_that_another_run_writes_is_waited_for(
     assert contents(cache) == before
 
 
+def test_a_file_that_another_run_removes_is_not_missed(
+    cache: Path, sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it goes: after it was found, before it is measured, after the wait, before it is removed."""
+    args, real = args_for(cache, sets), index_cache._size
+    for moment in range(3):
+        path = of_kind(cache, ENDS[moment])
+        cut(path)
+        calls = []
+
+        def vanish(path: Path, moment: int = moment, calls: list[int] = calls) -> int | None:
+            calls.append(moment)
+            if len(calls) == 1 + (moment == 1):
+                path.unlink()
+            size = real(path)
+            return 0 if moment == 2 else size
+
+        monkeypatch.setattr(index_cache, "_size", vanish)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            mend_cache(args)
+        assert calls
+        assert not path.exists()
+
+
 def test_where_nobody_would_build_it_again_it_is_refused(cache: Path, sets: Path) -> None:
     cut(of_kind(cache, "shuffle_index"))
     before = contents(cache)

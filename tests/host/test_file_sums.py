@@ -103,6 +103,14 @@ def test_damage_is_found_wherever_it_is(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(bytes(range(100)) * (number + 1))
     dist.barrier()
     assert "no file sums lie beside its files" in result(tmp_path)
+    if is_first:
+        (tmp_path / SUMS_FILE).symlink_to("gone")
+    dist.barrier()
+    assert "not the sums that this version writes" in result(tmp_path)
+    dist.barrier()
+    if is_first:
+        (tmp_path / SUMS_FILE).unlink()
+    dist.barrier()
     with patch.object(file_sums, "_BLOCK_BYTES", 150):
         write_sums(tmp_path)
     dist.barrier()

@@ -67,3 +67,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     for name in ("pipe.json", "zeros.json"):
         with pytest.raises(ValueError, match=rf"{name} is no regular file; copy or make it again"):
             read_json(tmp_path / name)
+
+
+def test_a_file_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "long.json").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(
+        ValueError, match=r"long\.json has 1,073,741,825 bytes, more than any file of its kind"
+    ):
+        read_json(tmp_path / "long.json")

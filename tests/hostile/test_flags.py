@@ -204,6 +204,9 @@ def test_a_folder_that_is_none(flag: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     check_folders(known(flag, str(tmp_path / "link")))
     check_folders(known(flag, str(tmp_path / "new" / "folder")))
+    for root in ("/", "//", "/tmp/.."):
+        with pytest.raises(ValueError, match=f"^{flag} {root}: is the root of the file system"):
+            check_folders(known(flag, root))
 
 
 def test_a_loose_link_is_named(tmp_path: Path) -> None:

@@ -38,11 +38,9 @@ def test_means_are_of_all_tokens_and_of_each_teachers_own() -> None:
     assert (found["trajectory s1:t2"], found["trajectory s1:t2 code"]) == (10 / 4, 1)
     assert (found["total code"], found["total maths"]) == (2 * 3 + (1 + 2) / 2, 2 * 5 + 7)
     assert found["total"] == pytest.approx((3 * found["total code"] + found["total maths"]) / 4)
-    assert {name: int(count) for name, count in report.counts(SUMS).items()} == {
-        "tokens": 4,
-        "tokens code": 3,
-        "tokens maths": 1,
-    }
+    assert report.label_tokens(SUMS) == 4
+    record = report.record(SUMS, report.means(SUMS))
+    assert (record["tokens"], record["tokens code"], record["tokens maths"]) == (4, 3, 1)
     assert not [name for name in found if name.startswith("share") and name.endswith("code")]
 
 
@@ -58,9 +56,7 @@ def test_layers_of_different_teachers_have_no_common_mean() -> None:
 def test_a_teacher_that_was_in_no_batch_has_no_values() -> None:
     report = Report([objective(2, 4), objective(3, 6)], ["code", "maths"])
     sums = torch.cat([SUMS[:6], torch.zeros(6)])
-    seen = {name: tokens.item() for name, tokens in report.seen(sums).items()}
-    assert seen == {"code": 3, "maths": 0}
-    left = report.without_absent(report.means(sums), seen)
+    left = report.seen(sums, report.means(sums))
     assert "kd code" in left
     assert "kd" in left
     assert not [name for name in left if name.endswith(" maths")]
@@ -74,6 +70,23 @@ def test_one_teacher_has_the_names_it_always_had() -> None:
     report: Any = Report([objective(2, 4)], [""])
     found = means(report, SUMS[:6])
     assert not [name for name in found if name != name.rstrip()]
-    assert report.seen(SUMS[:6]) == {}
-    assert list(report.counts(SUMS[:6])) == ["tokens"]
     assert found["kd"] == 3
+    record = report.record(SUMS[:6], report.means(SUMS[:6]))
+    assert [name for name in record if name.startswith("tokens")] == ["tokens"]
+
+
+def test_a_mean_over_no_token_is_no_number() -> None:
+    """A step without a label, and a step without any token."""
+    report = Report([objective(2, 4)], [""])
+    for labels, tokens, absent in (
+        (0, 3, {"ce"}),
+        (0, 0, {"total", "ce", "kd", "trajectory"}),
+        (3, 3, set()),
+    ):
+        sums = torch.tensor([labels, tokens, *[value * (tokens > 0) for value in (0.0, 9, 3, 6)]])
+        record = report.record(sums, report.means(sums))
+        shown = ("total", "ce", "kd", "trajectory")
+        assert {name for name in shown if record[name] is None} == absent
+        assert set(report.seen(sums, report.means(sums))) == {
+            name for name in report.means(sums) if record[name] is not None
+        }

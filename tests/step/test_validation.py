@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from megatron_fdd.config import FddConfig
+from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.terms import Part, parts_of
 from megatron_fdd.step.metrics import Report
+from megatron_fdd.step.progress import Progress
 from megatron_fdd.step.validation import Evaluation, Validation
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import Case, expected, validate
@@ -52,6 +55,7 @@ def validation(monkeypatch: pytest.MonkeyPatch) -> Validation:
         return part.term.weight(config)
 
     objective: Any = SimpleNamespace(parts=parts_of(config, ()), weight_of=weight_of)
+    objective.unseen = partial(Objective.unseen, objective)
     return Validation(Report([objective], [""]), mock.Mock(is_last_stage=True))
 
 
@@ -69,10 +73,17 @@ def evaluate(validation: Validation, *steps: tuple[float, ...], is_cut_short: bo
 
 def test_every_set_has_its_means_and_all_sets_have_theirs(validation: Validation) -> None:
     assert evaluate(validation, (10, 40, 30, 20), (30, 40, 10, 60)) == {"total": 2.5, "ce": 1.0, "kd": 1.0}
-    assert evaluate(validation, (0, 20, 0, 40)) == {"total": 4.0, "ce": 0.0, "kd": 2.0}
+    assert evaluate(validation, (0, 20, 0, 40)) == {"total": 4.0, "kd": 2.0}  # no label
     means = {name: value.item() for name, value in validation.take_means().items()}
     assert means == pytest.approx({"total": 0.5 + 2 * 1.2, "ce": 1.0, "kd": 1.2})
     assert validation.take_means() == {}
+
+
+def test_a_validation_without_a_token_has_no_means(validation: Validation) -> None:
+    assert evaluate(validation, (0, 0, 0, 0)) == {}
+    said: list[str] = []
+    Progress(lambda: 3, ("ce",), say=said.append).evaluation("valid", 1, {})
+    assert said == ["valid 1/3 | total -"]
 
 
 def test_many_steps_add_up_exactly(validation: Validation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -71,9 +72,9 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
             result.num_units += _check_segment(file, identity)
             result.num_bytes += file.stat().st_size
         except (UnreadableError, OSError) as error:
-            if not file.exists():
+            if not os.path.lexists(file):
                 continue  # removed meanwhile
-            found = result.unread if file.is_file() else result.damaged
+            found = result.unread if file.is_file() or file.is_symlink() else result.damaged
             found[name] = str(unreadable(file, error) if isinstance(error, OSError) else error)
         except ForeignError as error:
             result.foreign[name] = str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,17 @@ if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is ma
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _PARTS = {
     "normaliser": "normalizer",
     "pre-tokenizer": "pre_tokenizer",
@@ -29,7 +41,19 @@ _OWN_PLACE = ("vocab", "merges")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `identity_of_folder` finds a vocabulary in the folder."""
+    """Whether `identity_of_folder` finds a vocabulary in the folder.
+
+    Raises:
+        ValueError: what has the name of a tokenizer's file is no file. It would count as not there, without a word: a
+            link into a cache that was cleaned, for example.
+    """
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(
+                f"{path} is no file (a link that leads nowhere, a pipe, a folder); fetch or copy the tokenizer again, "
+                "or remove it"
+            )
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 

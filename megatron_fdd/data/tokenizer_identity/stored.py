@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+from megatron_fdd.data.tokenizer_identity.compare import compare
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity, TokenizerStamp
 from megatron_fdd.data.tokenizer_identity.sources import VOCABULARY_FILES, has_tokenizer, identity_of_folder
 from megatron_fdd.host.json_file import read_json, read_record, write_json
@@ -37,17 +38,44 @@ def stored_identity(folder: Path) -> TokenizerStamp | TokenizerIdentity | None:
     """
     if not has_tokenizer(folder):
         return None
-    if (folder / IDENTITY_FILE).is_file():
-        values = read_json(folder / IDENTITY_FILE)
-        version, files = values.pop("version", None), values.pop("files_sha256", None)
-        if version == _VERSION and files == _files_sha256(folder):
-            try:
-                return read_record(TokenizerStamp, values)
-            except ValueError as error:
-                raise ValueError(
-                    f"{folder / IDENTITY_FILE} does not hold the identity of a tokenizer ({error}); delete it"
-                ) from error
-    return identity_of_folder(folder)
+    files, stamp = _stamp(folder)
+    return stamp if stamp is not None and files == _files_sha256(folder) else identity_of_folder(folder)
+
+
+def check_copy(folder: Path) -> None:
+    """Refuse a tokenizer that cannot be read, or is not what it was when its identity was written beside it.
+
+    Raises:
+        ValueError: names the folder and the first difference.
+    """
+    now, (_, stamp) = stored_identity(folder), _stamp(folder)
+    if stamp is None or not isinstance(now, TokenizerIdentity):
+        return
+    difference = compare(stamp, now, ("its stamp", "its files"), with_added_texts=False).difference
+    if difference is not None:
+        raise ValueError(
+            f"{folder} is not the tokenizer that was copied there: {difference}; copy it again, or if it was changed "
+            f"on purpose, delete {IDENTITY_FILE} in it"
+        )
+
+
+def _stamp(folder: Path) -> tuple[str | None, TokenizerStamp | None]:
+    """Return the hash of the files and the identity that were stored; None where this version stored none.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = folder / IDENTITY_FILE
+    if not path.is_file():
+        return None, None
+    values = read_json(path)
+    if values.pop("version", None) != _VERSION:
+        return None, None
+    files = values.pop("files_sha256", None)
+    try:
+        return files, read_record(TokenizerStamp, values)
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold the identity of a tokenizer ({error}); delete it") from error
 
 
 def _files_sha256(folder: Path) -> str:

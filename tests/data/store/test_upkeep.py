@@ -113,6 +113,18 @@ def test_a_damaged_lens_is_found(tmp_path: Path) -> None:
     assert "is no regular file" in checked.unread[names[0]]
 
 
+def test_a_link_that_leads_nowhere_is_found_and_not_removed(tmp_path: Path) -> None:
+    """Its disk may come back."""
+    names = write(tmp_path, UNITS[:2], UNITS[2:])
+    link = file_of(tmp_path, names[0])
+    link.unlink()
+    link.symlink_to("gone")
+    checked = upkeep.check_store(tmp_path)
+    assert (checked.num_segments, checked.num_units, {*checked.unread}) == (2, 2, {names[0]})
+    upkeep.remove_damaged(tmp_path, checked)
+    assert link.is_symlink()
+
+
 def test_a_segment_that_is_pruned_while_it_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

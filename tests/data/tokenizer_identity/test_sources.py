@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.data.tokenizer_identity import compare, has_tokenizer, identity_of_folder
 from tests.convert import toys
+from tests.data.tokenizer_identity import variants
 
 
 def test_sentencepiece_alone_and_with_its_json_agree(tmp_path: Path) -> None:
@@ -65,3 +69,18 @@ def test_a_file_that_is_no_tokenizer(content: dict[str, object], message: str, t
     toys.write_json(tmp_path / "tokenizer.json", content)
     with pytest.raises(ValueError, match=message):
         identity_of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("gone")])
+def test_what_is_no_file_does_not_count_as_not_there(
+    put: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    """A cache of the hub that was cleaned keeps its links."""
+    variants.write(tmp_path)
+    assert has_tokenizer(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    put(tmp_path / name)
+    for look in (has_tokenizer, lambda folder: check_tokenizer_files("HuggingFaceTokenizer", str(folder))):
+        with pytest.raises(ValueError, match=f"^{tmp_path / name} is no file"):
+            look(tmp_path)
