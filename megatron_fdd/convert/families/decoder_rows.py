@@ -7,6 +7,7 @@ import torch
 from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
 from megatron_fdd.convert.families.experts import ExpertNaming, Experts
 from megatron_fdd.convert.families.family import WeightRow
+from megatron_fdd.convert.families.latent import latent_rows
 from megatron_fdd.convert.families.transforms import FusedQkv, GroupedQkv, Same, Stacked, Transform
 
 
@@ -35,6 +36,8 @@ def _norm_rows(dialect: Dialect, layer: int) -> list[WeightRow]:
 
 
 def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
+    if shape.latent is not None:
+        return latent_rows(shape.latent, layer)
     hf, mcore = f"model.layers.{layer}.", f"decoder.layers.{layer}."
     grouped = GroupedQkv(shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
     fused = "qkv" in dialect.fused
