@@ -235,6 +235,7 @@ VARIANTS |= {
             "mscale_all_dim": 0.5,
         },
     },
+    "deepseek_v3_dense": {**_LATENT, "first_k_dense_replace": 3},
     # Moonlight and Kanana have no latent of queries.
     "deepseek_v3_short": {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "deepseek_v2": {
