@@ -43,6 +43,7 @@ def _count_parameters(config: dict[str, Any]) -> int:
         ("Qwen3-30B-A3B", 30532.1),
         ("OLMo-2-0425-1B", 1484.9),
         ("gemma-3-1b", 999.9),
+        ("DeepSeek-V2-Lite", 15706.5),
         ("gpt2-xl", 1557.6),
     ],
 )

@@ -214,7 +214,7 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
         if getattr(before, field) != getattr(after, field):
             config[field] = getattr(after, field)
     if after.latent is not None and before.latent != after.latent:
-        config |= dataclasses.asdict(after.latent)
+        after.latent.write(config)
     config |= {field: value for field, value in after.own.items() if value != before.own[field]}
     if before.qkv_bias != after.qkv_bias:
         config["attention_bias"] = after.qkv_bias

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_fdd.convert.families.family import MegatronArgs, WeightRow, refuse_field
+from megatron_fdd.convert.families.family import HfConfig, MegatronArgs, WeightRow, refuse_field
 from megatron_fdd.convert.families.rope import Rope, Yarn
 from megatron_fdd.host.field_kinds import above_zero, shown
 from megatron_fdd.host.layer_specs import OPTIONS, LayerSpec
@@ -68,6 +68,18 @@ class LatentShape:
             args.q_lora_rank, args.kv_lora_rank, args.qk_head_dim, args.qk_pos_emb_head_dim, args.v_head_dim
         )
 
+    def derived(self) -> dict[str, int]:
+        """Return the fields that transformers writes beside these: the width that turns, and that of a whole query."""
+        return {
+            "head_dim": self.qk_rope_head_dim,
+            "qk_head_dim": self.qk_nope_head_dim + self.qk_rope_head_dim,
+        }
+
+    def write(self, config: HfConfig) -> None:
+        """Set the fields of `config` that describe the widths."""
+        config |= dataclasses.asdict(self)
+        config |= {field: width for field, width in self.derived().items() if field in config}
+
 
 LATENT_FIELDS = tuple(field.name for field in dataclasses.fields(LatentShape))
 
@@ -86,15 +98,22 @@ def read_latent(config: Mapping[str, Any], heads: tuple[int, int]) -> LatentShap
             raise ValueError(f'config.json lacks "{field}"')
     widths: dict[str, Any] = {field: config.get(field) for field in LATENT_FIELDS}
     latent = LatentShape(**widths)
-    derived = {
-        "num_key_value_heads": (heads[1], heads[0]),
-        "head_dim": (config.get("head_dim"), latent.qk_rope_head_dim),
-        "qk_head_dim": (config.get("qk_head_dim"), latent.qk_nope_head_dim + latent.qk_rope_head_dim),
-    }
-    for field, (found, expected) in derived.items():
+    check_latent_rope(config)
+    repeated = {field: (config.get(field), width) for field, width in latent.derived().items()}
+    repeated["num_key_value_heads"] = (heads[1], heads[0])
+    for field, (found, expected) in repeated.items():
         if found not in (None, expected):
             refuse_field(field, found, f"where multi-latent attention of these widths has {expected}")
     return latent
+
+
+def check_latent_rope(config: Mapping[str, Any]) -> None:
+    """Refuse YaRN with `mscale_all_dim` alone, which scales attention and not the rotation."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(rope, dict) and rope.get("mscale_all_dim") and not rope.get("mscale"):
+        refuse_field(
+            "mscale_all_dim", rope["mscale_all_dim"], "without mscale, and Megatron has both or neither"
+        )
 
 
 def latent_rope_args(rope: Rope) -> tuple[MegatronArgs, dict[str, Any]]:
