@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig, slice_name
 from megatron_fdd.convert.mcore_model import DTYPES
+from megatron_fdd.convert.quantised import FIELD, Quantised, dequantiser_of
+from megatron_fdd.convert.stored_tensor import DTYPE_OF_NAME, RAW_DTYPE_OF_NAME, StoredTensor, read_header
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.listing import listing
 from megatron_fdd.host.weight_map import read_weight_map
@@ -26,9 +28,6 @@ from megatron_fdd.host.weight_map import read_weight_map
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILES = ("config.json", "generation_config.json")
-# Dtypes by the names that safetensors uses.
-DTYPE_OF_NAME = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
@@ -51,26 +50,14 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """The entry of one tensor in a safetensors header.
-
-    Attributes:
-        file: name of the file that holds the tensor.
-        dtype: safetensors' name of the dtype, such as BF16.
-        offset: position of the tensor's first byte in the file.
-        num_bytes: how many bytes it has there.
-    """
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-
-
 class HfFolder:
     """The tensors and config of one model folder. Only headers are kept; a tensor is mapped while it is used.
+
+    Quantised tensors are read as the values that they stand for.
+
+    Attributes:
+        stored_config: config.json, with every field.
+        quantization: its field `quantization_config`.
 
     Raises:
         ValueError: there is no folder, no config.json or no safetensors file; or a shard is missing or damaged.
@@ -86,11 +73,24 @@ class HfFolder:
             raise ValueError(
                 f"--hf-model {self.path}: the folder has no config.json; give one with a whole model"
             )
-        self.config: HfConfig = read_json(self.path / CONFIG_FILES[0])
+        self.stored_config: HfConfig = read_json(self.path / CONFIG_FILES[0])
+        self.quantization: Any = self.stored_config.get(FIELD)
+
+    @cached_property
+    def config(self) -> HfConfig:
+        """The config of the values: config.json, without `quantization_config`.
+
+        Raises:
+            ValueError: the weights are quantised in a way that is not read here.
+        """
+        if self.quantization is None:
+            return self.stored_config
+        dequantiser_of(self.quantization)
+        return {field: value for field, value in self.stored_config.items() if field != FIELD}
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the folder, by name, read from the headers of all files."""
+        """Every tensor that is stored, by name, read from the headers of all files."""
         if (self.path / SINGLE_FILE).is_file():  # it goes before an index, as in transformers
             return self._header(SINGLE_FILE)
         index = self.path / INDEX_FILE
@@ -122,17 +122,20 @@ class HfFolder:
             raise ValueError(f"{path} does not exist; {INDEX_FILE} names it") from None
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or incomplete: {error}") from None
-        # safetensors does not tell offsets, and parses the header again for every tensor.
-        with path.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            tensors[name] = StoredTensor(file, entry["dtype"], shape, 8 + length + first, last - first)
-        return tensors
+        return read_header(path)
+
+    @cached_property
+    def quantised(self) -> dict[str, Quantised]:
+        """The tensors that others store, by name. ValueError if their parts do not fit each other."""
+        if self.quantization is None:
+            return {}
+        return dequantiser_of(self.quantization).find(self.tensors, self.quantization)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of all tensors that have a value: those that are stored, but not as parts of another."""
+        parts = {part for each in self.quantised.values() for part in each.parts}
+        return [*(name for name in self.tensors if name not in parts), *self.quantised]
 
     def apart(self, endings: tuple[str, ...]) -> HfFolder:
         """Return the same folder with each tensor whose name ends so taken apart along dim 0, as `slice_name` names it.
@@ -140,6 +143,8 @@ class HfFolder:
         A slice is read by itself: an expert, of a tensor with all experts of a layer.
         """
         view = copy.copy(self)
+        for cached in ("quantised", "names"):
+            vars(view).pop(cached, None)
         view.tensors = {}
         for name, stored in self.tensors.items():
             if not name.endswith(endings) or not stored.shape:
@@ -157,10 +162,12 @@ class HfFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return self.tensors[name].shape
+        return self.quantised[name].shape if name in self.quantised else self.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor. ValueError if it is not a floating-point dtype."""
+        if name in self.quantised:
+            return self.quantised[name].dtype
         stored = self.tensors[name].dtype
         if stored not in DTYPE_OF_NAME:
             raise ValueError(
@@ -183,9 +190,24 @@ class HfFolder:
             raise ValueError(f"{self.path} holds {only}, which Megatron does not train; choose with --dtype")
         return only
 
-    def read(self, name: str) -> Tensor:
-        """Read a tensor as a mapping of its part of the file; its pages leave memory together with it."""
-        stored, dtype = self.tensors[name], self.dtype(name)
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read a tensor: as `raw` does, or its value from its parts.
+
+        Args:
+            dtype: of the value of a quantised tensor, which is rounded once; by default `dtype(name)`.
+        """
+        if name in self.quantised:
+            found = self.quantised[name]
+            return found.value([self.raw(part) for part in found.parts], dtype or found.dtype)
+        self.dtype(name)
+        return self.raw(name)
+
+    def raw(self, name: str) -> Tensor:
+        """Read a stored tensor as a mapping of its part of the file; its pages leave memory together with it."""
+        stored = self.tensors[name]
+        if stored.dtype not in RAW_DTYPE_OF_NAME:
+            raise ValueError(f"{self.path}: {name} is stored as {stored.dtype}, which is not read here")
+        dtype = RAW_DTYPE_OF_NAME[stored.dtype]
         size = math.prod(stored.shape) * dtype.itemsize
         if size == 0:
             return torch.empty(stored.shape, dtype=dtype)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from megatron_fdd.convert.checksums import bytes_of
 from megatron_fdd.convert.families.family import slice_name, whole_name
-from megatron_fdd.convert.hf_folder import INDEX_FILE, NAME_OF_DTYPE, SINGLE_FILE
+from megatron_fdd.convert.hf_folder import INDEX_FILE, SINGLE_FILE
+from megatron_fdd.convert.stored_tensor import NAME_OF_DTYPE
 from megatron_fdd.host.disk import check_no_link, writing
 from megatron_fdd.host.json_file import write_json
 

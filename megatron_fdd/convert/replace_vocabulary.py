@@ -43,7 +43,7 @@ def replace_vocabulary(
     """
     check_new_folder(Path(hf_out), "--hf-out")
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config).as_stored(folder.tensors)
+    family = family_of(folder.config).as_stored(folder.names)
     check_names(family, folder)
     old = VocabularySource.find(folder.path, "--from")
     new = VocabularySource.find(Path(vocabulary_of), _FLAG)
@@ -79,7 +79,7 @@ def _tensors(folder: HfFolder, family: Family, vocabulary: NewVocabulary) -> lis
     rows.add(family.tied[0])  # a tied model may repeat it
     old_size = family.megatron_args(folder.config)["vocab_size"]
     tensors = []
-    for name in folder.tensors:
+    for name in folder.names:
         dtype, shape = folder.dtype(name), folder.shape(name)
         if name.endswith(family.ignored):
             continue

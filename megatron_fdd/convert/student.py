@@ -86,7 +86,7 @@ def init_student(
         ValueError: the teacher lacks a layer, or its weights do not match its config.
     """
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config).as_stored(folder.tensors)
+    family = family_of(folder.config).as_stored(folder.names)
     teacher_layers = family.megatron_args(folder.config)["num_layers"]
     outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if outside or not layers:
@@ -111,7 +111,7 @@ def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> d
     """Map the student's tensor names to the teacher's, also outside the layers; buffers are left out."""
     pattern = re.compile(re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
     renamed = {}
-    for name in folder.tensors:
+    for name in folder.names:
         match = pattern.fullmatch(name)
         if name.endswith(family.ignored):
             continue

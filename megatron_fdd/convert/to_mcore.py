@@ -96,7 +96,7 @@ class _Source:
     def __init__(self, hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any) -> None:
         folder = HfFolder(hf_model)
         self.config = folder.config
-        family = family_of(folder.config).as_stored(folder.tensors)
+        family = family_of(folder.config).as_stored(folder.names)
         architecture = {**family.fixed, **family.megatron_args(folder.config)}
         check_names(family, folder)
         self._folder = folder = folder.apart(family.stacked)
@@ -203,7 +203,7 @@ def check_names(family: Family, folder: HfFolder) -> None:
     needed = [source for row in family.rows(folder.config) for source in row.sources]
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"
-    present = {name for name in folder.apart(family.stacked).tensors if not name.endswith(family.ignored)}
+    present = {name for name in folder.apart(family.stacked).names if not name.endswith(family.ignored)}
     head, embedding = family.tied
     if head in present - set(needed) and embedding in present:
         if digest(folder.read(head)) != digest(folder.read(embedding)):

@@ -40,12 +40,12 @@ def stock_layer(config: GPTModelConfig) -> ModuleSpec:
     Raises:
         ValueError: `--transformer-impl` is neither local nor transformer_engine.
     """
-    _check_impl(config)
+    check_modules(config)
     return default_layer_spec(config, 0)
 
 
-def _check_impl(config: GPTModelConfig) -> None:
-    """Refuse an implementation of layers whose parts have other names."""
+def check_modules(config: GPTModelConfig) -> None:
+    """Refuse modules, by ValueError, with which these parts have not been written."""
     impl = config.transformer.transformer_impl
     if impl not in ("local", "transformer_engine"):
         raise ValueError(
@@ -59,7 +59,7 @@ def stock_block(config: GPTModelConfig, vp_stage: int | None) -> TransformerBloc
     Raises:
         ValueError: as `stock_layer`.
     """
-    _check_impl(config)
+    check_modules(config)
     return default_layer_spec(config, vp_stage)
 
 
@@ -97,7 +97,7 @@ def put_norms_behind(layer: ModuleSpec, config: GPTModelConfig) -> None:
     Their names are `self_attention.linear_proj.norm` and `mlp.linear_fc2.norm`.
     """
     attention, mlp = layer.submodules.self_attention.submodules, mlp_parts(layer)
-    norm = _backend(config).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
+    norm = backend(config.transformer).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
     attention.linear_proj = _with_norm(attention.linear_proj, norm)
     mlp.linear_fc2 = _with_norm(mlp.linear_fc2, norm)
 
@@ -106,13 +106,14 @@ def drop_norms_before(layer: ModuleSpec, config: GPTModelConfig) -> None:
     """Remove the norms before attention and before the MLP, also those inside the matrices that follow them."""
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    parts.self_attention.submodules.linear_qkv = _backend(config).column_parallel_linear()
-    mlp_parts(layer).linear_fc1 = _backend(config).column_parallel_linear()
+    parts.self_attention.submodules.linear_qkv = backend(config.transformer).column_parallel_linear()
+    mlp_parts(layer).linear_fc1 = backend(config.transformer).column_parallel_linear()
     parts.sharded_state_dict_keys_map = {}
 
 
-def _backend(config: GPTModelConfig) -> BackendSpecProvider:
-    return LocalSpecProvider() if config.transformer.transformer_impl == "local" else TESpecProvider()
+def backend(config: TransformerConfig) -> BackendSpecProvider:
+    """Return the provider of the modules that a model is made of."""
+    return LocalSpecProvider() if config.transformer_impl == "local" else TESpecProvider()
 
 
 @functools.cache

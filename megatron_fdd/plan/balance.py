@@ -50,7 +50,7 @@ def layer_flops(shape: ModelShape) -> int:
     """Count the flops of one layer forward: its matrices, and the scores and values of causal attention."""
     matrices = shape.attention_parameters + shape.active_ffn * shape.parameters_per_width
     # Two products of 2 * seq_length * width; the causal mask leaves half of each.
-    return 2 * matrices + 2 * shape.seq_length * shape.attention_width
+    return 2 * matrices + shape.seq_length * (shape.query_width + shape.attention_width)
 
 
 def linear_kl_flops(

@@ -53,6 +53,43 @@ class ExpertShape:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentWidths:
+    """The widths of multi-latent attention.
+
+    Attributes:
+        queries: of the queries' latent; None if one matrix makes queries from the hidden state.
+        keys_values: of the latent of keys and values.
+        plain, rotated: of the parts of a head's query and key.
+        value: of a head's value.
+    """
+
+    queries: int | None
+    keys_values: int
+    plain: int
+    rotated: int
+    value: int
+
+    @classmethod
+    def of_args(cls, args: argparse.Namespace) -> LatentWidths | None:
+        """Take the widths from a model's arguments in this run; None if its attention is not multi-latent."""
+        if not getattr(args, "multi_latent_attention", False):
+            return None
+        return cls(
+            args.q_lora_rank, args.kv_lora_rank, args.qk_head_dim, args.qk_pos_emb_head_dim, args.v_head_dim
+        )
+
+    @property
+    def down_width(self) -> int:
+        """Width of what the matrices make from the hidden state that stand before latents."""
+        return (self.queries or 0) + self.keys_values + self.rotated
+
+    def up_parameters(self, hidden: int, heads: int) -> int:
+        """Count the parameters of the other matrices, the output's too."""
+        queries = (self.queries or hidden) * (self.plain + self.rotated)
+        return heads * (queries + self.keys_values * (self.plain + self.value) + self.value * hidden)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """The shape of one model, which is enough to count its matrices and their products.
 
@@ -66,6 +103,7 @@ class ModelShape:
         num_layers: may be left out if only one layer matters.
         has_output_gate: whether the attention's first matrix makes a gate beside each query.
         experts: None for a dense model.
+        latent: None if attention is not multi-latent.
     """
 
     hidden: int
@@ -79,6 +117,7 @@ class ModelShape:
     num_layers: int = 1
     has_output_gate: bool = False
     experts: ExpertShape | None = None
+    latent: LatentWidths | None = None
 
     @classmethod
     def of_args(cls, args: argparse.Namespace, *, vocab: int = 0) -> ModelShape:
@@ -96,12 +135,20 @@ class ModelShape:
             num_layers=args.num_layers,
             has_output_gate=args.attention_output_gate,
             experts=_experts(args),
+            latent=LatentWidths.of_args(args),
         )
 
     @property
     def attention_width(self) -> int:
         """Width of the attention's output, all heads together."""
-        return self.heads * self.head_width
+        return self.heads * (self.head_width if self.latent is None else self.latent.value)
+
+    @property
+    def query_width(self) -> int:
+        """Width of the queries that attention scores, all heads together."""
+        return self.heads * (
+            self.head_width if self.latent is None else self.latent.plain + self.latent.rotated
+        )
 
     @property
     def qkv_width(self) -> int:
@@ -110,7 +157,9 @@ class ModelShape:
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of the two matrices of one attention; multi-latent attention, which has others, is not covered."""
+        """Parameters of the matrices of one attention."""
+        if self.latent is not None:
+            return self.hidden * self.latent.down_width + self.latent.up_parameters(self.hidden, self.heads)
         return self.hidden * (self.qkv_width + self.attention_width)
 
     @property
@@ -133,14 +182,18 @@ class ModelShape:
         return (routed + (self.num_layers - len(experts.layers)) * self.ffn) // self.num_layers
 
     def matrix_parameters(self, layers: Sequence[int], sizes: ParallelSizes) -> int:
-        """Count the parameters of the matrices of these layers on a rank, without routers."""
+        """Count the parameters of the matrices of these layers on a rank, without routers.
+
+        The matrices before latents count as whole on every rank, as TransformerEngine's are.
+        """
         with_experts = len(set(self.expert_layers).intersection(layers))
         widths, routed = (len(layers) - with_experts) * self.ffn, 0
         if self.experts is not None:
             widths += with_experts * self.experts.shared_width
             routed = with_experts * self.experts.count * self.experts.width * self.parameters_per_width
-        cut = len(layers) * self.attention_parameters + widths * self.parameters_per_width
-        return cut // sizes.tensor + routed // (sizes.expert_tensor * sizes.expert)
+        whole = 0 if self.latent is None else len(layers) * self.hidden * self.latent.down_width
+        cut = len(layers) * self.attention_parameters - whole + widths * self.parameters_per_width
+        return whole + cut // sizes.tensor + routed // (sizes.expert_tensor * sizes.expert)
 
     @property
     def router_parameters(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from megatron_fdd.convert.hf_folder import DTYPE_OF_NAME, StoredTensor
+from megatron_fdd.convert.stored_tensor import DTYPE_OF_NAME, StoredTensor
 
 
 def method_of(config: Any) -> str | None:

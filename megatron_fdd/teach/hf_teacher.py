@@ -16,7 +16,8 @@ import torch
 import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_fdd.convert.hf_folder import DTYPE_OF_NAME, HfFolder, StoredTensor
+from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.stored_tensor import DTYPE_OF_NAME, StoredTensor
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.evaluate.models import NamedModel
 from megatron_fdd.step.teacher.tap_format import TapFormat
@@ -260,7 +261,7 @@ class HfTeacher:
 
     def _architecture_digest(self) -> str:
         """Return a hash of config.json without what changes no hidden state."""
-        values = {name: value for name, value in self._files.config.items() if name not in _IRRELEVANT}
+        values = {name: value for name, value in self._files.stored_config.items() if name not in _IRRELEVANT}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 _SAME = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02, "torch_dtype": "bfloat16"}
 _DECODER = {**_SAME, "hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6}
+_V3 = {
+    **_DECODER, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "ep_size": 1, "kv_lora_rank": 512,
+    "moe_layer_freq": 1, "norm_topk_prob": True, "pretraining_tp": 1, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "scoring_func": "sigmoid", "seq_aux": True, "topk_method": "noaux_tc", "v_head_dim": 128,
+}  # fmt: skip
 # The fields in the configs of the published models.
 PUBLISHED = {
     "Llama-3.2-1B": {
@@ -104,6 +110,42 @@ PUBLISHED = {
         "max_position_embeddings": 16384, "mlp_type": "default", "norm_epsilon": 1e-05, "norm_type": "layer_norm",
         "num_attention_heads": 24, "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.0,
         "rope_theta": 999999.4420358813, "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
+    },
+    "DeepSeek-V3": {
+        **_V3, "aux_loss_alpha": 0.001, "first_k_dense_replace": 3, "hidden_size": 7168, "intermediate_size": 18432,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256,
+        "n_shared_experts": 1, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "rope_theta": 10000, "routed_scaling_factor": 2.5,
+        "topk_group": 4, "vocab_size": 129280,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                         "original_max_position_embeddings": 4096, "type": "yarn"},
+    },
+    "Kimi-K2": {
+        **_V3, "model_type": "kimi_k2", "first_k_dense_replace": 1, "hidden_size": 7168, "intermediate_size": 18432,
+        "max_position_embeddings": 131072, "moe_intermediate_size": 2048, "n_group": 1, "n_routed_experts": 384,
+        "n_shared_experts": 1, "num_attention_heads": 64, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+        "num_key_value_heads": 64, "q_lora_rank": 1536, "rope_theta": 50000.0, "routed_scaling_factor": 2.827,
+        "topk_group": 1, "vocab_size": 163840,
+        "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                         "original_max_position_embeddings": 4096, "type": "yarn"},
+    },
+    "Moonlight-16B-A3B": {
+        **_V3, "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 11264,
+        "max_position_embeddings": 8192, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+        "num_key_value_heads": 16, "q_lora_rank": None, "rms_norm_eps": 1e-05, "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.446, "topk_group": 1, "vocab_size": 163840,
+    },
+    "DeepSeek-V2-Lite": {
+        **_V3, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "aux_loss_alpha": 0.001,
+        "first_k_dense_replace": 1, "hidden_size": 2048, "intermediate_size": 10944,
+        "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64,
+        "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None, "rope_theta": 10000,
+        "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_group": 1, "topk_method": "greedy",
+        "vocab_size": 102400,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                         "original_max_position_embeddings": 4096, "type": "yarn"},
     },
     "gpt2-xl": {
         **_SAME, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",

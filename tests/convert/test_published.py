@@ -48,6 +48,7 @@ def _count_parameters(config: dict[str, Any]) -> int:
         ("Qwen1.5-MoE-A2.7B", 14315.8),
         ("gpt-oss-20b in bfloat16", 20914.8),
         ("starcoder2-3b", 3030.4),
+        ("DeepSeek-V2-Lite", 15706.5),
         ("gpt2-xl", 1557.6),
     ],
 )

@@ -232,7 +232,76 @@ VARIANTS |= {
         "tie_word_embeddings": True,
     },
 }
-MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", "gpt_oss")
+_LATENT: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+VARIANTS |= {
+    # Its norms inside attention have another epsilon than the others.
+    "deepseek_v3": {**_LATENT, "torch_dtype": "bfloat16"},
+    "deepseek_v3_yarn": {
+        **_LATENT,
+        "rope_interleave": True,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        },
+    },
+    "deepseek_v3_dense": {**_LATENT, "first_k_dense_replace": 3},
+    # Moonlight and Kanana have no latent of queries.
+    "deepseek_v3_short": {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {
+        **_LATENT,
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
+}
+LATENT = ("deepseek_v3", "deepseek_v3_yarn", "deepseek_v2")
+MIXTURES = (
+    "mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", "gpt_oss", *LATENT
+)  # fmt: skip
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
@@ -258,11 +327,10 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
     one = 0.0 if config["model_type"].startswith("gemma") else 1.0  # its norms scale by 1 + weight
     for name, parameter in model.named_parameters():
         parameter.data = torch.randn(parameter.shape) * 0.15 + one * ("norm" in name)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.randn(buffer.shape) * 0.15)
     biases = {
-        name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
+        name: torch.randn(buffer.shape, dtype=torch.float32) * 0.15
+        for name, buffer in model.named_buffers()
+        if name.endswith("e_score_correction_bias")
     }
     model.to(getattr(torch, config["torch_dtype"]))
     for name, bias in biases.items():  # published files keep them in float32

@@ -67,7 +67,8 @@ MIXTURE = {
 ONE_EXPERT_RANK = {**MIXTURE, "expert_tensor_parallel_size": 1}
 # Queries, keys and values are (8 + 2 x 1) x 8 / 2 = 40 wide.
 ONE_GROUP = {"group_query_attention": True, "num_query_groups": 1, "tensor_model_parallel_size": 2}
-LATENT = {"multi_latent_attention": True, "kv_channels": 10}
+LATENT = {"multi_latent_attention": True, "kv_channels": 10, "q_lora_rank": 20, "kv_lora_rank": 10}
+LATENT |= {"qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 10}
 BF16_ENDS = {"first_last_layers_bf16": True}
 
 

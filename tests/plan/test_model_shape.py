@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_fdd.plan.balance import layer_flops
 from megatron_fdd.plan.model_shape import ExpertShape, ModelShape, ParallelSizes
 
 ARGS = Namespace(
@@ -36,6 +37,30 @@ def test_a_frequency_is_a_pattern(pattern: int) -> None:
         ModelShape.of_args(Namespace(**vars(ARGS) | {"moe_layer_freq": freq})) for freq in (pattern, spelled)
     ]
     assert shapes[0] == shapes[1]
+
+
+LATENT = {
+    "multi_latent_attention": True,
+    "num_experts": None,
+    "attention_output_gate": False,
+    "q_lora_rank": 20,
+}
+LATENT |= {"kv_lora_rank": 12, "qk_head_dim": 5, "qk_pos_emb_head_dim": 2, "v_head_dim": 3}
+
+
+@pytest.mark.parametrize(
+    ("latent", "before", "queries"), [(20, 24 * (20 + 12 + 2), 20), (None, 24 * (12 + 2), 24)]
+)
+def test_multi_latent_attention_by_hand(latent: int | None, before: int, queries: int) -> None:
+    """TransformerEngine does not cut the matrices before latents."""
+    args = Namespace(**vars(ARGS) | LATENT | {"q_lora_rank": latent})
+    shape, sizes = ModelShape.of_args(args), ParallelSizes.of_args(args)
+    assert (shape.query_width, shape.attention_width) == (6 * 7, 6 * 3)
+    others = queries * 6 * 7 + 12 * 6 * (5 + 3) + 6 * 3 * 24
+    assert shape.attention_parameters == before + others
+    assert shape.matrix_parameters([0], sizes) == before + (others + 40 * 3 * 24) // 2
+    scores_and_values = 16 * (6 * 7 + 6 * 3) / 2
+    assert layer_flops(shape) == 2 * (before + others + 40 * 3 * 24 + scores_and_values)
 
 
 def test_a_width_that_megatron_fills_in_later_is_0() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fdd.convert.families import (
+    deepseek,
     gemma3,
     gpt2,
     gpt_oss,
@@ -33,7 +34,7 @@ _ALL = (
     gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE, olmo2.OLMO2,
     gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
-    layer_norm.NEMOTRON, layer_norm.STARCODER2,
+    layer_norm.NEMOTRON, layer_norm.STARCODER2, deepseek.DEEPSEEK_V2, deepseek.DEEPSEEK_V3, deepseek.KIMI_K2,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -57,7 +58,7 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "opt": ("positions that start at 2", "ReLU"),
 }
 # Model types that a GPTModel can express, but nobody has written and tested their tables.
-NO_TABLE = ("deepseek_v2", "deepseek_v3")
+NO_TABLE: tuple[str, ...] = ()
 
 
 def add_family(family: Family) -> None:

@@ -62,6 +62,8 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("head_dim", "n_inner"), optional(WIDTH)),
     **dict.fromkeys(("num_attention_heads", "n_head"), HEADS),
     "num_key_value_heads": optional(HEADS),
+    **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), WIDTH),
+    **dict.fromkeys(("q_lora_rank", "qk_head_dim"), optional(WIDTH)),
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     "n_ctx": optional(POSITIONS),

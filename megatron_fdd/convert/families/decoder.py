@@ -16,6 +16,12 @@ from megatron_fdd.convert.families.decoder_rows import decoder_rows
 from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
 from megatron_fdd.convert.families.experts import FIXED_EXPERTS, Experts, read_experts, write_experts
 from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
+from megatron_fdd.convert.families.latent import (
+    LatentShape,
+    latent_rope_args,
+    latent_rope_of_args,
+    read_latent,
+)
 from megatron_fdd.convert.families.layer_kinds import (
     AttentionWindows,
     Rotation,
@@ -66,6 +72,10 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
     config = {**dialect.defaults, **dialect.flatten(raw)}
     _check_fields(dialect, config)
     plain = _plain_values(config)
+    latent = None
+    if dialect.latent:
+        latent = read_latent(config, (plain["num_attention_heads"], plain["num_key_value_heads"]))
+        plain["head_dim"] = latent.v_head_dim
     qkv_bias = dialect.qkv_bias == "always"
     if dialect.qkv_bias == "attention_bias":
         qkv_bias, plain["attention_bias"] = plain["attention_bias"], False
@@ -79,6 +89,7 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
         windows=windows,
         rotates=dialect.rotation.read(config, windows),
         experts=read_experts(dialect.experts, config, layers),
+        latent=latent,
         own={field: config[field] for field in dialect.own_fields},
     )
     if shape.num_attention_heads % shape.num_key_value_heads:
@@ -115,6 +126,10 @@ def _equal_parts(config: Mapping[str, Any]) -> int:
 def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
     shape = _read(dialect, config)
     biased = shape.attention_bias or shape.mlp_bias
+    rope, options = shape.rope.megatron_args(), dict(shape.own)
+    if shape.latent is not None:
+        latent_rope, more = latent_rope_args(shape.rope)
+        rope, options = shape.latent.megatron_args() | latent_rope, options | more
     return {
         "num_layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,
@@ -134,12 +149,12 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         "attention_dropout": float(shape.attention_dropout),
         "hidden_dropout": 0.0,
         "init_method_std": shape.initializer_range,
-        **shape.rope.megatron_args(),
+        **rope,
         **shape.windows.megatron_args(),
         **rotation_args(shape.rotates),
         **(shape.experts.megatron_args() if shape.experts else {}),
         **({"moe_router_dtype": "fp32"} if dialect.experts and dialect.experts.float32_router else {}),
-        **({OPTIONS: dict(shape.own)} if shape.own else {}),
+        **({OPTIONS: options} if options else {}),
     }
 
 
@@ -174,10 +189,11 @@ def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> Dec
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         qkv_bias=qkv_bias,
         qk_norm=args.qk_layernorm,
-        rope=Rope.of_args(args),
+        rope=latent_rope_of_args(args) if dialect.latent else Rope.of_args(args),
         windows=AttentionWindows.of_args(args),
         rotates=rotation_of_args(args),
         experts=Experts.of_args(args) if dialect.experts else None,
+        latent=LatentShape.of_args(args) if dialect.latent else None,
         own={field: getattr(args, OPTIONS)[field] for field in dialect.own_fields},
     )
 
@@ -200,6 +216,8 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
     for field in DecoderShape.plain_fields():
         if getattr(before, field) != getattr(after, field):
             config[field] = getattr(after, field)
+    if after.latent is not None and before.latent != after.latent:
+        after.latent.write(config)
     config |= {field: value for field, value in after.own.items() if value != before.own[field]}
     if before.qkv_bias != after.qkv_bias:
         config["attention_bias"] = after.qkv_bias

@@ -10,6 +10,7 @@ from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
 from megatron_fdd.convert.families.expert_naming import ExpertNaming, StackedNaming
 from megatron_fdd.convert.families.experts import Experts
 from megatron_fdd.convert.families.family import WeightRow, slice_name
+from megatron_fdd.convert.families.latent import latent_rows
 from megatron_fdd.convert.families.transforms import (
     Alternating,
     FusedQkv,
@@ -48,6 +49,8 @@ def _norm_rows(dialect: Dialect, mcore: str, hf: str) -> list[WeightRow]:
 
 
 def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightRow]:
+    if shape.latent is not None:
+        return latent_rows(shape.latent, layer)
     hf, mcore = f"model.layers.{layer}.", f"decoder.layers.{layer}."
     grouped = GroupedQkv(shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
     fused = "qkv" in dialect.fused

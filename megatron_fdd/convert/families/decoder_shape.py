@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron_fdd.convert.families.expert_naming import ExpertNaming
 from megatron_fdd.convert.families.experts import Experts
 from megatron_fdd.convert.families.family import HfConfig
+from megatron_fdd.convert.families.latent import LATENT_FIELDS, LatentShape
 from megatron_fdd.convert.families.layer_kinds import AttentionWindows, Rotation
 from megatron_fdd.convert.families.rope import ROPE_KINDS, Rope
 from megatron_fdd.host.layer_specs import LayerSpec
@@ -47,6 +48,7 @@ class Dialect:
         rotation: in which layers queries and keys are rotated.
         partial_rotary: the part of a head that turns where the config does not say it; None if always all of it turns.
         rope_kinds: the kinds of rotary scaling that the model type can have.
+        latent: whether attention is multi-latent.
         fused: matrices that one tensor holds: query, key and value one after the other; gate and up.
         sinks: whether each head has a learned logit that takes attention away from all tokens.
         mlp: names of the MLP's matrices: gate, up and down, or up and down alone.
@@ -70,6 +72,7 @@ class Dialect:
     rotation: Rotation = Rotation.ALL
     partial_rotary: float | None = None
     rope_kinds: tuple[str, ...] = ROPE_KINDS
+    latent: bool = False
     fused: tuple[Fused, ...] = ()
     experts: ExpertNaming | None = None
     sinks: bool = False
@@ -87,7 +90,8 @@ class Dialect:
         """The config.json fields that this dialect reads beside those of all."""
         experts = () if self.experts is None else self.experts.fields
         norm = (self.qk_norm,) if isinstance(self.qk_norm, str) else ()
-        return {*self.window_fields, *self.rotation.fields, *experts, *self.own_fields, *norm}
+        latent = (*LATENT_FIELDS, "qk_head_dim") if self.latent else ()
+        return {*self.window_fields, *self.rotation.fields, *experts, *self.own_fields, *norm, *latent}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class DecoderShape:
         qkv_bias: whether query, key and value alone have biases.
         qk_norm: whether queries and keys are normalised.
         rotates: for each layer, whether queries and keys are rotated.
+        latent: the widths of multi-latent attention, whose `head_dim` is here that of the values; None if attention is
+            not multi-latent.
         own: the dialect's `own_fields`.
     """
 
@@ -122,12 +128,13 @@ class DecoderShape:
     windows: AttentionWindows
     rotates: tuple[bool, ...]
     experts: Experts | None
+    latent: LatentShape | None
     own: Mapping[str, Any]
 
     @staticmethod
     def plain_fields() -> list[str]:
         """List the names that config.json has too, with the same values."""
-        others = ("qkv_bias", "qk_norm", "rope", "windows", "rotates", "experts", "own")
+        others = ("qkv_bias", "qk_norm", "rope", "windows", "rotates", "experts", "latent", "own")
         return [f.name for f in dataclasses.fields(DecoderShape) if f.name not in others]
 
     def keep_layers(self, layers: Sequence[int]) -> DecoderShape:

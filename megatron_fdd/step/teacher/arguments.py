@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 
-from megatron_fdd.host.layer_specs import SPEC_ARGS
+from megatron_fdd.host.layer_specs import NAME, SPEC_ARGS
 
 # This run decides where and how the teacher runs; the checkpoint decides what the teacher computes.
 # Every field with "parallel" in its name is taken from this run too.
@@ -98,10 +98,12 @@ def teacher_args(
     for name, value in vars(run_args).items():
         if _is_runs(name):
             setattr(args, name, value)
-    if args.transformer_impl == "local" and getattr(args, "multi_latent_attention", False):
+    is_latent = getattr(args, "multi_latent_attention", False)
+    if args.transformer_impl == "local" and is_latent and getattr(checkpoint_args, NAME, None) is None:
         raise ValueError(
-            "--teacher-load: the teacher's attention is multi-latent, which Megatron has only with TransformerEngine: "
-            "run on GPUs with --transformer-impl transformer_engine"
+            "--teacher-load: the teacher's attention is multi-latent, which Megatron's own layers have only with "
+            "TransformerEngine: run on GPUs with --transformer-impl transformer_engine, or import the teacher with "
+            "fdd import, which gives it this package's layers"
         )
     for name, value in _FORCED.items():
         setattr(args, name, value)

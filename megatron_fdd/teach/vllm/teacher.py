@@ -14,7 +14,8 @@ import torch.distributed as dist
 import xxhash
 
 from megatron_fdd.convert.hf_companions import write_companions
-from megatron_fdd.convert.hf_folder import HfFolder, StoredTensor
+from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.stored_tensor import StoredTensor
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.data.store.lens import StoredLens
 from megatron_fdd.evaluate.models import num_positions

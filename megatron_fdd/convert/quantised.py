@@ -1,0 +1,75 @@
+"""Tensors that a model folder stores as codes and scales, by method of quantisation.
+
+A method is an entry of `DEQUANTISERS`, under the `quant_method` of config.json's `quantization_config`. It finds the
+tensors of a folder that belong together; everything else reads their values and does not know how they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.convert.families.family import refuse_field
+from megatron_fdd.convert.stored_tensor import StoredTensor
+
+FIELD = "quantization_config"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """One tensor that others store.
+
+    Attributes:
+        parts: names of the stored tensors: first the codes, then what else is needed, such as scales.
+        shape, dtype: of the value, where nobody asks for another dtype.
+        value: (the parts, in this order, as they are stored; dtype) -> the value.
+        codes: (the value, the other parts) -> the codes; the inverse of `value`, bit for bit, for values that no
+            training has changed.
+    """
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    value: Callable[[Sequence[Tensor], torch.dtype], Tensor]
+    codes: Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+
+class Dequantiser(Protocol):
+    """A method of quantisation."""
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a `quantization_config` that is not understood, with a ValueError that names the field."""
+
+    def find(self, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, Quantised]:
+        """Return the quantised tensors among those of a folder, by the name that the value has in a table.
+
+        Raises:
+            ValueError: parts are missing, or do not fit each other; the message names them.
+        """
+
+
+DEQUANTISERS: dict[str, Dequantiser] = {}
+
+
+def dequantiser_of(settings: Any) -> Dequantiser:
+    """Return the method that a `quantization_config` names.
+
+    Raises:
+        ValueError: there is none, or it does not read this.
+    """
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(method, str) or method not in DEQUANTISERS:
+        known = ", ".join(sorted(DEQUANTISERS)) or "none"
+        refuse_field(
+            FIELD,
+            settings if method is None else {"quant_method": method},
+            f"which is not read here (methods that are: {known}); give the model in bfloat16, or take it as a teacher "
+            "with fdd teach --engine transformers",
+        )
+    found = DEQUANTISERS[method]
+    found.check(settings)
+    return found
