@@ -63,7 +63,7 @@ from megatron_fdd.host.saving import last_whole_checkpoint, saved_iteration
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.terms import active_terms
 from megatron_fdd.plan.describe import describe_plan
-from megatron_fdd.plan.megatron_errors import ended, is_of_log, say_error
+from megatron_fdd.plan.megatron_errors import ended, is_told, say_error
 from megatron_fdd.plan.run import PreparedRun, prepare_run
 from megatron_fdd.plan.save_folder import locked
 from megatron_fdd.plan.student_arguments import student_checkpoint
@@ -278,8 +278,9 @@ def main(parts: Parts = Parts()) -> int:
         console.log_traceback()
         return 128 + signal.SIGINT
     except Exception as error:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in what follows
         has_trained = distillation is not None and distillation.has_made_a_step
-        if has_trained and not isinstance(error, (ValueError, FloatingPointError)) and not is_of_log(error):
+        if has_trained and not is_told(error):
             raise  # the end of the log tells more
         say_error(error, None if distillation is None else distillation.last_whole_checkpoint)
         return 1

@@ -48,6 +48,8 @@ def command(what: str, store: Path, remove_damaged: bool, older_than: float | No
         }
         for line in lines[what]:
             print(line)
+    except BrokenPipeError:  # click ends it quietly
+        raise
     except (ValueError, OSError) as error:
         print(f"store: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
@@ -63,12 +65,11 @@ def _info(store: Path) -> Iterator[str]:
 
 
 def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
-    from tqdm import tqdm
-
     from megatron_fdd.data.store import upkeep
     from megatron_fdd.data.store.segment import segment_names
+    from megatron_fdd.host.bar import Bar
 
-    with tqdm(total=sum(1 for _ in segment_names(store)), unit="segment", disable=None) as bar:
+    with Bar(total=sum(1 for _ in segment_names(store)), desc="checking", unit="segment") as bar:
         checked = upkeep.check_store(store, bar.update)
     for message in (*checked.damaged.values(), *checked.unread.values(), *checked.foreign.values()):
         print(message, file=sys.stderr)

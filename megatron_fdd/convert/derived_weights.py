@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums, check_finite, digest
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import TensorSpec, parse_size, plan_shards, write_index, write_shard
 from megatron_fdd.convert.mcore_model import name_of
+from megatron_fdd.host.bar import Bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def write_derived(
     expected = Checksums.read(source.path)
     digests: dict[str, str] = {}
     total = sum(shard.num_bytes for shard in shards)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with Bar(total=total, desc="writing", unit="B", is_shown=progress) as bar:
         for shard in shards:
             values = _values(source, [by_name[spec.name] for spec in shard.tensors], expected)
             for spec, written in write_shard(target, shard, values):

@@ -9,7 +9,6 @@ from typing import TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums, all_finite
 from megatron_fdd.convert.families.family import HfConfig
@@ -27,6 +26,7 @@ from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.table_export import TableExport, table_export
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
+from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.model_fields import check_stored_args
@@ -152,12 +152,11 @@ def _write_own(folder: Path, shards: list[Shard], export: TableExport, progress:
     owner = owners([shard.num_bytes for shard in shards], dist.get_world_size())
     own = [shard for shard, rank in zip(shards, owner, strict=True) if rank == dist.get_rank()]
     digests: dict[str, str] = {}
-    bar = tqdm(
+    bar = Bar(
         total=sum(shard.num_bytes for shard in own),
-        unit="B",
-        unit_scale=True,
         desc="writing",
-        disable=not progress or dist.get_rank() != 0,
+        unit="B",
+        is_shown=progress and dist.get_rank() == 0,
     )
     with bar, together():
         for shard in own:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_fdd.convert.checksums import Checksums, check_finite, digest
 from megatron_fdd.convert.families import family_of
@@ -21,6 +20,7 @@ from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
+from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.listing import listing
 from megatron_fdd.host.together import together
@@ -187,14 +187,13 @@ def _share(parameters: Mapping[str, Tensor], rank: int, ranks: int) -> list[str]
     return [name for name, its_rank in zip(parameters, owner, strict=True) if its_rank == rank]
 
 
-def _progress_bar(owned: Iterable[Tensor], wanted: bool) -> tqdm:
+def _progress_bar(owned: Iterable[Tensor], wanted: bool) -> Bar:
     """Make a progress bar over the bytes of this rank's share; only rank 0 shows it."""
-    return tqdm(
+    return Bar(
         total=sum(parameter.nbytes for parameter in owned),
-        unit="B",
-        unit_scale=True,
         desc="converting",
-        disable=not wanted or dist.get_rank() != 0,
+        unit="B",
+        is_shown=wanted and dist.get_rank() == 0,
     )
 
 

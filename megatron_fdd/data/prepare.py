@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
-from tqdm import tqdm
 
 from megatron_fdd.data.chat import ANSWERS
 from megatron_fdd.data.chat_template import ChatTemplate
@@ -26,6 +25,7 @@ from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer import TextTokenizer, generation_stops
 from megatron_fdd.data.tokenizer_identity import TokenizerStamp
 from megatron_fdd.data.workers import encode_in_order, useful_workers
+from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.disk import make_folder, regular_file, writing
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -156,14 +156,7 @@ def prepare(settings: PrepareSettings) -> Summary:
         Parts(settings.prefixes(), name, kind, identity, _fingerprint(settings, identity)) as parts,
     ):
         done = parts.done
-        bar = tqdm(
-            total=total_bytes,
-            initial=done.num_bytes,
-            unit="B",
-            unit_scale=True,
-            desc="preparing",
-            disable=None,
-        )
+        bar = Bar(total=total_bytes, desc="preparing", unit="B", initial=done.num_bytes)
         with bar:
             _write_all(settings, encoder, parts, bar)
         _check_documents(settings, done)
@@ -245,7 +238,7 @@ def samples_page(prefix: str) -> Path:
     return Path(prefix + ".samples.html")
 
 
-def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: tqdm) -> None:
+def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: Bar) -> None:
     """Write all documents that are not written yet.
 
     All samples of a record go to one set, so that no conversation is in both training and validation.

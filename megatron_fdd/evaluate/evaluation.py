@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_fdd.evaluate.answers import Answer, AnswersFile, batches_by_length
@@ -23,6 +22,7 @@ from megatron_fdd.evaluate.perplexity import (
 from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.results import VERSION, Evaluation, FileResult, TextResult
 from megatron_fdd.evaluate.rouge import SeedScores, rouge_l
+from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.disk import make_folder, writing
 
 
@@ -91,7 +91,7 @@ def _answer_all(evaluation: Evaluation, prompts: dict[str, list[Prompt]], reques
         model, tokenizer = request.placement.load(evaluation.model.folder), evaluation.model.tokenizer()
         generator = Generator(model, tokenizer, request.generation)
         num_left = sum(len(batch) for _, _, _, batch in todo)
-        with tqdm(total=num_left, unit="answer", desc=evaluation.model.name, disable=None) as bar:
+        with Bar(total=num_left, desc=evaluation.model.name, unit="answer") as bar:
             for data, seed, file, batch in todo:
                 bar.set_postfix_str(f"{data.name}, seed {seed}")
                 file.append(_score(data, batch, generator.answer(batch, seed)))

@@ -36,7 +36,7 @@ class _Divided:
         self.out, self.err = _duplicate(sys.stdout, 1), _duplicate(sys.stderr, 2)
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # until the process ends
         self.path: Path | None = None
-        self.show_warning = warnings.showwarning
+        self.show_warning, self.process = warnings.showwarning, os.getpid()
         self._point_at(self.log.fileno(), self.log.fileno())
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -211,7 +211,8 @@ def _show_crash(kind: type[BaseException], error: BaseException, trace: Tracebac
         sys.stderr.flush()
         _divided.log.write("".join(traceback.format_exception(kind, error, trace)).encode())
         _divided.log.flush()
-    if issubclass(kind, KeyboardInterrupt):
+    # In a forked reader of data it is a thread's that lost its parent (multiprocessing calls the hook).
+    if issubclass(kind, KeyboardInterrupt) or os.getpid() != _divided.process:
         return
     first_line, *_ = str(error).splitlines() or [""]
     print(

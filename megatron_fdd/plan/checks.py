@@ -46,6 +46,7 @@ from megatron_fdd.plan.parallel_sizes import check_length, check_splits
 from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
 from megatron_fdd.plan.resumption import check_resumption
+from megatron_fdd.plan.same_teachers import note_teachers
 from megatron_fdd.plan.save_folder import check_models_kept, check_nothing_lost
 from megatron_fdd.plan.student_arguments import check_same_model
 from megatron_fdd.plan.teacher_checkpoint import check_teacher_model
@@ -195,6 +196,7 @@ OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(check_recompute),
     Check(check_store),
     Check(check_stream),
+    Check(note_teachers),
     Check(_check_teacher_lens),
     Check(_check_tap_width),
     Check(check_term_parameters),

@@ -58,14 +58,36 @@ def say_error(error: Exception, whole: str | None) -> None:
         way = "" if whole is None else f". The same command then goes on from {whole}"
         say(f"megatron_fdd: error: {console.full_log()}; make room there{way}")
         return
+    if is_of_worker(error):
+        way = "" if whole is None else f". The same command then goes on from {whole}"
+        said = " ".join(str(error).split()).rstrip(".")
+        say(
+            f"megatron_fdd: error: a process of --num-workers, which reads data, was ended ({said}); where memory ran "
+            f"out, give fewer{way}"
+        )
+        return
     kept = console.keep_traceback()
     where = "" if kept is None else f"; the traceback is in {kept}"
     say(f"megatron_fdd: error: {in_one_line(error)}{where}")
 
 
+def is_told(error: BaseException) -> bool:
+    """Whether a line says all of an error in a training; of others the end of the log tells more."""
+    return isinstance(error, (ValueError, FloatingPointError)) or is_of_log(error) or is_of_worker(error)
+
+
 def is_of_log(error: BaseException) -> bool:
     """Whether something could not be printed, because this rank's log cannot be written."""
     return isinstance(error, OSError) and error.filename is None and console.full_log() is not None
+
+
+def is_of_worker(error: BaseException) -> bool:
+    """Whether a process that reads data has ended: torch notices it anywhere, or cannot take its next batch."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    frames = traceback.extract_tb(error.__traceback__)
+    is_broken = isinstance(error, (ConnectionError, EOFError))
+    return is_broken and any("torch/utils/data/" in frame.filename for frame in frames)
 
 
 def is_from_here(error: BaseException) -> bool:

@@ -71,10 +71,8 @@ def teach(request: TeachRequest) -> None:
         ValueError: something given is wrong, does not fit the store, or cannot be read or written.
     """
     teacher = _prepared(request)
-    log = console.keep_log(request.log_folder or Path(tempfile.mkdtemp(prefix="fdd-teach-")))
-    if log is not None:
-        console.say(f"looking through the data; Megatron's own output: {log.with_name('rank*.log')}")
     teacher.start()
+    _keep_log(request)
     update_train_iters(teacher.args)  # from --train-samples
     sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
     sources = own_sources(request, teacher.args, sources)
@@ -100,6 +98,23 @@ def teach(request: TeachRequest) -> None:
         if is_first_rank():
             keep(request.store, survey.counted)
             _save_index(request.store, is_changed=bool(survey.units))
+
+
+def _keep_log(request: TeachRequest) -> None:
+    """Give the ranks' logs one place, and say it; what only looks through the data leaves none unless it was named.
+
+    Collectives: one broadcast of a name over all ranks.
+    """
+    folder, name = request.log_folder, [""]
+    if folder is None and not request.dry_run:
+        with together():
+            if is_first_rank():
+                name[0] = Path(tempfile.mkdtemp(prefix="fdd-teach-")).name
+        dist.broadcast_object_list(name, src=0)
+        folder = Path(tempfile.gettempdir(), name[0])  # each machine's own
+    log = None if folder is None else console.keep_log(folder)
+    where = "" if log is None else f"; Megatron's own output: {log.with_name('rank*.log')}"
+    console.say(f"looking through the data{where}")
 
 
 def _compute(

@@ -18,7 +18,7 @@ from megatron_fdd.data.store.identity import StoreIdentity
 from megatron_fdd.data.store.segment import Bytes, write_segment
 from megatron_fdd.data.stream.asker import bytes_of
 from megatron_fdd.data.stream.claims import Claimed, Claims
-from megatron_fdd.data.stream.folder import producer_path, replicas
+from megatron_fdd.data.stream.folder import left_path, producer_path, replicas
 from megatron_fdd.data.stream.sign import Clock, Sign, Watch, read_sign
 from megatron_fdd.host import console
 from megatron_fdd.host.process import ended_like_interrupt, is_first_rank
@@ -81,9 +81,11 @@ def follow(engine: Engine, store: Path, batch_tokens: int, idle_s: float) -> Non
                 if own and engine.writes:
                     pending = thread.submit(_answer, store, engine.identity, own, states)
                 if desk is not None:
-                    desk.count(work)
+                    desk.give(work)
         if pending is not None:
             pending.result()
+        if desk is not None:
+            desk.settle()
 
 
 def _run(engine: Engine, work: Round, batch_tokens: int) -> list[list[Bytes]]:
@@ -149,9 +151,10 @@ class _Desk:
         name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         self._store, self._clock = store, clock
         self._claims, self._watch = Claims(store, name, clock), Watch(clock)
-        self.sign = Sign(producer_path(store, name), answered=0)
+        self.sign = Sign(producer_path(store, name), name=name, answered=0)
         self._has_seen_student = False
         self._first_signs: dict[int, Any] | None = None
+        self._given: list[Claimed] = []
         self._answered = self._tokens = 0
         self._started_s = self._told_s = self._said_s = clock()
         console.say(f"{store}: producer {name} answers what a training with --fdd-teacher-follow asks for")
@@ -159,7 +162,9 @@ class _Desk:
     def next_round(self, batch_tokens: int, num_replicas: int, idle_s: float) -> Round | str:
         """Return what to answer, or nothing after a while; or in words why there is nothing to come."""
         until_s = self._clock() + _QUIET_S
+        self.settle()
         while not (found := self._claims.take(batch_tokens, num_replicas)):
+            self.settle()
             why = self._look(idle_s)
             if why is not None:
                 return why
@@ -169,13 +174,22 @@ class _Desk:
         self._said_s, self._has_seen_student = self._clock(), True
         return found
 
-    def count(self, work: Round) -> None:
-        """Count what was run, and say sometimes how much that is."""
-        self._answered += sum(map(len, work))
-        self._tokens += sum(len(ids) for answers in work for each in answers for ids in each.ask.units)
+    def give(self, work: Round) -> None:
+        """Note what was run, and is being written."""
+        self._given += [claimed for answers in work for claimed in answers]
+
+    def settle(self) -> None:
+        """Count the answers that are on disk by now, and say sometimes how much that is."""
+        given, self._given = self._given, [each for each in self._given if each.is_open()]
+        held = {id(each) for each in self._given}
+        done = [each for each in given if id(each) not in held]
+        if not done:
+            return
+        self._answered += len(done)
+        self._tokens += sum(len(ids) for each in done for ids in each.ask.units)
         self.sign.tell(answered=self._answered)
         now = self._clock()
-        if work and now - self._told_s >= _TOLD_S:
+        if now - self._told_s >= _TOLD_S:
             self._told_s = now
             console.say(
                 f"{self._answered} micro-batches, {self._tokens} tokens answered, "
@@ -186,7 +200,7 @@ class _Desk:
         """Look at the training's signs of life; return why this producer ends, if it does."""
         signs = {folder.replica: read_sign(folder.student) for folder in replicas(self._store)}
         states = {number: sign.get("state") for number, sign in signs.items() if sign is not None}
-        running = "running" in states.values()
+        running = any(state != "ended" for state in states.values())  # one that has stopped may come back
         quiet_s = self._watch.unchanged_s("students", signs)
         if states and not running and self._has_seen_student:
             return "the training has ended"
@@ -213,4 +227,4 @@ def _desk(store: Path) -> Iterator[_Desk | None]:
     try:
         yield desk
     finally:
-        desk.sign.remove()
+        desk.sign.leave(left_path(store))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_fdd.data.store.whole_file import unfinished
 from megatron_fdd.host import console
+from megatron_fdd.host.bar import hours
 from megatron_fdd.host.json_file import read_json
 
 RATE_FILE = "rate.json"
@@ -80,13 +81,6 @@ class TeachProgress:
             self._told_s = now
             left = hours((self._total - self._done) / rate)
             self._say(f"{self._done} of {self._total} tokens, {rate:.0f} tokens/s, {left} left")
-
-
-def hours(seconds: float) -> str:
-    """Write a duration in the unit that suits it."""
-    if seconds < 100:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
 
 
 def keep_rate(store: Path, tokens_per_s: float) -> None:

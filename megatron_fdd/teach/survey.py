@@ -16,10 +16,11 @@ from megatron_fdd.data.store.origin import cuts_rows
 from megatron_fdd.data.store.segment import segment_bytes
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.host import console
+from megatron_fdd.host.bar import hours
 from megatron_fdd.host.disk import free_bytes, sized
 from megatron_fdd.host.together import together
 from megatron_fdd.teach.engine import PreparedTeacher
-from megatron_fdd.teach.progress import hours, known_rate
+from megatron_fdd.teach.progress import known_rate
 from megatron_fdd.teach.request import TeachRequest
 from megatron_fdd.teach.work import part_of
 

@@ -72,7 +72,7 @@ def test_a_training_that_stops_goes_on_as_with_the_finished_store(toy: Toys, tmp
     with producer(finished, stream) as thread:
         trained(stored_run(toy, stream, metrics, *saved, "--exit-interval", 2))
         assert thread.is_alive()
-        assert [read_sign(folder.student)["state"] for folder in replicas(stream)] == ["running"] * 2
+        assert [read_sign(folder.student)["state"] for folder in replicas(stream)] == ["stopped"] * 2
         assert any(folder.listing().segments for folder in replicas(stream))
         info = "\n".join(describe_stream(stream))
         trained(stored_run(toy, stream, metrics, *saved, "--load", tmp_path / "run"))
@@ -81,7 +81,7 @@ def test_a_training_that_stops_goes_on_as_with_the_finished_store(toy: Toys, tmp
     assert window_bytes(stream) == WINDOW
     assert re.search(r"^  stream: [\d.]+ kB of a window of 1.05 MB$", info, re.MULTILINE)
     assert re.search(
-        r"^    replica 1: \d+ micro-batches are there, .*; running, last sign of life", info, re.MULTILINE
+        r"^    replica 1: \d+ micro-batches are there, .*; stopped, last sign of life", info, re.MULTILINE
     )
     assert re.search(
         r"^    producer .*: \d+ micro-batches answered, 0 claimed, last sign", info, re.MULTILINE

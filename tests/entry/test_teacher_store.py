@@ -99,9 +99,7 @@ def test_a_store_has_one_teacher_at_any_layout(toy: Toys, tmp_path: Path) -> Non
         with_tensor(toy.root / "teacher-hf", tmp_path / "other", name, 0.01)
     )
     (refused,) = run(other)
-    assert_refused(
-        refused, "holds the features of something else: weights [0-9a-f]{16} there, and [0-9a-f]{16} here"
-    )
+    assert_refused(refused, "holds the features of something else: the weights of .+ there, and of .+ here")
     assert len(Store.open(store, "--store").index) == 32
 
 

@@ -94,6 +94,15 @@ def test_a_crash_of_a_process_group_shows_its_traceback(tmp_path: Path) -> None:
     assert "    Traceback (most recent call last):" in lines
 
 
+def test_a_crash_in_a_forked_process_is_in_the_log_alone(tmp_path: Path) -> None:
+    """multiprocessing calls the hook for a thread of a data reader whose parent has ended."""
+    fork = "import os, sys, warnings; warnings.simplefilter('ignore'); child = os.fork()\n"
+    crash = "try:\n  1 / 0\n except ZeroDivisionError:\n  sys.excepthook(*sys.exc_info())\n os._exit(0)\n"
+    done = rank(tmp_path, f"{fork}if child == 0:\n {crash}os.waitpid(child, 0)")
+    assert "failed" not in done.stderr
+    assert "ZeroDivisionError" in (tmp_path / "rank0.log").read_text()
+
+
 def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
     more = (
         "import os; read, write = os.pipe(); os.close(read); os.dup2(write, console._divided.out.fileno())\n"

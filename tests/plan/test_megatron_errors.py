@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_fdd.plan.megatron_errors import in_one_line, megatrons_errors
+from megatron_fdd.plan.megatron_errors import (
+    in_one_line,
+    is_of_worker,
+    is_told,
+    megatrons_errors,
+    say_error,
+)
 
 # A module of Megatron, in small.
 SOURCE = """
@@ -109,3 +115,28 @@ def test_without_its_source_the_line_is_still_one(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as error:
         exec(compile("\n\nassert None", str(tmp_path / "gone.py"), "exec"))
     assert in_one_line(error.value) == f"a condition without a text ({tmp_path}/gone.py:3)"
+
+
+def test_a_data_process_that_the_system_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch notices it wherever the training is, so that a place tells nothing."""
+    with pytest.raises(RuntimeError) as raised:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    say_error(raised.value, "run/iter_0000002")
+    assert capsys.readouterr().err == (
+        "megatron_fdd: error: a process of --num-workers, which reads data, was ended (DataLoader worker (pid 7) is "
+        "killed by signal: Killed); where memory ran out, give fewer. The same command then goes on from "
+        "run/iter_0000002\n"
+    )
+    assert not is_of_worker(RuntimeError("killed by signal"))
+    assert not is_of_worker(ConnectionResetError(104, "Connection reset by peer"))
+
+
+def test_a_batch_that_cannot_be_taken_from_such_a_process() -> None:
+    def next_batch() -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    code = next_batch.__code__.replace(co_filename="site-packages/torch/utils/data/dataloader.py")
+    with pytest.raises(ConnectionResetError) as raised:
+        exec(code)
+    assert is_of_worker(raised.value)
+    assert is_told(raised.value)

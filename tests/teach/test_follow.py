@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from megatron_fdd.data.store.identity import StoreIdentity
-from megatron_fdd.data.store.segment import Bytes
+from megatron_fdd.data.store.segment import Bytes, write_segment
 from megatron_fdd.data.store.store import Ids
 from megatron_fdd.data.stream.ask import Ask
 from megatron_fdd.data.stream.claims import Claimed
-from megatron_fdd.data.stream.folder import ReplicaFolder, producers
-from megatron_fdd.data.stream.sign import Sign
+from megatron_fdd.data.stream.folder import ReplicaFolder, left_path, producers
+from megatron_fdd.data.stream.sign import Sign, read_sign
 from megatron_fdd.teach import follow as follow_module
 from megatron_fdd.teach.follow import _run, check_window, follow
 from megatron_fdd.teach.following import Following
 from megatron_fdd.teach.request import parse
 from tests.data.store.made import IDENTITY
-from tests.data.stream.made import assert_reads, batch, ids_of, reader, states_of, stream, until
+from tests.data.stream.made import LONGEST_S, assert_reads, batch, ids_of, reader, states_of, stream, until
 
 OWN = "--engine megatron --teacher T --store S".split()
 
@@ -131,6 +131,46 @@ def test_a_full_disk_gives_the_claims_back(tmp_path: Path, monkeypatch: pytest.M
     assert folder.listing().claims == set()
     assert len(folder.listing().asks) == 1
     assert producers(tmp_path) == {}
+    left = read_sign(left_path(tmp_path))
+    assert left is not None
+    assert (
+        left["answered"] == 0
+    )  # else a training would wait for ever while one producer after the other fails so
+
+
+def test_an_answer_is_counted_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_write = threading.Event()
+
+    def slow(*given: Any) -> None:
+        may_write.wait(LONGEST_S)
+        write_segment(*given)
+
+    folder = stream(tmp_path)
+    sign = Sign(folder.student, state="running")
+    ask(folder, 0)
+    monkeypatch.setattr(follow_module, "write_segment", slow)
+    engine = Engine()
+    with following(engine, tmp_path):
+        until(lambda: bool(engine.ran))
+        beats = {name: found["beat"] for name, found in producers(tmp_path).items()}
+        until(lambda: all(found["beat"] > beats[name] + 5 for name, found in producers(tmp_path).items()))
+        assert [found["answered"] for found in producers(tmp_path).values()] == [0]
+        may_write.set()
+        until(lambda: [found["answered"] for found in producers(tmp_path).values()] == [1])
+        sign.close(state="ended")
+
+
+def test_a_training_that_was_stopped_is_waited_for(tmp_path: Path) -> None:
+    """By an error, or by --exit-interval: it may come back, as one that was killed."""
+    folder = stream(tmp_path)
+    sign = Sign(folder.student, state="running")
+    with following(Engine(), tmp_path):
+        ask(folder, 0)
+        assert_reads(reader(folder), batch(0))
+        sign.close(state="stopped")
+        ask(folder, 1)
+        assert_reads(reader(folder), batch(1))
+        Sign(folder.student, state="ended").close()
 
 
 def test_an_engine_that_fails_gives_the_claims_back(tmp_path: Path) -> None:

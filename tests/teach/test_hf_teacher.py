@@ -90,7 +90,7 @@ def test_identity(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(moved / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][-1, -1] *= 1.01
     save_file(tensors, moved / "model.safetensors", {"format": "pt"})
-    assert str(known.difference(identity_in(moved))).startswith("weights ")
+    assert str(known.difference(identity_in(moved))).startswith("the weights of ")
 
 
 def test_a_quantised_teacher_says_how_it_ran(

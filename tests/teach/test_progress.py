@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_fdd.host import console
-from megatron_fdd.teach.progress import RATE_FILE, TeachProgress, hours, keep_rate, known_rate
+from megatron_fdd.host.bar import hours
+from megatron_fdd.teach.progress import RATE_FILE, TeachProgress, keep_rate, known_rate
 from tests.data.store.made import write
 
 

@@ -12,13 +12,12 @@ import numpy as np
 import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from megatron_fdd.data.store.coverage import UNIT, RunUnits, Source, count_share, joined
 from megatron_fdd.data.store.identity import RUNS, STORE_FILE
 from megatron_fdd.data.store.origin import identity_of_data
 from megatron_fdd.data.store.whole_file import FileTensor, write_tensors
-from megatron_fdd.host import console
+from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.together import together
 
 _VERSION = "1"
@@ -54,13 +53,10 @@ def count_units(sources: Sequence[Source], store: Path) -> Counted:
     dist.broadcast_object_list(is_kept, src=0)
     if is_kept[0]:
         return Counted(kept, run, is_kept=True)
-    terminal = console.terminal()
     total = sum(len(range(rank, source.num_samples, world)) for source in sources)
     with (
         together(),
-        tqdm(
-            total=total, unit="sample", desc="units", file=terminal, disable=None if rank == 0 else True
-        ) as bar,
+        Bar(total=total, desc="looking for units", unit="sample", is_shown=rank == 0) as bar,
     ):
         share = count_share(sources, deal=(rank, world), on_sample=bar.update)
     shares = [share] * world

@@ -19,6 +19,12 @@ STORE_FILE = "store.json"
 RUNS = "runs"
 FORMAT, VERSION = "fdd-features", 1
 TapForm = Literal["float32", "bf16", "fp8", "int8"]
+# Fields that are hashes, in words.
+_HASHES = {
+    "weights": "the weights",
+    "final_norm": "the final norm",
+    "architecture": "the architecture",
+}
 _MAKE_NEW = "another folder, or make this store with this version's fdd teach"
 
 
@@ -70,6 +76,8 @@ class StoreIdentity:
             here, there = getattr(self, field.name), getattr(other, field.name)
             if field.name != "teacher" and field.name not in unknown and here != there:
                 name = field.name
+                if name in _HASHES:
+                    return f"{_HASHES[name]} of {self.teacher} there, and of {other.teacher} here"
                 if isinstance(here, dict):
                     name = next(key for key in sorted({*here, *there}) if here.get(key) != there.get(key))
                     here, there = here.get(name), there.get(name)

@@ -159,7 +159,7 @@ class Asker:
             self._thread.join(_PATIENCE_S)  # it may wait for a device that has failed
         if is_over:
             self._folder.clear()
-        self._sign.close(state="ended" if is_over else "running")
+        self._sign.close(state="ended" if is_over else "stopped")
 
     def _work(self) -> None:
         try:

@@ -30,6 +30,11 @@ class Claimed:
         own = self.folder.ask(self.ask.place, self.ask.name)
         return own.exists() or self.ask.name in self.folder.listing().asks
 
+    def is_open(self) -> bool:
+        """Whether the answer is still to come: it takes ask and claim away."""
+        ask = self.folder.ask(self.ask.place, self.ask.name)
+        return ask.exists() or self.folder.claim(self.ask.name).exists()
+
     def answered(self) -> None:
         """Take ask and claim away, when the answer is there."""
         self.folder.ask(self.ask.place, self.ask.name).unlink(missing_ok=True)

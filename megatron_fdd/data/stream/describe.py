@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_fdd.data.stream.claims import owner_of
-from megatron_fdd.data.stream.folder import producer_path, producers, replicas, window_bytes
+from megatron_fdd.data.stream.folder import describe_left, producer_path, producers, replicas, window_bytes
 from megatron_fdd.data.stream.sign import read_sign
 from megatron_fdd.host.disk import sized
 
@@ -41,6 +41,8 @@ def describe_stream(store: Path) -> Iterator[str]:
             f"    producer {name}: {sign.get('answered')} micro-batches answered, {owners.pop(name, 0)} claimed, "
             f"{_age(producer_path(store, name))}"
         )
+    if left := describe_left(store):
+        yield f"    {left.removeprefix('; ')}"
     for name, count in owners.items():
         yield f"    producer {name}: has no sign of life, {count} claimed"
 

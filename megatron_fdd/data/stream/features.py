@@ -13,7 +13,7 @@ from megatron_fdd.data.store.index import index_of
 from megatron_fdd.data.store.segment import ForeignError
 from megatron_fdd.data.store.store import Store, Wanted
 from megatron_fdd.data.stream.ask import Ask
-from megatron_fdd.data.stream.folder import ReplicaFolder, producers
+from megatron_fdd.data.stream.folder import ReplicaFolder, describe_left, producers
 from megatron_fdd.data.stream.sign import Clock, Watch, read_sign
 
 # Seconds between two looks for an answer: at most, and as a part of the time that was waited.
@@ -123,7 +123,7 @@ class StreamFeatures:
         """Say that nobody answers."""
         ids = ask.units[0]
         shown = f"{ids[:6].tolist()}{'...' if len(ids) > 6 else ''}"
-        told = "no producer has a sign of life there"
+        told = f"no producer has a sign of life there{describe_left(self._folder.store)}"
         if alive:
             name = min(alive, key=alive.__getitem__)
             told = f"the last sign of life is of {name}, {alive[name]:.0f} s ago"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,20 @@ def producers(store: Path) -> dict[str, dict[str, Any]]:
     names = [name for name in _names(store / _STREAM / "producers") if not name.startswith(".")]
     signs = {Path(name).stem: read_sign(store / _STREAM / "producers" / name) for name in names}
     return {name: sign for name, sign in signs.items() if sign is not None}
+
+
+def left_path(store: Path) -> Path:
+    """Return the place of the last sign of life of the producer that left last."""
+    return store / _STREAM / "left.json"
+
+
+def describe_left(store: Path) -> str:
+    """Say which producer left last, and when by the time of its file; empty where none has."""
+    path = left_path(store)
+    with contextlib.suppress(OSError):
+        seconds, sign = max(0.0, time.time() - path.stat().st_mtime), read_sign(path) or {}
+        return f"; the last one to leave was {sign.get('name')}, {seconds:.0f} s ago, {sign.get('answered')} answered"
+    return ""
 
 
 def sweep_stream(store: Path) -> int:

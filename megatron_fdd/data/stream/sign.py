@@ -49,9 +49,11 @@ class Sign:
         self._about |= about
         self._write()
 
-    def remove(self) -> None:
-        """End without a trace."""
+    def leave(self, last: Path) -> None:
+        """End; the last sign takes the place of another process's, which ended before."""
         self.close()
+        with contextlib.suppress(OSError):
+            os.replace(self._path, last)
         self._path.unlink(missing_ok=True)
 
     def _live(self) -> None:

@@ -24,9 +24,9 @@ from tests.data.store.made import IDENTITY
 
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "engine": ({"engine": "transformers"}, "engine megatron there, and transformers here"),
-    "weights": ({"weights": "99"}, "weights 12ab there, and 99 here"),
-    "final_norm": ({"final_norm": "99"}, "final_norm 34cd there, and 99 here"),
-    "architecture": ({"architecture": "99"}, "architecture 56ef there, and 99 here"),
+    "weights": ({"weights": "99"}, "the weights of a teacher there, and of a teacher here"),
+    "final_norm": ({"final_norm": "99"}, "the final norm of a teacher there"),
+    "architecture": ({"architecture": "99"}, "the architecture of a teacher there"),
     "num_layers": ({"num_layers": 4, "blocks": [2, 4]}, "num_layers 6 there, and 4 here"),
     "hidden_size": ({"hidden_size": 6}, "hidden_size 5 there, and 6 here"),
     "vocab_size": ({"vocab_size": 9}, "vocab_size 2050 there, and 9 here"),
@@ -192,5 +192,5 @@ def test_a_producer_that_was_killed_between_claim_and_rename(
 def test_what_nobody_knows_yet_is_not_compared(tmp_path: Path) -> None:
     write_identity(tmp_path, IDENTITY)
     check_same(tmp_path, replace(IDENTITY, vocab_size=9), {"vocab_size"})
-    with pytest.raises(ValueError, match="weights 12ab there, and 99 here"):
+    with pytest.raises(ValueError, match="the weights of a teacher there, and of a teacher here"):
         check_same(tmp_path, replace(IDENTITY, vocab_size=9, weights="99"), {"vocab_size"})

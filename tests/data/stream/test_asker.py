@@ -96,7 +96,7 @@ def test_the_order_is_that_of_the_loader(tmp_path: Path) -> None:
     found = [run.claims.take(1, 1)[0][0].ask.name for _ in range(3)]
     assert found == [name(4), name(1), name(3)]
     run.asker.end(is_over=False)
-    assert read_sign(run.folder.student)["state"] == "running"  # type: ignore[index]
+    assert read_sign(run.folder.student)["state"] == "stopped"  # type: ignore[index]
 
 
 def test_a_validation_is_asked_for_a_little_ahead_and_before_the_training(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_fdd.data.stream.ask import Ask
 from megatron_fdd.data.stream.claims import Claims
 from megatron_fdd.data.stream.folder import (
     ReplicaFolder,
+    left_path,
     producer_path,
     sweep_stream,
     window_bytes,
@@ -130,7 +131,7 @@ def test_a_living_producers_claim_stays(tmp_path: Path) -> None:
         assert other.take(1, 1) == []
         clock.now_s += STALE_S / 4
         sign._write()
-    sign.remove()
+    sign.leave(left_path(tmp_path))
     assert not producer_path(tmp_path, "slow").exists()
 
 

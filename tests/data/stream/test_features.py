@@ -10,7 +10,7 @@ import pytest
 from megatron_fdd.data.store.segment import write_segment
 from megatron_fdd.data.stream.ask import Ask
 from megatron_fdd.data.stream.features import StreamFeatures
-from megatron_fdd.data.stream.folder import ReplicaFolder, producer_path
+from megatron_fdd.data.stream.folder import ReplicaFolder, left_path, producer_path
 from megatron_fdd.data.stream.sign import Sign
 from tests.data.store.made import IDENTITY, OTHER, T, flip
 from tests.data.stream.made import Hand, assert_reads, batch, ids_of, reader, stream, wanted
@@ -73,7 +73,15 @@ def test_a_wait_without_producers_ends_with_what_is_waited_for(tmp_path: Path) -
     message = fail(StreamFeatures(folder, IDENTITY, 6.0, Quick()))
     assert f"--fdd-teacher-store {tmp_path}: nobody has answered anything for 6 s; 2 unit(s)" in message
     assert f"the first of {len(ids)} tokens, {ids[:6].tolist()}" in message
-    assert "no producer has a sign of life there" in message
+    assert "no producer has a sign of life there. Start" in message
+
+
+def test_a_wait_tells_which_producer_left_last(tmp_path: Path) -> None:
+    folder = stream(tmp_path)
+    for name, count in (("host-1", 3), ("host-2", 5)):
+        Sign(producer_path(tmp_path, name), name=name, answered=count).leave(left_path(tmp_path))
+    message = fail(StreamFeatures(folder, IDENTITY, 6.0, Quick()))
+    assert "there; the last one to leave was host-2, 0 s ago, 5 answered. Start" in message
 
 
 def test_a_wait_tells_the_producers_last_sign_of_life(tmp_path: Path) -> None:
