@@ -210,7 +210,53 @@ VARIANTS["gpt_oss"] = {
     "experts_per_token": 2,
     "initial_context_length": 16,
 }
-MIXTURES = ("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", "gpt_oss")
+VARIANTS |= {
+    "granite": {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": 12,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 3.0,
+    },
+    "glm4": {
+        "model_type": "glm4",
+        "architectures": ["Glm4ForCausalLM"],
+        "pad_token_id": 0,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.6,
+    },
+    "exaone4": {
+        "model_type": "exaone4",
+        "architectures": ["Exaone4ForCausalLM"],
+        "rope_scaling": {**LLAMA3_SCALING, "factor": 16.0},
+        "sliding_window": 7,
+        "sliding_window_pattern": "LLLG",
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "olmoe": {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "head_dim": 4,  # its norms assume that heads share the hidden size
+        "pad_token_id": 0,
+        "intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "minimax_m2": {
+        "model_type": "minimax_m2",
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "rotary_dim": 6,
+        "intermediate_size": 64,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "torch_dtype": "bfloat16",
+    },
+}
+MIXTURES = (
+    *("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe"),
+    *("gpt_oss", "olmoe", "minimax_m2"),
+)
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:
@@ -239,7 +285,7 @@ def make_llama(folder: Path, variant: str = "plain", *, tokenizer: bool = True, 
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn(buffer.shape) * 0.15)
     biases = {
-        name: b.clone() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
+        name: b.float() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
     }
     model.to(getattr(torch, config["torch_dtype"]))
     for name, bias in biases.items():  # published files keep them in float32

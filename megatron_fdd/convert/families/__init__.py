@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fdd.convert.families import (
+    exaone4,
     gemma3,
+    glm4,
     gpt2,
     gpt_oss,
+    granite,
     llama,
     llama_like,
     mistral,
     moe,
     olmo2,
+    over_heads,
     phi3,
     qwen,
     shared_experts,
@@ -32,6 +36,7 @@ _ALL = (
     gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE, olmo2.OLMO2,
     gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
+    granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -46,10 +51,8 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "gemma": _GEMMA,
     "gemma2": (*_GEMMA, "soft-caps of attention scores and of logits", _SANDWICH),
     "gemma3": ("images; the text model alone, as gemma3_text, converts",),
-    "granite": ("multipliers of embeddings, residuals, attention scores and logits",),
     "cohere": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
     "cohere2": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
-    "glm4": (_SANDWICH,),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
     "opt": ("positions that start at 2", "ReLU"),

@@ -75,8 +75,12 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), ROTARY_BASE),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), optional(OBJECT)),
     "query_pre_attn_scalar": SCALE,
+    **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), SCALE),
+    "logits_scaling": SCALE,
+    "rotary_dim": optional(WIDTH),
+    "attn_type_list": optional(list_of(ZERO_OR_ONE)),
     "sliding_window": optional(WINDOW),
-    "sliding_window_pattern": optional(LAYERS),
+    "sliding_window_pattern": optional(either(whole(0, 10_000), TEXT)),
     "max_window_layers": optional(whole(0, 10_000)),
     "layer_types": optional(list_of(TEXT)),
     **dict.fromkeys(

@@ -16,8 +16,7 @@ from megatron_fdd.convert.families.config_fields import check_rope_kinds
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
 from megatron_fdd.convert.families.family import HfConfig, refuse_field
-from megatron_fdd.host.field_kinds import shown
-from megatron_fdd.host.layer_specs import OPTIONS, LayerSpec
+from megatron_fdd.host.layer_specs import LayerSpec, check_options
 from megatron_fdd.host.model_fields import ROTARY_BASE, SCALE
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def _flatten(config: HfConfig) -> HfConfig:
         flat["rope_local_base_freq"] = sliding.get("rope_theta", _DEFAULTS["rope_local_base_freq"])
     if config.get("layer_types") is None:
         pattern = config.get("sliding_window_pattern") or _PATTERN
+        if type(pattern) is not int:
+            refuse_field("sliding_window_pattern", pattern, "which must be a whole number here")
         layers = range(config.get("num_hidden_layers", _DEFAULTS["num_hidden_layers"]))
         flat["layer_types"] = [_SLIDING if (layer + 1) % pattern else _FULL for layer in layers]
     return flat
@@ -87,11 +88,7 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option is missing or of the wrong kind.
     """
-    for name, kind in _OPTIONS.items():
-        if not kind.fits(options.get(name)):
-            raise ValueError(
-                f"the checkpoint's {OPTIONS} have {name} = {shown(options.get(name))}, which must be {kind.words}"
-            )
+    check_options(options, _OPTIONS)
     transformer = config.transformer
     transformer.activation_func = partial(torch.nn.functional.gelu, approximate="tanh")
     transformer.bias_activation_fusion = False

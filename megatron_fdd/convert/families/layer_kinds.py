@@ -126,7 +126,7 @@ class Rotation(Enum):
     def read(self, config: Mapping[str, Any], windows: AttentionWindows) -> tuple[bool, ...]:
         """Return for each layer whether it rotates."""
         layers = len(windows.slides)
-        if self is Rotation.SLIDING and windows.size is not None:
+        if self is Rotation.SLIDING and config.get("sliding_window") is not None:
             return windows.slides
         if self is not Rotation.LISTED:
             return (True,) * layers
