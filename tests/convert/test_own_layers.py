@@ -19,7 +19,7 @@ from tests.harness.ranks import Layout, distributed, run_on_ranks
 from tests.oracle.models import full_gradients
 
 pytestmark = pytest.mark.tier("default")
-VARIANTS = ("olmo2", "gemma3_text")
+VARIANTS = ("olmo2", "gemma3_text", "granite", "glm4", "exaone4")
 VOCABULARY = toys.SHAPE["vocab_size"]
 # A fraction of the largest gradient of a parameter; a gradient is a sum over all tokens.
 GRADIENT_TOLERANCE = 1e-5
@@ -51,13 +51,14 @@ def test_taps_and_lens(tmp_path: Path, variant: str) -> None:
     with torch.no_grad():
         hidden_SBH, taps = forward_with_taps(model.eval(), _batch(toys.TOKENS), [0, 1], stop_before_head)
         *inner, last_BSH = reference(toys.TOKENS, output_hidden_states=True).hidden_states
-        assert (hidden_SBH.transpose(0, 1) - last_BSH).abs().max() < toys.LOGIT_TOLERANCE
+        scale = 1 / getattr(reference.config, "logits_scaling", 1.0)  # of Granite's logits
+        assert (hidden_SBH.transpose(0, 1) - last_BSH * scale).abs().max() < toys.LOGIT_TOLERANCE
         lens = read_lens(model, with_norm=True, detached=True)
         for tap_SBH, expected_BSH in zip(taps, inner[1:], strict=True):
             assert expected_BSH.std() > 0.3
             assert (tap_SBH.transpose(0, 1) - expected_BSH).abs().max() < toys.LOGIT_TOLERANCE
             logits = (lens.features(tap_SBH) @ lens.head_WH.T).unflatten(0, tap_SBH.shape[:2]).transpose(0, 1)
-            wanted = reference.lm_head(reference.model.norm(expected_BSH))
+            wanted = reference.lm_head(reference.model.norm(expected_BSH)) * scale
             assert (logits[..., :VOCABULARY] - wanted).abs().max() < toys.LOGIT_TOLERANCE
 
 
@@ -73,7 +74,9 @@ def test_packed_documents(tmp_path: Path, variant: str) -> None:
     with torch.no_grad():
         batch = _batch(documents.reshape(1, -1), packed)
         hidden_SBH, _ = forward_with_taps(model.eval(), batch, [], stop_before_head)
-        wanted = _reference(tmp_path / "source").model(documents).last_hidden_state
+        reference = _reference(tmp_path / "source")
+        scale = 1 / getattr(reference.config, "logits_scaling", 1.0)
+        wanted = reference.model(documents).last_hidden_state * scale
     assert (hidden_SBH.view_as(wanted) - wanted).abs().max() < toys.LOGIT_TOLERANCE
 
 
