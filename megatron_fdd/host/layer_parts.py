@@ -247,7 +247,10 @@ class NormOverHeadsAttention(SelfAttention):
 
 
 class WindowRotaryAttention(SelfAttention):
-    """Self-attention whose rotary base on layers with a sliding window is `config.window_rotary_base`."""
+    """Self-attention whose rotary base on layers with a sliding window is `config.window_rotary_base`, without scaling.
+
+    The scaling that Megatron's arguments describe, YaRN with its factor among it, is that of the other layers.
+    """
 
     def __init__(
         self, config: TransformerConfig, submodules: Any, layer_number: int, *arguments: Any, **keywords: Any
@@ -264,6 +267,7 @@ class WindowRotaryAttention(SelfAttention):
                 use_cpu_initialization=config.use_cpu_initialization,
                 cp_group=self.pg_collection.cp,
             )
+            self._yarn_concentration_factor = 1.0
 
     def forward(
         self,

@@ -81,6 +81,7 @@ def test_a_student_of_some_layers(variant: str) -> None:
         "qwen2_window": [0, 1],
         "gemma3_text": [1, 0],
         "exaone4": [1, 0],
+        "olmo3": [1, 0],
         "qwen3_types": None,
         "qwen3_moe_mixed": None,
     }

@@ -253,6 +253,24 @@ VARIANTS |= {
         "torch_dtype": "bfloat16",
     },
 }
+VARIANTS |= {
+    # YaRN on the layer without a window alone.
+    "olmo3": {
+        "model_type": "olmo3",
+        "architectures": ["Olmo3ForCausalLM"],
+        "pad_token_id": 0,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_scaling": {**YARN, "attention_factor": 0.1 * math.log(4.0) + 1.0},
+    },
+    "hunyuan_v1_dense": {
+        "model_type": "hunyuan_v1_dense",
+        "architectures": ["HunYuanDenseV1ForCausalLM"],
+        "use_qk_norm": True,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0},
+    },
+}
 MIXTURES = (
     *("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe"),
     *("gpt_oss", "olmoe", "minimax_m2"),

@@ -16,11 +16,13 @@ from megatron_fdd.convert.families import (
     gpt2,
     gpt_oss,
     granite,
+    hunyuan,
     llama,
     llama_like,
     mistral,
     moe,
     olmo2,
+    olmo3,
     over_heads,
     phi3,
     qwen,
@@ -37,6 +39,7 @@ _ALL = (
     gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
     granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
+    olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 

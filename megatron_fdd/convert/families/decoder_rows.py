@@ -64,10 +64,8 @@ def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[W
             rows.append(WeightRow(f"{mcore}self_attention.linear_proj.{kind}", output))
     if shape.qk_norm:
         rows += [
-            WeightRow(
-                f"{mcore}self_attention.{part}_layernorm.weight", (f"{hf}self_attn.{part}_norm.weight",)
-            )
-            for part in "qk"
+            WeightRow(f"{mcore}self_attention.{own}.weight", (f"{hf}self_attn.{theirs}.weight",))
+            for own, theirs in dialect.qk_norm_names
         ]
     if dialect.sinks:
         rows.append(

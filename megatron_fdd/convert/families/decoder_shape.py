@@ -27,6 +27,8 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
 NO_BIASES: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
 # A layer's norms of the hidden state: Megatron's name and Hugging Face's name.
 NORMS_BEFORE = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+# The norms of queries and keys within attention, likewise.
+QK_NORMS = (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"))
 QkvBias = Literal["no", "always", "attention_bias"]
 Fused = Literal["qkv", "gate_up"]
 
@@ -43,6 +45,7 @@ class Dialect:
             `attention_bias` is true (elsewhere that field also gives the output projection one).
         qk_norm: whether queries and keys are normalised, per head unless the layer specification says otherwise; or
             the config.json field that says it.
+        qk_norm_names: their names within attention, Megatron's and Hugging Face's.
         window_fields: the config.json fields that describe sliding windows; empty if the model type has no windows.
         rotation: in which layers queries and keys are rotated.
         partial_rotary: the part of a head that turns where the config does not say it; None if always all of it turns.
@@ -64,6 +67,7 @@ class Dialect:
     harmless: frozenset[str] = frozenset()
     qkv_bias: QkvBias = "no"
     qk_norm: bool | str = False
+    qk_norm_names: tuple[tuple[str, str], ...] = QK_NORMS
     window_fields: tuple[str, ...] = ()
     rotation: Rotation = Rotation.ALL
     partial_rotary: float | None = None
