@@ -67,7 +67,11 @@ def stock_block(config: GPTModelConfig, vp_stage: int | None) -> TransformerBloc
 
 
 def changed_block(
-    config: GPTModelConfig, vp_stage: int | None, change: Callable[[ModuleSpec], None]
+    config: GPTModelConfig,
+    vp_stage: int | None,
+    change: Callable[[ModuleSpec], None],
+    *,
+    norm: type[nn.Module] | None = None,
 ) -> TransformerBlockSubmodules:
     """Make Megatron's own layers of a chunk, with experts or without, and its final norm.
 
@@ -75,6 +79,7 @@ def changed_block(
 
     Args:
         change: called once for each specification of a layer, to change its parts.
+        norm: the final norm; None: that of Megatron's arguments.
 
     Raises:
         ValueError: as `stock_layer`.
@@ -85,9 +90,9 @@ def changed_block(
         layers = stock_block(config, vp_stage).layer_specs
     for layer in {id(each): each for each in layers}.values():
         change(layer)
-    norm = _backend(config).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
+    own = norm or _backend(config).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
     return TransformerBlockSubmodules(
-        layer_specs=layers, layer_norm=_times(norm, final_norm_factor(config.transformer))
+        layer_specs=layers, layer_norm=_times(own, final_norm_factor(config.transformer))
     )
 
 

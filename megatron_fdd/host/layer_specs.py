@@ -82,6 +82,11 @@ def final_norm_factor(config: TransformerConfig) -> float:
     return factor
 
 
+def final_norm_has_bias(config: TransformerConfig) -> bool:
+    """Return whether the final norm has a bias: a LayerNorm has one, unless a family's `bias_free_norms` is set."""
+    return config.normalization == "LayerNorm" and not getattr(config, "bias_free_norms", False)
+
+
 def apply_layer_spec(config: GPTModelConfig, args: argparse.Namespace) -> None:
     """Give `config` the layers that its arguments name, if they name any.
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_fdd.host.layer_specs import final_norm_factor
+from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens
@@ -125,7 +125,8 @@ def read_final_norm(model: GPTModel) -> FinalNorm:
     weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
     factor = final_norm_factor(config)
     if config.normalization == "LayerNorm":
-        return FinalNorm(weight_H, norm.bias, config.layernorm_epsilon, "layer", factor)
+        bias_H = norm.bias if final_norm_has_bias(config) else None
+        return FinalNorm(weight_H, bias_H, config.layernorm_epsilon, "layer", factor)
     return FinalNorm(weight_H, None, config.layernorm_epsilon, "rms", factor)
 
 

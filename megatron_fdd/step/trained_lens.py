@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_fdd.host.layer_specs import final_norm_has_bias
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.lens import Lens
 
@@ -112,7 +113,7 @@ def _lens_parameters(model: GPTModel) -> list[Tensor]:
         if model.share_embeddings_and_output_weights
         else model.output_layer.weight
     )
-    bias = [norm.bias] if model.config.normalization == "LayerNorm" else []
+    bias = [norm.bias] if final_norm_has_bias(model.config) else []
     return [head, norm.weight, *bias]
 
 

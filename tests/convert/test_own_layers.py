@@ -19,7 +19,7 @@ from tests.harness.ranks import Layout, distributed, run_on_ranks
 from tests.oracle.models import full_gradients
 
 pytestmark = pytest.mark.tier("default")
-VARIANTS = ("olmo2", "gemma3_text", "granite", "glm4", "exaone4", "olmo3", "hunyuan_v1_dense")
+VARIANTS = ("olmo2", "gemma3_text", "granite", "glm4", "exaone4", "olmo3", "hunyuan_v1_dense", "cohere2")
 VOCABULARY = toys.SHAPE["vocab_size"]
 # A fraction of the largest gradient of a parameter; a gradient is a sum over all tokens.
 GRADIENT_TOLERANCE = 1e-5

@@ -271,9 +271,41 @@ VARIANTS |= {
         "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0},
     },
 }
+VARIANTS |= {
+    "granitemoe": {
+        **{key: value for key, value in VARIANTS["granite"].items() if key != "architectures"},
+        "model_type": "granitemoe",
+        "architectures": ["GraniteMoeForCausalLM"],
+        "head_dim": 4,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+    },
+    "ernie4_5_moe": {
+        "model_type": "ernie4_5_moe",
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 6,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+        "use_bias": False,
+    },
+    "cohere2": {
+        "model_type": "cohere2",
+        "architectures": ["Cohere2ForCausalLM"],
+        "head_dim": 4,
+        "layer_norm_eps": 3e-4,
+        "logit_scale": 0.3,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
+        "use_gated_activation": True,
+    },
+}
 MIXTURES = (
     *("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe"),
-    *("gpt_oss", "olmoe", "minimax_m2"),
+    *("gpt_oss", "olmoe", "minimax_m2", "granitemoe", "ernie4_5_moe"),
 )
 
 

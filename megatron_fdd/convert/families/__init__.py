@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fdd.convert.families import (
+    cohere2,
+    ernie_moe,
     exaone4,
     gemma3,
     glm4,
@@ -39,7 +41,7 @@ _ALL = (
     gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
     granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
-    olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE,
+    olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE, granite.GRANITEMOE, ernie_moe.ERNIE4_5_MOE, cohere2.COHERE2,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -55,7 +57,6 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "gemma2": (*_GEMMA, "soft-caps of attention scores and of logits", _SANDWICH),
     "gemma3": ("images; the text model alone, as gemma3_text, converts",),
     "cohere": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
-    "cohere2": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
     "opt": ("positions that start at 2", "ReLU"),

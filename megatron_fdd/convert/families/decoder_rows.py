@@ -12,6 +12,7 @@ from megatron_fdd.convert.families.transforms import (
     Alternating,
     FusedQkv,
     GroupedQkv,
+    OneRow,
     Same,
     Stacked,
     Transform,
@@ -91,11 +92,14 @@ def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightR
 
 def _expert_rows(naming: ExpertNaming, experts: Experts, layer: int, *, biased: bool) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.{naming.block}.", f"decoder.layers.{layer}.mlp."
-    rows = [WeightRow(f"{mcore}router.weight", (f"{hf}{naming.router}",))]
+    router_dtype = torch.float32 if naming.own_router else None
+    rows = [WeightRow(f"{mcore}router.weight", (f"{hf}{naming.router}",), dtype=router_dtype)]
     if naming.router_bias is not None:
         rows.append(WeightRow(f"{mcore}router.bias", (f"{hf}{naming.router_bias}",)))
     if naming.bias is not None:
-        rows.append(WeightRow(f"{mcore}router.expert_bias", (f"{hf}{naming.bias}",), dtype=torch.float32))
+        arranged = OneRow() if naming.own_router else Same()
+        sources = (f"{hf}{naming.bias}",)
+        rows.append(WeightRow(f"{mcore}router.expert_bias", sources, arranged, dtype=torch.float32))
     local = f"{mcore}experts.local_experts"
     if naming.stacked is not None:
         rows += _stacked_rows(local, hf, naming.stacked, experts.count, biased=biased)

@@ -64,6 +64,8 @@ class ExpertNaming:
         router: the name of the router's matrix in the block.
         router_bias: the name of the bias of the router's logits; None if they have none.
         bias: the name of the bias by which a sigmoid router chooses experts, always float32; None for a softmax.
+        own_router: whether the layer specification brings the router: a softmax, to which `bias` is added, which is one
+            row on disk. All of it is float32.
         grouped: whether `n_group`, `topk_group` and `routed_scaling_factor` describe the router.
         shared: an expert for every token; None if there is none.
         stacked: the tensors with all experts of a layer; None if each expert has its own three.
@@ -79,6 +81,7 @@ class ExpertNaming:
     router_bias: str | None = None
     bias: str | None = None
     grouped: bool = False
+    own_router: bool = False
     shared: SharedNaming | None = None
     stacked: StackedNaming | None = None
 

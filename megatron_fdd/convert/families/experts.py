@@ -119,7 +119,8 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
     per_token = config[PER_TOKEN]
     check_experts(layers, (naming.count_fields[0], counts[0]), (PER_TOKEN, per_token))
     normalised = bool(config.get("norm_topk_prob", True)) if naming.normalises else True
-    if naming.bias is not None and not normalised:
+    chosen_by_sigmoid = naming.bias is not None and not naming.own_router
+    if chosen_by_sigmoid and not normalised:
         refuse_field("norm_topk_prob", False, "and Megatron's sigmoid router always makes weights sum to 1")
     width = config[naming.width_field]
     return Experts(
@@ -128,7 +129,7 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
         width=width,
         normalised=normalised,
         sparse=_sparse_layers(naming, config, layers),
-        chosen_by_sigmoid=naming.bias is not None,
+        chosen_by_sigmoid=chosen_by_sigmoid,
         groups=_groups(config, counts[0], per_token) if naming.grouped else None,
         scaling=float(config[SCALING]) if naming.grouped else 1.0,
         shared_width=_shared_width(naming.shared, config, width),

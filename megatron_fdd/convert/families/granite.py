@@ -1,4 +1,7 @@
-"""Granite: a Llama whose embeddings, attention scores, residual branches and logits are multiplied by constants."""
+"""Granite: a Llama whose embeddings, attention scores, residual branches and logits are multiplied by constants.
+
+Its MLP may be a mixture of experts, which has all matrices of a layer's experts in two tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, Dialect
+from megatron_fdd.convert.families.expert_naming import QWENS_PROJECTIONS, ExpertNaming, StackedNaming
 from megatron_fdd.host.layer_specs import LayerSpec, check_options
 from megatron_fdd.host.model_fields import SCALE
 
@@ -58,6 +62,28 @@ GRANITE = decoder_family(
         "granite",
         "GraniteForCausalLM",
         _DEFAULTS,
+        layer_spec=LayerSpec(_build, _configure),
+        own_fields=_MULTIPLIERS,
+    )
+)
+GRANITEMOE = decoder_family(
+    Dialect(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        {**_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+        neutral={"mlp_bias": (False,)},
+        # The load-balancing loss concerns only training.
+        harmless=frozenset({"router_aux_loss_coef", "output_router_logits"}),
+        experts=ExpertNaming(
+            block="block_sparse_moe",
+            projections=QWENS_PROJECTIONS,
+            count_fields=("num_local_experts", "num_experts"),
+            width_field="intermediate_size",
+            router="router.layer.weight",
+            stacked=StackedNaming(
+                "input_linear.weight", "output_linear.weight", is_transposed=False, alternates=False
+            ),
+        ),
         layer_spec=LayerSpec(_build, _configure),
         own_fields=_MULTIPLIERS,
     )

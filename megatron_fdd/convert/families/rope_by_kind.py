@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_fdd.convert.families.config_fields import check_rope_kinds
 from megatron_fdd.convert.families.family import HfConfig, refuse_field
+from megatron_fdd.convert.families.layer_kinds import named_kinds
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -34,12 +35,8 @@ class RopeByKind:
         by_kind = config.get("rope_parameters")
         if by_kind:
             flat |= self._bases(by_kind)
-        if config.get("layer_types") is None:
-            pattern = config.get("sliding_window_pattern") or self.pattern
-            if type(pattern) is not int:
-                refuse_field("sliding_window_pattern", pattern, "which must be a whole number here")
-            layers = range(config.get("num_hidden_layers", self.defaults["num_hidden_layers"]))
-            flat["layer_types"] = [_SLIDING if (layer + 1) % pattern else _FULL for layer in layers]
+        layers = config.get("num_hidden_layers", self.defaults["num_hidden_layers"])
+        flat["layer_types"] = named_kinds(config, self.pattern, layers)
         return flat
 
     def _bases(self, by_kind: Mapping[str, Any]) -> HfConfig:
