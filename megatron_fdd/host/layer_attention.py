@@ -22,7 +22,8 @@ class NormBehindRotationAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **keywords: Any) -> None:
         super().__init__(config, *arguments, **keywords)
-        self.rotated_q_layernorm, self.rotated_k_layernorm = self.q_layernorm, self.k_layernorm
+        self.rotated_q_layernorm = self.get_submodule("q_layernorm")
+        self.rotated_k_layernorm = self.get_submodule("k_layernorm")
         self.q_layernorm = self.k_layernorm = None
         self.core_attention.register_forward_pre_hook(self._normed)
 

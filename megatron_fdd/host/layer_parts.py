@@ -8,12 +8,10 @@ Shapes: S tokens of this rank, B micro-batch, H hidden size, A heads of this ran
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -26,14 +24,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_fdd.host.layer_specs import final_norm_factor
 from megatron_fdd.host.patches.norms import RMSNorm
 
 
@@ -64,49 +61,6 @@ def stock_block(config: GPTModelConfig, vp_stage: int | None) -> TransformerBloc
     """
     _check_impl(config)
     return default_layer_spec(config, vp_stage)
-
-
-def changed_block(
-    config: GPTModelConfig,
-    vp_stage: int | None,
-    change: Callable[[ModuleSpec], None],
-    *,
-    norm: type[nn.Module] | None = None,
-) -> TransformerBlockSubmodules:
-    """Make Megatron's own layers of a chunk, with experts or without, and its final norm.
-
-    The final norm multiplies with `config.transformer.final_norm_factor`, if a family has set it.
-
-    Args:
-        change: called once for each specification of a layer, to change its parts.
-        norm: the final norm; None: that of Megatron's arguments.
-
-    Raises:
-        ValueError: as `stock_layer`.
-    """
-    if config.transformer.num_moe_experts is None:
-        layers = [stock_layer(config)] * get_num_layers_to_build(config.transformer, vp_stage)
-    else:
-        layers = stock_block(config, vp_stage).layer_specs
-    for layer in {id(each): each for each in layers}.values():
-        change(layer)
-    own = norm or _backend(config).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
-    return TransformerBlockSubmodules(
-        layer_specs=layers, layer_norm=_times(own, final_norm_factor(config.transformer))
-    )
-
-
-def _times(norm: Any, factor: float) -> Any:
-    """Make what builds `norm` with an output that is multiplied by a factor; its parameters keep their names."""
-    if factor == 1.0:
-        return norm
-
-    def build(**keywords: Any) -> nn.Module:
-        module: nn.Module = norm(**keywords)
-        module.register_forward_hook(lambda _module, _inputs, output: output * factor)
-        return module
-
-    return build
 
 
 def let_biased_experts_train(block: TransformerBlockSubmodules) -> None:
@@ -143,7 +97,7 @@ def put_norms_behind(layer: ModuleSpec, config: GPTModelConfig) -> None:
     Their names are `self_attention.linear_proj.norm` and `mlp.linear_fc2.norm`.
     """
     attention, mlp = layer.submodules.self_attention.submodules, mlp_parts(layer)
-    norm = _backend(config).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
+    norm = backend_of(config).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
     attention.linear_proj = _with_norm(attention.linear_proj, norm)
     mlp.linear_fc2 = _with_norm(mlp.linear_fc2, norm)
 
@@ -152,29 +106,13 @@ def drop_norms_before(layer: ModuleSpec, config: GPTModelConfig) -> None:
     """Remove the norms before attention and before the MLP, also those inside the matrices that follow them."""
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    parts.self_attention.submodules.linear_qkv = _backend(config).column_parallel_linear()
-    mlp_parts(layer).linear_fc1 = _backend(config).column_parallel_linear()
+    parts.self_attention.submodules.linear_qkv = backend_of(config).column_parallel_linear()
+    mlp_parts(layer).linear_fc1 = backend_of(config).column_parallel_linear()
     parts.sharded_state_dict_keys_map = {}
 
 
-def scale_branches(layer: ModuleSpec, factor: float) -> None:
-    """Multiply what attention and MLP add to the residual by a factor."""
-
-    def scaled(training: bool, fused: bool) -> Callable[..., Tensor]:
-        add = get_bias_dropout_add(training, fused)
-
-        def add_scaled(
-            output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float
-        ) -> Tensor:
-            output, bias = output_with_bias
-            return add((output * factor, None if bias is None else bias * factor), residual, probability)
-
-        return add_scaled
-
-    layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled
-
-
-def _backend(config: GPTModelConfig) -> BackendSpecProvider:
+def backend_of(config: GPTModelConfig) -> BackendSpecProvider:
+    """Return what provides the modules that `--transformer-impl` names."""
     return LocalSpecProvider() if config.transformer.transformer_impl == "local" else TESpecProvider()
 
 

@@ -76,7 +76,7 @@ def check_options(options: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None
 def final_norm_factor(config: TransformerConfig) -> float:
     """Return what the final norm's output is multiplied by, in front of the head: 1 unless a family says otherwise.
 
-    A family's `configure` sets `config.final_norm_factor`, and its `build` uses `layer_parts.changed_block`.
+    A family's `configure` sets `config.final_norm_factor`, and its `build` uses `layer_block.changed_block`.
     """
     factor: float = getattr(config, "final_norm_factor", 1.0)
     return factor

@@ -87,9 +87,9 @@ def test_a_student_of_some_layers(variant: str) -> None:
         "qwen3_moe_mixed": None,
     }
     assert args["window_attn_skip_freq"] == kept.get(variant)
-    sparse = {"qwen2_moe": [0, 0], "glm4_moe": [0, 1], "ernie4_5_moe": [0, 1]}
+    sparse = {"qwen2_moe": [0, 0], "glm4_moe": [0, 1], "ernie4_5_moe": [0, 1], "llama4_text": [0, 0]}
     assert args.get("moe_layer_freq", 1) == sparse.get(variant, 1)
-    assert args["no_rope_freq"] == {"exaone4": [0, 1], "cohere2": [0, 1]}.get(variant)
+    assert args["no_rope_freq"] == {"exaone4": [0, 1], "cohere2": [0, 1], "llama4_text": [0, 1]}.get(variant)
     assert family.keep_layers(config, [0, 1, 2]) == config
 
 

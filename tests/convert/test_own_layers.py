@@ -33,6 +33,11 @@ def _reference(source: Path) -> torch.nn.Module:
     return model
 
 
+def _scale(model: torch.nn.Module) -> float:
+    """Return the factor of logits, of Granite and of Cohere."""
+    return getattr(model.config, "logit_scale", 1 / getattr(model.config, "logits_scaling", 1.0))
+
+
 def _batch(tokens_BS: torch.Tensor, packed: PackedSeqParams | None = None) -> Batch:
     length = tokens_BS.shape[1]
     places_BS = torch.arange(length)[None].expand_as(tokens_BS)
@@ -51,7 +56,7 @@ def test_taps_and_lens(tmp_path: Path, variant: str) -> None:
     with torch.no_grad():
         hidden_SBH, taps = forward_with_taps(model.eval(), _batch(toys.TOKENS), [0, 1], stop_before_head)
         *inner, last_BSH = reference(toys.TOKENS, output_hidden_states=True).hidden_states
-        scale = 1 / getattr(reference.config, "logits_scaling", 1.0)  # of Granite's logits
+        scale = _scale(reference)
         assert (hidden_SBH.transpose(0, 1) - last_BSH * scale).abs().max() < toys.LOGIT_TOLERANCE
         lens = read_lens(model, with_norm=True, detached=True)
         for tap_SBH, expected_BSH in zip(taps, inner[1:], strict=True):
@@ -75,7 +80,7 @@ def test_packed_documents(tmp_path: Path, variant: str) -> None:
         batch = _batch(documents.reshape(1, -1), packed)
         hidden_SBH, _ = forward_with_taps(model.eval(), batch, [], stop_before_head)
         reference = _reference(tmp_path / "source")
-        scale = 1 / getattr(reference.config, "logits_scaling", 1.0)
+        scale = _scale(reference)
         wanted = reference.model(documents).last_hidden_state * scale
     assert (hidden_SBH.view_as(wanted) - wanted).abs().max() < toys.LOGIT_TOLERANCE
 

@@ -29,6 +29,9 @@ PAIRS = [
     ("plain", "qwen3_types"),
     ("gemma3_text", "olmo2"),  # layers of their own
     ("olmo2", "gemma3_text"),
+    ("granite", "cohere2"),  # scaled logits
+    ("ernie4_5_moe", "hunyuan_v1_dense"),
+    ("cohere2", "granitemoe"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -77,6 +80,9 @@ LAYOUTS = {
         "gemma3_text",
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     ),
+    "tp2_cohere": ("ernie4_5_moe", "cohere2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2_scaled": ("granite", "cohere2", "--pipeline-model-parallel-size 2 --fdd-lens-head trained"),
+    "cp2_hunyuan": ("granitemoe", "hunyuan_v1_dense", "--context-parallel-size 2"),
     "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
 }
 

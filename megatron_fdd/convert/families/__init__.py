@@ -20,6 +20,7 @@ from megatron_fdd.convert.families import (
     granite,
     hunyuan,
     llama,
+    llama4,
     llama_like,
     mistral,
     moe,
@@ -42,6 +43,7 @@ _ALL = (
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
     granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
     olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE, granite.GRANITEMOE, ernie_moe.ERNIE4_5_MOE, cohere2.COHERE2,
+    llama4.LLAMA4_TEXT,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -56,6 +58,7 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "gemma": _GEMMA,
     "gemma2": (*_GEMMA, "soft-caps of attention scores and of logits", _SANDWICH),
     "gemma3": ("images; the text model alone, as gemma3_text, converts",),
+    "llama4": ("images; the text model alone, as llama4_text, converts",),
     "cohere": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),

@@ -76,13 +76,13 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
 
 
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    from megatron_fdd.host import layer_parts, parallel_layer
+    from megatron_fdd.host import layer_block, parallel_layer
     from megatron_fdd.host.patches.norms import BiasFreeLayerNorm
 
     def change(layer: ModuleSpec) -> None:
         parallel_layer.make_parallel(layer, config)
 
-    return layer_parts.changed_block(config, vp_stage, change, norm=BiasFreeLayerNorm)
+    return layer_block.changed_block(config, vp_stage, change, norm=BiasFreeLayerNorm)
 
 
 COHERE2 = decoder_family(

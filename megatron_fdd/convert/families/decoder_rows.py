@@ -82,7 +82,11 @@ def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightR
     rows = []
     for kind in ("weight", "bias")[: 1 + (shape.attention_bias or shape.mlp_bias)]:
         present = kind == "weight" or shape.mlp_bias
-        names = tuple(f"{hf}mlp.{part}.{kind}" for part in (*first, "down_proj")) if present else ()
+        names = (
+            tuple(f"{hf}{dialect.mlp_block}.{part}.{kind}" for part in (*first, "down_proj"))
+            if present
+            else ()
+        )
         rows += [
             WeightRow(f"{mcore}mlp.linear_fc1.{kind}", names[:-1], Same() if fused else Stacked(2)),
             WeightRow(f"{mcore}mlp.linear_fc2.{kind}", names[-1:]),

@@ -57,6 +57,8 @@ class Dialect:
         layer_spec: the layers, if they are not Megatron's own.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
+        mlp_block: the module that is the MLP of a dense layer.
+        longest: the longest sequence that the layers can process; None if `max_position_embeddings` says it.
         flatten: gives config.json the spelling that this module reads. `restore` reverts it, for a changed config.
     """
 
@@ -79,6 +81,8 @@ class Dialect:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layer_spec: LayerSpec | None = None
     own_fields: tuple[str, ...] = ()
+    mlp_block: str = "mlp"
+    longest: int | None = None
     flatten: Callable[[HfConfig], HfConfig] = dict
     restore: Callable[[HfConfig], HfConfig] = dict
 

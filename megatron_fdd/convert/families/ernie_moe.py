@@ -92,9 +92,9 @@ def _configure(config: GPTModelConfig, _options: object) -> None:
 
 
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    from megatron_fdd.host import layer_parts, layer_router
+    from megatron_fdd.host import layer_block, layer_router
 
-    return layer_parts.changed_block(config, vp_stage, layer_router.use_softmax_bias)
+    return layer_block.changed_block(config, vp_stage, layer_router.use_softmax_bias)
 
 
 ERNIE4_5_MOE = decoder_family(

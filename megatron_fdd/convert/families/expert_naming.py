@@ -66,6 +66,7 @@ class ExpertNaming:
         bias: the name of the bias by which a sigmoid router chooses experts, always float32; None for a softmax.
         own_router: whether the layer specification brings the router: a softmax, to which `bias` is added, which is one
             row on disk. All of it is float32.
+        is_sigmoid: whether scores are sigmoids although there is no `bias`.
         grouped: whether `n_group`, `topk_group` and `routed_scaling_factor` describe the router.
         shared: an expert for every token; None if there is none.
         stacked: the tensors with all experts of a layer; None if each expert has its own three.
@@ -82,6 +83,7 @@ class ExpertNaming:
     bias: str | None = None
     grouped: bool = False
     own_router: bool = False
+    is_sigmoid: bool = False
     shared: SharedNaming | None = None
     stacked: StackedNaming | None = None
 

@@ -49,12 +49,12 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
 
 
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    from megatron_fdd.host import layer_parts
+    from megatron_fdd.host import layer_block
 
     def change(layer: ModuleSpec) -> None:
-        layer_parts.scale_branches(layer, config.transformer.residual_multiplier)
+        layer_block.scale_branches(layer, config.transformer.residual_multiplier)
 
-    return layer_parts.changed_block(config, vp_stage, change)
+    return layer_block.changed_block(config, vp_stage, change)
 
 
 GRANITE = decoder_family(

@@ -21,12 +21,12 @@ _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
 
 
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    from megatron_fdd.host import layer_parts
+    from megatron_fdd.host import layer_block, layer_parts
 
     def change(layer: ModuleSpec) -> None:
         layer.submodules.self_attention.module = layer_parts.NormOverHeadsAttention
 
-    return layer_parts.changed_block(config, vp_stage, change)
+    return layer_block.changed_block(config, vp_stage, change)
 
 
 OLMOE = decoder_family(
