@@ -1,16 +1,17 @@
-"""A family that this package does not have, added from outside: EXAONE 4.0 without sliding windows (as its 1.2B).
+"""A family that this package does not have, added from outside: HyperCLOVA X without multipliers.
 
-Its norms stand behind attention and MLP, and none before; queries and keys are normalised head by head. Name this
-module with --fdd-plugin. docs/extend/family.md goes through it.
+Norms stand behind attention and MLP as well as before them, and attention scores may have a scale of their own. Name
+this module with --fdd-plugin. docs/extend/family.md goes through it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.convert.families import add_family
 from megatron_fdd.convert.families.decoder import decoder_family
-from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
+from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, Dialect
 from megatron_fdd.host.layer_specs import LayerSpec
 
 if TYPE_CHECKING:
@@ -19,29 +20,39 @@ if TYPE_CHECKING:
 
 
 def build_layer(config: GPTModelConfig) -> ModuleSpec:
-    """Take Megatron's own layer, and move its norms."""
+    """Take Megatron's own layer, and add two norms."""
     from megatron_fdd.host import layer_parts  # it imports Megatron, which a rehearsal has to prepare first
 
     layer = layer_parts.stock_layer(config)
-    layer_parts.drop_norms_before(layer, config)
     layer_parts.put_norms_behind(layer, config)
     return layer
 
 
-EXAONE4 = decoder_family(
+def configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
+    """Set the scale of attention scores, which no argument of Megatron's sets; None is the usual one."""
+    config.transformer.softmax_scale = options["attention_multiplier"]
+
+
+HYPERCLOVAX = decoder_family(
     Dialect(
-        "exaone4",
-        "Exaone4ForCausalLM",
-        # What transformers assumes for an absent field: also a window, which this family refuses by name.
-        {**COMMON_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "sliding_window": 4096},
-        neutral=NO_BIASES,
-        harmless=frozenset({"sliding_window_pattern"}),
-        qk_norm=True,
+        "hyperclovax",
+        "HyperCLOVAXForCausalLM",
+        # What transformers assumes for an absent field.
+        {**COMMON_DEFAULTS, "max_position_embeddings": 2048, "attention_multiplier": None},
+        # These values alone convert; every other is refused by name.
+        neutral={
+            **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1.0,)),
+            **dict.fromkeys(("attention_bias", "mlp_bias"), (False,)),
+            "use_post_norm": (True,),
+        },
         norms=(
-            ("self_attention.linear_proj.norm", "post_attention_layernorm"),
-            ("mlp.linear_fc2.norm", "post_feedforward_layernorm"),
+            ("input_layernorm", "input_layernorm"),
+            ("self_attention.linear_proj.norm", "post_norm1"),
+            ("pre_mlp_layernorm", "post_attention_layernorm"),
+            ("mlp.linear_fc2.norm", "post_norm2"),
         ),
-        layer_spec=LayerSpec(build_layer),
+        own_fields=("attention_multiplier",),
+        layer_spec=LayerSpec(build_layer, configure),
     )
 )
-add_family(EXAONE4)
+add_family(HYPERCLOVAX)

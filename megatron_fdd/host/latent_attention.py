@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from torch import Tensor, nn
 
-from megatron_fdd.host.layer_parts import backend, check_modules
+from megatron_fdd.host.layer_parts import backend_of, check_modules
 
 LATENT_NORM_EPSILON = 1e-6
 """That of the norms between the two matrices, whatever the model's other norms have."""
@@ -45,7 +45,9 @@ def latent_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Layers
         attention = layer.submodules.self_attention
         attention.module = LatentAttention
         if config.transformer.transformer_impl == "local":
-            attention.submodules.core_attention = _of_any_width(backend(config.transformer).core_attention())
+            attention.submodules.core_attention = _of_any_width(
+                backend_of(config.transformer).core_attention()
+            )
             # TransformerEngine has this norm inside the matrix of a dense layer.
             layer.submodules.sharded_state_dict_keys_map = {
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
@@ -87,8 +89,8 @@ class LatentAttention(MLASelfAttention):
         self, submodules: MLASelfAttentionSubmodules
     ) -> dict[str, ModuleSpec | type | LayerNormBuilder]:
         config = self.config
-        linear = backend(config).column_parallel_linear()
-        norm = backend(config).layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
+        linear = backend_of(config).column_parallel_linear()
+        norm = backend_of(config).layer_norm(rms_norm=config.normalization == "RMSNorm", for_qk=True)
         has_latent = config.q_lora_rank is not None
         own = functools.partial(_latent_norm, norm)
         return {

@@ -97,7 +97,7 @@ def put_norms_behind(layer: ModuleSpec, config: GPTModelConfig) -> None:
     Their names are `self_attention.linear_proj.norm` and `mlp.linear_fc2.norm`.
     """
     attention, mlp = layer.submodules.self_attention.submodules, mlp_parts(layer)
-    norm = backend(config.transformer).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
+    norm = backend_of(config.transformer).layer_norm(rms_norm=config.transformer.normalization == "RMSNorm")
     attention.linear_proj = _with_norm(attention.linear_proj, norm)
     mlp.linear_fc2 = _with_norm(mlp.linear_fc2, norm)
 
@@ -106,13 +106,13 @@ def drop_norms_before(layer: ModuleSpec, config: GPTModelConfig) -> None:
     """Remove the norms before attention and before the MLP, also those inside the matrices that follow them."""
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    parts.self_attention.submodules.linear_qkv = backend(config.transformer).column_parallel_linear()
-    mlp_parts(layer).linear_fc1 = backend(config.transformer).column_parallel_linear()
+    parts.self_attention.submodules.linear_qkv = backend_of(config.transformer).column_parallel_linear()
+    mlp_parts(layer).linear_fc1 = backend_of(config.transformer).column_parallel_linear()
     parts.sharded_state_dict_keys_map = {}
 
 
-def backend(config: TransformerConfig) -> BackendSpecProvider:
-    """Return the provider of the modules that a model is made of."""
+def backend_of(config: TransformerConfig) -> BackendSpecProvider:
+    """Return what provides the modules that `--transformer-impl` names."""
     return LocalSpecProvider() if config.transformer_impl == "local" else TESpecProvider()
 
 
@@ -190,7 +190,10 @@ class NormOverHeadsAttention(SelfAttention):
 
 
 class WindowRotaryAttention(SelfAttention):
-    """Self-attention whose rotary base on layers with a sliding window is `config.window_rotary_base`."""
+    """Self-attention whose rotary base on layers with a sliding window is `config.window_rotary_base`, without scaling.
+
+    The scaling that Megatron's arguments describe, YaRN with its factor among it, is that of the other layers.
+    """
 
     def __init__(
         self, config: TransformerConfig, submodules: Any, layer_number: int, *arguments: Any, **keywords: Any
@@ -207,6 +210,7 @@ class WindowRotaryAttention(SelfAttention):
                 use_cpu_initialization=config.use_cpu_initialization,
                 cp_group=self.pg_collection.cp,
             )
+            self._yarn_concentration_factor = 1.0
 
     def forward(
         self,

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_fdd.host.field_kinds import Kind, shown
 from megatron_fdd.host.plugins import REMEDY
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training.models.gpt import GPTModelConfig
 
 NAME, OPTIONS = "fdd_layer_spec", "fdd_layer_options"
@@ -56,6 +58,33 @@ def add_layer_spec(name: str, spec: LayerSpec) -> None:
     if name in _SPECS:
         raise ValueError(f"there is a layer specification {name!r} already: choose another name")
     _SPECS[name] = spec
+
+
+def check_options(options: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Refuse options of a layer specification that are missing or of the wrong kind.
+
+    Raises:
+        ValueError: names the option, its value and what is allowed.
+    """
+    for name, kind in kinds.items():
+        if not kind.fits(options.get(name)):
+            raise ValueError(
+                f"the checkpoint's {OPTIONS} have {name} = {shown(options.get(name))}, which must be {kind.words}"
+            )
+
+
+def final_norm_factor(config: TransformerConfig) -> float:
+    """Return what the final norm's output is multiplied by, in front of the head: 1 unless a family says otherwise.
+
+    A family's `configure` sets `config.final_norm_factor`, and its `build` uses `layer_block.changed_block`.
+    """
+    factor: float = getattr(config, "final_norm_factor", 1.0)
+    return factor
+
+
+def final_norm_has_bias(config: TransformerConfig) -> bool:
+    """Return whether the final norm has a bias: a LayerNorm has one, unless a family's `bias_free_norms` is set."""
+    return config.normalization == "LayerNorm" and not getattr(config, "bias_free_norms", False)
 
 
 def apply_layer_spec(config: GPTModelConfig, args: argparse.Namespace) -> None:

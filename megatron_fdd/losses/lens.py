@@ -25,21 +25,25 @@ class FinalNorm:
         weight_H: scale, already shifted by 1 where the model stores it zero-centred.
         bias_H: None where there is none.
         kind: "rms" keeps the mean, "layer" takes it away.
+        factor: of the result, in a model whose logits are scaled.
     """
 
     weight_H: Tensor
     bias_H: Tensor | None
     epsilon: float
     kind: Literal["rms", "layer"]
+    factor: float = 1.0
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
         hidden_NH = hidden_NH.float()
         width = hidden_NH.shape[-1:]
         weight_H, bias_H = self.weight_H.float(), None if self.bias_H is None else self.bias_H.float()
         if self.kind == "layer":
-            return torch.nn.functional.layer_norm(hidden_NH, width, weight_H, bias_H, self.epsilon)
-        normed_NH = torch.nn.functional.rms_norm(hidden_NH, width, weight_H, self.epsilon)
-        return normed_NH if bias_H is None else normed_NH + bias_H
+            normed_NH = torch.nn.functional.layer_norm(hidden_NH, width, weight_H, bias_H, self.epsilon)
+        else:
+            normed_NH = torch.nn.functional.rms_norm(hidden_NH, width, weight_H, self.epsilon)
+            normed_NH = normed_NH if bias_H is None else normed_NH + bias_H
+        return normed_NH if self.factor == 1.0 else normed_NH * self.factor
 
 
 @dataclass(frozen=True, slots=True)

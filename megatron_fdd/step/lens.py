@@ -6,12 +6,14 @@ Shape letters: H hidden, W this rank's slice of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens
@@ -100,7 +102,7 @@ def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
         return Lens(head_WH, norm)
     if norm is not None:
         bias_H = None if norm.bias_H is None else norm.bias_H.detach()
-        norm = FinalNorm(norm.weight_H.detach(), bias_H, norm.epsilon, norm.kind)
+        norm = replace(norm, weight_H=norm.weight_H.detach(), bias_H=bias_H)
     return Lens(head_WH.detach(), norm)
 
 
@@ -121,9 +123,11 @@ def read_final_norm(model: GPTModel) -> FinalNorm:
     config, norm = model.config, model.decoder.final_layernorm
     wait_for(norm)
     weight_H = norm.weight + 1 if config.layernorm_zero_centered_gamma else norm.weight
+    factor = final_norm_factor(config)
     if config.normalization == "LayerNorm":
-        return FinalNorm(weight_H, norm.bias, config.layernorm_epsilon, "layer")
-    return FinalNorm(weight_H, None, config.layernorm_epsilon, "rms")
+        bias_H = norm.bias if final_norm_has_bias(config) else None
+        return FinalNorm(weight_H, bias_H, config.layernorm_epsilon, "layer", factor)
+    return FinalNorm(weight_H, None, config.layernorm_epsilon, "rms", factor)
 
 
 def wait_for(owner: torch.nn.Module) -> None:

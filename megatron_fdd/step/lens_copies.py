@@ -7,6 +7,7 @@ are in no module, no optimizer, no checkpoint and no gradient norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias
 from megatron_fdd.losses.lens import FinalNorm, Lens
 
 
@@ -61,10 +63,11 @@ def empty_lens(config: TransformerConfig, rows: int, *, with_norm: bool) -> Lens
     device, width, dtype = torch.cuda.current_device(), config.hidden_size, config.params_dtype
     norm = None
     if with_norm:
-        has_bias = config.normalization == "LayerNorm"
+        has_bias = final_norm_has_bias(config)
         bias_H = torch.empty(width, dtype=dtype, device=device) if has_bias else None
         weight_H = torch.empty(width, dtype=dtype, device=device)
-        norm = FinalNorm(weight_H, bias_H, config.layernorm_epsilon, "layer" if has_bias else "rms")
+        kind: Literal["layer", "rms"] = "layer" if config.normalization == "LayerNorm" else "rms"
+        norm = FinalNorm(weight_H, bias_H, config.layernorm_epsilon, kind, final_norm_factor(config))
     return Lens(torch.empty(rows, width, dtype=dtype, device=device), norm)
 
 

@@ -9,14 +9,16 @@ Shapes: head [W, H], norm weight and bias [H].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_fdd.host.layer_specs import final_norm_has_bias
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.losses.lens import FinalNorm, Lens
+from megatron_fdd.losses.lens import Lens
 
 
 class TrainedLens:
@@ -45,7 +47,7 @@ class TrainedLens:
         if norm is None:
             return Lens(present[0], None)
         bias_H = present[2] if len(present) == 3 else None
-        return Lens(present[0], FinalNorm(present[1], bias_H, norm.epsilon, norm.kind))
+        return Lens(present[0], replace(norm, weight_H=present[1], bias_H=bias_H))
 
     @torch.no_grad()
     def send_home(self, model: GPTModel, num_tokens: Tensor) -> None:
@@ -111,7 +113,7 @@ def _lens_parameters(model: GPTModel) -> list[Tensor]:
         if model.share_embeddings_and_output_weights
         else model.output_layer.weight
     )
-    bias = [norm.bias] if model.config.normalization == "LayerNorm" else []
+    bias = [norm.bias] if final_norm_has_bias(model.config) else []
     return [head, norm.weight, *bias]
 
 

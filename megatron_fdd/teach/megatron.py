@@ -169,10 +169,12 @@ class MegatronEngine:
         dist.all_gather(shards, head_WT.contiguous(), group=group)
         if not self.writes:
             return None
-        bias_T = None if norm.bias_H is None else norm.bias_H.detach()
+        bias_T = None if norm.bias_H is None else norm.bias_H.detach() * norm.factor
         head_VT = torch.cat(shards)[: self.identity.vocab_size].cpu()
         return StoredLens(
-            StoredNorm(norm.kind, norm.weight_H.detach(), bias_T, norm.epsilon), head_VT, relative
+            StoredNorm(norm.kind, norm.weight_H.detach().float() * norm.factor, bias_T, norm.epsilon),
+            head_VT,
+            relative,
         )
 
     def _samples(self, units: Sequence[Ids]) -> list[dict[str, Tensor]]:

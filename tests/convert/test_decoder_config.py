@@ -85,12 +85,23 @@ def test_a_student_of_some_layers(variant: str) -> None:
         "moe_layer_freq",
         "no_rope_freq",
     }
-    kept = {"qwen2_window": [0, 1], "gemma3_text": [1, 0], "qwen3_types": None, "qwen3_moe_mixed": None}
+    kept = {
+        "qwen2_window": [0, 1],
+        "gemma3_text": [1, 0],
+        "exaone4": [1, 0],
+        "olmo3": [1, 0],
+        "cohere2": [1, 0],
+        "qwen3_types": None,
+        "qwen3_moe_mixed": None,
+    }
     assert args["window_attn_skip_freq"] == kept.get(variant)
-    sparse = {"qwen2_moe": [0, 0], "glm4_moe": [0, 1], "deepseek_v3_dense": [0, 0]}
+    sparse = {
+        **dict.fromkeys(("qwen2_moe", "deepseek_v3_dense", "llama4_text"), [0, 0]),
+        **dict.fromkeys(("glm4_moe", "ernie4_5_moe"), [0, 1]),
+    }
     default = [0, 1] if variant.startswith("deepseek") else 1
     assert args.get("moe_layer_freq", 1) == sparse.get(variant, default)
-    assert args["no_rope_freq"] is None
+    assert args["no_rope_freq"] == {"exaone4": [0, 1], "cohere2": [0, 1], "llama4_text": [0, 1]}.get(variant)
     assert family.keep_layers(config, [0, 1, 2]) == config
 
 

@@ -128,7 +128,7 @@ def test_keys_that_ranks_would_have_to_share() -> None:
     assert build_config(args).transformer.tensor_model_parallel_size == 2
     args.tensor_model_parallel_size = args.tensor_parallel_num_weight_shards = 4
     with pytest.raises(
-        ValueError, match="--tensor-model-parallel-size 4: an olmo2 with 2 key heads.*divides them"
+        ValueError, match="--tensor-model-parallel-size 4: the 2 key heads of this olmo2.*divides them"
     ):
         build_config(args)
 

@@ -19,7 +19,10 @@ from tests.harness.ranks import Layout, distributed, run_on_ranks
 from tests.oracle.models import full_gradients
 
 pytestmark = pytest.mark.tier("default")
-VARIANTS = ("olmo2", "gemma3_text", "deepseek_v3_yarn", "deepseek_v3_dense")
+VARIANTS = (
+    *("olmo2", "gemma3_text", "deepseek_v3_yarn", "deepseek_v3_dense"),
+    *("granite", "glm4", "exaone4", "olmo3", "hunyuan_v1_dense", "cohere2"),
+)
 VOCABULARY = toys.SHAPE["vocab_size"]
 # A fraction of the largest gradient of a parameter; a gradient is a sum over all tokens.
 GRADIENT_TOLERANCE = 1e-5
@@ -31,6 +34,11 @@ def _reference(source: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     model.get_input_embeddings().padding_idx = None  # the padding row would get no gradient
     return model
+
+
+def _scale(model: torch.nn.Module) -> float:
+    """Return the factor of logits, of Granite and of Cohere."""
+    return getattr(model.config, "logit_scale", 1 / getattr(model.config, "logits_scaling", 1.0))
 
 
 def _batch(tokens_BS: torch.Tensor, packed: PackedSeqParams | None = None) -> Batch:
@@ -51,13 +59,14 @@ def test_taps_and_lens(tmp_path: Path, variant: str) -> None:
     with torch.no_grad():
         hidden_SBH, taps = forward_with_taps(model.eval(), _batch(toys.TOKENS), [0, 1], stop_before_head)
         *inner, last_BSH = reference(toys.TOKENS, output_hidden_states=True).hidden_states
-        assert (hidden_SBH.transpose(0, 1) - last_BSH).abs().max() < toys.LOGIT_TOLERANCE
+        scale = _scale(reference)
+        assert (hidden_SBH.transpose(0, 1) - last_BSH * scale).abs().max() < toys.LOGIT_TOLERANCE
         lens = read_lens(model, with_norm=True, detached=True)
         for tap_SBH, expected_BSH in zip(taps, inner[1:], strict=True):
             assert expected_BSH.std() > 0.3
             assert (tap_SBH.transpose(0, 1) - expected_BSH).abs().max() < toys.LOGIT_TOLERANCE
             logits = (lens.features(tap_SBH) @ lens.head_WH.T).unflatten(0, tap_SBH.shape[:2]).transpose(0, 1)
-            wanted = reference.lm_head(reference.model.norm(expected_BSH))
+            wanted = reference.lm_head(reference.model.norm(expected_BSH)) * scale
             assert (logits[..., :VOCABULARY] - wanted).abs().max() < toys.LOGIT_TOLERANCE
 
 
@@ -73,7 +82,9 @@ def test_packed_documents(tmp_path: Path, variant: str) -> None:
     with torch.no_grad():
         batch = _batch(documents.reshape(1, -1), packed)
         hidden_SBH, _ = forward_with_taps(model.eval(), batch, [], stop_before_head)
-        wanted = _reference(tmp_path / "source").model(documents).last_hidden_state
+        reference = _reference(tmp_path / "source")
+        scale = _scale(reference)
+        wanted = reference.model(documents).last_hidden_state * scale
     assert (hidden_SBH.view_as(wanted) - wanted).abs().max() < toys.LOGIT_TOLERANCE
 
 

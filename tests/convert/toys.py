@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from tests.convert import own_layers
+from tests.convert.own_layers import LLAMA3_SCALING, YARN
+
 # Six divides all sizes that 1, 2 and 3 ranks share; head_dim is not hidden / heads, and the vocabulary is odd.
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -33,13 +36,6 @@ SHAPE: dict[str, Any] = {
 TOKENS = torch.randint(0, SHAPE["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
 # Rounding of float32 logits of size 1 through three layers; a wrong rope factor causes an error 100 times as large.
 LOGIT_TOLERANCE = 3e-5  # 1.0e-5 was measured on one kind of processor
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -125,8 +121,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "cache_implementation": "hybrid",
     },
 }
-# The texts are longer than the context before scaling.
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 VARIANTS |= {
     "llama_yarn": {"rope_scaling": {**YARN, "attention_factor": 0.1 * math.log(4.0) + 1.0}},
     "qwen3_yarn": {
@@ -299,9 +293,11 @@ VARIANTS |= {
     },
 }
 LATENT = ("deepseek_v3", "deepseek_v3_yarn", "deepseek_v2")
+VARIANTS |= own_layers.VARIANTS
 MIXTURES = (
-    "mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", "gpt_oss", *LATENT
-)  # fmt: skip
+    *("mixtral", "mixtral_window", "qwen3_moe", "qwen3_moe_mixed", "qwen2_moe", "glm4_moe", *LATENT),
+    *("gpt_oss", "olmoe", "minimax_m2", "granitemoe", "ernie4_5_moe", "llama4_text"),
+)
 
 
 def llama_config(variant: str = "plain", **changes: Any) -> dict[str, Any]:

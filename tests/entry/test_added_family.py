@@ -17,9 +17,9 @@ from tests.entry.conftest import Toys
 from tests.harness.ranks import Layout, distributed, run_on_ranks
 
 CONFIG: dict[str, Any] = {
-    "model_type": "exaone4",
-    "architectures": ["Exaone4ForCausalLM"],
-    "sliding_window": None,
+    "model_type": "hyperclovax",
+    "architectures": ["HyperCLOVAXForCausalLM"],
+    "attention_multiplier": 0.2,
     "rope_scaling": toys.LLAMA3_SCALING,
 }
 
@@ -28,8 +28,7 @@ def _make(folder: Path, num_layers: int) -> None:
     """`folder/source` and `folder/mcore`, where nothing but the example knows the family."""
     importlib.import_module("examples.extend.family")
     if dist.get_rank() == 0:
-        layer_types = ["full_attention"] * num_layers
-        toys.make_llama(folder / "source", num_hidden_layers=num_layers, layer_types=layer_types, **CONFIG)
+        toys.make_llama(folder / "source", num_hidden_layers=num_layers, **CONFIG)
     dist.barrier()
     convert.hf_to_mcore(folder / "source", folder / "mcore")
 
@@ -38,7 +37,7 @@ def _make(folder: Path, num_layers: int) -> None:
 def test_both_ways_on_two_ranks(tmp_path: Path) -> None:
     _make(tmp_path, 3)
     model, args = mcore.from_own_args(tmp_path / "mcore")
-    assert args.fdd_layer_spec == "exaone4"
+    assert args.fdd_layer_spec == "hyperclovax"
     expected = toys.hf_logits(tmp_path / "source", toys.TOKENS)
     got = mcore.logits(model, toys.TOKENS)
     assert (got[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE
@@ -57,4 +56,4 @@ def test_teacher_and_student_of_a_run(toy: Toys, tmp_path: Path) -> None:
     unknown = [Patch("megatron_fdd.plan.modules", "FAMILIES", {})]
     for flags, whose in (((), "student"), (("--load", toy.student), "teacher")):
         [endings] = run([*command, *map(str, flags)], patches=unknown)
-        assert_refused(endings, f"the {whose}'s layers are those of 'exaone4'.*no family here has")
+        assert_refused(endings, f"the {whose}'s layers are those of 'hyperclovax'.*no family here has")

@@ -36,6 +36,9 @@ PAIRS = [
     ("llama_yarn", "phi3"),  # rotary scaling; a part of each head rotated
     ("nemotron", "starcoder2"),  # no gate, LayerNorm, a rotary base that is no whole number
     ("ernie4_5", "qwen2_linear"),
+    ("granite", "cohere2"),  # scaled logits
+    ("ernie4_5_moe", "hunyuan_v1_dense"),
+    ("cohere2", "granitemoe"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -95,6 +98,9 @@ LAYOUTS = {
     "pp2_sinks": ("gpt_oss", "smollm3", "--pipeline-model-parallel-size 2"),
     "cp2_yarn": ("llama_yarn", "phi3", "--context-parallel-size 2"),
     "tp2_ungated": ("nemotron", "starcoder2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "tp2_cohere": ("ernie4_5_moe", "cohere2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2_scaled": ("granite", "cohere2", "--pipeline-model-parallel-size 2 --fdd-lens-head trained"),
+    "cp2_hunyuan": ("granitemoe", "hunyuan_v1_dense", "--context-parallel-size 2"),
     "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
 }
 

@@ -10,16 +10,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_fdd.convert.families import (
+    cohere2,
     deepseek,
+    ernie_moe,
+    exaone4,
     gemma3,
+    glm4,
     gpt2,
     gpt_oss,
+    granite,
+    hunyuan,
     layer_norm,
     llama,
+    llama4,
     llama_like,
     mistral,
     moe,
     olmo2,
+    olmo3,
+    over_heads,
     phi3,
     qwen,
     shared_experts,
@@ -35,6 +44,9 @@ _ALL = (
     gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
     layer_norm.NEMOTRON, layer_norm.STARCODER2, deepseek.DEEPSEEK_V2, deepseek.DEEPSEEK_V3, deepseek.KIMI_K2,
+    granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
+    olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE, granite.GRANITEMOE, ernie_moe.ERNIE4_5_MOE, cohere2.COHERE2,
+    llama4.LLAMA4_TEXT,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
@@ -49,16 +61,12 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "gemma": _GEMMA,
     "gemma2": (*_GEMMA, "soft-caps of attention scores and of logits", _SANDWICH),
     "gemma3": ("images; the text model alone, as gemma3_text, converts",),
-    "granite": ("multipliers of embeddings, residuals, attention scores and logits",),
+    "llama4": ("images; the text model alone, as llama4_text, converts",),
     "cohere": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
-    "cohere2": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
-    "glm4": (_SANDWICH,),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
     "opt": ("positions that start at 2", "ReLU"),
 }
-# Model types that a GPTModel can express, but nobody has written and tested their tables.
-NO_TABLE: tuple[str, ...] = ()
 
 
 def add_family(family: Family) -> None:
@@ -101,7 +109,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f", which neither Megatron's arguments nor a family here can describe; it has "
             f"{'; '.join(NOT_EXPRESSIBLE[model_type])}"
         )
-    elif model_type in NO_TABLE:
-        message += ", which Megatron's GPTModel could express, but its table is not written yet"
     known = ", ".join(sorted(FAMILIES))
     raise ValueError(f"{message}. The model types that can be converted are {known}; {REMEDY}")

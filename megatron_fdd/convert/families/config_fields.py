@@ -67,7 +67,9 @@ _KINDS: dict[str, Kind] = {
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("max_position_embeddings", "n_positions"), POSITIONS),
     "n_ctx": optional(POSITIONS),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), EPSILON),
+    **dict.fromkeys(
+        ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"), EPSILON
+    ),
     **dict.fromkeys(
         ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "use_qk_norm", "use_bias"),
         FLAG,
@@ -78,21 +80,31 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), ROTARY_BASE),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), optional(OBJECT)),
     "query_pre_attn_scalar": SCALE,
+    **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), SCALE),
+    **dict.fromkeys(("logits_scaling", "logit_scale"), SCALE),
+    **dict.fromkeys(("rotary_dim", "intermediate_size_mlp"), optional(WIDTH)),
+    "moe_layers": optional(list_of(whole(0, 10_000))),
+    "interleave_moe_layer_step": LAYERS,
+    "floor_scale": POSITIONS,
+    "attention_chunk_size": optional(POSITIONS),
+    "attn_type_list": optional(list_of(ZERO_OR_ONE)),
     "sliding_window": optional(WINDOW),
-    "sliding_window_pattern": optional(LAYERS),
+    "sliding_window_pattern": optional(either(whole(0, 10_000), TEXT)),
     "max_window_layers": optional(whole(0, 10_000)),
     "layer_types": optional(list_of(TEXT)),
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), optional(EXPERTS)
     ),
     **dict.fromkeys(("n_group", "topk_group"), optional(EXPERTS)),
-    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace"), whole(0, 10_000)),
+    **dict.fromkeys(
+        ("n_shared_experts", "moe_num_shared_experts", "first_k_dense_replace"), whole(0, 10_000)
+    ),
     "shared_expert_intermediate_size": WIDTH,
     "routed_scaling_factor": SCALE,
     "no_rope_layers": optional(list_of(ZERO_OR_ONE)),
     "no_rope_layer_interval": LAYERS,
     "partial_rotary_factor": optional(above_zero(1)),
-    "num_experts_per_tok": EXPERTS,
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), EXPERTS),
     "decoder_sparse_step": optional(LAYERS),
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
     **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),

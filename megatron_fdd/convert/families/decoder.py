@@ -140,7 +140,7 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         "kv_channels": shape.head_dim,
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_position_embeddings,
-        "seq_length": shape.max_position_embeddings,
+        "seq_length": min(shape.max_position_embeddings, dialect.longest or shape.max_position_embeddings),
         "layernorm_epsilon": shape.rms_norm_eps,
         "add_bias_linear": biased,
         "add_qkv_bias": biased or shape.qkv_bias,
@@ -256,14 +256,14 @@ def _stacked(dialect: Dialect) -> tuple[str, ...]:
 
 def decoder_family(dialect: Dialect) -> Family:
     """Make the family that a dialect describes."""
-    fixed = {**_FIXED, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
+    experts = FIXED_EXPERTS if dialect.experts else {}
+    fixed = {**_FIXED, **experts, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
     if isinstance(dialect.qk_norm, str):
         del fixed["qk_layernorm"]
     if dialect.rotation is not Rotation.ALL:
         del fixed["no_rope_freq"]
     if dialect.experts:
         del fixed["num_experts"]
-        fixed |= FIXED_EXPERTS
     return Family(
         model_type=dialect.model_type,
         megatron_args=partial(_megatron_args, dialect),

@@ -15,6 +15,7 @@ from megatron_fdd.convert.families.transforms import (
     Alternating,
     FusedQkv,
     GroupedQkv,
+    OneRow,
     Same,
     Stacked,
     Transform,
@@ -70,10 +71,8 @@ def _attention_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[W
             rows.append(WeightRow(f"{mcore}self_attention.linear_proj.{kind}", output))
     if shape.qk_norm:
         rows += [
-            WeightRow(
-                f"{mcore}self_attention.{part}_layernorm.weight", (f"{hf}self_attn.{part}_norm.weight",)
-            )
-            for part in "qk"
+            WeightRow(f"{mcore}self_attention.{own}.weight", (f"{hf}self_attn.{theirs}.weight",))
+            for own, theirs in dialect.qk_norm_names
         ]
     if dialect.sinks:
         rows.append(
@@ -90,7 +89,7 @@ def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightR
     rows = []
     for kind in ("weight", "bias")[: 1 + (shape.attention_bias or shape.mlp_bias)]:
         present = kind == "weight" or shape.mlp_bias
-        names = tuple(f"{hf}mlp.{part}.{kind}" for part in (*first, down)) if present else ()
+        names = tuple(f"{hf}{dialect.mlp_block}.{part}.{kind}" for part in (*first, down)) if present else ()
         rows += [
             WeightRow(f"{mcore}mlp.linear_fc1.{kind}", names[:-1], transform),
             WeightRow(f"{mcore}mlp.linear_fc2.{kind}", names[-1:]),
@@ -100,11 +99,14 @@ def _mlp_rows(dialect: Dialect, shape: DecoderShape, layer: int) -> list[WeightR
 
 def _expert_rows(naming: ExpertNaming, experts: Experts, layer: int, *, biased: bool) -> list[WeightRow]:
     hf, mcore = f"model.layers.{layer}.{naming.block}.", f"decoder.layers.{layer}.mlp."
-    rows = [WeightRow(f"{mcore}router.weight", (f"{hf}{naming.router}",))]
+    router_dtype = torch.float32 if naming.own_router else None
+    rows = [WeightRow(f"{mcore}router.weight", (f"{hf}{naming.router}",), dtype=router_dtype)]
     if naming.router_bias is not None:
         rows.append(WeightRow(f"{mcore}router.bias", (f"{hf}{naming.router_bias}",)))
     if naming.bias is not None:
-        rows.append(WeightRow(f"{mcore}router.expert_bias", (f"{hf}{naming.bias}",), dtype=torch.float32))
+        arranged = OneRow() if naming.own_router else Same()
+        sources = (f"{hf}{naming.bias}",)
+        rows.append(WeightRow(f"{mcore}router.expert_bias", sources, arranged, dtype=torch.float32))
     local = f"{mcore}experts.local_experts"
     if naming.stacked is not None:
         rows += _stacked_rows(local, hf, naming.stacked, experts.count, biased=biased)

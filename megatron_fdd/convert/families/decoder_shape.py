@@ -28,6 +28,8 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
 NO_BIASES: Mapping[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
 # A layer's norms of the hidden state: Megatron's name and Hugging Face's name.
 NORMS_BEFORE = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+# The norms of queries and keys within attention, likewise.
+QK_NORMS = (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"))
 QkvBias = Literal["no", "always", "attention_bias"]
 Fused = Literal["qkv", "gate_up"]
 
@@ -44,6 +46,7 @@ class Dialect:
             `attention_bias` is true (elsewhere that field also gives the output projection one).
         qk_norm: whether queries and keys are normalised, per head unless the layer specification says otherwise; or
             the config.json field that says it.
+        qk_norm_names: their names within attention, Megatron's and Hugging Face's.
         window_fields: the config.json fields that describe sliding windows; empty if the model type has no windows.
         rotation: in which layers queries and keys are rotated.
         partial_rotary: the part of a head that turns where the config does not say it; None if always all of it turns.
@@ -58,6 +61,8 @@ class Dialect:
         layer_spec: the layers, if they are not Megatron's own.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
+        mlp_block: the module that is the MLP of a dense layer.
+        longest: the longest sequence that the layers can process; None if `max_position_embeddings` says it.
         flatten: gives config.json the spelling that this module reads. `restore` reverts it, for a changed config.
     """
 
@@ -68,6 +73,7 @@ class Dialect:
     harmless: frozenset[str] = frozenset()
     qkv_bias: QkvBias = "no"
     qk_norm: bool | str = False
+    qk_norm_names: tuple[tuple[str, str], ...] = QK_NORMS
     window_fields: tuple[str, ...] = ()
     rotation: Rotation = Rotation.ALL
     partial_rotary: float | None = None
@@ -82,6 +88,8 @@ class Dialect:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layer_spec: LayerSpec | None = None
     own_fields: tuple[str, ...] = ()
+    mlp_block: str = "mlp"
+    longest: int | None = None
     flatten: Callable[[HfConfig], HfConfig] = dict
     restore: Callable[[HfConfig], HfConfig] = dict
 

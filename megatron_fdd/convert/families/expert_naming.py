@@ -64,6 +64,9 @@ class ExpertNaming:
         router: the name of the router's matrix in the block.
         router_bias: the name of the bias of the router's logits; None if they have none.
         bias: the name of the bias by which a sigmoid router chooses experts, always float32; None for a softmax.
+        own_router: whether the layer specification brings the router: a softmax, to which `bias` is added, which is one
+            row on disk. All of it is float32.
+        is_sigmoid: whether scores are sigmoids although there is no `bias`.
         grouped: whether `n_group`, `topk_group` and `routed_scaling_factor` describe the router.
         float32_router: whether transformers computes the router's logits in float32. --moe-router-dtype overrules it.
         shared: an expert for every token; None if there is none.
@@ -81,6 +84,8 @@ class ExpertNaming:
     bias: str | None = None
     grouped: bool = False
     float32_router: bool = False
+    own_router: bool = False
+    is_sigmoid: bool = False
     shared: SharedNaming | None = None
     stacked: StackedNaming | None = None
 

@@ -38,7 +38,8 @@ class Experts:
         width: the width of one expert.
         normalised: whether the weights of a token's experts sum to 1 before `scaling`.
         sparse: for each layer, whether it has experts.
-        chosen_by_sigmoid: whether scores are sigmoids, to which a bias is added for the choice alone.
+        chosen_by_sigmoid: whether scores are sigmoids.
+        biased: whether a bias is added to sigmoids, for the choice alone.
         groups: number of groups of experts, and how many of them a token may use; None without groups.
         scaling: factor of the weights.
         shared_width: width of the expert for every token; None without one.
@@ -51,6 +52,7 @@ class Experts:
     normalised: bool
     sparse: tuple[bool, ...]
     chosen_by_sigmoid: bool = False
+    biased: bool = False
     groups: tuple[int, int] | None = None
     scaling: float = 1.0
     shared_width: int | None = None
@@ -67,7 +69,7 @@ class Experts:
             "moe_router_pre_softmax": not self.normalised,
             "moe_layer_freq": 1 if all(self.sparse) else [int(sparse) for sparse in self.sparse],
             "moe_router_score_function": "sigmoid" if self.chosen_by_sigmoid else "softmax",
-            "moe_router_enable_expert_bias": self.chosen_by_sigmoid,
+            "moe_router_enable_expert_bias": self.biased,
             "moe_router_num_groups": groups[0],
             "moe_router_group_topk": groups[1],
             "moe_router_topk_scaling_factor": None if self.scaling == 1.0 else self.scaling,
@@ -94,6 +96,7 @@ class Experts:
             normalised=not args.moe_router_pre_softmax,
             sparse=tuple(bool(one) for one in rule),
             chosen_by_sigmoid=args.moe_router_score_function == "sigmoid",
+            biased=bool(args.moe_router_enable_expert_bias),
             groups=groups,
             scaling=1.0 if scaling is None else scaling,
             shared_width=args.moe_shared_expert_intermediate_size,
@@ -119,7 +122,8 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
     per_token = config[PER_TOKEN]
     check_experts(layers, (naming.count_fields[0], counts[0]), (PER_TOKEN, per_token))
     normalised = bool(config.get("norm_topk_prob", True)) if naming.normalises else True
-    if naming.bias is not None and not normalised:
+    biased = naming.bias is not None and not naming.own_router
+    if biased and not normalised:
         refuse_field("norm_topk_prob", False, "and Megatron's sigmoid router always makes weights sum to 1")
     width = config[naming.width_field]
     return Experts(
@@ -128,7 +132,8 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
         width=width,
         normalised=normalised,
         sparse=_sparse_layers(naming, config, layers),
-        chosen_by_sigmoid=naming.bias is not None,
+        chosen_by_sigmoid=biased or naming.is_sigmoid,
+        biased=biased,
         groups=_groups(config, counts[0], per_token) if naming.grouped else None,
         scaling=float(config[SCALING]) if naming.grouped else 1.0,
         shared_width=_shared_width(naming.shared, config, width),

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_fdd.convert.families.config_fields import check_rope_kinds
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
-from megatron_fdd.convert.families.family import HfConfig, refuse_field
-from megatron_fdd.host.field_kinds import shown
-from megatron_fdd.host.layer_specs import OPTIONS, LayerSpec
+from megatron_fdd.convert.families.rope_by_kind import RopeByKind
+from megatron_fdd.host.layer_specs import LayerSpec, check_options
 from megatron_fdd.host.model_fields import ROTARY_BASE, SCALE
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.training.models.gpt import GPTModelConfig
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 _DEFAULTS: dict[str, Any] = {
     **COMMON_DEFAULTS,
     "vocab_size": 262208,
@@ -41,44 +38,8 @@ _DEFAULTS: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-_PATTERN = 6
+_SPELLING = RopeByKind(_DEFAULTS, pattern=6)
 _OPTIONS = {"query_pre_attn_scalar": SCALE, "rope_local_base_freq": ROTARY_BASE}
-
-
-def _flatten(config: HfConfig) -> HfConfig:
-    """Spell the rotary bases as transformers did before version 5, and name the kind of every layer."""
-    flat = dict(config)
-    by_kind = config.get("rope_parameters")
-    if by_kind:
-        if not set(by_kind) <= {_FULL, _SLIDING}:
-            refuse_field("rope_parameters", by_kind, f'where only "{_FULL}" and "{_SLIDING}" convert')
-        for kind in (_FULL, _SLIDING):
-            if not isinstance(by_kind.get(kind) or {}, dict):
-                refuse_field("rope_parameters", by_kind, f'where "{kind}" must be an object')
-        sliding = dict(by_kind.get(_SLIDING) or {})
-        check_rope_kinds(sliding)
-        if sliding.pop("rope_type", "default") != "default" or set(sliding) > {"rope_theta"}:
-            refuse_field("rope_parameters", by_kind, f'where "{_SLIDING}" may have a rope_theta alone')
-        flat["rope_parameters"] = {"rope_theta": _DEFAULTS["rope_theta"], **(by_kind.get(_FULL) or {})}
-        flat["rope_local_base_freq"] = sliding.get("rope_theta", _DEFAULTS["rope_local_base_freq"])
-    if config.get("layer_types") is None:
-        pattern = config.get("sliding_window_pattern") or _PATTERN
-        layers = range(config.get("num_hidden_layers", _DEFAULTS["num_hidden_layers"]))
-        flat["layer_types"] = [_SLIDING if (layer + 1) % pattern else _FULL for layer in layers]
-    return flat
-
-
-def _restore(flat: HfConfig) -> HfConfig:
-    """Restore the spelling of transformers 5, if `_flatten` found it."""
-    if not flat.get("rope_parameters"):
-        return flat
-    config = {name: value for name, value in flat.items() if name != "rope_local_base_freq"}
-    theta = flat.get("rope_local_base_freq", _DEFAULTS["rope_local_base_freq"])
-    config["rope_parameters"] = {
-        _FULL: flat["rope_parameters"],
-        _SLIDING: {"rope_type": "default", "rope_theta": theta},
-    }
-    return config
 
 
 def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
@@ -87,11 +48,7 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option is missing or of the wrong kind.
     """
-    for name, kind in _OPTIONS.items():
-        if not kind.fits(options.get(name)):
-            raise ValueError(
-                f"the checkpoint's {OPTIONS} have {name} = {shown(options.get(name))}, which must be {kind.words}"
-            )
+    check_options(options, _OPTIONS)
     transformer = config.transformer
     transformer.activation_func = partial(torch.nn.functional.gelu, approximate="tanh")
     transformer.bias_activation_fusion = False
@@ -140,7 +97,7 @@ GEMMA3_TEXT = decoder_family(
         fixed={"layernorm_zero_centered_gamma": True},
         layer_spec=LayerSpec(_build, _configure),
         own_fields=tuple(_OPTIONS),
-        flatten=_flatten,
-        restore=_restore,
+        flatten=_SPELLING.flatten,
+        restore=_SPELLING.restore,
     )
 )

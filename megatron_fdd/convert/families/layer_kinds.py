@@ -108,6 +108,21 @@ def write_windows(
         config["layer_types"] = kinds
 
 
+def named_kinds(config: Mapping[str, Any], pattern: int, layers: int) -> list[str]:
+    """Return `layer_types`, or without it what a pattern says: the last layer of each has no window.
+
+    Args:
+        pattern: the length where `sliding_window_pattern` does not say it.
+    """
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        return list(kinds)
+    length = config.get("sliding_window_pattern") or pattern
+    if type(length) is not int:
+        refuse_field("sliding_window_pattern", length, "which must be a whole number here")
+    return [_SLIDING if (layer + 1) % length else _FULL for layer in range(layers)]
+
+
 class Rotation(Enum):
     """How a model type says in which layers queries and keys are rotated."""
 
@@ -117,6 +132,8 @@ class Rotation(Enum):
     """Where the list `no_rope_layers` has a 1 (sic); without one, in all but each `no_rope_layer_interval`-th layer."""
     SLIDING = "layer_types"
     """In the layers with a window; in all layers if none has one."""
+    WINDOWED = "sliding_window"
+    """In the layers with a window alone."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -126,7 +143,9 @@ class Rotation(Enum):
     def read(self, config: Mapping[str, Any], windows: AttentionWindows) -> tuple[bool, ...]:
         """Return for each layer whether it rotates."""
         layers = len(windows.slides)
-        if self is Rotation.SLIDING and windows.size is not None:
+        if self is Rotation.WINDOWED:
+            return windows.slides
+        if self is Rotation.SLIDING and config.get("sliding_window") is not None:
             return windows.slides
         if self is not Rotation.LISTED:
             return (True,) * layers

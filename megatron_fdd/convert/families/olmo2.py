@@ -6,21 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
-from megatron_fdd.host.layer_specs import LayerSpec
+from megatron_fdd.host.layer_specs import Configure, LayerSpec
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.training.models.gpt import GPTModelConfig
 
 
-def _configure(config: GPTModelConfig, _options: object) -> None:
-    """Refuse more tensor-parallel ranks than there are key heads to share among them."""
-    groups, ranks = config.transformer.num_query_groups, config.transformer.tensor_model_parallel_size
-    if groups is not None and groups % ranks:
-        raise ValueError(
-            f"--tensor-model-parallel-size {ranks}: an olmo2 with {groups} key heads normalises them all at once, each "
-            "on one rank: use a size that divides them"
-        )
+def keys_of(model_type: str) -> Configure:
+    """Make what refuses more tensor-parallel ranks than there are key heads to share among them."""
+
+    def check(config: GPTModelConfig, _options: object) -> None:
+        groups, ranks = config.transformer.num_query_groups, config.transformer.tensor_model_parallel_size
+        if groups is not None and groups % ranks:
+            raise ValueError(
+                f"--tensor-model-parallel-size {ranks}: the {groups} key heads of this {model_type} are normalised all "
+                "at once, each on one rank: use a size that divides them"
+            )
+
+    return check
 
 
 def _build(config: GPTModelConfig) -> ModuleSpec:
@@ -54,6 +58,6 @@ OLMO2 = decoder_family(
             ("self_attention.linear_proj.norm", "post_attention_layernorm"),
             ("mlp.linear_fc2.norm", "post_feedforward_layernorm"),
         ),
-        layer_spec=LayerSpec(_build, _configure),
+        layer_spec=LayerSpec(_build, keys_of("olmo2")),
     )
 )

@@ -68,6 +68,20 @@ class Alternating:
 
 
 @dataclass(frozen=True, slots=True)
+class OneRow:
+    """A vector that the other side stores as a matrix of one row."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the only row of the only part."""
+        (only,) = parts
+        return only.squeeze(0)
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """Return the vector as a row."""
+        return [whole.unsqueeze(0)]
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedQkv:
     """Query, key and value rows, interleaved per query group: [q ... q k v], [q ... q k v], ...
 

@@ -77,6 +77,15 @@ class LayerNorm(_Norm):
         return out_H.to(x_H.dtype)
 
 
+class BiasFreeLayerNorm(_Norm):
+    """(x - mean) / sqrt(variance + eps) * gain."""
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        """Return the normed x_H, [..., H], in its dtype."""
+        shape = (self.hidden_size,)
+        return nn.functional.layer_norm(x_H.float(), shape, self.gain.float(), None, self.eps).to(x_H.dtype)
+
+
 def build_norm(
     _cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: object
 ) -> RMSNorm | LayerNorm:
