@@ -206,7 +206,9 @@ class HfFolder:
         """Read a stored tensor as a mapping of its part of the file; its pages leave memory together with it."""
         stored = self.tensors[name]
         if stored.dtype not in RAW_DTYPE_OF_NAME:
-            raise ValueError(f"{self.path}: {name} is stored as {stored.dtype}, which is not read here")
+            raise ValueError(
+                f"{self.path}: {name} is stored as {stored.dtype}, which is not read; give the model in bfloat16"
+            )
         dtype = RAW_DTYPE_OF_NAME[stored.dtype]
         size = math.prod(stored.shape) * dtype.itemsize
         if size == 0:

@@ -70,8 +70,8 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
     others = sorted(set(transformer.recompute_modules or ()) - {"core_attn"})
     if transformer.recompute_granularity == "selective" and others:
         raise ValueError(
-            f"--recompute-modules {' '.join(others)}: the layers of a cohere2 are this package's, which can recompute "
-            "core_attn alone, or the whole layer (--recompute-granularity full)"
+            f"--recompute-modules {' '.join(others)}: the layers of a cohere2 are this package's: give core_attn alone, "
+            "or --recompute-granularity full"
         )
 
 

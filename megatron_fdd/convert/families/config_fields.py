@@ -89,7 +89,7 @@ _KINDS: dict[str, Kind] = {
     "attention_chunk_size": optional(POSITIONS),
     "attn_type_list": optional(list_of(ZERO_OR_ONE)),
     "sliding_window": optional(WINDOW),
-    "sliding_window_pattern": optional(either(whole(0, 10_000), TEXT)),
+    "sliding_window_pattern": optional(either(LAYERS, TEXT)),
     "max_window_layers": optional(whole(0, 10_000)),
     "layer_types": optional(list_of(TEXT)),
     **dict.fromkeys(

@@ -119,7 +119,7 @@ def named_kinds(config: Mapping[str, Any], pattern: int, layers: int) -> list[st
         return list(kinds)
     length = config.get("sliding_window_pattern") or pattern
     if type(length) is not int:
-        refuse_field("sliding_window_pattern", length, "which must be a whole number here")
+        refuse_field("sliding_window_pattern", length, "which must be a whole number from 1 to 10,000")
     return [_SLIDING if (layer + 1) % length else _FULL for layer in range(layers)]
 
 
