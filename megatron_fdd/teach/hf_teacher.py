@@ -229,7 +229,7 @@ class HfTeacher:
         """Return the hash of the final norm's weight, from the file where that has it, whatever --dtype is."""
         stored = self._files.tensors.get(parts.weight_name)
         is_plain = stored is not None and stored.dtype in DTYPE_OF_NAME
-        weight_T = self._files.read(parts.weight_name).float() if is_plain else parts.raw_weight_T
+        weight_T = self._files.raw(parts.weight_name).float() if is_plain else parts.raw_weight_T
         return hashlib.sha256(weight_T.contiguous().numpy().tobytes()).hexdigest()
 
     def _token_bytes(self, form: TapForm, width: int) -> int:
