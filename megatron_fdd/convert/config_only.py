@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.hf_companions import set_tokenizer, write_companions
-from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_companions
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.mcore_model import DTYPES, complete_args
 from megatron_fdd.convert.ranks import conversion_ranks, shared_new_folder
 from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE
+from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.together import together
 
 
@@ -62,6 +63,8 @@ def config_to_mcore(
                 if dist.get_rank() == 0:
                     (unfinished / TRACKER_FILE).write_text(RELEASE)
                     write_companions(hf_model, unfinished)
+                    if config != read_json(hf_model / CONFIG_FILES[0]):
+                        write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], config)
 
 
 def _read_nothing(name: str) -> torch.Tensor:

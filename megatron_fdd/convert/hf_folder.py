@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig, slice_name
 from megatron_fdd.convert.mcore_model import DTYPES
-from megatron_fdd.convert.quantised import FIELD, Quantised, dequantiser_of
+from megatron_fdd.convert.quantisation_methods import dequantiser_of
+from megatron_fdd.convert.quantised import FIELD, Quantised
 from megatron_fdd.convert.stored_tensor import DTYPE_OF_NAME, RAW_DTYPE_OF_NAME, StoredTensor, read_header
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.listing import listing

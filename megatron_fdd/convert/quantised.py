@@ -1,7 +1,8 @@
 """Tensors that a model folder stores as codes and scales, by method of quantisation.
 
-A method is an entry of `DEQUANTISERS`, under the `quant_method` of config.json's `quantization_config`. It finds the
-tensors of a folder that belong together; everything else reads their values and does not know how they are stored.
+A method is an entry of `DEQUANTISERS` (convert/quantisation_methods.py), under the `quant_method` of config.json's
+`quantization_config`. It finds the tensors of a folder that belong together; everything else reads their values and
+does not know how they are stored.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_fdd.convert.families.family import refuse_field
+from megatron_fdd.convert.families.family import slice_name
 from megatron_fdd.convert.stored_tensor import StoredTensor
 
 FIELD = "quantization_config"
@@ -50,26 +51,3 @@ class Dequantiser(Protocol):
         Raises:
             ValueError: parts are missing, or do not fit each other; the message names them.
         """
-
-
-DEQUANTISERS: dict[str, Dequantiser] = {}
-
-
-def dequantiser_of(settings: Any) -> Dequantiser:
-    """Return the method that a `quantization_config` names.
-
-    Raises:
-        ValueError: there is none, or it does not read this.
-    """
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if not isinstance(method, str) or method not in DEQUANTISERS:
-        known = ", ".join(sorted(DEQUANTISERS)) or "none"
-        refuse_field(
-            FIELD,
-            settings if method is None else {"quant_method": method},
-            f"which is not read here (methods that are: {known}); give the model in bfloat16, or take it as a teacher "
-            "with fdd teach --engine transformers",
-        )
-    found = DEQUANTISERS[method]
-    found.check(settings)
-    return found

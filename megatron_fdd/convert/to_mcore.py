@@ -112,7 +112,10 @@ class _Source:
     @property
     def dtype(self) -> str:
         """Dtype of all tensors that have the model's, such as bfloat16; "mixed" where they differ."""
-        found = {name_of(self._folder.dtype(name)) for name in self._weights()}
+        quantised, read_in = self._folder.quantised, self.args.params_dtype
+        found = {
+            name_of(read_in if name in quantised else self._folder.dtype(name)) for name in self._weights()
+        }
         return found.pop() if len(found) == 1 else "mixed"
 
     def _weights(self) -> set[str]:
@@ -148,7 +151,7 @@ class _Source:
         row, parameter = self._row_of[name], self.parameters[name]
         if not row.sources:
             return torch.zeros(parameter.shape, dtype=parameter.dtype)
-        value = row.transform.join([self._read_part(part) for part in row.sources])
+        value = row.transform.join([self._read_part(part, parameter.dtype) for part in row.sources])
         if value.dtype != parameter.dtype:
             value = value.to(parameter.dtype)
             where = f"{self._folder.path}: {' and '.join(row.sources)}"
@@ -158,12 +161,15 @@ class _Source:
             value = torch.nn.functional.pad(value, (0, 0, 0, padding))
         return value
 
-    def _read_part(self, name: str) -> Tensor:
-        part = self._folder.read(name)
+    def _read_part(self, name: str, dtype: torch.dtype) -> Tensor:
+        part = self._folder.read(name, dtype)
         check_finite(part, f"{self._folder.path}: {name}", "take other weights")
         self.digests[name] = digest(part)
         if self._expected is not None:
-            self._expected.check(self._folder.path, name, self.digests[name])
+            quantised = self._folder.quantised.get(name)
+            stored = {part: digest(self._folder.raw(part)) for part in quantised.parts} if quantised else {}
+            for each, found in (stored or {name: self.digests[name]}).items():
+                self._expected.check(self._folder.path, each, found)
         return part
 
 

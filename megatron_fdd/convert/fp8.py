@@ -1,0 +1,131 @@
+"""FP8 in blocks, as DeepSeek and Qwen publish it: a matrix of codes, and a scale for each block of 128 x 128.
+
+`NAME` is stored as float8_e4m3fn, and `NAME_scale_inv` has one number for each block, by which the codes are
+multiplied. The last row and column of blocks may be cut short: DeepSeek-V3 has a matrix of 576 rows and 5 rows of
+scales, which transformers 5.23 refuses.
+
+Shapes: R rows and C columns of codes, r and c of scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.convert.families.family import refuse_field
+from megatron_fdd.convert.quantised import FIELD, Quantised
+from megatron_fdd.convert.stored_tensor import StoredTensor
+from megatron_fdd.host.field_kinds import shown
+
+_SCALE = "_scale_inv"
+_CODES = "F8_E4M3"
+# U8 and F8_E8M0 are powers of two.
+_SCALES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
+# Fields of quantization_config, with the values that are understood; None stands for any.
+_FIELDS: Mapping[str, tuple[Any, ...] | None] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3", "float8_e4m3fn"),
+    "activation_scheme": ("dynamic",),  # it concerns a program that multiplies in FP8
+    "weight_block_size": None,
+    "scale_fmt": ("float", "ue8m0", None),
+    "expert_dtype": ("fp8",),
+    "dequantize": None,
+    # Modules that are not quantised: the files show which are.
+    "modules_to_not_convert": None,
+    "ignored_layers": None,
+}
+_BLOCK = 128
+
+
+class BlockFp8:
+    """See `Dequantiser`."""
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """See `Dequantiser`."""
+        for field, value in settings.items():
+            allowed = _FIELDS.get(field, ())
+            if allowed is not None and value not in allowed:
+                only = (
+                    f"only {', '.join(map(repr, allowed))} is read" if allowed else "which is not understood"
+                )
+                refuse_field(f"{FIELD}.{field}", value, only)
+        _block(settings)
+
+    def find(self, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]) -> dict[str, Quantised]:
+        """See `Dequantiser`."""
+        block = _block(settings)
+        found = {}
+        for name, codes in tensors.items():
+            scale = f"{name}{_SCALE}"
+            if codes.dtype != _CODES:
+                if scale in tensors:
+                    raise ValueError(
+                        f"{name} is stored as {codes.dtype} and has {scale}; copy the model again"
+                    )
+                continue
+            if scale not in tensors:
+                raise ValueError(f"{name} is stored in FP8 and has no {scale}; copy the model again")
+            _check(name, codes, tensors[scale], block)
+            found[name] = Quantised(
+                parts=(name, scale),
+                shape=codes.shape,
+                dtype=torch.bfloat16,
+                value=partial(_value, block),
+                codes=partial(_codes, block),
+            )
+        alone = [name for name in tensors if name.endswith(_SCALE) and name.removesuffix(_SCALE) not in found]
+        if alone:
+            raise ValueError(
+                f"{alone[0]} scales nothing: its matrix is not there in FP8; copy the model again"
+            )
+        return found
+
+
+def _block(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the rows and columns of a block."""
+    block = settings.get("weight_block_size") or [_BLOCK, _BLOCK]
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        refuse_field(f"{FIELD}.weight_block_size", block, "which must be two whole numbers above 0")
+    return block[0], block[1]
+
+
+def _check(name: str, codes: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> None:
+    """Refuse scales of a kind or a number that does not fit the codes."""
+    if scales.dtype not in _SCALES:
+        raise ValueError(f"{name}{_SCALE} is stored as {scales.dtype}; only {', '.join(_SCALES)} are read")
+    expected = tuple(-(-size // part) for size, part in zip(codes.shape, block, strict=False))
+    if len(codes.shape) != 2 or scales.shape != expected:
+        raise ValueError(
+            f"{name}{_SCALE} has the shape {shown(list(scales.shape))}, and {name} {shown(list(codes.shape))}: blocks "
+            f"of {block[0]} x {block[1]} need {shown(list(expected))}; copy the model again"
+        )
+
+
+def _value(block: tuple[int, int], parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return codes [R, C] times scales [r, c], multiplied in float32 and rounded once, as transformers does."""
+    codes_RC, scales_rc = parts
+    value_RC = torch.empty(codes_RC.shape, dtype=dtype)
+    for rows, scale_1C in _bands(block, scales_rc, codes_RC.shape):
+        value_RC[rows] = codes_RC[rows].float().mul_(scale_1C)
+    return value_RC
+
+
+def _codes(block: tuple[int, int], value_RC: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Return the codes of a value with known scales."""
+    (scales_rc,) = others
+    codes_RC = torch.empty(value_RC.shape, dtype=torch.float8_e4m3fn)
+    for rows, scale_1C in _bands(block, scales_rc, value_RC.shape):
+        codes_RC[rows] = value_RC[rows].float().div_(scale_1C).to(codes_RC.dtype)
+    return codes_RC
+
+
+def _bands(block: tuple[int, int], scales_rc: Tensor, shape: Sequence[int]) -> list[tuple[slice, Tensor]]:
+    """Return each row of blocks with its scales, [1, C] in float32: no float32 copy of a whole matrix is made."""
+    if scales_rc.dtype == torch.uint8:
+        scales_rc = scales_rc.view(torch.float8_e8m0fnu)
+    wide_rC = scales_rc.float().repeat_interleave(block[1], dim=1)[:, : shape[1]]
+    return [(slice(row * block[0], (row + 1) * block[0]), wide_rC[row, None]) for row in range(len(wide_rC))]

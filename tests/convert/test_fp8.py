@@ -1,0 +1,144 @@
+"""FP8 in blocks: values as transformers has them, cut blocks, the way back to codes, and a folder's import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_fdd import convert
+from megatron_fdd.convert.fp8 import BlockFp8
+from megatron_fdd.convert.hf_folder import HfFolder
+from tests.convert import toys
+from tests.harness.ranks import distributed
+
+# Blocks of the toys, whose matrices are smaller than a real block; no width but 48 is a multiple of 16.
+BLOCK = [16, 16]
+CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
+
+
+def quantise(value_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of a matrix, one block after the other."""
+    rows, columns = [-(-size // part) for size, part in zip(value_RC.shape, BLOCK, strict=True)]
+    codes = torch.empty(value_RC.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            block = (slice(16 * row, 16 * row + 16), slice(16 * column, 16 * column + 16))
+            scales[row, column] = value_RC[block].float().abs().max() / 448
+            codes[block] = (value_RC[block].float() / scales[row, column]).to(torch.float8_e4m3fn)
+    return codes, scales
+
+
+def make_fp8(folder: Path, variant: str, settings: dict[str, Any] = CONFIG) -> Path:
+    """Make a model folder whose matrices in layers are in FP8."""
+    toys.make_llama(folder, variant)
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in list(tensors.items()):
+        if value.ndim == 2 and ".layers." in name and not name.endswith("gate.weight"):
+            tensors[name], tensors[f"{name}_scale_inv"] = quantise(value)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = toys.read_json(folder / "config.json")
+    toys.write_json(folder / "config.json", {**config, "quantization_config": settings})
+    return folder
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], settings: dict[str, Any] = CONFIG) -> HfFolder:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    return HfFolder(folder)
+
+
+@pytest.mark.tier("default")
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_are_those_of_transformers(
+    tmp_path: Path, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    codes, scales = quantise(torch.randn(48, 32))
+    if scale_dtype is torch.uint8:
+        scales = scales.to(torch.float8_e8m0fnu).view(torch.uint8)
+    scales = scales.to(scale_dtype)
+    folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": scales})
+    wanted = Fp8Dequantize(None)._dequantize_one(codes, scales, output_dtype=dtype)
+    assert torch.equal(folder.read("w", dtype), wanted)
+    assert (folder.names, folder.dtype("w"), folder.shape("w")) == (["w"], torch.bfloat16, (48, 32))
+
+
+def test_blocks_that_are_cut_short_and_the_way_back(tmp_path: Path) -> None:
+    """transformers refuses 40 rows of 3 scales, as DeepSeek-V3 has 576 of 5; the codes come back from bf16."""
+    codes, scales = quantise(torch.randn(40, 23) * torch.logspace(-4, 4, 40)[:, None])
+    folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": scales})
+    value, quantised = folder.read("w"), folder.quantised["w"]
+    each = scales.repeat_interleave(16, 0)[:40].repeat_interleave(16, 1)[:, :23]
+    assert torch.equal(value, (codes.double() * each.double()).float().bfloat16())
+    back = quantised.codes(value, [folder.raw(name) for name in quantised.parts[1:]])
+    assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+
+
+SCALE = torch.ones(1, 1)
+CODES = torch.ones(16, 16).to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"w": CODES}, "w is stored in FP8 and has no w_scale_inv"),
+        ({"w_scale_inv": SCALE}, "w_scale_inv scales nothing"),
+        ({"w": torch.ones(16, 16), "w_scale_inv": SCALE}, "w is stored as F32 and has w_scale_inv"),
+        ({"w": CODES, "w_scale_inv": torch.ones(2, 1)}, r"shape \[2, 1\].* need \[1, 1\]"),
+        ({"w": CODES, "w_scale_inv": torch.ones(1, 1, dtype=torch.int32)}, "w_scale_inv is stored as I32"),
+    ],
+)
+def test_parts_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        _ = _write(tmp_path / "hf", tensors).names
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "gptq"}, "gptq.*not read here.*fdd teach"),
+        ({"bits": 4}, "quantization_config.*not read here"),
+        ({**CONFIG, "fmt": "e5m2"}, "fmt.*e4m3"),
+        ({**CONFIG, "activation_scheme": "static"}, "activation_scheme"),
+        ({**CONFIG, "weight_block_size": [128]}, "weight_block_size.*two whole numbers"),
+        ({**CONFIG, "kv_cache_scheme": "fp8"}, "kv_cache_scheme.*not understood"),
+    ],
+)
+def test_settings_refused_by_name(tmp_path: Path, settings: dict[str, Any], named: str) -> None:
+    folder = _write(tmp_path / "hf", {"w": CODES, "w_scale_inv": SCALE}, settings)
+    with pytest.raises(ValueError, match=named):
+        _ = folder.config
+
+
+def test_no_settings_change_nothing() -> None:
+    BlockFp8().check({"quant_method": "fp8"})
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "deepseek_v3"])
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_folder_becomes_bf16(tmp_path: Path, variant: str) -> None:
+    """It is the same as the import and export of a folder with the values."""
+    source = make_fp8(tmp_path / "hf", variant)
+    folder = HfFolder(source)
+    convert.hf_to_mcore(source, tmp_path / "mcore", dtype="bfloat16")
+    exported = convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    back = HfFolder(tmp_path / "back")
+    assert sorted(back.names) == sorted(folder.names)
+    assert exported.num_tensors == len(folder.names)
+    for name in folder.names:
+        wanted = folder.read(name)
+        if not name.endswith("e_score_correction_bias"):
+            wanted = wanted.bfloat16()
+        assert torch.equal(back.read(name), wanted), name
+    assert "quantization_config" not in back.stored_config
