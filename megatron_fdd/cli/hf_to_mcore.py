@@ -35,9 +35,16 @@ examples:
     help="Pad the vocabulary to a multiple of N. Training with --use-checkpoint-args keeps the padded size, so its "
     "tensor parallel size must divide it: for 3 or 6, give 384.",
 )
+@click.option(
+    "--keep-mtp",
+    is_flag=True,
+    help="Keep the layers of multi-token prediction, which are left out, beside the checkpoint for `fdd export`.",
+)
 @plugin
 @click.option("--config-only", is_flag=True, help="A checkpoint without weights, for `fdd plan` alone.")
-def command(hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, config_only: bool) -> None:
+def command(
+    hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, keep_mtp: bool, config_only: bool
+) -> None:
     """Write a Hugging Face model (docs/conversion.md lists the families) as an ordinary Megatron torch_dist checkpoint.
 
     Give a student's folder as --pretrained-checkpoint and a teacher's as --teacher-load; --load and --save name the
@@ -59,12 +66,21 @@ def command(hf_model: Path, save: Path, dtype: str, vocabulary_divisor: int, con
         if config_only:
             config_to_mcore(hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor)
             return f"{save}: the arguments of {hf_model} without weights, for fdd plan"
-        parameters = hf_to_mcore(
-            hf_model, save, dtype=dtype, vocabulary_divisor=vocabulary_divisor, progress=True
+        imported = hf_to_mcore(
+            hf_model,
+            save,
+            dtype=dtype,
+            vocabulary_divisor=vocabulary_divisor,
+            progress=True,
+            keep_left_out=keep_mtp,
         )
-        return (
-            f"{save}: {parameters:,} parameters of {hf_model}; a student: --pretrained-checkpoint {save}, "
+        line = (
+            f"{save}: {imported.num_parameters:,} parameters of {hf_model}; a student: --pretrained-checkpoint {save}, "
             f"a teacher: --teacher-load {save}"
         )
+        if not imported.left_out:
+            return line
+        names = f"{len(imported.left_out)} tensors of {imported.left_out_are} ({imported.left_out[0]} ...)"
+        return f"{names} are {'kept beside the checkpoint' if keep_mtp else 'left out'}\n{line}"
 
     conversion.convert(action)

@@ -81,6 +81,11 @@ def _started_from(args: Namespace) -> list[Path]:
     return [Path(path) for path in given if path]
 
 
+def find_beside(load: Path, args: Namespace, name: str) -> Path | None:
+    """Find a folder of this name beside the checkpoint, or beside the one that the training run started from."""
+    return next((folder / name for folder in (load, *_started_from(args)) if (folder / name).is_dir()), None)
+
+
 def find_hf_config(load: Path, args: Namespace, given: Path | None) -> Path:
     """Find the config.json from which an export starts.
 

@@ -144,11 +144,15 @@ class HfFolder:
         A slice is read by itself: an expert, of a tensor with all experts of a layer.
         """
         view = copy.copy(self)
-        for cached in ("quantised", "names"):
-            vars(view).pop(cached, None)
-        view.tensors = {}
+        vars(view).pop("names", None)
+        view.quantised, view.tensors = {}, {}
+        for name, each in self.quantised.items():
+            view.quantised |= each.apart(name) if name.endswith(endings) else {name: each}
+        stacked = {
+            part for name, each in self.quantised.items() if name.endswith(endings) for part in each.parts
+        }
         for name, stored in self.tensors.items():
-            if not name.endswith(endings) or not stored.shape:
+            if not (name.endswith(endings) or name in stacked) or not stored.shape:
                 view.tensors[name] = stored
                 continue
             count, *shape = stored.shape
@@ -208,7 +212,7 @@ class HfFolder:
         stored = self.tensors[name]
         if stored.dtype not in RAW_DTYPE_OF_NAME:
             raise ValueError(
-                f"{self.path}: {name} is stored as {stored.dtype}, which is not read; give the model in bfloat16"
+                f"{self.path}: {name} is stored as {stored.dtype}, which is not read here; save the model in bfloat16"
             )
         dtype = RAW_DTYPE_OF_NAME[stored.dtype]
         size = math.prod(stored.shape) * dtype.itemsize

@@ -49,7 +49,9 @@ def replace_vocabulary(
     new = VocabularySource.find(Path(vocabulary_of), _FLAG)
     _check_different(old, new)
     vocabulary = NewVocabulary.between(old, new)
-    config = _with_ids(folder.config, new.ids(CONFIG_FILES[0])) | {"vocab_size": new.num_rows}
+    config = _with_ids(family.without_left_out(folder.config), new.ids(CONFIG_FILES[0])) | {
+        "vocab_size": new.num_rows
+    }
     folder = folder.apart(family.stacked)
     tensors = _tensors(folder, family, vocabulary)
     with new_folder(Path(hf_out), "--hf-out") as unfinished:
@@ -78,10 +80,11 @@ def _tensors(folder: HfFolder, family: Family, vocabulary: NewVocabulary) -> lis
     rows = {name for row in family.rows(folder.config) if row.vocabulary for name in row.sources}
     rows.add(family.tied[0])  # a tied model may repeat it
     old_size = family.megatron_args(folder.config)["vocab_size"]
+    left_out = family.left_out_names(folder.config, folder.names)
     tensors = []
     for name in folder.names:
         dtype, shape = folder.dtype(name), folder.shape(name)
-        if name.endswith(family.ignored):
+        if name.endswith(family.ignored) or name in left_out:
             continue
         if name not in rows:
             tensors.append(Derived(TensorSpec(name, dtype, shape), name))

@@ -102,7 +102,9 @@ def init_student(
         parameters = write_derived(
             folder, tensors, unfinished, max_shard_size=max_shard_size, progress=progress
         )
-        write_json(unfinished / CONFIG_FILES[0], family.keep_layers(folder.config, layers))
+        write_json(
+            unfinished / CONFIG_FILES[0], family.without_left_out(family.keep_layers(folder.config, layers))
+        )
         copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
     return parameters
 

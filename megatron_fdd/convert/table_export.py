@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
 from megatron_fdd.convert.hf_writer import Shard, TensorSpec
+from megatron_fdd.convert.left_out import LeftOutTensors
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
 from megatron_fdd.convert.to_mcore import stored_tensors
 
@@ -28,6 +29,7 @@ class TableExport:
     Attributes:
         parameters: Megatron's names, shapes and stored dtypes, on the meta device.
         dtype: to write all in that have no dtype of their own.
+        left_out: what the import kept beside the checkpoint; None without it.
     """
 
     weights: StoredWeights
@@ -36,6 +38,7 @@ class TableExport:
     config: HfConfig
     vocab_size: int
     dtype: torch.dtype
+    left_out: LeftOutTensors | None = None
 
     @property
     def _row_of(self) -> dict[str, WeightRow]:
@@ -48,12 +51,14 @@ class TableExport:
         return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
 
     def specs(self) -> Iterator[TensorSpec]:
-        """Yield every Hugging Face tensor, in the order of the table."""
+        """Yield every Hugging Face tensor, in the order of the table; what was left out comes last."""
         for row in self.rows:
             if row.sources:
                 parts = self.split(row, self.parameters[row.mcore])
                 for name, part in zip(row.sources, parts, strict=True):
                     yield TensorSpec(name, row.dtype or self.dtype, tuple(part.shape))
+        if self.left_out is not None:
+            yield from self.left_out.specs(self.dtype)
 
     def read(self, shard: Shard) -> Iterator[Tensor]:
         """Yield the tensors of one file; a parameter is read once for all its tensors in sequence."""
@@ -61,6 +66,10 @@ class TableExport:
         current: WeightRow | None = None
         parts: dict[str, Tensor] = {}
         for spec in shard.tensors:
+            if spec.name not in row_of:
+                assert self.left_out is not None
+                yield self.left_out.read(spec)
+                continue
             if row_of[spec.name] is not current:
                 parts.clear()  # free one parameter before reading the next
                 current = row_of[spec.name]
@@ -69,13 +78,22 @@ class TableExport:
             yield parts.pop(spec.name).to(spec.dtype).contiguous()
 
 
-def table_export(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, groups: Any) -> TableExport:
-    """Describe the model again from its Hugging Face config, so that no setting of the run has an effect."""
+def table_export(
+    checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, groups: Any, left_out: Path | None = None
+) -> TableExport:
+    """Describe the model again from its Hugging Face config, so that no setting of the run has an effect.
+
+    Args:
+        left_out: the folder in which the import kept what the table has no place for.
+    """
     from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 
     family = family_of(seed)
     check_architecture(args, family.fixed, family.model_type)
     config = family.hf_config(seed, args)
+    kept = None if left_out is None else LeftOutTensors(left_out)
+    if kept is None or not kept.fit(family, config):
+        kept, config = None, family.without_left_out(config)
     architecture = family.megatron_args(config)
     stored_dtype, stored_rows = stored_layout(checkpoint)
     vocab_size = architecture["vocab_size"]
@@ -96,7 +114,7 @@ def table_export(checkpoint: Path, args: Namespace, seed: HfConfig, dtype: str, 
     _check_absent_are_zero(weights, rows, family)
     own = [row.mcore for row in rows if row.dtype is not None]
     out_dtype = weights.common_dtype(except_for=own) if dtype == "checkpoint" else DTYPES[dtype]
-    return TableExport(weights, tensors, rows, config, vocab_size, out_dtype)
+    return TableExport(weights, tensors, rows, config, vocab_size, out_dtype, kept)
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:

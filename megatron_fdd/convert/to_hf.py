@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_fdd.convert.checksums import Checksums, all_finite
 from megatron_fdd.convert.families.family import HfConfig
-from megatron_fdd.convert.hf_companions import HF_FOLDER, find_hf_config, find_tokenizer
+from megatron_fdd.convert.hf_companions import HF_FOLDER, find_beside, find_hf_config, find_tokenizer
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.hf_writer import (
     Shard,
@@ -22,6 +22,7 @@ from megatron_fdd.convert.hf_writer import (
     write_index,
     write_shard,
 )
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.table_export import TableExport, table_export
@@ -114,9 +115,9 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
             config_path = find_hf_config(load, args, hf_config)
             tokenizer_path = find_tokenizer(load, args, options.get("tokenizer"))
-            export = table_export(
-                checkpoint, args, read_json(config_path), options.get("dtype", "checkpoint"), groups
-            )
+            kept = find_beside(load, args, LEFT_OUT_FOLDER)
+            dtype = options.get("dtype", "checkpoint")
+            export = table_export(checkpoint, args, read_json(config_path), dtype, groups, kept)
             shards = plan_shards(export.specs(), max_shard_bytes)
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,28 @@ from megatron_fdd.convert.families.family import Family, WeightRow
 from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_companions
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, write_left_out
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.listing import listing
 from megatron_fdd.host.together import together
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A summary of what an import read.
+
+    Attributes:
+        num_parameters: without padding, buffers and a head that repeats the embedding.
+        left_out: names of the tensors that have no place in the table.
+        left_out_are: what those are, for people.
+    """
+
+    num_parameters: int
+    left_out: tuple[str, ...] = ()
+    left_out_are: str = ""
 
 
 def hf_to_mcore(
@@ -33,8 +50,9 @@ def hf_to_mcore(
     dtype: str = "checkpoint",
     vocabulary_divisor: int = 128,
     progress: bool = False,
-) -> int:
-    """Write a Hugging Face model as an ordinary Megatron checkpoint; return the number of parameters.
+    keep_left_out: bool = False,
+) -> Imported:
+    """Write a Hugging Face model as an ordinary Megatron checkpoint.
 
     `save` becomes a folder for `--load`, with the source's configs and the SHA-256 of its tensors in `hf/` and
     its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, and holds
@@ -43,6 +61,7 @@ def hf_to_mcore(
     Args:
         dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.
         vocabulary_divisor: see `complete_args`.
+        keep_left_out: whether to copy what has no place in the table to `left-out/`, for the way back.
 
     Collectives: barriers, a gather of a few words per tensor, and those of `dist_checkpointing.save`, over all
     ranks.
@@ -77,7 +96,10 @@ def hf_to_mcore(
                         write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], source.config)
                     digests = {name: digest for each in everyone for name, digest in each.items()}
                     Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
-    return source.num_parameters
+                    if keep_left_out and source.left_out:
+                        write_left_out(source.folder, source.left_out, unfinished / LEFT_OUT_FOLDER)
+    what = source.family.left_out.what if source.family.left_out is not None else ""
+    return Imported(source.num_parameters, tuple(source.left_out), what)
 
 
 class _Source:
@@ -88,17 +110,21 @@ class _Source:
         args: the model's complete args.
         model: the model on the meta device.
         digests: name -> SHA-256 of every tensor read so far.
+        folder, family: where they come from, and the table.
+        left_out: names of tensors that have no place in the table.
 
     Raises:
         ValueError: for every reason that is known before a tensor is read.
     """
 
     def __init__(self, hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any) -> None:
-        folder = HfFolder(hf_model)
+        self.folder = folder = HfFolder(hf_model)
         self.config = folder.config
         family = family_of(folder.config).as_stored(folder.names)
+        self.family = family
         architecture = {**family.fixed, **family.megatron_args(folder.config)}
         check_names(family, folder)
+        self.left_out = family.left_out_names(folder.config, folder.names)
         self._folder = folder = folder.apart(family.stacked)
         self._row_of = {row.mcore: row for row in family.rows(folder.config)}
         params_dtype = folder.common_dtype(self._weights()) if dtype == "checkpoint" else DTYPES[dtype]
@@ -209,6 +235,7 @@ def check_names(family: Family, folder: HfFolder) -> None:
     twice = [name for name, count in Counter(needed).items() if count > 1]
     assert not twice, f"the table uses {twice} more than once"
     present = {name for name in folder.apart(family.stacked).names if not name.endswith(family.ignored)}
+    present -= set(family.left_out_names(folder.config, present))
     head, embedding = family.tied
     if head in present - set(needed) and embedding in present:
         if digest(folder.read(head)) != digest(folder.read(embedding)):

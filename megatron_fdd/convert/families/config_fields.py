@@ -95,6 +95,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), optional(EXPERTS)
     ),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), optional(whole(0, 1_000))),
     **dict.fromkeys(("n_group", "topk_group"), optional(EXPERTS)),
     **dict.fromkeys(
         ("n_shared_experts", "moe_num_shared_experts", "first_k_dense_replace"), whole(0, 10_000)

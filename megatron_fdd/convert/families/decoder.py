@@ -276,4 +276,5 @@ def decoder_family(dialect: Dialect) -> Family:
         stacked=_stacked(dialect),
         tied=("lm_head.weight", "model.embed_tokens.weight"),
         layer_spec=dialect.layer_spec,
+        left_out=dialect.left_out,
     )

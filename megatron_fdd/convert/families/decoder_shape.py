@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_fdd.convert.families.expert_naming import ExpertNaming
 from megatron_fdd.convert.families.experts import Experts
-from megatron_fdd.convert.families.family import HfConfig
+from megatron_fdd.convert.families.family import HfConfig, LeftOut
 from megatron_fdd.convert.families.latent import LATENT_FIELDS, LatentShape
 from megatron_fdd.convert.families.layer_kinds import AttentionWindows, Rotation
 from megatron_fdd.convert.families.rope import ROPE_KINDS, Rope
@@ -59,6 +59,7 @@ class Dialect:
         norm_biases: whether these, and the final norm, have a bias.
         fixed: Megatron args that differ from those of the others.
         layer_spec: the layers, if they are not Megatron's own.
+        left_out: tensors of published files without a place in the table.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
         mlp_block: the module that is the MLP of a dense layer.
@@ -87,6 +88,7 @@ class Dialect:
     norm_biases: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layer_spec: LayerSpec | None = None
+    left_out: LeftOut | None = None
     own_fields: tuple[str, ...] = ()
     mlp_block: str = "mlp"
     longest: int | None = None

@@ -15,6 +15,7 @@ from megatron_fdd.convert.families.expert_naming import (
 )
 from megatron_fdd.convert.families.family import HfConfig, refuse_field
 from megatron_fdd.convert.families.latent import LATENT_ROPE_KINDS, LATENT_SPEC
+from megatron_fdd.convert.families.prediction import PREDICTION_FIELDS, PREDICTION_LAYERS
 
 # The load-balancing loss, and how DeepSeek's own programs cut the experts.
 _HARMLESS = frozenset(
@@ -57,7 +58,8 @@ _V3 = Dialect(
         "norm_topk_prob": True,
     },
     neutral={**_NEUTRAL, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    harmless=_HARMLESS,
+    harmless=_HARMLESS | PREDICTION_FIELDS,
+    left_out=PREDICTION_LAYERS,
     qk_norm=True,
     rope_kinds=LATENT_ROPE_KINDS,
     latent=True,

@@ -6,8 +6,9 @@ between the two; the configuration has a mapping in each direction. Import and e
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -58,6 +59,21 @@ class WeightRow:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Tensors that published files have and a table has no place for.
+
+    Attributes:
+        what: they are, for people.
+        names: config -> pattern of the whole of such a name; empty if the model has none.
+        without: config -> config of the model without them.
+    """
+
+    what: str
+    names: Callable[[HfConfig], str]
+    without: Callable[[HfConfig], HfConfig]
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """The conversion of one family of models.
 
@@ -78,6 +94,7 @@ class Family:
         prefix: a beginning that all names of a file may lack, as in a base model without a head.
         layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
             values under "fdd_layer_options".
+        left_out: what an import leaves out, and says so; None if nothing.
     """
 
     model_type: str
@@ -92,6 +109,16 @@ class Family:
     prefix: str = ""
     stacked: tuple[str, ...] = ()
     layer_spec: LayerSpec | None = None
+    left_out: LeftOut | None = None
+
+    def left_out_names(self, config: HfConfig, names: Iterable[str]) -> list[str]:
+        """Return the names, sorted, of the tensors that the table has no place for."""
+        pattern = self.left_out.names(config) if self.left_out is not None else ""
+        return sorted(name for name in names if pattern and re.fullmatch(pattern, name))
+
+    def without_left_out(self, config: HfConfig) -> HfConfig:
+        """Return the config of a model without those tensors."""
+        return config if self.left_out is None else self.left_out.without(config)
 
     def as_stored(self, names: Collection[str]) -> Family:
         """Return the family with the tensor names that a folder's files use: its own, or all without `prefix`."""

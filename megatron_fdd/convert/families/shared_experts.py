@@ -9,6 +9,7 @@ from megatron_fdd.convert.families.expert_naming import (
     ExpertNaming,
     SharedNaming,
 )
+from megatron_fdd.convert.families.prediction import PREDICTION_FIELDS, PREDICTION_LAYERS
 
 # The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
@@ -79,7 +80,8 @@ GLM4_MOE = decoder_family(
             "norm_topk_prob": True,
         },
         neutral={"mlp_bias": (False,)},
-        harmless=_TRAINING,
+        harmless=_TRAINING | PREDICTION_FIELDS,
+        left_out=PREDICTION_LAYERS,
         qkv_bias="attention_bias",
         qk_norm="use_qk_norm",
         partial_rotary=0.5,

@@ -1,0 +1,64 @@
+"""Tensors that a table has no place for, kept beside a checkpoint as they are stored, for the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.convert.checksums import Checksums, digest
+from megatron_fdd.convert.families.family import Family, HfConfig
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
+from megatron_fdd.convert.hf_writer import TensorSpec, parse_size, plan_shards, write_index, write_shard
+from megatron_fdd.host.json_file import write_json
+
+LEFT_OUT_FOLDER = "left-out"
+_SHARD = "5GB"
+
+
+def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> None:
+    """Write tensors of `source` byte for byte, quantised ones in their parts, into a new model folder."""
+    folder.mkdir()
+    quantised = source.quantised
+    stored = [part for name in names for part in (quantised[name].parts if name in quantised else (name,))]
+    specs = [TensorSpec(name, source.raw(name).dtype, source.tensors[name].shape) for name in stored]
+    shards, digests = plan_shards(specs, parse_size(_SHARD)), {}
+    for shard in shards:
+        for spec, written in write_shard(folder, shard, (source.raw(spec.name) for spec in shard.tensors)):
+            digests[spec.name] = written
+    write_index(folder, shards)
+    Checksums("mixed", digests).write(folder)
+    write_json(folder / CONFIG_FILES[0], source.stored_config)
+
+
+class LeftOutTensors:
+    """The tensors that an import kept beside its checkpoint.
+
+    Raises:
+        ValueError: the folder is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = HfFolder(folder)
+        self._sums = Checksums.read(folder)
+        self.names = sorted(self._folder.names)
+
+    def fit(self, family: Family, config: HfConfig) -> bool:
+        """Whether a model of this config has a place for all of them."""
+        return family.left_out_names(config, self.names) == self.names
+
+    def specs(self, dtype: torch.dtype) -> Iterator[TensorSpec]:
+        """Yield every tensor as it will be written: in its own dtype, and in `dtype` if it is quantised."""
+        for name in self.names:
+            own = dtype if name in self._folder.quantised else self._folder.dtype(name)
+            yield TensorSpec(name, own, self._folder.shape(name))
+
+    def read(self, spec: TensorSpec) -> Tensor:
+        """Return the value of a tensor. ValueError if its bytes are not those that the import wrote."""
+        quantised = self._folder.quantised.get(spec.name)
+        for part in quantised.parts if quantised else (spec.name,):
+            if self._sums is not None:
+                self._sums.check(self._folder.path, part, digest(self._folder.raw(part)))
+        return self._folder.read(spec.name, spec.dtype)

@@ -1,0 +1,84 @@
+"""Layers of multi-token prediction: left out by name, or kept beside the checkpoint and put back by an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_fdd import convert
+from megatron_fdd.convert.families import family_of
+from megatron_fdd.convert.hf_folder import HfFolder
+from megatron_fdd.convert.left_out import LeftOutTensors
+from tests.convert import toys
+from tests.harness.ranks import distributed
+
+# The toys have three layers.
+NAMES = ["model.layers.3.eh_proj.weight", "model.layers.3.enorm.weight"]
+
+
+def _make(folder: Path, variant: str) -> Path:
+    toys.make_llama(folder, variant, num_nextn_predict_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {NAMES[0]: torch.randn(48, 96).bfloat16(), NAMES[1]: torch.randn(48).bfloat16()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_left_out(tmp_path: Path) -> None:
+    source = _make(tmp_path / "hf", "glm4_moe")
+    imported = convert.hf_to_mcore(source, tmp_path / "mcore")
+    assert (list(imported.left_out), imported.left_out_are) == (NAMES, "multi-token prediction")
+    convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    wanted = {name: sums for name, sums in toys.tensor_hashes(source).items() if name not in NAMES}
+    assert toys.tensor_hashes(tmp_path / "back") == wanted
+    config = toys.read_json(source / "config.json")
+    assert toys.read_json(tmp_path / "back" / "config.json") == {**config, "num_nextn_predict_layers": 0}
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_kept(tmp_path: Path) -> None:
+    source = _make(tmp_path / "hf", "deepseek_v3")
+    convert.hf_to_mcore(source, tmp_path / "mcore", keep_left_out=True)
+    exported = convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert toys.tensor_hashes(tmp_path / "back") == toys.tensor_hashes(source)
+    assert exported.num_tensors == len(toys.tensor_hashes(source))
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    kept = LeftOutTensors(tmp_path / "mcore" / "left-out")
+    config = toys.read_json(source / "config.json")
+    assert kept.fit(family_of(config), config)
+    assert not kept.fit(family_of(config), {**config, "num_hidden_layers": 2})
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_student_and_another_vocabulary_have_none(tmp_path: Path) -> None:
+    source = _make(tmp_path / "hf", "deepseek_v3")
+    convert.init_student(source, [0, 2], tmp_path / "student")
+    student = HfFolder(tmp_path / "student")
+    assert not any(name.startswith("model.layers.2") for name in student.names)
+    assert student.config["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "expected"),
+    [
+        ({"num_nextn_predict_layers": 1}, ["model.layers.3.a", "model.layers.4.a"], ["model.layers.3.a"]),
+        ({"num_mtp_layers": 2}, ["model.layers.30.a", "model.layers.4.a"], ["model.layers.4.a"]),
+        ({"num_nextn_predict_layers": 0}, ["model.layers.3.a"], []),
+        ({"num_nextn_predict_layers": None}, ["model.layers.3.a"], []),
+    ],
+)
+def test_which_layers_are_left_out(fields: dict[str, int], names: list[str], expected: list[str]) -> None:
+    config = toys.llama_config("glm4_moe", **fields)
+    assert family_of(config).left_out_names(config, names) == expected
+
+
+def test_other_families_leave_nothing_out() -> None:
+    config = toys.llama_config("plain")
+    assert family_of(config).left_out_names(config, ["model.layers.3.a"]) == []
