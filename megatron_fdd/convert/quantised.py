@@ -8,7 +8,7 @@ does not know how they are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +37,16 @@ class Quantised:
     dtype: torch.dtype
     value: Callable[[Sequence[Tensor], torch.dtype], Tensor]
     codes: Callable[[Tensor, Sequence[Tensor]], Tensor]
+
+    def apart(self, name: str) -> dict[str, Quantised]:
+        """Return the tensors along dim 0 of value and parts, as `slice_name` names them."""
+        count, *shape = self.shape
+        return {
+            slice_name(name, index): replace(
+                self, parts=tuple(slice_name(part, index) for part in self.parts), shape=tuple(shape)
+            )
+            for index in range(count)
+        }
 
 
 class Dequantiser(Protocol):

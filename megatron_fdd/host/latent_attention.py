@@ -23,25 +23,23 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
+from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor, nn
 
-from megatron_fdd.host.layer_parts import backend_of, check_modules
+from megatron_fdd.host.layer_parts import backend_of, stock_block
 
 LATENT_NORM_EPSILON = 1e-6
 """That of the norms between the two matrices, whatever the model's other norms have."""
-type Layers = ModuleSpec | TransformerBlockSubmodules
 
 
-def latent_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Layers:
-    """Make Megatron's layers of this stage with `LatentAttention`; the MLP or the experts stay Megatron's.
+def latent_layers(config: GPTModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Make Megatron's layers of a chunk with experts, with `LatentAttention`; MLPs and experts stay Megatron's.
 
     Raises:
         ValueError: `--transformer-impl` is neither local nor transformer_engine.
     """
-    check_modules(config)
-    spec = default_layer_spec(config, vp_stage)
-    for layer in spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]:
+    block = stock_block(config, vp_stage)
+    for layer in block.layer_specs:
         attention = layer.submodules.self_attention
         attention.module = LatentAttention
         if config.transformer.transformer_impl == "local":
@@ -52,7 +50,7 @@ def latent_layers(config: GPTModelConfig, vp_stage: int | None = None) -> Layers
             layer.submodules.sharded_state_dict_keys_map = {
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
             }
-    return spec
+    return block
 
 
 @functools.cache

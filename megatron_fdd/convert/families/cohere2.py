@@ -70,7 +70,7 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
     others = sorted(set(transformer.recompute_modules or ()) - {"core_attn"})
     if transformer.recompute_granularity == "selective" and others:
         raise ValueError(
-            f"--recompute-modules {' '.join(others)}: the layers of a cohere2 are this package's: give core_attn alone, "
+            f"--recompute-modules {' '.join(others)}: the layers of a cohere2 are our own: give core_attn alone, "
             "or --recompute-granularity full"
         )
 

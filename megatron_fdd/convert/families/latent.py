@@ -19,9 +19,8 @@ from megatron_fdd.host.layer_specs import OPTIONS, LayerSpec
 from megatron_fdd.host.model_fields import POSITIONS
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.training.models.gpt import GPTModelConfig
-
-    from megatron_fdd.host.latent_attention import Layers
 
 # What Megatron's multi-latent attention takes for YaRN and has no flags for, and the field of `Yarn` that it is.
 _OPTIONS = {
@@ -196,7 +195,7 @@ def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
         setattr(transformer, name, options[name])
 
 
-def _build(config: GPTModelConfig, vp_stage: int | None = None) -> Layers:
+def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     from megatron_fdd.host.latent_attention import latent_layers
 
     return latent_layers(config, vp_stage)
