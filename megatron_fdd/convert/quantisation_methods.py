@@ -6,9 +6,10 @@ from typing import Any
 
 from megatron_fdd.convert.families.family import refuse_field
 from megatron_fdd.convert.fp8 import BlockFp8
+from megatron_fdd.convert.mxfp4 import MicroscaledFp4
 from megatron_fdd.convert.quantised import FIELD, Dequantiser
 
-DEQUANTISERS: dict[str, Dequantiser] = {"fp8": BlockFp8()}
+DEQUANTISERS: dict[str, Dequantiser] = {"fp8": BlockFp8(), "mxfp4": MicroscaledFp4()}
 
 
 def dequantiser_of(settings: Any) -> Dequantiser:

@@ -1,0 +1,91 @@
+"""MXFP4, as gpt-oss publishes its experts: numbers of four bits, and a power of two for each 32 of them.
+
+`NAME_blocks` holds two numbers in a byte, the first one in the lower half; `NAME_scales` has exponents, shifted by 127.
+The format is in the Microscaling specification of the Open Compute Project. All values are exact in bfloat16.
+
+Shapes: ... experts (absent in a slice), R rows, G groups of 32 inputs; the value lies the other way, [..., 32 G, R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fdd.convert.families.family import refuse_field
+from megatron_fdd.convert.quantised import FIELD, Quantised
+from megatron_fdd.convert.stored_tensor import StoredTensor
+from megatron_fdd.host.field_kinds import shown
+
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_BYTES = 16
+_BIAS = 127
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# `modules_to_not_convert` names modules that are not quantised: the files show which are.
+_FIELDS = ("quant_method", "modules_to_not_convert", "dequantize")
+
+
+class MicroscaledFp4:
+    """See `Dequantiser`."""
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """See `Dequantiser`."""
+        for field, value in settings.items():
+            if field not in _FIELDS:
+                refuse_field(f"{FIELD}.{field}", value, "which is not understood")
+
+    def find(self, tensors: Mapping[str, StoredTensor], _settings: Mapping[str, Any]) -> dict[str, Quantised]:
+        """See `Dequantiser`."""
+        found = {}
+        for blocks, stored in tensors.items():
+            name = blocks.removesuffix(_BLOCKS)
+            if name == blocks:
+                continue
+            _check(name, stored, tensors.get(name + _SCALES))
+            *outer, rows, groups, width = stored.shape
+            found[name] = Quantised(
+                parts=(blocks, name + _SCALES),
+                shape=(*outer, 2 * groups * width, rows),
+                dtype=torch.bfloat16,
+                value=_value,
+                codes=_codes,
+            )
+        alone = [
+            name for name in tensors if name.endswith(_SCALES) and name.removesuffix(_SCALES) not in found
+        ]
+        if alone:
+            raise ValueError(f"{alone[0]} scales nothing: its {_BLOCKS} are missing; copy the model again")
+        return found
+
+
+def _check(name: str, blocks: StoredTensor, scales: StoredTensor | None) -> None:
+    """Refuse blocks without scales, or of another form."""
+    if scales is None:
+        raise ValueError(f"{name}{_BLOCKS} has no {name}{_SCALES}; copy the model again")
+    is_right = blocks.dtype == scales.dtype == "U8" and blocks.shape == (*scales.shape, _BYTES)
+    if not is_right or len(scales.shape) < 2:
+        raise ValueError(
+            f"{name}{_BLOCKS} is {blocks.dtype} {shown(list(blocks.shape))} and {_SCALES} {scales.dtype} "
+            f"{shown(list(scales.shape))}: MXFP4 has U8, {_BYTES} bytes for each scale; copy the model again"
+        )
+
+
+def _value(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the values [..., 32 G, R] of blocks [..., R, G, 16] and scales [..., R, G]."""
+    blocks, scales = parts
+    numbers = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], dtype=dtype)
+    halves = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [..., R, G, 32]
+    value = torch.ldexp(numbers[halves.int()], scales.int().sub_(_BIAS).unsqueeze(-1))
+    return value.flatten(-2).transpose(-1, -2)
+
+
+def _codes(value: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Return the blocks of a value with known scales."""
+    (scales,) = others
+    groups = value.transpose(-1, -2).unflatten(-1, (scales.shape[-1], 2 * _BYTES)).float()
+    plain = torch.ldexp(groups, _BIAS - scales.int().unsqueeze(-1))
+    codes = torch.searchsorted(torch.tensor(_MAGNITUDES), plain.abs().contiguous())
+    codes = (codes + 8 * plain.signbit()).to(torch.uint8).unflatten(-1, (_BYTES, 2))
+    return codes[..., 0] | codes[..., 1] << 4
