@@ -36,6 +36,11 @@ examples:
 @conversion.dtype
 @conversion.max_shard_size
 @click.option("--ckpt-step", type=click.IntRange(min=1), help="Iteration to take (default: the newest).")
+@click.option(
+    "--quantised",
+    is_flag=True,
+    help="Write the codes and scales of the quantised folder that was imported; a training must not have changed it.",
+)
 @skip_checksums
 @plugin
 @trust_checkpoint

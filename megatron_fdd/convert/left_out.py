@@ -1,8 +1,8 @@
-"""Tensors that a table has no place for, kept beside a checkpoint as they are stored, for the way back."""
+"""What an import keeps beside its checkpoint for the way back, byte for byte: tensors without a place, and scales."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,27 +10,47 @@ from torch import Tensor
 
 from megatron_fdd.convert.checksums import Checksums, digest
 from megatron_fdd.convert.families.family import Family, HfConfig
-from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
+from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import TensorSpec, parse_size, plan_shards, write_index, write_shard
 from megatron_fdd.host.json_file import write_json
 
 LEFT_OUT_FOLDER = "left-out"
+SCALES_FOLDER = "quantised"
+CODES_FILE = "codes.json"
 _SHARD = "5GB"
 
 
 def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> None:
     """Write tensors of `source` byte for byte, quantised ones in their parts, into a new model folder."""
-    folder.mkdir()
     quantised = source.quantised
     stored = [part for name in names for part in (quantised[name].parts if name in quantised else (name,))]
+    Checksums("mixed", write_stored(source, stored, folder)).write(folder)
+    write_json(folder / CONFIG_FILES[0], source.stored_config)
+
+
+def write_stored(source: HfFolder, stored: Sequence[str], folder: Path) -> dict[str, str]:
+    """Write stored tensors of `source` byte for byte into a new folder; return the SHA-256 of each."""
+    folder.mkdir()
     specs = [TensorSpec(name, source.raw(name).dtype, source.tensors[name].shape) for name in stored]
     shards, digests = plan_shards(specs, parse_size(_SHARD)), {}
     for shard in shards:
         for spec, written in write_shard(folder, shard, (source.raw(spec.name) for spec in shard.tensors)):
             digests[spec.name] = written
     write_index(folder, shards)
-    Checksums("mixed", digests).write(folder)
-    write_json(folder / CONFIG_FILES[0], source.stored_config)
+    return digests
+
+
+def write_scales(source: HfFolder, names: Collection[str], folder: Path) -> None:
+    """Write what the quantised tensors among `names` need beside their codes, and what the codes look like.
+
+    Args:
+        folder: a new one; it gets the configs of `source` too.
+    """
+    kept = {name: each for name, each in source.quantised.items() if name in names}
+    write_stored(source, [part for each in kept.values() for part in each.parts[1:]], folder)
+    copy_files(CONFIG_FILES, source.path, folder)
+    codes = {each.parts[0]: source.tensors[each.parts[0]] for each in kept.values()}
+    write_json(folder / CODES_FILE, {name: [codes[name].dtype, *codes[name].shape] for name in codes})
 
 
 class LeftOutTensors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -22,7 +23,8 @@ from megatron_fdd.convert.hf_writer import (
     write_index,
     write_shard,
 )
-from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER
+from megatron_fdd.convert.kept_scales import QuantisedExport, quantised_export
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, SCALES_FOLDER
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.table_export import TableExport, table_export
@@ -34,6 +36,7 @@ from megatron_fdd.host.model_fields import check_stored_args
 from megatron_fdd.host.together import together
 
 CONFIG_FILE, GENERATION_FILE = CONFIG_FILES
+AnyExport = TableExport | QuantisedExport
 _OTHER_WEIGHTS = (
     "take an earlier checkpoint if its training diverged (--ckpt-step N), another copy, or a wider --dtype"
 )
@@ -69,6 +72,8 @@ class ExportOptions(TypedDict, total=False):
         skip_checksums: whether to read the checkpoint's files without comparing them with their sums before; by
             default not.
         ckpt_step: the iteration to take; by default the newest.
+        quantised: whether to write the codes and scales of the quantised folder that was imported, instead of the
+            values; by default not.
     """
 
     hf_config: Path | None
@@ -78,6 +83,7 @@ class ExportOptions(TypedDict, total=False):
     progress: bool
     skip_checksums: bool
     ckpt_step: int | None
+    quantised: bool
 
 
 def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> Exported:
@@ -96,37 +102,30 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
     load, hf_out = Path(load), Path(hf_out)
     hf_config = options.get("hf_config")
     with conversion_ranks() as groups:
-        from megatron_fdd.host.checkpoint import (
-            RELEASE,
-            check_no_spec,
-            check_objects_together,
-            find_checkpoint,
-            read_checkpoint_args,
-            term_shapes,
-        )
+        from megatron_fdd.host.checkpoint import RELEASE, check_objects_together
 
         with together():
             check_new_folder(hf_out, "--hf-out")
             max_shard_bytes = parse_size(options.get("max_shard_size", "5GB"))
-            step = options.get("ckpt_step")
-            checkpoint = find_checkpoint(str(load), "--load", step=step, leaves_objects=True)
-            args = check_stored_args(read_checkpoint_args(checkpoint, "--load"), f"--load {checkpoint}")
-            check_no_spec(args, "--load", "a family gives its layers a table (docs/extend/family.md)")
-            left_out = tuple(sorted(term_shapes(checkpoint, "--load")))
+            checkpoint, args, left_out = _find(load, options.get("ckpt_step"))
             config_path = find_hf_config(load, args, hf_config)
             tokenizer_path = find_tokenizer(load, args, options.get("tokenizer"))
             kept = find_beside(load, args, LEFT_OUT_FOLDER)
             dtype = options.get("dtype", "checkpoint")
-            export = table_export(checkpoint, args, read_json(config_path), dtype, groups, kept)
-            shards = plan_shards(export.specs(), max_shard_bytes)
+            table = table_export(checkpoint, args, read_json(config_path), dtype, groups, kept)
+            export: AnyExport = table
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
+            if options.get("quantised"):
+                _check_quantised(checkpoint.name == RELEASE, dtype, hf_config)
+                export = quantised_export(table, find_beside(load, args, SCALES_FOLDER))
+                config_path, imported = export.scales.path / CONFIG_FILE, None
+            shards = plan_shards(export.specs(), max_shard_bytes)
         check_objects_together({"--load": checkpoint})
         remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
-            written = Checksums(
-                name_of(export.dtype), _write_own(unfinished, shards, export, options.get("progress", False))
-            )
+            digests = _write_own(unfinished, shards, export, options.get("progress", False))
+            written = Checksums("mixed" if options.get("quantised") else name_of(export.dtype), digests)
             if checkpoint.name == RELEASE:
                 _check_untouched(written, imported, load)
             with together():
@@ -138,6 +137,34 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
     return Exported(written.count(), written.count_same(imported), left_out, remark)
 
 
+def _find(load: Path, step: int | None) -> tuple[Path, Namespace, tuple[str, ...]]:
+    """Find a checkpoint; return its folder, its arguments, and names of what terms of a distillation learned."""
+    from megatron_fdd.host.checkpoint import (
+        check_no_spec,
+        find_checkpoint,
+        read_checkpoint_args,
+        term_shapes,
+    )
+
+    checkpoint = find_checkpoint(str(load), "--load", step=step, leaves_objects=True)
+    args = check_stored_args(read_checkpoint_args(checkpoint, "--load"), f"--load {checkpoint}")
+    check_no_spec(args, "--load", "a family gives its layers a table (docs/extend/family.md)")
+    return checkpoint, args, tuple(sorted(term_shapes(checkpoint, "--load")))
+
+
+def _check_quantised(is_import: bool, dtype: str, hf_config: Path | None) -> None:
+    """Refuse codes for weights that a training has changed, or that something else changes."""
+    if not is_import:
+        raise ValueError(
+            "--quantised: a training has changed the weights, and the kept scales are those of the imported ones; "
+            "leave the flag out, and quantise the export with another program"
+        )
+    if dtype != "checkpoint" or hf_config is not None:
+        raise ValueError(
+            "--quantised: writes the imported folder again; leave out --dtype and --hf-config, or it"
+        )
+
+
 def _check_untouched(written: Checksums, imported: Checksums | None, load: Path) -> None:
     """Refuse a converted model that no training has changed and that is not what was converted."""
     if imported is not None and imported.dtype == written.dtype:
@@ -145,7 +172,9 @@ def _check_untouched(written: Checksums, imported: Checksums | None, load: Path)
             imported.check(load / HF_FOLDER, name, written.digests[name])
 
 
-def _write_own(folder: Path, shards: list[Shard], export: TableExport, progress: bool) -> dict[str, str]:
+def _write_own(
+    folder: Path, shards: list[Shard], export: TableExport | QuantisedExport, progress: bool
+) -> dict[str, str]:
     """Write this rank's files; return tensor name -> digest for the tensors of all ranks.
 
     Collectives: two all-gathers over all ranks, also on a rank without files.

@@ -19,7 +19,12 @@ from megatron_fdd.convert.families.family import Family, WeightRow
 from megatron_fdd.convert.hf_companions import HF_FOLDER, set_tokenizer, write_companions
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
 from megatron_fdd.convert.hf_writer import check_new_folder
-from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, write_left_out
+from megatron_fdd.convert.left_out import (
+    LEFT_OUT_FOLDER,
+    SCALES_FOLDER,
+    write_left_out,
+    write_scales,
+)
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.host.bar import Bar
@@ -96,8 +101,7 @@ def hf_to_mcore(
                         write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], source.config)
                     digests = {name: digest for each in everyone for name, digest in each.items()}
                     Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
-                    if keep_left_out and source.left_out:
-                        write_left_out(source.folder, source.left_out, unfinished / LEFT_OUT_FOLDER)
+                    source.keep(unfinished, keep_left_out)
     what = source.family.left_out.what if source.family.left_out is not None else ""
     return Imported(source.num_parameters, tuple(source.left_out), what)
 
@@ -134,6 +138,14 @@ class _Source:
         self._expected = Checksums.read(folder.path)
         self.digests: dict[str, str] = {}
         self._check_tensors(architecture["vocab_size"])
+
+    def keep(self, save: Path, keep_left_out: bool) -> None:
+        """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out."""
+        kept = self.folder.names if keep_left_out else set(self.folder.names) - set(self.left_out)
+        if any(name in kept for name in self.folder.quantised):
+            write_scales(self.folder, kept, save / SCALES_FOLDER)
+        if keep_left_out and self.left_out:
+            write_left_out(self.folder, self.left_out, save / LEFT_OUT_FOLDER)
 
     @property
     def dtype(self) -> str:

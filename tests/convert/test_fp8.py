@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,18 @@ def quantise(value_RC: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def make_fp8(folder: Path, variant: str, settings: dict[str, Any] = CONFIG) -> Path:
-    """Make a model folder whose matrices in layers are in FP8."""
-    toys.make_llama(folder, variant)
+def make_fp8(folder: Path, variant: str, **changes: Any) -> Path:
+    """Make a model folder whose matrices in layers are in FP8, with a layer that predicts further tokens."""
+    toys.make_llama(folder, variant, **changes)
     tensors = load_file(folder / "model.safetensors")
+    if changes:
+        tensors["model.layers.3.eh_proj.weight"] = torch.randn(48, 96)
     for name, value in list(tensors.items()):
         if value.ndim == 2 and ".layers." in name and not name.endswith("gate.weight"):
             tensors[name], tensors[f"{name}_scale_inv"] = quantise(value)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = toys.read_json(folder / "config.json")
-    toys.write_json(folder / "config.json", {**config, "quantization_config": settings})
+    toys.write_json(folder / "config.json", {**config, "quantization_config": CONFIG})
     return folder
 
 
@@ -142,3 +145,35 @@ def test_a_folder_becomes_bf16(tmp_path: Path, variant: str) -> None:
             wanted = wanted.bfloat16()
         assert torch.equal(back.read(name), wanted), name
     assert "quantization_config" not in back.stored_config
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_the_way_back_to_fp8(tmp_path: Path) -> None:
+    """Codes, scales and config.json come back byte for byte, also those of layers that no table has."""
+    source = make_fp8(tmp_path / "hf", "deepseek_v3", num_nextn_predict_layers=1)
+    convert.hf_to_mcore(source, tmp_path / "mcore", keep_left_out=True)
+    exported = convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back", quantised=True)
+    assert toys.tensor_hashes(tmp_path / "back") == toys.tensor_hashes(source)
+    assert (exported.num_tensors, exported.unchanged) == (len(toys.tensor_hashes(source)), None)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    # An export has checksums of what is stored, which an import verifies.
+    convert.hf_to_mcore(tmp_path / "back", tmp_path / "again")
+    with pytest.raises(ValueError, match="--quantised.*leave out --dtype"):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "no", quantised=True, dtype="float32")
+    _change_scales(tmp_path / "mcore" / "quantised" / "model.safetensors")
+    with pytest.raises(ValueError, match="--quantised: model.layers.* is not what was imported"):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "no", quantised=True)
+    (tmp_path / "mcore" / "release").rename(tmp_path / "mcore" / "iter_0000001")
+    (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").write_text("1")
+    with pytest.raises(ValueError, match="--quantised: a training has changed"):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "no", quantised=True)
+    (tmp_path / "mcore" / "iter_0000001").rename(tmp_path / "mcore" / "release")
+    (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").write_text("release")
+    shutil.rmtree(tmp_path / "mcore" / "quantised")
+    with pytest.raises(ValueError, match="--quantised: no scales lie beside"):
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "no", quantised=True)
+
+
+def _change_scales(path: Path) -> None:
+    save_file({name: scale * 1.1 for name, scale in load_file(path).items()}, path, {"format": "pt"})
