@@ -208,7 +208,18 @@ class _Source:
             stored = {part: digest(self._folder.raw(part)) for part in quantised.parts} if quantised else {}
             for each, found in (stored or {name: self.digests[name]}).items():
                 self._expected.check(self._folder.path, each, found)
+        own = self._own_dtypes.get(name)
+        if (
+            own is not None and part.dtype != own
+        ):  # transformers rounds some biases; an export has its own dtype
+            part = part.to(own)
+            self.digests[name] = digest(part)
         return part
+
+    @property
+    def _own_dtypes(self) -> dict[str, torch.dtype]:
+        """The tensors that have a dtype of their own in Megatron and in an export."""
+        return {name: row.dtype for row in self._row_of.values() if row.dtype for name in row.sources}
 
 
 def stored_tensors(model: torch.nn.Module, rows: Collection[WeightRow]) -> dict[str, Tensor]:

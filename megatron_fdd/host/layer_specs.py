@@ -40,10 +40,13 @@ class LayerSpec:
         configure: sets in a configuration what no argument of Megatron's says, from `fdd_layer_options`. Called
             whenever a configuration is made, also to plan a run on a machine that could not build the model. Raises
             ValueError for what the layers cannot do.
+        longest: returns the longest sequence that the layers can process, from `fdd_layer_options`; None if there is no
+            bound beside `max_position_embeddings`.
     """
 
     build: Callable[[GPTModelConfig], ModuleSpec]
     configure: Configure = _leave
+    longest: Callable[[Mapping[str, Any]], int] | None = None
 
 
 _SPECS: dict[str, LayerSpec] = {}
@@ -91,7 +94,7 @@ def apply_layer_spec(config: GPTModelConfig, args: argparse.Namespace) -> None:
     """Give `config` the layers that its arguments name, if they name any.
 
     Raises:
-        ValueError: a name that is not in the table, or `--spec` beside it.
+        ValueError: a name that is not in the table, or `--spec` beside it; a sequence that is too long for the layers.
     """
     name = getattr(args, NAME, None)
     if name is None:
@@ -105,5 +108,12 @@ def apply_layer_spec(config: GPTModelConfig, args: argparse.Namespace) -> None:
             f"the checkpoint's model has layers named {name!r} ({NAME}), which nothing here describes (there are "
             f"{', '.join(sorted(_SPECS))}); add its family: {REMEDY}"
         )
-    _SPECS[name].configure(config, getattr(args, OPTIONS, None) or {})
-    config.transformer_layer_spec = _SPECS[name].build
+    spec, options = _SPECS[name], getattr(args, OPTIONS, None) or {}
+    spec.configure(config, options)
+    longest = None if spec.longest is None else spec.longest(options)
+    if longest is not None and args.seq_length > longest:
+        raise ValueError(
+            f"--seq-length {args.seq_length}: attention of a {name} changes beyond {longest} tokens, and not in "
+            f"Megatron; give at most {longest}, or for a teacher use `fdd teach --engine transformers`"
+        )
+    config.transformer_layer_spec = spec.build

@@ -112,6 +112,7 @@ VARIANTS |= {
         "architectures": ["Cohere2ForCausalLM"],
         "head_dim": 4,
         "layer_norm_eps": 3e-4,
+        "rms_norm_eps": ...,
         "logit_scale": 0.3,
         "sliding_window": 7,
         "sliding_window_pattern": 3,

@@ -147,14 +147,6 @@ PUBLISHED = {
         "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
                          "original_max_position_embeddings": 4096, "type": "yarn"},
     },
-    "granite-4.1-3b": {
-        **_SAME, "model_type": "granite", "architectures": ["GraniteForCausalLM"], "attention_bias": False,
-        "attention_dropout": 0.0, "attention_multiplier": 0.015625, "embedding_multiplier": 12, "hidden_act": "silu",
-        "hidden_size": 2560, "intermediate_size": 8192, "logits_scaling": 10, "max_position_embeddings": 131072,
-        "mlp_bias": False, "num_attention_heads": 40, "num_hidden_layers": 40, "num_key_value_heads": 8,
-        "residual_multiplier": 0.22, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000000,
-        "vocab_size": 100352,
-    },
     "granite-3.1-1b-a400m": {
         **_DECODER, "model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"], "attention_bias": False,
         "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "hidden_size": 1024,

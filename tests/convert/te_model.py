@@ -77,7 +77,7 @@ def through_transformer_engine(source: Path, target: Path) -> None:
             assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
             assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
             modules = {type(module).__name__ for module in model.modules()}
-            norms_before = args.fdd_layer_spec != "olmo2"
+            norms_before = args.fdd_layer_spec not in ("olmo2", "cohere2")
             assert ("TELayerNormColumnParallelLinear" in modules) == norms_before
             assert "TEColumnParallelLinear" in modules or norms_before
             assert ("TEColumnParallelGroupedLinear" in modules) == grouped

@@ -24,7 +24,9 @@ def _count_parameters(config: dict[str, Any]) -> int:
     architecture = family.megatron_args(config)
     with conversion_ranks() as groups:
         args = complete_args({**family.fixed, **architecture}, dtype=torch.bfloat16, vocabulary_divisor=128)
-        parameters = dict(build_model(args, groups, "meta").named_parameters())
+        from megatron_fdd.convert.checkpoint_entries import tensors_of
+
+        parameters = tensors_of(build_model(args, groups, "meta"))
     rows = family.rows(config)
     assert {row.mcore for row in rows} == set(parameters)
     padding = args.padded_vocab_size - architecture["vocab_size"]
@@ -49,6 +51,13 @@ def _count_parameters(config: dict[str, Any]) -> int:
         ("gpt-oss-20b in bfloat16", 20914.8),
         ("starcoder2-3b", 3030.4),
         ("DeepSeek-V2-Lite", 15706.5),
+        ("granite-3.1-1b-a400m", 1384.9),  # 1,334.6 with tied embeddings
+        ("GLM-4-9B-0414", 9400.3),
+        ("EXAONE-4.0-32B", 32003.2),
+        ("OLMoE-1B-7B", 6919.2),
+        ("Olmo-3-7B", 7298.0),
+        ("ERNIE-4.5-21B-A3B", 21825.4),
+        ("c4ai-command-r7b", 8028.0),
         ("gpt2-xl", 1557.6),
     ],
 )

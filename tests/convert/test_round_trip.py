@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from tests.convert import mcore, toys
@@ -37,6 +39,23 @@ def _check(tmp_path: Path, variant: str, vocabulary_divisor: int = 128) -> None:
 @distributed(tp=1)
 def test_one_rank(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
+
+
+@distributed(tp=1)
+def test_a_bias_that_transformers_rounded(tmp_path: Path) -> None:
+    """An export has it in float32, with the same values."""
+    source, saved, back = tmp_path / "source", tmp_path / "mcore", tmp_path / "back"
+    toys.make_llama(source, "minimax_m2")
+    [file] = source.glob("*.safetensors")
+    tensors = load_file(file)
+    biases = {name: b.bfloat16() for name, b in tensors.items() if name.endswith("correction_bias")}
+    save_file(tensors | biases, file, {"format": "pt"})
+    convert.hf_to_mcore(source, saved)
+    assert convert.mcore_to_hf(saved, back).unchanged == len(tensors)
+    exported = load_file(back / "model.safetensors")
+    for name, bias in biases.items():
+        assert torch.equal(exported[name], bias.float())
+        assert exported[name].dtype == torch.float32
 
 
 TWO_RANKS = [

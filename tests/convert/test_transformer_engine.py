@@ -22,8 +22,20 @@ from tests.transformer_engine import PYTHON
 pytestmark = pytest.mark.tier("all")
 
 ROOT = Path(__file__).parents[2]
-VARIANTS = ("plain", "tied", "biases", "qwen2", "qwen3", "mistral_window", "bfloat16", "olmo2", "gemma3_text")
-MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed")
+VARIANTS = (
+    "plain",
+    "tied",
+    "biases",
+    "qwen2",
+    "qwen3",
+    "mistral_window",
+    "bfloat16",
+    "olmo2",
+    "gemma3_text",
+    "cohere2",
+    "hunyuan_v1_dense",
+)
+MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed", "granitemoe", "ernie4_5_moe")
 
 
 @pytest.mark.skipif(

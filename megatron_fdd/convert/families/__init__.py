@@ -51,18 +51,20 @@ _ALL = (
 FAMILIES: dict[str, Family] = {}
 
 # Parts of these models that Megatron's arguments (0.19.2) cannot describe; nobody has written a layer specification.
-_GATED_GELU = "an MLP gated by GELU with tanh"
-_SCALED_EMBEDDING = "embeddings times sqrt(hidden_size)"
-_NORM_OF_ONE_PLUS_W = "norms that scale by 1 + weight"
-_SANDWICH = "norms behind attention and MLP"
 _SIDE_BY_SIDE = "attention and MLP side by side on one input"
-_GEMMA = (_GATED_GELU, _SCALED_EMBEDDING, _NORM_OF_ONE_PLUS_W)
 NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
-    "gemma": _GEMMA,
-    "gemma2": (*_GEMMA, "soft-caps of attention scores and of logits", _SANDWICH),
+    "gemma": (
+        "an MLP gated by GELU with tanh",
+        "embeddings times sqrt(hidden_size)",
+        "norms that scale by 1 + weight",
+    ),
+    "gemma2": (
+        "soft-caps of attention scores and of logits: as a teacher use `fdd teach --engine transformers`, which keeps "
+        "the cap",
+    ),
     "gemma3": ("images; the text model alone, as gemma3_text, converts",),
     "llama4": ("images; the text model alone, as llama4_text, converts",),
-    "cohere": (_SIDE_BY_SIDE, "LayerNorm without a bias", "scaled logits"),
+    "cohere": (_SIDE_BY_SIDE, "queries and keys normalised by a LayerNorm of their own", "scaled logits"),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
     "opt": ("positions that start at 2", "ReLU"),

@@ -140,7 +140,7 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         "kv_channels": shape.head_dim,
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.max_position_embeddings,
-        "seq_length": min(shape.max_position_embeddings, dialect.longest or shape.max_position_embeddings),
+        "seq_length": _longest(dialect, shape),
         "layernorm_epsilon": shape.rms_norm_eps,
         "add_bias_linear": biased,
         "add_qkv_bias": biased or shape.qkv_bias,
@@ -156,6 +156,11 @@ def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
         **({"moe_router_dtype": "fp32"} if dialect.experts and dialect.experts.float32_router else {}),
         **({OPTIONS: options} if options else {}),
     }
+
+
+def _longest(dialect: Dialect, shape: DecoderShape) -> int:
+    positions = shape.max_position_embeddings
+    return positions if dialect.longest is None else min(positions, dialect.longest(shape.own))
 
 
 def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> DecoderShape:

@@ -63,7 +63,8 @@ class Dialect:
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
         mlp_block: the module that is the MLP of a dense layer.
-        longest: the longest sequence that the layers can process; None if `max_position_embeddings` says it.
+        longest: returns the longest sequence that the layers can process, from `own_fields`; None if
+            `max_position_embeddings` says it.
         flatten: gives config.json the spelling that this module reads. `restore` reverts it, for a changed config.
     """
 
@@ -91,7 +92,7 @@ class Dialect:
     left_out: LeftOut | None = None
     own_fields: tuple[str, ...] = ()
     mlp_block: str = "mlp"
-    longest: int | None = None
+    longest: Callable[[Mapping[str, Any]], int] | None = None
     flatten: Callable[[HfConfig], HfConfig] = dict
     restore: Callable[[HfConfig], HfConfig] = dict
 

@@ -112,8 +112,7 @@ ERNIE4_5_MOE = decoder_family(
         # The load-balancing loss and the capacity concern only training.
         harmless=frozenset({"router_aux_loss_coef", "output_router_logits", "moe_capacity", "auto_map"}),
         rope_kinds=("default", "linear", "llama3"),
-        # transformers computes the router's logits in float32.
-        fixed={"rotary_interleaved": True, "moe_router_dtype": "fp32"},
+        fixed={"rotary_interleaved": True},
         experts=ExpertNaming(
             block="mlp",
             projections=QWENS_PROJECTIONS,
@@ -122,6 +121,7 @@ ERNIE4_5_MOE = decoder_family(
             layer_fields=QWENS_LAYERS,
             bias="moe_statics.e_score_correction_bias",
             own_router=True,
+            float32_router=True,
             shared=SharedNaming("shared_experts", count_field="moe_num_shared_experts"),
         ),
         layer_spec=LayerSpec(_build, _configure),

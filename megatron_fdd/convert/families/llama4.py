@@ -83,20 +83,14 @@ def _restore(flat: HfConfig) -> HfConfig:
     return config
 
 
-def _configure(config: GPTModelConfig, options: Mapping[str, Any]) -> None:
-    """Refuse sequences that are so long that attention would change.
-
-    Raises:
-        ValueError: an option is missing or of the wrong kind; names --seq-length and the bound.
-    """
+def _configure(_config: GPTModelConfig, options: Mapping[str, Any]) -> None:
+    """Refuse options that are missing or of the wrong kind."""
     check_options(options, _OPTIONS)
-    bound = min(options["floor_scale"], options["attention_chunk_size"] or options["floor_scale"])
-    if config.seq_length >= bound:
-        raise ValueError(
-            f"--seq-length {config.seq_length}: from {bound} on attention of a llama4_text is cut into chunks, and "
-            f"its temperature changes, which Megatron cannot do; use fewer than {bound}, or for a teacher `fdd teach "
-            "--engine transformers`"
-        )
+
+
+def _longest(options: Mapping[str, Any]) -> int:
+    """Return the last length below the chunk, and below that from which the temperature changes."""
+    return min(options["floor_scale"], options["attention_chunk_size"] or options["floor_scale"]) - 1
 
 
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -140,8 +134,8 @@ LLAMA4_TEXT = decoder_family(
             ),
             shared=SharedNaming("shared_expert", width_field="moe_intermediate_size"),
         ),
-        layer_spec=LayerSpec(_build, _configure),
-        longest=8191,
+        layer_spec=LayerSpec(_build, _configure, _longest),
+        longest=_longest,
         own_fields=tuple(_OPTIONS),
         flatten=_flatten,
         restore=_restore,

@@ -61,6 +61,16 @@ OLMOE = decoder_family(
 )
 
 
+_PARTS = ("full_attention", "linear_attention", "mlp")
+# Multi-token prediction, parts that the model does not have, and code that transformers no longer needs.
+_UNUSED = frozenset(
+    {
+        *("use_mtp", "num_mtp_modules", "mtp_transformer_layers", "auto_map", "max_model_len"),
+        *("mlp_intermediate_size", "shared_moe_mode", "use_grouped_topk"),
+    }
+)
+
+
 def _flatten(config: HfConfig) -> HfConfig:
     """Give the part of a head that turns as a factor, and leave out a list that says that all attention is softmax."""
     flat = dict(config)
@@ -98,9 +108,12 @@ MINIMAX_M2 = decoder_family(
             "use_qk_norm": (True,),
             "qk_norm_type": ("per_layer",),
             "shared_intermediate_size": (0,),
+            "routed_scaling_factor": (1.0,),
+            "swa_rope_theta": (-1.0,),
+            **dict.fromkeys(("num_expert_group", "topk_group", "attn_window_size"), (None,)),
+            **dict.fromkeys((f"layernorm_{part}_beta" for part in _PARTS), (1.0,)),
         },
-        # Multi-token prediction, whose tensors no published folder has, and code that transformers no longer needs.
-        harmless=_TRAINING | {"use_mtp", "num_mtp_modules", "mtp_transformer_layers", "auto_map"},
+        harmless=_TRAINING | _UNUSED,
         qk_norm=True,
         partial_rotary=1.0,
         experts=ExpertNaming(
