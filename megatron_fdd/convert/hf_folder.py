@@ -92,9 +92,15 @@ class HfFolder:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Every tensor that is stored, by name, read from the headers of all files."""
-        if (self.path / SINGLE_FILE).is_file():  # it goes before an index, as in transformers
-            return self._header(SINGLE_FILE)
         index = self.path / INDEX_FILE
+        if (self.path / SINGLE_FILE).is_file():  # it goes before an index, as in transformers
+            others = set(read_weight_map(index).values()) if index.is_file() else set()
+            if others - {SINGLE_FILE} and all((self.path / file).is_file() for file in others):
+                raise ValueError(
+                    f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} with other files beside it: one of them is a "
+                    "left-over; remove it"
+                )
+            return self._header(SINGLE_FILE)
         if not index.is_file():
             raise ValueError(
                 f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}; other weight formats are not read: "

@@ -43,7 +43,7 @@ def replace_vocabulary(
     """
     check_new_folder(Path(hf_out), "--hf-out")
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config).as_stored(folder.names)
+    family = family_of(folder.config).as_stored(folder)
     check_names(family, folder)
     old = VocabularySource.find(folder.path, "--from")
     new = VocabularySource.find(Path(vocabulary_of), _FLAG)

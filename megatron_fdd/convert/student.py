@@ -86,7 +86,7 @@ def init_student(
         ValueError: the teacher lacks a layer, or its weights do not match its config.
     """
     folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config).as_stored(folder.names)
+    family = family_of(folder.config).as_stored(folder)
     teacher_layers = family.megatron_args(folder.config)["num_layers"]
     outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
     if outside or not layers:

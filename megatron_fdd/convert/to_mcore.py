@@ -124,7 +124,7 @@ class _Source:
     def __init__(self, hf_model: Path, dtype: str, vocabulary_divisor: int, groups: Any) -> None:
         self.folder = folder = HfFolder(hf_model)
         self.config = folder.config
-        family = family_of(folder.config).as_stored(folder.names)
+        family = family_of(folder.config).as_stored(folder)
         self.family = family
         architecture = {**family.fixed, **family.megatron_args(folder.config)}
         check_names(family, folder)

@@ -15,7 +15,8 @@ from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_field
 from megatron_fdd.convert.families.decoder_rows import decoder_rows
 from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
 from megatron_fdd.convert.families.experts import FIXED_EXPERTS, Experts, read_experts, write_experts
-from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, refuse_field
+from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, StoredFolder, refuse_field
+from megatron_fdd.convert.families.joined_experts import as_joined
 from megatron_fdd.convert.families.latent import (
     LatentShape,
     latent_rope_args,
@@ -282,4 +283,15 @@ def decoder_family(dialect: Dialect) -> Family:
         tied=("lm_head.weight", "model.embed_tokens.weight"),
         layer_spec=dialect.layer_spec,
         left_out=dialect.left_out,
+        variant=partial(_as_stored, dialect),
+    )
+
+
+def _as_stored(dialect: Dialect, family: Family, folder: StoredFolder) -> Family:
+    """Return the family with joined experts, if a folder's files have them."""
+    joined = as_joined(dialect, folder)
+    if joined is None:
+        return family
+    return dataclasses.replace(
+        family, rows=lambda config: decoder_rows(joined, _read(joined, config)), stacked=_stacked(joined)
     )

@@ -10,7 +10,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -73,6 +73,21 @@ class LeftOut:
     without: Callable[[HfConfig], HfConfig]
 
 
+class StoredFolder(Protocol):
+    """What a family may look at in a model folder, to see how its files hold the weights."""
+
+    @property
+    def config(self) -> HfConfig:
+        """The content of config.json."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """The conversion of one family of models.
@@ -95,6 +110,8 @@ class Family:
         layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
             values under "fdd_layer_options".
         left_out: what an import leaves out, and says so; None if nothing.
+        variant: (the family, a folder) -> the family with another table, if the folder's files hold the same weights
+            otherwise; None if there is one way only.
     """
 
     model_type: str
@@ -110,6 +127,7 @@ class Family:
     stacked: tuple[str, ...] = ()
     layer_spec: LayerSpec | None = None
     left_out: LeftOut | None = None
+    variant: Callable[[Family, StoredFolder], Family] | None = None
 
     def left_out_names(self, config: HfConfig, names: Iterable[str]) -> list[str]:
         """Return the names, sorted, of the tensors that the table has no place for."""
@@ -120,9 +138,11 @@ class Family:
         """Return the config of a model without those tensors."""
         return config if self.left_out is None else self.left_out.without(config)
 
-    def as_stored(self, names: Collection[str]) -> Family:
-        """Return the family with the tensor names that a folder's files use: its own, or all without `prefix`."""
-        if any(name.startswith(self.prefix) for name in names):
+    def as_stored(self, folder: StoredFolder) -> Family:
+        """Return the family as a folder's files hold it: with its own tensors, a variant, or all without `prefix`."""
+        if self.variant is not None:
+            return self.variant(self, folder)
+        if any(name.startswith(self.prefix) for name in folder.names):
             return self
 
         def bare(name: str) -> str:
