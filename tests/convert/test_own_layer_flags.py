@@ -6,11 +6,21 @@ from argparse import Namespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_fdd.convert.families import FAMILIES, family_of
+from megatron_fdd.convert.mcore_model import complete_args
 from megatron_fdd.host.model import build_config
 from tests.convert import toys
-from tests.convert.test_own_layer_configs import _args, _complete
+
+
+def _args(config: dict[str, Any]) -> dict[str, Any]:
+    return family_of(config).megatron_args(config)
+
+
+def _complete(config: dict[str, Any]) -> Namespace:
+    architecture = {**family_of(config).fixed, **_args(config)}
+    return complete_args(architecture, dtype=torch.float32, vocabulary_divisor=8)
 
 
 @pytest.mark.parametrize(
