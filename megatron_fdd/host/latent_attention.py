@@ -43,7 +43,7 @@ def latent_layers(config: GPTModelConfig, vp_stage: int | None) -> TransformerBl
         attention = layer.submodules.self_attention
         attention.module = LatentAttention
         if config.transformer.transformer_impl == "local":
-            attention.submodules.core_attention = _of_any_width(
+            attention.submodules.core_attention = of_any_width(
                 backend_of(config.transformer).core_attention()
             )
             # TransformerEngine has this norm inside the matrix of a dense layer.
@@ -54,7 +54,7 @@ def latent_layers(config: GPTModelConfig, vp_stage: int | None) -> TransformerBl
 
 
 @functools.cache
-def _of_any_width(core: type[nn.Module]) -> type[nn.Module]:
+def of_any_width(core: type[nn.Module]) -> type[nn.Module]:
     """Make a subclass of `core`, a local core attention, whose values may have another width than queries and keys."""
 
     class AnyWidth(core):  # type: ignore[valid-type, misc]
@@ -69,7 +69,7 @@ def _of_any_width(core: type[nn.Module]) -> type[nn.Module]:
             self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **keywords: Any
         ) -> Tensor:
             # Multi-latent attention pads the values of packed documents.
-            self.hidden_size_per_partition = value.shape[-2] * value.shape[-1]
+            self.hidden_size_per_partition = query.shape[-2] * value.shape[-1]
             return super().forward(query, key, value, *arguments, **keywords)
 
     return AnyWidth

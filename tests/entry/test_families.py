@@ -37,6 +37,7 @@ PAIRS = [
     ("nemotron", "starcoder2"),  # no gate, LayerNorm, a rotary base that is no whole number
     ("ernie4_5", "qwen2_linear"),
     ("granite", "cohere2"),  # scaled logits
+    ("deepseek_v3_yarn", "deepseek_v2"),  # multi-latent attention
     ("ernie4_5_moe", "hunyuan_v1_dense"),
     ("cohere2", "granitemoe"),
 ]
@@ -101,6 +102,9 @@ LAYOUTS = {
     "tp2_cohere": ("ernie4_5_moe", "cohere2", "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2_scaled": ("granite", "cohere2", "--pipeline-model-parallel-size 2"),
     "cp2_hunyuan": ("granitemoe", "hunyuan_v1_dense", "--context-parallel-size 2"),
+    "tp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--pipeline-model-parallel-size 2"),
+    "cp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--context-parallel-size 2"),
     "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
 }
 
@@ -119,8 +123,11 @@ def on_one_rank(toy: Toys, models: Path) -> Metrics:
     return {pair: without_seconds(read_metrics(path)) for pair, path in pairs.items()}
 
 
+_LATENT = pytest.param("deepseek_v3_yarn", "deepseek_v2", marks=pytest.mark.tier("all"))
 # Mechanisms that other tests show at this layout.
-_COVERED = {name for name in LAYOUTS if name.endswith(("shared", "sinks", "yarn", "ungated"))} - {"ep2_sinks"}
+_COVERED = {name for name in LAYOUTS if name.endswith(("shared", "sinks", "yarn", "ungated", "latent"))} - {
+    "ep2_sinks"
+}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +152,7 @@ def test_every_layout_trains_alike(
         ("olmo2", "gemma3_text"),
         ("ernie4_5_moe", "cohere2"),
         ("granitemoe", "hunyuan_v1_dense"),
+        _LATENT,
     ],
 )
 def test_modules_of_transformer_engine_train_alike(
@@ -166,7 +174,9 @@ def _assert_alike(path: Path, expected: list[dict[str, Any]]) -> None:
             assert shared[term] == pytest.approx(alone[term], rel=1e-4), term
 
 
-@pytest.mark.parametrize(("teacher", "student"), [("mixtral", "mistral_window"), ("olmo2", "gemma3_text")])
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("mixtral", "mistral_window"), ("olmo2", "gemma3_text"), _LATENT]
+)
 def test_a_trained_student_goes_back(
     toy: Toys, models: Path, tmp_path: Path, teacher: str, student: str
 ) -> None:
