@@ -125,9 +125,11 @@ def on_one_rank(toy: Toys, models: Path) -> Metrics:
 
 _LATENT = pytest.param("deepseek_v3_yarn", "deepseek_v2", marks=pytest.mark.tier("all"))
 # Mechanisms that other tests show at this layout.
-_COVERED = {name for name in LAYOUTS if name.endswith(("shared", "sinks", "yarn", "ungated", "latent"))} - {
-    "ep2_sinks"
-}
+_COVERED = {
+    name
+    for name in LAYOUTS
+    if name.endswith(("shared", "sinks", "yarn", "ungated", "latent", "cohere", "hunyuan"))
+} - {"ep2_sinks"}
 
 
 @pytest.mark.parametrize(
@@ -150,8 +152,8 @@ def test_every_layout_trains_alike(
         ("qwen3_moe_mixed", "qwen3"),
         ("gemma3_text", "olmo2"),
         ("olmo2", "gemma3_text"),
-        ("ernie4_5_moe", "cohere2"),
-        ("granitemoe", "hunyuan_v1_dense"),
+        pytest.param("ernie4_5_moe", "cohere2", marks=pytest.mark.tier("all")),
+        pytest.param("granitemoe", "hunyuan_v1_dense", marks=pytest.mark.tier("all")),
         _LATENT,
     ],
 )
