@@ -180,10 +180,25 @@ TEXT = (
         help="Tokens added to it.",
     ),
 )
+HARNESS = (
+    click.option(
+        "--lm-eval",
+        metavar="TASK,TASK,...",
+        default="",
+        callback=lambda _ctx, _option, value: tuple(filter(None, value.split(","))),
+        help="Tasks of lm-evaluation-harness (optional: pip install 'megatron_fdd[lm-eval]').",
+    ),
+    click.option(
+        "--lm-eval-tasks",
+        type=FOLDER,
+        metavar="DIR",
+        help="Folder with the YAML files of these tasks; default: those that come with the harness.",
+    ),
+)
 
 
 @click.command("evaluate", cls=Command, may_be_empty=("prompt",), epilog=EXAMPLES)
-@with_options(*MODELS, *INSTRUCTIONS, *TEXT)
+@with_options(*MODELS, *INSTRUCTIONS, *TEXT, *HARNESS)
 def command(threads: int | None, batch_size: int, **given: Any) -> None:
     """Measure what Hugging Face models learned: ROUGE-L of their answers, perplexity, distance to the teacher, samples.
 
@@ -226,6 +241,7 @@ def request_from(**given: Any) -> Request:
         ValueError: a file cannot be read as instructions, or a device does not exist.
     """
     from megatron_fdd.evaluate.data_file import Selection, read_data_files
+    from megatron_fdd.evaluate.harness import HarnessTasks
     from megatron_fdd.evaluate.models import NamedModel, Placement
     from megatron_fdd.evaluate.request import Request
 
@@ -250,6 +266,7 @@ def request_from(**given: Any) -> Request:
         placement=Placement.choose(given["device"], given["dtype"]),
         batch_size=given["batch_size"],
         out=given["out"],
+        tasks=HarnessTasks(given["lm_eval"], given["lm_eval_tasks"]),
     )
 
 

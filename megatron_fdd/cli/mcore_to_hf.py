@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -11,13 +12,17 @@ from megatron_fdd.cli import conversion
 from megatron_fdd.cli.command import Command, plugin, skip_checksums, trust_checkpoint
 
 if TYPE_CHECKING:
-    from megatron_fdd.convert.to_hf import ExportOptions
+    from megatron_fdd.convert.to_hf import Exported, ExportOptions
 
+# With --watch: how long to wait for a new checkpoint, and the most that can be asked for.
+_IDLE_S, _LONGEST_S = 6 * 3600.0, 30 * 24 * 3600.0
 EXAMPLES = """\b
 examples:
   fdd export --load checkpoints/student --hf-out student
   fdd export --load checkpoints/student --hf-out student --dtype bfloat16 \\
       --hf-config Llama-3.2-1B --tokenizer Llama-3.2-1B
+  fdd export --load checkpoints/student --hf-out exports --watch
+      (every checkpoint of a running training, to exports/iter_NNNNNNN)
   torchrun --nproc-per-node 4 -m megatron_fdd export --load checkpoints/student --hf-out student
       (four processes write the files)"""
 
@@ -41,10 +46,24 @@ examples:
     is_flag=True,
     help="Write the codes and scales of the quantised folder that was imported; a training must not have changed it.",
 )
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Export each checkpoint of a running training to HF_OUT/iter_NNNNNNN when its save has ended, until the "
+    "training has made its last step. What is there already is skipped.",
+)
+@click.option(
+    "--idle-timeout",
+    type=click.FloatRange(min=0, min_open=True, max=_LONGEST_S),
+    metavar="SECONDS",
+    help=f"With --watch: end when there was no new checkpoint for so long.  [default: {_IDLE_S:g}]",
+)
 @skip_checksums
 @plugin
 @trust_checkpoint
-def command(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> None:
+def command(
+    load: Path, hf_out: Path, *, watch: bool, idle_timeout: float | None, **options: Unpack[ExportOptions]
+) -> None:
     """Write the model of a Megatron torch_dist checkpoint as a Hugging Face folder that AutoModelForCausalLM and
     AutoTokenizer load.
 
@@ -57,21 +76,48 @@ def command(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> None:
     One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
     processes on any number of nodes that share the file system, the files are written side by side; they are the same
     for any number of processes.
+
+    README.md in the folder is a model card: what the checkpoint, the training's data sets and an evaluation of these
+    weights say, and fields to fill in.
     """
 
-    def action() -> str:
-        from megatron_fdd.convert import mcore_to_hf
-
-        options["progress"] = True
-        exported = mcore_to_hf(load, hf_out, **options)
-        line = f"{hf_out}: {exported.num_tensors} tensors of {load}, ready for from_pretrained"
-        if exported.unchanged is not None:
-            line += f"; {exported.unchanged} are bit for bit those imported"
-        if exported.left_out:
-            names = f"{exported.left_out[0]} ..."
-            line += (
-                f"; {len(exported.left_out)} that terms of the distillation learned are left out ({names})"
+    options["progress"] = True
+    if watch:
+        if options.get("ckpt_step") is not None:
+            raise click.UsageError(
+                f"--ckpt-step {options['ckpt_step']}: --watch exports every iteration; leave one of them out"
             )
-        return f"{exported.remark}\n{line}" if exported.remark else line
+        conversion.convert(partial(_watch, load, hf_out, idle_timeout or _IDLE_S, options))
+    if idle_timeout is not None:
+        raise click.UsageError(
+            f"--idle-timeout {idle_timeout:g}: is for --watch; give it too, or leave this out"
+        )
+    conversion.convert(partial(_export, load, hf_out, options))
 
-    conversion.convert(action)
+
+def _export(load: Path, hf_out: Path, options: ExportOptions) -> str:
+    from megatron_fdd.convert import mcore_to_hf
+
+    return _told(load, hf_out, mcore_to_hf(load, hf_out, **options))
+
+
+def _watch(load: Path, hf_out: Path, idle_s: float, options: ExportOptions) -> str:
+    from megatron_fdd.convert.watch import watch
+    from megatron_fdd.host import console
+
+    place = f"{load}" if load.is_dir() else f"{load}, which is not there yet"
+    console.say(f"watching {place}: new checkpoints go to {hf_out}/; Ctrl-C ends this, and loses nothing")
+    return watch(
+        load, hf_out, idle_s, lambda place, exported: console.say(_told(load, place, exported)), options
+    )
+
+
+def _told(load: Path, hf_out: Path, exported: Exported) -> str:
+    """Return what is said of an export."""
+    line = f"{hf_out}: {exported.num_tensors} tensors of {load}, ready for from_pretrained"
+    if exported.unchanged is not None:
+        line += f"; {exported.unchanged} are bit for bit those imported"
+    if exported.left_out:
+        names = f"{exported.left_out[0]} ..."
+        line += f"; {len(exported.left_out)} that terms of the distillation learned are left out ({names})"
+    return f"{exported.remark}\n{line}" if exported.remark else line

@@ -26,6 +26,7 @@ from megatron_fdd.convert.hf_writer import (
 from megatron_fdd.convert.kept_scales import QuantisedExport, quantised_export
 from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, SCALES_FOLDER
 from megatron_fdd.convert.mcore_model import name_of
+from megatron_fdd.convert.model_card import CARD_FILE, CardSubject, model_card
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
 from megatron_fdd.convert.table_export import TableExport, table_export
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
@@ -51,7 +52,8 @@ class Exported:
         unchanged: number of these tensors with the bytes of the imported model; None if its checksums are not
             beside the checkpoint, or are for another dtype.
         left_out: names of the parameters that terms of the distillation learned beside the student.
-        remark: for people, about the sums of the checkpoint's files; empty if they were not compared.
+        remark: for people, about the sums of the checkpoint's files, if they were compared, and about ids in the
+            generation config that the model does not have.
     """
 
     num_tensors: int
@@ -120,6 +122,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
                 _check_quantised(checkpoint.name == RELEASE, dtype, hf_config)
                 export = quantised_export(table, find_beside(load, args, SCALES_FOLDER))
                 config_path, imported = export.scales.path / CONFIG_FILE, None
+            strange = _strange_ids(config_path.parent / GENERATION_FILE, export.config)
             shards = plan_shards(export.specs(), max_shard_bytes)
         check_objects_together({"--load": checkpoint})
         remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
@@ -134,6 +137,8 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
                     _write_config(unfinished, config_path, export.config, export.dtype)
                     copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
                     written.write(unfinished)
+                    _write_card(unfinished, hf_out, checkpoint, args, written)
+    remark = "\n".join(filter(None, [remark, *strange]))
     return Exported(written.count(), written.count_same(imported), left_out, remark)
 
 
@@ -163,6 +168,43 @@ def _check_quantised(is_import: bool, dtype: str, hf_config: Path | None) -> Non
         raise ValueError(
             "--quantised: writes the imported folder again; leave out --dtype and --hf-config, or it"
         )
+
+
+def _write_card(
+    unfinished: Path, hf_out: Path, checkpoint: Path, args: Namespace, written: Checksums
+) -> None:
+    """Write the model card of an export that is whole but for it."""
+    label, name = checkpoint.name.removeprefix("iter_"), hf_out.resolve().name
+    if label.isdecimal() and name == checkpoint.name:  # says nothing to a reader
+        name = f"{checkpoint.parent.resolve().name}, iteration {int(label):,}"
+    subject = CardSubject(
+        name=name,
+        load=checkpoint.parent,
+        iteration=int(label) if label.isdecimal() else None,
+        args=args,
+        config=read_json(unfinished / CONFIG_FILE),
+        written=written,
+    )
+    (unfinished / CARD_FILE).write_text(model_card(subject), encoding="utf-8")
+
+
+def _strange_ids(path: Path, config: HfConfig) -> list[str]:
+    """Return a warning for each field of a generation config with a token id that the model has no row for.
+
+    Raises:
+        ValueError: the file is no JSON object.
+    """
+    size, found = config.get("vocab_size"), []
+    for name, value in read_json(path).items() if path.is_file() else ():
+        ids = value if isinstance(value, list) else [value]
+        if not name.endswith("_token_id") or type(size) is not int:
+            continue
+        if any(type(each) is int and not 0 <= each < size for each in ids):
+            found.append(
+                f"warning: {GENERATION_FILE}: {name} is {value}, and the ids of the model are 0 to {size - 1}; correct "
+                "it before you generate"
+            )
+    return found
 
 
 def _check_untouched(written: Checksums, imported: Checksums | None, load: Path) -> None:

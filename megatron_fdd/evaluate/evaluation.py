@@ -58,6 +58,11 @@ def evaluate(request: Request) -> list[Evaluation]:
                 _answer_all(evaluation, encoded, request)
         if request.text.is_asked:
             _read_texts(evaluations, windows, request)
+        if request.tasks.names:
+            for evaluation in evaluations:
+                model = request.placement.load(evaluation.model.folder)
+                tokenizer = evaluation.model.tokenizer()
+                evaluation.tasks = request.tasks.run(model, tokenizer, request.batch_size)
         for evaluation in evaluations:
             evaluation.write(request)
     return evaluations

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_fdd.data.tokenizer_identity import compare
 from megatron_fdd.evaluate.data_file import DataFile
+from megatron_fdd.evaluate.harness import HarnessTasks
 from megatron_fdd.evaluate.models import NamedModel, Placement
 from megatron_fdd.evaluate.rouge import scorer
 from megatron_fdd.evaluate.settings import GenerationSettings, Text
@@ -22,6 +23,7 @@ class Request:
         has_teacher: true if the last model is the teacher, to which the others' distance is measured.
         batch_size: how many prompts are answered at once.
         out: the folder with one folder per model.
+        tasks: those of lm-evaluation-harness.
     """
 
     models: tuple[NamedModel, ...]
@@ -32,6 +34,7 @@ class Request:
     placement: Placement
     batch_size: int
     out: Path
+    tasks: HarnessTasks = HarnessTasks()
 
     @property
     def teacher(self) -> NamedModel | None:
@@ -44,8 +47,8 @@ class Request:
         Raises:
             ValueError: there is nothing to do, names are not unique, values have no meaning, or files are missing.
         """
-        if not self.data and not self.text.is_asked:
-            raise ValueError("nothing to evaluate: give --data, --validation-text or --prompt")
+        if not self.data and not self.text.is_asked and not self.tasks.names:
+            raise ValueError("nothing to evaluate: give --data, --validation-text, --prompt or --lm-eval")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: at least 1")
         self.text.check()
@@ -64,6 +67,7 @@ class Request:
                     f"--out {self.out}: the results would go into the model's own folder {model.folder}; give another"
                 )
         self._check_vocabularies()
+        self.tasks.check()
 
     def _check_vocabularies(self) -> None:
         """Refuse models that cannot be compared with the teacher word by word."""

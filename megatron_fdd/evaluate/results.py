@@ -76,6 +76,7 @@ class Evaluation:
     answers: dict[str, FileResult] = field(default_factory=dict)
     text: TextResult | None = None
     samples: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, Any] | None = None
 
     @property
     def mean_rouge_l(self) -> float | None:
@@ -104,6 +105,7 @@ class Evaluation:
             "mean_rouge_l": self.mean_rouge_l,
             "text": self.text.as_json() if self.text else None,
             "samples": self.samples,
+            "lm_eval": self.tasks,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".json.partial")

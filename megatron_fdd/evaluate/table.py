@@ -14,7 +14,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
     """Return what was evaluated, with the models in the order in which they were given."""
     names = [evaluation.model.name for evaluation in evaluations]
     width = max(len(name) for name in [*names, UNIGRAM])
-    parts = [_answers(evaluations, width), _texts(evaluations, width), _samples(evaluations, width)]
+    parts = [make(evaluations, width) for make in (_answers, _texts, _tasks, _samples)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
@@ -58,6 +58,21 @@ def _texts(evaluations: Sequence[Evaluation], width: int) -> list[str]:
     if first.unigram_cross_entropy is not None:
         unigram = PerplexityScore(first.unigram_cross_entropy, float("nan"))
         lines.append(f"{UNIGRAM:{width}}  {unigram.perplexity:10.1f}  {unigram.cross_entropy:13.3f}")
+    return lines
+
+
+def _tasks(evaluations: Sequence[Evaluation], width: int) -> list[str]:
+    """Return a line for each measure of each task, and model."""
+    lines = []
+    for task, first in ((evaluations[0].tasks or {}).get("tasks") or {}).items():
+        for measure in first["measures"]:
+            lines.append(f"{task}, {measure} ({first['num_examples']} examples)")
+            for evaluation in evaluations:
+                found = (evaluation.tasks or {})["tasks"][task]["measures"].get(measure)
+                if found is not None:
+                    error = found["standard_error"]
+                    spread = "" if error is None else f" ± {error:.4f}"
+                    lines.append(f"{evaluation.model.name:{width}}  {found['value']:.4f}{spread}")
     return lines
 
 

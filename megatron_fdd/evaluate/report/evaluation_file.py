@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fdd.evaluate.report.metrics import NUMBER
 from megatron_fdd.host.field_kinds import (
+    FLAG,
     OBJECT,
     TEXT,
     Kind,
@@ -40,12 +41,23 @@ _TEXT_SCORE: Mapping[str, Kind] = {
         optional(NUMBER),
     ),
 }
+_TASK: Mapping[str, Kind] = {
+    "num_examples": optional(_COUNT),
+    "num_shots": optional(_COUNT),
+    "measures": OBJECT,
+}
+_MEASURE: Mapping[str, Kind] = {
+    "value": NUMBER,
+    "standard_error": optional(NUMBER),
+    "higher_is_better": optional(FLAG),
+}
 _WHOLE_FILE: Mapping[str, Kind] = {
     "model": optional(TEXT),
     "settings": optional(OBJECT),
     "answers": optional(OBJECT),
     "text": optional(OBJECT),
     "samples": optional(object_of(TEXT)),
+    "lm_eval": optional(OBJECT),
 }
 
 
@@ -66,6 +78,14 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         _check(result, _FILE, path, f"answers.{name}.", needed=("rouge_l",))
         _check(result["rouge_l"], _ROUGE, path, f"answers.{name}.rouge_l.", needed=("mean",))
     _check(found.get("text") or {}, _TEXT_SCORE, path, "text.")
+    harness = found.get("lm_eval") or {}
+    _check(harness, {"tasks": object_of(OBJECT)}, path, "lm_eval.")
+    for name, task in (harness.get("tasks") or {}).items():
+        _check(task, _TASK, path, f"lm_eval.tasks.{name}.", needed=("measures",))
+        for measure, value in task["measures"].items():
+            place = f"lm_eval.tasks.{name}.measures."
+            _check({measure: value}, {measure: OBJECT}, path, place)
+            _check(value, _MEASURE, path, f"{place}{measure}.", needed=("value",))
     return found
 
 

@@ -42,8 +42,8 @@ SCORE_NOTE = (
     "Bold: the best run of a row, if its lead over the second exceeds the spread of both. The teacher does not "
     "take part. Nothing is marked without a known spread, or where runs were not measured alike (other settings, "
     "layers, divergence or number of iterations). ± is the sample standard deviation: over seeds for ROUGE-L; for "
-    "training values over the last 5 % of the iterations (100 at most), whose mean is shown. It says nothing about "
-    "another run of the training."
+    "lm-eval it is the harness's standard error; for training values over the last 5 % of the iterations (100 at "
+    "most), whose mean is shown. It says nothing about another run of the training."
 )
 
 _MARKDOWN = """\

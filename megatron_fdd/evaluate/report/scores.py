@@ -103,7 +103,26 @@ def evaluation_rows(runs: Sequence[Run]) -> list[ScoreRow]:
     for key, title in _TEXT_SCORES.items():
         better = None if key == "unigram_cross_entropy" else False
         rows.append(ScoreRow(title, [_score(text.get(key)) for text in texts], read, better))
+    for task, measure in dict.fromkeys(each for found in evaluations for each in _measures(found)):
+        measured = [_measures(found).get((task, measure)) for found in evaluations]
+        asked = among_students(_asked_of_task(found, task) for found in evaluations)
+        values = [Score(each["value"], each.get("standard_error")) if each else None for each in measured]
+        better = next((each.get("higher_is_better") for each in measured if each), None)
+        rows.append(ScoreRow(f"{task}, {measure} (lm-eval)", values, asked, better))
     return [row for row in rows if any(row.scores)]
+
+
+def _measures(evaluation: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return what lm_eval measured, by task and measure."""
+    tasks = (evaluation.get("lm_eval") or {}).get("tasks") or {}
+    return {(task, name): value for task, found in tasks.items() for name, value in found["measures"].items()}
+
+
+def _asked_of_task(evaluation: Mapping[str, Any], task: str) -> Any:
+    """Return how a task was asked; None where it was not."""
+    harness = evaluation.get("lm_eval") or {}
+    found = (harness.get("tasks") or {}).get(task)
+    return found and (harness.get("version"), found.get("num_examples"), found.get("num_shots"))
 
 
 def term_rows(runs: Sequence[Run]) -> list[ScoreRow]:

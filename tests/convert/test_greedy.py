@@ -1,0 +1,54 @@
+"""An export writes the same text as the Megatron student that it was made of, word by word the likeliest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fdd import convert
+from tests.convert import mcore, toys
+from tests.harness.ranks import distributed
+
+pytestmark = pytest.mark.tier("all")
+
+PROMPT, NEW = toys.TOKENS[:, :9], 24
+
+
+def _megatrons(model: torch.nn.Module) -> torch.Tensor:
+    tokens = PROMPT
+    for _ in range(NEW):
+        best = mcore.logits(model, tokens)[:, -1, : toys.SHAPE["vocab_size"]].argmax(-1)
+        tokens = torch.cat([tokens, best[:, None]], 1)
+    return tokens
+
+
+def _transformers(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.generation_config.eos_token_id = None  # no end before the last word
+    written = model.generate(
+        PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=NEW, do_sample=False
+    )
+    assert isinstance(written, torch.Tensor)
+    return written
+
+
+@pytest.mark.parametrize("variant", ["plain", "qwen3_moe", "olmo2", "gpt_oss"])
+@distributed(tp=1)
+def test_the_same_greedy_text(tmp_path: Path, variant: str) -> None:
+    mcore.make_checkpoint(tmp_path, variant)
+    load = tmp_path / "mcore"
+    model, args = mcore.from_own_args(load)
+    with torch.no_grad():  # as a training would: other weights than those imported
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    mcore.save(tmp_path / "trained", model, args)
+    given = {"hf_config": load / "hf", "tokenizer": load / "tokenizer"}
+    convert.mcore_to_hf(tmp_path / "trained", tmp_path / "out", **given)
+    written = _transformers(tmp_path / "out")
+    assert len(written[:, PROMPT.shape[1] :].unique()) > 5  # not one word again and again
+    assert written.tolist() == _megatrons(model.float()).tolist()
+    assert written.tolist() != _transformers(tmp_path / "source").tolist()
