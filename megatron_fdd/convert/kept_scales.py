@@ -13,8 +13,7 @@ from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.hf_writer import Shard, TensorSpec
 from megatron_fdd.convert.left_out import CODES_FILE
-from megatron_fdd.convert.quantisation_methods import dequantiser_of
-from megatron_fdd.convert.quantised import FIELD, Quantised
+from megatron_fdd.convert.quantised import FIELD
 from megatron_fdd.convert.stored_tensor import RAW_DTYPE_OF_NAME, StoredTensor
 from megatron_fdd.convert.table_export import TableExport
 from megatron_fdd.host.json_file import read_json
@@ -26,15 +25,13 @@ class QuantisedExport:
 
     Attributes:
         table: the model as values.
-        scales: the folder that `write_scales` wrote.
-        quantised: its tensors that the model has.
-        codes: what is stored first of each.
+        scales: the folder that `write_scales` wrote, with entries of the codes, whose bytes it lacks.
+        values: the tensors of the table, by name, in its order.
     """
 
     table: TableExport
     scales: HfFolder
-    quantised: dict[str, Quantised]
-    codes: dict[str, StoredTensor]
+    values: dict[str, TensorSpec]
 
     @property
     def config(self) -> HfConfig:
@@ -48,13 +45,14 @@ class QuantisedExport:
 
     def specs(self) -> Iterator[TensorSpec]:
         """Yield every tensor, in the order of the table; scales come last."""
-        for spec in self.table.specs():
-            if spec.name in self.quantised:
-                code = self.quantised[spec.name].parts[0]
-                yield TensorSpec(code, RAW_DTYPE_OF_NAME[self.codes[code].dtype], self.codes[code].shape)
+        for spec in self.values.values():
+            if spec.name in self.scales.quantised:
+                code = self.scales.quantised[spec.name].parts[0]
+                stored = self.scales.tensors[code]
+                yield TensorSpec(code, RAW_DTYPE_OF_NAME[stored.dtype], stored.shape)
             else:
                 yield spec
-        for part in (part for each in self.quantised.values() for part in each.parts[1:]):
+        for part in (part for each in self.scales.quantised.values() for part in each.parts[1:]):
             stored = self.scales.tensors[part]
             yield TensorSpec(part, RAW_DTYPE_OF_NAME[stored.dtype], stored.shape)
 
@@ -64,20 +62,20 @@ class QuantisedExport:
         Raises:
             ValueError: a value has no codes with these scales: it is not the imported one.
         """
-        of_codes = {each.parts[0]: name for name, each in self.quantised.items()}
+        of_codes = {each.parts[0]: name for name, each in self.scales.quantised.items()}
         names = [of_codes.get(spec.name, spec.name) for spec in shard.tensors]
-        by_name = {spec.name: spec for spec in self.table.specs()}
-        values = self.table.read(Shard(shard.file, tuple(by_name[name] for name in names if name in by_name)))
+        of_table = tuple(self.values[name] for name in names if name in self.values)
+        values = self.table.read(Shard(shard.file, of_table))
         for name in names:
-            if name not in by_name:
+            if name not in self.values:
                 yield self.scales.raw(name)
-            elif name in self.quantised:
+            elif name in self.scales.quantised:
                 yield self._codes(name, next(values))
             else:
                 yield next(values)
 
     def _codes(self, name: str, value: Tensor) -> Tensor:
-        found = self.quantised[name]
+        found = self.scales.quantised[name]
         others = [self.scales.raw(part) for part in found.parts[1:]]
         codes = found.codes(value, others)
         if not torch.equal(found.value([codes, *others], value.dtype), value):
@@ -95,20 +93,25 @@ def quantised_export(table: TableExport, folder: Path | None) -> QuantisedExport
         folder: the one that `write_scales` wrote, if there is one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the model does not have all its tensors.
     """
     if folder is None:
         raise ValueError(
             "--quantised: no scales lie beside the checkpoint (quantised/): import a quantised folder, or leave the "
             "flag out"
         )
-    scales = HfFolder(folder)
+    scales, values = HfFolder(folder), {spec.name: spec for spec in table.specs()}
     codes = {
         name: StoredTensor("", dtype, tuple(shape), 0, 0)
         for name, (dtype, *shape) in read_json(folder / CODES_FILE).items()
     }
-    found = dequantiser_of(scales.quantization).find({**codes, **scales.tensors}, scales.quantization)
-    names = {spec.name for spec in table.specs()}
-    return QuantisedExport(
-        table, scales, {name: each for name, each in found.items() if name in names}, codes
-    )
+    scales.tensors = {**codes, **scales.tensors}
+    # The table has the slices of some: an expert, of a tensor with all experts of a layer.
+    scales = scales.apart(tuple(name for name in scales.quantised if name not in values))
+    absent = sorted(set(scales.quantised) - set(values))
+    if absent:
+        raise ValueError(
+            f"--quantised: {absent[0]} was quantised in the imported folder, and the export has no such tensor; leave "
+            "the flag out"
+        )
+    return QuantisedExport(table, scales, values)

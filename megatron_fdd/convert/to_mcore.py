@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class _Source:
 
     def keep(self, save: Path, keep_left_out: bool) -> None:
         """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out."""
-        kept = self.folder.names if keep_left_out else set(self.folder.names) - set(self.left_out)
+        kept = set(self.folder.names) - set(() if keep_left_out else self.left_out)
         if any(name in kept for name in self.folder.quantised):
             write_scales(self.folder, kept, save / SCALES_FOLDER)
         if keep_left_out and self.left_out:
@@ -209,14 +210,13 @@ class _Source:
             for each, found in (stored or {name: self.digests[name]}).items():
                 self._expected.check(self._folder.path, each, found)
         own = self._own_dtypes.get(name)
-        if (
-            own is not None and part.dtype != own
-        ):  # transformers rounds some biases; an export has its own dtype
+        # transformers rounds some biases; an export has its own dtype.
+        if own is not None and part.dtype != own:
             part = part.to(own)
             self.digests[name] = digest(part)
         return part
 
-    @property
+    @cached_property
     def _own_dtypes(self) -> dict[str, torch.dtype]:
         """The tensors that have a dtype of their own in Megatron and in an export."""
         return {name: row.dtype for row in self._row_of.values() if row.dtype for name in row.sources}

@@ -115,3 +115,5 @@ def test_a_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     assert toys.tensor_hashes(tmp_path / "packed-back") == toys.tensor_hashes(plain)
     assert toys.tensor_hashes(tmp_path / "plain-back") == toys.tensor_hashes(plain)
     assert "quantization_config" not in toys.read_json(tmp_path / "packed-back" / "config.json")
+    convert.mcore_to_hf(tmp_path / "packed-mcore", tmp_path / "codes", quantised=True)
+    assert toys.tensor_hashes(tmp_path / "codes") == toys.tensor_hashes(packed)
