@@ -16,7 +16,7 @@ import torch
 from benchmarks.tiny_teachers import WIDTH, tiny_model
 from megatron_fdd.data.store.lens import StoredLens
 from megatron_fdd.step.teacher.tap_format import TapFormat
-from megatron_fdd.teach.hf_parts import find_parts
+from megatron_fdd.teach.hf_parts import Parts, find_parts
 from megatron_fdd.teach.vllm.agreement import agree, told
 from megatron_fdd.teach.vllm.checks import Expected, check_version
 from megatron_fdd.teach.vllm.client import Client
@@ -24,7 +24,7 @@ from megatron_fdd.teach.vllm.engine import VllmEngine
 from megatron_fdd.teach.vllm.source import ServerSource
 from megatron_fdd.teach.vllm.state_file import NAME_TAG, StateFiles
 from tests.teach.engines import BLOCKS, engine_of, logits_of, plain_states, units, unpacked
-from tests.teach.vllm_server import StandIn, Tensors, serving
+from tests.teach.vllm_server import RUNNING, StandIn, Tensors, serving
 
 COMMAND = "vllm serve teacher --port 8000"
 
@@ -41,10 +41,16 @@ def stand_in(model: Any, tmp_path: Path) -> StandIn:
     return StandIn(model, folder, BLOCKS, "/at/the/server/teacher")
 
 
+def parts_of(model: Any) -> Parts:
+    """Find the parts while no request of an earlier test still runs the model."""
+    with RUNNING:
+        return find_parts(model)
+
+
 @contextmanager
 def engine_at(stand_in: StandIn, form: str = "float32", dtype: str = "float32", answer_s: float = 5.0) -> Any:
     """Give an engine that asks the server."""
-    parts = find_parts(stand_in.model)
+    parts = parts_of(stand_in.model)
     with serving(stand_in) as url:
         client = Client(url, answer_s=answer_s, pauses_s=(0.01,))
         files = StateFiles(stand_in.folder, client.stopped, appear_s=0.2, write_s=0.2)
@@ -57,7 +63,7 @@ def engine_at(stand_in: StandIn, form: str = "float32", dtype: str = "float32", 
 
 def test_states_and_lens_are_the_models(stand_in: StandIn, model: Any) -> None:
     texts = units()
-    wanted = engine_of(model, find_parts(model))
+    wanted = engine_of(model, parts_of(model))
     with engine_at(stand_in) as engine:
         lens = engine.lens(texts[:2])
         found = engine.states(texts)
@@ -282,7 +288,7 @@ def test_log_probabilities_may_differ_by_rounding(
     apart: dict[int, float], is_sound: bool, model: Any
 ) -> None:
     """By a part of the largest logit: 1e-4 in one place, in float32, and a tenth of it on average."""
-    [ids], parts = units([40]), find_parts(model)
+    [ids], parts = units([40]), parts_of(model)
     states, logits = plain_states(model, ids)
     own = logits[:-1].log_softmax(-1).gather(1, torch.from_numpy(ids[1:, None].astype(np.int64)))[:, 0]
     for place, much in apart.items():
