@@ -31,7 +31,7 @@ class SoftmaxBiasRouter(TopKRouter):
         """Return the weights [N, E], 0 where an expert is not chosen, and the choice [N, E], for logits [..., E].
 
         Args:
-            padding_mask: unused; it concerns losses that `refuse_losses` refuses.
+            padding_mask: unused; it concerns losses that the family refuses.
         """
         logits_NE = logits.view(-1, logits.shape[-1])
         scores_NE = logits_NE.softmax(-1, dtype=torch.float32)
