@@ -7,12 +7,7 @@ from typing import Any
 
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
-from megatron_fdd.convert.families.expert_naming import (
-    FIRST_DENSE,
-    QWENS_PROJECTIONS,
-    ExpertNaming,
-    SharedNaming,
-)
+from megatron_fdd.convert.families.expert_naming import DEEPSEEKS_EXPERTS
 from megatron_fdd.convert.families.family import HfConfig, refuse_field
 from megatron_fdd.convert.families.latent import LATENT_ROPE_KINDS, LATENT_SPEC
 from megatron_fdd.convert.families.prediction import PREDICTION_FIELDS, PREDICTION_LAYERS
@@ -24,18 +19,6 @@ _HARMLESS = frozenset(
 _NEUTRAL = {**NO_BIASES, "rope_interleave": (True,), "moe_layer_freq": (1,)}
 _DEFAULTS: dict[str, Any] = {**COMMON_DEFAULTS, "kv_lora_rank": 512, "q_lora_rank": 1536}
 _DEFAULTS |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-_EXPERTS = ExpertNaming(
-    block="mlp",
-    projections=QWENS_PROJECTIONS,
-    count_fields=("n_routed_experts", "num_local_experts"),
-    width_field="moe_intermediate_size",
-    layer_fields=FIRST_DENSE,
-    normalises=True,
-    bias="gate.e_score_correction_bias",
-    grouped=True,
-    float32_router=True,
-    shared=SharedNaming("shared_experts", count_field="n_shared_experts"),
-)
 _V3 = Dialect(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
@@ -63,7 +46,7 @@ _V3 = Dialect(
     qk_norm=True,
     rope_kinds=LATENT_ROPE_KINDS,
     latent=True,
-    experts=_EXPERTS,
+    experts=DEEPSEEKS_EXPERTS,
     fixed={"multi_latent_attention": True},
     layer_spec=LATENT_SPEC,
 )
@@ -114,7 +97,9 @@ DEEPSEEK_V2 = decoder_family(
             "n_group": (1, None),
         },
         experts=dataclasses.replace(
-            _EXPERTS, bias=None, count_fields=("n_routed_experts", "num_experts", "num_local_experts")
+            DEEPSEEKS_EXPERTS,
+            bias=None,
+            count_fields=("n_routed_experts", "num_experts", "num_local_experts"),
         ),
         flatten=_flatten_v2,
     )

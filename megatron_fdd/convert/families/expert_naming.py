@@ -101,3 +101,18 @@ class ExpertNaming:
             *((GROUPS, TOP_GROUPS, SCALING) if self.grouped else ()),
             *(self.shared.fields if self.shared else ()),
         )
+
+
+# A router with sigmoids and a bias, as of DeepSeek-V3 and GLM-4.5.
+DEEPSEEKS_EXPERTS = ExpertNaming(
+    block="mlp",
+    projections=QWENS_PROJECTIONS,
+    count_fields=("n_routed_experts", "num_local_experts"),
+    width_field="moe_intermediate_size",
+    layer_fields=FIRST_DENSE,
+    normalises=True,
+    bias="gate.e_score_correction_bias",
+    grouped=True,
+    float32_router=True,
+    shared=SharedNaming("shared_experts", count_field="n_shared_experts"),
+)

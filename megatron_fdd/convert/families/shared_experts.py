@@ -3,7 +3,7 @@
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
 from megatron_fdd.convert.families.expert_naming import (
-    FIRST_DENSE,
+    DEEPSEEKS_EXPERTS,
     QWENS_LAYERS,
     QWENS_PROJECTIONS,
     ExpertNaming,
@@ -85,17 +85,6 @@ GLM4_MOE = decoder_family(
         qkv_bias="attention_bias",
         qk_norm="use_qk_norm",
         partial_rotary=0.5,
-        experts=ExpertNaming(
-            block="mlp",
-            projections=QWENS_PROJECTIONS,
-            count_fields=("n_routed_experts", "num_local_experts"),
-            width_field="moe_intermediate_size",
-            layer_fields=FIRST_DENSE,
-            normalises=True,
-            bias="gate.e_score_correction_bias",
-            grouped=True,
-            float32_router=True,
-            shared=SharedNaming("shared_experts", count_field="n_shared_experts"),
-        ),
+        experts=DEEPSEEKS_EXPERTS,
     )
 )
