@@ -37,7 +37,7 @@ def local_name(name: str) -> str:
     Those modules have norms inside linears, and all experts in one module.
     """
     name = re.sub(
-        r"experts\.linear_fc(\d)\.weight(\d+)$", r"experts.local_experts.\2.linear_fc\1.weight", name
+        r"experts\.linear_fc(\d)\.(weight|bias)(\d+)$", r"experts.local_experts.\3.linear_fc\1.\2", name
     )
     return name.replace("linear_qkv.layer_norm_", "NORM").replace("linear_fc1.layer_norm_", "NORM")
 

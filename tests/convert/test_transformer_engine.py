@@ -35,7 +35,10 @@ VARIANTS = (
     "cohere2",
     "hunyuan_v1_dense",
 )
-MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed", "granitemoe", "ernie4_5_moe")
+MIXTURES = (
+    *("mixtral", "qwen3_moe", "qwen3_moe_mixed", "granitemoe", "ernie4_5_moe"),
+    *("qwen2_moe", "glm4_moe", "gpt_oss", "deepseek_v3_yarn"),
+)
 
 
 @pytest.mark.skipif(

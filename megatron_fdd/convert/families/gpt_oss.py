@@ -37,6 +37,11 @@ def _flatten(config: HfConfig) -> HfConfig:
     return flat
 
 
+def _configure(config: GPTModelConfig, _options: object) -> None:
+    """Turn off a fusion that TransformerEngine's experts refuse beside biases."""
+    config.transformer.bias_dropout_fusion = False
+
+
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     from megatron_fdd.host import layer_parts
 
@@ -98,7 +103,7 @@ GPT_OSS = decoder_family(
                 "experts.gate_up_proj", "experts.down_proj", is_transposed=True, alternates=True
             ),
         ),
-        layer_spec=LayerSpec(_build),
+        layer_spec=LayerSpec(_build, _configure),
         flatten=_flatten,
     )
 )
