@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Words in the RuntimeError of torch's writer when a file could not take all of its bytes.
@@ -86,6 +86,23 @@ def writing(flag: str, given: str | Path) -> Iterator[None]:
     except RuntimeError as error:
         if not is_torchs_writer(error):
             raise
+        raise _refusal(flag, given, error) from error
+
+
+def check_folder(flag: str, given: str | Path, folder: str | Path) -> None:
+    """Refuse a folder that `given`, the value of `flag`, needs and that cannot be made or written to. Nothing is made.
+
+    Raises:
+        ValueError: something else is in its place, or files cannot be made in it, or in the nearest folder above.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            os.stat(folder)  # a name that is too long, a link that leads back to itself, a file above
+        if os.path.lexists(folder) and not os.path.exists(folder):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        with tempfile.TemporaryFile(dir=_nearest(Path(folder))):
+            pass
+    except OSError as error:
         raise _refusal(flag, given, error) from error
 
 

@@ -58,7 +58,7 @@ from megatron_fdd.plan.vocabulary import (
     check_teacher_tokenizer,
     check_vocabularies,
 )
-from megatron_fdd.plan.written_files import check_folders, check_metrics_place
+from megatron_fdd.plan.written_files import check_folders, check_metrics_place, make_folders
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -201,6 +201,7 @@ OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(_check_tap_width),
     Check(check_term_parameters),
     Check(warn_of_left_out_terms),
+    Check(make_folders, needs_machine=True),  # the last one
 )
 PHASES = (
     BEFORE_MEGATRON,

@@ -14,16 +14,20 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from megatron_fdd.host.checkpoint import TRACKER_FILE
+from megatron_fdd.host.file_sums import SUMS_FILE
+from megatron_fdd.host.unpickling import trust_checkpoints
 from tests.convert import mcore, toys
 from tests.convert.toy_vocabularies import make_student, make_teacher
 from tests.harness import forked_python
 from tests.harness.ranks import Layout, distributed, run_on_ranks
+from tests.hostile.checkpoints import UNLISTED, untrusting
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -199,6 +203,21 @@ def _exports(load: Path, out: Path, message: str, **options: str | Path) -> None
     with pytest.raises(ValueError, match=message):
         convert.mcore_to_hf(load, out, **options)
     assert not out.exists()
+
+
+@distributed(tp=1)
+def test_an_unlisted_class_is_exported_where_it_is_trusted(tmp_path: Path) -> None:
+    """The class is in `common.pt`, for which Megatron asks torch for no kind of unpickling."""
+    mcore.make_checkpoint(tmp_path, "plain")
+    release = tmp_path / "mcore" / "release"
+    state = dist_checkpointing.load_common_state_dict(str(release))
+    torch.save({**state, "of_a_fork": UNLISTED}, release / "common.pt")
+    (release / SUMS_FILE).unlink(missing_ok=True)
+    told = r"common\.pt names the class fractions\.Fraction, .* give --fdd-trust-checkpoint$"
+    with untrusting():
+        _exports(tmp_path / "mcore", tmp_path / "out", told)
+        trust_checkpoints()
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "out")
 
 
 @distributed(tp=1)
