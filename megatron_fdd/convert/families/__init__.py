@@ -24,6 +24,7 @@ from megatron_fdd.convert.families import (
     llama,
     llama4,
     llama_like,
+    ministral3,
     mistral,
     moe,
     olmo2,
@@ -46,7 +47,7 @@ _ALL = (
     layer_norm.NEMOTRON, layer_norm.STARCODER2, deepseek.DEEPSEEK_V2, deepseek.DEEPSEEK_V3, deepseek.KIMI_K2,
     granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
     olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE, granite.GRANITEMOE, ernie_moe.ERNIE4_5_MOE, cohere2.COHERE2,
-    llama4.LLAMA4_TEXT,
+    llama4.LLAMA4_TEXT, ministral3.MINISTRAL3,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
 
