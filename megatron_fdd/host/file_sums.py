@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
-from megatron_fdd.host.disk import sized
+from megatron_fdd.host.disk import replacing, sized
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.together import together
 
@@ -76,10 +76,8 @@ def write_sums(folder: Path) -> None:
     with together():
         if dist.get_rank() == 0:
             files = {name: entry for each in everyone for name, entry in sorted(each.items())}
-            unfinished = folder / f"{SUMS_FILE}.partial"
-            content = {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files}
-            write_json(unfinished, content)
-            unfinished.replace(folder / SUMS_FILE)
+            with replacing(folder / SUMS_FILE) as partial:
+                write_json(partial, {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files})
 
 
 def mark_unfinished(folder: Path) -> None:
