@@ -125,7 +125,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             strange = _strange_ids(config_path.parent / GENERATION_FILE, export.config)
             shards = plan_shards(export.specs(), max_shard_bytes)
         check_objects_together({"--load": checkpoint})
-        remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
+        remark = check_sums({"--load": checkpoint}, skip=options.get("skip_checksums", False))
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
             digests = _write_own(unfinished, shards, export, options.get("progress", False))
             written = Checksums("mixed" if options.get("quantised") else name_of(export.dtype), digests)

@@ -30,6 +30,8 @@ _NO_FILES = (
     (stat.S_ISSOCK, "is a socket, and a regular file is needed; give another place"),
     (lambda mode: not stat.S_ISREG(mode), "is a device, and a regular file is needed; give another place"),
 )
+# What can be in the place of a folder, links followed.
+_NO_FOLDERS = ((stat.S_ISREG, "a file"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
 def regular_file(flag: str, given: str | Path) -> Path:
@@ -120,6 +122,26 @@ def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
         raise _refusal(flag, given, error) from error
 
 
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a place beside `path` to write to, which becomes `path` at the end of the block, whole or not at all.
+
+    After an error nothing is left there: on a full disk half a file would take the room that is asked for.
+
+    Args:
+        shared: whether other processes may write the same file at the same time.
+    """
+    mark = f".{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{mark}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
 def sized(num_bytes: float) -> str:
     """Write a number of bytes in the unit that suits it, to three digits: 71.2 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
@@ -156,7 +178,10 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
     if os.path.islink(given) and not os.path.exists(given):
         remedy = f"it is a link to {os.path.realpath(given)}, which does not exist: give another place"
     elif isinstance(error, FileExistsError | NotADirectoryError) and not there.is_dir():
-        remedy = f"{there} is a file: give another place"
+        what = next((name for is_so, name in _NO_FOLDERS if is_so(there.stat().st_mode)), "a device")
+        return ValueError(
+            f"{flag} {given}: cannot be written: {there} is {what}, and a folder is needed; give another place"
+        )
     free = shutil.disk_usage(there).free >> 20
     return ValueError(f"{flag} {given}: cannot be written: {said} ({free} MiB free there); {remedy}")
 

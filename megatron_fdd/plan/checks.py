@@ -40,9 +40,10 @@ from megatron_fdd.plan.modules import (
     check_ways,
     check_windows,
 )
-from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_rate, warn_of_schedule
+from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_schedule
 from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule, check_shares
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
+from megatron_fdd.plan.rates import warn_of_rate
 from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
 from megatron_fdd.plan.resumption import check_resumption

@@ -217,6 +217,18 @@ def test_an_unlisted_class_is_loaded_where_it_is_trusted(flag: str, toy: Toys, t
     assert [ending.status for ending in loaded] == [0, 0], loaded[0].err
 
 
+def test_a_flipped_bit_is_loaded_by_somebody_who_knows(toy: Toys, tmp_path: Path) -> None:
+    """The bit is in the last place of a weight."""
+    folder = damage.flipped(toy.teacher, tmp_path / "t")
+    command = toy.command("--teacher-load", folder, "--train-iters", 1)
+    refused, loaded = run(command, [*command, "--fdd-skip-checksums"])
+    assert_refused(
+        refused, r"has other bytes than when it was saved: .* --fdd-skip-checksums loads it as it is"
+    )
+    assert [ending.status for ending in loaded] == [0, 0], loaded[0].err
+    assert f"and --teacher-load {folder}/release were not compared with their sums" in loaded[0].out
+
+
 def test_an_object_that_runs_code_beside_the_weights(toy: Toys, tmp_path: Path) -> None:
     """A rank alone does not look at it, and nothing is loaded before one has."""
     folder = damage.with_object(toy.teacher, tmp_path / "t", tmp_path / "sign")

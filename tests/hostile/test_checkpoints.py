@@ -21,7 +21,6 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_fdd.cli import main
-from megatron_fdd.evaluate.report.runs import read_runs
 from megatron_fdd.host import unpickling
 from megatron_fdd.host.checkpoint import (
     check_no_spec,
@@ -268,9 +267,21 @@ def test_a_report_runs_nothing(tmp_path: Path) -> None:
     (folder / "release").rename(folder / "iter_0000003")
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     (folder / "metrics.jsonl").write_text('{"iteration": 1, "total": 1.0}\n')
-    [run] = read_runs([str(folder)])
-    assert re.search(rf"{CLASS}.* give --fdd-trust-checkpoint$", " ".join(run.remarks))
+    result = CliRunner().invoke(main, ["report", str(folder), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1, "a script that makes reports sees it"
+    assert re.match(
+        rf"^report: error: run: RUN .*{CLASS}.* give --fdd-trust-checkpoint; the report was written without",
+        result.stderr,
+    )
+    assert CLASS in (tmp_path / "out/report.md").read_text()
     assert not (tmp_path / "sign").exists()
+
+
+def test_a_report_of_a_run_whose_first_save_has_not_ended(tmp_path: Path) -> None:
+    (tmp_path / "run/iter_0000002").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"iteration": 1, "total": 1.0}\n')
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 @checkpoints.untrusting()
