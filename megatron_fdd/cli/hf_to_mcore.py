@@ -81,6 +81,6 @@ def command(
         if not imported.left_out:
             return line
         names = f"{len(imported.left_out)} tensors of {imported.left_out_are} ({imported.left_out[0]} ...)"
-        return f"{names} are {'kept beside the checkpoint' if keep_mtp else 'left out'}\n{line}"
+        return f"{names} are {'kept beside the checkpoint' if imported.left_out_kept else 'left out'}\n{line}"
 
     conversion.convert(action)

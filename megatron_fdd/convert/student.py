@@ -11,6 +11,7 @@ from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import TensorSpec, new_folder
+from megatron_fdd.convert.left_out import PROCESSOR_FILES
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
 from megatron_fdd.host.field_kinds import shown
@@ -105,7 +106,7 @@ def init_student(
         write_json(
             unfinished / CONFIG_FILES[0], family.without_left_out(family.keep_layers(folder.config, layers))
         )
-        copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
+        copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES, *PROCESSOR_FILES], folder.path, unfinished)
     return parameters
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
 from megatron_fdd.convert.hf_writer import Shard, TensorSpec
-from megatron_fdd.convert.left_out import LeftOutTensors
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, LeftOutTensors
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
 from megatron_fdd.convert.to_mcore import stored_tensors
 
@@ -89,11 +89,16 @@ def table_export(
     from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 
     family = family_of(seed)
+    if family.of_args is not None:
+        family = family.of_args(seed, args)
     check_architecture(args, family.fixed, family.model_type)
     config = family.hf_config(seed, args)
     kept = None if left_out is None else LeftOutTensors(left_out)
     if kept is None or not kept.fit(family, config):
+        _check_needs_none(family, checkpoint)
         kept, config = None, family.without_left_out(config)
+    elif family.keeps_left_out:
+        family = family.as_stored(kept)
     architecture = family.megatron_args(config)
     stored_dtype, stored_rows = stored_layout(checkpoint)
     vocab_size = architecture["vocab_size"]
@@ -115,6 +120,16 @@ def table_export(
     own = [row.mcore for row in rows if row.dtype is not None]
     out_dtype = weights.common_dtype(except_for=own) if dtype == "checkpoint" else DTYPES[dtype]
     return TableExport(weights, tensors, rows, config, vocab_size, out_dtype, kept)
+
+
+def _check_needs_none(family: Family, checkpoint: Path) -> None:
+    """Refuse a model without what its import always keeps."""
+    if family.keeps_left_out:
+        raise ValueError(
+            f"--load {checkpoint.parent}: the import of this {family.model_type} kept the part for images beside its "
+            f"checkpoint, in {LEFT_OUT_FOLDER}/, and no such folder is here or there: copy it, or export the text "
+            "model alone with --hf-config and its text_config as a config.json"
+        )
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:

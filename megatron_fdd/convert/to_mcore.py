@@ -42,11 +42,13 @@ class Imported:
         num_parameters: without padding, buffers and a head that repeats the embedding.
         left_out: names of the tensors that have no place in the table.
         left_out_are: what those are, for people.
+        left_out_kept: whether they are kept beside the checkpoint.
     """
 
     num_parameters: int
     left_out: tuple[str, ...] = ()
     left_out_are: str = ""
+    left_out_kept: bool = False
 
 
 def hf_to_mcore(
@@ -67,7 +69,8 @@ def hf_to_mcore(
     Args:
         dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.
         vocabulary_divisor: see `complete_args`.
-        keep_left_out: whether to copy what has no place in the table to `left-out/`, for the way back.
+        keep_left_out: whether to copy what has no place in the table to `left-out/`, for the way back. What a model is
+            none without, such as a part for images, is copied always.
 
     Collectives: barriers, a gather of a few words per tensor, and those of `dist_checkpointing.save`, over all
     ranks.
@@ -82,6 +85,7 @@ def hf_to_mcore(
         with together():
             check_new_folder(save, "--save")
             source = _Source(hf_model, dtype, vocabulary_divisor, groups)
+            keep_left_out |= source.family.keeps_left_out
             args, parameters = source.args, source.parameters
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
@@ -101,10 +105,10 @@ def hf_to_mcore(
                     if source.config != read_json(hf_model / CONFIG_FILES[0]):
                         write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], source.config)
                     digests = {name: digest for each in everyone for name, digest in each.items()}
+                    digests |= source.keep(unfinished, keep_left_out)
                     Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
-                    source.keep(unfinished, keep_left_out)
     what = source.family.left_out.what if source.family.left_out is not None else ""
-    return Imported(source.num_parameters, tuple(source.left_out), what)
+    return Imported(source.num_parameters, tuple(source.left_out), what, keep_left_out)
 
 
 class _Source:
@@ -140,13 +144,18 @@ class _Source:
         self.digests: dict[str, str] = {}
         self._check_tensors(architecture["vocab_size"])
 
-    def keep(self, save: Path, keep_left_out: bool) -> None:
-        """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out."""
+    def keep(self, save: Path, keep_left_out: bool) -> dict[str, str]:
+        """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out.
+
+        Returns:
+            The SHA-256 of tensors that were left out, as `write_left_out`.
+        """
         kept = set(self.folder.names) - set(() if keep_left_out else self.left_out)
         if any(name in kept for name in self.folder.quantised):
             write_scales(self.folder, kept, save / SCALES_FOLDER)
-        if keep_left_out and self.left_out:
-            write_left_out(self.folder, self.left_out, save / LEFT_OUT_FOLDER)
+        if not (keep_left_out and self.left_out):
+            return {}
+        return write_left_out(self.folder, self.left_out, save / LEFT_OUT_FOLDER)
 
     @property
     def dtype(self) -> str:

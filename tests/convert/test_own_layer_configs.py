@@ -133,7 +133,11 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
             {"rope_parameters": {"type": "yarn", "llama_4_scaling_beta": 0.1}},
             "original_max_position_embeddings.*from which on",
         ),
-        ("ministral3", {"rope_parameters": {"rope_type": "linear", "llama_4_scaling_beta": 0}}, "rope_type.*linear"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "linear", "llama_4_scaling_beta": 0}},
+            "rope_type.*linear",
+        ),
         ("olmo2", {"sliding_window": 5}, "sliding_window"),
     ],
 )

@@ -40,10 +40,12 @@ PAIRS = [
     ("deepseek_v3_yarn", "deepseek_v2"),  # multi-latent attention
     ("ernie4_5_moe", "hunyuan_v1_dense"),
     ("cohere2", "granitemoe"),
+    ("ministral3", "llama4_text"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "glm4_moe": {"torch_dtype": "float32"},
+    "llama4_text": {"no_rope_layers": [1, 1, 0, 1]},
 }
 
 
