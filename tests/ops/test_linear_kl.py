@@ -248,7 +248,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> None:
-    num_tokens, vocab_size, tile_size = 256, 1000, 50
+    num_tokens, vocab_size, tile_size = 256, 1000, 64
     case = make_case(num_tokens, vocab_size).to(torch.float32)
     with LargestTensor() as largest:
         outputs, *_ = run(case, Divergence(kind, temperature=2.0), live=live, implementation=tiles(tile_size))
@@ -272,7 +272,7 @@ def peak_bytes(case: Case, divergence: Divergence, tile_size: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_two_tile_buffers_and_two_of_the_students_size(kind: str) -> None:
-    num_tokens, tile_size = 1000, 200
+    num_tokens, tile_size = 1000, 192
     case = make_case(num_tokens, 1000).to(torch.float32)
     tiles, states = 2 * num_tokens * tile_size, 3 * case.student.numel()  # two kept, the leaf of `run`
     blocks = (
