@@ -213,19 +213,35 @@ def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
     assert_ranks_match(8, 10, 16, sequence_parallel=sequence_parallel)
 
 
-def test_one_block_of_logits_is_held_at_a_time() -> None:
-    num_tokens, vocab_size, rows = 1000, 1000, 100
-    case = make_case(num_tokens, vocab_size).to(torch.float32)
-    weights = weights_of(case)
-    student = (case.student.requires_grad_(), case.student_head.requires_grad_())
+def assert_one_block_is_held(part: RankPart) -> None:
+    """Compare the peak with what one block needs: both models' logits, and temporaries of an eighth."""
+    case, rows = part.case, 100
+    weights = LossWeights(case.upstream[0][part.tokens], case.upstream[2][part.tokens], 0.7, 0.3)
+    student = part.inputs(live=True)
+    held = rows * len(student[1])  # logits of a model
 
     def call() -> None:
-        few = Implementation("torch", held_logits=rows * vocab_size)
-        result = run(case, *student, weights, implementation=few)
+        result = head_loss(
+            case.teacher[part.tokens],
+            student[0],
+            part.heads(student[1], Implementation("torch", held_logits=held)),
+            divergence=FORWARD_KL,
+            labels_N=case.labels[part.tokens],
+            weights=weights,
+        )
         scaled(result).backward()
 
-    held = 2 * rows * vocab_size  # both models' logits
-    others = (
-        held / 4 + 4 * sum(tensor.numel() for tensor in student) + 20 * num_tokens
-    )  # temporaries are an eighth
-    assert 4 * held < peak_of(call) * MIB < 4 * (held + others)
+    others = held / 2 + 4 * sum(tensor.numel() for tensor in student) + 40 * len(case.student)
+    assert 4 * 2 * held < peak_of(call) * MIB < 4 * (2 * held + others)
+
+
+def test_one_block_of_logits_is_held_at_a_time() -> None:
+    case = make_case(1000, 1024).to(torch.float32)
+    assert_one_block_is_held(RankPart(case, case.heads().shard, slice(None), slice(None)))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=2)
+def test_one_block_of_logits_is_held_at_a_time_on_each_rank(sequence_parallel: bool) -> None:
+    case = make_case(1000, 2048).to(torch.float32)
+    assert_one_block_is_held(RankPart.of(case, sequence_parallel=sequence_parallel))
