@@ -12,12 +12,13 @@ from torch import Tensor
 
 from benchmarks.measure import MIB, peak_of
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation
+from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation, linear_kl
 from tests.harness.ranks import distributed
 from tests.ops.head_loss_case import FACTOR, reference, scaled, weights_of
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
+    LargestTensor,
     Products,
     RankPart,
     error,
@@ -44,6 +45,13 @@ def run(
     return head_loss(
         case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels, weights=weights
     )
+
+
+def run_streamed(case: Case, implementation: Implementation) -> None:
+    heads = case.heads(case.student_head.detach(), implementation)
+    result = linear_kl(case.teacher, case.student, heads, divergence=FORWARD_KL)
+    assert result.divergence_N is not None
+    result.divergence_N.sum().backward()
 
 
 def assert_matches(
@@ -238,6 +246,17 @@ def assert_one_block_is_held(part: RankPart) -> None:
 def test_one_block_of_logits_is_held_at_a_time() -> None:
     case = make_case(1000, 1024).to(torch.float32)
     assert_one_block_is_held(RankPart(case, case.heads().shard, slice(None), slice(None)))
+
+
+@pytest.mark.parametrize("held_logits", [None, 153 * 5, 153 * 50])
+def test_most_logits_is_the_size_of_the_largest_buffer(held_logits: int | None) -> None:
+    case = make_case(400, 153).to(torch.float32)
+    leaves = (case.student.requires_grad_(), case.student_head.requires_grad_())
+    implementation = Implementation("torch", tile_size=40, block_rows=100, held_logits=held_logits)
+    with LargestTensor() as largest:
+        scaled(run(case, *leaves, weights_of(case), implementation=implementation)).backward()
+        run_streamed(case, implementation)
+    assert largest.numel == 2 * implementation.most_logits(400, 153, is_cuda=False)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

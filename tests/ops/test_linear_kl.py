@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard, linear_kl
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
+    LargestTensor,
     Products,
     error,
     gradients,
@@ -231,18 +230,6 @@ def test_without_grad_mode_nothing_is_kept() -> None:
     assert not outputs.divergence_N.requires_grad
     expected = case.reference(Divergence())
     assert error(outputs.divergence_N, expected.divergence_N) < 1e-6
-
-
-class LargestTensor(TorchDispatchMode):
-    """The largest number of elements in any tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max(self.numel, *sizes, 0)
-        return result
 
 
 @pytest.mark.parametrize("live", [False, True])
