@@ -69,7 +69,7 @@ def write_sums(folder: Path) -> None:
         for path in sorted(folder.iterdir()):
             if _is_summed(path) and _writer_of(path.name) == dist.get_rank():
                 size = path.stat().st_size
-                sums = [_sum_of(path, start, _BLOCK_BYTES) for start in _starts(size, _BLOCK_BYTES)]
+                sums = [sum_of(path, start, _BLOCK_BYTES) for start in _starts(size, _BLOCK_BYTES)]
                 own[path.name] = {"bytes": size, "sums": sums}
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
@@ -144,8 +144,8 @@ def _starts(num_bytes: int, block_bytes: int) -> range:
     return range(0, max(num_bytes, 1), block_bytes)
 
 
-def _sum_of(path: Path, start: int, size: int) -> str:
-    """Return the sum of `size` bytes of a file, or of those up to its end."""
+def sum_of(path: Path, start: int, size: int) -> str:
+    """Return the xxh3 sum of `size` bytes of a file, or of those up to its end."""
     found = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -225,7 +225,7 @@ def _check_block(block: _Block) -> None:
     size = block.path.stat().st_size if block.path.is_file() else None
     if size != block.file_bytes:
         found = "is missing" if size is None else f"has {size} bytes and had {block.file_bytes}"
-    elif _sum_of(block.path, block.start, block.size) != block.expected:
+    elif sum_of(block.path, block.start, block.size) != block.expected:
         found = "has other bytes than when it was saved"
     else:
         return

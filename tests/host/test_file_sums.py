@@ -174,7 +174,7 @@ def test_a_block_is_a_part_of_its_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(file_sums, "_READ_BYTES", 7)
     (tmp_path / "file").write_bytes(bytes(range(100)))
     for start, size in ((0, 100), (0, 30), (30, 30), (90, 30), (100, 5)):
-        found = file_sums._sum_of(tmp_path / "file", start, size)
+        found = file_sums.sum_of(tmp_path / "file", start, size)
         assert found == xxhash.xxh3_128(bytes(range(100))[start : start + size]).hexdigest()
 
 
