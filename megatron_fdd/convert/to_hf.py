@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from argparse import Namespace
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -230,10 +232,11 @@ def _write_own(
         unit="B",
         is_shown=progress and dist.get_rank() == 0,
     )
-    with bar, together():
+    specs = [spec for shard in own for spec in shard.tensors]
+    with bar, together(), closing(export.read(specs)) as values:
+        finite = all_finite(values, (spec.name for spec in specs), _OTHER_WEIGHTS)
         for shard in own:
-            tensors = all_finite(export.read(shard), (spec.name for spec in shard.tensors), _OTHER_WEIGHTS)
-            for spec, digest in write_shard(folder, shard, tensors):
+            for spec, digest in write_shard(folder, shard, itertools.islice(finite, len(shard.tensors))):
                 digests[spec.name] = digest
                 bar.update(spec.num_bytes)
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_fdd.convert.left_out import (
 )
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
+from megatron_fdd.host.ahead import ahead
 from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.listing import listing
@@ -90,11 +92,15 @@ def hf_to_mcore(
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
         with shared_new_folder(save, "--save") as unfinished:
-            with _progress_bar([parameters[name] for name in owned], progress) as bar:
+            sizes = [(name, parameters[name].nbytes) for name in owned]
+            with (
+                _progress_bar([parameters[name] for name in owned], progress) as bar,
+                closing(ahead(source.read, sizes)) as values,
+            ):
 
                 def read(name: str) -> Tensor:
                     bar.update(parameters[name].nbytes)
-                    return source.read(name)
+                    return next(values)  # they are asked for in this order
 
                 save_model(unfinished, source.model, args, groups, owned, read)
             everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
@@ -204,10 +210,8 @@ class _Source:
             value = value.to(parameter.dtype)
             where = f"{self._folder.path}: {' and '.join(row.sources)}"
             check_finite(value, where, f"{name_of(value.dtype)} is too narrow for them: give another --dtype")
-        if row.vocabulary:
-            padding = parameter.shape[0] - value.shape[0]
-            value = torch.nn.functional.pad(value, (0, 0, 0, padding))
-        return value
+        padding = parameter.shape[0] - value.shape[0] if row.vocabulary else 0
+        return torch.nn.functional.pad(value, (0, 0, 0, padding)) if padding else value
 
     def _read_part(self, name: str, dtype: torch.dtype) -> Tensor:
         part = self._folder.read(name, dtype)

@@ -7,12 +7,18 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import IOBase
 from pathlib import Path
+from typing import IO
 
 # Words in the RuntimeError of torch's writer when a file could not take all of its bytes.
 _TORCHS_WRITER = ("inline_container.cc", "PytorchStreamWriter")
+# Seconds of writing between two flushes.
+_FLUSH_S = 0.2
 _ROOM = "make room there, or give another place"
 _RIGHTS = "give a place that you may use"
 _REMEDIES = {
@@ -106,6 +112,30 @@ def check_folder(flag: str, given: str | Path, folder: str | Path) -> None:
             pass
     except OSError as error:
         raise _refusal(flag, given, error) from error
+
+
+@contextmanager
+def flushed_behind(file: IO[bytes] | IOBase) -> Iterator[None]:
+    """Send what is written to a file to the disk meanwhile, so that the `fsync` at its end has little to wait for.
+
+    Otherwise the system keeps gigabytes in memory, and the disk stands idle until the end.
+
+    Raises:
+        OSError: the disk took something not. It is told once only, so that a later `fsync` would not know.
+    """
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.wait(_FLUSH_S):
+            os.fdatasync(file.fileno())
+
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            ended.set()
+        flushing.result()
 
 
 def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_fdd.convert.hf_writer import new_folder
 from megatron_fdd.data.parts import Parts
+from megatron_fdd.host import disk
 from megatron_fdd.host.disk import explain, make_folder, replacing, sized, writing
 
 TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
@@ -142,3 +144,21 @@ def _fail(path: Path, error: BaseException, *, shared: bool) -> None:
     with replacing(path, shared=shared) as partial:
         partial.write_text("hal")
         raise error
+
+
+def test_what_the_disk_refuses_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells such an error once: to the first who asks."""
+    monkeypatch.setattr(disk, "_FLUSH_S", 0.001)
+    asked = threading.Event()
+
+    def refuse(_descriptor: int) -> None:
+        asked.set()
+        raise OSError(errno.EIO, "the disk is damaged")
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with (
+        pytest.raises(OSError, match="damaged"),
+        (tmp_path / "file").open("wb") as file,
+        disk.flushed_behind(file),
+    ):
+        assert asked.wait(10)
