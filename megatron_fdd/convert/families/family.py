@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -113,6 +113,7 @@ class Family:
         layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
             values under "fdd_layer_options".
         left_out: what an import leaves out or keeps aside, and says so; None if nothing.
+        uncut: Megatron args whose size a student shares with its teacher, each with what the model does with it.
         variant: (the family, a folder) -> the family with another table, if the folder's files hold the same weights
             otherwise; None if there is one way only.
         of_args: (config, args of a checkpoint) -> the family with what the args say and the config leaves open; None if
@@ -132,6 +133,7 @@ class Family:
     stacked: tuple[str, ...] = ()
     layer_spec: LayerSpec | None = None
     left_out: LeftOut | None = None
+    uncut: Mapping[str, str] = field(default_factory=dict)
     variant: Callable[[Family, StoredFolder], Family] | None = None
     of_args: Callable[[HfConfig, Namespace], Family] | None = None
 
@@ -187,6 +189,7 @@ def check_record(family: Family) -> None:
         **{name: isinstance(getattr(family, name), str) for name in _TEXTS},
         **{name: callable(getattr(family, name)) for name in _FUNCTIONS},
         "fixed": isinstance(family.fixed, Mapping),
+        "uncut": isinstance(family.uncut, Mapping),
         "ignored": _are_texts(family.ignored),
         "tied": _are_texts(family.tied) and len(family.tied) == 2,
         "layer_spec": spec is None

@@ -95,6 +95,7 @@ GEMMA3_TEXT = decoder_family(
             ("mlp.linear_fc2.norm", "post_feedforward_layernorm"),
         ),
         fixed={"layernorm_zero_centered_gamma": True},
+        uncut={"hidden_size": "multiplies embeddings by its root"},
         layer_spec=LayerSpec(_build, _configure),
         own_fields=tuple(_OPTIONS),
         flatten=_SPELLING.flatten,
