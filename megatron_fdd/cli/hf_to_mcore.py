@@ -53,8 +53,9 @@ def command(
     are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the
     SHA-256 of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
 
-    One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
-    processes on any number of nodes that share the file system, they read and write side by side.
+    One process holds 128 MiB of tensors at a time, or one that is larger, whatever the size of the model. Under
+    torchrun, with any number of processes on any number of nodes that share the file system, they read and write
+    side by side.
 
     With --config-only no weights are read or written, so the model folder needs only config.json: enough for `fdd
     plan` to tell what a run would take before the weights are downloaded. A run refuses such a checkpoint.

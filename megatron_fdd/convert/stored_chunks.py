@@ -60,7 +60,7 @@ class StoredChunks:
         )
         inside = math.prod(max(end - offset, 0) for end, offset in zip(ends, wanted.offsets, strict=True))
         if sum(math.prod(item.lengths) for item in items) != inside:
-            raise ValueError(f"chunks of {piece.key} are missing; take an earlier checkpoint")
+            raise ValueError(f"chunks of {piece.key} are missing; give another checkpoint")
         if inside < piece.data.numel():
             piece.data.zero_()
         self._reader.read_data(LoadPlan(items), _Target(piece.data))

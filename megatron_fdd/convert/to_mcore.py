@@ -65,8 +65,8 @@ def hf_to_mcore(
     """Write a Hugging Face model as an ordinary Megatron checkpoint.
 
     `save` becomes a folder for `--load`, with the source's configs and the SHA-256 of its tensors in `hf/` and
-    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, and holds
-    one of them at a time. If the source has a `checksums.json` (an export has one), its tensors must agree with it.
+    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, read
+    ahead within `MAX_BYTES`. If the source has a `checksums.json` (an export has one), its tensors must agree with it.
 
     Args:
         dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.

@@ -57,5 +57,5 @@ def test_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_chunk(folder: Path) -> None:
     chunks = StoredChunks(folder)
     chunks._tensors["w"].chunks.clear()
-    with pytest.raises(ValueError, match="chunks of w are missing; take"):
+    with pytest.raises(ValueError, match="chunks of w are missing; give"):
         chunks.read(_piece(torch.empty(1, 4), 1))
