@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,12 +107,7 @@ def hf_to_mcore(
             dist.all_gather_object(everyone, source.digests)
             with together():
                 if dist.get_rank() == 0:
-                    write_companions(hf_model, unfinished)
-                    if source.config != read_json(hf_model / CONFIG_FILES[0]):
-                        write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], source.config)
-                    digests = {name: digest for each in everyone for name, digest in each.items()}
-                    digests |= source.keep(unfinished, keep_left_out)
-                    Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
+                    source.write_companions(unfinished, everyone, keep_left_out)
     what = source.family.left_out.what if source.family.left_out is not None else ""
     return Imported(source.num_parameters, tuple(source.left_out), what, keep_left_out)
 
@@ -150,7 +145,20 @@ class _Source:
         self.digests: dict[str, str] = {}
         self._check_tensors(architecture["vocab_size"])
 
-    def keep(self, save: Path, keep_left_out: bool) -> dict[str, str]:
+    def write_companions(self, save: Path, digests: Sequence[Mapping[str, str]], keep_left_out: bool) -> None:
+        """Write beside the checkpoint `save` the source's configs and tokenizer, checksums, and what `_keep` says.
+
+        Args:
+            digests: those of each rank.
+        """
+        write_companions(self.folder.path, save)
+        if self.config != read_json(self.folder.path / CONFIG_FILES[0]):
+            write_json(save / HF_FOLDER / CONFIG_FILES[0], self.config)
+        found = {name: digest for each in digests for name, digest in each.items()}
+        found |= self._keep(save, keep_left_out)
+        Checksums(self.dtype, found).write(save / HF_FOLDER)
+
+    def _keep(self, save: Path, keep_left_out: bool) -> dict[str, str]:
         """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out.
 
         Returns:
