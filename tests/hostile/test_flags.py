@@ -155,7 +155,7 @@ def _circle(path: Path) -> str:
 def _below_a_file(path: Path) -> str:
     path.parent.rmdir()
     path.parent.touch()
-    return "cannot be written: Not a directory"
+    return f"cannot be written: {path.parent} is a file, and a folder is needed; give another place"
 
 
 def _no_file(path: Path) -> str:
