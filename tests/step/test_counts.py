@@ -193,6 +193,27 @@ def test_what_is_sent_once_a_step() -> None:
         assert not collectives(stage, "step")
 
 
+def count_synchronisations(case: Case) -> int:
+    """Count, on every rank, how often the host waits for the device while the teacher runs ahead."""
+    real_run = PipelinedTeacher.run
+    count = 0
+
+    def run(self: PipelinedTeacher, *arguments: Any) -> None:
+        nonlocal count
+        with patch.object(torch.cuda, "synchronize") as synchronize:
+            real_run(self, *arguments)
+        count += synchronize.call_count
+
+    with patch.object(PipelinedTeacher, "run", run):
+        run_step(case)
+    return count
+
+
+def test_the_host_does_not_wait_for_the_teacher() -> None:
+    case = Case(pp=2)
+    assert run_on_ranks(count_synchronisations, case.layout, {"case": case}) == [0, 0]
+
+
 def head_collectives(
     case: Case, calls: int, *, labels: bool = False, per_token: int
 ) -> Counter[tuple[str, str, int]]:

@@ -49,6 +49,9 @@ class PipelinedTeacher:
             for index in range(len(plan.pairs))
         ]
         self._topology = topology
+        # Megatron synchronises the device after each batch of sends, which old versions of torch needed;
+        # here the host runs ahead.
+        model.config.batch_p2p_sync = False
         self._communicator = P2PCommunicator(topology.pipeline_group, model.config)
         self._host = HostMemory() if plan.config.offload_teacher_taps else None
         self._format = TapFormat(model.config.params_dtype, plan.config.tap_dtype)
