@@ -1,4 +1,4 @@
-"""The parts of the pages that are made from the code: table of flags, picture of modules, tables of Megatron.
+"""The parts of the pages that are made from the code: flags, families, the picture of modules, tables of Megatron.
 
 python docs/generate.py      # writes them between their marks; tests/test_docs.py tests that they are up to date
 """
@@ -13,6 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_fdd.config import add_fdd_args
+from megatron_fdd.convert.families import FAMILIES, MULTIMODAL
+from megatron_fdd.convert.families.family import Family
+from megatron_fdd.convert.families.multimodal import Multimodal
 from megatron_fdd.doctor.seam_table import SEAMS
 from megatron_fdd.host.patches.table import PATCHES, REHEARSAL_PATCHES, Patch
 
@@ -139,6 +142,30 @@ def necessary(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
     }
 
 
+def family_table() -> str:
+    """One row a family of models."""
+    families = [(each, each) for each in FAMILIES.values()]
+    multimodal = [(each, FAMILIES[each.texts[0]]) for each in MULTIMODAL.values()]
+    rows = sorted([*families, *multimodal], key=lambda row: row[0].model_type)
+    head = ("model type", "models", "layers", "over ranks", "refused or lost, and why")
+    return _table(
+        head, ((f"`{own.model_type}`", own.models, *_family(text), _limits(own)) for own, text in rows)
+    )
+
+
+def _family(family: Family) -> tuple[str, str]:
+    """Whose layers a family of text models has, and over what a run can share them."""
+    axes = "all, EP" if "num_experts" not in family.fixed else "all"
+    return "Megatron's" if family.layer_spec is None else "its own", axes
+
+
+def _limits(family: Family | Multimodal) -> str:
+    left_out = ""
+    if isinstance(family, Family) and family.left_out is not None:
+        left_out = f"{family.left_out.what}, unless it is kept"
+    return "; ".join(each for each in (left_out, family.limits) if each) or "-"
+
+
 def seam_table() -> str:
     """One row a name of Megatron that `fdd doctor` looks at."""
     rows = (
@@ -174,6 +201,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # (page, part): what writes it.
 PARTS = {
     ("flags.md", "flags"): flags_table,
+    ("conversion.md", "families"): family_table,
     ("architecture.md", "modules"): picture,
     ("megatron.md", "seams"): seam_table,
     ("megatron.md", "patches"): lambda: patch_table(PATCHES),

@@ -68,6 +68,7 @@ TWO_RANKS = [
     "mistral_window",
     "qwen2",
     "qwen3",
+    *("seed_oss", "smollm3", "ernie4_5", "phi3", "nemotron", "starcoder2"),
     *(variant for variant in toys.MIXTURES if variant != "gpt_oss"),
 ]
 

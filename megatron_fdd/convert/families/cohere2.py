@@ -120,5 +120,8 @@ COHERE2 = decoder_family(
         own_fields=tuple(_OPTIONS),
         flatten=_flatten,
         restore=_restore,
-    )
+    ),
+    models="Command R7B, Command A",
+    limits="scales of logits as `granite`; CUDA graphs, and recompute of other parts than core attention or the layer, "
+    "which is of another form",
 )

@@ -93,10 +93,9 @@ def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
         latent=latent,
         own={field: config[field] for field in dialect.own_fields},
     )
-    if shape.num_attention_heads % shape.num_key_value_heads:
-        refuse_field(
-            "num_key_value_heads", shape.num_key_value_heads, "which must divide num_attention_heads"
-        )
+    groups = shape.num_key_value_heads
+    if shape.num_attention_heads % groups:
+        refuse_field("num_key_value_heads", groups, "which must divide num_attention_heads")
     return shape
 
 
@@ -118,9 +117,8 @@ def _equal_parts(config: Mapping[str, Any]) -> int:
     """Return the width of a head where config.json gives none."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if hidden % heads:
-        refuse_field(
-            "num_attention_heads", heads, f"which must divide hidden_size ({hidden}) without a head_dim"
-        )
+        why = f"which must divide hidden_size ({hidden}) without a head_dim"
+        refuse_field("num_attention_heads", heads, why)
     return hidden // heads
 
 
@@ -260,8 +258,8 @@ def _stacked(dialect: Dialect) -> tuple[str, ...]:
     return tuple(f".{name}{ending}" for name in (naming.gate_up, naming.down) for ending in ("", "_bias"))
 
 
-def decoder_family(dialect: Dialect) -> Family:
-    """Make the family that a dialect describes."""
+def decoder_family(dialect: Dialect, *, models: str = "", limits: str = "") -> Family:
+    """Make the family that a dialect describes; `models` and `limits` are for people, as in `Family`."""
     experts = FIXED_EXPERTS if dialect.experts else {}
     fixed = {**_FIXED, **experts, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
     if isinstance(dialect.qk_norm, str):
@@ -285,6 +283,8 @@ def decoder_family(dialect: Dialect) -> Family:
         left_out=dialect.left_out,
         uncut=dialect.uncut,
         variant=partial(_as_stored, dialect),
+        models=models,
+        limits=limits,
     )
 
 

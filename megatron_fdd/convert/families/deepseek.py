@@ -50,8 +50,8 @@ _V3 = Dialect(
     fixed={"multi_latent_attention": True},
     layer_spec=LATENT_SPEC,
 )
-DEEPSEEK_V3 = decoder_family(_V3)
-KIMI_K2 = decoder_family(dataclasses.replace(_V3, model_type="kimi_k2"))
+DEEPSEEK_V3 = decoder_family(_V3, models="DeepSeek-V3, R1, Moonlight")
+KIMI_K2 = decoder_family(dataclasses.replace(_V3, model_type="kimi_k2"), models="Kimi-K2")
 
 
 def _flatten_v2(config: HfConfig) -> HfConfig:
@@ -102,5 +102,7 @@ DEEPSEEK_V2 = decoder_family(
             count_fields=("n_routed_experts", "num_experts", "num_local_experts"),
         ),
         flatten=_flatten_v2,
-    )
+    ),
+    models="DeepSeek-V2-Lite",
+    limits="group-limited routing (the large V2): it scores a group by its best expert, Megatron by a sum",
 )

@@ -127,5 +127,7 @@ ERNIE4_5_MOE = decoder_family(
         layer_spec=LayerSpec(_build, _configure),
         flatten=_flatten,
         restore=_restore,
-    )
+    ),
+    models="ERNIE 4.5 with experts",
+    limits="a bf16 training rounds the router, as Megatron does with every router; its bias is a constant",
 )

@@ -71,5 +71,6 @@ EXAONE4 = decoder_family(
         ),
         layer_spec=LayerSpec(_build),
         flatten=_flatten,
-    )
+    ),
+    models="EXAONE 4.0",
 )

@@ -118,6 +118,8 @@ class Family:
             otherwise; None if there is one way only.
         of_args: (config, args of a checkpoint) -> the family with what the args say and the config leaves open; None if
             it leaves nothing open.
+        models: the published models that it has, for people.
+        limits: what of them is refused or lost, and why, for people.
     """
 
     model_type: str
@@ -136,6 +138,8 @@ class Family:
     uncut: Mapping[str, str] = field(default_factory=dict)
     variant: Callable[[Family, StoredFolder], Family] | None = None
     of_args: Callable[[HfConfig, Namespace], Family] | None = None
+    models: str = ""
+    limits: str = ""
 
     def left_out_names(self, config: HfConfig, names: Iterable[str]) -> list[str]:
         """Return the names, sorted, of the tensors that the table has no place for."""

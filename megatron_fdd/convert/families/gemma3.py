@@ -100,5 +100,6 @@ GEMMA3_TEXT = decoder_family(
         own_fields=tuple(_OPTIONS),
         flatten=_SPELLING.flatten,
         restore=_SPELLING.restore,
-    )
+    ),
+    models="Gemma 3 without images, such as the 1B",
 )

@@ -55,5 +55,6 @@ GLM4 = decoder_family(
         ),
         fixed={"rotary_interleaved": True},
         layer_spec=LayerSpec(_build),
-    )
+    ),
+    models="GLM-4-0414",
 )

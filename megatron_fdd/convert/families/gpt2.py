@@ -186,4 +186,5 @@ GPT2 = Family(
     ignored=(".attn.bias", ".attn.masked_bias"),
     tied=("lm_head.weight", "transformer.wte.weight"),
     prefix="transformer.",
+    models="GPT-2 of all sizes",
 )

@@ -105,5 +105,7 @@ GPT_OSS = decoder_family(
         ),
         layer_spec=LayerSpec(_build, _configure),
         flatten=_flatten,
-    )
+    ),
+    models="gpt-oss, also in MXFP4",
+    limits="experts cut by tensor parallelism: Megatron cannot cut their biases",
 )

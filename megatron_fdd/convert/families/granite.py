@@ -64,7 +64,9 @@ GRANITE = decoder_family(
         _DEFAULTS,
         layer_spec=LayerSpec(_build, _configure),
         own_fields=_MULTIPLIERS,
-    )
+    ),
+    models="Granite 3.x and 4.x without Mamba, dense",
+    limits="in bf16 a scale of logits that is no power of two rounds at the final norm, not in the logits",
 )
 GRANITEMOE = decoder_family(
     Dialect(
@@ -86,5 +88,7 @@ GRANITEMOE = decoder_family(
         ),
         layer_spec=LayerSpec(_build, _configure),
         own_fields=_MULTIPLIERS,
-    )
+    ),
+    models="Granite 3.x with experts",
+    limits="as `granite`",
 )

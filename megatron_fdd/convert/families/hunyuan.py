@@ -105,5 +105,6 @@ HUNYUAN_V1_DENSE = decoder_family(
         own_fields=(_ALPHA,),
         flatten=_flatten,
         restore=_restore,
-    )
+    ),
+    models="Hunyuan, dense",
 )

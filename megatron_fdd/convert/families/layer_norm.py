@@ -73,7 +73,8 @@ NEMOTRON = decoder_family(
         },
         flatten=_nemotron,
         restore=_as_nemotron,
-    )
+    ),
+    models="Nemotron-3 and -4, Minitron",
 )
 STARCODER2 = decoder_family(
     Dialect(
@@ -109,5 +110,6 @@ STARCODER2 = decoder_family(
         fixed={"normalization": "LayerNorm", "swiglu": False, "bias_gelu_fusion": True},
         flatten=_starcoder2,
         restore=_as_starcoder2,
-    )
+    ),
+    models="StarCoder2",
 )

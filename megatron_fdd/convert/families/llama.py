@@ -9,5 +9,6 @@ LLAMA = decoder_family(
         "LlamaForCausalLM",
         {**COMMON_DEFAULTS, "max_position_embeddings": 2048},
         harmless=frozenset({"is_llama_config"}),
-    )
+    ),
+    models="Llama 2 and 3.x, SmolLM2, TinyLlama",
 )

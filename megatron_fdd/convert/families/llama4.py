@@ -139,5 +139,7 @@ LLAMA4_TEXT = decoder_family(
         own_fields=tuple(_OPTIONS),
         flatten=_flatten,
         restore=_restore,
-    )
+    ),
+    models="the text model of Llama 4 Maverick",
+    limits="sequences from 8,192 tokens on, where attention is in chunks; Scout, which normalises behind rotation",
 )

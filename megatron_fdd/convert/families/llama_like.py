@@ -26,7 +26,8 @@ SEED_OSS = decoder_family(
         # Dropout of training; --hidden-dropout sets it.
         harmless=frozenset({"residual_dropout"}),
         qkv_bias="attention_bias",
-    )
+    ),
+    models="Seed-OSS",
 )
 # Some layers without rotary positions.
 SMOLLM3 = decoder_family(
@@ -51,7 +52,8 @@ SMOLLM3 = decoder_family(
         harmless=frozenset({"max_window_layers", "pretraining_tp"}),
         window_fields=("sliding_window", "use_sliding_window", "layer_types"),
         rotation=Rotation.LISTED,
-    )
+    ),
+    models="SmolLM3",
 )
 # Rotary positions on neighbouring dimensions, which Megatron's YaRN does not have.
 ERNIE4_5 = decoder_family(
@@ -75,5 +77,7 @@ ERNIE4_5 = decoder_family(
         neutral={**NO_BIASES, "use_bias": (False, None)},
         rope_kinds=("default", "linear", "llama3"),
         fixed={"rotary_interleaved": True},
-    )
+    ),
+    models="ERNIE 4.5, dense",
+    limits="YaRN: Megatron turns no neighbouring pairs with it",
 )

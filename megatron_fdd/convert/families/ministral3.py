@@ -100,5 +100,7 @@ MINISTRAL3 = decoder_family(
         own_fields=tuple(_OPTIONS),
         flatten=_flatten,
         restore=_restore,
-    )
+    ),
+    models="the text model of Ministral 3",
+    limits="sequences above 16,384 tokens (its length before YaRN), where queries grow",
 )

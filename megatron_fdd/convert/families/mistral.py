@@ -16,5 +16,7 @@ MISTRAL = decoder_family(
         # transformers gives it no biases, whatever its config says.
         neutral=NO_BIASES,
         window_fields=("sliding_window",),
-    )
+    ),
+    models="Mistral 7B, Nemo, Small 3 without images",
+    limits="a window for some layers alone",
 )

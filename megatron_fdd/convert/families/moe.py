@@ -28,7 +28,9 @@ MIXTRAL = decoder_family(
             count_fields=("num_local_experts",),
             width_field="intermediate_size",
         ),
-    )
+    ),
+    models="Mixtral",
+    limits="a window for some layers alone",
 )
 QWEN3_MOE = decoder_family(
     Dialect(
@@ -59,5 +61,7 @@ QWEN3_MOE = decoder_family(
             layer_fields=QWENS_LAYERS,
             normalises=True,
         ),
-    )
+    ),
+    models="Qwen3-MoE, layers without experts among them",
+    limits="a window for some layers alone",
 )

@@ -41,12 +41,15 @@ class Multimodal:
 
     Attributes:
         texts: the model types that its text part can have here.
+        models, limits: as in `Family`.
         ties: whether transformers ties the embeddings of a config.json that does not say it.
     """
 
     model_type: str
     architecture: str
     texts: tuple[str, ...]
+    models: str
+    limits: str = "images: the text part is trained, the rest comes back untouched"
     ties: bool = True
 
     def family(self, config: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
@@ -162,6 +165,13 @@ class _TextPart:
         return [replace(row, sources=tuple(map(self.spelled, row.sources))) for row in rows]
 
 
-MISTRAL3 = Multimodal("mistral3", "Mistral3ForConditionalGeneration", ("mistral", "ministral3"))
-GEMMA3 = Multimodal("gemma3", "Gemma3ForConditionalGeneration", ("gemma3_text",))
-LLAMA4 = Multimodal("llama4", "Llama4ForConditionalGeneration", ("llama4_text",), ties=False)
+MISTRAL3 = Multimodal(
+    "mistral3",
+    "Mistral3ForConditionalGeneration",
+    ("mistral", "ministral3"),
+    models="Mistral Small 3.1 and 3.2, Ministral 3",
+)
+GEMMA3 = Multimodal("gemma3", "Gemma3ForConditionalGeneration", ("gemma3_text",), models="Gemma 3 from 4B on")
+LLAMA4 = Multimodal(
+    "llama4", "Llama4ForConditionalGeneration", ("llama4_text",), models="Llama 4 Maverick", ties=False
+)

@@ -59,5 +59,7 @@ OLMO2 = decoder_family(
             ("mlp.linear_fc2.norm", "post_feedforward_layernorm"),
         ),
         layer_spec=LayerSpec(_build, keys_of("olmo2")),
-    )
+    ),
+    models="OLMo-2",
+    limits="tensor parallelism that does not divide the key heads: norms are over all heads",
 )

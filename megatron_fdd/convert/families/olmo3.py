@@ -91,5 +91,7 @@ OLMO3 = decoder_family(
         own_fields=("rope_local_base_freq",),
         flatten=_flatten,
         restore=_restore,
-    )
+    ),
+    models="OLMo-3",
+    limits="as `olmo2`; a base other than 500,000 without a kind of layer: transformers uses it for some layers",
 )

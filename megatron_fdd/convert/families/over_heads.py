@@ -58,7 +58,9 @@ OLMOE = decoder_family(
             normalises=True,
         ),
         layer_spec=LayerSpec(_build, keys_of("olmoe")),
-    )
+    ),
+    models="OLMoE",
+    limits="as `olmo2`",
 )
 
 
@@ -126,5 +128,7 @@ MINIMAX_M2 = decoder_family(
         ),
         layer_spec=LayerSpec(_build, keys_of("minimax_m2")),
         flatten=_flatten,
-    )
+    ),
+    models="MiniMax-M2",
+    limits="as `olmo2`",
 )

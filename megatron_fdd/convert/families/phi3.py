@@ -51,5 +51,7 @@ PHI3 = decoder_family(
         rope_kinds=("default",),
         fused=("qkv", "gate_up"),
         flatten=_flatten,
-    )
+    ),
+    models="Phi-3 and Phi-4",
+    limits="LongRoPE (Phi-4-mini, 128k): Megatron has none; YaRN for a part of a head",
 )

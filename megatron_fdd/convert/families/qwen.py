@@ -24,7 +24,8 @@ QWEN2 = decoder_family(
         neutral={**NO_BIASES, "use_mrope": (False,)},
         qkv_bias="always",
         window_fields=_WINDOW_FIELDS,
-    )
+    ),
+    models="Qwen2, Qwen2.5",
 )
 QWEN3 = decoder_family(
     Dialect(
@@ -34,5 +35,6 @@ QWEN3 = decoder_family(
         neutral={"mlp_bias": (False,)},
         qk_norm=True,
         window_fields=_WINDOW_FIELDS,
-    )
+    ),
+    models="Qwen3, dense",
 )

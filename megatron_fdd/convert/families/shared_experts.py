@@ -52,7 +52,8 @@ QWEN2_MOE = decoder_family(
                 gate="shared_expert_gate.weight",
             ),
         ),
-    )
+    ),
+    models="Qwen1.5-MoE, Qwen2-57B-A14B",
 )
 GLM4_MOE = decoder_family(
     Dialect(
@@ -86,5 +87,6 @@ GLM4_MOE = decoder_family(
         qk_norm="use_qk_norm",
         partial_rotary=0.5,
         experts=DEEPSEEKS_EXPERTS,
-    )
+    ),
+    models="GLM-4.5, 4.6, 4.7 and Air",
 )
