@@ -115,6 +115,9 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
         ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func"),
         ("olmo3", {"rope_theta": 1e4}, "rope_theta.*say both in rope_parameters"),
         ("hunyuan_v1_dense", {"use_qk_norm": False}, "use_qk_norm"),
+        ("hunyuan_v1_dense", {"use_cla": True}, "use_cla"),
+        ("hunyuan_v1_dense", {"position_embedding_xdrope": True}, "position_embedding_xdrope"),
+        ("hunyuan_v1_dense", {"attention_head_dim": 8}, "attention_head_dim.*must be head_dim"),
         ("hunyuan_v1_dense", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.*alpha"),
         (
             "hunyuan_v1_dense",

@@ -17,13 +17,26 @@ if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
 
 _ALPHA, _SPELLING = "rope_alpha", "rope_spelling"
+_WIDTH = "attention_head_dim"  # head_dim once more
 # Beside alpha; transformers reads none of them.
 _UNUSED = {"beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim"}
+# About classification, images, packing, and layers that share a cache (use_cla); transformers reads none of them.
+_HARMLESS = frozenset(
+    {
+        *("class_num", "dense_list", "pool_type", "skip_cls_token", "num_media_embeds", "cla_share_factor"),
+        *("org_vocab_size", "mask_init_id", "pad_id", "eod_token_id", "sep_token_id"),
+        *("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id"),
+    }
+)
 _OPTIONS = {_ALPHA: optional(SCALE)}
 
 
 def _flatten(config: HfConfig) -> HfConfig:
     """Take alpha out of a rotary scaling of the type "dynamic", which is static with it; keep the spelling aside."""
+    if config.get(_WIDTH) not in (None, config.get("head_dim")):
+        refuse_field(
+            _WIDTH, config[_WIDTH], "which must be head_dim, of which alone transformers makes the heads"
+        )
     for field in ("rope_parameters", "rope_scaling"):
         rope = config.get(field) or {}
         if rope.get("rope_type", rope.get("type")) != "dynamic":
@@ -94,8 +107,11 @@ HUNYUAN_V1_DENSE = decoder_family(
             "mlp_bias": (False,),
             "use_qk_norm": (True,),  # transformers normalises always
             **dict.fromkeys(("use_cla", "use_mla", "use_mixed_mlp_moe", "add_classification_head"), (False,)),
+            "position_embedding_xdrope": (False,),
+            "use_rotary_pos_emb": (True,),
+            "norm_type": ("rms",),
         },
-        harmless=frozenset({"eod_token_id", _SPELLING}),
+        harmless=_HARMLESS | {_WIDTH, _SPELLING},
         qk_norm=True,
         qk_norm_names=(
             ("rotated_q_layernorm", "query_layernorm"),
