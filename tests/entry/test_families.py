@@ -40,6 +40,8 @@ PAIRS = [
     ("deepseek_v3_yarn", "deepseek_v2"),  # multi-latent attention
     ("ernie4_5_moe", "hunyuan_v1_dense"),
     ("cohere2", "granitemoe"),
+    ("olmo2", "gemma2"),  # capped scores and logits
+    ("gemma2", "gemma3_text"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -106,6 +108,9 @@ LAYOUTS = {
     "pp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--pipeline-model-parallel-size 2"),
     "cp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--context-parallel-size 2"),
     "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
+    "tp2_capped": ("olmo2", "gemma2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2_capped": ("gemma2", "gemma3_text", "--pipeline-model-parallel-size 2"),
+    "cp2_capped": ("olmo2", "gemma2", "--context-parallel-size 2"),
 }
 
 
