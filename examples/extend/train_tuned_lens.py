@@ -78,7 +78,8 @@ class TunedBlocks:
         bare = read_lens(model, with_norm=True, detached=True)
         self._lens = TeacherLens(bare, TUNED, self.maps)
         shard = vocab_shard(run.plan.padded_vocab_size, run.plan.vocab_size, self.topology)
-        self._heads = Heads(bare.head_WH, bare.head_WH, shard, Implementation(run.config.kernels))
+        head, extras, kernels = bare.head_WH, bare.extras, Implementation(run.config.kernels)
+        self._heads = Heads(head, head, shard, kernels, extras, extras)
 
     def mean_kl(self, batches: Sequence[Batch], *, backward: bool) -> tuple[list[float], float]:
         """Each block's KL(final prediction || its prediction) in nats a token, and the number of tokens.

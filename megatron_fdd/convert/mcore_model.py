@@ -102,11 +102,12 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
     """
     from megatron.training.models.gpt import GPTModelBuilder
 
-    from megatron_fdd.host.model import build_config
+    from megatron_fdd.host.model import build_config, cap_own_logits
     from megatron_fdd.host.patches.norms import plain_norms
 
     config = build_config(args)
     config.transformer.perform_initialization = False
     with torch.device(device), plain_norms(), contextlib.redirect_stdout(io.StringIO()):
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
+        cap_own_logits([model])
     return model.to(args.params_dtype)  # otherwise position embeddings are float32

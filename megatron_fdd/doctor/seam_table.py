@@ -200,8 +200,8 @@ SEAMS: tuple[Seam, ...] = (
         f"{_CORE}.transformer.transformer_config.TransformerConfig",
         ("activation_func", "bias_activation_fusion", "softmax_scale", "use_mup", "mup_embedding_mult"),
         "set behind Megatron's own checks, where no argument says it",
-        ("convert/families/gemma3.py",),
-        "Gemma 3",
+        ("convert/families/gemma.py",),
+        "Gemma 2 and 3",
     ),
     Seam(
         f"{_CORE}.transformer.attention.SelfAttention.forward",

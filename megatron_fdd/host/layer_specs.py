@@ -85,6 +85,12 @@ def final_norm_factor(config: TransformerConfig) -> float:
     return factor
 
 
+def logit_cap(config: TransformerConfig) -> float | None:
+    """Return c of the soft cap c tanh(z / c) of the model's logits: None unless a family's `configure` sets it."""
+    cap: float | None = getattr(config, "logit_cap", None)
+    return cap
+
+
 def final_norm_has_bias(config: TransformerConfig) -> bool:
     """Return whether the final norm has a bias: a LayerNorm has one, unless a family's `bias_free_norms` is set."""
     return config.normalization == "LayerNorm" and not getattr(config, "bias_free_norms", False)

@@ -49,6 +49,8 @@ class Plan:
         teacher_layers: how many layers each stage of the teacher holds; no teacher: empty.
         vocab_size: tokens that count in every softmax: what tokenizer and both models share, no padding.
         padded_vocab_size: rows of both heads.
+        is_student_capped, is_teacher_capped: whether a model's logits have a soft cap; of stored teachers the lens says
+            it.
     """
 
     config: FddConfig
@@ -58,6 +60,8 @@ class Plan:
     teacher_layers: tuple[int, ...]
     vocab_size: int
     padded_vocab_size: int
+    is_student_capped: bool = False
+    is_teacher_capped: bool = False
 
     @property
     def chunks(self) -> tuple[ChunkPlan, ...]:

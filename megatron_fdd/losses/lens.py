@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
 from megatron_fdd.ops.own_code import called, takes
 
 
@@ -51,10 +51,14 @@ class Lens:
     """The map from a hidden state to the vocabulary: z = head_WH N(h), or z = head_WH h without a norm.
 
     The head stays sharded over the vocabulary; no logits are formed here (ops/linear_kl.py does it in tiles).
+
+    Attributes:
+        extras: bias and soft cap of the logits, of final and inner layers alike.
     """
 
     head_WH: Tensor
     norm: FinalNorm | None
+    extras: HeadExtras = NO_EXTRAS
 
     def features(self, hidden_SBH: Tensor) -> Tensor:
         """Return the normed features of every token row, float32 [N, H]."""
@@ -126,13 +130,11 @@ class TeacherLens:
         bare: final norm and head. The final hidden states are read through nothing else.
         kind: None: inner layers are read through the bare lens too.
         blocks: tensors of the blocks that this stage reads, by name.
-        extras: bias and soft cap of its logits, of final and inner layers alike; None: neither.
     """
 
     bare: Lens
     kind: LensKind | None = None
     blocks: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
-    extras: HeadExtras | None = None
 
     @property
     def head_WT(self) -> Tensor:

@@ -151,7 +151,7 @@ class Objective:
     def final(
         self,
         final_SBD: Tensor,
-        head_WD: Tensor,
+        lens: Lens,
         teacher: TeacherFeatures | None,
         labels_N: Tensor,
         weights: TokenWeights,
@@ -161,7 +161,7 @@ class Objective:
 
         Args:
             final_SBD: hidden states after the final norm.
-            head_WD: output weight, which these terms train.
+            lens: the student's live head, which these terms train; its norm is not used.
             labels_N: vocabulary ids of this rank's rows, negative where there is none.
             loss_scale: what the total will be multiplied with in the backward pass, where that is known.
 
@@ -186,7 +186,7 @@ class Objective:
         found = head_loss(
             teacher_NT,
             final_SBD.flatten(0, 1),
-            self._heads(head_WD),
+            self._heads(lens),
             divergence=divergence,
             labels_N=labels_N,
             weights=loss_weights,
@@ -220,7 +220,7 @@ class Objective:
         """
         chunk, draw = self.chunk, self.settings.draw
         assert len(taps_SBD) == len(chunk.pairs), "a tap was lost"
-        heads = self._heads(lens.head_WH)
+        heads = self._heads(lens)
         previous = None
         if carry is not None and draw.counts(chunk.pairs[0]):
             assert chunk.carry_in is not None
@@ -285,12 +285,13 @@ class Objective:
         per_token = self.settings.term_per_label_token if part.term.tokens == "labels" else 1.0
         return self.weight_of(part) * per_token
 
-    def _heads(self, student_WD: Tensor) -> Heads:
+    def _heads(self, student: Lens) -> Heads:
         implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)
+        heads = Heads(None, student.head_WH, self._shard, implementation, student_extras=student.extras)
         teacher = self._teacher_lens
         if teacher is None:
-            return Heads(None, student_WD, self._shard, implementation)
-        return Heads(teacher.head_WT, student_WD, self._shard, implementation, teacher.extras)
+            return heads
+        return replace(heads, teacher_WT=teacher.head_WT, teacher_extras=teacher.bare.extras)
 
     def _divergence(self, kind: str) -> Divergence:
         return Divergence(kind, self.config.divergence_mix, self.config.temperature)

@@ -14,7 +14,9 @@ from megatron_fdd.losses.own_term import ask_needs, check_record
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TapWindow
 from megatron_fdd.losses.term import Needs, TapContext, TapTerm, Term
+from megatron_fdd.ops.capped_cosine import capped_cosine
 from megatron_fdd.ops.delta import TeacherChange, capped_change, delta_cosine
+from megatron_fdd.ops.logit_changes import Ends
 
 
 class CrossEntropy(Term):
@@ -85,7 +87,7 @@ class Delta(TapTerm):
     """1 - cosine of both models' change of prediction since the sampled layer before.
 
     Collectives over the tensor-parallel group: those of `delta_cosine`, once a tap; where the teacher's logits have a
-    soft cap, those of `capped_change` too.
+    soft cap, those of `capped_change` too. Where the student's have one, those of `capped_cosine` alone.
     """
 
     kind = "delta"
@@ -111,18 +113,28 @@ class Delta(TapTerm):
         current, previous = window.current.features, window.previous.features
         detaches = context.config.delta_detach_previous
         student_previous_MD = previous.student_MD.detach() if detaches else previous.student_MD
-        teacher_lse_delta_N = student_lse_delta_N = None
+        lse_deltas = None
         before, after = window.previous.statistics, window.current.statistics
         if before is not None and after is not None:
             student_lse_before_N = before.student_lse_N.detach() if detaches else before.student_lse_N
-            teacher_lse_delta_N = after.teacher_lse_N - before.teacher_lse_N
-            student_lse_delta_N = after.student_lse_N - student_lse_before_N
-        heads, grams = context.heads, context.grams()
+            lse_deltas = (
+                after.teacher_lse_N - before.teacher_lse_N,
+                after.student_lse_N - student_lse_before_N,
+            )
+        heads = context.heads
+        if heads.student_extras.cap is not None:
+            ends = (
+                Ends(previous.teacher_MT, current.teacher_MT),
+                Ends(student_previous_MD, current.student_MD),
+            )
+            return context.sum(1 - capped_cosine(*ends, lse_deltas, heads, is_earlier_constant=detaches))
+        grams = context.grams()
         teacher: Tensor | TeacherChange
-        if heads.teacher_extras is None or heads.teacher_extras.cap is None:
+        if heads.teacher_extras.cap is None:
             teacher = current.teacher_MT - previous.teacher_MT
         else:
             teacher = capped_change(previous.teacher_MT, current.teacher_MT, heads, grams)
+        teacher_lse_delta_N, student_lse_delta_N = lse_deltas or (None, None)
         cosine_N = delta_cosine(
             teacher,
             current.student_MD - student_previous_MD,

@@ -141,7 +141,9 @@ def _swept_blocks(
         block_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
         sweeps = make_sweeps(request, block_teacher, block_student)
         sums = sweeps.softmax_sums()
-        label_logit_R = None if labels_R is None else label_logits(*block_student, labels_R, shard)
+        label_logit_R = None
+        if labels_R is not None:
+            label_logit_R = label_logits(*block_student, labels_R, shard, request.student_extras)
         packed = start_merge(sums, label_logit_R, shard)
         yield Swept(rows, block_teacher, block_student, labels_R, sweeps, sums, packed)
 

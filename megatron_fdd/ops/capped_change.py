@@ -13,7 +13,6 @@ Precision: as in `delta_cosine` everything is float32, without TF32. Source: doc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from megatron_fdd.ops.full_precision import add_exact_product, exact_product, fu
 from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.head_grams import HeadGrams
 from megatron_fdd.ops.heads import Heads
+from megatron_fdd.ops.logit_changes import Ends, LogitChanges
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
@@ -57,7 +57,7 @@ def capped_change(earlier_NT: Tensor, later_NT: Tensor, heads: Heads, grams: Hea
         head: one all-gather of [n, D + 1]. All are float32.
     """
     assert heads.teacher_WT is not None, "the delta compares with a teacher"
-    assert heads.teacher_extras is not None, "without a cap the change is linear in the features"
+    assert heads.teacher_extras.cap is not None, "without a cap the change is linear in the features"
     return TeacherChange(
         *_CappedChange.apply(
             collected(heads.student_WD), earlier_NT.detach(), later_NT.detach(), heads, grams
@@ -79,12 +79,16 @@ class _CappedChange(torch.autograd.Function):
         grams: HeadGrams,
     ) -> tuple[Tensor, ...]:
         shard, size, dtype = heads.shard, grams.vocab_size, statistics_dtype(student_head_WD)
-        changes = _Changes(earlier_NT.to(dtype), later_NT.to(dtype), heads, grams.teacher_mean_T)
+        assert heads.teacher_WT is not None
+        ends = Ends(earlier_NT, later_NT)
+        changes = LogitChanges(ends, heads.teacher_WT, heads.teacher_extras, grams.teacher_mean_T, heads)
         student_mean_D, width = grams.student_mean_D.detach(), student_head_WD.shape[1]
         sums_RX = changes.centre_R.new_zeros(len(changes.centre_R), width + 2)
         for columns in changes.tiles():
             student_CD = student_head_WD[columns].to(dtype) - student_mean_D
-            for rows, change_RC in changes.blocks(columns):
+            teacher_CT = changes.head(columns)
+            for rows in changes.blocks():
+                change_RC = changes.change(rows, columns, teacher_CT)
                 sums_RX[rows, :width] += exact_product(change_RC, student_CD)
                 sums_RX[rows, width] += change_RC.sum(1)
                 sums_RX[rows, width + 1] += change_RC.square_().sum(1)
@@ -102,55 +106,19 @@ class _CappedChange(torch.autograd.Function):
     @full_precision()
     def backward(ctx: Any, upstream_nD: Tensor, *_of_constants: None) -> tuple[Tensor | None, ...]:
         student_head_WD, rest_n = ctx.saved_tensors
-        changes: _Changes = ctx.changes
+        changes: LogitChanges = ctx.changes
         packed_nX = torch.cat([upstream_nD, rest_n[:, None]], dim=1)
         packed_RX = _all_tokens(packed_nX, ctx.num_tokens, ctx.heads.shard)
         gradient_WD = torch.zeros_like(student_head_WD)
         for columns in changes.tiles():
             gradient_CD = packed_RX.new_zeros(columns.stop - columns.start, student_head_WD.shape[1])
-            for rows, change_RC in changes.blocks(columns):
+            teacher_CT = changes.head(columns)
+            for rows in changes.blocks():
+                change_RC = changes.change(rows, columns, teacher_CT)
                 centred_RC = change_RC.sub_(packed_RX[rows, -1:])
                 add_exact_product(gradient_CD, centred_RC.T, packed_RX[rows, :-1].contiguous())
             gradient_WD[columns] = gradient_CD
         return gradient_WD, None, None, None, None
-
-
-class _Changes:
-    """The changes of the teacher's logits, tile by tile, minus a number for each token.
-
-    That number is the change of the capped mean logit, which is near the change's mean: what is left has no large mean
-    that would drown the rest in sums of squares. Collectives when it is made: under sequence parallelism two
-    all-gathers of [N, T].
-    """
-
-    def __init__(self, earlier_NT: Tensor, later_NT: Tensor, heads: Heads, mean_T: Tensor) -> None:
-        assert heads.teacher_WT is not None
-        assert heads.teacher_extras is not None
-        self._head_WT, self._extras = heads.teacher_WT.detach(), heads.teacher_extras
-        self._num_valid = heads.shard.num_valid
-        self._tile_size = heads.implementation.tile_columns(heads.student_WD, None)
-        self._block_rows = heads.implementation.block_rows
-        pending = [heads.shard.start_gather(tensor) for tensor in (earlier_NT, later_NT)]
-        self._ends = [each.wait() for each in pending]
-        earlier_R, later_R = (end_RT @ mean_T for end_RT in self._ends)
-        for mean_R in (earlier_R, later_R):
-            self._extras.squash(mean_R)
-        self.centre_R = later_R - earlier_R
-
-    def tiles(self) -> Iterator[slice]:
-        """Yield the rows of the heads that are vocabulary, tile by tile."""
-        for start in range(0, self._num_valid, self._tile_size):
-            yield slice(start, min(start + self._tile_size, self._num_valid))
-
-    def blocks(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of tokens, each with its changes in a tile, [at most block_rows, C]; they may be overwritten."""
-        head_TC = self._head_WT[columns].to(self.centre_R.dtype).T
-        for start in range(0, len(self.centre_R), self._block_rows):
-            rows = slice(start, start + self._block_rows)
-            earlier_RC, later_RC = (exact_product(end_RT[rows], head_TC) for end_RT in self._ends)
-            for logits_RC in (earlier_RC, later_RC):
-                self._extras.apply(logits_RC, columns)
-            yield rows, later_RC.sub_(earlier_RC).sub_(self.centre_R[rows, None])
 
 
 def _all_tokens(tensor_n: Tensor, num_tokens: int, shard: VocabShard) -> Tensor:

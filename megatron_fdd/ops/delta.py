@@ -144,8 +144,8 @@ class _DeltaCosine(torch.autograd.Function):
         student_form_n = (from_student_nD * student_nD).sum(1)
         cosine_n, scale_n, shrink_n = _cosine(
             (from_teacher_nD * student_nD).sum(1) + size * teacher_e_n * student_e_n,
-            _square(teacher_form_n, teacher_e_n, teacher_mean_n, size),
-            _square(student_form_n, student_e_n, student_mean_n, size),
+            square_and_zero(teacher_form_n, teacher_e_n, teacher_mean_n, size),
+            square_and_zero(student_form_n, student_e_n, student_mean_n, size),
         )
         # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric, and d e = d c - m . d a.
         lse_gradient_n = size * (scale_n * teacher_e_n - shrink_n * student_e_n)
@@ -199,7 +199,7 @@ def _rest(lse_delta_N: Tensor | None, mean_n: Tensor, shard: VocabShard) -> Tens
     return shard.token_share(lse_delta_N).to(mean_n.dtype) - mean_n
 
 
-def _square(form_n: Tensor, e_n: Tensor, mean_n: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+def square_and_zero(form_n: Tensor, e_n: Tensor, mean_n: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Return |D|^2, and where it counts as zero."""
     square_n = form_n + size * e_n**2
     share = ZERO_SHARE * torch.finfo(square_n.dtype).eps
@@ -211,7 +211,7 @@ def _cosine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the cosine and its derivatives: by the dot product, and by half of the student's square, negated.
 
-    `teacher` and `student` are what `_square` returns.
+    `teacher` and `student` are what `square_and_zero` returns.
     """
     zero_n = teacher[1] | student[1]
     # Replaced before the root, because the root of rounding noise may be NaN.

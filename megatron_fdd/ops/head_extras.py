@@ -1,4 +1,4 @@
-"""What a teacher's logits have beside the product with its head: a bias, and a soft cap.
+"""What a model's logits have beside the product with its head: a bias, and a soft cap.
 
 Shapes: R tokens, C columns of a tile, W rows of this rank's head shard.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 class HeadExtras:
     """The two steps from the product p = W x to a logit: z = c tanh((p + b) / c). Constants.
 
-    The cap comes before any temperature. The student has neither.
+    The cap comes before any temperature.
 
     Attributes:
         bias_W: b, float32, a row of the head shard each; None: no bias.
@@ -27,13 +27,26 @@ class HeadExtras:
     def __post_init__(self) -> None:
         assert self.cap is None or self.cap > 0, f"cap {self.cap}"
 
-    def apply(self, products_RC: Tensor, columns: slice) -> None:
-        """Turn products with some rows of the head into logits, in place."""
+    def apply(self, products: Tensor, columns: slice | Tensor) -> None:
+        """Turn products with some rows of the head, the last dimension, into logits, in place."""
         if self.bias_W is not None:
-            products_RC += self.bias_W[columns]
-        self.squash(products_RC)
+            products += self.bias_W[columns]
+        self.squash(products)
 
     def squash(self, logits: Tensor) -> None:
         """Cap logits that have their bias already, in place."""
         if self.cap is not None:
             logits.mul_(1 / self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor, temperature: float = 1.0) -> Tensor | None:
+        """Return the derivative of capped logits with respect to products, 1 - (z / c)^2; None without a cap: it is 1.
+
+        Args:
+            logits: z over the temperature.
+        """
+        if self.cap is None:
+            return None
+        return (logits * (temperature / self.cap)).square_().neg_().add_(1.0)
+
+
+NO_EXTRAS = HeadExtras()

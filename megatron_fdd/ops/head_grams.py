@@ -108,17 +108,16 @@ class _HeadGrams(torch.autograd.Function):
         shard: VocabShard,
         previous: HeadGrams | None,
     ) -> tuple[Tensor, ...]:
-        dtype = statistics_dtype(student_head_WD)
-        sums = [_column_sum(student_head_WD, shard, dtype)]
         if previous is None:
-            sums += [_column_sum(teacher_head_WT, shard, dtype), sums[0].new_tensor(shard.num_valid)]
-        student_sum_D, *teacher_sums = _all_reduce_packed(sums, shard)
-        if previous is None:
-            teacher_sum_T, size = teacher_sums
-            teacher_mean_T = teacher_sum_T / size
+            teacher_mean_T, student_mean_D, size = head_means(teacher_head_WT, student_head_WD, shard)
         else:
-            teacher_mean_T, size = previous.teacher_mean_T, previous.vocab_size
-        student_mean_D = student_sum_D / size
+            teacher_mean_T, size, dtype = (
+                previous.teacher_mean_T,
+                previous.vocab_size,
+                statistics_dtype(student_head_WD),
+            )
+            [student_sum_D] = _all_reduce_packed([_column_sum(student_head_WD, shard, dtype)], shard)
+            student_mean_D = student_sum_D / size
         rows = _HeadRows(teacher_head_WT, student_head_WD, shard.num_valid, teacher_mean_T, student_mean_D)
         products = _all_reduce_packed(rows.products(with_teacher=previous is None), shard)
         ctx.shard = shard
@@ -181,6 +180,21 @@ class _HeadRows:
             if with_teacher:
                 add_exact_product(totals[2], teacher_CT.T, teacher_CT)
         return totals
+
+
+def head_means(
+    teacher_head_WT: Tensor, student_head_WD: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the column means of both heads over the whole vocabulary, [T] and [D], and its size, 0-dim.
+
+    Collectives over `shard.group` (one rank: none): one all-reduce of [T + D + 1].
+    """
+    dtype = statistics_dtype(student_head_WD)
+    sums = [_column_sum(student_head_WD, shard, dtype), _column_sum(teacher_head_WT, shard, dtype)]
+    student_sum_D, teacher_sum_T, size = _all_reduce_packed(
+        [*sums, sums[0].new_tensor(shard.num_valid)], shard
+    )
+    return teacher_sum_T / size, student_sum_D / size, size
 
 
 def _column_sum(head: Tensor, shard: VocabShard, dtype: torch.dtype) -> Tensor:

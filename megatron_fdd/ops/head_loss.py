@@ -23,7 +23,7 @@ from megatron_fdd.ops.blocks import LinearKL, TokenBlock, finished_blocks
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_gradient import deliver, dummy, has_main_grad
 from megatron_fdd.ops.heads import Heads, Model
-from megatron_fdd.ops.kl_gradients import Upstream, normalisers_of
+from megatron_fdd.ops.kl_gradients import Upstream, label_slope, normalisers_of
 from megatron_fdd.ops.reference import reference_linear_kl
 from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.vocab_shard import Pending
@@ -110,6 +110,7 @@ def head_loss(
         head_gradient=has_gradient,
         held_rows=implementation.held_rows(heads.student_WD) if has_gradient else None,
         teacher_extras=heads.teacher_extras,
+        student_extras=heads.student_extras,
     )
     if implementation.chosen(heads.student_WD, divergence) == "reference":
         outputs = LinearKL(*reference_linear_kl(request, teacher, student, labels_N))
@@ -182,7 +183,9 @@ def _block_gradient(
     labels_R = block.swept.labels_R
     if labels_R is not None:
         entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)
-    upstream = Upstream(divergence_R * request.temperature, entropy_R, entropy_R)
+    slope_R = label_slope(request, block.statistics, labels_R)
+    label_R = entropy_R if slope_R is None else entropy_R * slope_R
+    upstream = Upstream(divergence_R * request.temperature, entropy_R, label_R)
     normalisers = normalisers_of(request, block.statistics, block.second)
     return block.swept.sweeps.gradients(upstream, normalisers, labels_R, head_gradient_WD)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
 from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, Implementation
 from megatron_fdd.ops.vocab_shard import VocabShard
 
@@ -26,14 +26,15 @@ class Heads:
         student_WD: gets a gradient if it requires one.
         shard: the part of the vocabulary that the rows hold; behind it, the two heads may have different padding.
         implementation: which implementation runs, and how it cuts its work.
-        teacher_extras: bias and soft cap of the teacher's logits; None: they are the products with its head.
+        teacher_extras, student_extras: bias and soft cap of each model's logits.
     """
 
     teacher_WT: Tensor | None
     student_WD: Tensor
     shard: VocabShard
     implementation: Implementation = DEFAULT_IMPLEMENTATION
-    teacher_extras: HeadExtras | None = None
+    teacher_extras: HeadExtras = NO_EXTRAS
+    student_extras: HeadExtras = NO_EXTRAS
 
     def models(self, teacher_NT: Tensor | None, student_ND: Tensor) -> tuple[Model | None, Model]:
         """Pair hidden states with their heads; the teacher's are detached. None if `teacher_NT` is None."""

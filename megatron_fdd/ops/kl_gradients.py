@@ -22,7 +22,7 @@ class Upstream(NamedTuple):
     # Includes the temperature: d(temperature**2 value) / d(logit) = temperature d(value) / d(logit / temperature).
     divergence_R: Tensor
     unit_R: Tensor  # for the student's lse at temperature 1, the cross-entropy's share included
-    label_R: Tensor  # for the cross-entropy alone, 0 without a label
+    label_R: Tensor  # for the product of the label's row and the hidden state, 0 without a label
 
 
 class Pulls(NamedTuple):
@@ -38,6 +38,14 @@ class Normalisers(NamedTuple):
     lse_M: Tensor
     unit_lse_R: Tensor  # the student's, at temperature 1
     centre_R: Tensor | None  # expectation of the divergence's score; see Divergence.score
+
+
+def label_slope(request: Request, statistics: VocabStatistics, labels_R: Tensor | None) -> Tensor | None:
+    """Return the derivative of each label's logit with respect to its product, [R]; None if it is 1 for all."""
+    if labels_R is None or statistics.label_logit_R is None:
+        return None
+    slope_R = request.student_extras.slope(statistics.label_logit_R)
+    return None if slope_R is None else slope_R.masked_fill_(labels_R < 0, 0.0)
 
 
 def normalisers_of(request: Request, statistics: VocabStatistics, second: SecondSums | None) -> Normalisers:

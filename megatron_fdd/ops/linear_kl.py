@@ -25,6 +25,7 @@ from megatron_fdd.ops.kl_gradients import (
     Normalisers,
     Pulls,
     Upstream,
+    label_slope,
     normalisers_of,
     pulled_gradient,
     pulls_of,
@@ -92,6 +93,7 @@ def linear_kl(
         body_gradient=torch.is_grad_enabled() and student_ND.requires_grad and not head_gradient,
         head_gradient=head_gradient,
         teacher_extras=heads.teacher_extras,
+        student_extras=heads.student_extras,
     )
     if heads.implementation.chosen(heads.student_WD, divergence) == "reference":
         return LinearKL(*reference_linear_kl(request, teacher, student, labels_N))
@@ -136,8 +138,8 @@ class _LinearKL(torch.autograd.Function):
         reductions = []
         stacked = _stack_upstream(request, upstream_N)
         for index, rows in enumerate(pieces):
-            labels_R, *state = kept[index * ctx.num_kept : (index + 1) * ctx.num_kept]
-            upstream = _upstream(request, stacked, rows, labels_R)
+            labels_R, slope_R, *state = kept[index * ctx.num_kept : (index + 1) * ctx.num_kept]
+            upstream = _upstream(stacked[:, rows], request.temperature, labels_R, slope_R)
             if head_gradient is None:
                 gradient_RD = pulled_gradient(upstream, Pulls(*state), head_WD, labels_R, request.shard)
             else:
@@ -157,11 +159,12 @@ class _LinearKL(torch.autograd.Function):
 def _kept(request: Request, block: TokenBlock) -> tuple[Tensor | None, ...]:
     """Return what a block's backward pass needs."""
     swept = block.swept
+    labels = swept.labels_R, label_slope(request, block.statistics, swept.labels_R)
     if request.head_gradient:
         hiddens = (swept.student[0], None if swept.teacher is None else swept.teacher[0])
-        return swept.labels_R, *hiddens, *normalisers_of(request, block.statistics, block.second)
+        return *labels, *hiddens, *normalisers_of(request, block.statistics, block.second)
     if request.body_gradient:
-        return swept.labels_R, *pulls_of(request, swept.sums, block.statistics, block.second)
+        return *labels, *pulls_of(request, swept.sums, block.statistics, block.second)
     return ()
 
 
@@ -173,9 +176,12 @@ def _stack_upstream(request: Request, upstream_N: tuple[Tensor | None, ...]) -> 
     return request.shard.start_stack(stacked).wait() if request.shard.splits_tokens else stacked[None]
 
 
-def _upstream(request: Request, stacked: Tensor, rows: slice, labels_R: Tensor | None) -> Upstream:
-    """Return the upstream gradients of one block."""
-    divergence_R, lse_R, entropy_R = stacked[:, rows].flatten(0, 1).unbind(1)
+def _upstream(
+    stacked: Tensor, temperature: float, labels_R: Tensor | None, slope_R: Tensor | None
+) -> Upstream:
+    """Return the upstream gradients of one block, from those of its tokens of all ranks."""
+    divergence_R, lse_R, entropy_R = stacked.flatten(0, 1).unbind(1)
     if labels_R is not None:
         entropy_R = entropy_R.masked_fill(labels_R < 0, 0.0)
-    return Upstream(divergence_R * request.temperature, lse_R + entropy_R, entropy_R)
+    label_R = entropy_R if slope_R is None else entropy_R * slope_R
+    return Upstream(divergence_R * temperature, lse_R + entropy_R, label_R)

@@ -32,7 +32,7 @@ def reference_linear_kl(
     """
     shard = request.shard
     student = (student[0], collected(student[1]))
-    student_NV = _own_logits(*student, shard)
+    student_NV = _own_logits(*student, shard, request.student_extras)
     teacher_NV = None if teacher is None else _own_logits(*teacher, shard, request.teacher_extras).detach()
     divergence_N = entropy_N = None
     if request.divergence is not None:
@@ -64,15 +64,15 @@ def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return torch.where(beyond_N, logits_NV.logsumexp(-1) + torch.nan, entropy_N)
 
 
-def _own_logits(
-    hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard, extras: HeadExtras | None = None
-) -> Tensor:
+def _own_logits(hidden_NX: Tensor, head_WX: Tensor, shard: VocabShard, extras: HeadExtras) -> Tensor:
     """Return logits [N, V] of this rank's tokens over the whole vocabulary, float32 (float64 for float64)."""
     dtype = statistics_dtype(head_WX)
     hidden_RX = _AllTokens.apply(hidden_NX, shard)
     logits_RW = hidden_RX.to(dtype) @ head_WX[: shard.num_valid].to(dtype).T
-    if extras is not None:
-        extras.apply(logits_RW, slice(0, shard.num_valid))
+    if extras.bias_W is not None:
+        logits_RW = logits_RW + extras.bias_W[: shard.num_valid]
+    if extras.cap is not None:
+        logits_RW = extras.cap * torch.tanh(logits_RW / extras.cap)
     return shard.own_tokens(_WholeVocabulary.apply(logits_RW, shard))
 
 

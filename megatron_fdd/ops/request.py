@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_fdd.ops.divergence import Divergence
-from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.vocab_shard import VocabShard
 
@@ -23,7 +23,8 @@ class Request:
     head_gradient: bool  # one more sweep, after the normalisers, gives the gradients: the head may be trained
     # If set, a block has at most so many tokens, and its logits (the whole vocabulary) are kept for that sweep.
     held_rows: int | None = None
-    teacher_extras: HeadExtras | None = None
+    teacher_extras: HeadExtras = NO_EXTRAS
+    student_extras: HeadExtras = NO_EXTRAS
 
     @property
     def temperature(self) -> float:

@@ -41,7 +41,7 @@ class TorchSweeps:
             if request.held_rows is None
             else request.shard.num_valid,
             temperature=request.temperature,
-            teacher_extras=request.teacher_extras,
+            extras=(request.teacher_extras, request.student_extras),
         )
         self._held: list[Tile] | None = None
 
@@ -65,12 +65,16 @@ class TorchSweeps:
             for rows in row_blocks(tile.student_RC):
                 student_log = tile.student_RC[rows] - student_lse_R[rows]
                 teacher_log = tile.teacher_RC[rows] - teacher_lse_R[rows]
+                slope = None if rows_MD is None else _slope(self._request, tile, rows)
                 value, score = divergence.value_and_score(teacher_log, student_log)
                 sums_2R[0, rows] += value.sum(1)
                 sums_2R[1, rows] += score.sum(1)
                 if rows_MD is not None:
                     tile.teacher_RC[rows] = score
                     torch.exp(student_log, out=tile.student_RC[rows])
+                    if slope is not None:
+                        tile.teacher_RC[rows] *= slope
+                        tile.student_RC[rows] *= slope
             if rows_MD is not None:
                 accumulate(rows_MD, tile.logits_MC, tile.head_CD)
         return sums_2R, rows_MD
@@ -87,7 +91,9 @@ class TorchSweeps:
         gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
         for tile in self._sweep():
             for rows in row_blocks(tile.student_RC):
-                tile.student_RC[rows] = _logit_gradient(request, tile, rows, upstream, normalisers)
+                slope = _slope(request, tile, rows)
+                gradient = _logit_gradient(request, tile, rows, upstream, normalisers)
+                tile.student_RC[rows] = gradient if slope is None else gradient.mul_(slope)
             if labels_R is not None:
                 _subtract_labels(tile, labels_R - request.shard.first, upstream.label_R)
             accumulate(gradient_RD, tile.student_RC, tile.head_CD)
@@ -104,6 +110,11 @@ class TorchSweeps:
         return self._held
 
 
+def _slope(request: Request, tile: Tile, rows: slice) -> Tensor | None:
+    """Return the derivative of some rows' student logits with respect to their products; None if it is 1."""
+    return request.student_extras.slope(tile.student_RC[rows], request.temperature)
+
+
 def add_head_gradient(rows_CD: Tensor, gradient_RC: Tensor, hidden_RD: Tensor) -> None:
     """Add gradient.T @ hidden to rows; half-precision rows in pieces, to need no second tensor of their size."""
     dtype = statistics_dtype(rows_CD)
@@ -117,8 +128,9 @@ def add_head_gradient(rows_CD: Tensor, gradient_RC: Tensor, hidden_RD: Tensor) -
 def _add(request: Request, sums: SoftmaxSums, tile: Tile) -> None:
     """Add one tile to the sums. Its weights overwrite the logits where gradients are made from them."""
     old_peak_M, tile_peak_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
+    has_weights = sums.rows_MD is not None or sums.unit_rows_RD is not None
     for rows in row_blocks(tile.student_RC):
-        _add_rows(sums, tile, rows, tile_peak_M)
+        _add_rows(sums, tile, rows, tile_peak_M, _slope(request, tile, rows) if has_weights else None)
     if sums.rows_MD is None:
         return
     shrink_M, gap_M = old_peak_M.sub_(sums.peak_M).exp_(), tile_peak_M.sub_(sums.peak_M)
@@ -131,8 +143,12 @@ def _add(request: Request, sums: SoftmaxSums, tile: Tile) -> None:
     accumulate_kept(sums.rows_MD, weights_MC, tile.head_CD, gap_M, request.implementation.skip_below)
 
 
-def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -> None:
-    """Add some rows of a tile to all sums but `rows_MD`. The temporaries have the size of these rows."""
+def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor, slope: Tensor | None) -> None:
+    """Add some rows of a tile to all sums but `rows_MD`. The temporaries have the size of these rows.
+
+    Args:
+        slope: multiplies the weights of the head's rows; None: 1.
+    """
     in_place = sums.rows_MD is not None
     difference = None
     if sums.cross_R is not None:
@@ -148,28 +164,24 @@ def _add_rows(sums: SoftmaxSums, tile: Tile, rows: slice, tile_peak_M: Tensor) -
         running_peak.copy_(peak)
         weights = torch.sub(logits, peak[:, None], out=logits if in_place else None)
         if sums.unit_mass_M is not None:
-            _add_unit(sums, tile, rows, model, weights, shrink**sums.temperature)
+            unit = (weights * sums.temperature).exp_()
+            unit_shrink = shrink**sums.temperature
+            sums.unit_mass_M[model][rows].mul_(unit_shrink).add_(unit.sum(1))
+            if sums.unit_rows_RD is not None and model == sums.student:
+                unit = unit if slope is None else unit.mul_(slope)
+                sums.unit_rows_RD[rows].mul_(unit_shrink[:, None])
+                accumulate(sums.unit_rows_RD[rows], unit, tile.head_CD)
         weights.exp_()
         sums.mass_M[model][rows].mul_(shrink).add_(weights.sum(1))
         if difference is not None and sums.cross_R is not None and model == sums.lead:
             sums.cross_R[rows].mul_(shrink).add_(difference.mul_(weights).sum(1))
+        if in_place and slope is not None:
+            weights.mul_(slope)
     if in_place and sums.student_leads:
         assert tile.teacher_RC is not None
         assert difference is not None
         # The teacher's exponentials are summed already; the weights of rkl's gradient overwrite them.
-        tile.teacher_RC[rows] = difference
-
-
-def _add_unit(
-    sums: SoftmaxSums, tile: Tile, rows: slice, model: slice, shifted: Tensor, shrink: Tensor
-) -> None:
-    """Add to the sums at temperature 1; `shifted` are logits over the temperature minus the running maximum."""
-    assert sums.unit_mass_M is not None
-    weights = (shifted * sums.temperature).exp_()
-    sums.unit_mass_M[model][rows].mul_(shrink).add_(weights.sum(1))
-    if sums.unit_rows_RD is not None and model == sums.student:
-        sums.unit_rows_RD[rows].mul_(shrink[:, None])
-        accumulate(sums.unit_rows_RD[rows], weights, tile.head_CD)
+        tile.teacher_RC[rows] = difference if slope is None else difference.mul_(slope)
 
 
 def accumulate_kept(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
 
@@ -154,10 +155,14 @@ def label_rows(head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
     return rows_RD.masked_fill_(elsewhere_R[:, None], 0.0)
 
 
-def label_logits(hidden_RD: Tensor, head_WD: Tensor, labels_R: Tensor, shard: VocabShard) -> Tensor:
+def label_logits(
+    hidden_RD: Tensor, head_WD: Tensor, labels_R: Tensor, shard: VocabShard, extras: HeadExtras
+) -> Tensor:
     """Return each label's logit, [R]; NaN where this rank does not have the label's row."""
+    elsewhere_R = _is_elsewhere(labels_R, shard)
     logits_R = label_rows(head_WD, labels_R, shard).mul_(hidden_RD).sum(1)
-    return logits_R.masked_fill_(_is_elsewhere(labels_R, shard), torch.nan)
+    extras.apply(logits_R, (labels_R - shard.first).masked_fill(elsewhere_R, 0))
+    return logits_R.masked_fill_(elsewhere_R, torch.nan)
 
 
 def join_label_logits(logits: Tensor) -> Tensor:

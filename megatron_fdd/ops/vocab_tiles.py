@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
 
 # Elementwise formulas with temporaries run on this fraction of a tile's rows, which saves memory. On a CPU they also
 # run on at most so many numbers (512 KiB), which stay in the cache.
@@ -105,13 +105,13 @@ class LogitTiles:
         num_valid: int,
         tile_size: int,
         temperature: float,
-        teacher_extras: HeadExtras | None = None,
+        extras: tuple[HeadExtras, HeadExtras] = (NO_EXTRAS, NO_EXTRAS),
     ) -> None:
-        """Take hidden states [R, width] and head [W, width] of `teacher` and `student`."""
+        """Take hidden states [R, width] and head [W, width] of `teacher` and `student`, and `extras` of both."""
         self.models = [student] if teacher is None else [teacher, student]
         self.hiddens = [hidden.to(product_dtype(head)) for hidden, head in self.models]
         self.num_valid, self.temperature = num_valid, temperature
-        self._extras = None if teacher is None else teacher_extras
+        self._extras = extras[1:] if teacher is None else extras
         self.tile_size = max(1, min(tile_size, num_valid))
         hidden = student[0]
         self.num_tokens = len(hidden)
@@ -131,8 +131,8 @@ class LogitTiles:
             parts = [logits_MC[i * rows : (i + 1) * rows] for i in range(len(heads))]
             for hidden, head, part in zip(self.hiddens, heads, parts, strict=True):
                 multiply(hidden, head.T, part)
-            if self._extras is not None:
-                self._extras.apply(parts[0], columns)
+            for extras, part in zip(self._extras, parts, strict=True):
+                extras.apply(part, columns)
             if self.temperature != 1.0:
                 logits_MC.mul_(1 / self.temperature)
             teacher_RC = parts[0] if len(parts) == 2 else None

@@ -79,16 +79,17 @@ def capped_change_flops(student: ModelShape, teacher: ModelShape, *, trains_head
     return (2 if trains_head else 1) * once
 
 
-def token_flops(
-    student: ModelShape, teacher: ModelShape | None, config: FddConfig, *, is_capped: bool = False
-) -> TokenFlops:
+def capped_cosine_flops(student: ModelShape, teacher: ModelShape, *, trains_head: bool) -> int:
+    """Count the flops of one call of `ops.capped_cosine` and its backward pass, which makes the logits again."""
+    logits = 2 * student.vocab * 2 * (teacher.hidden + student.hidden)
+    return 2 * logits + 2 * student.vocab * 2 * student.hidden * (2 if trains_head else 1)
+
+
+def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
     """Count the flops of a run's units, without the teacher's own layers, which run before the student's schedule.
 
     Recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary, are left out too.
     With random taps the result is the mean over steps.
-
-    Args:
-        is_capped: whether the teacher's logits have a soft cap.
     """
     tap, head = 0.0, 0
     needs, live = needs_of(config), config.lens_head == "live"
@@ -103,8 +104,9 @@ def token_flops(
     elif needs.divergence:
         whole = linear_kl_flops(student, teacher, divergence, trains_head=True)
         tap = whole if live else head_loss_flops(student, teacher, trains_head=False)
-    if teacher is not None and is_capped and needs.grams:
-        flops = float(capped_change_flops(student, teacher, trains_head=live))
+    if teacher is not None and needs.grams and (student.is_capped or teacher.is_capped):
+        count = capped_cosine_flops if student.is_capped else capped_change_flops
+        flops = float(count(student, teacher, trains_head=live))
         is_always_one = config.sample_one_tap and first_tap(config) > 0
         tap += flops * (1 if is_always_one else (config.num_pairs - 1) / config.num_pairs)
     if teacher is not None:

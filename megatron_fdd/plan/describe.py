@@ -51,9 +51,8 @@ def describe_plan(
     lines += _ranks(plan, args, [pair.name if is_only else f"s{pair.student_block}" for pair in plan.pairs])
     lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
     lines += _memory(plan, args, teacher, stores, widths)
-    lines += _balance(
-        plan, args, max(widths, default=None), is_capped=any(has_cap(each.store) for each in stores)
-    )
+    is_capped = plan.is_teacher_capped or any(has_cap(each.store) for each in stores)
+    lines += _balance(plan, args, max(widths, default=None), is_capped=is_capped)
     return "\n".join(lines)
 
 
@@ -272,12 +271,16 @@ def _micro_batches(args: argparse.Namespace) -> int:
 def _balance(
     plan: Plan, args: argparse.Namespace, teacher_width: int | None, *, is_capped: bool
 ) -> list[str]:
-    """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out."""
+    """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out.
+
+    Args:
+        is_capped: whether a teacher's logits have a soft cap.
+    """
     if plan.num_stages == 1:
         return []
-    shape = ModelShape.of_args(args, vocab=plan.vocab_size)
-    teachers = None if teacher_width is None else replace(shape, hidden=teacher_width)
-    flops = token_flops(shape, teachers, plan.config, is_capped=is_capped)
+    shape = replace(ModelShape.of_args(args, vocab=plan.vocab_size), is_capped=plan.is_student_capped)
+    teachers = None if teacher_width is None else replace(shape, hidden=teacher_width, is_capped=is_capped)
+    flops = token_flops(shape, teachers, plan.config)
     layers = [pair.student_layer for pair in plan.pairs]
     split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]
     return describe_balance(flops, split, layers, _micro_batches(args))

@@ -104,6 +104,7 @@ class ModelShape:
         has_output_gate: whether the attention's first matrix makes a gate beside each query.
         experts: None for a dense model.
         latent: None if attention is not multi-latent.
+        is_capped: whether the logits have a soft cap, which arguments alone do not say.
     """
 
     hidden: int
@@ -118,6 +119,7 @@ class ModelShape:
     has_output_gate: bool = False
     experts: ExpertShape | None = None
     latent: LatentWidths | None = None
+    is_capped: bool = False
 
     @classmethod
     def of_args(cls, args: argparse.Namespace, *, vocab: int = 0) -> ModelShape:

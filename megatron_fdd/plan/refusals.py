@@ -138,8 +138,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         lambda a: getattr(a, "final_logit_softcapping", None) is not None,
-        "a soft-capped head (final_logit_softcapping) is not linear, which Gram matrices and fused losses "
-        "rely on; models of such a family cannot be distilled yet",
+        "a soft-capped head (final_logit_softcapping): the losses know a cap from the model's family alone; import "
+        "the model with `fdd import`, or add its family (docs/extend/family.md)",
     ),
     (
         lambda a: a.hybrid_layer_pattern is not None,

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
@@ -20,7 +21,8 @@ from megatron_fdd.host import console
 from megatron_fdd.host.checkpoint import check_objects_together
 from megatron_fdd.host.disk import explain
 from megatron_fdd.host.file_sums import check_sums
-from megatron_fdd.host.model import planned_layers
+from megatron_fdd.host.layer_specs import logit_cap
+from megatron_fdd.host.model import chunk_layers, planned_config
 from megatron_fdd.host.unpickling import restrict_unpickling, trust_checkpoints
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair, plan_pairs
@@ -126,7 +128,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     with megatrons_errors("these flags"):
         validate_args(args, {})
         set_global_variables(args)
-        student_layers = planned_layers(args)
+        student = planned_config(args)
     set_vocab_size(args)
     make_checks(checks.AFTER_MEGATRON, known)
 
@@ -140,7 +142,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
         make_checks(checks.OF_EACH_MODEL, known.teacher)
         make_checks(checks.WITH_TEACHER, known.teacher)
 
-    known = replace(known, plan=_plan(known, student_layers))
+    known = replace(known, plan=_plan(known, student))
     known = replace(known, planned_stores=plan_stores(known))
     make_checks(checks.OF_BOTH_MODELS, known)
     assert known.plan is not None
@@ -163,7 +165,7 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     )
 
 
-def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:
+def _plan(known: Context, student: TransformerConfig) -> Plan:
     """Pair the layers of both models and place them on the stages.
 
     Raises:
@@ -174,13 +176,15 @@ def _plan(known: Context, student_layers: tuple[int, ...]) -> Plan:
     if size is not None and uses_taps(known.config):
         pairs = plan_pairs(known.config, args.num_layers, size.num_layers)
     with megatrons_errors("the teacher of these flags"):
-        teacher_layers = () if known.teacher_args is None else planned_layers(known.teacher_args)
+        teacher = None if known.teacher_args is None else planned_config(known.teacher_args)
     return Plan(
         known.config,
         pairs,
         args.pipeline_model_parallel_size,
-        student_layers,
-        teacher_layers,
+        chunk_layers(student),
+        () if teacher is None else chunk_layers(teacher),
         common_vocab_size(known),
         args.padded_vocab_size,
+        is_student_capped=logit_cap(student) is not None,
+        is_teacher_capped=teacher is not None and logit_cap(teacher) is not None,
     )

@@ -33,7 +33,7 @@ def check_teacher_model(context: Context) -> None:
     """Refuse a teacher that this version cannot run.
 
     Raises:
-        ValueError: the model is not a GPTModel with a linear head, or its layers are code to import.
+        ValueError: the model is not a GPTModel, has a cap without a family, or its layers are code to import.
     """
     if context.stored_teacher is None:
         return
@@ -43,6 +43,7 @@ def check_teacher_model(context: Context) -> None:
         raise ValueError("--teacher-load: only GPTModel offers taps; this teacher has a hybrid layer pattern")
     if getattr(stored, "final_logit_softcapping", None) is not None:
         raise ValueError(
-            "--teacher-load: a soft-capped head is not linear, which Gram matrices and fused losses rely on; "
-            "models of such a family cannot be distilled yet"
+            f"--teacher-load: a soft-capped head (final_logit_softcapping {stored.final_logit_softcapping:g}): the "
+            "losses know a cap from the model's family alone; import the model with `fdd import`, or add its family "
+            "(docs/extend/family.md)"
         )

@@ -117,7 +117,7 @@ def _first_batch_check(
 ) -> FirstBatchCheck | None:
     implementation = Implementation(plan.config.kernels)
     heads = [
-        Heads(lens.head_WT, lens.head_WT, shard, implementation, lens.extras)
+        Heads(None, lens.head_WT, shard, implementation, student_extras=lens.bare.extras)
         for lens in lenses
         if lens is not None
     ]

@@ -13,10 +13,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias
+from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias, logit_cap
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.step.lens_copies import LensCopies, empty_lens
 from megatron_fdd.step.trained_lens import TrainedLens
 
@@ -96,14 +97,14 @@ def read_lens(model: GPTModel, *, with_norm: bool, detached: bool) -> Lens:
     Collectives: none of its own. Under `--overlap-param-gather` it waits for the parameters that the
     output layer's bucket is still gathering, as a call of that layer would.
     """
-    head_WH = read_head(model)
+    head_WH, extras = read_head(model), HeadExtras(cap=logit_cap(model.config))
     norm = read_final_norm(model) if with_norm else None
     if not detached:
-        return Lens(head_WH, norm)
+        return Lens(head_WH, norm, extras)
     if norm is not None:
         bias_H = None if norm.bias_H is None else norm.bias_H.detach()
         norm = replace(norm, weight_H=norm.weight_H.detach(), bias_H=bias_H)
-    return Lens(head_WH.detach(), norm)
+    return Lens(head_WH.detach(), norm, extras)
 
 
 def read_head(model: GPTModel) -> Tensor:

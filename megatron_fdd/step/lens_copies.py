@@ -15,8 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias
+from megatron_fdd.host.layer_specs import final_norm_factor, final_norm_has_bias, logit_cap
 from megatron_fdd.losses.lens import FinalNorm, Lens
+from megatron_fdd.ops.head_extras import HeadExtras
 
 
 class LensCopies:
@@ -67,7 +68,8 @@ def empty_lens(config: TransformerConfig, rows: int, *, with_norm: bool) -> Lens
         weight_H = torch.empty(width, dtype=dtype, device=device)
         kind: Literal["layer", "rms"] = "layer" if config.normalization == "LayerNorm" else "rms"
         norm = FinalNorm(weight_H, bias_H, config.layernorm_epsilon, kind, final_norm_factor(config))
-    return Lens(torch.empty(rows, width, dtype=dtype, device=device), norm)
+    head_WH = torch.empty(rows, width, dtype=dtype, device=device)
+    return Lens(head_WH, norm, HeadExtras(cap=logit_cap(config)))
 
 
 def _tensors(lens: Lens) -> list[Tensor]:

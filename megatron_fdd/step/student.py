@@ -24,7 +24,7 @@ from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.losses.term_modules import NO_MODULES
 from megatron_fdd.losses.terms import uses_final_head
 from megatron_fdd.step.injection import attach_loss
-from megatron_fdd.step.lens import StudentLens, read_head
+from megatron_fdd.step.lens import StudentLens, read_lens
 from megatron_fdd.step.lessons import NO_LABEL, Course, Dealing, Lesson, share_of
 from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
 from megatron_fdd.step.term_modules import TermModules
@@ -179,9 +179,10 @@ class ChunkForward:
     ) -> Tensor:
         """Return the loss in place of logits, as GPTModel's `output_processor` on the last stage."""
         final_SBD, taps_SBD = hidden_and_taps(hidden_states)
-        head_WD, scale = read_head(student), _loss_scale(student)
+        lens = read_lens(student, with_norm=False, detached=False)
+        scale = _loss_scale(student)
         losses = [
-            lesson.objective.final(own_SBD, head_WD, lesson.features, lesson.labels_N, lesson.weights, scale)
+            lesson.objective.final(own_SBD, lens, lesson.features, lesson.labels_N, lesson.weights, scale)
             for lesson, own_SBD in zip(lessons, dealing.hidden(final_SBD), strict=True)
         ]
         inner = self._inner_loss(student, taps_SBD, lessons, dealing, carried)[0]
@@ -191,7 +192,7 @@ class ChunkForward:
         anchor = final_SBD.flatten()[0].float() * 0.0
         if not uses_final_head(self.objective.config):
             # Megatron's overlapped reduction waits in every step for a gradient of every parameter.
-            anchor = anchor + read_head(student).flatten()[0].float() * 0.0
+            anchor = anchor + lens.head_WH.flatten()[0].float() * 0.0
         total = sum(losses, ChunkLoss()).total
         return anchor if total is None else total + anchor
 

@@ -46,9 +46,9 @@ class TrainedLens:
         for tensor, total in zip(present, self._sums, strict=True):
             tensor.register_post_accumulate_grad_hook(_move_gradient_to(total))
         if norm is None:
-            return Lens(present[0], None)
+            return replace(lens, head_WH=present[0])
         bias_H = present[2] if len(present) == 3 else None
-        return Lens(present[0], replace(norm, weight_H=present[1], bias_H=bias_H))
+        return replace(lens, head_WH=present[0], norm=replace(norm, weight_H=present[1], bias_H=bias_H))
 
     @torch.no_grad()
     def send_home(self, model: GPTModel, num_tokens: Tensor) -> None:

@@ -26,8 +26,9 @@ from torch import Tensor
 from megatron_fdd.data.batch import get_batch
 from megatron_fdd.data.store.coverage import Ids
 from megatron_fdd.data.store.identity import StoreIdentity, TapForm
-from megatron_fdd.data.store.lens import LARGEST_ERROR, StoredLens, StoredNorm
+from megatron_fdd.data.store.lens import LARGEST_ERROR, StoredExtras, StoredLens, StoredNorm
 from megatron_fdd.data.store.segment import Bytes
+from megatron_fdd.host.layer_specs import logit_cap
 from megatron_fdd.host.model import chunk_layers
 from megatron_fdd.host.model_fields import ARCHITECTURE
 from megatron_fdd.host.topology import Topology
@@ -175,6 +176,7 @@ class MegatronEngine:
             StoredNorm(norm.kind, norm.weight_H.detach().float() * norm.factor, bias_T, norm.epsilon),
             head_VT,
             relative,
+            StoredExtras(cap=logit_cap(self._model.config)),
         )
 
     def _samples(self, units: Sequence[Ids]) -> list[dict[str, Tensor]]:

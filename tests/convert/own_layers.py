@@ -57,6 +57,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
     },
 }
+# Both caps bend most of what they cap.
+VARIANTS["gemma2"] = {
+    "model_type": "gemma2",
+    "architectures": ["Gemma2ForCausalLM"],
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 13,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 2.0,
+    "cache_implementation": "hybrid",
+}
 VARIANTS |= {
     # YaRN on the layer without a window alone.
     "olmo3": {

@@ -61,6 +61,15 @@ PUBLISHED = {
         "num_hidden_layers": 16, "num_key_value_heads": 16, "rope_scaling": None, "rope_theta": 500000,
         "vocab_size": 100352,
     },
+    "gemma-2-2b": {
+        **_SAME, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216,
+        "max_position_embeddings": 8192, "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
+        "vocab_size": 256000,
+    },
     "gemma-3-1b": {
         **_SAME, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.0, "attn_logit_softcapping": None, "cache_implementation": "hybrid",

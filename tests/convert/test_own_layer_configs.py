@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.ministral3.configuration_ministral3 import Ministral3Config
@@ -43,11 +44,11 @@ def _complete(config: dict[str, Any], **options: Any) -> Namespace:
 
 def _as_transformers_writes_it(variant: str) -> dict[str, Any]:
     config = toys.llama_config(variant)
-    kind = {"gemma3_text": Gemma3TextConfig, "olmo2": Olmo2Config}[variant]
+    kind = {"gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "olmo2": Olmo2Config}[variant]
     return json.loads(kind(**config).to_json_string(use_diff=False))
 
 
-@pytest.mark.parametrize("variant", ["gemma3_text", "olmo2"])
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text", "olmo2"])
 def test_a_config_as_transformers_writes_it_means_the_same(variant: str) -> None:
     written = _as_transformers_writes_it(variant)
     assert "rope_parameters" in written
@@ -64,6 +65,10 @@ def test_what_a_silent_config_means_is_what_transformers_takes() -> None:
     assert _args(bare)["window_attn_skip_freq"][:7] == [1, 1, 1, 1, 1, 0, 1]
     bare = {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"]}
     assert _args(bare) == _args(json.loads(Ministral3Config().to_json_string(use_diff=False)))
+    bare = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    assert _args(bare) == _args(json.loads(Gemma2Config().to_json_string(use_diff=False)))
+    assert _args(bare)["window_attn_skip_freq"] == [1, 0] * 13
+    assert _args(bare)["fdd_layer_options"]["final_logit_softcapping"] == 30.0
     bare = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
     assert _args(bare) == _args(json.loads(Olmo2Config().to_json_string(use_diff=False)))
 
@@ -105,6 +110,10 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "rope_parameters",
         ),
+        ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping.*above 0"),
+        ("gemma2", {"attn_logit_softcapping": -50.0}, "attn_logit_softcapping.*above 0"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"sliding_window": None}, "layer_types"),
         ("olmo2", {"attention_bias": True}, "attention_bias"),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier.*above 0"),
         ("granitemoe", {"shared_intermediate_size": 24}, "shared_intermediate_size"),

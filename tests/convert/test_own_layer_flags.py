@@ -31,6 +31,11 @@ def _complete(config: dict[str, Any]) -> Namespace:
         ("ernie4_5_moe", {"moe_router_fusion": True}, "--moe-router-fusion.*ernie4_5_moe"),
         ("ernie4_5_moe", {"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff"),
         (
+            "gemma2",
+            {"transformer_impl": "transformer_engine"},
+            r"--transformer-impl transformer_engine: .*gemma2 have a soft cap \(attn_logit_softcapping 1.5\).*local",
+        ),
+        (
             "cohere2",
             {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
             "--recompute-modules mlp.*cohere2",

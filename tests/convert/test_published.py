@@ -44,6 +44,7 @@ def _count_parameters(config: dict[str, Any]) -> int:
         ("Mixtral-8x7B-v0.1", 46702.8),
         ("Qwen3-30B-A3B", 30532.1),
         ("OLMo-2-0425-1B", 1484.9),
+        ("gemma-2-2b", 2614.3),
         ("gemma-3-1b", 999.9),
         ("SmolLM3-3B", 3075.1),
         ("phi-4", 14659.5),

@@ -61,6 +61,7 @@ def test_a_bias_that_transformers_rounded(tmp_path: Path) -> None:
 TWO_RANKS = [
     "plain",
     "olmo2",
+    "gemma2",
     "gemma3_text",
     "tied",
     "biases",

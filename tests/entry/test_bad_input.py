@@ -156,7 +156,7 @@ DAMAGED: dict[str, tuple[Callable[[Toys, Path], list[object]], str]] = {
     ),
     "soft-capped teacher": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, final_logit_softcapping=30.0)],
-        r"--teacher-load: a soft-capped head is not linear",
+        r"--teacher-load: a soft-capped head \(final_logit_softcapping 30\).*fdd import",
     ),
     "short teacher": (
         lambda toy, folder: ["--teacher-load", changed(toy, folder, max_position_embeddings=8)],

@@ -41,6 +41,8 @@ PAIRS = [
     ("ernie4_5_moe", "hunyuan_v1_dense"),
     ("cohere2", "granitemoe"),
     ("ministral3", "llama4_text"),
+    ("olmo2", "gemma2"),  # capped scores and logits
+    ("gemma2", "gemma3_text"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -108,6 +110,9 @@ LAYOUTS = {
     "pp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--pipeline-model-parallel-size 2"),
     "cp2_latent": ("deepseek_v3_yarn", "deepseek_v2", "--context-parallel-size 2"),
     "cp2_gemma": ("olmo2", "gemma3_text", "--context-parallel-size 2"),
+    "tp2_capped": ("olmo2", "gemma2", "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2_capped": ("gemma2", "gemma3_text", "--pipeline-model-parallel-size 2"),
+    "cp2_capped": ("olmo2", "gemma2", "--context-parallel-size 2"),
 }
 
 

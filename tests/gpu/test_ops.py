@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.delta import capped_change, delta_cosine, head_grams
+from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.head_loss import head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
 from tests.ops.head_loss_case import FACTOR, scaled, weights_of
@@ -41,7 +42,11 @@ def on_gpu(size: tuple[int, int, int, tuple[int, int]], dtype: torch.dtype) -> C
 
 def to_gpu(case: Case) -> Case:
     fields = {name: getattr(case, name) for name in Case.__dataclass_fields__}
-    return replace(case, **{name: each.cuda() for name, each in fields.items() if isinstance(each, Tensor)})
+    moved = {name: each.cuda() for name, each in fields.items() if isinstance(each, Tensor)}
+    for name, each in fields.items():
+        if isinstance(each, HeadExtras) and each.bias_W is not None:
+            moved[name] = replace(each, bias_W=each.bias_W.cuda())
+    return replace(case, **moved)
 
 
 def assert_linear_kl(
@@ -103,8 +108,9 @@ def test_large_vocabularies(size: tuple, implementation: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_a_cap_and_a_bias_of_the_teacher(implementation: str, dtype: torch.dtype) -> None:
-    for case in (to_gpu(capped(on_gpu(size, dtype))) for size in (ODD, SEVERAL_TILES)):
+def test_a_cap_and_a_bias(implementation: str, dtype: torch.dtype) -> None:
+    cases = [on_gpu(size, dtype) for size in (ODD, SEVERAL_TILES)]
+    for case in (to_gpu(capped(capped(each), cap=2.5, model="student")) for each in cases):
         for kind in KINDS:
             divergence = Divergence(kind, temperature=2.0)
             assert_linear_kl(case, divergence, Implementation(implementation), live=False)

@@ -34,6 +34,8 @@ FIELDS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("plain", "rope_theta", (*NO_SIZE, 10**16, 10**400), NUMBER + "from 1 to"),
     ("gemma3_text", "rope_local_base_freq", NO_SIZE, NUMBER),
     ("gemma3_text", "query_pre_attn_scalar", NO_SIZE, NUMBER),
+    ("gemma2", "attn_logit_softcapping", ("50", 0, -50.0, [50.0], True), NUMBER + "above 0"),
+    ("gemma2", "final_logit_softcapping", ("30", 0, -30.0, [30.0], True), NUMBER + "above 0"),
     ("gemma3_text", "sliding_window_pattern", (0, -1, "3", 2.5), WHOLE),
     ("plain", "rope_scaling", ("llama3", [1], 8, True), "an object"),
     ("gemma3_text", "rope_parameters", ("default", 5), "an object"),

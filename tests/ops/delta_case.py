@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
 
+from megatron_fdd.ops.capped_cosine import capped_cosine
 from megatron_fdd.ops.delta import HeadGrams, capped_change, delta_cosine
 from megatron_fdd.ops.heads import Heads
+from megatron_fdd.ops.logit_changes import Ends
 from tests.ops.linear_kl_case import Case, make_case
 
 
@@ -29,10 +31,8 @@ class Layers:
     later: Case
 
     def logits(self, model: str, layer: Case) -> Tensor:
-        if model == "teacher":
-            return replace(layer, teacher_head=self.earlier.teacher_head).teacher_logits()
-        head = getattr(self.earlier, f"{model}_head")[: self.earlier.vocab_size].double()
-        return getattr(layer, model).double() @ head.T
+        heads = {name: getattr(self.earlier, name) for name in ("teacher_head", "student_head")}
+        return replace(layer, **heads).logits(model)
 
     def reference(self, *, centred: bool, detached: bool = False) -> Tensor:
         """Return the definition's value; `detached`: the earlier end is a constant, with head and log-sum-exp."""
@@ -69,6 +69,24 @@ class Layers:
         if capped is not None:
             teacher = capped_change(self.earlier.teacher[tokens], self.later.teacher[tokens], capped, grams)
         return delta_cosine(teacher, student, *lse, grams, student_later_ND=later_ND)
+
+    def capped_cosine(
+        self, heads: Heads, tokens: slice = slice(None), *, centred: bool, detached: bool = False
+    ) -> Tensor:
+        """Run the operation for a student with a cap, as `cosine` does."""
+        ends, lse_deltas = [], []
+        for model in ("teacher", "student"):
+            before, after = getattr(self.earlier, model), getattr(self.later, model)
+            lse_before, lse_after = (
+                self.logits(model, layer).logsumexp(-1).to(after.dtype)
+                for layer in (self.earlier, self.later)
+            )
+            if detached:
+                before, lse_before = before.detach(), lse_before.detach()
+            ends.append(Ends(before[tokens], after[tokens]))
+            lse_deltas.append((lse_after - lse_before)[tokens])
+        lse = None if centred else (lse_deltas[0], lse_deltas[1])
+        return capped_cosine(*ends, lse, heads, is_earlier_constant=detached)
 
 
 def make_layers(num_tokens: int, vocab_size: int, *, padded: int, dtype: torch.dtype) -> Layers:

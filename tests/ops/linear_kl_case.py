@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.divergence import DIVERGENCES
-from megatron_fdd.ops.head_extras import HeadExtras
+from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
 from megatron_fdd.ops.linear_kl import (
     DEFAULT_IMPLEMENTATION,
     Divergence,
@@ -47,21 +47,16 @@ class Case:
     labels: Tensor
     upstream: Tensor  # [3, N]: for divergence, student lse, cross-entropy
     vocab_size: int
-    teacher_bias: Tensor | None = None  # of the padded head, float32
-    teacher_cap: float | None = None
+    teacher_extras: HeadExtras = NO_EXTRAS  # the bias is that of the padded head, float32
+    student_extras: HeadExtras = NO_EXTRAS
 
-    @property
-    def extras(self) -> HeadExtras | None:
-        """Bias and cap of the teacher's logits; None if there is neither."""
-        has_none = self.teacher_bias is None and self.teacher_cap is None
-        return None if has_none else HeadExtras(self.teacher_bias, self.teacher_cap)
-
-    def teacher_logits(self) -> Tensor:
-        """Compute the teacher's logits in float64, without padding."""
-        logits_NV = self.teacher.double() @ self.teacher_head[: self.vocab_size].double().T
-        if self.teacher_bias is not None:
-            logits_NV = logits_NV + self.teacher_bias[: self.vocab_size].double()
-        cap = self.teacher_cap
+    def logits(self, model: str) -> Tensor:
+        """Compute the logits of the model, "teacher" or "student", in float64, without padding."""
+        head, extras = getattr(self, f"{model}_head"), getattr(self, f"{model}_extras")
+        logits_NV = getattr(self, model).double() @ head[: self.vocab_size].double().T
+        if extras.bias_W is not None:
+            logits_NV = logits_NV + extras.bias_W[: self.vocab_size].double()
+        cap = extras.cap
         return logits_NV if cap is None else cap * torch.tanh(logits_NV / cap)
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -75,12 +70,11 @@ class Case:
         """Return both heads on one rank; the student's is the case's unless another is given."""
         head = self.student_head if student_head is None else student_head
         shard = VocabShard(0, self.vocab_size, None)
-        return Heads(self.teacher_head, head, shard, implementation, self.extras)
+        return Heads(self.teacher_head, head, shard, implementation, self.teacher_extras, self.student_extras)
 
     def reference(self, divergence: Divergence | None) -> LinearKL:
         """Compute all outputs in float64, without shards, tiles or padding."""
-        student_NV = self.student.double() @ self.student_head[: self.vocab_size].double().T
-        teacher_NV = self.teacher_logits()
+        teacher_NV, student_NV = self.logits("teacher"), self.logits("student")
         value = reference_divergence(teacher_NV, student_NV, divergence) if divergence else None
         entropy = cross_entropy(student_NV, self.labels, ignore_index=-100, reduction="none")
         return LinearKL(value, teacher_NV.logsumexp(-1), student_NV.logsumexp(-1), entropy)
@@ -110,11 +104,11 @@ def make_case(
     return Case(teacher, heads[0], student, heads[1], labels, upstream, vocab_size)
 
 
-def capped(case: Case, *, cap: float | None = 1.5, biased: bool = True) -> Case:
-    """Give a case's teacher a cap that bends most logits, and a bias; that of padded rows is not a number."""
+def capped(case: Case, *, cap: float | None = 1.5, biased: bool = True, model: str = "teacher") -> Case:
+    """Give a model of a case a cap that bends most logits, and a bias; that of padded rows is not a number."""
     bias = torch.linspace(-1.5, 2.0, len(case.teacher_head))
     bias[case.vocab_size :] = torch.nan
-    return replace(case, teacher_bias=bias if biased else None, teacher_cap=cap)
+    return replace(case, **{f"{model}_extras": HeadExtras(bias if biased else None, cap)})
 
 
 def tiles(tile_size: int, block_rows: int = 8192) -> Implementation:
@@ -190,10 +184,11 @@ class RankPart:
 
     def heads(self, head: Tensor, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Heads:
         """Put the teacher's part beside the student's, `head`."""
-        extras = self.case.extras
-        if extras is not None and extras.bias_W is not None:
-            extras = replace(extras, bias_W=extras.bias_W[self.rows])
-        return Heads(self.case.teacher_head[self.rows], head, self.shard, implementation, extras)
+        extras = [
+            each if each.bias_W is None else replace(each, bias_W=each.bias_W[self.rows])
+            for each in (self.case.teacher_extras, self.case.student_extras)
+        ]
+        return Heads(self.case.teacher_head[self.rows], head, self.shard, implementation, *extras)
 
     def run(
         self,

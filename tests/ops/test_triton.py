@@ -66,10 +66,11 @@ def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> 
     shard, implementation = options.pop("shard", case.heads().shard), options.pop("implementation", TRITON)
     labels_N = options.pop("labels_N", case.labels)
     labels_N = None if labels_N is None else labels_N.to(DEVICE)
-    extras = case.extras
-    if extras is not None and extras.bias_W is not None:
-        extras = replace(extras, bias_W=extras.bias_W.to(DEVICE))
-    heads = Heads(teacher_WT, head, shard, implementation, extras)
+    extras = [
+        each if each.bias_W is None else replace(each, bias_W=each.bias_W.to(DEVICE))
+        for each in (case.teacher_extras, case.student_extras)
+    ]
+    heads = Heads(teacher_WT, head, shard, implementation, *extras)
     outputs = linear_kl(teacher_NT, hidden, heads, divergence=divergence, labels_N=labels_N, **options)
     leaves = (hidden, head) if live else (hidden,)
     grads = gradients(loss(outputs, case.upstream.to(DEVICE)), *leaves)
@@ -107,6 +108,17 @@ def test_a_cap_and_a_bias_of_the_teacher(kind: str, live: bool) -> None:
     assert_matches(case, Divergence(kind, temperature=2.0), live=live)
     assert_matches(capped(case, biased=False), Divergence(kind), live=live)
     assert_matches(capped(case, cap=None), Divergence(kind), live=live)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cap_of_the_student(kind: str, live: bool) -> None:
+    case = capped(make_case(5, 53, padded=70, widths=WIDTHS).to(torch.float32), model="student", cap=2.5)
+    assert_matches(capped(case), Divergence(kind, temperature=2.0), live=live)
+    assert_matches(case, Divergence(kind), live=live)
+    if kind == "fkl":
+        alone = {"teacher": (None, None), "needs_lse": False}
+        assert_matches(case, None, live=live, keep=(False, False, False, True), **alone)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])

@@ -84,6 +84,7 @@ def model_config(
         finalize_model_grads_func=finalize_model_grads,
         **options,
     )
+    transformer.logit_cap = shape.cap
     return GPTModelConfig(
         transformer=transformer,
         vocab_size=padded_vocab(shape, topology),

@@ -36,8 +36,8 @@ class Shape:
     experts: int | None = None
     topk: int = 2
     aux_loss: float = 0.0
-    cap: float | None = None  # of the logits, as only a stored teacher has it
-    head_bias: bool = False  # likewise
+    cap: float | None = None  # of the logits
+    head_bias: bool = False  # as only a stored teacher has it
 
 
 STUDENT = Shape(num_layers=6, hidden=48, heads=24, groups=12, head_width=4, ffn=96)
@@ -182,7 +182,7 @@ def distillation_loss(
     label = batch["loss_mask"].double()
     term = batch["token_mask"].double() if terms.all_tokens else label
     vocab = min(student_shape.vocab, teacher_shape.vocab)
-    z_student = F.linear(student_final, head(student)[:vocab])
+    z_student = finished(student_shape, F.linear(student_final, head(student)[:vocab]))
     z_teacher = finished(teacher_shape, F.linear(teacher_final, head(teacher)[:vocab]))
 
     def mean(value: Tensor, mask: Tensor) -> Tensor:
@@ -196,9 +196,8 @@ def distillation_loss(
     total = terms.ce * parts["ce"] + terms.kd * parts["kd"]
     y_student, y_teacher = [], []
     for s, t in terms.pairs:
-        lens_s = lens(terms, student_shape, student, student_blocks[s - 1], detached=not terms.live)[
-            ..., :vocab
-        ]
+        lens_s = lens(terms, student_shape, student, student_blocks[s - 1], detached=not terms.live)
+        lens_s = finished(student_shape, lens_s[..., :vocab])
         block_t = teacher_blocks[t - 1]
         if terms.tuned:
             weight, bias = (each.double() for each in random_maps(teacher_shape)[t])

@@ -67,6 +67,7 @@ def write_store(
     lens = engine.lens(units_of_batch(batches[0]))
     if engine.writes and engine.replica == 0:
         assert lens is not None
+        assert lens.extras.cap == shape.cap
         bias_V = bias_of_head(shape) if shape.head_bias else None
         write_stored_lens(path, replace(lens, extras=StoredExtras(bias_V, shape.cap)))
         writer.flush()

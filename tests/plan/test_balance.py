@@ -18,15 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.terms import needs_of
+from megatron_fdd.ops.capped_cosine import capped_cosine
 from megatron_fdd.ops.delta import capped_change, head_grams
 from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
+from megatron_fdd.ops.logit_changes import Ends
 from megatron_fdd.plan.balance import (
     TokenFlops,
     balanced_split,
     bubble_fraction,
     capped_change_flops,
+    capped_cosine_flops,
     chunk_loads,
     describe_balance,
     head_loss_flops,
@@ -158,11 +161,32 @@ def test_flops_of_a_capped_change_are_those_of_the_products_done(trains_head: bo
     expected = capped_change_flops(student, teacher, trains_head=trains_head)
     assert counter.get_total_flops() == tokens * expected
     plain, capped = (
-        token_flops(student, teacher, replace(FDD, lens_head="live"), is_capped=each)
+        token_flops(student, replace(teacher, is_capped=each), replace(FDD, lens_head="live"))
         for each in (False, True)
     )
     of_live = capped_change_flops(student, teacher, trains_head=True)
     assert capped.tap - plain.tap == round(of_live * 3 / 4), "the first of four pairs has no delta"
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_flops_of_a_capped_cosine_are_those_of_the_products_done(trains_head: bool) -> None:
+    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
+    teacher_ends = Ends(*torch.randn(2, tokens, teacher_width))
+    student_ends = Ends(*torch.randn(2, tokens, student_width, requires_grad=True))
+    head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
+    shard, extras = VocabShard(0, vocab, None), HeadExtras(cap=2.0)
+    heads = Heads(torch.randn(vocab, teacher_width), head_WD, shard, student_extras=extras)
+    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        capped_cosine(teacher_ends, student_ends, None, heads).sum().backward()
+    teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    student = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
+    expected = capped_cosine_flops(student, teacher, trains_head=trains_head)
+    of_means = 2 * 2 * (teacher_width + student_width)  # a product with each head's mean, for both ends
+    assert counter.get_total_flops() in (tokens * expected, tokens * (expected + of_means))
+    capped = token_flops(replace(student, is_capped=True), teacher, FDD)
+    plain = token_flops(student, teacher, FDD)
+    assert capped.tap - plain.tap == round(capped_cosine_flops(student, teacher, trains_head=False) * 3 / 4)
 
 
 @pytest.mark.parametrize(

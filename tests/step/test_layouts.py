@@ -125,6 +125,24 @@ LAYOUTS = (
     }
 )
 
+# Soft caps of the logits that bend most of them.
+_TEACHER, _STUDENT = replace(TEACHER, cap=3.0), replace(STUDENT, cap=2.5)
+_BOTH = {"student": _STUDENT, "teacher": _TEACHER}
+CAPPED = {
+    "teacher-pp2-vpp2-tp2-sp": Case(tp=2, pp=2, vpp=2, sequence_parallel=True, teacher=_TEACHER),
+    "teacher-cp2-live": Case(cp=2, teacher=_TEACHER, terms=Terms(live=True, centred=True)),
+    "tp2": Case(tp=2, terms=replace(EVERYTHING, temperature=2.0, centred=True), **_BOTH),
+    "tp2-sp-live": Case(
+        tp=2, sequence_parallel=True, terms=replace(EVERYTHING, live=True, kd_kind="jsd"), **_BOTH
+    ),
+    "pp2-live": Case(pp=2, terms=replace(EVERYTHING, live=True, trajectory_kind="rkl"), **_BOTH),
+    "pp2-vpp2-tp2-sp": Case(tp=2, pp=2, vpp=2, sequence_parallel=True, terms=EVERYTHING, **_BOTH),
+    "pp2-live-detach-previous": Case(pp=2, terms=Terms(live=True, detach_previous=True), **_BOTH),
+    "cp2-student": Case(cp=2, terms=EVERYTHING, student=_STUDENT),
+    "no-norm": Case(terms=replace(EVERYTHING, lens_norm=False), **_BOTH),
+    "selective-tp2-sp": Case(tp=2, sequence_parallel=True, recompute=SELECTIVE, **_BOTH),
+}
+
 OPTIONS = {
     "everything": EVERYTHING,
     "rkl-jsd": Terms(kd_kind="rkl", trajectory_kind="jsd"),
@@ -151,6 +169,14 @@ OPTIONS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms_and_gradients_do_not_depend_on_the_layout(name: str) -> None:
     case = small(LAYOUTS[name])
+    wanted = expected(case)
+    for result in run_on_ranks(run_step, case.layout, {"case": case}):
+        assert_equal(result, wanted)
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_logits(name: str) -> None:
+    case = small(CAPPED[name])
     wanted = expected(case)
     for result in run_on_ranks(run_step, case.layout, {"case": case}):
         assert_equal(result, wanted)

@@ -26,7 +26,7 @@ def test_it_says_when_nothing_is_scored(
     said: list[str] = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
     head = torch.tensor([0, 1, 1, 0, 0])[:, None].expand(5, 4).float()  # likes words 1 and 2
-    heads = Heads(head, head, VocabShard(0, 5, None), Implementation("torch"))
+    heads = Heads(None, head, VocabShard(0, 5, None), Implementation("torch"))
     group: Any = None
     features = TeacherFeatures(torch.ones(3, 1, 4), {})
     log_cross_entropy(features, torch.tensor(labels), heads=heads, group=group, say=said.append)
@@ -38,7 +38,7 @@ def test_each_teacher_is_checked_on_its_own_first_batch(monkeypatch: pytest.Monk
     said: list[str] = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
     head = torch.tensor([0, 1, 1, 0, 0])[:, None].expand(5, 4).float()
-    heads = Heads(head, head, VocabShard(0, 5, None), Implementation("torch"))
+    heads = Heads(None, head, VocabShard(0, 5, None), Implementation("torch"))
     anyone: Any = None
     check = FirstBatchCheck(["code", "maths"], [heads, heads], group=anyone, say=said.append)
 

@@ -14,6 +14,7 @@ from megatron_fdd.convert.families import (
     deepseek,
     ernie_moe,
     exaone4,
+    gemma2,
     gemma3,
     glm4,
     gpt2,
@@ -43,7 +44,7 @@ from megatron_fdd.host.plugins import REMEDY
 
 _ALL = (
     gpt2.GPT2, llama.LLAMA, mistral.MISTRAL, qwen.QWEN2, qwen.QWEN3, moe.MIXTRAL, moe.QWEN3_MOE, olmo2.OLMO2,
-    gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
+    gemma2.GEMMA2, gemma3.GEMMA3_TEXT, llama_like.SEED_OSS, llama_like.SMOLLM3, llama_like.ERNIE4_5, phi3.PHI3,
     shared_experts.QWEN2_MOE, shared_experts.GLM4_MOE, gpt_oss.GPT_OSS,
     layer_norm.NEMOTRON, layer_norm.STARCODER2, deepseek.DEEPSEEK_V2, deepseek.DEEPSEEK_V3, deepseek.KIMI_K2,
     granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
@@ -61,10 +62,6 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
         "an MLP gated by GELU with tanh",
         "embeddings times sqrt(hidden_size)",
         "norms that scale by 1 + weight",
-    ),
-    "gemma2": (
-        "soft-caps of attention scores and of logits: as a teacher use `fdd teach --engine transformers`, which keeps "
-        "the cap",
     ),
     "cohere": (_SIDE_BY_SIDE, "queries and keys normalised by a LayerNorm of their own", "scaled logits"),
     "phi": (_SIDE_BY_SIDE,),

@@ -80,6 +80,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), ROTARY_BASE),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), optional(OBJECT)),
     "query_pre_attn_scalar": SCALE,
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), optional(SCALE)),
     **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), SCALE),
     **dict.fromkeys(("logits_scaling", "logit_scale"), SCALE),
     **dict.fromkeys(("rotary_dim", "intermediate_size_mlp"), optional(WIDTH)),

@@ -78,8 +78,8 @@ def load_row(logits_RC, row, stride, column, num_columns, factor):
 
 
 @triton.jit
-def teacher_logits(products, bias_C, cap, column, num_columns, factor):
-    """Return a token's products with the teacher's head as logits times a factor (see `HeadExtras`)."""
+def finished_logits(products, bias_C, cap, column, num_columns, factor):
+    """Return a token's products with a head as logits times a factor (see `HeadExtras`)."""
     logits, inside = products, column < num_columns
     if bias_C is not None:
         logits += tl.load(bias_C + column, mask=inside, other=0.0)
@@ -88,6 +88,13 @@ def teacher_logits(products, bias_C, cap, column, num_columns, factor):
         size = cap * (1.0 - shrunk) / (1.0 + shrunk)
         logits = tl.where(inside, tl.where(logits < 0.0, -size, size), logits)
     return logits * factor
+
+
+@triton.jit
+def slope_of(logits, cap, column, num_columns, factor):
+    """Return the derivative of logits that `finished_logits` has capped with respect to their products."""
+    part = tl.where(column < num_columns, logits / (cap * factor), 0.0)
+    return 1.0 - part * part
 
 
 @triton.jit
@@ -127,7 +134,7 @@ def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, tempe
 
 @triton.jit
 def softmax_kernel(
-    teacher_RC, student_RC, bias_C, cap,
+    teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap,
     first_RC, weights_RC, unit_RC,  # out: weights of the rows to sum
     peak_M, mass_M, unit_mass_M, cross_R,  # statistics of the tiles so far, in place (see SoftmaxSums)
     reference_M, drop_M,  # what weights are relative to, in place; out: the reference before this tile minus this one
@@ -139,15 +146,21 @@ def softmax_kernel(
 
     LEAD: the model under which `cross` is the expectation, "teacher", "student" or None. Pointers that are None are
     left out. All weights are the student's except `first_RC`, which has the leading model's; if the student leads,
-    times z_S - z_T.
+    times z_S - z_T. A soft cap of the student's logits multiplies them by its slope.
     """
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    student = load_row(student_RC, row, stride, column, num_columns, inverse_temperature)
+    student = load_row(student_RC, row, stride, column, num_columns, 1.0)
+    student = finished_logits(student, student_bias_C, student_cap, column, num_columns, inverse_temperature)
+    slope = 1.0
+    if student_cap is not None:
+        slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
     at = row
     if teacher_RC is not None:
         at = num_rows + row
         teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
-        teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
+        teacher = finished_logits(
+            teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature
+        )
         weights, shrink, peak, rise = fold_row(
             teacher, row, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit
         )
@@ -157,7 +170,7 @@ def softmax_kernel(
             cross = tl.sum(weights * (student - teacher), 0)
             tl.store(cross_R + row, tl.load(cross_R + row) * shrink + cross)
             if first_RC is not None:
-                store_row(first_RC, weights * tl.exp(rise), row, out_stride, column, num_columns)
+                store_row(first_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
     weights, shrink, peak, rise = fold_row(
         student, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit
     )
@@ -167,12 +180,12 @@ def softmax_kernel(
         product = weights * (student - teacher)
         tl.store(cross_R + row, tl.load(cross_R + row) * shrink + tl.sum(product, 0))
         if first_RC is not None:
-            store_row(first_RC, product * tl.exp(rise), row, out_stride, column, num_columns)
+            store_row(first_RC, product * tl.exp(rise) * slope, row, out_stride, column, num_columns)
     if weights_RC is not None:
-        store_row(weights_RC, weights * tl.exp(rise), row, out_stride, column, num_columns)
+        store_row(weights_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
     if unit_RC is not None:
         unit = tl.exp((student - peak + rise) * temperature)
-        store_row(unit_RC, unit, row, unit_stride, column, num_columns)
+        store_row(unit_RC, unit * slope, row, unit_stride, column, num_columns)
 
 
 @triton.jit
@@ -190,7 +203,7 @@ def rescale_kernel(rows_MD, drop_M, width, power, COLUMNS: tl.constexpr):
 
 @triton.jit
 def second_kernel(
-    teacher_RC, student_RC, bias_C, cap, lse_M,
+    teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap, lse_M,
     score_RC, weights_RC,  # out: weights of the rows to sum; None: not needed
     value_R, score_R,  # sums, in place
     stride, out_stride, num_rows, num_columns, inverse_temperature, mix, log_mix, log_rest,
@@ -200,8 +213,12 @@ def second_kernel(
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < num_columns
     teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
-    teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
-    student = load_row(student_RC, row, stride, column, num_columns, inverse_temperature)
+    teacher = finished_logits(teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature)
+    student = load_row(student_RC, row, stride, column, num_columns, 1.0)
+    student = finished_logits(student, student_bias_C, student_cap, column, num_columns, inverse_temperature)
+    slope = 1.0
+    if student_cap is not None:
+        slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
     teacher = tl.where(inside, teacher - tl.load(lse_M + row), 0.0)
     student = tl.where(inside, student - tl.load(lse_M + num_rows + row), 0.0)
     value, score = VALUE_AND_SCORE(teacher, student, mix, log_mix, log_rest)
@@ -209,13 +226,13 @@ def second_kernel(
     tl.store(value_R + row, tl.load(value_R + row) + tl.sum(value, 0))
     tl.store(score_R + row, tl.load(score_R + row) + tl.sum(score, 0))
     if score_RC is not None:
-        store_row(score_RC, score, row, out_stride, column, num_columns)
-        store_row(weights_RC, tl.exp(student), row, out_stride, column, num_columns)
+        store_row(score_RC, score * slope, row, out_stride, column, num_columns)
+        store_row(weights_RC, tl.exp(student) * slope, row, out_stride, column, num_columns)
 
 
 @triton.jit
 def gradient_kernel(
-    teacher_RC, student_RC, bias_C, cap, lse_M, unit_lse_R,
+    teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap, lse_M, unit_lse_R,
     scale_R, own_R, unit_R,  # factors of the score, the student's probability, the same at temperature 1
     label_R, label_scale_R,  # ids relative to the tile, and what is subtracted there
     gradient_RC,  # out
@@ -225,16 +242,21 @@ def gradient_kernel(
     """Compute the gradient of the student's logits. Without a teacher VALUE_AND_SCORE is None."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     student = load_row(student_RC, row, stride, column, num_columns, 1.0)
+    student = finished_logits(student, student_bias_C, student_cap, column, num_columns, 1.0)
     gradient = tl.zeros((COLUMNS,), tl.float32)
     if VALUE_AND_SCORE is not None:
         teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
-        teacher = teacher_logits(teacher, bias_C, cap, column, num_columns, inverse_temperature)
+        teacher = finished_logits(
+            teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature
+        )
         student_log = student * inverse_temperature - tl.load(lse_M + num_rows + row)
         teacher_log = teacher - tl.load(lse_M + row)
         value, score = VALUE_AND_SCORE(teacher_log, student_log, mix, log_mix, log_rest)
         gradient = score * tl.load(scale_R + row) + tl.exp(student_log) * tl.load(own_R + row)
     if unit_R is not None:
         gradient += tl.exp(student - tl.load(unit_lse_R + row)) * tl.load(unit_R + row)
+    if student_cap is not None:
+        gradient *= slope_of(student, student_cap, column, num_columns, 1.0)
     if label_R is not None:
         hit = (first + column).to(tl.int64) == tl.load(label_R + row)
         gradient -= tl.where(hit, tl.load(label_scale_R + row), 0.0)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.gpu import kernels as kernels
-from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.request import Request
@@ -30,7 +29,6 @@ from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, empty_row
 # Columns that a program holds in registers at most, and its warps.
 MOST_COLUMNS = 4096
 WARPS = 8
-_NO_EXTRAS = HeadExtras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +154,14 @@ class TritonSweeps:
 
     def _launch(self, kernel: Any, piece: Tile, arguments: dict[str, Any]) -> None:
         num_columns = piece.columns.stop - piece.columns.start
-        extras = self._request.teacher_extras or _NO_EXTRAS
+        teacher, student = self._request.teacher_extras, self._request.student_extras
         arguments = arguments | {
             "teacher_RC": piece.teacher_RC,
             "student_RC": piece.student_RC,
-            "bias_C": None if extras.bias_W is None else extras.bias_W[piece.columns],
-            "cap": extras.cap,
+            "teacher_bias_C": None if teacher.bias_W is None else teacher.bias_W[piece.columns],
+            "teacher_cap": teacher.cap,
+            "student_bias_C": None if student.bias_W is None else student.bias_W[piece.columns],
+            "student_cap": student.cap,
             "stride": piece.student_RC.stride(0),
             "num_rows": self._tiles.num_tokens,
             "num_columns": num_columns,

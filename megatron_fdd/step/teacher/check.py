@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.heads import Heads
-from megatron_fdd.ops.teacher_entropy import teacher_cross_entropy
+from megatron_fdd.ops.linear_kl import linear_kl
 from megatron_fdd.step.lessons import Lesson
 
 
@@ -68,7 +68,7 @@ def log_cross_entropy(
     Args:
         features: the teacher's features of that batch; None, as the labels, if it is not in this rank's.
         labels_N: labels of this rank's rows, negative where there is none.
-        heads: the teacher's head in both places.
+        heads: the teacher's head in the place of a student's, which `linear_kl` scores.
         group: ranks whose rows differ.
         say: prints on one rank of the last stage.
         name: of one of several teachers.
@@ -76,7 +76,7 @@ def log_cross_entropy(
     Returns:
         Whether a label was scored.
 
-    Collectives: those of `teacher_cross_entropy` where it is in the batch; one all-reduce of two numbers over `group`,
+    Collectives: those of `linear_kl` where it is in the batch; one all-reduce of two numbers over `group`,
     and one of the vocabulary's size over the tensor-parallel group.
 
     Raises:
@@ -85,7 +85,10 @@ def log_cross_entropy(
     sums = torch.zeros(2, device=heads.student_WD.device)
     if features is not None and labels_N is not None:
         assert features.final_SBT is not None
-        entropy_N = teacher_cross_entropy(features.final_SBT.flatten(0, 1), heads, labels_N)
+        final_NT = features.final_SBT.flatten(0, 1)
+        alone = linear_kl(None, final_NT, heads, divergence=None, labels_N=labels_N, needs_lse=False)
+        entropy_N = alone.cross_entropy_N
+        assert entropy_N is not None
         counts_N = (labels_N >= 0).float()
         sums = torch.stack([masked_sum(entropy_N, counts_N), counts_N.sum()])
     torch.distributed.all_reduce(sums, group=group)

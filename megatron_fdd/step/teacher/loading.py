@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from megatron_fdd.host.listing import listing
-from megatron_fdd.host.model import build_config
+from megatron_fdd.host.model import build_config, cap_own_logits
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.host.weights import load_weights
 from megatron_fdd.step.teacher.arguments import uses_delayed_scaling
@@ -65,12 +65,13 @@ def build_stage(config: GPTModelConfig, topology: Topology) -> GPTModel:
     model has one chunk a stage.
     """
     has_layout = config.transformer.pipeline_model_parallel_layout is not None
-    return GPTModelBuilder(config).build_model(
+    model = GPTModelBuilder(config).build_model(
         topology.collection,
         pre_process=topology.stage == 0,
         post_process=topology.is_last_stage,
         vp_stage=0 if has_layout else None,
     )
+    return cap_own_logits([model])[0]
 
 
 def _check_weights(weights: Mapping[str, Tensor], checkpoint: Path, topology: Topology) -> None:

@@ -148,15 +148,15 @@ def read_norm(store: Store) -> FinalNorm:
     return FinalNorm(norm.weight_T.to(device), bias_T, norm.epsilon, norm.kind)
 
 
-def read_extras(store: Store, first: int, rows: int) -> HeadExtras | None:
-    """Read bias and soft cap of the teacher's logits to this rank's device, for rows of its head; None: neither.
+def read_extras(store: Store, first: int, rows: int) -> HeadExtras:
+    """Read bias and soft cap of the teacher's logits to this rank's device, for rows of its head.
 
     Raises:
         ValueError: the store's lens is damaged.
     """
     found = read_stored_extras(store.path)
     if found.bias_V is None:
-        return None if found.cap is None else HeadExtras(cap=found.cap)
+        return HeadExtras(cap=found.cap)
     bias_W = torch.zeros(rows, device=torch.cuda.current_device())
     own_V = found.bias_V[first : first + rows]
     bias_W[: len(own_V)] = own_V
@@ -177,12 +177,12 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
     first = topology.tensor_rank * rows
     head_WT, extras = read_stored_head(store.path, first, rows), read_extras(store, first, rows)
     norm = read_norm(store) if plan.config.lens_norm == "final" else None
-    bare = Lens(head_WT.to(torch.cuda.current_device()), norm)
+    bare = Lens(head_WT.to(torch.cuda.current_device()), norm, extras)
     blocks = plan.teacher_blocks(topology.stage)
     if plan.config.teacher_lens is None or not blocks:
-        return TeacherLens(bare, extras=extras)
+        return TeacherLens(bare)
     file = LensFile.open(plan.config.teacher_lens)
-    return TeacherLens(bare, file.kind, file.load(blocks), extras)
+    return TeacherLens(bare, file.kind, file.load(blocks))
 
 
 def with_features(
