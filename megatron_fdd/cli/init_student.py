@@ -31,6 +31,9 @@ _SIZES = {
     "--ffn-hidden-size": "Channels of each MLP that are kept.",
     "--num-attention-heads": "Attention heads that are kept, the same number in each query group.",
     "--num-query-groups": "Query groups (heads of keys and values) that are kept.",
+    "--num-experts": "Experts of each layer that are kept.",
+    "--moe-ffn-hidden-size": "Channels of each expert that are kept.",
+    "--moe-shared-expert-intermediate-size": "Channels of the shared expert that are kept.",
 }
 _SIZE_NAMES = [flag.removeprefix("--").replace("-", "_") for flag in _SIZES]
 _WINDOW = 512
