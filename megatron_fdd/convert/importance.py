@@ -34,7 +34,7 @@ def measure_importance(
         ValueError: transformers' model has another module, or a score is not finite.
     """
     sums: dict[tuple[Probe, str], Tensor] = {}
-    bar = Bar(total=len(windows), desc="scoring", unit="windows", is_shown=progress)
+    bar = Bar(total=len(windows), desc="scoring", unit="window", is_shown=progress)
     with torch.inference_mode(), _hooks(model, probes, sums), bar:
         for window in windows:
             model(window[None].to(next(model.parameters()).device), use_cache=False)
