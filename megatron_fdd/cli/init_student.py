@@ -31,6 +31,9 @@ _SIZES = {
     "--ffn-hidden-size": "Channels of each MLP that are kept.",
     "--num-attention-heads": "Attention heads that are kept, the same number in each query group.",
     "--num-query-groups": "Query groups (heads of keys and values) that are kept.",
+    "--num-experts": "Experts of each layer that are kept.",
+    "--moe-ffn-hidden-size": "Channels of each expert that are kept.",
+    "--moe-shared-expert-intermediate-size": "Channels of the shared expert that are kept.",
 }
 _SIZE_NAMES = [flag.removeprefix("--").replace("-", "_") for flag in _SIZES]
 _WINDOW = 512
@@ -167,9 +170,24 @@ def _of_parts(
     plan = convert.StudentPlan.of(hf_model, layers, sizes)
     scores = _scores(plan, given["calibration_text"], given["calibration_samples"]) if sizes else {}
     parameters = plan.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
-    kept = ",".join(str(layer) for layer in layers)
+    kept = "all" if len(layers) == num_layers else ",".join(str(layer) for layer in layers)
     narrowed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
-    return f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{narrowed}"
+    line = f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{narrowed}"
+    return "\n".join([line, *_pairs(layers, num_layers)])
+
+
+def _pairs(layers: list[int], num_layers: int) -> list[str]:
+    """Say which layers to compare in training, where the rule would pair layers of different origin."""
+    from megatron_fdd.config import FddConfig
+    from megatron_fdd.losses.pairs import sample_blocks
+
+    config = FddConfig()
+    count = min(config.layers, len(layers) - 1)
+    if len(layers) == num_layers or count < 1:
+        return []
+    blocks = sample_blocks(config.layer_rule, count, len(layers), "student")
+    pairs = ",".join(f"{block}:{layers[block - 1] + 1}" for block in blocks)
+    return [f"pairs of layers with one origin, for the training: --fdd-layer-pairs {pairs}"]
 
 
 def _scores(plan: StudentPlan, text: Path, num_samples: int) -> dict[str, Tensor]:

@@ -2,121 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs
-from megatron_fdd.convert.parameter_axes import Axis, axes_of, key_of
-from megatron_fdd.convert.student_sizes import architecture, flag_of
+from megatron_fdd.convert.probes import Probe, Side
 from megatron_fdd.host.bar import Bar
 
-
-class Side(Enum):
-    """Which activations of a module are looked at."""
-
-    INPUT = "input"
-    OUTPUT = "output"
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A place in transformers' model where channels are scored.
-
-    Attributes:
-        key: of `key_of`; the scores of all probes with one key are added.
-        module: path of the module.
-        num_channels: of its activations.
-    """
-
-    key: str
-    module: str
-    side: Side
-    num_channels: int
-
-
-# Which axis the sizes of a student cut.
-_AXIS_OF = {
-    "hidden_size": Axis.HIDDEN,
-    "ffn_hidden_size": Axis.FFN,
-    "num_attention_heads": Axis.HEADS,
-    "num_query_groups": Axis.HEADS,
-}
-
-
-def probes_of(
-    family: Family, config: HfConfig, layers: Sequence[int], sizes: Mapping[str, int]
-) -> list[Probe]:
-    """List the places that tell which parts to keep.
-
-    Hidden channels are scored by the outputs of norms, those of an MLP and heads by the inputs of the matrix behind
-    them.
-
-    Args:
-        layers: numbers of the layers that are kept.
-        sizes: the student's, by the names in `SIZES`.
-
-    Raises:
-        ValueError: there is no place that a size cuts.
-    """
-    kept = tuple(f"decoder.layers.{layer}." for layer in layers)
-    found: dict[Axis, list[Probe]] = {_AXIS_OF[size]: [] for size in sizes}
-    args = architecture(family, config)
-    for row in family.rows(config) if sizes else ():
-        is_kept = row.mcore.startswith(kept) or not row.mcore.startswith("decoder.layers.")
-        if not is_kept or not row.mcore.endswith(".weight") or not row.sources or "experts." in row.mcore:
-            continue
-        axes = axes_of(row.mcore)
-        is_norm = axes == (Axis.HIDDEN,)
-        axis = axes[-1] if is_norm or axes[-1] is not Axis.HIDDEN else Axis.WHOLE
-        if axis in found:
-            module, side = row.sources[0].removesuffix(".weight"), Side.OUTPUT if is_norm else Side.INPUT
-            found[axis].append(Probe(key_of(axis, row.mcore), module, side, _width(axis, args)))
-    for size, value in sizes.items():
-        if not found[_AXIS_OF[size]]:
-            raise ValueError(
-                f"{flag_of(size)} {value}: no layer that is kept has such channels; leave it out"
-            )
-    return [probe for probes in found.values() for probe in probes]
-
-
-def _width(axis: Axis, args: MegatronArgs) -> int:
-    """Return the number of channels along an axis."""
-    if axis is Axis.HEADS:
-        return int(args["num_attention_heads"] * args["kv_channels"])
-    return int(args["hidden_size"] if axis is Axis.HIDDEN else args["ffn_hidden_size"])
+Add = Callable[[str, Tensor], None]
 
 
 def measure_importance(
     model: nn.Module, probes: Sequence[Probe], windows: Tensor, *, progress: bool = False
 ) -> dict[str, Tensor]:
-    """Score channels by what they do on a text: |activation| averaged over a window; the root of the sum of squares.
+    """Score parts by what they do on a text: |activation| averaged over a window; the root of the sum of squares.
+
+    An expert's activation is the norm of what it adds to a token, which is 0 for the tokens of other experts.
 
     Args:
         model: transformers' model, in evaluation mode.
         windows: int64 [windows, tokens], one after the other.
 
     Returns:
-        By the key of probes, the sum of their scores, float64 [channels], on the CPU.
+        By the key of probes, the sum of their scores, float64 [parts], on the CPU. Beside them by the names of norms
+        in Megatron, what part of the square of a norm's input is in each channel, averaged over tokens.
 
     Raises:
         ValueError: transformers' model has another module, or a score is not finite.
     """
-    squares: dict[Probe, Tensor] = {}
-    bar = Bar(total=len(windows), desc="scoring", unit="windows", is_shown=progress)
-    with torch.inference_mode(), _hooks(model, probes, squares), bar:
+    sums: dict[tuple[Probe, str], Tensor] = {}
+    bar = Bar(total=len(windows), desc="scoring", unit="window", is_shown=progress)
+    with torch.inference_mode(), _hooks(model, probes, sums), bar:
         for window in windows:
             model(window[None].to(next(model.parameters()).device), use_cache=False)
             bar.update(1)
     scores: dict[str, Tensor] = {}
-    for probe, total in squares.items():
-        score = total.double().cpu().sqrt()
-        scores[probe.key] = scores.get(probe.key, 0.0) + score
+    for (probe, key), total in sums.items():
+        score = total.double().cpu()
+        score = score / len(windows) if key == probe.norm else score.sqrt()
+        scores[key] = scores.get(key, 0.0) + score
     broken = [key for key, score in scores.items() if not score.isfinite().all()]
     if broken:
         raise ValueError(
@@ -126,38 +53,86 @@ def measure_importance(
 
 
 @contextmanager
-def _hooks(model: nn.Module, probes: Sequence[Probe], squares: dict[Probe, Tensor]) -> Iterator[None]:
-    """Add to `squares` in each forward pass, for as long as the block runs."""
+def _hooks(
+    model: nn.Module, probes: Sequence[Probe], sums: dict[tuple[Probe, str], Tensor]
+) -> Iterator[None]:
+    """Add to `sums` in each forward pass, for as long as the block runs."""
     handles = []
 
-    def add(probe: Probe, activations: Tensor) -> None:
-        mean = activations.detach().float().abs().flatten(0, -2).mean(0)
-        squares[probe] = squares.get(probe, 0.0) + mean.square()
+    def adder(probe: Probe) -> Add:
+        def add(key: str, value: Tensor) -> None:
+            sums[probe, key] = sums.get((probe, key), 0.0) + value
 
-    def before(probe: Probe) -> Any:
-        return lambda _module, inputs: add(probe, inputs[0])
-
-    def after(probe: Probe) -> Any:
-        return lambda _module, _inputs, output: add(probe, output)
+        return add
 
     try:
         for probe in probes:
-            module = _module(model, probe.module)
-            if probe.side is Side.INPUT:
-                handles.append(module.register_forward_pre_hook(before(probe)))
+            module, add = _module(model, probe), adder(probe)
+            if probe.side is Side.OUTPUT:
+                handles.append(module.register_forward_hook(_of_norm(probe, add)))
+            elif probe.side is Side.INPUT:
+                handles.append(module.register_forward_pre_hook(_of_input(probe, add)))
             else:
-                handles.append(module.register_forward_hook(after(probe)))
+                hook = _of_experts(probe, add)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
+def _mean_square(activations: Tensor) -> Tensor:
+    """Return the square of the mean |activation| of each channel over all tokens."""
+    return activations.float().abs().flatten(0, -2).mean(0).square()
+
+
+def _of_norm(probe: Probe, add: Add) -> Callable[..., None]:
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        add(probe.key, _mean_square(output))
+        squares = inputs[0].float().square().flatten(0, -2)
+        add(probe.norm, (squares / squares.sum(-1, keepdim=True)).mean(0))
+
+    return hook
+
+
+def _of_input(probe: Probe, add: Add) -> Callable[..., None]:
+    return lambda _module, inputs: add(probe.key, _mean_square(inputs[0]))
+
+
+def _of_experts(probe: Probe, add: Add) -> Callable[..., None]:
+    """Run the experts once more, each on its tokens: transformers' module has them all in two tensors."""
+
+    def hook(module: Any, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        hidden_NH, chosen_NK, weights_NK = [*inputs, *keywords.values()][:3]
+        added = hidden_NH.new_zeros(len(module.gate_up_proj), dtype=torch.float32)
+        for expert in chosen_NK.unique().tolist():
+            tokens, place = (chosen_NK == expert).nonzero(as_tuple=True)
+            gated = module._apply_gate(_linear(module, "gate_up_proj", expert, hidden_NH[tokens]))
+            output = _linear(module, "down_proj", expert, gated) * weights_NK[tokens, place, None]
+            channels = gated.float().abs().sum(0) / len(hidden_NH)
+            add(probe.expert_key(expert), channels.square())
+            added[expert] = output.float().norm(dim=-1).sum() / len(hidden_NH)
+        add(probe.key, added.square())
+
+    return hook
+
+
+def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
+    """Return what one of an expert's matrices makes of its tokens."""
+    weight = getattr(experts, name)[expert]
+    output = inputs @ (weight if experts.is_transposed else weight.T)
+    return output + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else output
+
+
+def _module(model: nn.Module, probe: Probe) -> nn.Module:
+    """Return the module of a probe; of experts, the one in its layer that has them in two tensors."""
     try:
-        return model.get_submodule(path)
-    except AttributeError:
+        module = model.get_submodule(probe.module)
+        if probe.side is not Side.EXPERTS:
+            return module
+        return next(each for each in module.modules() if hasattr(each, "_apply_gate"))
+    except (AttributeError, StopIteration):
         raise ValueError(
-            f"transformers' {type(model).__name__} has no module {path}, whose activations tell what to keep; choose "
-            "layers alone"
+            f"transformers' {type(model).__name__} has no such module at {probe.module}, whose activations tell what "
+            "to keep; choose layers alone"
         ) from None

@@ -26,6 +26,7 @@ class KeptParts:
     teacher: MegatronArgs
     layers: Sequence[int]
     entries: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of_scores(
@@ -33,20 +34,30 @@ class KeptParts:
     ) -> KeptParts:
         """Choose the parts with the highest scores.
 
-        Heads are chosen within each query group, and query groups by the scores of their heads.
+        Heads are chosen within each query group, query groups by the scores of their heads, and experts within each
+        group of them. RMS norms of fewer channels are scaled so that they make of those what the teacher's make, on
+        average.
 
         Args:
-            scores: by `key_of`, float64 [channels], of heads too.
+            scores: as `measure_importance` returns them.
         """
         entries = {}
         for key, score in scores.items():
-            if key == HIDDEN_KEY:
-                entries[key] = _highest(score, student["hidden_size"])
-            elif key.endswith("self_attention"):
-                entries[key] = _highest_heads(teacher, student, score)
+            if key.endswith(".weight"):
+                continue
+            if key.endswith(".self_attention"):
+                kept, before = _highest_heads(teacher, student, score), teacher["num_attention_heads"]
+            elif key.endswith(".router"):
+                kept, before = _highest_experts(teacher, student, score), len(score)
             else:
-                entries[key] = _highest(score, student["ffn_hidden_size"])
-        return cls(teacher, layers, entries)
+                kept, before = _highest(score, student[_size_of(key)]), len(score)
+            if kept.numel() < before:
+                entries[key] = kept
+        scales = {}
+        if HIDDEN_KEY in entries and teacher["normalization"] == "RMSNorm":
+            shares = {key: share for key, share in scores.items() if key.endswith(".weight")}
+            scales = {key: _norm_scale(share, entries[HIDDEN_KEY]) for key, share in shares.items()}
+        return cls(teacher, layers, entries, scales)
 
     def along(self, axis: Axis, parameter: str, size: int) -> Tensor | None:
         """Return which entries of a parameter are kept along an axis of `size` entries; None: all of them.
@@ -101,6 +112,27 @@ class KeptParts:
 def _highest(scores: Tensor, count: int) -> Tensor:
     """Return where the highest scores are, in increasing order; of equal ones the first."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort().values
+
+
+def _size_of(key: str) -> str:
+    """Return which of `SIZES` is the number of the channels with this key."""
+    if key == HIDDEN_KEY:
+        return "hidden_size"
+    if ".local_experts." in key:
+        return "moe_ffn_hidden_size"
+    return "moe_shared_expert_intermediate_size" if key.endswith(".shared_experts") else "ffn_hidden_size"
+
+
+def _norm_scale(share: Tensor, kept: Tensor) -> float:
+    """Return by what a norm over the kept channels is too small: the root of how much their mean square is larger."""
+    return float((share[kept].mean() / share.mean()).sqrt())
+
+
+def _highest_experts(teacher: MegatronArgs, student: MegatronArgs, score: Tensor) -> Tensor:
+    """Return experts, as many of each group as of the others."""
+    groups = teacher["moe_router_num_groups"] or 1
+    in_group = _highest(score.view(groups, -1), student["num_experts"] // groups)
+    return (torch.arange(groups)[:, None] * (len(score) // groups) + in_group).flatten()
 
 
 def _highest_heads(teacher: MegatronArgs, student: MegatronArgs, score: Tensor) -> Tensor:

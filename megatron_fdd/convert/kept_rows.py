@@ -19,14 +19,20 @@ from megatron_fdd.convert.parameter_axes import axes_of
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A selection of a tensor's entries, bit for bit: by dim, the numbers of those that are kept."""
+    """A selection of a tensor's entries.
+
+    Attributes:
+        kept: by dim, the numbers of those that are kept.
+        scale: what they are multiplied by.
+    """
 
     kept: dict[int, Tensor]
+    scale: float = 1.0
 
     def __call__(self, value: Tensor) -> Tensor:
         for dim, numbers in self.kept.items():
             value = value.index_select(dim, numbers)
-        return value
+        return value if self.scale == 1.0 else (value.float() * self.scale).to(value.dtype)
 
     def shape(self, before: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of what is kept of a tensor."""
@@ -71,7 +77,7 @@ def _cuts(kept: KeptParts, old: WeightRow, new: WeightRow, shapes: list[tuple[in
     out_dim = int(isinstance(old.transform, Transposed)) if is_matrix else len(shapes[0]) - 1
     num_rows = sum(shape[out_dim] for shape in shapes)
     rows = kept.along(axes[0], old.mcore, num_rows)
-    cuts = [_Cut({}) for _ in shapes]
+    cuts = [_Cut({}, kept.scales.get(old.mcore, 1.0)) for _ in shapes]
     if rows is not None:
         for cut, places in zip(cuts, _places(old, new, rows, num_rows, is_matrix), strict=True):
             cut.kept[out_dim] = places

@@ -15,10 +15,10 @@ from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import new_folder
-from megatron_fdd.convert.importance import Probe, probes_of
 from megatron_fdd.convert.kept_parts import KeptParts
 from megatron_fdd.convert.kept_rows import cut_rows
 from megatron_fdd.convert.left_out import PROCESSOR_FILES
+from megatron_fdd.convert.probes import Probe, probes_of
 from megatron_fdd.convert.student_sizes import architecture, narrower_config
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
@@ -134,13 +134,12 @@ class StudentPlan:
             first = f"layer {outside[0]}" if outside else "no layer"
             raise ValueError(f"{first}: {hf_model} has the layers 0 to {num_layers - 1}; choose from them")
         check_names(family, folder)
+        probes = probes_of(family_of(folder.config), folder.config, layers, sizes)
         config = family.without_left_out(family.keep_layers(folder.config, layers))
         config = narrower_config(family, config, sizes)
-        probes = probes_of(family_of(folder.config), folder.config, layers, sizes)
         plan = cls(folder.apart(family.stacked), family, layers, config, probes)
-        plan.tensors(
-            {probe.key: torch.zeros(probe.num_channels) for probe in probes}
-        )  # refuses what cannot be cut
+        parts = {key: count for probe in probes for key, count in probe.keys.items()}
+        plan.tensors({key: torch.zeros(count) for key, count in parts.items()})  # refuses what cannot be cut
         return plan
 
     def write(
@@ -153,7 +152,8 @@ class StudentPlan:
     ) -> int:
         """Write the student's folder; return its number of parameters.
 
-        All that is kept is the teacher's, bit for bit. One tensor is in memory at a time.
+        All that is kept is the teacher's, bit for bit, but for the scale of RMS norms over fewer channels. One tensor
+        is in memory at a time.
 
         Args:
             scores: as `measure_importance` returns them for the probes.

@@ -13,6 +13,9 @@ SIZES: dict[str, str] = {
     "ffn_hidden_size": "channels of an MLP",
     "num_attention_heads": "attention heads",
     "num_query_groups": "query groups",
+    "num_experts": "experts in a layer",
+    "moe_ffn_hidden_size": "channels of an expert",
+    "moe_shared_expert_intermediate_size": "channels of the shared expert",
 }
 
 
@@ -46,6 +49,10 @@ def narrower_config(family: Family, config: HfConfig, sizes: Mapping[str, int]) 
     after = {**before, **sizes}
     if "num_query_groups" not in sizes and before["num_query_groups"] == before["num_attention_heads"]:
         after["num_query_groups"] = after["num_attention_heads"]
+    if before.get("moe_ffn_hidden_size") == before["ffn_hidden_size"] and "moe_ffn_hidden_size" in sizes:
+        after["ffn_hidden_size"] = after[
+            "moe_ffn_hidden_size"
+        ]  # one field says both where all layers have experts
     after["group_query_attention"] = after["num_query_groups"] != after["num_attention_heads"]
     _check_heads(before, after)
     try:
@@ -56,7 +63,7 @@ def narrower_config(family: Family, config: HfConfig, sizes: Mapping[str, int]) 
             f"a {family.model_type} has no config of these sizes ({error}); choose others"
         ) from error
     for size in SIZES:
-        if found[size] != after[size]:
+        if found.get(size) != after.get(size):
             raise ValueError(
                 f"{flag_of(size)} {after[size]}: the config of a {family.model_type} cannot say it; leave it at "
                 f"{before[size]}"
@@ -65,10 +72,11 @@ def narrower_config(family: Family, config: HfConfig, sizes: Mapping[str, int]) 
 
 
 def _check_size(family: Family, before: MegatronArgs, size: str, value: int) -> None:
-    """Refuse a size that is not below the teacher's, or that its family does not let go."""
-    if not 1 <= value <= before[size]:
+    """Refuse a size that is above the teacher's, or that its family does not let go."""
+    least = before["moe_router_topk"] if size == "num_experts" else 1
+    if not least <= value <= before[size]:
         raise ValueError(
-            f"{flag_of(size)} {value} must lie between 1 and the teacher's {before[size]} {SIZES[size]}"
+            f"{flag_of(size)} {value} must lie between {least} and the teacher's {before[size]} {SIZES[size]}"
         )
     if size in family.uncut:
         raise ValueError(

@@ -12,10 +12,16 @@ from torch import Tensor
 
 # transformers' parameters, and what the entries along each dim are. A bias has the first.
 _DIMS = {
+    r"moe_statics": ("all", "experts"),
+    r"e_score_correction_bias": ("experts",),
     r"embed_tokens|lm_head|wte|wpe": ("all", "hidden"),
     r"_a_layernorm": ("all",),
     r"_a_proj": ("all", "hidden"),
     r"_b_proj": ("all", "all"),
+    r"(mlp|block_sparse_moe|feed_forward)\.(gate|router)\.": ("experts", "hidden"),
+    r"shared_expert_gate": ("all", "hidden"),
+    r"shared_experts?\.(gate|up)_proj": ("shared", "hidden"),
+    r"shared_experts?\.down_proj": ("hidden", "shared"),
     r"qkv_proj|c_attn": ("qkv", "hidden"),
     r"q_proj": ("heads", "hidden"),
     r"[kv]_proj": ("groups", "hidden"),
@@ -53,6 +59,7 @@ class Narrowing:
         scores: by the package's keys.
         heads, groups, width: of the teacher's attention.
         kept: the student's sizes, by the package's names.
+        transposed: whether experts' matrices are [in, out], and gate and up take turns, as in gpt-oss.
     """
 
     scores: Mapping[str, Tensor]
@@ -60,6 +67,7 @@ class Narrowing:
     groups: int
     width: int
     kept: Mapping[str, int]
+    transposed: bool = False
 
     def _of_heads(self, layer: int) -> dict[str, list[int]]:
         """Return the entries that are kept of all that belongs to a layer's heads."""
@@ -83,6 +91,29 @@ class Narrowing:
         qkv = [*channels, *(first_key + key for key in keys), *(first_value + key for key in keys)]
         return {"heads": channels, "groups": keys, "qkv": qkv, "each head": heads}
 
+    def _stacked(self, name: str, value: Tensor, layer: int, hidden: list[int] | None) -> Tensor:
+        """Return what is kept of a tensor with all experts of a layer."""
+        mlp = f"decoder.layers.{layer}.mlp"
+        count, transposed = len(value), self.transposed
+        experts = range(count)
+        if "num_experts" in self.kept:
+            experts = highest(self.scores[f"{mlp}.router"], self.kept["num_experts"])
+        kept = []
+        for expert in experts:
+            matrix = value[expert].T if transposed and value.ndim == 3 else value[expert]
+            scores = self.scores[f"{mlp}.experts.local_experts.{expert}"]
+            width = len(scores)
+            channels = highest(scores, self.kept.get("moe_ffn_hidden_size", width))
+            if "gate_up" in name:
+                both = [2 * c + half for c in channels for half in (0, 1)] if transposed else None
+                matrix = matrix[both or [*channels, *(width + c for c in channels)]]
+                matrix = matrix if hidden is None or matrix.ndim == 1 else matrix[:, hidden]
+            else:
+                matrix = matrix if hidden is None else matrix[hidden]
+                matrix = matrix[:, channels] if matrix.ndim == 2 else matrix
+            kept.append(matrix.T if transposed and matrix.ndim == 2 else matrix)
+        return torch.stack(kept)
+
     def cut(self, name: str, value: Tensor) -> Tensor:
         """Return what is kept of one of transformers' parameters."""
         found = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
@@ -90,6 +121,14 @@ class Narrowing:
         entries = self._of_heads(layer)
         if "hidden" in self.scores:
             entries["hidden"] = highest(self.scores["hidden"], self.kept["hidden_size"])
+        if ".experts." in name:
+            return self._stacked(name, value, layer, entries.get("hidden"))
+        shared = self.scores.get(f"decoder.layers.{layer}.mlp.shared_experts")
+        if shared is not None:
+            entries["shared"] = highest(shared, self.kept["moe_shared_expert_intermediate_size"])
+        router = self.scores.get(f"decoder.layers.{layer}.mlp.router")
+        if router is not None and "num_experts" in self.kept:
+            entries["experts"] = highest(router, self.kept["num_experts"])
         ffn = self.scores.get(f"decoder.layers.{layer}.mlp")
         if ffn is not None:
             entries["ffn"] = highest(ffn, self.kept["ffn_hidden_size"])

@@ -18,15 +18,16 @@ from tests.harness.ranks import distributed
 
 ALL = {"hidden_size": 36, "ffn_hidden_size": 40, "num_attention_heads": 6, "num_query_groups": 3}
 HIDDEN, FFN = {"hidden_size": 36}, {"ffn_hidden_size": 40}
+EXPERTS = {"num_experts": 3, "moe_ffn_hidden_size": 16}
 
 
 def make_student(teacher: Path, student: Path, sizes: dict[str, int], layers: list[int]) -> dict[str, Tensor]:
     """Make a student by random scores, and return them."""
     plan = convert.StudentPlan.of(teacher, layers, sizes)
     generator = torch.Generator().manual_seed(3)
+    parts = {key: count for probe in plan.probes for key, count in probe.keys.items()}
     scores = {
-        probe.key: torch.rand(probe.num_channels, generator=generator, dtype=torch.float64)
-        for probe in plan.probes
+        key: torch.rand(count, generator=generator, dtype=torch.float64) for key, count in parts.items()
     }
     plan.write(student, scores)
     return scores
@@ -35,7 +36,9 @@ def make_student(teacher: Path, student: Path, sizes: dict[str, int], layers: li
 def check(teacher: Path, student: Path, sizes: dict[str, int], attention: tuple[int, int, int]) -> None:
     """Compare a student with transformers' model of the teacher, indexed; its second layer is the teacher's third."""
     scores = make_student(teacher, student, sizes, [0, 2])
-    narrowing = Narrowing(scores, *attention, sizes)
+    narrowing = Narrowing(
+        scores, *attention, sizes, transposed="gpt_oss" in (teacher / "config.json").read_text()
+    )
     expected = {
         re.sub(r"\.2\.", ".1.", name): narrowing.cut(name, value)
         for name, value in state_of(teacher).items()
@@ -61,6 +64,13 @@ CASES: list[tuple[str, dict[str, int]]] = [
     ("gemma3_text", {"ffn_hidden_size": 40, "num_attention_heads": 6}),
     *((variant, HIDDEN | FFN) for variant in ("olmo2", "olmo3", "exaone4", "deepseek_v3_dense")),
     ("starcoder2", {"num_attention_heads": 6, **HIDDEN}),
+    *(
+        (variant, EXPERTS | HIDDEN)
+        for variant in ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "minimax_m2")
+    ),
+    *((variant, EXPERTS) for variant in ("qwen3_moe_mixed", "olmoe", "ernie4_5_moe")),
+    ("glm4_moe", {"num_experts": 4, "moe_shared_expert_intermediate_size": 24, **ALL}),
+    ("deepseek_v3_short", {"num_experts": 4, **HIDDEN}),
 ]
 
 
@@ -143,6 +153,26 @@ def test_channels_without_effect_go_first(tmp_path: Path) -> None:
     assert (got - expected).abs().max() < 1e-5
 
 
+def test_hidden_channels_without_effect_go_first(tmp_path: Path) -> None:
+    """Channels that are always 0 are cut, and norms over the others are scaled so that the logits stay."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False, rms_norm_eps=1e-9)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    for name, value in model.state_dict().items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            value[:, 3::4] = 0
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            value[3::4] = 0
+    model.save_pretrained(teacher)
+    (teacher / "config.json").write_text(json.dumps(toys.llama_config(rms_norm_eps=1e-9)))
+    plan = convert.StudentPlan.of(teacher, [0, 1, 2], HIDDEN | {"num_attention_heads": 12})
+    plan.write(tmp_path / "student", score(teacher, HIDDEN))
+    expected, got = (toys.hf_logits(folder, toys.TOKENS) for folder in (teacher, tmp_path / "student"))
+    assert expected.std() > 0.3
+    assert (got - expected).abs().max() < 1e-5
+
+
 def test_scores_are_those_of_the_definition(tmp_path: Path) -> None:
     """By hand, in float64: outputs of norms, inputs of the matrices behind MLP channels and heads."""
     from transformers import AutoModelForCausalLM
@@ -161,13 +191,64 @@ def test_scores_are_those_of_the_definition(tmp_path: Path) -> None:
     by_definition = {name: each.abs().mean(1).square().sum(0).sqrt() for name, each in seen.items()}
     layer = by_definition["model.layers.1.mlp.down_proj"], by_definition["model.layers.1.self_attn.o_proj"]
     hidden = sum(score for name, score in by_definition.items() if name.endswith("norm"))
-    assert len(found) == 7
+    assert len(found) == 7 + 7  # and the shares of norms
     for key, expected in {
         "hidden": hidden,
         "decoder.layers.1.mlp": layer[0],
         "decoder.layers.1.self_attention": layer[1],
     }.items():
         torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["qwen3_moe", "gpt_oss"])
+def test_scores_of_experts(tmp_path: Path, variant: str) -> None:
+    """By hand: an expert's output is the difference that its weight makes."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = toys.make_llama(tmp_path / "teacher", variant, tokenizer=False)
+    found = score(teacher, EXPERTS)
+    model = AutoModelForCausalLM.from_pretrained(teacher, experts_implementation="eager").eval()
+    experts = model.model.layers[1].mlp.experts
+    calls: list[tuple[Tensor, ...]] = []
+    handle = experts.register_forward_pre_hook(
+        lambda _m, args, keywords: calls.append((*args, *keywords.values())), with_kwargs=True
+    )
+    with torch.no_grad():
+        for tokens in toys.TOKENS:
+            model(tokens[None])
+        handle.remove()
+        total = torch.zeros(2, len(experts.gate_up_proj))
+        for window, (hidden, chosen, weights) in enumerate(calls):
+            for expert in range(total.shape[1]):
+                only = experts(hidden, chosen, weights * (chosen == expert))
+                total[window, expert] = only.norm(dim=-1).mean()
+    key = "decoder.layers.1.mlp.router"
+    torch.testing.assert_close(found[key].float(), total.square().sum(0).sqrt(), rtol=1e-4, atol=1e-6)
+    last = experts.down_proj
+    for channel in (0, 7):  # a channel is scored by its activation, whatever the matrix behind it makes of it
+        last.data.zero_()
+        last.data[(2, channel, 0) if variant == "gpt_oss" else (2, 0, channel)] = 1.0
+        if experts.has_bias:
+            experts.down_proj_bias.data.zero_()
+        with torch.no_grad():
+            ones = [experts(h, c, (c == 2).to(h.dtype))[:, 0].abs().mean() for h, c, _ in calls]
+        expected = torch.stack(ones).square().sum().sqrt()
+        assert (
+            abs(found["decoder.layers.1.mlp.experts.local_experts.2"][channel] - expected) < 1e-4 * expected
+        )
+
+
+def test_experts_are_chosen_within_their_groups(tmp_path: Path) -> None:
+    """A router chooses groups first, so that each keeps as many."""
+    teacher = toys.make_llama(tmp_path / "teacher", "deepseek_v3", tokenizer=False)
+    plan = convert.StudentPlan.of(teacher, [1, 2], {"num_experts": 4})
+    scores = {
+        f"decoder.layers.{layer}.mlp.router": torch.tensor([9.0, 8, 7, 6, 1, 2, 4, 3]) for layer in (1, 2)
+    }
+    plan.write(tmp_path / "student", scores)
+    before, after = state_of(teacher), state_of(tmp_path / "student")
+    kept = before["model.layers.2.mlp.gate.weight"][[0, 2, 5, 6]]
+    assert torch.equal(after["model.layers.1.mlp.gate.weight"], kept)
 
 
 REFUSED = [
@@ -204,7 +285,13 @@ REFUSED = [
         {"num_attention_heads": 2},
         "--num-attention-heads: decoder.layers.0.self_attention.q_layernorm",
     ),
-    ("qwen3_moe", FFN, "--ffn-hidden-size 40: no layer that is kept has such channels"),
+    ("plain", {"num_experts": 2}, "--num-experts 2: no layer that is kept has such parts; leave it out"),
+    (
+        "qwen3_moe",
+        {"num_experts": 2},
+        "--num-experts 2 must lie between 3 and the teacher's 6 experts in a layer",
+    ),
+    ("qwen3_moe", FFN, "--ffn-hidden-size 40: no layer that is kept has such parts"),
 ]
 
 

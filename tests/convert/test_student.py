@@ -95,6 +95,34 @@ def test_a_student_of_layers_that_differ(tmp_path: Path, variant: str) -> None:
     assert toys.hf_logits(tmp_path / "student", toys.TOKENS).isfinite().all()
 
 
+UNEVEN = [
+    *("qwen2_window", "qwen3_types", "gemma3_text", "exaone4", "olmo3", "cohere2", "smollm3", "llama4_text"),
+    *("gpt_oss", "glm4_moe", "deepseek_v3", "qwen3_moe_mixed", "qwen2_moe", "ernie4_5_moe"),
+]
+
+
+@pytest.mark.parametrize("variant", UNEVEN)
+@pytest.mark.parametrize("layers", [[1, 2], [0, 2]])
+def test_layers_stay_what_they_are(tmp_path: Path, variant: str, layers: list[int]) -> None:
+    """Windows, rotation and experts: the student is transformers' model of the teacher without the other layers."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = toys.make_llama(tmp_path / "teacher", variant, tokenizer=False)
+    convert.init_student(teacher, layers, tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(
+        teacher, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in layers)
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None:
+        model.config.layer_types = [kinds[layer] for layer in layers]
+    model.config.num_hidden_layers = len(layers)
+    with torch.no_grad():
+        expected = model(toys.TOKENS, use_cache=False).logits
+    got = toys.hf_logits(tmp_path / "student", toys.TOKENS)
+    assert (got - expected).abs().max() < 1e-5
+
+
 def test_a_layer_that_the_teacher_lacks(tmp_path: Path) -> None:
     teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
     assert convert.count_layers(teacher) == 3

@@ -68,7 +68,9 @@ def test_init_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     source = toys.make_llama(tmp_path / "source", tokenizer=False)
     command = ["--hf-model", str(source), "--num-layers", "2", "--hf-out", str(tmp_path / "student")]
     assert _main("init_student", *command, "--no-score") == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("2 layers of " + str(source) + ": 0,2")
+    first, pairs = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith("2 layers of " + str(source) + ": 0,2")
+    assert pairs == "pairs of layers with one origin, for the training: --fdd-layer-pairs 1:1"
     assert _main("init_student", *command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
@@ -80,7 +82,7 @@ def test_a_narrower_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     text.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 20)
     command = ["--from", str(source), "--ffn-hidden-size", "40", "--calibration-text", str(text), "--hf-out"]
     assert _main("init_student", *command, str(tmp_path / "new"), "--layers", "0,2") == 0
-    first, bits = capsys.readouterr().out.splitlines()[-2:]
+    first, _pairs, bits = capsys.readouterr().out.splitlines()[-3:]
     assert first.endswith(f"2 layers of {source}: 0,2; ffn-hidden-size 40")
     assert re.fullmatch(r"bits a byte, of a text of 860 bytes: .* before, .* now, without training", bits)
     assert toys.read_json(tmp_path / "new" / "config.json")["intermediate_size"] == 40

@@ -80,5 +80,5 @@ GEMMA2 = decoder_family(
         flatten=_flatten,
     ),
     models="Gemma 2",
-    limits="TransformerEngine, whose attention caps no scores, and so context parallelism and packed documents on a GPU",
+    limits="TransformerEngine, whose attention caps no scores, so context parallelism and packed documents on a GPU",
 )
