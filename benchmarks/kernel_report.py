@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from unittest.mock import patch
 
 import torch
@@ -116,19 +116,24 @@ class Shape:
         return hidden, torch.empty(self.vocab_size, width, dtype=self.dtype, device="meta")
 
 
-def launches_of(shape: Shape, divergence: Divergence | None, *, head_gradient: bool) -> list[Launch]:
-    """Return the launches of one call of linear_kl with everything requested.
+HeadKind = Literal["still", "live", "held"]
+
+
+def launches_of(shape: Shape, divergence: Divergence | None, head: HeadKind) -> list[Launch]:
+    """Return the launches of one call of linear_kl with everything requested; "held": of head_loss.
 
     `divergence` None: without a teacher.
     """
+    head_gradient = head != "still"
     request = Request(
         shard=VocabShard(0, shape.vocab_size, None),
         divergence=divergence,
-        needs_lse=True,
+        needs_lse=head != "held",
         has_labels=True,
         implementation=Implementation("triton"),
         body_gradient=not head_gradient,
         head_gradient=head_gradient,
+        held_rows=shape.num_tokens if head == "held" else None,
     )
     teacher = None if divergence is None else shape.model(shape.teacher_width)
     student = shape.model(shape.student_width)
@@ -162,16 +167,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
     parser.add_argument("--kinds", nargs="*", default=[*DIVERGENCES, "none"])
-    parser.add_argument("--heads", nargs="*", choices=("still", "live"), default=["still", "live"])
+    parser.add_argument("--heads", nargs="*", choices=get_args(HeadKind), default=get_args(HeadKind))
+    parser.add_argument("--vocab", type=int, default=Shape().vocab_size, help="entries of the vocabulary")
     options = parser.parse_args()
-    shape = Shape(dtype=getattr(torch, options.dtype))
+    shape = Shape(vocab_size=options.vocab, dtype=getattr(torch, options.dtype))
     print(f"{'':30} registers spilled shared  instructions")
     for kind in options.kinds:
         for temperature in options.temperatures if kind != "none" else (1.0,):
             divergence = None if kind == "none" else Divergence(kind, temperature=temperature)
             for head in options.heads:
-                launches = launches_of(shape, divergence, head_gradient=head == "live")
-                for launch in distinct(launches):
+                for launch in distinct(launches_of(shape, divergence, head)):
                     name = launch.kernel.fn.__name__.removesuffix("_kernel")
                     label = f"{kind} {temperature:g} {head} {name}"
                     result = compiled(launch, options.capability)

@@ -146,6 +146,7 @@ def main(argv: Sequence[str]) -> int:
     if not cut.exists():
         words = [
             "tools/init_student.py",
+            "--no-score",
             "--hf-model",
             str(teacher),
             "--layers",

@@ -118,7 +118,7 @@ step "teacher, Megatron" "$WORK/teacher" \
 next layers "half of the teacher's layers, untrained as a model of their own"
 step "student before, Hugging Face" "$WORK/student-before-hf" \
     python tools/init_student.py --hf-model "$TEACHER_HF" --layers "$STUDENT_LAYERS" \
-    --hf-out "$WORK/student-before-hf"
+    --no-score --hf-out "$WORK/student-before-hf"
 next megatron "the same for the student"
 step "student before, Megatron" "$WORK/student-before" \
     python tools/hf_to_mcore.py --hf-model "$WORK/student-before-hf" --save "$WORK/student-before"

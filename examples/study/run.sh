@@ -84,7 +84,7 @@ mkdir -p "$WORK/data"
 once "$WORK/data/train.idx" python tools/prepare_data.py --input "$WORK/text/train.jsonl" \
     --output-prefix "$WORK/data/train" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TEACHER" "${eod[@]}"
 once "$WORK/shallow-hf" python tools/init_student.py --hf-model "$TEACHER" --layers "$SHALLOW_LAYERS" \
-    --hf-out "$WORK/shallow-hf"
+    --no-score --hf-out "$WORK/shallow-hf"
 once "$WORK/shallow" python tools/hf_to_mcore.py --hf-model "$WORK/shallow-hf" --save "$WORK/shallow"
 
 train_all() { # LABEL; reads lines STUDENT METHOD RATE SEED

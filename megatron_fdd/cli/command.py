@@ -12,6 +12,7 @@ import click
 
 from megatron_fdd.host import plugins
 from megatron_fdd.host.console import complain
+from megatron_fdd.host.given_name import fault_of
 from megatron_fdd.host.process import ended_like_interrupt, print_error, status_after
 
 _THREADS_A_CORE = 4
@@ -37,29 +38,41 @@ class Command(Interruptible):
 
     Args:
         may_be_empty: names of options for which an empty text has a meaning.
+        free_texts: names of options for which blanks and line ends have one.
     """
 
-    def __init__(self, *args: Any, may_be_empty: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        may_be_empty: tuple[str, ...] = (),
+        free_texts: tuple[str, ...] = (),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._may_be_empty = may_be_empty
+        self._free_texts = free_texts
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse empty values, which an unset shell variable leaves: as a path, one would mean the current folder.
+        """Refuse values that are no names, such as an empty one: as a path, it would mean the current folder.
 
         Raises:
-            click.BadParameter: a value is empty.
+            click.BadParameter: a value is empty, or is a name that nothing has.
         """
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         for option in self.get_params(ctx):
             value = given.get(option.name or "")
-            values = value if isinstance(value, list | tuple) else (value,)
-            if "" in values and option.name not in self._may_be_empty:
-                raise click.BadParameter(
-                    "its value is empty (an unset variable?); give one, or leave the flag out",
-                    ctx,
-                    option,
-                )
+            for each in value if isinstance(value, list | tuple) else (value,):
+                fault = fault_of(each) if isinstance(each, str) and self._is_checked(option, each) else None
+                if fault is not None:
+                    raise click.BadParameter(fault, ctx, option)
         return super().parse_args(ctx, args)
+
+    def _is_checked(self, option: click.Parameter, value: str) -> bool:
+        """Whether a value must be a name, or at least not empty."""
+        if not value:
+            return option.name not in self._may_be_empty
+        is_text = isinstance(option.type, click.Path | click.types.StringParamType)
+        return is_text and option.name not in self._free_texts
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, with other packages quiet; SIGTERM and SIGHUP end it as Ctrl-C does."""

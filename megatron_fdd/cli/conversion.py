@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,10 +43,16 @@ def convert(action: Callable[[], str]) -> NoReturn:
 
     An expected error is one line on stderr and status 1.
     """
+    # torch reads it once. Pages of 2 MiB make new memory, of which a conversion needs much, less than half as costly.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from megatron_fdd.host import rehearsal  # imports torch, and `--help` is quick
+
     logging.getLogger("megatron").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     _give_memory_back()
     try:
+        if rehearsal.is_wanted():
+            rehearsal.start()  # before Megatron is imported, which would import a compiler
         closing_line = action()
     except (ValueError, OSError) as error:
         gc.freeze()  # torch's writer crashes when it is collected after its disk was full

@@ -197,7 +197,13 @@ HARNESS = (
 )
 
 
-@click.command("evaluate", cls=Command, may_be_empty=("prompt",), epilog=EXAMPLES)
+@click.command(
+    "evaluate",
+    cls=Command,
+    may_be_empty=("prompt",),
+    free_texts=("prompt", "chat_template_kwargs"),
+    epilog=EXAMPLES,
+)
 @with_options(*MODELS, *INSTRUCTIONS, *TEXT, *HARNESS)
 def command(threads: int | None, batch_size: int, **given: Any) -> None:
     """Measure what Hugging Face models learned: ROUGE-L of their answers, perplexity, distance to the teacher, samples.

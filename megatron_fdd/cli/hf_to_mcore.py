@@ -53,8 +53,9 @@ def command(
     are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the
     SHA-256 of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
 
-    One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
-    processes on any number of nodes that share the file system, they read and write side by side.
+    One process holds 128 MiB of tensors at a time, or one that is larger, whatever the size of the model. Under
+    torchrun, with any number of processes on any number of nodes that share the file system, they read and write
+    side by side.
 
     With --config-only no weights are read or written, so the model folder needs only config.json: enough for `fdd
     plan` to tell what a run would take before the weights are downloaded. A run refuses such a checkpoint.
@@ -81,6 +82,6 @@ def command(
         if not imported.left_out:
             return line
         names = f"{len(imported.left_out)} tensors of {imported.left_out_are} ({imported.left_out[0]} ...)"
-        return f"{names} are {'kept beside the checkpoint' if keep_mtp else 'left out'}\n{line}"
+        return f"{names} are {'kept beside the checkpoint' if imported.left_out_kept else 'left out'}\n{line}"
 
     conversion.convert(action)

@@ -1,4 +1,4 @@
-"""`fdd student`: a student model folder, from chosen layers of a teacher or with another model's vocabulary."""
+"""`fdd student`: a student model folder, from parts of a teacher or with another model's vocabulary."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from megatron_fdd.cli.command import Command, plugin
 from megatron_fdd.host.console import complain
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_fdd.convert import StudentPlan
     from megatron_fdd.convert.new_vocabulary import NewVocabulary
 
 EXAMPLES = """\b
@@ -19,7 +22,27 @@ examples:
   fdd student --hf-model SmolLM2-135M --num-layers 15 --hf-out student
       (keeps 0-3,6,9,12,15,17,20,23,26-29)
   fdd student --hf-model SmolLM2-135M --layers 0-3,8,16,24,26-29 --hf-out student
+  fdd student --hf-model Qwen3-8B --ffn-hidden-size 9216 --calibration-text text.jsonl --hf-out student
   fdd student --from Qwen3-0.6B --vocabulary-of Llama-3.3-70B --hf-out student"""
+
+# Sizes of a narrower student, which are Megatron's, and what they are.
+_SIZES = {
+    "--hidden-size": "Hidden channels that are kept, the same in all layers.",
+    "--ffn-hidden-size": "Channels of each MLP that are kept.",
+    "--num-attention-heads": "Attention heads that are kept, the same number in each query group.",
+    "--num-query-groups": "Query groups (heads of keys and values) that are kept.",
+}
+_SIZE_NAMES = [flag.removeprefix("--").replace("-", "_") for flag in _SIZES]
+_WINDOW = 512
+
+
+def _sizes(function: Any) -> Any:
+    """Add the options of a narrower student."""
+    for flag in reversed(_SIZES):
+        function = click.option(
+            flag, type=int, metavar="N", help=f"{_SIZES[flag]} Needs --calibration-text."
+        )(function)
+    return function
 
 
 @click.command("student", cls=Command, epilog=EXAMPLES)
@@ -34,6 +57,21 @@ examples:
 @click.option("--hf-out", type=conversion.FOLDER, required=True, help="New folder for the student.")
 @click.option("--layers", metavar="LIST", help="0-based layers and ranges, increasing: 0-3,8,26-29.")
 @click.option("--num-layers", type=int, metavar="N", help="Number of layers; the rule above chooses which.")
+@_sizes
+@click.option(
+    "--calibration-text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help='JSON lines with "text" on which the teacher runs to find which channels, heads and experts matter.',
+)
+@click.option(
+    "--calibration-samples",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help=f"How many windows of {_WINDOW} tokens it reads, spread over the text.",
+)
 @click.option(
     "--vocabulary-of",
     type=conversion.FOLDER,
@@ -45,71 +83,124 @@ examples:
     "--validation-text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help='With --vocabulary-of: JSON lines with "text" to compare both models on, 32 pieces of 1,000 characters at '
-    "most; default: a short built-in text.",
+    help='JSON lines with "text" to compare both models on, 32 pieces of 1,000 characters at most; default: '
+    "--calibration-text, else a short built-in text.",
 )
-@click.option("--no-score", is_flag=True, help="With --vocabulary-of: do not run the models.")
+@click.option("--no-score", is_flag=True, help="Do not run both models to compare them.")
 @conversion.max_shard_size
 @plugin
 def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> None:
-    """Write a Hugging Face model with some of another one's layers, or with the vocabulary of a third; give one of
-    --layers, --num-layers and --vocabulary-of.
+    """Write a Hugging Face model with some of another one's layers, channels and heads, or with the vocabulary of a
+    third.
 
-    Layers: embeddings, final norm, head, config, generation config and tokenizer are carried over; num_hidden_layers
-    changes. The first and last layers matter most: with --num-layers N of at least 8, the first four, the last four
-    and N - 8 layers spread evenly between them are kept; with fewer, N layers spread evenly from the first to the last.
+    Layers: embeddings, final norm, head, config, generation config and tokenizer are carried over. The first and last
+    layers matter most: with --num-layers N of at least 8, the first four, the last four and N - 8 layers spread evenly
+    between them are kept; with fewer, N layers spread evenly from the first to the last.
+
+    Width: what is kept is chosen by the teacher's activations on --calibration-text, and stays bit for bit and in its
+    order.
 
     Vocabulary: tokens that both models have keep their rows of embedding and head, new ones begin halfway between the
     mean of the rows of their old pieces and that of all rows. Tokenizer, chat template and special tokens are the
-    teacher's. Bits a byte before and after are printed: what the exchange costs before any training.
+    teacher's.
+
+    Bits a byte before and after are printed: what the change costs before any training.
     """
-    if sum(given[name] is not None for name in ("layers", "num_layers", "vocabulary_of")) != 1:
-        raise click.UsageError("give one of --layers, --num-layers and --vocabulary-of")
-    if given["vocabulary_of"] is None and (given["no_score"] or given["validation_text"] is not None):
-        raise click.UsageError("--validation-text and --no-score are for --vocabulary-of")
-    if given["no_score"] and given["validation_text"] is not None:
-        raise click.UsageError("give one of --validation-text and --no-score")
+    sizes = {name: given[name] for name in _SIZE_NAMES if given[name] is not None}
+    _check_together(sizes, given)
 
     def action() -> str:
+        texts = _texts(given["validation_text"] or given["calibration_text"])
         if given["vocabulary_of"] is None:
-            return _of_layers(hf_model, hf_out, max_shard_size, given["layers"], given["num_layers"])
-        return _of_vocabulary(hf_model, hf_out, max_shard_size, **given)
+            line = _of_parts(hf_model, hf_out, max_shard_size, sizes, given)
+        else:
+            line = _of_vocabulary(hf_model, hf_out, max_shard_size, given["vocabulary_of"])
+        return "\n".join([line, *([] if given["no_score"] else _bits(hf_model, hf_out, texts))])
 
     conversion.convert(action)
 
 
-def _of_layers(
-    hf_model: Path, hf_out: Path, max_shard_size: str, layers: str | None, num_layers: int | None
-) -> str:
-    from megatron_fdd import convert
+def _check_together(sizes: dict[str, int], given: dict[str, Any]) -> None:
+    """Refuse options that do not go together."""
+    choices = [given[name] is not None for name in ("layers", "num_layers", "vocabulary_of")]
+    if sum(choices) > 1 or not (any(choices) or sizes):
+        raise click.UsageError(
+            "give one of --layers, --num-layers and --vocabulary-of, or a size such as --hidden-size"
+        )
+    if sizes and given["vocabulary_of"] is not None:
+        raise click.UsageError(
+            "--vocabulary-of keeps all sizes: make the student narrower first, in another call"
+        )
+    if bool(sizes) != (given["calibration_text"] is not None):
+        raise click.UsageError(
+            "a size needs --calibration-text, a text that tells which channels matter"
+            if sizes
+            else "--calibration-text is for a size, such as --hidden-size"
+        )
+    if given["no_score"] and given["validation_text"] is not None:
+        raise click.UsageError("give one of --validation-text and --no-score")
 
-    teacher_layers = convert.count_layers(hf_model)
-    if layers is not None:
-        chosen = convert.parse_layers(layers, teacher_layers)
-    else:
-        assert num_layers is not None
-        chosen = convert.choose_layers(num_layers, teacher_layers)
-    parameters = convert.init_student(hf_model, chosen, hf_out, max_shard_size=max_shard_size, progress=True)
-    kept = ",".join(str(layer) for layer in chosen)
-    return f"{hf_out}: {parameters:,} parameters, {len(chosen)} layers of {hf_model}: {kept}"
 
-
-def _of_vocabulary(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> str:
-    from megatron_fdd import convert
+def _texts(path: Path | None) -> list[str]:
     from megatron_fdd.evaluate.bits import SAMPLE
     from megatron_fdd.evaluate.perplexity import read_texts
 
-    teacher, text = given["vocabulary_of"], given["validation_text"]
-    texts = [SAMPLE] if text is None else read_texts(text)
+    texts = [SAMPLE] if path is None else read_texts(path)
     if not texts:
-        raise ValueError(f"--validation-text {text}: holds no text; give another")
+        raise ValueError(f"{path}: holds no text; give another")
+    return texts
+
+
+def _of_parts(
+    hf_model: Path, hf_out: Path, max_shard_size: str, sizes: dict[str, int], given: dict[str, Any]
+) -> str:
+    from megatron_fdd import convert
+
+    num_layers = convert.count_layers(hf_model)
+    if given["layers"] is not None:
+        layers = convert.parse_layers(given["layers"], num_layers)
+    else:
+        layers = convert.choose_layers(
+            num_layers if given["num_layers"] is None else given["num_layers"], num_layers
+        )
+    convert.check_new_folder(hf_out, "--hf-out")
+    plan = convert.StudentPlan.of(hf_model, layers, sizes)
+    scores = _scores(plan, given["calibration_text"], given["calibration_samples"]) if sizes else {}
+    parameters = plan.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
+    kept = ",".join(str(layer) for layer in layers)
+    narrowed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
+    return f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{narrowed}"
+
+
+def _scores(plan: StudentPlan, text: Path, num_samples: int) -> dict[str, Tensor]:
+    """Run the teacher on a text, and score what matters there."""
+    from transformers.utils import logging
+
+    from megatron_fdd import convert
+    from megatron_fdd.evaluate.models import NamedModel, Placement, num_positions
+    from megatron_fdd.evaluate.perplexity import cut_windows
+
+    logging.disable_progress_bar()
+    folder = plan.folder.path
+    named = NamedModel(folder.resolve().name, folder)
+    named.check()
+    length = int(min(_WINDOW, num_positions(named.config())))
+    try:
+        windows = cut_windows(_texts(text), named.tokenizer(), length, num_samples * length)[:, :-1]
+    except ValueError as error:
+        raise ValueError(f"--calibration-text {text} is too short ({error}); give another") from error
+    named.check_ids(int(windows.max()))
+    model = Placement(Placement.choose(None, None).device, "auto").load(folder)
+    return convert.measure_importance(model, plan.probes, windows, progress=True)
+
+
+def _of_vocabulary(hf_model: Path, hf_out: Path, max_shard_size: str, teacher: Path) -> str:
+    from megatron_fdd import convert
+
     vocabulary = convert.replace_vocabulary(
         hf_model, teacher, hf_out, max_shard_size=max_shard_size, progress=True
     )
-    lines = [f"{hf_out}: {hf_model} with the vocabulary of {teacher}", _origins(vocabulary)]
-    if not given["no_score"]:
-        lines += _bits(hf_model, hf_out, texts)
-    return "\n".join(lines)
+    return f"{hf_out}: {hf_model} with the vocabulary of {teacher}\n{_origins(vocabulary)}"
 
 
 def _origins(vocabulary: NewVocabulary) -> str:

@@ -73,9 +73,9 @@ def command(
     folder appears under its name only when it is complete; checksums.json in it lists the SHA-256 of every tensor, and
     the last line says how many are bit for bit those that were imported.
 
-    One process holds one tensor at a time, whatever the size of the model. Under torchrun, with any number of
-    processes on any number of nodes that share the file system, the files are written side by side; they are the same
-    for any number of processes.
+    One process holds 128 MiB of tensors at a time, or one that is larger, whatever the size of the model. Under
+    torchrun, with any number of processes on any number of nodes that share the file system, the files are written
+    side by side; they are the same for any number of processes.
 
     README.md in the folder is a model card: what the checkpoint, the training's data sets and an evaluation of these
     weights say, and fields to fill in.

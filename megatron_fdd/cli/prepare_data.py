@@ -30,7 +30,21 @@ examples:
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model teacher-hf"""
 
 
-@click.command("prepare", cls=Command, epilog=EXAMPLES)
+@click.command(
+    "prepare",
+    cls=Command,
+    free_texts=(
+        *(
+            "document_separator",
+            "json_key",
+            "prompt_key",
+            "response_key",
+            "chat_template_kwargs",
+            "eod_token",
+        ),
+    ),
+    epilog=EXAMPLES,
+)
 @click.argument("files", nargs=-1, metavar="[FILE|FOLDER]...")
 @click.option(
     "--input", "more_files", multiple=True, metavar="FILE", help="One more file or folder, repeatable."

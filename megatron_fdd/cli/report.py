@@ -32,7 +32,8 @@ def command(runs: tuple[str, ...], out: Path) -> None:
     folder that was given to --save. NAME=RUN gives a run a name; the same name twice joins both into one run, for
     example metrics at one place and an evaluation at another.
 
-    Writes report.html (a single file), report.md and its PNG files. A run that is still going can be shown.
+    Writes report.html (a single file), report.md and its PNG files. A run that is still going can be shown. Where a
+    run's checkpoint is refused, the report is written without its flags, and the exit status is 1.
     """
     try:
         from megatron_fdd.evaluate.report import write_report
@@ -48,6 +49,13 @@ def command(runs: tuple[str, ...], out: Path) -> None:
         print(f"report: error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
     print(f"{out / 'report.html'}: {counted(report.runs, 'run')}, {counted(report.pictures, 'picture')}")
+    unread = [f"{run.name}: {remark}" for run in report.runs for remark in run.remarks]
+    for each in unread:
+        print(
+            f"report: error: {each}; the report was written without that checkpoint's flags", file=sys.stderr
+        )
+    if unread:
+        sys.exit(1)
 
 
 def counted(things: Sequence[object], name: str) -> str:

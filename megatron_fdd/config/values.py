@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_fdd.config.flags import Bound
+from megatron_fdd.host.given_name import fault_of
 from megatron_fdd.ops.divergence import DIVERGENCES
 
 
@@ -36,7 +37,7 @@ def parse_teacher_stores(words: Sequence[str] | None) -> tuple[tuple[str, str], 
     A word alone that names a folder is one, whatever signs it has.
 
     Raises:
-        ValueError: one of several words is not NAME=DIR, or a name is there twice.
+        ValueError: one of several words is not NAME=DIR with a name that a folder can have, or a name is there twice.
     """
     if words is not None and len(words) == 1 and ("=" not in words[0] or os.path.isdir(words[0])):
         return (("", words[0]),)
@@ -47,6 +48,11 @@ def parse_teacher_stores(words: Sequence[str] | None) -> tuple[tuple[str, str], 
             raise ValueError(
                 f"--fdd-teacher-store {word}: each of several must be NAME=DIR, a name of data sets and the store of "
                 "their teacher"
+            )
+        fault = fault_of(folder)
+        if fault is not None:
+            raise ValueError(
+                f"--fdd-teacher-store {word!r}: give the name of a folder behind {name}=: {fault}"
             )
         if name in stores:
             raise ValueError(

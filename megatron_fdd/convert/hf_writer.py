@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from megatron_fdd.convert.checksums import bytes_of
 from megatron_fdd.convert.families.family import slice_name, whole_name
 from megatron_fdd.convert.hf_folder import INDEX_FILE, SINGLE_FILE
 from megatron_fdd.convert.stored_tensor import NAME_OF_DTYPE
-from megatron_fdd.host.disk import check_no_link, writing
+from megatron_fdd.host.disk import check_no_link, flushed_behind, writing
 from megatron_fdd.host.json_file import write_json
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -190,14 +191,19 @@ def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterat
     header = {"__metadata__": {"format": "pt"}, **_entries(shard.tensors)}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data begins aligned
-    with (folder / shard.file).open("wb") as file:
+    with (
+        ThreadPoolExecutor(1) as hasher,
+        (folder / shard.file).open("wb") as file,
+        flushed_behind(file),
+    ):
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for spec, tensor in zip(shard.tensors, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
             raw = bytes_of(tensor)
+            hashed = hasher.submit(hashlib.sha256, raw)
             file.write(raw)
-            yield spec, hashlib.sha256(raw).hexdigest()
+            yield spec, hashed.result().hexdigest()
 
 
 def _entries(specs: Iterable[TensorSpec]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.hf_folder import HfFolder
-from megatron_fdd.convert.hf_writer import Shard, TensorSpec
+from megatron_fdd.convert.hf_writer import TensorSpec
 from megatron_fdd.convert.left_out import CODES_FILE
 from megatron_fdd.convert.quantised import FIELD
 from megatron_fdd.convert.stored_tensor import RAW_DTYPE_OF_NAME, StoredTensor
@@ -56,16 +56,15 @@ class QuantisedExport:
             stored = self.scales.tensors[part]
             yield TensorSpec(part, RAW_DTYPE_OF_NAME[stored.dtype], stored.shape)
 
-    def read(self, shard: Shard) -> Iterator[Tensor]:
-        """Yield the tensors of one file.
+    def read(self, specs: Iterable[TensorSpec]) -> Generator[Tensor]:
+        """Yield tensors in this order.
 
         Raises:
             ValueError: a value has no codes with these scales: it is not the imported one.
         """
         of_codes = {each.parts[0]: name for name, each in self.scales.quantised.items()}
-        names = [of_codes.get(spec.name, spec.name) for spec in shard.tensors]
-        of_table = tuple(self.values[name] for name in names if name in self.values)
-        values = self.table.read(Shard(shard.file, of_table))
+        names = [of_codes.get(spec.name, spec.name) for spec in specs]
+        values = self.table.read([self.values[name] for name in names if name in self.values])
         for name in names:
             if name not in self.values:
                 yield self.scales.raw(name)

@@ -17,15 +17,33 @@ from megatron_fdd.host.json_file import write_json
 LEFT_OUT_FOLDER = "left-out"
 SCALES_FOLDER = "quantised"
 CODES_FILE = "codes.json"
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "chat_template.json",
+)
+"""What transformers needs beside a tokenizer for models of more than text."""
 _SHARD = "5GB"
 
 
-def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> None:
-    """Write tensors of `source` byte for byte, quantised ones in their parts, into a new model folder."""
-    quantised = source.quantised
+def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> dict[str, str]:
+    """Write tensors of `source` byte for byte, quantised ones in their parts, into a new model folder.
+
+    Returns:
+        The SHA-256 of each that is not quantised.
+
+    Raises:
+        ValueError: one is not what the source's `checksums.json` says.
+    """
+    quantised, expected = source.quantised, Checksums.read(source.path)
     stored = [part for name in names for part in (quantised[name].parts if name in quantised else (name,))]
-    Checksums("mixed", write_stored(source, stored, folder)).write(folder)
+    digests = write_stored(source, stored, folder)
+    if expected is not None:
+        for name, written in digests.items():
+            expected.check(source.path, name, written)
+    Checksums("mixed", digests).write(folder)
     write_json(folder / CONFIG_FILES[0], source.stored_config)
+    copy_files(PROCESSOR_FILES, source.path, folder)
+    return {name: digests[name] for name in names if name not in quantised}
 
 
 def write_stored(source: HfFolder, stored: Sequence[str], folder: Path) -> dict[str, str]:
@@ -64,6 +82,15 @@ class LeftOutTensors:
         self._folder = HfFolder(folder)
         self._sums = Checksums.read(folder)
         self.names = sorted(self._folder.names)
+
+    @property
+    def config(self) -> HfConfig:
+        """The config.json of the imported folder."""
+        return self._folder.config
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._folder.shape(name)
 
     def fit(self, family: Family, config: HfConfig) -> bool:
         """Whether a model of this config has a place for all of them."""

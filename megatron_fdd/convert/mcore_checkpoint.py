@@ -15,7 +15,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject,
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
     CachedMetadataFileSystemReader,
 )
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
@@ -27,6 +26,7 @@ from megatron_fdd.convert.checkpoint_entries import (
     pieces_of,
     tensors_of,
 )
+from megatron_fdd.convert.stored_chunks import StoredChunks
 from megatron_fdd.convert.streaming_save import Reader, StreamingSave
 from megatron_fdd.host.checkpoint import RELEASE, TRACKER_FILE
 from megatron_fdd.host.damage import DAMAGE, cause_of
@@ -111,12 +111,12 @@ class StoredWeights:
     def __init__(self, path: Path, model: torch.nn.Module, groups: Any) -> None:
         self._path = path
         CachedMetadataFileSystemReader.clear_metadata_cache()  # the cache would hide a rewritten checkpoint
-        self._strategy = TorchDistLoadShardedStrategy(cache_metadata=True)
+        self._chunks = StoredChunks(path)
         content = dist_checkpointing.load_content_metadata(str(path)) or {}
         entries = entries_of(model, groups, content)
         self._parameters, self._weights = tensors_of(model), [name for name, _ in model.named_parameters()]
         self._entries = {name: entries[name] for name in self._parameters}
-        stored = self._strategy.load_tensors_metadata(path)
+        stored = dist_checkpointing.load_tensors_metadata(str(path))
         use_stored_names(self._entries, stored)
         self._check(stored)
         self._dtypes = {name: self._dtype_of(entry, stored) for name, entry in self._entries.items()}
@@ -153,11 +153,11 @@ class StoredWeights:
                 )
 
     def read(self, name: str) -> Tensor:
-        """Return the value of a parameter on the CPU. ValueError if its bytes are damaged."""
+        """Return the value of a parameter on the CPU, from any thread. ValueError if its bytes are damaged."""
         value = torch.empty(self._parameters[name].shape, dtype=self._dtypes[name])
-        pieces = pieces_of(self._entries[name], value)
         try:
-            self._strategy.load({str(index): piece for index, piece in enumerate(pieces)}, self._path)
+            for piece in pieces_of(self._entries[name], value):
+                self._chunks.read(piece)
         except DAMAGE as error:
             raise ValueError(
                 f"--load {self._path}: {name} cannot be read ({cause_of(error)}); copy the checkpoint again"

@@ -8,6 +8,7 @@ Shapes: ... experts (absent in a slice), R rows, G groups of 32 inputs; the valu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,10 +76,23 @@ def _check(name: str, blocks: StoredTensor, scales: StoredTensor | None) -> None
 def _value(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the values [..., 32 G, R] of blocks [..., R, G, 16] and scales [..., R, G]."""
     blocks, scales = parts
-    numbers = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], dtype=dtype)
-    halves = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)  # [..., R, G, 32]
-    value = torch.ldexp(numbers[halves.int()], scales.int().sub_(_BIAS).unsqueeze(-1))
-    return value.flatten(-2).transpose(-1, -2)
+    pairs = blocks.view(torch.int16)
+    looked_up = _fours().index_select(0, pairs.int().bitwise_and_(0xFFFF).flatten())
+    value = looked_up.view(torch.bfloat16).view(*scales.shape, 2 * _BYTES)  # [..., R, G, 32]
+    # The exponents of bfloat16 have the same bias; its smallest power of two is subnormal.
+    powers = scales.to(torch.int16).bitwise_left_shift_(7).masked_fill_(scales == 0, 1 << 6)
+    value.mul_(powers.view(torch.bfloat16).unsqueeze(-1))
+    return value.flatten(-2).transpose(-1, -2).to(dtype)
+
+
+@functools.cache
+def _fours() -> Tensor:
+    """Return the four numbers of each two bytes, as four bfloat16 in an int64 [65536]: a look-up is a memory access."""
+    numbers = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], dtype=torch.bfloat16)
+    codes = torch.arange(1 << 16)
+    return torch.stack([numbers[codes >> shift & 15] for shift in (0, 4, 8, 12)], dim=-1).view(torch.int64)[
+        :, 0
+    ]
 
 
 def _codes(value: Tensor, others: Sequence[Tensor]) -> Tensor:

@@ -44,6 +44,11 @@ def replace_vocabulary(
     check_new_folder(Path(hf_out), "--hf-out")
     folder = HfFolder(Path(hf_model))
     family = family_of(folder.config).as_stored(folder)
+    if family.keeps_left_out:
+        raise ValueError(
+            f"--from {folder.path}: a {family.model_type} has tokens that stand for images, which another vocabulary "
+            "lacks; give its text model alone, from fdd export --hf-config with its text_config as a config.json"
+        )
     check_names(family, folder)
     old = VocabularySource.find(folder.path, "--from")
     new = VocabularySource.find(Path(vocabulary_of), _FLAG)

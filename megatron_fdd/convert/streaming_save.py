@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_fdd.convert.checkpoint_entries import Pieces, place_of
+from megatron_fdd.host.disk import flushed_behind
 
 Reader = Callable[[str], Tensor]
 """Name of a parameter -> its value on the CPU."""
@@ -51,7 +53,8 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
         if plan.items:
-            with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+            path = self.fs.concat_path(self.path, name)
+            with self.fs.create_stream(path, "wb") as stream, flushed_behind(stream):
                 settings = (name, self.serialization_format)
                 for item in plan.items:  # unnamed data, or it would live while the next is read
                     results.append(
@@ -89,5 +92,6 @@ class _LazyPlanner(MCoreSavePlanner):
             pieces = self._weights.of(name, self._read(name))
             self._current, self._data_of = name, {place_of(piece): piece.data for piece in pieces}
         data = self._data_of.pop(place_of(write_item))
-        alone = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
-        return data if alone else data.clone()  # a view would be stored with its whole base tensor
+        # A view would be stored with its whole base tensor; numpy's array of its bytes is one by itself.
+        raw = data.contiguous().reshape(-1).view(torch.uint8).numpy()
+        return torch.from_numpy(raw).view(data.dtype).view(data.shape)

@@ -1,16 +1,25 @@
-"""An initial student: a teacher without some of its layers."""
+"""An initial student: a teacher without some of its layers and of their channels."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from megatron_fdd.convert.derived_weights import Derived, write_derived
 from megatron_fdd.convert.families import family_of
-from megatron_fdd.convert.families.family import Family
+from megatron_fdd.convert.families.family import Family, HfConfig
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
-from megatron_fdd.convert.hf_writer import TensorSpec, new_folder
+from megatron_fdd.convert.hf_writer import new_folder
+from megatron_fdd.convert.importance import Probe, probes_of
+from megatron_fdd.convert.kept_parts import KeptParts
+from megatron_fdd.convert.kept_rows import cut_rows
+from megatron_fdd.convert.left_out import PROCESSOR_FILES
+from megatron_fdd.convert.student_sizes import architecture, narrower_config
 from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
 from megatron_fdd.host.field_kinds import shown
@@ -85,41 +94,81 @@ def init_student(
     Raises:
         ValueError: the teacher lacks a layer, or its weights do not match its config.
     """
-    folder = HfFolder(Path(hf_model))
-    family = family_of(folder.config).as_stored(folder)
-    teacher_layers = family.megatron_args(folder.config)["num_layers"]
-    outside = [layer for layer in layers if not 0 <= layer < teacher_layers]
-    if outside or not layers:
-        first = f"layer {outside[0]}" if outside else "no layer"
-        raise ValueError(f"{first}: {hf_model} has the layers 0 to {teacher_layers - 1}; choose from them")
-    check_names(family, folder)
-    folder = folder.apart(family.stacked)
-    renamed = _student_names(folder, family, layers)
-    tensors = [
-        Derived(TensorSpec(new, folder.dtype(old), folder.shape(old)), old) for new, old in renamed.items()
-    ]
-    with new_folder(Path(hf_out), "--hf-out") as unfinished:
-        parameters = write_derived(
-            folder, tensors, unfinished, max_shard_size=max_shard_size, progress=progress
-        )
-        write_json(
-            unfinished / CONFIG_FILES[0], family.without_left_out(family.keep_layers(folder.config, layers))
-        )
-        copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES], folder.path, unfinished)
-    return parameters
+    plan = StudentPlan.of(hf_model, layers, {})
+    return plan.write(hf_out, {}, max_shard_size=max_shard_size, progress=progress)
 
 
-def _student_names(folder: HfFolder, family: Family, layers: Sequence[int]) -> dict[str, str]:
-    """Map the student's tensor names to the teacher's, also outside the layers; buffers are left out."""
-    pattern = re.compile(re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)") + "(.*)")
-    renamed = {}
-    for name in folder.names:
-        match = pattern.fullmatch(name)
-        if name.endswith(family.ignored):
-            continue
-        if match is None:
-            renamed[name] = name
-        elif int(match[1]) in layers:
-            student_layer = layers.index(int(match[1]))
-            renamed[f"{family.layer_prefix.format(layer=student_layer)}{match[2]}"] = name
-    return renamed
+@dataclass(frozen=True, slots=True)
+class StudentPlan:
+    """A student, before its teacher has been run.
+
+    Attributes:
+        folder: the teacher's, with its experts apart.
+        family: the teacher's, as the folder stores it.
+        layers: numbers of the layers that are kept.
+        config: the student's.
+        probes: the places whose activations tell what to keep; none if the student has the teacher's sizes.
+    """
+
+    folder: HfFolder
+    family: Family
+    layers: Sequence[int]
+    config: HfConfig
+    probes: list[Probe]
+
+    @classmethod
+    def of(cls, hf_model: Path, layers: Sequence[int], sizes: Mapping[str, int]) -> StudentPlan:
+        """Plan a student.
+
+        Args:
+            sizes: those that become smaller, by the names in `SIZES`.
+
+        Raises:
+            ValueError: the teacher lacks a layer, its weights do not match its config, or it cannot have such a size.
+        """
+        folder = HfFolder(Path(hf_model))
+        family = family_of(folder.config).as_stored(folder)
+        num_layers = family.megatron_args(folder.config)["num_layers"]
+        outside = [layer for layer in layers if not 0 <= layer < num_layers]
+        if outside or not layers:
+            first = f"layer {outside[0]}" if outside else "no layer"
+            raise ValueError(f"{first}: {hf_model} has the layers 0 to {num_layers - 1}; choose from them")
+        check_names(family, folder)
+        config = family.without_left_out(family.keep_layers(folder.config, layers))
+        config = narrower_config(family, config, sizes)
+        probes = probes_of(family_of(folder.config), folder.config, layers, sizes)
+        plan = cls(folder.apart(family.stacked), family, layers, config, probes)
+        plan.tensors(
+            {probe.key: torch.zeros(probe.num_channels) for probe in probes}
+        )  # refuses what cannot be cut
+        return plan
+
+    def write(
+        self,
+        hf_out: Path,
+        scores: Mapping[str, Tensor],
+        *,
+        max_shard_size: str = "5GB",
+        progress: bool = False,
+    ) -> int:
+        """Write the student's folder; return its number of parameters.
+
+        All that is kept is the teacher's, bit for bit. One tensor is in memory at a time.
+
+        Args:
+            scores: as `measure_importance` returns them for the probes.
+        """
+        tensors = self.tensors(scores)
+        with new_folder(Path(hf_out), "--hf-out") as unfinished:
+            parameters = write_derived(
+                self.folder, tensors, unfinished, max_shard_size=max_shard_size, progress=progress
+            )
+            write_json(unfinished / CONFIG_FILES[0], self.config)
+            copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES, *PROCESSOR_FILES], self.folder.path, unfinished)
+        return parameters
+
+    def tensors(self, scores: Mapping[str, Tensor]) -> list[Derived]:
+        """List the student's tensors. ValueError for parts that cannot be cut."""
+        teacher = architecture(self.family, self.folder.config)
+        kept = KeptParts.of_scores(teacher, architecture(self.family, self.config), self.layers, scores)
+        return cut_rows(self.folder, self.family, self.config, kept)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,11 @@ from torch import Tensor
 
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
-from megatron_fdd.convert.hf_writer import Shard, TensorSpec
-from megatron_fdd.convert.left_out import LeftOutTensors
+from megatron_fdd.convert.hf_writer import TensorSpec
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, LeftOutTensors
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
 from megatron_fdd.convert.to_mcore import stored_tensors
+from megatron_fdd.host.ahead import ahead
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
     from megatron_fdd.convert.mcore_checkpoint import StoredWeights
@@ -60,22 +63,25 @@ class TableExport:
         if self.left_out is not None:
             yield from self.left_out.specs(self.dtype)
 
-    def read(self, shard: Shard) -> Iterator[Tensor]:
-        """Yield the tensors of one file; a parameter is read once for all its tensors in sequence."""
+    def read(self, specs: Iterable[TensorSpec]) -> Generator[Tensor]:
+        """Yield tensors in this order, read ahead by threads; a parameter is read once for all its tensors."""
         row_of = self._row_of
-        current: WeightRow | None = None
-        parts: dict[str, Tensor] = {}
-        for spec in shard.tensors:
-            if spec.name not in row_of:
+
+        def make(group: list[TensorSpec]) -> list[Tensor]:
+            row = row_of.get(group[0].name)
+            if row is None:
                 assert self.left_out is not None
-                yield self.left_out.read(spec)
-                continue
-            if row_of[spec.name] is not current:
-                parts.clear()  # free one parameter before reading the next
-                current = row_of[spec.name]
-                whole = self.weights.read(current.mcore)
-                parts.update(zip(current.sources, self.split(current, whole), strict=True))
-            yield parts.pop(spec.name).to(spec.dtype).contiguous()
+                return [self.left_out.read(spec) for spec in group]
+            parts = dict(zip(row.sources, self.split(row, self.weights.read(row.mcore)), strict=True))
+            return [parts[spec.name].to(spec.dtype).contiguous() for spec in group]
+
+        def place(spec: TensorSpec) -> str:
+            return row_of[spec.name].mcore if spec.name in row_of else spec.name
+
+        groups = [list(group) for _, group in itertools.groupby(specs, place)]
+        sized = [(group, sum(spec.num_bytes for spec in group)) for group in groups]
+        with closing(ahead(make, sized)) as made:
+            yield from itertools.chain.from_iterable(made)
 
 
 def table_export(
@@ -89,11 +95,16 @@ def table_export(
     from megatron_fdd.convert.mcore_checkpoint import StoredWeights, stored_layout
 
     family = family_of(seed)
+    if family.of_args is not None:
+        family = family.of_args(seed, args)
     check_architecture(args, family.fixed, family.model_type)
     config = family.hf_config(seed, args)
     kept = None if left_out is None else LeftOutTensors(left_out)
     if kept is None or not kept.fit(family, config):
+        _check_needs_none(family, checkpoint)
         kept, config = None, family.without_left_out(config)
+    elif family.keeps_left_out:
+        family = family.as_stored(kept)
     architecture = family.megatron_args(config)
     stored_dtype, stored_rows = stored_layout(checkpoint)
     vocab_size = architecture["vocab_size"]
@@ -115,6 +126,16 @@ def table_export(
     own = [row.mcore for row in rows if row.dtype is not None]
     out_dtype = weights.common_dtype(except_for=own) if dtype == "checkpoint" else DTYPES[dtype]
     return TableExport(weights, tensors, rows, config, vocab_size, out_dtype, kept)
+
+
+def _check_needs_none(family: Family, checkpoint: Path) -> None:
+    """Refuse a model without what its import always keeps."""
+    if family.keeps_left_out:
+        raise ValueError(
+            f"--load {checkpoint.parent}: the import of this {family.model_type} kept the part for images beside its "
+            f"checkpoint, in {LEFT_OUT_FOLDER}/, and no such folder is here or there: copy it, or export the text "
+            "model alone with --hf-config and its text_config as a config.json"
+        )
 
 
 def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from argparse import Namespace
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -24,7 +26,7 @@ from megatron_fdd.convert.hf_writer import (
     write_shard,
 )
 from megatron_fdd.convert.kept_scales import QuantisedExport, quantised_export
-from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, SCALES_FOLDER
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, PROCESSOR_FILES, SCALES_FOLDER
 from megatron_fdd.convert.mcore_model import name_of
 from megatron_fdd.convert.model_card import CARD_FILE, CardSubject, model_card
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
@@ -93,8 +95,8 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
 
     Only weights are read, from a checkpoint saved at any layout. The shape of the model comes from the
     checkpoint's args; what Megatron does not keep (token ids, generation config) comes from `hf_config`. Under
-    torchrun the ranks share the files; a rank holds one parameter at a time. The written bytes are the same for any
-    number of ranks. `checksums.json` lists the SHA-256 of every tensor.
+    torchrun the ranks share the files; a rank reads its parameters ahead, within `MAX_BYTES`. The written
+    bytes are the same for any number of ranks. `checksums.json` lists the SHA-256 of every tensor.
 
     Collectives: barriers, and gathers of a few words per tensor, over all ranks.
 
@@ -122,10 +124,10 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
                 _check_quantised(checkpoint.name == RELEASE, dtype, hf_config)
                 export = quantised_export(table, find_beside(load, args, SCALES_FOLDER))
                 config_path, imported = export.scales.path / CONFIG_FILE, None
-            strange = _strange_ids(config_path.parent / GENERATION_FILE, export.config)
+            strange = _strange_ids(config_path.parent / GENERATION_FILE, table.vocab_size)
             shards = plan_shards(export.specs(), max_shard_bytes)
         check_objects_together({"--load": checkpoint})
-        remark = "" if options.get("skip_checksums") else check_sums({"--load": checkpoint})
+        remark = check_sums({"--load": checkpoint}, skip=options.get("skip_checksums", False))
         with shared_new_folder(hf_out, "--hf-out") as unfinished:
             digests = _write_own(unfinished, shards, export, options.get("progress", False))
             written = Checksums("mixed" if options.get("quantised") else name_of(export.dtype), digests)
@@ -136,6 +138,8 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
                     write_index(unfinished, shards)
                     _write_config(unfinished, config_path, export.config, export.dtype)
                     copy_files(TOKENIZER_FILES, tokenizer_path, unfinished)
+                    if table.left_out is not None and kept is not None:
+                        copy_files(PROCESSOR_FILES, kept, unfinished)
                     written.write(unfinished)
                     _write_card(unfinished, hf_out, checkpoint, args, written)
     remark = "\n".join(filter(None, [remark, *strange]))
@@ -188,18 +192,16 @@ def _write_card(
     (unfinished / CARD_FILE).write_text(model_card(subject), encoding="utf-8")
 
 
-def _strange_ids(path: Path, config: HfConfig) -> list[str]:
+def _strange_ids(path: Path, size: int) -> list[str]:
     """Return a warning for each field of a generation config with a token id that the model has no row for.
 
     Raises:
         ValueError: the file is no JSON object.
     """
-    size, found = config.get("vocab_size"), []
+    found = []
     for name, value in read_json(path).items() if path.is_file() else ():
         ids = value if isinstance(value, list) else [value]
-        if not name.endswith("_token_id") or type(size) is not int:
-            continue
-        if any(type(each) is int and not 0 <= each < size for each in ids):
+        if name.endswith("_token_id") and any(type(each) is int and not 0 <= each < size for each in ids):
             found.append(
                 f"warning: {GENERATION_FILE}: {name} is {value}, and the ids of the model are 0 to {size - 1}; correct "
                 "it before you generate"
@@ -230,10 +232,11 @@ def _write_own(
         unit="B",
         is_shown=progress and dist.get_rank() == 0,
     )
-    with bar, together():
+    specs = [spec for shard in own for spec in shard.tensors]
+    with bar, together(), closing(export.read(specs)) as values:
+        finite = all_finite(values, (spec.name for spec in specs), _OTHER_WEIGHTS)
         for shard in own:
-            tensors = all_finite(export.read(shard), (spec.name for spec in shard.tensors), _OTHER_WEIGHTS)
-            for spec, digest in write_shard(folder, shard, tensors):
+            for spec, digest in write_shard(folder, shard, itertools.islice(finite, len(shard.tensors))):
                 digests[spec.name] = digest
                 bar.update(spec.num_bytes)
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_fdd.convert.left_out import (
 )
 from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, name_of
 from megatron_fdd.convert.ranks import conversion_ranks, owners, shared_new_folder
+from megatron_fdd.host.ahead import ahead
 from megatron_fdd.host.bar import Bar
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.listing import listing
@@ -42,11 +44,13 @@ class Imported:
         num_parameters: without padding, buffers and a head that repeats the embedding.
         left_out: names of the tensors that have no place in the table.
         left_out_are: what those are, for people.
+        left_out_kept: whether they are kept beside the checkpoint.
     """
 
     num_parameters: int
     left_out: tuple[str, ...] = ()
     left_out_are: str = ""
+    left_out_kept: bool = False
 
 
 def hf_to_mcore(
@@ -61,13 +65,14 @@ def hf_to_mcore(
     """Write a Hugging Face model as an ordinary Megatron checkpoint.
 
     `save` becomes a folder for `--load`, with the source's configs and the SHA-256 of its tensors in `hf/` and
-    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, and holds
-    one of them at a time. If the source has a `checksums.json` (an export has one), its tensors must agree with it.
+    its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, read
+    ahead within `MAX_BYTES`. If the source has a `checksums.json` (an export has one), its tensors must agree with it.
 
     Args:
         dtype: "checkpoint" keeps the source's dtype; the others are float32, bfloat16 and float16.
         vocabulary_divisor: see `complete_args`.
-        keep_left_out: whether to copy what has no place in the table to `left-out/`, for the way back.
+        keep_left_out: whether to copy what has no place in the table to `left-out/`, for the way back. What a model is
+            none without, such as a part for images, is copied always.
 
     Collectives: barriers, a gather of a few words per tensor, and those of `dist_checkpointing.save`, over all
     ranks.
@@ -82,29 +87,29 @@ def hf_to_mcore(
         with together():
             check_new_folder(save, "--save")
             source = _Source(hf_model, dtype, vocabulary_divisor, groups)
+            keep_left_out |= source.family.keeps_left_out
             args, parameters = source.args, source.parameters
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
         with shared_new_folder(save, "--save") as unfinished:
-            with _progress_bar([parameters[name] for name in owned], progress) as bar:
+            sizes = [(name, parameters[name].nbytes) for name in owned]
+            with (
+                _progress_bar([parameters[name] for name in owned], progress) as bar,
+                closing(ahead(source.read, sizes)) as values,
+            ):
 
                 def read(name: str) -> Tensor:
                     bar.update(parameters[name].nbytes)
-                    return source.read(name)
+                    return next(values)  # they are asked for in this order
 
                 save_model(unfinished, source.model, args, groups, owned, read)
             everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
             dist.all_gather_object(everyone, source.digests)
             with together():
                 if dist.get_rank() == 0:
-                    write_companions(hf_model, unfinished)
-                    if source.config != read_json(hf_model / CONFIG_FILES[0]):
-                        write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], source.config)
-                    digests = {name: digest for each in everyone for name, digest in each.items()}
-                    Checksums(source.dtype, digests).write(unfinished / HF_FOLDER)
-                    source.keep(unfinished, keep_left_out)
+                    source.write_companions(unfinished, everyone, keep_left_out)
     what = source.family.left_out.what if source.family.left_out is not None else ""
-    return Imported(source.num_parameters, tuple(source.left_out), what)
+    return Imported(source.num_parameters, tuple(source.left_out), what, keep_left_out)
 
 
 class _Source:
@@ -140,13 +145,31 @@ class _Source:
         self.digests: dict[str, str] = {}
         self._check_tensors(architecture["vocab_size"])
 
-    def keep(self, save: Path, keep_left_out: bool) -> None:
-        """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out."""
+    def write_companions(self, save: Path, digests: Sequence[Mapping[str, str]], keep_left_out: bool) -> None:
+        """Write beside the checkpoint `save` the source's configs and tokenizer, checksums, and what `_keep` says.
+
+        Args:
+            digests: those of each rank.
+        """
+        write_companions(self.folder.path, save)
+        if self.config != read_json(self.folder.path / CONFIG_FILES[0]):
+            write_json(save / HF_FOLDER / CONFIG_FILES[0], self.config)
+        found = {name: digest for each in digests for name, digest in each.items()}
+        found |= self._keep(save, keep_left_out)
+        Checksums(self.dtype, found).write(save / HF_FOLDER)
+
+    def _keep(self, save: Path, keep_left_out: bool) -> dict[str, str]:
+        """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out.
+
+        Returns:
+            The SHA-256 of tensors that were left out, as `write_left_out`.
+        """
         kept = set(self.folder.names) - set(() if keep_left_out else self.left_out)
         if any(name in kept for name in self.folder.quantised):
             write_scales(self.folder, kept, save / SCALES_FOLDER)
-        if keep_left_out and self.left_out:
-            write_left_out(self.folder, self.left_out, save / LEFT_OUT_FOLDER)
+        if not (keep_left_out and self.left_out):
+            return {}
+        return write_left_out(self.folder, self.left_out, save / LEFT_OUT_FOLDER)
 
     @property
     def dtype(self) -> str:
@@ -195,10 +218,8 @@ class _Source:
             value = value.to(parameter.dtype)
             where = f"{self._folder.path}: {' and '.join(row.sources)}"
             check_finite(value, where, f"{name_of(value.dtype)} is too narrow for them: give another --dtype")
-        if row.vocabulary:
-            padding = parameter.shape[0] - value.shape[0]
-            value = torch.nn.functional.pad(value, (0, 0, 0, padding))
-        return value
+        padding = parameter.shape[0] - value.shape[0] if row.vocabulary else 0
+        return torch.nn.functional.pad(value, (0, 0, 0, padding)) if padding else value
 
     def _read_part(self, name: str, dtype: torch.dtype) -> Tensor:
         part = self._folder.read(name, dtype)

@@ -61,38 +61,45 @@ class Wait:
     seconds: float = 0.0
 
 
-def checked_batches(data_iterator: Any, vocab_size: int, iteration: int, wait: Wait) -> Any:
-    """Return an iterator over the same batches that refuses ids which tokenizer, teacher and student do not share.
+def checked_batches(data_iterator: Any, vocab_size: int, length: int, iteration: int, wait: Wait) -> Any:
+    """Return an iterator over the same batches that refuses other lengths, and ids which not all models have.
 
     A prepared set is checked as a whole before training; this is for data that nothing describes. The host looks:
     batches that lie on a device already would make it wait.
 
     Args:
         data_iterator: Megatron's; a list of them with virtual stages.
-        vocab_size: number of ids that all have.
+        vocab_size: number of ids that tokenizer, teacher and student share.
+        length: tokens of a sample.
         iteration: number of steps that are done.
         wait: gets the time that each batch takes to arrive.
     """
     if isinstance(data_iterator, list):
-        return [checked_batches(each, vocab_size, iteration, wait) for each in data_iterator]
-    return _CheckedBatches(data_iterator, vocab_size, iteration, wait)
+        return [checked_batches(each, vocab_size, length, iteration, wait) for each in data_iterator]
+    return _CheckedBatches(data_iterator, vocab_size, length, iteration, wait)
 
 
 class _CheckedBatches:
     """An iterator without `__iter__`, as Megatron's own are."""
 
     def __init__(
-        self, batches: Iterator[Mapping[str, Tensor]], vocab_size: int, iteration: int, wait: Wait
+        self,
+        batches: Iterator[Mapping[str, Tensor]],
+        vocab_size: int,
+        length: int,
+        iteration: int,
+        wait: Wait,
     ) -> None:
         self._batches, self._vocab_size, self._iteration = batches, vocab_size, iteration
+        self._length = length
         self._wait = wait
 
     def __next__(self) -> Mapping[str, Tensor]:
         """Return the next batch.
 
         Raises:
-            ValueError: there is no batch, an entry is missing, an id is unknown, or what the data sets raise; on the
-                ranks that read it.
+            ValueError: there is no batch, an entry is missing or of another length, an id is unknown, or what the data
+                sets raise; on the ranks that read it.
         """
         started_s = time.perf_counter()
         try:
@@ -111,6 +118,13 @@ class _CheckedBatches:
                 f"a sample of the data has no {', '.join(missing)}; give each of {', '.join(_ENTRIES)} "
                 "(docs/extend/own-pretrain.md)"
             )
+        for name in _ENTRIES:
+            if batch[name].shape[-1:] != (self._length,):
+                raise ValueError(
+                    f"iteration {self._iteration + 1}: {name} of a batch is {[*batch[name].shape]}, and "
+                    f"--seq-length is {self._length}: each entry must be [samples, {self._length}], padded "
+                    "where both masks are 0 (docs/extend/own-pretrain.md)"
+                )
         for name, ids in (("token", batch["tokens"]), ("label", batch["labels"][batch["loss_mask"] > 0])):
             if not ids.numel():
                 continue

@@ -1,4 +1,4 @@
-"""Megatron's index cache: a file in it that is not whole is removed before Megatron takes it for whole.
+"""Megatron's index cache: a file in it that is not whole, or has changed, is removed before Megatron takes it for good.
 
 Megatron writes the index of a text set, or of a blend, in place, and any file of the right name counts. So a run that
 is killed in that moment, or whose disk is full, would stop every later run.
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_fdd.data.index_sums import differs, keep_sums, may_be_read_by, sum_place
 from megatron_fdd.data.sources import cache_folder, data_prefixes
 from megatron_fdd.host.disk import explain
 
 # A file that another run is writing grows in this time.
 _GROWTH_S = 5.0
+_KILLED = ": a run was killed, or its disk was full, while it wrote this file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def check_cache_folders(args: argparse.Namespace) -> None:
 
 
 def mend_cache(args: argparse.Namespace) -> None:
-    """Remove files of the index cache that are not whole, on rank 0, which builds them again; warn of each.
+    """Remove files of the index cache that are not as they were built, on rank 0, which builds them again, and warn.
 
     A file that still grows is another run's: wait until it is whole.
 
@@ -92,6 +94,13 @@ def mend_cache(args: argparse.Namespace) -> None:
         for path in settled:
             _remove(path, later[path], is_needed=args.dataloader_fast_cache_load)
         faults = {path: fault for path, fault in later.items() if path not in settled}
+
+
+def keep_cache_sums(args: argparse.Namespace) -> None:
+    """Write sums beside the files of the index cache that this run has built or read, on rank 0."""
+    if args.rank == 0:
+        paths = [path for path in _paths(args) if _kind(path) is not None and may_be_read_by(args, path)]
+        keep_sums(path for path in paths if _fault(path) is None)
 
 
 @contextmanager
@@ -131,22 +140,31 @@ def _folders(args: argparse.Namespace) -> list[Path]:
 
 
 def _faults(args: argparse.Namespace) -> dict[Path, str]:
-    """Return the files of the cache that are not whole, each with what is wrong."""
-    paths = [path for folder in _folders(args) for path in sorted(folder.glob("*.npy"))]
+    """Return the files of the cache that are not as they were built, each with what is wrong."""
     faults = {}
-    for path in paths:
+    for path in filter(_kind, _paths(args)):
         fault = _fault(path)
+        if fault is None and may_be_read_by(args, path) and differs(path):
+            fault = "has other bytes than when it was built: the disk is damaged, or somebody has changed it"
         if fault is not None:
             faults[path] = fault
     return faults
 
 
+def _paths(args: argparse.Namespace) -> list[Path]:
+    return [path for folder in _folders(args) for path in sorted(folder.glob("*.npy"))]
+
+
+def _kind(path: Path) -> _Kind | None:
+    """Return what a file of the cache holds; None if it is not Megatron's."""
+    kind = _KINDS.get(path.name.rpartition("-")[2])
+    return kind if any(f"-{each}-" in path.name for each in _CLASSES) else None
+
+
 def _fault(path: Path) -> str | None:
-    """Return what is wrong with a file of the cache; None if nothing is, or if it is not Megatron's."""
-    start, _, end = path.name.rpartition("-")
-    kind = _KINDS.get(end)
-    if kind is None or not any(f"-{each}-" in path.name for each in _CLASSES):
-        return None
+    """Return why a file of the cache is not whole; None if it is."""
+    kind = _kind(path)
+    assert kind is not None, "only Megatron's files are asked about"
     if not path.is_file():
         return "is no regular file"
     try:
@@ -154,14 +172,14 @@ def _fault(path: Path) -> str | None:
     except OSError:  # another user's: if Megatron needs it, it says so
         return None
     if array is None:
-        return "is cut off, or holds no array"
+        return f"is cut off, or holds no array{_KILLED}"
     columns = () if kind.columns is None else (kind.columns,)
     if array.ndim == 0 or array.shape[1:] != columns or str(array.dtype) not in kind.dtypes:
-        return f"holds {array.dtype} of shape {list(array.shape)}"
-    other_path = path.with_name(f"{start}-{kind.companion}")
+        return f"holds {array.dtype} of shape {list(array.shape)}{_KILLED}"
+    other_path = path.with_name(f"{path.name.rpartition('-')[0]}-{kind.companion}")
     other = _opened(other_path) if kind.companion is not None and other_path.is_file() else None
     if other is not None and other.ndim and len(other) != len(array) + kind.more:
-        return f"has {len(array)} entries, {kind.companion} beside it {len(other)}"
+        return f"has {len(array)} entries, {kind.companion} beside it {len(other)}{_KILLED}"
     return None
 
 
@@ -193,15 +211,16 @@ def _size(path: Path) -> int | None:
 
 
 def _remove(path: Path, fault: str, *, is_needed: bool) -> None:
-    """Remove a file that is not whole. What is no file was never Megatron's, and stays."""
+    """Remove a file with a fault, and its sum. What is no file was never Megatron's, and stays."""
     if not os.path.lexists(path):
         return  # another run was quicker
     if not path.is_file():
         raise ValueError(f"the index cache {path} {fault}; remove it, or give another --data-cache-path")
-    told = f"the index cache {path} {fault}: a run was killed, or its disk was full, while it wrote this file"
+    told = f"the index cache {path} {fault}"
     if is_needed:
         raise ValueError(f"{told}. Start once without --dataloader-fast-cache-load, which builds it again")
     try:
+        sum_place(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(

@@ -22,7 +22,7 @@ from typing import Any, Self
 from megatron_fdd.data.prepared import SetKind, SetWriter, move_sets
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer_identity import TokenizerStamp
-from megatron_fdd.host.disk import check_no_link
+from megatron_fdd.host.disk import check_no_link, replacing
 
 # The seconds of work that a kill costs at most.
 PART_SECONDS = 60.0
@@ -110,10 +110,9 @@ class Parts:
             _to_disk(path)
         self.done.parts += 1
         state = {"fingerprint": self._fingerprint, **self.done.state()}
-        partial = self.folder / "progress.json.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        _to_disk(partial)
-        partial.replace(self.folder / "progress.json")
+        with replacing(self.folder / "progress.json") as partial:
+            partial.write_text(json.dumps(state), encoding="utf-8")
+            _to_disk(partial)
         self.writers = self._new_writers()
         self._began_s = time.monotonic()
 

@@ -22,7 +22,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.data.checks import check_data_args
 from megatron_fdd.data.datasets import InstructionDataset, MockTextDataset, TextDataset
-from megatron_fdd.data.index_cache import told_cache
+from megatron_fdd.data.index_cache import keep_cache_sums, told_cache
 from megatron_fdd.data.packing import PackedInstructionDataset
 from megatron_fdd.data.prepared import set_kind
 from megatron_fdd.data.sources import blends, cuts_documents, data_prefixes, evaluates
@@ -58,7 +58,9 @@ def build_datasets(
         dataset_class = PackedInstructionDataset if config.inter_document_masking else InstructionDataset
     builder = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config)
     with told_cache(args):
-        return builder.build()
+        built = builder.build()
+    keep_cache_sums(args)
+    return built
 
 
 def _has_documents(args: argparse.Namespace, prefix: str) -> bool:

@@ -26,6 +26,7 @@ from megatron_fdd.data.index_file import mapped_numbers
 from megatron_fdd.data.prepared import PREPARE_AGAIN, PreparedSet
 from megatron_fdd.data.sources import cache_folder, open_sets
 from megatron_fdd.host import console
+from megatron_fdd.host.disk import replacing
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.together import together
 
@@ -239,8 +240,7 @@ def _kept(kept_in: str, source: _Source) -> TokenRange | None:
 def _keep(kept_in: str, source: _Source, found: TokenRange) -> None:
     """Keep a range. Where it cannot be written, the next job reads again."""
     path = _kept_at(kept_in, source)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"source": asdict(source), **asdict(found)}), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path, shared=True) as partial:
+            partial.write_text(json.dumps({"source": asdict(source), **asdict(found)}), encoding="utf-8")

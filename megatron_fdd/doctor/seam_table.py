@@ -274,10 +274,10 @@ SEAMS: tuple[Seam, ...] = (
         "Hugging Face to Megatron",
     ),
     Seam(
-        f"{_CHECKPOINT}.strategies.torch.TorchDistLoadShardedStrategy.load",
-        ("sharded_state_dict", "checkpoint_dir"),
-        "reads one parameter at a time",
-        ("convert/mcore_checkpoint.py",),
+        f"{_CHECKPOINT}.strategies.cached_metadata_filesystem_reader.CachedMetadataFileSystemReader",
+        ("path",),
+        "reads the chunks of one parameter at a time",
+        ("convert/mcore_checkpoint.py", "convert/stored_chunks.py"),
         "Megatron to Hugging Face",
     ),
     Seam(

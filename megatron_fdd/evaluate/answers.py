@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fdd.evaluate.generation import Prompt
-from megatron_fdd.host.disk import regular_file
+from megatron_fdd.host.disk import regular_file, replacing
 from megatron_fdd.host.field_kinds import TEXT, number, shown, whole, wrong_field
 from megatron_fdd.host.json_file import parse_json
 
@@ -103,13 +103,11 @@ class AnswersFile:
 
     def _replace(self, answers: Iterable[Answer]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(self.path) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"settings": self.settings}) + "\n")
             file.writelines(_lines(answers))
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(self.path)
 
 
 def _lines(answers: Iterable[Answer]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -55,7 +56,7 @@ class Placement:
         several = self.device == "cuda" and torch.cuda.device_count() > 1
         device_map = "auto" if several else self.device
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _class_of(folder).from_pretrained(
                 folder,
                 dtype=self.dtype,
                 device_map=device_map,
@@ -81,6 +82,17 @@ class Placement:
                 f"shape ({wrong[0]}): copy or export the model again"
             )
         return model.eval()
+
+
+def _class_of(folder: Path) -> Any:
+    """Return transformers' class for a model: some that see images too have none for text alone."""
+    config = type(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    has_none = config not in AutoModelForCausalLM._model_mapping
+    return (
+        AutoModelForImageTextToText
+        if has_none and config in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
 
 
 @dataclass(frozen=True, slots=True)

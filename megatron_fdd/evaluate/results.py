@@ -13,7 +13,7 @@ from megatron_fdd.evaluate.models import NamedModel
 from megatron_fdd.evaluate.perplexity import PerplexityScore
 from megatron_fdd.evaluate.request import Request
 from megatron_fdd.evaluate.rouge import SeedScores
-from megatron_fdd.host.disk import regular_file
+from megatron_fdd.host.disk import regular_file, replacing
 
 VERSION = 1
 
@@ -108,7 +108,6 @@ class Evaluation:
             "lm_eval": self.tasks,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return path

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_fdd.data.chat_template import ChatSettings
 from megatron_fdd.data.documents import input_bytes
 from megatron_fdd.data.instructions import Template
+from megatron_fdd.data.records import check_text
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -106,6 +107,11 @@ class Text:
         """
         if self.training is not None and self.validation is None:
             raise ValueError("--training-text is for the unigram model on --validation-text: give that too")
+        for prompt in self.prompts:
+            try:
+                check_text(prompt)
+            except ValueError as fault:
+                raise ValueError(f"--prompt {prompt!r}: {fault}; give text in UTF-8") from fault
         input_bytes([str(path) for path in (self.validation, self.training) if path is not None])
         sizes = {
             "length": self.length,

@@ -18,7 +18,13 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_fdd.host.damage import DAMAGE, cause_of
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
-from megatron_fdd.host.unpickling import ForbiddenClassError, check_object, is_trusting, load_index
+from megatron_fdd.host.unpickling import (
+    ForbiddenClassError,
+    check_object,
+    is_trusting,
+    load_index,
+    why_forbidden,
+)
 
 _ALL = slice(None)
 # How the names of the objects begin in which Megatron stores its common state.
@@ -138,10 +144,7 @@ def contents(
 
 
 def _forbidden(path: Path, flag: str, where: str, error: ForbiddenClassError) -> ValueError:
-    return ValueError(
-        f"{flag} {path}: {where} names the class {error}, which is on no list of harmless classes: unpickling it could "
-        "run code, and nothing was unpickled. If you trust who made this checkpoint, give --fdd-trust-checkpoint"
-    )
+    return ValueError(f"{flag} {path}: {where} {why_forbidden(str(error))}")
 
 
 def check_format(path: Path, flag: str) -> None:

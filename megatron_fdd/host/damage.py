@@ -6,6 +6,8 @@ import pickle
 
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_fdd.host.unpickling import forbidden_class, why_forbidden
+
 # What reading a damaged checkpoint raises: anything from pickle, or torch's own class, which is not an Exception.
 DAMAGE = (Exception, CheckpointException)
 # Longer messages are cut: Megatron lists every tensor of a model whose names it does not find.
@@ -25,7 +27,8 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):  # torch collects it like an error
         raise error
     if isinstance(error, pickle.UnpicklingError):  # torch's message is about safety
-        return "its bytes hold no saved tensors"
+        name = forbidden_class(error)
+        return "its bytes hold no saved tensors" if name is None else f"it {why_forbidden(name)}"
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     line = text.splitlines()[0]
     return line if len(line) <= _LONGEST_CAUSE else line[:_LONGEST_CAUSE] + " ..."

@@ -7,12 +7,18 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from io import IOBase
 from pathlib import Path
+from typing import IO
 
 # Words in the RuntimeError of torch's writer when a file could not take all of its bytes.
 _TORCHS_WRITER = ("inline_container.cc", "PytorchStreamWriter")
+# Seconds of writing between two flushes.
+_FLUSH_S = 0.2
 _ROOM = "make room there, or give another place"
 _RIGHTS = "give a place that you may use"
 _REMEDIES = {
@@ -30,6 +36,8 @@ _NO_FILES = (
     (stat.S_ISSOCK, "is a socket, and a regular file is needed; give another place"),
     (lambda mode: not stat.S_ISREG(mode), "is a device, and a regular file is needed; give another place"),
 )
+# What can be in the place of a folder, links followed.
+_NO_FOLDERS = ((stat.S_ISREG, "a file"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
 def regular_file(flag: str, given: str | Path) -> Path:
@@ -89,6 +97,47 @@ def writing(flag: str, given: str | Path) -> Iterator[None]:
         raise _refusal(flag, given, error) from error
 
 
+def check_folder(flag: str, given: str | Path, folder: str | Path) -> None:
+    """Refuse a folder that `given`, the value of `flag`, needs and that cannot be made or written to. Nothing is made.
+
+    Raises:
+        ValueError: something else is in its place, or files cannot be made in it, or in the nearest folder above.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            os.stat(folder)  # a name that is too long, a link that leads back to itself, a file above
+        if os.path.lexists(folder) and not os.path.exists(folder):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        with tempfile.TemporaryFile(dir=_nearest(Path(folder))):
+            pass
+    except OSError as error:
+        raise _refusal(flag, given, error) from error
+
+
+@contextmanager
+def flushed_behind(file: IO[bytes] | IOBase) -> Iterator[None]:
+    """Send what is written to a file to the disk meanwhile, so that the `fsync` at its end has little to wait for.
+
+    Otherwise the system keeps gigabytes in memory, and the disk stands idle until the end.
+
+    Raises:
+        OSError: the disk took something not. It is told once only, so that a later `fsync` would not know.
+    """
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.wait(_FLUSH_S):
+            os.fdatasync(file.fileno())
+
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            ended.set()
+        flushing.result()
+
+
 def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
     """Make the folder that `given`, the value of `flag`, needs, and check that files can be made in it.
 
@@ -101,6 +150,26 @@ def make_folder(flag: str, given: str | Path, folder: str | Path) -> None:
             pass
     except OSError as error:
         raise _refusal(flag, given, error) from error
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a place beside `path` to write to, which becomes `path` at the end of the block, whole or not at all.
+
+    After an error nothing is left there: on a full disk half a file would take the room that is asked for.
+
+    Args:
+        shared: whether other processes may write the same file at the same time.
+    """
+    mark = f".{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{mark}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def sized(num_bytes: float) -> str:
@@ -139,7 +208,10 @@ def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> Val
     if os.path.islink(given) and not os.path.exists(given):
         remedy = f"it is a link to {os.path.realpath(given)}, which does not exist: give another place"
     elif isinstance(error, FileExistsError | NotADirectoryError) and not there.is_dir():
-        remedy = f"{there} is a file: give another place"
+        what = next((name for is_so, name in _NO_FOLDERS if is_so(there.stat().st_mode)), "a device")
+        return ValueError(
+            f"{flag} {given}: cannot be written: {there} is {what}, and a folder is needed; give another place"
+        )
     free = shutil.disk_usage(there).free >> 20
     return ValueError(f"{flag} {given}: cannot be written: {said} ({free} MiB free there); {remedy}")
 

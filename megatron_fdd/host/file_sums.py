@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 
-from megatron_fdd.host.disk import sized
+from megatron_fdd.host.disk import replacing, sized
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.together import together
 
@@ -69,17 +69,15 @@ def write_sums(folder: Path) -> None:
         for path in sorted(folder.iterdir()):
             if _is_summed(path) and _writer_of(path.name) == dist.get_rank():
                 size = path.stat().st_size
-                sums = [_sum_of(path, start, _BLOCK_BYTES) for start in _starts(size, _BLOCK_BYTES)]
+                sums = [sum_of(path, start, _BLOCK_BYTES) for start in _starts(size, _BLOCK_BYTES)]
                 own[path.name] = {"bytes": size, "sums": sums}
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     with together():
         if dist.get_rank() == 0:
             files = {name: entry for each in everyone for name, entry in sorted(each.items())}
-            unfinished = folder / f"{SUMS_FILE}.partial"
-            content = {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files}
-            write_json(unfinished, content)
-            unfinished.replace(folder / SUMS_FILE)
+            with replacing(folder / SUMS_FILE) as partial:
+                write_json(partial, {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files})
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -91,22 +89,26 @@ def mark_unfinished(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def check_sums(checkpoints: Mapping[str, Path]) -> str:
+def check_sums(checkpoints: Mapping[str, Path], *, skip: bool = False) -> str:
     """Refuse checkpoints whose files differ from the sums beside them; each rank reads its share of the bytes.
 
     A checkpoint without sums passes with a remark: this package did not save it, or was ended before it wrote them.
 
     Args:
         checkpoints: the folder of an iteration, or a `release` folder, by the flag that named it.
+        skip: the value of --fdd-skip-checksums: nothing is read, and that is said.
 
     Returns:
         For people: what was compared and how long it took, or what could not be.
 
-    Collectives: one all-gather of a few words over all ranks.
+    Collectives: one all-gather of a few words over all ranks; none with `skip`.
 
     Raises:
         ValueError: a file is missing, has another size or another sum, or is not listed. The same on every rank.
     """
+    if skip:
+        named = " and ".join(f"{flag} {folder}" for flag, folder in checkpoints.items())
+        return f"{SKIP_FLAG}: the files of {named} were not compared with their sums; damage would not be noticed"
     started_s = time.perf_counter()
     remarks = []
     num_bytes = 0
@@ -142,8 +144,8 @@ def _starts(num_bytes: int, block_bytes: int) -> range:
     return range(0, max(num_bytes, 1), block_bytes)
 
 
-def _sum_of(path: Path, start: int, size: int) -> str:
-    """Return the sum of `size` bytes of a file, or of those up to its end."""
+def sum_of(path: Path, start: int, size: int) -> str:
+    """Return the xxh3 sum of `size` bytes of a file, or of those up to its end."""
     found = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -178,13 +180,14 @@ def _read_sums(folder: Path, flag: str) -> list[_Block]:
         }
     if not by_name or not all(Path(name).name == name and blocks for name, blocks in by_name.items()):
         raise ValueError(
-            f"{flag} {path}: not the sums that this version writes; delete the file to load without it"
+            f"{flag} {path}: not the sums that this version writes; delete the file to load without it, or give "
+            f"{SKIP_FLAG}"
         )
     for found in sorted(folder.iterdir()):
         if _is_summed(found) and found.name not in by_name:
             raise ValueError(
                 f"{flag} {path}: does not list {found.name}; copy the checkpoint again, or delete {SUMS_FILE} if that "
-                "file was added on purpose"
+                f"file was added on purpose; {SKIP_FLAG} loads it as it is"
             )
     return [block for blocks in by_name.values() for block in blocks]
 
@@ -222,11 +225,11 @@ def _check_block(block: _Block) -> None:
     size = block.path.stat().st_size if block.path.is_file() else None
     if size != block.file_bytes:
         found = "is missing" if size is None else f"has {size} bytes and had {block.file_bytes}"
-    elif _sum_of(block.path, block.start, block.size) != block.expected:
+    elif sum_of(block.path, block.start, block.size) != block.expected:
         found = "has other bytes than when it was saved"
     else:
         return
     raise ValueError(
         f"{block.folder}: {block.path.name} {found}: the disk or the copy is damaged. Copy it again, or go on from "
-        f"another checkpoint; if it was changed on purpose, delete {SUMS_FILE} beside it"
+        f"another checkpoint. If it was changed on purpose, delete {SUMS_FILE} beside it; {SKIP_FLAG} loads it as it is"
     )

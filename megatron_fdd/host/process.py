@@ -49,9 +49,11 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and end this process with the status that it returns, or with that of its `sys.exit`.
 
     As always, an exception is printed (status 1), process groups are destroyed, other threads are waited for, exit
-    handlers are called and the streams flushed. Only the interpreter is not torn down: a thread of gloo or NCCL that
-    still lets go of the last collective's tensors needs it, and where it is gone ends the process with SIGABRT
-    ("terminate called without an active exception"), after all work is done.
+    handlers are called and the streams flushed. After an error, groups end with the process: to destroy one, NCCL may
+    wait for a collective whose other ranks never come, and torchrun would hear of the error only minutes later. The
+    interpreter is not torn down: a thread of gloo or NCCL that still lets go of the last collective's tensors needs
+    it, and where it is gone ends the process with SIGABRT ("terminate called without an active exception"), after all
+    work is done.
     """
     try:
         status = main() or 0
@@ -62,10 +64,9 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
     except BaseException as error:
         sys.excepthook(*sys.exc_info())
         status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    finally:
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is not None and distributed.is_initialized():
-            distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")
+    if status == 0 and distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

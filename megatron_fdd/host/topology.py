@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -50,7 +51,8 @@ class Topology:
     def with_experts(self, size: int) -> Topology:
         """Return the same ranks with expert groups of their own, for a teacher that spreads its experts differently.
 
-        Megatron's globals know only the student's expert groups. All other groups are shared with the student.
+        Megatron's globals know only the student's expert groups. All other groups are shared with the student. The new
+        ones wait for a rank as long as the student's do (`--distributed-timeout-minutes`).
 
         Args:
             size: how many ranks share the experts of a layer; checked by `check_experts`.
@@ -72,8 +74,9 @@ class Topology:
             by_name["ep"] += [block[part::tensor] for block in blocks for part in range(tensor)]
             by_name["expt_dp"] += [list(copies) for copies in zip(*blocks, strict=True)]
         collection = ProcessGroupCollection(**vars(self.collection))
+        timeout = _timeout_of(self.collection.ep)
         for name, enumeration in by_name.items():
-            setattr(collection, name, dist.new_subgroups_by_enumeration(enumeration)[0])
+            setattr(collection, name, dist.new_subgroups_by_enumeration(enumeration, timeout=timeout)[0])
         # Groups that only an optimizer or a gradient reduction uses; they would be the student's.
         for name in ("tp_ep_pp", "tp_ep_pp_with_egtp_remat", "intra_expt_dp", "expt_dp_gtp_remat"):
             setattr(collection, name, None)
@@ -118,3 +121,8 @@ class Topology:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the last pipeline stage."""
         return self.stage == self.num_stages - 1
+
+
+def _timeout_of(group: ProcessGroup) -> timedelta:
+    """Return how long a group's collectives wait for other ranks; torch has no public name for it."""
+    return group._get_backend(group._device_types[0]).options._timeout  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -51,7 +52,7 @@ _ODD_TENSORS = frozenset(
         "device_tensor_from_cpu_tensor",
     )
 )  # fmt: skip
-# torch reads these: the first overrules `weights_only=False`, the second overrules the default.
+# torch reads these, and takes one at most: the first overrules `weights_only=False`, the second the default.
 _ONLY_WEIGHTS, _NOT_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _TRUE = ("1", "y", "yes", "true")
 # How torch's restricted unpickler (2.11) names a class that it refuses.
@@ -75,9 +76,16 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def trust_checkpoints() -> None:
-    """Let this process unpickle whatever a checkpoint holds, which can run code. For people who ask for it."""
+    """Let this process and its children unpickle whatever a checkpoint holds, which can run code.
+
+    For people who ask for it. Some readers ask torch for no kind of unpickling (Megatron's of `common.pt`), and get
+    the restricted one unless the environment says otherwise.
+    """
     global _is_trusting
     _is_trusting = True
+    os.environ.pop(_ONLY_WEIGHTS, None)
+    os.environ[_NOT_ONLY_WEIGHTS] = "1"
+    warnings.filterwarnings("ignore", f"Environment variable {_NOT_ONLY_WEIGHTS} detected")
 
 
 def is_trusting() -> bool:
@@ -186,7 +194,23 @@ def check_object(content: bytes) -> None:
         ):
             torch.load(io.BytesIO(content), "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = _REFUSED.search(str(error))
-        if found is None:
+        name = forbidden_class(error)
+        if name is None:
             raise
-        raise ForbiddenClassError(found[1]) from error
+        raise ForbiddenClassError(name) from error
+
+
+def forbidden_class(error: pickle.UnpicklingError) -> str | None:
+    """Return the class for which a pickle was refused, here or by torch; None where it was refused as damaged."""
+    if isinstance(error, ForbiddenClassError):
+        return str(error)
+    found = _REFUSED.search(str(error))
+    return None if found is None else found[1]
+
+
+def why_forbidden(name: str) -> str:
+    """Return the words behind the place where a class is named that is on no list."""
+    return (
+        f"names the class {name}, which is on no list of harmless classes: unpickling it could run code, and nothing "
+        "was unpickled. If you trust who made this checkpoint, give --fdd-trust-checkpoint"
+    )

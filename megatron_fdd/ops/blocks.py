@@ -1,7 +1,8 @@
 """The forward pass of the fused losses: blocks of tokens, each gathered, swept and merged over the ranks.
 
 A block's collectives run during the products of its neighbours: the tokens of the next block are gathered while this
-block is swept, and this block's sums travel while the next block is swept.
+block is swept, and this block's sums travel while the next block is swept. Where logits are held, the sums are waited
+for at once: they are a few numbers a token, the logits of a second block are the whole vocabulary for each.
 
 Shapes: N this rank's tokens, R tokens of a block (under sequence parallelism, of all ranks), T / D hidden width of
 teacher / student.
@@ -112,8 +113,8 @@ def finished_blocks(
     all-gather of the packed statistics; one all-reduce of [2, R] for divergences that need a second sweep.
     """
     shard = request.shard
-    is_alone = shard.num_ranks == 1
-    for swept in _one_behind(_swept_blocks(request, teacher, student, labels_N), is_alone=is_alone):
+    at_once = shard.num_ranks == 1 or request.held_rows is not None
+    for swept in _one_behind(_swept_blocks(request, teacher, student, labels_N), at_once=at_once):
         statistics = merge(swept.sums, swept.packed, shard, has_labels=swept.labels_R is not None)
         second = None
         if request.two_sweep is not None:
@@ -133,7 +134,7 @@ def _swept_blocks(
         for rows in request.blocks(len(student[0])):
             yield rows, [None if tensor is None else shard.start_gather(tensor[rows]) for tensor in tensors]
 
-    for rows, pending in _one_behind(gathers(), is_alone=shard.num_ranks == 1):
+    for rows, pending in _one_behind(gathers(), at_once=shard.num_ranks == 1):
         student_RD, teacher_RT, labels_R = (None if each is None else each.wait() for each in pending)
         assert student_RD is not None
         block_student = (student_RD, student[1])
@@ -147,9 +148,9 @@ def _swept_blocks(
         yield Swept(rows, block_teacher, block_student, labels_R, sweeps, sums, packed)
 
 
-def _one_behind[Item](items: Iterable[Item], *, is_alone: bool) -> Iterator[Item]:
-    """Yield the same items, each after the next one has begun; one rank has nothing to wait for."""
-    if is_alone:
+def _one_behind[Item](items: Iterable[Item], *, at_once: bool) -> Iterator[Item]:
+    """Yield the same items, each after the next one has begun; `at_once`: each before that."""
+    if at_once:
         yield from items
         return
     for before, _ in itertools.pairwise(itertools.chain(items, (None,))):

@@ -11,6 +11,7 @@ Shapes: W rows of the head shard, D the student's width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -58,11 +59,20 @@ def has_main_grad(head_WD: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def dummy(head_WD: Tensor) -> Tensor:
-    """Return what autograd gets for a head whose gradient is in its `main_grad`, [W, D]; tell DDP so."""
+    """Return what autograd gets for a head whose gradient is in its `main_grad`, [W, D]; tell DDP so.
+
+    All heads of a shape share the memory, which stays: nobody reads such a gradient, or it is zero.
+    """
     head_WD.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if getattr(head_WD, "zero_out_wgrad", False):
-        return torch.zeros_like(head_WD)
-    return torch.empty_like(head_WD)
+    shared_WD = _shared(head_WD.shape, head_WD.dtype, head_WD.device)
+    # A view of its own, because autograd takes a gradient that only one holds as it is, and copies others.
+    own_WD = shared_WD.detach()
+    return own_WD.zero_() if getattr(head_WD, "zero_out_wgrad", False) else own_WD
+
+
+@functools.cache
+def _shared(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Collected(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence, check_triton_function
+from megatron_fdd.ops.vocab_tiles import row_stride
 
 ImplementationKind = Literal["auto", "reference", "torch", "triton"]
 
@@ -62,17 +63,35 @@ class Implementation:
 
     def tile_columns(self, head: Tensor, divergence: Divergence | None) -> int:
         """Return `tile_size`, or the default of the implementation that runs."""
-        if self.tile_size is not None:
-            return self.tile_size
-        return 4096 if self.chosen(head, divergence) == "triton" else 8192 if head.is_cuda else 2048
+        return self._tile_columns(is_cuda=head.is_cuda, is_triton=self.chosen(head, divergence) == "triton")
 
     def held_rows(self, head: Tensor) -> int:
         """Return for how many tokens logits are held at a time; equal on all ranks, because padding rows count too."""
+        return self._held_rows(len(head), is_cuda=head.is_cuda)
+
+    def most_logits(self, num_tokens: int, head_rows: int, *, is_cuda: bool) -> int:
+        """Return how many logits of a model exist at a time at most, of a tile or held; on a GPU those of triton.
+
+        Args:
+            num_tokens: of a micro-batch, all tensor-parallel ranks together.
+            head_rows: rows of a rank's part of the head.
+        """
+        tile = min(self._tile_columns(is_cuda=is_cuda, is_triton=is_cuda), head_rows)
+        rows = min(num_tokens, self.block_rows)
+        held = min(rows, self._held_rows(head_rows, is_cuda=is_cuda))
+        return max(rows * row_stride(tile), held * row_stride(head_rows))
+
+    def _tile_columns(self, *, is_cuda: bool, is_triton: bool) -> int:
+        if self.tile_size is not None:
+            return self.tile_size
+        return 4096 if is_triton else 8192 if is_cuda else 2048
+
+    def _held_rows(self, head_rows: int, *, is_cuda: bool) -> int:
         if self.held_logits is not None:
-            return max(1, self.held_logits // len(head))
-        if head.is_cuda:  # whole groups of rows of a product
-            return max(256, 2**27 // len(head) // 128 * 128)
-        return max(256, 2**23 // len(head))
+            return max(1, self.held_logits // head_rows)
+        if is_cuda:  # whole groups of rows of a product
+            return max(256, 2**27 // head_rows // 128 * 128)
+        return max(256, 2**23 // head_rows)
 
 
 DEFAULT_IMPLEMENTATION = Implementation()

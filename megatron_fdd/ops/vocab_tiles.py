@@ -20,6 +20,9 @@ from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
 # run on at most so many numbers (512 KiB), which stay in the cache.
 ROW_BLOCKS = 8
 BLOCK_SIZE = 2**17
+# Rows of logits begin this many numbers apart, or a multiple of it. GPUs read and write 16 bytes at a time only where
+# every row begins at such a multiple, and so do the fast kernels of cuBLAS; a vocabulary may have any size.
+ROW_ALIGNMENT = 64
 
 
 def statistics_dtype(tensor: Tensor) -> torch.dtype:
@@ -60,6 +63,16 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.to(right.dtype), right, out_dtype=total.dtype, out=total)
 
 
+def row_stride(num_columns: int) -> int:
+    """Return how many numbers apart rows of so many columns begin."""
+    return -(-num_columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make rows that are `row_stride` apart, [num_rows, num_columns]; the memory between them is theirs too."""
+    return torch.empty(num_rows, row_stride(num_columns), dtype=dtype, device=device)[:, :num_columns]
+
+
 def row_blocks(tile_RC: Tensor) -> Iterator[slice]:
     """Yield a tile's rows in pieces."""
     num_rows, width = tile_RC.shape
@@ -77,7 +90,7 @@ class Tile(NamedTuple):
     columns: slice
     teacher_RC: Tensor | None  # logits / temperature
     student_RC: Tensor
-    logits_MC: Tensor  # both of them, one buffer
+    logits_MC: Tensor  # both of them, one buffer; rows are `row_stride` numbers apart
     head_CD: Tensor  # the student's rows, in `product_dtype`
 
 
@@ -107,12 +120,13 @@ class LogitTiles:
 
     def __iter__(self) -> Iterator[Tile]:
         rows = self.num_tokens
-        size = len(self.models) * rows * self.tile_size
-        buffer = torch.empty(size, dtype=self.dtype, device=self.device)
+        num_rows = len(self.models) * rows
+        buffer = torch.empty(num_rows * row_stride(self.tile_size), dtype=self.dtype, device=self.device)
         for start in range(0, self.num_valid, self.tile_size):
             columns = slice(start, min(start + self.tile_size, self.num_valid))
             width = columns.stop - start
-            logits_MC = buffer[: len(self.models) * rows * width].view(-1, width)
+            stride = row_stride(width)
+            logits_MC = buffer[: num_rows * stride].view(num_rows, stride)[:, :width]
             heads = [head[columns].to(product_dtype(head)) for _, head in self.models]
             parts = [logits_MC[i * rows : (i + 1) * rows] for i in range(len(heads))]
             for hidden, head, part in zip(self.hiddens, heads, parts, strict=True):

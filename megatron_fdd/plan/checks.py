@@ -40,9 +40,10 @@ from megatron_fdd.plan.modules import (
     check_ways,
     check_windows,
 )
-from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_rate, warn_of_schedule
+from megatron_fdd.plan.no_effect import warn_of_flags, warn_of_schedule
 from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule, check_shares
 from megatron_fdd.plan.parallel_sizes import check_length, check_splits
+from megatron_fdd.plan.rates import warn_of_rate
 from megatron_fdd.plan.recompute import check_recompute
 from megatron_fdd.plan.refusals import check_refusals
 from megatron_fdd.plan.resumption import check_resumption
@@ -58,7 +59,7 @@ from megatron_fdd.plan.vocabulary import (
     check_teacher_tokenizer,
     check_vocabularies,
 )
-from megatron_fdd.plan.written_files import check_folders, check_metrics_place
+from megatron_fdd.plan.written_files import check_folders, check_metrics_place, make_folders
 from megatron_fdd.step.teacher.lens_file import LensFile, TeacherIdentity
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -201,6 +202,7 @@ OF_BOTH_MODELS: tuple[Check[Context], ...] = (
     Check(_check_tap_width),
     Check(check_term_parameters),
     Check(warn_of_left_out_terms),
+    Check(make_folders, needs_machine=True),  # the last one
 )
 PHASES = (
     BEFORE_MEGATRON,

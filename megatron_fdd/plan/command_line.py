@@ -15,6 +15,7 @@ from typing import NoReturn
 from megatron.training.arguments import parse_args
 
 from megatron_fdd.config import OLD_NAMES, add_fdd_args
+from megatron_fdd.host.given_name import fault_of
 from megatron_fdd.host.layer_specs import SPEC_ARGS
 from megatron_fdd.host.process import is_first_rank
 
@@ -24,6 +25,11 @@ _LAUNCHERS = "torchrun and fdd train set it"
 # Flags whose values Megatron evaluates: lists of zeros and ones such as ([0]+[1]*3)*8.
 _PATTERNS = frozenset(("moe_layer_freq", "no_rope_freq", "window_attn_skip_freq", "linear_attention_freq"))
 _LONGEST_PATTERN = 1_000_000
+# How the names in `args` begin of flags whose values may have blanks and line ends: tokens, templates, JSON.
+_FREE_TEXTS = (
+    *("fim_", "chat_template", "special_tokens", "sft_tokenizer_prompt_format"),
+    "heterogeneous_layers_config_encoded_json",
+)
 
 
 def parse_command_line() -> tuple[argparse.Namespace, dict[str, object]]:
@@ -75,19 +81,20 @@ def _check_launch() -> None:
 
 
 def _name_wrong_values(action: argparse.Action) -> None:
-    """Make a flag refuse an empty value by the flag's name; an unset shell variable leaves such a value.
+    """Make a flag refuse a value that is no name by the flag's name; an unset shell variable leaves an empty one.
 
     An unknown member of an enum is refused too: Megatron's parser (0.19.2) ends with a bare KeyError on it.
     """
     read = action.type
-    if read in (int, float) or action.nargs == 0 or action.default == "":  # numbers refuse it already
+    if read in (int, float) or action.nargs == 0:  # numbers refuse it already
         return
 
+    is_name = read in (None, str) and not action.dest.startswith(_FREE_TEXTS)
+
     def text(value: str) -> object:
-        if not value:
-            raise argparse.ArgumentTypeError(
-                "its value is empty (an unset variable?); give one, or leave the flag out"
-            )
+        fault = fault_of(value) if is_name or not value else None
+        if fault is not None and value != action.default:
+            raise argparse.ArgumentTypeError(fault)
         if action.dest in _PATTERNS:
             _check_pattern(value)
         try:

@@ -13,6 +13,7 @@ from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.term_modules import trained_parameters
 from megatron_fdd.losses.terms import TERMS, needs_of, uses_taps
+from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION
 from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
@@ -211,7 +212,7 @@ def _teacher_bytes(plan: Plan, args: argparse.Namespace, teacher: argparse.Names
 
 
 def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_widths: Sequence[int]) -> dict[str, int]:
-    """Estimate the bytes of features, gradients and Gram matrices on the stage that holds most.
+    """Estimate the bytes of features, gradients, Gram matrices and logits on the stage that holds most.
 
     A row has the features of one teacher; Gram matrices are there for each.
     """
@@ -231,6 +232,11 @@ def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_widths: Sequence[i
     figures["gradients kept from the forward pass, float32"] = (
         sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
     )
+    head_rows = args.padded_vocab_size // args.tensor_model_parallel_size
+    figures["logits of both models that exist at a time, on a GPU, float32"] = (
+        2 * 4 * DEFAULT_IMPLEMENTATION.most_logits(rows, head_rows, is_cuda=True)
+    )
+    figures["placeholder of the head's gradient"] = head_rows * width * args.params_dtype.itemsize
     if needs.grams:
         figures["Gram matrices, float32"] = sum(
             4 * (each**2 + each * width + width**2) for each in teacher_widths

@@ -182,13 +182,6 @@ def warn_of_schedule(context: Context) -> None:
         )
 
 
-def warn_of_rate(context: Context) -> None:
-    """Warn of a learning rate of 0."""
-    args = context.args
-    if args.rank == 0 and args.lr == 0 and not args.decoupled_lr and not args.skip_train:
-        _warn("--lr 0: no weight of the student will change; give a rate above 0 to train it")
-
-
 def _num_steps(args: argparse.Namespace) -> int | None:
     """Return the number of the training's steps; None while the batch size rises."""
     if args.train_iters is not None:

@@ -93,6 +93,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "--ckpt-convert-format: Megatron writes the checkpoint again and ends, and nothing is distilled; leave it out",
     ),
     (
+        lambda a: bool(a.config_logger_dir),
+        "--config-logger-dir: Megatron fails when it writes a model's configuration there, which holds process groups; "
+        "leave it out: rank 0's log in SAVE/logs/ has every argument",
+    ),
+    (
         lambda a: bool(a.ddp_average_in_collective),
         "--ddp-average-in-collective: gradients get their one divisor after they are summed; leave it out",
     ),

@@ -86,8 +86,8 @@ class PreparedRun:
         """
         try:
             check_objects_together(self.checkpoints)
-            if self.checkpoints and not self.config.skip_checksums:
-                console.say(check_sums(self.checkpoints))
+            if self.checkpoints:
+                console.say(check_sums(self.checkpoints, skip=self.config.skip_checksums))
             if self.id_holders:
                 check_all_token_ids(self.args, self.id_holders)
         except OSError as error:  # the same on every rank

@@ -47,7 +47,8 @@ def check_nothing_lost(context: Context) -> None:
 def check_models_kept(context: Context) -> None:
     """Refuse to save into the folder from which this run reads its teacher, or the model that its student starts from.
 
-    The tracker there would name the student's checkpoints: the next start would take one of them for that model.
+    The tracker there would name the student's checkpoints: the next start would take one of them for that model. And
+    in the folder of non-persistent checkpoints, and in all below it, Megatron (0.19.2) removes all but one.
 
     Raises:
         ValueError: names both flags.
@@ -65,6 +66,13 @@ def check_models_kept(context: Context) -> None:
             raise ValueError(
                 f"--save {args.save}: is the folder of {flag}, and the next start would take this run's last "
                 "checkpoint for the model there; give another --save"
+            )
+    emptied = args.non_persistent_global_ckpt_dir
+    for flag, folder in [*read, ("--load", args.load), ("--save", args.save)]:
+        if None not in (emptied, folder) and Path(folder).resolve().is_relative_to(Path(emptied).resolve()):
+            raise ValueError(
+                f"--non-persistent-global-ckpt-dir {emptied}: {flag} {folder} is in it, and Megatron removes every "
+                "checkpoint in it but the newest; give a folder of its own"
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_fdd.host.disk import make_folder, regular_file, writing
+from megatron_fdd.host.disk import check_folder, make_folder, regular_file, writing
 from megatron_fdd.plan.context import Context
 from megatron_fdd.step.metrics import check_metrics_file
 
@@ -13,7 +13,7 @@ _FOLDERS = ("save", "tensorboard_dir", "wandb_save_dir", "data_cache_path", "non
 
 
 def check_metrics_place(context: Context) -> None:
-    """Refuse a metrics file that cannot be written, or holds something else than metrics. Create its folder.
+    """Refuse a metrics file that cannot be written, or holds something else than metrics.
 
     Raises:
         ValueError: names the path and the obstacle.
@@ -23,7 +23,7 @@ def check_metrics_place(context: Context) -> None:
         return
     file = regular_file(flag, path)
     check_metrics_file(path)
-    make_folder(flag, path, file.parent)
+    check_folder(flag, path, file.parent)
     # A new one is not made: other ranks look at the same time, and a refused run leaves no file behind.
     if file.exists():
         with writing(flag, path):
@@ -31,19 +31,35 @@ def check_metrics_place(context: Context) -> None:
 
 
 def check_folders(context: Context) -> None:
-    """Refuse folders in which files cannot be created, on every rank alike, and the root. Create the folders.
+    """Refuse folders in which files cannot be created, on every rank alike, and the root.
 
     Only one rank writes to some of them, and the others would wait for it in vain.
 
     Raises:
         ValueError: names the path and the obstacle.
     """
-    for name in _FOLDERS:
-        path, flag = getattr(context.args, name), f"--{name.replace('_', '-')}"
-        if path is None:
-            continue
+    for flag, path in _folders(context):
         if os.path.realpath(path) == os.sep:
             raise ValueError(
                 f"{flag} {path}: is the root of the file system (an unset variable before the slash?); name a folder"
             )
+        check_folder(flag, path, path)
+
+
+def make_folders(context: Context) -> None:
+    """Make the folders that the run writes to, when nothing else is left to refuse: a refused run leaves none behind.
+
+    Raises:
+        ValueError: names the path and the obstacle.
+    """
+    for flag, path in _folders(context):
         make_folder(flag, path, path)
+    if context.config.metrics_file is not None:
+        flag, path = "--fdd-metrics-file", context.config.metrics_file
+        make_folder(flag, path, regular_file(flag, path).parent)
+
+
+def _folders(context: Context) -> list[tuple[str, str]]:
+    """Return flag and value of each folder that is given."""
+    given = [(f"--{name.replace('_', '-')}", getattr(context.args, name)) for name in _FOLDERS]
+    return [(flag, path) for flag, path in given if path is not None]

@@ -25,6 +25,7 @@ from megatron_fdd.step.teacher.check import FirstBatchCheck
 from megatron_fdd.step.teacher.lens import send_teacher_lens
 from megatron_fdd.step.teacher.pipelined import PipelinedTeacher
 from megatron_fdd.step.teacher.stored import PlannedStore, StoredTeacher, read_teacher_lens
+from megatron_fdd.step.term_modules import term_modules_of
 
 
 def connect(
@@ -72,8 +73,8 @@ def connect(
     forward = partial(ChunkForward, lens=lens, topology=topology, has_one_width=plan.has_one_width)
     step = StudentForward(
         [
-            forward(own, first_batch_check=check if chunk.is_last else None)
-            for own, chunk in zip(courses, chunks, strict=True)
+            forward(own, modules=term_modules_of(student), first_batch_check=check if chunk.is_last else None)
+            for own, chunk, student in zip(courses, chunks, students, strict=True)
         ],
         lens,
         names,

@@ -1,4 +1,4 @@
-"""Copies of a lens for the pipeline stages that have a tap and no head, sent by the stage that owns the lens.
+"""Copies of a lens for the pipeline stages that have a tap and no head, from the stage that owns the lens.
 
 The teacher's lens is sent once; the student's once per step, before its micro-batches. Copies are constants: they
 are in no module, no optimizer, no checkpoint and no gradient norm.
@@ -21,10 +21,13 @@ from megatron_fdd.ops.head_extras import HeadExtras
 
 
 class LensCopies:
-    """The sending of one model's lens from the last stage to the stages that tap, over the pipeline group.
+    """The way of one model's lens from the last stage to the stages that tap, over the pipeline group.
+
+    It is a broadcast, which takes as long as one send. Sends one by one would take as long as all together, and each
+    pair of stages would open a communicator of its own in NCCL.
 
     Args:
-        stages: the stages that need a copy, without the last stage; the same on every rank.
+        stages: the stages that need a copy, or the last one; the same on every rank.
         group: this rank's pipeline group.
     """
 
@@ -38,25 +41,21 @@ class LensCopies:
 
         Args:
             lens: on the owner, its present lens.
-            empty: makes a lens of the same shapes and dtypes to receive into; called once, where it is needed.
+            empty: makes a lens of the same shapes and dtypes to receive into; called once where it is needed, and each
+                time on other stages, which forget what they receive.
 
-        Collectives over the pipeline group: one send for each tensor of the lens to each stage that taps.
+        Collectives over the pipeline group: one broadcast of each tensor of the lens; none if no other stage taps.
         """
         owner, stage = self._group.size() - 1, self._group.rank()
-        if stage == owner:
-            assert lens is not None
-            tensors = [tensor.contiguous() for tensor in _tensors(lens)]
-            for target in self._stages:
-                for tensor in tensors:
-                    dist.send(tensor, group=self._group, group_dst=target)
+        if not self._stages:
             return lens
-        if stage not in self._stages:
-            return None
-        if self._copy is None:
-            self._copy = empty()
-        for tensor in _tensors(self._copy):
-            dist.recv(tensor, group=self._group, group_src=owner)
-        return self._copy
+        own = lens if stage == owner else self._copy or empty()
+        assert own is not None
+        for tensor in _tensors(own):
+            dist.broadcast(tensor.contiguous(), group=self._group, group_src=owner)
+        if stage in self._stages:
+            self._copy = own
+        return own if stage == owner else self._copy
 
 
 def empty_lens(config: TransformerConfig, rows: int, *, with_norm: bool) -> Lens:

@@ -14,7 +14,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_fdd.host.disk import regular_file, writing
+from megatron_fdd.host.disk import regular_file, replacing, writing
 from megatron_fdd.host.saving import last_whole_checkpoint
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.objective import COUNTS, Objective
@@ -226,6 +226,5 @@ class MetricsFile:
             if iteration >= first_iteration:
                 break
             kept.append(line + "\n")
-        replacement = self._path.with_name(self._path.name + ".tmp")
-        replacement.write_text("".join(kept))
-        os.replace(replacement, self._path)
+        with replacing(self._path) as replacement:
+            replacement.write_text("".join(kept))

@@ -111,7 +111,7 @@ class StepHooks:
             self._stream.begin()
         self._wait = Wait()
         keywords["data_iterator"] = checked_batches(
-            keywords["data_iterator"], self._vocab_size, iteration, self._wait
+            keywords["data_iterator"], self._vocab_size, keywords["seq_length"], iteration, self._wait
         )
         ratio = self._prepare(keywords)
         inner = self._step.objectives[0].config.weight_scale(iteration)

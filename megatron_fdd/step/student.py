@@ -21,12 +21,13 @@ from megatron_fdd.losses import carry
 from megatron_fdd.losses.carry import Carry
 from megatron_fdd.losses.objective import ChunkLoss, Objective, StepSettings
 from megatron_fdd.losses.tap import TokenWeights
+from megatron_fdd.losses.term_modules import NO_MODULES
 from megatron_fdd.losses.terms import uses_final_head
 from megatron_fdd.step.injection import attach_loss
 from megatron_fdd.step.lens import StudentLens, read_lens
 from megatron_fdd.step.lessons import NO_LABEL, Course, Dealing, Lesson, share_of
 from megatron_fdd.step.taps import forward_with_taps, hidden_and_taps
-from megatron_fdd.step.term_modules import anchors, read_term_modules
+from megatron_fdd.step.term_modules import TermModules
 
 FirstBatchCheck = Callable[[Sequence[Lesson]], bool]
 
@@ -77,6 +78,7 @@ class ChunkForward:
     Args:
         courses: one for each teacher, in the order of their numbers; one without a teacher too.
         lens: the student's lens on this stage.
+        modules: what terms learn or keep for the chunk's taps.
         has_one_width: whether every boundary has room for a carry (`Plan.has_one_width`).
         first_batch_check: called where the teachers' final hidden states are, with the lessons of the first micro-batch
             of each step, until it returns that it is done.
@@ -88,6 +90,7 @@ class ChunkForward:
         lens: StudentLens,
         topology: Topology,
         *,
+        modules: TermModules | None = None,
         has_one_width: bool = False,
         first_batch_check: FirstBatchCheck | None = None,
     ) -> None:
@@ -96,6 +99,7 @@ class ChunkForward:
         self.objective = objective = courses[0].objective
         self._lens = lens
         self._topology = topology
+        self._modules = modules
         self._has_one_width = has_one_width
         self._first_batch_check = first_batch_check
         self._layers = {objective.pairs[index].student_layer for index in objective.chunk.pairs}
@@ -189,7 +193,7 @@ class ChunkForward:
         if not uses_final_head(self.objective.config):
             # Megatron's overlapped reduction waits in every step for a gradient of every parameter.
             anchor = anchor + lens.head_WH.flatten()[0].float() * 0.0
-        total = _total(losses)
+        total = sum(losses, ChunkLoss()).total
         return anchor if total is None else total + anchor
 
     def _stage_output(
@@ -205,7 +209,7 @@ class ChunkForward:
         chunk = self.objective.chunk
         losses, passed_on = self._inner_loss(student, taps_SBD, lessons, dealing, carried)
         self._add_sums(lessons, losses)
-        total = _total(losses)
+        total = sum(losses, ChunkLoss()).total
         if total is not None and total.requires_grad:
             hidden_SBD = attach_loss(hidden_SBD, total, _loss_scale(student))
         if chunk.carry_out is not None:
@@ -230,7 +234,8 @@ class ChunkForward:
         """Return each lesson's loss of this chunk's taps, and what goes on behind it: without taps, `carried`."""
         if not self.objective.chunk.pairs:
             return [ChunkLoss() for _ in lessons], carried
-        lens, modules = self._lens.for_micro_batch(student), read_term_modules(student)
+        lens = self._lens.for_micro_batch(student)
+        modules = self._modules.for_micro_batch() if self._modules else NO_MODULES
         own_taps = zip(*(dealing.hidden(tap_SBD) for tap_SBD in taps_SBD), strict=True)
         losses, sent = [], []
         for lesson, taps, own_carry in zip(lessons, own_taps, dealing.carries(carried), strict=True):
@@ -240,7 +245,8 @@ class ChunkForward:
             loss, passed_on = lesson.objective.inner(taps, own_carry, lens, lesson.features, sample, modules)
             losses.append(loss)
             sent.append(passed_on)
-        losses[0] += ChunkLoss(anchors(modules))
+        if self._modules:
+            losses[0] += ChunkLoss(self._modules.anchors())
         return losses, dealing.joined(sent, taps_SBD[-1])
 
     def _add_sums(self, lessons: Sequence[Lesson], losses: Sequence[ChunkLoss]) -> None:
@@ -275,11 +281,6 @@ class ChunkForward:
         if self._topology.sequence_parallel:
             value_SB = value_SB.chunk(self._topology.tensor_size)[self._topology.tensor_rank]
         return value_SB.flatten()
-
-
-def _total(losses: Sequence[ChunkLoss]) -> Tensor | None:
-    """Return the loss of all lessons, float32; None without a term."""
-    return ChunkLoss(tuple(part for loss in losses for part in loss.parts)).total
 
 
 def _loss_scale(student: GPTModel) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_fdd.config import FddConfig
 from megatron_fdd.host.checkpoint import TERM_PREFIX
 from megatron_fdd.losses.layer_plan import ChunkPlan
-from megatron_fdd.losses.term_modules import NO_MODULES, TapModules, make_modules
+from megatron_fdd.losses.term_modules import TapModules, make_modules
 from megatron_fdd.step.lens import wait_for
 
 _CHILD = TERM_PREFIX.rstrip(".")
@@ -38,18 +38,28 @@ class TermModules(nn.Module):
             self.get_submodule(kind).add_module(str(index), module)
         self.register_load_state_dict_pre_hook(_keep_fresh)
 
-    def by_tap(self) -> TapModules:
-        """Return the modules as they were given.
+    def for_micro_batch(self) -> TapModules:
+        """Return the modules as they were given, after the new values of their parameters have arrived.
 
         Raises:
             AssertionError: the checkpoint has not been loaded.
         """
         assert not self._fresh, f"never loaded: {sorted(self._fresh)}"
+        for module in self.modules():
+            wait_for(module)
         return {
             (kind, int(index)): module
             for kind, taps in self.named_children()
             for index, module in taps.named_children()
         }
+
+    def anchors(self) -> tuple[Tensor, ...]:
+        """Return a tensor that adds 0 to a micro-batch's loss and depends on all that is trained; nothing without any.
+
+        Megatron's overlapped reduction waits in every step for a gradient of each parameter, also for taps not drawn.
+        """
+        trained = [each.flatten()[0].float() * 0.0 for each in self.parameters() if each.requires_grad]
+        return (torch.stack(trained).sum(),) if trained else ()
 
     def sharded_state_dict(
         self, prefix: str, sharded_offsets: tuple[Any, ...], metadata: dict[str, Any]
@@ -93,28 +103,9 @@ def add_term_modules(
         chunk.add_module(_CHILD, own.to(torch.cuda.current_device()))
 
 
-def read_term_modules(student: GPTModel) -> TapModules:
-    """Return the modules of a chunk's taps, after the new values of their parameters have arrived."""
-    own = getattr(student, _CHILD, None)
-    if own is None:
-        return NO_MODULES
-    for module in own.modules():
-        wait_for(module)
-    return own.by_tap()
-
-
-def anchors(modules: TapModules) -> tuple[Tensor, ...]:
-    """Return a tensor that adds 0 to a micro-batch's loss and depends on every trained parameter; nothing without any.
-
-    Megatron's overlapped reduction waits in every step for a gradient of each parameter, also for taps not drawn.
-    """
-    trained = [parameter.flatten()[0].float() * 0.0 for parameter in _trained(modules)]
-    return (torch.stack(trained).sum(),) if trained else ()
-
-
-def _trained(modules: TapModules) -> Iterator[nn.Parameter]:
-    for module in modules.values():
-        yield from (parameter for parameter in module.parameters() if parameter.requires_grad)
+def term_modules_of(chunk: GPTModel) -> TermModules | None:
+    """Return what `add_term_modules` gave a chunk; None where no term learns or keeps anything for its taps."""
+    return getattr(chunk, _CHILD, None)
 
 
 def _keep_fresh(modules: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:

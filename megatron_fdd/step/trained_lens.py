@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.distributed import ProcessGroup, Work
 
 from megatron_fdd.host.layer_specs import final_norm_has_bias
 from megatron_fdd.host.topology import Topology
@@ -67,8 +68,7 @@ class TrainedLens:
         if topology.stage in self._sources:
             self._reduce()
             if topology.stage != owner:
-                for total in self._sums:
-                    dist.send(total, group=group, group_dst=owner)
+                _exchange(dist.isend, self._sums, group, owner)
         tied = model.share_embeddings_and_output_weights
         if topology.stage == owner:
             parameters = _lens_parameters(model)[: self._num_tensors]
@@ -76,11 +76,11 @@ class TrainedLens:
             for parameter, total in zip(parameters, totals, strict=False):
                 parameter.main_grad.add_(total.div_(num_tokens.clamp(min=1)))  # type: ignore[attr-defined]
             if tied:
-                dist.send(totals[0], group=group, group_dst=0)
+                _exchange(dist.isend, totals[:1], group, 0)
         elif topology.stage == 0 and tied:
             embedding = model.shared_embedding_or_output_weight()
             total = torch.empty_like(embedding, dtype=torch.float32)
-            dist.recv(total, group=group, group_src=owner)
+            _exchange(dist.irecv, [total], group, owner)
             embedding.main_grad.add_(total)
 
     def _reduce(self) -> None:
@@ -99,10 +99,18 @@ class TrainedLens:
             if source == owner:
                 continue
             received = [torch.empty_like(each, dtype=torch.float32) for each in parameters]
-            for total in received:
-                dist.recv(total, group=self._topology.pipeline_group, group_src=source)
+            _exchange(dist.irecv, received, self._topology.pipeline_group, source)
             totals = received if not totals else [a.add_(b) for a, b in zip(totals, received, strict=True)]
         return totals
+
+
+def _exchange(
+    direction: Callable[..., Work | None], tensors: Sequence[Tensor], group: ProcessGroup, peer: int
+) -> None:
+    """Send tensors to a stage, or receive them, in one batch; single ones open a communicator for each pair in NCCL."""
+    operations = [dist.P2POp(direction, tensor, group=group, group_peer=peer) for tensor in tensors]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 def _lens_parameters(model: GPTModel) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import NoReturn, get_args
 
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.data.store.identity import TapForm
+from megatron_fdd.host.given_name import fault_of
 from megatron_fdd.losses.pairs import sample_blocks
 from megatron_fdd.teach.following import Following, add_stream_flags, following
 from megatron_fdd.teach.vllm.flags import ServerRequest, add_flags, server_request
@@ -261,9 +262,10 @@ def batch_sizes(request: TeachRequest) -> tuple[int, int]:
 
 
 def _path(text: str) -> Path:
-    """Refuse an empty path, which an unset shell variable leaves; it would mean the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("its value is empty (an unset variable?); give one")
+    """Refuse a path that is no name, such as an empty one, which would mean the current folder."""
+    fault = fault_of(text)
+    if fault is not None:
+        raise argparse.ArgumentTypeError(fault)
     return Path(text)
 
 

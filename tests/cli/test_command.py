@@ -57,6 +57,32 @@ def test_an_empty_value_is_refused(name: str, flag: str) -> None:
     assert not is_refused or f"Invalid value for '{flag}" in result.output
 
 
+# Options that take texts and not names: tokens, fields, lines, JSON.
+TEXTS = {
+    ("evaluate", "--prompt"),
+    *(("prepare", flag) for flag in ("--document-separator", "--json-key", "--prompt-key", "--response-key")),
+    ("prepare", "--eod-token"),
+    *((name, "--chat-template-kwargs") for name in ("prepare", "evaluate")),
+}
+
+
+@pytest.mark.parametrize(("name", "flag"), empty_values())
+def test_a_value_that_is_no_name_is_refused(name: str, flag: str) -> None:
+    [option] = [each for each in command_of(name).params if flag in ("", *each.opts)][:1]
+    if (name, flag) in TEXTS or not isinstance(option.type, click.Path | click.types.StringParamType):
+        return
+    for value, fault in ((" ", "its value is blank"), ("runs/a\n", "holds the end of a line")):
+        result = CliRunner().invoke(command_of(name), [flag, value] if flag else [value])
+        assert result.exit_code == 2, result.output
+        assert fault in result.output
+
+
+@pytest.mark.parametrize("value", ["fdd= runs", "fdd=runs "])
+def test_a_name_behind_a_name_is_asked_too(value: str, tmp_path: Path) -> None:
+    for words in (["evaluate", "--hf-model", value], ["report", value, "--out", str(tmp_path / "out")]):
+        assert "begins or ends with a blank" in CliRunner().invoke(main, words).output
+
+
 @pytest.mark.parametrize("value", ["fdd=", "=folder"])
 def test_half_a_name_is_refused(value: str, tmp_path: Path) -> None:
     for words in (["evaluate", "--hf-model", value], ["report", value, "--out", str(tmp_path / "out")]):

@@ -131,4 +131,20 @@ VARIANTS |= {
         "sliding_window_pattern": 3,
         "use_gated_activation": True,
     },
+    # Its texts are as long as its layers can process.
+    "ministral3": {
+        "model_type": "ministral3",
+        "architectures": ["Ministral3ForCausalLM"],
+        "pad_token_id": 0,
+        "rope_theta": ...,
+        "rope_parameters": {
+            **YARN,
+            "type": "yarn",
+            "rope_theta": 1000000.0,
+            "original_max_position_embeddings": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
 }

@@ -76,6 +76,15 @@ def test_values_are_those_of_transformers(
     assert (folder.names, folder.dtype("w"), folder.shape("w")) == (["w"], torch.bfloat16, (48, 32))
 
 
+def test_every_code_has_torchs_value(tmp_path: Path) -> None:
+    """Subnormal numbers, both zeros and what is no number among them"""
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(torch.float8_e4m3fn)
+    folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": torch.ones(1, 1)})
+    found, wanted = folder.read("w", torch.float32), codes.float()
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found.nan_to_num().view(torch.int32), wanted.nan_to_num().view(torch.int32))
+
+
 def test_blocks_that_are_cut_short_and_the_way_back(tmp_path: Path) -> None:
     """transformers refuses 40 rows of 3 scales, as DeepSeek-V3 has 576 of 5; the codes come back from bf16."""
     codes, scales = quantise(torch.randn(40, 23) * torch.logspace(-4, 4, 40)[:, None])

@@ -58,6 +58,17 @@ def test_values_are_those_of_transformers_and_give_their_codes_back(tmp_path: Pa
         assert torch.equal(apart.read(f"{NAME}[{expert}]"), value[expert])
 
 
+def test_every_scale_and_code(tmp_path: Path) -> None:
+    """The largest scale is no number, and the smallest one subnormal in bfloat16."""
+    scales = torch.arange(256, dtype=torch.uint8)[:, None]
+    blocks = torch.arange(16, dtype=torch.uint8).mul(17).expand(256, 1, 16).contiguous()
+    value = _folder(tmp_path / "model", _parts(blocks, scales)).read(NAME, torch.float32).T
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    wanted = torch.cat([numbers, -numbers]).repeat_interleave(2) * 2.0 ** (scales.double() - 127)
+    assert torch.equal(value[:255], wanted[:255].float())
+    assert not value[255].isfinite().any()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.ministral3.configuration_ministral3 import Ministral3Config
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 
 from megatron_fdd.config import FddConfig
@@ -66,6 +67,8 @@ def test_what_a_silent_config_means_is_what_transformers_takes() -> None:
     assert _args(bare) == _args(json.loads(Gemma2Config().to_json_string(use_diff=False)))
     assert _args(bare)["window_attn_skip_freq"] == [1, 0] * 13
     assert _args(bare)["fdd_layer_options"]["final_logit_softcapping"] == 30.0
+    bare = {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"]}
+    assert _args(bare) == _args(json.loads(Ministral3Config().to_json_string(use_diff=False)))
     bare = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}
     assert _args(bare) == _args(json.loads(Olmo2Config().to_json_string(use_diff=False)))
 
@@ -133,6 +136,17 @@ def test_a_trained_gemma_of_other_bases(written: bool) -> None:
         ("llama4_text", {"use_qk_norm": True}, "use_qk_norm"),
         ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok"),
         ("llama4_text", {"layer_types": ["full_attention"] * 3}, "layer_types.*no_rope_layers"),
+        ("ministral3", {"rope_parameters": {"rope_type": "yarn"}}, "llama_4_scaling_beta.*a number"),
+        (
+            "ministral3",
+            {"rope_parameters": {"type": "yarn", "llama_4_scaling_beta": 0.1}},
+            "original_max_position_embeddings.*from which on",
+        ),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "linear", "llama_4_scaling_beta": 0}},
+            "rope_type.*linear",
+        ),
         ("olmo2", {"sliding_window": 5}, "sliding_window"),
     ],
 )

@@ -26,6 +26,7 @@ def _complete(config: dict[str, Any]) -> Namespace:
 @pytest.mark.parametrize(
     ("variant", "changes", "named"),
     [
+        ("ministral3", {"seq_length": 41}, "--seq-length 41: .*ministral3.*at most 40.*fdd teach"),
         ("llama4_text", {"seq_length": 8192}, "--seq-length 8192: .*llama4_text.*at most 8191.*fdd teach"),
         ("ernie4_5_moe", {"moe_router_fusion": True}, "--moe-router-fusion.*ernie4_5_moe"),
         ("ernie4_5_moe", {"moe_aux_loss_coeff": 0.01}, "--moe-aux-loss-coeff"),
@@ -61,6 +62,7 @@ def test_cuda_graphs_of_a_layer_of_ours() -> None:
 def test_the_longest_sequence_that_an_import_stores() -> None:
     config = toys.llama_config("llama4_text", max_position_embeddings=10**6, floor_scale=4096)
     assert _args(config)["seq_length"] == 4095
+    assert _args(toys.llama_config("ministral3"))["seq_length"] == 40
     build_config(_complete(config))
 
 
@@ -94,10 +96,12 @@ def test_a_stretched_rotary_base() -> None:
     assert config.rotary_base == pytest.approx(1e4 * 1000 ** (10 / 8))
 
 
-@pytest.mark.parametrize("variant", ["hunyuan_v1_dense", "ernie4_5_moe", "cohere2", "llama4_text", "olmo3"])
+@pytest.mark.parametrize(
+    "variant", ["hunyuan_v1_dense", "ernie4_5_moe", "cohere2", "llama4_text", "olmo3", "ministral3"]
+)
 def test_a_trained_model_of_other_shape_keeps_its_spelling(variant: str) -> None:
     seed = toys.llama_config(variant)
-    args = {**_args(seed), "max_position_embeddings": 50, "seq_length": 50}
+    args = {**_args(seed), "max_position_embeddings": 30, "seq_length": 30}
     got = family_of(seed).hf_config(seed, Namespace(**args))
     assert _args(got) == args
     changed = {name for name in {*got, *seed} if got.get(name) != seed.get(name)}

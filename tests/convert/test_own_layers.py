@@ -21,7 +21,7 @@ from tests.oracle.models import full_gradients
 pytestmark = pytest.mark.tier("default")
 VARIANTS = (
     *("olmo2", "gemma3_text", "deepseek_v3_yarn", "deepseek_v3_dense"),
-    *("granite", "glm4", "exaone4", "olmo3", "hunyuan_v1_dense", "cohere2", "gemma2"),
+    *("granite", "glm4", "exaone4", "olmo3", "hunyuan_v1_dense", "cohere2", "ministral3", "gemma2"),
 )
 VOCABULARY = toys.SHAPE["vocab_size"]
 # A fraction of the largest gradient of a parameter; a gradient is a sum over all tokens.

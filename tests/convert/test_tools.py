@@ -14,16 +14,20 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from megatron_fdd.host.checkpoint import TRACKER_FILE
+from megatron_fdd.host.file_sums import SUMS_FILE
+from megatron_fdd.host.unpickling import trust_checkpoints
 from tests.convert import mcore, toys
 from tests.convert.toy_vocabularies import make_student, make_teacher
 from tests.harness import forked_python
 from tests.harness.ranks import Layout, distributed, run_on_ranks
+from tests.hostile.checkpoints import UNLISTED, untrusting
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -63,12 +67,34 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_init_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = toys.make_llama(tmp_path / "source", tokenizer=False)
     command = ["--hf-model", str(source), "--num-layers", "2", "--hf-out", str(tmp_path / "student")]
-    assert _main("init_student", *command) == 0
+    assert _main("init_student", *command, "--no-score") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith("2 layers of " + str(source) + ": 0,2")
     assert _main("init_student", *command) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert "not empty" in error
+
+
+def test_a_narrower_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = toys.make_llama(tmp_path / "source"), tmp_path / "text.jsonl"
+    text.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 20)
+    command = ["--from", str(source), "--ffn-hidden-size", "40", "--calibration-text", str(text), "--hf-out"]
+    assert _main("init_student", *command, str(tmp_path / "new"), "--layers", "0,2") == 0
+    first, bits = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith(f"2 layers of {source}: 0,2; ffn-hidden-size 40")
+    assert re.fullmatch(r"bits a byte, of a text of 860 bytes: .* before, .* now, without training", bits)
+    assert toys.read_json(tmp_path / "new" / "config.json")["intermediate_size"] == 40
+    text.write_text('{"text": "the fox"}\n')
+    assert _main("init_student", *command, str(tmp_path / "short")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"--calibration-text .*text.jsonl is too short \(the text has \d+ tokens, one window needs 65: give more",
+        error,
+    )
+    text.write_text('{"text": " "}\n')
+    assert _main("init_student", *command, str(tmp_path / "empty")) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("text.jsonl: holds no text; give another")
+    assert not (tmp_path / "short").exists()
 
 
 def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,9 +136,11 @@ def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     "words",
     [
+        "",
         "--vocabulary-of t --layers 0",
-        "--num-layers 2 --no-score",
-        "--layers 0 --validation-text {file}",
+        "--vocabulary-of t --hidden-size 8 --calibration-text {file}",
+        "--hidden-size 8",
+        "--layers 0 --calibration-text {file}",
         "--vocabulary-of t --no-score --validation-text {file}",
     ],
 )
@@ -199,6 +227,21 @@ def _exports(load: Path, out: Path, message: str, **options: str | Path) -> None
     with pytest.raises(ValueError, match=message):
         convert.mcore_to_hf(load, out, **options)
     assert not out.exists()
+
+
+@distributed(tp=1)
+def test_an_unlisted_class_is_exported_where_it_is_trusted(tmp_path: Path) -> None:
+    """The class is in `common.pt`, for which Megatron asks torch for no kind of unpickling."""
+    mcore.make_checkpoint(tmp_path, "plain")
+    release = tmp_path / "mcore" / "release"
+    state = dist_checkpointing.load_common_state_dict(str(release))
+    torch.save({**state, "of_a_fork": UNLISTED}, release / "common.pt")
+    (release / SUMS_FILE).unlink(missing_ok=True)
+    told = r"common\.pt names the class fractions\.Fraction, .* give --fdd-trust-checkpoint$"
+    with untrusting():
+        _exports(tmp_path / "mcore", tmp_path / "out", told)
+        trust_checkpoints()
+        convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "out")
 
 
 @distributed(tp=1)

@@ -91,7 +91,8 @@ def test_what_is_not_whole_is_built_again(
     with pytest.warns(UserWarning, match="a run was killed, or its disk was full") as told:
         mend_cache(args)
     assert sorted(str(each.message).split()[3] for each in told) == sorted(map(str, damaged))
-    assert contents(cache).keys() == before.keys() - {path.name for path in damaged}
+    gone = {path.name for path in damaged}
+    assert contents(cache).keys() == before.keys() - gone - {f"{name}.xxh3" for name in gone}
     build_datasets(args, [6, 0, 0], load_tokenizer(hf))
     assert contents(cache) == before
 
@@ -118,6 +119,47 @@ def test_what_is_whole_or_somebody_elses_stays(cache: Path, sets: Path) -> None:
         mend_cache(args)
     assert after.keys() == before.keys()
     assert contents(cache) == after
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_bit_that_has_changed_is_found(kind: str, cache: Path, sets: Path, hf: TokenizerSettings) -> None:
+    """The length is right and the numbers look well: later runs would read other samples."""
+    before = contents(cache)
+    path = of_kind(cache, kind)
+    flip(path)
+    with pytest.warns(UserWarning, match=rf"{path} has other bytes than when it was built: .*; removed"):
+        mend_cache(args_for(cache, sets))
+    assert contents(cache).keys() == before.keys() - {path.name, f"{path.name}.xxh3"}
+    build_datasets(args_for(cache, sets), [6, 0, 0], load_tokenizer(hf))
+    assert contents(cache) == before
+
+
+def test_what_other_runs_have_left_is_not_read(cache: Path, sets: Path) -> None:
+    for kind in ENDS:
+        flip(of_kind(cache, kind))
+    before = contents(cache)
+    for other in (("--seq-length", "4"), ("--seed", "5")):
+        mend_cache(args_for(cache, sets, *other))
+    assert contents(cache) == before
+
+
+def test_a_cache_without_sums_gets_them(cache: Path, sets: Path, hf: TokenizerSettings) -> None:
+    """An earlier version built it, or its run was killed before it wrote them; nobody else may need to write there."""
+    sums = {path.name: path.read_bytes() for path in cache.glob("*.xxh3")}
+    assert len(sums) == len(list(cache.glob("*.npy")))
+    for name in sums:
+        (cache / name).unlink()
+    before = contents(cache)
+    mend_cache(args_for(cache, sets))
+    assert contents(cache) == before
+    build_datasets(args_for(cache, sets), [6, 0, 0], load_tokenizer(hf))
+    assert contents(cache) == before | sums
 
 
 def test_a_file_that_another_run_writes_is_waited_for(

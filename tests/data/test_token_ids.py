@@ -234,7 +234,7 @@ def batch(token: int = 1, label: int = 1, masked_label: int = 1) -> dict[str, to
 )
 def test_every_batch_is_held_to_the_vocabulary(wrong: dict[str, int], message: str) -> None:
     whole = [batch(4, 0, masked_label=-100), batch(0, 4, masked_label=77)]
-    several = checked_batches([iter([*whole, batch(**wrong)]), iter(whole)], 5, 2, Wait())
+    several = checked_batches([iter([*whole, batch(**wrong)]), iter(whole)], 5, 2, 2, Wait())
     assert [next(several[1]) for _ in whole] == whole
     with pytest.raises(ValueError, match="iteration 3: the data have no batch left on this rank"):
         next(several[1])
@@ -245,7 +245,7 @@ def test_every_batch_is_held_to_the_vocabulary(wrong: dict[str, int], message: s
 
 def test_a_batch_without_a_label_passes() -> None:
     empty = {name: torch.zeros(1, 2) for name in batch()}
-    assert next(checked_batches(iter([empty]), 5, 0, Wait())) is empty
+    assert next(checked_batches(iter([empty]), 5, 2, 0, Wait())) is empty
 
 
 def test_an_entry_that_is_missing_is_named() -> None:
@@ -254,4 +254,13 @@ def test_an_entry_that_is_missing_is_named() -> None:
     with pytest.raises(
         ValueError, match="no token_mask; give each of tokens, labels, position_ids, loss_mask, token"
     ):
-        next(checked_batches(iter([lacks]), 5, 0, Wait()))
+        next(checked_batches(iter([lacks]), 5, 2, 0, Wait()))
+
+
+@pytest.mark.parametrize("name", list(batch()))
+def test_an_entry_of_another_length_is_named(name: str) -> None:
+    other = {**batch(), name: torch.ones(1, 3, dtype=torch.int64)}
+    with pytest.raises(
+        ValueError, match=rf"iteration 4: {name} of a batch is \[1, 3\], and --seq-length is 2"
+    ):
+        next(checked_batches(iter([other]), 5, 2, 3, Wait()))

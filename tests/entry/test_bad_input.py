@@ -21,6 +21,7 @@ from tests.entry import damage
 from tests.entry.checks import assert_refused
 from tests.entry.command import Patch, run, trained
 from tests.entry.conftest import Toys
+from tests.hostile.checkpoints import UNLISTED
 
 # Flags that are wrong by themselves, and the value, bound and remedy that the error must name. The configuration and
 # the layer plan have one row each; their other refusals are in their own tests.
@@ -199,6 +200,33 @@ def test_a_checkpoint_that_runs_code(flag: str, more: list[str], toy: Toys, tmp_
     [endings] = run([*command, flag, str(folder)])
     assert_refused(endings, rf"{flag} .*\.metadata names the class posix\.mkdir, which is on no list")
     assert not (tmp_path / "sign").exists()
+
+
+@pytest.mark.parametrize("flag", ["--teacher-load", "--load", "--pretrained-checkpoint"])
+def test_an_unlisted_class_is_loaded_where_it_is_trusted(flag: str, toy: Toys, tmp_path: Path) -> None:
+    """The class is in `common.pt`, for which Megatron asks torch for no kind of unpickling."""
+    source = toy.teacher if flag == "--teacher-load" else toy.student
+    command = toy.command("--train-iters", 1)
+    if flag == "--pretrained-checkpoint":
+        place = command.index("--load")
+        del command[place : place + 2]
+    command += [flag, str(damage.with_args(source, tmp_path / "t", seed_of_a_fork=UNLISTED))]
+    untrusting = [Patch("megatron_fdd.host.unpickling", "_is_trusting", False)]
+    refused, loaded = run(command, [*command, "--fdd-trust-checkpoint"], patches=untrusting, environment={})
+    assert_refused(refused, rf"{flag} .*common\.pt names the class fractions\.Fraction, which is on no list")
+    assert [ending.status for ending in loaded] == [0, 0], loaded[0].err
+
+
+def test_a_flipped_bit_is_loaded_by_somebody_who_knows(toy: Toys, tmp_path: Path) -> None:
+    """The bit is in the last place of a weight."""
+    folder = damage.flipped(toy.teacher, tmp_path / "t")
+    command = toy.command("--teacher-load", folder, "--train-iters", 1)
+    refused, loaded = run(command, [*command, "--fdd-skip-checksums"])
+    assert_refused(
+        refused, r"has other bytes than when it was saved: .* --fdd-skip-checksums loads it as it is"
+    )
+    assert [ending.status for ending in loaded] == [0, 0], loaded[0].err
+    assert f"and --teacher-load {folder}/release were not compared with their sums" in loaded[0].out
 
 
 def test_an_object_that_runs_code_beside_the_weights(toy: Toys, tmp_path: Path) -> None:

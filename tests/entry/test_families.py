@@ -42,10 +42,12 @@ PAIRS = [
     ("cohere2", "granitemoe"),
     ("olmo2", "gemma2"),  # capped scores and logits
     ("gemma2", "gemma3_text"),
+    ("ministral3", "llama4_text"),
 ]
 DEEPER: dict[str, dict[str, Any]] = {
     "qwen3_types": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "glm4_moe": {"torch_dtype": "float32"},
+    "llama4_text": {"no_rope_layers": [1, 1, 0, 1]},
 }
 
 

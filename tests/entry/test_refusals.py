@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     r"^--fp8-param-gather: .*leave it out": ("--fp8-param-gather",),
     r"^--dataloader-type external: .*leave it out": ("--dataloader-type external",),
     r"^--ckpt-convert-format: .*leave it out": ("--ckpt-convert-format torch_dist",),
+    r"^--config-logger-dir: .*leave it out": ("--config-logger-dir x",),
     r"^--ddp-average-in-collective: .*leave it out": ("--ddp-average-in-collective",),
     r"^--ckpt-format: .*leave it out": ("--ckpt-format torch",),
     r"^--non-persistent-ckpt-type local, in_memory: .*use global": ("--non-persistent-ckpt-type local",),

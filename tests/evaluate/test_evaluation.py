@@ -249,6 +249,10 @@ def test_refused_before_a_model_is_loaded(
             "--length 60000: a model has 64 positions",
         ),
         ({"text": Text(folder / "text.jsonl", length=63, training=folder / "short")}, "text has 2 tokens"),
+        (
+            {"text": Text(prompts=("fine", "cut \udce2"))},
+            r"--prompt 'cut \\udce2': holds half of a surrogate pair",
+        ),
         ({"text": Text(prompts=("a student",), num_sample_tokens=63)}, "--prompt has 2 tokens and --sample"),
         (
             {"generation": dataclasses.replace(SETTINGS, max_new_tokens=64)},

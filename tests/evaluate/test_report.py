@@ -110,9 +110,10 @@ def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     make_run(tmp_path / "run")
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ValueError, match=rf"^--out {tmp_path}/out: cannot be written: .*; make room there"):
         write_report([str(tmp_path / "run")], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_tool_says_what_it_wrote_or_what_is_wrong(

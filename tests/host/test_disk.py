@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_fdd.convert.hf_writer import new_folder
 from megatron_fdd.data.parts import Parts
-from megatron_fdd.host.disk import explain, make_folder, sized, writing
+from megatron_fdd.host import disk
+from megatron_fdd.host.disk import explain, make_folder, replacing, sized, writing
 
 TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
 
@@ -69,7 +71,7 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for given in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(
-            ValueError, match=f"^--out {given}: .*; {tmp_path}/file is a file: give another place"
+            ValueError, match=f"^--out {given}: .* {tmp_path}/file is a file, and a folder is needed; give"
         ):
             make_folder("--out", given, given)
     make_folder("--out", tmp_path / "a" / "b", tmp_path / "a" / "b")
@@ -115,3 +117,48 @@ def test_a_link_in_the_place_of_a_scratch_folder_is_not_followed(tmp_path: Path)
 )
 def test_bytes_have_the_unit_that_suits_them(number: int, text: str) -> None:
     assert sized(number) == text
+
+
+def test_a_device_in_the_place_of_a_folder_is_called_so() -> None:
+    with pytest.raises(
+        ValueError, match="^--out /dev/null: .* /dev/null is a device, and a folder is needed; give"
+    ):
+        make_folder("--out", "/dev/null", "/dev/null")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(shared: bool, tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    for content in ("one", "another"):
+        with replacing(path, shared=shared) as partial:
+            partial.write_text(content)
+        assert path.read_text() == content
+    for error in (system_error(errno.ENOSPC), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            _fail(path, error, shared=shared)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"], "nothing takes the missing room"
+    assert path.read_text() == "another"
+
+
+def _fail(path: Path, error: BaseException, *, shared: bool) -> None:
+    with replacing(path, shared=shared) as partial:
+        partial.write_text("hal")
+        raise error
+
+
+def test_what_the_disk_refuses_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells such an error once: to the first who asks."""
+    monkeypatch.setattr(disk, "_FLUSH_S", 0.001)
+    asked = threading.Event()
+
+    def refuse(_descriptor: int) -> None:
+        asked.set()
+        raise OSError(errno.EIO, "the disk is damaged")
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with (
+        pytest.raises(OSError, match="damaged"),
+        (tmp_path / "file").open("wb") as file,
+        disk.flushed_behind(file),
+    ):
+        assert asked.wait(10)

@@ -125,6 +125,7 @@ def test_damage_is_found_wherever_it_is(tmp_path: Path) -> None:
             told = result(tmp_path)
             assert told.startswith(f"refused: --load {tmp_path}"), told
             assert said in told, (kind, name, told)
+            assert "--fdd-skip-checksums" in told, "the way out for somebody who knows"
             dist.barrier()
             if is_first:
                 for path, content in saved.items():
@@ -141,6 +142,14 @@ def test_damage_is_found_wherever_it_is(tmp_path: Path) -> None:
         flip_bit(tmp_path / NAMES[3])
     dist.barrier()
     assert "has other bytes than when it was saved" in result(tmp_path)
+
+
+def test_sums_that_are_skipped_are_said(tmp_path: Path) -> None:
+    """Nothing is read, and no process group is needed."""
+    said = check_sums({"--load": tmp_path / "a", "--teacher-load": tmp_path / "b"}, skip=True)
+    assert said.startswith(
+        f"--fdd-skip-checksums: the files of --load {tmp_path}/a and --teacher-load {tmp_path}/b were not compared"
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 8, 64])
@@ -165,7 +174,7 @@ def test_a_block_is_a_part_of_its_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(file_sums, "_READ_BYTES", 7)
     (tmp_path / "file").write_bytes(bytes(range(100)))
     for start, size in ((0, 100), (0, 30), (30, 30), (90, 30), (100, 5)):
-        found = file_sums._sum_of(tmp_path / "file", start, size)
+        found = file_sums.sum_of(tmp_path / "file", start, size)
         assert found == xxhash.xxh3_128(bytes(range(100))[start : start + size]).hexdigest()
 
 

@@ -156,6 +156,27 @@ end_with(main)
 """
 
 
+GROUPS = """
+import sys
+from types import SimpleNamespace
+from megatron_fdd.host.process import end_with
+
+sys.modules["torch.distributed"] = SimpleNamespace(
+    is_initialized=lambda: True, destroy_process_group=lambda: print("destroyed")
+)
+end_with(lambda: {status})
+"""
+
+
+@pytest.mark.tier("default")
+@pytest.mark.parametrize(("status", "printed"), [(0, "destroyed\n"), (1, ""), (143, "")])
+def test_process_groups_are_destroyed_only_where_no_rank_can_be_missing(status: int, printed: str) -> None:
+    """After an error the other ranks may be inside a collective; NCCL would wait for it."""
+    program = GROUPS.format(status=status)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (status, printed)
+
+
 @pytest.mark.tier("default")
 @pytest.mark.parametrize(
     ("end", "status", "printed", "complaint"),

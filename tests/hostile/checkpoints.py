@@ -8,19 +8,27 @@ import json
 import os
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
 from numpy._core.multiarray import _reconstruct
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from megatron_fdd.host import unpickling
+
 # The class that a refusal must name: what a payload calls.
 CLASS = "posix.mkdir"
+# An object that does nothing, of a class that is on no list.
+UNLISTED = Fraction(1, 3)
 WEIGHT = "embedding.word_embeddings.weight"
 COMMON = "common_state/shard_0_1"
 # The objects beside tensors, by their names in Megatron's checkpoints.
@@ -126,30 +134,50 @@ def with_index(folder: Path, change: Callable[[Any], Any]) -> Path:
     return folder
 
 
-def _planted_in_index(folder: Path, sign: Path) -> None:
+def _planted_in_index(folder: Path, planted: object) -> None:
     def plant(index: Any) -> None:
-        index.planner_data = Payload(sign)
+        index.planner_data = planted
 
     with_index(make(folder), plant)
 
 
-def _planted_in_common(folder: Path, sign: Path) -> None:
-    torch.save({"args": argparse.Namespace(seed=Payload(sign))}, make(folder) / "release" / "common.pt")
+def _planted_in_common(folder: Path, planted: object) -> None:
+    torch.save({"args": argparse.Namespace(seed=planted)}, make(folder) / "release" / "common.pt")
 
 
-# Each makes a folder that runs code when it is unpickled without limits, and names the place.
-PAYLOADS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "whole index": (lambda folder, sign: with_index(make(folder), lambda _: Payload(sign)), r"\.metadata"),
+# Each makes a folder in which a given object is pickled, and names the place.
+PLACES: dict[str, tuple[Callable[[Path, object], object], str]] = {
+    "whole index": (lambda folder, planted: with_index(make(folder), lambda _: planted), r"\.metadata"),
     "part of the index": (_planted_in_index, r"\.metadata"),
     "common.pt of older versions": (_planted_in_common, r"common\.pt"),
     **{
         name: (
-            lambda folder, sign, name=name: make(folder, **{name: [{"args": Payload(sign)}]}),
+            lambda folder, planted, name=name: make(folder, **{name: [{"args": planted}]}),
             rf"__0_0\.distcp: {name}",
         )
         for name in OBJECTS
     },
 }
+
+
+@contextmanager
+def untrusting() -> Iterator[None]:
+    """Begin a block without trust in checkpoints, and forget behind it that it trusted them."""
+    unpickling.restrict_unpickling()
+    with patch.object(unpickling, "_is_trusting", False), patch.dict(os.environ):
+        yield
+
+
+def everything(path: Path) -> list[Any]:
+    """Return all that is pickled in a folder, as torch and Megatron read it for a training."""
+    index = torch_checkpoint.FileSystemReader(path).read_metadata()
+    objects = {
+        name: None
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, BytesStorageMetadata)
+    }
+    torch_checkpoint.load(objects, storage_reader=torch_checkpoint.FileSystemReader(path), no_dist=True)
+    return [index.planner_data, dist_checkpointing.load_common_state_dict(str(path)), objects]
 
 
 def _at(**changes: object) -> Callable[[Any], None]:

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader, filesystem
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_fdd.cli import main
-from megatron_fdd.evaluate.report.runs import read_runs
 from megatron_fdd.host import unpickling
 from megatron_fdd.host.checkpoint import (
     check_no_spec,
@@ -30,16 +29,26 @@ from megatron_fdd.host.checkpoint import (
     read_checkpoint_args,
 )
 from megatron_fdd.host.checkpoint_index import check_objects, read_checkpoint_index
-from megatron_fdd.host.damage import DAMAGE
+from megatron_fdd.host.damage import DAMAGE, cause_of
 from tests.harness.ranks import distributed
 from tests.hostile import checkpoints
-from tests.hostile.checkpoints import CHANGED_CLASS, CLASS, COMMON, INDICES, OBJECTS, ODD_OBJECTS, PAYLOADS
+from tests.hostile.checkpoints import (
+    CHANGED_CLASS,
+    CLASS,
+    COMMON,
+    INDICES,
+    OBJECTS,
+    ODD_OBJECTS,
+    PLACES,
+    UNLISTED,
+    Payload,
+)
 
 
-@pytest.mark.parametrize("place", PAYLOADS)
+@pytest.mark.parametrize("place", PLACES)
 def test_a_payload_is_refused_by_file_and_class(place: str, tmp_path: Path) -> None:
-    make, where = PAYLOADS[place]
-    make(tmp_path / "made", tmp_path / "sign")
+    make, where = PLACES[place]
+    make(tmp_path / "made", Payload(tmp_path / "sign"))
     pattern = rf"^--teacher-load .*{where} names the class {CLASS}, .* give --fdd-trust-checkpoint$"
     for to_plan in (False, True):
         with pytest.raises(ValueError, match=pattern):
@@ -51,7 +60,7 @@ def test_a_payload_is_refused_by_file_and_class(place: str, tmp_path: Path) -> N
 def test_megatrons_own_readers_run_nothing_either(place: str, tmp_path: Path) -> None:
     """A checkpoint that nobody has checked before, such as one that was exchanged after the check."""
     unpickling.restrict_unpickling()
-    PAYLOADS[place][0](tmp_path / "made", tmp_path / "sign")
+    PLACES[place][0](tmp_path / "made", Payload(tmp_path / "sign"))
     with pytest.raises(DAMAGE):
         dist_checkpointing.load_common_state_dict(str(tmp_path / "made" / "release"))
     if "index" in place:
@@ -60,27 +69,46 @@ def test_megatrons_own_readers_run_nothing_either(place: str, tmp_path: Path) ->
     assert not (tmp_path / "sign").exists()
 
 
-def test_the_payloads_run_where_checkpoints_are_trusted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@checkpoints.untrusting()
+def test_the_payloads_run_where_checkpoints_are_trusted(tmp_path: Path) -> None:
     """What the tests above prove is worth something: without the restriction the code does run."""
-    monkeypatch.setattr(filesystem, "pickle", pickle)
-    monkeypatch.setattr(unpickling, "_is_trusting", False)
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     unpickling.trust_checkpoints()
-    for number, place in enumerate(("whole index", COMMON)):
+    for number, place in enumerate(("whole index", "common.pt of older versions", COMMON)):
         sign = tmp_path / f"sign{number}"
-        PAYLOADS[place][0](tmp_path / f"made{number}", sign)
-        with pytest.raises(ValueError, match="no index|stores no arguments"):
+        PLACES[place][0](tmp_path / f"made{number}", Payload(sign))
+        with contextlib.suppress(ValueError):  # there is no index, or there are no arguments
             read_checkpoint_args(find_checkpoint(str(tmp_path / f"made{number}"), "--load"), "--load")
         assert sign.is_dir()
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "whole index"])
+@checkpoints.untrusting()
+def test_a_harmless_class_on_no_list_is_refused_unless_trusted(place: str, tmp_path: Path) -> None:
+    make, where = PLACES[place]
+    make(tmp_path / "made", UNLISTED)
+    with pytest.raises(
+        ValueError, match=rf"{where} names the class fractions\.Fraction, .* --fdd-trust-checkpoint$"
+    ):
+        find_checkpoint(str(tmp_path / "made"), "--load")
+    unpickling.trust_checkpoints()
+    path = find_checkpoint(str(tmp_path / "made"), "--load")
+    assert repr(UNLISTED) in repr(checkpoints.everything(path))
+
+
+def test_an_object_that_nobody_has_checked_is_named_too(tmp_path: Path) -> None:
+    """A checkpoint that was exchanged after the check, or a non-persistent one."""
+    unpickling.restrict_unpickling()
+    path = checkpoints.make(tmp_path, **{OBJECTS[1]: UNLISTED}) / "release"
+    with pytest.raises(DAMAGE) as caught:
+        checkpoints.everything(path)
+    assert cause_of(caught.value).startswith("it names the class fractions.Fraction, which is on no list")
 
 
 @pytest.mark.parametrize("place", OBJECTS)
 def test_what_is_left_to_all_ranks(place: str, tmp_path: Path) -> None:
     """Index and common state are checked by every rank, the other objects by the rank that has their file."""
     for number in range(3):
-        changes = {place: [{"args": checkpoints.Payload(tmp_path / "sign")}]} if number == 1 else {}
+        changes = {place: [{"args": Payload(tmp_path / "sign")}]} if number == 1 else {}
         checkpoints.make(tmp_path / f"made{number}", **changes)
     folder = checkpoints.joined(*(tmp_path / f"made{number}" for number in range(3)))
     refused = pytest.raises(ValueError, match=f"names the class {CLASS}")
@@ -97,7 +125,7 @@ def test_what_is_left_to_all_ranks(place: str, tmp_path: Path) -> None:
 def test_every_rank_refuses_what_one_has_found(tmp_path: Path) -> None:
     if dist.get_rank() == 0:
         for number in range(2):
-            changes = {OBJECTS[1]: checkpoints.Payload(tmp_path / "sign")} if number else {}
+            changes = {OBJECTS[1]: Payload(tmp_path / "sign")} if number else {}
             checkpoints.make(tmp_path / f"made{number}", **changes)
         checkpoints.joined(*(tmp_path / f"made{number}" for number in range(2)))
     dist.barrier()
@@ -235,24 +263,32 @@ def test_layers_that_are_code_are_not_imported(spec: object) -> None:
 
 def test_a_report_runs_nothing(tmp_path: Path) -> None:
     """Nobody expects a report to load anything; it looks for the run's flags."""
-    folder = checkpoints.make(
-        tmp_path / "run", **{COMMON: [{"args": checkpoints.Payload(tmp_path / "sign")}]}
-    )
+    folder = checkpoints.make(tmp_path / "run", **{COMMON: [{"args": Payload(tmp_path / "sign")}]})
     (folder / "release").rename(folder / "iter_0000003")
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     (folder / "metrics.jsonl").write_text('{"iteration": 1, "total": 1.0}\n')
-    [run] = read_runs([str(folder)])
-    assert re.search(rf"{CLASS}.* give --fdd-trust-checkpoint$", " ".join(run.remarks))
+    result = CliRunner().invoke(main, ["report", str(folder), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1, "a script that makes reports sees it"
+    assert re.match(
+        rf"^report: error: run: RUN .*{CLASS}.* give --fdd-trust-checkpoint; the report was written without",
+        result.stderr,
+    )
+    assert CLASS in (tmp_path / "out/report.md").read_text()
     assert not (tmp_path / "sign").exists()
 
 
-def test_a_report_of_a_trusted_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_of_a_run_whose_first_save_has_not_ended(tmp_path: Path) -> None:
+    (tmp_path / "run/iter_0000002").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"iteration": 1, "total": 1.0}\n')
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@checkpoints.untrusting()
+def test_a_report_of_a_trusted_checkpoint(tmp_path: Path) -> None:
     """The remedy that the remark names is a flag of the command."""
-    monkeypatch.setattr(filesystem, "pickle", pickle)
-    monkeypatch.setattr(unpickling, "_is_trusting", False)
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     args = argparse.Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, train_iters=77)
-    args.own = checkpoints.Payload(tmp_path / "sign")
+    args.own = Payload(tmp_path / "sign")
     folder = checkpoints.make(tmp_path / "run", **{COMMON: [{"args": args}]})
     (folder / "release").rename(folder / "iter_0000003")
     (folder / "latest_checkpointed_iteration.txt").write_text("3")

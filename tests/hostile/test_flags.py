@@ -19,7 +19,7 @@ from megatron_fdd.plan import checks, command_line, numbers
 from megatron_fdd.plan.context import Context
 from megatron_fdd.plan.modules import check_spec
 from megatron_fdd.plan.numbers import check_numbers
-from megatron_fdd.plan.written_files import check_folders, check_metrics_place
+from megatron_fdd.plan.written_files import check_folders, check_metrics_place, make_folders
 from megatron_fdd.step.metrics import MetricsFile
 from tests.harness.command_lines import parser_of_a_run, training_parser
 from tests.hostile.flags import ENVIRONMENTS, FLAGS, UNREADABLE
@@ -155,7 +155,7 @@ def _circle(path: Path) -> str:
 def _below_a_file(path: Path) -> str:
     path.parent.rmdir()
     path.parent.touch()
-    return "cannot be written: Not a directory"
+    return f"cannot be written: {path.parent} is a file, and a folder is needed; give another place"
 
 
 def _no_file(path: Path) -> str:
@@ -203,7 +203,11 @@ def test_a_folder_that_is_none(flag: str, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     check_folders(known(flag, str(tmp_path / "link")))
+    before = sorted(tmp_path.rglob("*"))
     check_folders(known(flag, str(tmp_path / "new" / "folder")))
+    assert sorted(tmp_path.rglob("*")) == before, "a refused run leaves no folder behind"
+    make_folders(known(flag, str(tmp_path / "new" / "folder")))
+    assert (tmp_path / "new" / "folder").is_dir()
     for root in ("/", "//", "/tmp/.."):
         with pytest.raises(ValueError, match=f"^{flag} {root}: is the root of the file system"):
             check_folders(known(flag, root))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.ops.head_extras import NO_EXTRAS, HeadExtras
@@ -119,6 +120,18 @@ def loss(outputs: LinearKL, upstream: Tensor) -> Tensor:
     """Sum all outputs that carry gradient, each token and output with its own weight."""
     terms = (outputs.divergence_N, outputs.student_lse_N, outputs.cross_entropy_N)
     return sum((w * term).sum() for w, term in zip(upstream, terms, strict=True) if term is not None)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest number of elements in any tensor that an operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return result
 
 
 class Products(TorchDispatchMode):

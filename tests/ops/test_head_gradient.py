@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.ops.delta import head_grams
+from megatron_fdd.ops.head_gradient import dummy
 from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
 from tests.ops.linear_kl_case import Case, error, make_case, parameter_of_ddp, tiles
 
@@ -40,6 +41,20 @@ def test_the_dummy_of_a_weight_that_is_also_an_embedding_is_zero() -> None:
     loss(case, head, tiles(16)).backward()
     assert not head.grad.any()
     assert head.main_grad.ne(3.0).any()
+
+
+def test_what_autograd_gets_is_allocated_once() -> None:
+    """Micro-batches share it, and autograd does not copy it."""
+    case = make_case(13, 53).to(torch.float32)
+    head = parameter_of_ddp(case.student_head)
+    places = set()
+    for _ in range(2):
+        heads = case.heads(head, tiles(16))
+        result = linear_kl(case.teacher, case.student, heads, divergence=Divergence())
+        result.divergence_N.sum().backward()
+        places.add(head.grad.data_ptr())
+        head.grad = None
+    assert places == {dummy(head).data_ptr()}
 
 
 def test_micro_batches_in_bf16_are_not_rounded_one_by_one() -> None:

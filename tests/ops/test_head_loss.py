@@ -12,12 +12,13 @@ from torch import Tensor
 
 from benchmarks.measure import MIB, peak_of
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation
+from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation, linear_kl
 from tests.harness.ranks import distributed
 from tests.ops.head_loss_case import FACTOR, reference, scaled, weights_of
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
+    LargestTensor,
     Products,
     RankPart,
     error,
@@ -44,6 +45,13 @@ def run(
     return head_loss(
         case.teacher, hidden, heads, divergence=divergence, labels_N=case.labels, weights=weights
     )
+
+
+def run_streamed(case: Case, implementation: Implementation) -> None:
+    heads = case.heads(case.student_head.detach(), implementation)
+    result = linear_kl(case.teacher, case.student, heads, divergence=FORWARD_KL)
+    assert result.divergence_N is not None
+    result.divergence_N.sum().backward()
 
 
 def assert_matches(
@@ -213,19 +221,46 @@ def test_four_ranks_one_of_them_all_padding(sequence_parallel: bool) -> None:
     assert_ranks_match(8, 10, 16, sequence_parallel=sequence_parallel)
 
 
-def test_one_block_of_logits_is_held_at_a_time() -> None:
-    num_tokens, vocab_size, rows = 1000, 1000, 100
-    case = make_case(num_tokens, vocab_size).to(torch.float32)
-    weights = weights_of(case)
-    student = (case.student.requires_grad_(), case.student_head.requires_grad_())
+def assert_one_block_is_held(part: RankPart) -> None:
+    """Compare the peak with what one block needs: both models' logits, and temporaries of an eighth."""
+    case, rows = part.case, 100
+    weights = LossWeights(case.upstream[0][part.tokens], case.upstream[2][part.tokens], 0.7, 0.3)
+    student = part.inputs(live=True)
+    held = rows * len(student[1])  # logits of a model
 
     def call() -> None:
-        few = Implementation("torch", held_logits=rows * vocab_size)
-        result = run(case, *student, weights, implementation=few)
+        result = head_loss(
+            case.teacher[part.tokens],
+            student[0],
+            part.heads(student[1], Implementation("torch", held_logits=held)),
+            divergence=FORWARD_KL,
+            labels_N=case.labels[part.tokens],
+            weights=weights,
+        )
         scaled(result).backward()
 
-    held = 2 * rows * vocab_size  # both models' logits
-    others = (
-        held / 4 + 4 * sum(tensor.numel() for tensor in student) + 20 * num_tokens
-    )  # temporaries are an eighth
-    assert 4 * held < peak_of(call) * MIB < 4 * (held + others)
+    others = held / 2 + 4 * sum(tensor.numel() for tensor in student) + 40 * len(case.student)
+    assert 4 * 2 * held < peak_of(call) * MIB < 4 * (2 * held + others)
+
+
+def test_one_block_of_logits_is_held_at_a_time() -> None:
+    case = make_case(1000, 1024).to(torch.float32)
+    assert_one_block_is_held(RankPart(case, case.heads().shard, slice(None), slice(None)))
+
+
+@pytest.mark.parametrize("held_logits", [None, 153 * 5, 153 * 50])
+def test_most_logits_is_the_size_of_the_largest_buffer(held_logits: int | None) -> None:
+    case = make_case(400, 153).to(torch.float32)
+    leaves = (case.student.requires_grad_(), case.student_head.requires_grad_())
+    implementation = Implementation("torch", tile_size=40, block_rows=100, held_logits=held_logits)
+    with LargestTensor() as largest:
+        scaled(run(case, *leaves, weights_of(case), implementation=implementation)).backward()
+        run_streamed(case, implementation)
+    assert largest.numel == 2 * implementation.most_logits(400, 153, is_cuda=False)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@distributed(ranks=2)
+def test_one_block_of_logits_is_held_at_a_time_on_each_rank(sequence_parallel: bool) -> None:
+    case = make_case(1000, 2048).to(torch.float32)
+    assert_one_block_is_held(RankPart.of(case, sequence_parallel=sequence_parallel))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import pytest
@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_fdd.ops import vocab_shard
+from megatron_fdd.ops.capped_change import capped_change
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence
 from tests.harness.ranks import distributed
-from tests.ops.linear_kl_case import KINDS, RankPart, gradients, loss, make_case, tiles
+from tests.ops.linear_kl_case import KINDS, RankPart, capped, gradients, loss, make_case, tiles
 
 
 def poison(tensor: Tensor) -> float:
@@ -163,6 +164,19 @@ def delta_step(part: RankPart, *, centred: bool) -> Step:
     return step
 
 
+def capped_change_step(part: RankPart) -> Step:
+    """Return the teacher's capped change, in several tiles, and its gradient for the student's head."""
+    teacher_NT = part.case.teacher[part.tokens].float()
+
+    def step() -> tuple[Tensor, ...]:
+        _, head = part.inputs(live=True)
+        heads = part.heads(head, tiles(5, block_rows=4))
+        change = capped_change(teacher_NT, 2 * teacher_NT, heads, head_grams(heads))
+        return (*change, *gradients(change.on_student_nD.sum(), head))
+
+    return step
+
+
 def assert_all_operations(*, sequence_parallel: bool) -> None:
     """Run all operations on twelve tokens in blocks of 4 with tiles of 5; the last rank's rows have padding."""
     size = dist.get_world_size()
@@ -174,6 +188,8 @@ def assert_all_operations(*, sequence_parallel: bool) -> None:
         assert_the_same_when_late(head_loss_step(part, divergence), at_least=4)
     for centred in (False, True):
         assert_the_same_when_late(delta_step(part, centred=centred), at_least=2)
+    capped_part = replace(part, case=capped(part.case))
+    assert_the_same_when_late(capped_change_step(capped_part), at_least=3)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

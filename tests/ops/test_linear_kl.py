@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_fdd.ops.divergence import DIVERGENCES
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard, linear_kl
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
+    LargestTensor,
     Products,
     error,
     gradients,
@@ -233,22 +232,10 @@ def test_without_grad_mode_nothing_is_kept() -> None:
     assert error(outputs.divergence_N, expected.divergence_N) < 1e-6
 
 
-class LargestTensor(TorchDispatchMode):
-    """The largest number of elements in any tensor that an operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max(self.numel, *sizes, 0)
-        return result
-
-
 @pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_grows_with_tokens_times_vocabulary(kind: str, live: bool) -> None:
-    num_tokens, vocab_size, tile_size = 256, 1000, 50
+    num_tokens, vocab_size, tile_size = 256, 1000, 64
     case = make_case(num_tokens, vocab_size).to(torch.float32)
     with LargestTensor() as largest:
         outputs, *_ = run(case, Divergence(kind, temperature=2.0), live=live, implementation=tiles(tile_size))
@@ -272,7 +259,7 @@ def peak_bytes(case: Case, divergence: Divergence, tile_size: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_two_tile_buffers_and_two_of_the_students_size(kind: str) -> None:
-    num_tokens, tile_size = 1000, 200
+    num_tokens, tile_size = 1000, 192
     case = make_case(num_tokens, 1000).to(torch.float32)
     tiles, states = 2 * num_tokens * tile_size, 3 * case.student.numel()  # two kept, the leaf of `run`
     blocks = (

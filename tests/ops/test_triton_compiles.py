@@ -14,24 +14,16 @@ pytestmark = pytest.mark.tier("default")
 
 pytest.importorskip("triton")
 LINE = re.compile(
-    r"\w+ \S+ (?:live|still) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +\d+B *(?P<counts>.*)"
+    r"\w+ \S+ (?P<head>live|still|held) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +\d+B *(?P<counts>.*)"
 )
 # A program has 8 warps. With more registers a multiprocessor has room for fewer than three, too few to hide its loads.
 MOST_REGISTERS = 80
 
 
-@pytest.mark.parametrize(
-    ("capability", "arguments", "kernels"),
-    [
-        ("90", "--kinds fkl", {"softmax", "gradient", "rescale"}),
-        ("80", "--kinds jsd", {"softmax", "second", "gradient"}),
-        ("90", "--kinds tv --heads live", {"softmax", "second", "gradient"}),
-    ],
-)
-def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: set[str]) -> None:
-    """No thread spills registers; logits are read and weights written many bytes at a time."""
+def report(folder: Path, capability: str, arguments: str) -> list[re.Match[str]]:
+    """Return the lines of the compiler's figures."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(folder)
     # `tv` is not built in.
     program = "import examples.extend.divergence, benchmarks.kernel_report as report; report.main()"
     command = [sys.executable, "-c", program, "--capability", capability]
@@ -40,8 +32,46 @@ def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: s
     assert result.returncode == 0, result.stderr
     lines = [LINE.fullmatch(line) for line in result.stdout.splitlines()[1:]]
     assert all(lines), result.stdout
+    return [line for line in lines if line]
+
+
+def count(line: re.Match[str], instruction: str) -> int:
+    found = re.search(rf"(\d+) {instruction}\b", line["counts"])
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "arguments", "kernels"),
+    [
+        ("90", "--kinds fkl --heads still live", {"softmax", "gradient", "rescale"}),
+        ("80", "--kinds jsd", {"softmax", "second", "gradient"}),
+        ("90", "--kinds tv --heads live", {"softmax", "second", "gradient"}),
+    ],
+)
+def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: set[str]) -> None:
+    """No thread spills registers; logits are read and weights written many bytes at a time."""
+    lines = report(tmp_path, capability, arguments)
     for line in lines:
         assert int(line["spilled"]) == 0, line[0]
         assert int(line["registers"]) <= MOST_REGISTERS, line[0]
-        assert re.search(r"\d+ ld 16\b", line["counts"]), line[0]
+        assert count(line, "ld 16"), line[0]
     assert {line["name"] for line in lines} == kernels
+
+
+@pytest.mark.parametrize("vocab_size", [50_257, 151_669])
+def test_any_vocabulary_is_read_16_bytes_at_a_time(tmp_path: Path, vocab_size: int) -> None:
+    """Rows of held logits and of the last streamed tile are read and written as fast as others."""
+    lines = report(tmp_path, "90", f"--kinds fkl --heads still held --vocab {vocab_size}")
+    programs: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for line in lines:
+        programs.setdefault((line["head"], line["name"]), []).append(
+            (count(line, "ld 16"), count(line, "st 16"))
+        )
+    wanted = {
+        # First what has 4,096 columns, then the rest: 1,105 of 50,257; 117 of 151,669 are one column for each thread.
+        ("still", "softmax"): [(8, 4), (4, 2) if vocab_size == 50_257 else (0, 0)],
+        ("still", "rescale"): [(4, 4)],
+        ("held", "softmax"): [(8, 0), (4, 0) if vocab_size == 50_257 else (0, 0)],
+        ("held", "gradient"): [(8, 2), (4, 1) if vocab_size == 50_257 else (0, 0)],
+    }
+    assert programs == wanted

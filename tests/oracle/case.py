@@ -72,6 +72,7 @@ class Case:
     length: int = LENGTH
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
+    offload: bool = False
     own_terms: tuple[tuple[str, float], ...] = ()  # kind and weight
     transformer_impl: str = "local"
     student_options: tuple[tuple[str, Any], ...] = ()  # fields of TransformerConfig
@@ -114,6 +115,7 @@ def fdd_config(case: Case) -> FddConfig:
         tokens="all" if terms.all_tokens else "labels",
         sample_tokens=case.sample_tokens,
         sample_one_tap=case.sample_one_tap,
+        offload_teacher_taps=case.offload,
         term=case.own_terms,
     )
 

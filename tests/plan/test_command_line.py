@@ -43,6 +43,31 @@ def test_a_flag_is_taken_by_its_old_name_with_a_warning() -> None:
             command_line._warn_of_old_names([new, old.removeprefix("--")])
 
 
+def test_a_value_that_is_no_name_is_refused_by_its_flag() -> None:
+    """Every flag that takes a text is asked, so that one that is added has no way round."""
+    names = {
+        action.option_strings[-1]
+        for action in parser()._actions
+        if getattr(action.type, "__name__", "") in ("text", "str") and not action.choices
+    }
+    assert {"--save", "--load", "--teacher-load", "--tensorboard-dir", "--data-path"} < names
+    assert {"--fdd-metrics-file", "--fdd-teacher-store", "--data-cache-path", "--tokenizer-model"} < names
+    texts = {flag for flag in names if flag.startswith("--fim-")} | {
+        *("--chat-template", "--tokenizer-special-tokens", "--sft-tokenizer-prompt-format"),
+        "--heterogeneous-layers-config-encoded-json",
+    }
+    for flag in names - texts:
+        with pytest.raises(ValueError, match=rf"^argument {flag}: its value is blank"):
+            parser().parse_args([flag, " "])
+    for flag in texts:
+        parser().parse_args([flag, " a\n"])
+    for value in (" runs/a", "runs/a ", "runs/a\n", "runs/\x1b"):
+        with pytest.raises(
+            ValueError, match=r"argument --save: .* (with a blank|control character); leave that out"
+        ):
+            parser().parse_args(["--save", value])
+
+
 def test_an_empty_value_among_others_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--data-path: its value is empty \(an unset variable\?\)"):
         parser().parse_args(["--data-path", "0.5", "", "0.5", "b"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from megatron_fdd.plan.model_shape import ModelShape
 from megatron_fdd.plan.sizes import held_parameters
 from megatron_fdd.step.teacher.arguments import teacher_args
 from megatron_fdd.step.teacher.loading import build_stage
-from tests.harness.ranks import Layout, run_on_ranks
+from tests.harness.ranks import Layout, distributed, run_on_ranks
 from tests.oracle import reference
 from tests.oracle.case import (
     ALL_EXPERTS,
@@ -100,6 +102,15 @@ def test_groups_are_those_that_megatron_makes(sizes: dict[str, int]) -> None:
     # The reverse: the student's experts are spread, the teacher's are not.
     single = run_on_ranks(expert_groups, Layout(**sizes), {"size": 1})
     assert run_on_ranks(expert_groups, Layout(ep=2, **sizes), {"size": 1}) == single
+
+
+@distributed(dp=2)
+def test_the_groups_wait_as_long_as_the_students() -> None:
+    topology = Topology.from_megatron(sequence_parallel=False)
+    topology.collection.ep = dist.new_subgroups(1, timeout=timedelta(minutes=7))[0]
+    with patch.object(dist, "new_subgroups_by_enumeration", wraps=dist.new_subgroups_by_enumeration) as made:
+        topology.with_experts(2)
+    assert [call.kwargs["timeout"] for call in made.call_args_list] == 3 * [timedelta(minutes=7)]
 
 
 def plain_gradients(case: Case) -> Weights:

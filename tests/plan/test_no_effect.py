@@ -15,7 +15,7 @@ from megatron_fdd.losses import terms
 from megatron_fdd.losses.tap import TapWindow
 from megatron_fdd.losses.term import TapContext, TapTerm
 from megatron_fdd.plan.context import Context
-from megatron_fdd.plan.no_effect import NO_EFFECT, warn_of_flags, warn_of_rate, warn_of_schedule
+from megatron_fdd.plan.no_effect import NO_EFFECT, warn_of_flags, warn_of_schedule
 
 WITHOUT_TAPS = {"alpha": 0.0, "beta": 0.0}
 WITHOUT_TEACHER = {**WITHOUT_TAPS, "kd_weight": 0.0, "ce_weight": 1.0}
@@ -223,19 +223,3 @@ def test_a_schedule_that_does_not_fit_the_training_warns(
 )
 def test_a_schedule_that_fits_does_not_warn(options: dict[str, Any], changes: dict[str, Any]) -> None:
     warn_of_schedule(context(options, **changes))
-
-
-def rate(**changes: object) -> Context:
-    values = {"rank": 0, "lr": 0.0, "decoupled_lr": None, "skip_train": False}
-    return Context(FddConfig(teacher_load="T"), Namespace(**values | changes))
-
-
-def test_a_learning_rate_of_0_is_named() -> None:
-    with pytest.warns(UserWarning, match="--lr 0: no weight of the student will change"):
-        warn_of_rate(rate())
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("changes", [{"lr": 1e-9}, {"decoupled_lr": 1e-3}, {"skip_train": True}, {"rank": 1}])
-def test_a_rate_that_trains_something_is_not_named(changes: dict[str, Any]) -> None:
-    warn_of_rate(rate(**changes))

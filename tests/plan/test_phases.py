@@ -11,6 +11,7 @@ import pytest
 from megatron_fdd import plan
 from megatron_fdd.plan import checks
 from megatron_fdd.plan.checks import PHASES, Check, make_checks
+from megatron_fdd.plan.written_files import make_folders
 
 
 def test_every_check_of_what_is_known_is_in_one_phase() -> None:
@@ -33,6 +34,11 @@ def test_every_phase_is_made() -> None:
     places = [source.index(f"checks.{name}, known") for name in names]
     assert len(names) == len(PHASES)
     assert places == sorted(places)
+
+
+def test_folders_are_made_when_nothing_is_left_to_refuse() -> None:
+    """A refused run leaves no empty folder of --save behind."""
+    assert PHASES[-1][-1].function is make_folders
 
 
 def refuse(_known: object) -> None:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def flags(save: object, load: object = None, **more: object) -> Context:
-    names = {"finetune": False, "skip_train": False, "pretrained_checkpoint": None} | more
+    names = {"finetune": False, "skip_train": False, "pretrained_checkpoint": None}
+    names |= {"non_persistent_global_ckpt_dir": None} | more
     folders = {"save": save, "load": load}
     given = {name: folder if folder is None else str(folder) for name, folder in folders.items()}
     return Context(FddConfig(teacher_load="T"), argparse.Namespace(**given, **names))
@@ -86,6 +88,27 @@ def test_a_model_that_the_run_reads_is_not_saved_over(run: Path, monkeypatch: py
             for known, flag in ((taught, "--teacher-load"), (begun, "--pretrained-checkpoint")):
                 with pytest.raises(ValueError, match=f"--save {save}: is the folder of {flag}, and the next"):
                     check_models_kept(known)
+
+
+@pytest.mark.parametrize("emptied", [".", "R", "link"])
+def test_no_model_lies_where_megatron_removes_checkpoints(
+    emptied: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for them in all folders below."""
+    (run.parent / "link").symlink_to(run)
+    monkeypatch.chdir(run.parent)
+    temporary = {"non_persistent_global_ckpt_dir": emptied}
+    elsewhere = FddConfig(teacher_load="../T")
+    for known, flag in (
+        (flags(run, **temporary), "--save"),
+        (flags("../S", run, **temporary), "--load"),
+        (flags("../S", pretrained_checkpoint=str(run), **temporary), "--pretrained-checkpoint"),
+        (replace(flags("../S", **temporary), config=FddConfig(teacher_load=str(run))), "--teacher-load"),
+    ):
+        told = f"^--non-persistent-global-ckpt-dir {re.escape(emptied)}: {flag} {run} is in it, and Megatron removes"
+        with pytest.raises(ValueError, match=told):
+            check_models_kept(known if flag == "--teacher-load" else replace(known, config=elsewhere))
+    check_models_kept(flags(run, run, non_persistent_global_ckpt_dir=str(run / "non_persistent")))
 
 
 def test_another_folder_may_be_saved_to(run: Path) -> None:

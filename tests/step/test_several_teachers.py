@@ -14,12 +14,14 @@ from megatron_fdd.losses.carry import Carry
 from megatron_fdd.losses.tap import TapStatistics, TokenWeights
 from megatron_fdd.step.lessons import Dealing, share_of
 from tests.harness.ranks import run_on_ranks
-from tests.oracle.case import ENDS, Case, assert_equal, expected, run_step, small
+from tests.oracle.case import ENDS, STUDENT_EXPERTS, Case, assert_equal, expected, run_step, small
 from tests.oracle.reference import Terms
 from tests.oracle.several import SECOND
 
 CAPPED = replace(SECOND, cap=3.0, head_bias=True)
 EVERYTHING = Terms(ce=0.5, kd=0.7, alpha=1.3, beta=0.9)
+# The reference asks the student once for each teacher, and would count the router's loss as often.
+EXPERTS = replace(STUDENT_EXPERTS, aux_loss=0.0)
 LAYOUTS = {
     "1x1": Case(terms=EVERYTHING),
     "tp2-sp": Case(tp=2, sequence_parallel=True, second=CAPPED),
@@ -32,6 +34,7 @@ LAYOUTS = {
     "packed": Case(packed=True),
     "packed-tp2-pp2-sp": Case(packed=True, tp=2, pp=2, sequence_parallel=True),
     "pp2-live-centred": Case(pp=2, terms=Terms(live=True, centred=True)),
+    "ep2-dp2-pp2": Case(pp=2, dp=2, ep=2, student=EXPERTS, terms=EVERYTHING),
     "only-kd": Case(pp=2, terms=Terms(alpha=0.0, beta=0.0)),
 }
 

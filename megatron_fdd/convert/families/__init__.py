@@ -25,8 +25,10 @@ from megatron_fdd.convert.families import (
     llama,
     llama4,
     llama_like,
+    ministral3,
     mistral,
     moe,
+    multimodal,
     olmo2,
     olmo3,
     over_heads,
@@ -47,9 +49,11 @@ _ALL = (
     layer_norm.NEMOTRON, layer_norm.STARCODER2, deepseek.DEEPSEEK_V2, deepseek.DEEPSEEK_V3, deepseek.KIMI_K2,
     granite.GRANITE, glm4.GLM4, exaone4.EXAONE4, over_heads.OLMOE, over_heads.MINIMAX_M2,
     olmo3.OLMO3, hunyuan.HUNYUAN_V1_DENSE, granite.GRANITEMOE, ernie_moe.ERNIE4_5_MOE, cohere2.COHERE2,
-    llama4.LLAMA4_TEXT,
+    llama4.LLAMA4_TEXT, ministral3.MINISTRAL3,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {}
+# Models of text and images, whose text part is of one of these families.
+MULTIMODAL = {each.model_type: each for each in (multimodal.MISTRAL3, multimodal.GEMMA3, multimodal.LLAMA4)}
 
 # Parts of these models that Megatron's arguments (0.19.2) cannot describe; nobody has written a layer specification.
 _SIDE_BY_SIDE = "attention and MLP side by side on one input"
@@ -59,8 +63,6 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
         "embeddings times sqrt(hidden_size)",
         "norms that scale by 1 + weight",
     ),
-    "gemma3": ("images; the text model alone, as gemma3_text, converts",),
-    "llama4": ("images; the text model alone, as llama4_text, converts",),
     "cohere": (_SIDE_BY_SIDE, "queries and keys normalised by a LayerNorm of their own", "scaled logits"),
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
@@ -77,7 +79,7 @@ def add_family(family: Family) -> None:
         ValueError: this model type has a family already, or a field of the record is of another type.
     """
     check_record(family)
-    if family.model_type in FAMILIES:
+    if family.model_type in {**FAMILIES, **MULTIMODAL}:
         raise ValueError(f"there is a family for the model type {family.model_type!r} already; add it once")
     name = None
     if family.layer_spec is not None:
@@ -102,11 +104,14 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if model_type in FAMILIES:
         check_kinds(config)
         return FAMILIES[model_type]
+    if model_type in MULTIMODAL:
+        check_kinds(config)
+        return MULTIMODAL[model_type].family(config, FAMILIES)
     message = f'config.json says "model_type": {shown(found)}'
     if model_type in NOT_EXPRESSIBLE:
         message += (
             f", which neither Megatron's arguments nor a family here can describe; it has "
             f"{'; '.join(NOT_EXPRESSIBLE[model_type])}"
         )
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
     raise ValueError(f"{message}. The model types that can be converted are {known}; {REMEDY}")

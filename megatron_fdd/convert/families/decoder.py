@@ -219,9 +219,12 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
     if before == after:
         return dict(seed)
     config = dialect.flatten(seed)
-    for field in DecoderShape.plain_fields():
-        if getattr(before, field) != getattr(after, field):
-            config[field] = getattr(after, field)
+    changed = [
+        field for field in DecoderShape.plain_fields() if getattr(before, field) != getattr(after, field)
+    ]
+    if after.latent is None and not {"hidden_size", "num_attention_heads"}.isdisjoint(changed):
+        changed.append("head_dim")  # without the field it would follow from them
+    config |= {field: getattr(after, field) for field in changed}
     if after.latent is not None and before.latent != after.latent:
         after.latent.write(config)
     config |= {field: value for field, value in after.own.items() if value != before.own[field]}
@@ -240,11 +243,8 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
     config = dialect.restore(config)
     again = _read(dialect, config)
     if again != after:
-        wrong = [
-            f.name
-            for f in dataclasses.fields(DecoderShape)
-            if getattr(again, f.name) != getattr(after, f.name)
-        ]
+        fields = [field.name for field in dataclasses.fields(DecoderShape)]
+        wrong = [name for name in fields if getattr(again, name) != getattr(after, name)]
         raise ValueError(
             f"a {dialect.model_type} config cannot say what the checkpoint has: {', '.join(wrong)}; pass "
             "--hf-config with a config of the right family"
@@ -283,6 +283,7 @@ def decoder_family(dialect: Dialect) -> Family:
         tied=("lm_head.weight", "model.embed_tokens.weight"),
         layer_spec=dialect.layer_spec,
         left_out=dialect.left_out,
+        uncut=dialect.uncut,
         variant=partial(_as_stored, dialect),
     )
 

@@ -60,6 +60,7 @@ class Dialect:
         fixed: Megatron args that differ from those of the others.
         layer_spec: the layers, if they are not Megatron's own.
         left_out: tensors of published files without a place in the table.
+        uncut: Megatron args whose size a student shares with its teacher, each with what the model does with it.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
         mlp_block: the module that is the MLP of a dense layer.
@@ -90,6 +91,7 @@ class Dialect:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layer_spec: LayerSpec | None = None
     left_out: LeftOut | None = None
+    uncut: Mapping[str, str] = field(default_factory=dict)
     own_fields: tuple[str, ...] = ()
     mlp_block: str = "mlp"
     longest: Callable[[Mapping[str, Any]], int] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -66,11 +66,14 @@ class LeftOut:
         what: they are, for people.
         names: config -> pattern of the whole of such a name; empty if the model has none.
         without: config -> config of the model without them.
+        is_kept_always: whether an import keeps them beside its checkpoint unasked, because the model is none without
+            them.
     """
 
     what: str
     names: Callable[[HfConfig], str]
     without: Callable[[HfConfig], HfConfig]
+    is_kept_always: bool = False
 
 
 class StoredFolder(Protocol):
@@ -109,9 +112,12 @@ class Family:
         prefix: a beginning that all names of a file may lack, as in a base model without a head.
         layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
             values under "fdd_layer_options".
-        left_out: what an import leaves out, and says so; None if nothing.
+        left_out: what an import leaves out or keeps aside, and says so; None if nothing.
+        uncut: Megatron args whose size a student shares with its teacher, each with what the model does with it.
         variant: (the family, a folder) -> the family with another table, if the folder's files hold the same weights
             otherwise; None if there is one way only.
+        of_args: (config, args of a checkpoint) -> the family with what the args say and the config leaves open; None if
+            it leaves nothing open.
     """
 
     model_type: str
@@ -127,12 +133,19 @@ class Family:
     stacked: tuple[str, ...] = ()
     layer_spec: LayerSpec | None = None
     left_out: LeftOut | None = None
+    uncut: Mapping[str, str] = field(default_factory=dict)
     variant: Callable[[Family, StoredFolder], Family] | None = None
+    of_args: Callable[[HfConfig, Namespace], Family] | None = None
 
     def left_out_names(self, config: HfConfig, names: Iterable[str]) -> list[str]:
         """Return the names, sorted, of the tensors that the table has no place for."""
         pattern = self.left_out.names(config) if self.left_out is not None else ""
         return sorted(name for name in names if pattern and re.fullmatch(pattern, name))
+
+    @property
+    def keeps_left_out(self) -> bool:
+        """Whether an import keeps those tensors unasked."""
+        return self.left_out is not None and self.left_out.is_kept_always
 
     def without_left_out(self, config: HfConfig) -> HfConfig:
         """Return the config of a model without those tensors."""
@@ -176,6 +189,7 @@ def check_record(family: Family) -> None:
         **{name: isinstance(getattr(family, name), str) for name in _TEXTS},
         **{name: callable(getattr(family, name)) for name in _FUNCTIONS},
         "fixed": isinstance(family.fixed, Mapping),
+        "uncut": isinstance(family.uncut, Mapping),
         "ignored": _are_texts(family.ignored),
         "tied": _are_texts(family.tied) and len(family.tied) == 2,
         "layer_spec": spec is None

@@ -74,6 +74,7 @@ GEMMA2 = decoder_family(
         window_fields=("sliding_window", "layer_types"),
         norms=gemma.NORMS,
         fixed=gemma.FIXED,
+        uncut=gemma.UNCUT,
         layer_spec=LayerSpec(_build, _configure),
         own_fields=tuple(_OPTIONS),
         flatten=_flatten,

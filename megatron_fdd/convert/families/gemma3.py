@@ -65,6 +65,7 @@ GEMMA3_TEXT = decoder_family(
         window_fields=("sliding_window", "layer_types"),
         norms=gemma.NORMS,
         fixed=gemma.FIXED,
+        uncut=gemma.UNCUT,
         layer_spec=LayerSpec(_build, _configure),
         own_fields=tuple(_OPTIONS),
         flatten=_SPELLING.flatten,

@@ -49,6 +49,7 @@ OLMOE = decoder_family(
         neutral={**NO_BIASES, "clip_qkv": (None,)},
         harmless=_TRAINING,
         qk_norm=True,
+        uncut={"hidden_size": "has as many channels of queries as hidden ones"},
         experts=ExpertNaming(
             block="mlp",
             projections=QWENS_PROJECTIONS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_fdd.evaluate.report.panels import draw_losses, draw_progress, draw
 from megatron_fdd.evaluate.report.runs import Run, read_runs
 from megatron_fdd.evaluate.report.scores import evaluation_rows, term_rows
 from megatron_fdd.evaluate.report.terms import kinds_of
-from megatron_fdd.host.disk import make_folder, regular_file, writing
+from megatron_fdd.host.disk import make_folder, regular_file, replacing, writing
 
 __all__ = ["make_report", "write_report"]
 
@@ -63,7 +62,5 @@ def make_report(runs: Sequence[Run]) -> Report:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file at once, so that no half-written file has the final name."""
-    real = regular_file("--out", path)
-    temporary = real.with_name(real.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, real)
+    with replacing(regular_file("--out", path)) as partial:
+        partial.write_bytes(content)

@@ -130,9 +130,11 @@ def _read_flags(folder: Path) -> tuple[dict[str, Any], str | None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about kernels, which are not needed to read arguments
         # Importing Megatron takes seconds, and a report of metrics alone does not need it.
-        from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+        from megatron_fdd.host.checkpoint import find_checkpoint, has_checkpoint, read_checkpoint_args
         from megatron_fdd.host.model_fields import check_stored_args
 
+        if not has_checkpoint(str(folder)):  # the first save has not ended
+            return {}, None
         try:
             path = find_checkpoint(str(folder), "RUN")
             flags = vars(check_stored_args(read_checkpoint_args(path, "RUN"), f"RUN {path}"))

@@ -4,7 +4,8 @@ A program has one token and holds the token's logits of the tile in registers. I
 in the products' dtype begin where the row's logits began (rows of bf16 weights lie twice as far apart as they need).
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile. A pointer's name ends in
-the shape of its target; rows of logits are `stride` numbers apart, rows of weights `out_stride`.
+the shape of its target; rows of logits are `stride` numbers apart, rows of weights `out_stride`, those at temperature 1
+`unit_stride`. Every row has memory for a multiple of 16 columns (`vocab_tiles.row_stride`).
 """
 
 from __future__ import annotations
@@ -63,10 +64,17 @@ def srkl(teacher, student, mix, log_mix, log_rest):
 
 
 @triton.jit
+def in_row(column, num_columns):
+    """Tell which columns a row has memory for. This mask goes by 16, so that 16 bytes are read and written at once."""
+    return column < tl.cdiv(num_columns, 16) * 16
+
+
+@triton.jit
 def load_row(logits_RC, row, stride, column, num_columns, factor):
     """Load a token's logits times a factor; beyond the last column, a number whose exponential is 0."""
-    inside = column < num_columns
-    return tl.load(logits_RC + row.to(tl.int64) * stride + column, mask=inside, other=-1e30) * factor
+    places = logits_RC + row.to(tl.int64) * stride + column
+    logits = tl.load(places, mask=in_row(column, num_columns), other=0.0)
+    return tl.where(column < num_columns, logits, -1e30) * factor
 
 
 @triton.jit
@@ -93,7 +101,7 @@ def slope_of(logits, cap, column, num_columns, factor):
 def store_row(weights_RC, block, row, out_stride, column, num_columns):
     """Store a token's weights, in their own dtype."""
     places = weights_RC + row.to(tl.int64) * out_stride + column
-    tl.store(places, block.to(weights_RC.dtype.element_ty), mask=column < num_columns)
+    tl.store(places, block.to(weights_RC.dtype.element_ty), mask=in_row(column, num_columns))
 
 
 @triton.jit
@@ -131,7 +139,7 @@ def softmax_kernel(
     peak_M, mass_M, unit_mass_M, cross_R,  # statistics of the tiles so far, in place (see SoftmaxSums)
     reference_M, drop_M,  # what weights are relative to, in place; out: the reference before this tile minus this one
     gap_M,  # out: the tile's own peak minus the running one
-    stride, out_stride, num_rows, num_columns, inverse_temperature, temperature, limit,
+    stride, out_stride, unit_stride, num_rows, num_columns, inverse_temperature, temperature, limit,
     LEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the exponentials of a tile, and add their sums to the sums of earlier tiles.
@@ -177,7 +185,7 @@ def softmax_kernel(
         store_row(weights_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
     if unit_RC is not None:
         unit = tl.exp((student - peak + rise) * temperature)
-        store_row(unit_RC, unit * slope, row, num_columns, column, num_columns)
+        store_row(unit_RC, unit * slope, row, unit_stride, column, num_columns)
 
 
 @triton.jit

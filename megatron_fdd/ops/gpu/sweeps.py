@@ -24,7 +24,7 @@ from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.request import Request
 from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
-from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate
+from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, empty_rows
 
 # Columns that a program holds in registers at most, and its warps.
 MOST_COLUMNS = 4096
@@ -76,6 +76,7 @@ class TritonSweeps:
                 "weights_RC": weights.student_RC,
                 "unit_RC": weights.unit_RC,
                 "out_stride": weights.stride,
+                "unit_stride": 0 if weights.unit_RC is None else weights.unit_RC.stride(0),
                 "peak_M": sums.peak_M,
                 "mass_M": sums.mass_M,
                 "unit_mass_M": sums.unit_mass_M,
@@ -206,9 +207,8 @@ class _Weights:
         self.weights_MC = self.first_RC = self.student_RC = self.unit_RC = None
         self.stride = 0
         if sums.unit_rows_RD is not None:
-            self.unit_RC = torch.empty(
-                tile.student_RC.shape, dtype=tile.head_CD.dtype, device=tile.head_CD.device
-            )
+            num_rows, num_columns = tile.student_RC.shape
+            self.unit_RC = empty_rows(num_rows, num_columns, tile.head_CD.dtype, tile.head_CD.device)
         if sums.rows_MD is None:
             return
         logits = tile.student_RC if request.one_sweep is None else tile.logits_MC

@@ -19,7 +19,7 @@ def send_teacher_lens(teacher: GPTModel, plan: Plan, topology: Topology) -> Teac
 
     Tensors of a lens file are read from it by each rank, those of the blocks that its stage reads.
 
-    Collectives over the pipeline group: one send for each tensor of the bare lens to each stage that taps.
+    Collectives over the pipeline group: those of `LensCopies.refresh`.
     """
     with_norm = plan.config.lens_norm == "final"
     own = read_lens(teacher, with_norm=with_norm, detached=True) if topology.is_last_stage else None

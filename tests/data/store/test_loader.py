@@ -136,7 +136,7 @@ def test_damage_is_said_where_the_batch_is_asked_for(
 ) -> None:
     (name,) = reader.features.index.names
     flip(file_of(tmp_path, name), -1)
-    batches = checked_batches(iter(taught(reader, workers)[1]), 2000, 0, Wait())
+    batches = checked_batches(iter(taught(reader, workers)[1]), 2000, LENGTH, 0, Wait())
     for number in range(NUM_BATCHES - 1):
         assert_right(next(batches), number)
     with pytest.raises(ValueError, match=f"{name}.safetensors: has other bytes than were written") as caught:

@@ -154,6 +154,16 @@ def test_packages_that_need_a_gpu_are_as_if_not_installed(tmp_path: Path) -> Non
 
 
 @pytest.mark.tier("default")
+def test_no_compiler_is_imported() -> None:
+    script = (
+        "import sys\nfrom megatron_fdd.host import rehearsal\nrehearsal.start()\nimport torch, megatron.core\n"
+        "assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)\n"
+        "assert torch.compile(len)([1]) == torch.compile(dynamic=True)(len)([1]) == 1\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+@pytest.mark.tier("default")
 def test_it_may_start_after_megatron_was_imported_and_says_nothing() -> None:
     script = (
         "import os, megatron.core.fusions.fused_bias_swiglu as late\n"

@@ -1,0 +1,223 @@
+"""Narrower students: which channels and heads they keep, that these are the teacher's, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fdd import convert
+from tests.convert import mcore, toy_gpt2, toys
+from tests.convert.narrowing import Narrowing, state_of
+from tests.harness.ranks import distributed
+
+ALL = {"hidden_size": 36, "ffn_hidden_size": 40, "num_attention_heads": 6, "num_query_groups": 3}
+HIDDEN, FFN = {"hidden_size": 36}, {"ffn_hidden_size": 40}
+
+
+def make_student(teacher: Path, student: Path, sizes: dict[str, int], layers: list[int]) -> dict[str, Tensor]:
+    """Make a student by random scores, and return them."""
+    plan = convert.StudentPlan.of(teacher, layers, sizes)
+    generator = torch.Generator().manual_seed(3)
+    scores = {
+        probe.key: torch.rand(probe.num_channels, generator=generator, dtype=torch.float64)
+        for probe in plan.probes
+    }
+    plan.write(student, scores)
+    return scores
+
+
+def check(teacher: Path, student: Path, sizes: dict[str, int], attention: tuple[int, int, int]) -> None:
+    """Compare a student with transformers' model of the teacher, indexed; its second layer is the teacher's third."""
+    scores = make_student(teacher, student, sizes, [0, 2])
+    narrowing = Narrowing(scores, *attention, sizes)
+    expected = {
+        re.sub(r"\.2\.", ".1.", name): narrowing.cut(name, value)
+        for name, value in state_of(teacher).items()
+        if not re.search(r"(layers|h)\.1\.", name)
+    }
+    found = state_of(student)
+    assert found.keys() == expected.keys()
+    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert different == []
+
+
+CASES: list[tuple[str, dict[str, int]]] = [
+    *(
+        (variant, ALL)
+        for variant in ("plain", "tied", "biases", "attention_bias", "qwen2", "qwen3_types", "phi3")
+    ),
+    *(
+        (variant, ALL)
+        for variant in ("nemotron", "bfloat16", "mistral_window", "seed_oss", "granite", "glm4", "cohere2")
+    ),
+    ("ungrouped", {"num_attention_heads": 6, "num_query_groups": 6, **HIDDEN}),
+    ("plain", {"num_attention_heads": 6}),
+    ("gemma3_text", {"ffn_hidden_size": 40, "num_attention_heads": 6}),
+    *((variant, HIDDEN | FFN) for variant in ("olmo2", "olmo3", "exaone4", "deepseek_v3_dense")),
+    ("starcoder2", {"num_attention_heads": 6, **HIDDEN}),
+]
+
+
+@pytest.mark.parametrize(("variant", "sizes"), CASES, ids=[f"{name}-{len(sizes)}" for name, sizes in CASES])
+def test_a_student_is_the_teachers_model_indexed(tmp_path: Path, variant: str, sizes: dict[str, int]) -> None:
+    config = toys.llama_config(variant)
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    width = config.get("head_dim", config["hidden_size"] // heads)
+    toys.make_llama(tmp_path / "teacher", variant, tokenizer=False)
+    check(tmp_path / "teacher", tmp_path / "student", sizes, (heads, groups, width))
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 3, **HIDDEN, "ffn_hidden_size": 40}, FFN])
+def test_gpt2(tmp_path: Path, sizes: dict[str, int]) -> None:
+    toy_gpt2.make_gpt2(tmp_path / "teacher")
+    check(tmp_path / "teacher", tmp_path / "student", sizes, (4, 4, 12))
+
+
+def test_a_wrong_channel_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison fails where query rows, or gate and up, are cut at places that are off by one."""
+    from megatron_fdd.convert.kept_parts import KeptParts
+    from megatron_fdd.convert.parameter_axes import Axis
+
+    toys.make_llama(tmp_path / "teacher", tokenizer=False)
+    along = KeptParts.along
+    for number, mutated in enumerate((Axis.QKV, Axis.HEADS, Axis.GATED_FFN, Axis.FFN, Axis.HIDDEN)):
+
+        def off_by_one(self: KeptParts, axis: Axis, parameter: str, size: int, broken: Axis = mutated) -> Any:
+            kept = along(self, axis, parameter, size)
+            return (kept + 1) % size if axis is broken and kept is not None else kept
+
+        monkeypatch.setattr(KeptParts, "along", off_by_one)
+        with pytest.raises(AssertionError):
+            check(tmp_path / "teacher", tmp_path / f"student{number}", ALL, (12, 6, 10))
+
+
+@pytest.mark.parametrize("variant", ["plain", "biases", "phi3", "starcoder2"])
+@distributed(tp=1)
+def test_megatrons_logits(tmp_path: Path, variant: str) -> None:
+    """An import takes the student, and Megatron's model of it agrees with transformers'."""
+    teacher = toys.make_llama(tmp_path / "teacher", variant)
+    sizes = {
+        name: size for name, size in ALL.items() if variant != "starcoder2" or name != "num_query_groups"
+    }
+    make_student(teacher, tmp_path / "student", sizes, [0, 2])
+    convert.hf_to_mcore(tmp_path / "student", tmp_path / "mcore")
+    model, args = mcore.from_own_args(tmp_path / "mcore")
+    assert (args.hidden_size, args.ffn_hidden_size, args.num_attention_heads) == (36, 40, 6)
+    got = mcore.logits(model.float(), toys.TOKENS)[..., :99]
+    assert (got - toys.hf_logits(tmp_path / "student", toys.TOKENS)).abs().max() < toys.LOGIT_TOLERANCE
+
+
+def score(teacher: Path, sizes: dict[str, int], tokens: Tensor = toys.TOKENS) -> dict[str, Tensor]:
+    """Score a teacher's parts on a text."""
+    from transformers import AutoModelForCausalLM
+
+    plan = convert.StudentPlan.of(teacher, [0, 1, 2], sizes)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    return convert.measure_importance(model, plan.probes, tokens)
+
+
+def test_channels_without_effect_go_first(tmp_path: Path) -> None:
+    """Channels of MLPs and query groups that are always 0 are cut, and the student says what its teacher says."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    state = model.state_dict()
+    for layer in range(3):
+        state[f"model.layers.{layer}.mlp.gate_proj.weight"][layer::3] = 0
+        state[f"model.layers.{layer}.self_attn.v_proj.weight"][10 * layer : 10 * layer + 20] = 0
+    model.save_pretrained(teacher)
+    (teacher / "config.json").write_text(json.dumps(toys.llama_config()))
+    sizes = {"ffn_hidden_size": 44, "num_attention_heads": 8, "num_query_groups": 4}
+    scores = score(teacher, sizes)
+    parameters = convert.StudentPlan.of(teacher, [0, 1, 2], sizes).write(tmp_path / "student", scores)
+    assert parameters < sum(value.numel() for value in state.values())
+    expected, got = (toys.hf_logits(folder, toys.TOKENS) for folder in (teacher, tmp_path / "student"))
+    assert expected.std() > 0.3
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_scores_are_those_of_the_definition(tmp_path: Path) -> None:
+    """By hand, in float64: outputs of norms, inputs of the matrices behind MLP channels and heads."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
+    found = score(teacher, ALL)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(lambda _m, _i, output, name=name: seen.update({name: output}))
+        elif name.endswith(("down_proj", "o_proj")):
+            module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.update({name: inputs[0]}))
+    with torch.no_grad():
+        model(toys.TOKENS)
+    by_definition = {name: each.abs().mean(1).square().sum(0).sqrt() for name, each in seen.items()}
+    layer = by_definition["model.layers.1.mlp.down_proj"], by_definition["model.layers.1.self_attn.o_proj"]
+    hidden = sum(score for name, score in by_definition.items() if name.endswith("norm"))
+    assert len(found) == 7
+    for key, expected in {
+        "hidden": hidden,
+        "decoder.layers.1.mlp": layer[0],
+        "decoder.layers.1.self_attention": layer[1],
+    }.items():
+        torch.testing.assert_close(found[key], expected, rtol=1e-4, atol=1e-6)
+
+
+REFUSED = [
+    (
+        "plain",
+        {"hidden_size": 49},
+        "--hidden-size 49 must lie between 1 and the teacher's 48 hidden channels",
+    ),
+    (
+        "plain",
+        {"ffn_hidden_size": 0},
+        "--ffn-hidden-size 0 must lie between 1 and the teacher's 66 channels of an MLP",
+    ),
+    ("plain", {"hidden_size": 40}, "--hidden-size 40 must be a multiple of the 12 attention heads"),
+    ("plain", {"num_attention_heads": 7}, "--num-attention-heads 7 must be a multiple of the 6 query groups"),
+    (
+        "plain",
+        {"num_attention_heads": 12, "num_query_groups": 3},
+        "the teacher has 2 heads in each; give fewer heads",
+    ),
+    (
+        "gemma3_text",
+        HIDDEN,
+        "gemma3_text multiplies embeddings by its root, which a cut would change; leave it out",
+    ),
+    ("olmoe", HIDDEN, "olmoe has as many channels of queries as hidden ones"),
+    (
+        "olmo2",
+        {"num_attention_heads": 6},
+        "--num-attention-heads: decoder.layers.0.self_attention.q_layernorm.weight is",
+    ),
+    (
+        "deepseek_v3_dense",
+        {"num_attention_heads": 2},
+        "--num-attention-heads: decoder.layers.0.self_attention.q_layernorm",
+    ),
+    ("qwen3_moe", FFN, "--ffn-hidden-size 40: no layer that is kept has such channels"),
+]
+
+
+@pytest.mark.parametrize(("variant", "sizes", "message"), REFUSED)
+def test_refusals(tmp_path: Path, variant: str, sizes: dict[str, int], message: str) -> None:
+    teacher = toys.make_llama(tmp_path / "teacher", variant, tokenizer=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert.StudentPlan.of(teacher, [0, 2], sizes)
+
+
+def test_gpt2s_heads_fill_the_hidden_size(tmp_path: Path) -> None:
+    toy_gpt2.make_gpt2(tmp_path / "teacher")
+    with pytest.raises(
+        ValueError, match=r"a gpt2 has no config of these sizes .* 4 heads of width 12 on a hidden size of 44"
+    ):
+        convert.StudentPlan.of(tmp_path / "teacher", [0], {"hidden_size": 44})
