@@ -126,7 +126,7 @@ def test_the_delta_under_a_cap() -> None:
     change = capped_change(earlier_NT, case.teacher.float(), heads, grams)
     cosine = delta_cosine(change, student_ND, None, None, grams)
     changes = [
-        case.teacher_logits() - case.teacher_logits().flip(0),
+        case.logits("teacher") - case.logits("teacher").flip(0),
         student_ND.double() @ case.student_head[: case.vocab_size].double().T,
     ]
     changes = [each - each.mean(1, keepdim=True) for each in changes]
