@@ -125,4 +125,4 @@ class Topology:
 
 def _timeout_of(group: ProcessGroup) -> timedelta:
     """Return how long a group's collectives wait for other ranks; torch has no public name for it."""
-    return group._get_backend(group._device_types[0]).options._timeout  # type: ignore[attr-defined]
+    return group._get_backend(group._device_types[0]).options._timeout
