@@ -50,6 +50,7 @@ def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
         "tests/gpu/test_ops.py",
         "tests/gpu/test_taps.py",
         "tests/gpu/test_late_streams.py",
+        "tests/gpu/test_host_memory.py",
         "tests/gpu/test_transformer_engine.py",
     )
     no_te = "" if has_te else NO_TE
@@ -66,7 +67,7 @@ def sections(knobs: Knobs, results: Path, has_te: bool) -> list[Section]:
 
 
 FP8 = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--teacher-fp8-format", "e4m3")
-# It shows both kernels for rows that are not aligned, and cuBLAS's products with them, by name, with bytes a second.
+# It shows both kernels and cuBLAS's products for an odd vocabulary, by name, with bytes a second.
 PROFILER = (
     *"ncu --clock-control none --section SpeedOfLight --launch-skip 200 --launch-count 40".split(),
     *(*PYTHON, "benchmarks.interleaved", "--device", "cuda", "--rounds", "1"),

@@ -105,12 +105,12 @@ def store_row(weights_RC, block, row, out_stride, column, num_columns):
 
 
 @triton.jit
-def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit):
+def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, temperature, limit):
     """Add a tile to one model's statistics.
 
-    Returns exponentials relative to the running peak, the factor for the old sums, the running peak, and that peak
-    minus the row's reference. Weights are relative to the reference, which is the first tile's peak until a logit
-    exceeds it by more than `limit`.
+    Returns exponentials relative to the running peak, the factor for the old sums, the running peak, that peak minus
+    the row's reference, and the reference before this tile minus this one. Weights are relative to the reference,
+    which is the first tile's peak until a logit exceeds it by more than `limit`.
     """
     before = tl.load(peak_M + at)
     peak = tl.maximum(before, tl.max(logits, 0))
@@ -122,14 +122,26 @@ def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, tempe
         unit = tl.sum(tl.exp((logits - peak) * temperature), 0)
         unit_shrink = tl.exp((before - peak) * temperature)
         tl.store(unit_mass_M + at, tl.load(unit_mass_M + at) * unit_shrink + unit)
-    rise = 0.0
+    rise, drop = 0.0, 0.0
     if reference_M is not None:
         old = tl.load(reference_M + at)
         reference = tl.where(peak - old <= limit, old, peak)
         tl.store(reference_M + at, reference)
-        tl.store(drop_M + at, old - reference)
+        drop = old - reference
         rise = peak - reference
-    return weights, shrink, peak, rise
+    return weights, shrink, peak, rise, drop
+
+
+@triton.jit
+def rescale_row(rows_MD, at, width, drop, COLUMNS: tl.constexpr):
+    """Multiply a row of sums by exp(drop), if the drop is not 0, which it hardly ever is."""
+    if drop != 0.0:
+        factor = tl.exp(drop)
+        column = tl.arange(0, COLUMNS)
+        for start in range(0, width, COLUMNS):
+            places = rows_MD + at.to(tl.int64) * width + start + column
+            inside = start + column < width
+            tl.store(places, tl.load(places, mask=inside, other=0.0) * factor, mask=inside)
 
 
 @triton.jit
@@ -137,10 +149,11 @@ def softmax_kernel(
     teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap,
     first_RC, weights_RC, unit_RC,  # out: weights of the rows to sum
     peak_M, mass_M, unit_mass_M, cross_R,  # statistics of the tiles so far, in place (see SoftmaxSums)
-    reference_M, drop_M,  # what weights are relative to, in place; out: the reference before this tile minus this one
+    reference_M,  # what weights are relative to, in place
+    rows_MD, unit_rows_RD, width,  # the sums of rows so far, which become relative to the new reference
     gap_M,  # out: the tile's own peak minus the running one
     stride, out_stride, unit_stride, num_rows, num_columns, inverse_temperature, temperature, limit,
-    LEAD: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr, COLUMNS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the exponentials of a tile, and add their sums to the sums of earlier tiles.
 
@@ -161,8 +174,8 @@ def softmax_kernel(
         teacher = finished_logits(
             teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature
         )
-        weights, shrink, peak, rise = fold_row(
-            teacher, row, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit
+        weights, shrink, peak, rise, drop = fold_row(
+            teacher, row, peak_M, mass_M, unit_mass_M, reference_M, temperature, limit
         )
         if gap_M is not None:
             tl.store(gap_M + row, tl.max(teacher, 0) - peak)
@@ -171,8 +184,10 @@ def softmax_kernel(
             tl.store(cross_R + row, tl.load(cross_R + row) * shrink + cross)
             if first_RC is not None:
                 store_row(first_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
-    weights, shrink, peak, rise = fold_row(
-        student, at, peak_M, mass_M, unit_mass_M, reference_M, drop_M, temperature, limit
+        if LEAD == "teacher" and rows_MD is not None:
+            rescale_row(rows_MD, row, width, drop, SUM_COLUMNS)
+    weights, shrink, peak, rise, drop = fold_row(
+        student, at, peak_M, mass_M, unit_mass_M, reference_M, temperature, limit
     )
     if gap_M is not None:
         tl.store(gap_M + at, tl.max(student, 0) - peak)
@@ -186,19 +201,13 @@ def softmax_kernel(
     if unit_RC is not None:
         unit = tl.exp((student - peak + rise) * temperature)
         store_row(unit_RC, unit * slope, row, unit_stride, column, num_columns)
-
-
-@triton.jit
-def rescale_kernel(rows_MD, drop_M, width, power, COLUMNS: tl.constexpr):
-    """Multiply rows by exp(drop * power), where the drop is not 0."""
-    row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    drop = tl.load(drop_M + row)
-    if drop != 0.0:
-        factor = tl.exp(drop * power)
-        for start in range(0, width, COLUMNS):
-            places = rows_MD + row.to(tl.int64) * width + start + column
-            inside = start + column < width
-            tl.store(places, tl.load(places, mask=inside, other=0.0) * factor, mask=inside)
+        rescale_row(unit_rows_RD, row, width, drop * temperature, SUM_COLUMNS)
+    if rows_MD is not None:
+        if LEAD is None:  # there are sums of the student alone
+            at = row
+        rescale_row(rows_MD, at, width, drop, SUM_COLUMNS)
+        if LEAD == "student":
+            rescale_row(rows_MD, row, width, drop, SUM_COLUMNS)
 
 
 @triton.jit

@@ -65,9 +65,9 @@ class TritonSweeps:
         """Run the online softmax over this rank's part of the vocabulary."""
         request = self._request
         sums = SoftmaxSums.nothing_seen(request, *self._models)
-        reference_M = drop_M = gap_M = None
+        reference_M = gap_M = None
         if sums.rows_MD is not None or sums.unit_rows_RD is not None:
-            reference_M, drop_M = sums.peak_M.clone(), torch.empty_like(sums.peak_M)
+            reference_M = sums.peak_M.clone()
             gap_M = torch.empty_like(sums.peak_M) if request.implementation.skip_below > 0 else None
         for tile in self._sweep():
             weights = _Weights(sums, tile, request)
@@ -82,7 +82,10 @@ class TritonSweeps:
                 "unit_mass_M": sums.unit_mass_M,
                 "cross_R": sums.cross_R,
                 "reference_M": reference_M,
-                "drop_M": drop_M,
+                "rows_MD": sums.rows_MD,
+                "unit_rows_RD": sums.unit_rows_RD,
+                "width": self._tiles.student_width,
+                "SUM_COLUMNS": min(2048, triton.next_power_of_2(self._tiles.student_width)),
                 "gap_M": gap_M,
                 "temperature": request.temperature,
                 "limit": _leap_limit(self._models[1][1].dtype, request.temperature),
@@ -90,8 +93,8 @@ class TritonSweeps:
             }
             for piece in _pieces(tile):
                 self._launch(kernels.softmax_kernel, piece, arguments)
-            if drop_M is not None:
-                self._add_rows(sums, weights, drop_M, gap_M)
+            if reference_M is not None:
+                self._add_rows(sums, weights, gap_M)
         if reference_M is not None and request.shard.num_valid > 0:
             _scale(sums, reference_M.sub_(sums.peak_M).exp_())
         return sums
@@ -170,21 +173,18 @@ class TritonSweeps:
         }
         Launch(kernel, self._tiles.num_tokens, arguments, WARPS).run()
 
-    def _add_rows(self, sums: SoftmaxSums, weights: _Weights, drop_M: Tensor, gap_M: Tensor | None) -> None:
+    def _add_rows(self, sums: SoftmaxSums, weights: _Weights, gap_M: Tensor | None) -> None:
         """Add a tile's share to every sum of rows."""
         if sums.unit_rows_RD is not None and weights.unit_RC is not None:
-            _rescale(sums.unit_rows_RD, drop_M[sums.student], sums.temperature)
             accumulate(sums.unit_rows_RD, weights.unit_RC, weights.head_CD)
         if sums.rows_MD is None or weights.weights_MC is None:
             return
-        own = sums.student if sums.cross_R is None else slice(None)
-        if sums.student_leads:
-            drop_M = drop_M[sums.student].repeat(2)
-            gap_M = None if gap_M is None else gap_M[sums.student].repeat(2)
-        _rescale(sums.rows_MD, drop_M[own], 1.0)
         if gap_M is None:
             accumulate(sums.rows_MD, weights.weights_MC, weights.head_CD)
             return
+        own = sums.student if sums.cross_R is None else slice(None)
+        if sums.student_leads:
+            gap_M = gap_M[sums.student].repeat(2)
         accumulate_kept(
             sums.rows_MD,
             weights.weights_MC,
@@ -233,13 +233,6 @@ def _pieces(tile: Tile) -> Iterator[Tile]:
         teacher_RC = None if tile.teacher_RC is None else tile.teacher_RC[:, inner]
         columns = slice(first, start + inner.stop)
         yield tile._replace(columns=columns, teacher_RC=teacher_RC, student_RC=tile.student_RC[:, inner])
-
-
-def _rescale(rows_MD: Tensor, drop_M: Tensor, power: float) -> None:
-    width = rows_MD.shape[1]
-    arguments: dict[str, Any] = {"rows_MD": rows_MD, "drop_M": drop_M, "width": width, "power": power}
-    arguments["COLUMNS"] = min(2048, triton.next_power_of_2(width))
-    Launch(kernels.rescale_kernel, len(rows_MD), arguments).run()
 
 
 def _scale(sums: SoftmaxSums, factor_M: Tensor) -> None:
