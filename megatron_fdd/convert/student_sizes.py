@@ -59,8 +59,10 @@ def narrower_config(family: Family, config: HfConfig, sizes: Mapping[str, int]) 
         narrower = family.hf_config(config, Namespace(**after))
         found = architecture(family, narrower)
     except ValueError as error:
+        why = str(error).partition(";")[0]  # what follows is the remedy of an export
         raise ValueError(
-            f"a {family.model_type} has no config of these sizes ({error}); choose others"
+            f"a {family.model_type} has no config of these sizes ({why}); choose others: a shared expert may have to "
+            "be a multiple of the experts' width"
         ) from error
     for size in SIZES:
         if found.get(size) != after.get(size):

@@ -15,24 +15,6 @@ from tests.convert import toys
 from tests.harness.ranks import distributed
 
 
-def _joined(source: Path, folder: Path, *, transposed: bool) -> Path:
-    """Write the model as it stands in transformers' memory."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    tensors = {}
-    for name, value in model.state_dict().items():
-        turned = transposed and value.ndim == 3
-        tensors[name] = (value.transpose(1, 2) if turned else value).contiguous().clone()
-    assert any(name.endswith("experts.gate_up_proj") for name in tensors)
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    for path in source.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("variant", "changes"),
@@ -47,7 +29,7 @@ def _joined(source: Path, folder: Path, *, transposed: bool) -> Path:
 @distributed(tp=1)
 def test_joined_experts(tmp_path: Path, variant: str, changes: dict[str, int], transposed: bool) -> None:
     source = toys.make_llama(tmp_path / "source", variant, **changes)
-    joined = _joined(source, tmp_path / "joined", transposed=transposed)
+    joined = toys.join_experts(source, tmp_path / "joined", transposed=transposed)
     convert.hf_to_mcore(joined, tmp_path / "mcore")
     convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
     assert toys.tensor_hashes(tmp_path / "back") == toys.tensor_hashes(source)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fdd import convert
@@ -251,6 +252,25 @@ def test_experts_are_chosen_within_their_groups(tmp_path: Path) -> None:
     assert torch.equal(after["model.layers.1.mlp.gate.weight"], kept)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_two_tensors_a_layer(tmp_path: Path, transposed: bool) -> None:
+    """A folder that holds them as transformers 5 does in memory gives the same student."""
+    teacher = toys.make_llama(tmp_path / "teacher", "qwen3_moe", tokenizer=False)
+    joined = toys.join_experts(teacher, tmp_path / "joined", transposed=transposed)
+    sizes = EXPERTS | HIDDEN
+    make_student(teacher, tmp_path / "student", sizes, [0, 2])
+    make_student(joined, tmp_path / "again", sizes, [0, 2])
+    expected, found = toys.hf_logits(tmp_path / "student", toys.TOKENS), tmp_path / "again"
+    if transposed:  # transformers reads the other orientation alone
+        tensors = load_file(found / "model.safetensors")
+        save_file(
+            {name: (each.mT if each.ndim == 3 else each).contiguous() for name, each in tensors.items()},
+            found / "model.safetensors",
+            {"format": "pt"},
+        )
+    assert torch.equal(toys.hf_logits(found, toys.TOKENS), expected)
+
+
 REFUSED = [
     (
         "plain",
@@ -290,6 +310,11 @@ REFUSED = [
         "qwen3_moe",
         {"num_experts": 2},
         "--num-experts 2 must lie between 3 and the teacher's 6 experts in a layer",
+    ),
+    (
+        "deepseek_v3",
+        {"moe_ffn_hidden_size": 16},
+        "(a deepseek_v3 config cannot say what the checkpoint has: experts)",
     ),
     ("qwen3_moe", FFN, "--ffn-hidden-size 40: no layer that is kept has such parts"),
 ]

@@ -361,6 +361,25 @@ def make_tokenizer(folder: Path, added: tuple[str, ...] = ("<|chat|>",), vocab_s
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
+def join_experts(source: Path, folder: Path, *, transposed: bool) -> Path:
+    """Write a model as it stands in transformers' memory: all experts of a layer in two tensors."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    tensors = {}
+    for name, value in model.state_dict().items():
+        turned = transposed and value.ndim == 3
+        tensors[name] = (value.transpose(1, 2) if turned else value).contiguous().clone()
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """Return dtype, shape and SHA-256 of the bytes of every tensor in a folder's safetensors files."""
     hashes = {}
