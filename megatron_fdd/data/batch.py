@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,8 @@ class Batch:
 
 
 # What a sample has, and so a batch.
-_ENTRIES = ("tokens", "labels", "position_ids", "loss_mask", "token_mask")
+_MASKS = ("loss_mask", "token_mask")
+_ENTRIES = ("tokens", "labels", "position_ids", *_MASKS)
 _OPTIONAL = ("attention_mask", "cu_seqlens", "max_seqlen")
 
 
@@ -62,7 +64,7 @@ class Wait:
 
 
 def checked_batches(data_iterator: Any, vocab_size: int, length: int, iteration: int, wait: Wait) -> Any:
-    """Return an iterator over the same batches that refuses other lengths, and ids which not all models have.
+    """Return an iterator over the same batches that refuses other shapes, odd masks, and ids which not all models have.
 
     A prepared set is checked as a whole before training; this is for data that nothing describes. The host looks:
     batches that lie on a device already would make it wait.
@@ -98,8 +100,8 @@ class _CheckedBatches:
         """Return the next batch.
 
         Raises:
-            ValueError: there is no batch, an entry is missing or of another length, an id is unknown, or what the data
-                sets raise; on the ranks that read it.
+            ValueError: there is no batch, an entry is missing or of another shape or kind, a mask is no weight, an id
+                is unknown, or what the data sets raise; on the ranks that read it.
         """
         started_s = time.perf_counter()
         try:
@@ -112,30 +114,58 @@ class _CheckedBatches:
                 f"iteration {self._iteration + 1}: the data have no batch left on this rank; give as many samples as "
                 "the run reads, the same on every rank"
             )
-        missing = [name for name in _ENTRIES if name not in batch]
-        if missing:
-            raise ValueError(
-                f"a sample of the data has no {', '.join(missing)}; give each of {', '.join(_ENTRIES)} "
-                "(docs/extend/own-pretrain.md)"
-            )
-        for name in _ENTRIES:
-            if batch[name].shape[-1:] != (self._length,):
-                raise ValueError(
-                    f"iteration {self._iteration + 1}: {name} of a batch is {[*batch[name].shape]}, and "
-                    f"--seq-length is {self._length}: each entry must be [samples, {self._length}], padded "
-                    "where both masks are 0 (docs/extend/own-pretrain.md)"
-                )
-        for name, ids in (("token", batch["tokens"]), ("label", batch["labels"][batch["loss_mask"] > 0])):
-            if not ids.numel():
-                continue
-            for found in (int(each) for each in ids.aminmax()):
-                if not 0 <= found < self._vocab_size:
-                    raise ValueError(
-                        f"iteration {self._iteration + 1}: a batch has the {name} {found}, and tokenizer, teacher and "
-                        f"student share the ids 0 to {self._vocab_size - 1}; give data with these alone (where "
-                        "loss_mask is 0 a label may be anything, a token may not)"
-                    )
+        iteration = self._iteration + 1
+        _check_entries(batch, self._length, iteration)
+        _check_masks(batch, iteration)
+        _check_ids(batch, self._vocab_size, iteration)
         return batch
+
+
+def _check_entries(batch: Mapping[str, Tensor], length: int, iteration: int) -> None:
+    """Refuse a batch of which an entry is missing, has another shape than [samples, length], or is of another kind."""
+    missing = [name for name in _ENTRIES if name not in batch]
+    if missing:
+        raise ValueError(
+            f"a sample of the data has no {', '.join(missing)}; give each of {', '.join(_ENTRIES)} "
+            "(docs/extend/own-pretrain.md)"
+        )
+    num_samples = len(batch["tokens"])
+    for name in _ENTRIES:
+        if batch[name].shape != (num_samples, length):
+            raise ValueError(
+                f"iteration {iteration}: {name} of a batch is {[*batch[name].shape]}, and --seq-length is {length}: "
+                f"each entry must be [samples, {length}], padded where both masks are 0 (docs/extend/own-pretrain.md)"
+            )
+        if name not in _MASKS and batch[name].dtype.is_floating_point:
+            raise ValueError(
+                f"iteration {iteration}: {name} of a batch is {batch[name].dtype}; give whole numbers, as "
+                ".long() makes them"
+            )
+
+
+def _check_masks(batch: Mapping[str, Tensor], iteration: int) -> None:
+    """Refuse masks that are no weights: a negative one would teach the opposite."""
+    for name in _MASKS:
+        for found in (float(each) for each in batch[name].aminmax()):
+            if not 0 <= found < math.inf:
+                raise ValueError(
+                    f"iteration {iteration}: {name} of a batch has the value {found:g}; give 1 where it "
+                    "counts, 0 elsewhere"
+                )
+
+
+def _check_ids(batch: Mapping[str, Tensor], vocab_size: int, iteration: int) -> None:
+    """Refuse ids that not all models have, where they are read."""
+    for name, ids in (("token", batch["tokens"]), ("label", batch["labels"][batch["loss_mask"] > 0])):
+        if not ids.numel():
+            continue
+        for found in (int(each) for each in ids.aminmax()):
+            if not 0 <= found < vocab_size:
+                raise ValueError(
+                    f"iteration {iteration}: a batch has the {name} {found}, and tokenizer, teacher and student "
+                    f"share the ids 0 to {vocab_size - 1}; give data with these alone (where loss_mask is 0 a "
+                    "label may be anything, a token may not)"
+                )
 
 
 def _said_by_worker(message: str, iteration: int) -> str:

@@ -62,11 +62,17 @@ def module_size(term: TapTerm, widths: tuple[int, int], config: FddConfig) -> Mo
     """Make one tap's module and measure it: those of all taps are alike.
 
     Raises:
-        ValueError: it cannot be made, or made a second time it is another one.
+        ValueError: it cannot be made, has a parameter that is not finite, or made a second time it is another one.
     """
     module, again = (_make(term, term.reach, widths, config) for _ in range(2))
     if module is None or again is None:
         return NOTHING
+    odd = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
+    if odd:
+        raise ValueError(
+            f"the term {term.kind}: make_module gives {', '.join(odd)} values that are not finite: set each with "
+            "torch.nn.init (torch.empty holds what was in memory)"
+        )
     if not _are_equal(module, again):
         raise ValueError(
             f"the term {term.kind}: make_module must return the same at every call, or ranks would train different "

@@ -35,9 +35,18 @@ def refuse_missing(args: argparse.Namespace) -> None:
             args.eval_interval is None and not args.skip_train
         ),
     }
+    unit = _unit(args)
+    missing[f"--lr-wsd-decay-{unit} N (the last part of --lr-decay-style WSD)"] = (
+        args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None and not args.skip_train
+    )
     flags = [flag for flag, is_missing in missing.items() if is_missing]
     if flags:
         raise ValueError(f"not given: {'; '.join(flags)}")
+
+
+def _unit(args: argparse.Namespace) -> str:
+    """Return in what Megatron counts the schedules, as its flags say it."""
+    return "samples" if args.train_samples else "iters"
 
 
 # Megatron's numbers by their names in `args`. Not named here: at least 0, because nearly all are counts or shares.
@@ -137,7 +146,7 @@ def _broken_bound(name: str, value: object, skips_training: bool) -> str | None:
 
 
 def check_schedule(context: Context) -> None:
-    """Refuse values in the wrong order, such as a --min-lr above --lr; Megatron only asserts this, and late.
+    """Refuse values in the wrong order, such as a --min-lr above --lr; Megatron at most asserts this, and late.
 
     Raises:
         ValueError: names both flags.
@@ -156,6 +165,25 @@ def check_schedule(context: Context) -> None:
             continue
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in ((low, start), (high, end))]
         raise ValueError(f"{flags[0]}: must be {'below' if is_below else 'at most'} {flags[1]}")
+    _refuse_early_decay(args)
+
+
+def _refuse_early_decay(args: argparse.Namespace) -> None:
+    """Refuse a last part of --lr-decay-style WSD that begins inside of the warm-up: the rate would fall in one step."""
+    unit = _unit(args)
+    last_part = getattr(args, f"lr_wsd_decay_{unit}")
+    end_flag = f"lr_decay_{unit}" if getattr(args, f"lr_decay_{unit}") else f"train_{unit}"
+    end = getattr(args, end_flag)
+    if args.lr_decay_style != "WSD" or args.skip_train or None in (last_part, end):
+        return
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if args.lr_warmup_fraction is not None:
+        warmup = math.ceil(args.lr_warmup_fraction * end)
+    if last_part > end - warmup:
+        raise ValueError(
+            f"--lr-wsd-decay-{unit} {last_part}: must be at most {end - warmup}, what the warm-up of {warmup} leaves "
+            f"of --{end_flag.replace('_', '-')} {end}"
+        )
 
 
 def check_shares(context: Context) -> None:

@@ -244,7 +244,7 @@ def test_every_batch_is_held_to_the_vocabulary(wrong: dict[str, int], message: s
 
 
 def test_a_batch_without_a_label_passes() -> None:
-    empty = {name: torch.zeros(1, 2) for name in batch()}
+    empty = {name: torch.zeros_like(entry) for name, entry in batch().items()}
     assert next(checked_batches(iter([empty]), 5, 2, 0, Wait())) is empty
 
 
@@ -264,3 +264,33 @@ def test_an_entry_of_another_length_is_named(name: str) -> None:
         ValueError, match=rf"iteration 4: {name} of a batch is \[1, 3\], and --seq-length is 2"
     ):
         next(checked_batches(iter([other]), 5, 2, 3, Wait()))
+
+
+@pytest.mark.parametrize("name", list(batch()))
+def test_an_entry_with_a_dimension_more_or_other_samples_is_named(name: str) -> None:
+    entry = batch()[name]
+    for wrong in (entry[None], entry[0], torch.cat((entry, entry))):
+        other = batch() | {name: wrong}
+        with pytest.raises(ValueError, match=r"of a batch is \[.*each entry must be \[samples, 2\]"):
+            next(checked_batches(iter([other]), 5, 2, 3, Wait()))
+
+
+@pytest.mark.parametrize("name", ["tokens", "labels", "position_ids"])
+def test_ids_that_are_no_whole_numbers_are_named(name: str) -> None:
+    other = batch() | {name: batch()[name].float()}
+    with pytest.raises(ValueError, match=rf"iteration 4: {name} of a batch is torch.float32; give whole"):
+        next(checked_batches(iter([other]), 5, 2, 3, Wait()))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["loss_mask", "token_mask"])
+def test_a_mask_that_is_no_weight_is_named(name: str, value: float) -> None:
+    other = batch() | {name: torch.tensor([[1.0, value]])}
+    with pytest.raises(ValueError, match=rf"iteration 4: {name} of a batch has the value {value:g}; give 1"):
+        next(checked_batches(iter([other]), 5, 2, 3, Wait()))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float64])
+def test_masks_of_other_kinds_pass(kind: torch.dtype) -> None:
+    other = batch() | {name: batch()[name].to(kind) for name in ("loss_mask", "token_mask")}
+    assert next(checked_batches(iter([other]), 5, 2, 3, Wait())) is other

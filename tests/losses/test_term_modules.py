@@ -61,6 +61,20 @@ def test_a_module_that_is_another_at_each_call_is_refused(monkeypatch: pytest.Mo
         saved_shapes(config(TERMS[-1].kind), 3, (6, 11))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_that_are_not_finite_are_named(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Such as what torch.empty leaves; NaN is no equal of itself, so it must not be taken for another module."""
+
+    def make(*_: object) -> torch.nn.Module:
+        module = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(module.bias, value)
+        return module
+
+    monkeypatch.setattr(type(TERMS[-1]), "make_module", make)
+    with pytest.raises(ValueError, match="make_module gives bias values that are not finite: set each with"):
+        saved_shapes(config(TERMS[-1].kind), 3, (6, 12))
+
+
 def test_names_and_sizes_of_what_is_learned() -> None:
     learned = config("fixed_mse", "learned_mse")
     names = [f"learned_mse.{tap}.weight" for tap in range(2)]

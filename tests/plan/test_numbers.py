@@ -6,7 +6,7 @@ import pytest
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.plan.context import Context
-from megatron_fdd.plan.numbers import check_numbers, check_schedule
+from megatron_fdd.plan.numbers import check_given, check_numbers, check_schedule
 from tests.harness.command_lines import training_parser
 
 
@@ -58,10 +58,34 @@ def test_numbers_within_bounds_pass(words: str) -> None:
         ("--lr-warmup-iters 10", "--lr-warmup-iters 10: must be below --train-iters 10"),
         ("--lr-warmup-iters 5 --lr-decay-iters 5", "--lr-warmup-iters 5: must be below --lr-decay-iters 5"),
         ("--lr-warmup-samples 9 --train-samples 9", "--lr-warmup-samples 9: must be below --train-samples 9"),
+        (
+            "--lr-decay-style WSD --lr-wsd-decay-iters 11",
+            "--lr-wsd-decay-iters 11: must be at most 10, what the warm-up of 0 leaves of --train-iters 10",
+        ),
+        (
+            "--lr-decay-style WSD --lr-wsd-decay-iters 5 --lr-decay-iters 8 --lr-warmup-iters 4",
+            "--lr-wsd-decay-iters 5: must be at most 4, what the warm-up of 4 leaves of --lr-decay-iters 8",
+        ),
+        (
+            "--lr-decay-style WSD --lr-wsd-decay-iters 8 --lr-warmup-fraction 0.25",
+            "--lr-wsd-decay-iters 8: must be at most 7, what the warm-up of 3 leaves of --train-iters 10",
+        ),
     ],
 )
 def test_schedules_that_cannot_be_are_refused(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_schedule(given(f"--lr 0.1 --train-iters 10 {words}"))
     check_schedule(given("--lr 0.1 --train-iters 10 --min-lr 0.1 --lr-warmup-iters 9"))
+    wsd = "--lr 0.1 --lr-decay-style WSD --lr-wsd-decay"
+    check_schedule(given(f"{wsd}-iters 6 --train-iters 10 --lr-warmup-iters 4"))
+    check_schedule(given(f"{wsd}-samples 50 --train-samples 99 --lr-warmup-samples 49"))
     check_schedule(given(f"--lr 0.1 --train-iters 10 {words} --skip-train"))
+
+
+@pytest.mark.parametrize("unit", ["iters", "samples"])
+def test_the_last_part_of_a_schedule_that_has_one_must_be_given(unit: str) -> None:
+    words = f"--seq-length 8 --micro-batch-size 1 --lr 0.1 --eval-interval 9 --train-{unit} 10 --lr-decay-style WSD"
+    with pytest.raises(ValueError, match=f"^not given: --lr-wsd-decay-{unit} N "):
+        check_given(given(words))
+    check_given(given(f"{words} --skip-train"))
+    check_given(given(f"{words} --lr-wsd-decay-{unit} 3"))
