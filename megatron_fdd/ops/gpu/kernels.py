@@ -78,9 +78,9 @@ def load_row(logits_RC, row, stride, column, num_columns, factor):
 
 
 @triton.jit
-def finished_logits(products, bias_C, cap, column, num_columns, factor):
-    """Return a token's products with a head as logits times a factor (see `HeadExtras`)."""
-    logits, inside = products, column < num_columns
+def read_logits(products_RC, bias_C, cap, row, stride, column, num_columns, factor):
+    """Read a token's products with a head, as logits times a factor (see `HeadExtras`)."""
+    logits, inside = load_row(products_RC, row, stride, column, num_columns, 1.0), column < num_columns
     if bias_C is not None:
         logits += tl.load(bias_C + column, mask=inside, other=0.0)
     if cap is not None:
@@ -92,9 +92,12 @@ def finished_logits(products, bias_C, cap, column, num_columns, factor):
 
 @triton.jit
 def slope_of(logits, cap, column, num_columns, factor):
-    """Return the derivative of logits that `finished_logits` has capped with respect to their products."""
-    part = tl.where(column < num_columns, logits / (cap * factor), 0.0)
-    return 1.0 - part * part
+    """Return the derivative of what `read_logits` returned, over the factor, with respect to the products."""
+    slope = 1.0
+    if cap is not None:
+        part = tl.where(column < num_columns, logits / (cap * factor), 0.0)
+        slope = 1.0 - part * part
+    return slope
 
 
 @triton.jit
@@ -162,17 +165,14 @@ def softmax_kernel(
     times z_S - z_T. A soft cap of the student's logits multiplies them by its slope.
     """
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    student = load_row(student_RC, row, stride, column, num_columns, 1.0)
-    student = finished_logits(student, student_bias_C, student_cap, column, num_columns, inverse_temperature)
-    slope = 1.0
-    if student_cap is not None:
-        slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
-    at = row
+    student = read_logits(
+        student_RC, student_bias_C, student_cap, row, stride, column, num_columns, inverse_temperature
+    )
+    slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
+    at = row if teacher_RC is None else num_rows + row
     if teacher_RC is not None:
-        at = num_rows + row
-        teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
-        teacher = finished_logits(
-            teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature
+        teacher = read_logits(
+            teacher_RC, teacher_bias_C, teacher_cap, row, stride, column, num_columns, inverse_temperature
         )
         weights, shrink, peak, rise, drop = fold_row(
             teacher, row, peak_M, mass_M, unit_mass_M, reference_M, temperature, limit
@@ -221,13 +221,13 @@ def second_kernel(
     """Sum value and score of a divergence, which VALUE_AND_SCORE computes from log-probabilities."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
     inside = column < num_columns
-    teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
-    teacher = finished_logits(teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature)
-    student = load_row(student_RC, row, stride, column, num_columns, 1.0)
-    student = finished_logits(student, student_bias_C, student_cap, column, num_columns, inverse_temperature)
-    slope = 1.0
-    if student_cap is not None:
-        slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
+    teacher = read_logits(
+        teacher_RC, teacher_bias_C, teacher_cap, row, stride, column, num_columns, inverse_temperature
+    )
+    student = read_logits(
+        student_RC, student_bias_C, student_cap, row, stride, column, num_columns, inverse_temperature
+    )
+    slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
     teacher = tl.where(inside, teacher - tl.load(lse_M + row), 0.0)
     student = tl.where(inside, student - tl.load(lse_M + num_rows + row), 0.0)
     value, score = VALUE_AND_SCORE(teacher, student, mix, log_mix, log_rest)
@@ -250,13 +250,11 @@ def gradient_kernel(
 ):  # fmt: skip
     """Compute the gradient of the student's logits. Without a teacher VALUE_AND_SCORE is None."""
     row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    student = load_row(student_RC, row, stride, column, num_columns, 1.0)
-    student = finished_logits(student, student_bias_C, student_cap, column, num_columns, 1.0)
+    student = read_logits(student_RC, student_bias_C, student_cap, row, stride, column, num_columns, 1.0)
     gradient = tl.zeros((COLUMNS,), tl.float32)
     if VALUE_AND_SCORE is not None:
-        teacher = load_row(teacher_RC, row, stride, column, num_columns, 1.0)
-        teacher = finished_logits(
-            teacher, teacher_bias_C, teacher_cap, column, num_columns, inverse_temperature
+        teacher = read_logits(
+            teacher_RC, teacher_bias_C, teacher_cap, row, stride, column, num_columns, inverse_temperature
         )
         student_log = student * inverse_temperature - tl.load(lse_M + num_rows + row)
         teacher_log = teacher - tl.load(lse_M + row)
