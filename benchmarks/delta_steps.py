@@ -11,8 +11,7 @@ from torch import Tensor
 
 from benchmarks.linear_kl_steps import Inputs, Size, Step, inputs
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
-from megatron_fdd.ops.full_precision import exact_product
-from megatron_fdd.ops.vocab_tiles import accumulate, product_dtype
+from megatron_fdd.ops.full_precision import exact_product, prepared
 
 
 def grams_of(given: Inputs, previous: HeadGrams | None = None) -> HeadGrams:
@@ -60,42 +59,10 @@ def bare_delta(size: Size) -> Step:
     return lambda: [left @ right for left, right in factors][-1]
 
 
-def todays_products(size: Size) -> Step:
-    """Return a step with the same products as the delta takes them.
-
-    On a GPU, each is three products of TF32 parts.
-    """
-    factors = _factors(size)
+def our_products(size: Size) -> Step:
+    """Return a step with the same products as the delta takes them; the matrices are made ready outside of it."""
+    factors = [(delta, prepared(gram)) for delta, gram in _factors(size)]
     return lambda: [exact_product(left, right) for left, right in factors][-1]
-
-
-def bf16_products(size: Size) -> Step:
-    """Return a step with the same products, each as three products of bf16 parts.
-
-    This is a proposal, of which only the time is measured. The matrices are cut once for a step, outside the measured
-    time.
-    """
-    factors = [(delta, _bf16_parts(gram)) for delta, gram in _factors(size)]
-
-    def run() -> Tensor:
-        for delta, (gram_high, gram_low) in factors:
-            high, low = _bf16_parts(delta)
-            total = delta.new_zeros(len(delta), gram_high.shape[1])
-            for left, right in ((low, gram_high), (high, gram_low), (high, gram_high)):
-                accumulate(total, left, right)
-        return total
-
-    return run
-
-
-def _bf16_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bf16 part of the numbers and the bf16 part of the rest.
-
-    Both are widened where bf16 cannot multiply into float32.
-    """
-    high = tensor.bfloat16()
-    dtype = product_dtype(high)
-    return high.to(dtype), (tensor - high).bfloat16().to(dtype)
 
 
 def our_delta(size: Size) -> Step:

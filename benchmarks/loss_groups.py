@@ -161,13 +161,12 @@ def held_final(size: Size, tokens: int) -> Step:
 
 
 def deltas(size: Size) -> tuple[Variant, ...]:
-    """Return one delta, its products in two ways, and the Gram matrices of a step."""
+    """Return one delta, its products alone, and the Gram matrices of a step."""
     floor, grams = "one product each, of a delta", "one product each, of the Gram matrices"
     return (
         Variant(floor, partial(delta_steps.bare_delta, size), size),
         Variant("delta_cosine, with its gradient", partial(delta_steps.our_delta, size), size, floor),
-        Variant("its products as today (3 x TF32)", partial(delta_steps.todays_products, size), size, floor),
-        Variant("its products as 3 x bf16", partial(delta_steps.bf16_products, size), size, floor),
+        Variant("its products", partial(delta_steps.our_products, size), size, floor),
         Variant(grams, partial(delta_steps.bare_grams, size), size),
         Variant(
             "head_grams, as in a training",

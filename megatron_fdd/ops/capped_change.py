@@ -8,7 +8,7 @@ But |D^S|^2 keeps its Gram form, and products with t over the vocabulary are sum
 Shapes: N this rank's tokens, n the part of them that it computes, R all tokens of the tensor-parallel group under
 sequence parallelism (else N), T / D hidden width of teacher / student, C rows of a tile of the heads.
 
-Precision: as in `delta_cosine` everything is float32, without TF32. Source: docs/method.md.
+Precision: as in `delta_cosine` everything is float32, on a GPU sums of bf16 parts' products. Source: docs/method.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ comes from five sums over the vocabulary for each token, and the student's gradi
 Shapes: N this rank's tokens, R all tokens of the tensor-parallel group under sequence parallelism (else N), T / D
 hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile, V the vocabulary.
 
-Precision: as in `delta_cosine` everything is float32, without TF32. Source: docs/method.md.
+Precision: as in `delta_cosine` everything is float32, on a GPU sums of bf16 parts' products. Source: docs/method.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Shapes: T / D hidden width of teacher / student, W rows of this rank's head shard, C rows of a tile.
 
-Precision: rows without the column means, products and sums are float32, without TF32.
+Precision: rows without the column means, products and sums are float32, on a GPU sums of bf16 parts' products.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_fdd.ops.full_precision import add_exact_product, exact_product, full_precision
+from megatron_fdd.ops.full_precision import Parts, add_exact_product, exact_product, full_precision, prepared
 from megatron_fdd.ops.head_gradient import collected
 from megatron_fdd.ops.heads import Heads
 from megatron_fdd.ops.vocab_shard import VocabShard
@@ -29,7 +29,8 @@ class HeadGrams:
     """Gram matrices of heads without their column means, and these means; float32, equal on all ranks.
 
     They are over the whole vocabulary without padding. `vocab_size` is a 0-dim tensor (no host sync). `shard`: how the
-    heads' rows, and the tokens, lie on the ranks.
+    heads' rows, and the tokens, lie on the ranks. `factors`: the three matrices, in their order and without gradient,
+    as products read them.
 
     Gradient reaches the student's head through the right factor of a matrix; the left one is a constant, in
     `student_student_DD` too, because `delta_cosine` may need other states on the right. Autograd therefore gives half
@@ -43,6 +44,7 @@ class HeadGrams:
     student_mean_D: Tensor
     vocab_size: Tensor
     shard: VocabShard
+    factors: tuple[Tensor | Parts, Tensor | Parts, Tensor | Parts]
 
 
 def head_grams(heads: Heads, *, previous: HeadGrams | None = None) -> HeadGrams:
@@ -71,6 +73,11 @@ def head_grams(heads: Heads, *, previous: HeadGrams | None = None) -> HeadGrams:
         student_mean_D=student_mean_D,
         vocab_size=teacher[2],
         shard=heads.shard,
+        factors=(
+            prepared(teacher[0]) if previous is None else previous.factors[0],
+            prepared(teacher_student_TD.detach()),
+            prepared(student_student_DD.detach()),
+        ),
     )
 
 

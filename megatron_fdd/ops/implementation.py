@@ -11,6 +11,9 @@ from torch import Tensor
 from megatron_fdd.ops.divergence import Divergence, check_triton_function
 from megatron_fdd.ops.vocab_tiles import row_stride
 
+# Memory from which on a GPU holds twice the logits. What is sold with 80 GB reports some 79 GiB.
+LARGE_GPU_BYTES = 75 * 2**30
+
 ImplementationKind = Literal["auto", "reference", "torch", "triton"]
 
 
@@ -27,7 +30,8 @@ class Implementation:
         block_rows: rows of tokens (of all tensor-parallel ranks together) that are swept at a time. A block's
             collectives run during the products of its neighbours.
         held_logits: logits of a model that exist at a time where they are kept for the gradient (`head_loss`); None:
-            enough to keep the products busy, 2^27 on a GPU (512 MiB), else 2^23, but at least those of 256 tokens.
+            enough to keep the products busy, 2^28 on a GPU of 80 GB or more (1 GiB), 2^27 on a smaller one, else 2^23,
+            but at least those of 256 tokens.
         skip_below: gradient products leave out tiles in which no probability reaches this (0: leave out none). This
             is an approximation: the loss stays exact, and every probability that is left out is smaller.
     """
@@ -66,19 +70,24 @@ class Implementation:
         return self._tile_columns(is_cuda=head.is_cuda, is_triton=self.chosen(head, divergence) == "triton")
 
     def held_rows(self, head: Tensor) -> int:
-        """Return for how many tokens logits are held at a time; equal on all ranks, because padding rows count too."""
-        return self._held_rows(len(head), is_cuda=head.is_cuda)
+        """Return for how many tokens logits are held at a time.
 
-    def most_logits(self, num_tokens: int, head_rows: int, *, is_cuda: bool) -> int:
+        Equal on all ranks, because padding rows count too, if the GPUs of a tensor-parallel group are alike.
+        """
+        return self._held_rows(len(head), memory_of_gpu(head.device))
+
+    def most_logits(self, num_tokens: int, head_rows: int, *, gpu_bytes: int | None) -> int:
         """Return how many logits of a model exist at a time at most, of a tile or held; on a GPU those of triton.
 
         Args:
             num_tokens: of a micro-batch, all tensor-parallel ranks together.
             head_rows: rows of a rank's part of the head.
+            gpu_bytes: the GPU's memory; None: a CPU.
         """
+        is_cuda = gpu_bytes is not None
         tile = min(self._tile_columns(is_cuda=is_cuda, is_triton=is_cuda), head_rows)
         rows = min(num_tokens, self.block_rows)
-        held = min(rows, self._held_rows(head_rows, is_cuda=is_cuda))
+        held = min(rows, self._held_rows(head_rows, gpu_bytes))
         return max(rows * row_stride(tile), held * row_stride(head_rows))
 
     def _tile_columns(self, *, is_cuda: bool, is_triton: bool) -> int:
@@ -86,12 +95,18 @@ class Implementation:
             return self.tile_size
         return 4096 if is_triton else 8192 if is_cuda else 2048
 
-    def _held_rows(self, head_rows: int, *, is_cuda: bool) -> int:
+    def _held_rows(self, head_rows: int, gpu_bytes: int | None) -> int:
         if self.held_logits is not None:
             return max(1, self.held_logits // head_rows)
-        if is_cuda:  # whole groups of rows of a product
-            return max(256, 2**27 // head_rows // 128 * 128)
-        return max(256, 2**23 // head_rows)
+        if gpu_bytes is None:
+            return max(256, 2**23 // head_rows)
+        logits = 2**28 if gpu_bytes >= LARGE_GPU_BYTES else 2**27
+        return max(256, logits // head_rows // 128 * 128)  # whole groups of rows of a product
+
+
+def memory_of_gpu(device: torch.device) -> int | None:
+    """Return the memory of a GPU; None for another device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 DEFAULT_IMPLEMENTATION = Implementation()

@@ -7,13 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from megatron_fdd.config import FddConfig
+from megatron_fdd.host.rehearsal import is_wanted as is_rehearsal_wanted
 from megatron_fdd.host.role import Role
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.term_modules import trained_parameters
 from megatron_fdd.losses.terms import TERMS, needs_of, uses_taps
-from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION
+from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, LARGE_GPU_BYTES, memory_of_gpu
 from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
@@ -234,14 +237,21 @@ def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_widths: Sequence[i
     )
     head_rows = args.padded_vocab_size // args.tensor_model_parallel_size
     figures["logits of both models that exist at a time, on a GPU, float32"] = (
-        2 * 4 * DEFAULT_IMPLEMENTATION.most_logits(rows, head_rows, is_cuda=True)
+        2 * 4 * DEFAULT_IMPLEMENTATION.most_logits(rows, head_rows, gpu_bytes=_planned_gpu_bytes())
     )
     figures["placeholder of the head's gradient"] = head_rows * width * args.params_dtype.itemsize
     if needs.grams:
         figures["Gram matrices, float32"] = sum(
             4 * (each**2 + each * width + width**2) for each in teacher_widths
         )
+        figures["Gram matrices in parts for products, on a GPU"] = figures["Gram matrices, float32"]
     return figures
+
+
+def _planned_gpu_bytes() -> int:
+    """Return the memory of this machine's GPU; without one, of a GPU that holds the most logits."""
+    own = None if is_rehearsal_wanted() else memory_of_gpu(torch.device("cuda"))
+    return LARGE_GPU_BYTES if own is None else own
 
 
 def _kept_taps(plan: Plan, micro_batches: int) -> int:

@@ -7,7 +7,7 @@ hangs, the ranks are started again for the rest. Terms are compared relative to 
 their norm.
 
 Tolerances on GPUs were chosen before any run on one: 5e-5 for float32 terms, 1e-3 for gradients. On a CPU they are
-1e-6 and 1e-5. On a GPU the delta's products are sums of TF32 parts, with an error of 1e-5 of the norm
+1e-6 and 1e-5. On a GPU the delta's products are sums of bf16 parts' products, with an error of 1e-5 of the norm
 (benchmarks/LOG.md), and their terms are about ten times larger than their sum. A lost reduction or a shifted layer
 gives an error of 1e-1 and more. Layouts that need TransformerEngine's attention run in bf16, with 2e-2 and 1e-1 (on
 CPUs bf16 has errors of 3e-3 and 3e-2).

@@ -118,7 +118,7 @@ def test_a_cap_and_a_bias(implementation: str, dtype: torch.dtype) -> None:
 
 
 def test_the_delta_under_a_cap() -> None:
-    """In float32 products of TF32 parts; the reference is float64."""
+    """In products of bf16 parts; the reference is float64."""
     case = to_gpu(capped(on_gpu((200, 20_000, 20_032, (256, 128)), torch.bfloat16)))
     heads = case.heads()
     grams = head_grams(heads)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_fdd.ops import full_precision
 from megatron_fdd.ops.delta import HeadGrams, delta_cosine, head_grams
+from megatron_fdd.ops.heads import Heads
 from megatron_fdd.ops.linear_kl import Divergence, linear_kl
 from tests.ops.delta_case import Layers, leaves, make_layers
 from tests.ops.linear_kl_case import Case, error, gradients, make_case
@@ -179,6 +181,32 @@ def test_logits_that_shift_together_with_their_log_sum_exps_in_float32(ratio: fl
         head_grams(heads),
     )
     assert_agrees(cosine, layers, leaves(layers)[:2], 2e-4)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_products_of_bf16_parts_as_on_a_gpu(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads with large column means, of which nothing may be left to cancel; other products than float32's."""
+    case = make_case(100, 3000, padded=3008, widths=(256, 128)).to(torch.bfloat16).to(torch.float64)
+    teacher_head, student_head = case.teacher_head + 0.25, (case.student_head - 0.25).requires_grad_()
+    deltas = [0.3 * case.teacher, (0.3 * case.student).requires_grad_()]
+    changes = [
+        delta @ head[:3000].T for delta, head in zip(deltas, (teacher_head, student_head), strict=True)
+    ]
+    lse = [change.detach().mean(1) + 0.1 for change in changes]
+    offsets = [change.mean(1) for change in changes] if centred else lse
+    changes = [change - offset[:, None] for change, offset in zip(changes, offsets, strict=True)]
+    wanted = torch.nn.functional.cosine_similarity(*changes, dim=1)
+    monkeypatch.setattr(full_precision, "_are_split", lambda tensor: tensor.dtype == torch.float32)
+    teacher, student, *heads = (x.detach().float() for x in (*deltas, teacher_head, student_head))
+    for leaf in (student, heads[1]):
+        leaf.requires_grad_()
+    grams = head_grams(Heads(heads[0], heads[1], case.heads().shard))
+    given = (None, None) if centred else [each.float() for each in lse]
+    cosine = delta_cosine(teacher, student, *given, grams)
+    assert (cosine - wanted).abs().max() < 3e-6
+    expected = gradients(wanted.sum(), deltas[1], student_head)
+    for gradient, reference in zip(gradients(cosine.sum(), student, heads[1]), expected, strict=True):
+        assert 4e-6 < error(gradient, reference) < 2.5e-5, "in float32 it is less than 4e-6"
 
 
 def test_no_tokens() -> None:

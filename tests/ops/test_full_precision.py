@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fdd.ops.full_precision import _precision, _tf32_parts, full_precision
+from megatron_fdd.ops import full_precision as precision
+from megatron_fdd.ops.full_precision import full_precision
 
 CUDA, CPU = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -62,17 +63,6 @@ def test_full_precision_inside_and_as_before_outside(choice: str) -> None:
     assert state() == chosen
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_tf32_inside_of_full_precision(choice: str) -> None:
-    CHOICES[choice]()
-    chosen = state()
-    with full_precision():
-        with _precision("tf32", "high"):
-            assert state() == ["tf32", "tf32", "high", "True"]
-        assert state() == ["ieee", "ieee", "highest", "False"]
-    assert state() == chosen
-
-
 def test_restored_after_an_error() -> None:
     torch.set_float32_matmul_precision("medium")
     chosen = state()
@@ -81,17 +71,21 @@ def test_restored_after_an_error() -> None:
     assert state() == chosen
 
 
-def test_tf32_parts_are_exact_and_narrow() -> None:
-    """The three products omit 2^-22 of the result; the product of the upper parts alone is 500 times less exact."""
+def test_products_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three products leave out 2^-18 of the factors; the product of the upper parts alone is 200 times less exact."""
     left, right = (
         torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((40, 300), (300, 20))
     )
-    (left_high, left_low), (right_high, right_low) = _tf32_parts(left), _tf32_parts(right)
-    assert torch.equal(left_high + left_low, left)
-    for part in (left_high, right_high):
-        assert not (part.view(torch.int32) & (2**13 - 1)).any()
+    monkeypatch.setattr(precision, "_are_split", lambda tensor: tensor.dtype == torch.float32)
     wanted = left.double() @ right.double()
-    high = left_high.double() @ right_high.double()
-    three = high + left_low.double() @ right_high.double() + left_high.double() @ right_low.double()
-    assert (three - wanted).norm() < 2**-20 * wanted.norm()
-    assert (high - wanted).norm() > 2**-13 * wanted.norm()
+    parts = precision.prepared(right)
+    assert isinstance(parts, precision.Parts)
+    for part in parts:
+        assert torch.equal(part, part.bfloat16().float())
+    assert (parts.high + parts.low - right).abs().max() <= 2**-17 * right.abs().max()
+    for factor in (right, parts):
+        three = precision.exact_product(left, factor)
+        assert 2**-22 * wanted.norm() < (three - wanted).norm() < 2**-17 * wanted.norm()
+    high = left.bfloat16().double() @ right.bfloat16().double()
+    assert (high - wanted).norm() > 2**-10 * wanted.norm()
+    assert precision.prepared(right.double()).dtype == torch.float64

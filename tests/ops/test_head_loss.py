@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -256,7 +257,16 @@ def test_most_logits_is_the_size_of_the_largest_buffer(held_logits: int | None) 
     with LargestTensor() as largest:
         scaled(run(case, *leaves, weights_of(case), implementation=implementation)).backward()
         run_streamed(case, implementation)
-    assert largest.numel == 2 * implementation.most_logits(400, 153, is_cuda=False)
+    assert largest.numel == 2 * implementation.most_logits(400, 153, gpu_bytes=None)
+
+
+@pytest.mark.parametrize(("gibibytes", "tokens"), [(79.1, 2048), (139.8, 2048), (44.5, 1024)])
+def test_a_gpu_holds_logits_by_its_memory(gibibytes: float, tokens: int) -> None:
+    memory = int(gibibytes * 2**30)
+    assert Implementation().most_logits(10**5, 2**17, gpu_bytes=memory) == tokens * 2**17
+    gpu = torch.device("cuda")
+    with patch.object(torch.cuda, "get_device_properties", return_value=Mock(total_memory=memory)):
+        assert Implementation().held_rows(Mock(spec=Tensor, device=gpu, __len__=lambda _: 2**17)) == tokens
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

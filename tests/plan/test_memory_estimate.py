@@ -118,8 +118,9 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     # In an interleaved schedule at most 16 micro-batches of a chunk wait for their backward pass.
     assert figures["gradients kept from the forward pass, float32"] == 16 * 2 * 4096 * 4096 * 4
     assert figures["Gram matrices, float32"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
-    # 2^27 logits of 64,128 columns are those of 16 x 128 tokens; tiles of 4,096 columns are smaller.
-    held = 2048 * 64_128
+    assert figures["Gram matrices in parts for products, on a GPU"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
+    # 2^28 logits of 64,128 columns are those of 32 x 128 tokens; tiles of 4,096 columns are smaller.
+    held = 4096 * 64_128
     assert figures["logits of both models that exist at a time, on a GPU, float32"] == 2 * held * 4
     assert figures["placeholder of the head's gradient"] == 64_128 * 4096 * 2
     drawn = estimate(replace(plan, config=replace(config, sample_tokens=0.25)), args, teacher)

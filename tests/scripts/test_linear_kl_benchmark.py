@@ -86,10 +86,10 @@ def test_variants_take_turns_and_a_later_call_goes_on(
     capsys.readouterr()
 
 
-def test_the_deltas_products_are_the_same_in_every_way() -> None:
+def test_the_deltas_products_are_those_of_its_factors() -> None:
     size = linear_kl.SMOKE
-    today, three = delta_steps.todays_products(size)(), delta_steps.bf16_products(size)()
-    torch.testing.assert_close(three, today, rtol=0, atol=1e-4 * float(today.abs().max()))
+    bare, ours = delta_steps.bare_delta(size)(), delta_steps.our_products(size)()
+    torch.testing.assert_close(ours, bare.float(), rtol=0, atol=1e-2 * float(ours.abs().max()))
 
 
 def test_steps_of_a_size_share_their_inputs() -> None:
