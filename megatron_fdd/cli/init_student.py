@@ -168,12 +168,16 @@ def _of_parts(
         )
     convert.check_new_folder(hf_out, "--hf-out")
     plan = convert.StudentPlan.of(hf_model, layers, sizes)
-    scores = _scores(plan, given["calibration_text"], given["calibration_samples"]) if sizes else {}
+    text, scores, told = given["calibration_text"], {}, []
+    if sizes:
+        windows = _windows(plan, text, given["calibration_samples"])
+        scores = _scores(plan, windows)
+        told = [f"scored on {len(windows)} windows of {windows.shape[1]} tokens of {text}"]
     parameters = plan.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
     kept = "all" if len(layers) == num_layers else ",".join(str(layer) for layer in layers)
     narrowed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
     line = f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{narrowed}"
-    return "\n".join([line, *_pairs(layers, num_layers)])
+    return "\n".join([line, *told, *_pairs(layers, num_layers)])
 
 
 def _pairs(layers: list[int], num_layers: int) -> list[str]:
@@ -190,15 +194,11 @@ def _pairs(layers: list[int], num_layers: int) -> list[str]:
     return [f"pairs of layers with one origin, for the training: --fdd-layer-pairs {pairs}"]
 
 
-def _scores(plan: StudentPlan, text: Path, num_samples: int) -> dict[str, Tensor]:
-    """Run the teacher on a text, and score what matters there."""
-    from transformers.utils import logging
-
-    from megatron_fdd import convert
-    from megatron_fdd.evaluate.models import NamedModel, Placement, num_positions
+def _windows(plan: StudentPlan, text: Path, num_samples: int) -> Tensor:
+    """Return int64 [windows, length]: at most `num_samples` of the text, for the teacher to read."""
+    from megatron_fdd.evaluate.models import NamedModel, num_positions
     from megatron_fdd.evaluate.perplexity import cut_windows
 
-    logging.disable_progress_bar()
     folder = plan.folder.path
     named = NamedModel(folder.resolve().name, folder)
     named.check()
@@ -208,7 +208,18 @@ def _scores(plan: StudentPlan, text: Path, num_samples: int) -> dict[str, Tensor
     except ValueError as error:
         raise ValueError(f"--calibration-text {text} is too short ({error}); give another") from error
     named.check_ids(int(windows.max()))
-    model = Placement(Placement.choose(None, None).device, "auto").load(folder)
+    return windows
+
+
+def _scores(plan: StudentPlan, windows: Tensor) -> dict[str, Tensor]:
+    """Run the teacher on windows of a text, and score what matters there."""
+    from transformers.utils import logging
+
+    from megatron_fdd import convert
+    from megatron_fdd.evaluate.models import Placement
+
+    logging.disable_progress_bar()
+    model = Placement(Placement.choose(None, None).device, "auto").load(plan.folder.path)
     return convert.measure_importance(model, plan.probes, windows, progress=True)
 
 

@@ -55,6 +55,7 @@ def narrower_config(family: Family, config: HfConfig, sizes: Mapping[str, int]) 
         ]  # one field says both where all layers have experts
     after["group_query_attention"] = after["num_query_groups"] != after["num_attention_heads"]
     _check_heads(before, after)
+    _check_shared(before, after)
     try:
         narrower = family.hf_config(config, Namespace(**after))
         found = architecture(family, narrower)
@@ -106,4 +107,16 @@ def _check_heads(before: MegatronArgs, after: MegatronArgs) -> None:
         raise ValueError(
             f"--hidden-size {hidden} must be a multiple of the {heads} attention heads, or transformers refuses the "
             f"model; take {hidden - hidden % heads}"
+        )
+
+
+def _check_shared(before: MegatronArgs, after: MegatronArgs) -> None:
+    """Refuse a shared expert that is no number of the others, where the teacher's is one and no gate is on it."""
+    name = "moe_shared_expert_intermediate_size"
+    width, shared = after.get("moe_ffn_hidden_size"), after.get(name)
+    if before.get("moe_shared_expert_gate") or not (width and shared):
+        return
+    if shared % width and before[name] % before["moe_ffn_hidden_size"] == 0:
+        raise ValueError(
+            f"{flag_of(name)} {shared} must be a multiple of the experts' width, {width}; give another of these two"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -130,6 +131,12 @@ class NamedModel:
         try:
             config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False).get_text_config()
         except Exception as error:  # classes check their fields in their own ways, or not at all
+            kind = content.get("model_type")
+            if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"{self.folder}/config.json: transformers has no model type {shown(kind)}, and code of a folder "
+                    "is not run; give a model of a type that it has"
+                ) from error
             raise ValueError(
                 f"{self.folder}/config.json cannot be read ({_first_line(error)}); get it again"
             ) from error

@@ -45,6 +45,18 @@ def test_absent_windows_are_those_of_transformers() -> None:
     )
 
 
+def test_windows_that_are_off_may_have_the_size_that_transformers_writes() -> None:
+    """transformers 5 writes 0 for a Qwen2-MoE whose published size is 4096."""
+    config = toys.llama_config("qwen2_moe", sliding_window=0, use_sliding_window=False)
+    args = _args(config)
+    assert args["window_size"] is None
+    assert family_of(config).hf_config(config, Namespace(**args)) == config
+    for variant in ("qwen2_moe", "mistral_window", "gemma3_text"):
+        on = {"use_sliding_window": True} if variant == "qwen2_moe" else {}
+        with pytest.raises(ValueError, match="sliding_window.* 0, which must be at least 1, or null"):
+            _args(toys.llama_config(variant, sliding_window=0, **on))
+
+
 def test_a_rotary_base_that_is_no_whole_number() -> None:
     """StarCoder2-3B has one. Only Megatron's command line wants a whole number."""
     args = _args(toys.llama_config("starcoder2", rope_theta=999999.4420358813))

@@ -14,6 +14,7 @@ def _refusal(model_type: str | None) -> str:
     message = str(refused.value)
     assert all(known in message for known in (*FAMILIES, *MULTIMODAL))
     assert repr(model_type) in message
+    assert "fdd teach --engine transformers" in message
     return message
 
 

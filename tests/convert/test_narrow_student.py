@@ -305,6 +305,11 @@ REFUSED = [
         {"num_attention_heads": 2},
         "--num-attention-heads: decoder.layers.0.self_attention.q_layernorm",
     ),
+    (
+        "deepseek_v3",
+        {"moe_ffn_hidden_size": 16},
+        "--moe-shared-expert-intermediate-size 24 must be a multiple of the experts' width, 16; give another",
+    ),
     ("plain", {"num_experts": 2}, "--num-experts 2: no layer that is kept has such parts; leave it out"),
     (
         "qwen3_moe",

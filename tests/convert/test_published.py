@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -66,3 +67,13 @@ def test_published_models(name: str, millions: float) -> None:
     """The conversion understands their configs, and the tables have the published numbers of parameters."""
     [count] = run_on_ranks(_count_parameters, Layout(ranks=1), {"config": PUBLISHED[name]})
     assert count / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("Kimi")])
+def test_configs_that_transformers_has_written_again(name: str) -> None:
+    """A fine-tuned model has the config that transformers 5 writes: other names of fields, and their defaults."""
+    from transformers import AutoConfig
+
+    config = PUBLISHED[name]
+    written = json.loads(AutoConfig.for_model(**config).to_json_string())
+    assert family_of(written).megatron_args(written) == family_of(config).megatron_args(config)

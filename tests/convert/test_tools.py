@@ -82,8 +82,9 @@ def test_a_narrower_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     text.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 20)
     command = ["--from", str(source), "--ffn-hidden-size", "40", "--calibration-text", str(text), "--hf-out"]
     assert _main("init_student", *command, str(tmp_path / "new"), "--layers", "0,2") == 0
-    first, _pairs, bits = capsys.readouterr().out.splitlines()[-3:]
+    first, scored, _pairs, bits = capsys.readouterr().out.splitlines()[-4:]
     assert first.endswith(f"2 layers of {source}: 0,2; ffn-hidden-size 40")
+    assert re.fullmatch(rf"scored on \d windows of 64 tokens of {text}", scored)
     assert re.fullmatch(r"bits a byte, of a text of 860 bytes: .* before, .* now, without training", bits)
     assert toys.read_json(tmp_path / "new" / "config.json")["intermediate_size"] == 40
     text.write_text('{"text": "the fox"}\n')

@@ -284,7 +284,10 @@ def test_refused_before_a_model_is_loaded(
             },
             "holds '<.new.>', id 91 of the teacher, which student does not have",
         ),
-        ({"models": (NamedModel("x", folder / "unknown"),)}, "unknown/config.json cannot be read"),
+        (
+            {"models": (NamedModel("x", folder / "unknown"),)},
+            "unknown/config.json: transformers has no model type .*; give a model of a type",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(request(folder, **{"out": tmp_path, **changes}))

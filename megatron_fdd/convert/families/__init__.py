@@ -67,6 +67,9 @@ NOT_EXPRESSIBLE: dict[str, tuple[str, ...]] = {
     "phi": (_SIDE_BY_SIDE,),
     "bloom": ("ALiBi instead of positions",),
     "opt": ("positions that start at 2", "ReLU"),
+    "qwen3_next": (
+        "gated linear attention in three layers of four, for which Megatron needs another package",
+    ),
 }
 
 
@@ -114,4 +117,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"{'; '.join(NOT_EXPRESSIBLE[model_type])}"
         )
     known = ", ".join(sorted({*FAMILIES, *MULTIMODAL}))
-    raise ValueError(f"{message}. The model types that can be converted are {known}; {REMEDY}")
+    raise ValueError(
+        f"{message}. The model types that can be converted are {known}; as a teacher "
+        f"others run with fdd teach --engine transformers; {REMEDY}"
+    )

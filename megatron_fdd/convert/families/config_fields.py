@@ -33,7 +33,6 @@ from megatron_fdd.host.model_fields import (
     SCALE,
     VOCABULARY,
     WIDTH,
-    WINDOW,
     wrong_experts,
 )
 
@@ -89,7 +88,7 @@ _KINDS: dict[str, Kind] = {
     "floor_scale": POSITIONS,
     "attention_chunk_size": optional(POSITIONS),
     "attn_type_list": optional(list_of(ZERO_OR_ONE)),
-    "sliding_window": optional(WINDOW),
+    "sliding_window": optional(whole(0, 1_000_000_000)),  # whether 0 may stand there, `read_windows` knows
     "sliding_window_pattern": optional(either(LAYERS, TEXT)),
     "max_window_layers": optional(whole(0, 10_000)),
     "layer_types": optional(list_of(TEXT)),

@@ -51,7 +51,12 @@ _V3 = Dialect(
     layer_spec=LATENT_SPEC,
 )
 DEEPSEEK_V3 = decoder_family(_V3, models="DeepSeek-V3, R1, Moonlight")
-KIMI_K2 = decoder_family(dataclasses.replace(_V3, model_type="kimi_k2"), models="Kimi-K2")
+KIMI_K2 = decoder_family(
+    dataclasses.replace(_V3, model_type="kimi_k2"),
+    models="Kimi-K2",
+    limits="transformers has no such type, so that nothing here runs it with transformers: say `deepseek_v3` in "
+    "config.json, without `auto_map`",
+)
 
 
 def _flatten_v2(config: HfConfig) -> HfConfig:

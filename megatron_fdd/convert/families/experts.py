@@ -142,17 +142,32 @@ def read_experts(naming: ExpertNaming | None, config: Mapping[str, Any], layers:
 
 
 def _groups(config: Mapping[str, Any], count: int, per_token: int) -> tuple[int, int] | None:
-    """Return the groups of experts. Megatron scores a group by the best of its share of a token's experts."""
+    """Return the groups of experts, and how many of them a token's experts come from.
+
+    Megatron scores a group by the best of its share of a token's experts.
+    """
     groups, top = config[GROUPS], config[TOP_GROUPS]
     if groups in (None, 1):
         return None
     if count % groups:
         refuse_field(GROUPS, groups, f"which must divide the number of experts ({count})")
-    if per_token // top != 2:
+    if top is None or per_token // top != 2:
+        share = "no" if top is None else f"{per_token} // {top}"
         refuse_field(
             TOP_GROUPS,
             top,
-            f"and Megatron scores a group by {per_token} // {top} experts, where this model takes the best 2",
+            f"and Megatron scores a group by {share} experts, where this model takes the best 2",
+        )
+    in_group = count // groups
+    if in_group < 2:
+        refuse_field(
+            GROUPS, groups, f"which leaves {in_group} of {count} experts in each, where 2 score a group"
+        )
+    if not per_token <= top * in_group <= count:
+        refuse_field(
+            TOP_GROUPS,
+            top,
+            f"where each of the {groups} groups has {in_group} of {count} experts, and a token goes to {per_token}",
         )
     return groups, top
 

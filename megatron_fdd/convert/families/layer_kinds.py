@@ -73,7 +73,9 @@ def read_windows(
     if not fields and size is not None:
         refuse_field("sliding_window", size, f"which a {model_type} does not have; remove the field")
     if "use_sliding_window" in fields and not config["use_sliding_window"]:
-        size = None
+        size = None  # transformers writes 0 then for Qwen2-MoE
+    if size == 0:
+        refuse_field("sliding_window", size, "which must be at least 1, or null for layers without a window")
     slides = size is not None
     kinds = config.get("layer_types")
     if kinds is None and "max_window_layers" in fields:
