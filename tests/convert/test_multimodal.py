@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_fdd import convert
 from megatron_fdd.convert.families import MULTIMODAL, add_family, family_of
 from megatron_fdd.convert.families.mistral import MISTRAL
+from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.evaluate.models import Placement
 from tests.convert import mcore, toys
 from tests.convert.multimodal_toys import (
@@ -100,6 +101,21 @@ def test_a_student_of_some_layers(tmp_path: Path) -> None:
     }
     assert multimodal_logits(tmp_path / "back", TEXT).isfinite().all()
     assert (tmp_path / "back" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["mistral3", "gemma3"])
+@pytest.mark.parametrize("is_published", [True, False])
+def test_a_narrower_student(tmp_path: Path, name: str, is_published: bool) -> None:
+    """The modules that are looked at have transformers' names, whatever those of the files."""
+    teacher = make_multimodal(tmp_path / "teacher", name, is_published=is_published)
+    plan = convert.StudentPlan.of(teacher, [0, 2], {"ffn_hidden_size": 40})
+    scores = convert.measure_importance(Placement("cpu", "float32").load(teacher), plan.probes, TEXT)
+    plan.write(tmp_path / "student", scores)
+    before, after = (HfFolder(tmp_path / folder) for folder in ("teacher", "student"))
+    [matrix] = [each for each in before.names if each.endswith("layers.2.mlp.down_proj.weight")]
+    kept = scores["decoder.layers.2.mlp"].topk(40).indices.sort().values
+    assert torch.equal(after.read(matrix.replace("layers.2", "layers.1")), before.read(matrix)[:, kept])
+    assert multimodal_logits(tmp_path / "student", TEXT).isfinite().all()
 
 
 @pytest.mark.tier("default")

@@ -240,15 +240,16 @@ def test_scores_of_experts(tmp_path: Path, variant: str) -> None:
 
 def test_experts_are_chosen_within_their_groups(tmp_path: Path) -> None:
     """A router chooses groups first, so that each keeps as many."""
-    teacher = toys.make_llama(tmp_path / "teacher", "deepseek_v3", tokenizer=False)
+    teacher = toys.make_llama(tmp_path / "teacher", "deepseek_v3", tokenizer=False, n_group=2)
     plan = convert.StudentPlan.of(teacher, [1, 2], {"num_experts": 4})
     scores = {
         f"decoder.layers.{layer}.mlp.router": torch.tensor([9.0, 8, 7, 6, 1, 2, 4, 3]) for layer in (1, 2)
     }
     plan.write(tmp_path / "student", scores)
     before, after = state_of(teacher), state_of(tmp_path / "student")
-    kept = before["model.layers.2.mlp.gate.weight"][[0, 2, 5, 6]]
+    kept = before["model.layers.2.mlp.gate.weight"][[0, 1, 6, 7]]
     assert torch.equal(after["model.layers.1.mlp.gate.weight"], kept)
+    assert toys.hf_logits(tmp_path / "student", toys.TOKENS).isfinite().all()
 
 
 REFUSED = [
@@ -284,6 +285,11 @@ REFUSED = [
         "deepseek_v3_dense",
         {"num_attention_heads": 2},
         "--num-attention-heads: decoder.layers.0.self_attention.q_layernorm",
+    ),
+    (
+        "deepseek_v3",
+        {"num_experts": 4},
+        "2 groups have 2 of the 4 experts, and a token takes 4); choose others",
     ),
     ("plain", {"num_experts": 2}, "--num-experts 2: no layer that is kept has such parts; leave it out"),
     (

@@ -148,11 +148,20 @@ def _groups(config: Mapping[str, Any], count: int, per_token: int) -> tuple[int,
         return None
     if count % groups:
         refuse_field(GROUPS, groups, f"which must divide the number of experts ({count})")
+    if top is None or top > groups:
+        refuse_field(TOP_GROUPS, top, f"which must be a number of the {groups} groups ({GROUPS})")
     if per_token // top != 2:
         refuse_field(
             TOP_GROUPS,
             top,
             f"and Megatron scores a group by {per_token} // {top} experts, where this model takes the best 2",
+        )
+    if top * (count // groups) < per_token:
+        refuse_field(
+            GROUPS,
+            groups,
+            f"so that {top} groups have {top * (count // groups)} of the {count} experts, and a token takes "
+            f"{per_token}",
         )
     return groups, top
 
