@@ -174,6 +174,41 @@ def test_a_damaged_part_for_images(tmp_path: Path) -> None:
             convert_it()
 
 
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_part_for_images_that_no_export_could_write(tmp_path: Path) -> None:
+    """It is refused before a training, not after it."""
+    source = make_multimodal(tmp_path / "source", "mistral3")
+    [file] = source.glob("*.safetensors")
+    tensors, name = load_file(file), "vision_tower.ln_pre.weight"
+    for value, message in (
+        (tensors[name] * torch.inf, "16 of 16 values are not finite"),
+        (tensors[name].byte(), "is stored as U8; only"),
+    ):
+        save_file({**tensors, name: value}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+            convert.hf_to_mcore(source, tmp_path / "mcore")
+        assert not (tmp_path / "mcore").exists()
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_part_for_images_of_another_model(tmp_path: Path) -> None:
+    for name in ("mistral3", "gemma3"):
+        make_multimodal(tmp_path / name, name)
+        convert.hf_to_mcore(tmp_path / name, tmp_path / f"{name}-mcore")
+    kept = tmp_path / "mistral3-mcore" / "left-out"
+    shutil.rmtree(kept)
+    shutil.copytree(tmp_path / "gemma3-mcore" / "left-out", kept)
+    with pytest.raises(ValueError, match="left-out is of another model: its .* copy the folder"):
+        convert.mcore_to_hf(tmp_path / "mistral3-mcore", tmp_path / "back")
+    (kept / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="left-out, which the import kept .* is damaged .*copy it from there"
+    ):
+        convert.mcore_to_hf(tmp_path / "mistral3-mcore", tmp_path / "back")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
