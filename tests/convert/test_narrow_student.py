@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_fdd import convert
@@ -151,6 +152,17 @@ def test_channels_without_effect_go_first(tmp_path: Path) -> None:
     expected, got = (toys.hf_logits(folder, toys.TOKENS) for folder in (teacher, tmp_path / "student"))
     assert expected.std() > 0.3
     assert (got - expected).abs().max() < 1e-5
+
+
+def test_a_token_of_zeros(tmp_path: Path) -> None:
+    """The row of a padding token is often 0: it is no damage, and tells nothing about channels."""
+    teacher = toys.make_llama(tmp_path / "teacher", tokenizer=False)
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.embed_tokens.weight"][0] = 0
+    save_file(tensors, teacher / "model.safetensors", {"format": "pt"})
+    shares = score(teacher, HIDDEN, torch.zeros(2, 8, dtype=torch.int64))
+    first = shares["decoder.layers.0.input_layernorm.weight"]
+    assert torch.allclose(first, torch.full_like(first, 1 / 48))
 
 
 def test_hidden_channels_without_effect_go_first(tmp_path: Path) -> None:
