@@ -136,7 +136,7 @@ def _codes(block: tuple[int, int], value_RC: Tensor, others: Sequence[Tensor]) -
     (scales_rc,) = others
     codes_RC = torch.empty(value_RC.shape, dtype=torch.float8_e4m3fn)
     for rows, scale_1C in _bands(block, scales_rc, value_RC.shape):
-        codes_RC[rows] = value_RC[rows].float().div_(scale_1C).to(codes_RC.dtype)
+        codes_RC[rows] = (value_RC[rows].float() / scale_1C).to(codes_RC.dtype)
     return codes_RC
 
 

@@ -225,5 +225,11 @@ class HfFolder:
         if size == 0:
             return torch.empty(stored.shape, dtype=dtype)
         # Copy-on-write mode, so that torch accepts the array; nothing writes to it.
-        raw = np.memmap(self.path / stored.file, np.uint8, "c", offset=stored.offset, shape=(size,))
+        try:
+            raw = np.memmap(self.path / stored.file, np.uint8, "c", offset=stored.offset, shape=(size,))
+        except ValueError:
+            raise ValueError(
+                f"{self.path / stored.file} has become shorter since it was opened, and {name} lies behind its end; "
+                "copy the model again, and let nothing write there meanwhile"
+            ) from None
         return torch.from_numpy(raw).view(dtype).reshape(stored.shape)

@@ -89,7 +89,8 @@ def _mean_square(activations: Tensor) -> Tensor:
 def _of_norm(probe: Probe, add: Add) -> Callable[..., None]:
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         add(probe.key, _mean_square(output))
-        squares = inputs[0].float().square().flatten(0, -2)
+        # A token of zeros, such as one for padding, has the same part in each channel.
+        squares = inputs[0].float().square().flatten(0, -2) + torch.finfo(torch.float32).tiny
         add(probe.norm, (squares / squares.sum(-1, keepdim=True)).mean(0))
 
     return hook

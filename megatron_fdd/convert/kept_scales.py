@@ -92,12 +92,17 @@ def quantised_export(table: TableExport, folder: Path | None) -> QuantisedExport
         folder: the one that `write_scales` wrote, if there is one.
 
     Raises:
-        ValueError: there is none, or the model does not have all its tensors.
+        ValueError: there is none, values are not exact, or the model does not have all its tensors.
     """
     if folder is None:
         raise ValueError(
             "--quantised: no scales lie beside the checkpoint (quantised/): import a quantised folder, or leave the "
             "flag out"
+        )
+    if table.dtype is torch.float16:
+        raise ValueError(
+            "--quantised: the checkpoint is in float16, which rounds small values to 0, so that their codes are not "
+            "known; leave the flag out, or import the folder again with another --dtype"
         )
     scales, values = HfFolder(folder), {spec.name: spec for spec in table.specs()}
     codes = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fdd.convert.checksums import Checksums, digest
+from megatron_fdd.convert.checksums import Checksums, check_finite, digest
 from megatron_fdd.convert.families.family import Family, HfConfig
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import TensorSpec, parse_size, plan_shards, write_index, write_shard
@@ -32,8 +32,10 @@ def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> dict
         The SHA-256 of each that is not quantised.
 
     Raises:
-        ValueError: one is not what the source's `checksums.json` says.
+        ValueError: one is not what the source's `checksums.json` says, or has values that are not finite.
     """
+    for name in names:  # or an export would refuse it after the training
+        check_finite(source.read(name), f"{source.path}: {name}", "take other weights")
     quantised, expected = source.quantised, Checksums.read(source.path)
     stored = [part for name in names for part in (quantised[name].parts if name in quantised else (name,))]
     digests = write_stored(source, stored, folder)
@@ -79,9 +81,14 @@ class LeftOutTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = HfFolder(folder)
+        try:
+            self._folder = HfFolder(folder)
+            self.names = sorted(self._folder.names)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder}, which the import kept beside its checkpoint, is damaged ({error}); copy it from there again"
+            ) from error
         self._sums = Checksums.read(folder)
-        self.names = sorted(self._folder.names)
 
     @property
     def config(self) -> HfConfig:
@@ -95,6 +102,24 @@ class LeftOutTensors:
     def fit(self, family: Family, config: HfConfig) -> bool:
         """Whether a model of this config has a place for all of them."""
         return family.left_out_names(config, self.names) == self.names
+
+    def check_origin(self, imported: Checksums) -> None:
+        """Refuse what was kept of another model.
+
+        Args:
+            imported: the report of the import whose model is exported.
+
+        Raises:
+            ValueError: names a tensor that this import did not keep, or kept with other bytes.
+        """
+        for name in set(self.names) - set(self._folder.quantised):
+            found = None if self._sums is None else self._sums.digests.get(name)
+            found = found or digest(self._folder.raw(name))
+            if imported.digests.get(name) != found:
+                raise ValueError(
+                    f"{self._folder.path} is of another model: its {name} is not what the import had; copy the folder "
+                    "from beside the checkpoint of that import"
+                )
 
     def specs(self, dtype: torch.dtype) -> Iterator[TensorSpec]:
         """Yield every tensor as it will be written: in its own dtype, and in `dtype` if it is quantised."""

@@ -120,6 +120,8 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
             export: AnyExport = table
             # No report of the import lies beside a config that the user gives.
             imported = Checksums.read(config_path.parent) if hf_config is None else None
+            if table.left_out is not None and imported is not None:
+                table.left_out.check_origin(imported)
             if options.get("quantised"):
                 _check_quantised(checkpoint.name == RELEASE, dtype, hf_config)
                 export = quantised_export(table, find_beside(load, args, SCALES_FOLDER))

@@ -88,6 +88,7 @@ def hf_to_mcore(
             check_new_folder(save, "--save")
             source = _Source(hf_model, dtype, vocabulary_divisor, groups)
             keep_left_out |= source.family.keeps_left_out
+            source.check_left_out(keep_left_out)
             args, parameters = source.args, source.parameters
             set_tokenizer(args, hf_model, save)
             owned = _share(parameters, dist.get_rank(), dist.get_world_size())
@@ -144,6 +145,11 @@ class _Source:
         self._expected = Checksums.read(folder.path)
         self.digests: dict[str, str] = {}
         self._check_tensors(architecture["vocab_size"])
+
+    def check_left_out(self, is_kept: bool) -> None:
+        """Refuse tensors to be kept that are not floats: an export could not write them."""
+        for name in self.left_out if is_kept else ():
+            self.folder.dtype(name)
 
     def write_companions(self, save: Path, digests: Sequence[Mapping[str, str]], keep_left_out: bool) -> None:
         """Write beside the checkpoint `save` the source's configs and tokenizer, checksums, and what `_keep` says.

@@ -90,10 +90,15 @@ def test_blocks_that_are_cut_short_and_the_way_back(tmp_path: Path) -> None:
     codes, scales = quantise(torch.randn(40, 23) * torch.logspace(-4, 4, 40)[:, None])
     folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": scales})
     value, quantised = folder.read("w"), folder.quantised["w"]
+    others = [folder.raw(name) for name in quantised.parts[1:]]
     each = scales.repeat_interleave(16, 0)[:40].repeat_interleave(16, 1)[:, :23]
     assert torch.equal(value, (codes.double() * each.double()).float().bfloat16())
-    back = quantised.codes(value, [folder.raw(name) for name in quantised.parts[1:]])
-    assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+    for dtype in (torch.bfloat16, torch.float32):
+        value = folder.read("w", dtype)
+        before = value.clone()
+        back = quantised.codes(value, others)
+        assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+        assert torch.equal(value, before)
 
 
 SCALE = torch.ones(1, 1)
@@ -182,6 +187,21 @@ def test_the_way_back_to_fp8(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "mcore" / "quantised")
     with pytest.raises(ValueError, match="--quantised: no scales lie beside"):
         convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "no", quantised=True)
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_the_way_back_from_other_dtypes(tmp_path: Path) -> None:
+    """float32 has all codes; float16 rounds small values to 0."""
+    source = make_fp8(tmp_path / "hf", "qwen3")
+    for dtype in ("float32", "float16"):
+        convert.hf_to_mcore(source, tmp_path / dtype, dtype=dtype)
+    convert.mcore_to_hf(tmp_path / "float32", tmp_path / "back", quantised=True)
+    before, after = HfFolder(source), HfFolder(tmp_path / "back")
+    for name in before.quantised:
+        assert torch.equal(before.raw(name).view(torch.uint8), after.raw(name).view(torch.uint8)), name
+    with pytest.raises(ValueError, match="--quantised: .* float16, which rounds .* import the folder again"):
+        convert.mcore_to_hf(tmp_path / "float16", tmp_path / "no", quantised=True)
 
 
 def _change_scales(path: Path) -> None:

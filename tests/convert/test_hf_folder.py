@@ -65,6 +65,16 @@ def test_slices_of_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(apart.read(name), value)
 
 
+def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+    folder = HfFolder(toys.make_llama(tmp_path / "hf", tokenizer=False))
+    assert folder.names
+    os.truncate(tmp_path / "hf" / "model.safetensors", 20_000)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors has become shorter .* model.norm.weight .* copy the"
+    ):
+        folder.read("model.norm.weight")
+
+
 @pytest.mark.parametrize(("max_bytes", "files"), [(96, 4), (200, 2), (10, 4), (10_000, 1)])
 def test_shards_and_index(tmp_path: Path, max_bytes: int, files: int) -> None:
     folder = _write(tmp_path / "out", max_bytes)

@@ -89,6 +89,7 @@ YARN = {**toys.YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
         ("deepseek_v3", {"topk_group": 1}, "topk_group.*best 2"),
         ("deepseek_v3", {"topk_group": None}, "topk_group.*best 2"),
         ("deepseek_v3", {"n_group": 8, "topk_group": 2}, "n_group.*leaves 1 of 8"),
+        ("deepseek_v3", {"n_routed_experts": 4}, "n_group.*leaves 1 of 4"),
         ("deepseek_v3", {"num_experts_per_tok": 5}, "topk_group.*4 groups has 2 of 8 experts, .* goes to 5"),
         (
             "deepseek_v3",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_fdd import convert
 from megatron_fdd.convert.families import MULTIMODAL, add_family, family_of
 from megatron_fdd.convert.families.mistral import MISTRAL
+from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.evaluate.models import Placement
 from tests.convert import mcore, toys
 from tests.convert.multimodal_toys import (
@@ -102,6 +103,21 @@ def test_a_student_of_some_layers(tmp_path: Path) -> None:
     assert (tmp_path / "back" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.parametrize("name", ["mistral3", "gemma3"])
+@pytest.mark.parametrize("is_published", [True, False])
+def test_a_narrower_student(tmp_path: Path, name: str, is_published: bool) -> None:
+    """The modules that are looked at have transformers' names, whatever those of the files."""
+    teacher = make_multimodal(tmp_path / "teacher", name, is_published=is_published)
+    plan = convert.StudentPlan.of(teacher, [0, 2], {"ffn_hidden_size": 40})
+    scores = convert.measure_importance(Placement("cpu", "float32").load(teacher), plan.probes, TEXT)
+    plan.write(tmp_path / "student", scores)
+    before, after = (HfFolder(tmp_path / folder) for folder in ("teacher", "student"))
+    [matrix] = [each for each in before.names if each.endswith("layers.2.mlp.down_proj.weight")]
+    kept = scores["decoder.layers.2.mlp"].topk(40).indices.sort().values
+    assert torch.equal(after.read(matrix.replace("layers.2", "layers.1")), before.read(matrix)[:, kept])
+    assert multimodal_logits(tmp_path / "student", TEXT).isfinite().all()
+
+
 @pytest.mark.tier("default")
 @distributed(tp=1)
 def test_without_what_was_kept(tmp_path: Path) -> None:
@@ -156,6 +172,41 @@ def test_a_damaged_part_for_images(tmp_path: Path) -> None:
         save_file(tensors, file, {"format": "pt"})
         with pytest.raises(ValueError, match=r"vision_tower\.ln_pre\.weight is not what checksums.json says"):
             convert_it()
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_part_for_images_that_no_export_could_write(tmp_path: Path) -> None:
+    """It is refused before a training, not after it."""
+    source = make_multimodal(tmp_path / "source", "mistral3")
+    [file] = source.glob("*.safetensors")
+    tensors, name = load_file(file), "vision_tower.ln_pre.weight"
+    for value, message in (
+        (tensors[name] * torch.inf, "16 of 16 values are not finite"),
+        (tensors[name].byte(), "is stored as U8; only"),
+    ):
+        save_file({**tensors, name: value}, file, {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+            convert.hf_to_mcore(source, tmp_path / "mcore")
+        assert not (tmp_path / "mcore").exists()
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_part_for_images_of_another_model(tmp_path: Path) -> None:
+    for name in ("mistral3", "gemma3"):
+        make_multimodal(tmp_path / name, name)
+        convert.hf_to_mcore(tmp_path / name, tmp_path / f"{name}-mcore")
+    kept = tmp_path / "mistral3-mcore" / "left-out"
+    shutil.rmtree(kept)
+    shutil.copytree(tmp_path / "gemma3-mcore" / "left-out", kept)
+    with pytest.raises(ValueError, match="left-out is of another model: its .* copy the folder"):
+        convert.mcore_to_hf(tmp_path / "mistral3-mcore", tmp_path / "back")
+    (kept / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="left-out, which the import kept .* is damaged .*copy it from there"
+    ):
+        convert.mcore_to_hf(tmp_path / "mistral3-mcore", tmp_path / "back")
 
 
 @pytest.mark.parametrize(

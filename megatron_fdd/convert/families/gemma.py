@@ -40,7 +40,6 @@ NORMS = (
 )
 UNCUT = {"hidden_size": "multiplies embeddings by its root"}
 FIXED = {"layernorm_zero_centered_gamma": True}
-UNCUT = {"hidden_size": "multiplies embeddings by its root"}
 
 
 def configure_gemma(transformer: TransformerConfig, query_pre_attn_scalar: float) -> None:

@@ -102,7 +102,8 @@ def write_windows(
         if config.get("layer_types") is not None:
             config["layer_types"] = kinds
         return
-    if after.size is not None or "use_sliding_window" not in fields:
+    # Where each layer says its kind, transformers needs a size even if none has a window.
+    if after.size is not None or not {"use_sliding_window", "layer_types"} & set(fields):
         config["sliding_window"] = after.size
     if "use_sliding_window" in fields:
         config["use_sliding_window"] = after.size is not None

@@ -80,14 +80,14 @@ class _TextPart:
 
     Attributes:
         text: the family that it would be by itself.
-        is_as_in_memory: whether files spell names as transformers 5 does in memory.
+        is_as_in_memory: whether files spell names as transformers 5 does in memory; so are modules named.
         is_tied: whether the embeddings are tied, whatever the text part says: transformers ties those of files without
             a head.
     """
 
     kind: Multimodal
     text: Family
-    is_as_in_memory: bool = False
+    is_as_in_memory: bool = True
     is_tied: bool = False
 
     def family(self) -> Family:
