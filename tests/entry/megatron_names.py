@@ -81,7 +81,8 @@ def _is_from(value: Any, package: str) -> bool:
 
 def _is_torchs(value: Any) -> bool:
     """Whether Megatron found the object in torch, where a rehearsal had put it."""
-    return str(getattr(value, "__module__", "")) == "megatron_fdd.host.rehearsal.device"
+    module = str(getattr(value, "__module__", ""))
+    return module in ("megatron_fdd.host.rehearsal.device", "megatron_fdd.host.rehearsal.switch")
 
 
 def _own_state() -> set[str]:

@@ -201,7 +201,7 @@ def test_nothing_but_safetensors_of_a_known_model_is_read(folder: Path, tmp_path
     code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Model"}
     remote = changed(folder, tmp_path / "remote", model_type="evil", auto_map=code)
     (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert "custom code" in refused(remote)
+    assert "code of a folder is not run" in refused(remote)
     assert not (tmp_path / "ran").exists()
     pickled = changed(folder, tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
