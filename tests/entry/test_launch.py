@@ -83,7 +83,9 @@ def test_an_error_is_heard_whoever_is_quicker(case: str, patience_s: int, said: 
 def test_an_interruption_says_how_to_go_on(end: signal.Signals, toy: Toys, tmp_path: Path) -> None:
     """While the run works, no other run gets its folder."""
     places = ["--load", tmp_path, "--save", tmp_path, "--pretrained-checkpoint", toy.student]
-    command = toy.command(*places, *"--train-iters 4000 --lr-decay-iters 4000 --save-interval 2 --log-interval 2".split())
+    command = toy.command(
+        *places, *"--train-iters 4000 --lr-decay-iters 4000 --save-interval 2 --log-interval 2".split()
+    )
     process = subprocess.Popen(
         [*LAUNCH, *command],
         env=environment(),

@@ -7,7 +7,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from megatron_fdd.data.store.unit import unit_key
 
 # How many segments a thread holds open.
 _MOST_OPEN = 64
+# Threads that read the units of a micro-batch: while one compares, another one reads.
+_READERS = 2
 # How many segments are opened at once, to look at them.
 _THREADS = 16
 
@@ -48,6 +50,25 @@ class _Open(threading.local):
         self.owner = os.getpid()
 
 
+class _Readers:
+    """Threads that work beside the one that asks; a forked process makes its own."""
+
+    def __init__(self) -> None:
+        self._threads, self._owner = ThreadPoolExecutor(_READERS - 1), os.getpid()
+
+    def each(self, work: Callable[[int], None], count: int) -> None:
+        """Call `work` with each number below `count` at the same time, 0 in this thread; raises what a call raises."""
+        if self._owner != os.getpid():
+            self._threads, self._owner = ThreadPoolExecutor(_READERS - 1), os.getpid()
+        others = [self._threads.submit(work, number) for number in range(1, count)]
+        try:
+            work(0)
+        finally:
+            wait(others)
+        for each in others:
+            each.result()
+
+
 class Store:
     """A store on disk. Each thread, and a copy in a forked process, opens files of its own.
 
@@ -68,7 +89,7 @@ class Store:
         place: Callable[[Path, str], Path] = segment_path,
     ) -> None:
         self.path, self.identity, self.index = path, identity, index
-        self._place, self._open = place, _Open()
+        self._place, self._open, self._readers = place, _Open(), _Readers()
         self._start = start_of(identity.digest)
 
     @classmethod
@@ -133,8 +154,13 @@ class Store:
                 )
             file = self._file(place.segment)
             found.append((file, self._ranges(file, block_numbers, unit, place)))
-        for file, ranges in found:
-            file.read_ranges(ranges, SUM_TOKENS * self.identity.token_bytes)
+        run_bytes = SUM_TOKENS * self.identity.token_bytes
+
+        def read_share(number: int) -> None:
+            for file, ranges in found[number::_READERS]:
+                file.read_ranges(ranges, run_bytes)
+
+        self._readers.each(read_share, min(_READERS, len(found)))
 
     def _ranges(
         self, file: SegmentFile, block_numbers: Sequence[int], unit: Wanted, place: Place

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from megatron_fdd.data.store import segment_file
-from megatron_fdd.data.store.segment import SegmentWriter, segment_names
+from megatron_fdd.data.store.segment import SegmentWriter, read_layout, segment_names
+from megatron_fdd.data.store.store import Store, Wanted
 from tests.data.store.made import (
     IDENTITY,
     P,
     T,
     assert_holds,
     file_of,
+    flip,
     opened,
     unit,
     write,
@@ -105,3 +109,47 @@ def test_a_unit_that_is_not_there_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [unit(4)])
     with pytest.raises(ValueError, match=r"has no unit of the 4 tokens \[.*run fdd teach"):
         opened(tmp_path).read(unit(4, 1)[0], [0], 0, 4)
+
+
+def _read_together(store: Store) -> list[np.ndarray]:
+    """Read the first block of units of each length by one call, as a micro-batch."""
+    rows = [np.empty((length, P), np.uint8) for length in LENGTHS]
+    store.read_into(
+        [0],
+        [
+            Wanted(unit(length)[0], [(0, length, [memoryview(row.reshape(-1))])])
+            for length, row in zip(LENGTHS, rows, strict=True)
+        ],
+    )
+    return rows
+
+
+def test_units_of_a_micro_batch_are_read_by_several_threads(tmp_path: Path) -> None:
+    write(tmp_path, [unit(length) for length in LENGTHS])
+    for length, row in zip(LENGTHS, _read_together(opened(tmp_path)), strict=True):
+        np.testing.assert_array_equal(row, unit(length)[1][0])
+
+
+@pytest.mark.parametrize("damaged", range(len(LENGTHS)))
+def test_damage_that_any_thread_finds_is_raised(tmp_path: Path, damaged: int) -> None:
+    names = write(tmp_path, *([unit(length)] for length in LENGTHS))
+    store = opened(tmp_path)
+    flip(
+        file_of(tmp_path, names[damaged]),
+        read_layout(file_of(tmp_path, names[damaged]), IDENTITY.digest).states[0],
+    )
+    with pytest.raises(ValueError, match=f"{names[damaged]}.safetensors: has other bytes than were written"):
+        _read_together(store)
+
+
+def test_a_forked_process_reads_with_threads_of_its_own(tmp_path: Path) -> None:
+    """Those of its parent do not come along: it would wait for them for ever."""
+    write(tmp_path, [unit(length) for length in LENGTHS])
+    store = opened(tmp_path)
+    _read_together(store)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        _read_together(store)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
