@@ -7,8 +7,8 @@ Reading: every implementation reads the same ranges of the same units in the sam
 the best of each counts. All keep the last 8 samples, as a batch does, so that none reads into memory that is warm from
 the sample before. `FeatureReader` reads batches of 8 as a loader does, into memory that is used again; the floor reads
 the same ranges into such memory and sums them, and does nothing else. Cold: the system's cache is emptied of these
-files before each round; wall time. Warm: process CPU time, which other programs change least. A rank under context
-parallelism reads two ranges of some blocks. Exits 1 when a goal is missed.
+files before each round. Times are by the clock, because a batch is read by two threads: leave the machine alone. A rank
+under context parallelism reads two ranges of some blocks. Exits 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -171,15 +171,14 @@ def forget(path: Path) -> None:
 
 def rates(path: Path, made: Mapping[str, Pass], rounds: int, *, cold: bool) -> dict[str, float]:
     """Return the best rate of each, in bytes a second; rounds alternate."""
-    clock = time.perf_counter if cold else time.process_time
     best = dict.fromkeys(made, 0.0)
     for number in range(rounds):
         for name in list(made) if number % 2 else reversed(list(made)):
             if cold:
                 forget(path)
-            started = clock()
+            started = time.perf_counter()
             count = made[name]()
-            best[name] = max(best[name], count / (clock() - started))
+            best[name] = max(best[name], count / (time.perf_counter() - started))
     return best
 
 
