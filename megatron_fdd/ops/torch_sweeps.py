@@ -28,7 +28,8 @@ class TorchSweeps:
     """The sweeps of one block of tokens (`ops.blocks.Sweeps`).
 
     A sweep has two [R, tile] buffers. With `request.held_rows` the tile is this rank's whole vocabulary, and its
-    logits are kept until the last sweep, so that later sweeps need no product for logits.
+    logits are kept until the last sweep, so that later sweeps need no product for logits. Where a gradient needs
+    probabilities alone, they are kept in place of them.
     """
 
     def __init__(self, request: Request, teacher: Model | None, student: Model) -> None:
@@ -44,12 +45,18 @@ class TorchSweeps:
             extras=(request.teacher_extras, request.student_extras),
         )
         self._held: list[Tile] | None = None
+        self._holds_probabilities = _holds_probabilities(request)
+        self._local_lse_M: Tensor | None = None  # to which they belong
 
     def softmax_sums(self) -> SoftmaxSums:
         """Run the online softmax over this rank's part of the vocabulary."""
         sums = SoftmaxSums.nothing_seen(self._request, *self._models)
         for tile in self._sweep():
-            _add(self._request, sums, tile)
+            if self._holds_probabilities:
+                _to_probabilities(sums, tile)
+            else:
+                _add(self._request, sums, tile)
+        self._local_lse_M = sums.peak_M + sums.mass_M.log() if self._holds_probabilities else None
         return sums
 
     def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +96,12 @@ class TorchSweeps:
         """Return this rank's part of the hidden states' gradient, [R, D]; add the head's to `head_gradient_WD`."""
         tiles, request = self._tiles, self._request
         gradient_RD = tiles.zeros(tiles.num_tokens, tiles.student_width)
+        scale_M = None if self._local_lse_M is None else (self._local_lse_M - normalisers.lse_M).exp_()
         for tile in self._sweep():
             for rows in row_blocks(tile.student_RC):
+                if scale_M is not None:
+                    _to_gradient(request, tile, rows, upstream, scale_M)
+                    continue
                 slope = _slope(request, tile, rows)
                 gradient = _logit_gradient(request, tile, rows, upstream, normalisers)
                 tile.student_RC[rows] = gradient if slope is None else gradient.mul_(slope)
@@ -99,7 +110,7 @@ class TorchSweeps:
             accumulate(gradient_RD, tile.student_RC, tile.head_CD)
             if head_gradient_WD is not None:
                 add_head_gradient(head_gradient_WD[tile.columns], tile.student_RC, tiles.hiddens[-1])
-        self._held = None
+        self._held = self._local_lse_M = None
         return gradient_RD
 
     def _sweep(self) -> Iterable[Tile]:
@@ -108,6 +119,33 @@ class TorchSweeps:
         if self._held is None:
             self._held = list(self._tiles)
         return self._held
+
+
+def _holds_probabilities(request: Request) -> bool:
+    """Whether the gradient needs no more of the held logits than both models' probabilities, at one temperature."""
+    is_linear = request.divergence is None or request.divergence.teacher_leads
+    is_one = not request.needs_both_temperatures and request.student_extras.cap is None
+    return request.held_rows is not None and is_linear and is_one
+
+
+def _to_probabilities(sums: SoftmaxSums, tile: Tile) -> None:
+    """Set the sums to those of a tile, which is all that this rank has, and turn its logits into probabilities there.
+
+    torch's softmax takes the time of an exponential, and the largest probability is 1 / mass.
+    """
+    models = ((tile.teacher_RC, sums.teacher), (tile.student_RC, sums.student))
+    for rows in row_blocks(tile.student_RC):
+        difference = None if tile.teacher_RC is None else tile.student_RC[rows] - tile.teacher_RC[rows]
+        for logits_RC, model in models[2 - sums.num_models :]:
+            assert logits_RC is not None
+            logits = logits_RC[rows]
+            torch.amax(logits, 1, out=sums.peak_M[model][rows])
+            torch.softmax(logits, 1, out=logits)
+            torch.amax(logits, 1, out=sums.mass_M[model][rows]).reciprocal_()
+        if difference is not None and sums.cross_R is not None:
+            assert tile.teacher_RC is not None
+            expected = difference.mul_(tile.teacher_RC[rows]).sum(1)
+            sums.cross_R[rows] = expected.mul_(sums.mass_M[sums.teacher][rows])
 
 
 def _slope(request: Request, tile: Tile, rows: slice) -> Tensor | None:
@@ -228,6 +266,23 @@ def _logit_gradient(
         unit_log = student.mul(request.temperature).sub_(normalisers.unit_lse_R[rows, None])
         gradient.addcmul_(unit_log.exp_(), unit)
     return gradient
+
+
+def _to_gradient(request: Request, tile: Tile, rows: slice, upstream: Upstream, scale_M: Tensor) -> None:
+    """Turn the student's held probabilities of some rows into what `_logit_gradient` returns, in place.
+
+    Args:
+        scale_M: makes probabilities of the whole vocabulary of those of this rank's part.
+    """
+    up_R = upstream.divergence_R[rows]
+    own_R = upstream.unit_R[rows] if request.needs_temperature_one else torch.zeros_like(up_R)
+    gradient = tile.student_RC[rows]
+    if tile.teacher_RC is None:
+        gradient.mul_((own_R * scale_M[rows])[:, None])
+        return
+    teacher_R, student_R = (scale[rows] for scale in scale_M.view(2, -1))
+    gradient.mul_(((own_R + up_R) * student_R)[:, None])
+    gradient.addcmul_(tile.teacher_RC[rows], (up_R * teacher_R)[:, None], value=-1)
 
 
 def _subtract_labels(tile: Tile, local_R: Tensor, amount_R: Tensor) -> None:
