@@ -44,7 +44,7 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_fdd.convert.hf_companions import carry_companions
+from megatron_fdd.convert.hf_companions import carry_companions, link_left_out
 from megatron_fdd.data import full_validation
 from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.own_datasets import with_checked_lengths
@@ -252,6 +252,7 @@ def _carry_companions(run: PreparedRun) -> None:
     if source is not None and run.args.save is not None:
         with writing("--save", run.args.save):
             carry_companions(Path(source), Path(run.args.save))
+            link_left_out(Path(source), Path(run.args.save))
 
 
 def main(parts: Parts = Parts()) -> int:

@@ -177,7 +177,15 @@ def _of_parts(
     kept = "all" if len(layers) == num_layers else ",".join(str(layer) for layer in layers)
     narrowed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
     line = f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{narrowed}"
-    return "\n".join([line, *told, *_pairs(layers, num_layers)])
+    return "\n".join([line, *told, *_left_out(plan), *_pairs(layers, num_layers)])
+
+
+def _left_out(plan: StudentPlan) -> list[str]:
+    """Say which tensors of the teacher the student has no place for."""
+    names = plan.left_out
+    if not names or plan.family.left_out is None:
+        return []
+    return [f"{len(names)} tensors of {plan.family.left_out.what} ({names[0]} ...) are left out"]
 
 
 def _pairs(layers: list[int], num_layers: int) -> list[str]:

@@ -98,7 +98,7 @@ def command(
 def _export(load: Path, hf_out: Path, options: ExportOptions) -> str:
     from megatron_fdd.convert import mcore_to_hf
 
-    return _told(load, hf_out, mcore_to_hf(load, hf_out, **options))
+    return told_of(load, hf_out, mcore_to_hf(load, hf_out, **options))
 
 
 def _watch(load: Path, hf_out: Path, idle_s: float, options: ExportOptions) -> str:
@@ -108,13 +108,17 @@ def _watch(load: Path, hf_out: Path, idle_s: float, options: ExportOptions) -> s
     place = f"{load}" if load.is_dir() else f"{load}, which is not there yet"
     console.say(f"watching {place}: new checkpoints go to {hf_out}/; Ctrl-C ends this, and loses nothing")
     return watch(
-        load, hf_out, idle_s, lambda place, exported: console.say(_told(load, place, exported)), options
+        load, hf_out, idle_s, lambda place, exported: console.say(told_of(load, place, exported)), options
     )
 
 
-def _told(load: Path, hf_out: Path, exported: Exported) -> str:
+def told_of(load: Path, hf_out: Path, exported: Exported) -> str:
     """Return what is said of an export."""
-    line = f"{hf_out}: {exported.num_tensors} tensors of {load}, ready for from_pretrained"
+    line = f"{hf_out}: {exported.num_tensors} tensors of {load}, "
+    if exported.loads_as:
+        line += f'which transformers loads once config.json has "model_type": "{exported.loads_as}" and no "auto_map"'
+    else:
+        line += "ready for from_pretrained"
     if exported.unchanged is not None:
         line += f"; {exported.unchanged} are bit for bit those imported"
     if exported.left_out:

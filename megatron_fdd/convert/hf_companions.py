@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
+from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER
 from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, check_copy, has_tokenizer
 
@@ -38,18 +41,33 @@ def carry_companions(load: Path, save: Path) -> None:
     copies it at the same time. What runs left that were killed more than a day ago is removed.
     """
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
-        _sweep(save, name)
-        if not (load / name).is_dir() or _is_there(save / name):
-            continue
-        partial = save / f".{name}.{secrets.token_hex(8)}.incomplete"
-        try:
-            _copy_folder(load / name, partial)
-            partial.rename(save / name)  # an empty folder is replaced
-        except OSError:
-            if not _is_there(save / name):
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _carry(load / name, save, shutil.copyfile)
+
+
+def link_left_out(load: Path, save: Path) -> None:
+    """Give the save folder what an import kept beside the checkpoint `load`, as `carry_companions` does.
+
+    Its files are linked, for they may have the size of a model. Where the file system has no such links an export
+    looks for them beside `load`.
+    """
+    with contextlib.suppress(OSError):
+        _carry(load / LEFT_OUT_FOLDER, save, os.link)
+
+
+def _carry(folder: Path, save: Path, copy: Callable[[Path, Path], object]) -> None:
+    """Copy a folder file by file, if it is there and `save` has none of its name."""
+    _sweep(save, folder.name)
+    if not folder.is_dir() or _is_there(save / folder.name):
+        return
+    partial = save / f".{folder.name}.{secrets.token_hex(8)}.incomplete"
+    try:
+        _copy_folder(folder, partial, copy)
+        partial.rename(save / folder.name)  # an empty folder is replaced
+    except OSError:
+        if not _is_there(save / folder.name):
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_there(folder: Path) -> bool:
@@ -67,12 +85,14 @@ def _sweep(save: Path, name: str) -> None:
                 shutil.rmtree(partial)
 
 
-def _copy_folder(source: Path, target: Path) -> None:
+def _copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
     """Copy a folder, and stop at the first error; `shutil.copytree` makes one without words of all of them."""
     target.mkdir()
     for path in sorted(source.iterdir()):
-        copy = _copy_folder if path.is_dir() else shutil.copyfile
-        copy(path, target / path.name)
+        if path.is_dir():
+            _copy_folder(path, target / path.name, copy)
+        else:
+            copy(path, target / path.name)
 
 
 def _started_from(args: Namespace) -> list[Path]:

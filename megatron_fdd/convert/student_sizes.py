@@ -82,10 +82,7 @@ def _check_size(family: Family, before: MegatronArgs, size: str, value: int) -> 
             f"{flag_of(size)} {value} must lie between {least} and the teacher's {before[size]} {SIZES[size]}"
         )
     if size in family.uncut:
-        raise ValueError(
-            f"{flag_of(size)} {value}: {family.model_type} {family.uncut[size]}, which a cut would change; leave it "
-            "out"
-        )
+        raise ValueError(f"{flag_of(size)} {value}: {family.model_type} {family.uncut[size]}; leave it out")
 
 
 def _check_heads(before: MegatronArgs, after: MegatronArgs) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fdd.convert.checksums import Checksums, all_finite
+from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.hf_companions import HF_FOLDER, find_beside, find_hf_config, find_tokenizer
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
@@ -56,12 +57,15 @@ class Exported:
         left_out: names of the parameters that terms of the distillation learned beside the student.
         remark: for people, about the sums of the checkpoint's files, if they were compared, and about ids in the
             generation config that the model does not have.
+        loads_as: the `model_type` that config.json must be given before transformers loads the folder; empty if it
+            does so as it is.
     """
 
     num_tensors: int
     unchanged: int | None
     left_out: tuple[str, ...] = ()
     remark: str = ""
+    loads_as: str = ""
 
 
 class ExportOptions(TypedDict, total=False):
@@ -145,7 +149,8 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
                     written.write(unfinished)
                     _write_card(unfinished, hf_out, checkpoint, args, written)
     remark = "\n".join(filter(None, [remark, *strange]))
-    return Exported(written.count(), written.count_same(imported), left_out, remark)
+    loads_as = family_of(export.config).same_as
+    return Exported(written.count(), written.count_same(imported), left_out, remark, loads_as)
 
 
 def _find(load: Path, step: int | None) -> tuple[Path, Namespace, tuple[str, ...]]:

@@ -99,6 +99,11 @@ def divide() -> None:
     sys.excepthook, warnings.showwarning = _show_crash, _show_warning
 
 
+def is_divided() -> bool:
+    """Return whether the terminal gets the project's own lines alone, so that the rest may go to a log."""
+    return _divided is not None
+
+
 def keep_log(folder: Path) -> Path | None:
     """Store what this rank prints in a file in `folder`; return its path, or None if all goes to the terminal.
 

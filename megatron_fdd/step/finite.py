@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.training import get_args
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from megatron_fdd.host.checkpoint import iteration_folder
 from megatron_fdd.host.saving import saved_iteration
 
 
@@ -88,10 +90,12 @@ def _has_other(tensors: Sequence[Tensor]) -> bool:
 
 def _way_on() -> str:
     """Return how to go on. The last checkpoint may hold huge weights: they are finite before they become infinite."""
-    last = saved_iteration(get_args().save)
+    folder = get_args().save
+    last = saved_iteration(folder)
     if last is None:
         return "Start again with a lower --lr or more --lr-warmup-iters, and look at the data of this step"
+    earlier = any(path != iteration_folder(folder, last) for path in Path(folder).glob("iter_*"))
     return (
         "Look at the data of this step, or lower --lr, with --override-opt_param-scheduler, and go on from the last "
-        f"checkpoint (of iteration {last}), or one before it, if that stops too (--ckpt-step N)"
-    )
+        f"checkpoint (of iteration {last})"
+    ) + (", or one before it, if that stops too (--ckpt-step N)" if earlier else "")

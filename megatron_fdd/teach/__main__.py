@@ -108,10 +108,10 @@ def _keep_log(request: TeachRequest) -> None:
     folder, name = request.log_folder, [""]
     if folder is None and not request.dry_run:
         with together():
-            if is_first_rank():
+            if is_first_rank() and console.is_divided():
                 name[0] = Path(tempfile.mkdtemp(prefix="fdd-teach-")).name
         dist.broadcast_object_list(name, src=0)
-        folder = Path(tempfile.gettempdir(), name[0])  # each machine's own
+        folder = Path(tempfile.gettempdir(), name[0]) if name[0] else None  # each machine's own
     log = None if folder is None else console.keep_log(folder)
     where = "" if log is None else f"; Megatron's own output: {log.with_name('rank*.log')}"
     console.say(f"looking through the data{where}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert.checksums import digest
-from megatron_fdd.convert.hf_companions import carry_companions
+from megatron_fdd.convert.hf_companions import carry_companions, link_left_out
 from megatron_fdd.convert.hf_folder import INDEX_FILE, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import (
     TensorSpec,
@@ -205,6 +206,18 @@ def test_companions_are_copied_by_several_at_once(tmp_path: Path) -> None:
                 each.result()
         assert sorted(path.name for path in save.iterdir()) == ["hf", "tokenizer"]
         assert [len(list(path.iterdir())) for path in save.iterdir()] == [5, 5]
+
+
+def test_what_an_import_kept_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, save, other = (tmp_path / name for name in ("load", "save", "other"))
+    for folder in (load / "left-out", save, other):
+        folder.mkdir(parents=True)
+    (load / "left-out" / "a.safetensors").write_bytes(b"images")
+    link_left_out(load, save)
+    assert (save / "left-out" / "a.safetensors").samefile(load / "left-out" / "a.safetensors")
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    link_left_out(load, other)  # an export looks beside `load`
+    assert not any(other.iterdir())
 
 
 def _change_weights(folder: Path, change: dict[str, torch.Tensor | None]) -> None:

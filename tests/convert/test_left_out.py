@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
+from megatron_fdd.cli.mcore_to_hf import told_of
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.left_out import LeftOutTensors
@@ -59,10 +62,26 @@ def test_kept(tmp_path: Path) -> None:
 @distributed(tp=1)
 def test_a_student_and_another_vocabulary_have_none(tmp_path: Path) -> None:
     source = _make(tmp_path / "hf", "deepseek_v3")
+    assert convert.StudentPlan.of(source, [0, 2], {}).left_out == NAMES
     convert.init_student(source, [0, 2], tmp_path / "student")
     student = HfFolder(tmp_path / "student")
     assert not any(name.startswith("model.layers.2") for name in student.names)
     assert student.config["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.tier("default")
+@distributed(tp=1)
+def test_a_type_that_transformers_has_by_another_name(tmp_path: Path) -> None:
+    source = _make(tmp_path / "hf", "deepseek_v3")
+    config = toys.read_json(source / "config.json") | {"model_type": "kimi_k2"}
+    (source / "config.json").write_text(json.dumps(config))
+    convert.hf_to_mcore(source, tmp_path / "mcore")
+    exported = convert.mcore_to_hf(tmp_path / "mcore", tmp_path / "back")
+    assert exported.loads_as == "deepseek_v3"
+    told = told_of(Path("mcore"), Path("back"), exported)
+    assert 'which transformers loads once config.json has "model_type": "deepseek_v3"' in told
+    again = told_of(Path("mcore"), Path("back"), dataclasses.replace(exported, loads_as=""))
+    assert "tensors of mcore, ready for from_pretrained" in again
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ def test_what_is_no_metrics_file_is_refused(tmp_path: Path, content: str, messag
         read_runs([str(tmp_path)])
 
 
+def test_a_checkpoint_that_is_gone_is_a_remark(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    assert not read_runs([str(tmp_path / "run")])[0].remarks
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
+    [run] = read_runs([str(tmp_path / "run")])
+    assert "iter_0000007" in run.remarks[0]
+
+
 def test_a_run_is_a_folder_a_file_or_joined_from_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,7 +60,7 @@ class Dialect:
         fixed: Megatron args that differ from those of the others.
         layer_spec: the layers, if they are not Megatron's own.
         left_out: tensors of published files without a place in the table.
-        uncut: Megatron args whose size a student shares with its teacher, each with what the model does with it.
+        uncut: Megatron args whose size a student shares with its teacher, each with the reason, for people.
         own_fields: config.json fields that no Megatron argument has. They become the options of the layer
             specification, under the same names.
         mlp_block: the module that is the MLP of a dense layer.

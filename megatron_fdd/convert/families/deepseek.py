@@ -46,16 +46,22 @@ _V3 = Dialect(
     qk_norm=True,
     rope_kinds=LATENT_ROPE_KINDS,
     latent=True,
+    uncut=dict.fromkeys(
+        ("num_attention_heads", "num_query_groups"), "has latent attention, whose heads are not cut"
+    ),
     experts=DEEPSEEKS_EXPERTS,
     fixed={"multi_latent_attention": True},
     layer_spec=LATENT_SPEC,
 )
 DEEPSEEK_V3 = decoder_family(_V3, models="DeepSeek-V3, R1, Moonlight")
-KIMI_K2 = decoder_family(
-    dataclasses.replace(_V3, model_type="kimi_k2"),
-    models="Kimi-K2",
-    limits="transformers has no such type, so that nothing here runs it with transformers: say `deepseek_v3` in "
-    "config.json, without `auto_map`",
+KIMI_K2 = dataclasses.replace(
+    decoder_family(
+        dataclasses.replace(_V3, model_type="kimi_k2"),
+        models="Kimi-K2",
+        limits="transformers has no such type, so that nothing here runs it with transformers: say `deepseek_v3` in "
+        "config.json, without `auto_map`",
+    ),
+    same_as=DEEPSEEK_V3.model_type,
 )
 
 

@@ -113,11 +113,12 @@ class Family:
         layer_spec: its layers, if they are not Megatron's own. `megatron_args` may have options for it, as plain
             values under "fdd_layer_options".
         left_out: what an import leaves out or keeps aside, and says so; None if nothing.
-        uncut: Megatron args whose size a student shares with its teacher, each with what the model does with it.
+        uncut: Megatron args whose size a student shares with its teacher, each with the reason, for people.
         variant: (the family, a folder) -> the family with another table, if the folder's files hold the same weights
             otherwise; None if there is one way only.
         of_args: (config, args of a checkpoint) -> the family with what the args say and the config leaves open; None if
             it leaves nothing open.
+        same_as: the type of transformers that is the same model, where transformers has none of this name; else empty.
         models: the published models that it has, for people.
         limits: what of them is refused or lost, and why, for people.
     """
@@ -138,6 +139,7 @@ class Family:
     uncut: Mapping[str, str] = field(default_factory=dict)
     variant: Callable[[Family, StoredFolder], Family] | None = None
     of_args: Callable[[HfConfig, Namespace], Family] | None = None
+    same_as: str = ""
     models: str = ""
     limits: str = ""
 

@@ -38,7 +38,7 @@ NORMS = (
     ("pre_mlp_layernorm", "pre_feedforward_layernorm"),
     ("mlp.linear_fc2.norm", "post_feedforward_layernorm"),
 )
-UNCUT = {"hidden_size": "multiplies embeddings by its root"}
+UNCUT = {"hidden_size": "multiplies embeddings by its root, which a cut would change"}
 FIXED = {"layernorm_zero_centered_gamma": True}
 
 

@@ -102,7 +102,10 @@ class _TextPart:
             layer_prefix=self.spelled(self.text.layer_prefix),
             tied=(self.spelled(head), self.spelled(embedding)),
             left_out=LeftOut("the part for images", lambda _: _IMAGE_PARTS, dict, is_kept_always=True),
-            uncut={**self.text.uncut, "hidden_size": "makes vectors of that width from images"},
+            uncut={
+                **self.text.uncut,
+                "hidden_size": "makes vectors of that width from images, which this would change",
+            },
             variant=self.as_stored,
             of_args=self.of_args,
         )

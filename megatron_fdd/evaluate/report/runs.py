@@ -125,7 +125,7 @@ def _read_flags(folder: Path) -> tuple[dict[str, Any], str | None]:
 
     No weights are read.
     """
-    if not any(folder.glob("iter_*")):
+    if not any(folder.glob("iter_*")) and not any(folder.glob("latest_checkpointed_*")):
         return {}, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about kernels, which are not needed to read arguments
