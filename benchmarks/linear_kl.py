@@ -43,7 +43,7 @@ FLOOR, PLAIN, OURS = "bare matrix products", "plain torch", "megatron_fdd"
 PER_TOKEN, LIGER = "megatron_fdd, gradient per token", "Liger LigerFusedLinearJSDLoss"
 IN_TRAINING = "megatron_fdd, into main_grad"
 # The bars at the default size.
-OBJECTIVE_BAR, PLAIN_BAR, VOCAB_BAR = 1.25, 0.5, 0.05
+OBJECTIVE_BAR, PLAIN_BAR, VOCAB_BAR = 1.25, 0.75, 0.05
 
 DEFAULT = Size(1024, 32000, 768, 384, 4)
 SMOKE = Size(64, 500, 24, 16, 2)
@@ -82,7 +82,9 @@ def bars(size: Size, objective: dict[str, Measurement], final: dict[str, Measure
         return False
     floor, ours = objective[FLOOR], objective[OURS]
     tile = Implementation().tile_columns(torch.empty(0, dtype=getattr(torch, size.dtype)), None)
-    allowed = 4 * (3 * size.tokens * tile + 2 * size.layers * size.tokens * size.student_width) / MIB
+    wide, width = size.teacher_width, size.student_width
+    grams = wide * wide + wide * width + width * width
+    allowed = 1.02 * 4 * (3 * size.tokens * tile + 2 * size.layers * size.tokens * width + grams) / MIB
     doubled = measure(partial(our_objective, replace(size, vocab=2 * size.vocab)), repeats)
     growth = abs(doubled.peak_mib / ours.peak_mib - 1)
     found = [
