@@ -7,7 +7,7 @@ own, so that few tokens show as much as many.
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,6 +18,7 @@ from megatron_fdd.ops.blocks import LinearKL
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from tests.ops import added_divergence
+from tests.ops.interpreted import DEVICE, few_columns
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -29,12 +30,11 @@ from tests.ops.linear_kl_case import (
     reference_gradients,
 )
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 from megatron_fdd.ops.gpu import sweeps  # noqa: E402
 
 # Where a GPU computes a NaN, NumPy in the interpreter warns.
 pytestmark = [pytest.mark.filterwarnings("error::RuntimeWarning"), pytest.mark.tier("default")]
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TRITON = Implementation("triton", tile_size=16)
 WIDTHS = (40, 37)
 # For values and for gradients, relative to the norm. With bf16 heads, weights are rounded to bf16 before their sum.
@@ -42,19 +42,9 @@ TOLERANCES = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 6e-3)}
 
 
 @pytest.fixture(autouse=True)
-def few_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give programs few columns, and mend the interpreter: its loops cannot convert their bounds from NumPy 2.4 on."""
-    monkeypatch.setattr(sweeps, "MOST_COLUMNS", 16)
-    if DEVICE != "cpu":
-        return
-    interpreter = triton.runtime.interpreter
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+def small_programs() -> Iterator[None]:
+    with few_columns():
+        yield
 
 
 def run(case: Case, divergence: Divergence | None, *, live: bool, **options) -> tuple[LinearKL, list[Tensor]]:

@@ -1,7 +1,8 @@
-"""Triton kernels that turn a tile's logits, between two matrix products, into weights and sums in one pass.
+"""The Triton kernel that turns a tile's logits, between two matrix products, into weights and sums in one pass.
 
 A program has one token and holds the token's logits of the tile in registers. It overwrites what it has read: weights
 in the products' dtype begin where the row's logits began (rows of bf16 weights lie twice as far apart as they need).
+What it shares with the kernels of gpu/row_kernels.py is here too.
 
 Shapes: R tokens, M rows = R per model (teacher's first, student's last), C columns of a tile. A pointer's name ends in
 the shape of its target; rows of logits are `stride` numbers apart, rows of weights `out_stride`, those at temperature 1
@@ -125,14 +126,10 @@ def fold_row(logits, at, peak_M, mass_M, unit_mass_M, reference_M, temperature, 
         unit = tl.sum(tl.exp((logits - peak) * temperature), 0)
         unit_shrink = tl.exp((before - peak) * temperature)
         tl.store(unit_mass_M + at, tl.load(unit_mass_M + at) * unit_shrink + unit)
-    rise, drop = 0.0, 0.0
-    if reference_M is not None:
-        old = tl.load(reference_M + at)
-        reference = tl.where(peak - old <= limit, old, peak)
-        tl.store(reference_M + at, reference)
-        drop = old - reference
-        rise = peak - reference
-    return weights, shrink, peak, rise, drop
+    old = tl.load(reference_M + at)
+    reference = tl.where(peak - old <= limit, old, peak)
+    tl.store(reference_M + at, reference)
+    return weights, shrink, peak, peak - reference, old - reference
 
 
 @triton.jit
@@ -158,7 +155,7 @@ def softmax_kernel(
     stride, out_stride, unit_stride, num_rows, num_columns, inverse_temperature, temperature, limit,
     LEAD: tl.constexpr, COLUMNS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the exponentials of a tile, and add their sums to the sums of earlier tiles.
+    """Compute the exponentials of a tile, and add their sums to the sums of earlier tiles and of earlier rows.
 
     LEAD: the model under which `cross` is the expectation, "teacher", "student" or None. Pointers that are None are
     left out. All weights are the student's except `first_RC`, which has the leading model's; if the student leads,
@@ -182,9 +179,7 @@ def softmax_kernel(
         if LEAD == "teacher":
             cross = tl.sum(weights * (student - teacher), 0)
             tl.store(cross_R + row, tl.load(cross_R + row) * shrink + cross)
-            if first_RC is not None:
-                store_row(first_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
-        if LEAD == "teacher" and rows_MD is not None:
+            store_row(first_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
             rescale_row(rows_MD, row, width, drop, SUM_COLUMNS)
     weights, shrink, peak, rise, drop = fold_row(
         student, at, peak_M, mass_M, unit_mass_M, reference_M, temperature, limit
@@ -194,8 +189,7 @@ def softmax_kernel(
     if LEAD == "student":
         product = weights * (student - teacher)
         tl.store(cross_R + row, tl.load(cross_R + row) * shrink + tl.sum(product, 0))
-        if first_RC is not None:
-            store_row(first_RC, product * tl.exp(rise) * slope, row, out_stride, column, num_columns)
+        store_row(first_RC, product * tl.exp(rise) * slope, row, out_stride, column, num_columns)
     if weights_RC is not None:
         store_row(weights_RC, weights * tl.exp(rise) * slope, row, out_stride, column, num_columns)
     if unit_RC is not None:
@@ -208,64 +202,3 @@ def softmax_kernel(
         rescale_row(rows_MD, at, width, drop, SUM_COLUMNS)
         if LEAD == "student":
             rescale_row(rows_MD, row, width, drop, SUM_COLUMNS)
-
-
-@triton.jit
-def second_kernel(
-    teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap, lse_M,
-    score_RC, weights_RC,  # out: weights of the rows to sum; None: not needed
-    value_R, score_R,  # sums, in place
-    stride, out_stride, num_rows, num_columns, inverse_temperature, mix, log_mix, log_rest,
-    VALUE_AND_SCORE: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Sum value and score of a divergence, which VALUE_AND_SCORE computes from log-probabilities."""
-    row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    inside = column < num_columns
-    teacher = read_logits(
-        teacher_RC, teacher_bias_C, teacher_cap, row, stride, column, num_columns, inverse_temperature
-    )
-    student = read_logits(
-        student_RC, student_bias_C, student_cap, row, stride, column, num_columns, inverse_temperature
-    )
-    slope = slope_of(student, student_cap, column, num_columns, inverse_temperature)
-    teacher = tl.where(inside, teacher - tl.load(lse_M + row), 0.0)
-    student = tl.where(inside, student - tl.load(lse_M + num_rows + row), 0.0)
-    value, score = VALUE_AND_SCORE(teacher, student, mix, log_mix, log_rest)
-    value, score = tl.where(inside, value, 0.0), tl.where(inside, score, 0.0)
-    tl.store(value_R + row, tl.load(value_R + row) + tl.sum(value, 0))
-    tl.store(score_R + row, tl.load(score_R + row) + tl.sum(score, 0))
-    if score_RC is not None:
-        store_row(score_RC, score * slope, row, out_stride, column, num_columns)
-        store_row(weights_RC, tl.exp(student) * slope, row, out_stride, column, num_columns)
-
-
-@triton.jit
-def gradient_kernel(
-    teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap, lse_M, unit_lse_R,
-    scale_R, own_R, unit_R,  # factors of the score, the student's probability, the same at temperature 1
-    label_R, label_scale_R,  # ids relative to the tile, and what is subtracted there
-    gradient_RC,  # out
-    stride, out_stride, num_rows, num_columns, first, inverse_temperature, mix, log_mix, log_rest,
-    VALUE_AND_SCORE: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradient of the student's logits. Without a teacher VALUE_AND_SCORE is None."""
-    row, column = tl.program_id(0), tl.arange(0, COLUMNS)
-    student = read_logits(student_RC, student_bias_C, student_cap, row, stride, column, num_columns, 1.0)
-    gradient = tl.zeros((COLUMNS,), tl.float32)
-    if VALUE_AND_SCORE is not None:
-        teacher = read_logits(
-            teacher_RC, teacher_bias_C, teacher_cap, row, stride, column, num_columns, inverse_temperature
-        )
-        student_log = student * inverse_temperature - tl.load(lse_M + num_rows + row)
-        teacher_log = teacher - tl.load(lse_M + row)
-        value, score = VALUE_AND_SCORE(teacher_log, student_log, mix, log_mix, log_rest)
-        gradient = score * tl.load(scale_R + row) + tl.exp(student_log) * tl.load(own_R + row)
-    if unit_R is not None:
-        gradient += tl.exp(student - tl.load(unit_lse_R + row)) * tl.load(unit_R + row)
-    if student_cap is not None:
-        gradient *= slope_of(student, student_cap, column, num_columns, 1.0)
-    if label_R is not None:
-        hit = (first + column).to(tl.int64) == tl.load(label_R + row)
-        gradient -= tl.where(hit, tl.load(label_scale_R + row), 0.0)
-    tl.debug_barrier()  # the stores overwrite what other threads load
-    store_row(gradient_RC, gradient, row, out_stride, column, num_columns)

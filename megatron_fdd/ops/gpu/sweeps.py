@@ -9,7 +9,7 @@ Shapes: see gpu/kernels.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
-from megatron_fdd.ops.gpu import kernels as kernels
+from megatron_fdd.ops.gpu import kernels, row_kernels
 from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.request import Request
@@ -26,8 +26,10 @@ from megatron_fdd.ops.softmax_sums import SoftmaxSums
 from megatron_fdd.ops.torch_sweeps import accumulate_kept, add_head_gradient
 from megatron_fdd.ops.vocab_tiles import LogitTiles, Tile, accumulate, empty_rows
 
-# Columns that a program holds in registers at most, and its warps.
+# Columns of a streamed tile, which a program holds in registers, at most; columns that a program reads at a time of a
+# row of any length; and its warps.
 MOST_COLUMNS = 4096
+ROW_COLUMNS = 2048
 WARPS = 8
 
 
@@ -63,41 +65,41 @@ class TritonSweeps:
 
     def softmax_sums(self) -> SoftmaxSums:
         """Run the online softmax over this rank's part of the vocabulary."""
+        sums = SoftmaxSums.nothing_seen(self._request, *self._models)
+        if sums.rows_MD is None and sums.unit_rows_RD is None:
+            arguments = _statistics(sums)
+            for tile in self._sweep():
+                self._launch(row_kernels.statistics_kernel, tile, arguments, ROW_COLUMNS)
+        else:
+            self._add_tiles(sums)
+        return sums
+
+    def _add_tiles(self, sums: SoftmaxSums) -> None:
+        """Add all tiles to sums that have rows."""
         request = self._request
-        sums = SoftmaxSums.nothing_seen(request, *self._models)
-        reference_M = gap_M = None
-        if sums.rows_MD is not None or sums.unit_rows_RD is not None:
-            reference_M = sums.peak_M.clone()
-            gap_M = torch.empty_like(sums.peak_M) if request.implementation.skip_below > 0 else None
+        reference_M = sums.peak_M.clone()
+        gap_M = torch.empty_like(sums.peak_M) if request.implementation.skip_below > 0 else None
         for tile in self._sweep():
             weights = _Weights(sums, tile, request)
-            arguments = {
+            arguments = _statistics(sums) | {
                 "first_RC": weights.first_RC,
                 "weights_RC": weights.student_RC,
                 "unit_RC": weights.unit_RC,
                 "out_stride": weights.stride,
                 "unit_stride": 0 if weights.unit_RC is None else weights.unit_RC.stride(0),
-                "peak_M": sums.peak_M,
-                "mass_M": sums.mass_M,
-                "unit_mass_M": sums.unit_mass_M,
-                "cross_R": sums.cross_R,
                 "reference_M": reference_M,
                 "rows_MD": sums.rows_MD,
                 "unit_rows_RD": sums.unit_rows_RD,
                 "width": self._tiles.student_width,
                 "SUM_COLUMNS": min(2048, triton.next_power_of_2(self._tiles.student_width)),
                 "gap_M": gap_M,
-                "temperature": request.temperature,
                 "limit": _leap_limit(self._models[1][1].dtype, request.temperature),
-                "LEAD": None if request.divergence is None else request.divergence.definition.leader,
             }
-            for piece in _pieces(tile):
-                self._launch(kernels.softmax_kernel, piece, arguments)
-            if reference_M is not None:
-                self._add_rows(sums, weights, gap_M)
-        if reference_M is not None and request.shard.num_valid > 0:
+            num_columns = triton.next_power_of_2(tile.columns.stop - tile.columns.start)
+            self._launch(kernels.softmax_kernel, tile, arguments, num_columns)
+            self._add_rows(sums, weights, gap_M)
+        if request.shard.num_valid > 0:
             _scale(sums, reference_M.sub_(sums.peak_M).exp_())
-        return sums
 
     def second_sums(self, lse_M: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the sums of value and score, [2, R]; and the sum of score * W_S above that of p_S * W_S, [M, D]."""
@@ -115,8 +117,8 @@ class TritonSweeps:
                 "score_R": sums_2R[1],
                 "out_stride": 0 if weights_MC is None else weights_MC.stride(0),
             }
-            for piece in _pieces(tile):
-                self._launch(kernels.second_kernel, piece, arguments | _value_and_score(request.two_sweep))
+            arguments |= _value_and_score(request.two_sweep)
+            self._launch(row_kernels.second_kernel, tile, arguments, ROW_COLUMNS)
             if rows_MD is not None and weights_MC is not None:
                 accumulate(rows_MD, weights_MC, tile.head_CD)
         return sums_2R, rows_MD
@@ -134,12 +136,12 @@ class TritonSweeps:
         arguments = _factors(request, upstream, normalisers, labels_R) | _value_and_score(request.divergence)
         for tile in self._sweep():
             gradient_RC = _in_place(tile.student_RC, tile.head_CD.dtype)
-            for piece in _pieces(tile):
-                own: dict[str, Any] = {
-                    "gradient_RC": gradient_RC[:, piece.columns.start - tile.columns.start :]
-                }
-                own |= {"out_stride": gradient_RC.stride(0), "first": piece.columns.start}
-                self._launch(kernels.gradient_kernel, piece, arguments | own)
+            own = {
+                "gradient_RC": gradient_RC,
+                "out_stride": gradient_RC.stride(0),
+                "first": tile.columns.start,
+            }
+            self._launch(row_kernels.gradient_kernel, tile, arguments | own, ROW_COLUMNS)
             accumulate(gradient_RD, gradient_RC, tile.head_CD)
             if head_gradient_WD is not None:
                 add_head_gradient(head_gradient_WD[tile.columns], gradient_RC, tiles.hiddens[-1])
@@ -155,21 +157,21 @@ class TritonSweeps:
             self._held = list(self._tiles)
         return self._held
 
-    def _launch(self, kernel: Any, piece: Tile, arguments: dict[str, Any]) -> None:
-        num_columns = piece.columns.stop - piece.columns.start
+    def _launch(self, kernel: Any, tile: Tile, arguments: dict[str, Any], columns: int) -> None:
+        """Launch a kernel for a tile; a program has so many columns in registers at a time."""
         teacher, student = self._request.teacher_extras, self._request.student_extras
         arguments = arguments | {
-            "teacher_RC": piece.teacher_RC,
-            "student_RC": piece.student_RC,
-            "teacher_bias_C": None if teacher.bias_W is None else teacher.bias_W[piece.columns],
+            "teacher_RC": tile.teacher_RC,
+            "student_RC": tile.student_RC,
+            "teacher_bias_C": None if teacher.bias_W is None else teacher.bias_W[tile.columns],
             "teacher_cap": teacher.cap,
-            "student_bias_C": None if student.bias_W is None else student.bias_W[piece.columns],
+            "student_bias_C": None if student.bias_W is None else student.bias_W[tile.columns],
             "student_cap": student.cap,
-            "stride": piece.student_RC.stride(0),
+            "stride": tile.student_RC.stride(0),
             "num_rows": self._tiles.num_tokens,
-            "num_columns": num_columns,
+            "num_columns": tile.columns.stop - tile.columns.start,
             "inverse_temperature": 1 / self._request.temperature,
-            "COLUMNS": triton.next_power_of_2(num_columns),
+            "COLUMNS": columns,
         }
         Launch(kernel, self._tiles.num_tokens, arguments, WARPS).run()
 
@@ -225,14 +227,17 @@ def _in_place(logits_RC: Tensor, dtype: torch.dtype) -> Tensor:
     return logits_RC.view(dtype)[:, : logits_RC.shape[1]]
 
 
-def _pieces(tile: Tile) -> Iterator[Tile]:
-    """Yield a tile in pieces of as many columns as fit into registers."""
-    start, stop = tile.columns.start, tile.columns.stop
-    for first in range(start, stop, MOST_COLUMNS):
-        inner = slice(first - start, min(first + MOST_COLUMNS, stop) - start)
-        teacher_RC = None if tile.teacher_RC is None else tile.teacher_RC[:, inner]
-        columns = slice(first, start + inner.stop)
-        yield tile._replace(columns=columns, teacher_RC=teacher_RC, student_RC=tile.student_RC[:, inner])
+def _statistics(sums: SoftmaxSums) -> dict[str, Any]:
+    """Return the arguments of a kernel that adds to these statistics."""
+    lead = None if sums.cross_R is None else "student" if sums.student_leads else "teacher"
+    return {
+        "peak_M": sums.peak_M,
+        "mass_M": sums.mass_M,
+        "unit_mass_M": sums.unit_mass_M,
+        "cross_R": sums.cross_R,
+        "temperature": sums.temperature,
+        "LEAD": lead,
+    }
 
 
 def _scale(sums: SoftmaxSums, factor_M: Tensor) -> None:
