@@ -2,6 +2,7 @@
 
     python -m benchmarks.feature_store                    # the quickstart's teacher, units of 512 tokens
     python -m benchmarks.feature_store --folder /scratch  # on another disk
+    python -m benchmarks.feature_store --tokens 4096 --units 32  # as long as sequences that context parallelism cuts
 
 Reading: every implementation reads the same ranges of the same units in the same random order; rounds alternate, and
 the best of each counts. All keep the last 8 samples, as a batch does, so that none reads into memory that is warm from
@@ -60,11 +61,13 @@ class Shape:
     ranges: tuple[tuple[int, int], ...]
 
 
-SHAPES = (
-    Shape("all blocks, whole units", BLOCKS, ((0, TOKENS),)),
-    Shape("2 blocks, context parallel 2", BLOCKS[:2], rank_ranges(TOKENS, context=(0, 2))),
-    Shape("1 block, whole units", BLOCKS[-1:], ((0, TOKENS),)),
-)
+def shapes(num_tokens: int) -> tuple[Shape, ...]:
+    """Return what ranks read of units of so many tokens."""
+    return (
+        Shape("all blocks, whole units", BLOCKS, ((0, num_tokens),)),
+        Shape("2 blocks, context parallel 2", BLOCKS[:2], rank_ranges(num_tokens, context=(0, 2))),
+        Shape("1 block, whole units", BLOCKS[-1:], ((0, num_tokens),)),
+    )
 
 
 def identity() -> StoreIdentity:
@@ -85,27 +88,28 @@ def identity() -> StoreIdentity:
     )
 
 
-def write_store(path: Path, num_units: int) -> None:
+def write_store(path: Path, num_units: int, num_tokens: int) -> None:
     """Write a store of random units."""
     about, random = identity(), np.random.default_rng(1)
     write_identity(path, about)
     writer = SegmentWriter(path, about.digest, len(BLOCKS), about.token_bytes)
     for number in range(num_units):
-        shape = (len(BLOCKS), TOKENS, about.token_bytes)
-        writer.add(unit_ids(number), random.integers(0, 256, shape, np.uint8))
+        shape = (len(BLOCKS), num_tokens, about.token_bytes)
+        writer.add(unit_ids(number, num_tokens), random.integers(0, 256, shape, np.uint8))
     writer.flush()
     Store.open(path, "--folder").save_index()
 
 
-def unit_ids(number: int) -> np.ndarray:
+def unit_ids(number: int, num_tokens: int) -> np.ndarray:
     """Return the ids of a unit."""
-    return as_ids(np.random.default_rng(number).integers(0, 49152, TOKENS))
+    return as_ids(np.random.default_rng(number).integers(0, 49152, num_tokens))
 
 
-def passes(path: Path, shape: Shape, num_units: int) -> dict[str, Pass]:
+def passes(path: Path, shape: Shape, num_units: int, num_tokens: int) -> dict[str, Pass]:
     """Return what reads all units once, by name; each returns the bytes that were asked for."""
     store = Store.open(path, "--folder")
-    units = [unit_ids(number) for number in np.random.default_rng(7).permutation(num_units).tolist()]
+    order = np.random.default_rng(7).permutation(num_units).tolist()
+    units = [unit_ids(number, num_tokens) for number in order]
     numbers = [BLOCKS.index(block) for block in shape.blocks]
     width = store.identity.token_bytes
     places = []
@@ -115,10 +119,10 @@ def passes(path: Path, shape: Shape, num_units: int) -> dict[str, Pass]:
         begin = int(store.index.layouts[place.segment, 2]) + place.start * len(BLOCKS) * width
         for first, last in shape.ranges:
             for number in numbers:
-                at = begin + (number * TOKENS + first) * width
+                at = begin + (number * num_tokens + first) * width
                 places.append((place.segment, (last - first) * width, at))
     files = [os.open(segment_path(path, name), os.O_RDONLY) for name in store.index.names]
-    ones = torch.ones(TOKENS)
+    ones = torch.ones(num_tokens)
     samples = [
         {"tokens": torch.from_numpy(ids).long(), "token_mask": ones, "loss_mask": ones} for ids in units
     ]
@@ -242,7 +246,8 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="where the stores are written for the while (the system's)"
     )
-    parser.add_argument("--units", type=int, default=128, help="of 512 tokens, to read (%(default)s)")
+    parser.add_argument("--units", type=int, default=128, help="to read (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a unit (%(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="(%(default)s)")
     parser.add_argument("--smoke", action="store_true", help="that it runs: few units, nothing recorded")
     args = parser.parse_args()
@@ -250,12 +255,12 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     torch.set_num_threads(1)
     try:
-        write_store(folder / "small", num_units)
+        write_store(folder / "small", num_units, args.tokens)
         found: dict[str, dict[str, float]] = {}
         head = "".join(f"{name:>22}" for name in (FLOOR, READ, READER))
         print(f"{'GB/s (of os.pread, of the floor)':<36}{RAW:>10}{head}")
-        for shape in SHAPES:
-            made = passes(folder / "small", shape, num_units)
+        for shape in shapes(args.tokens):
+            made = passes(folder / "small", shape, num_units, args.tokens)
             for cold in (False, True):
                 row = found[f"{shape.name}, {'cold' if cold else 'warm'}"] = rates(
                     folder / "small", made, rounds, cold=cold
@@ -277,7 +282,9 @@ def main() -> int:
     if args.smoke:
         return 0
     lines.write(
-        RESULTS, "benchmark", {**origin(), "benchmark": "feature_store", "rows": found, "opening": opened}
+        RESULTS,
+        "benchmark",
+        {**origin(), "benchmark": "feature_store", "tokens": args.tokens, "rows": found, "opening": opened},
     )
     largest = max(opened["resident_mib"], opened["traced_mib"])
     is_slow = any(row[READER] < READING * row[RAW] for row in found.values()) or opened["find_s"] > LOOK_UP_S
