@@ -32,10 +32,9 @@ from torch import Tensor
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import slice_name, whole_name
 from megatron_fdd.convert.hf_writer import TensorSpec, plan_shards, write_index, write_shard
-from megatron_fdd.convert.mcore_model import build_model, complete_args
+from megatron_fdd.convert.mcore_model import build_model, complete_args, stored_tensors
 from megatron_fdd.convert.quantised import FIELD
 from megatron_fdd.convert.ranks import conversion_ranks
-from megatron_fdd.convert.to_mcore import stored_tensors
 
 COMMON = {
     "rms_norm_eps": 1e-5,

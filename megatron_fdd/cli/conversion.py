@@ -45,6 +45,7 @@ def convert(action: Callable[[], str]) -> NoReturn:
     """
     # torch reads it once. Pages of 2 MiB make new memory, of which a conversion needs much, less than half as costly.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    gc.disable()  # a tenth of the imports' time would go to looking through half a million objects that stay
     from megatron_fdd.host import rehearsal  # imports torch, and `--help` is quick
 
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -53,6 +54,8 @@ def convert(action: Callable[[], str]) -> NoReturn:
     try:
         if rehearsal.is_wanted():
             rehearsal.start()  # before Megatron is imported, which would import a compiler
+        gc.freeze()
+        gc.enable()
         closing_line = action()
     except (ValueError, OSError) as error:
         gc.freeze()  # torch's writer crashes when it is collected after its disk was full

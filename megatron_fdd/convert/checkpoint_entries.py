@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed.checkpoint.planner import WriteItem
 
+from megatron_fdd.convert.families.transforms import joined
 from megatron_fdd.host.checkpoint import EXTRA_STATE
 from megatron_fdd.host.weight_names import other_name
 
@@ -74,6 +77,33 @@ def pieces_of(entry: ShardedBase, data: Tensor) -> list[ShardedTensor]:
     return [_with_all_axes(piece) for piece in nested_values(state)]
 
 
+def are_blocks(pieces: Sequence[ShardedTensor]) -> bool:
+    """Whether pieces follow one another in dim 0 of the parameter of which they are views."""
+    starts = itertools.accumulate((math.prod(piece.local_shape) for piece in pieces), initial=0)
+    return all(
+        piece.data is not None and piece.data.is_contiguous() and piece.data.storage_offset() == start
+        for piece, start in zip(pieces, starts, strict=False)
+    )
+
+
+def blocks_of(value: Tensor, pieces: Sequence[ShardedTensor], data: Sequence[Tensor]) -> list[Tensor]:
+    """Return the value of a parameter in blocks that follow one another in dim 0.
+
+    Args:
+        value: has its shape and dtype; no data.
+        pieces: of `value`.
+        data: of each piece.
+    """
+    if are_blocks(pieces):
+        shape = value.shape if len(data) == 1 else (-1, *value.shape[1:])
+        return [block.view(shape) for block in data]
+    whole = torch.empty_like(value, device="cpu")
+    for piece, block in zip(pieces, data, strict=True):
+        assert piece.data is not None
+        whole.as_strided(piece.data.shape, piece.data.stride(), piece.data.storage_offset()).copy_(block)
+    return [whole]
+
+
 def _with_all_axes(piece: ShardedTensor) -> ShardedTensor:
     """Return the same place in the checkpoint, with the layer's axis (size 1) as an axis of the data.
 
@@ -97,16 +127,33 @@ class Pieces:
         self.state: dict[str, ShardedTensor] = {}
         self._parameter_of: dict[tuple[Any, ...], tuple[int, str]] = {}
         for position, (name, entry) in enumerate(entries.items()):
-            for index, piece in enumerate(self.of(name, entry.data)):
+            for index, piece in enumerate(self.of(name, [entry.data])):
                 self.state[f"{name}.{index}"] = piece
                 self._parameter_of[place_of(piece)] = (position, name)
 
-    def of(self, name: str, data: Tensor) -> list[ShardedTensor]:
-        """Return the pieces of one parameter, as views of `data`; a norm before experts is under both of its names."""
-        pieces = pieces_of(self._entries[name], data)
+    def of(self, name: str, blocks: Sequence[Tensor]) -> list[ShardedTensor]:
+        """Return the pieces of one parameter; a norm before experts is under both of its names.
+
+        Args:
+            blocks: its value, in blocks that follow one another in dim 0. The pieces are views of them.
+        """
+        pieces = self._of_blocks(self._entries[name], blocks)
         if name in self._norms_before_experts:
             pieces += [dataclasses.replace(piece, key=other_name(piece.key)) for piece in pieces]
         return pieces
+
+    @staticmethod
+    def _of_blocks(entry: ShardedBase, blocks: Sequence[Tensor]) -> list[ShardedTensor]:
+        if len(blocks) > 1:
+            rows = sum(len(block) for block in blocks)
+            pieces = pieces_of(entry, blocks[0].new_empty((rows, *blocks[0].shape[1:]), device="meta"))
+            sizes = [math.prod(piece.local_shape) for piece in pieces]
+            if are_blocks(pieces) and sizes == [block.numel() for block in blocks]:
+                return [
+                    dataclasses.replace(piece, data=block.view(piece.local_shape))
+                    for piece, block in zip(pieces, blocks, strict=True)
+                ]
+        return pieces_of(entry, joined(blocks))
 
     def parameter_of(self, item: WriteItem) -> tuple[int, str]:
         """Return the position and the name of the parameter that contains a piece to be written."""

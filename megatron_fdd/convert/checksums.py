@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,17 +49,6 @@ def check_finite(tensor: Tensor, where: str, remedy: str) -> None:
         raise ValueError(
             f"{where}: {bad} of {tensor.numel()} values are not finite (NaN, infinite); {remedy}"
         )
-
-
-def all_finite(tensors: Iterable[Tensor], places: Iterable[str], remedy: str) -> Iterator[Tensor]:
-    """Yield tensors, each after `check_finite`.
-
-    Raises:
-        ValueError: as `check_finite`; `places` has a name for each tensor.
-    """
-    for tensor, where in zip(tensors, places, strict=True):
-        check_finite(tensor, where, remedy)
-        yield tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def config_to_mcore(
                         write_json(unfinished / HF_FOLDER / CONFIG_FILES[0], config)
 
 
-def _read_nothing(name: str) -> torch.Tensor:
+def _read_nothing(name: str) -> list[torch.Tensor]:
     raise AssertionError(f"{name} is not to be written")
 
 

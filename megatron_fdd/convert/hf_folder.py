@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_fdd.convert.families.family import HfConfig, slice_name
+from megatron_fdd.convert.mapped import mapped
 from megatron_fdd.convert.mcore_model import DTYPES
 from megatron_fdd.convert.quantisation_methods import dequantiser_of
 from megatron_fdd.convert.quantised import FIELD, Quantised
@@ -222,14 +222,11 @@ class HfFolder:
             )
         dtype = RAW_DTYPE_OF_NAME[stored.dtype]
         size = math.prod(stored.shape) * dtype.itemsize
-        if size == 0:
-            return torch.empty(stored.shape, dtype=dtype)
-        # Copy-on-write mode, so that torch accepts the array; nothing writes to it.
         try:
-            raw = np.memmap(self.path / stored.file, np.uint8, "c", offset=stored.offset, shape=(size,))
+            raw = mapped(self.path / stored.file, stored.offset, size)
         except ValueError:
             raise ValueError(
                 f"{self.path / stored.file} has become shorter since it was opened, and {name} lies behind its end; "
                 "copy the model again, and let nothing write there meanwhile"
             ) from None
-        return torch.from_numpy(raw).view(dtype).reshape(stored.shape)
+        return raw.view(dtype).reshape(stored.shape)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fdd.convert.checksums import bytes_of
+from megatron_fdd.convert.checksums import bytes_of, check_finite, digest
 from megatron_fdd.convert.families.family import slice_name, whole_name
 from megatron_fdd.convert.hf_folder import INDEX_FILE, SINGLE_FILE
 from megatron_fdd.convert.stored_tensor import NAME_OF_DTYPE
-from megatron_fdd.host.disk import check_no_link, flushed_behind, writing
+from megatron_fdd.host.disk import check_no_link, flushed_behind, large_file, writing
 from megatron_fdd.host.json_file import write_json
 
+# So many tensors are hashed side by side.
+_HASHERS = 2
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -176,34 +178,52 @@ def plan_shards(tensors: Iterable[TensorSpec], max_shard_bytes: int) -> list[Sha
     ]
 
 
-def write_shard(folder: Path, shard: Shard, tensors: Iterable[Tensor]) -> Iterator[tuple[TensorSpec, str]]:
-    """Write one safetensors file, one tensor in memory at a time.
+def write_shard(
+    folder: Path, shard: Shard, tensors: Iterable[Tensor], remedy: str | None = None
+) -> Iterator[tuple[TensorSpec, str]]:
+    """Write one safetensors file, two tensors in memory at a time: one is written while the other is still hashed.
 
     The format is an 8-byte little-endian length, a JSON header of that length, and the data back to back
     (safetensors' own `save_file` wants all tensors at once).
 
     Args:
         tensors: the data, in the shard's order, on the CPU.
+        remedy: what to do about values that are not finite, which are refused; without it they are not looked at.
 
     Yields:
         The spec of each tensor after it is written, and the SHA-256 of its bytes in hexadecimal.
+
+    Raises:
+        ValueError: values are not finite. OSError: the file cannot be written.
     """
     header = {"__metadata__": {"format": "pt"}, **_entries(shard.tensors)}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data begins aligned
     with (
-        ThreadPoolExecutor(1) as hasher,
-        (folder / shard.file).open("wb") as file,
+        ThreadPoolExecutor(_HASHERS) as hashers,
+        large_file(folder / shard.file) as file,
         flushed_behind(file),
     ):
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
+        written: deque[tuple[TensorSpec, Future[str]]] = deque()
         for spec, tensor in zip(shard.tensors, tensors, strict=True):
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec
             raw = bytes_of(tensor)
-            hashed = hasher.submit(hashlib.sha256, raw)
+            written.append((spec, hashers.submit(_checked_digest, spec.name, tensor, remedy)))
             file.write(raw)
-            yield spec, hashed.result().hexdigest()
+            if len(written) == _HASHERS:
+                done, hashed = written.popleft()
+                yield done, hashed.result()
+        for done, hashed in written:
+            yield done, hashed.result()
+
+
+def _checked_digest(name: str, tensor: Tensor, remedy: str | None) -> str:
+    """Return the SHA-256 of a tensor, whose values must be finite if there is a remedy."""
+    if remedy is not None:
+        check_finite(tensor, name, remedy)
+    return digest(tensor)
 
 
 def _entries(specs: Iterable[TensorSpec]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_fdd.convert.checkpoint_entries import (
     Pieces,
+    blocks_of,
     entries_of,
     is_before_experts,
     norm_states,
@@ -152,17 +153,21 @@ class StoredWeights:
                     "that the checkpoint's arguments describe"
                 )
 
-    def read(self, name: str) -> Tensor:
-        """Return the value of a parameter on the CPU, from any thread. ValueError if its bytes are damaged."""
-        value = torch.empty(self._parameters[name].shape, dtype=self._dtypes[name])
+    def read(self, name: str) -> list[Tensor]:
+        """Return the value of a parameter on the CPU, from any thread, in blocks that follow one another in dim 0.
+
+        Raises:
+            ValueError: its bytes are damaged.
+        """
+        value = torch.empty(self._parameters[name].shape, dtype=self._dtypes[name], device="meta")
+        pieces = pieces_of(self._entries[name], value)
         try:
-            for piece in pieces_of(self._entries[name], value):
-                self._chunks.read(piece)
+            data = [self._chunks.read(piece) for piece in pieces]
         except DAMAGE as error:
             raise ValueError(
                 f"--load {self._path}: {name} cannot be read ({cause_of(error)}); copy the checkpoint again"
             ) from error
-        return value
+        return blocks_of(value, pieces, data)
 
 
 def stored_layout(folder: Path) -> tuple[torch.dtype, int]:

@@ -6,11 +6,13 @@ import contextlib
 import io
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_fdd.convert.families.family import WeightRow
 from megatron_fdd.host.layer_specs import SPEC_ARGS
 
 # A conversion computes nothing, so that plain modules are enough on every machine.
@@ -111,3 +113,17 @@ def build_model(args: Namespace, groups: Any, device: str = "cpu") -> torch.nn.M
         model = GPTModelBuilder(config).build_model(groups, pre_process=True, post_process=True)
         cap_own_logits([model])
     return model.to(args.params_dtype)  # otherwise position embeddings are float32
+
+
+def stored_tensors(model: torch.nn.Module, rows: Collection[WeightRow]) -> dict[str, Tensor]:
+    """Return the tensors of a model on the meta device that a checkpoint holds, in the dtypes that `rows` give them."""
+    from megatron_fdd.convert.checkpoint_entries import tensors_of
+
+    own = {row.mcore: row.dtype for row in rows if row.dtype is not None}
+    for name, parameter in model.named_parameters():
+        if name in own:
+            parameter.data = parameter.data.to(own[name])
+    tensors = tensors_of(model)
+    names = {row.mcore for row in rows}
+    assert names == set(tensors), names ^ set(tensors)
+    return tensors

@@ -10,9 +10,9 @@ from megatron_fdd.convert.derived_weights import Derived, write_derived
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder
+from megatron_fdd.convert.hf_source import check_names
 from megatron_fdd.convert.hf_writer import TensorSpec, check_new_folder, new_folder
 from megatron_fdd.convert.new_vocabulary import NewVocabulary
-from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.convert.vocabulary import copy_loadable_tokenizer
 from megatron_fdd.convert.vocabulary_source import ROLES, VocabularySource
 from megatron_fdd.data.tokenizer_identity import compare, identity_of_folder

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -12,10 +14,12 @@ from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_read
     CachedMetadataFileSystemReader,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_fdd.convert.mapped import mapped
 
 
 class StoredChunks:
@@ -26,9 +30,9 @@ class StoredChunks:
     """
 
     def __init__(self, path: Path) -> None:
-        self._reader = CachedMetadataFileSystemReader(path)
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._path = path
+        metadata = CachedMetadataFileSystemReader(path).read_metadata()
+        self._places = metadata.storage_data
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -40,17 +44,19 @@ class StoredChunks:
             for chunk in entry.chunks
         }
 
-    def read(self, piece: ShardedTensor) -> None:
-        """Fill the data of a piece of a tensor; what lies outside the stored tensor is 0.
+    def read(self, piece: ShardedTensor) -> Tensor:
+        """Return a piece of a tensor on the CPU, from any thread; what lies outside the stored tensor is 0.
+
+        A piece that was saved as it is needed is mapped, and others are copied out of chunks that are.
 
         Raises:
             ValueError: chunks are missing. Whatever torch raises for damaged bytes.
         """
-        assert piece.data is not None
         stored = self._tensors[piece.key]
         wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(piece.local_shape))
         same = self._at.get((piece.key, tuple(piece.global_offset)))
         chunks = [same] if same is not None and same.sizes == wanted.sizes else stored.chunks
+        is_chunk = chunks is not stored.chunks
         items = create_read_items_for_chunk_list(
             piece.key, dataclasses.replace(stored, chunks=chunks), [wanted]
         )
@@ -61,20 +67,34 @@ class StoredChunks:
         inside = math.prod(max(end - offset, 0) for end, offset in zip(ends, wanted.offsets, strict=True))
         if sum(math.prod(item.lengths) for item in items) != inside:
             raise ValueError(f"chunks of {piece.key} are missing; give another checkpoint")
-        if inside < piece.data.numel():
-            piece.data.zero_()
-        self._reader.read_data(LoadPlan(items), _Target(piece.data))
+        if is_chunk:
+            return self._chunk(items[0]).to(stored.properties.dtype)
+        new = torch.empty if inside == math.prod(wanted.sizes) else torch.zeros
+        data = new(wanted.sizes, dtype=stored.properties.dtype)
+        for item in items:
+            _narrowed(data, item.dest_offsets, item.lengths).copy_(self._chunk(item))
+        return data
+
+    def _chunk(self, item: ReadItem) -> Tensor:
+        """Return a part of a chunk, mapped."""
+        place = self._places[item.storage_index]
+        path = self._path / place.relative_path
+        with path.open("rb") as file:
+            view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+            # Nothing is read to the meta device; torch says at which byte the data begin.
+            whole = torch.load(view, map_location="meta", weights_only=True)
+            begin = getattr(whole.untyped_storage(), "_checkpoint_offset", None)
+            if begin is None:  # before torch 2.11
+                view.seek(0)
+                whole = torch.load(view, map_location="cpu", weights_only=True)
+        if begin is not None:
+            raw = mapped(path, place.offset + begin, whole.untyped_storage().nbytes())
+            whole = raw.view(whole.dtype).as_strided(whole.shape, whole.stride(), whole.storage_offset())
+        return _narrowed(whole, item.storage_offsets, item.lengths)
 
 
-class _Target(DefaultLoadPlanner):
-    """A planner that has one tensor to be filled."""
-
-    def __init__(self, data: Tensor) -> None:
-        super().__init__()
-        self._data = data
-
-    def lookup_tensor(self, _index: object) -> Tensor:
-        return self._data
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Do nothing: the tensor is a view of the data."""
+def _narrowed(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Return the part of a tensor with these offsets and lengths."""
+    for dim, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, offset, length)
+    return tensor

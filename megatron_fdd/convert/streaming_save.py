@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_fdd.convert.checkpoint_entries import Pieces, place_of
-from megatron_fdd.host.disk import flushed_behind
+from megatron_fdd.host.disk import flushed_behind, large_file
 
-Reader = Callable[[str], Tensor]
-"""Name of a parameter -> its value on the CPU."""
+Reader = Callable[[str], Sequence[Tensor]]
+"""Name of a parameter -> its value on the CPU, in blocks that follow one another in dim 0."""
 
 
 class StreamingSave(TorchDistSaveShardedStrategy):
@@ -53,8 +54,7 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
         if plan.items:
-            path = self.fs.concat_path(self.path, name)
-            with self.fs.create_stream(path, "wb") as stream, flushed_behind(stream):
+            with large_file(Path(self.path, name)) as stream, flushed_behind(stream):
                 settings = (name, self.serialization_format)
                 for item in plan.items:  # unnamed data, or it would live while the next is read
                     results.append(

@@ -14,13 +14,13 @@ from megatron_fdd.convert.derived_weights import Derived, write_derived
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, HfFolder, copy_files
+from megatron_fdd.convert.hf_source import check_names
 from megatron_fdd.convert.hf_writer import new_folder
 from megatron_fdd.convert.kept_parts import KeptParts
 from megatron_fdd.convert.kept_rows import cut_rows
 from megatron_fdd.convert.left_out import PROCESSOR_FILES
 from megatron_fdd.convert.probes import Probe, probes_of
 from megatron_fdd.convert.student_sizes import architecture, narrower_config
-from megatron_fdd.convert.to_mcore import check_names
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FILES
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import write_json

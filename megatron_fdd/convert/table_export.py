@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from argparse import Namespace
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig, WeightRow
+from megatron_fdd.convert.families.transforms import split_blocks
 from megatron_fdd.convert.hf_writer import TensorSpec
 from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER, LeftOutTensors
-from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args
-from megatron_fdd.convert.to_mcore import stored_tensors
+from megatron_fdd.convert.mcore_model import DTYPES, build_model, complete_args, stored_tensors
 from megatron_fdd.host.ahead import ahead
 
 if TYPE_CHECKING:  # importing Megatron takes seconds, and a rehearsal starts before it
@@ -48,16 +48,20 @@ class TableExport:
         """Map each Hugging Face name to its row."""
         return {name: row for row in self.rows for name in row.sources}
 
-    def split(self, row: WeightRow, whole: Tensor) -> list[Tensor]:
-        """Split a Megatron parameter into its Hugging Face tensors, in the order of the row's sources."""
-        parts = row.transform.split(whole)
+    def split(self, row: WeightRow, blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Split a Megatron parameter into its Hugging Face tensors, in the order of the row's sources.
+
+        Args:
+            blocks: its value, in blocks that follow one another in dim 0.
+        """
+        parts = split_blocks(row.transform, blocks)
         return [part[: self.vocab_size] for part in parts] if row.vocabulary else parts
 
     def specs(self) -> Iterator[TensorSpec]:
         """Yield every Hugging Face tensor, in the order of the table; what was left out comes last."""
         for row in self.rows:
             if row.sources:
-                parts = self.split(row, self.parameters[row.mcore])
+                parts = self.split(row, [self.parameters[row.mcore]])
                 for name, part in zip(row.sources, parts, strict=True):
                     yield TensorSpec(name, row.dtype or self.dtype, tuple(part.shape))
         if self.left_out is not None:
@@ -149,7 +153,7 @@ def check_architecture(args: Namespace, fixed: Mapping[str, Any], model_type: st
 
 def _check_absent_are_zero(weights: StoredWeights, rows: list[WeightRow], family: Family) -> None:
     """Refuse values other than 0 that have no place in the Hugging Face model. Every rank checks all values."""
-    trained = [row.mcore for row in rows if not row.sources and weights.read(row.mcore).any()]
+    trained = [row.mcore for row in rows if not row.sources and any(map(torch.any, weights.read(row.mcore)))]
     if trained:
         raise ValueError(
             f"config.json gives this {family.model_type} no place for {', '.join(trained)}, which are not zero; "

@@ -13,7 +13,7 @@ from typing import TypedDict, Unpack
 import torch
 import torch.distributed as dist
 
-from megatron_fdd.convert.checksums import Checksums, all_finite
+from megatron_fdd.convert.checksums import Checksums
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import HfConfig
 from megatron_fdd.convert.hf_companions import HF_FOLDER, find_beside, find_hf_config, find_tokenizer
@@ -241,9 +241,9 @@ def _write_own(
     )
     specs = [spec for shard in own for spec in shard.tensors]
     with bar, together(), closing(export.read(specs)) as values:
-        finite = all_finite(values, (spec.name for spec in specs), _OTHER_WEIGHTS)
         for shard in own:
-            for spec, digest in write_shard(folder, shard, itertools.islice(finite, len(shard.tensors))):
+            tensors = itertools.islice(values, len(shard.tensors))
+            for spec, digest in write_shard(folder, shard, tensors, _OTHER_WEIGHTS):
                 digests[spec.name] = digest
                 bar.update(spec.num_bytes)
     everyone: list[dict[str, str]] = [{}] * dist.get_world_size()

@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import xxhash
 
+from megatron_fdd.host.ahead import ahead
 from megatron_fdd.host.disk import replacing, sized
 from megatron_fdd.host.json_file import read_json, write_json
 from megatron_fdd.host.together import together
@@ -69,15 +71,16 @@ def write_sums(folder: Path) -> None:
         for path in sorted(folder.iterdir()):
             if _is_summed(path) and _writer_of(path.name) == dist.get_rank():
                 size = path.stat().st_size
-                sums = [sum_of(path, start, _BLOCK_BYTES) for start in _starts(size, _BLOCK_BYTES)]
-                own[path.name] = {"bytes": size, "sums": sums}
+                sum_at = partial(sum_of, path, size=_BLOCK_BYTES)
+                blocks = [(start, _READ_BYTES) for start in _starts(size, _BLOCK_BYTES)]
+                own[path.name] = {"bytes": size, "sums": list(ahead(sum_at, blocks))}
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     with together():
         if dist.get_rank() == 0:
             files = {name: entry for each in everyone for name, entry in sorted(each.items())}
-            with replacing(folder / SUMS_FILE) as partial:
-                write_json(partial, {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files})
+            with replacing(folder / SUMS_FILE) as unfinished:
+                write_json(unfinished, {"algorithm": _ALGORITHM, "block_bytes": _BLOCK_BYTES, "files": files})
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -123,8 +126,8 @@ def check_sums(checkpoints: Mapping[str, Path], *, skip: bool = False) -> str:
                     "it, or the run ended before they were written); damage inside a tensor would not be noticed"
                 )
         num_bytes = sum(block.size for block in blocks)
-        for block in _deal(blocks, dist.get_world_size())[dist.get_rank()]:
-            _check_block(block)
+        share = _deal(blocks, dist.get_world_size())[dist.get_rank()]
+        list(ahead(_check_block, [(block, _READ_BYTES) for block in share]))
     if num_bytes:
         seconds = time.perf_counter() - started_s
         remarks.append(
@@ -146,12 +149,12 @@ def _starts(num_bytes: int, block_bytes: int) -> range:
 
 def sum_of(path: Path, start: int, size: int) -> str:
     """Return the xxh3 sum of `size` bytes of a file, or of those up to its end."""
-    found = xxhash.xxh3_128()
+    found, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))  # new memory is dearer than a sum
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        while part := file.read(min(_READ_BYTES, size)):
-            found.update(part)
-            size -= len(part)
+        while num_bytes := file.readinto(buffer[:size]):
+            found.update(buffer[:num_bytes])
+            size -= num_bytes
     return found.hexdigest()
 
 

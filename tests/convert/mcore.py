@@ -78,7 +78,7 @@ def save(folder: Path, model: torch.nn.Module, args: Namespace) -> None:
     values = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     groups = ProcessGroupCollection.use_mpu_process_groups()
     folder.mkdir()
-    save_model(folder, model, args, groups, list(values), values.__getitem__)
+    save_model(folder, model, args, groups, list(values), lambda name: [values[name]])
 
 
 def make_checkpoint(folder: Path, variant: str, **changes: Any) -> None:

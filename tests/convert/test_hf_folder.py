@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -41,6 +42,26 @@ def _write(folder: Path, max_bytes: int) -> Path:
         assert [(spec, digest(TENSORS[spec.name])) for spec in shard.tensors] == written
     write_index(folder, shards)
     return folder
+
+
+def test_a_tensor_is_hashed_while_the_next_is_written(tmp_path: Path) -> None:
+    """What a thread finds is told."""
+    (shard,) = plan_shards([TensorSpec(name, torch.float32, (6, 4)) for name in TENSORS], 10**6)
+    asked = []
+
+    def values() -> Iterator[torch.Tensor]:
+        for name, value in TENSORS.items():
+            asked.append(name)
+            yield value
+
+    told = write_shard(tmp_path, shard, values())
+    assert next(told)[0].name == "a"
+    assert asked == ["a", "b"]
+    assert [spec.name for spec, _ in told] == ["b", "c", "d"]
+    spoilt = [TENSORS["a"], torch.full((6, 4), torch.inf), TENSORS["c"], TENSORS["d"]]
+    list(write_shard(tmp_path, shard, spoilt))
+    with pytest.raises(ValueError, match="b: 24 of 24 values are not finite .*; train again"):
+        list(write_shard(tmp_path, shard, spoilt, "train again"))
 
 
 def test_slices_of_one_tensor(tmp_path: Path) -> None:
@@ -270,7 +291,7 @@ def test_integers_are_refused_whatever_dtype_is_asked_for(tmp_path: Path) -> Non
 
 def test_a_repeated_tied_head_and_rope_buffers_are_no_extra_weights(tmp_path: Path) -> None:
     from megatron_fdd.convert.families import family_of
-    from megatron_fdd.convert.to_mcore import check_names
+    from megatron_fdd.convert.hf_source import check_names
 
     folder = toys.make_llama(tmp_path / "hf", "tied", tokenizer=False)
     embedding = HfFolder(folder).read("model.embed_tokens.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,8 +35,7 @@ def _piece(data: Tensor, first_row: int) -> ShardedTensor:
 def test_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = StoredChunks(folder)
     for first_row, rows in ((0, 3), (1, 1), (2, 2), (0, 4)):
-        data = torch.full((rows, 4), torch.nan)
-        chunks.read(_piece(data, first_row))
+        data = chunks.read(_piece(torch.empty(rows, 4), first_row))
         wanted = torch.cat([STORED[first_row:], torch.zeros(9, 4)])[:rows]
         assert torch.equal(data, wanted), first_row
     looked_at = []
@@ -51,6 +51,44 @@ def test_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError):  # its bytes are not there
         chunks.read(_piece(torch.empty(1, 4), 1))
     assert looked_at == [1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_piece_that_was_saved_so_is_mapped(folder: Path) -> None:
+    """It takes no memory of its own, and leaves together with its pages."""
+    chunks, maps = StoredChunks(folder), Path("/proc/self/maps")
+    whole, part = chunks.read(_piece(torch.empty(3, 4), 0)), chunks.read(_piece(torch.empty(1, 4), 1))
+    assert torch.equal(whole, STORED)
+    assert maps.read_text().count(str(folder)) == 1, "the part is a copy"
+    del whole
+    assert str(folder) not in maps.read_text()
+    assert torch.equal(part, STORED[1:2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_stored_in_other_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that follow one another, a file behind other bytes, and a torch that does not tell where data begin."""
+    checkpoint.save(
+        {"other": torch.ones(1), "w": STORED.T.contiguous().T}, checkpoint_id=tmp_path, no_dist=True
+    )
+    chunks, piece = StoredChunks(tmp_path), _piece(torch.empty(3, 4), 0)
+    assert torch.equal(chunks.read(piece), STORED)
+    load = torch.load
+
+    def without_place(*arguments: Any, **options: Any) -> Tensor:
+        return load(*arguments, **options).clone()
+
+    monkeypatch.setattr(torch, "load", without_place)
+    assert torch.equal(chunks.read(piece), STORED)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_that_has_become_shorter(folder: Path) -> None:
+    chunks = StoredChunks(folder)
+    (path,) = folder.glob("*.distcp")
+    path.write_bytes(path.read_bytes()[:-700])
+    with pytest.raises(Exception, match="central directory"):
+        chunks.read(_piece(torch.empty(3, 4), 0))
 
 
 @pytest.mark.filterwarnings("ignore")

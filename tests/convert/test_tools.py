@@ -204,7 +204,7 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
             convert.hf_to_mcore(source, load)
         with pytest.raises(ValueError, match=told):
             convert.init_student(source, [0, 1], tmp_path / "student")
-        with mock.patch("megatron_fdd.convert.to_mcore.check_finite"):
+        with mock.patch("megatron_fdd.convert.hf_source.check_finite"):
             convert.hf_to_mcore(source, load)
         with pytest.raises(ValueError, match=told):
             convert.mcore_to_hf(load, tmp_path / "out")
@@ -367,8 +367,9 @@ def _fail_on_one_rank(folder: Path, place: str, rank: int) -> None:
     before = sorted(folder.rglob("*"))
     torch.distributed.barrier()
     with mock.patch(f"megatron_fdd.convert.{place}", **effect) if failing else contextlib.nullcontext():
-        convert_one = convert.hf_to_mcore if place.startswith("to_mcore") else convert.mcore_to_hf
-        source = folder / ("source" if place.startswith("to_mcore") else "mcore")
+        is_import = place.startswith(("to_mcore", "hf_source"))
+        convert_one = convert.hf_to_mcore if is_import else convert.mcore_to_hf
+        source = folder / ("source" if is_import else "mcore")
         with pytest.raises(ValueError, match=message):
             convert_one(source, folder / "out")
     torch.distributed.barrier()
@@ -376,9 +377,9 @@ def _fail_on_one_rank(folder: Path, place: str, rank: int) -> None:
 
 
 FAILURES = [
-    ("to_mcore.check_names", 1),
-    ("to_mcore.HfFolder", 0),
-    ("to_mcore.digest", 1),
+    ("hf_source.check_names", 1),
+    ("hf_source.HfFolder", 0),
+    ("hf_source.digest", 1),
     ("to_mcore.write_companions", 0),
     ("table_export.family_of", 1),
     ("to_hf.write_index", 0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import is_
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from megatron_fdd.convert.families.transforms import (
     Same,
     Stacked,
     Transposed,
+    join_blocks,
+    split_blocks,
 )
 
 
@@ -40,6 +44,18 @@ def test_stacked_and_same() -> None:
     assert torch.equal(joined[4:], up)
     assert all(map(torch.equal, Stacked(2).split(joined), (gate, up)))
     assert Same().split(Same().join([gate]))[0] is gate
+
+
+def test_blocks_of_stacked_parts_are_not_copied() -> None:
+    gate, up = torch.randn(4, 3), torch.randn(4, 3)
+    assert all(map(is_, join_blocks(Stacked(2), [gate, up]), (gate, up)))
+    assert all(map(is_, split_blocks(Stacked(2), [gate, up]), (gate, up)))
+    for rows in ([8], [3, 5], [2, 2, 4]):
+        parts = split_blocks(Stacked(2), torch.cat([gate, up]).split(rows))
+        assert all(map(torch.equal, parts, (gate, up))), rows
+    transform = GroupedQkv(2, 1)
+    (joined,) = join_blocks(transform, [gate, gate[:2], up[:2]])
+    assert torch.equal(split_blocks(transform, [joined[:1], joined[1:]])[0], gate)
 
 
 def test_alternating_columns_of_a_transposed_matrix() -> None:

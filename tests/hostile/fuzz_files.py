@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.hf_folder import HfFolder
-from megatron_fdd.convert.to_mcore import check_names
+from megatron_fdd.convert.hf_source import check_names
 from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.chat import ChatSampler
 from megatron_fdd.data.chat_template import ChatSettings

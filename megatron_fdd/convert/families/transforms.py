@@ -24,6 +24,27 @@ class Transform(Protocol):
         """Return the Hugging Face parts of a Megatron tensor; the inverse of `join`."""
 
 
+def joined(blocks: Sequence[Tensor]) -> Tensor:
+    """Put blocks one after the other in dim 0; a single one is not copied."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+
+
+def join_blocks(transform: Transform, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return `transform.join(parts)` in blocks that follow one another in dim 0: stacked parts are not copied."""
+    return list(parts) if isinstance(transform, Stacked) else [transform.join(parts)]
+
+
+def split_blocks(transform: Transform, blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Return what `transform.split` does of blocks that follow one another in dim 0: no copy where each is a part."""
+    if (
+        isinstance(transform, Stacked)
+        and len({block.shape for block in blocks}) == 1
+        and len(blocks) == transform.count
+    ):
+        return list(blocks)
+    return transform.split(joined(blocks))
+
+
 @dataclass(frozen=True, slots=True)
 class Same:
     """One tensor, stored in the same way on both sides."""
