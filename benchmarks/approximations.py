@@ -27,10 +27,11 @@ from torch import Tensor
 
 from benchmarks.measure import Measurement, measure, record, table
 from megatron_fdd.config import FddConfig, add_fdd_args
+from megatron_fdd.losses.chunk_loss import StepSettings
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens, TeacherLens
-from megatron_fdd.losses.objective import Objective, StepSettings
+from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import Sampler, StepDraw
 from megatron_fdd.losses.tap import TokenWeights

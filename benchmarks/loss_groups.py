@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import delta_steps, measure
+from benchmarks import delta_steps, inner_steps, measure
 from benchmarks import linear_kl_steps as steps
 from benchmarks.linear_kl_steps import Size, Step
 from megatron_fdd.ops.implementation import Implementation
@@ -77,6 +77,7 @@ class Group:
 
 
 FLOOR, OURS = "bare matrix products", "megatron_fdd"
+AT_ONCE = "gradient in the forward pass"
 
 
 def groups(scale: Scale) -> Iterator[Group]:
@@ -94,6 +95,7 @@ def groups(scale: Scale) -> Iterator[Group]:
         f"objective of {size.layers} layers",
         (
             bare(size, steps.bare_products),
+            Variant(f"{OURS}, {AT_ONCE}", partial(inner_steps.our_layers, size), size, FLOOR),
             Variant(f"{OURS}, as in a training", partial(whole, keeps_teacher=True), size, FLOOR),
             Variant(f"{OURS}, with the teacher's Gram matrix", whole, size, FLOOR),
         ),
@@ -146,7 +148,8 @@ def bare(size: Size, make: Callable[[Size], Step], more: str = "") -> Variant:
 def tap(size: Size, more: str = "") -> tuple[Variant, ...]:
     """Return one layer's divergence and its floor."""
     ours = Variant(OURS + more, partial(steps.our_tap, size), size, FLOOR + more)
-    return (bare(size, steps.bare_tap, more), ours)
+    at_once = Variant(f"{OURS}, {AT_ONCE}{more}", partial(inner_steps.our_layers, size), size, FLOOR + more)
+    return (bare(size, steps.bare_tap, more), at_once, ours)
 
 
 def trained_final(size: Size, more: str = "") -> tuple[Variant, ...]:

@@ -7,19 +7,21 @@ T and D hidden width of teacher and student.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megatron_fdd.config import FddConfig
 from megatron_fdd.losses.carry import Carry
+from megatron_fdd.losses.chunk_loss import ChunkLoss, StepSettings
 from megatron_fdd.losses.features import TeacherFeatures
+from megatron_fdd.losses.inner_pass import inner_pass, is_in_pass, knows_all_gradients
 from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens, TeacherLens
 from megatron_fdd.losses.own_term import ask_needs
 from megatron_fdd.losses.pairs import LayerPair
-from megatron_fdd.losses.sampling import EVERYTHING, RowSample, StepDraw
+from megatron_fdd.losses.sampling import RowSample
 from megatron_fdd.losses.tap import Features, Tap, TapWindow, TokenWeights, measure
 from megatron_fdd.losses.term import TapContext, computed
 from megatron_fdd.losses.term_modules import NO_MODULES, TapModules
@@ -34,46 +36,10 @@ from megatron_fdd.losses.terms import (
 )
 from megatron_fdd.ops.head_grams import StepGrams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
+from megatron_fdd.ops.inner_loss import is_worth_it
 from megatron_fdd.ops.linear_kl import Divergence, Heads, Implementation, VocabShard
 
 COUNTS = ("label_tokens", "term_tokens")
-
-
-@dataclass(frozen=True, slots=True)
-class StepSettings:
-    """The settings that change from step to step.
-
-    Attributes:
-        inner: factor of the weights of inner layers' terms (warm-up, decay).
-        term_per_label_token: global count of the tokens that all terms but the cross-entropy use, over that of the
-            label tokens. Megatron divides every gradient by one number, the former.
-        draw: what the terms of inner layers look at.
-    """
-
-    inner: float = 1.0
-    term_per_label_token: float = 1.0
-    draw: StepDraw = EVERYTHING
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkLoss:
-    """The part of the loss that a micro-batch adds on one chunk.
-
-    Attributes:
-        parts: weighted, float32 scalars over this rank's rows; their sum is what is back-propagated.
-        sums: unweighted and detached, by the name of the part, for the log.
-    """
-
-    parts: tuple[Tensor, ...] = ()
-    sums: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __add__(self, other: ChunkLoss) -> ChunkLoss:
-        return ChunkLoss(self.parts + other.parts, {**self.sums, **other.sums})
-
-    @property
-    def total(self) -> Tensor | None:
-        """The loss, float32; None without a term."""
-        return torch.stack(self.parts).sum() if self.parts else None
 
 
 class Objective:
@@ -105,6 +71,10 @@ class Objective:
         self._teacher_lens = teacher_lens
         self._tap_terms = tap_terms(config)
         self._reads_own_lse = any(not term.reach and ask_needs(term, config).lse for term in self._tap_terms)
+        self._knows_all = knows_all_gradients(self._tap_terms, config)
+        self._inner_divergence = (
+            self._divergence(config.trajectory_divergence) if self.needs.divergence else None
+        )
         self._parts = {part.name: part for part in self.parts}
 
     def begin_step(self, settings: StepSettings) -> None:
@@ -216,7 +186,8 @@ class Objective:
             modules: what the terms have for the taps of this chunk (`make_modules`).
 
         Collectives over the tensor-parallel group: those of `measure` once per tap that the step looks at and of each
-        term's `compute` once per tap; where a term needs Gram matrices, those of `StepGrams.current`.
+        term's `compute` once per tap; where a term needs Gram matrices, those of `StepGrams.current`. Taps whose
+        gradient is computed at once: those of `inner_pass`, once, in place of these.
         """
         chunk, draw = self.chunk, self.settings.draw
         assert len(taps_SBD) == len(chunk.pairs), "a tap was lost"
@@ -227,11 +198,15 @@ class Objective:
             features = self._features(chunk.carry_in, carry.hidden_SBD, lens, teacher, sample)
             statistics = sample.gather(carry.statistics)
             previous = Tap(self.pairs[chunk.carry_in], features, statistics=statistics)
+        at_once = self._taps_at_once(heads)
         windows: dict[int, TapWindow] = {}
         for index, hidden_SBD in zip(chunk.pairs, taps_SBD, strict=True):
             if draw.looks_at(index):
                 features = self._features(index, hidden_SBD, lens, teacher, sample)
-                tap = self._tap(index, features, heads, sample.weights)
+                if index in at_once:
+                    tap = Tap(self.pairs[index], features)
+                else:
+                    tap = self._tap(index, features, heads, sample.weights)
                 windows[index] = TapWindow(tap, previous)
                 previous = replace(tap, divergence=None)  # a tap that another stage sent has none
         context = TapContext(self.config, heads, sample.weights, lambda: self._grams.current(heads))
@@ -242,18 +217,28 @@ class Objective:
             for term in self._tap_terms
             for index, window in windows.items()
             if draw.counts(index) and (window.previous is not None or not term.reach)
+            if not at_once or not is_in_pass(term, window.current)
         }
         loss = self._weighted(totals)
+        if at_once:
+            loss += inner_pass(windows, self._factor_at, context, self._inner_divergence)
         if chunk.carry_out is None:
             return loss, None
         last = windows.get(chunk.pairs[-1])
         sent = sample.scatter(None if last is None else last.current.statistics) if self.needs.lse else None
         return loss, Carry(taps_SBD[-1], sent)
 
+    def _taps_at_once(self, heads: Heads) -> set[int]:
+        """Choose the taps whose gradient is computed with their statistics. What comes back for a carry isn't known."""
+        draw = self.settings.draw
+        if not (self._knows_all and draw.compares and is_worth_it(heads, self._inner_divergence)):
+            return set()
+        return {index for index in self.chunk.pairs if draw.looks_at(index) and index != self.chunk.carry_out}
+
     def _tap(self, index: int, features: Features, heads: Heads, weights: TokenWeights) -> Tap:
         draw, wanted = self.settings.draw, None
-        if self.needs.divergence and draw.counts(index):
-            wanted = self._divergence(self.config.trajectory_divergence)
+        if draw.counts(index):
+            wanted = self._inner_divergence
         # A term that compares taps needs it of both; another one of its own tap, whatever is drawn.
         with_lse = (self.needs.lse and draw.compares) or (self._reads_own_lse and draw.counts(index))
         divergence, statistics = measure(features, heads, wanted, weights, with_lse=with_lse)
@@ -284,6 +269,11 @@ class Objective:
             return 0.0
         per_token = self.settings.term_per_label_token if part.term.tokens == "labels" else 1.0
         return self.weight_of(part) * per_token
+
+    def _factor_at(self, kind: str, index: int) -> float | None:
+        """Return the factor of an inner term at a tap; None where the step does not compute it."""
+        name = f"{kind} {self.pairs[index].name}"
+        return self._factor(name) if name in self._parts and self.settings.draw.counts(index) else None
 
     def _heads(self, student: Lens) -> Heads:
         implementation = Implementation(self.config.kernels, skip_below=self.config.skip_below)

@@ -17,7 +17,7 @@ of bf16 parts, which cost 3e-6 in the cosine; a single one would cost 1e-3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,15 @@ from megatron_fdd.ops.head_grams import HeadGrams, head_grams
 from megatron_fdd.ops.vocab_shard import VocabShard
 from megatron_fdd.ops.vocab_tiles import statistics_dtype
 
-__all__ = ["HeadGrams", "TeacherChange", "capped_change", "delta_cosine", "head_grams"]
+__all__ = [
+    "DeltaGradient",
+    "HeadGrams",
+    "TeacherChange",
+    "capped_change",
+    "delta_cosine",
+    "delta_cosine_gradient",
+    "head_grams",
+]
 
 # Where all logits rise alike, D is only what c leaves of their mean, and c comes from rounded log-sum-exps. |D|^2 below
 # this multiple of the rounding error of V mean^2 may be noise, and D counts as zero.
@@ -119,48 +127,100 @@ class _Constants:
         )
 
 
+class DeltaGradient(NamedTuple):
+    """The cosine of N tokens and its derivatives, all without gradient, float32 (float64 for float64)."""
+
+    cosine_N: Tensor
+    by_student_ND: Tensor  # by the student's difference of hidden states
+    by_lse_N: Tensor  # by the student's difference of log-sum-exps
+
+
+@torch.no_grad()
+def delta_cosine_gradient(
+    teacher_delta_NT: Tensor,
+    student_delta_ND: Tensor,
+    teacher_lse_delta_N: Tensor,
+    student_lse_delta_N: Tensor,
+    grams: HeadGrams,
+) -> DeltaGradient:
+    """Return what `delta_cosine` returns for log-probabilities, with its derivatives at once, for constant heads.
+
+    Collectives over `grams.shard.group` without sequence parallelism (with it, or with one rank: none): one all-gather
+        of [n, D + 2], n = ceil(N / ranks), in float32.
+    """
+    constants = _Constants(teacher_delta_NT, teacher_lse_delta_N, None, grams)
+    forms = _forms(student_delta_ND, student_lse_delta_N, grams.teacher_student_TD, constants)
+    parts = [forms.cosine_n[:, None], forms.gradient_nD, forms.lse_gradient_n[:, None]]
+    cosine_N1, gradient_ND, lse_gradient_N1 = _all_tokens(parts, len(student_delta_ND), grams.shard)
+    return DeltaGradient(cosine_N1[:, 0], gradient_ND, lse_gradient_N1[:, 0])
+
+
+class _Forms(NamedTuple):
+    """The cosine of the n tokens that this rank computes, its derivatives, and their factors."""
+
+    cosine_n: Tensor
+    gradient_nD: Tensor
+    lse_gradient_n: Tensor
+    teacher_nT: Tensor | None
+    student_nD: Tensor
+    scale_n: Tensor
+    shrink_n: Tensor
+
+
+@full_precision()
+def _forms(
+    student_delta_ND: Tensor,
+    student_lse_delta_N: Tensor | None,
+    teacher_student: Tensor,
+    constants: _Constants,
+) -> _Forms:
+    """Compute the cosine and its derivatives. `teacher_student`: see `_Constants.teacher`."""
+    grams = constants.grams
+    shard, size, student_mean_D = grams.shard, grams.vocab_size, grams.student_mean_D
+    dtype = statistics_dtype(student_delta_ND)
+    teacher_nT, (from_teacher_nD, teacher_mean_n, teacher_form_n) = constants.teacher(teacher_student, dtype)
+    student_nD = shard.token_share(student_delta_ND).to(dtype)
+    from_student_nD = exact_product(student_nD, grams.factors[2])
+    student_mean_n = student_nD @ student_mean_D
+    teacher_e_n = _rest(constants.teacher_lse_delta_N, teacher_mean_n, shard)
+    student_e_n = _rest(student_lse_delta_N, student_mean_n, shard)
+    student_form_n = (from_student_nD * student_nD).sum(1)
+    cosine_n, scale_n, shrink_n = _cosine(
+        (from_teacher_nD * student_nD).sum(1) + size * teacher_e_n * student_e_n,
+        square_and_zero(teacher_form_n, teacher_e_n, teacher_mean_n, size),
+        square_and_zero(student_form_n, student_e_n, student_mean_n, size),
+    )
+    # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric, and d e = d c - m . d a.
+    lse_gradient_n = size * (scale_n * teacher_e_n - shrink_n * student_e_n)
+    gradient_nD = from_teacher_nD.mul_(scale_n[:, None]).sub_(from_student_nD.mul_(shrink_n[:, None]))
+    gradient_nD.addr_(lse_gradient_n, student_mean_D, alpha=-1)
+    return _Forms(cosine_n, gradient_nD, lse_gradient_n, teacher_nT, student_nD, scale_n, shrink_n)
+
+
 class _DeltaCosine(torch.autograd.Function):
     """Gradient for all inputs but the last. Its factors are computed forward, where their products exist anyway."""
 
     @staticmethod
-    @full_precision()
     def forward(
         ctx: Any,
         student_delta_ND: Tensor,
         student_lse_delta_N: Tensor | None,
         teacher_student: Tensor,
-        student_student_DD: Tensor,
-        student_mean_D: Tensor,
+        _student_student_DD: Tensor,
+        _student_mean_D: Tensor,
         constants: _Constants,
     ) -> Tensor:
-        shard, size = constants.grams.shard, constants.grams.vocab_size
-        dtype = statistics_dtype(student_delta_ND)
-        teacher_nT, (from_teacher_nD, teacher_mean_n, teacher_form_n) = constants.teacher(
-            teacher_student, dtype
-        )
-        student_nD = shard.token_share(student_delta_ND).to(dtype)
-        from_student_nD = exact_product(student_nD, constants.grams.factors[2])
-        student_mean_n = student_nD @ student_mean_D
-        teacher_e_n = _rest(constants.teacher_lse_delta_N, teacher_mean_n, shard)
-        student_e_n = _rest(student_lse_delta_N, student_mean_n, shard)
-        student_form_n = (from_student_nD * student_nD).sum(1)
-        cosine_n, scale_n, shrink_n = _cosine(
-            (from_teacher_nD * student_nD).sum(1) + size * teacher_e_n * student_e_n,
-            square_and_zero(teacher_form_n, teacher_e_n, teacher_mean_n, size),
-            square_and_zero(student_form_n, student_e_n, student_mean_n, size),
-        )
-        # d cos = scale d<D^T, D^S> - shrink d|D^S|^2 / 2; G_SS is symmetric, and d e = d c - m . d a.
-        lse_gradient_n = size * (scale_n * teacher_e_n - shrink_n * student_e_n)
-        gradient_nD = from_teacher_nD.mul_(scale_n[:, None]).sub_(from_student_nD.mul_(shrink_n[:, None]))
-        gradient_nD.addr_(lse_gradient_n, student_mean_D, alpha=-1)
+        shard = constants.grams.shard
+        forms = _forms(student_delta_ND, student_lse_delta_N, teacher_student, constants)
         kept: tuple[Tensor | None, ...] = ()
         if any(ctx.needs_input_grad[2:5]):
-            later_ND = constants.student_later_ND
-            later_nD = student_nD if later_ND is None else shard.token_share(later_ND).to(dtype)
-            kept = (teacher_nT, student_nD, later_nD, scale_n, shrink_n)
-        ctx.save_for_backward(gradient_nD, lse_gradient_n[:, None], *kept)
+            later_ND, later_nD = constants.student_later_ND, forms.student_nD
+            if later_ND is not None:
+                later_nD = shard.token_share(later_ND).to(later_nD.dtype)
+            kept = (forms.teacher_nT, forms.student_nD, later_nD, forms.scale_n, forms.shrink_n)
+        ctx.save_for_backward(forms.gradient_nD, forms.lse_gradient_n[:, None], *kept)
         ctx.shard = shard
-        return shard.join_shares(cosine_n, len(student_delta_ND))
+        return shard.join_shares(forms.cosine_n, len(student_delta_ND))
 
     @staticmethod
     @once_differentiable

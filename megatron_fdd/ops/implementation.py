@@ -69,12 +69,12 @@ class Implementation:
         """Return `tile_size`, or the default of the implementation that runs."""
         return self._tile_columns(is_cuda=head.is_cuda, is_triton=self.chosen(head, divergence) == "triton")
 
-    def held_rows(self, head: Tensor) -> int:
-        """Return for how many tokens logits are held at a time.
+    def held_rows(self, head: Tensor, *, layers: int = 1) -> int:
+        """Return for how many tokens logits are held at a time, if those of so many layers are.
 
         Equal on all ranks, because padding rows count too, if the GPUs of a tensor-parallel group are alike.
         """
-        return self._held_rows(len(head), memory_of_gpu(head.device))
+        return self._held_rows(layers * len(head), memory_of_gpu(head.device))
 
     def most_logits(self, num_tokens: int, head_rows: int, *, gpu_bytes: int | None) -> int:
         """Return how many logits of a model exist at a time at most, of a tile or held; on a GPU those of triton.

@@ -23,6 +23,8 @@ class Request:
     head_gradient: bool  # one more sweep, after the normalisers, gives the gradients: the head may be trained
     # If set, a block has at most so many tokens, and its logits (the whole vocabulary) are kept for that sweep.
     held_rows: int | None = None
+    # Whether the gradient of held logits leaves out tiles in which no probability reaches `implementation.skip_below`.
+    skips_tiles: bool = False
     teacher_extras: HeadExtras = NO_EXTRAS
     student_extras: HeadExtras = NO_EXTRAS
 

@@ -19,6 +19,7 @@ from megatron_fdd.losses.terms import TERMS, needs_of, uses_taps
 from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, LARGE_GPU_BYTES, memory_of_gpu
 from megatron_fdd.plan.balance import describe_balance, token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
+from megatron_fdd.plan.kept_gradients import kept_gradient_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes
 from megatron_fdd.plan.sizes import student_bytes
 from megatron_fdd.plan.teacher_store import describe_store, has_cap, store_bytes
@@ -42,6 +43,9 @@ def describe_plan(
         teacher: the teacher's arguments; None without a teacher that runs.
         stores: the features of one teacher or several on disk.
     """
+    plan = replace(
+        plan, is_teacher_capped=plan.is_teacher_capped or any(has_cap(each.store) for each in stores)
+    )
     widths = [each.store.identity.hidden_size for each in stores]
     widths += [] if teacher is None else [teacher.hidden_size]
     lines = ["Feature dynamics distillation: plan", *_weights(plan.config)]
@@ -54,8 +58,7 @@ def describe_plan(
     lines += _ranks(plan, args, [pair.name if is_only else f"s{pair.student_block}" for pair in plan.pairs])
     lines += _experts(args, Role.STUDENT) + ([] if teacher is None else _experts(teacher, Role.TEACHER))
     lines += _memory(plan, args, teacher, stores, widths)
-    is_capped = plan.is_teacher_capped or any(has_cap(each.store) for each in stores)
-    lines += _balance(plan, args, max(widths, default=None), is_capped=is_capped)
+    lines += _balance(plan, args, max(widths, default=None))
     return "\n".join(lines)
 
 
@@ -230,10 +233,8 @@ def _term_bytes(plan: Plan, args: argparse.Namespace, teacher_widths: Sequence[i
             looked_at * own_drawn * (max(teacher_widths) + width) * 4
         )
     }
-    # The forward pass keeps sums [N, d_S] for each tap until the backward pass of the same micro-batch.
-    sums = 2 if needs.lse else 1
-    figures["gradients kept from the forward pass, float32"] = (
-        sums * _kept_taps(plan, _micro_batches(args)) * drawn * width * 4
+    figures["gradients kept from the forward pass, on a GPU"] = kept_gradient_bytes(
+        plan, args, (own_drawn, drawn), _micro_batches(args)
     )
     head_rows = args.padded_vocab_size // args.tensor_model_parallel_size
     figures["logits of both models that exist at a time, on a GPU, float32"] = (
@@ -254,22 +255,6 @@ def _planned_gpu_bytes() -> int:
     return LARGE_GPU_BYTES if own is None else own
 
 
-def _kept_taps(plan: Plan, micro_batches: int) -> int:
-    """Count the taps of micro-batches before their backward pass, on the stage that has most of them."""
-    stages = plan.num_stages
-
-    def in_flight(stage: int) -> int:
-        if len(plan.student_layers) > stages:
-            return min(micro_batches, 2 * stages)  # the most that a chunk of an interleaved schedule can have
-        return min(micro_batches, stages - stage)
-
-    most = 2 if plan.config.sample_one_tap else len(plan.pairs)
-    return max(
-        sum(min(len(chunk.pairs), most) * in_flight(stage) for chunk in plan.chunks_on(stage))
-        for stage in range(stages)
-    )
-
-
 def _layers_of_fullest_stage(plan: Plan) -> int:
     return max(sum(plan.student_layers[stage :: plan.num_stages]) for stage in range(plan.num_stages))
 
@@ -278,18 +263,13 @@ def _micro_batches(args: argparse.Namespace) -> int:
     return args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
 
 
-def _balance(
-    plan: Plan, args: argparse.Namespace, teacher_width: int | None, *, is_capped: bool
-) -> list[str]:
-    """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out.
-
-    Args:
-        is_capped: whether a teacher's logits have a soft cap.
-    """
+def _balance(plan: Plan, args: argparse.Namespace, teacher_width: int | None) -> list[str]:
+    """Return lines with the load of each pipeline stage, with and without its taps, and a split that evens it out."""
     if plan.num_stages == 1:
         return []
     shape = replace(ModelShape.of_args(args, vocab=plan.vocab_size), is_capped=plan.is_student_capped)
-    teachers = None if teacher_width is None else replace(shape, hidden=teacher_width, is_capped=is_capped)
+    capped = plan.is_teacher_capped
+    teachers = None if teacher_width is None else replace(shape, hidden=teacher_width, is_capped=capped)
     flops = token_flops(shape, teachers, plan.config)
     layers = [pair.student_layer for pair in plan.pairs]
     split = [plan.student_layers[stage :: plan.num_stages] for stage in range(plan.num_stages)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_fdd.data.batch import Wait, checked_batches, peek, read_ahead
 from megatron_fdd.host.patches.table import replaced
 from megatron_fdd.host.topology import Topology
-from megatron_fdd.losses.objective import StepSettings
+from megatron_fdd.losses.chunk_loss import StepSettings
 from megatron_fdd.losses.sampling import EVERYTHING, Sampler
 from megatron_fdd.losses.terms import VALIDATION
 from megatron_fdd.step.finite import check_gradient_finite, check_means_finite

@@ -19,7 +19,8 @@ from megatron_fdd.data.batch import Batch, get_batch
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses import carry
 from megatron_fdd.losses.carry import Carry
-from megatron_fdd.losses.objective import ChunkLoss, Objective, StepSettings
+from megatron_fdd.losses.chunk_loss import ChunkLoss, StepSettings
+from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.losses.term_modules import NO_MODULES
 from megatron_fdd.losses.terms import uses_final_head

@@ -14,6 +14,7 @@ from megatron_fdd.ops.head_loss import head_loss
 from megatron_fdd.ops.linear_kl import Divergence, Implementation, linear_kl
 from tests.ops.head_loss_case import FACTOR, scaled, weights_of
 from tests.ops.head_loss_case import reference as head_reference
+from tests.ops.inner_case import Inner, gradients_of, leaves_of, make_layers, reference_of
 from tests.ops.linear_kl_case import (
     KINDS,
     Case,
@@ -188,3 +189,23 @@ def test_cosines_of_differences(centred: bool) -> None:
     (gradient,) = torch.autograd.grad(cosine.sum(), deltas[1])
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), wide[1])
     assert error(gradient, wanted_gradient) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("skip_below", [0.0, 1e-9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inner_layers(kind: str, skip_below: float, dtype: torch.dtype) -> None:
+    """The gradient of divergences and deltas from the forward pass, in blocks of 50 tokens."""
+    layers = make_layers(3, 130, 17_001, padded=17_024)
+    inner = Inner(tuple(layer.to(dtype) for layer in layers), Divergence(kind, temperature=2.0))
+    few = Implementation("triton", held_logits=2 * 50 * 17_024, skip_below=skip_below)
+    heads = to_gpu(inner.layers[0]).heads(implementation=few)
+    students = [leaf.detach().cuda().requires_grad_() for leaf in leaves_of(inner, torch.float32)]
+    total, sums = inner.run(heads, students)
+    wanted_total, wanted_sums, wanted = reference_of(inner)
+    assert error(total.cpu(), wanted_total) < 2e-5
+    for ours, reference in zip(sums, wanted_sums, strict=True):
+        for value, wanted_value in zip(ours, reference, strict=True):
+            assert value is None or error(value.cpu(), wanted_value) < 2e-5
+    for gradient, wanted_gradient in zip(gradients_of(total, students), wanted, strict=True):
+        assert error(gradient.cpu(), wanted_gradient) < max(1e-4, TOLERANCES[dtype][1])

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from megatron_fdd.config import FddConfig, add_fdd_args
 from megatron_fdd.losses import terms
+from megatron_fdd.losses.chunk_loss import StepSettings
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan
 from megatron_fdd.losses.lens import Lens, TeacherLens
-from megatron_fdd.losses.objective import Objective, StepSettings
+from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.sampling import StepDraw
 from megatron_fdd.losses.tap import TapWindow, TokenWeights

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_fdd.data.batch import Batch
 from megatron_fdd.losses import carry, objective
+from megatron_fdd.losses.chunk_loss import ChunkLoss
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.lens import Lens
-from megatron_fdd.losses.objective import ChunkLoss
 from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.tap import TokenWeights
 from megatron_fdd.ops import head_loss

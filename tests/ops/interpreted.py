@@ -11,7 +11,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @contextmanager
-def few_columns() -> Iterator[None]:
+def few_columns(row_columns: int = 8) -> Iterator[None]:
     """Give programs few columns, and mend the interpreter: its loops cannot convert their bounds from NumPy 2.4 on."""
     import triton
 
@@ -19,7 +19,7 @@ def few_columns() -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(sweeps, "MOST_COLUMNS", 16))
-        patches.enter_context(patch.object(sweeps, "ROW_COLUMNS", 8))
+        patches.enter_context(patch.object(sweeps, "ROW_COLUMNS", row_columns))
         if DEVICE == "cpu":
             interpreter = triton.runtime.interpreter
             patch_tensor = interpreter._patch_lang_tensor

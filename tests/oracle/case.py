@@ -73,6 +73,7 @@ class Case:
     sample_tokens: float = 1.0
     sample_one_tap: bool = False
     offload: bool = False
+    kernels: str = "auto"
     own_terms: tuple[tuple[str, float], ...] = ()  # kind and weight
     transformer_impl: str = "local"
     student_options: tuple[tuple[str, Any], ...] = ()  # fields of TransformerConfig
@@ -116,6 +117,7 @@ def fdd_config(case: Case) -> FddConfig:
         sample_tokens=case.sample_tokens,
         sample_one_tap=case.sample_one_tap,
         offload_teacher_taps=case.offload,
+        kernels=case.kernels,
         term=case.own_terms,
     )
 

@@ -116,7 +116,7 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     assert figures["teacher's final hidden states, micro-batch(es)"] == 64 * rows * 8192 * 2
     assert figures["features of tap(s), both models, float32"] == rows * (8192 + 4096) * 4
     # In an interleaved schedule at most 16 micro-batches of a chunk wait for their backward pass.
-    assert figures["gradients kept from the forward pass, float32"] == 16 * 2 * 4096 * 4096 * 4
+    assert figures["gradients kept from the forward pass, on a GPU"] == 16 * 2 * 4096 * 4096 * 4
     assert figures["Gram matrices, float32"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
     assert figures["Gram matrices in parts for products, on a GPU"] == 4 * (8192**2 + 8192 * 4096 + 4096**2)
     # 2^28 logits of 64,128 columns are those of 32 x 128 tokens; tiles of 4,096 columns are smaller.
@@ -125,7 +125,7 @@ def test_a_large_layout_by_hand(sequence_parallel: bool) -> None:
     assert figures["placeholder of the head's gradient"] == 64_128 * 4096 * 2
     drawn = estimate(replace(plan, config=replace(config, sample_tokens=0.25)), args, teacher)
     assert drawn["features of tap(s), both models, float32"] == rows // 4 * (8192 + 4096) * 4
-    assert drawn["gradients kept from the forward pass, float32"] == 16 * 2 * 1024 * 4096 * 4
+    assert drawn["gradients kept from the forward pass, on a GPU"] == 16 * 2 * 1024 * 4096 * 4
     for form, token_bytes in (("fp8", 8192 + 4), ("int8", 8192 + 4 + 8 * (2 + 2) + 12)):
         packed = estimate(replace(plan, config=replace(config, tap_dtype=form)), args, teacher)
         assert packed["teacher taps, x micro-batch(es)"] == 2 * 64 * rows * token_bytes
@@ -225,26 +225,37 @@ def test_the_fullest_stage_of_an_uneven_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "taps"),
+    ("split", "at_once", "sums"),
     [
-        ((32,), 4),  # one micro-batch at a time
-        (
-            (8, 8, 8, 8),
-            4,
-        ),  # blocks 6, 12, 18, 24: one tap of four micro-batches on stage 0, two taps of two on stage 2
-        ((5, 8, 11, 8), 6),  # two taps on stage 1, with three micro-batches each; two taps on stage 2
+        ((32,), 4, 0),  # one micro-batch at a time
+        # Blocks 6, 12, 18, 24: the tap of stage 0 goes on to the next stage, with four micro-batches.
+        ((8, 8, 8, 8), 0, 4),
+        ((5, 8, 11, 8), 3, 3),  # two taps on stage 1, with three micro-batches each; the second goes on
     ],
 )
-def test_taps_that_wait_for_their_backward_pass(split: tuple[int, ...], taps: int) -> None:
+def test_taps_that_wait_for_their_backward_pass(split: tuple[int, ...], at_once: int, sums: int) -> None:
+    """One gradient in bf16 of a tap, or two sums in float32 where what comes back is not known."""
     case = Case(pp=len(split), bf16=True)
     args = arguments(LARGE_STUDENT, case, 128256, global_batch_size=16 * MICRO_BATCH)
     config = FddConfig(teacher_load="given")
     plan = Plan(
         config, plan_pairs(config, 32, 80), case.pp, split, (80 // case.pp,) * case.pp, 128256, 128256
     )
-    found = estimate(plan, args, arguments(LARGE_TEACHER, case, 128256))
-    kept = found["gradients kept from the forward pass, float32"]
-    assert kept == taps * 2 * LENGTH * MICRO_BATCH * 4096 * 4
+
+    def kept(**changes: Any) -> int:
+        found = estimate(replace(plan, **changes), args, arguments(LARGE_TEACHER, case, 128256))
+        return found["gradients kept from the forward pass, on a GPU"]
+
+    numbers = LENGTH * MICRO_BATCH * 4096
+    assert kept() == numbers * (2 * at_once + 2 * 4 * sums)
+    taps = {(32,): 4, (8, 8, 8, 8): 4, (5, 8, 11, 8): 6}[split]
+    for other in (
+        {"config": replace(config, lens_head="live")},
+        {"config": replace(config, kernels="torch")},
+        {"is_student_capped": True},
+        {"is_teacher_capped": True},
+    ):
+        assert kept(**other) == taps * 2 * numbers * 4
 
 
 @pytest.mark.parametrize(

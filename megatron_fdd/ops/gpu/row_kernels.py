@@ -50,6 +50,7 @@ def add_lanes(peak_M, mass_M, unit_mass_M, at, lane_peak, lane_mass, lane_unit_m
 def statistics_kernel(
     teacher_RC, student_RC, teacher_bias_C, teacher_cap, student_bias_C, student_cap,
     peak_M, mass_M, unit_mass_M, cross_R,  # statistics of the columns so far, in place (see SoftmaxSums)
+    peaks_KM,  # out: the largest logit of every COLUMNS
     stride, num_rows, num_columns, inverse_temperature, temperature,
     LEAD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -57,6 +58,7 @@ def statistics_kernel(
     row, lane = tl.program_id(0), tl.arange(0, COLUMNS)
     HAS_UNIT: tl.constexpr = unit_mass_M is not None
     at = row if teacher_RC is None else num_rows + row
+    num_statistics = num_rows if teacher_RC is None else 2 * num_rows
     nothing = tl.zeros((COLUMNS,), tl.float32)
     student_peak, teacher_peak = (
         nothing - 1e30,
@@ -74,6 +76,8 @@ def statistics_kernel(
         student = read_logits(
             student_RC, student_bias_C, student_cap, row, stride, column, num_columns, inverse_temperature
         )
+        if peaks_KM is not None:
+            tl.store(peaks_KM + start // COLUMNS * num_statistics + at, tl.max(student, 0))
         student_peak, student_mass, student_unit, old, new = fold_lanes(
             student, student_peak, student_mass, student_unit, temperature, HAS_UNIT
         )
@@ -81,6 +85,8 @@ def statistics_kernel(
             teacher = read_logits(
                 teacher_RC, teacher_bias_C, teacher_cap, row, stride, column, num_columns, inverse_temperature
             )
+            if peaks_KM is not None:
+                tl.store(peaks_KM + start // COLUMNS * num_statistics + row, tl.max(teacher, 0))
             if LEAD == "student":
                 cross = cross * old + new * (student - teacher)
             teacher_peak, teacher_mass, teacher_unit, old, new = fold_lanes(

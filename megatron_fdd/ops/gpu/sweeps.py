@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.gpu import kernels, row_kernels
+from megatron_fdd.ops.gpu.kept_tiles import add_kept_product, kept_tiles
 from megatron_fdd.ops.heads import Model
 from megatron_fdd.ops.kl_gradients import Normalisers, Upstream
 from megatron_fdd.ops.request import Request
@@ -62,12 +63,16 @@ class TritonSweeps:
             temperature=1.0,
         )
         self._held: list[Tile] | None = None
+        self._peaks_KM: Tensor | None = None  # of held logits, where tiles are skipped
 
     def softmax_sums(self) -> SoftmaxSums:
         """Run the online softmax over this rank's part of the vocabulary."""
-        sums = SoftmaxSums.nothing_seen(self._request, *self._models)
+        request, sums = self._request, SoftmaxSums.nothing_seen(self._request, *self._models)
         if sums.rows_MD is None and sums.unit_rows_RD is None:
-            arguments = _statistics(sums)
+            if request.skips_tiles:
+                num_tiles = triton.cdiv(request.shard.num_valid, ROW_COLUMNS)
+                self._peaks_KM = self._tiles.zeros(num_tiles, len(sums.peak_M))
+            arguments = _statistics(sums) | {"peaks_KM": self._peaks_KM}
             for tile in self._sweep():
                 self._launch(row_kernels.statistics_kernel, tile, arguments, ROW_COLUMNS)
         else:
@@ -142,7 +147,11 @@ class TritonSweeps:
                 "first": tile.columns.start,
             }
             self._launch(row_kernels.gradient_kernel, tile, arguments | own, ROW_COLUMNS)
-            accumulate(gradient_RD, gradient_RC, tile.head_CD)
+            if self._peaks_KM is None:
+                accumulate(gradient_RD, gradient_RC, tile.head_CD)
+            else:
+                kept_KR = kept_tiles(request, self._peaks_KM, normalisers)
+                add_kept_product(gradient_RD, gradient_RC, tile.head_CD, kept_KR, ROW_COLUMNS)
             if head_gradient_WD is not None:
                 add_head_gradient(head_gradient_WD[tile.columns], gradient_RC, tiles.hiddens[-1])
         self._held = None
