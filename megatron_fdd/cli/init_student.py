@@ -20,7 +20,8 @@ examples:
       (keeps 0-3,6,9,12,15,17,20,23,26-29)
   fdd student --hf-model SmolLM2-135M --layers 0-3,8,16,24,26-29 --hf-out student
   fdd student --hf-model Qwen3-8B --ffn-hidden-size 9216 --calibration-text text.jsonl --hf-out student
-  fdd student --hf-model Qwen3-30B-A3B --dense-ffn-hidden-size 6144 --calibration-text text.jsonl --hf-out student
+  fdd student --hf-model Qwen3-30B-A3B --dense-ffn-hidden-size 6144 --calibration-text text.jsonl \\
+      --hf-out student
   fdd student --from Qwen3-0.6B --vocabulary-of Llama-3.3-70B --hf-out student"""
 
 # Sizes of a narrower student, which are Megatron's, and what they are.

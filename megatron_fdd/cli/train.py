@@ -14,6 +14,9 @@ from typing import NoReturn
 
 import click
 
+from megatron_fdd.host.console import PACKAGE
+from megatron_fdd.host.plugins import PLUGINS_HERE
+
 ENTRY_POINT = "megatron_fdd.distill"
 # torchrun's default port.
 _PORT = 29500
@@ -75,9 +78,14 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
 def launch(words: Sequence[str], command_name: str = "fdd train") -> int:
     """Run torchrun with these words and return the exit status.
 
+    `python -m` would search the current folder first, which may be somebody's download, and any import would run a file
+    there. So the ranks do not, unless they are started in the checkout of this package; plug-ins are found there.
+
     A failure ends with one line in place of torchrun's report of thirty: the ranks have already printed what went
     wrong.
     """
+    if "PYTHONSAFEPATH" not in os.environ and os.getcwd() != os.path.dirname(PACKAGE):
+        os.environ |= {"PYTHONSAFEPATH": "1", PLUGINS_HERE: "1"}
     try:
         return _torchrun(words, command_name)
     except KeyboardInterrupt:  # before torchrun handles signals itself, which takes seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pickle import UnpicklingError
 import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from megatron_fdd.host.damage import DAMAGE, cause_of
 from megatron_fdd.host.field_kinds import shown
@@ -27,6 +28,8 @@ from megatron_fdd.host.unpickling import (
 )
 
 _ALL = slice(None)
+# No tensor has more: the products of sizes beyond it overflow in torch.
+_MOST_NUMBERS = 1 << 50
 # How the names of the objects begin in which Megatron stores its common state.
 _COMMON_STATE = "common_state/"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -77,9 +80,29 @@ def _check_index(index: object) -> None:
             )
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, BytesStorageMetadata):
-            shape, dtype = entry.size, entry.properties.dtype
-            if not (isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype)):
-                raise UnpicklingError(f"{name} has the shape {shape!r} and the dtype {dtype!r}")
+            _check_tensor(name, entry)
+
+
+def _check_tensor(name: str, entry: TensorStorageMetadata) -> None:
+    """Refuse a tensor's entry whose parts have other types, is of no real size, or has a chunk beyond its shape."""
+    shape, dtype, chunks = entry.size, entry.properties.dtype, entry.chunks
+    if (
+        not (isinstance(shape, torch.Size) and isinstance(dtype, torch.dtype))
+        or math.prod(shape) > _MOST_NUMBERS
+    ):
+        raise UnpicklingError(f"{name} has the shape {shape!r} and the dtype {dtype!r}")
+    for chunk in chunks if isinstance(chunks, list) else [chunks]:
+        offsets, sizes = (getattr(chunk, name, ()) for name in ("offsets", "sizes"))
+        are_sizes = isinstance(offsets, torch.Size) and isinstance(sizes, torch.Size)
+        if (
+            not are_sizes
+            or not len(shape) == len(offsets) == len(sizes)
+            or any(
+                first < 0 or count < 0 or first + count > size
+                for first, count, size in zip(offsets, sizes, shape, strict=True)
+            )
+        ):
+            raise UnpicklingError(f"{name} of the shape {list(shape)} has a chunk {chunk!r}"[:300])
 
 
 def check_objects(

@@ -20,6 +20,8 @@ FLAG = "--fdd-plugin"
 WHERE = "installed, on PYTHONPATH, or in the current folder"
 # Ends the message about a name that nothing has registered.
 REMEDY = f"if a plug-in adds it, name the plug-in's module with {FLAG}"
+# In the environment: the current folder is left out for other modules alone.
+PLUGINS_HERE = "FDD_PLUGINS_HERE"
 _LONGEST_MESSAGE = 300
 
 
@@ -43,7 +45,8 @@ def import_plugins(names: Sequence[str]) -> None:
         ValueError: one is not there, or fails: with its error, and the place.
     """
     here = os.getcwd()
-    if names and not sys.flags.safe_path and sys.path[0] not in ("", here):
+    is_searched = not sys.flags.safe_path or PLUGINS_HERE in os.environ
+    if names and is_searched and sys.path[0] not in ("", here):
         sys.path.insert(0, here)
     for name in names:
         _import(name)

@@ -205,3 +205,27 @@ def test_a_tool_is_a_command(path: Path) -> None:
     modules = {module for module, _ in COMMANDS.values()}
     assert path.stem in modules
     assert f"from megatron_fdd.cli.{path.stem} import command\n" in path.read_text()
+
+
+@pytest.mark.tier("default")
+def test_ranks_import_nothing_from_the_current_folder_but_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch.py among somebody's files is not run."""
+    for name in ("PYTHONSAFEPATH", "FDD_PLUGINS_HERE"):
+        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(train, "_torchrun", lambda *_: 0)
+    monkeypatch.chdir(Path(train.__file__).parents[2])
+    train.launch([])
+    assert "PYTHONSAFEPATH" not in os.environ  # the checkout, which may be found nowhere else
+    monkeypatch.chdir(tmp_path)
+    train.launch([])
+    (tmp_path / "json.py").write_text("raise SystemExit('run')")
+    (tmp_path / "mine.py").write_text("")
+    words = "from megatron_fdd.host.plugins import import_plugins; import json; import_plugins(['mine'])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", words], env=environment, check=False).returncode == 0
+    del environment["FDD_PLUGINS_HERE"]
+    done = subprocess.run([sys.executable, "-c", words], env=environment, capture_output=True, check=False)
+    assert b"there is no module mine" in done.stderr

@@ -41,6 +41,7 @@ def test_the_plan_is_all_that_is_printed(toy: Toys) -> None:
         r"^ +2 <- 4$",
         r"2 rank\(s\) = tensor 2 x context 1 x pipeline 1 x data 1, sequence parallel on",
         r"tensor rank 0: vocabulary 0\.\.90, 128 rows",
+        r"    \d+ more row\(s\) of the student are no token of the tokenizer",
         r"tensor rank 1: padding only, 128 rows",
         r"teacher weights: \d+\.\d",
         r"stage 0: student blocks 1\.\.4, taps s1:t2, s2:t4; holds both heads$",

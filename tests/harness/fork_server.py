@@ -52,7 +52,12 @@ FRESH = ("megatron.training", "megatron_fdd")
 READ_AT_IMPORT = ("TORCH", "PYTORCH", "TRITON", "CUDA", "HF_", "TRANSFORMERS", "PYTHON", "MPL", "LD_")
 # Variables of torchrun and Megatron; those that importing torch sets; those that rehearsal.start() may set late.
 READ_LATER = ("TORCHELASTIC", "TORCH_NCCL", "TORCH_DIST", "CUDA_DEVICE_MAX_CONNECTIONS")
-READ_LATER += ("TORCHINDUCTOR_CACHE_DIR", "TORCHDYNAMO_DISABLE", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+READ_LATER += (
+    "PYTHONSAFEPATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHDYNAMO_DISABLE",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+)
 # These start or change interpreters.
 OF_THE_INTERPRETER = ("pip", "venv", "ensurepip")
 
@@ -215,7 +220,10 @@ def run(program: Program) -> None:
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.argv = program.arguments
     if program.kind == "module":
-        sys.path[0] = os.getcwd()
+        if os.environ.get("PYTHONSAFEPATH"):
+            del sys.path[0]
+        else:
+            sys.path[0] = os.getcwd()
         sys.modules.pop(program.what, None)  # it is to be executed, not found
         runpy.run_module(program.what, run_name="__main__", alter_sys=True)
     elif program.kind == "script":

@@ -21,7 +21,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from numpy._core.multiarray import _reconstruct
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 from megatron_fdd.host import unpickling
 
@@ -191,6 +191,20 @@ def _at(**changes: object) -> Callable[[Any], None]:
     return change
 
 
+def _with(**changes: object) -> Callable[[Any], None]:
+    """Return a change of an index: the entry of a weight gets other values."""
+
+    def change(index: Any) -> None:
+        for name, value in changes.items():
+            setattr(index.state_dict_metadata[WEIGHT], name, value)
+
+    return change
+
+
+def _chunk(offset: int, size: int) -> list[Any]:
+    return [ChunkStorageMetadata(torch.Size([offset, 0]), torch.Size([size, 1]))]
+
+
 def _with_dtype(index: Any) -> None:
     index.state_dict_metadata[WEIGHT].properties.dtype = "float32"
 
@@ -207,4 +221,9 @@ INDICES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "before the file": (_at(offset=-5), "lies at -5"),
     "a length in words": (_at(length="many"), "has 'many' bytes"),
     "a dtype in words": (_with_dtype, "the dtype 'float32'"),
+    "a huge tensor": (_with(size=torch.Size([2**40, 2**40])), "has the shape torch.Size"),
+    "chunks in words": (_with(chunks="abc"), "has a chunk 'abc'"),
+    "a chunk of no type": (_with(chunks=None), "has a chunk None"),
+    "a huge chunk": (_with(chunks=_chunk(0, 2**40)), "has a chunk ChunkStorageMetadata"),
+    "a chunk before its tensor": (_with(chunks=_chunk(-1, 1)), "has a chunk ChunkStorageMetadata"),
 }
