@@ -166,6 +166,16 @@ def _limits(family: Family | Multimodal) -> str:
     return "; ".join(each for each in (left_out, family.limits) if each) or "-"
 
 
+def dense_table() -> str:
+    """One row a type of mixtures of experts."""
+    dense = {name: each.dense for name, each in sorted(FAMILIES.items()) if each.dense}
+    rows = (
+        (f"`{name}`", "-", each) if isinstance(each, str) else (f"`{name}`", f"`{each.model_type}`", "")
+        for name, each in dense.items()
+    )
+    return _table(("mixture of experts", "dense student", "why there is none"), rows)
+
+
 def seam_table() -> str:
     """One row a name of Megatron that `fdd doctor` looks at."""
     rows = (
@@ -202,6 +212,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 PARTS = {
     ("flags.md", "flags"): flags_table,
     ("conversion.md", "families"): family_table,
+    ("conversion.md", "dense"): dense_table,
     ("architecture.md", "modules"): picture,
     ("megatron.md", "seams"): seam_table,
     ("megatron.md", "patches"): lambda: patch_table(PATCHES),

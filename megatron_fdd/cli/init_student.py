@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from megatron_fdd.cli import conversion
+from megatron_fdd.cli import conversion, student_of_parts
 from megatron_fdd.cli.command import Command, plugin
 from megatron_fdd.host.console import complain
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from megatron_fdd.convert import StudentPlan
     from megatron_fdd.convert.new_vocabulary import NewVocabulary
 
 EXAMPLES = """\b
@@ -23,6 +20,7 @@ examples:
       (keeps 0-3,6,9,12,15,17,20,23,26-29)
   fdd student --hf-model SmolLM2-135M --layers 0-3,8,16,24,26-29 --hf-out student
   fdd student --hf-model Qwen3-8B --ffn-hidden-size 9216 --calibration-text text.jsonl --hf-out student
+  fdd student --hf-model Qwen3-30B-A3B --dense-ffn-hidden-size 6144 --calibration-text text.jsonl --hf-out student
   fdd student --from Qwen3-0.6B --vocabulary-of Llama-3.3-70B --hf-out student"""
 
 # Sizes of a narrower student, which are Megatron's, and what they are.
@@ -36,7 +34,6 @@ _SIZES = {
     "--moe-shared-expert-intermediate-size": "Channels of the shared expert that are kept.",
 }
 _SIZE_NAMES = [flag.removeprefix("--").replace("-", "_") for flag in _SIZES]
-_WINDOW = 512
 
 
 def _sizes(function: Any) -> Any:
@@ -62,6 +59,12 @@ def _sizes(function: Any) -> Any:
 @click.option("--num-layers", type=int, metavar="N", help="Number of layers; the rule above chooses which.")
 @_sizes
 @click.option(
+    "--dense-ffn-hidden-size",
+    type=int,
+    metavar="N",
+    help="Of a mixture of experts: MLPs of N channels in place of all experts. Needs --calibration-text.",
+)
+@click.option(
     "--calibration-text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
@@ -73,7 +76,7 @@ def _sizes(function: Any) -> Any:
     default=64,
     show_default=True,
     metavar="N",
-    help=f"How many windows of {_WINDOW} tokens it reads, spread over the text.",
+    help=f"How many windows of {student_of_parts.WINDOW} tokens it reads, spread over the text.",
 )
 @click.option(
     "--vocabulary-of",
@@ -103,6 +106,11 @@ def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> 
     Width: what is kept is chosen by the teacher's activations on --calibration-text, and stays bit for bit and in its
     order.
 
+    Dense: in place of a layer's experts comes one MLP of the channels, of all experts together, that do most on
+    --calibration-text; the shared expert's come first. Its gate and up are theirs, its down is what brings it nearest
+    to the mixture's output on the text. Take as many channels as a token uses, or more, and a text with several tokens
+    for each. The result is of the family's dense type, such as qwen3 of a qwen3_moe.
+
     Vocabulary: tokens that both models have keep their rows of embedding and head, new ones begin halfway between the
     mean of the rows of their old pieces and that of all rows. Tokenizer, chat template and special tokens are the
     teacher's.
@@ -113,9 +121,9 @@ def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> 
     _check_together(sizes, given)
 
     def action() -> str:
-        texts = _texts(given["validation_text"] or given["calibration_text"])
+        texts = student_of_parts.read(given["validation_text"] or given["calibration_text"])
         if given["vocabulary_of"] is None:
-            line = _of_parts(hf_model, hf_out, max_shard_size, sizes, given)
+            line = student_of_parts.write(hf_model, hf_out, max_shard_size, sizes, given)
         else:
             line = _of_vocabulary(hf_model, hf_out, max_shard_size, given["vocabulary_of"])
         return "\n".join([line, *([] if given["no_score"] else _bits(hf_model, hf_out, texts))])
@@ -126,109 +134,27 @@ def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> 
 def _check_together(sizes: dict[str, int], given: dict[str, Any]) -> None:
     """Refuse options that do not go together."""
     choices = [given[name] is not None for name in ("layers", "num_layers", "vocabulary_of")]
-    if sum(choices) > 1 or not (any(choices) or sizes):
+    is_dense = given["dense_ffn_hidden_size"] is not None
+    if sum(choices) > 1 or not (any(choices) or sizes or is_dense):
         raise click.UsageError(
             "give one of --layers, --num-layers and --vocabulary-of, or a size such as --hidden-size"
         )
-    if sizes and given["vocabulary_of"] is not None:
+    if (sizes or is_dense) and given["vocabulary_of"] is not None:
         raise click.UsageError(
-            "--vocabulary-of keeps all sizes: make the student narrower first, in another call"
+            "--vocabulary-of keeps all sizes: make the student narrower or dense first, in another call"
         )
-    if bool(sizes) != (given["calibration_text"] is not None):
+    if sizes and is_dense:
+        raise click.UsageError(
+            "--dense-ffn-hidden-size keeps all other sizes: make the dense student narrower in another call"
+        )
+    if (bool(sizes) or is_dense) != (given["calibration_text"] is not None):
         raise click.UsageError(
             "a size needs --calibration-text, a text that tells which channels matter"
-            if sizes
+            if sizes or is_dense
             else "--calibration-text is for a size, such as --hidden-size"
         )
     if given["no_score"] and given["validation_text"] is not None:
         raise click.UsageError("give one of --validation-text and --no-score")
-
-
-def _texts(path: Path | None) -> list[str]:
-    from megatron_fdd.evaluate.bits import SAMPLE
-    from megatron_fdd.evaluate.perplexity import read_texts
-
-    texts = [SAMPLE] if path is None else read_texts(path)
-    if not texts:
-        raise ValueError(f"{path}: holds no text; give another")
-    return texts
-
-
-def _of_parts(
-    hf_model: Path, hf_out: Path, max_shard_size: str, sizes: dict[str, int], given: dict[str, Any]
-) -> str:
-    from megatron_fdd import convert
-
-    num_layers = convert.count_layers(hf_model)
-    if given["layers"] is not None:
-        layers = convert.parse_layers(given["layers"], num_layers)
-    else:
-        layers = convert.choose_layers(
-            num_layers if given["num_layers"] is None else given["num_layers"], num_layers
-        )
-    convert.check_new_folder(hf_out, "--hf-out")
-    plan = convert.StudentPlan.of(hf_model, layers, sizes)
-    text, scores, told = given["calibration_text"], {}, []
-    if sizes:
-        windows = _windows(plan, text, given["calibration_samples"])
-        scores = _scores(plan, windows)
-        told = [f"scored on {len(windows)} windows of {windows.shape[1]} tokens of {text}"]
-    parameters = plan.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
-    kept = "all" if len(layers) == num_layers else ",".join(str(layer) for layer in layers)
-    narrowed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
-    line = f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{narrowed}"
-    return "\n".join([line, *told, *_left_out(plan), *_pairs(layers, num_layers)])
-
-
-def _left_out(plan: StudentPlan) -> list[str]:
-    """Say which tensors of the teacher the student has no place for."""
-    names = plan.left_out
-    if not names or plan.family.left_out is None:
-        return []
-    return [f"{len(names)} tensors of {plan.family.left_out.what} ({names[0]} ...) are left out"]
-
-
-def _pairs(layers: list[int], num_layers: int) -> list[str]:
-    """Say which layers to compare in training, where the rule would pair layers of different origin."""
-    from megatron_fdd.config import FddConfig
-    from megatron_fdd.losses.pairs import sample_blocks
-
-    config = FddConfig()
-    count = min(config.layers, len(layers) - 1)
-    if len(layers) == num_layers or count < 1:
-        return []
-    blocks = sample_blocks(config.layer_rule, count, len(layers), "student")
-    pairs = ",".join(f"{block}:{layers[block - 1] + 1}" for block in blocks)
-    return [f"pairs of layers with one origin, for the training: --fdd-layer-pairs {pairs}"]
-
-
-def _windows(plan: StudentPlan, text: Path, num_samples: int) -> Tensor:
-    """Return int64 [windows, length]: at most `num_samples` of the text, for the teacher to read."""
-    from megatron_fdd.evaluate.models import NamedModel, num_positions
-    from megatron_fdd.evaluate.perplexity import cut_windows
-
-    folder = plan.folder.path
-    named = NamedModel(folder.resolve().name, folder)
-    named.check()
-    length = int(min(_WINDOW, num_positions(named.config())))
-    try:
-        windows = cut_windows(_texts(text), named.tokenizer(), length, num_samples * length)[:, :-1]
-    except ValueError as error:
-        raise ValueError(f"--calibration-text {text} is too short ({error}); give another") from error
-    named.check_ids(int(windows.max()))
-    return windows
-
-
-def _scores(plan: StudentPlan, windows: Tensor) -> dict[str, Tensor]:
-    """Run the teacher on windows of a text, and score what matters there."""
-    from transformers.utils import logging
-
-    from megatron_fdd import convert
-    from megatron_fdd.evaluate.models import Placement
-
-    logging.disable_progress_bar()
-    model = Placement(Placement.choose(None, None).device, "auto").load(plan.folder.path)
-    return convert.measure_importance(model, plan.probes, windows, progress=True)
 
 
 def _of_vocabulary(hf_model: Path, hf_out: Path, max_shard_size: str, teacher: Path) -> str:

@@ -2,6 +2,7 @@
 
 import megatron_fdd.host.quiet  # noqa: F401  # before Megatron is imported
 from megatron_fdd.convert.config_only import config_to_mcore
+from megatron_fdd.convert.dense_student import DensePlan
 from megatron_fdd.convert.hf_companions import HF_FOLDER, carry_companions
 from megatron_fdd.convert.hf_writer import check_new_folder
 from megatron_fdd.convert.importance import measure_importance
@@ -18,6 +19,7 @@ from megatron_fdd.convert.to_mcore import hf_to_mcore
 
 __all__ = [
     "HF_FOLDER",
+    "DensePlan",
     "StudentPlan",
     "carry_companions",
     "check_new_folder",

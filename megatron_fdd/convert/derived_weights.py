@@ -21,13 +21,13 @@ class Derived:
     """A tensor to be written.
 
     Attributes:
-        source: name of the tensor that it is made from.
-        change: makes it, with the spec's dtype and shape; None if it is the source bit for bit.
+        sources: names of the tensors that it is made from, mostly one.
+        change: makes it of these, with the spec's dtype and shape; None if it is the only one bit for bit.
     """
 
     spec: TensorSpec
-    source: str
-    change: Callable[[Tensor], Tensor] | None = None
+    sources: tuple[str, ...]
+    change: Callable[..., Tensor] | None = None
 
 
 def write_derived(
@@ -35,7 +35,7 @@ def write_derived(
 ) -> int:
     """Write tensors with their index and checksums into the folder `target`; return their number of parameters.
 
-    One tensor is in memory at a time, and its source mapped.
+    One tensor is in memory at a time, and its sources mapped.
 
     Raises:
         ValueError: a tensor of the source is not finite, or not what its `checksums.json` says.
@@ -50,8 +50,10 @@ def write_derived(
             values = _values(source, [by_name[spec.name] for spec in shard.tensors], expected)
             for spec, written in write_shard(target, shard, values):
                 tensor = by_name[spec.name]
-                if expected is not None and tensor.change is None and tensor.source not in source.quantised:
-                    expected.check(source.path, tensor.source, written)
+                if expected is not None and tensor.change is None:
+                    (only,) = tensor.sources
+                    if only not in source.quantised:
+                        expected.check(source.path, only, written)
                 digests[spec.name] = written
                 bar.update(spec.num_bytes)
     write_index(target, shards)
@@ -63,10 +65,9 @@ def write_derived(
 def _values(source: HfFolder, tensors: Sequence[Derived], expected: Checksums | None) -> Iterator[Tensor]:
     """Yield the values of tensors; what is written unchanged is held to the checksums after it is written."""
     for tensor in tensors:
-        value = source.read(tensor.source)
-        check_finite(value, f"{source.path}: {tensor.source}", "take other weights")
-        if tensor.change is not None:
-            if expected is not None and tensor.source not in source.quantised:
-                expected.check(source.path, tensor.source, digest(value))
-            value = tensor.change(value)
-        yield value
+        values = [source.read(name) for name in tensor.sources]
+        for name, value in zip(tensor.sources, values, strict=True):
+            check_finite(value, f"{source.path}: {name}", "take other weights")
+            if tensor.change is not None and expected is not None and name not in source.quantised:
+                expected.check(source.path, name, digest(value))
+        yield values[0] if tensor.change is None else tensor.change(*values)

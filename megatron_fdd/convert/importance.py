@@ -34,11 +34,11 @@ def measure_importance(
         ValueError: transformers' model has another module, or a score is not finite.
     """
     sums: dict[tuple[Probe, str], Tensor] = {}
-    bar = Bar(total=len(windows), desc="scoring", unit="window", is_shown=progress)
-    with torch.inference_mode(), _hooks(model, probes, sums), bar:
-        for window in windows:
-            model(window[None].to(next(model.parameters()).device), use_cache=False)
-            bar.update(1)
+    with (
+        _hooks(model, probes, sums),
+        Bar(total=len(windows), desc="scoring", unit="window", is_shown=progress) as bar,
+    ):
+        read_windows(model, windows, bar)
     scores: dict[str, Tensor] = {}
     for (probe, key), total in sums.items():
         score = total.double().cpu()
@@ -50,6 +50,14 @@ def measure_importance(
             f"activations at {broken[0]} are not finite; the weights are damaged, so copy the model again"
         )
     return scores
+
+
+def read_windows(model: nn.Module, windows: Tensor, bar: Bar) -> None:
+    """Let a model read a text, one window after the other, each a unit of `bar`; what it predicts is dropped."""
+    with torch.inference_mode():
+        for window in windows:
+            model(window[None].to(next(model.parameters()).device), use_cache=False)
+            bar.update(1)
 
 
 @contextmanager
@@ -104,18 +112,34 @@ def _of_experts(probe: Probe, add: Add) -> Callable[..., None]:
     """Run the experts once more, each on its tokens: transformers' module has them all in two tensors."""
 
     def hook(module: Any, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-        hidden_NH, chosen_NK, weights_NK = [*inputs, *keywords.values()][:3]
-        added = hidden_NH.new_zeros(len(module.gate_up_proj), dtype=torch.float32)
-        for expert in chosen_NK.unique().tolist():
-            tokens, place = (chosen_NK == expert).nonzero(as_tuple=True)
-            gated = module._apply_gate(_linear(module, "gate_up_proj", expert, hidden_NH[tokens]))
-            output = _linear(module, "down_proj", expert, gated) * weights_NK[tokens, place, None]
-            channels = gated.float().abs().sum(0) / len(hidden_NH)
+        given = [*inputs, *keywords.values()]
+        count = len(given[0])
+        added = given[0].new_zeros(len(module.gate_up_proj), dtype=torch.float32)
+        for expert, gated, weights in each_expert(module, given):
+            output = _linear(module, "down_proj", expert, gated) * weights
+            channels = gated.float().abs().sum(0) / count
             add(probe.expert_key(expert), channels.square())
-            added[expert] = output.float().norm(dim=-1).sum() / len(hidden_NH)
+            added[expert] = output.float().norm(dim=-1).sum() / count
         add(probe.key, added.square())
 
     return hook
+
+
+def each_expert(module: Any, inputs: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Run the first matrices of experts that have tokens.
+
+    Args:
+        module: transformers' experts of a layer.
+        inputs: its own: the hidden states, each token's experts, their weights.
+
+    Yields:
+        An expert, its activations [tokens, channels] and its weights [tokens, 1] on its tokens.
+    """
+    hidden_NH, chosen_NK, weights_NK = inputs[:3]
+    for expert in chosen_NK.unique().tolist():
+        tokens, place = (chosen_NK == expert).nonzero(as_tuple=True)
+        gated = module._apply_gate(_linear(module, "gate_up_proj", expert, hidden_NH[tokens]))
+        yield expert, gated, weights_NK[tokens, place, None]
 
 
 def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
@@ -127,13 +151,27 @@ def _linear(experts: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
 
 def _module(model: nn.Module, probe: Probe) -> nn.Module:
     """Return the module of a probe; of experts, the one in its layer that has them in two tensors."""
+    return (find_experts if probe.side is Side.EXPERTS else find_module)(model, probe.module)
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """Return a module of transformers' model. ValueError if it has none there."""
     try:
-        module = model.get_submodule(probe.module)
-        if probe.side is not Side.EXPERTS:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise _lacking(model, path) from None
+
+
+def find_experts(model: nn.Module, path: str) -> nn.Module:
+    """Return the module in a layer that has all its experts in two tensors. ValueError if it has none there."""
+    for module in find_module(model, path).modules():
+        if hasattr(module, "_apply_gate"):
             return module
-        return next(each for each in module.modules() if hasattr(each, "_apply_gate"))
-    except (AttributeError, StopIteration):
-        raise ValueError(
-            f"transformers' {type(model).__name__} has no such module at {probe.module}, whose activations tell what "
-            "to keep; choose layers alone"
-        ) from None
+    raise _lacking(model, path)
+
+
+def _lacking(model: nn.Module, path: str) -> ValueError:
+    return ValueError(
+        f"transformers' {type(model).__name__} has no such module at {path}, whose activations tell what to keep; "
+        "choose layers alone"
+    )

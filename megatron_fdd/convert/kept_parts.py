@@ -50,7 +50,7 @@ class KeptParts:
             elif key.endswith(".router"):
                 kept, before = _highest_experts(teacher, student, score), len(score)
             else:
-                kept, before = _highest(score, student[_size_of(key)]), len(score)
+                kept, before = highest(score, student[_size_of(key)]), len(score)
             if kept.numel() < before:
                 entries[key] = kept
         scales = {}
@@ -109,7 +109,7 @@ class KeptParts:
         return f"{before}{found}{int(experts[int(number)])}.{end}"
 
 
-def _highest(scores: Tensor, count: int) -> Tensor:
+def highest(scores: Tensor, count: int) -> Tensor:
     """Return where the highest scores are, in increasing order; of equal ones the first."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort().values
 
@@ -131,7 +131,7 @@ def _norm_scale(share: Tensor, kept: Tensor) -> float:
 def _highest_experts(teacher: MegatronArgs, student: MegatronArgs, score: Tensor) -> Tensor:
     """Return experts, as many of each group as of the others."""
     groups = teacher["moe_router_num_groups"] or 1
-    in_group = _highest(score.view(groups, -1), student["num_experts"] // groups)
+    in_group = highest(score.view(groups, -1), student["num_experts"] // groups)
     return (torch.arange(groups)[:, None] * (len(score) // groups) + in_group).flatten()
 
 
@@ -139,8 +139,8 @@ def _highest_heads(teacher: MegatronArgs, student: MegatronArgs, score: Tensor) 
     """Return heads [query groups, heads in each] by the scores of their channels."""
     heads, groups = student["num_attention_heads"], student["num_query_groups"]
     by_head = score.square().view(teacher["num_query_groups"], -1, teacher["kv_channels"]).sum(-1)
-    kept_groups = _highest(by_head.sum(-1), groups)
-    in_group = _highest(by_head[kept_groups], heads // groups)
+    kept_groups = highest(by_head.sum(-1), groups)
+    in_group = highest(by_head[kept_groups], heads // groups)
     return kept_groups[:, None] * by_head.shape[1] + in_group
 
 

@@ -58,7 +58,9 @@ def cut_rows(folder: HfFolder, family: Family, config: HfConfig, kept: KeptParts
         for tensor in _cut_row(folder, kept, row_of[kept.source_of(row.mcore)], row)
     ]
     beside = family.left_out_names(folder.config, folder.names) if family.keeps_left_out else []
-    return cut + [Derived(TensorSpec(name, folder.dtype(name), folder.shape(name)), name) for name in beside]
+    return cut + [
+        Derived(TensorSpec(name, folder.dtype(name), folder.shape(name)), (name,)) for name in beside
+    ]
 
 
 def _cut_row(folder: HfFolder, kept: KeptParts, old: WeightRow, new: WeightRow) -> Iterator[Derived]:
@@ -67,7 +69,7 @@ def _cut_row(folder: HfFolder, kept: KeptParts, old: WeightRow, new: WeightRow) 
     cuts = _cuts(kept, old, new, shapes) if kept.entries else [_Cut({}) for _ in shapes]
     for name, source, shape, cut in zip(new.sources, old.sources, shapes, cuts, strict=True):
         spec = TensorSpec(name, folder.dtype(source), cut.shape(shape))
-        yield Derived(spec, source, cut if cut.kept else None)
+        yield Derived(spec, (source,), cut if cut.kept else None)
 
 
 def _cuts(kept: KeptParts, old: WeightRow, new: WeightRow, shapes: list[tuple[int, ...]]) -> list[_Cut]:

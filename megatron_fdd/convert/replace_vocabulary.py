@@ -92,7 +92,7 @@ def _tensors(folder: HfFolder, family: Family, vocabulary: NewVocabulary) -> lis
         if name.endswith(family.ignored) or name in left_out:
             continue
         if name not in rows:
-            tensors.append(Derived(TensorSpec(name, dtype, shape), name))
+            tensors.append(Derived(TensorSpec(name, dtype, shape), (name,)))
             continue
         if shape[:1] != (old_size,):
             raise ValueError(
@@ -100,7 +100,7 @@ def _tensors(folder: HfFolder, family: Family, vocabulary: NewVocabulary) -> lis
                 f"{[old_size, *shape[1:]]}; copy the model again"
             )
         spec = TensorSpec(name, dtype, (len(vocabulary.origins), *shape[1:]))
-        tensors.append(Derived(spec, name, vocabulary.rows))
+        tensors.append(Derived(spec, (name,), vocabulary.rows))
     return tensors
 
 

@@ -165,17 +165,36 @@ class StudentPlan:
         Args:
             scores: as `measure_importance` returns them for the probes.
         """
-        tensors = self.tensors(scores)
-        with new_folder(Path(hf_out), "--hf-out") as unfinished:
-            parameters = write_derived(
-                self.folder, tensors, unfinished, max_shard_size=max_shard_size, progress=progress
-            )
-            write_json(unfinished / CONFIG_FILES[0], self.config)
-            copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES, *PROCESSOR_FILES], self.folder.path, unfinished)
-        return parameters
+        return write_student(
+            self.folder,
+            self.tensors(scores),
+            self.config,
+            hf_out,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
 
     def tensors(self, scores: Mapping[str, Tensor]) -> list[Derived]:
         """List the student's tensors. ValueError for parts that cannot be cut."""
         teacher = architecture(self.family, self.folder.config)
         kept = KeptParts.of_scores(teacher, architecture(self.family, self.config), self.layers, scores)
         return cut_rows(self.folder, self.family, self.config, kept)
+
+
+def write_student(
+    teacher: HfFolder,
+    tensors: Sequence[Derived],
+    config: HfConfig,
+    hf_out: Path,
+    *,
+    max_shard_size: str,
+    progress: bool,
+) -> int:
+    """Write a folder of tensors made of a teacher's, with all else that it has; return the number of parameters."""
+    with new_folder(Path(hf_out), "--hf-out") as unfinished:
+        parameters = write_derived(
+            teacher, tensors, unfinished, max_shard_size=max_shard_size, progress=progress
+        )
+        write_json(unfinished / CONFIG_FILES[0], config)
+        copy_files([*CONFIG_FILES[1:], *TOKENIZER_FILES, *PROCESSOR_FILES], teacher.path, unfinished)
+    return parameters

@@ -100,6 +100,24 @@ def test_a_narrower_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (tmp_path / "short").exists()
 
 
+def test_a_dense_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = toys.make_llama(tmp_path / "source", "qwen3_moe"), tmp_path / "text.jsonl"
+    text.write_text('{"text": "the quick brown fox jumps over the lazy dog"}\n' * 20)
+    command = ["--hf-model", str(source), "--calibration-text", str(text), "--layers", "0,2"]
+    dense = [*command, "--dense-ffn-hidden-size", "40", "--hf-out"]
+    assert _main("init_student", *dense, str(tmp_path / "new")) == 0
+    first, fitted, _pairs, bits = capsys.readouterr().out.splitlines()[-4:]
+    assert first.endswith(f"2 layers of {source}: 0,2; a qwen3 with 40 of 144 channels in each MLP")
+    assert re.fullmatch(rf"fitted to \d windows of 64 tokens of {text}", fitted)
+    assert re.fullmatch(r"bits a byte, of a text of 860 bytes: .* before, .* now, without training", bits)
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained", side_effect=AssertionError):
+        few = [*command, "--dense-ffn-hidden-size", "70", "--calibration-samples", "1", "--hf-out"]
+        assert _main("init_student", *few, str(tmp_path / "few")) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "--dense-ffn-hidden-size 70: 1 windows of 64 tokens of" in told
+    assert not (tmp_path / "few").exists()
+
+
 def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher = make_student(tmp_path / "student"), make_teacher(tmp_path / "teacher")
     (tmp_path / "text.jsonl").write_text('{"text": "the fox quit."}\n')
@@ -142,7 +160,10 @@ def test_a_student_with_a_teachers_vocabulary(tmp_path: Path, capsys: pytest.Cap
         "",
         "--vocabulary-of t --layers 0",
         "--vocabulary-of t --hidden-size 8 --calibration-text {file}",
+        "--vocabulary-of t --dense-ffn-hidden-size 8 --calibration-text {file}",
+        "--hidden-size 8 --dense-ffn-hidden-size 8 --calibration-text {file}",
         "--hidden-size 8",
+        "--dense-ffn-hidden-size 8",
         "--layers 0 --calibration-text {file}",
         "--vocabulary-of t --no-score --validation-text {file}",
     ],

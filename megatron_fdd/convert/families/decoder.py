@@ -7,39 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from megatron_fdd.convert.families.config_fields import PLAIN_MODEL, check_fields
+from megatron_fdd.convert.families.config_fields import PLAIN_MODEL
+from megatron_fdd.convert.families.decoder_reading import read_shape
 from megatron_fdd.convert.families.decoder_rows import decoder_rows
 from megatron_fdd.convert.families.decoder_shape import DecoderShape, Dialect
-from megatron_fdd.convert.families.experts import FIXED_EXPERTS, Experts, read_experts, write_experts
-from megatron_fdd.convert.families.family import Family, HfConfig, MegatronArgs, StoredFolder, refuse_field
+from megatron_fdd.convert.families.experts import FIXED_EXPERTS, Experts, write_experts
+from megatron_fdd.convert.families.family import DenseSibling, Family, HfConfig, MegatronArgs, StoredFolder
 from megatron_fdd.convert.families.joined_experts import as_joined
 from megatron_fdd.convert.families.latent import (
     LatentShape,
     latent_rope_args,
     latent_rope_of_args,
-    read_latent,
 )
 from megatron_fdd.convert.families.layer_kinds import (
     AttentionWindows,
     Rotation,
-    read_windows,
     rotation_args,
     rotation_of_args,
     write_windows,
 )
-from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, read_rope, write_rope
+from megatron_fdd.convert.families.rope import ROPE_FIELDS, Rope, write_rope
 from megatron_fdd.host.layer_specs import OPTIONS
 
-# Fields that can change the function, each with the values at which it does not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "pretraining_tp": (1, None),
-    "rope_interleaved": (False,),
-}
 _FIXED: dict[str, Any] = {
     **PLAIN_MODEL,
     "rotary_interleaved": False,
@@ -50,80 +43,8 @@ _FIXED: dict[str, Any] = {
 }
 
 
-def _check_fields(dialect: Dialect, config: Mapping[str, Any]) -> None:
-    """Refuse fields that the dialect does not know."""
-    neutral = {**_NEUTRAL, **dialect.neutral}
-    if "use_sliding_window" not in dialect.window_fields:
-        neutral["use_sliding_window"] = (False, None)
-    for field in dialect.harmless & neutral.keys():
-        del neutral[field]
-    mapped = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dialect.fields}
-    check_fields(
-        config,
-        model_type=dialect.model_type,
-        architecture=dialect.architecture,
-        mapped=mapped | {"sliding_window", "layer_types"},  # checked where windows are read
-        harmless=dialect.harmless,
-        neutral=neutral,
-    )
-
-
-def _read(dialect: Dialect, raw: HfConfig) -> DecoderShape:
-    """Read the shape from config.json, and refuse everything that is not understood."""
-    config = {**dialect.defaults, **dialect.flatten(raw)}
-    _check_fields(dialect, config)
-    plain = _plain_values(config)
-    latent = None
-    if dialect.latent:
-        latent = read_latent(config, (plain["num_attention_heads"], plain["num_key_value_heads"]))
-        plain["head_dim"] = latent.v_head_dim
-    qkv_bias = dialect.qkv_bias == "always"
-    if dialect.qkv_bias == "attention_bias":
-        qkv_bias, plain["attention_bias"] = plain["attention_bias"], False
-    layers = plain["num_hidden_layers"]
-    windows = read_windows(dialect.model_type, dialect.window_fields, config, layers)
-    shape = DecoderShape(
-        **plain,
-        qkv_bias=qkv_bias,
-        qk_norm=config[dialect.qk_norm] if isinstance(dialect.qk_norm, str) else dialect.qk_norm,
-        rope=read_rope(config, dialect.partial_rotary, dialect.rope_kinds),
-        windows=windows,
-        rotates=dialect.rotation.read(config, windows),
-        experts=read_experts(dialect.experts, config, layers),
-        latent=latent,
-        own={field: config[field] for field in dialect.own_fields},
-    )
-    groups = shape.num_key_value_heads
-    if shape.num_attention_heads % groups:
-        refuse_field("num_key_value_heads", groups, "which must divide num_attention_heads")
-    return shape
-
-
-def _plain_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    derived = {
-        "num_key_value_heads": lambda: config["num_attention_heads"],
-        "head_dim": lambda: _equal_parts(config),
-    }
-    plain = {}
-    for field in DecoderShape.plain_fields():
-        value = config.get(field)
-        if value is None and field not in derived:
-            raise ValueError(f'config.json lacks "{field}"')
-        plain[field] = derived[field]() if value is None else value
-    return plain
-
-
-def _equal_parts(config: Mapping[str, Any]) -> int:
-    """Return the width of a head where config.json gives none."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    if hidden % heads:
-        why = f"which must divide hidden_size ({hidden}) without a head_dim"
-        refuse_field("num_attention_heads", heads, why)
-    return hidden // heads
-
-
 def _megatron_args(dialect: Dialect, config: HfConfig) -> MegatronArgs:
-    shape = _read(dialect, config)
+    shape = read_shape(dialect, config)
     biased = shape.attention_bias or shape.mlp_bias
     rope, options = shape.rope.megatron_args(), dict(shape.own)
     if shape.latent is not None:
@@ -203,12 +124,12 @@ def _shape_of_args(dialect: Dialect, args: Namespace, seed: DecoderShape) -> Dec
 
 
 def _hf_config(dialect: Dialect, seed: HfConfig, args: Namespace) -> HfConfig:
-    before = _read(dialect, seed)
+    before = read_shape(dialect, seed)
     return _write(dialect, seed, before, _shape_of_args(dialect, args, before))
 
 
 def _keep_layers(dialect: Dialect, config: HfConfig, layers: Sequence[int]) -> HfConfig:
-    before = _read(dialect, config)
+    before = read_shape(dialect, config)
     return _write(dialect, config, before, before.keep_layers(layers))
 
 
@@ -239,7 +160,7 @@ def _write(dialect: Dialect, seed: HfConfig, before: DecoderShape, after: Decode
     if dialect.experts is not None and before.experts is not None and after.experts is not None:
         write_experts(dialect.experts, config, before.experts, after.experts)
     config = dialect.restore(config)
-    again = _read(dialect, config)
+    again = read_shape(dialect, config)
     if again != after:
         fields = [field.name for field in dataclasses.fields(DecoderShape)]
         wrong = [name for name in fields if getattr(again, name) != getattr(after, name)]
@@ -258,8 +179,47 @@ def _stacked(dialect: Dialect) -> tuple[str, ...]:
     return tuple(f".{name}{ending}" for name in (naming.gate_up, naming.down) for ending in ("", "_bias"))
 
 
-def decoder_family(dialect: Dialect, *, models: str = "", limits: str = "") -> Family:
-    """Make the family that a dialect describes; `models` and `limits` are for people, as in `Family`."""
+def _dense_config(dialect: Dialect, dense: Dialect, config: HfConfig, width: int) -> HfConfig:
+    """Return the config of a mixture with MLPs of `width` channels in place of its experts.
+
+    Raises:
+        ValueError: a config of the dense dialect cannot say what this one says.
+    """
+    before = read_shape(dialect, config)
+    assert before.experts is not None
+    if dense is dialect:
+        experts = dataclasses.replace(before.experts, sparse=(False,) * before.num_hidden_layers)
+        after = dataclasses.replace(before, intermediate_size=width, experts=experts)
+        return _write(dialect, config, before, after)
+    after = dataclasses.replace(before, intermediate_size=width, experts=None)
+    seed = _common_fields(dialect, dense, config)
+    seed |= {"model_type": dense.model_type, "architectures": [dense.architecture]}
+    return _write(dense, seed, read_shape(dense, seed), after)
+
+
+def _common_fields(dialect: Dialect, dense: Dialect, config: HfConfig) -> HfConfig:
+    """Return a mixture's config without what the dense dialect does not know, and with what the mixture's assumes."""
+    assert dialect.experts is not None
+    own = {*dialect.harmless, *dialect.neutral, *dialect.experts.fields}
+    known = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dense.fields, *dense.harmless, *dense.neutral}
+    said = dialect.flatten(config)
+    unsaid = (
+        dialect.defaults.keys() - said.keys() - ({"rope_theta"} if config.get("rope_parameters") else set())
+    )
+    flat = said | {field: value for field, value in dialect.defaults.items() if field in unsaid}
+    return {field: value for field, value in flat.items() if field in known or field not in own}
+
+
+def decoder_family(
+    dialect: Dialect, *, dense: Dialect | str = "", models: str = "", limits: str = ""
+) -> Family:
+    """Make the family that a dialect describes.
+
+    Args:
+        dense: of a mixture of experts, the dialect of the models with an MLP in their place, which is the same one if
+            its config can say so; or why it cannot become one, for people.
+        models, limits: for people, as in `Family`.
+    """
     experts = FIXED_EXPERTS if dialect.experts else {}
     fixed = {**_FIXED, **experts, "qk_layernorm": dialect.qk_norm, **dialect.fixed}
     if isinstance(dialect.qk_norm, str):
@@ -274,7 +234,7 @@ def decoder_family(dialect: Dialect, *, models: str = "", limits: str = "") -> F
         fixed=fixed,
         hf_config=partial(_hf_config, dialect),
         keep_layers=partial(_keep_layers, dialect),
-        rows=lambda config: decoder_rows(dialect, _read(dialect, config)),
+        rows=lambda config: decoder_rows(dialect, read_shape(dialect, config)),
         layer_prefix="model.layers.{layer}.",
         ignored=("rotary_emb.inv_freq",),
         stacked=_stacked(dialect),
@@ -283,6 +243,9 @@ def decoder_family(dialect: Dialect, *, models: str = "", limits: str = "") -> F
         left_out=dialect.left_out,
         uncut=dialect.uncut,
         variant=partial(_as_stored, dialect),
+        dense=dense
+        if isinstance(dense, str)
+        else DenseSibling(dense.model_type, partial(_dense_config, dialect, dense)),
         models=models,
         limits=limits,
     )
@@ -294,5 +257,5 @@ def _as_stored(dialect: Dialect, family: Family, folder: StoredFolder) -> Family
     if joined is None:
         return family
     return dataclasses.replace(
-        family, rows=lambda config: decoder_rows(joined, _read(joined, config)), stacked=_stacked(joined)
+        family, rows=lambda config: decoder_rows(joined, read_shape(joined, config)), stacked=_stacked(joined)
     )

@@ -53,10 +53,11 @@ _V3 = Dialect(
     fixed={"multi_latent_attention": True},
     layer_spec=LATENT_SPEC,
 )
-DEEPSEEK_V3 = decoder_family(_V3, models="DeepSeek-V3, R1, Moonlight")
+DEEPSEEK_V3 = decoder_family(_V3, dense=_V3, models="DeepSeek-V3, R1, Moonlight")
 KIMI_K2 = dataclasses.replace(
     decoder_family(
         dataclasses.replace(_V3, model_type="kimi_k2"),
+        dense="transformers has no such type to run: say `deepseek_v3` in config.json, without `auto_map`",
         models="Kimi-K2",
         limits="transformers has no such type, so that nothing here runs it with transformers: say `deepseek_v3` in "
         "config.json, without `auto_map`",
@@ -77,43 +78,45 @@ def _flatten_v2(config: HfConfig) -> HfConfig:
     return dict(config)
 
 
-DEEPSEEK_V2 = decoder_family(
-    dataclasses.replace(
-        _V3,
-        model_type="deepseek_v2",
-        architecture="DeepseekV2ForCausalLM",
-        defaults={
-            **_DEFAULTS,
-            "vocab_size": 102400,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "n_routed_experts": 64,
-            "n_shared_experts": 2,
-            "moe_intermediate_size": 1407,
-            "routed_scaling_factor": 1.0,
-            "n_group": None,
-            "topk_group": None,
-            "first_k_dense_replace": 0,
-            "norm_topk_prob": False,
-        },
-        # transformers does not look at norm_topk_prob, and with the greedy choice not at groups.
-        neutral={
-            **_NEUTRAL,
-            "scoring_func": ("softmax",),
-            "topk_method": ("greedy", None),
-            "norm_topk_prob": (False,),
-            "n_group": (1, None),
-        },
-        experts=dataclasses.replace(
-            DEEPSEEKS_EXPERTS,
-            bias=None,
-            count_fields=("n_routed_experts", "num_experts", "num_local_experts"),
-        ),
-        flatten=_flatten_v2,
+_V2 = dataclasses.replace(
+    _V3,
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    defaults={
+        **_DEFAULTS,
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1407,
+        "routed_scaling_factor": 1.0,
+        "n_group": None,
+        "topk_group": None,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+    },
+    # transformers does not look at norm_topk_prob, and with the greedy choice not at groups.
+    neutral={
+        **_NEUTRAL,
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", None),
+        "norm_topk_prob": (False,),
+        "n_group": (1, None),
+    },
+    experts=dataclasses.replace(
+        DEEPSEEKS_EXPERTS,
+        bias=None,
+        count_fields=("n_routed_experts", "num_experts", "num_local_experts"),
     ),
+    flatten=_flatten_v2,
+)
+DEEPSEEK_V2 = decoder_family(
+    _V2,
+    dense=_V2,
     models="DeepSeek-V2-Lite",
     limits="group-limited routing (the large V2): it scores a group by its best expert, Megatron by a sum",
 )

@@ -13,6 +13,7 @@ from megatron_fdd.convert.families.expert_naming import (
     SharedNaming,
 )
 from megatron_fdd.convert.families.family import HfConfig, refuse_field
+from megatron_fdd.convert.families.llama_like import ERNIE4_5_DIALECT
 from megatron_fdd.host.layer_specs import LayerSpec
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ ERNIE4_5_MOE = decoder_family(
         flatten=_flatten,
         restore=_restore,
     ),
+    dense=ERNIE4_5_DIALECT,
     models="ERNIE 4.5 with experts",
     limits="a bf16 training rounds the router, as Megatron does with every router; its bias is a constant",
 )

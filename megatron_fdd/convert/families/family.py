@@ -76,6 +76,20 @@ class LeftOut:
     is_kept_always: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class DenseSibling:
+    """The models that differ from a mixture of experts by an MLP in place of each layer's experts.
+
+    Attributes:
+        model_type: theirs; it may be the mixture's own.
+        config: (a mixture's config, channels of an MLP) -> the dense model's. It raises ValueError if that cannot say
+            what the mixture's says.
+    """
+
+    model_type: str
+    config: Callable[[HfConfig, int], HfConfig]
+
+
 class StoredFolder(Protocol):
     """What a family may look at in a model folder, to see how its files hold the weights."""
 
@@ -119,6 +133,8 @@ class Family:
         of_args: (config, args of a checkpoint) -> the family with what the args say and the config leaves open; None if
             it leaves nothing open.
         same_as: the type of transformers that is the same model, where transformers has none of this name; else empty.
+        dense: the models with an MLP in place of experts; why there are none, for people; empty of a family without
+            experts.
         models: the published models that it has, for people.
         limits: what of them is refused or lost, and why, for people.
     """
@@ -140,6 +156,7 @@ class Family:
     variant: Callable[[Family, StoredFolder], Family] | None = None
     of_args: Callable[[HfConfig, Namespace], Family] | None = None
     same_as: str = ""
+    dense: DenseSibling | str = ""
     models: str = ""
     limits: str = ""
 
@@ -196,6 +213,7 @@ def check_record(family: Family) -> None:
         **{name: callable(getattr(family, name)) for name in _FUNCTIONS},
         "fixed": isinstance(family.fixed, Mapping),
         "uncut": isinstance(family.uncut, Mapping),
+        "dense": isinstance(family.dense, DenseSibling | str),
         "ignored": _are_texts(family.ignored),
         "tied": _are_texts(family.tied) and len(family.tied) == 2,
         "layer_spec": spec is None

@@ -106,6 +106,7 @@ GPT_OSS = decoder_family(
         layer_spec=LayerSpec(_build, _configure),
         flatten=_flatten,
     ),
+    dense="no dense type has attention sinks",
     models="gpt-oss, also in MXFP4",
     limits="experts cut by tensor parallelism: Megatron cannot cut their biases",
 )

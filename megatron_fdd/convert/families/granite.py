@@ -57,14 +57,15 @@ def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBl
     return layer_block.changed_block(config, vp_stage, change)
 
 
+_GRANITE = Dialect(
+    "granite",
+    "GraniteForCausalLM",
+    _DEFAULTS,
+    layer_spec=LayerSpec(_build, _configure),
+    own_fields=_MULTIPLIERS,
+)
 GRANITE = decoder_family(
-    Dialect(
-        "granite",
-        "GraniteForCausalLM",
-        _DEFAULTS,
-        layer_spec=LayerSpec(_build, _configure),
-        own_fields=_MULTIPLIERS,
-    ),
+    _GRANITE,
     models="Granite 3.x and 4.x without Mamba, dense",
     limits="in bf16 a scale of logits that is no power of two rounds at the final norm, not in the logits",
 )
@@ -89,6 +90,7 @@ GRANITEMOE = decoder_family(
         layer_spec=LayerSpec(_build, _configure),
         own_fields=_MULTIPLIERS,
     ),
+    dense=_GRANITE,
     models="Granite 3.x with experts",
     limits="as `granite`",
 )

@@ -140,6 +140,7 @@ LLAMA4_TEXT = decoder_family(
         flatten=_flatten,
         restore=_restore,
     ),
+    dense="its router scales what goes into experts, and transformers runs all of them at once, on all tokens",
     models="the text model of Llama 4 Maverick",
     limits="sequences from 8,192 tokens on, where attention is in chunks; Scout, which normalises behind rotation",
 )

@@ -56,28 +56,29 @@ SMOLLM3 = decoder_family(
     models="SmolLM3",
 )
 # Rotary positions on neighbouring dimensions, which Megatron's YaRN does not have.
+ERNIE4_5_DIALECT = Dialect(
+    "ernie4_5",
+    "Ernie4_5ForCausalLM",
+    {
+        **COMMON_DEFAULTS,
+        "vocab_size": 103424,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 5e5,
+    },
+    neutral={**NO_BIASES, "use_bias": (False, None)},
+    rope_kinds=("default", "linear", "llama3"),
+    fixed={"rotary_interleaved": True},
+)
 ERNIE4_5 = decoder_family(
-    Dialect(
-        "ernie4_5",
-        "Ernie4_5ForCausalLM",
-        {
-            **COMMON_DEFAULTS,
-            "vocab_size": 103424,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "rope_theta": 5e5,
-        },
-        neutral={**NO_BIASES, "use_bias": (False, None)},
-        rope_kinds=("default", "linear", "llama3"),
-        fixed={"rotary_interleaved": True},
-    ),
+    ERNIE4_5_DIALECT,
     models="ERNIE 4.5, dense",
     limits="YaRN: Megatron turns no neighbouring pairs with it",
 )

@@ -3,6 +3,8 @@
 from megatron_fdd.convert.families.decoder import decoder_family
 from megatron_fdd.convert.families.decoder_shape import COMMON_DEFAULTS, NO_BIASES, Dialect
 from megatron_fdd.convert.families.expert_naming import QWENS_LAYERS, QWENS_PROJECTIONS, ExpertNaming
+from megatron_fdd.convert.families.mistral import MISTRAL_DIALECT
+from megatron_fdd.convert.families.qwen import QWEN3_DIALECT
 
 # The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
@@ -29,6 +31,7 @@ MIXTRAL = decoder_family(
             width_field="intermediate_size",
         ),
     ),
+    dense=MISTRAL_DIALECT,
     models="Mixtral",
     limits="a window for some layers alone",
 )
@@ -62,6 +65,7 @@ QWEN3_MOE = decoder_family(
             normalises=True,
         ),
     ),
+    dense=QWEN3_DIALECT,
     models="Qwen3-MoE, layers without experts among them",
     limits="a window for some layers alone",
 )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
+_NO_DENSE = (
+    "no dense type normalises queries and keys over all heads, with norms in front of attention and MLP"
+)
 
 
 def _build(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -59,6 +62,7 @@ OLMOE = decoder_family(
         ),
         layer_spec=LayerSpec(_build, keys_of("olmoe")),
     ),
+    dense=_NO_DENSE,
     models="OLMoE",
     limits="as `olmo2`",
 )
@@ -129,6 +133,7 @@ MINIMAX_M2 = decoder_family(
         layer_spec=LayerSpec(_build, keys_of("minimax_m2")),
         flatten=_flatten,
     ),
+    dense=_NO_DENSE,
     models="MiniMax-M2",
     limits="as `olmo2`",
 )

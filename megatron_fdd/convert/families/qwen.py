@@ -15,26 +15,22 @@ _DEFAULTS = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-QWEN2 = decoder_family(
-    Dialect(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        _DEFAULTS,
-        # The biases of query, key and value do not depend on its config.
-        neutral={**NO_BIASES, "use_mrope": (False,)},
-        qkv_bias="always",
-        window_fields=_WINDOW_FIELDS,
-    ),
-    models="Qwen2, Qwen2.5",
+QWEN2_DIALECT = Dialect(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    _DEFAULTS,
+    # The biases of query, key and value do not depend on its config.
+    neutral={**NO_BIASES, "use_mrope": (False,)},
+    qkv_bias="always",
+    window_fields=_WINDOW_FIELDS,
 )
-QWEN3 = decoder_family(
-    Dialect(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        {**_DEFAULTS, "head_dim": 128},
-        neutral={"mlp_bias": (False,)},
-        qk_norm=True,
-        window_fields=_WINDOW_FIELDS,
-    ),
-    models="Qwen3, dense",
+QWEN3_DIALECT = Dialect(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    {**_DEFAULTS, "head_dim": 128},
+    neutral={"mlp_bias": (False,)},
+    qk_norm=True,
+    window_fields=_WINDOW_FIELDS,
 )
+QWEN2 = decoder_family(QWEN2_DIALECT, models="Qwen2, Qwen2.5")
+QWEN3 = decoder_family(QWEN3_DIALECT, models="Qwen3, dense")

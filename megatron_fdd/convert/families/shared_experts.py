@@ -10,6 +10,7 @@ from megatron_fdd.convert.families.expert_naming import (
     SharedNaming,
 )
 from megatron_fdd.convert.families.prediction import PREDICTION_FIELDS, PREDICTION_LAYERS
+from megatron_fdd.convert.families.qwen import QWEN2_DIALECT
 
 # The load-balancing loss concerns only training.
 _TRAINING = frozenset({"router_aux_loss_coef", "output_router_logits"})
@@ -53,40 +54,39 @@ QWEN2_MOE = decoder_family(
             ),
         ),
     ),
+    dense=QWEN2_DIALECT,
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
 )
-GLM4_MOE = decoder_family(
-    Dialect(
-        "glm4_moe",
-        "Glm4MoeForCausalLM",
-        {
-            **COMMON_DEFAULTS,
-            "vocab_size": 151552,
-            "hidden_size": 4096,
-            "intermediate_size": 10944,
-            "num_hidden_layers": 46,
-            "num_attention_heads": 96,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "use_qk_norm": False,
-            "n_routed_experts": 128,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 1408,
-            "routed_scaling_factor": 1.0,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "norm_topk_prob": True,
-        },
-        neutral={"mlp_bias": (False,)},
-        harmless=_TRAINING | PREDICTION_FIELDS,
-        left_out=PREDICTION_LAYERS,
-        qkv_bias="attention_bias",
-        qk_norm="use_qk_norm",
-        partial_rotary=0.5,
-        experts=DEEPSEEKS_EXPERTS,
-    ),
-    models="GLM-4.5, 4.6, 4.7 and Air",
+_GLM4_MOE = Dialect(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    {
+        **COMMON_DEFAULTS,
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "use_qk_norm": False,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 1408,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+    },
+    neutral={"mlp_bias": (False,)},
+    harmless=_TRAINING | PREDICTION_FIELDS,
+    left_out=PREDICTION_LAYERS,
+    qkv_bias="attention_bias",
+    qk_norm="use_qk_norm",
+    partial_rotary=0.5,
+    experts=DEEPSEEKS_EXPERTS,
 )
+GLM4_MOE = decoder_family(_GLM4_MOE, dense=_GLM4_MOE, models="GLM-4.5, 4.6, 4.7 and Air")
