@@ -22,7 +22,7 @@ from tests.harness.ranks import distributed
 TEXT = torch.randint(0, toys.SHAPE["vocab_size"], (12, 40), generator=torch.Generator().manual_seed(5))
 # By variant: how its config says that there is one expert; where a router takes two, there are two that are alike.
 ONE: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 1, "num_experts_per_tok": 1, "sliding_window": ...},
+    "mixtral": {"num_local_experts": 1, "num_experts_per_tok": 1, "rope_theta": ..., "rms_norm_eps": ...},
     "mixtral_window": {"num_local_experts": 1, "num_experts_per_tok": 1},
     "qwen3_moe": {"num_experts": 1, "num_experts_per_tok": 1, "rope_theta": ...},
     "qwen3_moe_mixed": {"num_local_experts": 1, "num_experts_per_tok": 1},

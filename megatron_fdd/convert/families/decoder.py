@@ -198,15 +198,11 @@ def _dense_config(dialect: Dialect, dense: Dialect, config: HfConfig, width: int
 
 
 def _common_fields(dialect: Dialect, dense: Dialect, config: HfConfig) -> HfConfig:
-    """Return a mixture's config without what the dense dialect does not know, and with what the mixture's assumes."""
+    """Return a mixture's config without the fields that the dense dialect does not know."""
     assert dialect.experts is not None
     own = {*dialect.harmless, *dialect.neutral, *dialect.experts.fields}
     known = {*DecoderShape.plain_fields(), *ROPE_FIELDS, *dense.fields, *dense.harmless, *dense.neutral}
-    said = dialect.flatten(config)
-    unsaid = (
-        dialect.defaults.keys() - said.keys() - ({"rope_theta"} if config.get("rope_parameters") else set())
-    )
-    flat = said | {field: value for field, value in dialect.defaults.items() if field in unsaid}
+    flat = dialect.flatten(config)
     return {field: value for field, value in flat.items() if field in known or field not in own}
 
 
