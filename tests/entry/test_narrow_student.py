@@ -1,12 +1,14 @@
-"""A student that is narrower than its teacher, and was cut out of it, learns from it."""
+"""Students that were cut out of their teacher, narrower or dense, learn from it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_fdd import convert
+from tests.convert import toys
 from tests.entry.command import read_metrics, trained
 from tests.entry.conftest import Toys
 from tests.harness.ranks import Layout, run_on_ranks
@@ -34,3 +36,20 @@ def test_a_cut_student_learns(toy: Toys, tmp_path: Path) -> None:
     assert len(records) == 3
     assert {"trajectory s2:t2", "trajectory s3:t4"} <= records[0].keys()
     assert records[-1]["total"] < records[0]["total"]
+
+
+def test_a_dense_student_learns(toy: Toys, tmp_path: Path) -> None:
+    """It is of its teacher's type, whose config says that no layer has experts."""
+    teacher, student = tmp_path / "teacher-hf", tmp_path / "student-hf"
+    toys.make_llama(teacher, "glm4_moe", num_hidden_layers=4, torch_dtype="float32")
+    plan = convert.DensePlan.of(teacher, range(4), 66)
+    plan.write(student, plan.fit(AutoModelForCausalLM.from_pretrained(teacher), toys.TOKENS))
+    for folder in (teacher, student):
+        save = tmp_path / folder.name.removesuffix("-hf")
+        run_on_ranks(_import, Layout(ranks=1), {"folder": folder, "save": save})
+    metrics = tmp_path / "metrics.jsonl"
+    models = "--load", tmp_path / "student", "--teacher-load", tmp_path / "teacher"
+    trained(toy.command(*models, "--finetune", "--fdd-metrics-file", metrics), ranks=1)
+    totals = [record["total"] for record in read_metrics(metrics) if "total" in record]
+    assert len(totals) == 3
+    assert totals[-1] < totals[0]
