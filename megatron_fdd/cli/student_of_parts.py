@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from megatron_fdd.convert.hf_folder import HfFolder
 
 WINDOW = 512
+# More hardly make a better fit (benchmarks/LOG.md).
+_TOKENS_OF_A_CHANNEL = 10
 
 
 def read(path: Path | None) -> list[str]:
@@ -50,12 +53,12 @@ def write(
     if width is not None:
         plan = dense = convert.DensePlan.of(hf_model, layers, width)
         windows = _windows(dense.folder, text, given["calibration_samples"])
-        _check_tokens(width, windows, text)
+        more = _more_tokens(width, windows, text)
         mlps = dense.fit(_load(hf_model), windows, progress=True)
         parameters = dense.write(hf_out, mlps, max_shard_size=max_shard_size, progress=True)
         most = dense.mixtures[0].num_channels
         changed = f"; a {dense.config['model_type']} with {width:,} of {most:,} channels in each MLP"
-        told = [f"fitted to {_read(windows)} of {text}"]
+        told = [f"fitted to {_read(windows)} of {text}{more}"]
     else:
         plan = parts = convert.StudentPlan.of(hf_model, layers, sizes)
         scores = {}
@@ -74,13 +77,22 @@ def _read(windows: Tensor) -> str:
     return f"{len(windows)} windows of {windows.shape[1]} tokens"
 
 
-def _check_tokens(width: int, windows: Tensor, text: Path) -> None:
-    """Refuse a text with fewer tokens than there are channels to fit to it."""
-    if windows.numel() < width:
+def _more_tokens(width: int, windows: Tensor, text: Path) -> str:
+    """Return what to say of a text that has few tokens for each channel.
+
+    Raises:
+        ValueError: it has fewer tokens than channels.
+    """
+    each = windows.numel() / width
+    if each < 1:
         raise ValueError(
             f"--dense-ffn-hidden-size {width}: {_read(windows)} of {text} are read, and as many channels need at least "
-            "as many tokens, better several for each; give a longer text, or more --calibration-samples"
+            "as many tokens, better ten for each; give a longer text, or more --calibration-samples"
         )
+    if each >= _TOKENS_OF_A_CHANNEL:
+        return ""
+    samples = math.ceil(_TOKENS_OF_A_CHANNEL * width / windows.shape[1])
+    return f", {each:.1f} tokens for a channel; ten fit better: --calibration-samples {samples}, if the text has them"
 
 
 def _left_out(plan: StudentPlan | DensePlan) -> list[str]:
