@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from megatron_fdd.convert import DensePlan, StudentPlan
+    from megatron_fdd.convert.dense_student import FittedMlp
     from megatron_fdd.convert.hf_folder import HfFolder
 
 WINDOW = 512
@@ -49,28 +50,37 @@ def write(
         )
     convert.check_new_folder(hf_out, "--hf-out")
     plan: StudentPlan | DensePlan
-    width, text, told = given["dense_ffn_hidden_size"], given["calibration_text"], []
-    if width is not None:
-        plan = dense = convert.DensePlan.of(hf_model, layers, width)
-        windows = _windows(dense.folder, text, given["calibration_samples"])
-        more = _more_tokens(width, windows, text)
-        mlps = dense.fit(_load(hf_model), windows, progress=True)
-        parameters = dense.write(hf_out, mlps, max_shard_size=max_shard_size, progress=True)
-        most = dense.mixtures[0].num_channels
-        changed = f"; a {dense.config['model_type']} with {width:,} of {most:,} channels in each MLP"
-        told = [f"fitted to {_read(windows)} of {text}{more}"]
+    if given["dense_ffn_hidden_size"] is not None:
+        plan = convert.DensePlan.of(hf_model, layers, given["dense_ffn_hidden_size"])
+        mlps, told = _fit(plan, given)
+        parameters = plan.write(hf_out, mlps, max_shard_size=max_shard_size, progress=True)
+        most = plan.mixtures[0].num_channels
+        changed = f"; a {plan.config['model_type']} with {plan.width:,} of {most:,} channels in each MLP"
     else:
-        plan = parts = convert.StudentPlan.of(hf_model, layers, sizes)
-        scores = {}
-        if sizes:
-            windows = _windows(parts.folder, text, given["calibration_samples"])
-            scores = convert.measure_importance(_load(hf_model), parts.probes, windows, progress=True)
-            told = [f"scored on {_read(windows)} of {text}"]
-        parameters = parts.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
+        plan = convert.StudentPlan.of(hf_model, layers, sizes)
+        scores, told = _score(plan, given) if sizes else ({}, [])
+        parameters = plan.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
         changed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
     kept = "all" if len(layers) == num_layers else ",".join(str(layer) for layer in layers)
     line = f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{changed}"
     return "\n".join([line, *told, *_left_out(plan), *_pairs(layers, num_layers)])
+
+
+def _score(plan: StudentPlan, given: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Run the teacher on a text; return what scores its parts have there, and what to say of it."""
+    from megatron_fdd import convert
+
+    windows = _windows(plan.folder, given)
+    scores = convert.measure_importance(_load(plan.folder), plan.probes, windows, progress=True)
+    return scores, [f"scored on {_read(windows)} of {given['calibration_text']}"]
+
+
+def _fit(plan: DensePlan, given: dict[str, Any]) -> tuple[dict[int, FittedMlp], list[str]]:
+    """Run the teacher on a text; return the MLPs that fit it there, and what to say of it."""
+    windows = _windows(plan.folder, given)
+    more = _more_tokens(plan.width, windows, given["calibration_text"])
+    mlps = plan.fit(_load(plan.folder), windows, progress=True)
+    return mlps, [f"fitted to {_read(windows)} of {given['calibration_text']}{more}"]
 
 
 def _read(windows: Tensor) -> str:
@@ -117,11 +127,12 @@ def _pairs(layers: list[int], num_layers: int) -> list[str]:
     return [f"pairs of layers with one origin, for the training: --fdd-layer-pairs {pairs}"]
 
 
-def _windows(folder: HfFolder, text: Path, num_samples: int) -> Tensor:
-    """Return int64 [windows, length]: at most `num_samples` of the text, for the teacher to read."""
+def _windows(folder: HfFolder, given: dict[str, Any]) -> Tensor:
+    """Return int64 [windows, length]: at most as many of the text as are given, for the teacher to read."""
     from megatron_fdd.evaluate.models import NamedModel, num_positions
     from megatron_fdd.evaluate.perplexity import cut_windows
 
+    text, num_samples = given["calibration_text"], given["calibration_samples"]
     named = NamedModel(folder.path.resolve().name, folder.path)
     named.check()
     length = int(min(WINDOW, num_positions(named.config())))
@@ -133,11 +144,11 @@ def _windows(folder: HfFolder, text: Path, num_samples: int) -> Tensor:
     return windows
 
 
-def _load(hf_model: Path) -> PreTrainedModel:
+def _load(folder: HfFolder) -> PreTrainedModel:
     """Load the teacher, to read the text."""
     from transformers.utils import logging
 
     from megatron_fdd.evaluate.models import Placement
 
     logging.disable_progress_bar()
-    return Placement(Placement.choose(None, None).device, "auto").load(hf_model)
+    return Placement(Placement.choose(None, None).device, "auto").load(folder.path)
