@@ -109,8 +109,8 @@ def command(hf_model: Path, hf_out: Path, max_shard_size: str, **given: Any) -> 
 
     Dense: in place of a layer's experts comes one MLP of the channels, of all experts together, that do most on
     --calibration-text; the shared expert's come first. Its gate and up are theirs, its down is what brings it nearest
-    to the mixture's output on the text. Take as many channels as a token uses, or more, and a text with several tokens
-    for each. The result is of the family's dense type, such as qwen3 of a qwen3_moe.
+    to the mixture's output on the text. Take as many channels as a token uses, or more, and a text with ten tokens for
+    each. The result is of the family's dense type, such as qwen3 of a qwen3_moe.
 
     Vocabulary: tokens that both models have keep their rows of embedding and head, new ones begin halfway between the
     mean of the rows of their old pieces and that of all rows. Tokenizer, chat template and special tokens are the

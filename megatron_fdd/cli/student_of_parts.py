@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from megatron_fdd.convert import DensePlan, StudentPlan
+    from megatron_fdd.convert.dense_student import FittedMlp
     from megatron_fdd.convert.hf_folder import HfFolder
 
 WINDOW = 512
+# More hardly make a better fit (benchmarks/LOG.md).
+_TOKENS_OF_A_CHANNEL = 10
 
 
 def read(path: Path | None) -> list[str]:
@@ -44,53 +49,68 @@ def write(
             num_layers if given["num_layers"] is None else given["num_layers"], num_layers
         )
     convert.check_new_folder(hf_out, "--hf-out")
-    width, text, told = given["dense_ffn_hidden_size"], given["calibration_text"], []
-    if width is not None:
-        dense = convert.DensePlan.of(hf_model, layers, width)
-        windows = _windows(dense.folder, text, given["calibration_samples"])
-        _check_tokens(width, windows, text)
-        mlps = dense.fit(_load(hf_model), windows, progress=True)
-        parameters = dense.write(hf_out, mlps, max_shard_size=max_shard_size, progress=True)
-        most = dense.mixtures[0].num_channels
-        changed = f"; a {dense.config['model_type']} with {width:,} of {most:,} channels in each MLP"
-        told = [f"fitted to {_read(windows)} of {text}"]
+    plan: StudentPlan | DensePlan
+    if given["dense_ffn_hidden_size"] is not None:
+        plan = convert.DensePlan.of(hf_model, layers, given["dense_ffn_hidden_size"])
+        mlps, told = _fit(plan, given)
+        parameters = plan.write(hf_out, mlps, max_shard_size=max_shard_size, progress=True)
+        most = plan.mixtures[0].num_channels
+        changed = f"; a {plan.config['model_type']} with {plan.width:,} of {most:,} channels in each MLP"
     else:
-        plan, scores = convert.StudentPlan.of(hf_model, layers, sizes), {}
-        if sizes:
-            windows = _windows(plan.folder, text, given["calibration_samples"])
-            scores = convert.measure_importance(_load(hf_model), plan.probes, windows, progress=True)
-            told = [f"scored on {_read(windows)} of {text}"]
+        plan = convert.StudentPlan.of(hf_model, layers, sizes)
+        scores, told = _score(plan, given) if sizes else ({}, [])
         parameters = plan.write(hf_out, scores, max_shard_size=max_shard_size, progress=True)
         changed = "".join(f"; {name.replace('_', '-')} {value:,}" for name, value in sizes.items())
     kept = "all" if len(layers) == num_layers else ",".join(str(layer) for layer in layers)
     line = f"{hf_out}: {parameters:,} parameters, {len(layers)} layers of {hf_model}: {kept}{changed}"
-    return "\n".join([line, *told, *_left_out(hf_model), *_pairs(layers, num_layers)])
+    return "\n".join([line, *told, *_left_out(plan), *_pairs(layers, num_layers)])
 
 
-def _left_out(hf_model: Path) -> list[str]:
-    """Say which tensors of the teacher a student has no place for."""
-    from megatron_fdd.convert.families import family_of
-    from megatron_fdd.convert.hf_folder import HfFolder
+def _score(plan: StudentPlan, given: dict[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Run the teacher on a text; return what scores its parts have there, and what to say of it."""
+    from megatron_fdd import convert
 
-    folder = HfFolder(hf_model)
-    family = family_of(folder.config)
-    names = family.left_out_names(folder.config, folder.names)
-    if not names or family.left_out is None or family.keeps_left_out:
-        return []
-    return [f"{len(names)} tensors of {family.left_out.what} ({names[0]} ...) are left out"]
+    windows = _windows(plan.folder, given)
+    scores = convert.measure_importance(_load(plan.folder), plan.probes, windows, progress=True)
+    return scores, [f"scored on {_read(windows)} of {given['calibration_text']}"]
+
+
+def _fit(plan: DensePlan, given: dict[str, Any]) -> tuple[dict[int, FittedMlp], list[str]]:
+    """Run the teacher on a text; return the MLPs that fit it there, and what to say of it."""
+    windows = _windows(plan.folder, given)
+    more = _more_tokens(plan.width, windows, given["calibration_text"])
+    mlps = plan.fit(_load(plan.folder), windows, progress=True)
+    return mlps, [f"fitted to {_read(windows)} of {given['calibration_text']}{more}"]
 
 
 def _read(windows: Tensor) -> str:
     return f"{len(windows)} windows of {windows.shape[1]} tokens"
 
 
-def _check_tokens(width: int, windows: Tensor, text: Path) -> None:
-    """Refuse a text with fewer tokens than there are channels to fit to it."""
-    if windows.numel() < width:
+def _more_tokens(width: int, windows: Tensor, text: Path) -> str:
+    """Return what to say of a text that has few tokens for each channel.
+
+    Raises:
+        ValueError: it has fewer tokens than channels.
+    """
+    each = windows.numel() / width
+    if each < 1:
         raise ValueError(
             f"--dense-ffn-hidden-size {width}: {_read(windows)} of {text} are read, and as many channels need at least "
-            "as many tokens, better several for each; give a longer text, or more --calibration-samples"
+            "as many tokens, better ten for each; give a longer text, or more --calibration-samples"
         )
+    if each >= _TOKENS_OF_A_CHANNEL:
+        return ""
+    samples = math.ceil(_TOKENS_OF_A_CHANNEL * width / windows.shape[1])
+    return f", {each:.1f} tokens for a channel; ten fit better: --calibration-samples {samples}, if the text has them"
+
+
+def _left_out(plan: StudentPlan | DensePlan) -> list[str]:
+    """Say which tensors of the teacher the student has no place for."""
+    names = plan.left_out
+    if not names or plan.family.left_out is None:
+        return []
+    return [f"{len(names)} tensors of {plan.family.left_out.what} ({names[0]} ...) are left out"]
 
 
 def _pairs(layers: list[int], num_layers: int) -> list[str]:
@@ -107,11 +127,12 @@ def _pairs(layers: list[int], num_layers: int) -> list[str]:
     return [f"pairs of layers with one origin, for the training: --fdd-layer-pairs {pairs}"]
 
 
-def _windows(folder: HfFolder, text: Path, num_samples: int) -> Tensor:
-    """Return int64 [windows, length]: at most `num_samples` of the text, for the teacher to read."""
+def _windows(folder: HfFolder, given: dict[str, Any]) -> Tensor:
+    """Return int64 [windows, length]: at most as many of the text as are given, for the teacher to read."""
     from megatron_fdd.evaluate.models import NamedModel, num_positions
     from megatron_fdd.evaluate.perplexity import cut_windows
 
+    text, num_samples = given["calibration_text"], given["calibration_samples"]
     named = NamedModel(folder.path.resolve().name, folder.path)
     named.check()
     length = int(min(WINDOW, num_positions(named.config())))
@@ -123,11 +144,11 @@ def _windows(folder: HfFolder, text: Path, num_samples: int) -> Tensor:
     return windows
 
 
-def _load(hf_model: Path) -> PreTrainedModel:
+def _load(folder: HfFolder) -> PreTrainedModel:
     """Load the teacher, to read the text."""
     from transformers.utils import logging
 
     from megatron_fdd.evaluate.models import Placement
 
     logging.disable_progress_bar()
-    return Placement(Placement.choose(None, None).device, "auto").load(hf_model)
+    return Placement(Placement.choose(None, None).device, "auto").load(folder.path)

@@ -91,6 +91,11 @@ class DensePlan:
             raise _impossible(f"{told} cannot become a {sibling.model_type} ({why})") from error
         return cls(plan.folder, plan.family, layers, mixtures, config, width)
 
+    @property
+    def left_out(self) -> list[str]:
+        """The names of the teacher's tensors that the student has no place for."""
+        return self.family.left_out_names(self.folder.config, self.folder.names)
+
     def fit(self, model: nn.Module, windows: Tensor, *, progress: bool = False) -> dict[int, FittedMlp]:
         """Choose the channels of the MLPs and fit their second matrices, as the teacher runs on a text.
 

@@ -109,8 +109,8 @@ def _ranks(plan: Plan, args: argparse.Namespace, names: Sequence[str]) -> list[s
     beyond = (args.vocab_size or 0) - plan.vocab_size
     if beyond > 0:
         lines.append(
-            f"    {beyond:,} more row(s) of the student are no token of the tokenizer and of every model: no softmax here "
-            "has them, an exported student does"
+            f"    {beyond:,} more row(s) of the student are no token of the tokenizer and of every model: no softmax "
+            "here has them, an exported student does"
         )
     first_layer = 0
     for index, (chunk, count) in enumerate(zip(plan.chunks, plan.student_layers, strict=True)):
