@@ -142,6 +142,13 @@ class StudentPlan:
         plan.tensors({key: torch.zeros(count) for key, count in parts.items()})  # refuses what cannot be cut
         return plan
 
+    @property
+    def left_out(self) -> list[str]:
+        """The names of the teacher's tensors that the student has no place for."""
+        if self.family.keeps_left_out:
+            return []
+        return self.family.left_out_names(self.folder.config, self.folder.names)
+
     def write(
         self,
         hf_out: Path,

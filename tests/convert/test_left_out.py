@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
-from megatron_fdd.cli import student_of_parts
 from megatron_fdd.cli.mcore_to_hf import told_of
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.hf_folder import HfFolder
@@ -63,9 +62,8 @@ def test_kept(tmp_path: Path) -> None:
 @distributed(tp=1)
 def test_a_student_and_another_vocabulary_have_none(tmp_path: Path) -> None:
     source = _make(tmp_path / "hf", "deepseek_v3")
-    given = {"layers": "0,2", "num_layers": None, "dense_ffn_hidden_size": None, "calibration_text": None}
-    told = student_of_parts.write(source, tmp_path / "student", "5GB", {}, given)
-    assert f"2 tensors of multi-token prediction ({NAMES[0]} ...) are left out" in told
+    assert convert.StudentPlan.of(source, [0, 2], {}).left_out == NAMES
+    convert.init_student(source, [0, 2], tmp_path / "student")
     student = HfFolder(tmp_path / "student")
     assert not any(name.startswith("model.layers.2") for name in student.names)
     assert student.config["num_nextn_predict_layers"] == 0
