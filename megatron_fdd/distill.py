@@ -258,6 +258,7 @@ def _carry_companions(run: PreparedRun) -> None:
 def main(parts: Parts = Parts()) -> int:
     """Run as `sys.argv` says. Return the exit status, which is 1 after an error that the user can correct."""
     if rehearsal.is_wanted():
+        rehearsal.start()  # a training script may have left its first line out
         sys.argv[1:] = rehearsal.add_flags(sys.argv[1:])
     distillation: Distillation | None = None
     try:

@@ -60,8 +60,13 @@ def check_same_sizes(config: GPTModelConfig, planned: GPTModelConfig) -> None:
     """Refuse a student of a training script that has other sizes than its arguments, which everything is planned by.
 
     Raises:
-        ValueError: names every field that differs.
+        ValueError: it is no config; or names every field that differs.
     """
+    if not hasattr(config, "transformer"):
+        raise ValueError(
+            f"Parts.student returned {config!r:.100}; it must return a GPTModelConfig, such as that of "
+            "host.model.build_config"
+        )
     pairs = {
         "num_layers": (config.transformer.num_layers, planned.transformer.num_layers),
         "hidden_size": (config.transformer.hidden_size, planned.transformer.hidden_size),

@@ -18,6 +18,7 @@ from megatron_fdd.host.process import print_error, print_own_error
 
 # Packages whose lines tell more than those of the libraries that they call.
 _SPEAKING = re.compile(r"(?s).*/(?=(megatron|megatron_fdd)/)")
+_OF_LIBRARIES = re.compile(r"^<|/(site|dist)-packages/|/lib/python\d[\d.]*/")
 _LONGEST = 400
 
 
@@ -107,9 +108,13 @@ def in_one_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Return the file and line that raised an error: the last ones in Megatron or in this package."""
+    """Return the file and line that raised an error: of the last line that is no library's, but Megatron's or ours."""
     entries = traceback.extract_tb(error.__traceback__)
-    speaking = [entry for entry in entries if _SPEAKING.match(entry.filename)]
+    speaking = [
+        entry
+        for entry in entries
+        if _SPEAKING.match(entry.filename) or not _OF_LIBRARIES.search(entry.filename)
+    ]
     last = (speaking or entries)[-1]
     return f"{_SPEAKING.sub('', last.filename)}:{last.lineno}"
 

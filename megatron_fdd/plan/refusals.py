@@ -114,6 +114,10 @@ REFUSALS: tuple[Refusal, ...] = (
         "--rampup-batch-size: this Megatron ignores it; give --step-batch-size-schedule and --train-samples",
     ),
     (
+        lambda a: bool(a.train_samples) and bool(a.train_iters) and a.step_batch_size_schedule is None,
+        "--train-samples with --train-iters: Megatron counts a training in one of the two; leave the other out",
+    ),
+    (
         lambda a: a.step_batch_size_schedule is not None and a.train_iters is not None,
         "--step-batch-size-schedule with --train-iters: Megatron counts warm-up and decay as if every batch were one "
         "micro-batch of each rank, and the rate would be 0 long before the end; give --train-samples",

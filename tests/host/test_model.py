@@ -27,3 +27,8 @@ def test_the_same_sizes_pass() -> None:
 def test_another_size_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"Parts\.student: .*: {name} is {value} in it and .* by the flags"):
         check_same_sizes(config(**{name: value}), config())
+
+
+def test_a_student_that_is_no_config_is_refused() -> None:
+    with pytest.raises(ValueError, match="Parts.student returned None; it must return a GPTModelConfig"):
+        check_same_sizes(None, config())  # type: ignore[arg-type]

@@ -50,6 +50,7 @@ FLAGS = {
     "--exit-duration-in-mins -1": "--exit-duration-in-mins -1: must be at least 0",
     "--exit-interval -2": "--exit-interval -2: must be at least 0",
     # Ignored, or misunderstood, by Megatron without a word.
+    "--train-samples 10": "--train-samples with --train-iters: Megatron counts a training in one of the two",
     "--rampup-batch-size 8 8 100": "--rampup-batch-size: this Megatron ignores it",
     "--step-batch-size-schedule 0:8": "--step-batch-size-schedule with --train-iters: Megatron counts",
     "--non-persistent-ckpt-type local": "--non-persistent-ckpt-type local, in_memory: nothing here reads",

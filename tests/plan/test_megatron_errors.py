@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_without_its_source_the_line_is_still_one(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as error:
         exec(compile("\n\nassert None", str(tmp_path / "gone.py"), "exec"))
     assert in_one_line(error.value) == f"a condition without a text ({tmp_path}/gone.py:3)"
+
+
+def test_the_place_is_in_somebodys_own_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import json\ndef bug(_):\n    json.loads('{')\n")
+    own = runpy.run_path(str(tmp_path / "mine.py"))
+    with pytest.raises(ValueError, match="Expecting") as error:
+        json.JSONEncoder(default=own["bug"]).encode(object())
+    assert in_one_line(error.value).endswith(f"({tmp_path}/mine.py:3)")
 
 
 def test_a_data_process_that_the_system_ended(capsys: pytest.CaptureFixture[str]) -> None:
