@@ -155,11 +155,12 @@ class HfSource:
         row, parameter = self._row_of[name], self.parameters[name]
         if not row.sources:
             return [torch.zeros(parameter.shape, dtype=parameter.dtype)], []
-        parts = [self._read_part(part, parameter.dtype) for part in row.sources]
-        hashed = [
-            hashers.submit(self._hash, name, *each) for name, each in zip(row.sources, parts, strict=True)
-        ]
-        blocks = join_blocks(row.transform, [rounded for _, rounded in parts])
+        parts, hashed = [], []
+        for source in row.sources:
+            part, rounded = self._read_part(source, parameter.dtype)
+            hashed.append(hashers.submit(self._hash, source, part, rounded))
+            parts.append(rounded)
+        blocks = join_blocks(row.transform, parts)
         for index, block in enumerate(blocks):
             if block.dtype != parameter.dtype:
                 blocks[index] = narrowed = block.to(parameter.dtype)

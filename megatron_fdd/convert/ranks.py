@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
@@ -30,7 +31,7 @@ def conversion_ranks() -> Iterator[Any]:
     These are torchrun's ranks, or one rank without torchrun, over gloo. The ProcessGroupCollection holds groups of
     one rank only, so that a model built with it is whole. If Megatron has no parallel state, one is made (its modules
     ask for it) and ended afterwards; environment variables are restored. Without a GPU, the CPU rehearsal is switched
-    on.
+    on. torch's operators take one thread each meanwhile: a conversion has threads of its own.
 
     Collectives over all ranks: making the groups.
     """
@@ -39,7 +40,8 @@ def conversion_ranks() -> Iterator[Any]:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    environment = dict(os.environ)
+    environment, num_threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
     own_world = not dist.is_initialized()
     if own_world and "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=_PATIENCE)
@@ -59,6 +61,7 @@ def conversion_ranks() -> Iterator[Any]:
         # A GPTModel writes its choice of attention into NVTE_* variables, which would stop a run that starts later.
         os.environ.clear()
         os.environ.update(environment)
+        torch.set_num_threads(num_threads)
         if alone is not None:
             dist.destroy_process_group(alone)
         if own_state:
