@@ -116,24 +116,27 @@ class Shape:
         return hidden, torch.empty(self.vocab_size, width, dtype=self.dtype, device="meta")
 
 
-HeadKind = Literal["still", "live", "held"]
+HeadKind = Literal["still", "live", "held", "inner"]
 
 
 def launches_of(shape: Shape, divergence: Divergence | None, head: HeadKind) -> list[Launch]:
-    """Return the launches of one call of linear_kl with everything requested; "held": of head_loss.
+    """Return the launches of one call of linear_kl with everything requested.
+
+    "held": of head_loss. "inner": of a layer of `inner_loss` that leaves out tiles.
 
     `divergence` None: without a teacher.
     """
-    head_gradient = head != "still"
+    head_gradient, is_inner = head != "still", head == "inner"
     request = Request(
         shard=VocabShard(0, shape.vocab_size, None),
         divergence=divergence,
         needs_lse=head != "held",
-        has_labels=True,
-        implementation=Implementation("triton"),
+        has_labels=not is_inner,
+        implementation=Implementation("triton", skip_below=1e-5 if is_inner else 0.0),
         body_gradient=not head_gradient,
         head_gradient=head_gradient,
-        held_rows=shape.num_tokens if head == "held" else None,
+        held_rows=shape.num_tokens if head in ("held", "inner") else None,
+        skips_tiles=is_inner,
     )
     teacher = None if divergence is None else shape.model(shape.teacher_width)
     student = shape.model(shape.student_width)
@@ -143,6 +146,7 @@ def launches_of(shape: Shape, divergence: Divergence | None, head: HeadKind) -> 
         # As on a GPU; nothing depends on the products of these tensors.
         patch.object(vocab_tiles, "product_dtype", lambda tensor: tensor.dtype),
         patch.object(sweeps, "accumulate"),
+        patch.object(sweeps, "add_kept_product"),
     ):
         sweeping = TritonSweeps(request, teacher, student)
         sums = sweeping.softmax_sums()

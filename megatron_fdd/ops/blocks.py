@@ -112,40 +112,64 @@ def finished_blocks(
     Collectives for each block: under sequence parallelism one all-gather each of student, teacher and labels; one
     all-gather of the packed statistics; one all-reduce of [2, R] for divergences that need a second sweep.
     """
-    shard = request.shard
-    at_once = shard.num_ranks == 1 or request.held_rows is not None
+    at_once = request.shard.num_ranks == 1 or request.held_rows is not None
     for swept in _one_behind(_swept_blocks(request, teacher, student, labels_N), at_once=at_once):
-        statistics = merge(swept.sums, swept.packed, shard, has_labels=swept.labels_R is not None)
-        second = None
-        if request.two_sweep is not None:
-            sums_2R, rows_MD = swept.sweeps.second_sums(statistics.lse_M)
-            value_R, centre_R = shard.all_reduce(sums_2R)
-            second = SecondSums(value_R, centre_R, rows_MD)
-        yield TokenBlock(swept, statistics, second)
+        yield _finished(request, swept)
+
+
+def finished_block(request: Request, teacher: Model | None, student: Model) -> TokenBlock:
+    """Return this rank's tokens as one block. Collectives: those of `finished_blocks` for a block without labels."""
+    rows = slice(0, len(student[0]))
+    return _finished(
+        request, _swept(request, teacher, student, rows, _gathers(request, teacher, student, None, rows))
+    )
+
+
+def _finished(request: Request, swept: Swept) -> TokenBlock:
+    """Wait for the other ranks' sums, and run the second sweep if there is one."""
+    statistics = merge(swept.sums, swept.packed, request.shard, has_labels=swept.labels_R is not None)
+    second = None
+    if request.two_sweep is not None:
+        sums_2R, rows_MD = swept.sweeps.second_sums(statistics.lse_M)
+        value_R, centre_R = request.shard.all_reduce(sums_2R)
+        second = SecondSums(value_R, centre_R, rows_MD)
+    return TokenBlock(swept, statistics, second)
+
+
+type Gathers = list[Pending | None]  # the student's tokens, the teacher's, labels
+
+
+def _gathers(
+    request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None, rows: slice
+) -> Gathers:
+    tensors = (student[0], None if teacher is None else teacher[0], labels_N)
+    return [None if tensor is None else request.shard.start_gather(tensor[rows]) for tensor in tensors]
 
 
 def _swept_blocks(
     request: Request, teacher: Model | None, student: Model, labels_N: Tensor | None
 ) -> Iterator[Swept]:
-    shard = request.shard
-    tensors = (student[0], None if teacher is None else teacher[0], labels_N)
+    started = (
+        (rows, _gathers(request, teacher, student, labels_N, rows))
+        for rows in request.blocks(len(student[0]))
+    )
+    for rows, gathers in _one_behind(started, at_once=request.shard.num_ranks == 1):
+        yield _swept(request, teacher, student, rows, gathers)
 
-    def gathers() -> Iterator[tuple[slice, list[Pending | None]]]:
-        for rows in request.blocks(len(student[0])):
-            yield rows, [None if tensor is None else shard.start_gather(tensor[rows]) for tensor in tensors]
 
-    for rows, pending in _one_behind(gathers(), at_once=shard.num_ranks == 1):
-        student_RD, teacher_RT, labels_R = (None if each is None else each.wait() for each in pending)
-        assert student_RD is not None
-        block_student = (student_RD, student[1])
-        block_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
-        sweeps = make_sweeps(request, block_teacher, block_student)
-        sums = sweeps.softmax_sums()
-        label_logit_R = None
-        if labels_R is not None:
-            label_logit_R = label_logits(*block_student, labels_R, shard, request.student_extras)
-        packed = start_merge(sums, label_logit_R, shard)
-        yield Swept(rows, block_teacher, block_student, labels_R, sweeps, sums, packed)
+def _swept(request: Request, teacher: Model | None, student: Model, rows: slice, gathers: Gathers) -> Swept:
+    """Run a block's first sweep, and start to exchange its sums."""
+    student_RD, teacher_RT, labels_R = (None if each is None else each.wait() for each in gathers)
+    assert student_RD is not None
+    block_student = (student_RD, student[1])
+    block_teacher = None if teacher is None or teacher_RT is None else (teacher_RT, teacher[1])
+    sweeps = make_sweeps(request, block_teacher, block_student)
+    sums = sweeps.softmax_sums()
+    label_logit_R = None
+    if labels_R is not None:
+        label_logit_R = label_logits(*block_student, labels_R, request.shard, request.student_extras)
+    packed = start_merge(sums, label_logit_R, request.shard)
+    return Swept(rows, block_teacher, block_student, labels_R, sweeps, sums, packed)
 
 
 def _one_behind[Item](items: Iterable[Item], *, at_once: bool) -> Iterator[Item]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fdd.ops.blocks import TokenBlock, finished_blocks
+from megatron_fdd.ops.blocks import TokenBlock, finished_block
 from megatron_fdd.ops.divergence import Divergence
 from megatron_fdd.ops.head_loss import masked_sum
 from megatron_fdd.ops.heads import Heads
@@ -154,7 +154,7 @@ class SweptLayer(LayerPass):
         assert heads.teacher_WT is not None
         teacher_nT = self.layer.teacher_NT[rows].to(heads.teacher_WT.dtype)
         student_nD = self.layer.student_ND[rows].to(heads.student_WD.dtype)
-        (self._block,) = finished_blocks(self._request, *heads.models(teacher_nT, student_nD), None)
+        self._block = finished_block(self._request, *heads.models(teacher_nT, student_nD))
         outputs = self._block.outputs(self._request)
         assert outputs.teacher_lse_N is not None
         assert outputs.student_lse_N is not None

@@ -79,6 +79,8 @@ SANITIZER = (
 )
 MORE = (
     "tests/ops/test_triton.py",
+    "tests/ops/test_triton_held.py",
+    "tests/ops/test_kept_tiles.py",
     "tests/ops/test_triton_compiles.py",
     "tests/convert/test_transformer_engine.py",
 )

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.implementation import Implementation
+from megatron_fdd.ops.inner_loss import InnerLayer, InnerTerms, inner_loss
 from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
 from tests.ops.linear_kl_case import gradients, loss, make_case
 
@@ -137,6 +138,15 @@ def results(*, sequence_parallel: bool, dtype: torch.dtype) -> tuple[Tensor, ...
     deltas = (teacher.float(), student.float())
     cosine_N = delta_cosine(*deltas, lse_N, 2 * lse_N, grams)
     found += [cosine_N, *gradients(cosine_N.sum(), student, head)]
+    constant = replace(
+        heads, student_WD=head.detach(), implementation=Implementation(held_logits=2 * 64 * 3000)
+    )
+    layers = [
+        InnerLayer(teacher.float(), student.float(), 1.0),
+        InnerLayer(2 * teacher.float(), student.float().flip(1), 1.0, 1.0),
+    ]
+    total, _ = inner_loss(layers, constant, head_grams(constant), InnerTerms(Divergence(), upstream[0]))
+    found += [total, *gradients(total, student)]
     return tuple(each.detach() for each in found)
 
 

@@ -44,7 +44,7 @@ def concentrated() -> Inner:
 
 def run(inner: Inner, skip_below: float) -> tuple[Tensor, list[Tensor], int]:
     """Return the loss, the gradients of all layers, and the multiplications."""
-    students = leaves_of(inner, torch.float32)
+    students = [leaf.detach().to(DEVICE).requires_grad_() for leaf in leaves_of(inner, torch.float32)]
     heads = inner.layers[0].heads(implementation=replace(EXACT, skip_below=skip_below))
     heads = replace(heads, teacher_WT=heads.teacher_WT.to(DEVICE), student_WD=heads.student_WD.to(DEVICE))
     with Products() as products:

@@ -22,6 +22,7 @@ from megatron_fdd.ops.capped_change import capped_change
 from megatron_fdd.ops.delta import delta_cosine, head_grams
 from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.implementation import Implementation
+from megatron_fdd.ops.inner_loss import InnerLayer, InnerTerms, inner_loss
 from megatron_fdd.ops.linear_kl import Divergence
 from tests.harness.ranks import distributed
 from tests.ops.linear_kl_case import KINDS, RankPart, capped, gradients, loss, make_case, tiles
@@ -164,6 +165,21 @@ def delta_step(part: RankPart, *, centred: bool) -> Step:
     return step
 
 
+def inner_loss_step(part: RankPart, divergence: Divergence) -> Step:
+    """Return a step of two layers, of which so few logits are held that every rank has several blocks."""
+    teacher_NT, weights_N = part.case.teacher[part.tokens], part.case.upstream[0][part.tokens]
+
+    def step() -> tuple[Tensor, ...]:
+        student, head = part.inputs(live=False)
+        heads = part.heads(head, Implementation("torch", held_logits=2 * 4 * len(head)))
+        layers = [InnerLayer(teacher_NT, student, 0.7), InnerLayer(2 * teacher_NT, student.flip(1), 0.7, 0.4)]
+        total, sums = inner_loss(layers, heads, head_grams(heads), InnerTerms(divergence, weights_N))
+        values = [value for each in sums for value in each if value is not None]
+        return (total, *values, *gradients(total, student))
+
+    return step
+
+
 def capped_change_step(part: RankPart) -> Step:
     """Return the teacher's capped change, in several tiles, and its gradient for the student's head."""
     teacher_NT = part.case.teacher[part.tokens].float()
@@ -186,6 +202,7 @@ def assert_all_operations(*, sequence_parallel: bool) -> None:
             step = linear_kl_step(part, divergence, tiles(5, block_rows=4), live=live)
             assert_the_same_when_late(step, at_least=6)
         assert_the_same_when_late(head_loss_step(part, divergence), at_least=4)
+        assert_the_same_when_late(inner_loss_step(part, divergence), at_least=8)
     for centred in (False, True):
         assert_the_same_when_late(delta_step(part, centred=centred), at_least=2)
     capped_part = replace(part, case=capped(part.case))

@@ -14,10 +14,12 @@ pytestmark = pytest.mark.tier("default")
 
 pytest.importorskip("triton")
 LINE = re.compile(
-    r"\w+ \S+ (?P<head>live|still|held) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +\d+B *(?P<counts>.*)"
+    r"\w+ \S+ (?P<head>live|still|held|inner) (?P<name>\w+) +(?P<registers>\d+) +(?P<spilled>\d+) +\d+B *(?P<counts>.*)"
 )
 # A program has 8 warps. With more registers a multiprocessor has room for fewer than three, too few to hide its loads.
 MOST_REGISTERS = 80
+# Where largest logits of tiles are stored too; such a thread has twice the bytes on their way, two programs do.
+MOST_WITH_PEAKS = 96
 
 
 def report(folder: Path, capability: str, arguments: str) -> list[re.Match[str]]:
@@ -44,7 +46,8 @@ def count(line: re.Match[str], instruction: str) -> int:
     ("capability", "arguments", "kernels"),
     [
         ("90", "--kinds fkl --heads still live", {"softmax", "statistics", "gradient"}),
-        ("80", "--kinds jsd", {"statistics", "second", "gradient"}),
+        ("90", "--kinds fkl --heads inner", {"statistics", "gradient"}),
+        ("80", "--kinds jsd --heads still live held", {"statistics", "second", "gradient"}),
         ("90", "--kinds tv --heads live", {"statistics", "second", "gradient"}),
     ],
 )
@@ -53,7 +56,8 @@ def test_kernels_fit(tmp_path: Path, capability: str, arguments: str, kernels: s
     lines = report(tmp_path, capability, arguments)
     for line in lines:
         assert int(line["spilled"]) == 0, line[0]
-        assert int(line["registers"]) <= MOST_REGISTERS, line[0]
+        most = MOST_WITH_PEAKS if line["head"] == "inner" else MOST_REGISTERS
+        assert int(line["registers"]) <= most, line[0]
         assert count(line, "ld 16"), line[0]
     assert {line["name"] for line in lines} == kernels
 

@@ -11,12 +11,15 @@ from megatron_fdd.losses import objective
 from megatron_fdd.losses.inner_pass import inner_pass
 from megatron_fdd.ops.implementation import Implementation
 from tests.harness.ranks import run_on_ranks
-from tests.ops.interpreted import few_columns
+from tests.ops.interpreted import DEVICE, few_columns
 from tests.oracle.case import ENDS, Case, Result, assert_equal, expected, run_step, small
 from tests.oracle.reference import Terms
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.tier("default")
+pytestmark = [
+    pytest.mark.tier("default"),
+    pytest.mark.skipif(DEVICE != "cpu", reason="ranks are on CPUs, where Triton has its interpreter alone"),
+]
 
 LAYOUTS = {
     "1x1": Case(),
@@ -56,3 +59,17 @@ def test_terms_and_gradients_are_the_references(name: str) -> None:
     for result, _ in results:
         assert_equal(result, wanted)
     assert any(count for _, count in results) == (name in LAYOUTS)
+
+
+@pytest.mark.parametrize("name", ["tap", "tokens"])
+def test_draws_have_the_gradients_of_torch(name: str) -> None:
+    """A step that looks at one tap and the one before it, which may lie on another stage; or at some tokens."""
+    case = {
+        "tap": Case(pp=2, vpp=2, sample_one_tap=True, terms=ENDS),
+        "tokens": Case(tp=2, sequence_parallel=True, sample_tokens=0.5),
+    }[name]
+    case = small(case)
+    wanted = run_on_ranks(run_step, case.layout, {"case": case})
+    results = run_on_ranks(run_in_blocks, case.layout, {"case": replace(case, kernels="triton")})
+    for (result, _), reference in zip(results, wanted, strict=True):
+        assert_equal(result, reference)
