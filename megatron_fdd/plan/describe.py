@@ -106,7 +106,7 @@ def _ranks(plan: Plan, args: argparse.Namespace, names: Sequence[str]) -> list[s
         first, last = rank * shard, min((rank + 1) * shard, plan.vocab_size)
         held = f"vocabulary {first}..{last - 1}" if first < last else "padding only"
         lines.append(f"    tensor rank {rank}: {held}, {shard} rows with padding")
-    beyond = (args.vocab_size or 0) - plan.vocab_size
+    beyond = (getattr(args, "vocab_size", None) or 0) - plan.vocab_size
     if beyond > 0:
         lines.append(
             f"    {beyond:,} more row(s) of the student are no token of the tokenizer and of every model: no softmax "

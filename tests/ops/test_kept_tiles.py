@@ -19,7 +19,7 @@ from tests.ops.linear_kl_case import KINDS, Products, error
 pytest.importorskip("triton")
 from megatron_fdd.ops.gpu import sweeps  # noqa: E402
 
-pytestmark = pytest.mark.tier("default")
+pytestmark = pytest.mark.tier("all")
 EXACT = Implementation("triton", held_logits=2 * 4 * 83)  # blocks of 4 tokens
 
 

@@ -17,7 +17,7 @@ from tests.oracle.reference import Terms
 
 pytest.importorskip("triton")
 pytestmark = [
-    pytest.mark.tier("default"),
+    pytest.mark.tier("all"),
     pytest.mark.skipif(DEVICE != "cpu", reason="ranks are on CPUs, where Triton has its interpreter alone"),
 ]
 
