@@ -24,7 +24,7 @@ from megatron_fdd.convert.checksums import bytes_of, check_finite, digest
 from megatron_fdd.convert.families.family import slice_name, whole_name
 from megatron_fdd.convert.hf_folder import INDEX_FILE, SINGLE_FILE
 from megatron_fdd.convert.stored_tensor import NAME_OF_DTYPE
-from megatron_fdd.host.disk import check_no_link, flushed_behind, large_file, writing
+from megatron_fdd.host.disk import check_no_link, flushed_behind, large_file, naming, writing
 from megatron_fdd.host.json_file import write_json
 
 # So many tensors are hashed side by side.
@@ -79,7 +79,8 @@ def new_folder(final: Path, flag: str) -> Iterator[Path]:
     with writing(flag, final):
         lock = _take(unfinished, f"{flag} {final}")
         try:
-            yield unfinished
+            with naming(unfinished, final):
+                yield unfinished
             for path in [*unfinished.rglob("*"), unfinished]:
                 _to_disk(path)
             if real.exists():

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_fdd.convert.hf_writer import new_folder, unfinished_name
 from megatron_fdd.host import rehearsal
-from megatron_fdd.host.disk import writing
+from megatron_fdd.host.disk import naming, writing
 from megatron_fdd.host.together import together
 
 # Ranks wait for a rank that writes a large file; torchrun notices ranks that died.
@@ -97,7 +97,8 @@ def shared_new_folder(final: Path, flag: str) -> Iterator[Path]:
                 )
         if rank_zero:
             (folder / _TOKEN_FILE).unlink()
-        yield folder
+        with naming(folder, final):
+            yield folder
         dist.barrier()
         with together():  # the last steps of rank 0 can fail too
             stack.close()

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.model_fields import VOCABULARY
+from megatron_fdd.host.panics import panics_as_errors
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODELS = ("BPE", "Unigram")
@@ -56,7 +57,8 @@ class TokenBytes:
             )
         content = read_json(path)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            with panics_as_errors():
+                tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
             raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
         kinds = {*_kinds(content.get("decoder")), *_kinds(content.get("pre_tokenizer"))}

@@ -129,6 +129,9 @@ class Encoder:
             notes[EMPTY_DOCUMENTS] += 1
             return []
         ids = without_second_start(self.tokenizer.ids(text), self.tokenizer.start)
+        if not ids:  # a normaliser may leave nothing of signs that no eye sees
+            notes[EMPTY_DOCUMENTS] += 1
+            return []
         if self.settings.append_eod and ids[-1:] != [self._eod]:
             ids = [*ids, self._eod]
         return [Encoded(np.array(ids, np.int32))]

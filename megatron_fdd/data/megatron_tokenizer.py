@@ -24,6 +24,7 @@ from megatron_fdd.data.tokenizer_identity import (
     checked_identity,
     identity_of_sentencepiece,
 )
+from megatron_fdd.host.panics import PanicError, panics_as_errors
 
 
 def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
@@ -41,11 +42,13 @@ def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
         pad_vocab_size=False,
     )
     try:
-        tokenizer = build_tokenizer(config)
+        with panics_as_errors():
+            tokenizer = build_tokenizer(config)
     except Exception as error:  # the libraries behind it raise anything
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type}: {cause}"
+            f"cannot load --tokenizer-model {settings.tokenizer_model} as a {settings.tokenizer_type} ({cause}); "
+            "copy its files again, or give another"
         ) from error
     if tokenizer.library == "huggingface":
         # Documents are cut later; transformers' warning about too long an input would only mislead.
@@ -103,17 +106,36 @@ def text_tokenizer(tokenizer: MegatronTokenizerText, stop_ids: tuple[int, ...] =
         stop_ids: the model's, see `generation_stops`.
 
     Raises:
-        ValueError: its ids are not the ids of Megatron's tokenizer.
+        ValueError: its ids are not the ids of Megatron's tokenizer, or it leaves out a text or fails on it.
     """
     inner = tokenizer._tokenizer  # the wrapper has no public name for the library's object
     make = {"huggingface": HuggingFaceText, "sentencepiece": SentencePieceText}[tokenizer.library]
     eod, bos = (-1 if token_id is None else token_id for token_id in (tokenizer.eod, tokenizer.bos))
     text = make(tokenizer.chat_template, eod, bos, stop_ids, inner.tokenizer)
+    try:
+        with panics_as_errors():
+            _check_probes(tokenizer, text)
+    except PanicError as error:
+        raise ValueError(f"{_place(tokenizer)} cannot encode a text ({error}); copy it again") from error
+    return text
+
+
+def _check_probes(tokenizer: MegatronTokenizerText, text: TextTokenizer) -> None:
+    """Refuse other ids than those of Megatron's tokenizer, and a tokenizer whose ids hold nothing of the text."""
     for probe in (PROBE, PROBE.strip(), "a"):
         ids = tokenizer.tokenize(probe)
         if text.ids(probe) != ids or text.text(ids) != tokenizer.detokenize(ids):
             raise ValueError(
-                f"Megatron's {type(inner).__name__} gives {probe!r} other ids than the library under it, which "
-                "fdd prepare uses; install the version of Megatron in constraints.txt"
+                f"Megatron's {type(tokenizer._tokenizer).__name__} gives {probe!r} other ids than the library under "
+                "it, which fdd prepare uses; install the version of Megatron in constraints.txt"
             )
-    return text
+    if not 0 < len(text.plain_ids(PROBE)) <= len(text.ids(PROBE)):
+        raise ValueError(
+            f"{_place(tokenizer)} leaves out the text that it is given: look at the normalizer and at the "
+            '"single" of the post_processor in its tokenizer.json, or copy it again'
+        )
+
+
+def _place(tokenizer: MegatronTokenizerText) -> str:
+    """Return for a message which tokenizer this is."""
+    return f"--tokenizer-model {getattr(tokenizer._tokenizer.tokenizer, 'name_or_path', '(SentencePiece)')}"

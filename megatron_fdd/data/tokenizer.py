@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_fdd.data.chat_template import ChatSettings, ChatTemplate
 from megatron_fdd.data.tokenizer_identity import has_tokenizer
 from megatron_fdd.host.json_file import read_json
+from megatron_fdd.host.panics import panics_as_errors
 
 if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
     from sentencepiece import SentencePieceProcessor
@@ -184,15 +185,18 @@ class HuggingFaceText(TextTokenizer):
     library: PreTrainedTokenizerBase
 
     def ids(self, text: str) -> list[int]:
-        return self.library(text).input_ids
+        with panics_as_errors():
+            return self.library(text).input_ids
 
     def plain_ids(self, text: str) -> list[int]:
-        return self.library(text, add_special_tokens=False).input_ids
+        with panics_as_errors():
+            return self.library(text, add_special_tokens=False).input_ids
 
     def ids_and_places(self, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
         if not self.library.is_fast:
             return self.plain_ids(text), None
-        encoded = self.library(text, add_special_tokens=False, return_offsets_mapping=True)
+        with panics_as_errors():
+            encoded = self.library(text, add_special_tokens=False, return_offsets_mapping=True)
         return encoded.input_ids, encoded["offset_mapping"]
 
     def text(self, ids: list[int]) -> str:

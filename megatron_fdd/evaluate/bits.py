@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_fdd.data.tokenizer_identity import encoded_by
 from megatron_fdd.evaluate.models import (
     NamedModel,
     Placement,
@@ -112,7 +113,7 @@ def cut_pieces(
 
 def _started(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return a text's ids behind a token that begins it: the tokenizer's own, else the one that ends a text."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encoded_by(tokenizer, [text])[0]
     end = tokenizer.eos_token_id
     return begun(ids, leading_ids(tokenizer) or ([end] if isinstance(end, int) else []))
 

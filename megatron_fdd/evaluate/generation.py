@@ -26,6 +26,7 @@ from megatron_fdd.data.chat import ChatSampler
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.instructions import Instruction
 from megatron_fdd.data.tokenizer import HuggingFaceText
+from megatron_fdd.data.tokenizer_identity import encoded_by
 from megatron_fdd.evaluate.models import begun, check_finite, end_ids, leading_ids, plain_generation
 from megatron_fdd.evaluate.settings import GenerationSettings
 
@@ -56,7 +57,7 @@ def encode_prompts(
             before, text = [], _chat_text(example, sampler)
         else:
             before, text = leading, example.prompt(settings.template)
-        ids = begun(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], before)
+        ids = begun(encoded_by(tokenizer, [text])[0], before)
         if not ids:
             raise ValueError(
                 f"example {number} (from 0) is empty, and the tokenizer puts nothing before it: there is nothing to "

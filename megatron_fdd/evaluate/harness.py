@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from megatron_fdd.host.panics import panics_as_errors
+
 # What lm_eval writes behind the name of a measure that no filter has changed, and of its standard error.
 _NO_FILTER, _ERROR = ",none", "_stderr"
 
@@ -62,9 +64,10 @@ class HarnessTasks:
         wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
         try:
             asked = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            found = simple_evaluate(
-                asked, tasks=list(self.names), task_manager=_manager(self.folder), log_samples=False
-            )
+            with panics_as_errors():
+                found = simple_evaluate(
+                    asked, tasks=list(self.names), task_manager=_manager(self.folder), log_samples=False
+                )
         except Exception as error:  # each task and each data set has errors of its own
             first, *_ = str(error).splitlines() or [""]
             raise ValueError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,19 +59,26 @@ class Placement:
         several = self.device == "cuda" and torch.cuda.device_count() > 1
         device_map = "auto" if several else self.device
         try:
-            loaded: Any = _class_of(folder).from_pretrained(
-                folder,
-                dtype=self.dtype,
-                device_map=device_map,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "Detected pickle protocol"
+                )  # it asks to write to torch's authors
+                loaded: Any = _class_of(folder).from_pretrained(
+                    folder,
+                    dtype=self.dtype,
+                    device_map=device_map,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=False,
+                )
         except torch.OutOfMemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # a config with a wrong number, a pickle with code: transformers raises anything
+        except pickle.UnpicklingError as error:  # torch's words tell how to run what is in the file
+            raise ValueError(
+                f"{folder}: its .bin file is damaged or holds more than tensors, and reading it could run code; "
+                "give the model as safetensors"
+            ) from error
+        except Exception as error:  # a config with a wrong number: transformers raises anything
             raise ValueError(
                 f"{folder} does not load as a model ({_first_line(error)}); get it again"
             ) from error

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_fdd.data.documents import read_documents
 from megatron_fdd.data.refusals import Refusal
+from megatron_fdd.data.tokenizer_identity import encoded_by
 from megatron_fdd.evaluate.models import begun, check_finite, end_ids, leading_ids, plain_generation
 
 # One batch's logits hold at most this many numbers (64 MiB in float32), unless one window has more.
@@ -66,7 +67,7 @@ def cut_windows(
     """
     leading = leading_ids(tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    encoded = encoded_by(tokenizer, texts)
     tokens = torch.tensor(
         [token for ids in encoded for token in [*begun(ids, leading), *(end if ids[-1:] != end else [])]]
     )
@@ -136,8 +137,7 @@ def encode_sample(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     Raises:
         ValueError: the prompt has no token.
     """
-    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = begun(ids, leading_ids(tokenizer))
+    ids = begun(encoded_by(tokenizer, [prompt])[0], leading_ids(tokenizer))
     if not ids:
         raise ValueError(f"--prompt {prompt!r} has no token to begin with; give a text")
     return ids

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, difference_from_file
 from megatron_fdd.host.console import complain
+from megatron_fdd.host.panics import panics_as_errors
 
 
 @lru_cache(maxsize=16)
@@ -23,7 +24,8 @@ def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizer
         ValueError: the folder has no tokenizer, or none that gives the ids of its file.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the classes and the library behind them raise anything
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

@@ -99,6 +99,17 @@ def writing(flag: str, given: str | Path) -> Iterator[None]:
         raise _refusal(flag, given, error) from error
 
 
+@contextmanager
+def naming(scratch: str | Path, told: str | Path) -> Iterator[None]:
+    """Let a refusal name `told` in place of `scratch`, which nobody has given and which is gone when one reads it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(scratch) not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(scratch), str(told))) from error
+
+
 def check_folder(flag: str, given: str | Path, folder: str | Path) -> None:
     """Refuse a folder that `given`, the value of `flag`, needs and that cannot be made or written to. Nothing is made.
 

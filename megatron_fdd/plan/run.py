@@ -23,6 +23,7 @@ from megatron_fdd.host.disk import explain
 from megatron_fdd.host.file_sums import check_sums
 from megatron_fdd.host.layer_specs import logit_cap
 from megatron_fdd.host.model import chunk_layers, planned_config
+from megatron_fdd.host.panics import panics_as_errors
 from megatron_fdd.host.unpickling import restrict_unpickling, trust_checkpoints
 from megatron_fdd.losses.layer_plan import Plan
 from megatron_fdd.losses.pairs import LayerPair, plan_pairs
@@ -125,7 +126,10 @@ def _prepare(known: Context, defaults: Mapping[str, object]) -> PreparedRun:
     make_checks(checks.OF_EACH_MODEL, known.student)
     make_checks(checks.WITH_STUDENT, known)
 
-    with megatrons_errors("these flags"):
+    with (
+        megatrons_errors("these flags"),
+        panics_as_errors(f"--tokenizer-model {args.tokenizer_model} is damaged, copy it again"),
+    ):
         validate_args(args, {})
         set_global_variables(args)
         student = planned_config(args)

@@ -20,6 +20,7 @@ from megatron_fdd.data.sources import open_sets
 from megatron_fdd.data.token_ids import RUNS_TOKENIZER, check_all_token_ids, check_token_ids
 from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, has_tokenizer
+from megatron_fdd.host.panics import panics_as_errors
 from megatron_fdd.host.plugins import import_plugins, named_plugins
 from megatron_fdd.host.role import Role
 from megatron_fdd.plan.command_line import parse_command_line
@@ -59,7 +60,10 @@ def data_arguments(flags: Sequence[str], companions: Path) -> argparse.Namespace
         args.tokenizer_type = "HuggingFaceTokenizer"
         args.tokenizer_model = str(companions / TOKENIZER_FOLDER)
     check_tokenizer_files(args.tokenizer_type, args.tokenizer_model)
-    with megatrons_errors("these flags"):
+    with (
+        megatrons_errors("these flags"),
+        panics_as_errors(f"--tokenizer-model {args.tokenizer_model} is damaged, copy it again"),
+    ):
         validate_args(args, {})
         set_global_variables(args)
     check_attention(args)

@@ -58,7 +58,7 @@ FIELDS: tuple[tuple[str, str, tuple[Any, ...], str], ...] = (
     ("qwen3_moe", "mlp_only_layers", (1, "1", ["1"], [-1], {}), "a list, each a whole number"),
     ("gpt2", "activation_function", (["gelu"], 5, {}), "a text"),
     ("gpt2", "n_inner", (0, "64", 1.5), WHOLE),
-    ("plain", "torch_dtype", (["float32"], 32), "a text"),
+    ("plain", "torch_dtype", (["float32"], 32, "float99", "torch.float32"), "one of float32, bfloat16,"),
     ("plain", "eos_token_id", ("2", -2, 1.5, [0, "2"], {}, True), WHOLE + "-1 to"),
     ("gpt2", "bos_token_id", ("x", 10**9), WHOLE + "-1 to"),
 )  # fmt: skip

@@ -140,11 +140,15 @@ def test_a_model_that_cannot_be_evaluated(name: str, tmp_path: Path) -> None:
     assert time.process_time() - started_s < 10
 
 
-def test_pickled_weights_run_nothing(tmp_path: Path) -> None:
+def test_pickled_weights_run_nothing(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
     toys.write_json(tmp_path / "config.json", toys.llama_config())
     tools.write_pickle(tmp_path, tmp_path / "sign")
-    with pytest.raises(ValueError, match="does not load as a model"):
+    with pytest.raises(ValueError, match=r"its \.bin file .*; give the model as safetensors$"):
         Placement("cpu", "float32").load(tmp_path)
+    assert not [each for each in recwarn if "pickle" in str(each.message)]
+    assert "weights_only" not in capsys.readouterr().err
     assert not (tmp_path / "sign").exists()
 
 

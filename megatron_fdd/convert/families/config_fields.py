@@ -16,6 +16,7 @@ from megatron_fdd.host.field_kinds import (
     either,
     list_of,
     number,
+    one_of,
     optional,
     whole,
     wrong_field,
@@ -109,7 +110,7 @@ _KINDS: dict[str, Kind] = {
     "decoder_sparse_step": optional(LAYERS),
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
     **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),
-    **dict.fromkeys(("dtype", "torch_dtype"), optional(TEXT)),
+    **dict.fromkeys(("dtype", "torch_dtype"), optional(one_of("float32", "bfloat16", "float16", "float64"))),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, list_of(_ID)))),
 }
 _ROPE_KINDS: dict[str, Kind] = {

@@ -8,6 +8,7 @@ from megatron_fdd.data.tokenizer_identity.identity import FormerStamp, Tokenizer
 from megatron_fdd.data.tokenizer_identity.own_file import checked_identity, difference_from_file
 from megatron_fdd.data.tokenizer_identity.sources import (
     TOKENIZER_FILES,
+    encoded_by,
     has_tokenizer,
     identity_of_file,
     identity_of_folder,
@@ -33,6 +34,7 @@ __all__ = [
     "checked_identity",
     "compare",
     "difference_from_file",
+    "encoded_by",
     "has_tokenizer",
     "identity_of_file",
     "identity_of_folder",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
+from megatron_fdd.host.panics import panics_as_errors
 
 if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
     import tokenizers
@@ -91,9 +92,13 @@ def identity_of_file(path: Path) -> TokenizerIdentity:
     if not isinstance(model, dict) or not model.get("vocab"):
         raise ValueError(f"{path} has no model.vocab")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        with panics_as_errors():
+            backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
+    # transformers has both off for a text alone; a length of 2^40 would end the process.
+    backend.no_padding()
+    backend.no_truncation()
     return TokenizerIdentity(
         "tokenizers",
         backend.get_vocab(with_added_tokens=True),
@@ -106,9 +111,33 @@ def identity_of_file(path: Path) -> TokenizerIdentity:
 def _encoded(backend: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
     """Return the ids of a text. ValueError if the file's parts do not fit together, which shows only now."""
     try:
-        return backend.encode(text, add_special_tokens=False).ids
+        with panics_as_errors():
+            return backend.encode(text, add_special_tokens=False).ids
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path} cannot encode a text ({error}); copy it again") from error
+
+
+def encoded_by(library: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts, without the tokens around a whole sequence.
+
+    Raises:
+        ValueError: names the tokenizer and the first text that it cannot encode.
+    """
+    try:
+        with panics_as_errors():
+            return (
+                list(library(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+                if texts
+                else []
+            )
+    except Exception as error:  # the library raises no narrower class
+        if len(texts) > 1:
+            for text in texts:
+                encoded_by(library, [text])
+        raise ValueError(
+            f"the tokenizer of {library.name_or_path} cannot encode the text {shown(texts[0])} ({error}); leave that "
+            "text out, or copy tokenizer.json again"
+        ) from error
 
 
 def identity_of_transformers(
@@ -123,7 +152,7 @@ def identity_of_transformers(
         "tokenizers" if library.is_fast else "python",
         library.get_vocab(),
         {token.content: index for index, token in library.added_tokens_decoder.items()},
-        lambda text: list(library(text, add_special_tokens=False, verbose=False)["input_ids"]),
+        lambda text: encoded_by(library, [text])[0],
         parts or {},
         eod,
     )

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_fdd.host.checkpoint import read_tensor
-from megatron_fdd.host.disk import writing
+from megatron_fdd.host.disk import naming, writing
 from megatron_fdd.losses.lens import LENSES, LensKind
 
 FLAG = "--teacher-lens"
@@ -190,7 +190,7 @@ def write_lens(
         named |= {f"{block}.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"lens": lens} | {name: str(value) for name, value in asdict(teacher).items()}
     partial = path.with_name(f".{path.name}.incomplete")
-    with writing("lens file", path):
+    with writing("lens file", path), naming(f"{FLAG} {partial}", f"lens file {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(named, partial, header)
