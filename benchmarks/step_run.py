@@ -256,7 +256,7 @@ def make_checkpoint(
                         parameter.add_(1.0)
             unfinished.mkdir()
             values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-            save_model(unfinished, model, args, groups, list(values), values.__getitem__)
+            save_model(unfinished, model, args, groups, list(values), lambda name: [values[name]])
     unfinished.rename(folder)
 
 
