@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_fdd.data.chat_template import ChatTemplate, Spans
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.refusals import Reason, Refusal
+from megatron_fdd.data.render_process import TemplateRaisedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,9 @@ class Written:
         return replace(self, conversation=alone)
 
     def _refused(self, error: Exception) -> Refusal:
+        kind = error.kind if isinstance(error, TemplateRaisedError) else type(error).__name__
         text = (str(error).splitlines() or ["no message"])[0][:200]
-        detail = f"the chat template refuses it ({type(error).__name__}: {text})"
+        detail = f"the chat template refuses it ({kind}: {text})"
         return Refusal(self.where, Reason.RAISED, detail)
 
 

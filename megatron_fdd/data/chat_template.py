@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.messages import Message
-from megatron_fdd.data.render_limits import Limits, TemplateLimitError, check_length
+from megatron_fdd.data.render_limits import TemplateLimitError, check_length, limited
 from megatron_fdd.data.template_source import compiled, mark_places
 
 Turns = Literal["all", "last"]
@@ -228,20 +228,35 @@ class ChatTemplate:
         own: Mapping[str, Any],
         **options: bool,
     ) -> tuple[str, Spans]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        variables = {**self.special_tokens, **self.variables, **own, **options}
+        written: tuple[str, Spans] = limited(
+            source,
+            _rendered,
+            source,
+            self.date,
+            list(messages),
+            None if tools is None else list(tools),
+            variables,
+        )
+        return written
 
-        variables: dict[str, Any] = {**self.special_tokens, **self.variables, **own, **options}
-        with Limits(source):
-            compiled(source).environment.globals["strftime_now"] = self.date.strftime
-            rendered: Any = render_jinja_template(
-                conversations=[list(messages)],
-                tools=None if tools is None else list(tools),
-                chat_template=source,
-                **variables,
-            )
-            texts, spans = rendered  # one entry for each conversation; no spans unless they were asked for
-            check_length(texts[0])
-        return texts[0], spans[0] if spans else []
+
+def _rendered(
+    source: str,
+    date: datetime.date,
+    messages: list[Message],
+    tools: list[Any] | None,
+    variables: Mapping[str, Any],
+) -> tuple[str, Spans]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    compiled(source).environment.globals["strftime_now"] = date.strftime
+    rendered: Any = render_jinja_template(
+        conversations=[messages], tools=tools, chat_template=source, **variables
+    )
+    texts, spans = rendered  # one entry for each conversation; no spans unless they were asked for
+    check_length(texts[0])
+    return texts[0], spans[0] if spans else []
 
 
 def _with_text_arguments(message: Message) -> Message:
