@@ -6,6 +6,7 @@ transformers runs templates in jinja's sandbox, which keeps them from files and 
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import threading
@@ -21,7 +22,6 @@ SECONDS = 5.0
 _MEMORY_BYTES = 2**29
 LONGEST_TEXT = 2**24
 _TRIES = 3
-_STATM = "/proc/self/statm"
 _PAGE_BYTES = resource.getpagesize()
 # How often each template was stopped in this process, by its text.
 _stopped: Counter[str] = Counter()
@@ -110,14 +110,17 @@ def _limited_memory() -> Iterator[None]:
 
 def _bytes_in_use() -> int | None:
     """Return the size of this process's address space; None where the system does not tell it."""
+    file = _statm()
+    return None if file is None else int(os.pread(file, 100, 0).split()[0]) * _PAGE_BYTES
+
+
+@functools.cache
+def _statm() -> int | None:
+    """Open what tells the size; once, in the process for templates only."""
     try:
-        file = os.open(_STATM, os.O_RDONLY)
+        return os.open("/proc/self/statm", os.O_RDONLY)
     except FileNotFoundError:
         return None
-    try:
-        return int(os.read(file, 100).split()[0]) * _PAGE_BYTES
-    finally:
-        os.close(file)
 
 
 def _forget_process() -> None:

@@ -14,6 +14,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import pickle
 import resource
 import signal
 import warnings
@@ -77,8 +78,9 @@ class RenderProcess:
             ProcessEndedError: the process ended.
         """
         try:
-            self._connection.send((seconds, function, args))
-            value, raised = self._connection.recv()
+            # Not `send` and `recv`: their pickler has more to set up than most conversations have to say.
+            self._connection.send_bytes(pickle.dumps((seconds, function, args), pickle.HIGHEST_PROTOCOL))
+            value, raised = pickle.loads(self._connection.recv_bytes())
         except (EOFError, ConnectionError) as error:
             raise ProcessEndedError(self._reap()) from error
         except BaseException:  # an interrupt: an answer may be on its way
@@ -115,9 +117,9 @@ def _serve(connection: Connection) -> NoReturn:
     try:
         _let_go(connection.fileno())
         while True:
-            seconds, function, args = connection.recv()
+            seconds, function, args = pickle.loads(connection.recv_bytes())
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            connection.send(_answer(function, args))
+            connection.send_bytes(pickle.dumps(_answer(function, args), pickle.HIGHEST_PROTOCOL))
     finally:  # whatever it is: this copy of the program must not go on
         os._exit(0)
 
