@@ -4,7 +4,8 @@ Preparing, in reading order:
 
 - files to records: `streams`, `readers`, `documents` (which format a file has), `records`;
 - published layouts: `conversations`, `messages`, `instructions`; `refusals` (why a record is not used);
-- the learned parts of a conversation: `chat_template`, `answers`, `chat`, `vanished`;
+- the learned parts of a conversation: `chat_template`, `answers`, `chat`, `vanished`; `render_limits`,
+  `render_process` (where templates run, and what ends them);
 - texts to ids and masks: `tokenizer`, `megatron_tokenizer`, `sample_tokens`, `encode`; `workers` (the processes in
   which all of these run; only `megatron_tokenizer` imports torch and Megatron);
 - writing and showing the result: `parts`, `prepared`, `index_file`, `dealing`, `tally`, `summary`, `show`; `prepare`

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_fdd.data.chat_template import ChatTemplate, Spans
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.refusals import Reason, Refusal
+from megatron_fdd.data.render_process import TemplateRaisedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,20 @@ class Written:
     conversation: Conversation
     where: str
 
-    def text(self, count: int, *, prompt: bool = False) -> str:
-        """Return the text of the first `count` messages; with `prompt` it ends where the model begins to answer."""
+    def text(self, count: int) -> str:
+        """Return the text of the first `count` messages."""
         try:
-            return self.template.render(self.conversation, count, prompt=prompt)
+            return self.template.render(self.conversation, count, prompt=False)
         except (
             Exception
         ) as error:  # a template is a program from somewhere: division by zero, memory, recursion
+            raise self._refused(error) from error
+
+    def before_and_with(self, index: int) -> tuple[str, str]:
+        """Return the text before a message, where the model begins to answer, and the text with it."""
+        try:
+            return self.template.before_and_with(self.conversation, index)
+        except Exception as error:
             raise self._refused(error) from error
 
     def marks(self) -> Spans:
@@ -101,8 +109,9 @@ class Written:
         return replace(self, conversation=alone)
 
     def _refused(self, error: Exception) -> Refusal:
+        kind = error.kind if isinstance(error, TemplateRaisedError) else type(error).__name__
         text = (str(error).splitlines() or ["no message"])[0][:200]
-        detail = f"the chat template refuses it ({type(error).__name__}: {text})"
+        detail = f"the chat template refuses it ({kind}: {text})"
         return Refusal(self.where, Reason.RAISED, detail)
 
 
@@ -158,7 +167,7 @@ def narrowed(sample: Sample, written: Written, learned: Sequence[int]) -> Sample
 
 
 def _answer(written: Written, index: int) -> Answer:
-    prompt, text = written.text(index, prompt=True), written.text(index + 1)
+    prompt, text = written.before_and_with(index)
     if not text.startswith(prompt):
         text = _behind_a_stand_in(written, index, prompt)
     end, token = _end_of_turn(written.template, text, len(prompt))
@@ -183,7 +192,7 @@ def _behind_a_stand_in(written: Written, index: int, prompt: str) -> str:
     both conversations must end alike: an answer after a header differs from one without a header.
     """
     alone = written.behind_a_question(index)
-    asked, text = alone.text(1, prompt=True), alone.text(2)
+    asked, text = alone.before_and_with(1)
     header = asked[asked.rfind("?") + 1 :]
     if text.startswith(asked) and prompt.endswith(header):
         return prompt + text[len(asked) :]

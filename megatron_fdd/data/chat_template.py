@@ -16,11 +16,13 @@ from typing import Any, Literal
 
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.messages import Message
-from megatron_fdd.data.render_limits import Limits, TemplateLimitError, check_length
+from megatron_fdd.data.render_limits import TemplateLimitError, check_length, limited
 from megatron_fdd.data.template_source import compiled, mark_places
 
 Turns = Literal["all", "last"]
 Spans = list[tuple[int, int]]
+# How many messages to write, and options of transformers' renderer.
+Wanted = tuple[int, Mapping[str, bool]]
 _OURS = {
     "messages",
     "conversations",
@@ -106,8 +108,17 @@ class ChatTemplate:
 
         Raises: whatever the template raises, which is somebody else's program.
         """
-        text, _ = self._render(conversation, count, add_generation_prompt=prompt)
+        [(text, _)] = self._render(conversation, (count, {"add_generation_prompt": prompt}))
         return text
+
+    def before_and_with(self, conversation: Conversation, index: int) -> tuple[str, str]:
+        """Return the text before a message, where the model begins to answer, and the text with it.
+
+        Raises: as `render`, which would go to the other process and back twice.
+        """
+        asked, whole = (index, {"add_generation_prompt": True}), (index + 1, {"add_generation_prompt": False})
+        (before, _), (text, _) = self._render(conversation, asked, whole)
+        return before, text
 
     def marks(self, conversation: Conversation) -> Spans:
         """Return where text between `{% generation %}` and `{% endgeneration %}` is in the whole conversation.
@@ -120,7 +131,8 @@ class ChatTemplate:
             raise ValueError(
                 "its {% generation %} marks stand in a macro or a captured block, where their place in the text is lost"
             )
-        _, spans = self._render(conversation, len(conversation.messages), return_assistant_tokens_mask=True)
+        wanted = len(conversation.messages), {"return_assistant_tokens_mask": True}
+        [(_, spans)] = self._render(conversation, wanted)
         return spans
 
     def has_marks(self, *, with_tools: bool) -> bool:
@@ -204,21 +216,19 @@ class ChatTemplate:
         """
         source = self.source(tools is not None)
         try:
-            text, _ = self._render_source(source, messages, tools, {})
+            [(text, _)] = self._render_source(source, messages, tools, {}, [(len(messages), {})])
         except TemplateLimitError:
             raise
         except Exception:  # the template has no calls, or not these roles
             return None
         return text
 
-    def _render(self, conversation: Conversation, count: int, **options: bool) -> tuple[str, Spans]:
-        messages: Sequence[Message] = conversation.messages[:count]
+    def _render(self, conversation: Conversation, *wanted: Wanted) -> list[tuple[str, Spans]]:
+        messages: Sequence[Message] = conversation.messages[: max(count for count, _ in wanted)]
         if any("tool_calls" in message for message in messages) and not self._takes_objects:
             messages = [_with_text_arguments(message) for message in messages]
         source = self.source(conversation.tools is not None)
-        return self._render_source(
-            source, messages, conversation.tools, conversation.template_kwargs, **options
-        )
+        return self._render_source(source, messages, conversation.tools, conversation.template_kwargs, wanted)
 
     def _render_source(
         self,
@@ -226,22 +236,35 @@ class ChatTemplate:
         messages: Sequence[Message],
         tools: Sequence[Any] | None,
         own: Mapping[str, Any],
-        **options: bool,
-    ) -> tuple[str, Spans]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        wanted: Sequence[Wanted],
+    ) -> list[tuple[str, Spans]]:
+        variables = {**self.special_tokens, **self.variables, **own}
+        given = list(messages), None if tools is None else list(tools), variables
+        rendered: list[tuple[str, Spans]] = limited(source, _rendered, source, self.date, *given, wanted)
+        return rendered
 
-        variables: dict[str, Any] = {**self.special_tokens, **self.variables, **own, **options}
-        with Limits(source):
-            compiled(source).environment.globals["strftime_now"] = self.date.strftime
-            rendered: Any = render_jinja_template(
-                conversations=[list(messages)],
-                tools=None if tools is None else list(tools),
-                chat_template=source,
-                **variables,
-            )
-            texts, spans = rendered  # one entry for each conversation; no spans unless they were asked for
-            check_length(texts[0])
-        return texts[0], spans[0] if spans else []
+
+def _rendered(
+    source: str,
+    date: datetime.date,
+    messages: list[Message],
+    tools: list[Any] | None,
+    variables: Mapping[str, Any],
+    wanted: Sequence[Wanted],
+) -> list[tuple[str, Spans]]:
+    """Return texts, and the spans of marks where they are asked for; runs in the process for templates."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    compiled(source).environment.globals["strftime_now"] = date.strftime
+    found = []
+    for count, options in wanted:
+        rendered: Any = render_jinja_template(
+            conversations=[messages[:count]], tools=tools, chat_template=source, **{**variables, **options}
+        )
+        [text], spans = rendered
+        check_length(text)
+        found.append((text, spans[0] if spans else []))
+    return found
 
 
 def _with_text_arguments(message: Message) -> Message:

@@ -6,11 +6,13 @@ import functools
 import re
 from typing import TYPE_CHECKING, Literal
 
+from megatron_fdd.data.render_limits import limited
 from megatron_fdd.host.field_kinds import shown
 
 if TYPE_CHECKING:
     from jinja2 import Template, nodes
 
+MarkPlaces = Literal["none", "in order", "apart"]
 _LARGEST_NUMBER = 10_000_000
 # A width in a text for `format`, such as "%099999999d".
 _WIDTH = re.compile(r"[%:][^A-Za-z]*[0-9]{8,}")
@@ -22,8 +24,7 @@ def compiled(source: str) -> Template:
     transformers caches it, so its environment is the one used for rendering.
 
     Raises:
-        ValueError: the template computes something that can take hours, or fill the memory, in one operation of Python,
-            which nothing could stop.
+        ValueError: the template computes something that can take hours, or fill the memory; it need not be tried.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -52,17 +53,22 @@ def _costly(source: str) -> str | None:
 
 
 @functools.cache
-def mark_places(source: str) -> Literal["none", "in order", "apart"]:
+def mark_places(source: str) -> MarkPlaces:
     """Return where a template has its marks; "apart" means in a part that is rendered first and written later.
 
     The place of such a mark is lost: transformers counts the characters that were written before it.
     """
+    if re.search(r"\bgeneration\b", source) is None:
+        return "none"
+    found: MarkPlaces = limited(source, _mark_places, source)
+    return found
+
+
+def _mark_places(source: str) -> MarkPlaces:
     from jinja2 import nodes
 
     apart = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock)
-    found: Literal["none", "in order", "apart"] = "none"
-    if re.search(r"\bgeneration\b", source) is None:
-        return found
+    found: MarkPlaces = "none"
     stack: list[tuple[nodes.Node, bool]] = [(compiled(source).environment.parse(source), False)]
     while stack:
         node, is_apart = stack.pop()

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from megatron_fdd.data import render_limits
 from megatron_fdd.data.documents import RawDocument
 from megatron_fdd.data.encode import EncodedDocument, Encoder
 
@@ -28,3 +29,19 @@ class Probe:
         if b"die" in document.content:
             os._exit(9)
         return encoded
+
+
+@dataclass
+class Hurried:
+    """An encoder whose chat templates have less time."""
+
+    encoder: Encoder
+    seconds: float
+
+    @property
+    def tokenizer(self):
+        return self.encoder.tokenizer
+
+    def __call__(self, document: RawDocument) -> EncodedDocument:
+        render_limits.SECONDS = self.seconds
+        return self.encoder(document)

@@ -161,6 +161,17 @@ _DOUBLING = (
     "{% set ns = namespace(t='xxxxxxxx') %}"
     "{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}{{ ns.t }}"
 )
+_NESTING = (
+    "{% set ns = namespace(a=[1], b=[1], c=(1,)) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+    "{% set ns.b = [ns.b, ns.b] %}{% set ns.c = (ns.c, ns.c) %}{% endfor %}"
+)
+# One operation of Python that takes for ever, which no handler of Python's can end.
+ENDLESS = {
+    "search in one call": "{{ ('a' * 8000000).rfind('ab' + 'a' * 4000000) }}",
+    "comparison in one call": _NESTING + "{{ ns.a == ns.b }}",
+    "hash in one call": _NESTING + "{{ {ns.c: 1} | length }}",
+    "text of what it raises": _NESTING + "{{ raise_exception(ns.a) }}",
+}
 # Chat templates that are programs gone wrong, and what is said of each.
 TEMPLATES: dict[str, tuple[str, str]] = {
     "division by zero": ("{{ 1 // (messages | length - messages | length) }}", "ZeroDivisionError"),
@@ -180,4 +191,5 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "endless loop": (_LOOP, "computes for more than"),
     "deep recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "(RecursionError|computes for)"),
     "many digits": ("{{ '9' * 5000 | int }}", ""),
+    **{name: (text, "computes for more than") for name, text in ENDLESS.items()},
 }
