@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_fdd.convert.checkpoint_entries import Pieces, place_of
-from megatron_fdd.host.disk import flushed_behind, large_file
+from megatron_fdd.host.disk import flushed_behind, large_file, told_by_torchs_writer
 
 Reader = Callable[[str], Sequence[Tensor]]
 """Name of a parameter -> its value on the CPU, in blocks that follow one another in dim 0."""
@@ -54,7 +54,7 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
         if plan.items:
-            with large_file(Path(self.path, name)) as stream, flushed_behind(stream):
+            with told_by_torchs_writer(), large_file(Path(self.path, name)) as stream, flushed_behind(stream):
                 settings = (name, self.serialization_format)
                 for item in plan.items:  # unnamed data, or it would live while the next is read
                     results.append(

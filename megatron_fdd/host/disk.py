@@ -220,6 +220,20 @@ def is_torchs_writer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCHS_WRITER)
 
 
+@contextmanager
+def told_by_torchs_writer() -> Iterator[None]:
+    """Raise what stopped torch's writer, a full disk or an interrupt: the end of its file then fails in other words."""
+    try:
+        yield
+    except RuntimeError as error:
+        behind: BaseException | None = error
+        while behind is not None and not isinstance(behind, OSError | KeyboardInterrupt):
+            behind = behind.__context__
+        if behind is None or not is_torchs_writer(error):
+            raise
+        raise behind from None
+
+
 def explain(error: Exception) -> str:
     """Return what a command prints about an error; for an error of the system, with the file and what to do."""
     if not isinstance(error, OSError) or error.errno is None:

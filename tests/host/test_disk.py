@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_fdd.convert.hf_writer import new_folder
 from megatron_fdd.data.parts import Parts
 from megatron_fdd.host import disk
-from megatron_fdd.host.disk import explain, make_folder, replacing, sized, writing
+from megatron_fdd.host.disk import explain, make_folder, replacing, sized, told_by_torchs_writer, writing
 
 TORCHS = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
 
@@ -41,6 +44,22 @@ def test_what_cannot_be_written_names_the_flag(tmp_path: Path, error: Exception,
         writing("--save", given),
     ):
         raise error
+
+
+@pytest.mark.parametrize("cause", [system_error(errno.ENOSPC), KeyboardInterrupt()])
+def test_what_stopped_torchs_writer_is_raised(cause: BaseException) -> None:
+    class Stopped(io.BytesIO):
+        is_first = True
+
+        def write(self, data: Any) -> int:
+            if len(data) > 1000 and self.is_first:
+                self.is_first = False
+                raise cause
+            return super().write(data)
+
+    with pytest.raises(type(cause)) as raised, told_by_torchs_writer():
+        torch.save(torch.zeros(1000), Stopped())
+    assert raised.value is cause
 
 
 @pytest.mark.parametrize("name", ["x/a", ".x.incomplete/a", "x_train.bin", "."])
