@@ -12,7 +12,7 @@ import pytest
 from tests.entry.command import Ending, read_metrics, without_seconds
 
 
-def assert_refused(endings: Iterable[Ending], pattern: str, *, most: int = 700) -> None:
+def assert_refused(endings: Iterable[Ending], pattern: str, *, most: int = 750) -> None:
     """Check that a run ended before its first step, on every rank with one line of fewer than `most` characters."""
     for rank, ending in enumerate(endings):
         assert ending.status == 1, ending.err

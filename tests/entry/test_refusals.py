@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     r"^--ckpt-format: .*leave it out": ("--ckpt-format torch",),
     r"^--non-persistent-ckpt-type local, in_memory: .*use global": ("--non-persistent-ckpt-type local",),
     r"^--rampup-batch-size: .*--train-samples": ("--rampup-batch-size 2 2 10",),
+    r"^--train-samples with --train-iters: .*leave the other out": ("--train-samples 80",),
     r"^--step-batch-size-schedule with --train-iters: .*--train-samples": ("--step-batch-size-schedule 0:8",),
     r"^--fp4-format: .*use --fp8-format": ("--fp4-format e2m1",),
     r"^--transformer-impl transformer_engine": (),  # not in a rehearsal: test_without_transformer_engine

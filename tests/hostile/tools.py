@@ -186,7 +186,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "wide text": ("{{ '%099999999d' | format(1) }}", "the width in '%099999999d'"),
     "long text of a variable": ("{{ 'x' * (messages | length * 9000000 * 9000000) }}", "more than 512 MiB"),
     "text above the limit": ("{{ 'x' * 9000000 }}{{ 'x' * 8000000 }}", "writes 17,000,000 characters"),
-    "doubling": (_DOUBLING, "more than 512 MiB"),
+    "doubling": (_DOUBLING, "(more than 512 MiB|computes for more than)"),
     "power of powers": ("{{ 9 ** 9 ** 9 }}", "a power"),
     "endless loop": (_LOOP, "computes for more than"),
     "deep recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "(RecursionError|computes for)"),

@@ -110,7 +110,10 @@ _KINDS: dict[str, Kind] = {
     "decoder_sparse_step": optional(LAYERS),
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
     **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),
-    **dict.fromkeys(("dtype", "torch_dtype"), optional(one_of("float32", "bfloat16", "float16", "float64"))),
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"),
+        optional(one_of("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")),
+    ),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, list_of(_ID)))),
 }
 _ROPE_KINDS: dict[str, Kind] = {
