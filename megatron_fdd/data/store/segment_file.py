@@ -12,7 +12,7 @@ import xxhash
 from megatron_fdd.data.store.segment import REPAIR, SUM_TOKENS, read_layout, unreadable
 
 # Bytes that are read by one call and then compared, while they are still in the processor's cache.
-_AT_ONCE = 1 << 20
+AT_ONCE = 1 << 20
 # Places that one call fills; the system takes 1,024.
 _MOST_PARTS = 512
 
@@ -49,9 +49,9 @@ def ranges_of(
     begin, last = tokens
     width = len(into) // (last - begin)
     ends_with_a_run = last == length or last % SUM_TOKENS == 0
-    if ends_with_a_run and begin % SUM_TOKENS == 0 and len(into) <= _AT_ONCE:  # most of them
+    if ends_with_a_run and begin % SUM_TOKENS == 0 and len(into) <= AT_ONCE:  # most of them
         return [Range(at + begin * width, into, sums[begin // SUM_TOKENS : -(-last // SUM_TOKENS)])]
-    ranges, most = [], max(1, _AT_ONCE // (SUM_TOKENS * width))
+    ranges, most = [], max(1, AT_ONCE // (SUM_TOKENS * width))
     while begin < last:
         run, offset = divmod(begin, SUM_TOKENS)
         whole = min(begin - offset + SUM_TOKENS, length)
@@ -148,7 +148,7 @@ class SegmentFile:
         size = end = 0
         for each in ranges:
             count = len(each.into)
-            if each.at != end or size + count > _AT_ONCE or len(together) == _MOST_PARTS:
+            if each.at != end or size + count > AT_ONCE or len(together) == _MOST_PARTS:
                 self._read_together(together, run_bytes)
                 together, size = [], 0
             together.append(each)

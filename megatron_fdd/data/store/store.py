@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_fdd.data.store.identity import RUNS, StoreIdentity, read_identity
 from megatron_fdd.data.store.index import Index, Place, open_index, write_index
 from megatron_fdd.data.store.segment import SUM_TOKENS, Bytes, segment_path, start_of
-from megatron_fdd.data.store.segment_file import Range, SegmentFile, ranges_of
+from megatron_fdd.data.store.segment_file import AT_ONCE, Range, SegmentFile, ranges_of
 from megatron_fdd.data.store.unit import unit_key
 
 # How many segments a thread holds open.
@@ -169,8 +169,12 @@ class Store:
         num_blocks, width, length = len(self.identity.blocks), self.identity.token_bytes, place.length
         states = file.states + place.start * num_blocks * width
         starts = [states + number * length * width for number in block_numbers]
-        # Across gaps the system does not read ahead by itself; from memory, announcing would take a third of the time.
-        if len(unit.pieces) > 1 and not file.is_in_memory(starts[-1] + unit.pieces[-1][0] * width):
+        # Across gaps the system does not read ahead by itself, nor enough of one block's long range, which comes in
+        # pieces. From memory, announcing would take a third of the time.
+        is_long = len(starts) == 1 and any((last - first) * width > AT_ONCE for first, last, _ in unit.pieces)
+        if (len(unit.pieces) > 1 or is_long) and not file.is_in_memory(
+            starts[-1] + unit.pieces[-1][0] * width
+        ):
             for at in starts:
                 for first, last, _ in unit.pieces:
                     file.announce(at + first * width, (last - first) * width)

@@ -33,7 +33,7 @@ def test_ranges_of_units_are_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, most_parts: int
 ) -> None:
     """Units that end before, at and behind the tokens of a sum; every block, in any order, any range."""
-    monkeypatch.setattr(segment_file, "_AT_ONCE", at_once)
+    monkeypatch.setattr(segment_file, "AT_ONCE", at_once)
     monkeypatch.setattr(segment_file, "_MOST_PARTS", most_parts)
     units = [unit(length) for length in LENGTHS]
     write(tmp_path, units[:3], units[3:])
