@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_fdd.host.checkpoint import RELEASE, has_checkpoint, is_same_folder, read_tracker
 from megatron_fdd.host.disk import regular_file
+from megatron_fdd.host.lock import TakenError, lock
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.plan.context import Context
 
@@ -78,10 +75,7 @@ def check_models_kept(context: Context) -> None:
 
 @contextmanager
 def locked(folder: str | None) -> Iterator[None]:
-    """Keep other runs out of `folder` during a `with` block; rank 0 does it for all ranks.
-
-    The kernel releases the lock when rank 0 ends, however it ends; processes forked from it do not hold the lock. A
-    file system without locks keeps no run out.
+    """Keep other runs out of `folder` during a `with` block, as far as `lock` does; rank 0 does it for all ranks.
 
     Raises:
         ValueError: another run is saving there.
@@ -89,20 +83,11 @@ def locked(folder: str | None) -> Iterator[None]:
     if folder is None or not is_first_rank():
         yield
         return
-    lock = regular_file("--save", Path(folder) / LOCK_FILE)
-    with lock.open("a+b", buffering=0) as file:  # closing it must not write, and fail
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX lets the system choose between these two
-            file.seek(0)
-            who = file.readline().decode().strip()
-            raise ValueError(
-                f"--save {folder}: another run saves there ({who}); give another --save, or wait for its end. "
-                "If it was killed, end what is left of it"
-            ) from error
-        except OSError:
-            pass
-        with contextlib.suppress(OSError):  # other code reports a full disk
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+    try:
+        with lock(regular_file("--save", Path(folder) / LOCK_FILE)):
+            yield
+    except TakenError as error:
+        raise ValueError(
+            f"--save {folder}: another run saves there ({error}); give another --save, or wait for its end. "
+            "If it was killed, end what is left of it"
+        ) from error

@@ -35,8 +35,10 @@ from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.unit import KEY_BYTES, unit_key
 from megatron_fdd.data.store.whole_file import sweep
 from megatron_fdd.host.disk import sized
+from megatron_fdd.host.lock import TakenError, lock
 
 _FLAG = "store"
+LOCK_FILE = "prune.lock"
 _DAY_S = 24 * 3600.0
 
 
@@ -118,9 +120,21 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
         How many files were removed, and their bytes.
 
     Raises:
-        ValueError: there is no store, a segment is damaged, or the index cannot be written.
+        ValueError: there is no store, a segment is damaged, another prune is at work, or the index cannot be written.
     """
     identity = read_identity(path, _FLAG)
+    try:
+        with lock(
+            path / LOCK_FILE
+        ):  # two of them could keep different copies of a unit, and remove the other's
+            return _prune(path, identity, older_than_days)
+    except TakenError as error:
+        raise ValueError(
+            f"{path}: another fdd store prune is at work there ({error}); run this again when it has ended"
+        ) from error
+
+
+def _prune(path: Path, identity: StoreIdentity, older_than_days: float | None) -> tuple[int, int]:
     names = sorted(segment_names(path))
     units, counts = _units_by_segment(path, identity, names)
     for name in names:  # the copy that stays must be the right one
@@ -140,7 +154,7 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
         if name in old or bool((counts[units[name]] > 1).all()):
             counts[units[name]] -= 1
             file = segment_path(path, name)
-            with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            with contextlib.suppress(FileNotFoundError):  # a check has removed it
                 num_bytes += file.stat().st_size
                 file.unlink()
                 count += 1

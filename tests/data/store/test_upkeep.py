@@ -18,6 +18,7 @@ from megatron_fdd.data.store.index import INDEX_FILE
 from megatron_fdd.data.store.lens import LENS_FILE
 from megatron_fdd.data.store.segment import segment_names
 from tests.data.store.made import Unit, assert_holds, file_of, flip, opened, unit, write, write_lens
+from tests.hostile.store_kills import started
 
 UNITS = [unit(length, 7) for length in (1, 64, 65, 3)]
 
@@ -213,6 +214,40 @@ def test_prune_keeps_the_young_copy_of_a_unit(tmp_path: Path) -> None:
     os.utime(file_of(tmp_path, old), (long_ago, long_ago))
     assert upkeep.prune(tmp_path, older_than_days=1)[0] == 1
     assert_holds(opened(tmp_path), UNITS[1:2])
+
+
+def prune_slowly(path: Path, _seed: int) -> None:
+    """Choose what goes, and remove it when the file "go" is there."""
+    sweep = upkeep.sweep
+
+    def later(store: Path) -> int:
+        (store / "chosen").touch()
+        while not (store / "go").exists():
+            time.sleep(0.01)
+        return sweep(store)
+
+    upkeep.sweep = later
+    upkeep.prune(path)
+
+
+def test_two_prunes_at_once_leave_a_copy_of_each_unit(tmp_path: Path) -> None:
+    """One would keep the old copy, and remove the young one; the other the other way round."""
+    copies = sorted(write(tmp_path, UNITS[:2], UNITS[1::-1]))
+    write(tmp_path, UNITS[2:])
+    long_ago = time.time() - 10 * 24 * 3600
+    os.utime(file_of(tmp_path, copies[0]), (long_ago, long_ago))
+    first = started(prune_slowly, tmp_path, 0)
+    while not (tmp_path / "chosen").exists():
+        time.sleep(0.01)
+    with pytest.raises(
+        ValueError,
+        match=rf"prune is at work there \(process {first.pid} on .*; run this again when it has ended",
+    ):
+        upkeep.prune(tmp_path, older_than_days=1)
+    (tmp_path / "go").touch()
+    first.join()
+    assert first.exitcode == 0
+    assert_holds(opened(tmp_path), UNITS)
 
 
 def test_prune_refuses_a_store_with_a_damaged_segment(tmp_path: Path) -> None:
