@@ -46,7 +46,6 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_fdd.convert.hf_companions import carry_companions, link_left_out
 from megatron_fdd.data import full_validation
-from megatron_fdd.data.full_validation import with_filler
 from megatron_fdd.data.own_datasets import with_checked_lengths
 from megatron_fdd.data.provider import train_valid_test_provider
 from megatron_fdd.data.store import loader
@@ -73,7 +72,8 @@ from megatron_fdd.step.schedule import installed
 from megatron_fdd.step.student import StudentForward
 from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.teacher.loading import build_teacher
-from megatron_fdd.step.teacher.stored import PlannedStore, with_features
+from megatron_fdd.step.teacher.provider import FeatureProvider
+from megatron_fdd.step.teacher.stored import PlannedStore
 from megatron_fdd.step.term_modules import add_term_modules
 
 
@@ -132,9 +132,10 @@ class Distillation:
         config.post_wrap_hooks.append(self._attach)
         provider = with_checked_lengths(parts.datasets) if parts.datasets else train_valid_test_provider
         if run.args.full_validation:
-            provider = with_filler(provider)
+            provider = full_validation.with_filler(provider)
         if run.teacher_stores:
-            provider = with_features(provider, run.teacher_stores, run.args, self._stream)
+            provider = featured = FeatureProvider(provider, run.teacher_stores, run.args, self._stream)
+            config.pre_wrap_hooks.append(featured.check_first)
         datasets: Any = partial(provider)
         # With this Megatron builds the loaders on every rank, because each stage with a tap needs the masks.
         datasets.is_distributed = True
@@ -194,8 +195,7 @@ class Distillation:
                 self._stream.end(is_over=is_over)
 
     def _end(self) -> None:
-        args = self._run.args
-        self._progress.end(args.save, loaded_iteration=getattr(args, "iteration", 0))
+        self._progress.end(self._run.args.save, loaded_iteration=getattr(self._run.args, "iteration", 0))
 
     def forward_step(self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> Any:
         """Run a micro-batch, as Megatron's `forward_step_func`."""

@@ -103,7 +103,12 @@ def test_a_store_has_one_teacher_at_any_layout(toy: Toys, tmp_path: Path) -> Non
     assert len(Store.open(store, "--store").index) == 32
 
 
+def not_loaded(*_: object, **__: object) -> None:
+    raise AssertionError("a checkpoint is loaded")
+
+
 def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
+    """Before a model is loaded."""
     store, metrics = tmp_path / "store", tmp_path / "metrics.jsonl"
     trained(teach(toy, store), ranks=1)
     longer, other_blocks, other_form, two_teachers, masked, in_int8, in_fp8 = run(
@@ -114,6 +119,7 @@ def test_what_a_store_lacks_is_refused(toy: Toys, tmp_path: Path) -> None:
         stored_run(toy, store, metrics, "--reset-attention-mask"),
         stored_run(toy, store, metrics, "--fdd-tap-dtype", "int8"),
         teach(toy, tmp_path / "fp8", "--teacher-fp8-format", "e4m3"),
+        patches=[Patch("megatron.training.training", "load_checkpoint", not_loaded)],
     )
     assert_refused(
         longer,

@@ -13,7 +13,7 @@ import pytest
 from megatron_fdd.config import FddConfig
 from megatron_fdd.data.stream.folder import ReplicaFolder
 from megatron_fdd.data.stream.sign import Sign, read_sign
-from megatron_fdd.step.teacher import stored
+from megatron_fdd.step.teacher import provider
 from megatron_fdd.step.teacher.followed import FollowedStream
 from tests.data.store.made import opened
 from tests.data.stream.made import stream
@@ -94,10 +94,10 @@ def test_a_training_that_another_rank_refuses_leaves_no_sign(
 
     stream(tmp_path)
     second = followed(tmp_path, 2)
-    monkeypatch.setattr(stored, "together", refused)
-    monkeypatch.setattr(stored.Topology, "from_megatron", lambda **_: place(1, 2))
+    monkeypatch.setattr(provider, "together", refused)
+    monkeypatch.setattr(provider.Topology, "from_megatron", lambda **_: place(1, 2))
     args: Any = SimpleNamespace(sequence_parallel=False)
-    provide = stored.with_features(lambda *_, **__: [None], [], args, second)
+    provide = provider.FeatureProvider(lambda *_, **__: [None], [], args, second)
     with pytest.raises(ValueError, match="another training follows"):
         provide([8])
     second.end(is_over=False)

@@ -1,4 +1,4 @@
-"""Whether a store has all that a run reads of it: looked up before the first step, by all ranks together."""
+"""Whether a store has all that a run reads of it: looked up before a model is loaded, by all ranks together."""
 
 from __future__ import annotations
 

@@ -6,42 +6,25 @@ vocabulary, R positions of a sample, P bytes a packed hidden state.
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from megatron_fdd.data.batch import Batch
-from megatron_fdd.data.store.coverage import sources_of
 from megatron_fdd.data.store.lens import read_stored_extras, read_stored_head, read_stored_norm
-from megatron_fdd.data.store.routed import NamedStore, RoutedDataset, RoutedReader, picked
+from megatron_fdd.data.store.routed import NamedStore
 from megatron_fdd.data.store.store import Store
-from megatron_fdd.data.store.taught import (
-    Asking,
-    FeatureReader,
-    Features,
-    Ranges,
-    Reader,
-    TaughtDataset,
-    rank_ranges,
-)
-from megatron_fdd.host.together import together
+from megatron_fdd.data.store.taught import Ranges, rank_ranges
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import ChunkPlan, Plan
 from megatron_fdd.losses.lens import FinalNorm, Lens, TeacherLens
 from megatron_fdd.ops.head_extras import HeadExtras
 from megatron_fdd.step.lessons import Share, share_of
-from megatron_fdd.step.teacher.coverage import check_coverage
-from megatron_fdd.step.teacher.followed import FollowedStream
 from megatron_fdd.step.teacher.lens_file import LensFile
 from megatron_fdd.step.teacher.tap_format import TapFormat
 
@@ -183,79 +166,6 @@ def read_teacher_lens(store: Store, plan: Plan, topology: Topology) -> TeacherLe
         return TeacherLens(bare)
     file = LensFile.open(plan.config.teacher_lens)
     return TeacherLens(bare, file.kind, file.load(blocks))
-
-
-def with_features(
-    provider: Callable[..., Any],
-    stores: Sequence[PlannedStore],
-    args: argparse.Namespace,
-    stream: FollowedStream | None = None,
-) -> Callable[..., list[Any]]:
-    """Return a provider of the same datasets, whose samples carry what this rank's chunk needs of their teacher.
-
-    Args:
-        provider: with the interface of `data.provider.train_valid_test_provider`.
-        stream: where the features come from, if the store is one.
-
-    Collectives, when the datasets are made: those of `check_coverage`, for each store; with a stream one all-gather
-    over all ranks.
-    """
-    number_of = {prefix: number for number, each in enumerate(stores) for prefix in each.named.prefixes}
-
-    def provide(num_samples: Any, vp_stage: int | None = None) -> list[Any]:
-        place = Topology.from_megatron(sequence_parallel=args.sequence_parallel)
-        found = list(provider(num_samples, vp_stage=vp_stage))
-        if len(stores) > 1:
-            found = [_each(part, partial(RoutedDataset, number_of=number_of)) for part in found]
-        if not vp_stage and stream is None:  # the chunks of a stage read the same data
-            sources = sources_of(found, args)
-            for number, each in enumerate(stores):
-                own = sources if len(stores) == 1 else picked(sources, number_of, number)
-                check_coverage(own, each.named)
-        features: list[Features] = [each.store for each in stores]
-        asks: list[Asking | None] = [None] * len(found)
-        if stream is not None:  # of the only teacher: `check_teachers`
-            with together() if not vp_stage else nullcontext():
-                features = [stream.open(place, sum(1 for each in _flat(found) if each is not None))]
-            if not vp_stage:
-                stream.join(place)
-                asks = [stream.asking(number, count) for number, count in enumerate(num_samples)]
-        reader = _reader(stores, features, place, vp_stage or 0, args.seq_length)
-        return [
-            _each(part, partial(_taught, reader=reader, ask=ask))
-            for part, ask in zip(found, asks, strict=True)
-        ]
-
-    return provide
-
-
-def _flat(found: Sequence[Any]) -> list[Any]:
-    """Return the data sets of a provider, those of a list too."""
-    return [each for part in found for each in (part if isinstance(part, list) else [part])]
-
-
-def _each(part: Any, change: Callable[[Any], Any]) -> Any:
-    """Change each dataset of a part of what a provider returned."""
-    if isinstance(part, list):
-        return [change(each) for each in part]
-    return None if part is None else change(part)
-
-
-def _taught(dataset: Dataset[Any], *, reader: Reader | None, ask: Asking | None) -> Dataset[Any]:
-    return dataset if reader is None and ask is None else TaughtDataset(dataset, reader, ask)
-
-
-def _reader(
-    stores: Sequence[PlannedStore], features: Sequence[Features], place: Topology, chunk: int, length: int
-) -> Reader | None:
-    """Return what reads the features that a chunk of this rank needs; None if it needs none, of any teacher."""
-    ranges, readers = read_ranges(length, place), []
-    for each, source in zip(stores, features, strict=True):
-        blocks = read_blocks(each.plan, each.plan.chunks_on(place.stage)[chunk], each.store)
-        if not blocks:
-            return None
-        readers.append(FeatureReader(source, blocks, ranges))
-    return readers[0] if len(readers) == 1 else RoutedReader(tuple(readers))
 
 
 def read_ranges(length: int, place: Topology) -> Ranges:
