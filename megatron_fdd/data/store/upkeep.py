@@ -124,9 +124,8 @@ def prune(path: Path, *, older_than_days: float | None = None) -> tuple[int, int
     """
     identity = read_identity(path, _FLAG)
     try:
-        with lock(
-            path / LOCK_FILE
-        ):  # two of them could keep different copies of a unit, and remove the other's
+        # Two of them could keep different copies of a unit, and each remove the other's.
+        with lock(path / LOCK_FILE):
             return _prune(path, identity, older_than_days)
     except TakenError as error:
         raise ValueError(
