@@ -120,6 +120,6 @@ def test_a_worker_refuses_the_record_and_goes_on(hf: TokenizerSettings) -> None:
         RawDocument("a.jsonl", line, each, len(each)) for line, each in enumerate((content, pair), 1)
     ]
     encoder = Hurried(make_encoder(EncodeSettings(settings, "instruction")), 0.2)
-    [(_, [late, good])] = encode_in_order(documents, encoder, 2)
+    [(_, [late, good])] = encode_in_order(documents, encoder, 2, past_refusals=True)
     assert LATE in str(late.refusal)
     assert good.refusal is None
