@@ -154,6 +154,7 @@ def prepare(settings: PrepareSettings) -> Summary:
     with (
         writing("--output-prefix", settings.output_prefix),
         Parts(settings.prefixes(), name, kind, identity, _fingerprint(settings, identity)) as parts,
+        writing("--output-prefix", settings.output_prefix),  # tells the room before there is more again
     ):
         done = parts.done
         bar = Bar(total=total_bytes, desc="preparing", unit="B", initial=done.num_bytes)
