@@ -164,6 +164,7 @@ class TextTokenizer(ABC):
             frozenset(ends & self.added_tokens().keys()),
             settings.variables,
             settings.date,
+            settings.place,
         )
 
     @cached_property
