@@ -23,8 +23,10 @@ from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data import index_cache, render_limits
 from megatron_fdd.data.chat import ChatSampler
 from megatron_fdd.data.chat_template import ChatSettings
+from megatron_fdd.data.parts import Parts, kept_documents
 from megatron_fdd.data.prepared import open_set
 from megatron_fdd.data.refusals import Refusal
+from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.evaluate.answers import AnswersFile
 from megatron_fdd.evaluate.models import NamedModel, Placement, num_positions
 from megatron_fdd.evaluate.perplexity import read_texts
@@ -240,6 +242,15 @@ PIPES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "config.json": (lambda folder: read_json(folder / "config.json"), "config.json is no regular file"),
     "model.safetensors": (_of_a_model, "holds neither model.safetensors"),
     "a.jsonl": (lambda folder: read_texts(folder / "a.jsonl"), "a.jsonl is a pipe, and nothing writes to it"),
+    "tokenizer.model": (
+        lambda folder: check_tokenizer_files("SentencePieceTokenizer", str(folder / "tokenizer.model")),
+        "is neither a file nor a folder",
+    ),
+    ".set.partial/lock": (
+        lambda folder: Parts([str(folder / "set")], "set", "text", None, None),  # type: ignore[arg-type]
+        "lock: is a pipe, and a regular file is needed",
+    ),
+    ".set.partial/progress.json": (lambda folder: kept_documents(str(folder / "set")) == 0, None),
     "set.prepared.json": (lambda folder: open_set(str(folder / "set")), "prepared.json is no regular file"),
     "set.bin": (lambda folder: open_set(str(folder / "set")), "set.bin is no regular file"),
     "a-TextDataset-b-document_index.npy": (
@@ -253,6 +264,7 @@ PIPES: dict[str, tuple[Callable[[Path], object], str | None]] = {
 def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipe, "_WRITER_S", 0.1)
     read, message = PIPES[name]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / name)
     signal.alarm(20)
     if message is None:
