@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import datetime
+import io
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from megatron_fdd.data.records import parse_json
 from megatron_fdd.host.disk import explain
+from megatron_fdd.host.pipe import open_to_read
 
 
-def _text_of_file(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+@dataclass(frozen=True, slots=True)
+class TemplateFile:
+    """The value of --chat-template."""
+
+    path: str
+    text: str
+
+
+def _template(_ctx: click.Context, _option: click.Parameter, path: str | None) -> TemplateFile | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text("utf-8")
+        with io.TextIOWrapper(io.BufferedReader(open_to_read(path)), "utf-8") as file:
+            return TemplateFile(path, file.read())
     except OSError as error:
         raise click.BadParameter(explain(error)) from error
     except UnicodeDecodeError as error:
         raise click.BadParameter(f"{path}: cannot be read as UTF-8 ({error}); convert it") from error
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _object(_ctx: click.Context, _option: click.Parameter, text: str | None) -> dict[str, Any]:
@@ -57,7 +70,7 @@ CHAT_TEMPLATE = (
     click.option(
         "--chat-template",
         metavar="FILE",
-        callback=_text_of_file,
+        callback=_template,
         help="A jinja template that replaces the tokenizer's own.",
     ),
     click.option(

@@ -256,6 +256,7 @@ def request_from(**given: Any) -> Request:
         models.append(NamedModel(TEACHER, given["teacher"]))
     selection = Selection(given["layout"], given["min_answer_words"], given["limit"], given["vicuna_answers"])
     asked = {field.name: given[field.name] for field in dataclasses.fields(GenerationSettings)}
+    asked["chat_template"] = None if given["chat_template"] is None else given["chat_template"].text
     return Request(
         models=tuple(models),
         has_teacher=given["teacher"] is not None,

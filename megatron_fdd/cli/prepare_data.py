@@ -200,7 +200,10 @@ def settings_from(inputs: tuple[str, ...], **given: Any) -> PrepareSettings:
         layout = detect_format(inputs, keys, has_template=given["template"] is not None)
     encode = EncodeSettings(
         tokenizer=TokenizerSettings(
-            given["tokenizer_type"], given["tokenizer_model"], given["chat_template"], given["eod_token"]
+            given["tokenizer_type"],
+            given["tokenizer_model"],
+            None if given["chat_template"] is None else given["chat_template"].text,
+            given["eod_token"],
         ),
         format=layout,
         keys=keys,
@@ -230,4 +233,6 @@ def _chat_settings(**given: Any) -> ChatSettings:
     if unknown:
         raise ValueError(f"--allow-dropped {', '.join(unknown)}: must be among {', '.join(FIELDS)}")
     date = given["chat_date"] or datetime.date.today()
-    return ChatSettings(given["chat_template_kwargs"], date, given["chat_turns"], allowed)
+    template = given["chat_template"]
+    place = f"of {given['tokenizer_model']}" if template is None else template.path
+    return ChatSettings(given["chat_template_kwargs"], date, given["chat_turns"], allowed, place)

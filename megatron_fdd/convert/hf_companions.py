@@ -39,6 +39,9 @@ def carry_companions(load: Path, save: Path) -> None:
 
     With them, `mcore_to_hf` needs no flags for the trained checkpoint. A folder appears when it is whole, whoever else
     copies it at the same time. What runs left that were killed more than a day ago is removed.
+
+    Raises:
+        OSError: names what cannot be read, or the folder that cannot be made.
     """
     for name in (HF_FOLDER, TOKENIZER_FOLDER):
         _carry(load / name, save, shutil.copyfile)
@@ -63,9 +66,13 @@ def _carry(folder: Path, save: Path, copy: Callable[[Path, Path], object]) -> No
     try:
         _copy_folder(folder, partial, copy)
         partial.rename(save / folder.name)  # an empty folder is replaced
-    except OSError:
-        if not _is_there(save / folder.name):
-            raise
+    except OSError as error:
+        if _is_there(save / folder.name):
+            return
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if any(Path(name).is_relative_to(partial) for name in names):  # which is gone when one reads of it
+            raise OSError(error.errno, error.strerror, str(save / folder.name)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from megatron_fdd.convert.checksums import bytes_of, check_finite, digest
 from megatron_fdd.convert.families.family import slice_name, whole_name
 from megatron_fdd.convert.hf_folder import INDEX_FILE, SINGLE_FILE
 from megatron_fdd.convert.stored_tensor import NAME_OF_DTYPE
-from megatron_fdd.host.disk import check_no_link, flushed_behind, large_file, naming, writing
+from megatron_fdd.host.disk import check_folder, check_no_link, flushed_behind, large_file, naming, writing
 from megatron_fdd.host.json_file import write_json
 
 # So many tensors are hashed side by side.
@@ -54,7 +54,7 @@ def unfinished_name(final: Path) -> Path:
 
 
 def check_new_folder(final: Path, flag: str) -> None:
-    """Refuse `final`, the value of `flag`, unless it does not exist or is an empty folder that can be replaced."""
+    """Refuse `final`, the value of `flag`, unless it can be made, or is an empty folder that can be replaced."""
     real = Path(os.path.realpath(final))
     if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise ValueError(
@@ -62,6 +62,7 @@ def check_new_folder(final: Path, flag: str) -> None:
         )
     if os.path.ismount(real):
         raise ValueError(f"{flag} {final}: a mount point, which cannot be replaced; give a folder inside it")
+    check_folder(flag, final, real.parent)
 
 
 @contextmanager
@@ -79,14 +80,14 @@ def new_folder(final: Path, flag: str) -> Iterator[Path]:
     with writing(flag, final):
         lock = _take(unfinished, f"{flag} {final}")
         try:
-            with naming(unfinished, final):
+            with writing(flag, final), naming(unfinished, final):  # tells the room before there is more again
                 yield unfinished
-            for path in [*unfinished.rglob("*"), unfinished]:
-                _to_disk(path)
-            if real.exists():
-                real.rmdir()
-            unfinished.rename(real)
-            _to_disk(real.parent)
+                for path in [*unfinished.rglob("*"), unfinished]:
+                    _to_disk(path)
+                if real.exists():
+                    real.rmdir()
+                unfinished.rename(real)
+                _to_disk(real.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise

@@ -97,7 +97,7 @@ def shared_new_folder(final: Path, flag: str) -> Iterator[Path]:
                 )
         if rank_zero:
             (folder / _TOKEN_FILE).unlink()
-        with naming(folder, final):
+        with writing(flag, final), naming(folder, final):  # tells the room before there is more again
             yield folder
         dist.barrier()
         with together():  # the last steps of rank 0 can fail too

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.model_fields import VOCABULARY
-from megatron_fdd.host.panics import panics_as_errors
+from megatron_fdd.host.panics import panics_as_errors, unprinted_panics
 
 TOKENIZER_FILE = "tokenizer.json"
 _MODELS = ("BPE", "Unigram")
@@ -42,6 +42,7 @@ class TokenBytes:
     unknown: int | None
 
     @classmethod
+    @unprinted_panics()
     def read(cls, folder: Path) -> TokenBytes:
         """Read a folder's `tokenizer.json`.
 

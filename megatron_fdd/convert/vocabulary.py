@@ -16,7 +16,7 @@ from megatron_fdd.data.tokenizer_identity.own_file import PLAIN_CLASS
 from megatron_fdd.host.console import complain
 from megatron_fdd.host.disk import naming
 from megatron_fdd.host.json_file import read_json, write_json
-from megatron_fdd.host.panics import panics_as_errors
+from megatron_fdd.host.panics import panics_as_errors, unprinted_panics
 
 _CONFIG, _FILE = "tokenizer_config.json", "tokenizer.json"
 
@@ -33,6 +33,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     write_stamp(target, copy_loadable_tokenizer(source, target, "the checkpoint's copy in tokenizer/"))
 
 
+@unprinted_panics()
 def copy_loadable_tokenizer(source: Path, target: Path, copy: str) -> TokenizerIdentity:
     """Copy a model folder's tokenizer files as `copy_tokenizer` does, which calls them `copy`; return their identity.
 

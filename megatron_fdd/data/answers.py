@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_fdd.data.chat_template import ChatTemplate, Spans
 from megatron_fdd.data.conversations import Conversation
 from megatron_fdd.data.refusals import Reason, Refusal
+from megatron_fdd.data.render_limits import TemplateLimitError
 from megatron_fdd.data.render_process import TemplateRaisedError
 
 
@@ -71,21 +72,21 @@ class Written:
         except (
             Exception
         ) as error:  # a template is a program from somewhere: division by zero, memory, recursion
-            raise self._refused(error) from error
+            raise self.refused(error) from error
 
     def before_and_with(self, index: int) -> tuple[str, str]:
         """Return the text before a message, where the model begins to answer, and the text with it."""
         try:
             return self.template.before_and_with(self.conversation, index)
         except Exception as error:
-            raise self._refused(error) from error
+            raise self.refused(error) from error
 
     def marks(self) -> Spans:
         """Return the ranges of characters between `{% generation %}` and `{% endgeneration %}`."""
         try:
             return self.template.marks(self.conversation)
         except Exception as error:
-            raise self._refused(error) from error
+            raise self.refused(error) from error
 
     @property
     def has_marks(self) -> bool:
@@ -93,7 +94,7 @@ class Written:
         try:
             return self.template.has_marks(with_tools=self.conversation.tools is not None)
         except Exception as error:
-            raise self._refused(error) from error
+            raise self.refused(error) from error
 
     def first(self, count: int) -> Written:
         """Return a copy that has only the first `count` messages."""
@@ -108,10 +109,11 @@ class Written:
         alone = replace(self.conversation, messages=messages, is_learned=(False, True))
         return replace(self, conversation=alone)
 
-    def _refused(self, error: Exception) -> Refusal:
+    def refused(self, error: Exception) -> Refusal:
+        """Return the refusal of the record for what a template raised."""
         kind = error.kind if isinstance(error, TemplateRaisedError) else type(error).__name__
         text = (str(error).splitlines() or ["no message"])[0][:200]
-        detail = f"the chat template refuses it ({kind}: {text})"
+        detail = f"{self.template.told} refuses it ({kind}: {text})"
         return Refusal(self.where, Reason.RAISED, detail)
 
 
@@ -127,6 +129,8 @@ def find_answers(written: Written, learned: Sequence[int]) -> list[Answer]:
         if refusal.reason is not Reason.NOT_FOLLOWED or not written.has_marks:
             raise
         return _by_marks_alone(written, learned)
+    except TemplateLimitError as error:  # of a text of ours, which tells the ends of turns
+        raise written.refused(error) from error
 
 
 def shared(answers: Sequence[Answer]) -> list[Sample]:
@@ -179,8 +183,8 @@ def _answer(written: Written, index: int) -> Answer:
         raise Refusal(
             written.where,
             Reason.NO_STOP,
-            f"after message {index + 1} the chat template writes {_quoted(text[-40:])}, which ends with no special "
-            "token of the tokenizer",
+            f"after message {index + 1} {written.template.told} writes {_quoted(text[-40:])}, which ends with no "
+            "special token of the tokenizer",
         )
     return Answer(index + 1, text + opening, len(prompt), opening.strip())
 

@@ -64,7 +64,7 @@ class Wait:
 
 
 def checked_batches(data_iterator: Any, vocab_size: int, length: int, iteration: int, wait: Wait) -> Any:
-    """Return an iterator over the same batches that refuses other shapes, odd masks, and ids which not all models have.
+    """Return an iterator over the same batches that refuses other shapes, odd masks or positions, and unknown ids.
 
     A prepared set is checked as a whole before training; this is for data that nothing describes. The host looks:
     batches that lie on a device already would make it wait.
@@ -118,6 +118,7 @@ class _CheckedBatches:
         _check_entries(batch, self._length, iteration)
         _check_masks(batch, iteration)
         _check_ids(batch, self._vocab_size, iteration)
+        _check_positions(batch["position_ids"], iteration)
         return batch
 
 
@@ -166,6 +167,18 @@ def _check_ids(batch: Mapping[str, Tensor], vocab_size: int, iteration: int) -> 
                     f"share the ids 0 to {vocab_size - 1}; give data with these alone (where loss_mask is 0 a "
                     "label may be anything, a token may not)"
                 )
+
+
+def _check_positions(positions: Tensor, iteration: int) -> None:
+    """Refuse positions beyond the sample: learned ones may have no row, and rotary ones count the tokens themselves."""
+    most = positions.shape[1] - 1
+    wrong = ((positions < 0) | (positions > most)).nonzero()
+    if len(wrong):
+        sample, place = wrong[0].tolist()
+        raise ValueError(
+            f"iteration {iteration}: sample {sample} of a batch has the position {int(positions[sample, place])} in "
+            f"position_ids, and --seq-length leaves 0 to {most}; give positions that count the tokens of each sample"
+        )
 
 
 def _said_by_worker(message: str, iteration: int) -> str:

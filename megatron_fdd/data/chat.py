@@ -101,7 +101,7 @@ class ChatSampler:
         vanished = find_vanished(written.conversation, _by_message(answers), again, self._settings.allowed)
         if vanished:
             places = ", ".join(f"{each.where} ({each.field})" for each in vanished)
-            detail = f"{places}: the chat template does not write {'it' if len(vanished) == 1 else 'them'}"
+            detail = f"{places}: {self.template.told} does not write {'it' if len(vanished) == 1 else 'them'}"
             raise Refusal(written.where, Reason.DROPPED, detail)
 
     def _texts_with_control_tokens(self, conversation: Conversation) -> int:

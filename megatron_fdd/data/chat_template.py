@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -57,12 +58,14 @@ class ChatSettings:
         date: --chat-date: the day that a template writes if it writes today's date.
         turns: --chat-turns: learn all answers, or only the last one of a conversation.
         allowed: --allow-dropped: fields that the template may drop (`vanished.FIELDS`).
+        place: where the template is from, for messages: its file, or "of" and the tokenizer's folder.
     """
 
     variables: Mapping[str, Any] = field(default_factory=dict)
     date: datetime.date = field(default_factory=datetime.date.today)
     turns: Turns = "all"
     allowed: frozenset[str] = frozenset()
+    place: str = field(default="", repr=False)  # no part of what decides the samples
 
     def __post_init__(self) -> None:
         """Refuse variables that every chat has already, and an `enable_thinking` that is neither true nor false.
@@ -94,6 +97,7 @@ class ChatTemplate:
             `generation_config.json`.
         variables: --chat-template-kwargs; a record's own variables override them.
         date: the day that `strftime_now` formats.
+        place: as in `ChatSettings`.
     """
 
     text: str | Mapping[str, str]
@@ -102,6 +106,12 @@ class ChatTemplate:
     stop_tokens: frozenset[str] = frozenset()
     variables: Mapping[str, Any] = field(default_factory=dict)
     date: datetime.date = field(default_factory=datetime.date.today)
+    place: str = ""
+
+    @property
+    def told(self) -> str:
+        """What a message calls it."""
+        return f"the chat template {self.place}".rstrip()
 
     def render(self, conversation: Conversation, count: int, *, prompt: bool) -> str:
         """Return the text of the first `count` messages; with `prompt` it ends where the model begins to answer.
@@ -192,7 +202,9 @@ class ChatTemplate:
     @cached_property
     def preamble(self) -> str:
         """What the template itself writes before a conversation: a default system text, a date; mostly nothing."""
-        text = self._probe([_USER, _ANSWER, _USER], None) or ""
+        text = ""
+        with suppress(TemplateLimitError):  # the samples are there; this is only told
+            text = self._probe([_USER, _ANSWER, _USER], None) or ""
         before = text[: max(text.find(_ASKED), 0)].removeprefix(str(self.special_tokens.get("bos_token", "")))
         header = text[text.rfind(_SAID) + len(_SAID) : max(text.rfind(_ASKED), 0)]  # of a later question
         return before.removesuffix(os.path.commonprefix([before[::-1], header[::-1]])[::-1])

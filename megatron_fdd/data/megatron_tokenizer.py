@@ -24,9 +24,10 @@ from megatron_fdd.data.tokenizer_identity import (
     checked_identity,
     identity_of_sentencepiece,
 )
-from megatron_fdd.host.panics import PanicError, panics_as_errors
+from megatron_fdd.host.panics import PanicError, panics_as_errors, unprinted_panics
 
 
+@unprinted_panics()
 def load_tokenizer(settings: TokenizerSettings) -> MegatronTokenizerText:
     """Load Megatron's tokenizer for these flags.
 
@@ -99,6 +100,7 @@ def identify(tokenizer: MegatronTokenizerText) -> TokenizerStamp:
     return identity.stamp
 
 
+@unprinted_panics()
 def text_tokenizer(tokenizer: MegatronTokenizerText, stop_ids: tuple[int, ...] = ()) -> TextTokenizer:
     """Return the same tokenizer without Megatron's classes around it.
 

@@ -22,7 +22,7 @@ from typing import Any, Self
 from megatron_fdd.data.prepared import SetKind, SetWriter, move_sets
 from megatron_fdd.data.tally import Tally
 from megatron_fdd.data.tokenizer_identity import TokenizerStamp
-from megatron_fdd.host.disk import check_no_link, replacing
+from megatron_fdd.host.disk import check_no_link, regular_file, replacing
 
 # The seconds of work that a kill costs at most.
 PART_SECONDS = 60.0
@@ -77,7 +77,7 @@ class Parts:
         self.folder = _folder(os.path.join(os.path.dirname(prefixes[0]), name))
         check_no_link(self.folder, f"--output-prefix {prefixes[0]}")
         self.folder.mkdir(exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        self._lock = regular_file("--output-prefix", self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -143,9 +143,8 @@ class Parts:
         return writers
 
     def _read(self) -> Done:
-        path = self.folder / "progress.json"
         try:
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            state = _progress(self.folder)
             if state.pop("fingerprint") != self._fingerprint:
                 return Done()
             return Done(**{**state, "tally": Tally.from_state(state["tally"])})
@@ -170,9 +169,16 @@ class Parts:
 def kept_documents(output_prefix: str) -> int:
     """Return how many input documents a run with this `--output-prefix` need not read again; 0 without parts."""
     try:
-        return int(json.loads((_folder(output_prefix) / "progress.json").read_text("utf-8"))["documents"])
+        return int(_progress(_folder(output_prefix))["documents"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """Read what a run has kept of its progress; nothing where it has kept none."""
+    path = folder / "progress.json"
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return kept
 
 
 def _folder(output_prefix: str) -> Path:

@@ -154,6 +154,7 @@ def prepare(settings: PrepareSettings) -> Summary:
     with (
         writing("--output-prefix", settings.output_prefix),
         Parts(settings.prefixes(), name, kind, identity, _fingerprint(settings, identity)) as parts,
+        writing("--output-prefix", settings.output_prefix),  # tells the room before there is more again
     ):
         done = parts.done
         bar = Bar(total=total_bytes, desc="preparing", unit="B", initial=done.num_bytes)
@@ -251,7 +252,7 @@ def _write_all(settings: PrepareSettings, encoder: Encoder, parts: Parts, bar: B
     shares = Shares(settings.split, done.dealt)
     workers = useful_workers(settings.workers, settings.inputs)
     for num_bytes, encoded_documents in encode_in_order(
-        islice(documents, done.documents, None), encoder, workers
+        islice(documents, done.documents, None), encoder, workers, past_refusals=settings.skip_refused
     ):
         for encoded in encoded_documents:
             if encoded.refusal is not None and not settings.skip_refused:

@@ -6,12 +6,13 @@ import gzip
 import io
 import os
 import re
-import stat
 import zlib
 from collections.abc import Buffer, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, BinaryIO, Literal
+
+from megatron_fdd.host.pipe import open_to_read
 
 Compression = Literal["gzip", "zstd"]
 # So much of a file is read to tell its format; its first record should be inside.
@@ -58,7 +59,7 @@ class Stream:
     """
 
     def __init__(self, path: str, file: BinaryIO) -> None:
-        """Start at the beginning of `file`, which is open and unbuffered.
+        """Start at the beginning of `file`, and close it in the end.
 
         Raises:
             ValueError: the file is compressed with zstd, and pyarrow is not installed.
@@ -127,10 +128,10 @@ def open_stream(path: str) -> Iterator[Stream]:
     """Open the stream of a file, and close it in the end.
 
     Raises:
-        ValueError: as in `Stream`.
+        ValueError: as in `Stream` and `open_to_read`.
         OSError: the file cannot be opened.
     """
-    stream = _looked_at.pop(path, None) or _open(path)
+    stream = _looked_at.pop(path, None) or Stream(path, open_to_read(path))
     try:
         yield stream
     finally:
@@ -140,7 +141,7 @@ def open_stream(path: str) -> Iterator[Stream]:
 @contextmanager
 def look(path: str) -> Iterator[Stream]:
     """Open a stream to read only its head; the stream of a pipe stays open for its reader."""
-    stream = _looked_at.pop(path, None) or _open(path)
+    stream = _looked_at.pop(path, None) or Stream(path, open_to_read(path))
     try:
         yield stream
     finally:
@@ -148,13 +149,6 @@ def look(path: str) -> Iterator[Stream]:
             stream.close()
         else:
             _looked_at[path] = stream
-
-
-def _open(path: str) -> Stream:
-    mode = os.stat(path).st_mode
-    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):  # some never end
-        raise ValueError(f"{path} is a device; give a file or a pipe")
-    return Stream(path, open(path, "rb", buffering=0))  # closed with the stream
 
 
 def pyarrow_for(path: str, kind: str) -> ModuleType:

@@ -78,6 +78,12 @@ def check_tokenizer_files(tokenizer_type: str | None, tokenizer_model: str | Non
             f"--tokenizer-model {tokenizer_model} does not exist; give the folder of a Hugging Face "
             "tokenizer (or its owner/name on the hub) or the file of a SentencePiece model"
         )
+    if os.path.exists(tokenizer_model) and not (
+        os.path.isfile(tokenizer_model) or os.path.isdir(tokenizer_model)
+    ):
+        raise ValueError(
+            f"--tokenizer-model {tokenizer_model} is neither a file nor a folder (a pipe, a device); give one"
+        )
     has_tokenizer(Path(tokenizer_model))  # refuses what is no file
 
 
@@ -164,6 +170,7 @@ class TextTokenizer(ABC):
             frozenset(ends & self.added_tokens().keys()),
             settings.variables,
             settings.date,
+            settings.place,
         )
 
     @cached_property

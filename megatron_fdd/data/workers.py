@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 from megatron_fdd.data.documents import RawDocument
 from megatron_fdd.data.encode import EncodedDocument, Encoder
@@ -64,9 +65,14 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 
 
 def encode_in_order(
-    documents: Iterable[RawDocument], encoder: Encoder, workers: int
+    documents: Iterable[RawDocument], encoder: Encoder, workers: int, *, past_refusals: bool
 ) -> Iterator[EncodedBatch]:
     """Yield the bytes consumed and the encoded documents of each batch, in the order of the documents.
+
+    Closed before its end, as after a refusal, it ends its workers in the middle of what they encode.
+
+    Args:
+        past_refusals: whether a batch goes on after a document that is refused, or ends with it.
 
     Raises:
         ValueError: a worker died.
@@ -74,16 +80,18 @@ def encode_in_order(
     batches = _batches(documents)
     if workers == 1:
         for batch in batches:
-            yield _encode_batch(encoder, batch)
+            yield _encode_batch(encoder, batch, past_refusals)
         return
+    context = multiprocessing.get_context("spawn")
+    end, ended = context.Pipe(
+        duplex=False
+    )  # `ended` is open in this process alone: its closing tells the workers
     # Not multiprocessing.Pool: it reads the whole corpus ahead, and hangs when a worker dies.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (_pickled(encoder),)
-    )
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (_pickled(encoder), end))
     pending: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(_encode_in_worker, batch))
+            pending.append(pool.submit(_encode_in_worker, batch, past_refusals))
             if len(pending) >= workers * _AHEAD:
                 yield pending.popleft().result()
         while pending:
@@ -93,11 +101,18 @@ def encode_in_order(
             "a worker process died, most likely because memory ran out; try fewer --workers"
         ) from error
     finally:
+        ended.close()
         pool.shutdown(wait=True, cancel_futures=True)
+        end.close()
 
 
-def _encode_batch(encoder: Encoder, batch: list[RawDocument]) -> EncodedBatch:
-    return sum(document.num_bytes for document in batch), [encoder(document) for document in batch]
+def _encode_batch(encoder: Encoder, batch: list[RawDocument], past_refusals: bool) -> EncodedBatch:
+    encoded: list[EncodedDocument] = []
+    for document in batch:
+        encoded.append(encoder(document))
+        if encoded[-1].refusal is not None and not past_refusals:
+            break
+    return sum(document.num_bytes for document in batch[: len(encoded)]), encoded
 
 
 _worker_encoder: Encoder | None = None
@@ -120,12 +135,18 @@ def _pickled(encoder: Encoder) -> bytes:
     return content
 
 
-def _start_worker(encoder: bytes) -> None:
+# Held by the main thread of a worker whenever it does not encode.
+_not_encoding = threading.Lock()
+
+
+def _start_worker(encoder: bytes, end: Connection) -> None:
     """Set up a worker process; runs once in each."""
     global _worker_encoder
     # Ctrl-C reaches the whole process group; the parent reports it, and the workers end with the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _not_encoding.acquire()
+    threading.Thread(target=_end_when_unwanted, args=(end,), daemon=True).start()
     # The workers already run side by side; the tokenizers' own threads would only compete with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_encoder = pickle.loads(encoder)
@@ -139,6 +160,21 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(batch: list[RawDocument]) -> EncodedBatch:
+def _end_when_unwanted(end: Connection) -> None:
+    """End this process in the middle of what it encodes, when the parent wants no more of it.
+
+    A template or a tokenizer may be at work for a long time. A result that is being sent is sent to its end: the parent
+    would wait for the rest.
+    """
+    end.poll(None)  # until its other side is closed
+    with _not_encoding:
+        os._exit(1)
+
+
+def _encode_in_worker(batch: list[RawDocument], past_refusals: bool) -> EncodedBatch:
     assert _worker_encoder is not None
-    return _encode_batch(_worker_encoder, batch)
+    _not_encoding.release()
+    try:
+        return _encode_batch(_worker_encoder, batch, past_refusals)
+    finally:
+        _not_encoding.acquire()

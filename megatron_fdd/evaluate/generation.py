@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,7 +77,9 @@ def _chat_sampler(tokenizer: PreTrainedTokenizerBase, settings: GenerationSettin
         )
     eod, bos = (-1 if each is None else each for each in (tokenizer.eos_token_id, tokenizer.bos_token_id))
     text = HuggingFaceText(template, eod, bos, (), tokenizer)
-    return ChatSampler(text.chat(settings.chat), settings.chat)
+    place = "of --chat-template" if settings.chat_template else f"of {tokenizer.name_or_path}"
+    chat = replace(settings.chat, place=place)
+    return ChatSampler(text.chat(chat), chat)
 
 
 def _chat_text(example: Instruction, sampler: ChatSampler) -> str:
@@ -86,7 +88,9 @@ def _chat_text(example: Instruction, sampler: ChatSampler) -> str:
     try:
         return sampler.prompt(asked)
     except Exception as error:  # a template is somebody else's program
-        raise ValueError(f"--template chat: the chat template refuses an instruction: {error}") from error
+        raise ValueError(
+            f"--template chat: {sampler.template.told} refuses an instruction: {error}"
+        ) from error
 
 
 def check_length(prompts: Iterable[Prompt], max_new_tokens: int, positions: float) -> None:

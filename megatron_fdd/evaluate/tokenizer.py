@@ -9,10 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from megatron_fdd.data.tokenizer_identity import TokenizerIdentity, difference_from_file
 from megatron_fdd.host.console import complain
-from megatron_fdd.host.panics import panics_as_errors
+from megatron_fdd.host.panics import panics_as_errors, unprinted_panics
 
 
 @lru_cache(maxsize=16)
+@unprinted_panics()
 def load_tokenizer(folder: Path, _fingerprint: str) -> tuple[PreTrainedTokenizerBase, TokenizerIdentity]:
     """Return a folder's own tokenizer and its identity, read once while its files (the fingerprint) stay the same.
 

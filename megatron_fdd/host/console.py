@@ -202,10 +202,18 @@ def _print(text: str, terminal: TextIO | None, stream: TextIO) -> None:
     if terminal is not None:
         try:
             print(text, file=terminal, flush=True)
-        except (
-            OSError
-        ):  # its reader is gone (`| head`, a hang-up): the log has everything, and the run continues
+        except OSError as error:  # the log has everything, and the run continues
             os.dup2(os.open(os.devnull, os.O_WRONLY), terminal.fileno())
+            _tell_of_stdout(error, terminal)
+
+
+def _tell_of_stdout(error: OSError, terminal: TextIO) -> None:
+    """Say on stderr that stdout cannot be written; not where its reader is gone (`| head`, a hang-up)."""
+    if _divided is not None and terminal is _divided.out and error.errno not in (errno.EPIPE, errno.EIO):
+        where = "the log" if _divided.path is None else _divided.path
+        complain(
+            f"megatron_fdd: warning: stdout cannot be written any more ({error.strerror}); see {where} instead"
+        )
 
 
 def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

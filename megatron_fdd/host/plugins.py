@@ -13,7 +13,7 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 FLAG = "--fdd-plugin"
 # For --help.
@@ -23,6 +23,13 @@ REMEDY = f"if a plug-in adds it, name the plug-in's module with {FLAG}"
 # In the environment: the current folder is left out for other modules alone.
 PLUGINS_HERE = "FDD_PLUGINS_HERE"
 _LONGEST_MESSAGE = 300
+# What of torch's an import must leave as it is, and how it begins.
+_TORCHS: dict[str, object] = {
+    "torch's default device": "cpu",
+    "torch's default dtype": "torch.float32",
+    "torch's grad mode": True,
+    "torch's inference mode": False,
+}
 
 
 def named_plugins(words: Sequence[str]) -> list[str]:
@@ -55,9 +62,12 @@ def import_plugins(names: Sequence[str]) -> None:
 def _import(name: str) -> None:
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(f"{FLAG} {name!r}: must be a module's name, such as package.module, and no file's")
+    before = _state()
     try:
         importlib.import_module(name)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # GeneratorExit, SystemExit, the panic of a library in Rust
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise ValueError(
                 f"{FLAG} {name}: there is no module {error.name}: install it, add its folder to PYTHONPATH, or start "
@@ -68,6 +78,23 @@ def _import(name: str) -> None:
             f"{FLAG} {name}: its import fails with {type(error).__name__}: {message}{_place(error)}; "
             f'see the whole error with python -c "import {name}"'
         ) from error
+    changed = [what for what, value in _state().items() if value != before[what]]
+    if changed:
+        raise ValueError(
+            f"{FLAG} {name}: its import changes {', '.join(changed)}, by which the whole program goes; leave that to "
+            "the functions that it registers, which set it back"
+        )
+
+
+def _state() -> dict[str, object]:
+    """Return what an import must leave as it is, for the rest of the program goes by it, each by its name."""
+    state: dict[str, object] = {"sys.argv": list(sys.argv), "the current folder (os.chdir)": os.getcwd()}
+    torch: Any = sys.modules.get("torch")
+    if torch is None:  # what it begins with
+        return {**state, **_TORCHS}
+    device, dtype = torch.get_default_device().type, str(torch.get_default_dtype())
+    own = device, dtype, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return {**state, **dict(zip(_TORCHS, own, strict=True))}
 
 
 def _place(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -72,8 +72,14 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # a pipe that nobody reads, a full disk, a closed stream
+        except (BrokenPipeError, ValueError):  # a pipe that nobody reads, a closed stream
             status = status or _NOT_FLUSHED
+        except OSError as error:  # a full disk
+            status = status or _NOT_FLUSHED
+            with suppress(OSError):
+                os.write(
+                    2, f"what was printed cannot be written: {error.strerror}; make room there\n".encode()
+                )
     os._exit(status & 0xFF)
 
 

@@ -45,7 +45,7 @@ from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.whole_file import sweep
 from megatron_fdd.data.stream.folder import sweep_stream, write_window
 from megatron_fdd.host import console
-from megatron_fdd.host.disk import explain
+from megatron_fdd.host.disk import check_folder, explain, writing
 from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.together import together
 from megatron_fdd.plan.megatron_errors import in_one_line, is_from_here
@@ -121,8 +121,11 @@ def _compute(
     request: TeachRequest, teacher: PreparedTeacher, sources: Sequence[Source], survey: Survey
 ) -> None:
     """Load the teacher, and write its lens, if there is none, and the features of all units."""
+    store = request.store
+    with together():
+        check_folder("--store", store, store)
     console.say("loading the teacher")
-    engine, store = teacher.engine(), request.store
+    engine = teacher.engine()
     with together():
         if is_first_rank():
             _open_folder(store, engine.identity, teacher.companions)
@@ -147,6 +150,7 @@ def _follow(
     """Load the teacher, begin the stream or join it, and make what is asked for."""
     store = request.store
     with together():
+        check_folder("--store", store, store)
         if is_first_rank() and (store / STORE_FILE).exists():
             check_same(store, teacher.outline, teacher.unknown)
         check_window(following, teacher.outline, teacher.args.seq_length)
@@ -176,7 +180,8 @@ def _prepared(request: TeachRequest) -> PreparedTeacher:
 def _open_folder(store: Path, identity: StoreIdentity, companions: Path) -> None:
     """Make the store, or join it; put the teacher's tokenizer beside it."""
     write_identity(store, identity)
-    carry_companions(companions, store)
+    with writing("--store", store):
+        carry_companions(companions, store)
     if count := sweep(store) + sweep_stream(store):
         console.say(f"{store}: removed {count} file(s) that killed producers had left")
 

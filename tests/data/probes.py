@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 from megatron_fdd.data import render_limits
@@ -22,6 +23,8 @@ class Probe:
         return self.encoder.tokenizer
 
     def __call__(self, document: RawDocument) -> EncodedDocument:
+        if b"wait" in document.content:
+            time.sleep(3600)
         encoded = self.encoder(document)
         if b"report" in document.content:  # raises an error, which comes back with its text
             loaded = [name for name in ("torch", "megatron") if sys.modules.get(name)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +70,24 @@ def kill_after(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = prepare_module.read_documents
     monkeypatch.setattr(prepare_module, "read_documents", documents)
     return seen
+
+
+def test_the_room_is_that_before_anything_is_removed(
+    settings: PrepareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def usage(_path: Path) -> Any:
+        return SimpleNamespace(free=0 if any((tmp_path / "sets").iterdir()) else 5 << 20)
+
+    monkeypatch.setattr(prepare_module, "_write_all", fail)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(
+        ValueError, match=r"^--output-prefix .*: No space left on device \(0 MiB free there\)"
+    ):
+        prepare(settings)
+    assert not any((tmp_path / "sets").iterdir())
 
 
 def test_killed_anywhere_it_goes_on_with_the_same_result(

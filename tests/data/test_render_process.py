@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -108,7 +109,18 @@ def test_prepare_ends_in_one_line(
     assert ended.exit_code == 1
     [line] = ended.stderr.splitlines()
     assert LATE in line
+    assert f"a.jsonl, line 1: the chat template {tmp_path / 'template.jinja'} refuses it" in line
     assert not sets.exists() or list(sets.iterdir()) == []
+
+
+def test_the_tokenizers_own_template_is_named(hf: TokenizerSettings, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(hf.tokenizer_model, folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    source = write_jsonl(tmp_path / "a.jsonl", [CHAT])
+    words = [source, "--tokenizer-type", hf.tokenizer_type, "--tokenizer-model", str(folder)]
+    ended = CliRunner().invoke(command, [*words, "--output-prefix", str(tmp_path / "out")])
+    assert f"a.jsonl, line 1: the chat template of {folder} refuses it (" in ended.stderr
 
 
 @pytest.mark.tier("default")
@@ -120,6 +132,6 @@ def test_a_worker_refuses_the_record_and_goes_on(hf: TokenizerSettings) -> None:
         RawDocument("a.jsonl", line, each, len(each)) for line, each in enumerate((content, pair), 1)
     ]
     encoder = Hurried(make_encoder(EncodeSettings(settings, "instruction")), 0.2)
-    [(_, [late, good])] = encode_in_order(documents, encoder, 2)
+    [(_, [late, good])] = encode_in_order(documents, encoder, 2, past_refusals=True)
     assert LATE in str(late.refusal)
     assert good.refusal is None

@@ -243,6 +243,18 @@ def test_every_batch_is_held_to_the_vocabulary(wrong: dict[str, int], message: s
         next(several[0])
 
 
+@pytest.mark.parametrize("position", [-1, 2, 2**40])
+def test_a_position_beyond_the_sample_is_named(position: int) -> None:
+    good = batch()["position_ids"]
+    samples = {name: torch.cat((entry, entry)) for name, entry in batch().items()}
+    samples["position_ids"] = torch.cat((good, torch.tensor([[0, position]])))
+    message = (
+        f"iteration 4: sample 1 of a batch has the position {position} in position_ids, and .* leaves 0 to 1;"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(checked_batches(iter([samples]), 5, 2, 3, Wait()))
+
+
 def test_a_batch_without_a_label_passes() -> None:
     empty = {name: torch.zeros_like(entry) for name, entry in batch().items()}
     assert next(checked_batches(iter([empty]), 5, 2, 0, Wait())) is empty

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,7 +144,7 @@ def test_a_worker_has_neither_torch_nor_megatron(
     both = [
         RawDocument("a.jsonl", line, content, len(content)) for line, content in enumerate((chat, pair), 1)
     ]
-    results = encode_in_order(iter(both), probe, 2)
+    results = encode_in_order(iter(both), probe, 2, past_refusals=True)
     next(results)
     with pytest.raises(ValueError, match=rf"process \d+ of {os.getpid()} has \[\]"):
         next(results)
@@ -163,7 +165,27 @@ def test_a_worker_imports_neither_with_the_tool() -> None:
 def test_a_killed_worker_is_reported(hf: TokenizerSettings, one_a_batch: None) -> None:
     probe = Probe(make_encoder(EncodeSettings(hf, "jsonl")))
     with pytest.raises(ValueError, match="a worker process died.*fewer --workers"):
-        list(encode_in_order(documents("the river", "die", "the house"), probe, 2))
+        list(encode_in_order(documents("the river", "die", "the house"), probe, 2, past_refusals=True))
+
+
+@pytest.mark.tier("default")
+def test_what_is_not_wanted_any_more_ends(hf: TokenizerSettings, one_a_batch: None) -> None:
+    probe = Probe(make_encoder(EncodeSettings(hf, "jsonl")))
+    signal.alarm(60)  # or this would wait for an hour
+    results = encode_in_order(documents("the river", "wait", "wait"), probe, 2, past_refusals=True)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    signal.alarm(0)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("past_refusals", "expected"), [(False, 2), (True, 3)])
+def test_a_batch_ends_with_a_refusal(hf: TokenizerSettings, past_refusals: bool, expected: int) -> None:
+    encoder = make_encoder(EncodeSettings(hf, "jsonl"))
+    good, bad, last = (RawDocument("a.jsonl", 1, each, 9) for each in (b'{"text":""}', b"{", b'{"text":"a"}'))
+    [(num_bytes, encoded)] = encode_in_order(iter([good, bad, last]), encoder, 1, past_refusals=past_refusals)
+    assert (num_bytes, len(encoded)) == (9 * expected, expected)
+    assert [each.refusal is None for each in encoded] == [True, False, True][:expected]
 
 
 def test_a_tokenizer_that_cannot_be_copied_is_refused(hf: TokenizerSettings) -> None:
@@ -172,7 +194,7 @@ def test_a_tokenizer_that_cannot_be_copied_is_refused(hf: TokenizerSettings) -> 
     with pytest.raises(
         ValueError, match="this tokenizer cannot be sent to workers .*prepare with --workers 1"
     ):
-        next(encode_in_order(documents("the river"), encoder, 2))
+        next(encode_in_order(documents("the river"), encoder, 2, past_refusals=True))
 
 
 def test_a_copy_with_other_ids_is_refused(
@@ -181,7 +203,7 @@ def test_a_copy_with_other_ids_is_refused(
     encoder, copy = (make_encoder(EncodeSettings(settings, "jsonl")) for settings in (hf, sp))
     monkeypatch.setattr(workers.pickle, "loads", lambda content: copy)
     with pytest.raises(ValueError, match="this tokenizer gives other ids after .*prepare with --workers 1"):
-        next(encode_in_order(documents("the river"), encoder, 2))
+        next(encode_in_order(documents("the river"), encoder, 2, past_refusals=True))
 
 
 def test_the_help_names_the_threshold() -> None:

@@ -114,6 +114,20 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_below_the_terminals_file_is_told_once(tmp_path: Path) -> None:
+    full = "import os; os.dup2(os.open('/dev/full', os.O_WRONLY), console._divided.out.fileno())\n"
+    done = rank(tmp_path, f"{full}console.say('unheard'); console.say('too')\nprint('still here')")
+    assert done.returncode == 0
+    [line] = [line for line in done.stderr.splitlines() if "stdout" in line]
+    assert line == (
+        "megatron_fdd: warning: stdout cannot be written any more (No space left on device); see "
+        f"{tmp_path / 'rank0.log'} instead"
+    )
+    log = (tmp_path / "rank0.log").read_text()
+    assert log.index("unheard") < log.index("too") < log.index("still here")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_below_the_log_hides_nothing_from_the_terminal(tmp_path: Path) -> None:
     full = "import os; full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)\n"
     more = "console._divided.log = os.fdopen(full, 'r+b', buffering=0)\n"

@@ -6,15 +6,20 @@ import errno
 import io
 import os
 import re
+import shutil
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_fdd.convert.hf_writer import new_folder
+from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from megatron_fdd.data.parts import Parts
+from megatron_fdd.data.store.whole_file import unfinished
 from megatron_fdd.host import disk
 from megatron_fdd.host.disk import explain, make_folder, replacing, sized, told_by_torchs_writer, writing
 
@@ -44,6 +49,35 @@ def test_what_cannot_be_written_names_the_flag(tmp_path: Path, error: Exception,
         writing("--save", given),
     ):
         raise error
+
+
+# What is written, and removed after an error.
+UNDONE: dict[str, Callable[[Path], AbstractContextManager[object]]] = {
+    "a model": lambda path: new_folder(path, "--out"),
+    "a file of a store": lambda path: unfinished(path.parent, path),
+}
+
+
+def _fail_at(place: object) -> None:
+    if isinstance(place, Path) and not place.exists():
+        place.touch()
+    raise system_error(errno.ENOSPC)
+
+
+@pytest.mark.parametrize("name", UNDONE)
+def test_the_room_is_that_before_anything_is_removed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usage(_path: Path) -> Any:
+        return SimpleNamespace(free=0 if any(tmp_path.iterdir()) else 5 << 20)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with (
+        pytest.raises(ValueError, match=r"No space left on device \(0 MiB free there\)"),
+        UNDONE[name](tmp_path / "out") as place,
+    ):
+        _fail_at(place)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cause", [system_error(errno.ENOSPC), KeyboardInterrupt()])
@@ -95,6 +129,16 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
             make_folder("--out", given, given)
     make_folder("--out", tmp_path / "a" / "b", tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_new_folder_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    """`fdd student` runs a teacher for minutes before it writes."""
+    (tmp_path / "file").touch()
+    for given in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(ValueError, match=f"^--hf-out {given}: .* is a file, and a folder is needed"):
+            check_new_folder(given, "--hf-out")
+    check_new_folder(tmp_path / "a" / "b", "--hf-out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_other_errors_get_a_remedy() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from megatron_fdd.cli import main
@@ -77,6 +78,7 @@ FAILING = {
     ),
     "plug.wrong": ("x = 1\nif:", r"SyntaxError: invalid syntax \(wrong.py, line 2\);"),
     "plug.ends": ("raise SystemExit('enough')", r"SystemExit: enough \({}/plug/ends.py, line 1\)"),
+    "plug.leaves": ("raise GeneratorExit('well')", r"GeneratorExit: well \({}/plug/leaves.py, line 1\)"),
     "plug.talks": ("raise OSError('word\\n' * 200)", r"OSError: word word .* word \.\.\. \("),
 }
 
@@ -92,6 +94,38 @@ def test_a_plugin_that_cannot_be_imported_is_one_line(name: str, folder: Path) -
         import_plugins([name])
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 700
+
+
+# What an import changes of the program, and its name in the message.
+CHANGING = {
+    "arguments": ("import sys; sys.argv.append('--lr')", "sys.argv"),
+    "folder": ("import os; os.chdir('/')", r"the current folder \(os.chdir\)"),
+    "device": ("import torch; torch.set_default_device('meta')", "torch's default device"),
+    "dtype": ("import torch; torch.set_default_dtype(torch.float64)", "torch's default dtype"),
+    "gradients": ("import torch; torch.set_grad_enabled(False)", "torch's grad mode"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_plugin_that_changes_the_program_is_named(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, what = CHANGING[name]
+    (folder / f"plug/{name}.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["fdd"])
+    try:
+        with pytest.raises(ValueError, match=f"^{FLAG} plug.{name}: its import changes {what}, by which"):
+            import_plugins([f"plug.{name}"])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+
+
+def test_an_interrupt_is_no_error_of_a_plugin(folder: Path) -> None:
+    (folder / "plug/stopped.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        import_plugins(["plug.stopped"])
 
 
 @pytest.mark.parametrize(

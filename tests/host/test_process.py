@@ -187,7 +187,12 @@ def test_process_groups_are_destroyed_only_where_no_rank_can_be_missing(status: 
         ("sys.exit('no')", 1, "works handler\n", "no\n"),
         ("1 / 0", 1, "works handler\n", "ZeroDivisionError: division by zero\n"),
         ("raise KeyboardInterrupt", 130, "works handler\n", "KeyboardInterrupt\n"),
-        ("sys.stdout.flush(); sys.stdout = open('/dev/full', 'w'); print('more')", 120, "works ", ""),
+        (
+            "sys.stdout.flush(); sys.stdout = open('/dev/full', 'w'); print('more')",
+            120,
+            "works ",
+            "what was printed cannot be written: No space left on device; make room there\n",
+        ),
     ],
 )
 def test_a_process_ends_without_tearing_down_the_interpreter(

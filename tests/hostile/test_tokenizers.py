@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_fdd.data.megatron_tokenizer import load_tokenizer, text_tokenizer
 from megatron_fdd.data.tokenizer import TokenizerSettings
 from megatron_fdd.data.tokenizer_identity import encoded_by, identity_of_folder
 from megatron_fdd.evaluate.models import NamedModel
-from megatron_fdd.host.panics import panics_as_errors
+from megatron_fdd.host.panics import panics_as_errors, unprinted_panics
 from megatron_fdd.losses.lens import LENSES, LensKind
 from megatron_fdd.plan.megatron_errors import megatrons_errors
 from megatron_fdd.step.teacher.lens_file import TeacherIdentity, write_lens
@@ -70,13 +71,16 @@ def import_it(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", [prepare, evaluate, import_it])
 @pytest.mark.parametrize("field", PANICS)
-def test_a_panic_names_the_users_file(field: str, command: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_panic_names_the_users_file(
+    field: str, command: Callable[[Path], object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = write(tmp_path / "own", **{field: PANICS[field]})
     with pytest.raises(ValueError, match=r"; copy (it|its files) again") as refused:
         command(folder)
     said = str(refused.value)
     assert str(folder) in said
     assert "\n" not in said
+    assert "panicked" not in capfd.readouterr().err, "Rust would print four lines more"
 
 
 def test_a_text_that_panics_is_refused_with_its_place(tmp_path: Path) -> None:
@@ -153,6 +157,22 @@ def test_a_lens_of_the_wrong_shape_names_the_users_file(
 def test_only_panics_become_errors() -> None:
     with pytest.raises(KeyboardInterrupt), panics_as_errors():
         raise KeyboardInterrupt
+
+
+def test_what_is_printed_beside_a_panic_stays(capfd: pytest.CaptureFixture[str]) -> None:
+    panic = "thread '<unnamed>' (7) panicked at a.rs:1:2:\nsaid\nnote: run with ...\n"
+
+    @unprinted_panics()
+    def work(error: type[Exception] | None) -> None:
+        os.write(2, f"a warning\n\n{panic}".encode())
+        if error is not None:
+            raise error
+
+    with pytest.raises(ZeroDivisionError):
+        work(ZeroDivisionError)
+    assert capfd.readouterr().err == "a warning\n"
+    work(None)
+    assert capfd.readouterr().err == f"a warning\n\n{panic}", "nothing else tells it"
 
 
 def test_a_panic_where_megatron_loads_the_tokenizer(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,14 +23,19 @@ from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data import index_cache, render_limits
 from megatron_fdd.data.chat import ChatSampler
 from megatron_fdd.data.chat_template import ChatSettings
+from megatron_fdd.data.parts import Parts, kept_documents
 from megatron_fdd.data.prepared import open_set
 from megatron_fdd.data.refusals import Refusal
+from megatron_fdd.data.tokenizer import check_tokenizer_files
 from megatron_fdd.evaluate.answers import AnswersFile
 from megatron_fdd.evaluate.models import NamedModel, Placement, num_positions
+from megatron_fdd.evaluate.perplexity import read_texts
 from megatron_fdd.evaluate.report import write_report
 from megatron_fdd.evaluate.report.runs import read_runs
+from megatron_fdd.host import pipe
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.step.metrics import MetricsFile, check_metrics_file
+from megatron_fdd.teach import __main__ as producer
 from tests.convert import toys
 from tests.data.chat_templates import chat_template
 from tests.evaluate import report_files
@@ -193,6 +200,12 @@ def test_a_chat_template_gone_wrong(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert time.process_time() - started_s < 10
 
 
+def test_a_chat_template_gone_wrong_on_what_the_summary_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_limits, "SECONDS", 0.3)
+    text, _ = tools.TEMPLATES["endless in our own texts"]
+    assert chat_template(text.replace("vxwq", "qkzj")).preamble == ""
+
+
 def test_python_files_beside_a_model_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is asked whether to run them either: on a terminal transformers would ask, and take a yes."""
     asked = []
@@ -208,6 +221,17 @@ def test_python_files_beside_a_model_do_not_run(tmp_path: Path, monkeypatch: pyt
     assert not sign.exists()
 
 
+def test_a_store_that_cannot_be_written_is_refused_before_the_teacher_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producer, "together", nullcontext)
+    (tmp_path / "file").touch()
+    request: Any = SimpleNamespace(store=tmp_path / "file" / "store")
+    teacher: Any = SimpleNamespace(engine=lambda: pytest.fail("the teacher is loaded"))
+    with pytest.raises(ValueError, match=r"^--store .* is a file, and a folder is needed"):
+        producer._compute(request, teacher, [], None)  # type: ignore[arg-type]
+
+
 def _of_a_model(folder: Path) -> None:
     toys.write_json(folder / "config.json", toys.llama_config())
     assert HfFolder(folder).tensors
@@ -217,6 +241,16 @@ def _of_a_model(folder: Path) -> None:
 PIPES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "config.json": (lambda folder: read_json(folder / "config.json"), "config.json is no regular file"),
     "model.safetensors": (_of_a_model, "holds neither model.safetensors"),
+    "a.jsonl": (lambda folder: read_texts(folder / "a.jsonl"), "a.jsonl is a pipe, and nothing writes to it"),
+    "tokenizer.model": (
+        lambda folder: check_tokenizer_files("SentencePieceTokenizer", str(folder / "tokenizer.model")),
+        "is neither a file nor a folder",
+    ),
+    ".set.partial/lock": (
+        lambda folder: Parts([str(folder / "set")], "set", "text", None, None),  # type: ignore[arg-type]
+        "lock: is a pipe, and a regular file is needed",
+    ),
+    ".set.partial/progress.json": (lambda folder: kept_documents(str(folder / "set")) == 0, None),
     "set.prepared.json": (lambda folder: open_set(str(folder / "set")), "prepared.json is no regular file"),
     "set.bin": (lambda folder: open_set(str(folder / "set")), "set.bin is no regular file"),
     "a-TextDataset-b-document_index.npy": (
@@ -227,8 +261,10 @@ PIPES: dict[str, tuple[Callable[[Path], object], str | None]] = {
 
 
 @pytest.mark.parametrize("name", PIPES)
-def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "_WRITER_S", 0.1)
     read, message = PIPES[name]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / name)
     signal.alarm(20)
     if message is None:

@@ -190,6 +190,12 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "power of powers": ("{{ 9 ** 9 ** 9 }}", "a power"),
     "endless loop": (_LOOP, "computes for more than"),
     "deep recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "(RecursionError|computes for)"),
+    "endless in our own texts": (
+        "{% if messages[-1].content == 'vxwq' %}"
+        + _LOOP
+        + "{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}",
+        "refuses it .TemplateLimitError: it computes for more than",
+    ),
     "many digits": ("{{ '9' * 5000 | int }}", ""),
     **{name: (text, "computes for more than") for name, text in ENDLESS.items()},
 }

@@ -216,6 +216,11 @@ def test_companions_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         writing("--save", tmp_path / "save"),
     ):
         carry_companions(tmp_path / "load", tmp_path / "save")
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        carry_companions(tmp_path / "load", tmp_path / "save")
+    assert raised.value.filename == str(tmp_path / "save" / "hf"), (
+        "nobody knows the place of a copy that is gone"
+    )
     monkeypatch.undo()
     carry_companions(tmp_path / "load", tmp_path / "save")
     assert sorted(path.name for path in (tmp_path / "save" / "hf").iterdir()) == ["a", "b"]

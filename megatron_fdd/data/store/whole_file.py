@@ -54,7 +54,8 @@ def unfinished(store: Path, path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         place = path.with_name(name)
         try:
-            yield place
+            with writing("--store", store):  # tells the room before there is more again
+                yield place
         finally:
             place.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_fdd.data.tokenizer_identity.identity import TokenizerIdentity
 from megatron_fdd.host.field_kinds import shown
 from megatron_fdd.host.json_file import read_json
-from megatron_fdd.host.panics import panics_as_errors
+from megatron_fdd.host.panics import panics_as_errors, unprinted_panics
 
 if TYPE_CHECKING:  # a tokenizer's library is imported where the tokenizer is made
     import tokenizers
@@ -117,6 +117,7 @@ def _encoded(backend: tokenizers.Tokenizer, text: str, path: Path) -> list[int]:
         raise ValueError(f"{path} cannot encode a text ({error}); copy it again") from error
 
 
+@unprinted_panics()
 def encoded_by(library: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of texts, without the tokens around a whole sequence.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -190,14 +191,15 @@ def write_lens(
         named |= {f"{block}.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"lens": lens} | {name: str(value) for name, value in asdict(teacher).items()}
     partial = path.with_name(f".{path.name}.incomplete")
-    with writing("lens file", path), naming(f"{FLAG} {partial}", f"lens file {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        with writing("lens file", path), naming(f"{FLAG} {partial}", f"lens file {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(named, partial, header)
             LensFile.open(partial).check(teacher, blocks)
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _check_finite(path: Path, block: int, tensors: Mapping[str, Tensor]) -> None:
