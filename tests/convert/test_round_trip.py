@@ -91,6 +91,7 @@ def test_experts_with_biases_are_whole_on_a_rank(tmp_path: Path) -> None:
     _check(tmp_path, "gpt_oss")
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("variant", ["qwen3_moe", "qwen3_moe_mixed", "glm4_moe"])
 @distributed(tp=2, dp=2, ep=2)
 def test_experts_and_tensors_on_four_ranks(tmp_path: Path, variant: str) -> None:

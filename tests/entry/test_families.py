@@ -70,6 +70,7 @@ def _command(toy: Toys, models: Path, teacher: str, student: str, *more: object)
     return toy.command("--load", models / student, "--teacher-load", models / teacher, *more)
 
 
+@pytest.mark.tier("all")
 def test_both_models_of_a_run_are_those_of_transformers(toy: Toys, models: Path) -> None:
     commands = [_command(toy, models, *pair, "--train-iters", 1, "--finetune") for pair in PAIRS]
     [runs] = run_on_ranks(first_logits, Layout(ranks=1), {"commands": commands})
@@ -152,6 +153,7 @@ def test_every_layout_trains_alike(
     _assert_alike(path, on_one_rank[teacher, student])
 
 
+@pytest.mark.tier("all")
 @needs_python
 @pytest.mark.parametrize(
     ("teacher", "student"),
@@ -159,8 +161,8 @@ def test_every_layout_trains_alike(
         ("qwen3_moe_mixed", "qwen3"),
         ("gemma3_text", "olmo2"),
         ("olmo2", "gemma3_text"),
-        pytest.param("ernie4_5_moe", "cohere2", marks=pytest.mark.tier("all")),
-        pytest.param("granitemoe", "hunyuan_v1_dense", marks=pytest.mark.tier("all")),
+        ("ernie4_5_moe", "cohere2"),
+        ("granitemoe", "hunyuan_v1_dense"),
         _LATENT,
     ],
 )

@@ -125,6 +125,7 @@ def one_rank(toy: Toys, models: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: without_seconds(read_metrics(path)) for name, path in paths.items()}
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_layout_does_not_matter(
     toy: Toys, models: Path, one_rank: dict[str, Any], name: str, tmp_path: Path

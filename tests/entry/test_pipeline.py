@@ -84,6 +84,7 @@ def test_a_live_lens_with_overlap(toy: Toys, tmp_path: Path) -> None:
     assert_close(other, one, 4)
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(("form", "least", "most"), [("fp8", 1e-5, 0.02), ("int8", 1e-6, 0.005)])
 def test_packed_taps_are_the_same_in_every_layout(
     form: str, least: float, most: float, toy: Toys, on_one_rank: Path, tmp_path: Path

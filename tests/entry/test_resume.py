@@ -128,6 +128,7 @@ def test_a_student_from_scratch_resumes_with_the_same_command(toy: Toys, tmp_pat
     assert metrics(killed) == metrics(whole)
 
 
+@pytest.mark.tier("all")
 def test_resumes_at_another_tensor_parallel_size(toy: Toys, tmp_path: Path) -> None:
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     two = ("--tensor-model-parallel-size", "2")

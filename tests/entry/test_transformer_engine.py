@@ -176,6 +176,7 @@ def in_bf16(toy: Toys, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return folders
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

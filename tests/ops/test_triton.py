@@ -91,6 +91,7 @@ def test_values_and_gradients(kind: str, temperature: float, live: bool, dtype: 
     assert_matches(case, Divergence(kind, temperature=temperature), live=live)
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cap_and_a_bias_of_the_teacher(kind: str, live: bool) -> None:
@@ -100,6 +101,7 @@ def test_a_cap_and_a_bias_of_the_teacher(kind: str, live: bool) -> None:
     assert_matches(capped(case, cap=None), Divergence(kind), live=live)
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("live", [False, True], ids=["constant-head", "trained-head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cap_of_the_student(kind: str, live: bool) -> None:
@@ -209,6 +211,7 @@ def sweeps_of(case: Case, divergence: Divergence, *, num_valid: int, body_gradie
     return sweeps.TritonSweeps(request, *([x.to(DEVICE) for x in model] for model in models))
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.2])
 @pytest.mark.parametrize("kind", ["fkl", "rkl"])
 def test_logits_that_leap_from_block_to_block(kind: str, temperature: float) -> None:
@@ -226,6 +229,7 @@ def test_logits_that_leap_from_block_to_block(kind: str, temperature: float) -> 
     assert error(ours[0], expected_gradients[0]) < 1e-5
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_models_give_zero(kind: str, dtype: torch.dtype) -> None:

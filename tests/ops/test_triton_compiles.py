@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.tier("default")
+pytestmark = pytest.mark.tier("all")
 
 pytest.importorskip("triton")
 LINE = re.compile(

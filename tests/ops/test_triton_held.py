@@ -83,6 +83,7 @@ def test_sums_and_gradients(kind: str | None, temperature: float, dtype: torch.d
     assert_matches(case, None if kind is None else Divergence(kind, temperature=temperature))
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("kind", KINDS)
 def test_caps_and_biases(kind: str) -> None:
     case = capped(make_case(5, 53, padded=70, widths=(20, 17)).to(torch.float32))
@@ -151,6 +152,7 @@ def equal_models(case: Case) -> Case:
     return replace(case, teacher=case.student, teacher_head=case.student_head)
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_models_give_zero(kind: str) -> None:
     case = make_case(5, 60, widths=(20, 17)).to(torch.float32)

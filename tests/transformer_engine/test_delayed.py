@@ -99,6 +99,7 @@ def wanted_means(made: tuple[Path, list[Tensor]]) -> dict[str, float]:
     return run_on_ranks(train_beside, CASE.layout, arguments, image=IMAGE)[0][2]
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_students_steps_leave_the_scales_alone(
     name: str, made: tuple[Path, list[Tensor]], wanted_means: dict[str, float]

@@ -69,6 +69,7 @@ def changed_by_a_run(folder: Path, kind: str, size: int) -> list[str]:
     return changed
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_compute_what_the_trained_model_does(kind: str, size: int, tmp_path: Path) -> None:
@@ -81,6 +82,7 @@ def test_experts_compute_what_the_trained_model_does(kind: str, size: int, tmp_p
         assert changed == []
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(("trained", "loaded"), [(2, 1), (1, 2)])
 def test_experts_in_turn_keep_their_scales_at_another_size(trained: int, loaded: int, tmp_path: Path) -> None:
     """Experts that are multiplied together do not keep them, and are refused."""

@@ -76,6 +76,7 @@ def in_fp8(recipe: str, kind: str) -> Case:
     return replace(PLAIN, student_options=fp8(recipe) + KINDS[kind], teacher_options=teacher + KINDS[kind])
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     ("recipe", "layout"),
     [*((recipe, {}) for recipe in RECIPES), ("tensorwise", EP2), ("mxfp8", EP2)],
@@ -94,6 +95,7 @@ def test_fp8_gives_the_same_numbers_with_a_pipeline_and_recompute(recipe: str) -
     assert gradients <= 1e-5
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_of_experts_multiplied_together_is_that_of_one_after_the_other(recipe: str) -> None:
     sequential, grouped = (step(idle(in_fp8(recipe, kind))) for kind in KINDS)

@@ -74,6 +74,7 @@ def test_the_same_numbers_where_every_tensor_is_whole(recipe: str, name: str) ->
     assert gradients <= 1e-5
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("recipe", BOTH)
 def test_near_where_a_rank_scales_its_own_part(recipe: str, sequence_parallel: bool) -> None:

@@ -102,6 +102,7 @@ def _refused_then_trained() -> list[float]:
     return _losses_of_run(DRY + "--train-iters 1")
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("norms", ["--qk-layernorm --apply-layernorm-1p", "--normalization LayerNorm"])
 def test_tensor_and_sequence_parallelism_keep_the_losses(norms: str) -> None:
     flags = f"{DRY} --train-iters 3 {norms} "
