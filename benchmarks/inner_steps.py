@@ -12,6 +12,21 @@ from megatron_fdd.ops.inner_loss import InnerLayer, InnerTerms, inner_loss
 from megatron_fdd.ops.linear_kl import Divergence
 
 
+def bare_layers(size: Size) -> Step:
+    """Return a step of three products for each layer: both logits, and one for the gradient."""
+    given = inputs(size)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        for teacher, student in zip(given.teacher, given.student, strict=True):
+            teacher @ given.teacher_head_WT.T
+            student_logits = student @ given.student_head_WD.T
+            last = student_logits @ given.student_head_WD
+        return last
+
+    return run
+
+
 def our_layers(size: Size, implementation: Implementation = DEFAULT_IMPLEMENTATION) -> Step:
     """Return a step of all layers' divergences and of the deltas between them; the teacher's Gram matrix is kept."""
     given = inputs(size)

@@ -95,6 +95,7 @@ def groups(scale: Scale) -> Iterator[Group]:
         f"objective of {size.layers} layers",
         (
             bare(size, steps.bare_products),
+            three(size),
             Variant(f"{OURS}, {AT_ONCE}", partial(inner_steps.our_layers, size), size, FLOOR),
             Variant(f"{OURS}, as in a training", partial(whole, keeps_teacher=True), size, FLOOR),
             Variant(f"{OURS}, with the teacher's Gram matrix", whole, size, FLOOR),
@@ -145,11 +146,20 @@ def bare(size: Size, make: Callable[[Size], Step], more: str = "") -> Variant:
     return Variant(FLOOR + more, partial(make, size), size, work=flops(size))
 
 
+def three(size: Size, more: str = "") -> Variant:
+    """Return the products that are left of the floor where the gradient comes from the forward pass."""
+    wide = size.teacher_width + 2 * size.student_width
+    work = 2.0 * size.layers * size.tokens * size.vocab * wide
+    return Variant(
+        f"three products a layer{more}", partial(inner_steps.bare_layers, size), size, FLOOR + more, work
+    )
+
+
 def tap(size: Size, more: str = "") -> tuple[Variant, ...]:
     """Return one layer's divergence and its floor."""
     ours = Variant(OURS + more, partial(steps.our_tap, size), size, FLOOR + more)
     at_once = Variant(f"{OURS}, {AT_ONCE}{more}", partial(inner_steps.our_layers, size), size, FLOOR + more)
-    return (bare(size, steps.bare_tap, more), at_once, ours)
+    return (bare(size, steps.bare_tap, more), three(size, more), at_once, ours)
 
 
 def trained_final(size: Size, more: str = "") -> tuple[Variant, ...]:

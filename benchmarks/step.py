@@ -247,7 +247,9 @@ def main(argv: list[str]) -> int:
     step_tokens = args.seq_length * args.micro_batch_size * args.micro_batches
     student, teacher = model_of(args, "student"), model_of(args, "teacher")
     flops: dict[str, StepFlops] = {
-        name: step_flops(student, teacher, name, num_taps=args.taps, step_tokens=step_tokens)
+        name: step_flops(
+            student, teacher, name, num_taps=args.taps, step_tokens=step_tokens, on_gpu=args.device == "cuda"
+        )
         for name in WEIGHTS
     }
     with tempfile.TemporaryDirectory() as name:

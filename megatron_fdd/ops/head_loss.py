@@ -100,6 +100,7 @@ def head_loss(
     assert divergence is not None or labels_N is not None, "nothing is asked for"
     implementation = heads.implementation
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in student)
+    held_rows = implementation.held_rows(heads.student_WD, gpu_bytes=heads.shard.gpu_bytes)
     request = Request(
         shard=heads.shard,
         divergence=divergence,
@@ -108,7 +109,7 @@ def head_loss(
         implementation=implementation,
         body_gradient=False,
         head_gradient=has_gradient,
-        held_rows=implementation.held_rows(heads.student_WD) if has_gradient else None,
+        held_rows=held_rows if has_gradient else None,
         teacher_extras=heads.teacher_extras,
         student_extras=heads.student_extras,
     )

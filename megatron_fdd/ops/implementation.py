@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_fdd.ops.divergence import Divergence, check_triton_function
 from megatron_fdd.ops.vocab_tiles import row_stride
@@ -69,12 +71,16 @@ class Implementation:
         """Return `tile_size`, or the default of the implementation that runs."""
         return self._tile_columns(is_cuda=head.is_cuda, is_triton=self.chosen(head, divergence) == "triton")
 
-    def held_rows(self, head: Tensor, *, layers: int = 1) -> int:
+    def held_rows(self, head: Tensor, *, gpu_bytes: int | None = None, layers: int = 1) -> int:
         """Return for how many tokens logits are held at a time, if those of so many layers are.
 
-        Equal on all ranks, because padding rows count too, if the GPUs of a tensor-parallel group are alike.
+        Ranks of a tensor-parallel group need the same number, or their collectives do not meet. Padding rows count too.
+
+        Args:
+            gpu_bytes: `VocabShard.gpu_bytes`; None: the memory of the head's own device decides.
         """
-        return self._held_rows(layers * len(head), memory_of_gpu(head.device))
+        own = memory_of_gpu(head.device) if gpu_bytes is None else gpu_bytes
+        return self._held_rows(layers * len(head), own)
 
     def most_logits(self, num_tokens: int, head_rows: int, *, gpu_bytes: int | None) -> int:
         """Return how many logits of a model exist at a time at most, of a tile or held; on a GPU those of triton.
@@ -107,6 +113,19 @@ class Implementation:
 def memory_of_gpu(device: torch.device) -> int | None:
     """Return the memory of a GPU; None for another device."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def smallest_gpu_bytes(device: torch.device, group: ProcessGroup | None) -> int | None:
+    """Return the memory of the smallest GPU of a tensor-parallel group; None on CPUs. Waits for the result.
+
+    Collectives over `group`: one all-reduce of one number; one rank, or CPUs: none.
+    """
+    own = memory_of_gpu(device)
+    if own is None or group is None or group.size() == 1:
+        return own
+    smallest = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN, group=group)
+    return int(smallest.item())
 
 
 DEFAULT_IMPLEMENTATION = Implementation()

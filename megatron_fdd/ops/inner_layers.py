@@ -205,17 +205,18 @@ class SweptLayer(LayerPass):
 
 def request_of(heads: Heads, divergence: Divergence | None) -> Request:
     """Return the request of a layer's sweeps; its blocks are those of every layer of these heads."""
+    shard, implementation = heads.shard, heads.implementation
     return Request(
-        shard=heads.shard,
+        shard=shard,
         divergence=divergence,
         needs_lse=True,
         has_labels=False,
-        implementation=heads.implementation,
+        implementation=implementation,
         body_gradient=False,
         head_gradient=True,
-        held_rows=heads.implementation.held_rows(heads.student_WD, layers=HELD_LAYERS),
+        held_rows=implementation.held_rows(heads.student_WD, gpu_bytes=shard.gpu_bytes, layers=HELD_LAYERS),
         # In other divergences small probabilities do not bound the score.
-        skips_tiles=heads.implementation.skip_below > 0 and (divergence is None or divergence.one_sweep),
+        skips_tiles=implementation.skip_below > 0 and (divergence is None or divergence.one_sweep),
         teacher_extras=heads.teacher_extras,
         student_extras=heads.student_extras,
     )

@@ -47,12 +47,15 @@ class VocabShard:
     group: the tensor-parallel group (None or one rank: no collectives).
     sequence_parallel: rows of hidden states are this rank's shard of the tokens, gathered forward and reduce-scattered
         backward. Every rank must then pass the same number of rows. Otherwise all ranks pass the same rows.
+    gpu_bytes: memory of the group's smallest GPU (`smallest_gpu_bytes`), so that all ranks hold as many logits. None:
+        each rank goes by its own GPU, so that the GPUs of a group must be alike.
     """
 
     first: int
     num_valid: int
     group: ProcessGroup | None
     sequence_parallel: bool = False
+    gpu_bytes: int | None = None
 
     def __post_init__(self) -> None:
         assert self.first >= 0, f"first vocabulary id {self.first}"

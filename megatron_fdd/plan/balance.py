@@ -1,8 +1,8 @@
 """The load of each pipeline chunk, the bubble of an uneven load, and a split of the layers that evens it out.
 
-Figures are flops of matrix products per token, forward and backward. Tensor, context and data parallelism divide
-all of them equally. A *split* holds the number of layers of each chunk, `split[stage][virtual]`. In *chunk order*,
-the order of the layers, all stages of virtual stage 0 come first, then all of virtual stage 1, and so on.
+Figures are those of `plan.flops`. A *split* holds the number of layers of each chunk, `split[stage][virtual]`. In
+*chunk order*, the order of the layers, all stages of virtual stage 0 come first, then all of virtual stage 1, and so
+on.
 """
 
 from __future__ import annotations
@@ -10,22 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.own_term import ask_flops
-from megatron_fdd.losses.terms import compares_taps, first_tap, needs_of, tap_terms, uses_final_head
-from megatron_fdd.ops.divergence import DIVERGENCES
-from megatron_fdd.plan.model_shape import ModelShape
+from megatron_fdd.plan.flops import TokenFlops
 
 Split = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenFlops:
-    """The flops, forward and backward, of one layer of the student, one tap, and the final terms."""
-
-    layer: int
-    tap: int
-    head: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,96 +33,21 @@ class ChunkLoad:
         return self.body_flops + self.tap_flops + self.head_flops
 
 
-def layer_flops(shape: ModelShape) -> int:
-    """Count the flops of one layer forward: its matrices, and the scores and values of causal attention."""
-    matrices = shape.attention_parameters + shape.active_ffn * shape.parameters_per_width
-    # Two products of 2 * seq_length * width; the causal mask leaves half of each.
-    return 2 * matrices + shape.seq_length * (shape.query_width + shape.attention_width)
-
-
-def linear_kl_flops(
-    student: ModelShape, teacher: ModelShape | None, divergence: str | None, *, trains_head: bool
-) -> int:
-    """Count the flops of one call of `ops.linear_kl` and its backward pass, without lse at another temperature."""
-    product = 2 * student.vocab * student.hidden
-    logits = product + (2 * student.vocab * teacher.hidden if teacher else 0)
-    num_sweeps = 1 if divergence is None else DIVERGENCES[divergence].num_sweeps
-    if trains_head:  # one more sweep gives the gradients of hidden states and head
-        return (num_sweeps + 1) * logits + 2 * product
-    # p_S W_S, and with a divergence p_T W_S or the product that replaces it.
-    return num_sweeps * logits + (2 if divergence else 1) * product
-
-
-def head_loss_flops(student: ModelShape, teacher: ModelShape | None, *, trains_head: bool) -> int:
-    """Count the flops of one call of `ops.head_loss`, whose gradient needs no product in the backward pass."""
-    product = 2 * student.vocab * student.hidden
-    teacher_logits = 2 * student.vocab * teacher.hidden if teacher else 0
-    return teacher_logits + (3 if trains_head else 2) * product
-
-
-def capped_change_flops(student: ModelShape, teacher: ModelShape, *, trains_head: bool) -> int:
-    """Count the flops of one call of `ops.capped_change` and its backward pass."""
-    once = 2 * student.vocab * (2 * teacher.hidden + student.hidden)
-    return (2 if trains_head else 1) * once
-
-
-def capped_cosine_flops(student: ModelShape, teacher: ModelShape, *, trains_head: bool) -> int:
-    """Count the flops of one call of `ops.capped_cosine` and its backward pass, which makes the logits again."""
-    logits = 2 * student.vocab * 2 * (teacher.hidden + student.hidden)
-    return 2 * logits + 2 * student.vocab * 2 * student.hidden * (2 if trains_head else 1)
-
-
-def token_flops(student: ModelShape, teacher: ModelShape | None, config: FddConfig) -> TokenFlops:
-    """Count the flops of a run's units, without the teacher's own layers, which run before the student's schedule.
-
-    Recomputation, embeddings, and the delta's Gram forms, which have no factor of the vocabulary, are left out too.
-    With random taps the result is the mean over steps.
-    """
-    tap, head = 0.0, 0
-    needs, live = needs_of(config), config.lens_head == "live"
-    divergence = config.trajectory_divergence if needs.divergence else None
-    if needs.lse:
-        flops = float(linear_kl_flops(student, teacher, divergence, trains_head=live))
-        # The tap before the drawn one is read too; the first one has none.
-        if config.sample_one_tap and compares_taps(config):
-            before = linear_kl_flops(student, teacher, None, trains_head=live)
-            flops += before * ((config.num_pairs - 1) / config.num_pairs if first_tap(config) == 0 else 1)
-        tap = flops
-    elif needs.divergence:
-        whole = linear_kl_flops(student, teacher, divergence, trains_head=True)
-        tap = whole if live else head_loss_flops(student, teacher, trains_head=False)
-    if teacher is not None and needs.grams and (student.is_capped or teacher.is_capped):
-        count = capped_cosine_flops if student.is_capped else capped_change_flops
-        flops = float(count(student, teacher, trains_head=live))
-        is_always_one = config.sample_one_tap and first_tap(config) > 0
-        tap += flops * (1 if is_always_one else (config.num_pairs - 1) / config.num_pairs)
-    if teacher is not None:
-        tap += sum(ask_flops(term, (student.hidden, teacher.hidden), config) for term in tap_terms(config))
-    if uses_final_head(config):
-        head = head_loss_flops(student, teacher if config.kd_weight > 0 else None, trains_head=True)
-    return TokenFlops(layer=3 * layer_flops(student), tap=_sampled(tap, config), head=head)
-
-
-def _sampled(flops: float, config: FddConfig) -> int:
-    """Return the share of a tap's flops that a step computes, on average."""
-    return round(flops * config.sample_tokens / (config.num_pairs if config.sample_one_tap else 1))
-
-
 def chunk_loads(flops: TokenFlops, split: Split, tapped_layers: Sequence[int]) -> list[ChunkLoad]:
     """Return the load of every chunk, in chunk order. `tapped_layers` are 0-based layers of the student."""
     loads: list[ChunkLoad] = []
-    first = 0
+    first, num_later = 0, len(tapped_layers)
     last = (len(split) - 1, len(split[0]) - 1)
     for virtual in range(len(split[0])):
         for stage in range(len(split)):
             layers = split[stage][virtual]
             taps = sum(first <= layer < first + layers for layer in tapped_layers)
             head = flops.head if (stage, virtual) == last else 0
-            loads.append(
-                ChunkLoad(stage, virtual, layers, taps, layers * flops.layer, taps * flops.tap, head)
-            )
+            num_later -= taps
+            tap_flops = flops.taps(taps, num_later)
+            loads.append(ChunkLoad(stage, virtual, layers, taps, layers * flops.layer, tap_flops, head))
             first += layers
-    assert sum(load.taps for load in loads) == len(tapped_layers), f"{tapped_layers} beyond {first} layers"
+    assert num_later == 0, f"{tapped_layers} beyond {first} layers"
     return loads
 
 
@@ -215,7 +127,8 @@ def balanced_split(
         for start, (heaviest, squares, sizes) in best.items():
             first_end = start + smallest if num_later else num_layers
             for end in range(first_end, num_layers - smallest * num_later + 1):
-                load = (end - start) * flops.layer + (taps_below[end] - taps_below[start]) * flops.tap
+                taps, num_later_taps = taps_below[end] - taps_below[start], taps_below[-1] - taps_below[end]
+                load = (end - start) * flops.layer + flops.taps(taps, num_later_taps)
                 load += 0 if num_later else flops.head
                 candidate = (max(heaviest, load), squares + load * load, (*sizes, end - start))
                 extended[end] = min(candidate, extended.get(end, candidate))
@@ -242,7 +155,7 @@ def describe_balance(
     if num_stages == 1:
         return []
     loads = chunk_loads(flops, split, tapped_layers)
-    lines = ["  load of each pipeline stage, GFLOP per token, forward and backward:"]
+    lines = ["  load of each pipeline stage, GFLOP per token, forward and backward, on a GPU:"]
     for stage in range(num_stages):
         own = [load for load in loads if load.stage == stage]
         layers, taps = "+".join(str(load.layers) for load in own), sum(load.taps for load in own)

@@ -17,7 +17,8 @@ from megatron_fdd.losses.pairs import LayerPair
 from megatron_fdd.losses.term_modules import trained_parameters
 from megatron_fdd.losses.terms import TERMS, needs_of, uses_taps
 from megatron_fdd.ops.implementation import DEFAULT_IMPLEMENTATION, LARGE_GPU_BYTES, memory_of_gpu
-from megatron_fdd.plan.balance import describe_balance, token_flops
+from megatron_fdd.plan.balance import describe_balance
+from megatron_fdd.plan.flops import token_flops
 from megatron_fdd.plan.fp8 import frozen_weight_bytes, weight_copies_bytes
 from megatron_fdd.plan.kept_gradients import kept_gradient_bytes
 from megatron_fdd.plan.model_shape import ModelShape, ParallelSizes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
+import torch
 from megatron.core.models.gpt import GPTModel
 
 from megatron_fdd.host import console
@@ -14,6 +16,7 @@ from megatron_fdd.losses.lens import TeacherLens
 from megatron_fdd.losses.objective import Objective
 from megatron_fdd.losses.sampling import Sampler
 from megatron_fdd.ops.head_grams import StepGrams
+from megatron_fdd.ops.implementation import smallest_gpu_bytes
 from megatron_fdd.ops.linear_kl import Heads, Implementation, VocabShard
 from megatron_fdd.step.lens import StudentLens
 from megatron_fdd.step.lessons import Course
@@ -46,9 +49,10 @@ def connect(
         iteration: returns how many steps are done.
         seed: seed of the draws of `Sampler`.
 
-    Collectives: with several pipeline stages, those of `send_teacher_lens`; none with stored features.
+    Collectives: those of `smallest_gpu_bytes`; with several pipeline stages, those of `send_teacher_lens`, except with
+        stored features.
     """
-    shard = vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology)
+    shard = _agreed_shard(plan, topology)
     lens = StudentLens(students, plan, topology)
     ahead = None
     if isinstance(teacher, GPTModel) and topology.num_stages > 1:
@@ -125,6 +129,13 @@ def _first_batch_check(
         return None
     say = partial(console.say, is_chosen=topology.rows_rank == topology.tensor_rank == 0)
     return FirstBatchCheck(names, heads, group=topology.rows_group, say=say)
+
+
+def _agreed_shard(plan: Plan, topology: Topology) -> VocabShard:
+    """Return this rank's slice of both heads, with the memory by which its group holds logits."""
+    device = torch.device(torch.cuda.current_device())
+    gpu_bytes = smallest_gpu_bytes(device, topology.tensor_group)
+    return replace(vocab_shard(plan.padded_vocab_size, plan.vocab_size, topology), gpu_bytes=gpu_bytes)
 
 
 def vocab_shard(padded_vocab_size: int, vocab_size: int, topology: Topology) -> VocabShard:

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_fdd.host.sends import let_host_run_ahead
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.carry import carried_rows
 from megatron_fdd.losses.layer_plan import Plan
@@ -41,6 +42,8 @@ class PipelineWork:
         topology: Topology,
         teacher: PipelinedTeacher | None,
     ) -> None:
+        for student in students:
+            let_host_run_ahead(student.config)
         self._config = students[-1].config
         self._objectives = list(objectives)
         self._plan = plan

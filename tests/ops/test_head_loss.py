@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measure import MIB, peak_of
+from megatron_fdd.ops import implementation as choices
 from megatron_fdd.ops.head_loss import HeadLoss, LossWeights, head_loss
+from megatron_fdd.ops.implementation import smallest_gpu_bytes
 from megatron_fdd.ops.linear_kl import DEFAULT_IMPLEMENTATION, Divergence, Implementation, linear_kl
 from tests.harness.ranks import distributed
 from tests.ops.head_loss_case import FACTOR, reference, scaled, weights_of
@@ -267,6 +269,18 @@ def test_a_gpu_holds_logits_by_its_memory(gibibytes: float, tokens: int) -> None
     gpu = torch.device("cuda")
     with patch.object(torch.cuda, "get_device_properties", return_value=Mock(total_memory=memory)):
         assert Implementation().held_rows(Mock(spec=Tensor, device=gpu, __len__=lambda _: 2**17)) == tokens
+
+
+@distributed(ranks=2)
+def test_the_smallest_gpu_of_a_group_decides_for_all() -> None:
+    rank, cpu, group = dist.get_rank(), torch.device("cpu"), dist.group.WORLD
+    assert smallest_gpu_bytes(cpu, group) is None
+    with patch.object(choices, "memory_of_gpu", lambda _device: (140, 44)[rank] * 2**30):
+        assert smallest_gpu_bytes(cpu, group) == 44 * 2**30
+        assert smallest_gpu_bytes(cpu, None) == (140, 44)[rank] * 2**30
+        head = torch.empty(2**17, 0)
+        assert Implementation().held_rows(head) == (2048, 1024)[rank]
+        assert Implementation().held_rows(head, gpu_bytes=44 * 2**30) == 1024
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

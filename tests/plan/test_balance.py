@@ -1,57 +1,30 @@
-"""The load of each pipeline chunk, the bubble, and the layout that evens it out, compared with counted products,
-closed forms, brute force, and Megatron's own schedule and layout parser."""
+"""The load of each pipeline chunk, the bubble, and the layout that evens it out, compared with closed forms, brute
+force, and Megatron's own schedule and layout parser."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from torch.utils.flop_counter import FlopCounterMode, mm_flop
 
 from megatron_fdd.config import FddConfig
-from megatron_fdd.losses.terms import needs_of
-from megatron_fdd.ops.capped_cosine import capped_cosine
-from megatron_fdd.ops.delta import capped_change, head_grams
-from megatron_fdd.ops.head_extras import HeadExtras
-from megatron_fdd.ops.head_loss import LossWeights, head_loss
-from megatron_fdd.ops.linear_kl import Divergence, Heads, VocabShard, linear_kl
-from megatron_fdd.ops.logit_changes import Ends
 from megatron_fdd.plan.balance import (
-    TokenFlops,
     balanced_split,
     bubble_fraction,
-    capped_change_flops,
-    capped_cosine_flops,
     chunk_loads,
     describe_balance,
-    head_loss_flops,
-    layer_flops,
     layout_string,
-    linear_kl_flops,
     stage_tasks,
-    token_flops,
 )
+from megatron_fdd.plan.flops import TokenFlops, token_flops
 from megatron_fdd.plan.model_shape import ModelShape
-from tests.oracle.added_term import known
-from tests.oracle.model_shapes import (
-    GPT2,
-    GPT2_XL,
-    LLAMA2_13B,
-    LLAMA3_8B,
-    LLAMA3_70B,
-    QWEN3_2B,
-    QWEN3_32B,
-    SMOLLM2,
-    TINY_LLAMA,
-)
+from tests.oracle.model_shapes import GPT2, GPT2_XL, LLAMA3_8B, LLAMA3_70B, QWEN3_2B, QWEN3_32B
 
 FDD = FddConfig(teacher_load="somewhere")
 # (student, teacher, layers of the student, stages, virtual stages)
@@ -78,154 +51,6 @@ def sampled(num_layers: int) -> list[int]:
     return [step * (num_layers // 5) - 1 for step in range(1, 5)]
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "layers"),
-    [
-        (GPT2, GPT2_XL, 9.2),
-        (SMOLLM2, SMOLLM2, 10.7),
-        (QWEN3_2B, QWEN3_32B, 11.3),
-        (TINY_LLAMA, LLAMA2_13B, 2.7),
-        (LLAMA3_8B, LLAMA3_70B, 4.0),
-    ],
-)
-def test_a_tap_weighs_several_student_layers(student: ModelShape, teacher: ModelShape, layers: float) -> None:
-    flops = token_flops(student, teacher, FDD)
-    assert flops.tap / flops.layer == pytest.approx(layers, abs=0.05)
-
-
-def test_a_layer_by_hand() -> None:
-    shape = ModelShape(8, 20, heads=4, groups=2, head_width=3, vocab=9, gated=True, seq_length=10)
-    qkv, projection, feed_forward = 8 * (12 + 6 + 6), 12 * 8, 3 * 8 * 20
-    scores_and_values = 2 * 12 * (10 / 2)  # the average token sees half the sequence
-    assert layer_flops(shape) == 2 * (qkv + projection + feed_forward + scores_and_values)
-
-
-@pytest.mark.parametrize("trains_head", [False, True])
-@pytest.mark.parametrize("divergence", [None, "fkl", "rkl", "jsd"])
-def test_head_flops_are_those_of_the_products_done(divergence: str | None, trains_head: bool) -> None:
-    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
-    teacher_head_WT, teacher_NT = torch.randn(vocab, teacher_width), torch.randn(tokens, teacher_width)
-    student_head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
-    student_ND = torch.randn(tokens, student_width, requires_grad=True)
-    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        heads = Heads(teacher_head_WT, student_head_WD, VocabShard(0, vocab, None))
-        result = linear_kl(teacher_NT, student_ND, heads, divergence=divergence and Divergence(divergence))
-        outputs = (result.divergence_N, result.student_lse_N)
-        torch.stack([output.sum() for output in outputs if output is not None]).sum().backward()
-    teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    student = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    expected = tokens * linear_kl_flops(student, teacher, divergence, trains_head=trains_head)
-    assert counter.get_total_flops() == expected
-
-
-@pytest.mark.parametrize("trains_head", [False, True])
-@pytest.mark.parametrize("divergence", [None, "fkl", "jsd"])
-def test_flops_of_a_summed_loss_are_those_of_the_products_done(
-    divergence: str | None, trains_head: bool
-) -> None:
-    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
-    teacher_NT, teacher_head_WT = torch.randn(tokens, teacher_width), torch.randn(vocab, teacher_width)
-    head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
-    student_ND = torch.randn(tokens, student_width, requires_grad=True)
-    ones = torch.ones(tokens)
-    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        result = head_loss(
-            teacher_NT, student_ND, Heads(teacher_head_WT, head_WD, VocabShard(0, vocab, None)),
-            divergence=divergence and Divergence(divergence),
-            labels_N=torch.zeros(tokens, dtype=torch.int64), weights=LossWeights(ones, ones, 1.0, 1.0),
-        )  # fmt: skip
-        result.loss.backward()
-    teacher_shape = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    student_shape = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    expected = head_loss_flops(student_shape, teacher_shape if divergence else None, trains_head=trains_head)
-    assert counter.get_total_flops() == tokens * expected
-
-
-@pytest.mark.parametrize("trains_head", [False, True])
-def test_flops_of_a_capped_change_are_those_of_the_products_done(trains_head: bool) -> None:
-    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
-    ends = torch.randn(2, tokens, teacher_width)
-    head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
-    shard, extras = VocabShard(0, vocab, None), HeadExtras(cap=2.0)
-    heads = Heads(torch.randn(vocab, teacher_width), head_WD, shard, teacher_extras=extras)
-    grams = head_grams(heads)
-    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        change = capped_change(*ends, heads, grams)
-        if trains_head:
-            change.on_student_nD.sum().backward()
-    teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    student = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    expected = capped_change_flops(student, teacher, trains_head=trains_head)
-    assert counter.get_total_flops() == tokens * expected
-    plain, capped = (
-        token_flops(student, replace(teacher, is_capped=each), replace(FDD, lens_head="live"))
-        for each in (False, True)
-    )
-    of_live = capped_change_flops(student, teacher, trains_head=True)
-    assert capped.tap - plain.tap == round(of_live * 3 / 4), "the first of four pairs has no delta"
-
-
-@pytest.mark.parametrize("trains_head", [False, True])
-def test_flops_of_a_capped_cosine_are_those_of_the_products_done(trains_head: bool) -> None:
-    tokens, vocab, teacher_width, student_width = 3, 11, 7, 5
-    teacher_ends = Ends(*torch.randn(2, tokens, teacher_width))
-    student_ends = Ends(*torch.randn(2, tokens, student_width, requires_grad=True))
-    head_WD = torch.randn(vocab, student_width, requires_grad=trains_head)
-    shard, extras = VocabShard(0, vocab, None), HeadExtras(cap=2.0)
-    heads = Heads(torch.randn(vocab, teacher_width), head_WD, shard, student_extras=extras)
-    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: mm_flop(left, right)}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        capped_cosine(teacher_ends, student_ends, None, heads).sum().backward()
-    teacher = ModelShape(teacher_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    student = ModelShape(student_width, 1, 1, 1, 1, vocab, gated=True, seq_length=0)
-    expected = capped_cosine_flops(student, teacher, trains_head=trains_head)
-    of_means = 2 * 2 * (teacher_width + student_width)  # a product with each head's mean, for both ends
-    assert counter.get_total_flops() in (tokens * expected, tokens * (expected + of_means))
-    capped = token_flops(replace(student, is_capped=True), teacher, FDD)
-    plain = token_flops(student, teacher, FDD)
-    assert capped.tap - plain.tap == round(capped_cosine_flops(student, teacher, trains_head=False) * 3 / 4)
-
-
-@pytest.mark.parametrize(
-    ("config", "tap", "head"),
-    [
-        (FddConfig(alpha=0, delta="centred", kd_weight=0, teacher_load="x"), 0, 0),
-        (FddConfig(beta=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
-        (FddConfig(beta=0, lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
-        (FddConfig(alpha=0, kd_weight=0, teacher_load="x"), 2 * (7 + 5) + 2 * 5, 0),
-        (FddConfig(lens_head="live", kd_weight=0, teacher_load="x"), 4 * (7 + 5) + 4 * 5, 0),
-        (FddConfig(kd_weight=0, teacher_load="x", sample_tokens=0.5), (2 * (7 + 5) + 4 * 5) / 2, 0),
-        (FddConfig(beta=0, kd_weight=0, teacher_load="x", sample_one_tap=True), (2 * (7 + 5) + 2 * 5) / 4, 0),
-        # Three of four steps also need the log-sum-exps of the earlier tap.
-        (
-            FddConfig(kd_weight=0, teacher_load="x", sample_one_tap=True, sample_tokens=0.8),
-            0.2 * (44 + 0.75 * 34),
-            0,
-        ),
-        (FddConfig(alpha=0, beta=0, teacher_load="x"), 0, 2 * (7 + 5) + 4 * 5),
-        (FddConfig(alpha=0, beta=0, kd_weight=0, ce_weight=1), 0, 2 * 5 + 4 * 5),
-    ],
-)
-def test_only_wanted_terms_cost(config: FddConfig, tap: float, head: int) -> None:
-    student = ModelShape(5, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
-    teacher = ModelShape(7, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
-    flops = token_flops(student, teacher if needs_of(config).teacher else None, config)
-    assert (flops.tap, flops.head) == (round(100 * tap), 100 * head)
-    assert flops.layer == 3 * layer_flops(student)
-
-
-def test_the_products_of_an_own_term_cost_too() -> None:
-    alone = {"alpha": 0, "beta": 0, "kd_weight": 0, "sample_tokens": 0.5, "term": (("learned_mse", 1.0),)}
-    student = ModelShape(5, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
-    teacher = ModelShape(7, 1, 1, 1, 1, vocab=100, gated=True, seq_length=0)
-    with known():
-        flops = token_flops(student, teacher, replace(FDD, **alone))
-    assert flops.tap == 3 * 2 * 5 * 7 / 2  # forward, and for both inputs backward
-
-
 def test_chunks_run_through_all_stages_of_a_virtual_stage_first() -> None:
     loads = chunk_loads(TokenFlops(layer=10, tap=3, head=7), [[1, 2], [3, 1]], tapped_layers=[0, 4, 5, 6])
     assert [(load.stage, load.virtual, load.layers, load.taps) for load in loads] == [
@@ -233,6 +58,12 @@ def test_chunks_run_through_all_stages_of_a_virtual_stage_first() -> None:
     ]  # fmt: skip
     assert [load.flops for load in loads] == [13, 30, 26, 20]
     assert [load.head_flops for load in loads] == [0, 0, 0, 7]
+
+
+def test_a_tap_that_goes_on_to_a_later_chunk_costs_more() -> None:
+    flops = TokenFlops(layer=10, tap=3, head=7, sent_tap=2)
+    loads = chunk_loads(flops, [[1, 2], [3, 1]], tapped_layers=[0, 4, 5, 6])
+    assert [load.tap_flops for load in loads] == [3 + 2, 0, 2 * 3 + 2, 3]
 
 
 @pytest.mark.parametrize(("num_stages", "virtual", "microbatches"), [(4, 1, 6), (4, 2, 8), (3, 2, 11)])
@@ -332,17 +163,18 @@ def all_splits(num_layers: int, num_stages: int, virtual: int) -> Iterator[list[
 
 @pytest.mark.parametrize(("num_stages", "virtual"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2)])
 def test_no_split_has_a_lighter_heaviest_chunk(num_stages: int, virtual: int) -> None:
-    for taps, (tap, head) in itertools.product(
-        ([], [0], [3], [7], [0, 1], [2, 3], [0, 4, 7]), ((0, 0), (35, 0), (15, 25), (7, 55), (120, 160))
+    for taps, costs in itertools.product(
+        ([], [0], [3], [7], [0, 1], [2, 3], [0, 4, 7]),
+        ((0, 0, 0), (35, 0, 0), (15, 25, 5), (7, 55, 0), (7, 9, 30), (120, 160, 40)),
     ):
-        flops = TokenFlops(layer=10, tap=tap, head=head)
+        flops = TokenFlops(10, *costs)
 
         def heaviest(split: list[list[int]], flops: TokenFlops = flops, taps: list[int] = taps) -> int:
             return max(load.flops for load in chunk_loads(flops, split, taps))
 
         found = heaviest(balanced_split(flops, 8, num_stages, virtual, taps))
         lightest = min(heaviest(split) for split in all_splits(8, num_stages, virtual))
-        assert found == lightest, (taps, tap, head)
+        assert found == lightest, (taps, costs)
 
 
 def test_the_smallest_maximum_wins_over_the_smallest_spread() -> None:

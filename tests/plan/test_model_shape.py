@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_fdd.plan.balance import layer_flops
+from megatron_fdd.plan.flops import layer_flops
 from megatron_fdd.plan.model_shape import ExpertShape, ModelShape, ParallelSizes
 
 ARGS = Namespace(

@@ -10,9 +10,10 @@ import pytest
 from megatron_fdd.losses import objective
 from megatron_fdd.losses.inner_pass import inner_pass
 from megatron_fdd.ops.implementation import Implementation
+from megatron_fdd.plan.flops import is_computed_at_once
 from tests.harness.ranks import run_on_ranks
 from tests.ops.interpreted import DEVICE, few_columns
-from tests.oracle.case import ENDS, Case, Result, assert_equal, expected, run_step, small
+from tests.oracle.case import ENDS, Case, Result, assert_equal, expected, fdd_config, run_step, small
 from tests.oracle.reference import Terms
 
 pytest.importorskip("triton")
@@ -59,6 +60,7 @@ def test_terms_and_gradients_are_the_references(name: str) -> None:
     for result, _ in results:
         assert_equal(result, wanted)
     assert any(count for _, count in results) == (name in LAYOUTS)
+    assert is_computed_at_once(fdd_config(case), is_capped=False) == (name in LAYOUTS), "as the plan says"
 
 
 @pytest.mark.parametrize("name", ["tap", "tokens"])

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from torch import Tensor
 
 from megatron_fdd.data.batch import Batch, get_batch
+from megatron_fdd.host.sends import let_host_run_ahead
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.features import TeacherFeatures
 from megatron_fdd.losses.layer_plan import Plan
@@ -49,9 +50,7 @@ class PipelinedTeacher:
             for index in range(len(plan.pairs))
         ]
         self._topology = topology
-        # Megatron synchronises the device after each batch of sends, which old versions of torch needed;
-        # here the host runs ahead.
-        model.config.batch_p2p_sync = False
+        let_host_run_ahead(model.config)
         self._communicator = P2PCommunicator(topology.pipeline_group, model.config)
         self._host = HostMemory() if plan.config.offload_teacher_taps else None
         self._format = TapFormat(model.config.params_dtype, plan.config.tap_dtype)
