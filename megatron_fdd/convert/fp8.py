@@ -44,8 +44,8 @@ _BLOCK = 128
 _MANTISSA_SHIFT, _FLOAT16_BITS, _BIASES = 7, -0x4080, 2.0 ** (15 - 7)
 # The one magnitude that is no number.
 _NAN = 0x7F
-# So many codes are worked on at a time: what is made of them stays in a core's cache, and is no new memory.
-_AT_ONCE = 1 << 17
+# So many codes are worked on at a time, in memory that is used again: fewer cost more calls, more leave the cache.
+_AT_ONCE = 1 << 20
 
 
 class BlockFp8:

@@ -85,7 +85,7 @@ def test_every_code_has_torchs_value(tmp_path: Path) -> None:
     assert torch.equal(found.nan_to_num().view(torch.int32), wanted.nan_to_num().view(torch.int32))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(300, 1000), (3, 200_000)])
+@pytest.mark.parametrize(("rows", "columns"), [(300, 10_000), (2, 1_100_000)])
 def test_large_matrices_are_read_in_parts(tmp_path: Path, rows: int, columns: int) -> None:
     """Some rows of a block of 128 at a time, one at least."""
     generator = torch.Generator().manual_seed(4)
