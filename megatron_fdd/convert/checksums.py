@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.convert.families.family import whole_name
+from megatron_fdd.host.buffers import Buffers
 from megatron_fdd.host.json_file import read_json, write_json
 
 CHECKSUMS_FILE = "checksums.json"
 _ALGORITHM = "sha256"
+_COPIES = Buffers(64 << 20)
 _ON_PURPOSE = "if the weights were changed on purpose, remove that file"
 
 
@@ -25,6 +27,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes, in hexadecimal. It does not depend on dtype and shape."""
+    if not tensor.is_contiguous():
+        tensor = _COPIES.empty(tensor.shape, tensor.dtype).copy_(tensor)
     return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
@@ -35,6 +39,8 @@ def is_finite(tensor: Tensor) -> bool:
     """
     if tensor.dtype.itemsize == 1:
         return True
+    if tensor.dim() == 2 and tensor.T.is_contiguous():  # in its own order it is read ten times as fast
+        tensor = tensor.T
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 

@@ -110,7 +110,7 @@ class DensePlan:
 
         def first(mixture: Mixture) -> Tensor:
             gathered = mixture.gathered(channels[mixture.layer])
-            return gathered.join([self.folder.read(name) for name in gathered.sources])
+            return gathered.join(self.folder.read(name) for name in gathered.sources)
 
         return {
             mixture.layer: FittedMlp(channels[mixture.layer], down.to(self._dtype(mixture)))
@@ -161,13 +161,13 @@ class DensePlan:
         dtype, down = self._dtype(mixture), mlp.down
         if new.mcore.endswith("linear_fc2.weight"):
             (name,) = new.sources
-            yield Derived(TensorSpec(name, dtype, tuple(down.shape)), (), lambda: down)
+            yield Derived(TensorSpec(name, dtype, tuple(down.shape)), (), lambda _parts: down)
             return
         gathered = mixture.gathered(mlp.channels)
         first = torch.empty(2 * self.width, len(down), device="meta")
         for number, (name, part) in enumerate(zip(new.sources, new.transform.split(first), strict=True)):
 
-            def change(*parts: Tensor, number: int = number) -> Tensor:
+            def change(parts: Iterator[Tensor], number: int = number) -> Tensor:
                 return new.transform.split(gathered.join(parts))[number]
 
             yield Derived(TensorSpec(name, dtype, tuple(part.shape)), gathered.sources, change)

@@ -22,12 +22,13 @@ class Derived:
 
     Attributes:
         sources: names of the tensors that it is made from, mostly one.
-        change: makes it of these, with the spec's dtype and shape; None if it is the only one bit for bit.
+        change: makes it of these, with the spec's dtype and shape; each is read when it is asked for. None if it is the
+            only one bit for bit.
     """
 
     spec: TensorSpec
     sources: tuple[str, ...]
-    change: Callable[..., Tensor] | None = None
+    change: Callable[[Iterator[Tensor]], Tensor] | None = None
 
 
 def write_derived(
@@ -35,7 +36,7 @@ def write_derived(
 ) -> int:
     """Write tensors with their index and checksums into the folder `target`; return their number of parameters.
 
-    One tensor is in memory at a time, and its sources mapped.
+    One tensor is in memory at a time, and those of its sources that `change` holds.
 
     Raises:
         ValueError: a tensor of the source is not finite, or not what its `checksums.json` says.
@@ -65,9 +66,16 @@ def write_derived(
 def _values(source: HfFolder, tensors: Sequence[Derived], expected: Checksums | None) -> Iterator[Tensor]:
     """Yield the values of tensors; what is written unchanged is held to the checksums after it is written."""
     for tensor in tensors:
-        values = [source.read(name) for name in tensor.sources]
-        for name, value in zip(tensor.sources, values, strict=True):
-            check_finite(value, f"{source.path}: {name}", "take other weights")
-            if tensor.change is not None and expected is not None and name not in source.quantised:
-                expected.check(source.path, name, digest(value))
-        yield values[0] if tensor.change is None else tensor.change(*values)
+        parts = _parts(source, tensor, expected)
+        yield next(parts) if tensor.change is None else tensor.change(parts)
+
+
+def _parts(source: HfFolder, tensor: Derived, expected: Checksums | None) -> Iterator[Tensor]:
+    """Yield the sources of a tensor, each read when it is asked for."""
+    for name in tensor.sources:
+        value = source.read(name)
+        check_finite(value, f"{source.path}: {name}", "take other weights")
+        if tensor.change is not None and expected is not None and name not in source.quantised:
+            expected.check(source.path, name, digest(value))
+        yield value
+        del value  # before the next one is read

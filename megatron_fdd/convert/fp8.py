@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.convert.families.family import refuse_field
-from megatron_fdd.convert.quantised import FIELD, Quantised
+from megatron_fdd.convert.quantised import FIELD, VALUES, Quantised
 from megatron_fdd.convert.stored_tensor import StoredTensor
 from megatron_fdd.host.field_kinds import shown
 
@@ -44,6 +44,8 @@ _BLOCK = 128
 _MANTISSA_SHIFT, _FLOAT16_BITS, _BIASES = 7, -0x4080, 2.0 ** (15 - 7)
 # The one magnitude that is no number.
 _NAN = 0x7F
+# So many codes are worked on at a time, in memory that is used again: fewer cost more calls, more leave the cache.
+_AT_ONCE = 1 << 20
 
 
 class BlockFp8:
@@ -113,20 +115,33 @@ def _check(name: str, codes: StoredTensor, scales: StoredTensor, block: tuple[in
 def _value(block: tuple[int, int], parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return codes [R, C] times scales [r, c], multiplied in float32 and rounded once, as transformers does."""
     codes_RC, scales_rc = parts
-    value_RC = torch.empty(codes_RC.shape, dtype=dtype)
-    for rows, scale_1C in _bands(block, scales_rc, codes_RC.shape):
-        value_RC[rows] = _float32(codes_RC[rows]).mul_(scale_1C)
+    value_RC = VALUES.empty(codes_RC.shape, dtype)
+    bands = _bands(block, scales_rc, codes_RC.shape)
+    most = max((codes_RC[rows].numel() for rows, _ in bands), default=0)
+    bits, number = torch.empty(most, dtype=torch.int16), torch.empty(most)
+    for rows, scale_1C in bands:
+        value_RC[rows] = _float32(codes_RC[rows], bits, number).mul_(scale_1C)
     return value_RC
 
 
-def _float32(codes: Tensor) -> Tensor:
-    """Return codes as float32, exactly. torch's own conversion takes ten times as long."""
-    raw = codes.view(torch.int8)
+def _float32(codes: Tensor, bits: Tensor, number: Tensor) -> Tensor:
+    """Return codes as float32, exactly. torch's own conversion takes ten times as long.
+
+    Args:
+        bits, number: memory for as many int16 and float32, which is written to; the result is a view of `number`.
+    """
+    raw, count = codes.view(torch.int8), codes.numel()
     # Sign, four bits of exponent, three of mantissa, in the places that float16 has for them; subnormal numbers too.
-    bits = raw.to(torch.int16).bitwise_left_shift_(_MANTISSA_SHIFT).bitwise_and_(_FLOAT16_BITS)
-    value = bits.view(torch.float16).float().mul_(_BIASES)
+    bits = (
+        bits[:count]
+        .view(raw.shape)
+        .copy_(raw)
+        .bitwise_left_shift_(_MANTISSA_SHIFT)
+        .bitwise_and_(_FLOAT16_BITS)
+    )
+    value = number[:count].view(raw.shape).copy_(bits.view(torch.float16)).mul_(_BIASES)
     magnitude = raw.bitwise_and(_NAN)
-    if magnitude.numel() and int(magnitude.amax()) == _NAN:
+    if count and int(magnitude.amax()) == _NAN:
         value[magnitude == _NAN] = torch.nan
     return value
 
@@ -141,8 +156,15 @@ def _codes(block: tuple[int, int], value_RC: Tensor, others: Sequence[Tensor]) -
 
 
 def _bands(block: tuple[int, int], scales_rc: Tensor, shape: Sequence[int]) -> list[tuple[slice, Tensor]]:
-    """Return each row of blocks with its scales, [1, C] in float32: no float32 copy of a whole matrix is made."""
+    """Return some rows at a time, none of two blocks, with their scales, [1, C] in float32."""
     if scales_rc.dtype == torch.uint8:
         scales_rc = scales_rc.view(torch.float8_e8m0fnu)
-    wide_rC = scales_rc.float().repeat_interleave(block[1], dim=1)[:, : shape[1]]
-    return [(slice(row * block[0], (row + 1) * block[0]), wide_rC[row, None]) for row in range(len(wide_rC))]
+    num_rows, num_columns = shape
+    wide_rC = scales_rc.float().repeat_interleave(block[1], dim=1)[:, :num_columns]
+    step = max(1, _AT_ONCE // max(num_columns, 1))
+    return [
+        (slice(start, min(start + step, end)), scale_1C)
+        for first, scale_1C in zip(range(0, num_rows, block[0]), wide_rC.split(1), strict=True)
+        for end in (min(first + block[0], num_rows),)
+        for start in range(first, end, step)
+    ]

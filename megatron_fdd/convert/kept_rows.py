@@ -29,7 +29,8 @@ class _Cut:
     kept: dict[int, Tensor]
     scale: float = 1.0
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def __call__(self, parts: Iterator[Tensor]) -> Tensor:
+        value = next(parts)
         for dim, numbers in self.kept.items():
             value = value.index_select(dim, numbers)
         return value if self.scale == 1.0 else (value.float() * self.scale).to(value.dtype)

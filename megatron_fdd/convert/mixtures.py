@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -73,16 +73,16 @@ class GatheredRows:
         """The names of the tensors of all these experts."""
         return tuple(source for row in self.rows for source in row.sources)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: Iterator[Tensor]) -> Tensor:
         """Return [2 * channels, hidden] as Megatron has it: all rows of gate, then all of up.
 
         Args:
-            parts: the tensors of `sources`.
+            parts: the tensors of `sources`; those of one expert are in memory at a time.
         """
-        halves, left = [], list(parts)
-        for row, kept in zip(self.rows, self.kept, strict=True):
-            own, left = left[: len(row.sources)], left[len(row.sources) :]
-            halves.append(row.transform.join(own).unflatten(0, (2, -1))[:, kept])
+        halves = [
+            row.transform.join([next(parts) for _ in row.sources]).unflatten(0, (2, -1))[:, kept]
+            for row, kept in zip(self.rows, self.kept, strict=True)
+        ]
         return torch.cat(halves, dim=1).flatten(0, 1)
 
 

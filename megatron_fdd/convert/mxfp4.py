@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from megatron_fdd.convert.families.family import refuse_field
-from megatron_fdd.convert.quantised import FIELD, Quantised
+from megatron_fdd.convert.quantised import FIELD, VALUES, Quantised
 from megatron_fdd.convert.stored_tensor import StoredTensor
 from megatron_fdd.host.field_kinds import shown
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES = 16
 _BIAS = 127
+# So many numbers are worked on at a time, in memory that is used again: fewer cost more calls, more leave the cache.
+_AT_ONCE = 1 << 20
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # `modules_to_not_convert` names modules that are not quantised: the files show which are.
 _FIELDS = ("quant_method", "modules_to_not_convert", "dequantize")
@@ -76,13 +78,21 @@ def _check(name: str, blocks: StoredTensor, scales: StoredTensor | None) -> None
 def _value(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return the values [..., 32 G, R] of blocks [..., R, G, 16] and scales [..., R, G]."""
     blocks, scales = parts
-    pairs = blocks.view(torch.int16)
-    looked_up = _fours().index_select(0, pairs.int().bitwise_and_(0xFFFF).flatten())
-    value = looked_up.view(torch.bfloat16).view(*scales.shape, 2 * _BYTES)  # [..., R, G, 32]
-    # The exponents of bfloat16 have the same bias; its smallest power of two is subnormal.
-    powers = scales.to(torch.int16).bitwise_left_shift_(7).masked_fill_(scales == 0, 1 << 6)
-    value.mul_(powers.view(torch.bfloat16).unsqueeze(-1))
-    return value.flatten(-2).transpose(-1, -2).to(dtype)
+    *outer, groups = scales.shape
+    value = VALUES.empty((*outer, groups, 2 * _BYTES), dtype)
+    step = max(1, _AT_ONCE // (2 * _BYTES))
+    index = torch.empty(step * _BYTES // 2, dtype=torch.int32)
+    fours = torch.empty(step * _BYTES // 2, dtype=torch.int64)
+    each = (blocks.view(-1, _BYTES), scales.view(-1), value.view(-1, 2 * _BYTES))
+    for some, exponents, written in zip(*(tensor.split(step) for tensor in each), strict=True):
+        count = some.numel() // 2
+        index[:count].copy_(some.view(torch.int16).flatten()).bitwise_and_(0xFFFF)
+        torch.index_select(_fours(), 0, index[:count], out=fours[:count])
+        # The exponents of bfloat16 have the same bias; its smallest power of two is subnormal.
+        powers = exponents.to(torch.int16).bitwise_left_shift_(7).masked_fill_(exponents == 0, 1 << 6)
+        numbers = fours[:count].view(torch.bfloat16).view(-1, 2 * _BYTES)
+        written.copy_(numbers.mul_(powers.view(torch.bfloat16).unsqueeze(-1)))
+    return value.flatten(-2).transpose(-1, -2)
 
 
 @functools.cache

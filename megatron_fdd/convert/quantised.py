@@ -16,8 +16,11 @@ from torch import Tensor
 
 from megatron_fdd.convert.families.family import slice_name
 from megatron_fdd.convert.stored_tensor import StoredTensor
+from megatron_fdd.host.buffers import Buffers
 
 FIELD = "quantization_config"
+VALUES = Buffers()
+"""The memory of values, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)

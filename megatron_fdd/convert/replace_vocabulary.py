@@ -100,7 +100,7 @@ def _tensors(folder: HfFolder, family: Family, vocabulary: NewVocabulary) -> lis
                 f"{[old_size, *shape[1:]]}; copy the model again"
             )
         spec = TensorSpec(name, dtype, (len(vocabulary.origins), *shape[1:]))
-        tensors.append(Derived(spec, (name,), vocabulary.rows))
+        tensors.append(Derived(spec, (name,), lambda parts: vocabulary.rows(next(parts))))
     return tensors
 
 

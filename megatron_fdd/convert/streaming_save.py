@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_fdd.convert.checkpoint_entries import Pieces, place_of
 from megatron_fdd.host.disk import flushed_behind, large_file, told_by_torchs_writer
@@ -54,7 +56,8 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
         if plan.items:
-            with told_by_torchs_writer(), large_file(Path(self.path, name)) as stream, flushed_behind(stream):
+            file = large_file(Path(self.path, name))
+            with told_by_torchs_writer(), file as stream, flushed_behind(stream), _without_crc32():
                 settings = (name, self.serialization_format)
                 for item in plan.items:  # unnamed data, or it would live while the next is read
                     results.append(
@@ -63,6 +66,21 @@ class _StreamingWriter(torch_checkpoint.FileSystemWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Let torch write no CRC-32, which takes as long as writing, and which no reader looks at.
+
+    torch looks at none when it loads, and no program for archives reads a file of many. The file's own sums, and those
+    of tensors, find damage.
+    """
+    chosen = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(chosen)
 
 
 class _LazyPlanner(MCoreSavePlanner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron_fdd.convert.hf_folder import copy_files
 from megatron_fdd.data.tokenizer_identity import (
@@ -25,7 +26,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a model folder's tokenizer files into the folder `target`, with their identity beside them.
 
     Training reads the copy. If transformers would load it with a class that does not do what tokenizer.json says, the
-    copy names a class that does, and a printed line says so. The copy has neither padding nor truncation.
+    copy names a class that does, and a printed line says so. All else is copied byte for byte, but for a padding or
+    truncation that would change ids.
 
     Raises:
         ValueError: the files cannot be read, or no class loads them as they say.
@@ -48,7 +50,7 @@ def copy_loadable_tokenizer(source: Path, target: Path, copy: str) -> TokenizerI
 def _loadable(source: Path, target: Path, copy: str) -> TokenizerIdentity:
     """Make a copy that is there load as it says, and return its identity."""
     if (target / _FILE).is_file():
-        _drop_lengths(target / _FILE)
+        _drop_lengths(source, target / _FILE, copy)
     identity, found = _load(target)
     if found is not None:
         config = read_json(target / _CONFIG) if (target / _CONFIG).is_file() else {}
@@ -66,15 +68,41 @@ def _loadable(source: Path, target: Path, copy: str) -> TokenizerIdentity:
     return identity
 
 
-def _drop_lengths(file: Path) -> None:
-    """Leave out padding and truncation.
+def _drop_lengths(source: Path, file: Path, copy: str) -> None:
+    """Leave out a padding with a token that the file lacks, and a truncation that overlaps itself, and say so.
 
-    No text is padded or cut by its tokenizer here, and for a padding transformers adds a token that is searched for in
-    every text.
+    No text is padded or cut by its tokenizer here. But transformers adds the token of a padding, and searches for it in
+    every text; and it loads no such truncation.
     """
     content = read_json(file)
-    if content.get("padding") or content.get("truncation"):
-        write_json(file, {**content, "padding": None, "truncation": None})
+    wrong = {
+        name: None
+        for name, is_harmless in (("padding", _pads_with_own_token), ("truncation", _cuts_forwards))
+        if content.get(name) and not is_harmless(content)
+    }
+    if wrong:
+        write_json(file, {**content, **wrong})
+        complain(
+            f"warning: {source}: {' and '.join(wrong)} of its {_FILE} would change the ids of a text; {copy} has none"
+        )
+
+
+def _pads_with_own_token(content: dict[str, Any]) -> bool:
+    """Whether the padding of a tokenizer.json has a token that is searched for in a text anyway."""
+    padding, added = content["padding"], content.get("added_tokens")
+    tokens = (
+        [each.get("content") for each in added if isinstance(each, dict)] if isinstance(added, list) else []
+    )
+    return isinstance(padding, dict) and padding.get("pad_token") in tokens
+
+
+def _cuts_forwards(content: dict[str, Any]) -> bool:
+    """Whether each piece that the truncation of a tokenizer.json makes begins behind the beginning of the last one."""
+    truncation = content["truncation"]
+    if not isinstance(truncation, dict):
+        return False
+    stride, length = truncation.get("stride"), truncation.get("max_length")
+    return isinstance(stride, int) and isinstance(length, int) and stride < length
 
 
 def _load(folder: Path) -> tuple[TokenizerIdentity, str | None]:

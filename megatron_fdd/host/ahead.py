@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-# So many bytes of results wait or are made; a larger result is made alone. A maker takes up to twice as much meanwhile.
+# So many bytes of results are used, wait or are made, or two results that have more together. A maker takes up to
+# twice as much meanwhile.
 MAX_BYTES = 128 << 20
 # A result counts as so many at least, so that their number is bounded too.
 _MIN_BYTES = 1 << 20
@@ -36,7 +37,7 @@ def ahead[Item, Result](
     try:
         for item, size in items:
             cost = max(size, _MIN_BYTES)
-            while waiting and taken + cost > max_bytes:
+            while len(waiting) > 1 and taken + cost > max_bytes:
                 yield waiting[0][0].result()
                 taken -= waiting.popleft()[1]
             waiting.append((pool.submit(make, item), cost))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.serialization import get_crc32_options
 
 from megatron_fdd import convert
+from megatron_fdd.convert import streaming_save
 from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
 from megatron_fdd.host.file_sums import SUMS_FILE
 from tests.convert import mcore, toys
@@ -46,6 +50,26 @@ def _stock_load(saved: Path, flags: list[str]) -> None:
 )
 def test_megatron_training_loads_it(saved: Path, ranks: int, flags: list[str]) -> None:
     run_on_ranks(_stock_load, Layout(tp=ranks), {"saved": saved, "flags": flags})
+
+
+def _crc32_while_writing(folder: Path) -> None:
+    asked: list[bool] = []
+    write = streaming_save._write_item
+
+    def spy(*arguments: Any) -> Any:
+        asked.append(get_crc32_options())
+        return write(*arguments)
+
+    with mock.patch.object(streaming_save, "_write_item", spy):
+        convert.hf_to_mcore(folder / "source", folder / "again")
+    assert set(asked) == {False}
+    assert get_crc32_options()
+
+
+def test_no_crc32_is_written_and_others_have_theirs(saved: Path, tmp_path: Path) -> None:
+    """torch looks at none when it loads; every other test here loads such files."""
+    (tmp_path / "source").symlink_to(saved / "source")
+    run_on_ranks(_crc32_while_writing, Layout(ranks=1), {"folder": tmp_path})
 
 
 def _own_args_load(saved: Path, padded_vocab_size: int) -> None:

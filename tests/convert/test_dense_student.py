@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_fdd import convert
 from megatron_fdd.convert import dense_fit
 from megatron_fdd.convert.dense_student import DensePlan, FittedMlp
+from megatron_fdd.convert.hf_folder import HfFolder
 from tests.convert import mcore, toys
 from tests.harness.ranks import distributed
 
@@ -171,6 +173,25 @@ def test_experts_in_two_tensors_a_layer(tmp_path: Path, transposed: bool) -> Non
     mlps = make_student(teacher, tmp_path / "student", 40)
     DensePlan.of(joined, [0, 1, 2], 40).write(tmp_path / "again", mlps)
     assert toys.tensor_hashes(tmp_path / "again") == toys.tensor_hashes(tmp_path / "student")
+
+
+def test_one_expert_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the student is written: the matrices of an FP8 or MXFP4 folder are values in memory, not mapped."""
+    teacher = toys.make_llama(tmp_path / "teacher", "qwen3_moe", tokenizer=False)
+    mlps = make_student(teacher, tmp_path / "student", 66)
+    read, held, most = HfFolder.read, weakref.WeakSet[Any](), []
+
+    def read_a_copy(folder: HfFolder, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        value = read(folder, name, dtype).clone()
+        if ".experts." in name:
+            held.add(value.untyped_storage())
+            most.append(len(held))
+        return value
+
+    monkeypatch.setattr(HfFolder, "read", read_a_copy)
+    DensePlan.of(teacher, [0, 1, 2], 66).write(tmp_path / "again", mlps)
+    assert toys.tensor_hashes(tmp_path / "again") == toys.tensor_hashes(tmp_path / "student")
+    assert 2 <= max(most) <= 3  # gate and up of one, and the first of the next one
 
 
 def test_layers_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

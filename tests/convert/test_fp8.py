@@ -85,6 +85,22 @@ def test_every_code_has_torchs_value(tmp_path: Path) -> None:
     assert torch.equal(found.nan_to_num().view(torch.int32), wanted.nan_to_num().view(torch.int32))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(300, 10_000), (2, 1_100_000)])
+def test_large_matrices_are_read_in_parts(tmp_path: Path, rows: int, columns: int) -> None:
+    """Some rows of a block of 128 at a time, one at least."""
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 0x7F, (rows, columns), dtype=torch.uint8, generator=generator)
+    codes = codes.view(torch.float8_e4m3fn)
+    scales = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator)
+    settings = {**CONFIG, "weight_block_size": [128, 128]}
+    folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": scales}, settings)
+    each = scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    value = folder.read("w")
+    assert torch.equal(value, (codes.float() * each).bfloat16())
+    back = folder.quantised["w"].codes(value, [scales])
+    assert torch.equal(folder.quantised["w"].value([back, scales], torch.bfloat16), value)
+
+
 def test_blocks_that_are_cut_short_and_the_way_back(tmp_path: Path) -> None:
     """transformers refuses 40 rows of 3 scales, as DeepSeek-V3 has 576 of 5; the codes come back from bf16."""
     codes, scales = quantise(torch.randn(40, 23) * torch.logspace(-4, 4, 40)[:, None])

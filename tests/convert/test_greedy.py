@@ -36,9 +36,10 @@ def _transformers(folder: Path) -> torch.Tensor:
     return written
 
 
-@pytest.mark.parametrize("variant", ["plain", "qwen3_moe", "olmo2", "gpt_oss"])
+@pytest.mark.parametrize("variant", [each for each in toys.VARIANTS if each != "gemma2"])
 @distributed(tp=1)
 def test_the_same_greedy_text(tmp_path: Path, variant: str) -> None:
+    """Each variant but gemma2, whose toy says the same with changed weights."""
     mcore.make_checkpoint(tmp_path, variant)
     load = tmp_path / "mcore"
     model, args = mcore.from_own_args(load)
@@ -49,6 +50,8 @@ def test_the_same_greedy_text(tmp_path: Path, variant: str) -> None:
     given = {"hf_config": load / "hf", "tokenizer": load / "tokenizer"}
     convert.mcore_to_hf(tmp_path / "trained", tmp_path / "out", **given)
     written = _transformers(tmp_path / "out")
-    assert len(written[:, PROMPT.shape[1] :].unique()) > 5  # not one word again and again
+    # Not one word again and again; these toys soon say one.
+    least = 2 if variant in ("gemma3_text", "starcoder2") else 6
+    assert len(written[:, PROMPT.shape[1] :].unique()) >= least
     assert written.tolist() == _megatrons(model.float()).tolist()
     assert written.tolist() != _transformers(tmp_path / "source").tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -27,6 +28,57 @@ def test_copies_carry_their_identity(tmp_path: Path) -> None:
     assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "fdd_tokenizer.json"}
     for name in names - {"fdd_tokenizer.json"}:
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+
+
+PADDING = {
+    "strategy": "BatchLongest",
+    "direction": "Left",
+    "pad_to_multiple_of": 8,
+    "pad_id": 3,
+    "pad_type_id": 0,
+    "pad_token": "<|end|>",
+}
+TRUNCATION = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+TEXT = "a box of 1234 foxes<|end|> x, and two <pad> more"
+
+
+def ids_of(folder: Path) -> list[int]:
+    return list(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
+
+
+def test_padding_and_truncation_are_copied_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = variants.base()
+    variants.write(tmp_path / "plain", base)
+    file = variants.write(tmp_path / "source", {**base, "padding": PADDING, "truncation": TRUNCATION}) / (
+        "tokenizer.json"
+    )
+    copy_tokenizer(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_bytes() == file.read_bytes()
+    assert capsys.readouterr().err == ""
+    assert ids_of(tmp_path / "copy") == ids_of(tmp_path / "plain")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").pad_token == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    "lengths", [{"padding": {**PADDING, "pad_token": "x"}}, {"truncation": {**TRUNCATION, "stride": 3}}]
+)
+def test_lengths_that_would_change_ids_are_left_out(
+    tmp_path: Path, lengths: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = variants.base()
+    variants.write(tmp_path / "plain", base)
+    variants.write(tmp_path / "source", {**base, **lengths})
+    copy_tokenizer(tmp_path / "source", tmp_path / "copy")
+    (name,) = lengths
+    said = capsys.readouterr().err
+    assert (
+        f"source: {name} of its tokenizer.json would change the ids of a text; the checkpoint's copy" in said
+    )
+    copied = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    assert copied == {**base, name: None}
+    assert ids_of(tmp_path / "copy") == ids_of(tmp_path / "plain")
 
 
 def test_a_copy_that_is_damaged_is_refused(tmp_path: Path) -> None:

@@ -37,9 +37,24 @@ def test_no_more_bytes_are_begun_than_are_allowed() -> None:
     assert begun == list(range(6))
 
 
-def test_a_result_above_the_bound_is_made_alone() -> None:
-    made = ahead(lambda item: item, [(0, MIB), (1, 9 * MIB), (2, MIB)], max_bytes=4 * MIB)
-    assert list(made) == [0, 1, 2]
+def test_a_result_above_the_bound_has_one_other_beside_it() -> None:
+    """The next one is made while it is used, and none after that."""
+    begun: list[int] = []
+    second = threading.Event()
+
+    def make(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            second.set()
+        return item
+
+    sizes = [(item, 9 * MIB) for item in range(6)]
+    with closing(ahead(make, sizes, max_bytes=4 * MIB)) as results:
+        for taken, _ in enumerate(results):
+            assert len(begun) <= taken + 2
+            if taken == 0:
+                assert second.wait(timeout=10)
+    assert begun == list(range(6))
 
 
 def test_an_error_comes_in_the_place_of_its_result() -> None:
