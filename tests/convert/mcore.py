@@ -14,7 +14,10 @@ from megatron_fdd import convert
 from megatron_fdd.convert.mcore_model import build_model
 from megatron_fdd.host import rehearsal
 from megatron_fdd.host.checkpoint import find_checkpoint, read_checkpoint_args
+from megatron_fdd.host.model import build_config
+from megatron_fdd.host.topology import Topology
 from megatron_fdd.host.weights import load_weights
+from megatron_fdd.step.teacher.loading import build_stage
 from tests.convert import toys
 
 
@@ -43,6 +46,27 @@ def from_own_args(load: Path, **changes: Any) -> tuple[torch.nn.Module, Namespac
     model = build_model(args, groups)
     load_weights(model, checkpoint, "--load", groups)
     return model, args
+
+
+def logits_of_stages(load: Path, tokens: torch.Tensor) -> torch.Tensor | None:
+    """Build and load one pipeline stage of a model on each rank; return the logits on the last, in float32."""
+    topology = Topology.from_megatron(sequence_parallel=False)
+    checkpoint = find_checkpoint(str(load), "--load")
+    args = read_checkpoint_args(checkpoint, "--load")
+    args.pipeline_model_parallel_size = topology.num_stages
+    args.decoder_first_pipeline_num_layers = 1  # where layers differ, so do the stages
+    model = build_stage(build_config(args), topology).to(args.params_dtype)
+    load_weights(model, checkpoint, "--load", topology.collection)
+    model.float()
+    if topology.stage > 0:
+        hidden_SBH = torch.empty(tokens.shape[1], len(tokens), args.hidden_size)
+        dist.recv(hidden_SBH, topology.stage - 1)
+        model.set_input_tensor(hidden_SBH)
+    output = logits(model, tokens)
+    if topology.is_last_stage:
+        return output
+    dist.send(output.contiguous(), topology.stage + 1)
+    return None
 
 
 def from_stock_megatron(load: Path, flags: list[str]) -> tuple[torch.nn.Module, Namespace, int]:

@@ -80,6 +80,18 @@ def test_two_ranks(tmp_path: Path, variant: str) -> None:
     _check(tmp_path, variant)
 
 
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("variant", list(toys.VARIANTS))
+@distributed(pp=2)
+def test_two_stages(tmp_path: Path, variant: str) -> None:
+    mcore.make_checkpoint(tmp_path, variant)
+    got = mcore.logits_of_stages(tmp_path / "mcore", toys.TOKENS)
+    if got is not None:
+        expected = toys.hf_logits(tmp_path / "source", toys.TOKENS)
+        assert expected.std() > 0.3
+        assert (got[..., :99] - expected).abs().max() < toys.LOGIT_TOLERANCE
+
+
 @pytest.mark.parametrize("variant", toys.MIXTURES)
 @distributed(dp=2, ep=2)
 def test_experts_on_two_ranks(tmp_path: Path, variant: str) -> None:
