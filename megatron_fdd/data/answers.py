@@ -69,9 +69,7 @@ class Written:
         """Return the text of the first `count` messages."""
         try:
             return self.template.render(self.conversation, count, prompt=False)
-        except (
-            Exception
-        ) as error:  # a template is a program from somewhere: division by zero, memory, recursion
+        except Exception as error:  # somebody's program: division by zero, memory, recursion
             raise self.refused(error) from error
 
     def before_and_with(self, index: int) -> tuple[str, str]:

@@ -83,9 +83,8 @@ def encode_in_order(
             yield _encode_batch(encoder, batch, past_refusals)
         return
     context = multiprocessing.get_context("spawn")
-    end, ended = context.Pipe(
-        duplex=False
-    )  # `ended` is open in this process alone: its closing tells the workers
+    # `ended` is open in this process alone: its closing tells the workers.
+    end, ended = context.Pipe(duplex=False)
     # Not multiprocessing.Pool: it reads the whole corpus ahead, and hangs when a worker dies.
     pool = ProcessPoolExecutor(workers, context, _start_worker, (_pickled(encoder), end))
     pending: deque[Future[EncodedBatch]] = deque()

@@ -177,9 +177,7 @@ class Asker:
                 if time.monotonic() - looked_s >= _LOOK_S:
                     self._tidy()
                     looked_s = time.monotonic()
-        except (
-            Exception
-        ) as error:  # of the data, or of the disk: all ranks are told, who would wait for answers
+        except Exception as error:  # all ranks are told, who would wait for answers
             self._failure = error
             self._sign.tell(failure=f"asking the producers has failed: {error}")
 

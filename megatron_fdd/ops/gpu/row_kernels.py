@@ -60,17 +60,9 @@ def statistics_kernel(
     at = row if teacher_RC is None else num_rows + row
     num_statistics = num_rows if teacher_RC is None else 2 * num_rows
     nothing = tl.zeros((COLUMNS,), tl.float32)
-    student_peak, teacher_peak = (
-        nothing - 1e30,
-        nothing - 1e30,
-    )  # as beyond the last column: its exponential is 0
-    student_mass, student_unit, teacher_mass, teacher_unit, cross = (
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-    )
+    unseen = nothing - 1e30  # as beyond the last column: its exponential is 0
+    student_peak, student_mass, student_unit = unseen, nothing, nothing
+    teacher_peak, teacher_mass, teacher_unit, cross = unseen, nothing, nothing, nothing
     for start in range(0, num_columns, COLUMNS):
         column = start + lane
         student = read_logits(

@@ -50,9 +50,7 @@ def find_lens(folder: Path, config: Any, dtype: str) -> tuple[Parts, int]:
         except ValueError as error:
             reasons.append(str(error))
             continue
-        except (
-            Exception
-        ) as error:  # a config that does not let itself be cut; its class checks in its own way
+        except Exception as error:  # its class checks in its own way what a cut config lacks
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
             continue
         needed = {parts.weight_name, f"{parts.head_name}.weight"} & absent
