@@ -98,11 +98,9 @@ def _torchrun(words: Sequence[str], command_name: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    # It logs for every rank that the rank is ended because another one failed.
+    # They log for every rank that it is ended because another one failed, and for every signal.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(
-        logging.ERROR
-    )  # and for every signal
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     parser = run.get_args_parser()
     parser.error = _usage_error  # type: ignore[method-assign]
     args = parser.parse_args(list(words))

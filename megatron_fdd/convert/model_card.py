@@ -201,9 +201,8 @@ def _setting(name: str, value: Any) -> Iterator[Row]:
 def _scores(load: Path, written: Checksums) -> Iterator[Row]:
     """Yield what `fdd evaluate` found for exactly these weights: the sums beside the evaluated model are the same."""
     for path in (load / _EVALUATION_FILE, *sorted(load.glob(f"evaluation/*/{_EVALUATION_FILE}"))):
-        with suppress(
-            ValueError, OSError, KeyError, TypeError, AttributeError
-        ):  # a report refuses such a file
+        # A report refuses what is no evaluation.
+        with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
             found = read_json(path)
             theirs = Checksums.read(Path(found["model"]))
             if theirs is not None and written.count_same(theirs) == written.count() == theirs.count():

@@ -60,9 +60,8 @@ class Placement:
         device_map = "auto" if several else self.device
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "Detected pickle protocol"
-                )  # it asks to write to torch's authors
+                # It asks to write to torch's authors.
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
                 loaded: Any = _class_of(folder).from_pretrained(
                     folder,
                     dtype=self.dtype,

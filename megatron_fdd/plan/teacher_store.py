@@ -227,9 +227,8 @@ def store_bytes(args: argparse.Namespace, stores: Sequence[PlannedStore]) -> dic
     plan = stores[0].plan
     widths = sum(each.store.identity.hidden_size for each in stores)
     count = read_ahead(args, whole_steps=plan.config.tokens == "all")
-    if (
-        plan.config.tokens == "all" or args.rerun_mode != "disabled"
-    ):  # Megatron keeps a step's own to run it again
+    # Megatron keeps a step's own to run it again.
+    if plan.config.tokens == "all" or args.rerun_mode != "disabled":
         count += micro_batches(args)
     rows = args.padded_vocab_size // args.tensor_model_parallel_size
     chunks = [_chunk_blocks(each) for each in stores]

@@ -213,9 +213,8 @@ def to_html(report: Report) -> str:
 
 def to_markdown(report: Report) -> str:
     """Return Markdown with links to the picture files beside it."""
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # no HTML: see _plain
+    # No HTML: see _plain.
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["text"] = _plain
     return environment.from_string(_MARKDOWN).render(report=report, note=SCORE_NOTE, cell=_markdown_cell)
 
