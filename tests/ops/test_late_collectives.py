@@ -24,6 +24,7 @@ from megatron_fdd.ops.head_loss import LossWeights, head_loss
 from megatron_fdd.ops.implementation import Implementation
 from megatron_fdd.ops.inner_loss import InnerLayer, InnerTerms, inner_loss
 from megatron_fdd.ops.linear_kl import Divergence
+from tests.harness.late import Late
 from tests.harness.ranks import distributed
 from tests.ops.linear_kl_case import KINDS, RankPart, capped, gradients, loss, make_case, tiles
 
@@ -35,18 +36,6 @@ def poison(tensor: Tensor) -> float:
 
 def is_poisoned(tensor: Tensor) -> bool:
     return bool((tensor.isnan() if tensor.is_floating_point() else tensor == poison(tensor)).all())
-
-
-@dataclass(slots=True)
-class Late:
-    """A stand-in for torch's `Work`."""
-
-    finish: Callable[[], None] | None
-
-    def wait(self) -> None:
-        assert self.finish is not None, "waited for twice"
-        self.finish()
-        self.finish = None
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ sent has not changed. Over NCCL the host goes on after that wait: nothing else h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.harness.late import Late
 from tests.harness.ranks import run_on_ranks
 from tests.oracle.case import Case, Result, assert_equal, expected, run_step
 
@@ -24,18 +25,6 @@ CASES = {
     "pp2": Case(pp=2, micro_batches=4),
     "pp2-tp2-sp": Case(pp=2, tp=2, sequence_parallel=True),
 }
-
-
-@dataclass(slots=True)
-class Late:
-    """A stand-in for torch's `Work` of a whole batch."""
-
-    finish: Callable[[], None] | None
-
-    def wait(self) -> None:
-        assert self.finish is not None, "waited for twice"
-        self.finish()
-        self.finish = None
 
 
 @dataclass(slots=True)
