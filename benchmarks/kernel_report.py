@@ -9,6 +9,7 @@ is slow or does not start at all. After changing a kernel or its tiles, look her
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import tempfile
@@ -167,13 +168,17 @@ def distinct(recorded: list[Launch]) -> list[Launch]:
 def main() -> None:
     """Print a table of every program of every divergence."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--capability", type=int, choices=(80, 86, 89, 90, 100, 120), default=90)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--temperatures", nargs="*", type=float, default=[1.0, 2.0])
-    parser.add_argument("--kinds", nargs="*", default=[*DIVERGENCES, "none"])
-    parser.add_argument("--heads", nargs="*", choices=get_args(HeadKind), default=get_args(HeadKind))
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 2.0])
+    parser.add_argument("--kinds", nargs="+", choices=[*DIVERGENCES, "none"], default=[*DIVERGENCES, "none"])
+    parser.add_argument("--heads", nargs="+", choices=get_args(HeadKind), default=get_args(HeadKind))
     parser.add_argument("--vocab", type=int, default=Shape().vocab_size, help="entries of the vocabulary")
     options = parser.parse_args()
+    if options.vocab < 1 or min(options.temperatures) <= 0:
+        parser.error("--vocab and --temperatures must be above 0")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it")
     shape = Shape(vocab_size=options.vocab, dtype=getattr(torch, options.dtype))
     print(f"{'':30} registers spilled shared  instructions")
     for kind in options.kinds:

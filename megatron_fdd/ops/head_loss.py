@@ -52,7 +52,8 @@ class LossWeights:
     """The weight of each token in a sum, and of each sum in the loss.
 
     Attributes:
-        divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
+        divergence_N, entropy_N: float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds; to
+            the gradients, if its features are finite.
         divergence, entropy: the loss is divergence * the sum of divergences + entropy * the sum of cross-entropies.
         factor: the gradient that the loss will get, one number, if it is known before the backward pass. A head with
             a float32 `main_grad` then gets its gradient in the forward pass, and no [W, D] is kept for the backward

@@ -57,7 +57,8 @@ class InnerTerms:
 
     Attributes:
         divergence: None: no layer asks for it.
-        weights_N: of the tokens, float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds.
+        weights_N: of the tokens, float32. A token of weight 0 contributes exactly 0 to the sums, whatever it holds; to
+            the gradients, if its features are finite.
         detaches_previous: a delta's earlier end is a constant.
     """
 

@@ -106,8 +106,8 @@ class HfTeacher:
         own = FORM_OF[self.dtype]
         if form in FORM_OF.values() and form != own:
             raise ValueError(
-                f"--form {form}: the teacher computes in {self.dtype}, and another width gains nothing; use --form "
-                f"{own}, or give another --dtype"
+                f"--form {form}: the teacher computes in {self.dtype}, and its features are stored so, or packed; use "
+                f"--form {own}, int8 or fp8, or give another --dtype"
             )
 
     @cached_property

@@ -62,8 +62,8 @@ def describe(run: PreparedRun, blocks: Sequence[int], form: TapForm | None) -> S
     own = _FORM_OF[dtype]
     if form in _FORM_OF.values() and form != own:
         raise ValueError(
-            f"--form {form}: the teacher computes in {dtype}, and another width gains nothing; use --form {own}, or "
-            "give --bf16 if the teacher is to compute in it"
+            f"--form {form}: the teacher computes in {dtype}, and its features are stored so, or packed; use --form "
+            f"{own}, int8 or fp8, or give --bf16 if the teacher is to compute in it"
         )
     packing = TapFormat(args.params_dtype, form or own)
     packing.check_width(args.hidden_size, f"--form {form}")

@@ -5,6 +5,7 @@ This file needs only Python, so that it works where torch does not.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ class Knobs:
     out: Path
     state: Path
     fresh: bool
+    retry: bool
     workers: int
     wheels: Sequence[Path]
     gpus: int | None
@@ -46,6 +48,7 @@ class Knobs:
             out=Path(environment["OUT"]),
             state=Path(environment["STATE"]),
             fresh=_one_of(environment, "FRESH", "0", "1") == "1",
+            retry=_one_of(environment, "RETRY", "0", "1") == "1",
             workers=_count(environment, "WORKERS"),
             wheels=_wheels(environment["WHEELS"]) if environment["WHEELS"] else (),
             gpus=_count(environment, "GPUS") if environment.get("GPUS") else None,
@@ -102,10 +105,24 @@ def refuse_absent_gpus(knobs: Knobs) -> None:
 
 
 def commit() -> str:
-    """Return the commit of the tree, if it is a checkout."""
+    """Return the commit of the tree, if it is a checkout; with a digest of what was changed since, if anything was."""
     if shutil.which("git") is None:
         return ""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    head = _said_by("git", "rev-parse", "--short", "HEAD").decode().strip()
+    changed = _said_by("git", "diff", "HEAD", "--", ".", ":!benchmarks/results.jsonl")
+    for name in _said_by("git", "ls-files", "--others", "--exclude-standard", "-z").split(b"\0")[:-1]:
+        changed += name + Path(name.decode(errors="surrogateescape")).read_bytes()
+    return f"{head}+{hashlib.sha256(changed).hexdigest()[:8]}" if changed else head
+
+
+def gpus(device: str) -> str:
+    """Return the names of the GPUs, a line each; empty on a CPU."""
+    if device == "cpu" or shutil.which("nvidia-smi") is None:
+        return ""
+    return (
+        _said_by("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").decode(errors="replace").strip()
     )
-    return result.stdout.strip()
+
+
+def _said_by(*command: str) -> bytes:
+    return subprocess.run(command, capture_output=True, check=False).stdout

@@ -5,7 +5,7 @@
 #   DEVICE=cpu bash tests/gpu/multi.sh      the same here, on two ranks over gloo, so that nothing breaks there for the first time
 #   GPUS=4                                  so many of them (default: all that torch sees); on a CPU it is not used
 #   BUDGET_S=1800                           the whole ends after so long; a second call goes on where it was cut off
-#   WHEELS, OUT, STATE, FRESH               as tests/gpu/run.sh; OUT is runs/gpu-multi, on a CPU runs/gpu-multi-cpu
+#   WHEELS, OUT, STATE, FRESH, RETRY        as tests/gpu/run.sh; OUT is runs/gpu-multi, on a CPU runs/gpu-multi-cpu
 #
 # Layouts (tensor, pipeline, virtual, context, expert and data parallel) against the float64 oracle over NCCL; trainings of 20
 # steps at several layouts, with TransformerEngine and in FP8; how they end when a rank is killed or fails alone.
@@ -14,7 +14,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-export DEVICE=${DEVICE:-cuda} GPUS=${GPUS:-} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} BUDGET_S=${BUDGET_S:-1800} PART=1 WORKERS=1
+export DEVICE=${DEVICE:-cuda} GPUS=${GPUS:-} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} RETRY=${RETRY:-0}
+export BUDGET_S=${BUDGET_S:-1800} PART=1 WORKERS=1
 export OUT=${OUT:-runs/gpu-multi$([[ $DEVICE != cpu ]] || echo -cpu)}
 export STATE=${STATE:-$OUT}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}

@@ -17,7 +17,7 @@ from types import FrameType
 
 from benchmarks import lines
 from tests.gpu import te_is_there
-from tests.gpu.knobs import Knobs, RefusedError, commit, refuse_absent_gpus
+from tests.gpu.knobs import Knobs, RefusedError, commit, gpus, refuse_absent_gpus
 from tests.gpu.sections import SIGNALS, Runner, Section
 
 PYTHON = (sys.executable, "-m")
@@ -107,7 +107,11 @@ def install(wheels: Sequence[Path]) -> None:
     done = SITE / "installed"
     if not done.exists() or done.read_text().split() != names:
         pip = (*PYTHON, *"pip install -q --no-index --no-deps --no-compile --upgrade --target".split())
-        subprocess.run([*pip, str(SITE), *map(str, wheels)], check=True)
+        if subprocess.run([*pip, str(SITE), *map(str, wheels)], check=False).returncode:
+            raise RefusedError(
+                f"WHEELS={wheels[0].parent}: pip cannot install them, as it says above; take out what is damaged or of "
+                "another Python"
+            )
         done.write_text("\n".join(names))
     put_in_front(SITE)
 
@@ -183,7 +187,7 @@ def conduct(knobs: Knobs, title: str, sections: Plan, at_end: Callable[[Path], N
     deadline = time.monotonic() + knobs.budget_s
     if knobs.device == "cpu":
         title = f"Rehearsal on a CPU: {title}"
-    runner = Runner(knobs.out, deadline, title, knobs.part, copy=knobs.state)
+    runner = Runner(knobs.out, deadline, title, knobs.part, copy=knobs.state, retries=knobs.retry)
     if knobs.wheels:
         install(knobs.wheels)
     refuse_absent_gpus(knobs)
@@ -210,7 +214,7 @@ def forget(folder: Path) -> None:
 
 
 def prepare(knobs: Knobs, results: Path) -> None:
-    """Find the results of an earlier call, to continue from; move them away if device or commit differ."""
+    """Find the results of an earlier call, to continue from; give them another name if they are of something else."""
     if knobs.fresh:
         forget(knobs.out)
         try:
@@ -221,17 +225,22 @@ def prepare(knobs: Knobs, results: Path) -> None:
     # A first part never continues from results elsewhere.
     if knobs.part == "2" and earlier.exists() and not results.exists():
         shutil.copy(earlier, results)
-    now = {"device": knobs.device, "commit": commit()}
-    before = [{name: line[name] for name in now} for line in lines.read(results, "call")]
-    if results.exists() and before[-1:] != [now]:
-        kept = results.with_name(time.strftime("results-%Y%m%d-%H%M%S.jsonl"))
-        results.rename(kept)
+    now = {"device": knobs.device, "gpus": gpus(knobs.device), "commit": commit()}
+    same = {name for name in now if not (knobs.retry and name == "commit")}  # what was mended is tried again
+    before = [{name: line.get(name) for name in now} for line in lines.read(results, "call")]
+    if results.exists() and not (before and all(before[-1][name] == now[name] for name in same)):
         was = before[-1] if before else "unknown origin"
-        print(
-            f"{results} is of {was}, this call of {now}: it is kept as {kept}, and all begins anew",
-            flush=True,
-        )
+        put_aside(results, f"is of {was}, this call of {now}")
+    if earlier.exists() and not results.exists():  # what begins now will be copied there
+        put_aside(earlier, f"is of an earlier call, and OUT={knobs.out} has nothing to go on from")
     lines.write(results, "call", now | {"part": knobs.part})
+
+
+def put_aside(path: Path, why: str) -> None:
+    """Give results another name."""
+    kept = path.with_name(time.strftime("results-%Y%m%d-%H%M%S.jsonl"))
+    path.rename(kept)
+    print(f"{path} {why}: it is kept as {kept}, and all begins anew", flush=True)
 
 
 if __name__ == "__main__":

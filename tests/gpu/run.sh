@@ -9,8 +9,9 @@
 #   WHEELS=folder                           install these wheels first, into .gpu/site (no index, no dependencies)
 #   OUT=folder                              results.jsonl, results.md and log.txt (default: runs/gpu, on a CPU runs/gpu-cpu)
 #   STATE=folder                            has a copy of the first two (same default); where OUT is empty PART=2 goes on from there
-#   FRESH=1                                 forget what earlier calls have done; of another commit or device it is never
-#                                           gone on from: that results.jsonl gets another name
+#   FRESH=1                                 forget what earlier calls have done; results of another commit, of changed files or
+#                                           of another device are never gone on from: they get another name
+#   RETRY=1                                 after a mend: what failed or hung is run again, what has passed counts, whatever was changed
 #   WORKERS=8                               pytest processes at a time, where pytest-xdist is installed
 #
 # Ctrl-C, or an ssh that drops, leaves all that is known; the same command goes on. Uses the python3 on PATH, with torch,
@@ -21,7 +22,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-export DEVICE=${DEVICE:-cuda} PART=${PART:-1} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} WORKERS=${WORKERS:-8}
+export DEVICE=${DEVICE:-cuda} PART=${PART:-1} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} RETRY=${RETRY:-0} WORKERS=${WORKERS:-8}
 folder=runs/gpu$([[ $DEVICE != cpu ]] || echo -cpu)
 export OUT=${OUT:-$folder} STATE=${STATE:-$folder}
 export BUDGET_S=${BUDGET_S:-$([[ $PART == 2 ]] && echo 180 || echo 540)}

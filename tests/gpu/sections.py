@@ -19,8 +19,8 @@ from pathlib import Path
 
 from benchmarks import lines, tables
 
-# These endings are final; `hung` means that the section exceeded its own limit. A section that was skipped, or cut off
-# because the time for all was over, starts again in a later call.
+# These endings are final, the first for ever; `hung` means that the section exceeded its own limit. A section that was
+# skipped, or cut off because the time for all was over, starts again in a later call.
 FINISHED = ("passed", "failed", "hung")
 # The signals that end a run: Ctrl-C, the end of a job, a lost ssh connection.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -111,6 +111,7 @@ class Runner:
         deadline: the end of the time for all sections, on the monotonic clock.
         copy: another folder that gets a copy of the results; a later call looks for them there.
         part: the number of this call.
+        retries: whether sections that failed or hung in an earlier call start again.
         ended: how each section of this call ended.
     """
 
@@ -119,6 +120,7 @@ class Runner:
     title: str
     part: str = ""
     copy: Path | None = None
+    retries: bool = False
     ended: dict[str, str] = field(default_factory=dict)
     _running: list[Running] = field(default_factory=list)
 
@@ -169,7 +171,8 @@ class Runner:
     def _begin(self, group: list[Section]) -> None:
         before = self.before()
         for section in group:
-            if before.get(section.name) in FINISHED and not section.always:
+            final = FINISHED[:1] if self.retries else FINISHED
+            if before.get(section.name) in final and not section.always:
                 self.ended[section.name] = before[section.name]
                 print(f"== {section.name}: {before[section.name]} before", flush=True)
             elif section.missing:

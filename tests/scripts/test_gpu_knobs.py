@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import lines, measure
+from tests.gpu import knobs as knobs_module
 from tests.gpu import layouts, multi, run
 from tests.gpu.knobs import Knobs, RefusedError, refuse_absent_gpus
 from tests.gpu.sections import Runner, Section, uninterrupted
@@ -19,10 +21,17 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.tier("fast")
 
 
+@pytest.fixture(autouse=True)
+def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let neither git nor nvidia-smi be asked."""
+    monkeypatch.setattr(run, "commit", lambda: "")
+    monkeypatch.setattr(run, "gpus", lambda _: "")
+
+
 def values(out: Path, **changed: str) -> dict[str, str]:
     """Return the environment that the scripts make."""
-    common = {"DEVICE": "cpu", "PART": "1", "BUDGET_S": "60", "FRESH": "0", "WORKERS": "1", "WHEELS": ""}
-    return {**common, "OUT": str(out), "STATE": str(out), **changed}
+    common = {"DEVICE": "cpu", "PART": "1", "BUDGET_S": "60", "FRESH": "0", "RETRY": "0", "WORKERS": "1"}
+    return {**common, "WHEELS": "", "OUT": str(out), "STATE": str(out), **changed}
 
 
 def knobs(out: Path, **changed: str) -> Knobs:
@@ -36,6 +45,7 @@ def knobs(out: Path, **changed: str) -> Knobs:
         ("BUDGET_S", "inf", "BUDGET_S=inf: must be a number of seconds above 0"),
         ("PART", "3", "PART=3: must be 1 or 2"),
         ("FRESH", "yes", "FRESH=yes: must be 0 or 1"),
+        ("RETRY", "yes", "RETRY=yes: must be 0 or 1"),
         ("DEVICE", "gpu", "DEVICE=gpu: must be cpu or cuda"),
         ("GPUS", "abc", "GPUS=abc: must be a whole number of at least 1"),
         ("GPUS", "0", "GPUS=0: must be a whole number of at least 1"),
@@ -98,6 +108,65 @@ def test_results_of_another_device_or_commit_are_put_aside(
     assert lines.read(tmp_path / "results-0.jsonl", "section")[0]["ending"] == "passed"
 
 
+def test_results_of_another_gpu_are_put_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results.jsonl"
+    for name in ("H200", "H100"):
+        monkeypatch.setattr(run, "gpus", lambda _, name=name: name)
+        run.prepare(knobs(tmp_path, DEVICE="cuda"), results)
+        assert [line["gpus"] for line in lines.read(results)] == [name]
+
+
+@pytest.mark.tier("default")
+def test_after_a_mend_what_failed_is_tried_again_and_what_passed_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results.jsonl"
+    for tree in ("aaa", "aaa+12345678"):
+        monkeypatch.setattr(run, "commit", lambda tree=tree: tree)
+        run.prepare(knobs(tmp_path, RETRY="1"), results)
+    assert [line["commit"] for line in lines.read(results)] == ["aaa", "aaa+12345678"]
+    for name, ending in (("good", "passed"), ("bad", "failed"), ("slow", "hung")):
+        lines.write(results, "section", {"name": name, "ending": ending, "why": ""})
+    sections = [Section(name, ("true",), 60) for name in ("good", "bad", "slow")]
+    assert not Runner(tmp_path, time.monotonic() + 60, "made up").run(sections)
+    assert Runner(tmp_path, time.monotonic() + 60, "made up", retries=True).run(sections)
+    ended = [line["name"] for line in lines.read(results, "section")]
+    assert ended == ["good", "bad", "slow", "bad", "slow"]
+
+
+def test_a_first_part_in_an_empty_folder_overwrites_nothing(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    (state / "results.jsonl").write_text("what an earlier call has measured\n")
+    run.prepare(knobs(tmp_path, STATE=str(state)), tmp_path / "results.jsonl")
+    (kept,) = state.iterdir()
+    assert kept.name.startswith("results-")
+    assert kept.read_text() == "what an earlier call has measured\n"
+
+
+def test_a_change_since_the_commit_is_part_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: dict[str, bytes] = {"rev-parse": b"abc\n"}
+    monkeypatch.setattr(knobs_module, "_said_by", lambda *command: changed.get(command[1], b""))
+    monkeypatch.setattr(knobs_module.shutil, "which", lambda _: "git")
+    assert knobs_module.commit() == "abc"
+    (tmp_path / "new.py").write_text("new")
+    names = []
+    for output in ({"diff": b"-old"}, {"ls-files": bytes(tmp_path / "new.py") + b"\0"}):
+        changed.update(output)
+        names.append(knobs_module.commit())
+    assert all(name.startswith("abc+") for name in names)
+    assert names[0] != names[1]
+
+
+def test_a_wheel_that_pip_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SITE", tmp_path / "site")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(RefusedError, match="pip cannot install them"):
+        run.install([tmp_path / "bad-1-py3-none-any.whl"])
+
+
 def test_an_earlier_ending_does_not_count_for_a_section_that_is_cut_now(tmp_path: Path) -> None:
     lacking = Section("kernels", ("true",), 60, missing="ncu is not on PATH")
     assert Runner(tmp_path, time.monotonic() + 60, "made up").run([lacking])
@@ -114,9 +183,8 @@ def test_a_copy_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_fresh_forgets_and_a_folder_for_copies_that_cannot_be_read_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "commit", lambda: "")
     results = tmp_path / "results.jsonl"
     results.write_text("{}\n")
     run.prepare(knobs(tmp_path, FRESH="1", STATE=f"{__file__}/in-a-file"), results)

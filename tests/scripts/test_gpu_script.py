@@ -155,8 +155,8 @@ import os, signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where these tests were started by nohup
 from tests.gpu import run
-os.environ |= {"BUDGET_S": "60", "DEVICE": "cpu", "PART": "1", "FRESH": "0", "WHEELS": "", "OUT": sys.argv[1]}
-os.environ |= {"STATE": sys.argv[1], "WORKERS": "1"}
+os.environ |= {"BUDGET_S": "60", "DEVICE": "cpu", "PART": "1", "FRESH": "0", "RETRY": "0", "WHEELS": ""}
+os.environ |= {"OUT": sys.argv[1], "STATE": sys.argv[1], "WORKERS": "1"}
 long = run.Section("machine", ("sleep", "60"), 60)
 run.beginnings = lambda *_: [long]
 sys.exit(run.main("made up", lambda *_: []))
