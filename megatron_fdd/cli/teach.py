@@ -65,8 +65,8 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --dry-run          say what there is to compute, load no teacher, and write nothing into the store
     --log-folder F     where each rank's log goes (default: a new folder for temporary files)
     --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)
-    --dtype DTYPE      transformers, vllm: in which the teacher computes, bfloat16 or float32 (default: bfloat16,
-                       with --form float32 float32)
+    --dtype DTYPE      transformers, vllm: the teacher computes in bfloat16 or float32 (default: float32
+                       with --form float32, else bfloat16)
     --url URL          vllm: a running server
     --hidden-states D  vllm: the folder in which it writes, as this machine sees it
 
