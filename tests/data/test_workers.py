@@ -171,12 +171,13 @@ def test_a_killed_worker_is_reported(hf: TokenizerSettings, one_a_batch: None) -
 @pytest.mark.tier("default")
 def test_what_is_not_wanted_any_more_ends(hf: TokenizerSettings, one_a_batch: None) -> None:
     probe = Probe(make_encoder(EncodeSettings(hf, "jsonl")))
+    before = multiprocessing.active_children()  # ranks of other tests
     signal.alarm(60)  # or this would wait for an hour
     results = encode_in_order(documents("the river", "wait", "wait"), probe, 2, past_refusals=True)
     next(results)
     results.close()  # type: ignore[attr-defined]
     signal.alarm(0)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 @pytest.mark.parametrize(("past_refusals", "expected"), [(False, 2), (True, 3)])
