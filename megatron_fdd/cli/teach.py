@@ -63,7 +63,7 @@ def command(launching: tuple[str, ...], flags: tuple[str, ...]) -> None:
     --follow           make what a training asks for while it runs; with --window-bytes 200GiB (its room) and
                        --idle-timeout SECONDS (end without a training, default: 600)
     --dry-run          say what there is to compute, load no teacher, and write nothing into the store
-    --log-folder F     where each rank's log goes (default: a new folder for temporary files)
+    --log-folder F     where each rank's log goes (default: a temporary folder, kept where something fails)
     --device-map MAP   transformers: auto, cpu, or JSON that says where each part goes (default: auto)
     --dtype DTYPE      transformers, vllm: the teacher computes in bfloat16 or float32 (default: float32
                        with --form float32, else bfloat16)

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import contextlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -72,7 +72,11 @@ def teach(request: TeachRequest) -> None:
     """
     teacher = _prepared(request)
     teacher.start()
-    _keep_log(request)
+    with _kept_log(request):
+        _teach(request, teacher)
+
+
+def _teach(request: TeachRequest, teacher: PreparedTeacher) -> None:
     update_train_iters(teacher.args)  # from --train-samples
     sources = sources_of(train_valid_test_provider(get_train_valid_test_num_samples()), teacher.args)
     sources = own_sources(request, teacher.args, sources)
@@ -100,10 +104,11 @@ def teach(request: TeachRequest) -> None:
             _save_index(request.store, is_changed=bool(survey.units))
 
 
-def _keep_log(request: TeachRequest) -> None:
-    """Give the ranks' logs one place, and say it; what only looks through the data leaves none unless it was named.
+@contextlib.contextmanager
+def _kept_log(request: TeachRequest) -> Iterator[None]:
+    """Give the ranks' logs one place, and say it; what only looks through the data has none unless it was named.
 
-    Collectives: one broadcast of a name over all ranks.
+    A place that was not named is removed where all goes well. Collectives: one broadcast of a name over all ranks.
     """
     folder, name = request.log_folder, [""]
     if folder is None and not request.dry_run:
@@ -113,8 +118,14 @@ def _keep_log(request: TeachRequest) -> None:
         dist.broadcast_object_list(name, src=0)
         folder = Path(tempfile.gettempdir(), name[0]) if name[0] else None  # each machine's own
     log = None if folder is None else console.keep_log(folder)
-    where = "" if log is None else f"; Megatron's own output: {log.with_name('rank*.log')}"
+    until = "" if request.log_folder is not None else ", until all has gone well"
+    where = "" if log is None else f"; Megatron's own output: {log.with_name('rank*.log')}{until}"
     console.say(f"looking through the data{where}")
+    yield
+    if log is not None and request.log_folder is None:
+        with contextlib.suppress(OSError):
+            log.unlink()
+            log.parent.rmdir()  # by the last rank
 
 
 def _compute(
