@@ -32,7 +32,7 @@ class Implementation:
         block_rows: rows of tokens (of all tensor-parallel ranks together) that are swept at a time. A block's
             collectives run during the products of its neighbours.
         held_logits: logits of a model that exist at a time where they are kept for the gradient (`head_loss`); None:
-            enough to keep the products busy, 2^28 on a GPU of 80 GB or more (1 GiB), 2^27 on a smaller one, else 2^23,
+            enough to keep the products busy, 2^28 on a GPU of 80 GB or more (1 GiB), 2^27 on a smaller one, else 2^24,
             but at least those of 256 tokens.
         skip_below: gradient products leave out tiles in which no probability reaches this (0: leave out none). This
             is an approximation: the loss stays exact, and every probability that is left out is smaller.
@@ -105,7 +105,7 @@ class Implementation:
         if self.held_logits is not None:
             return max(1, self.held_logits // head_rows)
         if gpu_bytes is None:
-            return max(256, 2**23 // head_rows)
+            return max(256, 2**24 // head_rows)
         logits = 2**28 if gpu_bytes >= LARGE_GPU_BYTES else 2**27
         return max(256, logits // head_rows // 128 * 128)  # whole groups of rows of a product
 

@@ -214,7 +214,7 @@ def test_nothing_but_safetensors_of_a_known_model_is_read(folder: Path, tmp_path
     assert "no causal language model of the type t5" in refused(
         changed(folder, tmp_path / "t5", model_type="t5")
     )
-    assert "use --form float32, or give another" in refused(folder, "bf16")
+    assert "use --form float32, int8 or fp8, or give another" in refused(folder, "bf16")
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Path) -> None:
