@@ -30,8 +30,9 @@ from megatron_fdd.data.instructions import (
 from megatron_fdd.host.disk import explain
 
 Record = dict[str, Any]
-# What a record without an answer lacks in the layouts of `fdd evaluate`.
-_NO_ANSWER = {"response": "", "output": "", "answer": ""}
+# What a record lacks in the layouts of `fdd evaluate`: a context that would be empty, or an answer.
+_NO_CONTEXT: Record = {"context": ""}
+_NO_ANSWER: Record = {"response": "", "output": "", "answer": ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     ]
     if not prompts:
         raise ValueError(f"{path} is empty: give a file with a prompt in each line")
+    for prompt in prompts:
+        if not prompt.instruction.message().strip():
+            raise ValueError(f"{prompt.where}: its prompt is empty; leave the record out")
     return prompts
 
 
@@ -85,16 +89,23 @@ def _instructions(document: RawDocument) -> list[Instruction]:
     conversation = read_conversation(fields, document.where)
     if conversation is not None:
         return [_asked(conversation, document.where)]
-    layout = find_layout(fields)
-    if layout is None:
-        fields = _NO_ANSWER | fields
-        layout = find_layout(fields)
-    if layout is None:
+    for missing in ({}, {} if "input" in fields else _NO_CONTEXT, _NO_ANSWER):
+        layout = find_layout(missing | fields)
+        if layout is not None:
+            found = read_record(layout, missing | fields, document.where)
+            break
+    else:
         raise ValueError(
             f"{document.where}: has the fields {sorted(fields.keys() - _NO_ANSWER)}, which hold no prompt; known are: "
             f"messages; {known_layouts()}; all of them also without the answer"
         )
-    return read_record(layout, fields, document.where)
+    given = [name for name in _NO_ANSWER if fields.get(name)]
+    if given and not any(each.references and each.references[0] for each in found):
+        raise ValueError(
+            f"{document.where}: has an answer in {given[0]!r}, where records with the fields {sorted(fields)} have "
+            f"none; name its fields as one of these has them: {known_layouts()}"
+        )
+    return found
 
 
 def _asked(conversation: Conversation, where: str) -> Instruction:

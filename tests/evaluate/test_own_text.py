@@ -59,6 +59,7 @@ def run(
         ({"prompt": "q", "response": "a"}, "none", {"prompt": "q", "response": "a"}),
         ({"prompt": "q"}, "alpaca", {"prompt": "q", "response": ""}),
         ({"instruction": "q", "input": "i"}, "none", {"prompt": "q\n\ni", "response": ""}),
+        ({"instruction": "q", "response": "a"}, "none", {"prompt": "q", "response": "a"}),
         ({"question": "q", "answer": "a"}, "chat", {"instruction": "q", "input": "", "output": "a"}),
         ({"messages": CHAT}, "chat", {"instruction": "q", "input": "", "system": "s", "output": ""}),
         (
@@ -82,6 +83,9 @@ def test_a_prompt_may_come_in_any_layout_and_without_its_answer(
         ({"text": "q"}, r"p.jsonl, line 1: has the fields \['text'\], which hold no prompt"),
         ({"messages": ANSWERED[1:] * 2 + ANSWERED[2:]}, r"p.jsonl, line 1: its turns are \['user', 'assistant', 'us"),
         ({"messages": CHAT, "enable_thinking": True}, "p.jsonl, line 1: has tools, reasoning or switches"),
+        ({"instruction": "q", "answer": "a"}, "p.jsonl, line 1: has an answer in 'answer', where records with"),
+        ({"instruction": "q", "input": "i", "response": "a"}, "line 1: has an answer in 'response', where"),
+        ({"instruction": " ", "context": "", "response": "a"}, "p.jsonl, line 1: its prompt is empty"),
     ],
 )  # fmt: skip
 def test_a_record_without_a_prompt_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
