@@ -46,6 +46,8 @@ class MicroscaledFp4:
             name = blocks.removesuffix(_BLOCKS)
             if name == blocks:
                 continue
+            if name in tensors:
+                raise ValueError(f"{name} is there twice, by itself and as {blocks}; copy the model again")
             _check(name, stored, tensors.get(name + _SCALES))
             *outer, rows, groups, width = stored.shape
             found[name] = Quantised(

@@ -103,7 +103,7 @@ def _check_heads(before: MegatronArgs, after: MegatronArgs) -> None:
     if hidden % heads and before["hidden_size"] % before["num_attention_heads"] == 0:
         raise ValueError(
             f"--hidden-size {hidden} must be a multiple of the {heads} attention heads, or transformers refuses the "
-            f"model; take {hidden - hidden % heads}"
+            f"model; take {max(hidden - hidden % heads, heads)}"
         )
 
 

@@ -75,6 +75,10 @@ def test_every_scale_and_code(tmp_path: Path) -> None:
         (lambda parts: parts.pop(f"{NAME}_scales"), "down_proj_blocks has no .*_scales; copy"),
         (lambda parts: parts.pop(f"{NAME}_blocks"), "down_proj_scales scales nothing"),
         (
+            lambda parts: parts.update({NAME: torch.zeros(3, 64, 6)}),
+            "down_proj is there twice, by itself and as",
+        ),
+        (
             lambda parts: parts.update({f"{NAME}_scales": torch.zeros(3, 6, 1, dtype=torch.uint8)}),
             r"\[3, 6, 2, 16\] and _scales U8 \[3, 6, 1\]: MXFP4 has U8, 16 bytes",
         ),
