@@ -75,6 +75,8 @@ class HfFolder:
                 f"--hf-model {self.path}: the folder has no config.json; give one with a whole model"
             )
         self.stored_config: HfConfig = read_json(self.path / CONFIG_FILES[0])
+        if (generation := self.path / CONFIG_FILES[1]).exists():
+            read_json(generation)  # an export would find it broken after a training
         self.quantization: Any = self.stored_config.get(FIELD)
 
     @cached_property

@@ -161,6 +161,16 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         _ = HfFolder(tmp_path).tensors
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"a":', "is not valid JSON"), ("[]", "must hold a JSON object")]
+)
+def test_a_generation_config_that_an_export_could_not_read(tmp_path: Path, text: str, said: str) -> None:
+    folder = _write(tmp_path / "source", 10**6)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"generation_config.json {said}"):
+        HfFolder(folder)
+
+
 def test_new_folder_appears_when_complete_and_never_half(tmp_path: Path) -> None:
     final = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), new_folder(final, "--hf-out") as unfinished:  # noqa: PT012
