@@ -176,7 +176,6 @@ run_to_the_end() { # OUTPUT ITERATIONS FLAGS...
         return "$UNFINISHED"
     fi
 }
-UNFINISHED=75 # as sysexits.h has it: try again later
 
 take_out() { # NAME
     step "$1, Hugging Face" "$WORK/$1-hf" python tools/mcore_to_hf.py --load "$WORK/$1" --hf-out "$WORK/$1-hf"

@@ -3,6 +3,8 @@
 
 recipe=
 steps_done=0
+running_step=
+UNFINISHED=75 # as sysexits.h has it: a command stopped in time and said so; the same command goes on
 STEP_LOG=${STEP_LOG:-} # a file: what the commands of steps print goes there, and descriptors 3 and 4 are the terminal's
 
 # step NAME OUTPUT COMMAND...: run COMMAND, which makes OUTPUT, unless the same commands up to here have made
@@ -17,6 +19,7 @@ step() {
         return
     fi
     echo "== $name${ABOUT:+: $ABOUT}"
+    running_step=$name
     rm -f "$output.done"
     if [[ ${RESUMABLE:-0} == 0 ]]; then
         rm -rf "$output"
@@ -34,8 +37,16 @@ step() {
     fi
     mv "$output.begun" "$output.done"
     steps_done=$((steps_done + 1))
+    running_step=
     echo "-- $name: $((SECONDS - started)) s"
 }
+
+# tell_end STATUS: the last line of a script that stopped in a step: which one, and how to go on.
+tell_end() {
+    [[ -z $running_step || $1 == "$UNFINISHED" ]] ||
+        echo "stopped in the step '$running_step' with status $1; the same command goes on there" >&2
+}
+trap 'tell_end $?' EXIT
 
 # logged COMMAND...: its output goes to STEP_LOG. Where it fails, `explain` knows it.
 logged() {
@@ -51,6 +62,7 @@ logged_command=
 # explain: which logged command failed, and what it said last. For a trap on EXIT, which may begin while the command's
 # descriptors are still the log's.
 explain() {
+    local status=$?
     set +e
     stop_clock
     if [[ -n $logged_command ]]; then
@@ -61,6 +73,7 @@ explain() {
             tail -n 15 "$STEP_LOG" | cut -c 1-200 | sed 's/^/    /'
         } >&4
     fi
+    tell_end "$status" 2>&4
 }
 
 # On a terminal a running clock; nothing in a pipe.

@@ -139,7 +139,9 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
         return "$status"
     }
     queue_again() {
-        (($? == UNFINISHED)) || return 0
+        local status=$?
+        tell_end "$status"
+        ((status == UNFINISHED)) || return 0
         if [[ -n $preparing && $steps_done == 0 ]]; then
             echo "error: not one step of preparing was done in this job's time: give it a longer --time" >&2
         else

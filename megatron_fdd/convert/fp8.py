@@ -19,24 +19,23 @@ from torch import Tensor
 from megatron_fdd.convert.families.family import refuse_field
 from megatron_fdd.convert.quantised import FIELD, VALUES, Quantised
 from megatron_fdd.convert.stored_tensor import StoredTensor
-from megatron_fdd.host.field_kinds import shown
+from megatron_fdd.host.field_kinds import FLAG, TEXT, Kind, list_of, optional, shown, whole
 
 _SCALE = "_scale_inv"
 _CODES = "F8_E4M3"
 # U8 and F8_E8M0 are powers of two.
 _SCALES = ("F32", "BF16", "F16", "U8", "F8_E8M0")
-# Fields of quantization_config, with the values that are understood; None stands for any.
-_FIELDS: Mapping[str, tuple[Any, ...] | None] = {
+# Fields of quantization_config, with the values that are understood, or what they may be.
+_FIELDS: Mapping[str, tuple[Any, ...] | Kind] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", "float8_e4m3fn"),
     "activation_scheme": ("dynamic",),  # it concerns a program that multiplies in FP8
-    "weight_block_size": None,
+    "weight_block_size": optional(list_of(whole(1, 1 << 20))),
     "scale_fmt": ("float", "ue8m0", None),
     "expert_dtype": ("fp8",),
-    "dequantize": None,
+    "dequantize": optional(FLAG),
     # Modules that are not quantised: the files show which are.
-    "modules_to_not_convert": None,
-    "ignored_layers": None,
+    **dict.fromkeys(("modules_to_not_convert", "ignored_layers"), optional(list_of(TEXT))),
 }
 _BLOCK = 128
 # float8_e4m3fn in float16: how far its mantissa is shifted, the bits that it has there (0xBF80), and the biases of both
@@ -44,6 +43,8 @@ _BLOCK = 128
 _MANTISSA_SHIFT, _FLOAT16_BITS, _BIASES = 7, -0x4080, 2.0 ** (15 - 7)
 # The one magnitude that is no number.
 _NAN = 0x7F
+# Between them no product of a scale and a code is rounded to 0 or to infinity.
+_LEAST, _MOST = 2.0**-117, 2.0**117
 # So many codes are worked on at a time, in memory that is used again: fewer cost more calls, more leave the cache.
 _AT_ONCE = 1 << 20
 
@@ -55,7 +56,10 @@ class BlockFp8:
         """See `Dequantiser`."""
         for field, value in settings.items():
             allowed = _FIELDS.get(field, ())
-            if allowed is not None and value not in allowed:
+            if isinstance(allowed, Kind):
+                if not allowed.fits(value):
+                    refuse_field(f"{FIELD}.{field}", value, f"which must be {allowed.words}")
+            elif value not in allowed:
                 only = (
                     f"only {', '.join(map(repr, allowed))} is read" if allowed else "which is not understood"
                 )
@@ -81,7 +85,7 @@ class BlockFp8:
                 parts=(name, scale),
                 shape=codes.shape,
                 dtype=torch.bfloat16,
-                value=partial(_value, block),
+                value=partial(_value, name, block),
                 codes=partial(_codes, block),
             )
         alone = [name for name in tensors if name.endswith(_SCALE) and name.removesuffix(_SCALE) not in found]
@@ -112,9 +116,24 @@ def _check(name: str, codes: StoredTensor, scales: StoredTensor, block: tuple[in
         )
 
 
-def _value(block: tuple[int, int], parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _check_scales(name: str, block: tuple[int, int], codes_RC: Tensor, scales_rc: Tensor) -> None:
+    """Refuse scales with which codes would lose their value; those of blocks of nothing but 0 may be 0."""
+    for row, column in (~((scales_rc >= _LEAST) & (scales_rc <= _MOST))).nonzero().tolist():
+        scale = float(scales_rc[row, column])
+        rows, columns = (
+            slice(at * size, (at + 1) * size) for at, size in zip((row, column), block, strict=True)
+        )
+        if not 0 <= scale < _LEAST or bool(codes_RC[rows, columns].view(torch.uint8).bitwise_and(_NAN).any()):
+            raise ValueError(
+                f"{name}{_SCALE} has {scale:g} for block ({row}, {column}): a scale must lie between 2^-117 and 2^117; "
+                "copy the model again"
+            )
+
+
+def _value(name: str, block: tuple[int, int], parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Return codes [R, C] times scales [r, c], multiplied in float32 and rounded once, as transformers does."""
-    codes_RC, scales_rc = parts
+    codes_RC, scales_rc = parts[0], _float32_scales(parts[1])
+    _check_scales(name, block, codes_RC, scales_rc)
     value_RC = VALUES.empty(codes_RC.shape, dtype)
     bands = _bands(block, scales_rc, codes_RC.shape)
     most = max((codes_RC[rows].numel() for rows, _ in bands), default=0)
@@ -148,19 +167,23 @@ def _float32(codes: Tensor, bits: Tensor, number: Tensor) -> Tensor:
 
 def _codes(block: tuple[int, int], value_RC: Tensor, others: Sequence[Tensor]) -> Tensor:
     """Return the codes of a value with known scales."""
-    (scales_rc,) = others
+    scales_rc = _float32_scales(others[0])
+    scales_rc = scales_rc.masked_fill(scales_rc < _LEAST, 1)  # their codes are 0 or -0
     codes_RC = torch.empty(value_RC.shape, dtype=torch.float8_e4m3fn)
     for rows, scale_1C in _bands(block, scales_rc, value_RC.shape):
         codes_RC[rows] = (value_RC[rows].float() / scale_1C).to(codes_RC.dtype)
     return codes_RC
 
 
+def _float32_scales(scales_rc: Tensor) -> Tensor:
+    """Return scales of any kind that is read as float32."""
+    return (scales_rc.view(torch.float8_e8m0fnu) if scales_rc.dtype == torch.uint8 else scales_rc).float()
+
+
 def _bands(block: tuple[int, int], scales_rc: Tensor, shape: Sequence[int]) -> list[tuple[slice, Tensor]]:
-    """Return some rows at a time, none of two blocks, with their scales, [1, C] in float32."""
-    if scales_rc.dtype == torch.uint8:
-        scales_rc = scales_rc.view(torch.float8_e8m0fnu)
+    """Return some rows at a time, none of two blocks, with their scales, [1, C]."""
     num_rows, num_columns = shape
-    wide_rC = scales_rc.float().repeat_interleave(block[1], dim=1)[:, :num_columns]
+    wide_rC = scales_rc.repeat_interleave(block[1], dim=1)[:, :num_columns]
     step = max(1, _AT_ONCE // max(num_columns, 1))
     return [
         (slice(start, min(start + step, end)), scale_1C)

@@ -11,17 +11,24 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_fdd.convert.config_class import check_config_class
 from megatron_fdd.convert.hf_folder import CONFIG_FILES, copy_files
 from megatron_fdd.convert.left_out import LEFT_OUT_FOLDER
 from megatron_fdd.convert.vocabulary import copy_tokenizer
 from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, check_copy, has_tokenizer
+from megatron_fdd.host.json_file import read_json
 
 HF_FOLDER = "hf"
 _STALE_S = 24 * 3600.0
 
 
 def write_companions(hf_model: Path, folder: Path) -> None:
-    """Copy a model's configs and tokenizer beside the checkpoint in `folder`."""
+    """Copy a model's configs and tokenizer beside the checkpoint in `folder`.
+
+    Raises:
+        ValueError: they are damaged, or transformers cannot read them.
+    """
+    check_config_class(read_json(hf_model / CONFIG_FILES[0]))
     copy_files(CONFIG_FILES, hf_model, folder / HF_FOLDER)
     if has_tokenizer(hf_model):
         copy_tokenizer(hf_model, folder / TOKENIZER_FOLDER)

@@ -16,12 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_fdd.convert.families.config_fields import TOKEN_IDS
 from megatron_fdd.convert.families.family import HfConfig, slice_name
 from megatron_fdd.convert.mapped import mapped
 from megatron_fdd.convert.mcore_model import DTYPES
 from megatron_fdd.convert.quantisation_methods import dequantiser_of
 from megatron_fdd.convert.quantised import FIELD, Quantised
 from megatron_fdd.convert.stored_tensor import DTYPE_OF_NAME, RAW_DTYPE_OF_NAME, StoredTensor, read_header
+from megatron_fdd.host.field_kinds import shown, wrong_field
 from megatron_fdd.host.json_file import read_json
 from megatron_fdd.host.listing import listing
 from megatron_fdd.host.weight_map import read_weight_map
@@ -75,9 +77,16 @@ class HfFolder:
                 f"--hf-model {self.path}: the folder has no config.json; give one with a whole model"
             )
         self.stored_config: HfConfig = read_json(self.path / CONFIG_FILES[0])
-        if (generation := self.path / CONFIG_FILES[1]).exists():
-            read_json(generation)  # an export would find it broken after a training
+        self._check_generation_config()
         self.quantization: Any = self.stored_config.get(FIELD)
+
+    def _check_generation_config(self) -> None:
+        """Refuse a generation_config.json that an export would find broken after a training."""
+        path = self.path / CONFIG_FILES[1]
+        found = wrong_field(read_json(path), TOKEN_IDS) if path.exists() else None
+        if found is not None:
+            name, value, allowed = found
+            raise ValueError(f'{path} has "{name}": {shown(value)}, which must be {allowed}; correct it')
 
     @cached_property
     def config(self) -> HfConfig:

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_fdd.convert.families.family import refuse_field
 from megatron_fdd.convert.quantised import FIELD, VALUES, Quantised
 from megatron_fdd.convert.stored_tensor import StoredTensor
-from megatron_fdd.host.field_kinds import shown
+from megatron_fdd.host.field_kinds import FLAG, TEXT, list_of, optional, shown
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES = 16
@@ -27,7 +27,11 @@ _BIAS = 127
 _AT_ONCE = 1 << 20
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # `modules_to_not_convert` names modules that are not quantised: the files show which are.
-_FIELDS = ("quant_method", "modules_to_not_convert", "dequantize")
+_FIELDS = {
+    "quant_method": TEXT,
+    "modules_to_not_convert": optional(list_of(TEXT)),
+    "dequantize": optional(FLAG),
+}
 
 
 class MicroscaledFp4:
@@ -38,6 +42,8 @@ class MicroscaledFp4:
         for field, value in settings.items():
             if field not in _FIELDS:
                 refuse_field(f"{FIELD}.{field}", value, "which is not understood")
+            if not _FIELDS[field].fits(value):
+                refuse_field(f"{FIELD}.{field}", value, f"which must be {_FIELDS[field].words}")
 
     def find(self, tensors: Mapping[str, StoredTensor], _settings: Mapping[str, Any]) -> dict[str, Quantised]:
         """See `Dequantiser`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_fdd.convert.config_class import check_config_class
 from megatron_fdd.convert.derived_weights import Derived, write_derived
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig
@@ -190,7 +191,12 @@ def write_student(
     max_shard_size: str,
     progress: bool,
 ) -> int:
-    """Write a folder of tensors made of a teacher's, with all else that it has; return the number of parameters."""
+    """Write a folder of tensors made of a teacher's, with all else that it has; return the number of parameters.
+
+    Raises:
+        ValueError: transformers cannot read the config, or the disk cannot take the folder.
+    """
+    check_config_class(config)
     with new_folder(Path(hf_out), "--hf-out") as unfinished:
         parameters = write_derived(
             teacher, tensors, unfinished, max_shard_size=max_shard_size, progress=progress

@@ -49,7 +49,9 @@ def warn_of_rate(context: Context) -> None:
 
 def _messages(args: argparse.Namespace) -> Iterator[str]:
     if args.lr == 0 and not args.decoupled_lr:
-        yield "--lr 0: no weight of the student will change; give a rate above 0 to train it"
+        biases = args.moe_router_enable_expert_bias and args.moe_router_bias_update_rate
+        moved = f" but expert biases (--moe-router-bias-update-rate {biases:g})" if biases else ""
+        yield f"--lr 0: no weight of the student will change{moved}; give a rate above 0 to train it"
         return
     yield from _out_of_reach(args)
     for defaults, applies, why in _NO_EFFECT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,26 @@ def test_parts_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], named
         _ = _write(tmp_path / "hf", tensors).names
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 2.0**-118, -1.0, 2.0**118, float("inf"), float("nan")])
+def test_scales_that_would_lose_their_codes(tmp_path: Path, scale: float) -> None:
+    codes = torch.cat((torch.zeros(16, 16), torch.ones(3, 16))).to(torch.float8_e4m3fn)
+    folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": torch.tensor([[1.0], [scale]])})
+    said = re.escape(f"w_scale_inv has {torch.tensor(scale):g} for block (1, 0): a scale must lie between")
+    with pytest.raises(ValueError, match=said):
+        folder.read("w")
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45])
+def test_a_block_of_nothing_but_zeros_may_have_no_scale(tmp_path: Path, scale: float) -> None:
+    codes = torch.tensor([[0.0, -0.0], [-0.0, 0.0]]).repeat(8, 8).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[scale]])
+    folder = _write(tmp_path / "hf", {"w": codes, "w_scale_inv": scales})
+    value = folder.read("w")
+    assert not value.any()
+    back = folder.quantised["w"].codes(value, [scales])
+    assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -144,6 +165,8 @@ def test_parts_that_do_not_fit(tmp_path: Path, tensors: dict[str, Tensor], named
         ({**CONFIG, "fmt": "e5m2"}, "fmt.*e4m3"),
         ({**CONFIG, "activation_scheme": "static"}, "activation_scheme"),
         ({**CONFIG, "weight_block_size": [128]}, "weight_block_size.*two whole numbers"),
+        ({**CONFIG, "weight_block_size": "x"}, "weight_block_size.*a list, each a whole number"),
+        ({**CONFIG, "modules_to_not_convert": 5}, "modules_to_not_convert.*a list, each a text, or null"),
         ({**CONFIG, "kv_cache_scheme": "fp8"}, "kv_cache_scheme.*not understood"),
     ],
 )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_fdd import convert
 from megatron_fdd.convert.checksums import digest
+from megatron_fdd.convert.config_class import check_config_class
 from megatron_fdd.convert.hf_companions import carry_companions, link_left_out
 from megatron_fdd.convert.hf_folder import INDEX_FILE, HfFolder, copy_files
 from megatron_fdd.convert.hf_writer import (
@@ -162,7 +164,13 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [('{"a":', "is not valid JSON"), ("[]", "must hold a JSON object")]
+    ("text", "said"),
+    [
+        ('{"a":', "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"eos_token_id": "two"}', r"has \"eos_token_id\": 'two', which must be a whole number.*correct it"),
+        ('{"eos_token_id": [1, true]}', r"has \"eos_token_id\": \[1, True\], which"),
+    ],
 )
 def test_a_generation_config_that_an_export_could_not_read(tmp_path: Path, text: str, said: str) -> None:
     folder = _write(tmp_path / "source", 10**6)
@@ -323,3 +331,21 @@ def test_what_is_no_file_is_not_left_out_of_a_copy(tmp_path: Path) -> None:
         copy_files(["a", "b", "c"], tmp_path, tmp_path / "copy")
     (tmp_path / "b").unlink()
     assert copy_files(["a", "b", "c"], tmp_path, tmp_path / "copy") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"use_cache": float("nan")}, "field 'use_cache'.*expected bool"),
+        (
+            {"model_type": "qwen3_moe", "router_aux_loss_coef": "x"},
+            "field 'router_aux_loss_coef'.*expected float",
+        ),
+    ],
+)
+def test_a_config_that_transformers_could_not_load(fields: dict[str, Any], said: str) -> None:
+    config = {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 12}
+    check_config_class(config)
+    check_config_class({**fields, "model_type": "nobodys"})
+    with pytest.raises(ValueError, match=f"config.json must be one that transformers can load.*{said}"):
+        check_config_class({**config, **fields})

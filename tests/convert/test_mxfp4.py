@@ -95,6 +95,8 @@ def test_parts_that_do_not_fit(change: Any, said: str, tmp_path: Path) -> None:
 def test_a_setting_that_is_not_understood() -> None:
     with pytest.raises(ValueError, match=r'"quantization_config.block": 32, which is not understood'):
         MicroscaledFp4().check({**CONFIG, "block": 32})
+    with pytest.raises(ValueError, match=r"modules_to_not_convert.*a list, each a text, or null"):
+        MicroscaledFp4().check({**CONFIG, "modules_to_not_convert": 5})
 
 
 @distributed(tp=1)

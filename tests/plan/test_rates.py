@@ -29,6 +29,10 @@ def said(words: str, rank: int = 0) -> list[str]:
     [
         ("--train-iters 9 --lr 0", "--lr 0: no weight of the student will change; give a rate above 0"),
         (
+            "--train-iters 9 --lr 0 --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.01",
+            "--lr 0: no weight of the student will change but expert biases (--moe-router-bias-update-rate 0.01); give",
+        ),
+        (
             "--train-iters 10 --lr-decay-iters 100 --lr-warmup-iters 50",
             "--lr-warmup-iters 50: the training ends after 10 iterations, inside of the warm-up, and the rate never "
             "rises to --lr 0.001; lower it",

@@ -369,7 +369,10 @@ def test_a_training_with_other_settings_is_put_aside(tmp_path: Path) -> None:
         for settings in ("fails", "fails", "one", "one", "two"):
             command = ["bash", "-c", script, "bash", resumable, str(tmp_path / resumable), settings]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-            assert done.returncode == (settings == "fails"), done.stderr
+            failed = settings == "fails"
+            assert done.returncode == failed, done.stderr
+            how_on = "stopped in the step 'training' with status 1; the same command goes on there\n"
+            assert done.stderr == (how_on if failed else "")
             said += done.stdout
     assert said.count("of other settings") == 2
     # An interrupted command continues if it is the same command.

@@ -55,6 +55,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Old configs say -1 where a tokenizer has no such token.
 _ID = whole(-1, 100_000_000)
+TOKEN_IDS: Mapping[str, Kind] = dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, list_of(_ID)))
+)
+"""What the ids of tokens may be, in config.json and generation_config.json."""
 # What a field may hold, for all families together. Fields of a family outside of this package have no kind here.
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
@@ -114,7 +118,7 @@ _KINDS: dict[str, Kind] = {
         ("dtype", "torch_dtype"),
         optional(one_of("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")),
     ),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, list_of(_ID)))),
+    **TOKEN_IDS,
 }
 _ROPE_KINDS: dict[str, Kind] = {
     "rope_theta": ROTARY_BASE,
