@@ -26,6 +26,7 @@ _RIGHTS = "give a place that you may use"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or give another place",
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
@@ -238,7 +239,8 @@ def explain(error: Exception) -> str:
     """Return what a command prints about an error; for an error of the system, with the file and what to do."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    where = f"{error.filename}: " if error.filename is not None else ""
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    where = f"{names}: " if names else ""
     return f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'give another path')}"
 
 

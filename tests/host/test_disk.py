@@ -148,6 +148,10 @@ def test_other_errors_get_a_remedy() -> None:
         explain(system_error(errno.ENOSPC))
         == "No space left on device; make room there, or give another place"
     )
+    copying = OSError(errno.EFBIG, "File too large", "from", None, "to")
+    assert explain(copying).startswith(
+        "from -> to: File too large; raise the limit of a file's size (ulimit -f)"
+    )
     assert explain(ValueError("ours")) == "ours"
     assert explain(OSError("a library's")) == "a library's"
 
