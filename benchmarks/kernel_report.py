@@ -9,6 +9,7 @@ is slow or does not start at all. After changing a kernel or its tiles, look her
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -175,8 +176,8 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", choices=get_args(HeadKind), default=get_args(HeadKind))
     parser.add_argument("--vocab", type=int, default=Shape().vocab_size, help="entries of the vocabulary")
     options = parser.parse_args()
-    if options.vocab < 1 or min(options.temperatures) <= 0:
-        parser.error("--vocab and --temperatures must be above 0")
+    if options.vocab < 1 or not all(0 < each < math.inf for each in options.temperatures):
+        parser.error("--vocab and --temperatures must be numbers above 0")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it")
     shape = Shape(vocab_size=options.vocab, dtype=getattr(torch, options.dtype))

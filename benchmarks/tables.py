@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("lines", type=Path, metavar="FILE", help="lines of JSON")
     parser.add_argument("--page", action="store_true", help="with the machine and how each section ended")
     args = parser.parse_args(argv)
-    found = lines.read(args.lines)
+    found = lines.read(args.lines) if args.lines.is_file() else []
     if not found:
         parser.error(f"{args.lines}: no lines of results")
     text = page(found, f"Results of {args.lines}") if args.page else tables(found)

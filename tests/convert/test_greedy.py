@@ -36,22 +36,22 @@ def _transformers(folder: Path) -> torch.Tensor:
     return written
 
 
-@pytest.mark.parametrize("variant", [each for each in toys.VARIANTS if each != "gemma2"])
+@pytest.mark.parametrize("variant", toys.VARIANTS)
 @distributed(tp=1)
 def test_the_same_greedy_text(tmp_path: Path, variant: str) -> None:
-    """Each variant but gemma2, whose toy says the same with changed weights."""
     mcore.make_checkpoint(tmp_path, variant)
     load = tmp_path / "mcore"
     model, args = mcore.from_own_args(load)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # as a training would: other weights than those imported
         for parameter in model.parameters():
-            parameter.mul_(1.25)
+            parameter.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
     mcore.save(tmp_path / "trained", model, args)
     given = {"hf_config": load / "hf", "tokenizer": load / "tokenizer"}
     convert.mcore_to_hf(tmp_path / "trained", tmp_path / "out", **given)
     written = _transformers(tmp_path / "out")
     # Not one word again and again; these toys soon say one.
-    least = 2 if variant in ("gemma3_text", "starcoder2") else 6
+    least = 2 if variant in ("gemma2", "gemma3_text", "starcoder2") else 6
     assert len(written[:, PROMPT.shape[1] :].unique()) >= least
     assert written.tolist() == _megatrons(model.float()).tolist()
     assert written.tolist() != _transformers(tmp_path / "source").tolist()

@@ -12,6 +12,12 @@
 # Tolerances: tests/gpu/layouts.py, tests/gpu/trainings.py.
 # NEVER RUN ON GPUS: written and tested on CPUs alone.
 set -euo pipefail
+if (($#)); then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [[ $1 == --help || $1 == -h ]] && exit 0
+    echo "error: $1: settings are variables, before the command, as above" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export DEVICE=${DEVICE:-cuda} GPUS=${GPUS:-} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} RETRY=${RETRY:-0}

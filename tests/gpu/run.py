@@ -18,7 +18,7 @@ from types import FrameType
 from benchmarks import lines
 from tests.gpu import te_is_there
 from tests.gpu.knobs import Knobs, RefusedError, commit, gpus, refuse_absent_gpus
-from tests.gpu.sections import SIGNALS, Runner, Section
+from tests.gpu.sections import SIGNALS, Runner, Section, say
 
 PYTHON = (sys.executable, "-m")
 TESTS = (*PYTHON, "pytest", "-v", "-rs", "-p", "no:cacheprovider")
@@ -159,7 +159,7 @@ def main(title: str, sections: Plan, at_end: Callable[[Path], None] = lambda _: 
             try:
                 return 0 if conduct(knobs, title, sections, at_end) else 1
             except SystemExit:
-                print(f"interrupted; the same command goes on; results so far: {knobs.out}/results.md")
+                say(f"interrupted; the same command goes on; results so far: {knobs.out}/results.md")
                 raise
     except (RefusedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -199,9 +199,9 @@ def conduct(knobs: Knobs, title: str, sections: Plan, at_end: Callable[[Path], N
                 hide_transformer_engine()
             has_te = runner.ended["transformer-engine"] == "passed"
             well &= runner.run(sections(knobs, runner.results, has_te))
-        print(f"\nresults: {knobs.out}/results.md; {'all passed' if well else 'NOT ALL PASSED'}", flush=True)
+        say(f"\nresults: {knobs.out}/results.md; {'all passed' if well else 'NOT ALL PASSED'}")
         for line in runner.misses():
-            print(line, flush=True)
+            say(line)
     finally:
         at_end(knobs.out)
     return well
@@ -220,7 +220,7 @@ def prepare(knobs: Knobs, results: Path) -> None:
         try:
             forget(knobs.state)
         except OSError as error:
-            print(f"warning: STATE={knobs.state} keeps what it has: {error}", flush=True)
+            say(f"warning: STATE={knobs.state} keeps what it has: {error}")
     earlier = knobs.state / results.name
     # A first part never continues from results elsewhere.
     if knobs.part == "2" and earlier.exists() and not results.exists():
@@ -240,7 +240,7 @@ def put_aside(path: Path, why: str) -> None:
     """Give results another name."""
     kept = path.with_name(time.strftime("results-%Y%m%d-%H%M%S.jsonl"))
     path.rename(kept)
-    print(f"{path} {why}: it is kept as {kept}, and all begins anew", flush=True)
+    say(f"{path} {why}: it is kept as {kept}, and all begins anew")
 
 
 if __name__ == "__main__":

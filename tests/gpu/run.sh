@@ -20,6 +20,12 @@
 # python3 -m benchmarks.tables runs/gpu/results.jsonl.
 # The parts have been run on a CPU alone so far; on a GPU, none in this form.
 set -euo pipefail
+if (($#)); then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    [[ $1 == --help || $1 == -h ]] && exit 0
+    echo "error: $1: settings are variables, before the command, as above" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export DEVICE=${DEVICE:-cuda} PART=${PART:-1} WHEELS=${WHEELS:-} FRESH=${FRESH:-0} RETRY=${RETRY:-0} WORKERS=${WORKERS:-8}

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,14 @@ _TOLD = re.compile(
     r"^(FAILED|ERROR|SKIPPED|E  ) |^=+ .*\d (passed|failed|skipped|error)|[Ee]rror: |^(passed|missed): "
 )
 MAX_TOLD = 12
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once; where nobody reads it any more, the run goes on without a word."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class Runner:
             final = FINISHED[:1] if self.retries else FINISHED
             if before.get(section.name) in final and not section.always:
                 self.ended[section.name] = before[section.name]
-                print(f"== {section.name}: {before[section.name]} before", flush=True)
+                say(f"== {section.name}: {before[section.name]} before")
             elif section.missing:
                 self._record(section.name, "skipped", section.missing)
             elif (left_s := self.deadline - time.monotonic()) < max(section.least_s, 1.0):
@@ -183,7 +192,7 @@ class Runner:
                 self._start(section)
 
     def _start(self, section: Section) -> None:
-        print(f"\n== {section.name}: {' '.join(section.command)}", flush=True)
+        say(f"\n== {section.name}: {' '.join(section.command)}")
         log = self.out / f"{section.name}.log"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with log.open("w") as file, uninterrupted():
@@ -219,7 +228,7 @@ class Runner:
             running.log.unlink()
         with (self.out / "log.txt").open("a") as file:
             file.write(f"\n== {running.section.name}, {ending} {why}\n{text}\n")
-        print(text, end="", flush=True)
+        say(text, end="")
         seconds = round(time.monotonic() - running.started, 1)
         told = [line for line in text.splitlines() if _TOLD.search(line)][-MAX_TOLD:]
         self._record(running.section.name, ending, why, seconds=seconds, told=told)
@@ -228,7 +237,7 @@ class Runner:
         self.ended[name] = ending
         record = {"name": name, "part": self.part, "ending": ending, "why": why, **more}
         lines.write(self.results, "section", record)
-        print(f"-- {name}: {ending}{f' ({why})' if why else ''}", flush=True)
+        say(f"-- {name}: {ending}{f' ({why})' if why else ''}")
         self._write_page()
 
     def _write_page(self) -> None:
@@ -239,7 +248,7 @@ class Runner:
             try:
                 self._copy_to(self.copy)
             except OSError as error:
-                print(f"warning: STATE={self.copy} gets no more copies: {error}", flush=True)
+                say(f"warning: STATE={self.copy} gets no more copies: {error}")
                 self.copy = None
 
     def _copy_to(self, folder: Path) -> None:

@@ -106,6 +106,18 @@ def test_the_logits_of_two_layers_are_held_at_a_time() -> None:
     assert 4 * held < peak < 5 * held
 
 
+def test_a_gradient_a_layer_is_kept_in_the_heads_dtype() -> None:
+    """A quarter, at most, of the two float32 gradients of a layer that a divergence by itself keeps."""
+    layers = tuple(layer.to(torch.bfloat16) for layer in make_layers(4, 64, VOCAB, padded=PADDED))
+    inner = Inner(layers, divergences=(0.7,) * 4, deltas=(None, 0.4, 0.4, 0.4))
+    students, kept = leaves_of(inner, torch.bfloat16), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        inner.run(layers[0].heads(implementation=Implementation("torch")), students)
+    assert sum(each.nbytes for each in kept) == sum(each.nbytes for each in students)
+
+
 def assert_ranks_match(inner: Inner, *, sequence_parallel: bool, implementation: Implementation) -> None:
     parts = [RankPart.of(layer, sequence_parallel=sequence_parallel) for layer in inner.layers]
     rows, dtype = parts[0].tokens, inner.layers[0].student_head.dtype
