@@ -207,11 +207,13 @@ def run(given: argparse.Namespace) -> None:
         print(line)
     fitting = [record for record, count in zip(records, counts, strict=True) if count <= longest]
     train, held_out = divided(fitting, given.held_out, given.seed)
-    silent = sum(not record[answer_key(record)].strip() for record in train)
+    learned = set(map(id, train))
+    silent = [where for where, each in placed if id(each) in learned and not each[answer_key(each)].strip()]
     if given.own_fraction < 1 and silent:
+        [which] = counted("prompts without an answer", silent)
         raise ValueError(
-            f"{given.input}: {silent} of {len(train)} prompts have no answer, and OWN_FRACTION={given.own_fraction:g} "
-            "learns given answers too: give answers, or OWN_FRACTION=1"
+            f"{which}, and OWN_FRACTION={given.own_fraction:g} learns given answers too: give answers, or "
+            "OWN_FRACTION=1"
         )
     write_lines(given.out / "held-out.jsonl", held_out)
     write_lines(given.out / "train.jsonl", train)

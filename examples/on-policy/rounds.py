@@ -91,7 +91,8 @@ def run_mix(given: argparse.Namespace) -> None:
     if own and len(empty) == len(own):
         raise ValueError(
             f"{given.answers}: all {len(own)} answers of the student end at once, so that it has no text of its own; "
-            "look at the template of the prompts (TEMPLATE) and at the student"
+            "look at the template of the prompts (TEMPLATE) and at the student; if they are of the prompts held out, "
+            "take more of those (HELD_OUT), or do without the table (MEASURE=0)"
         )
     others = read_lines(given.given) if given.given else []
     wheres = [f"{given.own}, line {number + 1}" for number in empty]

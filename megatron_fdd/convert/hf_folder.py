@@ -106,6 +106,7 @@ class HfFolder:
         index = self.path / INDEX_FILE
         if (self.path / SINGLE_FILE).is_file():  # it goes before an index, as in transformers
             others = set(read_weight_map(index).values()) if index.is_file() else set()
+            # An index alone is what save_pretrained leaves, which removes old shards.
             if others - {SINGLE_FILE} and all((self.path / file).is_file() for file in others):
                 raise ValueError(
                     f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} with other files beside it: one of them is a "
@@ -139,7 +140,7 @@ class HfFolder:
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; {INDEX_FILE} names it") from None
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or incomplete: {error}") from None
+            raise ValueError(f"{path} is damaged or incomplete: {error}; copy it again") from None
         return read_header(path)
 
     @cached_property

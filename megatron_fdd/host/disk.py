@@ -31,6 +31,7 @@ _REMEDIES = {
     errno.EPERM: _RIGHTS,
     errno.EROFS: _RIGHTS,
 }
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What can be in the place of a file, links followed.
 _NO_FILES = (
     (stat.S_ISDIR, "is a folder; name a file in it"),
@@ -240,8 +241,18 @@ def explain(error: Exception) -> str:
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    where = f"{names}: " if names else ""
+    where = f"{names}: " if names else _own_log() if error.errno in _NO_ROOM else ""
     return f"{where}{error.strerror}; {_REMEDIES.get(error.errno, 'give another path')}"
+
+
+def _own_log() -> str:
+    """Name the file to which this process prints, for an error of writing that names none; nothing if it is none."""
+    with suppress(OSError):
+        if stat.S_ISREG(os.fstat(1).st_mode):
+            log = Path(os.readlink("/proc/self/fd/1"))
+            where = f"a temporary file in {log.parent} (TMPDIR)" if log.name.endswith("(deleted)") else log
+            return f"perhaps what this process prints to {where}: "
+    return ""
 
 
 def _refusal(flag: str, given: str | Path, error: OSError | RuntimeError) -> ValueError:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_fdd.convert.hf_companions import write_companions
 from megatron_fdd.data.store.identity import TapForm
 from megatron_fdd.evaluate.models import num_positions
+from megatron_fdd.host.disk import naming
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.teach.data_arguments import check_teacher_ids, data_arguments
 from megatron_fdd.teach.engine import Engine
@@ -41,8 +42,9 @@ class TransformersTeacher:
         batch_sizes(request)
         self._work = tempfile.TemporaryDirectory(prefix="fdd-teach-")
         self.companions = Path(self._work.name, request.teacher.resolve().name)
-        write_companions(request.teacher, self.companions)
-        self.args: argparse.Namespace = data_arguments(request.flags, self.companions)
+        with naming(self.companions, request.teacher):
+            write_companions(request.teacher, self.companions)
+            self.args: argparse.Namespace = data_arguments(request.flags, self.companions)
 
     def start(self) -> None:
         """Make a process group of this process."""

@@ -133,7 +133,7 @@ def test_prompts_that_cannot_make_a_round_are_refused_in_one_line(
     for file, held_out, fraction, message in (
         (answered, 3, 1, "3 prompts can be used and HELD_OUT=3: hold out at least one and fewer than all"),
         (answered, 0, 1, "3 prompts can be used and HELD_OUT=0"),
-        (silent, 1, 0.5, f"{silent}: 2 of 2 prompts have no answer, and OWN_FRACTION=0.5 learns given"),
+        (silent, 1, 0.5, "prompts without an answer: 2 ("),
         (write(tmp_path / "e.jsonl"), 1, 1, "e.jsonl is empty: give a file with a prompt in each line"),
         (tmp_path / "nowhere", 1, 1, f"{tmp_path}/nowhere"),
     ):
@@ -199,6 +199,7 @@ def test_an_answer_that_ends_at_once_gives_way_to_the_given_one(
     status, _, error = run(rounds, words, monkeypatch, capsys)
     assert status == 1
     assert "all 3 answers of the student end at once" in error
+    assert "take more of those (HELD_OUT), or do without the table (MEASURE=0)" in error
 
 
 def test_kl_is_the_mean_over_what_is_learned(model: Path, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), EXPERTS),
     "decoder_sparse_step": optional(LAYERS),
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
+    "cache_implementation": optional(TEXT),
     **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),
     **dict.fromkeys(
         ("dtype", "torch_dtype"),

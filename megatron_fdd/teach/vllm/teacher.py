@@ -20,6 +20,7 @@ from megatron_fdd.data.store.identity import StoreIdentity, TapForm
 from megatron_fdd.data.store.lens import StoredLens
 from megatron_fdd.evaluate.models import num_positions
 from megatron_fdd.host import console
+from megatron_fdd.host.disk import naming
 from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.teach.data_arguments import check_teacher_ids, data_arguments
 from megatron_fdd.teach.engine import Engine
@@ -67,8 +68,9 @@ class VllmTeacher:
         batch_sizes(request)
         self._work = tempfile.TemporaryDirectory(prefix="fdd-teach-")
         self.companions = Path(self._work.name, request.teacher.resolve().name)
-        write_companions(request.teacher, self.companions)
-        self.args: argparse.Namespace = data_arguments(request.flags, self.companions)
+        with naming(self.companions, request.teacher):
+            write_companions(request.teacher, self.companions)
+            self.args: argparse.Namespace = data_arguments(request.flags, self.companions)
         self._server, self._is_dry = request.server, request.dry_run
         self._positions = num_positions(self._teacher.config.get_text_config())
         self._source: Source | None = None
