@@ -90,15 +90,22 @@ def _check_heads(before: MegatronArgs, after: MegatronArgs) -> None:
     heads, groups, hidden = (
         after[name] for name in ("num_attention_heads", "num_query_groups", "hidden_size")
     )
+    each = before["num_attention_heads"] // before["num_query_groups"]
+    is_given = heads != before["num_attention_heads"]
+    if groups != before["num_query_groups"] and not is_given and (heads // groups > each or heads % groups):
+        raise ValueError(
+            f"--num-query-groups {groups}: a group has {each} heads; add --num-attention-heads {each * groups}, or a "
+            "smaller multiple of the groups"
+        )
     if heads % groups:
         raise ValueError(
             f"--num-attention-heads {heads} must be a multiple of the {groups} query groups; give another, or fewer "
             "groups with --num-query-groups"
         )
-    if heads // groups > before["num_attention_heads"] // before["num_query_groups"]:
+    if heads // groups > each:
         raise ValueError(
-            f"--num-attention-heads {heads} in {groups} query groups: the teacher has "
-            f"{before['num_attention_heads'] // before['num_query_groups']} heads in each; give fewer heads"
+            f"--num-attention-heads {heads} in {groups} query groups: the teacher has {each} heads in each; give fewer "
+            "heads"
         )
     if hidden % heads and before["hidden_size"] % before["num_attention_heads"] == 0:
         raise ValueError(

@@ -87,6 +87,8 @@ YARN = {**toys.YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads.* has 4"),
         ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank"),
         ("deepseek_v3", {"topk_group": 1}, "topk_group.*best 2"),
+        ("deepseek_v3", {"n_group": None}, "n_group.*cannot compute; give the number"),
+        ("deepseek_v3", {"head_dim": None}, "head_dim.*cannot compute; give the number"),
         ("deepseek_v3", {"topk_group": None}, "topk_group.*best 2"),
         ("deepseek_v3", {"n_group": 8, "topk_group": 2}, "n_group.*leaves 1 of 8"),
         ("deepseek_v3", {"n_routed_experts": 4}, "n_group.*leaves 1 of 4"),

@@ -101,3 +101,11 @@ def test_which_layers_are_left_out(fields: dict[str, int], names: list[str], exp
 def test_other_families_leave_nothing_out() -> None:
     config = toys.llama_config("plain")
     assert family_of(config).left_out_names(config, ["model.layers.3.a"]) == []
+
+
+def test_prediction_layers_begin_behind_a_number_that_the_config_must_have() -> None:
+    config = {"model_type": "deepseek_v3"}
+    with pytest.raises(
+        ValueError, match='lacks "num_hidden_layers", which says where such layers begin; add it'
+    ):
+        family_of(config).left_out_names(config, [])

@@ -298,8 +298,13 @@ REFUSED = [
     ("plain", {"num_attention_heads": 7}, "--num-attention-heads 7 must be a multiple of the 6 query groups"),
     (
         "plain",
-        {"num_attention_heads": 12, "num_query_groups": 3},
+        {"num_attention_heads": 9, "num_query_groups": 3},
         "the teacher has 2 heads in each; give fewer heads",
+    ),
+    (
+        "plain",
+        {"num_query_groups": 3},
+        "--num-query-groups 3: a group has 2 heads; add --num-attention-heads 6, or a smaller multiple",
     ),
     (
         "gemma3_text",

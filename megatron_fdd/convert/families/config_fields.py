@@ -114,6 +114,7 @@ _KINDS: dict[str, Kind] = {
     "decoder_sparse_step": optional(LAYERS),
     "mlp_only_layers": optional(list_of(whole(0, 10_000))),
     "cache_implementation": optional(TEXT),
+    "auto_map": OBJECT,
     **dict.fromkeys(("activation_function", "hidden_act", "hidden_activation"), optional(TEXT)),
     **dict.fromkeys(
         ("dtype", "torch_dtype"),

@@ -19,6 +19,18 @@ _HARMLESS = frozenset(
 _NEUTRAL = {**NO_BIASES, "rope_interleave": (True,), "moe_layer_freq": (1,)}
 _DEFAULTS: dict[str, Any] = {**COMMON_DEFAULTS, "kv_lora_rank": 512, "q_lora_rank": 1536}
 _DEFAULTS |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+
+
+def _flatten_v3(config: HfConfig) -> HfConfig:
+    """Refuse null where transformers computes with it."""
+    for field in ("n_group", "head_dim"):
+        if config.get(field, 1) is None:
+            refuse_field(
+                field, None, "with which transformers cannot compute; give the number, or leave it out"
+            )
+    return dict(config)
+
+
 _V3 = Dialect(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
@@ -52,6 +64,7 @@ _V3 = Dialect(
     experts=DEEPSEEKS_EXPERTS,
     fixed={"multi_latent_attention": True},
     layer_spec=LATENT_SPEC,
+    flatten=_flatten_v3,
 )
 DEEPSEEK_V3 = decoder_family(_V3, dense=_V3, models="DeepSeek-V3, R1, Moonlight")
 KIMI_K2 = dataclasses.replace(

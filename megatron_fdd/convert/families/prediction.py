@@ -13,6 +13,8 @@ def _count(config: HfConfig) -> int:
 
 
 def _names(config: HfConfig) -> str:
+    if "num_hidden_layers" not in config:
+        raise ValueError('config.json lacks "num_hidden_layers", which says where such layers begin; add it')
     last = config["num_hidden_layers"]
     layers = "|".join(str(last + layer) for layer in range(_count(config)))
     return rf"model\.layers\.({layers})\..*" if layers else ""
