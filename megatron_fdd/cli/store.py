@@ -60,7 +60,9 @@ def _info(store: Path) -> Iterator[str]:
     from megatron_fdd.data.store.upkeep import describe
     from megatron_fdd.data.stream.describe import describe_stream
 
-    yield from describe(Store.open(store, "store"))
+    found = Store.open(store, "store")
+    found.check_segments()  # what changed behind the index's cache
+    yield from describe(found)
     yield from describe_stream(store)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_fdd.cli.store import command
 from megatron_fdd.data.store import lens, upkeep
 from megatron_fdd.data.store.identity import RUNS
 from megatron_fdd.data.store.index import INDEX_FILE
@@ -287,3 +288,16 @@ def test_a_store_is_described(tmp_path: Path) -> None:
     assert "0 units, 0 tokens, in 0 segment(s) of 0 B" in "\n".join(
         upkeep.describe(opened(tmp_path / "empty"))
     )
+
+
+def test_info_does_not_believe_its_index_about_a_segment_that_is_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [name] = write(tmp_path, UNITS)
+    write_lens(tmp_path)
+    opened(tmp_path).save_index()
+    file_of(tmp_path, name).write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        command(["info", str(tmp_path)])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith(f"store: error: {file_of(tmp_path, name)}: ")

@@ -66,7 +66,9 @@ def test_a_segment_that_finds_no_room_leaves_nothing_and_can_be_tried_again(
     made = writer(tmp_path)
     with (
         small_files(most),
-        pytest.raises(ValueError, match=rf"^--store {tmp_path}: cannot be written: File too large .*; give"),
+        pytest.raises(
+            ValueError, match=rf"^--store {tmp_path}: cannot be written: File too large .*; raise the limit"
+        ),
     ):
         made.flush()
     assert files(tmp_path) == before
