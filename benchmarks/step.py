@@ -3,6 +3,7 @@
     python -m benchmarks.step                # on one CPU thread, minutes
     python -m benchmarks.step --device cuda --bf16    # undivided, 8 x 1,024 tokens
     python -m benchmarks.step --cross-entropy         # and cross-entropy: ours, and stock Megatron's
+    python -m benchmarks.step --turns --repeats 20    # a step of FDD, a step of logit KD, and so on
     python -m benchmarks.step --profile docs/step-profile.png    # profile one more step, and draw where its time goes
     python -m benchmarks.step --smoke        # seconds; its figures mean nothing
 
@@ -22,12 +23,11 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,16 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch
 
-from benchmarks import lines, measure, step_profile
-from benchmarks.step_command import SIZES, SMOKE, WEIGHTS, architecture, command, model_of, modules
+from benchmarks import measure
+from benchmarks.step_command import SIZES, SMOKE, WEIGHTS, architecture, command, model_of
 from benchmarks.step_flops import Objective, StepFlops, step_flops
+from benchmarks.step_report import draw_parts, report, tell
 from benchmarks.step_run import Job, Watched, make_checkpoint, run_job
 
-# The ratio of FDD to logit KD in time may exceed the ratio in flops by this factor.
-BAR = 1.05
 IMAGE = "benchmarks.step_image"
 STOCK = "cross-entropy, stock Megatron"
+
+type Show = Callable[[str, Watched], None]
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,6 +70,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--cross-entropy", action="store_true", help="and cross-entropy, ours and stock Megatron's"
     )
+    parser.add_argument(
+        "--turns",
+        action="store_true",
+        help="run all at once, each step while the others wait, in place of one after the other: ratios of rounds,\n"
+        "which a machine that changes its pace hardly changes; takes the memory of all",
+    )
     parser.add_argument("--parts", action="store_true", help="of one more step, under torch's profiler")
     parser.add_argument("--profile", type=Path, metavar="PNG", help="draw that")
     parser.add_argument("--lines", type=Path, metavar="FILE", help="add a line of JSON for each row to it")
@@ -90,6 +97,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     if args.smoke:
         vars(args).update(SMOKE)
+    if args.turns and (args.budget_s or args.repeats < 2):
+        parser.error("--turns: give --repeats of 2 or more, and no --budget-s")
     args.parts |= args.profile is not None
     return args, rest
 
@@ -97,79 +106,89 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def watch_all(
     args: argparse.Namespace, rest: list[str], folder: Path, flops: Mapping[str, StepFlops]
 ) -> dict[str, Watched]:
-    """Run every row of the table, one process after the other; leave out what fails or does not fit into the time."""
-    deadline = time.monotonic() + (args.budget_s or float("inf"))
-    runs: list[tuple[str, Objective]] = [("FDD", "FDD"), ("logit KD", "logit KD")]
-    runs += [("cross-entropy", "cross-entropy"), (STOCK, "cross-entropy")] * args.cross_entropy
-    watched: dict[str, Watched] = {}
+    """Run every row of the table in its own process; leave out what fails or does not fit into the time."""
     with contextlib.ExitStack() as stack:
         # All start at once, so that their imports, most of a short run, are done when their turn comes.
-        pools = iter([stack.enter_context(new_process(args.device)) for _ in range(2 + len(runs))])
+        jobs = jobs_of(args, rest, folder, stack)
+        pools = [stack.enter_context(new_process(args.device)) for _ in range(2 + len(jobs))]
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        for whose in ("teacher", "student"):
+        for whose, pool in zip(("teacher", "student"), pools, strict=False):
             given = (folder / whose, architecture(args, whose), folder / f"{whose}.log", dtype)
-            in_own_process(next(pools), make_checkpoint, *given)
-        took_s = 0.0
-        for number, (name, objective) in enumerate(runs):
-            if (left_s := deadline - time.monotonic()) < took_s:
-                print(
-                    f"{name}: not begun: {left_s:.0f} s are left and the last run took {took_s:.0f} s",
-                    flush=True,
-                )
-                break
-            started = time.monotonic()
-            repeats = args.repeats * (1 if args.budget_s else measure.ATTEMPTS)
-            words, is_stock = command(args, folder, objective, rest), name == STOCK
-            log = folder / f"run-{number}.log"
-            job = Job(words, is_stock, repeats, args.device, log, args.parts and not is_stock)
-            try:
-                watched[name] = in_own_process(next(pools), run_job, job)
-            except Exception as error:  # whatever went wrong, the next run may work
-                print(f"{name}: {error}\n{error.__cause__ or ''}", file=sys.stderr, flush=True)
-                continue
-            took_s = time.monotonic() - started
-            tell(args, rest, name, watched[name], flops.get(name))
+            in_own_process(pool, make_checkpoint, *given)
+        own_pools = dict(zip(jobs, pools[2:], strict=True))
+
+        def show(name: str, seen: Watched) -> None:
+            tell(args, rest, name, seen, flops.get(name))
+
+        if args.turns:
+            return watch_in_turns(jobs, own_pools, show)
+        return watch_in_sequence(jobs, own_pools, show, args.budget_s)
+
+
+def jobs_of(
+    args: argparse.Namespace, rest: list[str], folder: Path, stack: contextlib.ExitStack
+) -> dict[str, Job]:
+    """Return the run of every row, the one first that is most worth knowing."""
+    runs: list[tuple[str, Objective]] = [("FDD", "FDD"), ("logit KD", "logit KD")]
+    runs += [("cross-entropy", "cross-entropy"), (STOCK, "cross-entropy")] * args.cross_entropy
+    repeats = args.repeats * (1 if args.budget_s or args.turns else measure.ATTEMPTS)
+    turns = stack.enter_context(multiprocessing.Manager()).Barrier(len(runs)) if args.turns else None
+    jobs = {}
+    for number, (name, objective) in enumerate(runs):
+        words, is_stock = command(args, folder, objective, rest), name == STOCK
+        log = folder / f"run-{number}.log"
+        is_profiled = args.parts and not is_stock
+        jobs[name] = Job(words, is_stock, repeats, args.device, log, is_profiled, turns, number)
+    return jobs
+
+
+def watch_in_sequence(
+    jobs: Mapping[str, Job], pools: Mapping[str, Any], show: Show, budget_s: float | None
+) -> dict[str, Watched]:
+    """Run one job after the other; begin none that would take longer than what is left."""
+    deadline = time.monotonic() + (budget_s or float("inf"))
+    watched: dict[str, Watched] = {}
+    took_s = 0.0
+    for name, job in jobs.items():
+        if (left_s := deadline - time.monotonic()) < took_s:
+            print(
+                f"{name}: not begun: {left_s:.0f} s are left and the last run took {took_s:.0f} s", flush=True
+            )
+            break
+        started = time.monotonic()
+        try:
+            watched[name] = in_own_process(pools[name], run_job, job)
+        except Exception as error:  # whatever went wrong, the next run may work
+            print_failure(name, error)
+            continue
+        took_s = time.monotonic() - started
+        show(name, watched[name])
     return watched
 
 
-def tell(args: argparse.Namespace, rest: list[str], name: str, seen: Watched, own: StepFlops | None) -> None:
-    """Print a row and add its line at once, because a later row may fail."""
-    middle = statistics.median(seen.seconds)
-    losses = ", ".join(f"{term} {value:.6g}" for term, value in seen.losses.items())
-    print(f"{name}: {middle:.3f} s, {seen.whole_mib:.0f} MiB; {losses}", flush=True)
-    print_parts(seen.parts, middle, args.device)
-    row = measure.first_steady(seen.seconds, args.repeats, seen.peak_mib)
-    size = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
-    flags = " ".join([modules(args.device), *["--bf16"] * args.bf16, *rest])
-    record = {"objective": name, "flags": flags, "size": size, "seconds": row.seconds}
-    record |= {
-        "spread": round(row.spread, 4),
-        "peak_mib": round(row.peak_mib),
-        "whole_mib": round(seen.whole_mib),
-    }
-    record |= {"losses": seen.losses, "parts": seen.parts, "flop_by_shape": own and own.total}
-    lines.write(args.lines, "step", measure.origin() | {"device": args.device} | record)
+def watch_in_turns(jobs: Mapping[str, Job], pools: Mapping[str, Any], show: Show) -> dict[str, Watched]:
+    """Run all jobs at once; where one fails, none goes on."""
+
+    def run(name: str) -> Watched | None:
+        try:
+            return in_own_process(pools[name], run_job, jobs[name])
+        except Exception as error:
+            if not (turns := jobs[name].turns).broken:
+                turns.abort()
+                print_failure(name, error)
+            return None
+
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        results = dict(zip(jobs, threads.map(run, jobs), strict=True))
+    watched = {name: seen for name, seen in results.items() if seen is not None}
+    for name, seen in watched.items():
+        show(name, seen)
+    return watched
 
 
-def print_parts(parts: Mapping[str, float], step_s: float, device: str) -> None:
-    """Print the share of each part; on a GPU also the share of a step in which no kernel runs."""
-    if not parts:
-        return
-    whole = sum(parts.values())
-    line = ", ".join(f"{part} {value / whole:.0%}" for part, value in parts.items())
-    if device == "cuda":
-        line += f"; kernels {whole:.3f} s, idle {max(1 - whole / step_s, 0):.0%} of the step"
-    print(f"    {line}", flush=True)
-
-
-def draw_parts(args: argparse.Namespace, watched: Mapping[str, Watched], step_tokens: int) -> None:
-    """Draw the picture of --profile."""
-    title = (
-        f"One step of {step_tokens} tokens, {args.teacher_layers} x {args.teacher_width} -> {args.student_layers} x "
-        f"{args.student_width}, vocabulary {args.vocab_size}\n{measure.machine()}; torch {torch.__version__}"
-    )
-    step_profile.draw({name: seen.parts for name, seen in watched.items() if seen.parts}, title, args.profile)
-    print(args.profile)
+def print_failure(name: str, error: Exception) -> None:
+    """Print why a run failed, with the traceback of its own process."""
+    print(f"{name}: {error}\n{error.__cause__ or ''}", file=sys.stderr, flush=True)
 
 
 def new_process(device: str) -> ProcessPoolExecutor:
@@ -190,54 +209,6 @@ def in_own_process(pool: ProcessPoolExecutor, function: Callable[..., Any], *arg
     """Call a function in a process, and end the process; an error comes back with its traceback."""
     with pool:
         return pool.submit(function, *arguments).result()
-
-
-def report(
-    rows: Mapping[str, measure.Measurement],
-    watched: Mapping[str, Watched],
-    flops: Mapping[str, StepFlops],
-    teacher_mib: float,
-    *,
-    in_fp8: bool,
-) -> bool:
-    """Print the table, the arithmetic and the bar; return whether all rows are steady and within the bar.
-
-    In FP8 there is no bar: a flop of the layers is cheaper than a flop of the losses.
-    """
-    if not {"logit KD", "FDD"} <= set(rows):
-        print("missed: FDD and logit KD have not both ended, so there is no ratio")
-        return False
-    print(measure.table(rows, "logit KD", "x KD"))
-    print(f"\n{'':<36}{'whole MiB':>10}{'by shape':>10}{'counted':>10}  MFLOP of products per token")
-    for name, seen in watched.items():
-        own = flops.get(name)
-        counted = "" if seen.flops is None else f"{seen.flops / 1e6:>10.1f}"
-        by_shape = "" if own is None else f"{own.total / 1e6:.1f}"
-        print(f"{name:<36}{seen.whole_mib:>10.0f}{by_shape:>10}{counted}")
-    kd, fdd, entropy = flops["logit KD"], flops["FDD"], flops["cross-entropy"]
-    in_flops = fdd.total / kd.total
-    print(f"\nflops, logit KD / cross-entropy: {kd.total / entropy.total:.2f}")
-    print(f"flops, FDD / logit KD:           {in_flops:.2f}")
-    for other in [name for name in ("cross-entropy", "logit KD") if name in watched]:
-        extra = watched["FDD"].whole_mib - watched[other].whole_mib
-        share = extra / watched[other].whole_mib
-        print(f"memory, FDD less {other + ':':<16}{extra:+.0f} MiB, {share:+.0%} of the whole")
-    print(f"    the teacher's weights are {teacher_mib:.0f} MiB in its checkpoint")
-    if not (rows["logit KD"].is_steady and rows["FDD"].is_steady):
-        print(f"missed: repeats differ by more than {measure.MAX_SPREAD:.0%}, so there is no ratio")
-        return False
-    ratio = rows["FDD"].seconds / rows["logit KD"].seconds
-    if in_fp8:
-        print(
-            f"FDD / logit KD is {ratio:.2f}; layers are in FP8 and losses are not, so that flops give no bar"
-        )
-        return True
-    passes = ratio <= BAR * in_flops
-    print(
-        f"{'passed' if passes else 'missed'}: FDD / logit KD is {ratio:.2f}; at most {BAR} x {in_flops:.2f} = "
-        f"{BAR * in_flops:.2f} passes"
-    )
-    return passes
 
 
 def main(argv: list[str]) -> int:
@@ -264,7 +235,8 @@ def main(argv: list[str]) -> int:
         name: measure.first_steady(seen.seconds, args.repeats, seen.peak_mib)
         for name, seen in watched.items()
     }
-    is_good = report(rows, watched, flops, teacher_mib, in_fp8=any("fp8-format" in flag for flag in rest))
+    in_fp8 = any("fp8-format" in flag for flag in rest)
+    is_good = report(rows, watched, flops, teacher_mib, in_fp8=in_fp8, in_turns=args.turns)
     if args.profile is not None:
         draw_parts(args, watched, step_tokens)
     if args.smoke:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any, TextIO
 from unittest.mock import patch
 
@@ -47,6 +48,8 @@ class Job:
         is_stock: true for Megatron's own cross-entropy, through the model's own head, in place of our objective.
         log: the file for what the run prints.
         is_profiled: true if one more step follows, under torch's profiler.
+        turns: what the runs of one table wait at, if they take their measured steps by turns.
+        turn: the number of this run among them.
     """
 
     command: tuple[str, ...]
@@ -55,6 +58,8 @@ class Job:
     device: str
     log: Path
     is_profiled: bool = False
+    turns: Barrier | None = None
+    turn: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -86,11 +91,11 @@ class Watched:
 class StepWatch:
     """A stand-in for Megatron's `train_step` that measures it."""
 
-    def __init__(self, train_step: Callable[..., Any], repeats: int, device: str) -> None:
+    def __init__(self, train_step: Callable[..., Any], job: Job) -> None:
         self.watched = Watched()
         self._train_step = train_step
-        self._repeats = repeats
-        self._device = device
+        self._job = job
+        self._repeats, self._device = job.repeats, job.device
         self._num_steps = 0
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -102,14 +107,28 @@ class StepWatch:
             return step()
         if timed < self._repeats:
             clock = measure.device_seconds if self._device == "cuda" else measure.cpu_seconds
-            self.watched.seconds.append(clock(lambda: results.append(step())))
+            with self._in_turn():
+                self.watched.seconds.append(clock(lambda: results.append(step())))
         elif timed == self._repeats:
-            self._watch_memory(lambda: results.append(step()))
+            with self._in_turn():
+                self._watch_memory(lambda: results.append(step()))
         elif timed < self._repeats + WATCHED_STEPS:
             self._count_flops(lambda: results.append(step()))
         else:
             self.watched.parts = profiled(lambda: results.append(step()), self._device)
         return results[0]
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Wait until the runs before this one have done their step, and afterwards for those after it."""
+        turns = self._job.turns
+        if turns is None:
+            yield
+            return
+        for turn in range(turns.parties):
+            turns.wait()
+            if turn == self._job.turn:
+                yield
 
     def _watch_memory(self, step: Callable[[], None]) -> None:
         gc.collect()
@@ -156,7 +175,7 @@ def run_job(job: Job) -> Watched:
 
         from megatron_fdd import distill
 
-        watch = StepWatch(megatron_training.train_step, job.repeats, job.device)
+        watch = StepWatch(megatron_training.train_step, job)
         train = _train_stock if job.is_stock else distill.main
         with (
             patch.object(megatron_training, "train_step", watch),

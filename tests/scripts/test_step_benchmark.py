@@ -6,6 +6,7 @@ import contextlib
 import io
 import runpy
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 
 from benchmarks import lines, modelopt, step
 from benchmarks.step_flops import Model, StepFlops, step_flops
-from benchmarks.step_run import Watched
+from benchmarks.step_report import round_ratios
+from benchmarks.step_run import WARM_UP_STEPS, WATCHED_STEPS, Job, StepWatch, Watched
 from megatron_fdd.plan.model_shape import ModelShape
 from tests.harness.ranks import Layout, clean_megatron, run_on_ranks
 from tests.oracle.model_shapes import (
@@ -176,3 +178,60 @@ def test_what_fails_or_does_not_fit_into_the_time_leaves_the_rest(
     printed = capsys.readouterr()
     assert "FDD: made to fail" in printed.err
     assert "cross-entropy: not begun: 20 s are left and the last run took 40 s" in printed.out
+
+
+def jobs_in_turns(folder: Path, repeats: int) -> dict[str, Job]:
+    turns = threading.Barrier(2)
+    return {
+        name: Job(
+            (), is_stock=False, repeats=repeats, device="cpu", log=folder / name, turns=turns, turn=turn
+        )
+        for turn, name in enumerate(("A", "B"))
+    }
+
+
+def test_by_turns_each_timed_step_has_the_machine_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def train(_pool: None, _run_job: Callable[..., Any], job: Job) -> Watched:
+        name = job.log.name
+
+        def train_step() -> None:
+            order.append(f"{name} begins")
+            order.append(f"{name} ends")
+
+        watch = StepWatch(train_step, job)
+        for _ in range(job.repeats + WARM_UP_STEPS + 1):
+            watch()
+        return watch.watched
+
+    monkeypatch.setattr(step, "in_own_process", train)
+    shown: list[str] = []
+    jobs = jobs_in_turns(tmp_path, repeats=3)
+    watched = step.watch_in_turns(jobs, dict.fromkeys(jobs), lambda name, _seen: shown.append(name))
+    assert shown == ["A", "B"]
+    assert [len(seen.seconds) for seen in watched.values()] == [3, 3]
+    timed = order[2 * 2 * WARM_UP_STEPS :]
+    assert timed == ["A begins", "A ends", "B begins", "B ends"] * (3 + WATCHED_STEPS - 1)
+
+
+def test_by_turns_a_failure_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(_pool: None, _run_job: Callable[..., Any], job: Job) -> Watched:
+        assert job.turns is not None
+        if job.turn == 1:
+            raise RuntimeError("made to fail")
+        job.turns.wait()
+        return Watched()
+
+    monkeypatch.setattr(step, "in_own_process", train)
+    jobs = jobs_in_turns(tmp_path, repeats=3)
+    assert step.watch_in_turns(jobs, dict.fromkeys(jobs), lambda _name, _seen: None) == {}
+    assert capsys.readouterr().err == "B: made to fail\n\n"
+
+
+def test_the_ratio_by_turns_is_that_of_the_rounds() -> None:
+    assert round_ratios([2.0, 6.0, 5.0], [1.0, 2.0, 2.0]) == (2.25, 2.5, 2.75)
