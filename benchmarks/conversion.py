@@ -190,6 +190,8 @@ def _bits(spec: TensorSpec, noise: Tensor) -> Tensor:
     raw = noise[: spec.num_bytes]
     if spec.dtype == torch.float8_e4m3fn:
         raw = raw & 0x7E  # all ones are no number
+    elif spec.name.endswith("_scale_inv"):
+        raw = raw.view(torch.int32) & 0x7FFFFF | 0x38800000  # 2^-14 to 2^-13
     elif whole_name(spec.name).endswith("_scales"):
         raw = raw // 64 + 121
     return raw.view(spec.dtype).reshape(spec.shape)

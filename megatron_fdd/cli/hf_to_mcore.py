@@ -51,7 +51,7 @@ def command(
     folder of the run, from which the same command continues. The checkpoint loads at every tensor, pipeline and data
     parallel layout. Its args describe the whole model, so --use-checkpoint-args can build it. Configs and tokenizer
     are kept beside the weights (hf/, tokenizer/) for the way back and for comparing teacher and student, with the
-    SHA-256 of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
+    checksum of every tensor (hf/checksums.json). Where the model folder has a checksums.json, its tensors must agree.
 
     One process holds 128 MiB of tensors at a time, or one that is larger, whatever the size of the model. Under
     torchrun, with any number of processes on any number of nodes that share the file system, they read and write

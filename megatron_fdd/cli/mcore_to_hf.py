@@ -70,7 +70,7 @@ def command(
     The latest iteration is taken, whatever parallel layout saved it; optimizer states are not read. The shape of the
     model comes from the checkpoint; token ids, generation config and tokenizer come from the folders hf/ and
     tokenizer/ beside it, which `fdd import` wrote, or from the checkpoint that the training run started from. The
-    folder appears under its name only when it is complete; checksums.json in it lists the SHA-256 of every tensor, and
+    folder appears under its name only when it is complete; checksums.json in it lists a checksum of every tensor, and
     the last line says how many are bit for bit those that were imported.
 
     One process holds 128 MiB of tensors at a time, or one that is larger, whatever the size of the model. Under

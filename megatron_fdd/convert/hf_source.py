@@ -42,7 +42,7 @@ class HfSource:
         config: config.json.
         args: the model's complete args.
         model: the model on the meta device.
-        digests: name -> SHA-256 of every tensor read so far.
+        digests: name -> checksum of every tensor read so far.
         folder, family: where they come from, and the table.
         left_out: names of tensors that have no place in the table.
 
@@ -89,7 +89,7 @@ class HfSource:
         """Write beside the checkpoint `save` what its weights cannot say: scales, and what was left out.
 
         Returns:
-            The SHA-256 of tensors that were left out, as `write_left_out`.
+            The checksums of tensors that were left out, as `write_left_out`.
         """
         kept = set(self.folder.names) - set(() if keep_left_out else self.left_out)
         if any(name in kept for name in self.folder.quantised):

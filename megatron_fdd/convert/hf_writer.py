@@ -193,7 +193,7 @@ def write_shard(
         remedy: what to do about values that are not finite, which are refused; without it they are not looked at.
 
     Yields:
-        The spec of each tensor after it is written, and the SHA-256 of its bytes in hexadecimal.
+        The spec of each tensor after it is written, and the checksum of its bytes.
 
     Raises:
         ValueError: values are not finite. OSError: the file cannot be written.
@@ -222,7 +222,7 @@ def write_shard(
 
 
 def _checked_digest(name: str, tensor: Tensor, remedy: str | None) -> str:
-    """Return the SHA-256 of a tensor, whose values must be finite if there is a remedy."""
+    """Return the checksum of a tensor, whose values must be finite if there is a remedy."""
     if remedy is not None:
         check_finite(tensor, name, remedy)
     return digest(tensor)

@@ -29,7 +29,7 @@ def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> dict
     """Write tensors of `source` byte for byte, quantised ones in their parts, into a new model folder.
 
     Returns:
-        The SHA-256 of each that is not quantised.
+        The checksum of each that is not quantised.
 
     Raises:
         ValueError: one is not what the source's `checksums.json` says, or has values that are not finite.
@@ -49,7 +49,7 @@ def write_left_out(source: HfFolder, names: Sequence[str], folder: Path) -> dict
 
 
 def write_stored(source: HfFolder, stored: Sequence[str], folder: Path) -> dict[str, str]:
-    """Write stored tensors of `source` byte for byte into a new folder; return the SHA-256 of each."""
+    """Write stored tensors of `source` byte for byte into a new folder; return the checksum of each."""
     folder.mkdir()
     specs = [TensorSpec(name, source.raw(name).dtype, source.tensors[name].shape) for name in stored]
     shards, digests = plan_shards(specs, parse_size(_SHARD)), {}

@@ -118,7 +118,7 @@ def _model_rows(subject: CardSubject) -> Iterator[Row]:
     yield (
         "weights",
         (
-            f"{subject.written.count():,} tensors, {subject.written.dtype}; SHA-256 of each in `{CHECKSUMS_FILE}`"
+            f"{subject.written.count():,} tensors, {subject.written.dtype}; a checksum of each in `{CHECKSUMS_FILE}`"
         ),
     )
     if subject.iteration is None:

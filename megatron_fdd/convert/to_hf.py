@@ -100,7 +100,7 @@ def mcore_to_hf(load: Path, hf_out: Path, **options: Unpack[ExportOptions]) -> E
     Only weights are read, from a checkpoint saved at any layout. The shape of the model comes from the
     checkpoint's args; what Megatron does not keep (token ids, generation config) comes from `hf_config`. Under
     torchrun the ranks share the files; a rank reads its parameters ahead, within `MAX_BYTES`. The written
-    bytes are the same for any number of ranks. `checksums.json` lists the SHA-256 of every tensor.
+    bytes are the same for any number of ranks. `checksums.json` lists the checksum of every tensor.
 
     Collectives: barriers, and gathers of a few words per tensor, over all ranks.
 

@@ -48,7 +48,7 @@ def hf_to_mcore(
 ) -> Imported:
     """Write a Hugging Face model as an ordinary Megatron checkpoint.
 
-    `save` becomes a folder for `--load`, with the source's configs and the SHA-256 of its tensors in `hf/` and
+    `save` becomes a folder for `--load`, with the source's configs and the checksum of its tensors in `hf/` and
     its tokenizer in `tokenizer/`. Under torchrun every rank reads and writes its share of the tensors, read
     ahead within `MAX_BYTES`. If the source has a `checksums.json` (an export has one), its tensors must agree with it.
 
