@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_fdd.convert.config_class import check_config_class
 from megatron_fdd.convert.derived_weights import Derived, write_derived
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.families.family import Family, HfConfig
@@ -38,8 +39,8 @@ def replace_vocabulary(
         vocabulary_of: a Hugging Face folder, a folder with a tokenizer alone, or a Megatron checkpoint.
 
     Raises:
-        ValueError: the student's weights do not match its config; a tokenizer is missing, or its tokens cannot be
-            compared; or both have the same vocabulary already.
+        ValueError: the student's weights do not match its config, or transformers cannot read it; a tokenizer is
+            missing, or its tokens cannot be compared; or both have the same vocabulary already.
     """
     check_new_folder(Path(hf_out), "--hf-out")
     folder = HfFolder(Path(hf_model))
@@ -57,6 +58,7 @@ def replace_vocabulary(
     config = _with_ids(family.without_left_out(folder.config), new.ids(CONFIG_FILES[0])) | {
         "vocab_size": new.num_rows
     }
+    check_config_class(config)
     folder = folder.apart(family.stacked)
     tensors = _tensors(folder, family, vocabulary)
     with new_folder(Path(hf_out), "--hf-out") as unfinished:
