@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from megatron_fdd.cli import conversion
 from megatron_fdd.cli.command import Command, plugin
+
+if TYPE_CHECKING:
+    from megatron_fdd.convert.to_mcore import Imported
 
 # More than Megatron's 128 times the tensor parallel size of any run.
 MOST_PADDING = 65536
@@ -75,13 +79,27 @@ def command(
             progress=True,
             keep_left_out=keep_mtp,
         )
-        line = (
-            f"{save}: {imported.num_parameters:,} parameters of {hf_model}; a student: --pretrained-checkpoint {save}, "
-            f"a teacher: --teacher-load {save}"
-        )
-        if not imported.left_out:
-            return line
-        names = f"{len(imported.left_out)} tensors of {imported.left_out_are} ({imported.left_out[0]} ...)"
-        return f"{names} are {'kept beside the checkpoint' if imported.left_out_kept else 'left out'}\n{line}"
+        return told_of(imported, hf_model, save, keep_mtp=keep_mtp)
 
     conversion.convert(action)
+
+
+def told_of(imported: Imported, hf_model: Path, save: Path, *, keep_mtp: bool) -> str:
+    """Return what people are told of an import."""
+    from megatron_fdd.data.tokenizer_identity import has_tokenizer
+
+    lines = []
+    if imported.left_out:
+        names = f"{len(imported.left_out)} tensors of {imported.left_out_are} ({imported.left_out[0]} ...)"
+        lines.append(f"{names} are {'kept beside the checkpoint' if imported.left_out_kept else 'left out'}")
+    elif keep_mtp:
+        lines.append(f"--keep-mtp kept nothing: {hf_model} has no layers of multi-token prediction")
+    if not has_tokenizer(hf_model):
+        lines.append(
+            f"{hf_model} has no tokenizer: give one to fdd prepare (--tokenizer-model) and fdd export (--tokenizer)"
+        )
+    lines.append(
+        f"{save}: {imported.num_parameters:,} parameters of {hf_model}; a student: --pretrained-checkpoint {save}, "
+        f"a teacher: --teacher-load {save}"
+    )
+    return "\n".join(lines)

@@ -56,6 +56,7 @@ def narrower_config(family: Family, config: HfConfig, sizes: Mapping[str, int]) 
     after["group_query_attention"] = after["num_query_groups"] != after["num_attention_heads"]
     _check_heads(before, after)
     _check_shared(before, after)
+    _check_groups(after)
     try:
         narrower = family.hf_config(config, Namespace(**after))
         found = architecture(family, narrower)
@@ -123,4 +124,14 @@ def _check_shared(before: MegatronArgs, after: MegatronArgs) -> None:
     if shared % width and before[name] % before["moe_ffn_hidden_size"] == 0:
         raise ValueError(
             f"{flag_of(name)} {shared} must be a multiple of the experts' width, {width}; give another of these two"
+        )
+
+
+def _check_groups(after: MegatronArgs) -> None:
+    """Refuse a number of experts that the router's groups do not share evenly."""
+    count, groups = after.get("num_experts"), after.get("moe_router_num_groups") or 1
+    if count and count % groups:
+        raise ValueError(
+            f"--num-experts {count} must be a multiple of the {groups} groups among which the router chooses; take "
+            f"{count - count % groups + groups}"
         )

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
+from megatron_fdd.cli import hf_to_mcore
 from megatron_fdd.cli.mcore_to_hf import told_of
 from megatron_fdd.convert.families import family_of
 from megatron_fdd.convert.hf_folder import HfFolder
 from megatron_fdd.convert.left_out import LeftOutTensors
+from megatron_fdd.convert.to_mcore import Imported
 from tests.convert import toys
 from tests.harness.ranks import distributed
 
@@ -109,3 +111,26 @@ def test_prediction_layers_begin_behind_a_number_that_the_config_must_have() -> 
         ValueError, match='lacks "num_hidden_layers", which says where such layers begin; add it'
     ):
         family_of(config).left_out_names(config, [])
+
+
+@pytest.mark.parametrize(
+    ("left_out", "keep_mtp", "told"),
+    [
+        ((), False, []),
+        ((), True, ["--keep-mtp kept nothing: {} has no layers of multi-token prediction"]),
+        (("a", "b"), False, ["2 tensors of multi-token prediction (a ...) are left out"]),
+        (("a", "b"), True, ["2 tensors of multi-token prediction (a ...) are kept beside the checkpoint"]),
+    ],
+)
+def test_an_import_says_what_it_did_not_take(
+    tmp_path: Path, left_out: tuple[str, ...], keep_mtp: bool, told: list[str]
+) -> None:
+    imported = Imported(5, left_out, "multi-token prediction", keep_mtp)
+    lines = hf_to_mcore.told_of(imported, tmp_path, tmp_path / "saved", keep_mtp=keep_mtp).splitlines()
+    no_tokenizer = f"{tmp_path} has no tokenizer: give one to fdd prepare (--tokenizer-model) and fdd export (--tokenizer)"
+    assert lines[:-1] == [*(line.format(tmp_path) for line in told), no_tokenizer]
+    (tmp_path / "tokenizer.json").touch()
+    assert (
+        len(hf_to_mcore.told_of(imported, tmp_path, tmp_path, keep_mtp=keep_mtp).splitlines())
+        == len(told) + 1
+    )

@@ -333,6 +333,7 @@ REFUSED = [
         {"num_experts": 2},
         "--num-experts 2 must lie between 3 and the teacher's 6 experts in a layer",
     ),
+    ("deepseek_v3", {"num_experts": 5}, "--num-experts 5 must be a multiple of the 4 groups"),
     ("qwen3_moe", FFN, "--ffn-hidden-size 40: no layer that is kept has such parts"),
 ]
 

@@ -52,3 +52,18 @@ def test_each_teacher_is_checked_on_its_own_first_batch(monkeypatch: pytest.Monk
     assert check([lesson(0), lesson(1)])
     told = "cross-entropy on the first batch: 0.7203 nats per token (uniform: 1.6094)"
     assert said == [f"teacher maths {told}", f"teacher code {told}"]
+
+
+@pytest.mark.parametrize(("scale", "is_warned"), [(0.0, True), (0.1, False), (-1.0, True)])
+def test_states_that_know_nothing_are_warned_of(
+    scale: float, is_warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros are as good as a uniform guess, and no better; the negative of a good state is worse."""
+    said: list[str] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    head = torch.tensor([0, 1, 1, 0, 0])[:, None].expand(5, 4).float()
+    heads = Heads(None, head, VocabShard(0, 5, None), Implementation("torch"))
+    group: Any = None
+    features = TeacherFeatures(torch.full((3, 1, 4), scale), {})
+    log_cross_entropy(features, torch.tensor([1, 1, 2]), heads=heads, group=group, say=said.append)
+    assert any("NO BETTER THAN A UNIFORM GUESS" in line for line in said) == is_warned

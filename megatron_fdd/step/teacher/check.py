@@ -15,6 +15,9 @@ from megatron_fdd.ops.heads import Heads
 from megatron_fdd.ops.linear_kl import linear_kl
 from megatron_fdd.step.lessons import Lesson
 
+# States of zeros give the uniform distribution but for rounding.
+_LIKE_UNIFORM = 1 - 1e-5
+
 
 class FirstBatchCheck:
     """The check of every teacher of a run, on its first batch.
@@ -63,7 +66,7 @@ def log_cross_entropy(
     say: Callable[[str], None],
     name: str = "",
 ) -> bool:
-    """Log a teacher's cross-entropy on its first batch; warn loudly when a uniform guess would be better.
+    """Log a teacher's cross-entropy on its first batch; warn loudly when a uniform guess is as good.
 
     Args:
         features: the teacher's features of that batch; None, as the labels, if it is not in this rank's.
@@ -104,9 +107,9 @@ def log_cross_entropy(
             f"the teacher{of}'s cross-entropy on the first batch is {nats}: its weights are damaged"
         )
     say(f"teacher{of} cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})")
-    if nats > uniform:
+    if nats > _LIKE_UNIFORM * uniform:
         say(
-            f"WARNING: THE TEACHER{of} IS WORSE THAN A UNIFORM GUESS ({nats:.4f} > {uniform:.4f} nats). "
+            f"WARNING: THE TEACHER{of} IS NO BETTER THAN A UNIFORM GUESS ({nats:.4f} of {uniform:.4f} nats). "
             "Its weights, its tokenizer or its conversion is wrong; the student would learn that."
         )
     return True
