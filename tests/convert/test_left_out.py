@@ -127,8 +127,11 @@ def test_an_import_says_what_it_did_not_take(
 ) -> None:
     imported = Imported(5, left_out, "multi-token prediction", keep_mtp)
     lines = hf_to_mcore.told_of(imported, tmp_path, tmp_path / "saved", keep_mtp=keep_mtp).splitlines()
-    no_tokenizer = f"{tmp_path} has no tokenizer: give one to fdd prepare (--tokenizer-model) and fdd export (--tokenizer)"
-    assert lines[:-1] == [*(line.format(tmp_path) for line in told), no_tokenizer]
+    assert lines[: len(told)] == [line.format(tmp_path) for line in told]
+    [no_tokenizer] = lines[len(told) : -1]
+    assert no_tokenizer.startswith(
+        f"{tmp_path} has no tokenizer: give one to fdd prepare (--tokenizer-model)"
+    )
     (tmp_path / "tokenizer.json").touch()
     assert (
         len(hf_to_mcore.told_of(imported, tmp_path, tmp_path, keep_mtp=keep_mtp).splitlines())

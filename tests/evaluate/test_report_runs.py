@@ -10,6 +10,7 @@ import pytest
 from megatron_fdd.evaluate.report.facts import run_facts
 from megatron_fdd.evaluate.report.heat_maps import draw_heat_map, make_heat_map
 from megatron_fdd.evaluate.report.metrics import Curve, bin_width, cut_into_bins, in_digits, read_metrics
+from megatron_fdd.evaluate.report.panels import draw_teachers
 from megatron_fdd.evaluate.report.runs import read_runs
 from megatron_fdd.evaluate.report.terms import kinds_of
 from tests.evaluate.report_files import PAIRS, make_run, record, write, write_evaluation
@@ -140,3 +141,16 @@ def test_numbers_for_people() -> None:
     assert [in_digits(value) for value in (8054.8, 143.0, 0.6, 0.0, 123456.7, 1e-7)] == [
         "8055", "143.0", "0.6000", "0", "123,457", "1e-07",
     ]  # fmt: skip
+
+
+def test_each_of_several_teachers_has_its_terms(tmp_path: Path) -> None:
+    own = {"total code": 2.0, "kd code": 1.0, "total maths": 4.0, "valid total maths": 3.0}
+    make_run(tmp_path / "one")
+    write(tmp_path / "two" / "metrics.jsonl", [record(1) | own, record(2) | own | {"total code": None}])
+    runs = read_runs([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert draw_teachers(runs[:1]) is None
+    picture = draw_teachers(runs)
+    assert picture is not None
+    assert picture.alternative.endswith(
+        "Last total code: two 2.000. Last total maths: two 4.000. Last kd code: two 1.000."
+    )

@@ -10,7 +10,7 @@ from megatron_fdd.evaluate.report.data import data_facts
 from megatron_fdd.evaluate.report.facts import flag_facts, run_facts, sample_facts, setting_facts
 from megatron_fdd.evaluate.report.heat_maps import draw_heat_map
 from megatron_fdd.evaluate.report.page import Report, to_html, to_markdown
-from megatron_fdd.evaluate.report.panels import draw_losses, draw_progress, draw_shares
+from megatron_fdd.evaluate.report.panels import draw_losses, draw_progress, draw_shares, draw_teachers
 from megatron_fdd.evaluate.report.runs import Run, read_runs
 from megatron_fdd.evaluate.report.scores import evaluation_rows, term_rows
 from megatron_fdd.evaluate.report.terms import kinds_of
@@ -39,6 +39,7 @@ def make_report(runs: Sequence[Run]) -> Report:
     """Make tables and pictures of what the runs have; parts that no run has are left out."""
     pictures = [
         draw_losses(runs),
+        draw_teachers(runs),
         *(draw_heat_map(runs, kind) for kind in kinds_of(runs)),
         draw_shares(runs),
         draw_progress(runs),

@@ -77,6 +77,19 @@ def draw_losses(runs: Sequence[Run]) -> Picture | None:
     return _draw_lines(runs, panels, "losses", "Loss terms over training")
 
 
+def draw_teachers(runs: Sequence[Run]) -> Picture | None:
+    """Draw the terms over each teacher's own tokens; None if no run has several teachers."""
+    keys = {key for run in runs if run.metrics for key in run.metrics.curves}
+    names = sorted(key.removeprefix(f"{TOTAL} ") for key in keys if key.startswith(f"{TOTAL} "))
+    units = {TOTAL: "nats per token"} | {kind.name: kind.unit for kind in kinds_of(runs)}
+    panels = [
+        Panel(f"{term} {name}", f"{term} of the teacher {name}", unit)
+        for term, unit in units.items()
+        for name in names
+    ]
+    return _draw_lines(runs, panels, "teachers", "Loss terms of each teacher's own tokens")
+
+
 def draw_progress(runs: Sequence[Run]) -> Picture | None:
     """Draw gradient norm and pace; None if no run has any."""
     return _draw_lines(runs, PROGRESS, "progress", "Gradient and pace")
