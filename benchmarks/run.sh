@@ -28,7 +28,7 @@ run() {
 
 run python3 -m benchmarks.linear_kl ${SMOKE:+--smoke}
 run python3 -m benchmarks.modelopt ${SMOKE:+--smoke}
-run python3 -m benchmarks.step --cross-entropy ${SMOKE:+--smoke}
+run python3 -m benchmarks.step --turns --repeats 15 --cross-entropy ${SMOKE:+--smoke}
 # Last, for it is long and the least new.
 [[ -n $SMOKE ]] || run python3 -m benchmarks.linear_kl --sweep --no-plain
 
