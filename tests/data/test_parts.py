@@ -90,6 +90,7 @@ def test_the_room_is_that_before_anything_is_removed(
     assert not any((tmp_path / "sets").iterdir())
 
 
+@pytest.mark.tier("default")
 def test_killed_anywhere_it_goes_on_with_the_same_result(
     settings: PrepareSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,6 +187,7 @@ def test_ids_beyond_the_embeddings(tmp_path: Path) -> None:
         model.check_ids(99)
 
 
+@pytest.mark.tier("default")
 @pytest.mark.parametrize("name", tools.TEMPLATES)
 def test_a_chat_template_gone_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(render_limits, "SECONDS", 0.3)
