@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_fdd.host.process import (
-    end_at_interrupt,
+    begin_as_rank,
     end_with,
     ended_by_sigterm,
+    is_first_rank,
     raise_at_interrupt,
 )
 
 if __name__ == "__main__":
-    end_at_interrupt()
+    begin_as_rank()
 
 import torch
 from torch import Tensor
@@ -57,7 +58,6 @@ from megatron_fdd.host.patches.helpers import use_built_helpers
 from megatron_fdd.host.patches.norms import install_norms
 from megatron_fdd.host.patches.rates import resumed_rates
 from megatron_fdd.host.plugins import import_plugins, named_plugins
-from megatron_fdd.host.process import is_first_rank
 from megatron_fdd.host.saving import last_whole_checkpoint, saved_iteration
 from megatron_fdd.host.topology import Topology
 from megatron_fdd.losses.terms import active_terms

@@ -13,7 +13,7 @@ from typing import NoReturn
 import click
 
 from megatron_fdd.cli.command import Interruptible
-from megatron_fdd.host.process import end_with
+from megatron_fdd.host.process import end_with, end_with_launcher
 
 # In the order of use; each with its module and its line in `fdd --help`.
 COMMANDS = {
@@ -78,4 +78,5 @@ def main() -> None:
 
 def run() -> NoReturn:
     """Run the command line as `fdd`, and end this process."""
+    end_with_launcher()
     end_with(partial(main, prog_name="fdd"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -21,6 +23,8 @@ PATIENCE_S = 15.0
 _NOT_FLUSHED = 120
 # Signals that ask a process to end: a scheduler's, and that of a terminal which is closed.
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
+# An option of Linux's prctl.
+_PR_SET_PDEATHSIG = 1
 
 
 def is_first_rank() -> bool:
@@ -81,6 +85,26 @@ def end_with(main: Callable[[], int | None]) -> NoReturn:
                     2, f"what was printed cannot be written: {error.strerror}; make room there\n".encode()
                 )
     os._exit(status & 0xFF)
+
+
+def begin_as_rank() -> None:
+    """Do what `end_with_launcher` and `end_at_interrupt` say; the first thing that a rank does."""
+    end_with_launcher()
+    end_at_interrupt()
+
+
+def end_with_launcher() -> None:
+    """Let the system end this rank as soon as torchrun is gone, however it ended.
+
+    A launcher that is killed ends none of its ranks: they would go on without their rendezvous, or wait for it half an
+    hour, with all the memory that they have. Nothing is lost, as by any `kill -9`. Ranks of other launchers, which
+    have a parent of their own, are left alone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():  # it was gone before
+        os._exit(128 + signal.SIGKILL)
 
 
 def end_at_interrupt() -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 
 from megatron_fdd.host.process import (
-    end_at_interrupt,
+    begin_as_rank,
     end_with,
     print_error,
     raise_at_interrupt,
@@ -20,7 +20,7 @@ from megatron_fdd.host.start import start
 from megatron_fdd.teach.request import TeachRequest, named_engine, parse, parser
 
 if __name__ == "__main__":
-    end_at_interrupt()
+    begin_as_rank()
     os.environ["HF_HUB_OFFLINE"] = "1"  # a teacher is a folder: nothing of it is looked for online
     if named_engine(sys.argv[1:]) in ("transformers", "vllm"):
         os.environ["FDD_REHEARSE"] = "0"  # these know by themselves what to do without a GPU

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from torch.distributed.checkpoint import CheckpointException
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_fdd.host.damage import cause_of
 from megatron_fdd.host.process import (
     end_at_interrupt,
+    end_with_launcher,
     ended_by_sigterm,
     ended_like_interrupt,
     raise_at_interrupt,
@@ -58,6 +60,45 @@ def test_a_worker_that_is_ended_ends_alone() -> None:
             time.sleep(0.05)
             os._exit(0 if is_killed else 1)
     assert status_of(rank) == 0
+
+
+@pytest.mark.parametrize("launched_by_torchrun", [True, False])
+def test_a_rank_ends_with_its_launcher(launched_by_torchrun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched_by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    reading, writing = os.pipe()
+    launcher = os.fork()
+    if launcher == 0:
+        if os.fork() == 0:
+            end_with_launcher()
+            os.write(writing, b"ready")
+            time.sleep(0.5)
+            os.write(writing, b", and lives on")
+            os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 100) == b"ready"
+    os.kill(launcher, signal.SIGKILL)
+    assert status_of(launcher) == -signal.SIGKILL
+    assert os.read(reading, 100) == (b"" if launched_by_torchrun else b", and lives on")
+    os.close(reading)
+
+
+@pytest.mark.parametrize(("first_process", "is_ended"), [("/sbin/init", True), ("python3 torchrun", False)])
+def test_a_rank_whose_launcher_is_gone_already(
+    first_process: str, is_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 1 has inherited it, or is the launcher itself, in a container."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: first_process.encode())
+    child = os.fork()
+    if child == 0:
+        end_with_launcher()
+        os._exit(0)
+    assert status_of(child) == (137 if is_ended else 0)
 
 
 def test_a_block_leaves_sigterm_as_it_was() -> None:
