@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,23 +71,22 @@ def hf_to_mcore(
             keep_left_out |= source.family.keeps_left_out
             source.check_left_out(keep_left_out)
             set_tokenizer(source.args, hf_model, save)
-        with shared_new_folder(save, "--save") as unfinished, ThreadPoolExecutor(1) as beside:
-            companions: Future[None] | None = None
-            if dist.get_rank() == 0:  # it imports transformers for the tokenizer
-                companions = beside.submit(write_companions, source.folder.path, unfinished)
-            _write(unfinished, source, groups, progress, companions)
+        with shared_new_folder(save, "--save") as unfinished:
+            with together():  # before the weights, of which there may be hours
+                if dist.get_rank() == 0:
+                    write_companions(source.folder.path, unfinished)
+            _write(unfinished, source, groups, progress)
             everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
             dist.all_gather_object(everyone, source.digests)
             with together():
-                if companions is not None:
-                    companions.result()
+                if dist.get_rank() == 0:
                     source.write_report(unfinished, everyone, keep_left_out)
     what = source.family.left_out.what if source.family.left_out is not None else ""
     return Imported(source.num_parameters, tuple(source.left_out), what, keep_left_out)
 
 
-def _write(folder: Path, source: HfSource, groups: Any, progress: bool, beside: Future[None] | None) -> None:
-    """Write the checkpoint itself into `folder`, this rank its share of the parameters; end if the work beside fails.
+def _write(folder: Path, source: HfSource, groups: Any, progress: bool) -> None:
+    """Write the checkpoint itself into `folder`, this rank its share of the parameters.
 
     Collectives: those of `save_model`, and an all-gather.
     """
@@ -98,7 +96,7 @@ def _write(folder: Path, source: HfSource, groups: Any, progress: bool, beside: 
     owned = _share(parameters, dist.get_rank(), dist.get_world_size())
     with (
         _progress_bar([parameters[name] for name in owned], progress) as bar,
-        closing(_while_well(source.values(owned), beside)) as values,
+        closing(source.values(owned)) as values,
     ):
 
         def read(name: str) -> list[Tensor]:
@@ -108,15 +106,6 @@ def _write(folder: Path, source: HfSource, groups: Any, progress: bool, beside: 
         save_model(folder, source.model, source.args, groups, owned, read)
         with together():  # the last one may have been hashed since
             assert next(values, None) is None
-
-
-def _while_well[Value](values: Generator[Value], beside: Future[None] | None) -> Generator[Value]:
-    """Yield the values; raise what ended the work beside as soon as it is known, and not hours later."""
-    with closing(values):
-        for value in values:
-            if beside is not None and beside.done():
-                beside.result()
-            yield value
 
 
 def _share(parameters: Mapping[str, Tensor], rank: int, ranks: int) -> list[str]:

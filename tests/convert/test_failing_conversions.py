@@ -6,9 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_fdd import convert
-from megatron_fdd.convert import checksums, streaming_save
+from megatron_fdd.convert import checksums
 from megatron_fdd.convert.hf_writer import check_new_folder, new_folder
 from tests.convert import mcore, toys
 from tests.harness.ranks import Layout, distributed, run_on_ranks
@@ -145,28 +143,17 @@ def test_what_fails_on_one_rank_is_told_by_all(tmp_path: Path, place: str, rank:
     run_on_ranks(_fail_on_one_rank, Layout(ranks=2), arguments)
 
 
-class _AtOnce(ThreadPoolExecutor):
-    """Threads whose work is done when it is begun."""
-
-    def submit(self, *work: Any, **keywords: Any) -> Future[Any]:
-        begun = super().submit(*work, **keywords)
-        wait([begun])
-        return begun
-
-
-def test_a_refused_tokenizer_ends_an_import_before_all_is_written(tmp_path: Path) -> None:
+def test_a_refused_tokenizer_ends_an_import_before_anything_is_written(tmp_path: Path) -> None:
     source = toys.make_llama(tmp_path / "source")
-    written = mock.Mock(side_effect=streaming_save._write_item)
     with (
         mock.patch(
             "megatron_fdd.convert.to_mcore.write_companions", side_effect=ValueError("not one; copy it")
         ),
-        mock.patch("megatron_fdd.convert.to_mcore.ThreadPoolExecutor", _AtOnce),
-        mock.patch("megatron_fdd.convert.streaming_save._write_item", written),
+        mock.patch("megatron_fdd.convert.mcore_checkpoint.StreamingSave.save") as written,
         pytest.raises(ValueError, match="^not one; copy it$"),
     ):
         convert.hf_to_mcore(source, tmp_path / "new")
-    assert not any(isinstance(call.args[2], torch.Tensor) for call in written.call_args_list)
+    assert not written.called
 
 
 def test_where_a_folder_cannot_appear(tmp_path: Path) -> None:
