@@ -18,7 +18,7 @@ from typing import IO
 
 # Words in the RuntimeError of torch's writer when a file could not take all of its bytes.
 _TORCHS_WRITER = ("inline_container.cc", "PytorchStreamWriter")
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 512 << 10
 # Seconds of writing between two flushes.
 _FLUSH_S = 0.2
 _ROOM = "make room there, or give another place"
@@ -139,7 +139,7 @@ class _InPieces(io.FileIO):
 def large_file(path: Path) -> io.BufferedWriter:
     """Open a new file for writes of megabytes.
 
-    Linux would cache them in pages of 2 MiB, for which a virtual machine may have to ask its host: in pieces of 256 KiB
+    Linux would cache them in pages of 2 MiB, for which a virtual machine may have to ask its host: in pieces of 512 KiB
     a write takes half to a fifth of the processor time.
     """
     return io.BufferedWriter(_InPieces(path, "w"))
