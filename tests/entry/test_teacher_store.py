@@ -152,7 +152,9 @@ def test_the_command_that_a_refusal_names_adds_what_is_missing(toy: Toys, tmp_pa
     cut_off, not_taught = run(longer, command[1:], ranks=1)
     assert read_metrics(metrics) == records
     for endings in (cut_off, not_taught):
-        assert_refused(endings, rf"{segment.name}: has \d+ bytes and had \d+; run fdd store check")
+        assert_refused(
+            endings, rf"{segment.name}: has \d+ bytes, which is not what its header says: cut off; run"
+        )
 
 
 def full_disk(_: object) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from megatron_fdd.data.store.index import INDEX_FILE
 from megatron_fdd.data.store.segment import REPAIR, SUM_TOKENS, read_layout, unreadable
 
 # Bytes that are read by one call and then compared, while they are still in the processor's cache.
@@ -89,7 +90,7 @@ class SegmentFile:
             digest: of the store's identity.
 
         Raises:
-            ValueError: it is gone, has another size, or is of another store.
+            ValueError: it is gone, cut off, of another store, or another one than the index knows.
         """
         self._path, self._descriptor = path, -1
         wanted, self.ids, self.states, self.sums = layout[:4]
@@ -97,12 +98,17 @@ class SegmentFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         except OSError as error:
             raise unreadable(path, error) from error
-        if (size := os.fstat(self._descriptor).st_size) != wanted:
-            raise ValueError(f"{path}: has {size} bytes and had {wanted}; run {REPAIR}")
         # An index's cache knows nothing of a file that came in the place of another one.
-        if not self.read(8 + len(start), 0).endswith(start):
-            read_layout(path, digest)  # says of which other store or version it is
-            raise ValueError(f"{path}: its header is not as fdd teach writes it; run {REPAIR}")
+        is_as_written = os.fstat(self._descriptor).st_size == wanted
+        if not (is_as_written and self.read(8 + len(start), 0).endswith(start)):
+            found = read_layout(
+                path, digest
+            )  # says if it is cut off, or of which other store or version it is
+            if (found.size, found.ids[0], found.states[0], found.sums[0]) != tuple(layout[:4]):
+                raise ValueError(
+                    f"{path}: was exchanged since {INDEX_FILE} was written; remove {INDEX_FILE}, which is made anew "
+                    "from the segments, and start again"
+                )
 
     def __del__(self) -> None:
         if self._descriptor >= 0:

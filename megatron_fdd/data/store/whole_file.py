@@ -68,8 +68,12 @@ def write_tensors(
     The library's own writer is not used: it copies every tensor twice, and its errors do not say their number.
 
     Raises:
-        ValueError: the disk cannot take the file; then there is none, or the one before.
+        ValueError: the disk cannot take the file, or a folder is in its place; then there is none, or the one before.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: is a folder, where a file of the store belongs; remove it, and start again"
+        )
     order = sorted(tensors, key=lambda name: (-_ALIGNMENT[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict(about)}
     at = 0

@@ -104,7 +104,8 @@ def log_cross_entropy(
         return False
     if not math.isfinite(nats):
         raise ValueError(
-            f"the teacher{of}'s cross-entropy on the first batch is {nats}: its weights are damaged"
+            f"the teacher{of}'s cross-entropy on the first batch is {nats}: its weights, or what is "
+            "stored of it, are damaged"
         )
     say(f"teacher{of} cross-entropy on the first batch: {nats:.4f} nats per token (uniform: {uniform:.4f})")
     if nats > _LIKE_UNIFORM * uniform:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fdd.data.store import upkeep
+from megatron_fdd.data.store.index import INDEX_FILE
 from megatron_fdd.data.store.segment import read_layout
 from tests.data.store.made import (
     IDENTITY,
@@ -213,10 +214,10 @@ def test_the_rest_of_a_store_stays_when_the_damaged_goes(
 
 
 CHANGED_LATER = {
-    _truncated: "had",
-    _emptied: "had",
+    _truncated: "cut off; run",
+    _emptied: "is no segment of a store",
     _of_another_store: "is of the store .*, not of this one",  # as long as the right one, with the same name and units
-    _another_segment: "had",
+    _another_segment: f"was exchanged since {INDEX_FILE} was written; remove {INDEX_FILE}",
     Path.unlink: "is gone; was the store pruned while it was read",
 }
 
@@ -231,6 +232,32 @@ def test_a_segment_that_changes_while_the_store_is_open(
     with pytest.raises(ValueError, match=f"{segment.name}: .*{CHANGED_LATER[damage]}"):
         read_whole(store, UNITS[0][0])
     assert_holds(store, OTHERS)
+
+
+def test_a_header_in_another_order_is_no_damage(segment: Path) -> None:
+    """A copy by the library of the format has it so; the index knows where all lies."""
+    opened(segment.parents[2]).save_index()
+    content = segment.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    about = dict(reversed(header.pop("__metadata__").items()))
+    other = json.dumps({**header, "__metadata__": about}, separators=(",", ":")).encode().ljust(size)
+    assert other != content[8 : 8 + size]
+    segment.write_bytes(content[:8] + other + content[8 + size :])
+    assert check(segment).damaged == {}
+    assert_holds(opened(segment.parents[2]), UNITS)
+
+
+def test_a_folder_in_the_place_of_a_segment_is_named(segment: Path) -> None:
+    path = segment.parents[2]
+    _folder(segment)
+    with pytest.raises(
+        ValueError, match=f"{segment}: is a folder, where a file of the store belongs; remove it"
+    ):
+        write(path, UNITS)
+    segment.rmdir()
+    write(path, UNITS)
+    assert_holds(opened(path), [*UNITS, *OTHERS])
 
 
 def test_an_open_file_that_is_cut_off_or_changed(segment: Path) -> None:
