@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 # Bytes of memory that is kept while no tensor has it.
-MAX_IDLE_BYTES = 256 << 20
+MAX_IDLE_BYTES = 512 << 20
+# A tensor has memory of at most so many times its size.
+_MOST_TIMES = 4
 # Smaller tensors are not worth it.
 _MIN_BYTES = 1 << 20
 
@@ -45,12 +47,12 @@ class Buffers:
         return torch.from_numpy(lent).view(dtype).view(tuple(shape))
 
     def _take(self, num_bytes: int) -> Tensor:
-        """Return the smallest memory that is large enough, unless half of it would lie idle; or else new memory."""
+        """Return the smallest memory that is large enough, unless most of it would lie idle; or else new memory."""
         with self._lock:
             fits = [
                 (each.nbytes, index)
                 for index, each in enumerate(self._idle)
-                if num_bytes <= each.nbytes <= 2 * num_bytes
+                if num_bytes <= each.nbytes <= _MOST_TIMES * num_bytes
             ]
             if fits:
                 return self._idle.pop(min(fits)[1])
