@@ -50,8 +50,9 @@ def check_checkpoint_tokenizer(
         if role is Role.TEACHER:
             _warn(
                 args,
-                f"the teacher {load} stores no tokenizer, so nothing checks that its ids mean what the data's ids "
-                "mean; if they do not, the student learns noise (fdd import stores it)",
+                f"the teacher {Path(load).name} stores no tokenizer, so nothing checks that its ids mean what the "
+                "data's ids mean; if they do not, the student learns noise (put its files beside the model's; fdd "
+                "import keeps them)",
             )
         return
     if ours is None:
