@@ -75,8 +75,8 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
         checked = upkeep.check_store(store, bar.update)
     for message in (*checked.damaged.values(), *checked.unread.values(), *checked.foreign.values()):
         print(message, file=sys.stderr)
-    if checked.lens is not None:
-        print(checked.lens, file=sys.stderr)
+    if checked.beside is not None:
+        print(checked.beside, file=sys.stderr)
     yield (
         f"{store}: {checked.num_segments} segment(s), {len(checked.damaged)} damaged, {len(checked.unread)} "
         f"unreadable, {len(checked.foreign)} of other stores or versions; {checked.num_units} units and "
@@ -85,7 +85,7 @@ def _check(store: Path, remove_damaged: bool) -> Iterator[str]:
     if checked.damaged and remove_damaged:
         upkeep.remove_damaged(store, checked)
         yield f"{store}: removed {len(checked.damaged)} segment(s); fdd teach makes them anew"
-    is_sound = not (checked.unread or checked.foreign or checked.lens)
+    is_sound = not (checked.unread or checked.foreign or checked.beside)
     if not is_sound or (checked.damaged and not remove_damaged):
         sys.exit(1)
 

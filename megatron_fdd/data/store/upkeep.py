@@ -34,6 +34,7 @@ from megatron_fdd.data.store.segment import (
 from megatron_fdd.data.store.store import Store
 from megatron_fdd.data.store.unit import KEY_BYTES, unit_key
 from megatron_fdd.data.store.whole_file import sweep
+from megatron_fdd.data.tokenizer_identity import TOKENIZER_FOLDER, check_copy
 from megatron_fdd.host.disk import sized
 from megatron_fdd.host.lock import TakenError, lock
 
@@ -47,7 +48,7 @@ class Checked:
     """The result of a check: segments that are damaged, were not read, or are of others, each with what is wrong.
 
     Attributes:
-        lens: what is wrong with the lens, or None.
+        beside: what is wrong beside the segments, with lens or tokenizer, or None.
     """
 
     num_segments: int = 0
@@ -56,7 +57,7 @@ class Checked:
     damaged: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     foreign: dict[str, str] = field(default_factory=dict)
-    lens: str | None = None
+    beside: str | None = None
 
 
 def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> Checked:
@@ -66,7 +67,7 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
         ValueError: there is no store.
     """
     identity, result = read_identity(path, _FLAG), Checked()
-    result.lens = _check_lens(path, identity)
+    result.beside = _check_beside(path, identity)
     for name, is_file in sorted(segment_entries(path)):
         file = segment_path(path, name)
         result.num_segments += 1
@@ -86,13 +87,14 @@ def check_store(path: Path, on_segment: Callable[[], object] = lambda: None) -> 
     return result
 
 
-def _check_lens(path: Path, identity: StoreIdentity) -> str | None:
-    """Say what is wrong with a store's lens; None if it is sound."""
+def _check_beside(path: Path, identity: StoreIdentity) -> str | None:
+    """Say what is wrong with a store's lens or tokenizer; None if they are sound."""
     if not (path / LENS_FILE).exists():
         return f"{path}: has no lens; run fdd teach again, which writes it"
     try:
         read_stored_norm(path)
         read_stored_head(path, 0, identity.vocab_size)
+        check_copy(path / TOKENIZER_FOLDER)
     except (ValueError, OSError) as error:
         return str(error)
     return None

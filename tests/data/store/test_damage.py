@@ -248,18 +248,6 @@ def test_a_header_in_another_order_is_no_damage(segment: Path) -> None:
     assert_holds(opened(segment.parents[2]), UNITS)
 
 
-def test_a_folder_in_the_place_of_a_segment_is_named(segment: Path) -> None:
-    path = segment.parents[2]
-    _folder(segment)
-    with pytest.raises(
-        ValueError, match=f"{segment}: is a folder, where a file of the store belongs; remove it"
-    ):
-        write(path, UNITS)
-    segment.rmdir()
-    write(path, UNITS)
-    assert_holds(opened(path), [*UNITS, *OTHERS])
-
-
 def test_an_open_file_that_is_cut_off_or_changed(segment: Path) -> None:
     """Files that were read once stay open, and are compared at each read all the same."""
     store = opened(segment.parents[2])

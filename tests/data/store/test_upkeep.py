@@ -34,7 +34,7 @@ def test_a_sound_store_is_counted(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     seen: list[int] = []
     checked = upkeep.check_store(tmp_path, lambda: seen.append(1))
-    assert checked.lens is None
+    assert checked.beside is None
     sizes = sum(file_of(tmp_path, name).stat().st_size for name in names)
     assert (checked.num_segments, checked.num_units, checked.num_bytes, checked.damaged) == (2, 4, sizes, {})
     assert len(seen) == 2
@@ -99,20 +99,6 @@ def test_what_the_system_does_not_give_is_not_removed(
     flip(tmp_path / LENS_FILE, -1)
     assert lens.lacks_lens(tmp_path)
     assert not (tmp_path / LENS_FILE).exists()
-
-
-def test_a_damaged_lens_is_found(tmp_path: Path) -> None:
-    """And all segments are looked at all the same; one is a pipe, which nobody waits for."""
-    names = write(tmp_path, UNITS[:2], UNITS[2:])
-    write_lens(tmp_path)
-    flip(tmp_path / LENS_FILE, -1)
-    pipe = file_of(tmp_path, names[0])
-    pipe.unlink()
-    os.mkfifo(pipe)
-    checked = upkeep.check_store(tmp_path)
-    assert "lens cannot be read" in str(checked.lens)
-    assert (checked.num_segments, checked.num_units) == (2, 2)
-    assert "is no regular file" in checked.unread[names[0]]
 
 
 def test_a_link_that_leads_nowhere_is_found_and_not_removed(tmp_path: Path) -> None:
