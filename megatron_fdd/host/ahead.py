@@ -20,7 +20,7 @@ def ahead[Item, Result](
 ) -> Generator[Result]:
     """Yield `make(item)` for each item in order, made by threads while earlier results are used.
 
-    torch's copies, SHA-256 and reading leave Python's lock, so that they run side by side. A result belongs to the one
+    torch's copies, sums and reading leave Python's lock, so that they run side by side. A result belongs to the one
     who takes it, until the next one is asked for. Close the iterator where it is not used up: the threads end then.
 
     Args:

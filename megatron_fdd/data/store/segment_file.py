@@ -98,12 +98,11 @@ class SegmentFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         except OSError as error:
             raise unreadable(path, error) from error
-        # An index's cache knows nothing of a file that came in the place of another one.
+        # An index's cache knows nothing of a file that came in the place of another one. Its own header says if it is
+        # cut off, or of which other store or version it is.
         is_as_written = os.fstat(self._descriptor).st_size == wanted
         if not (is_as_written and self.read(8 + len(start), 0).endswith(start)):
-            found = read_layout(
-                path, digest
-            )  # says if it is cut off, or of which other store or version it is
+            found = read_layout(path, digest)
             if (found.size, found.ids[0], found.states[0], found.sums[0]) != tuple(layout[:4]):
                 raise ValueError(
                     f"{path}: was exchanged since {INDEX_FILE} was written; remove {INDEX_FILE}, which is made anew "
